@@ -1,0 +1,67 @@
+# Two environments: a lean one that captions (no torch), and a full one that trains, exports and tests.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+LEAN := build/venv-lean
+FULL := build/venv-full
+# The CPU build of torch where there is no NVIDIA GPU; choose yourself with `make test TORCH=torch==2.13.0`.
+TORCH_VERSION := 2.13.0
+TORCH ?= torch==$(TORCH_VERSION)$(shell command -v nvidia-smi >/dev/null 2>&1 || echo +cpu)
+IMAGES ?= examples/images
+BEAMS ?= 4
+OUT ?= run.csv
+DEMO := build/demo
+
+.DEFAULT_GOAL := all
+.PHONY: all caption test lint parity golden bench demo restore help clean
+
+all: lint test  ## lint and test
+
+caption: $(LEAN)/.ready  ## caption the example images into run.csv (lean environment, no torch)
+	$(LEAN)/bin/engine caption --input $(IMAGES) --beams $(BEAMS) --out $(OUT)
+	@echo; head -n 6 $(OUT)
+
+test: lint  ## set up everything, lint, and run all tests
+	$(FULL)/bin/python -m pytest
+
+lint: $(FULL)/.ready  ## style, types and the architecture's import rules
+	$(FULL)/bin/ruff check .
+	$(FULL)/bin/ruff format --check .
+	$(FULL)/bin/mypy
+	$(FULL)/bin/lint-imports
+
+golden: $(LEAN)/.ready  ## replay PyTorch's answers recorded in the demo bundle (no torch)
+	$(LEAN)/bin/engine verify
+
+parity: restore  ## compare the demo bundle with Hugging Face generate on the example images
+	$(FULL)/bin/python -m export.parity --checkpoint $(DEMO)/restored --bundle engine/assets/demo \
+	    --images examples/images --beams 1,3,4,5,10 --out build/parity.json
+
+bench: restore  ## time the engine beside Hugging Face generate on the demo bundle
+	$(FULL)/bin/python -m benchmarks.throughput --checkpoint $(DEMO)/restored --bundle engine/assets/demo
+
+restore: $(FULL)/.ready
+	$(FULL)/bin/python -m export.restore --bundle engine/assets/demo --out $(DEMO)/restored
+
+demo: $(FULL)/.ready  ## retrain the demo checkpoint from packaged assets and export it (about half an hour)
+	$(FULL)/bin/python -m train demo --out $(DEMO)/checkpoint --work $(DEMO)
+	$(FULL)/bin/python -m export --checkpoint $(DEMO)/checkpoint --out $(DEMO)/bundle
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+clean:  ## remove environments and everything built
+	rm -rf build run.csv
+
+$(LEAN)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(LEAN)
+	$(LEAN)/bin/python -m pip install --quiet --upgrade pip
+	$(LEAN)/bin/python -m pip install --quiet --editable '.[cpu]'
+	@touch $@
+
+$(FULL)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(FULL)
+	$(FULL)/bin/python -m pip install --quiet --upgrade pip
+	$(FULL)/bin/python -m pip install --quiet '$(TORCH)' || { \
+	    echo "no $(TORCH) in your package index: installing its default build of torch instead"; \
+	    $(FULL)/bin/python -m pip install --quiet torch==$(TORCH_VERSION); }
+	$(FULL)/bin/python -m pip install --quiet --editable '.[cpu]' --group test --group lint
+	@touch $@
