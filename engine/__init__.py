@@ -1,0 +1,23 @@
+"""Caption directories of images with BLIP, token for token what Hugging Face would have said, without torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Caption", "Captioner", "DecodeOptions", "EngineError"]
+
+if TYPE_CHECKING:
+    from engine.captioner import Caption, Captioner
+    from engine.errors import EngineError
+    from engine.options import DecodeOptions
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that `engine --help` need not load numpy and Pillow."""
+    homes = {"Caption": "captioner", "Captioner": "captioner", "DecodeOptions": "options", "EngineError": "errors"}
+    if name not in homes:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"engine.{homes[name]}"), name)

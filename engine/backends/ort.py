@@ -1,0 +1,178 @@
+"""ONNX Runtime as a backend; CPU, CUDA and TensorRT differ only in the provider list, which is data."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.base import StepInputs
+from engine.bundle import Bundle
+from engine.errors import BackendError
+
+CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
+CUDA: tuple[str, dict[str, str]] = (
+    "CUDAExecutionProvider",
+    {"use_tf32": "0"},
+)  # torch multiplies float32 without TF32 too
+PROVIDERS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
+    "cpu": (CPU,),
+    "cuda": (CUDA, CPU),
+    "tensorrt": (("TensorrtExecutionProvider", {}), CUDA, CPU),
+}
+"""Backend name -> ONNX Runtime providers with their options, in order of preference; the first is the one asked for."""
+
+LOG_ERRORS_ONLY = 3
+CACHED = ("key", "value")
+
+
+@dataclass
+class OrtCache:
+    """OrtValues of B images, a pair (keys, values) a layer in one flat list of 2L.
+
+    cross [B,H,S,d]; settled [B,H,F,d]; recent [B,H,R,d].
+    """
+
+    cross: list[Any]
+    settled: list[Any]
+    recent: list[Any]
+
+
+class OrtBackend:
+    """The bundle's graphs in three ONNX Runtime sessions."""
+
+    def __init__(self, bundle: Bundle, name: str = "auto", *, threads: int | None = None) -> None:
+        """Load the graphs. Raises BackendError when ONNX Runtime or the wanted provider is not there."""
+        ort = import_onnxruntime("cpu" if name == "auto" else name)
+        self.name = _choose(name, ort.get_available_providers())
+        self._ort = ort
+        self._model = bundle.model
+        threads = threads or available_cores()
+        self._encoder, self._decoder, self._regroup = (
+            _open_session(ort, bundle.path / f"{graph}.onnx", self.name, threads)
+            for graph in ("encoder", "decoder", "regroup")
+        )
+        layers = range(bundle.model.num_layers)
+        self._names = {
+            part: [f"{part}.{kind}.{i}" for i in layers for kind in CACHED]
+            for part in ("cross", "settled", "recent", "extended")
+        }
+
+    def encode(self, pixel_values: NDArray[np.uint8]) -> OrtCache:
+        """See Backend.encode."""
+        cross = self._run(self._encoder, self._names["cross"], {"pixel_values": self._value(pixel_values)})
+        empty = np.zeros((len(pixel_values), self._model.num_heads, 0, self._model.head_width), self._float_type(cross))
+        nothing = [self._value(empty)] * len(cross)
+        return OrtCache(cross, nothing, nothing)
+
+    def step(self, cache: OrtCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See Backend.step."""
+        feed = {
+            "input_ids": self._value(inputs.input_ids),
+            "positions": self._value(inputs.positions),
+            "scores": self._value(inputs.scores),
+            "banned_ids": self._value(inputs.banned_ids),
+            "ancestry": self._value(inputs.ancestry),
+            "num_candidates": self._value(np.array([inputs.num_candidates], np.int64)),
+        }
+        feed |= self._feed(cache, "cross", "settled", "recent")
+        scores, ids, *cache.recent = self._run(
+            self._decoder, ["candidate_scores", "candidate_ids", *self._names["extended"]], feed
+        )
+        return scores.numpy(), ids.numpy()
+
+    def regroup(self, cache: OrtCache, images: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """See Backend.regroup. Cross keys are copied only when an image leaves (`cross_images` empty: keep all)."""
+        leaving = len(images) < cache.cross[0].shape()[0]
+        feed = {
+            "images": self._value(images),
+            "columns": self._value(columns),
+            "cross_images": self._value(images if leaving else images[:0]),
+        }
+        feed |= self._feed(cache, "cross", "settled", "recent")
+        regrouped = [f"regrouped.{name}" for name in self._names["settled"] + self._names["cross"]]
+        outputs = self._run(self._regroup, regrouped, feed)
+        count = len(cache.settled)
+        cache.settled = outputs[:count]
+        if leaving:
+            cache.cross = outputs[count:]
+        empty = np.zeros((len(images), self._model.num_heads, 0, self._model.head_width), self._float_type(cache.cross))
+        cache.recent = [self._value(empty)] * count
+
+    def _feed(self, cache: OrtCache, *parts: str) -> dict[str, Any]:
+        return {n: v for part in parts for n, v in zip(self._names[part], getattr(cache, part), strict=True)}
+
+    def _value(self, array: NDArray[Any]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    @staticmethod
+    def _float_type(values: list[Any]) -> type[np.float32] | type[np.float16]:
+        return np.float16 if values[0].data_type() == "tensor(float16)" else np.float32
+
+    def _run(self, session: Any, outputs: list[str], feed: dict[str, Any]) -> list[Any]:
+        try:
+            return list(session.run_with_ort_values(outputs, feed))
+        except Exception as error:
+            raise BackendError(f"the {self.name} backend failed: {' '.join(str(error).split())[:400]}") from error
+
+
+def import_onnxruntime(extra: str) -> Any:
+    """Import onnxruntime or raise BackendError naming the extra that brings it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"onnxruntime is not installed ({error}): pip install 'blip-caption-engine[{extra}]', "
+            f"or '.[{extra}]' in a checkout"
+        ) from error
+    return onnxruntime
+
+
+def available_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_nvidia_driver() -> bool:
+    """Return whether the NVIDIA driver library can be loaded; providers are compiled in with or without one."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _choose(name: str, available: list[str]) -> str:
+    """Resolve `auto`, and refuse a backend whose provider this ONNX Runtime was built without."""
+    if name == "auto":
+        return "cuda" if CUDA[0] in available and has_nvidia_driver() else "cpu"
+    wanted, _ = PROVIDERS[name][0]
+    if wanted not in available:
+        raise BackendError(
+            f"backend {name} needs ONNX Runtime's {wanted}, and the one installed has only {', '.join(available)}: "
+            f"pip uninstall onnxruntime, then pip install 'blip-caption-engine[{name}]'"
+        )
+    return name
+
+
+def _open_session(ort: Any, path: Path, name: str, threads: int) -> Any:
+    """Load one graph and check that the provider asked for is the one in use (else ONNX Runtime only logs it)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = LOG_ERRORS_ONLY
+    try:
+        session = ort.InferenceSession(str(path), options, providers=list(PROVIDERS[name]))
+    except Exception as error:
+        raise BackendError(f"{path} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    wanted, _ = PROVIDERS[name][0]
+    if session.get_providers()[0] != wanted:
+        raise BackendError(
+            f"{wanted} was asked for and ONNX Runtime fell back to {session.get_providers()[0]}: "
+            f"`engine info` says what is missing"
+        )
+    return session

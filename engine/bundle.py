@@ -1,0 +1,183 @@
+"""Read and check a bundle: the exported directory that is all the engine knows of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.errors import BundleError, EngineError
+from engine.options import DecodeOptions, options_from
+
+T = TypeVar("T")
+
+FORMAT = 1
+"""Version of the bundle layout; raised whenever an older engine could not read a newer bundle correctly."""
+
+MANIFEST = "manifest.json"
+REQUIRED_FILES = ("encoder.onnx", "decoder.onnx", "regroup.onnx", "tokenizer.json", "golden.npz")
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_NUMBER = 10**7
+"""No size or id of a captioning model comes near it."""
+RESAMPLE_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""Names of Pillow's filters."""
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """Sizes of the exported model; the letters are those of engine.backends.base."""
+
+    num_layers: int
+    num_heads: int
+    head_width: int
+    vocab_size: int
+    max_positions: int
+    encoder_positions: int
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What the encoder wants: u8 RGB of exactly height x width px, resized with Pillow's `resample` filter.
+
+    `mean`, `std` (per channel, after scaling to 0..1) are applied inside the encoder graph and stand here for
+    the reader only.
+    """
+
+    height: int
+    width: int
+    resample: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Special token ids: [DEC] starts a caption, [SEP] ends it."""
+
+    bos: int
+    eos: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle. `digest` is the sha256 of the manifest, which holds the sha256 of every other file."""
+
+    path: Path
+    digest: str
+    model: ModelDims
+    image: ImageSpec
+    tokens: TokenIds
+    precision: str
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    clean_up_tokenization_spaces: bool = True
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Bundle:
+        """Read the bundle in directory `path` (the embedded demo when None) and verify every file's sha256.
+
+        Raises BundleError that lists everything missing or different at once.
+        """
+        path = demo_bundle() if path is None else Path(path)
+        try:
+            manifest, digest = _read_manifest(path)
+            problems = _file_problems(path, manifest.get("files"))
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}: {error.filename}") from error
+        if problems:
+            raise BundleError(f"{path} is damaged: {'; '.join(problems)}: export it again")
+        try:
+            bundle = cls(
+                path=path,
+                digest=digest,
+                model=_build(ModelDims, manifest["model"]),
+                image=_build(ImageSpec, manifest["image"]),
+                tokens=_build(TokenIds, manifest["tokens"]),
+                precision=str(manifest["precision"]),
+                generation=dict(manifest["generation"]),
+                checkpoint=dict(manifest["checkpoint"]),
+                versions=dict(manifest["versions"]),
+                clean_up_tokenization_spaces=bool(manifest["clean_up_tokenization_spaces"]),
+            )
+            bundle.options()
+            if max(bundle.tokens.bos, bundle.tokens.eos, bundle.tokens.pad) >= bundle.model.vocab_size:
+                raise ValueError(f"{bundle.tokens} do not fit a vocabulary of {bundle.model.vocab_size}")
+        except (KeyError, TypeError, ValueError, EngineError) as error:
+            raise BundleError(f"{path / MANIFEST} is not valid: {error!s}: export it again") from error
+        return bundle
+
+    def options(self, **given: Any) -> DecodeOptions:
+        """Return decoding options: `given` over the bundle's own generation defaults over the engine's."""
+        return options_from(self.generation, given)
+
+
+def demo_bundle() -> Path:
+    """Return the directory of the demo bundle that ships inside the package."""
+    return Path(__file__).parent / "assets" / "demo"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file as lower-case hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise BundleError(f"{path} is not a bundle: no such directory")
+    if not file.is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; make one with `python -m export`")
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
+    raw = file.read_bytes()
+    try:
+        manifest = json.loads(raw)
+    except ValueError as error:
+        raise BundleError(f"{file} is not valid JSON ({error}): export the bundle again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise BundleError(f"{file} has bundle format {found!r}, this engine reads {FORMAT}: export the bundle again")
+    return manifest, hashlib.sha256(raw).hexdigest()
+
+
+def _file_problems(path: Path, files: object) -> list[str]:
+    """Compare the directory with the manifest's {file name: sha256} and list every difference."""
+    if not isinstance(files, dict):
+        return [f"{MANIFEST} lists no files"]
+    present = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {MANIFEST}
+    problems = [f"{name} is not listed" for name in sorted({*REQUIRED_FILES, *present} - set(files))]
+    for name, expected in sorted(files.items()):
+        file = path / name
+        if Path(name).name != name or name in ("", ".", ".."):
+            problems.append(f"{name!r} is not a plain file name")
+        elif file.is_symlink():
+            problems.append(f"{name} is a link")
+        elif not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file_sha256(file) != expected:
+            problems.append(f"{name} has changed")
+    return problems
+
+
+def _build(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Build a dataclass from JSON, with lists as tuples; unknown, missing, negative or absurd values are errors."""
+    wanted = {entry.name: entry.type for entry in fields(kind)}  # type: ignore[arg-type]
+    if set(values) != set(wanted):
+        raise ValueError(f"{kind.__name__} needs {sorted(wanted)}, found {sorted(values)}")
+    built = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, value in built.items():
+        lowest = 0 if kind is TokenIds else 1
+        fits = {
+            "int": type(value) is int and lowest <= value <= MAX_NUMBER,
+            "str": value in RESAMPLE_FILTERS,
+            "tuple[float, ...]": isinstance(value, tuple) and [type(v) in (int, float) for v in value] == [True] * 3,
+        }
+        if not fits[str(wanted[name])]:
+            raise ValueError(f"{kind.__name__}.{name} is {value!r}")
+    return kind(**built)

@@ -1,0 +1,202 @@
+"""A loaded model that turns any images into captions; knows nothing of directories or output files."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.backends import Backend, open_backend
+from engine.bundle import Bundle
+from engine.decoding.beam import Hypothesis, Search
+from engine.decoding.scheduler import Scheduler
+from engine.errors import ImageError, UsageError
+from engine.images import ImageFile, read_image
+from engine.options import DEFAULT_ROWS, DecodeOptions
+from engine.tokenizer import CaptionTokenizer, detokenise
+
+ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
+A = TypeVar("A")
+B = TypeVar("B")
+
+READERS = 4
+"""Threads that decode images: Pillow releases the interpreter lock while it decodes and resizes."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One hypothesis of an image as text; see Hypothesis for the numbers."""
+
+    text: str
+    raw_text: str
+    ids: tuple[int, ...]
+    sum_log_prob: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Caption:
+    """The caption of one image: its best alternative, and all num_return_sequences of them, best first.
+
+    `text` is detokenised, `raw_text` is what transformers' tokenizer.decode gives for the same `ids`.
+    """
+
+    id: str
+    alternatives: tuple[Alternative, ...]
+
+    @property
+    def best(self) -> Alternative:
+        return self.alternatives[0]
+
+    @property
+    def text(self) -> str:
+        return self.best.text
+
+    @property
+    def raw_text(self) -> str:
+        return self.best.raw_text
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.best.ids
+
+    @property
+    def score(self) -> float:
+        return self.best.score
+
+
+class Captioner:
+    """A loaded bundle, ready to caption."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.tokenizer = CaptionTokenizer(bundle)
+
+    @classmethod
+    def load(cls, bundle: Path | str | None = None, *, backend: str = "auto", threads: int | None = None) -> Captioner:
+        """Load a bundle directory (the embedded demo when None) into a backend with `threads` CPU threads.
+
+        Raises BundleError, BackendError or UsageError; see Bundle.load and open_backend.
+        """
+        checked = Bundle.load(None if bundle is None else Path(bundle))
+        return cls(checked, open_backend(checked, backend, threads=threads))
+
+    def caption(
+        self,
+        images: Iterable[ImageSource],
+        options: DecodeOptions | None = None,
+        *,
+        rows: int | None = None,
+        on_error: Callable[[ImageError], None] | None = None,
+    ) -> Iterator[Caption]:
+        """Caption images (paths, ImageFiles, Pillow images, arrays u8[h,w,3]) and yield a Caption each, in order.
+
+        `options` are the bundle's own defaults when None. `rows` is how many beams are decoded side by side.
+        An unreadable image raises ImageError, or is passed to `on_error` and left out. Options that do not fit the
+        bundle raise UsageError at once, not at the first caption.
+        """
+        if isinstance(images, str | Path | Image.Image | np.ndarray):
+            raise UsageError("caption takes several images: put a single one into a list")
+        search = self.search(options or self.bundle.options())
+        return self._caption(images, search, rows or DEFAULT_ROWS, on_error)
+
+    def _caption(
+        self,
+        images: Iterable[ImageSource],
+        search: Search,
+        rows: int,
+        on_error: Callable[[ImageError], None] | None,
+    ) -> Iterator[Caption]:
+        scheduler = Scheduler(self.backend, search)
+        readable = self._read(enumerate(images), on_error)
+        while batch := list(itertools.islice(readable, batch_size(rows, search.num_beams))):
+            names, pixels = zip(*batch, strict=True)
+            results = dict(scheduler.decode(np.stack(pixels)))
+            for index, name in enumerate(names):
+                yield Caption(name, tuple(self._alternative(hypothesis) for hypothesis in results[index]))
+
+    def search(self, options: DecodeOptions) -> Search:
+        """Resolve options for this bundle; raise UsageError where they do not fit it."""
+        prompt = self.tokenizer.prompt_ids(options.prompt)
+        model, most = self.bundle.model, options.max_total_length(len(prompt))
+        if not len(prompt) < most <= model.max_positions:
+            raise UsageError(
+                f"a caption of up to {most} tokens ({len(prompt)} of them the prompt) does not fit: this bundle takes "
+                f"{len(prompt) + 1} to {model.max_positions}, set --max-new-tokens"
+            )
+        least = options.min_total_length(len(prompt))
+        if least > most:
+            raise UsageError(f"captions of at least {least} and at most {most} tokens cannot be: mend the two limits")
+        if 2 * options.num_beams > model.vocab_size:
+            raise UsageError(f"{options.num_beams} beams are too many for a vocabulary of {model.vocab_size}")
+        return Search(
+            prompt=prompt,
+            num_beams=options.num_beams,
+            max_length=most,
+            min_length=least,
+            length_penalty=float(options.length_penalty),
+            early_stopping=options.early_stopping,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            num_return_sequences=options.num_return_sequences,
+            eos=self.bundle.tokens.eos,
+            vocab_size=model.vocab_size,
+        )
+
+    def _read(
+        self, sources: Iterable[tuple[int, ImageSource]], on_error: Callable[[ImageError], None] | None
+    ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        """Yield (id, pixels u8[height,width,3]) of the readable images, decoded ahead in threads."""
+        spec = self.bundle.image
+
+        def read(numbered: tuple[int, ImageSource]) -> tuple[str, NDArray[np.uint8] | ImageError]:
+            number, source = numbered
+            name, content = _identify(number, source)
+            try:
+                return name, read_image(content, spec.height, spec.width, spec.resample)
+            except ImageError as error:
+                return name, error
+
+        for name, pixels in _ahead(read, sources, threads=READERS, window=4 * READERS):
+            if isinstance(pixels, np.ndarray):
+                yield name, pixels
+            elif on_error is None:
+                raise pixels
+            else:
+                on_error(pixels)
+
+    def _alternative(self, hypothesis: Hypothesis) -> Alternative:
+        raw = self.tokenizer.decode(hypothesis.ids)
+        return Alternative(detokenise(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
+
+
+def batch_size(rows: int, num_beams: int) -> int:
+    """Return how many images of num_beams beams each fill about `rows` rows."""
+    return max(1, rows // num_beams)
+
+
+def _identify(number: int, source: ImageSource) -> tuple[str, Path | str | Image.Image | NDArray[np.uint8]]:
+    """Return an image's id and what to read: the file's stem, or its running number where there is no file."""
+    if isinstance(source, ImageFile):
+        return source.id, source.path
+    return (Path(source).stem if isinstance(source, Path | str) else str(number)), source
+
+
+def _ahead(function: Callable[[A], B], items: Iterable[A], *, threads: int, window: int) -> Iterator[B]:
+    """Map in threads, in order, never more than `window` items ahead of the consumer."""
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[B]] = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= window:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,0 +1,208 @@
+"""The command line: arguments in, one call, an exit code out; heavy imports live inside the commands."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from engine import __version__
+from engine.errors import EngineError, UsageError
+
+PATH = click.Path(path_type=Path)
+INTERRUPTED = 130
+"""Exit code of a program stopped by Ctrl-C (128 + SIGINT)."""
+
+
+class EngineGroup(click.Group):
+    """Turns everything a user can cause into one line on stderr and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except EngineError as error:
+            self._stop(str(error), error.exit_code)
+        except click.UsageError as error:
+            self._stop(error.format_message(), UsageError.exit_code)
+        except KeyboardInterrupt:
+            self._stop("stopped, nothing was written", INTERRUPTED)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            self._stop(f"{error.strerror}: {error.filename or 'standard output'}", EngineError.exit_code)
+
+    @staticmethod
+    def _stop(message: str, exit_code: int) -> NoReturn:
+        say(f"error: {message}")
+        sys.exit(exit_code)
+
+
+def say(line: str) -> None:
+    """Print one line to stderr, whatever the file names in it hold."""
+    click.echo(" ".join(line.splitlines()), err=True)
+
+
+@click.group(cls=EngineGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Caption directories of images with BLIP: the words of Hugging Face, without torch."""
+
+
+def bundle_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options every command that loads a bundle takes."""
+    for option in (
+        click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores when absent."),
+        click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda or tensorrt."),
+        click.option("--bundle", type=PATH, help="Exported bundle; the embedded demo when absent."),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.option("--input", "directory", type=PATH, required=True, help="Directory of images.")
+@click.option("--out", type=PATH, required=True, help="CSV file to write: ID,Caption.")
+@bundle_options
+@click.option("--beams", "num_beams", type=click.IntRange(1), help="Beams; 1 is greedy.")
+@click.option(
+    "--no-repeat-ngram",
+    "no_repeat_ngram_size",
+    type=click.IntRange(0),
+    help="Never repeat an n-gram of this size; 0: off.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Most tokens a caption may add to the prompt.")
+@click.option("--min-new-tokens", type=click.IntRange(0), help="Fewest tokens before a caption may end.")
+@click.option("--length-penalty", type=float, help="Above 0 favours long captions, below 0 short ones.")
+@click.option("--early-stopping", type=click.Choice(["false", "true", "never"]), help="When beam search may stop.")
+@click.option("--prompt", help="Text every caption starts with.")
+@click.option("--n-best", "num_return_sequences", type=click.IntRange(1), help="Alternatives an image in --n-best-out.")
+@click.option("--n-best-out", type=PATH, help="JSON lines file for the alternatives.")
+@click.option("--raw-text", is_flag=True, help="Write the text as Hugging Face decodes it, not detokenised.")
+@click.option("--manifest", type=PATH, help="File of ids: caption only these, in this order.")
+@click.option("--rows", default="auto", show_default=True, help="Beams decoded side by side, or auto.")
+@click.option("--allow-missing", is_flag=True, help="Write an empty caption for images that cannot be read.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON summary as the last line.")
+def caption(
+    directory: Path,
+    out: Path,
+    bundle: Path | None,
+    backend: str,
+    threads: int | None,
+    n_best_out: Path | None,
+    raw_text: bool,
+    manifest: Path | None,
+    rows: str,
+    allow_missing: bool,
+    as_json: bool,
+    early_stopping: str | None,
+    **given: Any,
+) -> None:
+    """Caption a directory of images into a CSV file.
+
+    What is not given comes from the bundle's generation settings, then from Hugging Face's defaults.
+    """
+    from engine.pipeline import Job, caption_directory
+
+    if given["num_return_sequences"] is not None and n_best_out is None:
+        raise UsageError("--n-best needs --n-best-out, the file for the alternatives")
+    given["early_stopping"] = {"false": False, "true": True, "never": "never", None: None}[early_stopping]
+    job = Job(
+        directory=directory,
+        out=out,
+        bundle=bundle,
+        backend=backend,
+        threads=threads,
+        rows=_parse_rows(rows),
+        manifest=manifest,
+        n_best_out=n_best_out,
+        raw_text=raw_text,
+        allow_missing=allow_missing,
+        options=given,
+    )
+    summary = caption_directory(job, say=say, progress=_progress_bar)
+    say(f"{summary.captions} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {out}")
+    if summary.empty:
+        say(f"{summary.empty} of them are empty: the model ended at once, or no hypothesis was left by the options")
+    say(summary.signature)
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+
+
+def _parse_rows(rows: str) -> int | None:
+    if rows == "auto":
+        return None
+    if not rows.isdecimal() or int(rows) < 1:
+        raise UsageError(f"--rows takes a whole number of at least 1, or auto, not {rows!r}")
+    return int(rows)
+
+
+@contextmanager
+def _progress_bar(length: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr with images/s and the time left."""
+    start, done = time.perf_counter(), 0
+
+    def speed(_: object) -> str:
+        return f"{done / (time.perf_counter() - start):.2f} images/s"
+
+    with click.progressbar(
+        length=length, label="captioning", file=sys.stderr, show_pos=True, item_show_func=speed
+    ) as bar:
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            bar.update(1, done)
+
+        yield advance
+
+
+@main.command()
+@bundle_options
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON line.")
+def verify(bundle: Path | None, backend: str, threads: int | None, as_json: bool) -> None:
+    """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""
+    from engine.backends import open_backend
+    from engine.bundle import Bundle
+    from engine.verify import verify as replay
+
+    loaded = Bundle.load(bundle)
+    runtime = open_backend(loaded, backend, threads=threads)
+    checks = replay(loaded, runtime)
+    for check in checks:
+        state = "ok  " if check.passed else "FAIL"
+        click.echo(
+            f"{state} {check.identical}/{check.images} identical, score difference {check.max_score_difference:.1e}: "
+            f"{check.setting}",
+            err=as_json,
+        )
+    if as_json:
+        click.echo(json.dumps({"backend": runtime.name, "checks": [asdict(check) for check in checks]}))
+    if not all(check.passed for check in checks):
+        raise EngineError(f"{loaded.path} does not say what PyTorch said at export: export it again, or report a bug")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+def info(as_json: bool) -> None:
+    """Show versions, backends and what is missing."""
+    from engine.info import collect_info
+
+    facts = collect_info()
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            click.echo(f"{name}:")
+            for key, entry in value.items():
+                click.echo(f"  {key}: {entry}")
+        else:
+            click.echo(f"{name}: {value}")

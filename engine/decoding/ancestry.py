@@ -1,0 +1,53 @@
+"""Which cached positions are each beam's own past: a mask that replaces every reordering of keys and values.
+
+A key stays where it was written. The cache of an image is thus a tree shared by its beams, and choosing beams
+only reindexes the small mask kept here. Knows nothing of scores or of what the cache holds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Ancestry:
+    """Ancestry of B x K beams over W cached positions: `mask` bool[B,K,W]."""
+
+    def __init__(self, num_images: int, num_beams: int) -> None:
+        """Start with nothing cached."""
+        self.mask: NDArray[np.bool_] = np.zeros((num_images, num_beams, 0), bool)
+
+    @property
+    def width(self) -> int:
+        """Cached positions, settled and recent."""
+        return int(self.mask.shape[2])
+
+    def feed(self, own: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return the mask bool[B,T,W+T] of a step that feeds T rows whose past among themselves is `own` bool[T,T].
+
+        During prefill (T = prompt length, W = 0) `own` is lower triangular, afterwards the identity.
+        """
+        images, rows = len(self.mask), len(own)
+        cached = self.mask if self.width else np.zeros((images, rows, 0), bool)
+        return np.concatenate([cached, np.broadcast_to(own, (images, rows, rows))], 2)
+
+    def choose(self, fed: NDArray[np.bool_], rows: NDArray[np.int64]) -> None:
+        """Continue beam k of image b from row `rows[b,k]` (i64[B,K]) of the step whose mask was `fed`."""
+        self.mask = np.take_along_axis(fed, rows[:, :, None], 1)
+
+    def compact(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Keep `images` i64[B'] and only positions some beam descends from; return `columns` i64[B',W'].
+
+        Images are right-aligned: where one needs fewer than W' positions, its first ones repeat position 0 and
+        are masked out. A shared prefix is thereby stored once an image.
+        """
+        mask = self.mask[images]
+        alive = mask.any(1)
+        count = alive.sum(1)
+        width = int(count.max(initial=0))
+        order = np.argsort(alive, axis=1, kind="stable")  # dead positions first, living ones in order
+        columns = order[:, alive.shape[1] - width :]
+        valid = np.arange(width) >= width - count[:, None]
+        columns = np.where(valid, columns, 0)
+        self.mask = np.take_along_axis(mask, columns[:, None, :], 2) & valid[:, None, :]
+        return columns

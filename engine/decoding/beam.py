@@ -1,0 +1,235 @@
+"""Beam search for B images at once: running beams, hypotheses, and Hugging Face's rule for when an image closes.
+
+Source of every rule: transformers 4.57, generation/utils.py, GenerationMixin._beam_search and the functions it
+calls; the arithmetic is float32 as there. Images never influence each other. Knows nothing of models or caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.decoding.processors import banned_ids
+
+NEVER = np.float32(-1e9)
+"""Added to a score to rule it out; finite, as in Hugging Face, so that sums stay ordered."""
+
+
+def _ruled_out(where: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return f32: NEVER where true, else 0, to be added to scores."""
+    return np.where(where, NEVER, np.float32(0))
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search's settings, lengths resolved to totals that include the prompt."""
+
+    prompt: tuple[int, ...]
+    num_beams: int
+    max_length: int
+    min_length: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    no_repeat_ngram_size: int
+    num_return_sequences: int
+    eos: int
+    vocab_size: int
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates an image and step: 2K, so that K run on even if K of them end; 1 when greedy."""
+        return 1 if self.num_beams == 1 else 2 * self.num_beams
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished caption: its ids (prompt and end included), summed log-probability, and score.
+
+    score = sum_log_prob / new tokens ** length_penalty, Hugging Face's `sequences_scores`.
+    """
+
+    ids: tuple[int, ...]
+    sum_log_prob: float
+    score: float
+
+
+class Beams:
+    """State of B images.
+
+    tokens     i64[B,K,max_length]  running beams, best first; `lengths` i64[B] ids of each row are valid
+    scores     f32[B,K]             their summed log-probabilities
+    closed     bool[B]              whether the image is finished: `results` may be read, `advance` skips it
+    """
+
+    def __init__(self, search: Search, num_images: int) -> None:
+        """Start B images from the prompt: beam 0 scores 0, the others are ruled out until they exist."""
+        beams, width = search.num_beams, search.max_length
+        self.search = search
+        self.tokens = np.full((num_images, beams, width), search.eos, np.int64)
+        self.tokens[:, :, : len(search.prompt)] = search.prompt
+        self.lengths = np.full(num_images, len(search.prompt), np.int64)
+        self.scores = np.full((num_images, beams), NEVER, np.float32)
+        self.scores[:, 0] = 0.0
+        self.closed = np.zeros(num_images, bool)
+        self._finished = np.zeros((num_images, beams), bool)
+        # A place no hypothesis took holds the prompt, ended at once, with the score NEVER: what HF returns there.
+        self._hypothesis_tokens = self.tokens.copy()
+        self._hypothesis_lengths = np.full((num_images, beams), len(search.prompt) + 1, np.int64)
+        self._hypothesis_sums = np.full((num_images, beams), NEVER, np.float32)
+        self._hypothesis_scores = np.full((num_images, beams), NEVER, np.float32)
+
+    def banned_ids(self) -> NDArray[np.int64]:
+        """Return i64[B,K,M], the ids each running beam may not take next (see StepInputs.banned_ids)."""
+        search = self.search
+        return banned_ids(
+            self.tokens,
+            self.lengths,
+            ngram_size=search.no_repeat_ngram_size,
+            min_length=search.min_length,
+            eos=search.eos,
+        )
+
+    def last_tokens(self) -> NDArray[np.int64]:
+        """Return i64[B,K], the id each running beam ends in."""
+        at = np.broadcast_to((self.lengths - 1)[:, None, None], (*self.tokens.shape[:2], 1))
+        return np.take_along_axis(self.tokens, at, 2)[:, :, 0]
+
+    def advance(
+        self, scores: NDArray[np.float32], parents: NDArray[np.int64], tokens: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Take one step from the C best continuations of each image, in descending order of score.
+
+        scores f32[B,C] are summed log-probabilities, parents i64[B,C] the beam continued, tokens i64[B,C] the new
+        id. Returns i64[B,K]: which of the C candidates each running beam now is. Images closed before are left
+        alone; those closed by this step show in `closed`.
+        """
+        was_open = ~self.closed
+        hits = (tokens == self.search.eos) | (self.lengths + 1 >= self.search.max_length)[:, None]
+        if self.search.num_beams == 1:
+            chosen, closing = self._advance_greedy(scores, parents, tokens, hits, was_open)
+        else:
+            chosen, closing = self._advance_beams(scores, parents, tokens, hits, was_open)
+        self.closed |= closing & was_open
+        return chosen
+
+    def _advance_greedy(
+        self,
+        scores: NDArray[np.float32],
+        parents: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        hits: NDArray[np.bool_],
+        was_open: NDArray[np.bool_],
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """One beam: the best continuation is taken, and the caption ends where it hits (GenerationMixin._sample)."""
+        chosen = np.zeros((len(scores), 1), np.int64)
+        ending = hits & was_open[:, None]
+        self._add_hypotheses(scores, parents, tokens, ending)
+        self._run_on(scores, parents, tokens, chosen, was_open)
+        return chosen, hits[:, 0]
+
+    def _advance_beams(
+        self,
+        scores: NDArray[np.float32],
+        parents: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        hits: NDArray[np.bool_],
+        was_open: NDArray[np.bool_],
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        beams = self.search.num_beams
+        running = scores + _ruled_out(hits)
+        chosen = np.argsort(-running, axis=1, kind="stable")[:, :beams]
+        best_rank = np.arange(scores.shape[1]) < beams
+        self._add_hypotheses(scores, parents, tokens, hits & best_rank & was_open[:, None])
+        self._run_on(running, parents, tokens, chosen, was_open)
+        return chosen, ~self._can_improve() | hits.all(1)
+
+    def _run_on(
+        self,
+        scores: NDArray[np.float32],
+        parents: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        chosen: NDArray[np.int64],
+        was_open: NDArray[np.bool_],
+    ) -> None:
+        """Replace the running beams by the `chosen` candidates i64[B,K]; `lengths` grow by one in open images."""
+        beam = np.take_along_axis(parents, chosen, 1)
+        self.tokens = np.take_along_axis(self.tokens, beam[:, :, None], 1)
+        image = np.flatnonzero(was_open)
+        self.tokens[image, :, self.lengths[image]] = np.take_along_axis(tokens, chosen, 1)[image]
+        self.scores = np.take_along_axis(scores, chosen, 1)
+        self.lengths += was_open
+
+    def _add_hypotheses(
+        self,
+        scores: NDArray[np.float32],
+        parents: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        ending: NDArray[np.bool_],
+    ) -> None:
+        """Merge the `ending` candidates bool[B,C] into the K best hypotheses (HF's _update_finished_beams)."""
+        image = np.flatnonzero(ending.any(1))
+        if not len(image):
+            return
+        beams = self.search.num_beams
+        penalty = self._length_term(self.lengths[image] + 1)
+        new_scores = scores[image] / penalty[:, None] + _ruled_out(~ending[image])
+        merged = np.concatenate([self._hypothesis_scores[image], new_scores], 1)
+        if beams == 1:  # greedy: the one caption stands, whatever its score
+            best = np.ones((len(image), 1), np.int64)
+        else:
+            best = np.argsort(-merged, axis=1, kind="stable")[:, :beams]
+        new_tokens = np.take_along_axis(self.tokens[image], parents[image][:, :, None], 1)
+        new_tokens[np.arange(len(image)), :, self.lengths[image]] = tokens[image]
+        new_lengths = np.broadcast_to(self.lengths[image, None] + 1, new_scores.shape)
+
+        def keep(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
+            return np.take_along_axis(np.concatenate([old[image], new], 1), best, 1)
+
+        all_tokens = np.concatenate([self._hypothesis_tokens[image], new_tokens], 1)
+        self._hypothesis_tokens[image] = np.take_along_axis(all_tokens, best[:, :, None], 1)
+        self._hypothesis_lengths[image] = keep(self._hypothesis_lengths, new_lengths)
+        self._hypothesis_sums[image] = keep(self._hypothesis_sums, scores[image])
+        self._finished[image] = keep(self._finished, ending[image])
+        self._hypothesis_scores[image] = np.take_along_axis(merged, best, 1)
+
+    def _can_improve(self) -> NDArray[np.bool_]:
+        """Return bool[B]: whether running beams may still beat the worst hypothesis (_check_early_stop_heuristic)."""
+        search = self.search
+        full = np.all(self._finished, axis=1)
+        if search.early_stopping is True:
+            still_filling: NDArray[np.bool_] = ~full
+            return still_filling
+        lengths = self.lengths
+        if search.early_stopping == "never" and search.length_penalty > 0:
+            lengths = np.full_like(lengths, search.max_length)
+        best = self.scores[:, 0] / self._length_term(lengths)
+        better: NDArray[np.bool_] = best > self._hypothesis_scores.min(1)
+        can_improve: NDArray[np.bool_] = np.logical_or(~full, better)
+        return can_improve
+
+    def _length_term(self, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return f32: (tokens without the prompt) ** length_penalty."""
+        generated = (lengths - len(self.search.prompt)).astype(np.float64)
+        term: NDArray[np.float32] = np.power(generated, self.search.length_penalty).astype(np.float32)
+        return term
+
+    def results(self, image: int) -> list[Hypothesis]:
+        """Return the num_return_sequences best hypotheses of a closed image, best first."""
+        assert self.closed[image]
+        return [
+            Hypothesis(
+                tuple(self._hypothesis_tokens[image, k, : self._hypothesis_lengths[image, k]].tolist()),
+                float(self._hypothesis_sums[image, k]),
+                float(self._hypothesis_scores[image, k]),
+            )
+            for k in range(self.search.num_return_sequences)
+        ]
+
+    def keep(self, images: NDArray[np.int64]) -> None:
+        """Drop every image but those at `images` i64[B']."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                setattr(self, name, value[images])

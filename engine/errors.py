@@ -1,0 +1,36 @@
+"""Every error the engine raises on purpose; each message says what, which file and what to do, in one line."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of all errors a user can cause or meet; the command line prints it and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(EngineError):
+    """The request itself is wrong: a missing directory, an option out of range, an unknown backend."""
+
+    exit_code = 2
+
+
+class BundleError(EngineError):
+    """A bundle is incomplete, damaged or of another format."""
+
+
+class ImageError(EngineError):
+    """One image cannot be read; `path` names it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class BackendError(EngineError):
+    """A runtime or a provider is missing, or failed."""
+
+
+class OutputError(EngineError):
+    """An output file cannot be written."""

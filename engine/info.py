@@ -1,0 +1,59 @@
+"""What this machine has and what is missing, for `engine info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from typing import Any
+
+from engine import __version__
+from engine.backends.ort import PROVIDERS, available_cores, has_nvidia_driver, import_onnxruntime
+from engine.bundle import Bundle
+from engine.errors import EngineError
+
+PACKAGES = ("numpy", "pillow", "tokenizers", "click", "onnxruntime", "onnxruntime-gpu")
+
+
+def collect_info() -> dict[str, Any]:
+    """Return versions, cores, the state of every backend (`ready`, or what is missing) and of the demo bundle."""
+    return {
+        "engine": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": available_cores(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "backends": _backends(),
+        "demo_bundle": _demo_bundle(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _backends() -> dict[str, str]:
+    try:
+        available = import_onnxruntime("cpu").get_available_providers()
+    except EngineError as error:
+        return {name: str(error) for name in PROVIDERS}
+    states = {}
+    for name, ((provider, _), *_) in PROVIDERS.items():
+        if provider not in available:
+            states[name] = f"missing: this onnxruntime has no {provider}, install the extra [{name}]"
+        elif name != "cpu" and not has_nvidia_driver():
+            states[name] = "missing: no NVIDIA driver (libcuda.so.1) on this machine"
+        else:
+            states[name] = "ready"
+    return states
+
+
+def _demo_bundle() -> str:
+    try:
+        bundle = Bundle.load()
+    except EngineError as error:
+        return str(error)
+    return f"{bundle.digest[:12]} {bundle.precision}, {bundle.model.num_layers} decoder layers"

@@ -1,0 +1,1 @@
+"""Files the engine writes; each appears whole or not at all."""

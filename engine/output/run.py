@@ -1,0 +1,90 @@
+"""Write a run: run.csv (one caption an image) and the n-best JSON lines; knows nothing of how they were made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from engine.captioner import Caption
+
+CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]+")
+"""Control characters and everything some reader takes for a line break."""
+
+
+def check_outputs(outputs: Mapping[str, Path], kept: Iterable[Path]) -> None:
+    """Refuse, before any work is spent, output files {option: path} that cannot be written or would destroy something.
+
+    That is a directory, a device or a pipe, a missing or read-only folder, one of the `kept` files, or a file named
+    twice. Raises UsageError naming the option.
+    """
+    taken = {path.resolve(): f"the input {path}" for path in kept}
+    for option, path in outputs.items():
+        parent = path.resolve().parent
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{option} {path} is a directory, a device or a pipe: name a file")
+        if not parent.is_dir():
+            raise UsageError(f"{option} {path}: {parent} does not exist, create it first")
+        if not os.access(parent, os.W_OK):
+            raise UsageError(f"{option} {path}: {parent} is not writable")
+        if path.resolve() in taken:
+            raise UsageError(f"{option} {path} would overwrite {taken[path.resolve()]}")
+        taken[path.resolve()] = option
+
+
+def format_row(image_id: str, caption: str) -> str:
+    """Return one line of run.csv: the id bare where it may be, the caption always quoted, on one line."""
+    text = CONTROL.sub(" ", caption).strip().replace('"', '""')
+    if any(character in image_id for character in ',"\r\n'):
+        image_id = '"' + image_id.replace('"', '""') + '"'
+    return f'{image_id},"{text}"\n'
+
+
+def write_run(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Write (id, caption) rows as run.csv: UTF-8, header `ID,Caption`, in the order given."""
+    write_atomically(path, "ID,Caption\n" + "".join(format_row(image_id, caption) for image_id, caption in rows))
+
+
+def write_n_best(path: Path, captions: Iterable[Caption]) -> None:
+    """Write one JSON object a line: id, and its hypotheses with text, raw_text, ids, sum_log_prob and score."""
+    lines = []
+    for caption in captions:
+        hypotheses = [
+            {
+                "text": alternative.text,
+                "raw_text": alternative.raw_text,
+                "ids": list(alternative.ids),
+                "sum_log_prob": alternative.sum_log_prob,
+                "score": alternative.score,
+            }
+            for alternative in caption.alternatives
+        ]
+        lines.append(json.dumps({"id": caption.id, "hypotheses": hypotheses}, ensure_ascii=False) + "\n")
+    write_atomically(path, "".join(lines))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write text as UTF-8 under a temporary name, then replace `path` (a link's target, keeping its permissions).
+
+    File names that are not UTF-8 keep their bytes. Raises OutputError and leaves nothing behind.
+    """
+    target = path.resolve()
+    temporary = target.with_name(f".engine-{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="", errors="surrogateescape") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o777)
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}: nothing was left behind") from error
+    finally:
+        temporary.unlink(missing_ok=True)

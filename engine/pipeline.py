@@ -1,0 +1,96 @@
+"""From a directory of images to run.csv: the one file to read, top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.captioner import Captioner
+from engine.images import find_images, order_by_manifest
+from engine.output.record import RunRecord
+from engine.output.run import check_outputs
+from engine.signature import run_signature
+
+Progress = Callable[[int], AbstractContextManager[Callable[[], object]]]
+"""Given the number of images, a context whose value is called after each."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as it was asked for: `options` holds only what the caller gave (see Bundle.options)."""
+
+    directory: Path
+    out: Path
+    bundle: Path | None = None
+    backend: str = "auto"
+    threads: int | None = None
+    rows: int | None = None
+    manifest: Path | None = None
+    n_best_out: Path | None = None
+    raw_text: bool = False
+    allow_missing: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run went. `empty` counts captions without a word; `seconds` is captioning alone, without loading."""
+
+    images: int
+    captions: int
+    unreadable: int
+    empty: int
+    seconds: float
+    images_per_s: float
+    out: str
+    signature: str
+
+
+def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progress) -> Summary:
+    """Caption every image of a directory into `job.out`; nothing is written unless the whole run succeeds.
+
+    `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
+    """
+    found = find_images(job.directory)
+    images = order_by_manifest(found.images, job.manifest) if job.manifest else found.images
+    _check_outputs(job, [image.path for image in found.images])
+    if found.ignored:
+        say(f"{len(found.ignored)} other entries of {job.directory} are left aside")
+
+    captioner = Captioner.load(job.bundle, backend=job.backend, threads=job.threads)
+    options = captioner.bundle.options(**job.options)
+    if job.backend == "auto":
+        say(f"backend: {captioner.backend.name}")
+
+    record = RunRecord(images)  # the journal's place
+    captions = captioner.caption(images, options, rows=job.rows, on_error=record.fail)
+    start = time.perf_counter()
+    with progress(len(images)) as advance:
+        for caption in captions:
+            record.add(caption)
+            advance()
+    seconds = time.perf_counter() - start
+
+    for failure in record.failures:
+        say(f"unreadable: {failure}")
+    record.check_complete(allow_missing=job.allow_missing)
+    record.write(job.out, job.n_best_out, raw_text=job.raw_text)
+    return Summary(
+        images=len(images),
+        captions=len(record.captions),
+        unreadable=len(record.failures),
+        empty=sum(not caption.text for caption in record.captions.values()),
+        seconds=seconds,
+        images_per_s=len(record.captions) / seconds,
+        out=str(job.out),
+        signature=run_signature(captioner.bundle, captioner.backend.name, options),
+    )
+
+
+def _check_outputs(job: Job, inputs: list[Path]) -> None:
+    outputs = {"--out": job.out} | ({"--n-best-out": job.n_best_out} if job.n_best_out else {})
+    check_outputs(outputs, inputs + ([job.manifest] if job.manifest else []))
