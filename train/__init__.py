@@ -1,0 +1,1 @@
+"""Fine-tuning and checkpoint surgery, in torch; knows nothing of bundles, ONNX or the engine."""

@@ -1,0 +1,202 @@
+"""Cut captioned slices out of atlas-registered MRI volumes; knows nothing of models.
+
+A caption states only what is known by construction: the plane (geometry), the modality and whether the
+skull is there (the volume's documentation), the regions (the AAL atlas in the same space) and, in sagittal
+slices, whether the midline is near (the x coordinate). Never a diagnosis, a sex, an age or a lesion; and never left
+or right, which a sagittal slice of a symmetric brain does not show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+PLANES = ("sagittal", "coronal", "axial")
+"""Names of the slices orthogonal to the first, second and third axis of a RAS+ volume."""
+
+REGIONS = (
+    # (name in the caption, prefixes of the AAL names); earlier ones are named first: small and telling
+    # structures before gyri, gyri before lobes.
+    ("amygdala", ("Amygdala",)),
+    ("hippocampus", ("Hippocampus",)),
+    ("thalamus", ("Thalamus",)),
+    ("globus pallidus", ("Pallidum",)),
+    ("caudate nucleus", ("Caudate",)),
+    ("putamen", ("Putamen",)),
+    ("Heschl gyrus", ("Heschl",)),
+    ("insula", ("Insula",)),
+    ("cerebellar vermis", ("Vermis",)),
+    ("parahippocampal cortex", ("ParaHippocampal",)),
+    ("cingulate cortex", ("Cingulum",)),
+    ("fusiform cortex", ("Fusiform",)),
+    ("lingual cortex", ("Lingual",)),
+    ("calcarine cortex", ("Calcarine",)),
+    ("cuneus", ("Cuneus",)),
+    ("paracentral lobule", ("Paracentral",)),
+    ("precuneus", ("Precuneus",)),
+    ("supplementary motor area", ("Supp_Motor",)),
+    ("precentral cortex", ("Precentral",)),
+    ("postcentral cortex", ("Postcentral",)),
+    ("cerebellum", ("Cerebelum",)),
+    ("occipital lobe", ("Occipital",)),
+    ("parietal lobe", ("Parietal", "Angular", "SupraMarginal")),
+    ("temporal lobe", ("Temporal",)),
+    ("frontal lobe", ("Frontal", "Rectus", "Olfactory", "Rolandic")),
+)
+MAX_REGIONS = 4
+MIN_AREA_MM2 = 60.0
+"""A region smaller than this in the slice is not named."""
+MIDLINE_MM = 6.0
+"""Sagittal slices within this distance of x = 0 are 'near the midline', the others 'off the midline'."""
+MIN_COVERAGE = 0.06
+"""Share of the slice that must be brighter than background for the slice to be kept."""
+WITHHOLD_ONE_IN = 5
+"""This share of the test volume's captions never occurs in training, to see what the model composes itself."""
+
+HEAD = "T1-weighted MR image of the head"
+BRAIN = "skull-stripped T1-weighted MR image of the brain"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One volume and how to cut it: every `every`-th slice of each variant, the first variant untouched."""
+
+    volume: str
+    file: str
+    subject: str
+    split: str
+    variants: int = 1
+    every: int = 1
+
+
+SOURCES = (
+    Source("colin27", "ch2.nii.gz", HEAD, "train", variants=4, every=2),
+    Source("colin27bet", "ch2bet.nii.gz", BRAIN, "train", variants=6, every=2),
+    Source("icbm09c", "mni_icbm152_t1_tal_nlin_asym_09c_brain.nii.gz", BRAIN, "valid", every=4),
+    Source("icbm09a", "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz", BRAIN, "test"),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image file with its caption and where it comes from."""
+
+    image: str
+    caption: str
+    split: str
+    volume: str
+    plane: str
+
+
+def compose_caption(plane: str, subject: str, areas_mm2: dict[str, float], x_mm: float | None) -> str | None:
+    """Return the caption of a slice, or None when no region is large enough to be named.
+
+    `areas_mm2` maps AAL names to areas; `x_mm` is the slice's position for sagittal slices, else None.
+    """
+    grouped: Counter[str] = Counter()
+    for label, area in areas_mm2.items():
+        for region, prefixes in REGIONS:
+            if label.startswith(prefixes):
+                grouped[region] += area
+                break
+    named = [region for region, _ in REGIONS if grouped[region] >= MIN_AREA_MM2][:MAX_REGIONS]
+    if not named:
+        return None
+    listed = ", ".join(named[:-1]) + " and " + named[-1] if len(named) > 1 else named[0]
+    side = ""
+    if x_mm is not None:
+        side = " near the midline" if abs(x_mm) <= MIDLINE_MM else ""
+        side = side or " off the midline"
+    return f"{plane.capitalize()} {subject}{side}, showing the {listed}."
+
+
+def write_pairs(assets: dict[str, Path], out: Path, size: int = 256) -> list[Pair]:
+    """Write JPEGs with a longer side of `size` px and pairs.jsonl into `out`; return the pairs."""
+    out.mkdir(parents=True, exist_ok=True)
+    atlas = nibabel.as_closest_canonical(nibabel.load(assets["aal.nii.gz"]))
+    rows = (line.split() for line in assets["aal.nii.txt"].read_text().splitlines() if line.strip())
+    names = {int(row[0]): row[1] for row in rows}
+    pairs = []
+    for source in SOURCES:
+        volume = nibabel.as_closest_canonical(nibabel.load(assets[source.file]))
+        for variant in range(source.variants):
+            for pair, pixels in _slices(source, variant, volume, atlas, names):
+                picture = Image.fromarray(pixels)
+                scale = size / max(picture.size)
+                shape = (round(picture.width * scale), round(picture.height * scale))
+                picture.resize(shape, Image.Resampling.BICUBIC).save(out / pair.image, quality=92)
+                pairs.append(pair)
+    withheld = {pair.caption for pair in pairs if pair.split == "test" and _is_withheld(pair.caption)}
+    pairs = [pair for pair in pairs if pair.split != "train" or pair.caption not in withheld]
+    (out / "pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
+    return pairs
+
+
+def _is_withheld(caption: str) -> bool:
+    """Choose one caption in WITHHOLD_ONE_IN by its hash: those of the test volume are kept out of training."""
+    return int(hashlib.sha256(caption.encode()).hexdigest(), 16) % WITHHOLD_ONE_IN == 0
+
+
+def read_pairs(directory: Path) -> list[Pair]:
+    """Read what `write_pairs` wrote."""
+    return [Pair(**json.loads(line)) for line in (directory / "pairs.jsonl").read_text().splitlines()]
+
+
+def _slices(source, variant, volume, atlas, names) -> Iterator[tuple[Pair, np.ndarray]]:
+    """Yield pairs with pixels u8[H,W] for one variant: tilted, blurred and with another contrast after the first."""
+    voxels = np.asanyarray(volume.dataobj).astype(np.float32)
+    rng = np.random.default_rng([variant, *source.volume.encode()])
+    tilt = np.eye(4)
+    gamma = 1.0
+    if variant:
+        tilt = _tilt_about_centre(rng.uniform(-12, 12, 3), voxels.shape)
+        voxels = ndimage.gaussian_filter(voxels, rng.uniform(0.0, 1.4))
+        voxels = ndimage.affine_transform(voxels, tilt, order=1)
+        gamma = rng.uniform(0.75, 1.3)
+    to_atlas = np.linalg.inv(atlas.affine) @ volume.affine @ tilt
+    labels = ndimage.affine_transform(
+        np.asanyarray(atlas.dataobj).astype(np.int16), to_atlas, output_shape=voxels.shape, order=0
+    )
+    bright = np.percentile(voxels[voxels > 0], 99.7)
+    for axis, plane in enumerate(PLANES):
+        spacing = np.abs(np.diag(volume.affine)[:3])
+        pixel_mm2 = float(np.prod(spacing) / spacing[axis])
+        for index in range(variant % source.every, voxels.shape[axis], source.every):
+            cut = np.take(voxels, index, axis)
+            if (cut > 0.15 * bright).mean() < MIN_COVERAGE:
+                continue
+            ids, counts = np.unique(np.take(labels, index, axis), return_counts=True)
+            areas = {names[int(i)]: n * pixel_mm2 for i, n in zip(ids, counts, strict=True) if i > 0}
+            x_mm = float(volume.affine[0, 3] + volume.affine[0, 0] * index) if axis == 0 else None
+            caption = compose_caption(plane, source.subject, areas, x_mm)
+            if caption is None:
+                continue
+            pixels = (np.clip(cut / bright, 0, 1) ** gamma * 255).astype(np.uint8)
+            suffix = f"_v{variant}" if variant else ""
+            name = f"{source.volume}_{plane}_{index:03d}{suffix}.jpg"
+            yield Pair(name, caption, source.split, source.volume, plane), np.rot90(pixels)
+
+
+def _tilt_about_centre(degrees: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the 4x4 voxel transform that rotates by `degrees` about x, y, z and zooms by 0.92 to 1.08."""
+    rotation = np.eye(3)
+    for axis, angle in enumerate(np.deg2rad(degrees)):
+        turn = np.eye(3)
+        first, second = [i for i in range(3) if i != axis]
+        turn[first, first] = turn[second, second] = np.cos(angle)
+        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
+        rotation = rotation @ turn
+    rotation *= 1.0 + 0.08 * np.sin(degrees.sum())
+    centre = (np.array(shape) - 1) / 2
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = rotation, centre - rotation @ centre
+    return matrix
