@@ -1,0 +1,186 @@
+"""The three graphs of a bundle as torch modules that reuse a checkpoint's own weights under their own names.
+
+Shape letters are those of engine/backends/base.py. Parameters stay exactly as they are in the checkpoint (packing and
+transposing happens in the graph, and runtimes fold it at load), so a graph's initialisers are the checkpoint's
+tensors, tied ones once. Reference: transformers 4.57, models/blip/modeling_blip.py and modeling_blip_text.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import BlipConfig, BlipForConditionalGeneration, PreTrainedModel
+
+MASKED = -1e4
+"""Added to attention scores outside a beam's own past; exp(MASKED) is 0, and float16 holds it."""
+
+
+class Graph(PreTrainedModel):
+    """Base of the exported modules: optimum wants a PreTrainedModel with a config."""
+
+    config_class = BlipConfig
+
+    def __init__(self, blip: BlipForConditionalGeneration) -> None:
+        super().__init__(blip.config)
+        self.vision_model, self.text_decoder = blip.vision_model, blip.text_decoder
+        self.heads = blip.config.text_config.num_attention_heads
+        self.width = blip.config.text_config.hidden_size // self.heads
+
+
+class Encoder(Graph):
+    """Pixels to the cross-attention keys and values of every decoder layer, once an image."""
+
+    def __init__(self, blip: BlipForConditionalGeneration, rescale: float, mean: list[float], std: list[float]) -> None:
+        """`rescale`, `mean` and `std` are the image processor's: (x * rescale - mean) / std."""
+        super().__init__(blip)
+        self.rescale = rescale
+        self.register_buffer("image_mean", torch.tensor(mean))
+        self.register_buffer("image_std", torch.tensor(std))
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """pixel_values u8[B,height,width,3] -> for each layer keys and values f32[B,H,S,d]."""
+        pixels = (pixel_values.float() * self.rescale - self.image_mean) / self.image_std
+        encoded = self._vision(pixels.permute(0, 3, 1, 2))
+        batch = pixel_values.shape[0]
+        layers = self.text_decoder.bert.encoder.layer
+        projections = (p for layer in layers for p in (layer.crossattention.self.key, layer.crossattention.self.value))
+        return tuple(
+            project(encoded).view(batch, -1, self.heads, self.width).transpose(1, 2) for project in projections
+        )
+
+    def _vision(self, pixels: Tensor) -> Tensor:
+        """BlipVisionModel.forward with a packed, mask-free attention; returns f32[B,S,D]."""
+        vision, batch = self.vision_model, pixels.shape[0]
+        embeddings = vision.embeddings
+        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        classes = embeddings.class_embedding.expand(batch, -1, -1)
+        x = torch.cat([classes, patches], 1) + embeddings.position_embedding
+        for layer in vision.encoder.layers:
+            attention = layer.self_attn
+            qkv = attention.qkv(layer.layer_norm1(x)).view(batch, -1, 3, attention.num_heads, attention.head_dim)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            weights = torch.softmax((q * attention.scale) @ k.transpose(-1, -2), -1)
+            mixed = (weights @ v).transpose(1, 2).reshape(batch, -1, attention.embed_dim)
+            x = x + attention.projection(mixed)
+            x = x + layer.mlp(layer.layer_norm2(x))
+        return vision.post_layernorm(x)
+
+
+class DecoderStep(Graph):
+    """One step of the text decoder: T tokens an image, attention over a tree-shaped cache, selection of candidates."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        scores: Tensor,
+        banned_ids: Tensor,
+        ancestry: Tensor,
+        num_candidates: Tensor,
+        cross: list[Tensor],
+        settled: list[Tensor],
+        recent: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Inputs as engine.backends.base.StepInputs has them, num_candidates i64[1]; cross f32[B,H,S,d], settled
+        f32[B,H,F,d] and recent f32[B,H,R,d] each hold keys and values alternately, layer by layer.
+
+        Returns candidate_scores f32[B,C], candidate_ids i64[B,C] and the recent cache extended to f32[B,H,R+T,d].
+        """
+        batch = input_ids.shape[0]
+        bert = self.text_decoder.bert
+        embeddings = bert.embeddings
+        x = embeddings.word_embeddings(input_ids) + embeddings.position_embeddings(positions)
+        x = embeddings.LayerNorm(x)
+        bias = torch.where(ancestry, 0.0, MASKED)[:, None]
+        extended: list[Tensor] = []
+        for i, layer in enumerate(bert.encoder.layer):
+            pair = slice(2 * i, 2 * i + 2)
+            x, grown = self._self_attention(layer.attention, x, bias, settled[pair], recent[pair], batch)
+            extended += grown
+            x = self._cross_attention(layer.crossattention, x, cross[pair], batch)
+            x = layer.output(layer.intermediate(x), x)
+        logits = self.text_decoder.cls(x)
+        return (*self._select(logits, scores, banned_ids, num_candidates), *extended)
+
+    def _split_heads(self, x: Tensor, batch: Tensor) -> Tensor:
+        """f32[B,T,D] -> f32[B,H,T,d]."""
+        return x.view(batch, -1, self.heads, self.width).transpose(1, 2)
+
+    def _self_attention(self, attention, x, bias, settled, recent, batch):
+        """Attend over settled, recent and fed positions; `bias` f32[B,1,T,F+R+T] hides what is not a row's past."""
+        parts = (attention.self.query, attention.self.key, attention.self.value)
+        packed = nn.functional.linear(x, torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
+        q, k, v = (self._split_heads(part, batch) for part in packed.chunk(3, -1))
+        k, v = torch.cat([recent[0], k], 2), torch.cat([recent[1], v], 2)
+        q = q * (1 / math.sqrt(self.width))
+        weights = torch.cat([q @ settled[0].transpose(-1, -2), q @ k.transpose(-1, -2)], -1)
+        weights = torch.softmax(weights + bias, -1)
+        split = settled[0].shape[2]
+        mixed = weights[..., :split] @ settled[1] + weights[..., split:] @ v
+        mixed = mixed.transpose(1, 2).reshape(batch, -1, self.heads * self.width)
+        return attention.output(mixed, x), [k, v]
+
+    def _cross_attention(self, attention, x, cross, batch):
+        """Attend over the image; its keys and values are shared by its rows, which ride on the query axis."""
+        q = self._split_heads(attention.self.query(x), batch) * (1 / math.sqrt(self.width))
+        weights = torch.softmax(q @ cross[0].transpose(-1, -2), -1)
+        mixed = (weights @ cross[1]).transpose(1, 2).reshape(batch, -1, self.heads * self.width)
+        return attention.output(mixed, x)
+
+    @staticmethod
+    def _select(logits: Tensor, scores: Tensor, banned_ids: Tensor, num_candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Best continuations over the rows of each image: log_softmax, bans, + running scores, top C.
+
+        Unused ban slots repeat an id with a penalty of -inf, or (rows without bans) hit id 0 with a penalty of 0, so
+        all writes to one place agree. The top C of each row are taken first: the best C over all rows are among them.
+        """
+        log_probs = torch.log_softmax(logits.float(), -1)
+        index = banned_ids.clamp(min=0)
+        penalty = torch.where(banned_ids < 0, 0.0, float("-inf"))
+        log_probs = log_probs.scatter(2, index, log_probs.gather(2, index) + penalty)
+        row_scores, row_ids = TopK.apply(log_probs, num_candidates)
+        totals = (row_scores + scores[:, :, None]).flatten(1)
+        best_scores, best = TopK.apply(totals, num_candidates)
+        row = torch.div(best, num_candidates, rounding_mode="trunc")
+        return best_scores, row * logits.shape[-1] + row_ids.flatten(1).gather(1, best)
+
+
+class TopK(torch.autograd.Function):
+    """torch.topk over the last axis whose count is a tensor i64[1], so that one graph serves every number of beams."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        return torch.topk(x, int(count))
+
+    @staticmethod
+    def symbolic(g, x, count):
+        return g.op("TopK", x, count, axis_i=-1, outputs=2)
+
+
+class Regroup(Graph):
+    """Keep, drop and move rows of every cache; no weights."""
+
+    def forward(
+        self,
+        images: Tensor,
+        columns: Tensor,
+        cross_images: Tensor,
+        cross: list[Tensor],
+        settled: list[Tensor],
+        recent: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """images i64[B'], columns i64[B',F'] into settled then recent positions, cross_images i64[N] (may be empty).
+
+        Returns the settled caches f32[B',H,F',d], then the cross caches f32[N,H,S,d].
+        """
+        positions = settled[0].shape[2] + recent[0].shape[2]
+        heads = torch.arange(self.heads)
+        flat = (images[:, None, None] * self.heads + heads[None, :, None]) * positions + columns[:, None, :]
+        outputs = []
+        for old, new in zip(settled, recent, strict=True):
+            rows = torch.cat([old, new], 2).reshape(-1, self.width)
+            outputs.append(nn.functional.embedding(flat, rows))
+        outputs += [part.index_select(0, cross_images) for part in cross]
+        return tuple(outputs)

@@ -1,0 +1,216 @@
+"""Does the bundle say what Hugging Face says? Captions the same pictures both ways and explains every difference.
+
+    python -m export.parity --checkpoint DIR --bundle DIR --images DIR --beams 1,3,4,5,10 --out parity.json
+
+Two correct float32 programs can differ where two candidates score the same to the last digits. So a mismatch is
+traced: both decode the picture again, step by step, and the scores at the first divergence say whether it is a tie or
+real. A real one makes the exit code 1, and so do another text for the same ids and a score that is off.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+from PIL import Image
+
+from engine.captioner import Captioner
+from engine.errors import EngineError, ImageError
+from engine.images import decode_image, find_images, read_image
+from engine.options import DecodeOptions
+from engine.output.run import check_outputs, write_atomically
+from export.bundle import checkpoint_sha256, golden_pictures
+from export.reference import Reference, ReferenceCaption, TorchBackend
+from export.trace import TIE_ABSOLUTE, TIE_RELATIVE, Trace, find_divergence
+from train.model import CheckpointError
+
+SCORE_TOLERANCE = 1e-4
+"""Largest accepted difference of a score, relative where the score is beyond -1."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One picture whose ids differ: at which step the candidates first differ, by what gap, and the verdict."""
+
+    image: str
+    ours: list[int]
+    theirs: list[int]
+    step: int
+    gap: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class SettingReport:
+    """All pictures under one setting."""
+
+    options: dict
+    images: int
+    identical: int
+    identical_text: int
+    max_score_difference: float
+    mismatches: list[Mismatch]
+
+    @property
+    def real(self) -> int:
+        return sum(mismatch.verdict == "real" for mismatch in self.mismatches)
+
+    @property
+    def passed(self) -> bool:
+        """No real mismatch, the same text for the same ids, and scores within tolerance."""
+        same_text = self.identical_text >= self.identical
+        return not self.real and same_text and self.max_score_difference <= SCORE_TOLERANCE
+
+
+def compare_setting(
+    reference: Reference,
+    captioner: Captioner,
+    pictures: dict[str, Image.Image],
+    options: DecodeOptions,
+    batch_size: int,
+) -> SettingReport:
+    """Caption {name: RGB picture} both ways under one setting."""
+    names = list(pictures)
+    theirs: list[ReferenceCaption] = []
+    for i in range(0, len(names), batch_size):
+        pixel_values = reference.pixels([pictures[name] for name in names[i : i + batch_size]])
+        theirs += [best for best, *_ in reference.generate(pixel_values, options)]
+    ours = list(captioner.caption(pictures.values(), options))
+    same_text, differences, mismatches = 0, [0.0], []
+    for name, mine, expected in zip(names, ours, theirs, strict=True):
+        if mine.ids == expected.ids:
+            same_text += mine.raw_text == reference.tokenizer.decode(expected.ids, skip_special_tokens=True)
+            if expected.score is not None:
+                differences.append(abs(mine.score - expected.score) / max(1.0, abs(expected.score)))
+            continue
+        mismatches.append(_explain(reference, captioner, name, pictures[name], options, mine.ids, expected.ids))
+    return SettingReport(
+        options={key: value for key, value in asdict(options).items() if value is not None},
+        images=len(names),
+        identical=len(names) - len(mismatches),
+        identical_text=same_text,
+        max_score_difference=max(differences),
+        mismatches=mismatches,
+    )
+
+
+def _explain(
+    reference: Reference,
+    captioner: Captioner,
+    name: str,
+    picture: Image.Image,
+    options: DecodeOptions,
+    ours: tuple[int, ...],
+    theirs: tuple[int, ...],
+) -> Mismatch:
+    """Trace both sides; what the traces do not explain as a tie, or do not end in as well, is real."""
+    spec, search, backend = captioner.bundle.image, captioner.search(options), TorchBackend(reference)
+    pixels = read_image(picture, spec.height, spec.width, spec.resample)
+
+    def score(ids: tuple[int, ...]) -> float:
+        prefixes = [ids[:i] for i in range(len(search.prompt), len(ids))]
+        return float(
+            sum(row[i] for row, i in zip(backend.log_probs(pixels, prefixes), ids[-len(prefixes) :], strict=True))
+        )
+
+    my_trace, their_trace = Trace(captioner.backend, search, pixels), Trace(backend, search, pixels)
+    divergence = find_divergence(my_trace, their_trace, score)
+    is_tie = divergence.is_tie and their_trace.ids == theirs and my_trace.ids == ours
+    return Mismatch(name, list(ours), list(theirs), divergence.step, divergence.gap, "tie" if is_tie else "real")
+
+
+def load_pictures(directory: Path | None, size: int, limit: int | None) -> dict[str, Image.Image]:
+    """Return {name: RGB picture} of a directory, or the synthetic golden pictures without one."""
+    if directory is None:
+        return {f"synthetic {i}": Image.fromarray(picture) for i, picture in enumerate(golden_pictures(size))}
+    pictures, failures = {}, []
+    for image in find_images(directory).images[:limit]:
+        try:
+            pictures[image.path.name] = decode_image(image.path)
+        except ImageError as error:
+            failures.append(str(error))
+    if failures:
+        raise EngineError(f"{len(failures)} images cannot be read: {'; '.join(failures)}")
+    return pictures
+
+
+def _check_same_shape(reference: Reference, captioner: Captioner) -> None:
+    text, model = reference.model.config.text_config, captioner.bundle.model
+    sizes = {"layers": (text.num_hidden_layers, model.num_layers), "vocabulary": (text.vocab_size, model.vocab_size)}
+    sizes["image size"] = (reference.model.config.vision_config.image_size, captioner.bundle.image.height)
+    for name, (theirs, ours) in sizes.items():
+        if theirs != ours:
+            raise CheckpointError(
+                f"{captioner.bundle.path} is of another model: {name} {ours}, the checkpoint's {theirs}"
+            )
+
+
+def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a list of numbers like 1,3,4") from error
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True)
+@click.option("--bundle", type=click.Path(path_type=Path), required=True)
+@click.option("--images", type=click.Path(path_type=Path), help="Directory of pictures; synthetic ones when absent.")
+@click.option("--limit", type=click.IntRange(1), help="Use only the first N pictures.")
+@click.option("--beams", callback=_numbers, default="1,3,4,5,10", show_default=True)
+@click.option("--no-repeat-ngram", callback=_numbers, default="0,3", show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), help="The bundle's own limit when absent.")
+@click.option("--prompt", help="Text every caption starts with.")
+@click.option("--image-size", type=click.IntRange(1), help="As given to `python -m export`.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Pictures a generate call.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON report to write.")
+def main(
+    checkpoint, bundle, images, limit, beams, no_repeat_ngram, max_new_tokens, prompt, image_size, batch_size, out
+) -> None:
+    """Compare a bundle with Hugging Face generate, id for id."""
+    try:
+        check_outputs({"--out": out}, [])
+        reference = Reference.load(checkpoint, image_size)
+        captioner = Captioner.load(bundle, backend="cpu")
+        if captioner.bundle.checkpoint["sha256"] != checkpoint_sha256(checkpoint):
+            click.echo(f"note: {bundle} was exported from other weights files than {checkpoint} holds", err=True)
+        _check_same_shape(reference, captioner)
+        pictures = load_pictures(images, captioner.bundle.image.height, limit)
+        base = captioner.bundle.options(prompt=prompt, max_new_tokens=max_new_tokens)
+        reports = []
+        for count in beams:
+            for size in no_repeat_ngram:
+                options = replace(base, num_beams=count, no_repeat_ngram_size=size)
+                report = compare_setting(reference, captioner, pictures, options, batch_size)
+                reports.append(report)
+                click.echo(
+                    f"beams {count:2}, no-repeat {size}: {report.identical}/{report.images} identical, "
+                    f"{len(report.mismatches) - report.real} ties, {report.real} real, "
+                    f"{report.identical_text}/{report.identical} same text, "
+                    f"largest score difference {report.max_score_difference:.1e}"
+                )
+    except (CheckpointError, EngineError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(getattr(error, "exit_code", 1))
+    passed = all(report.passed for report in reports)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")}
+    document = {
+        "checkpoint": str(checkpoint),
+        "bundle": captioner.bundle.digest,
+        "versions": versions,
+        "tie_gap": {"absolute": TIE_ABSOLUTE, "relative": TIE_RELATIVE},
+        "settings": [asdict(report) for report in reports],
+        "real_mismatches": sum(report.real for report in reports),
+        "passed": passed,
+    }
+    write_atomically(out, json.dumps(document, indent=1) + "\n")
+    click.echo(f"{'pass' if passed else 'FAIL'}: {document['real_mismatches']} real mismatches -> {out}")
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What Hugging Face says: the reference side of golden recordings, parity reports, tests and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
+
+from engine.backends.prefix import PrefixBackend
+from engine.options import DecodeOptions
+from train.model import CheckpointError, load_checkpoint
+
+
+@dataclass(frozen=True)
+class ReferenceCaption:
+    """One sequence `generate` returned: ids cut after the first end token, and its score (None when greedy)."""
+
+    ids: tuple[int, ...]
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint as Hugging Face runs it: model (eval, float32), slow image processor and fast tokenizer."""
+
+    model: BlipForConditionalGeneration
+    image_processor: BlipImageProcessor
+    tokenizer: PreTrainedTokenizerFast
+
+    @classmethod
+    def load(cls, checkpoint: Path, image_size: int | None = None) -> Reference:
+        """Load a checkpoint directory; raise CheckpointError where load_checkpoint would, or without a tokenizer."""
+        model = load_checkpoint(checkpoint, image_size)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, use_fast=True)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{checkpoint} has no usable tokenizer ({reason}): add tokenizer.json") from error
+        if (checkpoint / "preprocessor_config.json").is_file():
+            processor = BlipImageProcessor.from_pretrained(checkpoint, local_files_only=True)
+        else:
+            processor = BlipImageProcessor()
+        size = model.config.vision_config.image_size
+        processor.size = {"height": size, "width": size}
+        for name in ("image_mean", "image_std"):
+            value = getattr(processor, name)
+            setattr(processor, name, [float(value)] * 3 if isinstance(value, int | float) else list(value))
+        return cls(model, processor, tokenizer)
+
+    def pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """Return what the processor makes of RGB pictures: f32[B,3,height,width]."""
+        return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+    def prompt_ids(self, prompt: str | None) -> torch.Tensor | None:
+        """Return the processor's ids of a prompt, i64[1,P+1] with [CLS] and [SEP], or None without one."""
+        if not prompt:
+            return None
+        return self.tokenizer(prompt, padding=False, truncation=False, return_tensors="pt")["input_ids"]
+
+    def generate(self, pixel_values: torch.Tensor, options: DecodeOptions) -> list[list[ReferenceCaption]]:
+        """Caption f32[B,3,height,width]: num_return_sequences captions an image, best first."""
+        images, count = len(pixel_values), options.num_return_sequences
+        prompt = self.prompt_ids(options.prompt)
+        with torch.inference_mode():
+            output = self.model.generate(
+                pixel_values=pixel_values,
+                # generate writes into the ids it is given
+                input_ids=None if prompt is None else prompt.repeat(images, 1).clone(),
+                return_dict_in_generate=True,
+                output_scores=options.num_beams > 1,
+                **generate_arguments(options),
+            )
+        prompt_length = 1 if prompt is None else prompt.shape[1] - 1
+        eos = self.model.config.text_config.sep_token_id
+        scores = output.sequences_scores.tolist() if options.num_beams > 1 else [None] * images
+        captions = [
+            ReferenceCaption(_cut(ids, eos, prompt_length), score)
+            for ids, score in zip(output.sequences.tolist(), scores, strict=True)
+        ]
+        return [captions[i * count : (i + 1) * count] for i in range(images)]
+
+
+def generate_arguments(options: DecodeOptions) -> dict:
+    """Return generate's keyword arguments; without a longest length none is passed, so generate's default applies."""
+    arguments = {
+        "do_sample": False,
+        "num_beams": options.num_beams,
+        "no_repeat_ngram_size": options.no_repeat_ngram_size,
+        "num_return_sequences": options.num_return_sequences,
+    }
+    if options.num_beams > 1:
+        arguments |= {"length_penalty": options.length_penalty, "early_stopping": options.early_stopping}
+    if options.max_new_tokens is not None:
+        arguments["max_new_tokens"] = options.max_new_tokens
+    elif options.max_length is not None:
+        arguments["max_length"] = options.max_length
+    return arguments | {"min_length": options.min_length, "min_new_tokens": options.min_new_tokens}
+
+
+def _cut(ids: list[int], eos: int, prompt_length: int) -> tuple[int, ...]:
+    """Cut after the first end token: what follows is padding (with eos after beam search, with pad after greedy)."""
+    for i in range(prompt_length, len(ids)):
+        if ids[i] == eos:
+            return tuple(ids[: i + 1])
+    return tuple(ids)
+
+
+class TorchBackend(PrefixBackend):
+    """The decoding core's Backend on Hugging Face's own forward pass, uncached: for tracing a mismatch."""
+
+    name = "torch"
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+
+    def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
+        """Return f32[len(prefixes),V] from an uncached pass over each prefix (all share one length, or are nested)."""
+        model = self._reference.model
+        rows = []
+        with torch.inference_mode():
+            encoded = model.vision_model(self._reference.pixels([Image.fromarray(image)]))[0]
+            for prefix in prefixes:
+                ids = torch.tensor([prefix])
+                logits = model.text_decoder(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), encoder_hidden_states=encoded, use_cache=False
+                ).logits[0, -1]
+                rows.append(torch.log_softmax(logits.float(), -1).numpy())
+        return np.stack(rows)

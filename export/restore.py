@@ -1,0 +1,77 @@
+"""Turn a bundle back into the checkpoint it came from: its graphs hold the checkpoint's tensors under their own names.
+
+    python -m export.restore --bundle engine/assets/demo --out DIR
+
+So a sceptic who has only a bundle can run Hugging Face on the very same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+import onnx
+import torch
+from onnx import numpy_helper
+from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+
+from engine.bundle import MANIFEST, Bundle
+from engine.errors import EngineError
+from export.onnx_graphs import FP16_SUFFIX
+
+
+def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
+    """Write the bundle's weights, config, image processor and tokenizer as a Hugging Face directory; return it."""
+    bundle = Bundle.load(bundle_dir)
+    source = json.loads((bundle_dir / MANIFEST).read_text(encoding="utf-8"))["restore"]
+    model = BlipForConditionalGeneration(BlipConfig.from_dict(source["config"])).eval()
+    weights: dict[str, torch.Tensor] = {}
+    for name in ("encoder", "decoder"):
+        weights |= _graph_weights(bundle_dir / f"{name}.onnx")
+    expected = set(model.state_dict())
+    report = model.load_state_dict({n: w for n, w in weights.items() if n in expected}, strict=False)
+    model.tie_weights()
+    tied = {f"text_decoder.cls.predictions.decoder.{kind}" for kind in ("weight", "bias")}
+    lacking = set(report.missing_keys) - tied
+    if lacking:
+        raise EngineError(f"{bundle_dir} lacks {len(lacking)} weights of its checkpoint ({sorted(lacking)[0]}, ...)")
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    BlipImageProcessor(**source["image_processor"]).save_pretrained(out)
+    BertTokenizerFast(
+        tokenizer_file=str(bundle_dir / "tokenizer.json"),
+        clean_up_tokenization_spaces=bundle.clean_up_tokenization_spaces,
+        **source["tokenizer"],
+    ).save_pretrained(out)
+    return out
+
+
+def _graph_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return a graph's initialisers in float32 by their checkpoint names, equal tensors stored once included."""
+    graph = onnx.load(str(path)).graph
+    weights = {
+        tensor.name.removesuffix(FP16_SUFFIX): torch.tensor(numpy_helper.to_array(tensor)).float()
+        for tensor in graph.initializer
+    }
+    for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in weights:
+            weights[node.output[0]] = weights[node.input[0]]
+    return weights
+
+
+@click.command()
+@click.option("--bundle", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(bundle: Path, out: Path) -> None:
+    """Write the checkpoint a bundle was exported from."""
+    try:
+        click.echo(restore_checkpoint(bundle, out))
+    except (EngineError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Why two programs captioned one picture differently: their searches side by side, down to the scores that decided.
+
+Both sides run the decoding core, one on the bundle, one on Hugging Face's own uncached forward pass. Knows nothing of
+reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends import Backend, StepInputs
+from engine.backends.prefix import PrefixCache
+from engine.decoding.beam import Search
+from engine.decoding.scheduler import Scheduler
+
+TIE_ABSOLUTE, TIE_RELATIVE = 1e-5, 2e-6
+"""Gap below which two candidates tie: float32 keeps 24 bits (6e-8 relative), and a caption's sum adds some 30 terms
+whose rounding differs between programs; 1e-5 is also the largest score difference seen between correct ones."""
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one picture: the beams that were fed, and the candidates that came back, best first."""
+
+    fed: frozenset[Ids]
+    candidates: list[tuple[Ids, float]]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two searches part, how far apart in score the parting choices are, and whether that is a tie."""
+
+    step: int
+    gap: float
+    is_tie: bool
+
+
+class Trace:
+    """A Backend around another that notes every step of the one picture it decodes."""
+
+    name = "trace"
+
+    def __init__(self, backend: Backend, search: Search, picture: NDArray[np.uint8]) -> None:
+        """Decode `picture` u8[height,width,3]; `steps` and the best caption's `ids` tell how it went."""
+        self.backend = backend
+        self.steps: list[Step] = []
+        self._vocab_size = search.vocab_size
+        ((_, hypotheses),) = Scheduler(self, search).decode(picture[None])
+        self.ids: Ids = hypotheses[0].ids
+
+    def encode(self, pixel_values: NDArray[np.uint8]) -> tuple[object, PrefixCache]:
+        return self.backend.encode(pixel_values), PrefixCache(pixel_values, np.zeros((1, 0), np.int64))
+
+    def step(
+        self, cache: tuple[object, PrefixCache], inputs: StepInputs
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        past = cache[1].feed(inputs)[0]
+        scores, ids = self.backend.step(cache[0], inputs)
+        rows, tokens = np.divmod(ids[0], self._vocab_size)
+        candidates = [(*past[row], int(token)) for row, token in zip(rows, tokens, strict=True)]
+        self.steps.append(Step(frozenset(past), list(zip(candidates, scores[0].tolist(), strict=True))))
+        return scores, ids
+
+    def regroup(self, cache: tuple[object, PrefixCache], images: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        self.backend.regroup(cache[0], images, columns)
+        cache[1].regroup(images, columns)
+
+
+def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float]) -> Divergence:
+    """Compare two traces step by step; `score` gives the reference's summed log-probability of any ids.
+
+    As long as both feed the same beams, every candidate must score the same on both sides and the ranked scores must
+    agree; a difference beyond a tie is real wherever it stands. The first step after which other beams run on (or, if
+    there is none, the first whose candidates are ranked otherwise) is where the captions parted.
+    """
+    swapped: Divergence | None = None
+    for number, (mine, reference) in enumerate(zip(ours.steps, theirs.steps, strict=False)):
+        if mine.fed != reference.fed:
+            previous = number - 1
+            return swapped or Divergence(previous, _choice_gap(ours.steps[number], theirs.steps[number], score), True)
+        gap, scale = _largest_disagreement(mine, reference, score)
+        if gap > TIE_ABSOLUTE + TIE_RELATIVE * scale:
+            return Divergence(number, gap, False)
+        order = [ids for ids, _ in mine.candidates], [ids for ids, _ in reference.candidates]
+        if swapped is None and order[0] != order[1]:
+            swapped = Divergence(number, _order_gap(*order, score), True)
+    if swapped is not None:
+        return swapped
+    gap = abs(score(ours.ids) - score(theirs.ids))
+    return Divergence(min(len(ours.steps), len(theirs.steps)), gap, gap <= TIE_ABSOLUTE)
+
+
+def _largest_disagreement(mine: Step, reference: Step, score: Callable[[Ids], float]) -> tuple[float, float]:
+    """Return the largest score difference of a candidate or a rank, and the size of the scores there."""
+    known = dict(reference.candidates)
+    pairs = [(s, known[ids] if ids in known else score(ids)) for ids, s in mine.candidates]
+    pairs += [(s, r) for (_, s), (_, r) in zip(mine.candidates, reference.candidates, strict=True)]
+    finite = [(abs(s - r), abs(r)) for s, r in pairs if not s == r == -np.inf]
+    return max(finite, default=(0.0, 0.0))
+
+
+def _order_gap(mine: list[Ids], reference: list[Ids], score: Callable[[Ids], float]) -> float:
+    """Return the reference's score difference between the first two candidates that changed places."""
+    first = next((m, r) for m, r in zip(mine, reference, strict=True) if m != r)
+    return abs(score(first[0]) - score(first[1]))
+
+
+def _choice_gap(mine: Step, reference: Step, score: Callable[[Ids], float]) -> float:
+    """Return by how much the beams only one side feeds differ, in the reference's scores."""
+    ours = [score(ids) for ids in mine.fed - reference.fed]
+    theirs = [score(ids) for ids in reference.fed - mine.fed]
+    return max(theirs, default=0.0) - min(ours, default=0.0)
