@@ -1,0 +1,255 @@
+"""The command line as users type it, in a process of its own where that matters."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from engine.bundle import Bundle
+from engine.cli import main
+from tests.tiny import random_pictures
+
+
+@pytest.fixture
+def image_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for i, picture in enumerate(random_pictures(5)):
+        picture.save(directory / f"IMG {i}.png")
+    return directory
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def read_run(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.reader(stream))
+
+
+def test_caption_writes_one_row_an_image_in_name_order(image_dir, tiny_bundle, tmp_path):
+    out = tmp_path / "run.csv"
+    result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--beams", 3, "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = read_run(out)
+    assert rows[0] == ["ID", "Caption"]
+    assert [row[0] for row in rows[1:]] == [f"IMG {i}" for i in range(5)]
+    assert all(row[1] for row in rows[1:])
+
+
+def test_json_summary_is_the_last_line_and_names_everything_that_decided_the_run(image_dir, tiny_bundle, tmp_path):
+    result = run(
+        "caption", "--input", image_dir, "--bundle", tiny_bundle, "--beams", 2, "--out", tmp_path / "r.csv", "--json"
+    )
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["images"] == summary["captions"] == 5
+    for part in ("engine:", "bundle:", "precision:fp32", "backend:cpu", "num_beams:2"):
+        assert part in summary["signature"]
+
+
+def test_n_best_lists_alternatives_best_first(image_dir, tiny_bundle, tmp_path):
+    n_best = tmp_path / "run.jsonl"
+    result = run(
+        *("caption", "--input", image_dir, "--bundle", tiny_bundle, "--beams", 4, "--out", tmp_path / "run.csv"),
+        *("--n-best", 3, "--n-best-out", n_best),
+    )
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in n_best.read_text().splitlines()]
+    captions = dict(read_run(tmp_path / "run.csv")[1:])
+    for record in records:
+        scores = [hypothesis["score"] for hypothesis in record["hypotheses"]]
+        assert len(scores) == 3
+        assert scores == sorted(scores, reverse=True)
+        assert captions[record["id"]] == record["hypotheses"][0]["text"]
+        assert {hypothesis["ids"][0] for hypothesis in record["hypotheses"]} == {Bundle.load(tiny_bundle).tokens.bos}
+
+
+def test_raw_text_is_not_detokenised(image_dir, tiny_bundle, tmp_path):
+    arguments = ("caption", "--input", image_dir, "--bundle", tiny_bundle, "--beams", 2, "--n-best", 1)
+    run(*arguments, "--out", tmp_path / "raw.csv", "--raw-text", "--n-best-out", tmp_path / "raw.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
+    raw = dict(read_run(tmp_path / "raw.csv")[1:])
+    assert raw == {r["id"]: " ".join(r["hypotheses"][0]["raw_text"].split()) for r in records}
+
+
+def test_a_manifest_chooses_and_orders(image_dir, tiny_bundle, tmp_path):
+    manifest = tmp_path / "ids.csv"
+    manifest.write_text("ID\nIMG 3\nIMG 1\n")
+    out = tmp_path / "run.csv"
+    run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", out, "--manifest", manifest)
+    assert [row[0] for row in read_run(out)[1:]] == ["IMG 3", "IMG 1"]
+
+
+def test_prompts_begin_every_caption(image_dir, tiny_bundle, tmp_path):
+    out = tmp_path / "run.csv"
+    run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", out, "--prompt", "a chest x - ray")
+    assert all(row[1].startswith("a chest x-ray") for row in read_run(out)[1:])
+
+
+def test_unreadable_images_are_all_listed_and_nothing_is_written(image_dir, tiny_bundle, tmp_path):
+    (image_dir / "IMG 1.png").write_bytes(b"")
+    (image_dir / "note.jpg").write_text("not an image")
+    whole = (image_dir / "IMG 2.png").read_bytes()
+    (image_dir / "IMG 2.png").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "run.csv"
+    arguments = ("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", out)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    for name in ("IMG 1.png", "IMG 2.png", "note.jpg"):
+        assert name in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
+    assert run(*arguments, "--allow-missing").exit_code == 0
+    captions = dict(read_run(out)[1:])
+    assert [i for i, text in captions.items() if not text] == ["IMG 1", "IMG 2", "note"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "sentence"),
+    [
+        (["--input", "{tmp}/nowhere"], 2, "nowhere is not a directory"),
+        (["--input", "{tmp}/empty"], 2, "holds no images"),
+        (["--beams", "0"], 2, "Invalid value for '--beams': 0 is not in the range"),
+        (["--beams", "four"], 2, "Invalid value for '--beams'"),
+        (["--colour", "red"], 2, "No such option"),
+        (["--beams", "40"], 2, "40 beams are too many for a vocabulary"),
+        (["--backend", "tpu"], 2, "unknown backend 'tpu'"),
+        (["--backend", "cuda"], 1, "needs ONNX Runtime's CUDAExecutionProvider"),
+        (["--rows", "some"], 2, "--rows takes a whole number"),
+        (["--out", "{tmp}/no/run.csv"], 2, "no does not exist, create it first"),
+        (["--out", "{tmp}"], 2, "is a directory, a device or a pipe"),
+        (["--out", "/dev/null"], 2, "is a directory, a device or a pipe"),
+        (["--out", "{tmp}/images/IMG 1.png"], 2, "would overwrite the input"),
+        (["--n-best-out", "{tmp}/run.csv"], 2, "would overwrite --out"),
+        (["--out", "{tmp}/" + "x" * 300], 1, "File name too long"),
+        (["--n-best", "2"], 2, "--n-best needs --n-best-out"),
+        (["--n-best", "9", "--n-best-out", "{tmp}/n"], 2, "at least as many beams"),
+        (["--max-new-tokens", "64"], 2, "set --max-new-tokens"),
+        (["--min-new-tokens", "30"], 2, "mend the two limits"),
+        (["--prompt", "a [SEP]"], 2, "special token"),
+        (["--prompt", "a\udcff"], 2, "no text"),
+        (["--manifest", "{tmp}/absent"], 2, "cannot be read as a list of ids"),
+        (["--bundle", "{tmp}/nowhere"], 1, "is not a bundle"),
+        (["--bundle", "{tmp}/empty"], 1, "has no manifest.json"),
+    ],
+)
+def test_wrong_inputs_get_one_clear_line_and_no_output(
+    arguments, exit_code, sentence, image_dir, tiny_bundle, tmp_path
+):
+    (tmp_path / "empty").mkdir()
+    defaults = {"--input": image_dir, "--bundle": tiny_bundle, "--out": tmp_path / "run.csv"}
+    given = dict(zip(arguments[::2], (a.format(tmp=tmp_path) for a in arguments[1::2]), strict=True))
+    result = run("caption", *(part for pair in (defaults | given).items() for part in pair))
+    assert result.exit_code == exit_code, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line != "backend: cpu"]
+    assert line.startswith("error: ")
+    assert sentence in line
+    assert result.stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "images"]
+
+
+def test_two_images_with_one_id_are_refused(image_dir, tiny_bundle, tmp_path):
+    random_pictures(1)[0].save(image_dir / "IMG 0.jpg")
+    result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
+    assert result.exit_code == 2
+    assert "two images with the id 'IMG 0'" in result.stderr
+
+
+def test_verify_passes_and_fails_with_the_bundle(tiny_bundle):
+    result = run("verify", "--bundle", tiny_bundle)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("ok ") == 4
+
+
+def test_info_says_what_is_missing_and_why():
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["backends"]["cpu"] == "ready"
+    assert facts["backends"]["cuda"] != "ready"
+    assert facts["packages"]["numpy"]
+
+
+def test_a_missing_onnxruntime_is_one_sentence_naming_the_extra(image_dir, tiny_bundle, tmp_path):
+    block = "import sys; sys.modules['onnxruntime'] = None; from engine.cli import main; main()"
+    command = [sys.executable, "-c", block, "caption", "--input", image_dir, "--bundle", tiny_bundle]
+    done = subprocess.run([*command, "--out", tmp_path / "run.csv"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'blip-caption-engine[cpu]'" in done.stderr
+    assert not (tmp_path / "run.csv").exists()
+
+
+def test_the_command_works_from_any_directory(image_dir, tiny_bundle, tmp_path):
+    engine = Path(sys.executable).with_name("engine")
+    command = [
+        engine,
+        "caption",
+        "--input",
+        image_dir.name,
+        "--bundle",
+        tiny_bundle,
+        "--beams",
+        "4",
+        "--out",
+        "run.csv",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert len(read_run(tmp_path / "run.csv")) == 6
+
+
+def test_help_loads_no_heavy_package():
+    """Time is machine-dependent; what decides it is what gets imported."""
+    code = (
+        "import sys; from click.testing import CliRunner; from engine.cli import main;"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0;"
+        "print(sorted(m for m in ('numpy', 'PIL', 'onnxruntime', 'tokenizers') if m in sys.modules))"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == "[]"
+    assert time.perf_counter() - start < 5
+
+
+def test_inputs_and_manifests_are_never_overwritten(image_dir, tiny_bundle, tmp_path):
+    manifest = tmp_path / "ids.csv"
+    manifest.write_text("IMG 1\n")
+    arguments = ("caption", "--input", image_dir, "--bundle", tiny_bundle, "--manifest", manifest)
+    result = run(*arguments, "--out", manifest)
+    assert result.exit_code == 2
+    assert manifest.read_text() == "IMG 1\n"
+
+
+def test_a_run_without_one_readable_image_fails_even_where_some_may_be_missing(tiny_bundle, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    arguments = ("caption", "--input", tmp_path / "images", "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
+    result = run(*arguments, "--allow-missing")
+    assert result.exit_code == 1
+    assert "not one image could be read" in result.stderr
+    assert not (tmp_path / "run.csv").exists()
+
+
+def test_ctrl_c_stops_with_130_and_leaves_nothing(image_dir, tiny_bundle, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.output.run.os.fsync", interrupted)
+    result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
+    assert result.exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_link_keeps_pointing_and_a_file_keeps_its_permissions(image_dir, tiny_bundle, tmp_path):
+    target = tmp_path / "target.csv"
+    target.touch(mode=0o600)
+    (tmp_path / "link.csv").symlink_to(target)
+    run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert len(read_run(target)) == 6
+    assert target.stat().st_mode & 0o777 == 0o600

@@ -1,0 +1,39 @@
+"""Shared fixtures: a tiny checkpoint, its bundle and both ways of running it, made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.backends import open_backend
+from engine.bundle import Bundle
+from engine.captioner import Captioner
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path) -> Path:
+    from export.bundle import export_bundle
+
+    export_bundle(tiny_checkpoint, tiny_checkpoint.parent / "bundle", lambda _: None)
+    return tiny_checkpoint.parent / "bundle"
+
+
+@pytest.fixture(scope="session")
+def tiny_reference(tiny_checkpoint: Path):
+    from export.reference import Reference
+
+    return Reference.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_captioner(tiny_bundle: Path) -> Captioner:
+    bundle = Bundle.load(tiny_bundle)
+    return Captioner(bundle, open_backend(bundle, "cpu", threads=1))

@@ -1,0 +1,61 @@
+"""The embedded demo: Hugging Face on its own weights says the same words, and the words fit the pictures."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine.backends import open_backend
+from engine.bundle import Bundle
+from engine.captioner import Captioner
+from engine.options import DecodeOptions
+from engine.verify import verify
+from export.reference import Reference
+from export.restore import restore_checkpoint
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def demo() -> Captioner:
+    bundle = Bundle.load()
+    return Captioner(bundle, open_backend(bundle, "cpu"))
+
+
+@pytest.fixture(scope="module")
+def captions() -> dict[str, str]:
+    with (EXAMPLES / "captions.csv").open(newline="") as stream:
+        return {row["ID"]: row["Caption"] for row in csv.DictReader(stream)}
+
+
+def test_golden_recordings_replay(demo):
+    assert all(check.passed for check in verify(demo.bundle, demo.backend))
+
+
+def test_every_example_gets_its_plane_and_most_get_most_words(demo, captions):
+    """A floor well under the README's figures, to notice a broken bundle, not to measure one."""
+    paths = sorted((EXAMPLES / "images").iterdir())
+    assert len(paths) == len(captions) == 32
+    overlap = []
+    for caption in demo.caption(paths):
+        expected = captions[caption.id].lower()
+        assert caption.text.split()[0] == expected.split()[0], caption.id
+        overlap.append(len(set(caption.text.split()) & set(expected.split())) / len(set(expected.split())))
+    assert sum(overlap) / len(overlap) > 0.85
+
+
+@pytest.mark.parametrize("options", [DecodeOptions(max_new_tokens=40), None])
+def test_captions_equal_generate_on_the_restored_checkpoint(options, demo, tmp_path_factory):
+    """Greedy, and the bundle's own defaults (4 beams, 3-gram ban)."""
+    reference = Reference.load(restore_checkpoint(demo.bundle.path, tmp_path_factory.mktemp("restored")))
+    paths = sorted((EXAMPLES / "images").iterdir())[::8]
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    theirs = reference.generate(reference.pixels(pictures), options or demo.bundle.options())
+    for mine, (expected, *_) in zip(demo.caption(paths, options), theirs, strict=True):
+        assert mine.ids == expected.ids
+        assert mine.raw_text == reference.tokenizer.decode(expected.ids, skip_special_tokens=True)
+        if expected.score is not None:
+            assert mine.score == pytest.approx(expected.score, abs=1e-4)

@@ -1,0 +1,246 @@
+"""Exports: what goes into the files, and checkpoints that are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import BlipForConditionalGeneration
+
+from engine.bundle import Bundle
+from engine.captioner import Captioner
+from engine.options import DecodeOptions
+from export.__main__ import main
+from export.bundle import export_bundle
+from export.reference import Reference
+from export.restore import restore_checkpoint
+from tests.tiny import make_checkpoint, random_pictures
+from train.model import load_checkpoint, round_to_fp16
+
+
+def export(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_graphs_hold_the_checkpoints_tensors_once_under_their_names(tiny_bundle, tiny_reference):
+    names = {t.name for t in onnx.load(tiny_bundle / "decoder.onnx").graph.initializer}
+    assert "text_decoder.bert.embeddings.word_embeddings.weight" in names
+    assert "text_decoder.cls.predictions.decoder.weight" not in names, "the tied LM head must not be stored again"
+    stored = sum((tiny_bundle / f"{part}.onnx.data").stat().st_size for part in ("encoder", "decoder"))
+    unique = sum(p.numel() for p in tiny_reference.model.parameters()) * 4
+    assert stored < unique * 1.1
+
+
+def test_only_standard_operators(tiny_bundle):
+    for part in ("encoder", "decoder", "regroup"):
+        model = onnx.load(tiny_bundle / f"{part}.onnx")
+        assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+        assert [entry.version for entry in model.opset_import] == [18]
+
+
+def test_weights_that_are_fp16_values_are_stored_as_fp16_without_changing_a_caption(checkpoint_copy, tmp_path):
+    model = BlipForConditionalGeneration.from_pretrained(checkpoint_copy)
+    round_to_fp16(model)
+    model.save_pretrained(checkpoint_copy)
+    bundle = export_bundle(checkpoint_copy, tmp_path / "bundle", lambda _: None)
+    types = {t.data_type for t in onnx.load(bundle.path / "decoder.onnx").graph.initializer if len(t.dims) == 2}
+    assert types == {onnx.TensorProto.FLOAT16}
+    reference, pictures = Reference.load(checkpoint_copy), random_pictures(4)
+    options = DecodeOptions(num_beams=3)
+    theirs = reference.generate(reference.pixels(pictures), options)
+    ours = Captioner.load(bundle.path, backend="cpu").caption(pictures, options)
+    assert [caption.ids for caption in ours] == [best.ids for best, *_ in theirs]
+
+
+def test_a_bundle_turns_back_into_its_checkpoint(tiny_bundle, tiny_reference, tmp_path):
+    restored = load_checkpoint(restore_checkpoint(tiny_bundle, tmp_path / "restored"))
+    for name, tensor in tiny_reference.model.state_dict().items():
+        assert torch.equal(restored.state_dict()[name], tensor), name
+    for part in ("text_config", "vision_config"):
+        ours, theirs = (getattr(model.config, part).to_dict() for model in (restored, tiny_reference.model))
+        differing = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+        assert differing <= {"_name_or_path", "transformers_version", "_attn_implementation_autoset"}
+    assert restored.text_decoder.generation_config.use_cache
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5},
+        {"image_mean": [0.2, 0.3, 0.4], "image_std": 0.5},
+        {"resample": 1},
+    ],
+)
+def test_image_processor_settings_reach_bundle_and_restored_checkpoint(changes, checkpoint_copy, tmp_path):
+    edit_json(checkpoint_copy / "preprocessor_config.json", **changes)
+    bundle = export_bundle(checkpoint_copy, tmp_path / "bundle", lambda _: None)
+    pictures, options = random_pictures(5), DecodeOptions(num_beams=2)
+    ours = [caption.ids for caption in Captioner.load(bundle.path, backend="cpu").caption(pictures, options)]
+    for checkpoint in (checkpoint_copy, restore_checkpoint(bundle.path, tmp_path / "restored")):
+        reference = Reference.load(checkpoint)
+        theirs = reference.generate(reference.pixels(pictures), options)
+        assert ours == [best.ids for best, *_ in theirs]
+
+
+def test_padding_and_truncation_left_in_the_tokenizer_do_not_touch_prompts(checkpoint_copy, tmp_path):
+    tokenizer = Reference.load(checkpoint_copy).tokenizer
+    tokenizer(["a chest"], padding="max_length", truncation=True, max_length=4)
+    tokenizer.save_pretrained(checkpoint_copy)
+    assert json.loads((checkpoint_copy / "tokenizer.json").read_text())["truncation"], "the trap is not set"
+    bundle = export_bundle(checkpoint_copy, tmp_path / "bundle", lambda _: None)
+    ids = Captioner.load(bundle.path, backend="cpu").tokenizer.prompt_ids("a picture of the chest")
+    assert len(ids) == 6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_length": 15},
+        {"length_penalty": -1.0, "num_beams": 3},
+        {"early_stopping": True, "num_beams": 2},
+        {"max_position_embeddings": 30},
+    ],
+)
+def test_a_checkpoints_own_defaults_do_not_stand_in_the_way_of_its_export(settings, tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", text=settings)
+    export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("text", "vision"),
+    [
+        ({"num_attention_heads": 2, "num_hidden_layers": 3}, {"num_hidden_layers": 1}),
+        ({"hidden_size": 40, "num_attention_heads": 5, "hidden_act": "relu"}, {"num_attention_heads": 2}),
+        ({"encoder_hidden_size": 48, "layer_norm_eps": 0.02}, {"hidden_size": 48, "layer_norm_eps": 0.05}),
+        ({"hidden_act": "gelu_new"}, {"hidden_act": "quick_gelu"}),
+    ],
+)
+def test_any_dims_heads_and_eps_are_read_from_the_checkpoint(text, vision, tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", text=text, vision=vision)
+    export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)  # replays its golden recordings
+    bundle = Bundle.load(tmp_path / "bundle")
+    assert bundle.model.num_layers == text.get("num_hidden_layers", 2)
+
+
+def test_generation_defaults_travel_with_the_bundle(checkpoint_copy, tmp_path):
+    config = json.loads((checkpoint_copy / "config.json").read_text())
+    config["text_config"] |= {"max_length": 13, "num_beams": 3, "no_repeat_ngram_size": 2}
+    (checkpoint_copy / "config.json").write_text(json.dumps(config))
+    bundle = export_bundle(checkpoint_copy, tmp_path / "bundle", lambda _: None)
+    assert dict(bundle.generation) == {"max_length": 13, "num_beams": 3, "no_repeat_ngram_size": 2}
+    model, pictures = Reference.load(checkpoint_copy), random_pictures(3)
+    theirs = model.model.generate(pixel_values=model.pixels(pictures))
+    ours = Captioner.load(bundle.path, backend="cpu").caption(pictures)
+    assert [mine.ids for mine in ours] == [cut(expected, bundle) for expected in theirs.tolist()]
+
+
+def cut(ids: list[int], bundle: Bundle) -> tuple[int, ...]:
+    """Cut after the first end token."""
+    end = ids.index(bundle.tokens.eos) + 1 if bundle.tokens.eos in ids else len(ids)
+    return tuple(ids[:end])
+
+
+def test_the_position_table_is_resized_as_hugging_face_interpolates_it(tiny_checkpoint, tmp_path):
+    """16 px images on a 32 px table: the exported graph equals generate(interpolate_pos_encoding=True)."""
+    bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", lambda _: None, image_size=16)
+    reference, pictures = Reference.load(tiny_checkpoint), random_pictures(4)
+    reference.image_processor.size = {"height": 16, "width": 16}
+    ids = reference.model.generate(
+        pixel_values=reference.pixels(pictures), interpolate_pos_encoding=True, num_beams=3, max_new_tokens=10
+    )
+    ours = Captioner.load(tmp_path / "bundle", backend="cpu").caption(
+        pictures, DecodeOptions(num_beams=3, max_new_tokens=10)
+    )
+    assert [mine.ids for mine in ours] == [cut(expected, bundle) for expected in ids.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda d: (d / "config.json").unlink(), "has no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+        (lambda d: edit_json(d / "config.json", model_type="bert"), "is not a BLIP captioning checkpoint"),
+        (
+            lambda d: edit_json(d / "config.json", architectures=["BlipForQuestionAnswering"]),
+            "is not a BLIP captioning checkpoint",
+        ),
+        (
+            lambda d: edit_json(
+                d / "config.json",
+                text_config=json.loads((d / "config.json").read_text())["text_config"] | {"repetition_penalty": 1.5},
+            ),
+            "asks for what the engine does not do (repetition_penalty=1.5)",
+        ),
+        (
+            lambda d: edit_json(
+                d / "config.json",
+                text_config=json.loads((d / "config.json").read_text())["text_config"] | {"is_decoder": False},
+            ),
+            "cannot look at an image",
+        ),
+        (lambda d: edit_json(d / "preprocessor_config.json", do_resize=False), "(do_resize=False)"),
+        (
+            lambda d: edit_json(d / "preprocessor_config.json", size={"shortest_edge": 32}),
+            "BLIP needs a height and a width",
+        ),
+        (lambda d: edit_json(d / "config.json", auto_map={"AutoModel": "evil.py"}), "custom code"),
+        (lambda d: (d / "model.safetensors").unlink(), "no weights"),
+        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pickled weights"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 100), "cannot load"),
+        (
+            lambda d: edit_json(d / "preprocessor_config.json", size={"height": 16, "width": 16}),
+            "pass --image-size 16",
+        ),
+        (
+            lambda d: edit_json(
+                d / "config.json",
+                vision_config=json.loads((d / "config.json").read_text())["vision_config"] | {"image_size": 64},
+            ),
+            "cannot load",
+        ),
+        (lambda d: [(d / n).unlink() for n in ("tokenizer.json", "vocab.txt")], "no usable tokenizer"),
+    ],
+)
+def test_unusable_checkpoints_get_one_clear_error_and_leave_nothing_behind(damage, sentence, checkpoint_copy, tmp_path):
+    damage(checkpoint_copy)
+    result = export("--checkpoint", checkpoint_copy, "--out", tmp_path / "bundle")
+    assert result.exit_code == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.output
+    assert sentence in errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("manifest", [None, '{"name": "my web app"}', '{"format": 1, "files": {}}'])
+def test_a_directory_that_is_more_than_a_bundle_is_not_replaced(manifest, tiny_checkpoint, tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    if manifest:
+        (tmp_path / "manifest.json").write_text(manifest)
+    result = export("--checkpoint", tiny_checkpoint, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "exists and is more than a bundle" in result.stderr
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_an_earlier_bundle_is_replaced(tiny_checkpoint, tiny_bundle, tmp_path):
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (tmp_path / "bundle" / "golden.npz").write_bytes(b"damaged")
+    assert export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle").exit_code == 0
+    Bundle.load(tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -1,0 +1,93 @@
+"""The top rung: ids and scores of Hugging Face `generate`, over the whole grid of settings."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from engine.options import DecodeOptions
+from tests.tiny import random_pictures
+
+BEAMS = (1, 2, 3, 4, 5, 10)
+NO_REPEAT = (0, 2, 3)
+LENGTH_PENALTY = (0.6, 1.0, 2.0)
+EARLY_STOPPING = (False, True, "never")
+PROMPT = (None, "a picture of the chest")
+MIN_NEW_TOKENS = (None, 6)
+MAX_NEW_TOKENS = 14
+IMAGES = 17
+BATCHES = (17, 5, 1)
+"""Images decoded side by side; the single ones are the first few, each batch size must give the same captions."""
+
+SCORE_TOLERANCE = 1e-4
+"""The issue's bound; measured 2e-6 on the tiny model."""
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return random_pictures(IMAGES)
+
+
+@pytest.fixture(scope="module")
+def pixel_values(pictures, tiny_reference):
+    return tiny_reference.pixels(pictures)
+
+
+def search_options(num_beams):
+    """Length penalty and early stopping do nothing without beams, so greedy is tried once."""
+    return [(1.0, False)] if num_beams == 1 else itertools.product(LENGTH_PENALTY, EARLY_STOPPING)
+
+
+@pytest.mark.parametrize("min_new_tokens", MIN_NEW_TOKENS)
+@pytest.mark.parametrize("prompt", PROMPT)
+@pytest.mark.parametrize("ngram", NO_REPEAT)
+@pytest.mark.parametrize("num_beams", BEAMS)
+def test_captions_equal_generate(
+    num_beams, ngram, prompt, min_new_tokens, pictures, pixel_values, tiny_captioner, tiny_reference
+):
+    for length_penalty, early_stopping in search_options(num_beams):
+        options = DecodeOptions(
+            num_beams=num_beams,
+            no_repeat_ngram_size=ngram,
+            prompt=prompt,
+            min_new_tokens=min_new_tokens,
+            max_new_tokens=MAX_NEW_TOKENS,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            num_return_sequences=num_beams,
+        )
+        theirs = tiny_reference.generate(pixel_values, options)
+        for batch in BATCHES:
+            count = 3 if batch == 1 else IMAGES
+            ours = tiny_captioner.caption(pictures[:count], options, rows=batch * num_beams)
+            for mine, expected in zip(ours, theirs[:count], strict=True):
+                assert [a.ids for a in mine.alternatives] == [e.ids for e in expected], options
+                if num_beams > 1:
+                    np.testing.assert_allclose(
+                        [a.score for a in mine.alternatives], [e.score for e in expected], atol=SCORE_TOLERANCE
+                    )
+
+
+def test_the_grid_is_worth_its_time(pictures, tiny_captioner):
+    """Captions differ between pictures and end at many lengths, else parity would be easy to reach."""
+    options = DecodeOptions(num_beams=4, max_new_tokens=MAX_NEW_TOKENS)
+    ids = [caption.ids for caption in tiny_captioner.caption(pictures, options)]
+    assert len(set(ids)) > IMAGES // 2
+    assert len({len(i) for i in ids}) >= 5
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"max_length": 9}, {"min_length": 12, "max_length": 16}])
+@pytest.mark.parametrize("prompt", PROMPT)
+def test_lengths_count_as_in_generate(options, prompt, pictures, pixel_values, tiny_captioner, tiny_reference):
+    """max_length counts the prompt; without any limit generate adds 20 new tokens to it."""
+    options = DecodeOptions(prompt=prompt, **options)
+    theirs = tiny_reference.generate(pixel_values, options)
+    for mine, (expected, *_) in zip(tiny_captioner.caption(pictures, options), theirs, strict=True):
+        assert mine.ids == expected.ids
+
+
+def test_captions_come_in_input_order_under_their_ids(pictures, tiny_captioner):
+    captions = list(tiny_captioner.caption(pictures, DecodeOptions(num_beams=2), rows=6))
+    assert [caption.id for caption in captions] == [str(i) for i in range(IMAGES)]

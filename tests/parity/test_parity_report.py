@@ -1,0 +1,119 @@
+"""`python -m export.parity`: what it reports, and how it tells a tie from a real mismatch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from engine.backends.prefix import PrefixBackend
+from engine.options import DecodeOptions
+from export.parity import SettingReport, _explain, main
+from export.trace import Trace
+from tests.tiny import make_checkpoint, random_pictures
+
+
+@pytest.fixture
+def image_dir(tmp_path):
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for i, picture in enumerate(random_pictures(6)):
+        picture.save(directory / f"{i}.png")
+    return directory
+
+
+def run_parity(checkpoint, bundle, image_dir, out):
+    arguments = ["--checkpoint", checkpoint, "--bundle", bundle, "--images", image_dir, "--beams", "1,3", "--out", out]
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_a_faithful_bundle_passes_and_the_report_says_how_well(tiny_checkpoint, tiny_bundle, image_dir, tmp_path):
+    result = run_parity(tiny_checkpoint, tiny_bundle, image_dir, tmp_path / "parity.json")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "parity.json").read_text())
+    assert report["real_mismatches"] == 0
+    assert [s["options"]["num_beams"] for s in report["settings"]] == [1, 1, 3, 3]
+    for setting in report["settings"]:
+        assert setting["identical"] == setting["identical_text"] == setting["images"] == 6
+        assert setting["max_score_difference"] < 1e-4
+    assert report["versions"]["transformers"] == "4.57.6"
+
+
+def test_another_checkpoint_is_a_real_mismatch_and_fails(tiny_bundle, image_dir, tmp_path):
+    other = make_checkpoint(tmp_path / "other", seed=5)
+    result = run_parity(other, tiny_bundle, image_dir, tmp_path / "parity.json")
+    assert result.exit_code == 1
+    report = json.loads((tmp_path / "parity.json").read_text())
+    mismatches = [m for setting in report["settings"] for m in setting["mismatches"]]
+    assert report["real_mismatches"] > 0
+    assert all(m["gap"] > 1e-4 for m in mismatches if m["verdict"] == "real")
+
+
+class Words(PrefixBackend):
+    """The same next-word log-probabilities after every prefix: `words` {id: log-probability}, everything else -9."""
+
+    def __init__(self, vocab_size: int, words: dict[int, float]) -> None:
+        self.row = np.full(vocab_size, -9.0, np.float32)
+        for word, log_prob in words.items():
+            self.row[word] = log_prob
+
+    def log_probs(self, image, prefixes):  # noqa: ARG002
+        return np.tile(self.row, (len(prefixes), 1))
+
+
+@pytest.fixture
+def explain(tiny_captioner, tiny_reference, monkeypatch):
+    """Explain how a program that sees `ours` and a reference that sees `theirs` caption one picture."""
+
+    def run(ours: dict[int, float], theirs: dict[int, float], num_beams: int = 1):
+        size = tiny_captioner.bundle.model.vocab_size
+        monkeypatch.setattr("export.parity.TorchBackend", lambda _: Words(size, theirs))
+        options, picture = DecodeOptions(num_beams=num_beams, max_new_tokens=4), random_pictures(1)[0]
+        search, pixels = tiny_captioner.search(options), np.zeros((32, 32, 3), np.uint8)
+        expected = Trace(Words(size, theirs), search, pixels).ids
+        found = Trace(Words(size, ours), search, pixels).ids
+        monkeypatch.setattr(tiny_captioner, "backend", Words(size, ours))
+        return _explain(tiny_reference, tiny_captioner, "x", picture, options, found, expected)
+
+    return run
+
+
+@pytest.mark.parametrize(("nudge", "verdict"), [(1e-6, "tie"), (1e-2, "real")])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_gap_at_the_first_divergence_decides(nudge, verdict, num_beams, explain):
+    """Two words nearly the same: `nudge` apart, in opposite directions."""
+    mismatch = explain({7: -1.0 + nudge / 2, 8: -1.0}, {7: -1.0 - nudge / 2, 8: -1.0}, num_beams)
+    assert mismatch.verdict == verdict
+    assert mismatch.step == 0
+    assert mismatch.gap == pytest.approx(nudge, rel=0.6)
+
+
+def test_a_word_scored_wrongly_is_real_even_where_the_reference_did_not_keep_it(explain):
+    mismatch = explain({7: -1.0, 8: -1.0 - 1e-6}, {7: -8.5, 8: -1.0 - 1e-6})
+    assert mismatch.verdict == "real"
+    assert mismatch.gap > 7
+
+
+def test_a_harmless_swap_does_not_excuse_a_later_error(explain):
+    """Words 7 and 8 tie and change places; the end token is wrong by 3, which decides the caption."""
+    ours, theirs = {7: -1.0, 8: -1.0 - 1e-7, 3: -2.0}, {7: -1.0 - 1e-7, 8: -1.0, 3: -5.0}
+    mismatch = explain(ours, theirs, num_beams=2)
+    assert mismatch.verdict == "real"
+
+
+def test_a_reference_caption_its_own_trace_does_not_give_is_real(tiny_captioner, tiny_reference):
+    options = DecodeOptions(num_beams=2, max_new_tokens=4)
+    picture = random_pictures(1)[0]
+    (mine,) = tiny_captioner.caption([picture], options)
+    mismatch = _explain(tiny_reference, tiny_captioner, "x", picture, options, mine.ids, (*mine.ids, 9))
+    assert mismatch.verdict == "real"
+
+
+def test_other_text_or_other_scores_for_the_same_ids_fail_too():
+    good = SettingReport({}, images=2, identical=2, identical_text=2, max_score_difference=1e-6, mismatches=[])
+    assert good.passed
+    assert not replace(good, identical_text=1).passed
+    assert not replace(good, max_score_difference=2e-4).passed

@@ -1,0 +1,145 @@
+"""Small random BLIP checkpoints for tests: seconds to make, yet with real tokenizers and captions that differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+
+WORDS = [
+    "a",
+    "the",
+    "of",
+    "and",
+    "with",
+    "in",
+    "on",
+    "ct",
+    "mri",
+    "axial",
+    "coronal",
+    "sagittal",
+    "chest",
+    "brain",
+    "abdomen",
+    "lesion",
+    "mass",
+    "nodule",
+    "arrow",
+    "white",
+    "left",
+    "right",
+    "upper",
+    "lower",
+    "lobe",
+    "image",
+    "showing",
+    "shows",
+    "contrast",
+    "enhanced",
+    "weighted",
+    "t1",
+    "t2",
+    "x",
+    "ray",
+    "plain",
+    "view",
+    "large",
+    "small",
+    "-",
+    "(",
+    ")",
+    ".",
+    ",",
+    ":",
+    "/",
+    "%",
+    "1",
+    "2",
+    "3",
+    "5",
+    "mm",
+    "cm",
+    "##s",
+    "##al",
+    "##ic",
+    "##ed",
+    "'",
+    "s",
+]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+IMAGE_SIZE, PATCH_SIZE = 32, 8
+
+
+def make_tokenizer(directory: Path) -> BertTokenizerFast:
+    """Return a WordPiece tokenizer of SPECIAL + WORDS, then [DEC] and [ENC]."""
+    vocabulary = directory / "vocab.txt"
+    vocabulary.write_text("\n".join(SPECIAL + WORDS) + "\n")
+    tokenizer = BertTokenizerFast(vocab_file=str(vocabulary), do_lower_case=True)
+    vocabulary.unlink()
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+def make_checkpoint(
+    directory: Path,
+    *,
+    seed: int = 0,
+    end_bias: float = 5.0,
+    std: float = 0.25,
+    image_size: int = IMAGE_SIZE,
+    text: dict | None = None,
+    vision: dict | None = None,
+) -> Path:
+    """Write a checkpoint whose weights are all redrawn (HF's own random vision init has std 1e-10).
+
+    `end_bias` is added to the logit of the end token, so that captions of different images end at different
+    lengths; `std` is large, so that images and words matter and near-ties are rare.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(directory)
+    common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text_config = common | {
+        "vocab_size": len(tokenizer),
+        "encoder_hidden_size": 24,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "projection_dim": 32,
+        "bos_token_id": tokenizer.bos_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": 2,
+    }
+    vision_config = common | {
+        "hidden_size": 24,
+        "num_attention_heads": 3,
+        "image_size": image_size,
+        "patch_size": PATCH_SIZE,
+        "layer_norm_eps": 1e-6,
+    }
+    config = BlipConfig(text_config=text_config | (text or {}), vision_config=vision_config | (vision or {}))
+    model = BlipForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=std, generator=generator)
+        model.tie_weights()
+        model.text_decoder.cls.predictions.bias[tokenizer.sep_token_id] += end_bias
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    BlipImageProcessor(size={"height": image_size, "width": image_size}).save_pretrained(directory)
+    return directory
+
+
+def random_pictures(count: int, seed: int = 0, size: tuple[int, int] = (41, 37)) -> list[Image.Image]:
+    """Return RGB pictures of random colour blocks, each unlike the others."""
+    rng = np.random.default_rng(seed)
+    pictures = []
+    for _ in range(count):
+        blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        pictures.append(Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC))
+    return pictures

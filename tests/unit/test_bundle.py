@@ -1,0 +1,132 @@
+"""Bundles that are damaged, incomplete or not bundles at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.backends import open_backend
+from engine.bundle import Bundle
+from engine.errors import BundleError, UsageError
+from engine.options import DecodeOptions, options_from
+from engine.verify import verify
+
+IMAGE = {"height": 32, "width": 32, "resample": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def edit_manifest(bundle: Path, **changes: object) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def test_everything_wrong_is_listed_at_once(bundle_copy):
+    (bundle_copy / "tokenizer.json").unlink()
+    (bundle_copy / "decoder.onnx").write_bytes(b"other")
+    with pytest.raises(BundleError, match=r"decoder\.onnx has changed; tokenizer\.json is missing"):
+        Bundle.load(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"format": 99}, "bundle format 99"),
+        ({"files": {}}, "encoder.onnx is not listed"),
+        ({"files": {"../evil": "0"}}, "not a plain file name"),
+        ({"model": {}}, "ModelDims needs"),
+        ({"generation": {"num_beams": 0}}, "num_beams must be"),
+        ({"generation": {"beam_colour": 1}}, "unknown decoding options: beam_colour"),
+        ({"tokens": {"bos": -1, "eos": 1, "pad": 0}}, "TokenIds.bos is -1"),
+        ({"tokens": {"bos": 1, "eos": 9999, "pad": 0}}, "do not fit a vocabulary"),
+        ({"image": IMAGE | {"resample": "bogus"}}, "ImageSpec.resample is 'bogus'"),
+        ({"image": IMAGE | {"height": "224"}}, "ImageSpec.height is '224'"),
+        ({"image": IMAGE | {"height": 0}}, "ImageSpec.height is 0"),
+        ({"image": IMAGE | {"mean": [1, 2]}}, "ImageSpec.mean is"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(changes, sentence, bundle_copy):
+    edit_manifest(bundle_copy, **changes)
+    with pytest.raises(BundleError, match=sentence):
+        Bundle.load(bundle_copy)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "null"])
+def test_a_manifest_that_is_not_one_is_refused(content, bundle_copy):
+    (bundle_copy / "manifest.json").write_text(content)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.load(bundle_copy)
+
+
+def test_links_are_not_followed(bundle_copy, tmp_path):
+    (bundle_copy / "golden.npz").rename(tmp_path / "golden.npz")
+    (bundle_copy / "golden.npz").symlink_to(tmp_path / "golden.npz")
+    with pytest.raises(BundleError, match=r"golden\.npz is a link"):
+        Bundle.load(bundle_copy)
+
+
+def test_files_nobody_vouches_for_are_refused(bundle_copy):
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    del manifest["files"]["decoder.onnx.data"]
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"decoder\.onnx\.data is not listed"):
+        Bundle.load(bundle_copy)
+
+
+def test_verify_notices_other_words_and_other_scores(bundle_copy):
+    bundle = Bundle.load(bundle_copy)
+    with np.load(bundle_copy / "golden.npz") as archive:
+        golden = dict(archive)
+    golden["ids.0"][0, 1] += 1
+    golden["scores.1"][1] *= 1.01
+    np.savez(bundle_copy / "golden.npz", **golden)
+    checks = verify(bundle, open_backend(bundle, "cpu"))
+    assert [check.passed for check in checks] == [False, False, True, True]
+    assert checks[0].identical == checks[0].images - 1
+    assert checks[1].max_score_difference == pytest.approx(0.01, rel=0.1)
+
+
+def test_verify_does_not_pass_scores_that_are_no_numbers(tiny_bundle, tiny_captioner, monkeypatch):
+    step = tiny_captioner.backend.step
+
+    def broken(cache, inputs):
+        scores, ids = step(cache, inputs)
+        return scores * np.float32(np.nan), ids
+
+    monkeypatch.setattr(tiny_captioner.backend, "step", broken)
+    assert not any(check.passed for check in verify(Bundle.load(tiny_bundle), tiny_captioner.backend)[1:])
+
+
+def test_given_options_beat_the_bundles_which_beat_the_engines():
+    options = options_from({"num_beams": 4, "max_length": 30}, {"num_beams": 2, "max_new_tokens": None})
+    assert (options.num_beams, options.max_total_length(1), options.length_penalty) == (2, 30, 1.0)
+    assert options_from({"max_length": 30}, {"max_new_tokens": 5}).max_total_length(4) == 9
+    assert DecodeOptions().max_total_length(4) == 24
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_beams": 0},
+        {"num_beams": 1.5},
+        {"num_beams": True},
+        {"no_repeat_ngram_size": -1},
+        {"max_new_tokens": 0},
+        {"length_penalty": float("nan")},
+        {"length_penalty": "long"},
+        {"early_stopping": "sometimes"},
+        {"early_stopping": 1},
+        {"length_penalty": 11},
+        {"num_return_sequences": 2},
+    ],
+)
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(UsageError):
+        DecodeOptions(**wrong)
