@@ -99,7 +99,11 @@ def generate_arguments(options: DecodeOptions) -> dict:
         arguments["max_new_tokens"] = options.max_new_tokens
     elif options.max_length is not None:
         arguments["max_length"] = options.max_length
-    return arguments | {"min_length": options.min_length, "min_new_tokens": options.min_new_tokens}
+    if options.min_new_tokens is not None:
+        arguments["min_new_tokens"] = options.min_new_tokens
+    else:
+        arguments |= {"min_length": options.min_length, "min_new_tokens": None}
+    return arguments
 
 
 def _cut(ids: list[int], eos: int, prompt_length: int) -> tuple[int, ...]:
