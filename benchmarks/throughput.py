@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import describe_machine
-from engine.captioner import Captioner, batch_size
+from engine.captioner import Captioner, slots_for
 from engine.decoding.scheduler import Scheduler
 from engine.images import RESAMPLING
-from engine.options import DecodeOptions
+from engine.options import DEFAULT_ROWS, DecodeOptions
 from export.reference import Reference
 
 Ids = list[tuple[int, ...]]
@@ -58,7 +58,9 @@ def time_interleaved(programs: dict[str, Callable[[], Ids]], repeats: int) -> tu
 @click.option("--no-repeat-ngram", type=click.IntRange(0), default=3, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(1), default=30, show_default=True, help="Forced: least and most.")
 @click.option("--hf-batch", type=click.IntRange(1), multiple=True, default=(8,), help="Batch sizes for generate.")
-@click.option("--rows", type=click.IntRange(1), default=32, show_default=True, help="Beams side by side in the engine.")
+@click.option(
+    "--rows", type=click.IntRange(1), default=DEFAULT_ROWS, show_default=True, help="Beams side by side in the engine."
+)
 @click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads for both; all cores when absent.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 def main(checkpoint, bundle, images, beams, no_repeat_ngram, new_tokens, hf_batch, rows, threads, repeats) -> None:
@@ -76,15 +78,11 @@ def main(checkpoint, bundle, images, beams, no_repeat_ngram, new_tokens, hf_batc
     pictures = synthetic_pictures(images, captioner.bundle.image.height)
     pixels_u8 = np.stack([np.asarray(picture) for picture in pictures])
     pixel_values = reference.pixels(pictures)
-    scheduler = Scheduler(captioner.backend, captioner.search(options))
+    scheduler = Scheduler(captioner.backend, captioner.search(options), num_slots=slots_for(rows, beams))
 
     def engine() -> Ids:
-        size = batch_size(rows, beams)
-        ids: Ids = []
-        for i in range(0, images, size):
-            results = dict(scheduler.decode(pixels_u8[i : i + size]))
-            ids += [results[j][0].ids for j in range(len(results))]
-        return ids
+        results = dict(scheduler.decode(pixels_u8))
+        return [results[i][0].ids for i in range(images)]
 
     def generate(batch: int) -> Ids:
         captions = []

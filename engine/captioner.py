@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,9 @@ from engine.tokenizer import CaptionTokenizer, detokenise
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
 A = TypeVar("A")
 B = TypeVar("B")
+
+MAX_SLOTS = 32
+"""Images side by side, whatever the rows: each holds its cross-attention keys (14.5 MB for BLIP-base at 224 px)."""
 
 READERS = 4
 """Threads that decode images: Pillow releases the interpreter lock while it decodes and resizes."""
@@ -116,13 +118,16 @@ class Captioner:
         rows: int,
         on_error: Callable[[ImageError], None] | None,
     ) -> Iterator[Caption]:
-        scheduler = Scheduler(self.backend, search)
+        scheduler = Scheduler(self.backend, search, num_slots=slots_for(rows, search.num_beams))
         readable = self._read(enumerate(images), on_error)
-        while batch := list(itertools.islice(readable, batch_size(rows, search.num_beams))):
-            names, pixels = zip(*batch, strict=True)
-            results = dict(scheduler.decode(np.stack(pixels)))
-            for index, name in enumerate(names):
-                yield Caption(name, tuple(self._alternative(hypothesis) for hypothesis in results[index]))
+        numbered = (((index, name), pixels) for index, (name, pixels) in enumerate(readable))
+        early: dict[int, Caption] = {}  # closed before an image that was read earlier
+        position = 0
+        for (index, name), hypotheses in scheduler.run(numbered):
+            early[index] = Caption(name, tuple(self._alternative(hypothesis) for hypothesis in hypotheses))
+            while position in early:
+                yield early.pop(position)
+                position += 1
 
     def search(self, options: DecodeOptions) -> Search:
         """Resolve options for this bundle; raise UsageError where they do not fit it."""
@@ -178,9 +183,9 @@ class Captioner:
         return Alternative(detokenise(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
 
 
-def batch_size(rows: int, num_beams: int) -> int:
-    """Return how many images of num_beams beams each fill about `rows` rows."""
-    return max(1, rows // num_beams)
+def slots_for(rows: int, num_beams: int) -> int:
+    """Return how many images of num_beams beams each fill about `rows` rows, MAX_SLOTS at most."""
+    return max(1, min(MAX_SLOTS, rows // num_beams))
 
 
 def _identify(number: int, source: ImageSource) -> tuple[str, Path | str | Image.Image | NDArray[np.uint8]]:

@@ -64,7 +64,8 @@ def _replay(
 ) -> Check:
     """Decode once; ids i64[N,L] are padded with -1, scores f32[N] are NaN where PyTorch reports none (greedy)."""
     search = captioner.search(DecodeOptions(**options))
-    results = dict(Scheduler(captioner.backend, search).decode(pixel_values))
+    scheduler = Scheduler(captioner.backend, search, num_slots=len(pixel_values))
+    results = dict(scheduler.decode(pixel_values))
     best = [results[i][0] for i in range(len(pixel_values))]
     identical = sum(h.ids == tuple(row[row >= 0].tolist()) for h, row in zip(best, ids, strict=True))
     recorded = ~np.isnan(scores)

@@ -160,27 +160,16 @@ class TopK(torch.autograd.Function):
 
 
 class Regroup(Graph):
-    """Keep, drop and move rows of every cache; no weights."""
+    """Fold recent keys and values into the settled ones, keeping chosen slots and positions; no weights."""
 
     def forward(
-        self,
-        images: Tensor,
-        columns: Tensor,
-        cross_images: Tensor,
-        cross: list[Tensor],
-        settled: list[Tensor],
-        recent: list[Tensor],
+        self, slots: Tensor, columns: Tensor, settled: list[Tensor], recent: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """images i64[B'], columns i64[B',F'] into settled then recent positions, cross_images i64[N] (may be empty).
-
-        Returns the settled caches f32[B',H,F',d], then the cross caches f32[N,H,S,d].
-        """
+        """slots i64[B'], columns i64[B',F'] into settled then recent positions -> settled caches f32[B',H,F',d]."""
         positions = settled[0].shape[2] + recent[0].shape[2]
         heads = torch.arange(self.heads)
-        flat = (images[:, None, None] * self.heads + heads[None, :, None]) * positions + columns[:, None, :]
-        outputs = []
-        for old, new in zip(settled, recent, strict=True):
-            rows = torch.cat([old, new], 2).reshape(-1, self.width)
-            outputs.append(nn.functional.embedding(flat, rows))
-        outputs += [part.index_select(0, cross_images) for part in cross]
-        return tuple(outputs)
+        flat = (slots[:, None, None] * self.heads + heads[None, :, None]) * positions + columns[:, None, :]
+        return tuple(
+            nn.functional.embedding(flat, torch.cat([old, new], 2).reshape(-1, self.width))
+            for old, new in zip(settled, recent, strict=True)
+        )

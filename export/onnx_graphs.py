@@ -112,32 +112,25 @@ class DecoderConfig(GraphConfig):
 
 
 class RegroupConfig(GraphConfig):
-    """regroup.onnx: rows of every cache kept, dropped and moved."""
+    """regroup.onnx: recent positions settled, slots and positions kept."""
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
         return {
-            "images": {0: "kept"},
+            "slots": {0: "kept"},
             "columns": {0: "kept", 1: "kept positions"},
-            "cross_images": {0: "kept cross"},
-            **self.cache_axes("cross", "images", None),
-            **self.cache_axes("settled", "images", "settled"),
-            **self.cache_axes("recent", "images", "recent"),
+            **self.cache_axes("settled", "slots", "settled"),
+            **self.cache_axes("recent", "slots", "recent"),
         }
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
-        return {
-            **self.cache_axes("regrouped.settled", "kept", "kept positions"),
-            **self.cache_axes("regrouped.cross", "kept cross", None),
-        }
+        return self.cache_axes("regrouped", "kept", "kept positions")
 
     def examples(self) -> dict:
         return {
-            "images": torch.tensor([0, 2]),
+            "slots": torch.tensor([0, 2]),
             "columns": torch.zeros(2, 4, dtype=torch.long),
-            "cross_images": torch.tensor([0]),
-            "cross": self.cache(3, self.encoder_positions),
             "settled": self.cache(3, 5),
             "recent": self.cache(3, 2),
         }

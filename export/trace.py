@@ -51,11 +51,17 @@ class Trace:
         self.backend = backend
         self.steps: list[Step] = []
         self._vocab_size = search.vocab_size
-        ((_, hypotheses),) = Scheduler(self, search).decode(picture[None])
+        ((_, hypotheses),) = Scheduler(self, search, num_slots=1).decode(picture[None])
         self.ids: Ids = hypotheses[0].ids
 
-    def encode(self, pixel_values: NDArray[np.uint8]) -> tuple[object, PrefixCache]:
-        return self.backend.encode(pixel_values), PrefixCache(pixel_values, np.zeros((1, 0), np.int64))
+    def encode(self, pixel_values: NDArray[np.uint8]) -> object:
+        return self.backend.encode(pixel_values)
+
+    def allocate(self, num_slots: int) -> tuple[object, PrefixCache]:
+        return self.backend.allocate(num_slots), PrefixCache.allocate(num_slots)
+
+    def admit(self, cache: tuple[object, PrefixCache], slot: int, encoded: object, image: int) -> None:
+        self.backend.admit(cache[0], slot, encoded, image)
 
     def step(
         self, cache: tuple[object, PrefixCache], inputs: StepInputs
@@ -64,12 +70,13 @@ class Trace:
         scores, ids = self.backend.step(cache[0], inputs)
         rows, tokens = np.divmod(ids[0], self._vocab_size)
         candidates = [(*past[row], int(token)) for row, token in zip(rows, tokens, strict=True)]
-        self.steps.append(Step(frozenset(past), list(zip(candidates, scores[0].tolist(), strict=True))))
+        fed = frozenset(prefix for prefix, score in zip(past, inputs.scores[0], strict=True) if np.isfinite(score))
+        self.steps.append(Step(fed, list(zip(candidates, scores[0].tolist(), strict=True))))
         return scores, ids
 
-    def regroup(self, cache: tuple[object, PrefixCache], images: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
-        self.backend.regroup(cache[0], images, columns)
-        cache[1].regroup(images, columns)
+    def regroup(self, cache: tuple[object, PrefixCache], slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        self.backend.regroup(cache[0], slots, columns)
+        cache[1].regroup(slots, columns)
 
 
 def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float]) -> Divergence:

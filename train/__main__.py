@@ -24,7 +24,7 @@ def main() -> None:
     help="Where downloads and slices are kept.",
 )
 @click.option("--examples", type=click.Path(path_type=Path), help="Also write example pictures and captions here.")
-@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo(out: Path, work: Path, examples: Path | None, epochs: int, seed: int) -> None:
     """Rebuild the demo checkpoint from packaged volumes and weights."""

@@ -37,7 +37,7 @@ EXAMPLES = {"icbm09a": (8, 9, 9), "icbm09c": (1, 1, 1), "colin27": (1, 1, 1)}
 """Example pictures of each volume by plane: 26 held out, 3 that chose the epoch, 3 of the training head."""
 
 
-def build_demo(out: Path, work: Path, say: Callable[[str], None], *, epochs: int = 10, seed: int = 0) -> dict:
+def build_demo(out: Path, work: Path, say: Callable[[str], None], *, epochs: int = 8, seed: int = 0) -> dict:
     """Train the demo checkpoint into `out` and return its report (also written to out/demo_report.json).
 
     `work` keeps downloads, slices (work/pairs) and encoder features, so a second call starts from them.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from engine.backends.base import Backend, Cache, StepInputs
+from engine.backends.base import Backend, Cache, Encoded, StepInputs
 from engine.bundle import Bundle
 from engine.errors import UsageError
 
 BACKENDS = ("auto", "cpu", "cuda", "tensorrt")
 """Names `open_backend` takes; all but `auto` are ONNX Runtime with the provider of that name."""
 
-__all__ = ["BACKENDS", "Backend", "Cache", "StepInputs", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "open_backend"]
 
 
 def open_backend(bundle: Bundle, name: str = "auto", *, threads: int | None = None) -> Backend:

@@ -1,8 +1,8 @@
 """What a backend does for the decoding core, and the shape letters used everywhere; knows no runtime.
 
 Shape letters:
-  B  images decoded side by side (slots)      K  beams an image
-  T  tokens fed an image in this step: the prompt's length P at prefill, K afterwards
+  B  slots: images decoded side by side       K  beams an image
+  T  tokens fed a slot in one step, K         P  length of the prompt
   H  attention heads        d  width of a head        L  decoder layers
   S  encoder positions      V  vocabulary             M  width of the list of banned ids
   F  settled positions      R  recent positions       C  candidates kept an image
@@ -16,13 +16,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+Encoded = Any
+"""A backend's own handle on the cross-attention keys and values of a batch of images, not yet in a slot."""
+
 Cache = Any
-"""A backend's own handle on the keys and values of B images; the decoding core only passes it around."""
+"""A backend's own handle on the keys and values of B slots; the decoding core only passes it around."""
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """One decoding step for B images.
+    """One decoding step for B slots.
 
     input_ids      i64[B,T]      tokens fed
     positions      i64[B,T]      their positions in the caption, 0 for [DEC]
@@ -30,7 +33,7 @@ class StepInputs:
     banned_ids     i64[B,T,M]    ids whose log-probability becomes -inf; -1 throughout in a row without bans,
                                  repeated ids (never -1) where a row has fewer than M
     ancestry       bool[B,T,F+R+T]  which cached and fed positions are a row's own past, itself included
-    num_candidates C             how many continuations to return for each image
+    num_candidates C             how many continuations to return for each slot
     """
 
     input_ids: NDArray[np.int64]
@@ -42,25 +45,33 @@ class StepInputs:
 
 
 class Backend(Protocol):
-    """Runs the three graphs of a bundle. Keys and values stay with it, behind `Cache`."""
+    """Runs the three graphs of a bundle. Keys and values stay with it, behind `Encoded` and `Cache`."""
 
     name: str
 
-    def encode(self, pixel_values: NDArray[np.uint8]) -> Cache:
-        """Encode images u8[B,height,width,3] into a cache of their cross-attention keys and values.
+    def encode(self, pixel_values: NDArray[np.uint8]) -> Encoded:
+        """Encode images u8[N,height,width,3] into their cross-attention keys and values."""
+        ...
 
-        Its self-attention part is empty (F = R = 0).
+    def allocate(self, num_slots: int) -> Cache:
+        """Return a cache of num_slots empty slots (F = R = 0)."""
+        ...
+
+    def admit(self, cache: Cache, slot: int, encoded: Encoded, image: int) -> None:
+        """Put image `image` of an encoded batch into a slot, whoever was there before.
+
+        Self-attention positions stay as they are: the ancestry mask of the newcomer hides them.
         """
         ...
 
     def step(self, cache: Cache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Feed T tokens an image, append their keys and values to the recent ones in `cache`, and return the best
+        """Feed T tokens a slot, append their keys and values to the recent ones in `cache`, and return the best
         candidates: scores f32[B,C] in descending order and ids i64[B,C], an id being row * V + token.
         """
         ...
 
-    def regroup(self, cache: Cache, images: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
-        """Keep the images at `images` i64[B'] (ascending) and, of each, the positions `columns` i64[B',F'].
+    def regroup(self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """Keep the slots at `slots` i64[B'] (ascending) and, of each, the positions `columns` i64[B',F'].
 
         Positions count settled ones first, then recent ones; all that are kept become settled (R = 0). A
         position may be named more than once, to fill up a row; the ancestry mask hides it.

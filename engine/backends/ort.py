@@ -28,17 +28,18 @@ PROVIDERS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
 """Backend name -> ONNX Runtime providers with their options, in order of preference; the first is the one asked for."""
 
 LOG_ERRORS_ONLY = 3
-CACHED = ("key", "value")
 
 
 @dataclass
 class OrtCache:
-    """OrtValues of B images, a pair (keys, values) a layer in one flat list of 2L.
+    """Keys and values of B slots, a pair (keys, values) a layer in each flat list of 2L.
 
-    cross [B,H,S,d]; settled [B,H,F,d]; recent [B,H,R,d].
+    cross: arrays [B,H,S,d] that `admit` overwrites in place, ONNX Runtime reads their memory through `cross_values`.
+    settled [B,H,F,d] and recent [B,H,R,d]: OrtValues.
     """
 
-    cross: list[Any]
+    cross: list[NDArray[Any]]
+    cross_values: list[Any]
     settled: list[Any]
     recent: list[Any]
 
@@ -59,16 +60,28 @@ class OrtBackend:
         )
         layers = range(bundle.model.num_layers)
         self._names = {
-            part: [f"{part}.{kind}.{i}" for i in layers for kind in CACHED]
-            for part in ("cross", "settled", "recent", "extended")
+            part: [f"{part}.{kind}.{i}" for i in layers for kind in ("key", "value")]
+            for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
+        is_half = self._encoder.get_outputs()[0].type == "tensor(float16)"
+        self._dtype: type[np.float16] | type[np.float32] = np.float16 if is_half else np.float32
 
-    def encode(self, pixel_values: NDArray[np.uint8]) -> OrtCache:
+    def encode(self, pixel_values: NDArray[np.uint8]) -> list[NDArray[Any]]:
         """See Backend.encode."""
-        cross = self._run(self._encoder, self._names["cross"], {"pixel_values": self._value(pixel_values)})
-        empty = np.zeros((len(pixel_values), self._model.num_heads, 0, self._model.head_width), self._float_type(cross))
-        nothing = [self._value(empty)] * len(cross)
-        return OrtCache(cross, nothing, nothing)
+        outputs = self._run(self._encoder, self._names["cross"], {"pixel_values": self._value(pixel_values)})
+        return [output.numpy() for output in outputs]
+
+    def allocate(self, num_slots: int) -> OrtCache:
+        """See Backend.allocate."""
+        model = self._model
+        shape = (num_slots, model.num_heads, model.encoder_positions, model.head_width)
+        cross = [np.zeros(shape, self._dtype) for _ in self._names["cross"]]
+        return OrtCache(cross, [self._value(array) for array in cross], self._empty(num_slots), self._empty(num_slots))
+
+    def admit(self, cache: OrtCache, slot: int, encoded: list[NDArray[Any]], image: int) -> None:
+        """See Backend.admit."""
+        for array, new in zip(cache.cross, encoded, strict=True):
+            array[slot] = new[image]
 
     def step(self, cache: OrtCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See Backend.step."""
@@ -79,40 +92,41 @@ class OrtBackend:
             "banned_ids": self._value(inputs.banned_ids),
             "ancestry": self._value(inputs.ancestry),
             "num_candidates": self._value(np.array([inputs.num_candidates], np.int64)),
+            **self._named("cross", cache.cross_values),
+            **self._named("settled", cache.settled),
+            **self._named("recent", cache.recent),
         }
-        feed |= self._feed(cache, "cross", "settled", "recent")
         scores, ids, *cache.recent = self._run(
             self._decoder, ["candidate_scores", "candidate_ids", *self._names["extended"]], feed
         )
         return scores.numpy(), ids.numpy()
 
-    def regroup(self, cache: OrtCache, images: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
-        """See Backend.regroup. Cross keys are copied only when an image leaves (`cross_images` empty: keep all)."""
-        leaving = len(images) < cache.cross[0].shape()[0]
-        feed = {
-            "images": self._value(images),
-            "columns": self._value(columns),
-            "cross_images": self._value(images if leaving else images[:0]),
-        }
-        feed |= self._feed(cache, "cross", "settled", "recent")
-        regrouped = [f"regrouped.{name}" for name in self._names["settled"] + self._names["cross"]]
-        outputs = self._run(self._regroup, regrouped, feed)
-        count = len(cache.settled)
-        cache.settled = outputs[:count]
-        if leaving:
-            cache.cross = outputs[count:]
-        empty = np.zeros((len(images), self._model.num_heads, 0, self._model.head_width), self._float_type(cache.cross))
-        cache.recent = [self._value(empty)] * count
+    def regroup(self, cache: OrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """See Backend.regroup."""
+        if columns.size:
+            feed = {
+                "slots": self._value(slots),
+                "columns": self._value(columns),
+                **self._named("settled", cache.settled),
+                **self._named("recent", cache.recent),
+            }
+            cache.settled = self._run(self._regroup, self._names["regrouped"], feed)
+        else:
+            cache.settled = self._empty(len(slots))
+        cache.recent = self._empty(len(slots))
+        if len(slots) < len(cache.cross[0]):
+            cache.cross = [array[slots] for array in cache.cross]
+            cache.cross_values = [self._value(array) for array in cache.cross]
 
-    def _feed(self, cache: OrtCache, *parts: str) -> dict[str, Any]:
-        return {n: v for part in parts for n, v in zip(self._names[part], getattr(cache, part), strict=True)}
+    def _empty(self, num_slots: int) -> list[Any]:
+        nothing = np.zeros((num_slots, self._model.num_heads, 0, self._model.head_width), self._dtype)
+        return [self._value(nothing)] * len(self._names["cross"])
+
+    def _named(self, part: str, values: list[Any]) -> dict[str, Any]:
+        return dict(zip(self._names[part], values, strict=True))
 
     def _value(self, array: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-
-    @staticmethod
-    def _float_type(values: list[Any]) -> type[np.float32] | type[np.float16]:
-        return np.float16 if values[0].data_type() == "tensor(float16)" else np.float32
 
     def _run(self, session: Any, outputs: list[str], feed: dict[str, Any]) -> list[Any]:
         try:

@@ -16,10 +16,15 @@ from engine.backends.base import StepInputs
 
 @dataclass
 class PrefixCache:
-    """The images u8[B,height,width,3] and the token at every cached position, i64[B,W]."""
+    """The picture in every slot, and the token at every cached position, i64[B,W]."""
 
-    images: NDArray[np.uint8]
+    pictures: list[NDArray[np.uint8] | None]
     tokens: NDArray[np.int64]
+
+    @classmethod
+    def allocate(cls, num_slots: int) -> PrefixCache:
+        """See Backend.allocate."""
+        return cls([None] * num_slots, np.zeros((num_slots, 0), np.int64))
 
     def feed(self, inputs: StepInputs) -> list[list[tuple[int, ...]]]:
         """Append the step's tokens and return each row's own past, itself included: B lists of T prefixes."""
@@ -29,10 +34,10 @@ class PrefixCache:
             for tokens, rows in zip(self.tokens, inputs.ancestry, strict=True)
         ]
 
-    def regroup(self, images: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+    def regroup(self, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""
-        self.images = self.images[images]
-        self.tokens = np.take_along_axis(self.tokens[images], columns, 1)
+        self.pictures = [self.pictures[slot] for slot in slots]
+        self.tokens = np.take_along_axis(self.tokens[slots], columns, 1)
 
 
 class PrefixBackend(ABC):
@@ -44,23 +49,34 @@ class PrefixBackend(ABC):
     def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
         """Return f32[len(prefixes),V]: the log-probabilities of the id after each prefix."""
 
-    def encode(self, pixel_values: NDArray[np.uint8]) -> PrefixCache:
+    def encode(self, pixel_values: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """See Backend.encode."""
-        return PrefixCache(pixel_values, np.zeros((len(pixel_values), 0), np.int64))
+        return pixel_values
+
+    def allocate(self, num_slots: int) -> PrefixCache:
+        """See Backend.allocate."""
+        return PrefixCache.allocate(num_slots)
+
+    def admit(self, cache: PrefixCache, slot: int, encoded: NDArray[np.uint8], image: int) -> None:
+        """See Backend.admit."""
+        cache.pictures[slot] = encoded[image]
 
     def step(self, cache: PrefixCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See Backend.step: log-probabilities, bans, + running scores, best C, written the plain way."""
-        all_scores, all_ids = [], []
-        for i, prefixes in enumerate(cache.feed(inputs)):
-            log_probs = self.log_probs(cache.images[i], prefixes)
-            for row, banned in enumerate(inputs.banned_ids[i]):
+        prefixes = cache.feed(inputs)
+        all_scores = np.full((len(prefixes), inputs.num_candidates), -np.inf, np.float32)
+        all_ids = np.zeros(all_scores.shape, np.int64)
+        for slot in np.flatnonzero(np.isfinite(inputs.scores).any(1)):
+            picture = cache.pictures[slot]
+            assert picture is not None
+            log_probs = self.log_probs(picture, prefixes[slot])
+            for row, banned in enumerate(inputs.banned_ids[slot]):
                 log_probs[row, banned[banned >= 0]] = -np.inf
-            totals = (log_probs + inputs.scores[i][:, None]).ravel()
+            totals = (log_probs + inputs.scores[slot][:, None]).ravel()
             best = np.argsort(-totals, kind="stable")[: inputs.num_candidates]
-            all_scores.append(totals[best])
-            all_ids.append(best)
-        return np.array(all_scores, np.float32), np.array(all_ids, np.int64)
+            all_scores[slot, : len(best)], all_ids[slot, : len(best)] = totals[best], best
+        return all_scores, all_ids
 
-    def regroup(self, cache: PrefixCache, images: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+    def regroup(self, cache: PrefixCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""
-        cache.regroup(images, columns)
+        cache.regroup(slots, columns)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 class Ancestry:
     """Ancestry of B x K beams over W cached positions: `mask` bool[B,K,W]."""
 
-    def __init__(self, num_images: int, num_beams: int) -> None:
+    def __init__(self, num_slots: int, num_beams: int) -> None:
         """Start with nothing cached."""
-        self.mask: NDArray[np.bool_] = np.zeros((num_images, num_beams, 0), bool)
+        self.mask: NDArray[np.bool_] = np.zeros((num_slots, num_beams, 0), bool)
 
     @property
     def width(self) -> int:
@@ -23,25 +23,27 @@ class Ancestry:
         return int(self.mask.shape[2])
 
     def feed(self, own: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return the mask bool[B,T,W+T] of a step that feeds T rows whose past among themselves is `own` bool[T,T].
+        """Return the mask bool[B,K,W+K] of a step that feeds K rows whose past among themselves is `own` bool[B,K,K].
 
-        During prefill (T = prompt length, W = 0) `own` is lower triangular, afterwards the identity.
+        Beams see only themselves there (the identity); prompt tokens fed together also see the ones before.
         """
-        images, rows = len(self.mask), len(own)
-        cached = self.mask if self.width else np.zeros((images, rows, 0), bool)
-        return np.concatenate([cached, np.broadcast_to(own, (images, rows, rows))], 2)
+        return np.concatenate([self.mask, own], 2)
+
+    def reset(self, slots: NDArray[np.int64]) -> None:
+        """Forget the past of slots that hold a new image."""
+        self.mask[slots] = False
 
     def choose(self, fed: NDArray[np.bool_], rows: NDArray[np.int64]) -> None:
-        """Continue beam k of image b from row `rows[b,k]` (i64[B,K]) of the step whose mask was `fed`."""
+        """Continue beam k of slot b from row `rows[b,k]` (i64[B,K]) of the step whose mask was `fed`."""
         self.mask = np.take_along_axis(fed, rows[:, :, None], 1)
 
-    def compact(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Keep `images` i64[B'] and only positions some beam descends from; return `columns` i64[B',W'].
+    def compact(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Keep `slots` i64[B'] and only positions some beam descends from; return `columns` i64[B',W'].
 
-        Images are right-aligned: where one needs fewer than W' positions, its first ones repeat position 0 and
-        are masked out. A shared prefix is thereby stored once an image.
+        Slots are right-aligned: where one needs fewer than W' positions, its first ones repeat position 0 and
+        are masked out. A shared prefix is thereby stored once a slot.
         """
-        mask = self.mask[images]
+        mask = self.mask[slots]
         alive = mask.any(1)
         count = alive.sum(1)
         width = int(count.max(initial=0))

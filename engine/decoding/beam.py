@@ -1,4 +1,4 @@
-"""Beam search for B images at once: running beams, hypotheses, and Hugging Face's rule for when an image closes.
+"""Beam search for the images in B slots at once: running beams, hypotheses, and when Hugging Face closes an image.
 
 Source of every rule: transformers 4.57, generation/utils.py, GenerationMixin._beam_search and the functions it
 calls; the arithmetic is float32 as there. Images never influence each other. Knows nothing of models or caches.
@@ -57,29 +57,46 @@ class Hypothesis:
 
 
 class Beams:
-    """State of B images.
+    """State of the images in B slots.
 
     tokens     i64[B,K,max_length]  running beams, best first; `lengths` i64[B] ids of each row are valid
     scores     f32[B,K]             their summed log-probabilities
-    closed     bool[B]              whether the image is finished: `results` may be read, `advance` skips it
+    closed     bool[B]              whether the slot's image is finished (`results` may be read) or the slot is empty
     """
 
-    def __init__(self, search: Search, num_images: int) -> None:
-        """Start B images from the prompt: beam 0 scores 0, the others are ruled out until they exist."""
+    def __init__(self, search: Search, num_slots: int) -> None:
+        """Make B closed slots; `start` opens them."""
         beams, width = search.num_beams, search.max_length
         self.search = search
-        self.tokens = np.full((num_images, beams, width), search.eos, np.int64)
-        self.tokens[:, :, : len(search.prompt)] = search.prompt
-        self.lengths = np.full(num_images, len(search.prompt), np.int64)
-        self.scores = np.full((num_images, beams), NEVER, np.float32)
-        self.scores[:, 0] = 0.0
-        self.closed = np.zeros(num_images, bool)
-        self._finished = np.zeros((num_images, beams), bool)
-        # A place no hypothesis took holds the prompt, ended at once, with the score NEVER: what HF returns there.
+        self.tokens = np.full((num_slots, beams, width), search.eos, np.int64)
+        self.lengths = np.zeros(num_slots, np.int64)
+        self.scores = np.zeros((num_slots, beams), np.float32)
+        self.closed = np.ones(num_slots, bool)
+        self._finished = np.zeros((num_slots, beams), bool)
         self._hypothesis_tokens = self.tokens.copy()
-        self._hypothesis_lengths = np.full((num_images, beams), len(search.prompt) + 1, np.int64)
-        self._hypothesis_sums = np.full((num_images, beams), NEVER, np.float32)
-        self._hypothesis_scores = np.full((num_images, beams), NEVER, np.float32)
+        self._hypothesis_lengths = np.zeros((num_slots, beams), np.int64)
+        self._hypothesis_sums = np.zeros((num_slots, beams), np.float32)
+        self._hypothesis_scores = np.zeros((num_slots, beams), np.float32)
+        self.start(np.arange(num_slots))
+        self.closed[:] = True
+
+    def start(self, slots: NDArray[np.int64]) -> None:
+        """Open slots i64[N] for new images, at the prompt: beam 0 scores 0, the others are ruled out until they exist.
+
+        A place no hypothesis takes holds the prompt, ended at once, with the score NEVER: what HF returns there.
+        """
+        prompt = self.search.prompt
+        self.tokens[slots] = self.search.eos
+        self.tokens[slots, :, : len(prompt)] = prompt
+        self.lengths[slots] = len(prompt)
+        self.scores[slots] = NEVER
+        self.scores[slots, 0] = 0.0
+        self.closed[slots] = False
+        self._finished[slots] = False
+        self._hypothesis_tokens[slots] = self.tokens[slots]
+        self._hypothesis_lengths[slots] = len(prompt) + 1
+        self._hypothesis_sums[slots] = NEVER
+        self._hypothesis_scores[slots] = NEVER
 
     def banned_ids(self) -> NDArray[np.int64]:
         """Return i64[B,K,M], the ids each running beam may not take next (see StepInputs.banned_ids)."""
@@ -98,21 +115,25 @@ class Beams:
         return np.take_along_axis(self.tokens, at, 2)[:, :, 0]
 
     def advance(
-        self, scores: NDArray[np.float32], parents: NDArray[np.int64], tokens: NDArray[np.int64]
+        self,
+        scores: NDArray[np.float32],
+        parents: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        active: NDArray[np.bool_],
     ) -> NDArray[np.int64]:
         """Take one step from the C best continuations of each image, in descending order of score.
 
         scores f32[B,C] are summed log-probabilities, parents i64[B,C] the beam continued, tokens i64[B,C] the new
-        id. Returns i64[B,K]: which of the C candidates each running beam now is. Images closed before are left
-        alone; those closed by this step show in `closed`.
+        id. Only slots that are open and `active` bool[B] move. Returns i64[B,K]: which of the C candidates each
+        running beam now is. Images closed by this step show in `closed`.
         """
-        was_open = ~self.closed
+        moving = active & ~self.closed
         hits = (tokens == self.search.eos) | (self.lengths + 1 >= self.search.max_length)[:, None]
         if self.search.num_beams == 1:
-            chosen, closing = self._advance_greedy(scores, parents, tokens, hits, was_open)
+            chosen, closing = self._advance_greedy(scores, parents, tokens, hits, moving)
         else:
-            chosen, closing = self._advance_beams(scores, parents, tokens, hits, was_open)
-        self.closed |= closing & was_open
+            chosen, closing = self._advance_beams(scores, parents, tokens, hits, moving)
+        self.closed |= closing & moving
         return chosen
 
     def _advance_greedy(
@@ -121,13 +142,13 @@ class Beams:
         parents: NDArray[np.int64],
         tokens: NDArray[np.int64],
         hits: NDArray[np.bool_],
-        was_open: NDArray[np.bool_],
+        moving: NDArray[np.bool_],
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """One beam: the best continuation is taken, and the caption ends where it hits (GenerationMixin._sample)."""
         chosen = np.zeros((len(scores), 1), np.int64)
-        ending = hits & was_open[:, None]
+        ending = hits & moving[:, None]
         self._add_hypotheses(scores, parents, tokens, ending)
-        self._run_on(scores, parents, tokens, chosen, was_open)
+        self._run_on(scores, parents, tokens, chosen, moving)
         return chosen, hits[:, 0]
 
     def _advance_beams(
@@ -136,14 +157,14 @@ class Beams:
         parents: NDArray[np.int64],
         tokens: NDArray[np.int64],
         hits: NDArray[np.bool_],
-        was_open: NDArray[np.bool_],
+        moving: NDArray[np.bool_],
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         beams = self.search.num_beams
         running = scores + _ruled_out(hits)
         chosen = np.argsort(-running, axis=1, kind="stable")[:, :beams]
         best_rank = np.arange(scores.shape[1]) < beams
-        self._add_hypotheses(scores, parents, tokens, hits & best_rank & was_open[:, None])
-        self._run_on(running, parents, tokens, chosen, was_open)
+        self._add_hypotheses(scores, parents, tokens, hits & best_rank & moving[:, None])
+        self._run_on(running, parents, tokens, chosen, moving)
         return chosen, ~self._can_improve() | hits.all(1)
 
     def _run_on(
@@ -152,15 +173,16 @@ class Beams:
         parents: NDArray[np.int64],
         tokens: NDArray[np.int64],
         chosen: NDArray[np.int64],
-        was_open: NDArray[np.bool_],
+        moving: NDArray[np.bool_],
     ) -> None:
-        """Replace the running beams by the `chosen` candidates i64[B,K]; `lengths` grow by one in open images."""
-        beam = np.take_along_axis(parents, chosen, 1)
-        self.tokens = np.take_along_axis(self.tokens, beam[:, :, None], 1)
-        image = np.flatnonzero(was_open)
-        self.tokens[image, :, self.lengths[image]] = np.take_along_axis(tokens, chosen, 1)[image]
-        self.scores = np.take_along_axis(scores, chosen, 1)
-        self.lengths += was_open
+        """Replace the running beams of moving slots by the `chosen` candidates i64[B,K]; `lengths` grow by one."""
+        slots = np.flatnonzero(moving)
+        beam = np.take_along_axis(parents, chosen, 1)[slots]
+        moved = np.take_along_axis(self.tokens[slots], beam[:, :, None], 1)
+        moved[np.arange(len(slots)), :, self.lengths[slots]] = np.take_along_axis(tokens, chosen, 1)[slots]
+        self.tokens[slots] = moved
+        self.scores[slots] = np.take_along_axis(scores, chosen, 1)[slots]
+        self.lengths += moving
 
     def _add_hypotheses(
         self,
@@ -211,25 +233,25 @@ class Beams:
         return can_improve
 
     def _length_term(self, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return f32: (tokens without the prompt) ** length_penalty."""
-        generated = (lengths - len(self.search.prompt)).astype(np.float64)
+        """Return f32: (tokens without the prompt) ** length_penalty; 1 where there are none (slots not moving yet)."""
+        generated = np.maximum(lengths - len(self.search.prompt), 1).astype(np.float64)
         term: NDArray[np.float32] = np.power(generated, self.search.length_penalty).astype(np.float32)
         return term
 
-    def results(self, image: int) -> list[Hypothesis]:
-        """Return the num_return_sequences best hypotheses of a closed image, best first."""
-        assert self.closed[image]
+    def results(self, slot: int) -> list[Hypothesis]:
+        """Return the num_return_sequences best hypotheses of a closed slot's image, best first."""
+        assert self.closed[slot]
         return [
             Hypothesis(
-                tuple(self._hypothesis_tokens[image, k, : self._hypothesis_lengths[image, k]].tolist()),
-                float(self._hypothesis_sums[image, k]),
-                float(self._hypothesis_scores[image, k]),
+                tuple(self._hypothesis_tokens[slot, k, : self._hypothesis_lengths[slot, k]].tolist()),
+                float(self._hypothesis_sums[slot, k]),
+                float(self._hypothesis_scores[slot, k]),
             )
             for k in range(self.search.num_return_sequences)
         ]
 
-    def keep(self, images: NDArray[np.int64]) -> None:
-        """Drop every image but those at `images` i64[B']."""
+    def keep(self, slots: NDArray[np.int64]) -> None:
+        """Drop every slot but those at `slots` i64[B']."""
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
-                setattr(self, name, value[images])
+                setattr(self, name, value[slots])

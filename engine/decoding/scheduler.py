@@ -1,97 +1,152 @@
-"""The scheduler owns the slots: it feeds a batch of images through the backend until every one is closed.
+"""The scheduler owns the slots: it keeps them filled while images wait, and hands out captions as they close.
 
-A fixed batch for now: slots whose image closed are dropped at the next regrouping, not refilled before the batch ends.
-Knows nothing of files, pixels' origin or text.
+Beam search is exact for each image alone, so an image leaves at the very step Hugging Face's rule closes it and another
+takes its slot. Knows nothing of files, pixels' origin or text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Backend, Cache, StepInputs
+from engine.backends.base import Backend, Encoded, StepInputs
 from engine.decoding.ancestry import Ancestry
 from engine.decoding.beam import Beams, Hypothesis, Search
 
+Key = TypeVar("Key")
+
 SETTLE_EVERY = 8
 """Steps after which recent keys and values are folded into the settled ones (fewer copies of growing tensors)."""
-DROP_SHARE = 0.25
-"""Share of closed slots from which they are dropped at once instead of at the next settling."""
+SHRINK_SHARE = 0.25
+"""Share of empty slots from which, with no image waiting, they are given up."""
 
 
 class Scheduler:
-    """Decodes batches of images with one backend and one search."""
+    """Decodes any number of images with one backend and one search, `num_slots` of them side by side."""
 
-    def __init__(self, backend: Backend, search: Search) -> None:
+    def __init__(self, backend: Backend, search: Search, *, num_slots: int, encode_batch: int = 4) -> None:
         self.backend = backend
         self.search = search
+        self.num_slots = num_slots
+        self.encode_batch = encode_batch
+
+    def run(self, images: Iterable[tuple[Key, NDArray[np.uint8]]]) -> Iterator[tuple[Key, list[Hypothesis]]]:
+        """Caption (key, pixels u8[height,width,3]) pairs; yield (key, hypotheses) of each the moment it closes."""
+        waiting = self._encoded_ahead(iter(images))
+        slots = _Slots(self.backend, self.search, self.num_slots)
+        keys: dict[int, Key] = {}
+        arrivals = True
+        while True:
+            for slot in slots.empty() if arrivals else ():
+                newcomer = next(waiting, None)
+                if newcomer is None:
+                    arrivals = False
+                    break
+                keys[slot], encoded, image = newcomer
+                slots.admit(slot, encoded, image)
+            if not keys:
+                return
+            if not arrivals:
+                keys = slots.shrink(keys)
+            for slot in slots.step():
+                yield keys.pop(slot), slots.beams.results(slot)
 
     def decode(self, pixel_values: NDArray[np.uint8]) -> Iterator[tuple[int, list[Hypothesis]]]:
-        """Caption images u8[B,height,width,3]; yield (index, hypotheses) of each when its slot is dropped."""
-        slots = np.arange(len(pixel_values))
-        cache = self.backend.encode(pixel_values)
-        beams = Beams(self.search, len(slots))
-        ancestry = Ancestry(len(slots), self.search.num_beams)
-        fed, rows = self._step(cache, beams, ancestry, self._prefill_inputs(beams, ancestry))
-        steps = 1
-        while True:
-            ancestry.choose(fed, rows)
-            keep = self._slots_to_keep(beams, steps)
-            if keep is not None:
-                for slot in np.flatnonzero(beams.closed):
-                    yield int(slots[slot]), beams.results(int(slot))
-                if not len(keep):
-                    return
-                self.backend.regroup(cache, keep, ancestry.compact(keep))
-                beams.keep(keep)
-                slots, steps = slots[keep], 0
-            fed, rows = self._step(cache, beams, ancestry, self._step_inputs(beams, ancestry))
-            steps += 1
+        """Caption images u8[N,height,width,3]; yield (index, hypotheses) as they close."""
+        return self.run(enumerate(pixel_values))
 
-    @staticmethod
-    def _slots_to_keep(beams: Beams, steps: int) -> NDArray[np.int64] | None:
-        """Return the open slots when it is time to regroup (settling is due, enough slots closed), else None."""
-        if steps < SETTLE_EVERY and beams.closed.mean() < DROP_SHARE:
-            return None
-        return np.flatnonzero(~beams.closed)
+    def _encoded_ahead(self, images: Iterator[tuple[Key, NDArray[np.uint8]]]) -> Iterator[tuple[Key, Encoded, int]]:
+        """Encode in batches of encode_batch, as images are asked for."""
+        while batch := list(itertools.islice(images, self.encode_batch)):
+            encoded = self.backend.encode(np.stack([pixels for _, pixels in batch]))
+            for i, (key, _) in enumerate(batch):
+                yield key, encoded, i
 
-    def _step(
-        self, cache: Cache, beams: Beams, ancestry: Ancestry, inputs: StepInputs
-    ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Run one step and advance the beams; return the step's ancestry mask and the row each beam continues."""
-        scores, ids = self.backend.step(cache, inputs)
+
+class _Slots:
+    """Beams, ancestry and caches of B slots, moving in step.
+
+    `fed` i64[B] counts the prompt tokens each slot has fed. A newcomer's prompt rides along in its own slot, K tokens a
+    step, so that prefill needs no pass of its own.
+    """
+
+    def __init__(self, backend: Backend, search: Search, num_slots: int) -> None:
+        self.backend = backend
+        self.search = search
+        self.cache = backend.allocate(num_slots)
+        self.beams = Beams(search, num_slots)
+        self.ancestry = Ancestry(num_slots, search.num_beams)
+        self.fed = np.zeros(num_slots, np.int64)
+        self.steps_since_settled = 0
+
+    def empty(self) -> list[int]:
+        """Return the slots without an image to decode."""
+        return np.flatnonzero(self.beams.closed).tolist()
+
+    def admit(self, slot: int, encoded: Encoded, image: int) -> None:
+        """Put a newcomer into an empty slot."""
+        self.backend.admit(self.cache, slot, encoded, image)
+        self.beams.start(np.array([slot]))
+        self.ancestry.reset(np.array([slot]))
+        self.fed[slot] = 0
+
+    def shrink(self, keys: dict[int, Key]) -> dict[int, Key]:
+        """Give up empty slots when they are many; return `keys` {slot: key} under the new slot numbers."""
+        keep = np.flatnonzero(~self.beams.closed)
+        if len(keep) > (1 - SHRINK_SHARE) * len(self.fed):
+            return keys
+        self._regroup(keep)
+        return {new: keys[old] for new, old in enumerate(keep.tolist())}
+
+    def step(self) -> list[int]:
+        """Feed every slot once and advance its beams; return the slots whose image closed."""
+        if self.steps_since_settled == SETTLE_EVERY:
+            self._regroup(np.arange(len(self.fed)))
+        prefilling = (self.fed < len(self.search.prompt)) & ~self.beams.closed
+        inputs = self._inputs(prefilling)
+        scores, ids = self.backend.step(self.cache, inputs)
+        self.steps_since_settled += 1
         rows, tokens = np.divmod(ids, self.search.vocab_size)
-        parents = rows if ancestry.width else np.zeros_like(rows)  # every row of a prefill belongs to beam 0
-        chosen = beams.advance(scores, parents, tokens)
-        return inputs.ancestry, np.take_along_axis(rows, chosen, 1)
+        was_closed = self.beams.closed.copy()
+        more_prompt = prefilling & (self.fed + self.search.num_beams < len(self.search.prompt))
+        self.fed += np.where(prefilling, self.search.num_beams, 0)
+        parents = np.where(prefilling[:, None], 0, rows)  # every row of a prompt belongs to beam 0
+        chosen = self.beams.advance(scores, parents, tokens, ~more_prompt)
+        continued = np.take_along_axis(rows, chosen, 1)
+        continued[more_prompt] = self.search.num_beams - 1  # the last prompt token fed, which saw all the others
+        self.ancestry.choose(inputs.ancestry, continued)
+        return np.flatnonzero(self.beams.closed & ~was_closed).tolist()
 
-    def _prefill_inputs(self, beams: Beams, ancestry: Ancestry) -> StepInputs:
-        """Feed the prompt, all but its last token for the cache only."""
-        images, length = len(beams.tokens), len(self.search.prompt)
-        positions = np.broadcast_to(np.arange(length), (images, length))
-        scores = np.full((images, length), -np.inf, np.float32)
-        scores[:, -1] = 0.0
-        banned = np.repeat(beams.banned_ids()[:, :1], length, 1)
-        own = np.tri(length, dtype=bool)
+    def _regroup(self, keep: NDArray[np.int64]) -> None:
+        self.backend.regroup(self.cache, keep, self.ancestry.compact(keep))
+        if len(keep) < len(self.fed):
+            self.beams.keep(keep)
+            self.fed = self.fed[keep]
+        self.steps_since_settled = 0
+
+    def _inputs(self, prefilling: NDArray[np.bool_]) -> StepInputs:
+        """Feed the last token of every beam, or the next K tokens of the prompt; empty slots are fed for nothing."""
+        beams, num_beams = self.beams, self.search.num_beams
+        input_ids = beams.last_tokens()
+        positions = np.repeat(beams.lengths[:, None] - 1, num_beams, 1)
+        scores = np.where(beams.closed[:, None], np.float32(-np.inf), beams.scores)
+        own = np.repeat(np.eye(num_beams, dtype=bool)[None], len(input_ids), 0)
+        if prefilling.any():
+            last = len(self.search.prompt) - 1
+            at = self.fed[prefilling][:, None] + np.arange(num_beams)
+            positions[prefilling] = np.minimum(at, last)
+            input_ids[prefilling] = np.array(self.search.prompt)[positions[prefilling]]
+            scores[prefilling] = np.where(at == last, np.float32(0), np.float32(-np.inf))
+            own[prefilling] |= np.tri(num_beams, dtype=bool) & (at <= last)[:, :, None]
         return StepInputs(
-            input_ids=beams.tokens[:, 0, :length],
+            input_ids=input_ids,
             positions=positions,
             scores=scores,
-            banned_ids=banned,
-            ancestry=ancestry.feed(own),
-            num_candidates=self.search.num_candidates,
-        )
-
-    def _step_inputs(self, beams: Beams, ancestry: Ancestry) -> StepInputs:
-        """Feed the last token of every beam; a closed slot is fed on for nothing until it is dropped."""
-        images, rows = beams.scores.shape
-        return StepInputs(
-            input_ids=beams.last_tokens(),
-            positions=np.broadcast_to(beams.lengths[:, None] - 1, (images, rows)),
-            scores=np.where(beams.closed[:, None], np.float32(-np.inf), beams.scores),
             banned_ids=beams.banned_ids(),
-            ancestry=ancestry.feed(np.eye(rows, dtype=bool)),
+            ancestry=self.ancestry.feed(own),
             num_candidates=self.search.num_candidates,
         )

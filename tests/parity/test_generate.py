@@ -18,8 +18,8 @@ PROMPT = (None, "a picture of the chest")
 MIN_NEW_TOKENS = (None, 6)
 MAX_NEW_TOKENS = 14
 IMAGES = 17
-BATCHES = (17, 5, 1)
-"""Images decoded side by side; the single ones are the first few, each batch size must give the same captions."""
+SLOTS = (17, 5, 1)
+"""Images decoded side by side, 17 in all, 3 where one at a time; every number of slots must give the same captions."""
 
 SCORE_TOLERANCE = 1e-4
 """The issue's bound; measured 2e-6 on the tiny model."""
@@ -59,9 +59,9 @@ def test_captions_equal_generate(
             num_return_sequences=num_beams,
         )
         theirs = tiny_reference.generate(pixel_values, options)
-        for batch in BATCHES:
-            count = 3 if batch == 1 else IMAGES
-            ours = tiny_captioner.caption(pictures[:count], options, rows=batch * num_beams)
+        for slots in SLOTS:
+            count = 3 if slots == 1 else IMAGES
+            ours = tiny_captioner.caption(pictures[:count], options, rows=slots * num_beams)
             for mine, expected in zip(ours, theirs[:count], strict=True):
                 assert [a.ids for a in mine.alternatives] == [e.ids for e in expected], options
                 if num_beams > 1:

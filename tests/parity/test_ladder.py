@@ -36,18 +36,18 @@ def test_pixels_are_the_bytes_of_the_slow_image_processor(mode, tiny_reference):
 
 def test_cross_keys_and_values_are_the_encoders(tiny_captioner, tiny_reference):
     pictures = random_pictures(3)
-    cache = tiny_captioner.backend.encode(engine_pixels(pictures))
+    cross = tiny_captioner.backend.encode(engine_pixels(pictures))
     model = tiny_reference.model
     with torch.inference_mode():
         encoded = model.vision_model(tiny_reference.pixels(pictures))[0]
         for i, layer in enumerate(model.text_decoder.bert.encoder.layer):
             for project, ours in zip(
                 (layer.crossattention.self.key, layer.crossattention.self.value),
-                cache.cross[2 * i : 2 * i + 2],
+                cross[2 * i : 2 * i + 2],
                 strict=True,
             ):
                 theirs = project(encoded).unflatten(-1, (4, 8)).transpose(1, 2).numpy()
-                np.testing.assert_allclose(ours.numpy(), theirs, atol=LAYER_TOLERANCE)
+                np.testing.assert_allclose(ours, theirs, atol=LAYER_TOLERANCE)
 
 
 class Lockstep:
@@ -61,6 +61,13 @@ class Lockstep:
     def encode(self, pixel_values):
         return self.ours.encode(pixel_values), self.theirs.encode(pixel_values)
 
+    def allocate(self, num_slots):
+        return self.ours.allocate(num_slots), self.theirs.allocate(num_slots)
+
+    def admit(self, cache, slot, encoded, image):
+        self.ours.admit(cache[0], slot, encoded[0], image)
+        self.theirs.admit(cache[1], slot, encoded[1], image)
+
     def step(self, cache, inputs: StepInputs):
         scores, ids = self.ours.step(cache[0], inputs)
         expected_scores, expected_ids = self.theirs.step(cache[1], inputs)
@@ -70,9 +77,9 @@ class Lockstep:
         self.steps += 1
         return scores, ids
 
-    def regroup(self, cache, images, columns):
-        self.ours.regroup(cache[0], images, columns)
-        self.theirs.regroup(cache[1], images, columns)
+    def regroup(self, cache, slots, columns):
+        self.ours.regroup(cache[0], slots, columns)
+        self.theirs.regroup(cache[1], slots, columns)
 
 
 @pytest.mark.parametrize("prompt", [None, "a picture of the chest"])
@@ -80,15 +87,15 @@ class Lockstep:
 def test_every_cached_step_gives_the_candidates_of_an_uncached_forward(
     num_beams, ngram, prompt, tiny_captioner, tiny_reference
 ):
-    """Prefill included; the steps span several regroupings, with images leaving on the way."""
+    """Prefill included; steps span several regroupings, images leave and others take their slots on the way."""
     options = DecodeOptions(
-        num_beams=num_beams, no_repeat_ngram_size=ngram, min_new_tokens=18, max_new_tokens=26, prompt=prompt
+        num_beams=num_beams, no_repeat_ngram_size=ngram, min_new_tokens=9, max_new_tokens=26, prompt=prompt
     )
     backend = Lockstep(tiny_captioner.backend, TorchBackend(tiny_reference))
-    scheduler = Scheduler(backend, tiny_captioner.search(options))
-    results = dict(scheduler.decode(engine_pixels(random_pictures(5))))
-    assert len(results) == 5
-    assert backend.steps > 16
+    scheduler = Scheduler(backend, tiny_captioner.search(options), num_slots=3)
+    results = dict(scheduler.decode(engine_pixels(random_pictures(7))))
+    assert len(results) == 7
+    assert backend.steps > 24
 
 
 def test_prompts_start_with_dec_and_lose_sep(tiny_captioner, tiny_reference):

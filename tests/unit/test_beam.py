@@ -35,10 +35,14 @@ class TableBackend(PrefixBackend):
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self.rows_fed = 0
+        self.rows_fed = self.steps = 0
+
+    def step(self, cache, inputs):
+        self.steps += 1
+        self.rows_fed += inputs.input_ids.size
+        return super().step(cache, inputs)
 
     def log_probs(self, image, prefixes):
-        self.rows_fed += len(prefixes)
         return np.stack([self.row(int(image.flat[0]), prefix) for prefix in prefixes])
 
     def row(self, image: int, prefix: tuple[int, ...]) -> np.ndarray:
@@ -54,8 +58,22 @@ def pixels(*images: int) -> np.ndarray:
     return np.array(images, np.uint8).reshape(-1, 1, 1, 1).repeat(3, 3)
 
 
-def decode(backend, search, *images):
-    return dict(Scheduler(backend, search).decode(pixels(*images)))
+def decode(backend, search, *images, num_slots=None):
+    scheduler = Scheduler(backend, search, num_slots=num_slots or len(images), encode_batch=2)
+    return dict(scheduler.decode(pixels(*images)))
+
+
+def open_beams(search):
+    """Beams with one open slot."""
+    beams = Beams(search, 1)
+    beams.start(np.array([0]))
+    return beams
+
+
+def advance(beams, scores, tokens):
+    """One step in which every candidate continues beam 0."""
+    scores, tokens = np.array([scores], np.float32), np.array([tokens])
+    return beams.advance(scores, np.zeros_like(tokens), tokens, np.array([True]))
 
 
 def every_caption(max_length: int):
@@ -96,27 +114,60 @@ def test_greedy_takes_the_likeliest_word_each_step():
     assert decode(backend, replace(SEARCH, num_beams=1), 2)[0][0].ids == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
-    images=st.lists(st.integers(0, 30), min_size=1, max_size=7),
+    images=st.lists(st.integers(0, 30), min_size=1, max_size=9),
+    num_slots=st.integers(1, 10),
     num_beams=st.integers(1, 5),
     ngram=st.integers(0, 3),
     early_stopping=st.sampled_from([False, True, "never"]),
-    max_length=st.integers(3, 14),
+    max_length=st.integers(8, 16),
+    prompt=st.lists(st.integers(0, 2), max_size=6),
 )
-def test_captions_do_not_depend_on_the_other_images_of_a_batch(images, num_beams, ngram, early_stopping, max_length):
+def test_captions_depend_neither_on_the_other_images_nor_on_the_slots(
+    images, num_slots, num_beams, ngram, early_stopping, max_length, prompt
+):
     backend = TableBackend(9)
     search = replace(
         SEARCH,
+        prompt=(BOS, *prompt),
         num_beams=num_beams,
         no_repeat_ngram_size=ngram,
         early_stopping=early_stopping,
         max_length=max_length,
         num_return_sequences=num_beams,
     )
-    together = decode(backend, search, *images)
+    together = decode(backend, search, *images, num_slots=num_slots)
+    assert sorted(together) == list(range(len(images)))
     for i, image in enumerate(images):
         assert together[i] == decode(backend, search, image)[0]
+
+
+def test_a_prompt_is_the_past_of_every_caption():
+    """Ids after a prompt equal those of a table asked about that very prefix, however many steps the prompt takes."""
+    backend = TableBackend(6)
+    for num_beams in (1, 2, 5):
+        for prompt in ((BOS,), (BOS, 1, 2), (BOS, 2, 1, 0, 0, 1, 2)):
+            search = replace(SEARCH, prompt=prompt, num_beams=num_beams, max_length=len(prompt) + 4)
+            (best,) = decode(backend, search, 3)[0]
+            assert best.ids[: len(prompt)] == prompt
+            expected = sum(float(backend.row(3, best.ids[:i])[best.ids[i]]) for i in range(len(prompt), len(best.ids)))
+            assert best.sum_log_prob == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_image_leaves_the_step_it_closes_and_its_slot_is_taken_at_once():
+    """With one slot, images come out one after the other, and no step is spent between them."""
+    backend = TableBackend(11)
+    steps = dict.fromkeys(range(5), 0)
+    search = replace(SEARCH, num_beams=2, max_length=40)
+    for image in steps:
+        backend.steps = 0
+        decode(backend, search, image)
+        steps[image] = backend.steps
+    backend.steps = 0
+    order = [key for key, _ in Scheduler(backend, search, num_slots=1).decode(pixels(*steps))]
+    assert order == list(steps)
+    assert backend.steps == sum(steps.values())
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,7 +188,7 @@ def test_captions_reach_the_minimum_length(num_beams):
         assert EOS not in hypotheses[0].ids[:5]
 
 
-def test_a_closed_image_stops_costing_rows():
+def test_slots_without_images_are_given_up():
     backend = TableBackend(11)
     search = replace(SEARCH, num_beams=2, max_length=40)
     alone = {}
@@ -147,7 +198,7 @@ def test_a_closed_image_stops_costing_rows():
         alone[image] = backend.rows_fed
     assert len(set(alone.values())) > 1, "the table must close its images at different steps"
     backend.rows_fed = 0
-    decode(backend, search, *range(6))
+    decode(backend, search, *range(6), num_slots=100)
     assert backend.rows_fed < 6 * max(alone.values())
 
 
@@ -175,18 +226,15 @@ def test_scores_below_the_placeholder_still_give_a_caption(num_beams):
 
 
 def test_an_end_token_ranked_behind_the_first_k_is_dropped():
-    beams = Beams(replace(SEARCH, num_beams=2), 1)
-    scores = np.array([[-1.0, -2.0, -3.0, -4.0]], np.float32)
-    beams.advance(scores, np.zeros((1, 4), np.int64), np.array([[0, 1, EOS, 2]]))
+    beams = open_beams(replace(SEARCH, num_beams=2))
+    advance(beams, [-1.0, -2.0, -3.0, -4.0], [0, 1, EOS, 2])
     assert not beams._finished.any()
     assert beams.tokens[0, :, 1].tolist() == [0, 1]
 
 
 def test_an_end_token_within_the_first_k_becomes_a_hypothesis_and_frees_its_beam():
-    beams = Beams(replace(SEARCH, num_beams=2), 1)
-    scores = np.array([[-1.0, -2.0, -3.0, -4.0]], np.float32)
-    chosen = beams.advance(scores, np.zeros((1, 4), np.int64), np.array([[0, EOS, 1, 2]]))
-    assert chosen.tolist() == [[0, 2]]
+    beams = open_beams(replace(SEARCH, num_beams=2))
+    assert advance(beams, [-1.0, -2.0, -3.0, -4.0], [0, EOS, 1, 2]).tolist() == [[0, 2]]
     assert beams._finished.sum() == 1
     assert beams._hypothesis_scores[0, 0] == np.float32(-2.0)
 
@@ -194,18 +242,23 @@ def test_an_end_token_within_the_first_k_becomes_a_hypothesis_and_frees_its_beam
 @pytest.mark.parametrize(("early_stopping", "closes"), [(True, True), (False, True), ("never", False)])
 def test_early_stopping_decides_whether_k_hypotheses_close_an_image(early_stopping, closes):
     """Two hypotheses score -1; the best running beam sums to -2.2: -2.2 now, but -2.2 / 5 at the longest."""
-    beams = Beams(replace(SEARCH, num_beams=2, early_stopping=early_stopping), 1)
-    candidates = np.array([[-1.0, -1.0, -2.2, -2.3]], np.float32)
-    beams.advance(candidates, np.zeros((1, 4), np.int64), np.array([[EOS, EOS, 0, 1]]))
+    beams = open_beams(replace(SEARCH, num_beams=2, early_stopping=early_stopping))
+    advance(beams, [-1.0, -1.0, -2.2, -2.3], [EOS, EOS, 0, 1])
     assert beams.closed[0] == closes
 
 
 def test_a_running_beam_that_can_still_win_keeps_its_image_open():
     """Two hypotheses score -1; the best running beam sums to -0.9, so it may end better than the worst of them."""
-    beams = Beams(replace(SEARCH, num_beams=2), 1)
-    candidates = np.array([[-0.8, -0.9, -1.0, -1.1]], np.float32)
-    beams.advance(candidates, np.zeros((1, 4), np.int64), np.array([[EOS, 0, 1, 2]]))
-    beams.advance(
-        np.array([[-1.0, -1.1, -3.0, -3.1]], np.float32), np.zeros((1, 4), np.int64), np.array([[EOS, 0, 1, 2]])
-    )
+    beams = open_beams(replace(SEARCH, num_beams=2))
+    advance(beams, [-0.8, -0.9, -1.0, -1.1], [EOS, 0, 1, 2])
+    advance(beams, [-1.0, -1.1, -3.0, -3.1], [EOS, 0, 1, 2])
     assert not beams.closed[0]
+
+
+def test_a_slot_that_is_not_active_does_not_move():
+    beams = open_beams(replace(SEARCH, num_beams=2))
+    before = {name: value.copy() for name, value in vars(beams).items() if isinstance(value, np.ndarray)}
+    scores = np.full((1, 4), -np.inf, np.float32)
+    beams.advance(scores, np.zeros((1, 4), np.int64), np.zeros((1, 4), np.int64), np.array([False]))
+    for name, value in before.items():
+        np.testing.assert_array_equal(getattr(beams, name), value)
