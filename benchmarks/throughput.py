@@ -1,6 +1,7 @@
 """The engine beside Hugging Face `generate` in one process, interleaved, on the same pixels.
 
     python -m benchmarks.throughput --checkpoint DIR --bundle DIR --images 8 --beams 4 --new-tokens 30
+    python -m benchmarks.throughput --checkpoint DIR --bundle DIR --images 32 --spread --new-tokens 64 --pictures DIR
 
 Both start from resized pixels in memory and end with token ids; the ids are compared, and a run whose ids differ exits
 with 1 and is void.
@@ -24,7 +25,7 @@ from PIL import Image
 from benchmarks.machine import describe_machine
 from engine.captioner import Captioner, slots_for
 from engine.decoding.scheduler import Scheduler
-from engine.images import RESAMPLING
+from engine.images import RESAMPLING, decode_image, find_images, read_image
 from engine.options import DEFAULT_ROWS, DecodeOptions
 from export.reference import Reference
 
@@ -56,14 +57,18 @@ def time_interleaved(programs: dict[str, Callable[[], Ids]], repeats: int) -> tu
 @click.option("--images", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--no-repeat-ngram", type=click.IntRange(0), default=3, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(1), default=30, show_default=True, help="Forced: least and most.")
+@click.option("--new-tokens", type=click.IntRange(1), default=30, show_default=True, help="Most new tokens.")
+@click.option("--forced/--spread", default=True, help="Every caption that long, or as long as the model says.")
+@click.option("--pictures", type=click.Path(path_type=Path), help="Directory of pictures; synthetic ones when absent.")
 @click.option("--hf-batch", type=click.IntRange(1), multiple=True, default=(8,), help="Batch sizes for generate.")
 @click.option(
     "--rows", type=click.IntRange(1), default=DEFAULT_ROWS, show_default=True, help="Beams side by side in the engine."
 )
 @click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads for both; all cores when absent.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-def main(checkpoint, bundle, images, beams, no_repeat_ngram, new_tokens, hf_batch, rows, threads, repeats) -> None:
+def main(
+    checkpoint, bundle, images, beams, no_repeat_ngram, new_tokens, forced, pictures, hf_batch, rows, threads, repeats
+) -> None:
     """Measure images/s of the engine and of generate, and print one JSON line."""
     reference = Reference.load(checkpoint)
     captioner = Captioner.load(bundle, backend="cpu", threads=threads)
@@ -73,11 +78,16 @@ def main(checkpoint, bundle, images, beams, no_repeat_ngram, new_tokens, hf_batc
         num_beams=beams,
         no_repeat_ngram_size=no_repeat_ngram,
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
+        min_new_tokens=new_tokens if forced else None,
     )
-    pictures = synthetic_pictures(images, captioner.bundle.image.height)
-    pixels_u8 = np.stack([np.asarray(picture) for picture in pictures])
-    pixel_values = reference.pixels(pictures)
+    spec = captioner.bundle.image
+    if pictures is None:
+        loaded = synthetic_pictures(images, spec.height)
+    else:
+        loaded = [decode_image(image.path) for image in find_images(pictures).images[:images]]
+        images = len(loaded)
+    pixels_u8 = np.stack([read_image(picture, spec.height, spec.width, spec.resample) for picture in loaded])
+    pixel_values = reference.pixels(loaded)
     scheduler = Scheduler(captioner.backend, captioner.search(options), num_slots=slots_for(rows, beams))
 
     def engine() -> Ids:
@@ -105,12 +115,14 @@ def main(checkpoint, bundle, images, beams, no_repeat_ngram, new_tokens, hf_batc
         click.echo(
             f"{name:24} {per_image[name]:.3f} s an image ({spread}), {ratios.get(name, 1):.2f} x engine", err=True
         )
+    lengths = sorted(len(one) - 1 for one in ids["engine"])
     identical = {name: sum(a == b for a, b in zip(found, ids["engine"], strict=True)) for name, found in ids.items()}
     summary = {
         "benchmark": "throughput",
         "machine": describe_machine(),
         "bundle": captioner.bundle.digest[:12],
         "setting": {"images": images, "beams": beams, "no_repeat_ngram": no_repeat_ngram, "new_tokens": new_tokens},
+        "new_tokens": {"mean": statistics.mean(lengths), "median": lengths[images // 2], "most": lengths[-1]},
         "rows": rows,
         "repeats": repeats,
         "seconds_per_image": per_image,

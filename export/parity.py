@@ -25,7 +25,7 @@ from engine.options import DecodeOptions
 from engine.output.run import check_outputs, write_atomically
 from export.bundle import checkpoint_sha256, golden_pictures
 from export.reference import Reference, ReferenceCaption, TorchBackend
-from export.trace import TIE_ABSOLUTE, TIE_RELATIVE, Trace, find_divergence
+from export.trace import TIE_ABSOLUTE, TIE_RELATIVE, explain
 from train.model import CheckpointError
 
 SCORE_TOLERANCE = 1e-4
@@ -107,20 +107,11 @@ def _explain(
     ours: tuple[int, ...],
     theirs: tuple[int, ...],
 ) -> Mismatch:
-    """Trace both sides; what the traces do not explain as a tie, or do not end in as well, is real."""
-    spec, search, backend = captioner.bundle.image, captioner.search(options), TorchBackend(reference)
+    spec = captioner.bundle.image
     pixels = read_image(picture, spec.height, spec.width, spec.resample)
-
-    def score(ids: tuple[int, ...]) -> float:
-        prefixes = [ids[:i] for i in range(len(search.prompt), len(ids))]
-        return float(
-            sum(row[i] for row, i in zip(backend.log_probs(pixels, prefixes), ids[-len(prefixes) :], strict=True))
-        )
-
-    my_trace, their_trace = Trace(captioner.backend, search, pixels), Trace(backend, search, pixels)
-    divergence = find_divergence(my_trace, their_trace, score)
-    is_tie = divergence.is_tie and their_trace.ids == theirs and my_trace.ids == ours
-    return Mismatch(name, list(ours), list(theirs), divergence.step, divergence.gap, "tie" if is_tie else "real")
+    divergence = explain(captioner, TorchBackend(reference), pixels, options, ours=ours, theirs=theirs)
+    verdict = "tie" if divergence.is_tie else "real"
+    return Mismatch(name, list(ours), list(theirs), divergence.step, divergence.gap, verdict)
 
 
 def load_pictures(directory: Path | None, size: int, limit: int | None) -> dict[str, Image.Image]:

@@ -7,15 +7,17 @@ reports.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends import Backend, StepInputs
-from engine.backends.prefix import PrefixCache
+from engine.backends.prefix import PrefixBackend, PrefixCache
+from engine.captioner import Captioner
 from engine.decoding.beam import Search
 from engine.decoding.scheduler import Scheduler
+from engine.options import DecodeOptions
 
 TIE_ABSOLUTE, TIE_RELATIVE = 1e-5, 2e-6
 """Gap below which two candidates tie: float32 keeps 24 bits (6e-8 relative), and a caption's sum adds some 30 terms
@@ -77,6 +79,31 @@ class Trace:
     def regroup(self, cache: tuple[object, PrefixCache], slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         self.backend.regroup(cache[0], slots, columns)
         cache[1].regroup(slots, columns)
+
+
+def explain(
+    captioner: Captioner,
+    reference: PrefixBackend,
+    pixels: NDArray[np.uint8],
+    options: DecodeOptions,
+    *,
+    ours: Ids,
+    theirs: Ids,
+) -> Divergence:
+    """Trace both searches over one picture u8[height,width,3] and say why they ended in `ours` and `theirs`.
+
+    It is a tie only where the scores say so and both traces end in those very captions.
+    """
+    search = captioner.search(options)
+
+    def score(ids: Ids) -> float:
+        prefixes = [ids[:i] for i in range(len(search.prompt), len(ids))]
+        rows = reference.log_probs(pixels, prefixes)
+        return float(sum(row[i] for row, i in zip(rows, ids[-len(prefixes) :], strict=True)))
+
+    my_trace, their_trace = Trace(captioner.backend, search, pixels), Trace(reference, search, pixels)
+    divergence = find_divergence(my_trace, their_trace, score)
+    return replace(divergence, is_tie=divergence.is_tie and (my_trace.ids, their_trace.ids) == (ours, theirs))
 
 
 def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float]) -> Divergence:

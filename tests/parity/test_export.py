@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -15,10 +16,13 @@ from transformers import BlipForConditionalGeneration
 from engine.bundle import Bundle
 from engine.captioner import Captioner
 from engine.options import DecodeOptions
+from engine.verify import Golden
+from export import bundle as export_module
 from export.__main__ import main
 from export.bundle import export_bundle
 from export.reference import Reference
 from export.restore import restore_checkpoint
+from export.trace import Divergence
 from tests.tiny import make_checkpoint, random_pictures
 from train.model import load_checkpoint, round_to_fp16
 
@@ -136,6 +140,34 @@ def test_any_dims_heads_and_eps_are_read_from_the_checkpoint(text, vision, tmp_p
     export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)  # replays its golden recordings
     bundle = Bundle.load(tmp_path / "bundle")
     assert bundle.model.num_layers == text.get("num_hidden_layers", 2)
+
+
+@pytest.mark.parametrize("is_tie", [True, False])
+def test_a_golden_picture_is_left_out_only_where_a_tie_explains_it(is_tie, tiny_checkpoint, tmp_path, monkeypatch):
+    """The engine is made to say another word about picture 1 in setting 2, and the trace to call that a tie or real."""
+    plain = export_module.replay
+
+    def other_word(captioner, golden, setting):
+        found = plain(captioner, golden, setting)
+        if setting == 2:
+            found[1] = replace(found[1], ids=(*found[1].ids[:-1], found[1].ids[-1] + 1))
+        return found
+
+    monkeypatch.setattr(export_module, "replay", other_word)
+    monkeypatch.setattr("engine.verify.replay", other_word)
+    monkeypatch.setattr(export_module, "explain", lambda *_, **__: Divergence(0, 1e-7, is_tie))
+    result = export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle")
+    if not is_tie:
+        assert "do not say what PyTorch says" in result.stderr
+        return
+    assert result.exit_code == 0, result.output
+    golden = Golden.load(tmp_path / "bundle" / "golden.npz")
+    assert [[ids is None for ids in golden.expected(i)] for i in range(4)] == [
+        [False] * 3,
+        [False] * 3,
+        [False, True, False],
+        [False] * 3,
+    ]
 
 
 def test_generation_defaults_travel_with_the_bundle(checkpoint_copy, tmp_path):
