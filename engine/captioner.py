@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,9 @@ B = TypeVar("B")
 
 MAX_SLOTS = 32
 """Images side by side, whatever the rows: each holds its cross-attention keys (14.5 MB for BLIP-base at 224 px)."""
+
+REMEMBERED = 4096
+"""Distinct images whose captions are kept for repeats: a few megabytes."""
 
 READERS = 4
 """Threads that decode images: Pillow releases the interpreter lock while it decodes and resizes."""
@@ -119,15 +123,14 @@ class Captioner:
         on_error: Callable[[ImageError], None] | None,
     ) -> Iterator[Caption]:
         scheduler = Scheduler(self.backend, search, num_slots=slots_for(rows, search.num_beams))
-        readable = self._read(enumerate(images), on_error)
-        numbered = (((index, name), pixels) for index, (name, pixels) in enumerate(readable))
-        early: dict[int, Caption] = {}  # closed before an image that was read earlier
-        position = 0
-        for (index, name), hypotheses in scheduler.run(numbered):
-            early[index] = Caption(name, tuple(self._alternative(hypothesis) for hypothesis in hypotheses))
-            while position in early:
-                yield early.pop(position)
-                position += 1
+        desk = _Desk()
+        readable = enumerate(self._read(enumerate(images), on_error))
+        arrivals = ((desk.arrive(index, name, pixels), pixels) for index, (name, pixels) in readable)
+        new = ((digest, pixels) for digest, pixels in arrivals if digest is not None)
+        for digest, hypotheses in scheduler.run(new):
+            desk.settle(digest, tuple(self._alternative(hypothesis) for hypothesis in hypotheses))
+            yield from desk.in_order()
+        yield from desk.in_order()
 
     def search(self, options: DecodeOptions) -> Search:
         """Resolve options for this bundle; raise UsageError where they do not fit it."""
@@ -181,6 +184,42 @@ class Captioner:
     def _alternative(self, hypothesis: Hypothesis) -> Alternative:
         raw = self.tokenizer.decode(hypothesis.ids)
         return Alternative(detokenise(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
+
+
+class _Desk:
+    """Takes images in and hands captions out in the same order; the same pixels are captioned once.
+
+    Captions are remembered for the last REMEMBERED distinct images, so that memory does not grow with the run.
+    """
+
+    def __init__(self) -> None:
+        self._asking: dict[bytes, list[tuple[int, str]]] = {}
+        self._known: dict[bytes, tuple[Alternative, ...]] = {}
+        self._ready: dict[int, Caption] = {}
+        self._next = 0
+
+    def arrive(self, index: int, name: str, pixels: NDArray[np.uint8]) -> bytes | None:
+        """Take in image `index`; return the digest to caption it under, or None when nothing is left to do."""
+        digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
+        if digest in self._known:
+            self._ready[index] = Caption(name, self._known[digest])
+            return None
+        self._asking.setdefault(digest, []).append((index, name))
+        return digest if len(self._asking[digest]) == 1 else None
+
+    def settle(self, digest: bytes, alternatives: tuple[Alternative, ...]) -> None:
+        """Note the caption of every image with these pixels."""
+        for index, name in self._asking.pop(digest):
+            self._ready[index] = Caption(name, alternatives)
+        self._known[digest] = alternatives
+        if len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
+
+    def in_order(self) -> Iterator[Caption]:
+        """Yield the captions whose turn it is."""
+        while self._next in self._ready:
+            yield self._ready.pop(self._next)
+            self._next += 1
 
 
 def slots_for(rows: int, num_beams: int) -> int:

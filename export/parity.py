@@ -4,7 +4,8 @@
 
 Two correct float32 programs can differ where two candidates score the same to the last digits. So a mismatch is
 traced: both decode the picture again, step by step, and the scores at the first divergence say whether it is a tie or
-real. A real one makes the exit code 1, and so do another text for the same ids and a score that is off.
+real. Pictures decoded side by side can turn at a tie as well ("batch", see judge). A real mismatch makes the exit code
+1, and so do another text for the same ids and a score that is off.
 """
 
 from __future__ import annotations
@@ -18,14 +19,23 @@ from pathlib import Path
 import click
 from PIL import Image
 
-from engine.captioner import Captioner
+from engine.captioner import Alternative, Captioner
+from engine.decoding.beam import Hypothesis
 from engine.errors import EngineError, ImageError
 from engine.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
 from engine.output.run import check_outputs, write_atomically
 from export.bundle import checkpoint_sha256, golden_pictures
 from export.reference import Reference, ReferenceCaption, TorchBackend
-from export.trace import TIE_ABSOLUTE, TIE_RELATIVE, explain
+from export.trace import (
+    TIE_ABSOLUTE,
+    TIE_RELATIVE,
+    Divergence,
+    Trace,
+    closest_candidates,
+    explain,
+    summed_log_prob,
+)
 from train.model import CheckpointError
 
 SCORE_TOLERANCE = 1e-4
@@ -87,7 +97,8 @@ def compare_setting(
             if expected.score is not None:
                 differences.append(abs(mine.score - expected.score) / max(1.0, abs(expected.score)))
             continue
-        mismatches.append(_explain(reference, captioner, name, pictures[name], options, mine.ids, expected.ids))
+        verdict, divergence = judge(reference, captioner, pictures[name], options, mine.best)
+        mismatches.append(Mismatch(name, list(mine.ids), list(expected.ids), divergence.step, divergence.gap, verdict))
     return SettingReport(
         options={key: value for key, value in asdict(options).items() if value is not None},
         images=len(names),
@@ -98,20 +109,30 @@ def compare_setting(
     )
 
 
-def _explain(
+def judge(
     reference: Reference,
     captioner: Captioner,
-    name: str,
     picture: Image.Image,
     options: DecodeOptions,
-    ours: tuple[int, ...],
-    theirs: tuple[int, ...],
-) -> Mismatch:
-    spec = captioner.bundle.image
+    ours: Alternative | Hypothesis,
+) -> tuple[str, Divergence]:
+    """Say why the engine said `ours` about an RGB picture and `generate` did not: ("tie" | "batch" | "real", where).
+
+    "batch": about this picture alone both say the same, two candidates of its search tie, and the engine scored `ours`
+    as the reference does. Beside other pictures matrix products round otherwise, so one of them took another turn.
+    """
+    ((alone, *_),) = reference.generate(reference.pixels([picture]), options)
+    spec, backend = captioner.bundle.image, TorchBackend(reference)
     pixels = read_image(picture, spec.height, spec.width, spec.resample)
-    divergence = explain(captioner, TorchBackend(reference), pixels, options, ours=ours, theirs=theirs)
-    verdict = "tie" if divergence.is_tie else "real"
-    return Mismatch(name, list(ours), list(theirs), divergence.step, divergence.gap, verdict)
+    (mine_alone,) = captioner.caption([picture], options)
+    if alone.ids in (ours.ids, mine_alone.ids):
+        step, gap = closest_candidates(Trace(backend, captioner.search(options), pixels))
+        score = summed_log_prob(backend, pixels, ours.ids, len(captioner.search(options).prompt))
+        scored_alike = abs(score - ours.sum_log_prob) <= SCORE_TOLERANCE * max(1.0, abs(score))
+        is_tie = gap <= TIE_ABSOLUTE + TIE_RELATIVE * abs(score)
+        return ("batch" if scored_alike and is_tie else "real"), Divergence(step, gap, is_tie)
+    divergence = explain(captioner, backend, pixels, options, ours=ours.ids, theirs=alone.ids)
+    return ("tie" if divergence.is_tie else "real"), divergence
 
 
 def load_pictures(directory: Path | None, size: int, limit: int | None) -> dict[str, Image.Image]:

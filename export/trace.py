@@ -6,6 +6,7 @@ reports.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -97,13 +98,28 @@ def explain(
     search = captioner.search(options)
 
     def score(ids: Ids) -> float:
-        prefixes = [ids[:i] for i in range(len(search.prompt), len(ids))]
-        rows = reference.log_probs(pixels, prefixes)
-        return float(sum(row[i] for row, i in zip(rows, ids[-len(prefixes) :], strict=True)))
+        return summed_log_prob(reference, pixels, ids, len(search.prompt))
 
     my_trace, their_trace = Trace(captioner.backend, search, pixels), Trace(reference, search, pixels)
     divergence = find_divergence(my_trace, their_trace, score)
     return replace(divergence, is_tie=divergence.is_tie and (my_trace.ids, their_trace.ids) == (ours, theirs))
+
+
+def summed_log_prob(reference: PrefixBackend, pixels: NDArray[np.uint8], ids: Ids, prompt_length: int) -> float:
+    """Return the reference's summed log-probability of a caption's ids behind the prompt."""
+    rows = reference.log_probs(pixels, [ids[:i] for i in range(prompt_length, len(ids))])
+    return float(sum(row[i] for row, i in zip(rows, ids[prompt_length:], strict=True)))
+
+
+def closest_candidates(trace: Trace) -> tuple[int, float]:
+    """Return (step, gap) where two neighbouring candidates of a search score most alike."""
+    gaps = [
+        (step, abs(first - second))
+        for step, taken in enumerate(trace.steps)
+        for (_, first), (_, second) in itertools.pairwise(taken.candidates)
+        if np.isfinite(second)
+    ]
+    return min(gaps, key=lambda found: found[1], default=(0, float("inf")))
 
 
 def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float]) -> Divergence:

@@ -91,3 +91,20 @@ def test_lengths_count_as_in_generate(options, prompt, pictures, pixel_values, t
 def test_captions_come_in_input_order_under_their_ids(pictures, tiny_captioner):
     captions = list(tiny_captioner.caption(pictures, DecodeOptions(num_beams=2), rows=6))
     assert [caption.id for caption in captions] == [str(i) for i in range(IMAGES)]
+
+
+def test_identical_images_are_captioned_once_and_each_gets_the_caption(pictures, tiny_captioner, monkeypatch):
+    """Copies side by side, far apart and last; without copies the same captions come out."""
+    options = DecodeOptions(num_beams=2)
+    alone = {
+        id(picture): caption.ids
+        for picture, caption in zip(pictures, tiny_captioner.caption(pictures, options), strict=True)
+    }
+    encoded = []
+    encode = tiny_captioner.backend.encode
+    monkeypatch.setattr(tiny_captioner.backend, "encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    mixed = [pictures[0], pictures[0], *pictures[1:6], pictures[0], *pictures[6:], pictures[3], pictures[3]]
+    captions = list(tiny_captioner.caption(mixed, options, rows=6))
+    assert [caption.ids for caption in captions] == [alone[id(picture)] for picture in mixed]
+    assert [caption.id for caption in captions] == [str(i) for i in range(len(mixed))]
+    assert sum(encoded) == IMAGES

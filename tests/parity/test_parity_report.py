@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from engine.backends.prefix import PrefixBackend
 from engine.options import DecodeOptions
-from export.parity import SettingReport, _explain, main
+from export.parity import SettingReport, judge, main
+from export.reference import Reference, ReferenceCaption
 from export.trace import Trace
 from tests.tiny import make_checkpoint, random_pictures
 
@@ -53,10 +54,10 @@ def test_another_checkpoint_is_a_real_mismatch_and_fails(tiny_bundle, image_dir,
 
 
 class Words(PrefixBackend):
-    """The same next-word log-probabilities after every prefix: `words` {id: log-probability}, everything else -9."""
+    """The same next-word log-probabilities after every prefix: `words` {id: log-probability}, everything else far below."""
 
     def __init__(self, vocab_size: int, words: dict[int, float]) -> None:
-        self.row = np.full(vocab_size, -9.0, np.float32)
+        self.row = (-9.0 - 0.1 * np.arange(vocab_size)).astype(np.float32)
         for word, log_prob in words.items():
             self.row[word] = log_prob
 
@@ -74,9 +75,10 @@ def explain(tiny_captioner, tiny_reference, monkeypatch):
         options, picture = DecodeOptions(num_beams=num_beams, max_new_tokens=4), random_pictures(1)[0]
         search, pixels = tiny_captioner.search(options), np.zeros((32, 32, 3), np.uint8)
         expected = Trace(Words(size, theirs), search, pixels).ids
-        found = Trace(Words(size, ours), search, pixels).ids
         monkeypatch.setattr(tiny_captioner, "backend", Words(size, ours))
-        return _explain(tiny_reference, tiny_captioner, "x", picture, options, found, expected)
+        monkeypatch.setattr(Reference, "generate", lambda *_: [[ReferenceCaption(expected, None)]])
+        (mine,) = tiny_captioner.caption([picture], options)
+        return judge(tiny_reference, tiny_captioner, picture, options, mine.best)
 
     return run
 
@@ -85,31 +87,50 @@ def explain(tiny_captioner, tiny_reference, monkeypatch):
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_gap_at_the_first_divergence_decides(nudge, verdict, num_beams, explain):
     """Two words nearly the same: `nudge` apart, in opposite directions."""
-    mismatch = explain({7: -1.0 + nudge / 2, 8: -1.0}, {7: -1.0 - nudge / 2, 8: -1.0}, num_beams)
-    assert mismatch.verdict == verdict
-    assert mismatch.step == 0
-    assert mismatch.gap == pytest.approx(nudge, rel=0.6)
+    found, divergence = explain({7: -1.0 + nudge / 2, 8: -1.0}, {7: -1.0 - nudge / 2, 8: -1.0}, num_beams)
+    assert found == verdict
+    assert divergence.step == 0
+    assert divergence.gap == pytest.approx(nudge, rel=0.6)
 
 
 def test_a_word_scored_wrongly_is_real_even_where_the_reference_did_not_keep_it(explain):
-    mismatch = explain({7: -1.0, 8: -1.0 - 1e-6}, {7: -8.5, 8: -1.0 - 1e-6})
-    assert mismatch.verdict == "real"
-    assert mismatch.gap > 7
+    verdict, divergence = explain({7: -1.0, 8: -1.0 - 1e-6}, {7: -8.5, 8: -1.0 - 1e-6})
+    assert verdict == "real"
+    assert divergence.gap > 7
 
 
 def test_a_harmless_swap_does_not_excuse_a_later_error(explain):
     """Words 7 and 8 tie and change places; the end token is wrong by 3, which decides the caption."""
     ours, theirs = {7: -1.0, 8: -1.0 - 1e-7, 3: -2.0}, {7: -1.0 - 1e-7, 8: -1.0, 3: -5.0}
-    mismatch = explain(ours, theirs, num_beams=2)
-    assert mismatch.verdict == "real"
+    verdict, _ = explain(ours, theirs, num_beams=2)
+    assert verdict == "real"
 
 
-def test_a_reference_caption_its_own_trace_does_not_give_is_real(tiny_captioner, tiny_reference):
-    options = DecodeOptions(num_beams=2, max_new_tokens=4)
-    picture = random_pictures(1)[0]
+@pytest.mark.parametrize(
+    ("gap", "score_error", "verdict"), [(1e-7, 0.0, "batch"), (1e-2, 0.0, "real"), (1e-7, 0.5, "real")]
+)
+def test_another_turn_beside_other_pictures_needs_a_tie_and_a_right_score(
+    gap, score_error, verdict, tiny_captioner, tiny_reference, monkeypatch
+):
+    """Alone both say word 7; beside others the engine said word 8, `gap` behind, its score off by `score_error`."""
+    words = Words(tiny_captioner.bundle.model.vocab_size, {7: -1.0, 8: -1.0 - gap})
+    monkeypatch.setattr("export.parity.TorchBackend", lambda _: words)
+    monkeypatch.setattr(tiny_captioner, "backend", words)
+    options, picture = DecodeOptions(num_beams=2, max_new_tokens=1), random_pictures(1)[0]
     (mine,) = tiny_captioner.caption([picture], options)
-    mismatch = _explain(tiny_reference, tiny_captioner, "x", picture, options, mine.ids, (*mine.ids, 9))
-    assert mismatch.verdict == "real"
+    monkeypatch.setattr(Reference, "generate", lambda *_: [[ReferenceCaption(mine.ids, None)]])
+    assert mine.ids[1] == 7
+    beside_others = replace(mine.best, ids=(mine.ids[0], 8), sum_log_prob=-1.0 - gap + score_error)
+    found, _ = judge(tiny_reference, tiny_captioner, picture, options, beside_others)
+    assert found == verdict
+
+
+def test_a_caption_no_trace_ends_in_is_real(tiny_captioner, tiny_reference, monkeypatch):
+    options, picture = DecodeOptions(num_beams=2, max_new_tokens=4), random_pictures(1)[0]
+    (mine,) = tiny_captioner.caption([picture], options)
+    monkeypatch.setattr(Reference, "generate", lambda *_: [[ReferenceCaption((*mine.ids, 9), None)]])
+    found, _ = judge(tiny_reference, tiny_captioner, picture, options, mine.best)
+    assert found == "real"
 
 
 def test_other_text_or_other_scores_for_the_same_ids_fail_too():
