@@ -54,7 +54,7 @@ def test_another_checkpoint_is_a_real_mismatch_and_fails(tiny_bundle, image_dir,
 
 
 class Words(PrefixBackend):
-    """The same next-word log-probabilities after every prefix: `words` {id: log-probability}, everything else far below."""
+    """The same next-word log-probabilities after every prefix: `words` {id: log-probability}, all else far below."""
 
     def __init__(self, vocab_size: int, words: dict[int, float]) -> None:
         self.row = (-9.0 - 0.1 * np.arange(vocab_size)).astype(np.float32)
