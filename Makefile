@@ -41,7 +41,7 @@ bench: restore  ## time the engine beside Hugging Face generate on the demo bund
 restore: $(FULL)/.ready
 	$(FULL)/bin/python -m export.restore --bundle engine/assets/demo --out $(DEMO)/restored
 
-demo: $(FULL)/.ready  ## retrain the demo checkpoint from packaged assets and export it (about half an hour)
+demo: $(FULL)/.ready  ## retrain the demo checkpoint from packaged assets and export it (about 20 minutes on 2 cores)
 	$(FULL)/bin/python -m train demo --out $(DEMO)/checkpoint --work $(DEMO)
 	$(FULL)/bin/python -m export --checkpoint $(DEMO)/checkpoint --out $(DEMO)/bundle
 

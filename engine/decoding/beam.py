@@ -6,7 +6,7 @@ calls; the arithmetic is float32 as there. Images never influence each other. Kn
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,15 @@ NEVER = np.float32(-1e9)
 def _ruled_out(where: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Return f32: NEVER where true, else 0, to be added to scores."""
     return np.where(where, NEVER, np.float32(0))
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The C best continuations of each slot: summed scores f32[B,C], beams continued i64[B,C], new ids i64[B,C]."""
+
+    scores: NDArray[np.float32]
+    parents: NDArray[np.int64]
+    tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -129,69 +138,47 @@ class Beams:
         """
         moving = active & ~self.closed
         hits = (tokens == self.search.eos) | (self.lengths + 1 >= self.search.max_length)[:, None]
-        if self.search.num_beams == 1:
-            chosen, closing = self._advance_greedy(scores, parents, tokens, hits, moving)
-        else:
-            chosen, closing = self._advance_beams(scores, parents, tokens, hits, moving)
+        candidates = _Candidates(scores, parents, tokens)
+        advance = self._advance_greedy if self.search.num_beams == 1 else self._advance_beams
+        chosen, closing = advance(candidates, hits, moving)
         self.closed |= closing & moving
         return chosen
 
     def _advance_greedy(
-        self,
-        scores: NDArray[np.float32],
-        parents: NDArray[np.int64],
-        tokens: NDArray[np.int64],
-        hits: NDArray[np.bool_],
-        moving: NDArray[np.bool_],
+        self, candidates: _Candidates, hits: NDArray[np.bool_], moving: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """One beam: the best continuation is taken, and the caption ends where it hits (GenerationMixin._sample)."""
-        chosen = np.zeros((len(scores), 1), np.int64)
-        ending = hits & moving[:, None]
-        self._add_hypotheses(scores, parents, tokens, ending)
-        self._run_on(scores, parents, tokens, chosen, moving)
+        chosen = np.zeros((len(hits), 1), np.int64)
+        self._add_hypotheses(candidates, hits & moving[:, None])
+        self._run_on(candidates, chosen, moving)
         return chosen, hits[:, 0]
 
     def _advance_beams(
-        self,
-        scores: NDArray[np.float32],
-        parents: NDArray[np.int64],
-        tokens: NDArray[np.int64],
-        hits: NDArray[np.bool_],
-        moving: NDArray[np.bool_],
+        self, candidates: _Candidates, hits: NDArray[np.bool_], moving: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Hits among the first K become hypotheses, the K best others run on."""
         beams = self.search.num_beams
-        running = scores + _ruled_out(hits)
-        chosen = np.argsort(-running, axis=1, kind="stable")[:, :beams]
-        best_rank = np.arange(scores.shape[1]) < beams
-        self._add_hypotheses(scores, parents, tokens, hits & best_rank & moving[:, None])
-        self._run_on(running, parents, tokens, chosen, moving)
+        running = replace(candidates, scores=candidates.scores + _ruled_out(hits))
+        chosen = np.argsort(-running.scores, axis=1, kind="stable")[:, :beams]
+        best_rank = np.arange(hits.shape[1]) < beams
+        self._add_hypotheses(candidates, hits & best_rank & moving[:, None])
+        self._run_on(running, chosen, moving)
         return chosen, ~self._can_improve() | hits.all(1)
 
-    def _run_on(
-        self,
-        scores: NDArray[np.float32],
-        parents: NDArray[np.int64],
-        tokens: NDArray[np.int64],
-        chosen: NDArray[np.int64],
-        moving: NDArray[np.bool_],
-    ) -> None:
+    def _run_on(self, candidates: _Candidates, chosen: NDArray[np.int64], moving: NDArray[np.bool_]) -> None:
         """Replace the running beams of moving slots by the `chosen` candidates i64[B,K]; `lengths` grow by one."""
         slots = np.flatnonzero(moving)
-        beam = np.take_along_axis(parents, chosen, 1)[slots]
-        moved = np.take_along_axis(self.tokens[slots], beam[:, :, None], 1)
-        moved[np.arange(len(slots)), :, self.lengths[slots]] = np.take_along_axis(tokens, chosen, 1)[slots]
+        chosen = chosen[slots]
+        parents = np.take_along_axis(candidates.parents[slots], chosen, 1)
+        moved = np.take_along_axis(self.tokens[slots], parents[:, :, None], 1)
+        moved[np.arange(len(slots)), :, self.lengths[slots]] = np.take_along_axis(candidates.tokens[slots], chosen, 1)
         self.tokens[slots] = moved
-        self.scores[slots] = np.take_along_axis(scores, chosen, 1)[slots]
+        self.scores[slots] = np.take_along_axis(candidates.scores[slots], chosen, 1)
         self.lengths += moving
 
-    def _add_hypotheses(
-        self,
-        scores: NDArray[np.float32],
-        parents: NDArray[np.int64],
-        tokens: NDArray[np.int64],
-        ending: NDArray[np.bool_],
-    ) -> None:
+    def _add_hypotheses(self, candidates: _Candidates, ending: NDArray[np.bool_]) -> None:
         """Merge the `ending` candidates bool[B,C] into the K best hypotheses (HF's _update_finished_beams)."""
+        scores, parents, tokens = candidates.scores, candidates.parents, candidates.tokens
         image = np.flatnonzero(ending.any(1))
         if not len(image):
             return
