@@ -16,19 +16,17 @@ from PIL import Image
 
 from engine.backends import Backend, open_backend
 from engine.bundle import Bundle
+from engine.capacity import slots_for
 from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.scheduler import Scheduler
 from engine.errors import ImageError, UsageError
 from engine.images import ImageFile, read_image
-from engine.options import DEFAULT_ROWS, DecodeOptions
+from engine.options import DecodeOptions
 from engine.tokenizer import CaptionTokenizer, detokenise
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
 A = TypeVar("A")
 B = TypeVar("B")
-
-MAX_SLOTS = 32
-"""Images side by side, whatever the rows: each holds its cross-attention keys (14.5 MB for BLIP-base at 224 px)."""
 
 REMEMBERED = 4096
 """Distinct images whose captions are kept for repeats: a few megabytes."""
@@ -106,23 +104,23 @@ class Captioner:
     ) -> Iterator[Caption]:
         """Caption images (paths, ImageFiles, Pillow images, arrays u8[h,w,3]) and yield a Caption each, in order.
 
-        `options` are the bundle's own defaults when None. `rows` is how many beams are decoded side by side.
-        An unreadable image raises ImageError, or is passed to `on_error` and left out. Options that do not fit the
-        bundle raise UsageError at once, not at the first caption.
+        `options` are the bundle's own defaults when None. `rows` is how many beams are decoded side by side; None
+        means what suits the device, the bundle and the memory. An unreadable image raises ImageError, or is passed to
+        `on_error` and left out. Options that do not fit the bundle raise UsageError at once, not at the first caption.
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             raise UsageError("caption takes several images: put a single one into a list")
         search = self.search(options or self.bundle.options())
-        return self._caption(images, search, rows or DEFAULT_ROWS, on_error)
+        return self._caption(images, search, rows, on_error)
 
     def _caption(
         self,
         images: Iterable[ImageSource],
         search: Search,
-        rows: int,
+        rows: int | None,
         on_error: Callable[[ImageError], None] | None,
     ) -> Iterator[Caption]:
-        scheduler = Scheduler(self.backend, search, num_slots=slots_for(rows, search.num_beams))
+        scheduler = self.scheduler(search, rows)
         desk = _Desk()
         readable = enumerate(self._read(enumerate(images), on_error))
         arrivals = ((desk.arrive(index, name, pixels), pixels) for index, (name, pixels) in readable)
@@ -131,6 +129,12 @@ class Captioner:
             desk.settle(digest, tuple(self._alternative(hypothesis) for hypothesis in hypotheses))
             yield from desk.in_order()
         yield from desk.in_order()
+
+    def scheduler(self, search: Search, rows: int | None = None) -> Scheduler:
+        """Return a scheduler with as many slots as `rows` beams need; None means what suits device and memory."""
+        appetite = self.backend.appetite
+        num_slots = slots_for(search, self.bundle.model, appetite, rows=rows)
+        return Scheduler(self.backend, search, num_slots=num_slots, encode_batch=appetite.encode_batch)
 
     def search(self, options: DecodeOptions) -> Search:
         """Resolve options for this bundle; raise UsageError where they do not fit it."""
@@ -200,7 +204,7 @@ class _Desk:
 
     def arrive(self, index: int, name: str, pixels: NDArray[np.uint8]) -> bytes | None:
         """Take in image `index`; return the digest to caption it under, or None when nothing is left to do."""
-        digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
+        digest = hashlib.blake2b(np.ascontiguousarray(pixels).reshape(-1).data, digest_size=16).digest()
         if digest in self._known:
             self._ready[index] = Caption(name, self._known[digest])
             return None
@@ -220,11 +224,6 @@ class _Desk:
         while self._next in self._ready:
             yield self._ready.pop(self._next)
             self._next += 1
-
-
-def slots_for(rows: int, num_beams: int) -> int:
-    """Return how many images of num_beams beams each fill about `rows` rows, MAX_SLOTS at most."""
-    return max(1, min(MAX_SLOTS, rows // num_beams))
 
 
 def _identify(number: int, source: ImageSource) -> tuple[str, Path | str | Image.Image | NDArray[np.uint8]]:

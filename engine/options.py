@@ -14,9 +14,6 @@ DEFAULT_NEW_TOKENS = 20
 MAX_LENGTH_PENALTY = 10
 """Beyond it a length of 512 tokens raised to the penalty nears the limits of float32."""
 
-DEFAULT_ROWS = 96
-"""Beams decoded side by side on a CPU, where matrix multiply has nearly reached its peak (benchmarks/LOG.md)."""
-
 
 @dataclass(frozen=True)
 class DecodeOptions:

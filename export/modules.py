@@ -91,7 +91,7 @@ class DecoderStep(Graph):
         batch = input_ids.shape[0]
         bert = self.text_decoder.bert
         embeddings = bert.embeddings
-        x = embeddings.word_embeddings(input_ids) + embeddings.position_embeddings(positions)
+        x = embeddings.word_embeddings(input_ids.flatten()) + embeddings.position_embeddings(positions.flatten())
         x = embeddings.LayerNorm(x)
         bias = torch.where(ancestry, 0.0, MASKED)[:, None]
         extended: list[Tensor] = []
@@ -101,33 +101,34 @@ class DecoderStep(Graph):
             extended += grown
             x = self._cross_attention(layer.crossattention, x, cross[pair], batch)
             x = layer.output(layer.intermediate(x), x)
-        logits = self.text_decoder.cls(x)
+        logits = self.text_decoder.cls(x).view(batch, -1, self.config.text_config.vocab_size)
         return (*self._select(logits, scores, banned_ids, num_candidates), *extended)
 
     def _split_heads(self, x: Tensor, batch: Tensor) -> Tensor:
-        """f32[B,T,D] -> f32[B,H,T,d]."""
+        """f32[B*T,D] -> f32[B,H,T,d]."""
         return x.view(batch, -1, self.heads, self.width).transpose(1, 2)
+
+    def _merge_heads(self, x: Tensor) -> Tensor:
+        """f32[B,H,T,d] -> f32[B*T,D]."""
+        return x.transpose(1, 2).reshape(-1, self.heads * self.width)
 
     def _self_attention(self, attention, x, bias, settled, recent, batch):
         """Attend over settled, recent and fed positions; `bias` f32[B,1,T,F+R+T] hides what is not a row's past."""
         parts = (attention.self.query, attention.self.key, attention.self.value)
-        packed = nn.functional.linear(x, torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
-        q, k, v = (self._split_heads(part, batch) for part in packed.chunk(3, -1))
+        q, k, v = (self._split_heads(part(x), batch) for part in parts)
         k, v = torch.cat([recent[0], k], 2), torch.cat([recent[1], v], 2)
         q = q * (1 / math.sqrt(self.width))
         weights = torch.cat([q @ settled[0].transpose(-1, -2), q @ k.transpose(-1, -2)], -1)
         weights = torch.softmax(weights + bias, -1)
         split = settled[0].shape[2]
         mixed = weights[..., :split] @ settled[1] + weights[..., split:] @ v
-        mixed = mixed.transpose(1, 2).reshape(batch, -1, self.heads * self.width)
-        return attention.output(mixed, x), [k, v]
+        return attention.output(self._merge_heads(mixed), x), [k, v]
 
     def _cross_attention(self, attention, x, cross, batch):
         """Attend over the image; its keys and values are shared by its rows, which ride on the query axis."""
         q = self._split_heads(attention.self.query(x), batch) * (1 / math.sqrt(self.width))
         weights = torch.softmax(q @ cross[0].transpose(-1, -2), -1)
-        mixed = (weights @ cross[1]).transpose(1, 2).reshape(batch, -1, self.heads * self.width)
-        return attention.output(mixed, x)
+        return attention.output(self._merge_heads(weights @ cross[1]), x)
 
     @staticmethod
     def _select(logits: Tensor, scores: Tensor, banned_ids: Tensor, num_candidates: Tensor) -> tuple[Tensor, Tensor]:

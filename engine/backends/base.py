@@ -44,10 +44,19 @@ class StepInputs:
     num_candidates: int
 
 
+@dataclass(frozen=True)
+class Appetite:
+    """What keeps a device busy: beams decoded side by side, and images encoded at once."""
+
+    rows: int
+    encode_batch: int
+
+
 class Backend(Protocol):
     """Runs the three graphs of a bundle. Keys and values stay with it, behind `Encoded` and `Cache`."""
 
     name: str
+    appetite: Appetite
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> Encoded:
         """Encode images u8[N,height,width,3] into their cross-attention keys and values."""

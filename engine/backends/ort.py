@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import StepInputs
+from engine.backends.base import Appetite, StepInputs
 from engine.bundle import Bundle
 from engine.errors import BackendError
 
@@ -27,7 +27,14 @@ PROVIDERS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
 }
 """Backend name -> ONNX Runtime providers with their options, in order of preference; the first is the one asked for."""
 
+CPU_APPETITE = Appetite(rows=256, encode_batch=2)
+"""Measured on 2 cores (benchmarks/LOG.md): more rows bring less than 5 %, larger batches miss the cache."""
+GPU_APPETITE = Appetite(rows=1024, encode_batch=16)
+"""A guess that has never run: no GPU was at hand."""
+
 LOG_ERRORS_ONLY = 3
+STOP_SPINNING = ("session.force_spinning_stop", "1")
+"""Threads of one graph would else spin on the cores the next graph needs: 8 to 20 % of a run (benchmarks/LOG.md)."""
 
 
 @dataclass
@@ -51,6 +58,7 @@ class OrtBackend:
         """Load the graphs. Raises BackendError when ONNX Runtime or the wanted provider is not there."""
         ort = import_onnxruntime("cpu" if name == "auto" else name)
         self.name = _choose(name, ort.get_available_providers())
+        self.appetite = CPU_APPETITE if self.name == "cpu" else GPU_APPETITE
         self._ort = ort
         self._model = bundle.model
         threads = threads or available_cores()
@@ -179,6 +187,7 @@ def _open_session(ort: Any, path: Path, name: str, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = LOG_ERRORS_ONLY
+    options.add_session_config_entry(*STOP_SPINNING)
     try:
         session = ort.InferenceSession(str(path), options, providers=list(PROVIDERS[name]))
     except Exception as error:
