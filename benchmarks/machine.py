@@ -11,7 +11,7 @@ from pathlib import Path
 def describe_machine() -> dict[str, object]:
     """Return processor, cores, Python and the versions that decide a result."""
     versions = {}
-    for name in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy"):
+    for name in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

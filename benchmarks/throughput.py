@@ -1,10 +1,10 @@
-"""The engine beside Hugging Face `generate` in one process, interleaved, on the same pixels.
+"""The engine beside Hugging Face generate, the usual ONNX loop and OpenVINO: same pictures, same weights, same words.
 
-    python -m benchmarks.throughput --checkpoint DIR --bundle DIR --images 8 --beams 4 --new-tokens 30
-    python -m benchmarks.throughput --checkpoint DIR --bundle DIR --images 32 --spread --new-tokens 64 --pictures DIR
+    python -m benchmarks.throughput --workload base --beams 4
 
-Both start from resized pixels in memory and end with token ids; the ids are compared, and a run with a difference that
-is not a tie exits with 1 and is void.
+Each program runs in its own process; all are warmed up, then take turns. Their ids are compared, and a run with a
+difference that is not a tie exits with 1 and is void. Batch sizes of programs that have one are tried first and the
+best is kept. The record goes to benchmarks/results/ and, as one JSON line, to stdout.
 """
 
 from __future__ import annotations
@@ -13,154 +13,165 @@ import hashlib
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
-import numpy as np
-import torch
-from PIL import Image
 
 from benchmarks.machine import describe_machine
-from engine.captioner import Captioner, slots_for
-from engine.decoding.beam import Hypothesis
-from engine.decoding.scheduler import Scheduler
-from engine.images import RESAMPLING, decode_image, find_images, read_image
-from engine.options import DEFAULT_ROWS, DecodeOptions
+from benchmarks.programs import BATCHED, PROGRAMS, Ids, Setting, Timing, Worker
+from benchmarks.roofline import ModelWork, count_work, measure_matmul
+from benchmarks.workload import MAX_NEW_TOKENS, Workload, prepare, read_pictures, read_pixels
+from engine.captioner import Captioner
+from engine.options import DecodeOptions
 from export.parity import judge
 from export.reference import Reference
 
-Ids = list[tuple[int, ...]]
-
-
-def synthetic_pictures(count: int, size: int, seed: int = 0) -> list[Image.Image]:
-    """Return RGB pictures of smooth random colours, each unlike the others."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (count, 7, 7, 3), dtype=np.uint8)
-    return [Image.fromarray(block).resize((size, size), RESAMPLING["bicubic"]) for block in blocks]
-
-
-def time_interleaved(programs: dict[str, Callable[[], Ids]], repeats: int) -> tuple[dict[str, list[float]], dict]:
-    """Run every program once to warm up, then in turn `repeats` times; return seconds of each run, and the ids."""
-    results = {name: program() for name, program in programs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            results[name] = program()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds, results
+RESULTS = Path("benchmarks/results")
+BATCH_SIZES = (1, 4, 8, 16)
+TRIAL_IMAGES = 16
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True)
-@click.option("--bundle", type=click.Path(path_type=Path), required=True)
-@click.option("--images", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--workload", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), default="base", show_default=True)
+@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Pictures of the corpus.")
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--no-repeat-ngram", type=click.IntRange(0), default=3, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(1), default=30, show_default=True, help="Most new tokens.")
-@click.option("--forced/--spread", default=True, help="Every caption that long, or as long as the model says.")
-@click.option("--pictures", type=click.Path(path_type=Path), help="Directory of pictures; synthetic ones when absent.")
-@click.option("--hf-batch", type=click.IntRange(1), multiple=True, default=(8,), help="Batch sizes for generate.")
-@click.option(
-    "--rows", type=click.IntRange(1), default=DEFAULT_ROWS, show_default=True, help="Beams side by side in the engine."
-)
-@click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads for both; all cores when absent.")
+@click.option("--forced-tokens", type=click.IntRange(1), help="Make every caption that long.")
+@click.option("--program", "programs", type=click.Choice(list(PROGRAMS)), multiple=True, default=tuple(PROGRAMS))
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=BATCH_SIZES, show_default=True)
+@click.option("--rows", type=click.IntRange(1), help="Beams side by side in the engine; its own choice when absent.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of every program; all cores when absent.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-def main(
-    checkpoint, bundle, images, beams, no_repeat_ngram, new_tokens, forced, pictures, hf_batch, rows, threads, repeats
-) -> None:
-    """Measure images/s of the engine and of generate, and print one JSON line."""
-    reference = Reference.load(checkpoint)
-    captioner = Captioner.load(bundle, backend="cpu", threads=threads)
-    if threads:
-        torch.set_num_threads(threads)
-    options = DecodeOptions(
-        num_beams=beams,
-        no_repeat_ngram_size=no_repeat_ngram,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens if forced else None,
-    )
-    spec = captioner.bundle.image
-    if pictures is None:
-        loaded = synthetic_pictures(images, spec.height)
-    else:
-        loaded = [decode_image(image.path) for image in find_images(pictures).images[:images]]
-        images = len(loaded)
-    pixels_u8 = np.stack([read_image(picture, spec.height, spec.width, spec.resample) for picture in loaded])
-    pixel_values = reference.pixels(loaded)
-    scheduler = Scheduler(captioner.backend, captioner.search(options), num_slots=slots_for(rows, beams))
-
-    said: list[Hypothesis] = []
-
-    def engine() -> Ids:
-        results = dict(scheduler.decode(pixels_u8))
-        said[:] = [results[i][0] for i in range(images)]
-        return [hypothesis.ids for hypothesis in said]
-
-    def generate(batch: int) -> Ids:
-        captions = []
-        for i in range(0, images, batch):
-            captions += reference.generate(pixel_values[i : i + batch], options)
-        return [best.ids for best, *_ in captions]
-
-    programs: dict[str, Callable[[], Ids]] = {"engine": engine}
-    for size in hf_batch:
-        programs[f"generate, batch {size}"] = lambda size=size: generate(size)
-    seconds, ids = time_interleaved(programs, repeats)
-    per_image = {name: statistics.median(runs) / images for name, runs in seconds.items()}
-    ratios = {
-        name: statistics.median(theirs / ours for theirs, ours in zip(runs, seconds["engine"], strict=True))
-        for name, runs in seconds.items()
-        if name != "engine"
-    }
-    for name, runs in seconds.items():
-        spread = f"{min(runs) / images:.3f}-{max(runs) / images:.3f}"
-        click.echo(
-            f"{name:24} {per_image[name]:.3f} s an image ({spread}), {ratios.get(name, 1):.2f} x engine", err=True
-        )
-    lengths = sorted(len(one) - 1 for one in ids["engine"])
-    agreement = {
-        name: _agreement(captioner, reference, loaded, options, said, found)
-        for name, found in ids.items()
-        if name != "engine"
-    }
-    summary = {
+@click.option("--out", type=click.Path(path_type=Path), help="Record; benchmarks/results/... when absent.")
+def main(name, images, beams, forced_tokens, programs, batches, rows, threads, repeats, out) -> None:
+    """Measure, compare, and keep the record."""
+    workload = prepare(name, images)
+    options = workload.options(beams, forced_tokens=forced_tokens)
+    setting = Setting(workload, options, rows, threads)
+    workers = {program: Worker(program, setting) for program in dict.fromkeys(("engine", *programs))}
+    chosen = {program: _best_batch(worker, batches, images) for program, worker in workers.items()}
+    timings = _take_turns(workers, chosen, images, repeats)
+    for worker in workers.values():
+        worker.stop()
+    last = {program: runs[-1].ids for program, runs in timings.items()}
+    agreement = {program: _agreement(workload, options, last["engine"], last[program]) for program in list(last)[1:]}
+    record = {
         "benchmark": "throughput",
+        "workload": name,
         "machine": describe_machine(),
-        "bundle": captioner.bundle.digest[:12],
-        "setting": {"images": images, "beams": beams, "no_repeat_ngram": no_repeat_ngram, "new_tokens": new_tokens},
-        "new_tokens": {"mean": statistics.mean(lengths), "median": lengths[images // 2], "most": lengths[-1]},
-        "rows": rows,
-        "repeats": repeats,
-        "seconds_per_image": per_image,
-        "times_engine": ratios,
+        "setting": {"images": images, "beams": beams, "no_repeat_ngram": 3, "most_new_tokens": options.max_new_tokens}
+        | {"forced_tokens": forced_tokens, "rows": rows or "auto", "threads": threads, "repeats": repeats},
+        "new_tokens": _lengths(last["engine"]),
+        "programs": {program: _summary(runs, timings["engine"], images) for program, runs in timings.items()},
+        "batch": {program: chosen[program] for program in BATCHED if program in chosen},
+        "load_s": {program: round(worker.load_s, 2) for program, worker in workers.items()},
         "agreement": agreement,
-        "ids_sha256": hashlib.sha256(json.dumps(ids["engine"]).encode()).hexdigest()[:16],
+        "roofline": _roofline(workload, options, timings["engine"], images, threads),
+        "ids_sha256": hashlib.sha256(json.dumps(last["engine"]).encode()).hexdigest()[:16],
     }
-    click.echo(json.dumps(summary))
+    out = out or RESULTS / f"{name}_{beams}beams{f'_{forced_tokens}tokens' if forced_tokens else ''}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    _print(record, out)
     if any(counts["real"] for counts in agreement.values()):
         click.echo("error: the programs gave different ids that no tie explains, the measurement is void", err=True)
         sys.exit(1)
 
 
-def _agreement(
-    captioner: Captioner,
-    reference: Reference,
-    pictures: list[Image.Image],
-    options: DecodeOptions,
-    ours: list[Hypothesis],
-    theirs: Ids,
-) -> dict[str, int]:
+def _best_batch(worker: Worker, batches: tuple[int, ...], images: int) -> int:
+    """Return the batch size that is fastest on a few pictures; this also warms the program up."""
+    count = min(images, TRIAL_IMAGES)
+    if worker.name not in BATCHED:
+        worker.caption(count)
+        return 1
+    worker.caption(min(count, 4), 4)
+    seconds = {batch: worker.caption(count, batch).seconds for batch in batches if batch <= count}
+    for batch, taken in seconds.items():
+        click.echo(f"{worker.name}, batch {batch}: {taken / count:.3f} s an image on {count}", err=True)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _take_turns(
+    workers: dict[str, Worker], batch: dict[str, int], images: int, repeats: int
+) -> dict[str, list[Timing]]:
+    timings: dict[str, list[Timing]] = {program: [] for program in workers}
+    for _ in range(repeats):
+        for program, worker in workers.items():
+            timings[program].append(worker.caption(images, batch[program]))
+            click.echo(f"{program}: {timings[program][-1].seconds / images:.3f} s an image", err=True)
+    return timings
+
+
+def _summary(runs: list[Timing], ours: list[Timing], images: int) -> dict[str, float]:
+    """Seconds an image (median, least, most), the ratio to the engine in the same turn (the same), and memory."""
+    seconds = [run.seconds / images for run in runs]
+    ratios = [run.seconds / mine.seconds for run, mine in zip(runs, ours, strict=True)]
+    return {
+        "seconds_per_image": round(statistics.median(seconds), 4),
+        "seconds_least": round(min(seconds), 4),
+        "seconds_most": round(max(seconds), 4),
+        "times_engine": round(statistics.median(ratios), 3),
+        "times_least": round(min(ratios), 3),
+        "times_most": round(max(ratios), 3),
+        "peak_gib": round(max(run.peak_bytes for run in runs) / 2**30, 2),
+    }
+
+
+def _lengths(ids: Ids) -> dict[str, float]:
+    lengths = sorted(len(one) - 1 for one in ids)
+    return {
+        "mean": round(statistics.mean(lengths), 1),
+        "median": statistics.median(lengths),
+        "least": lengths[0],
+        "most": lengths[-1],
+    }
+
+
+def _agreement(workload: Workload, options: DecodeOptions, ours: Ids, theirs: Ids) -> dict[str, int]:
     """Count captions that are identical, and of the others each verdict of export.parity.judge."""
     counts = {"identical": 0, "tie": 0, "batch": 0, "real": 0}
-    for picture, mine, expected in zip(pictures, ours, theirs, strict=True):
-        verdict = "identical"
-        if mine.ids != expected:
-            verdict, _ = judge(reference, captioner, picture, options, mine)
-        counts[verdict] += 1
+    differing = [i for i, (mine, expected) in enumerate(zip(ours, theirs, strict=True)) if mine != expected]
+    counts["identical"] = len(ours) - len(differing)
+    if differing:
+        reference, pictures = Reference.load(workload.checkpoint), read_pictures(workload)
+        captioner = Captioner.load(workload.bundle, backend="cpu")
+        said = dict(captioner.scheduler(captioner.search(options)).decode(read_pixels(workload, captioner.bundle)))
+        for i in differing:
+            verdict, _ = judge(reference, captioner, pictures[i], options, said[i][0])
+            counts[verdict] += 1
     return counts
+
+
+def _roofline(
+    workload: Workload, options: DecodeOptions, runs: list[Timing], images: int, threads: int | None
+) -> dict[str, Any]:
+    captioner = Captioner.load(workload.bundle, backend="cpu", threads=threads)
+    work = count_work(captioner, read_pixels(workload, captioner.bundle), options)
+    flops = work.flops(ModelWork.of(workload.checkpoint))
+    peak = measure_matmul(threads)
+    achieved = flops / statistics.median(run.seconds for run in runs)
+    return {
+        "work": asdict(work),
+        "gflop_per_image": round(flops / images / 1e9, 2),
+        "achieved_gflops": round(achieved / 1e9, 1),
+        "matmul_gflops": {library: round(value / 1e9, 1) for library, value in peak.items()},
+        "share": round(achieved / max(peak.values()), 3),
+    }
+
+
+def _print(record: dict[str, Any], out: Path) -> None:
+    for program, row in record["programs"].items():
+        batch = f", batch {record['batch'][program]}" if program in record["batch"] else ""
+        click.echo(
+            f"{program + batch:24} {row['seconds_per_image']:.3f} s an image "
+            f"({row['seconds_least']:.3f}-{row['seconds_most']:.3f}), {row['times_engine']:.2f} x engine "
+            f"({row['times_least']:.2f}-{row['times_most']:.2f}), {row['peak_gib']:.1f} GiB, "
+            f"{record['agreement'].get(program, '')}",
+            err=True,
+        )
+    click.echo(f"share of the matrix-multiply roofline: {record['roofline']['share']:.0%}; record: {out}", err=True)
+    click.echo(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -62,9 +62,15 @@ class Reference:
             return None
         return self.tokenizer(prompt, padding=False, truncation=False, return_tensors="pt")["input_ids"]
 
-    def generate(self, pixel_values: torch.Tensor, options: DecodeOptions) -> list[list[ReferenceCaption]]:
-        """Caption f32[B,3,height,width]: num_return_sequences captions an image, best first."""
+    def generate(
+        self, pixel_values: torch.Tensor, options: DecodeOptions, *, with_scores: bool = True
+    ) -> list[list[ReferenceCaption]]:
+        """Caption f32[B,3,height,width]: num_return_sequences captions an image, best first.
+
+        `with_scores` False spares generate the copies that scores cost; ReferenceCaption.score is None then.
+        """
         images, count = len(pixel_values), options.num_return_sequences
+        with_scores = with_scores and options.num_beams > 1
         prompt = self.prompt_ids(options.prompt)
         with torch.inference_mode():
             output = self.model.generate(
@@ -72,12 +78,12 @@ class Reference:
                 # generate writes into the ids it is given
                 input_ids=None if prompt is None else prompt.repeat(images, 1).clone(),
                 return_dict_in_generate=True,
-                output_scores=options.num_beams > 1,
+                output_scores=with_scores,
                 **generate_arguments(options),
             )
         prompt_length = 1 if prompt is None else prompt.shape[1] - 1
         eos = self.model.config.text_config.sep_token_id
-        scores = output.sequences_scores.tolist() if options.num_beams > 1 else [None] * images
+        scores = output.sequences_scores.tolist() if with_scores else [None] * (images * count)
         captions = [
             ReferenceCaption(_cut(ids, eos, prompt_length), score)
             for ids, score in zip(output.sequences.tolist(), scores, strict=True)

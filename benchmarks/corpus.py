@@ -1,0 +1,67 @@
+"""A challenge-sized directory of distinct JPEGs made of real voxels, the same bytes wherever it is made.
+
+    python -m benchmarks.corpus --out build/corpus --count 17237
+
+Every picture is one of the example slices turned, zoomed, shifted and given another contrast, by its number. Nothing
+is fetched. JPEG bytes depend on the release of Pillow.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image
+
+from engine.images import decode_image, find_images
+
+CHALLENGE_SIZE = 17_237
+"""Test images of ImageCLEFmedical Caption 2024."""
+LONGER_SIDE = 320
+"""Pixels; most of ROCOv2's pictures are larger, a JPEG of this size already costs more to decode than to resize."""
+
+
+def make_picture(number: int, bases: list[Image.Image]) -> Image.Image:
+    """Return picture `number`: a base slice turned by up to 12 degrees, zoomed, shifted, gamma 0.7 to 1.4."""
+    rng = np.random.default_rng(number)
+    base = bases[number % len(bases)].convert("L")
+    scale = LONGER_SIDE / max(base.size)
+    base = base.resize((round(base.width * scale), round(base.height * scale)), Image.Resampling.BICUBIC)
+    angle, zoom = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(0.88, 1.12)
+    shift = rng.uniform(-0.05, 0.05, 2) * base.size
+    cos, sin = np.cos(angle) * zoom, np.sin(angle) * zoom
+    x, y = base.width / 2, base.height / 2
+    affine = (cos, sin, x - cos * x - sin * y + shift[0], -sin, cos, y + sin * x - cos * y + shift[1])
+    turned = base.transform(base.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    contrast = (np.linspace(0, 1, 256) ** rng.uniform(0.7, 1.4) * 255).astype(np.uint8)
+    return turned.point(contrast.tolist())
+
+
+def write_corpus(out: Path, count: int, pictures: Path) -> Path:
+    """Write `count` JPEGs made from the pictures of a directory into `out`; those already there are kept."""
+    bases = [decode_image(image.path) for image in find_images(pictures).images]
+    out.mkdir(parents=True, exist_ok=True)
+
+    def write(number: int) -> None:
+        path = out / f"corpus_{number:06d}.jpg"
+        if not path.exists():
+            make_picture(number, bases).save(path, quality=90)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, range(count)))
+    return out
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--count", type=click.IntRange(1), default=CHALLENGE_SIZE, show_default=True)
+@click.option("--pictures", type=click.Path(path_type=Path), default=Path("examples/images"), show_default=True)
+def main(out: Path, count: int, pictures: Path) -> None:
+    """Write the corpus."""
+    click.echo(write_corpus(out, count, pictures))
+
+
+if __name__ == "__main__":
+    main()
