@@ -6,8 +6,6 @@ Every program starts from decoded, resized pictures in memory and ends with the 
 from __future__ import annotations
 
 import multiprocessing
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.workload import BUILD, Workload, read_pictures, read_pixels
+from engine.bench import peak_memory_gib
 from engine.options import DecodeOptions
 
 Ids = list[tuple[int, ...]]
@@ -35,11 +34,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Timing:
-    """One call of a program: seconds, the ids it gave, and the most memory its process held so far (bytes)."""
+    """One call of a program: seconds, the ids it gave, and the most memory its process held so far."""
 
     seconds: float
     ids: Ids
-    peak_bytes: int
+    peak_gib: float | None
 
 
 def engine(setting: Setting) -> Caption:
@@ -164,13 +163,8 @@ def _serve(name: str, setting: Setting, connection: Connection) -> None:
             count, batch = connection.recv()
             start = time.perf_counter()
             ids = caption(count, batch)
-            connection.send(Timing(time.perf_counter() - start, ids, _peak_bytes()))
+            connection.send(Timing(time.perf_counter() - start, ids, peak_memory_gib()))
     except (EOFError, KeyboardInterrupt):
         return
     except Exception:
         connection.send(traceback.format_exc())
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10

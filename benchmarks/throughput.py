@@ -114,7 +114,7 @@ def _summary(runs: list[Timing], ours: list[Timing], images: int) -> dict[str, f
         "times_engine": round(statistics.median(ratios), 3),
         "times_least": round(min(ratios), 3),
         "times_most": round(max(ratios), 3),
-        "peak_gib": round(max(run.peak_bytes for run in runs) / 2**30, 2),
+        "peak_gib": round(max(run.peak_gib or 0.0 for run in runs), 2),
     }
 
 

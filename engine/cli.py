@@ -67,27 +67,59 @@ def bundle_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _parse_rows(context: click.Context, parameter: click.Parameter, rows: str) -> int | None:  # noqa: ARG001
+    if rows == "auto":
+        return None
+    if not rows.isdecimal() or int(rows) < 1:
+        raise UsageError(f"--rows takes a whole number of at least 1, or auto, not {rows!r}")
+    return int(rows)
+
+
+def _parse_early_stopping(context: click.Context, parameter: click.Parameter, value: str | None) -> bool | str | None:  # noqa: ARG001
+    return {"false": False, "true": True}.get(value or "", value)
+
+
+def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options every command that decodes takes; None means not given, see Bundle.options."""
+    for option in (
+        click.option(
+            "--rows",
+            default="auto",
+            show_default=True,
+            callback=_parse_rows,
+            help="Beams decoded side by side, or auto.",
+        ),
+        click.option("--prompt", help="Text every caption starts with."),
+        click.option(
+            "--early-stopping",
+            type=click.Choice(["false", "true", "never"]),
+            callback=_parse_early_stopping,
+            help="When beam search may stop.",
+        ),
+        click.option("--length-penalty", type=float, help="Above 0 favours long captions, below 0 short ones."),
+        click.option("--min-new-tokens", type=click.IntRange(0), help="Fewest tokens before a caption may end."),
+        click.option("--max-new-tokens", type=click.IntRange(1), help="Most tokens a caption may add to the prompt."),
+        click.option(
+            "--no-repeat-ngram",
+            "no_repeat_ngram_size",
+            type=click.IntRange(0),
+            help="Never repeat an n-gram of this size; 0: off.",
+        ),
+        click.option("--beams", "num_beams", type=click.IntRange(1), help="Beams; 1 is greedy."),
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.option("--input", "directory", type=PATH, required=True, help="Directory of images.")
 @click.option("--out", type=PATH, required=True, help="CSV file to write: ID,Caption.")
 @bundle_options
-@click.option("--beams", "num_beams", type=click.IntRange(1), help="Beams; 1 is greedy.")
-@click.option(
-    "--no-repeat-ngram",
-    "no_repeat_ngram_size",
-    type=click.IntRange(0),
-    help="Never repeat an n-gram of this size; 0: off.",
-)
-@click.option("--max-new-tokens", type=click.IntRange(1), help="Most tokens a caption may add to the prompt.")
-@click.option("--min-new-tokens", type=click.IntRange(0), help="Fewest tokens before a caption may end.")
-@click.option("--length-penalty", type=float, help="Above 0 favours long captions, below 0 short ones.")
-@click.option("--early-stopping", type=click.Choice(["false", "true", "never"]), help="When beam search may stop.")
-@click.option("--prompt", help="Text every caption starts with.")
+@decoding_options
 @click.option("--n-best", "num_return_sequences", type=click.IntRange(1), help="Alternatives an image in --n-best-out.")
 @click.option("--n-best-out", type=PATH, help="JSON lines file for the alternatives.")
 @click.option("--raw-text", is_flag=True, help="Write the text as Hugging Face decodes it, not detokenised.")
 @click.option("--manifest", type=PATH, help="File of ids: caption only these, in this order.")
-@click.option("--rows", default="auto", show_default=True, help="Beams decoded side by side, or auto.")
 @click.option("--allow-missing", is_flag=True, help="Write an empty caption for images that cannot be read.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary as the last line.")
 def caption(
@@ -99,10 +131,9 @@ def caption(
     n_best_out: Path | None,
     raw_text: bool,
     manifest: Path | None,
-    rows: str,
+    rows: int | None,
     allow_missing: bool,
     as_json: bool,
-    early_stopping: str | None,
     **given: Any,
 ) -> None:
     """Caption a directory of images into a CSV file.
@@ -113,14 +144,13 @@ def caption(
 
     if given["num_return_sequences"] is not None and n_best_out is None:
         raise UsageError("--n-best needs --n-best-out, the file for the alternatives")
-    given["early_stopping"] = {"false": False, "true": True, "never": "never", None: None}[early_stopping]
     job = Job(
         directory=directory,
         out=out,
         bundle=bundle,
         backend=backend,
         threads=threads,
-        rows=_parse_rows(rows),
+        rows=rows,
         manifest=manifest,
         n_best_out=n_best_out,
         raw_text=raw_text,
@@ -134,14 +164,6 @@ def caption(
     say(summary.signature)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
-
-
-def _parse_rows(rows: str) -> int | None:
-    if rows == "auto":
-        return None
-    if not rows.isdecimal() or int(rows) < 1:
-        raise UsageError(f"--rows takes a whole number of at least 1, or auto, not {rows!r}")
-    return int(rows)
 
 
 @contextmanager
@@ -162,6 +184,33 @@ def _progress_bar(length: int) -> Iterator[Callable[[], None]]:
             bar.update(1, done)
 
         yield advance
+
+
+@main.command()
+@click.option("--input", "directory", type=PATH, help="Directory of images; synthetic ones when absent.")
+@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Images to caption.")
+@bundle_options
+@decoding_options
+def bench(
+    directory: Path | None,
+    images: int,
+    bundle: Path | None,
+    backend: str,
+    threads: int | None,
+    rows: int | None,
+    **given: Any,
+) -> None:
+    """Measure this machine's images/s; the last line is JSON."""
+    from engine.bench import images_to_measure, measure_speed
+
+    pictures = images_to_measure(directory, images)
+    speed = measure_speed(bundle, pictures, given, backend=backend, threads=threads, rows=rows)
+    say(
+        f"{speed.images_per_s:.2f} images/s ({1 / speed.images_per_s:.3f} s an image) over {speed.images} images, "
+        f"{speed.side_by_side} side by side on {speed.cores} cores; loaded in {speed.load_s:.1f} s"
+    )
+    say(f"{speed.new_tokens_mean:.1f} new tokens a caption, {speed.new_tokens_most} at most: time grows with them")
+    click.echo(json.dumps(asdict(speed)))
 
 
 @main.command()

@@ -1,0 +1,106 @@
+"""How fast this machine captions, for `engine bench`: a user's own images/s, with what decides them."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from engine.backends.ort import available_cores
+from engine.captioner import Captioner, ImageSource
+from engine.errors import UsageError
+from engine.images import find_images
+from engine.options import DecodeOptions
+from engine.signature import run_signature
+
+WARM_UP = 4
+"""Images captioned before the clock starts, so that memory is allocated and threads run."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One measurement. `seconds` is reading, captioning and detokenising all images, without loading the bundle."""
+
+    images: int
+    seconds: float
+    images_per_s: float
+    load_s: float
+    new_tokens_mean: float
+    new_tokens_most: int
+    side_by_side: int
+    peak_gib: float | None
+    cores: int
+    signature: str
+
+
+def synthetic_images(count: int, size: int = 256) -> list[Image.Image]:
+    """Return RGB pictures of smooth random colours, each unlike the others, the same on every machine."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (count, 7, 7, 3), dtype=np.uint8)
+    return [Image.fromarray(block).resize((size, size), Image.Resampling.BICUBIC) for block in blocks]
+
+
+def images_to_measure(directory: Path | None, count: int) -> Sequence[ImageSource]:
+    """Return the first `count` images of a directory, or as many synthetic ones; UsageError if there are fewer."""
+    if directory is None:
+        return synthetic_images(count)
+    found = find_images(directory).images
+    if len(found) < count:
+        raise UsageError(f"{directory} holds {len(found)} images: set --images to that or less")
+    return found[:count]
+
+
+def measure_speed(
+    bundle: Path | None,
+    images: Sequence[ImageSource],
+    given: dict[str, object],
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    rows: int | None = None,
+) -> Speed:
+    """Load a bundle (the demo when None) and time it on `images`; `given` are decoding options as in Bundle.options."""
+    start = time.perf_counter()
+    captioner = Captioner.load(bundle, backend=backend, threads=threads)
+    load_s = time.perf_counter() - start
+    options: DecodeOptions = captioner.bundle.options(**given)
+    search = captioner.search(options)
+    list(captioner.caption(images[:WARM_UP], options, rows=rows))
+    start = time.perf_counter()
+    captions = list(captioner.caption(images, options, rows=rows))
+    seconds = time.perf_counter() - start
+    lengths = [len(caption.ids) - len(search.prompt) for caption in captions]
+    return Speed(
+        images=len(images),
+        seconds=seconds,
+        images_per_s=len(images) / seconds,
+        load_s=load_s,
+        new_tokens_mean=statistics.mean(lengths),
+        new_tokens_most=max(lengths),
+        side_by_side=min(len(images), captioner.scheduler(search, rows).num_slots),
+        peak_gib=peak_memory_gib(),
+        cores=available_cores(),
+        signature=run_signature(captioner.bundle, captioner.backend.name, options),
+    )
+
+
+def peak_memory_gib() -> float | None:
+    """Return the most memory this process has held, in GiB; None where the system does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
