@@ -7,11 +7,12 @@ TORCH_VERSION := 2.13.0
 TORCH ?= torch==$(TORCH_VERSION)$(shell command -v nvidia-smi >/dev/null 2>&1 || echo +cpu)
 IMAGES ?= examples/images
 BEAMS ?= 4
+WORKLOAD ?= demo
 OUT ?= run.csv
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
-.PHONY: all caption test lint parity golden bench demo restore help clean
+.PHONY: all caption test lint parity golden bench soak plots demo restore help clean
 
 all: lint test  ## lint and test
 
@@ -35,8 +36,14 @@ parity: restore  ## compare the demo bundle with Hugging Face generate on the ex
 	$(FULL)/bin/python -m export.parity --checkpoint $(DEMO)/restored --bundle engine/assets/demo \
 	    --images examples/images --beams 1,3,4,5,10 --out build/parity.json
 
-bench: restore  ## time the engine beside Hugging Face generate on the demo bundle
-	$(FULL)/bin/python -m benchmarks.throughput --checkpoint $(DEMO)/restored --bundle engine/assets/demo
+bench: $(FULL)/.ready  ## time the engine beside generate, the usual ONNX loop and OpenVINO (WORKLOAD=base|large|demo)
+	$(FULL)/bin/python -m benchmarks.throughput --workload $(WORKLOAD) --beams $(BEAMS)
+
+soak: $(FULL)/.ready  ## caption 17,237 generated images: does it slow down, does memory grow? (half an hour on 2 cores)
+	$(FULL)/bin/python -m benchmarks.soak
+
+plots: $(FULL)/.ready  ## draw the records of benchmarks/results
+	$(FULL)/bin/python -m benchmarks.plots
 
 restore: $(FULL)/.ready
 	$(FULL)/bin/python -m export.restore --bundle engine/assets/demo --out $(DEMO)/restored

@@ -104,7 +104,10 @@ class OpenVinoBackend:
             cache.settled = self._empty(len(slots))
         cache.recent = self._empty(len(slots))
         if len(slots) < len(cache.cross[0]):
-            cache.cross = [array[slots] for array in cache.cross]
+            moved = np.flatnonzero(slots != np.arange(len(slots)))
+            for array in cache.cross:
+                array[moved] = array[slots[moved]]
+            cache.cross = [array[: len(slots)] for array in cache.cross]
 
     def _empty(self, num_slots: int) -> list[NDArray[np.float32]]:
         nothing = np.zeros((num_slots, self._model.num_heads, 0, self._model.head_width), np.float32)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import statistics
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
     for worker in workers.values():
         worker.stop()
     last = {program: runs[-1].ids for program, runs in timings.items()}
-    agreement = {program: _agreement(workload, options, last["engine"], last[program]) for program in list(last)[1:]}
+    agreement = _agreement(workload, options, last)
     record = {
         "benchmark": "throughput",
         "workload": name,
@@ -128,19 +129,30 @@ def _lengths(ids: Ids) -> dict[str, float]:
     }
 
 
-def _agreement(workload: Workload, options: DecodeOptions, ours: Ids, theirs: Ids) -> dict[str, int]:
-    """Count captions that are identical, and of the others each verdict of export.parity.judge."""
-    counts = {"identical": 0, "tie": 0, "batch": 0, "real": 0}
-    differing = [i for i, (mine, expected) in enumerate(zip(ours, theirs, strict=True)) if mine != expected]
-    counts["identical"] = len(ours) - len(differing)
-    if differing:
-        reference, pictures = Reference.load(workload.checkpoint), read_pictures(workload)
-        captioner = Captioner.load(workload.bundle, backend="cpu")
-        said = dict(captioner.scheduler(captioner.search(options)).decode(read_pixels(workload, captioner.bundle)))
-        for i in differing:
-            verdict, _ = judge(reference, captioner, pictures[i], options, said[i][0])
-            counts[verdict] += 1
-    return counts
+def _agreement(workload: Workload, options: DecodeOptions, ids: dict[str, Ids]) -> dict[str, dict[str, int]]:
+    """Count for each program the captions identical to the engine's, and the verdicts (judge) on the others."""
+    ours = ids["engine"]
+    differing = {
+        program: [i for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)) if mine != other]
+        for program, theirs in ids.items()
+        if program != "engine"
+    }
+    verdicts = _verdicts(workload, options, sorted({i for places in differing.values() for i in places}))
+    return {
+        program: {"identical": len(ours) - len(places), "tie": 0, "batch": 0, "real": 0}
+        | Counter(verdicts[i] for i in places)
+        for program, places in differing.items()
+    }
+
+
+def _verdicts(workload: Workload, options: DecodeOptions, pictures: list[int]) -> dict[int, str]:
+    """Judge the engine's captions of some pictures against the reference."""
+    if not pictures:
+        return {}
+    reference, loaded = Reference.load(workload.checkpoint), read_pictures(workload)
+    captioner = Captioner.load(workload.bundle, backend="cpu")
+    said = dict(captioner.scheduler(captioner.search(options)).decode(read_pixels(workload, captioner.bundle)))
+    return {i: judge(reference, captioner, loaded[i], options, said[i][0])[0] for i in pictures}
 
 
 def _roofline(

@@ -80,7 +80,9 @@ class Backend(Protocol):
         ...
 
     def regroup(self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
-        """Keep the slots at `slots` i64[B'] (ascending) and, of each, the positions `columns` i64[B',F'].
+        """Keep the slots at `slots` i64[B'] and, of each, the positions `columns` i64[B',F'].
+
+        Slot i of the kept ones comes from its own place or from behind them: slots[i] is i or at least B'.
 
         Positions count settled ones first, then recent ones; all that are kept become settled (R = 0). A
         position may be named more than once, to fill up a row; the ancestry mask hides it.

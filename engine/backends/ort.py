@@ -27,8 +27,8 @@ PROVIDERS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
 }
 """Backend name -> ONNX Runtime providers with their options, in order of preference; the first is the one asked for."""
 
-CPU_APPETITE = Appetite(rows=256, encode_batch=2)
-"""Measured on 2 cores (benchmarks/LOG.md): more rows bring less than 5 %, larger batches miss the cache."""
+CPU_APPETITE = Appetite(rows=160, encode_batch=2)
+"""Measured on 2 cores (benchmarks/LOG.md): more rows bring a few percent at most, larger batches miss the cache."""
 GPU_APPETITE = Appetite(rows=1024, encode_batch=16)
 """A guess that has never run: no GPU was at hand."""
 
@@ -123,7 +123,10 @@ class OrtBackend:
             cache.settled = self._empty(len(slots))
         cache.recent = self._empty(len(slots))
         if len(slots) < len(cache.cross[0]):
-            cache.cross = [array[slots] for array in cache.cross]
+            moved = np.flatnonzero(slots != np.arange(len(slots)))
+            for array in cache.cross:
+                array[moved] = array[slots[moved]]
+            cache.cross = [array[: len(slots)] for array in cache.cross]
             cache.cross_values = [self._value(array) for array in cache.cross]
 
     def _empty(self, num_slots: int) -> list[Any]:

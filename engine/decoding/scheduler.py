@@ -96,9 +96,12 @@ class _Slots:
 
     def shrink(self, keys: dict[int, Key]) -> dict[int, Key]:
         """Give up empty slots when they are many; return `keys` {slot: key} under the new slot numbers."""
-        keep = np.flatnonzero(~self.beams.closed)
-        if len(keep) > (1 - SHRINK_SHARE) * len(self.fed):
+        occupied = np.flatnonzero(~self.beams.closed)
+        count = len(occupied)
+        if count > (1 - SHRINK_SHARE) * len(self.fed):
             return keys
+        keep = np.arange(count)
+        keep[self.beams.closed[:count]] = occupied[occupied >= count]  # holes are filled from behind, the rest stays
         self._regroup(keep)
         return {new: keys[old] for new, old in enumerate(keep.tolist())}
 

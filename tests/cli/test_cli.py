@@ -253,3 +253,34 @@ def test_a_link_keeps_pointing_and_a_file_keeps_its_permissions(image_dir, tiny_
     assert (tmp_path / "link.csv").is_symlink()
     assert len(read_run(target)) == 6
     assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_bench_prints_what_decides_the_speed_and_json_last(image_dir, tiny_bundle):
+    result = run("bench", "--input", image_dir, "--images", 5, "--bundle", tiny_bundle, "--beams", 3, "--rows", 6)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["images"] == 5
+    assert report["side_by_side"] == 2
+    assert report["images_per_s"] == pytest.approx(5 / report["seconds"])
+    assert "num_beams:3" in report["signature"]
+
+
+def test_bench_needs_no_images_and_counts_those_it_is_given(image_dir, tiny_bundle):
+    assert run("bench", "--images", 3, "--bundle", tiny_bundle).exit_code == 0
+    result = run("bench", "--input", image_dir, "--images", 6, "--bundle", tiny_bundle)
+    assert result.exit_code == 2
+    assert "holds 5 images: set --images to that or less" in result.output
+
+
+def test_a_sample_of_the_challenge_corpus_goes_through_the_command(tmp_path):
+    """The demo bundle on distinct real-voxel JPEGs, more of them than there are slots."""
+    from benchmarks.corpus import write_corpus
+
+    corpus = write_corpus(tmp_path / "corpus", 60, Path(__file__).parents[2] / "examples/images")
+    out = tmp_path / "run.csv"
+    result = run("caption", "--input", corpus, "--beams", 2, "--rows", 16, "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = read_run(out)[1:]
+    assert [row[0] for row in rows] == [f"corpus_{i:06d}" for i in range(60)]
+    assert all(row[1] for row in rows)
+    assert len({row[1] for row in rows}) > 15

@@ -1,0 +1,113 @@
+"""Draw the records in benchmarks/results/ as PNG for the README.
+
+python -m benchmarks.plots
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path("benchmarks/results")
+NAMES = {
+    "engine": "engine",
+    "openvino": "engine's graphs and scheduler on OpenVINO",
+    "conventional": "usual ONNX loop",
+    "generate": "Hugging Face generate",
+}
+COLOURS = {"engine": "#0b6e4f", "openvino": "#7fb69e", "conventional": "#c98b2b", "generate": "#8a8f98"}
+
+
+def read_records(directory: Path) -> list[dict[str, Any]]:
+    """Return every record of a directory."""
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+
+
+def plot_beams(records: list[dict[str, Any]], out: Path) -> None:
+    """Bars: images/s of each program, one group a workload and number of beams."""
+    runs = [r for r in records if r["benchmark"] == "throughput" and not r["setting"]["forced_tokens"]]
+    order = ["base", "large", "demo"]
+    runs.sort(key=lambda r: (order.index(r["workload"]), r["setting"]["beams"]))
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    width = 0.8 / len(NAMES)
+    for j, program in enumerate(NAMES):
+        for i, run in enumerate(runs):
+            if program not in run["programs"]:
+                continue
+            speed = 1 / run["programs"][program]["seconds_per_image"]
+            bar = axes.bar(i + (j - 1.5) * width, speed, width, color=COLOURS[program])
+            if program != "engine":
+                label = f"{run['programs'][program]['times_engine']:.1f}x"
+                axes.bar_label(bar, [label], fontsize=6, padding=1, color="#444")
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(runs)), [f"{r['workload']}\n{r['setting']['beams']} beams" for r in runs], fontsize=8)
+    axes.set_ylabel("images/s (log)")
+    axes.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in NAMES], NAMES.values(), fontsize=7, frameon=False
+    )
+    axes.set_title("Images per second; numbers: how many times longer than the engine", fontsize=9)
+    _finish(figure, axes, out)
+
+
+def plot_lengths(records: list[dict[str, Any]], out: Path) -> None:
+    """Lines: seconds an image against the length every caption is forced to."""
+    runs = [r for r in records if r["benchmark"] == "throughput" and r["setting"]["forced_tokens"]]
+    runs.sort(key=lambda r: r["setting"]["forced_tokens"])
+    figure, axes = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+    for program, name in NAMES.items():
+        points = [
+            (r["setting"]["forced_tokens"], r["programs"][program]["seconds_per_image"])
+            for r in runs
+            if program in r["programs"]
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS[program], label=name)
+    axes.set_xlabel("new tokens in every caption")
+    axes.set_ylabel("seconds an image")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, frameon=False)
+    axes.set_title("BLIP-base shape, 4 beams", fontsize=9)
+    _finish(figure, axes, out)
+
+
+def plot_rows(records: list[dict[str, Any]], out: Path) -> None:
+    """Lines: images/s of the engine against the beams it decodes side by side."""
+    figure, axes = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+    for record in (r for r in records if r["benchmark"] == "rows"):
+        fastest = max(record["images_per_s"].values())
+        points = [(int(rows), speed / fastest) for rows, speed in record["images_per_s"].items()]
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"{record['workload']}, {record['beams']} beams")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rows: beams decoded side by side")
+    axes.set_ylabel("speed, share of the fastest")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, frameon=False)
+    _finish(figure, axes, out)
+
+
+def _finish(figure: Any, axes: Any, out: Path) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+@click.command()
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+def main(results: Path) -> None:
+    """Write beams.png, lengths.png and rows.png beside the records."""
+    records = read_records(results)
+    for name, plot in (("beams", plot_beams), ("lengths", plot_lengths), ("rows", plot_rows)):
+        plot(records, results / f"{name}.png")
+        click.echo(results / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
