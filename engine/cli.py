@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,16 @@ from engine import __version__
 from engine.errors import EngineError, UsageError
 
 PATH = click.Path(path_type=Path)
-INTERRUPTED = 130
-"""Exit code of a program stopped by Ctrl-C (128 + SIGINT)."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of a program stopped by Ctrl-C (128 + SIGINT) and by a plain kill (128 + SIGTERM)."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a run as cleanly as Ctrl-C does."""
+
+
+def _on_sigterm(signum: int, frame: object) -> NoReturn:  # noqa: ARG001
+    raise Terminated
 
 
 class EngineGroup(click.Group):
@@ -32,8 +41,8 @@ class EngineGroup(click.Group):
             self._stop(str(error), error.exit_code)
         except click.UsageError as error:
             self._stop(error.format_message(), UsageError.exit_code)
-        except KeyboardInterrupt:
-            self._stop("stopped, nothing was written", INTERRUPTED)
+        except KeyboardInterrupt as error:
+            self._stop("stopped", TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
@@ -120,6 +129,7 @@ def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--n-best-out", type=PATH, help="JSON lines file for the alternatives.")
 @click.option("--raw-text", is_flag=True, help="Write the text as Hugging Face decodes it, not detokenised.")
 @click.option("--manifest", type=PATH, help="File of ids: caption only these, in this order.")
+@click.option("--resume/--no-resume", default=True, help="Go on where the same command was cut off; on by default.")
 @click.option("--allow-missing", is_flag=True, help="Write an empty caption for images that cannot be read.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary as the last line.")
 def caption(
@@ -133,6 +143,7 @@ def caption(
     manifest: Path | None,
     rows: int | None,
     allow_missing: bool,
+    resume: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -155,8 +166,10 @@ def caption(
         n_best_out=n_best_out,
         raw_text=raw_text,
         allow_missing=allow_missing,
+        resume=resume,
         options=given,
     )
+    signal.signal(signal.SIGTERM, _on_sigterm)
     summary = caption_directory(job, say=say, progress=_progress_bar)
     say(f"{summary.captions} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {out}")
     if summary.empty:

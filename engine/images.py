@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[Image
         raise UsageError(f"{manifest} cannot be read as a list of ids: {error}") from error
     if not ids:
         raise UsageError(f"{manifest} lists no ids")
-    repeated = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
+    repeated = sorted(i for i, count in Counter(ids).items() if count > 1)
     if repeated:
         raise UsageError(f"{manifest} lists ids more than once: {_shorten(repeated)}")
     by_id = {image.id: image for image in images}

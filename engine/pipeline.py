@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.captioner import Captioner
 from engine.images import find_images, order_by_manifest
+from engine.output.lock import OutputLock
 from engine.output.record import RunRecord
 from engine.output.run import check_outputs
 from engine.signature import run_signature
@@ -33,15 +34,20 @@ class Job:
     n_best_out: Path | None = None
     raw_text: bool = False
     allow_missing: bool = False
+    resume: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run went. `empty` counts captions without a word; `seconds` is captioning alone, without loading."""
+    """How a run went. `resumed` of the captions come from an earlier run that was cut off, `empty` ones have no word.
+
+    `seconds` is captioning alone, without loading.
+    """
 
     images: int
     captions: int
+    resumed: int
     unreadable: int
     empty: int
     seconds: float
@@ -51,7 +57,9 @@ class Summary:
 
 
 def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progress) -> Summary:
-    """Caption every image of a directory into `job.out`; nothing is written unless the whole run succeeds.
+    """Caption every image of a directory into `job.out`; that file appears only when the whole run has succeeded.
+
+    Until then every caption is kept in a journal beside it, and the same job goes on where it was cut off.
 
     `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
     """
@@ -66,29 +74,50 @@ def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progres
     if job.backend == "auto":
         say(f"backend: {captioner.backend.name}")
 
-    record = RunRecord(images)  # the journal's place
-    captions = captioner.caption(images, options, rows=job.rows, on_error=record.fail)
-    start = time.perf_counter()
-    with progress(len(images)) as advance:
-        for caption in captions:
-            record.add(caption)
-            advance()
-    seconds = time.perf_counter() - start
+    signature = run_signature(captioner.bundle, captioner.backend.name, options)
+    with (
+        OutputLock(job.out),
+        RunRecord(images, job.out, signature, resume=job.resume) as record,
+        _telling_how_to_go_on(record, say),
+    ):
+        start = time.perf_counter()
+        captions = captioner.caption(record.remaining(), options, rows=job.rows, on_error=record.fail)
+        with progress(len(images) - record.resumed) as advance:
+            for caption in captions:
+                record.add(caption)
+                advance()
+        seconds = time.perf_counter() - start
 
-    for failure in record.failures:
-        say(f"unreadable: {failure}")
-    record.check_complete(allow_missing=job.allow_missing)
-    record.write(job.out, job.n_best_out, raw_text=job.raw_text)
+        for failure in record.failures:
+            say(f"unreadable: {failure}")
+        record.check_complete(allow_missing=job.allow_missing)
+        record.write(job.out, job.n_best_out, raw_text=job.raw_text)
     return Summary(
         images=len(images),
         captions=len(record.captions),
+        resumed=record.resumed,
         unreadable=len(record.failures),
         empty=sum(not caption.text for caption in record.captions.values()),
         seconds=seconds,
-        images_per_s=len(record.captions) / seconds,
+        images_per_s=(len(record.captions) - record.resumed) / seconds,
         out=str(job.out),
-        signature=run_signature(captioner.bundle, captioner.backend.name, options),
+        signature=signature,
     )
+
+
+@contextmanager
+def _telling_how_to_go_on(record: RunRecord, say: Callable[[str], None]) -> Iterator[None]:
+    """Say what an earlier run left, and what this one leaves if it is stopped."""
+    if record.set_aside:
+        say(f"the journal of another run was found and moved to {record.set_aside}: starting afresh")
+    if record.resumed:
+        say(f"{record.resumed} captions of an earlier run are taken from {record.journal}")
+    try:
+        yield
+    except KeyboardInterrupt:
+        if record.captions:
+            say(f"{len(record.captions)} captions are kept in {record.journal}: the same command goes on from there")
+        raise
 
 
 def _check_outputs(job: Job, inputs: list[Path]) -> None:

@@ -1,16 +1,18 @@
-"""What a run has said so far: between the captioner that speaks and the files that appear when all is said.
-
-In memory for now; a journal on disk takes this place, so that a run can be continued.
-"""
+"""What a run has said so far: between the captioner that speaks and the files that appear when all is said."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, ImageError
 from engine.images import ImageFile
+from engine.output.journal import Journal
 from engine.output.run import write_n_best, write_run
 
 if TYPE_CHECKING:
@@ -18,19 +20,55 @@ if TYPE_CHECKING:
 
 
 class RunRecord:
-    """Captions and failures of the images of one run."""
+    """Captions and failures of the images of one run, kept in a journal beside `out` until the run is complete.
 
-    def __init__(self, images: Sequence[ImageFile]) -> None:
+    A context manager: leaving it closes the journal, which stays on disk if it holds captions and nothing was written.
+    """
+
+    def __init__(self, images: Sequence[ImageFile], out: Path, signature: str, *, resume: bool = True) -> None:
+        """Open the journal of this run; `resumed` counts the captions that were found in it.
+
+        Without `resume`, or when the journal is of another bundle, option or list of images, it is set aside
+        (`set_aside` names where). Raises OutputError.
+        """
         self.images = images
         self.captions: dict[str, Caption] = {}
         self.failures: list[ImageError] = []
+        self._fingerprints = {image.id: fingerprint(image.path) for image in images}
+        self.journal = out.with_name(out.name + ".journal")
+        self._journal = Journal(self.journal, run_key(images, signature), resume=resume)
+        self.set_aside = self._journal.set_aside
+        for record in self._journal.records:
+            self._recall(record)
+        self.resumed = len(self.captions)
+
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.captions:
+            self._journal.delete()
+        self._journal.close()
+
+    def remaining(self) -> Iterator[ImageFile]:
+        """Yield the images that have no caption yet."""
+        return (image for image in self.images if image.id not in self.captions)
 
     def add(self, caption: Caption) -> None:
-        """Note a caption."""
+        """Note a caption. Raises OutputError when the journal cannot be written."""
         self.captions[caption.id] = caption
+        self._journal.append(
+            {
+                "id": caption.id,
+                "file": self._fingerprints[caption.id],
+                "alternatives": [asdict(alternative) for alternative in caption.alternatives],
+            }
+        )
 
     def fail(self, error: ImageError) -> None:
-        """Note an image that cannot be read."""
+        """Note an image that cannot be read; it is not journaled, so that a later run tries it again."""
         self.failures.append(error)
 
     def check_complete(self, *, allow_missing: bool) -> None:
@@ -40,18 +78,63 @@ class RunRecord:
             raise EngineError("not one image could be read and nothing was written")
         if count and not allow_missing:
             raise EngineError(
-                f"{count} of {len(self.images)} images cannot be read and nothing was written: mend or remove them, "
-                "or pass --allow-missing for empty captions"
+                f"{count} of {len(self.images)} images cannot be read and no run was written: mend or remove them and "
+                "run the same command again, which captions only these, or pass --allow-missing for empty captions"
             )
 
     def write(self, out: Path, n_best_out: Path | None, *, raw_text: bool) -> None:
-        """Write run.csv in the order of the images, empty captions for failures, and the n-best file if wanted."""
+        """Write run.csv in the order of the images, empty captions for failures, and the n-best file if wanted.
+
+        The journal is deleted only then.
+        """
         if n_best_out is not None:
             write_n_best(n_best_out, (self.captions[i.id] for i in self.images if i.id in self.captions))
         write_run(out, ((image.id, self._text(image.id, raw_text)) for image in self.images))
+        self._journal.delete()
 
     def _text(self, image_id: str, raw_text: bool) -> str:
         caption = self.captions.get(image_id)
         if caption is None:
             return ""
         return caption.raw_text if raw_text else caption.text
+
+    def _recall(self, record: Mapping[str, Any]) -> None:
+        """Take a caption out of the journal, unless its image has changed since; a malformed one is done again."""
+        from engine.captioner import Alternative, Caption
+
+        try:
+            image_id = record["id"]
+            current = self._fingerprints.get(image_id)
+            if current is None or current != record["file"]:
+                return
+            alternatives = tuple(
+                Alternative(
+                    text=str(entry["text"]),
+                    raw_text=str(entry["raw_text"]),
+                    ids=tuple(int(token) for token in entry["ids"]),
+                    sum_log_prob=float(entry["sum_log_prob"]),
+                    score=float(entry["score"]),
+                )
+                for entry in record["alternatives"]
+            )
+        except (KeyError, TypeError, ValueError):
+            return
+        if alternatives:
+            self.captions[image_id] = Caption(image_id, alternatives)
+
+
+def run_key(images: Sequence[ImageFile], signature: str) -> str:
+    """Return the sha256 that tells runs apart: bundle, backend and options (`signature`), ids and their order."""
+    digest = hashlib.sha256(signature.encode("utf-8", "surrogateescape"))
+    for image in images:
+        digest.update(json.dumps([image.id, image.path.name]).encode("ascii"))
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> list[int] | None:
+    """Return what changes when a file is replaced, its size in bytes and time of change in ns; None without a file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]

@@ -106,7 +106,7 @@ def test_unreadable_images_are_all_listed_and_nothing_is_written(image_dir, tiny
     assert result.exit_code == 1
     for name in ("IMG 1.png", "IMG 2.png", "note.jpg"):
         assert name in result.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "run.csv.journal"]
     assert run(*arguments, "--allow-missing").exit_code == 0
     captions = dict(read_run(out)[1:])
     assert [i for i, text in captions.items() if not text] == ["IMG 1", "IMG 2", "note"]
@@ -235,14 +235,15 @@ def test_a_run_without_one_readable_image_fails_even_where_some_may_be_missing(t
     assert not (tmp_path / "run.csv").exists()
 
 
-def test_ctrl_c_stops_with_130_and_leaves_nothing(image_dir, tiny_bundle, tmp_path, monkeypatch):
+def test_ctrl_c_at_the_last_moment_stops_with_130_and_keeps_the_captions(image_dir, tiny_bundle, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("engine.output.run.os.fsync", interrupted)
     result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
     assert result.exit_code == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert "5 captions are kept in" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "run.csv.journal"]
 
 
 def test_a_link_keeps_pointing_and_a_file_keeps_its_permissions(image_dir, tiny_bundle, tmp_path):

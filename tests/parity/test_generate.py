@@ -6,7 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from engine.decoding.scheduler import Scheduler
+from engine.images import read_image
 from engine.options import DecodeOptions
 from tests.tiny import random_pictures
 
@@ -108,3 +112,37 @@ def test_identical_images_are_captioned_once_and_each_gets_the_caption(pictures,
     assert [caption.ids for caption in captions] == [alone[id(picture)] for picture in mixed]
     assert [caption.id for caption in captions] == [str(i) for i in range(len(mixed))]
     assert sum(encoded) == IMAGES
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(pictures, tiny_reference):
+    """What generate says about each picture alone, greedy and with four beams."""
+    found = {}
+    for num_beams in (1, 4):
+        options = DecodeOptions(num_beams=num_beams, no_repeat_ngram_size=2, max_new_tokens=MAX_NEW_TOKENS)
+        found[num_beams] = (
+            options,
+            [tiny_reference.generate(tiny_reference.pixels([picture]), options)[0][0].ids for picture in pictures],
+        )
+    return found
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    arrivals=st.lists(st.integers(0, IMAGES - 1), min_size=1, max_size=2 * IMAGES),
+    num_slots=st.integers(1, IMAGES + 3),
+    encode_batch=st.integers(1, 5),
+    num_beams=st.sampled_from([1, 4]),
+)
+def test_no_company_changes_a_caption(
+    arrivals, num_slots, encode_batch, num_beams, pictures, tiny_captioner, one_at_a_time
+):
+    """Any order of arrival, any number of slots, any batch of the encoder: the ids of each image alone."""
+    options, expected = one_at_a_time[num_beams]
+    spec = tiny_captioner.bundle.image
+    pixels = np.stack([read_image(pictures[i], spec.height, spec.width, spec.resample) for i in arrivals])
+    scheduler = Scheduler(
+        tiny_captioner.backend, tiny_captioner.search(options), num_slots=num_slots, encode_batch=encode_batch
+    )
+    found = dict(scheduler.decode(pixels))
+    assert [found[i][0].ids for i in range(len(arrivals))] == [expected[i] for i in arrivals]

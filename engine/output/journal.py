@@ -1,0 +1,127 @@
+"""The journal beside run.csv: every caption the moment it is known, so that a run that was cut off goes on.
+
+A text file, one record a line: crc32 of the rest in hexadecimal, a space, JSON. The first record holds the key of the
+run (bundle, options, list of images); the others a caption each. From the first line on that is torn or does not match
+its checksum, the file is cut off when it is opened again, and these images are captioned again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import OutputError
+
+FORMAT = 1
+SYNC_EVERY_S = 5.0
+"""Seconds after which records are forced to disk: what a power cut can cost, a crash of the program costs nothing."""
+MAX_LINE_BYTES = 1 << 24
+"""No record comes near it; a line without an end is not read into memory."""
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    """Return one line: checksum, space, JSON, newline."""
+    body = json.dumps(record, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def decode_record(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line, or None when it is torn or damaged."""
+    checksum, space, body = line[:8], line[8:9], line[9:-1]
+    if space != b" " or line[-1:] != b"\n" or checksum != b"%08x" % zlib.crc32(body):
+        return None
+    try:
+        record = json.loads(body)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+class Journal:
+    """An open journal: `records` are those it held when it was opened, `append` adds one."""
+
+    def __init__(self, path: Path, key: str, *, resume: bool = True) -> None:
+        """Open or create the journal of the run `key`.
+
+        A journal of another run, or any without `resume`, or one whose beginning is damaged, is moved aside
+        (`set_aside` names where). Raises OutputError when the file cannot be opened or written.
+        """
+        self.path = path
+        self.set_aside: Path | None = None
+        self.dropped_bytes = 0
+        self.records: list[dict[str, Any]] = []
+        self._synced = time.monotonic()
+        try:
+            if path.exists():
+                header, self.records, good = read_journal(path)
+                self.dropped_bytes = path.stat().st_size - good
+                if not resume or header.get("key") != key or header.get("journal") != FORMAT:
+                    self.set_aside = _free_name(path)
+                    path.rename(self.set_aside)
+                    self.records, self.dropped_bytes = [], 0
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+            self._end = os.fstat(self._file).st_size - self.dropped_bytes
+            os.ftruncate(self._file, self._end)
+            os.lseek(self._file, self._end, os.SEEK_SET)
+        except OSError as error:
+            raise OutputError(f"{path} cannot be opened: {error.strerror}: the journal lies beside --out") from error
+        if self._end == 0:
+            self.append({"journal": FORMAT, "key": key})
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record. Raises OutputError when it cannot be written whole; what was there before stays whole."""
+        line = encode_record(record)
+        try:
+            view = memoryview(line)
+            while view:
+                view = view[os.write(self._file, view) :]
+            self._end += len(line)
+            if time.monotonic() - self._synced > SYNC_EVERY_S:
+                self.sync()
+        except OSError as error:
+            os.ftruncate(self._file, self._end)
+            os.lseek(self._file, self._end, os.SEEK_SET)
+            raise OutputError(
+                f"{self.path} cannot be written: {error.strerror}: make room and run the same command again, "
+                "it goes on from here"
+            ) from error
+
+    def sync(self) -> None:
+        """Force what was appended to disk."""
+        os.fsync(self._file)
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Close the file; it stays on disk."""
+        os.close(self._file)
+
+    def delete(self) -> None:
+        """Delete the file, still open: the run is complete."""
+        self.path.unlink(missing_ok=True)
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Return (header, records, bytes that are whole); the header is empty where even that is damaged."""
+    records: list[dict[str, Any]] = []
+    good = 0
+    with path.open("rb") as stream:
+        while line := stream.readline(MAX_LINE_BYTES):
+            record = decode_record(line)
+            if record is None:
+                break
+            records.append(record)
+            good += len(line)
+    return (records[0], records[1:], good) if records else ({}, [], 0)
+
+
+def _free_name(path: Path) -> Path:
+    """Return the first free of `<path>.old`, `<path>.old2`, ..."""
+    number = 1
+    while (candidate := path.with_name(f"{path.name}.old{number if number > 1 else ''}")).exists():
+        number += 1
+    return candidate

@@ -1,0 +1,67 @@
+"""One run at a time on one output: a lock that names its owner and dies with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+from engine.errors import OutputError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two runs on one output are not told apart there (README, Limits)
+    fcntl = None  # type: ignore[assignment]
+
+
+class OutputLock:
+    """Holds `<out>.lock` while a run works on `out`; as a context manager.
+
+    The operating system drops the lock with the process, however it ends, so a file that a dead run left behind is
+    simply taken over. The file holds the owner's process number, for the message of whoever comes second.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.path = out.with_name(out.name + ".lock")
+        self._out = out
+        self._file = -1
+
+    def __enter__(self) -> OutputLock:
+        """Take the lock. Raises UsageError when another run holds it, OutputError when it cannot be written."""
+        try:
+            while True:
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+                self._claim()
+                if self._is_current():
+                    break
+                os.close(self._file)  # its last owner deleted the file between our opening and locking it
+            os.ftruncate(self._file, 0)
+            os.write(self._file, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.path.unlink(missing_ok=True)  # while it is still locked
+        os.close(self._file)
+
+    def _claim(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._file, 32).decode("ascii", "replace").strip() or "that has just begun"
+            os.close(self._file)
+            raise UsageError(
+                f"{self._out} is being written by process {owner}: wait for it, or choose another --out"
+            ) from None
+
+    def _is_current(self) -> bool:
+        """Return whether the file we hold is the one others will find under the name."""
+        try:
+            return os.path.samestat(os.fstat(self._file), self.path.stat())
+        except FileNotFoundError:
+            return False

@@ -1,0 +1,117 @@
+"""Runs that are killed, stopped or refused, as a user meets them: real processes, real signals."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.output.journal import read_journal
+from tests.tiny import random_pictures
+
+IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("resume") / "images"
+    directory.mkdir()
+    for i, picture in enumerate(random_pictures(IMAGES)):
+        picture.save(directory / f"image_{i:02d}.png")
+    return directory
+
+
+def command(image_dir: Path, bundle: Path, out: Path, *more: str) -> list[str]:
+    arguments = ["caption", "--input", image_dir, "--bundle", bundle, "--beams", 3, "--rows", 3, "--threads", 1]
+    return [sys.executable, "-m", "engine", *map(str, [*arguments, "--out", out]), *more]
+
+
+def start(*arguments) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_records(journal: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has journaled `count` captions, or has ended."""
+    while process.poll() is None:
+        if journal.exists() and journal.read_bytes().count(b"\n") > count:
+            return
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_dir, tiny_bundle, tmp_path_factory) -> bytes:
+    out = tmp_path_factory.mktemp("whole") / "run.csv"
+    subprocess.run(command(image_dir, tiny_bundle, out), check=True, capture_output=True)
+    return out.read_bytes()
+
+
+def test_killed_again_and_again_the_run_is_the_same_byte_for_byte(image_dir, tiny_bundle, tmp_path, undisturbed):
+    out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
+    chance = random.Random(0)
+    kept, kills = 0, 0
+    for _ in range(40):
+        process = start(image_dir, tiny_bundle, out)
+        wait_for_records(journal, kept + chance.randint(0, 5), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:
+            break
+        kills += 1
+        records = read_journal(journal)[1] if journal.exists() else []
+        ids = [record["id"] for record in records]
+        assert len(ids) == len(set(ids)), "a caption is there twice"
+        assert len(ids) >= kept, "a caption was lost"
+        kept = len(ids)
+    else:
+        subprocess.run(command(image_dir, tiny_bundle, out), check=True, capture_output=True)
+    assert kills >= 3
+    assert out.read_bytes() == undisturbed
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "run.csv.lock") == ["run.csv"]
+
+
+@pytest.mark.parametrize(("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_politely_it_says_how_to_go_on(image_dir, tiny_bundle, tmp_path, undisturbed, sent, exit_code):
+    out = tmp_path / "run.csv"
+    process = start(image_dir, tiny_bundle, out)
+    wait_for_records(tmp_path / "run.csv.journal", 3, process)
+    process.send_signal(sent)
+    _, errors = process.communicate()
+    assert process.returncode == exit_code, errors
+    assert "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    assert not out.exists()
+    assert not (tmp_path / "run.csv.lock").exists()
+    again = subprocess.run(command(image_dir, tiny_bundle, out), check=True, capture_output=True, text=True)
+    assert "captions of an earlier run are taken from" in again.stderr
+    assert out.read_bytes() == undisturbed
+
+
+def test_two_runs_on_one_output_at_once(image_dir, tiny_bundle, tmp_path, undisturbed):
+    out = tmp_path / "run.csv"
+    first = start(image_dir, tiny_bundle, out)
+    wait_for_records(tmp_path / "run.csv.journal", 1, first)
+    first.send_signal(signal.SIGSTOP)
+    second = subprocess.run(command(image_dir, tiny_bundle, out), capture_output=True, text=True, check=False)
+    first.send_signal(signal.SIGCONT)
+    first.communicate()
+    assert second.returncode == 2
+    assert f"is being written by process {first.pid}" in second.stderr
+    assert first.returncode == 0
+    assert out.read_bytes() == undisturbed
+
+
+def test_another_option_starts_afresh_and_keeps_the_old_journal(image_dir, tiny_bundle, tmp_path, undisturbed):
+    out = tmp_path / "run.csv"
+    process = start(image_dir, tiny_bundle, out, "--max-new-tokens", "9")
+    wait_for_records(tmp_path / "run.csv.journal", 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again = subprocess.run(command(image_dir, tiny_bundle, out), check=True, capture_output=True, text=True)
+    assert "the journal of another run was found and moved to" in again.stderr
+    assert (tmp_path / "run.csv.journal.old").exists()
+    assert out.read_bytes() == undisturbed

@@ -1,0 +1,213 @@
+"""The journal, the lock, and what a cut-off run leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.captioner import Alternative, Caption
+from engine.errors import EngineError, OutputError, UsageError
+from engine.images import ImageFile
+from engine.output.journal import Journal, decode_record, encode_record, read_journal
+from engine.output.lock import OutputLock
+from engine.output.record import RunRecord
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def caption(image_id: str, text: str = "a brain") -> Caption:
+    return Caption(
+        image_id, (Alternative(text, f"{text} .", (1, 2, 3), -1.25, -0.1 - 0.2), Alternative("", "", (), -2, -3))
+    )
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[ImageFile]:
+    files = [ImageFile(f"image {i}, \"'ü", tmp_path / f"image {i}.png") for i in range(6)]
+    for file in files:
+        file.path.write_bytes(b"x")
+    return files
+
+
+@given(st.dictionaries(st.text(), JSON))
+def test_a_record_comes_back_as_it_was(record):
+    line = encode_record(record)
+    assert line.count(b"\n") == 1
+    assert decode_record(line) == record
+
+
+@given(st.dictionaries(st.text(), JSON), st.data())
+def test_a_damaged_line_is_never_taken_for_a_record(record, data):
+    line = bytearray(encode_record(record))
+    place = data.draw(st.integers(0, len(line) - 1))
+    line[place] ^= data.draw(st.integers(1, 255))
+    assert decode_record(bytes(line)) is None
+    assert decode_record(bytes(line[:place])) is None
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_can_be_opened_as_a_journal(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("journal") / "run.csv.journal"
+    path.write_bytes(content)
+    journal = Journal(path, "key")
+    journal.append({"id": "a"})
+    journal.close()
+    assert Journal(path, "key").records == [{"id": "a"}]
+
+
+def test_cut_at_any_byte_every_whole_record_survives_and_no_other(tmp_path):
+    path = tmp_path / "run.csv.journal"
+    journal = Journal(path, "key")
+    for i in range(5):
+        journal.append({"id": i})
+    journal.close()
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        journal = Journal(path, "key")
+        survivors = max(0, sum(end <= cut for end in ends) - 1)
+        assert journal.records == [{"id": i} for i in range(survivors)], cut
+        journal.append({"id": "next"})
+        journal.close()
+        _, records, good = read_journal(path)
+        assert records == [{"id": i} for i in range(survivors)] + [{"id": "next"}]
+        assert good == path.stat().st_size
+        for aside in tmp_path.glob("*.old*"):
+            aside.unlink()
+
+
+def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path, monkeypatch):
+    path = tmp_path / "run.csv.journal"
+    journal = Journal(path, "key")
+    journal.append({"id": 0})
+    write = os.write
+
+    def full(file, data):
+        write(file, bytes(data)[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OutputError, match=r"No space left on device: make room and run the same command again"):
+        journal.append({"id": 1})
+    monkeypatch.setattr(os, "write", write)
+    journal.append({"id": 2})
+    journal.close()
+    assert Journal(path, "key").records == [{"id": 0}, {"id": 2}]
+
+
+def test_a_journal_of_another_run_is_kept_aside(tmp_path):
+    path = tmp_path / "run.csv.journal"
+    for key in ("a", "b", "c"):
+        journal = Journal(path, key)
+        assert journal.records == []
+        journal.append({"key of": key})
+        journal.close()
+    assert read_journal(tmp_path / "run.csv.journal.old")[1] == [{"key of": "a"}]
+    assert read_journal(tmp_path / "run.csv.journal.old2")[1] == [{"key of": "b"}]
+
+
+def test_captions_come_back_exactly(tmp_path, images):
+    out = tmp_path / "run.csv"
+    with RunRecord(images, out, "signature") as record:
+        for image in images[:4]:
+            record.add(caption(image.id))
+    with RunRecord(images, out, "signature") as record:
+        assert record.resumed == 4
+        assert list(record.captions.values()) == [caption(image.id) for image in images[:4]]
+        assert list(record.remaining()) == images[4:]
+
+
+def test_an_image_that_has_changed_or_gone_is_not_taken_from_the_journal(tmp_path, images):
+    out = tmp_path / "run.csv"
+    with RunRecord(images, out, "signature") as record:
+        for image in images:
+            record.add(caption(image.id))
+    images[1].path.write_bytes(b"another")
+    images[2].path.unlink()
+    with RunRecord(images, out, "signature") as record:
+        assert list(record.remaining()) == [images[1], images[2]]
+
+
+@pytest.mark.parametrize("change", ["signature", "images", "order", "no resume"])
+def test_another_option_or_list_of_images_starts_afresh(tmp_path, images, change):
+    out = tmp_path / "run.csv"
+    with RunRecord(images, out, "signature") as record:
+        record.add(caption(images[0].id))
+    changed = {"images": images[:-1], "order": images[::-1]}.get(change, images)
+    signature = "another" if change == "signature" else "signature"
+    with RunRecord(changed, out, signature, resume=change != "no resume") as record:
+        assert record.resumed == 0
+        assert record.set_aside == tmp_path / "run.csv.journal.old"
+
+
+def test_the_journal_goes_when_the_run_is_written_and_stays_when_it_is_not(tmp_path, images):
+    out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
+    with RunRecord(images[:1], out, "signature") as record:
+        record.add(caption(images[0].id))
+        record.write(out, None, raw_text=False)
+    assert out.exists()
+    assert not journal.exists()
+    with RunRecord(images[:1], out, "signature") as record:
+        record.add(caption(images[0].id))
+        with pytest.raises(OutputError):
+            record.write(tmp_path / "missing" / "run.csv", None, raw_text=False)
+    assert journal.exists()
+
+
+def test_records_nobody_wrote_are_done_again(tmp_path, images):
+    """A checksum can be right and the content absurd: such a caption is not believed."""
+    out = tmp_path / "run.csv"
+    with RunRecord(images, out, "signature") as record:
+        file = record._fingerprints[images[0].id]
+        for absurd in ({}, {"id": []}, {"id": images[0].id, "file": file, "alternatives": 3}):
+            record._journal.append(absurd)
+        record._journal.append({"id": images[0].id, "file": file, "alternatives": []})
+        record._journal.append({"id": images[0].id, "file": file, "alternatives": [{"text": "a"}]})
+        record._journal.append({"id": "a stranger", "file": None, "alternatives": []})
+    with RunRecord(images, out, "signature") as record:
+        assert record.resumed == 0
+
+
+def test_a_second_run_on_one_output_is_refused_by_name(tmp_path):
+    out = tmp_path / "run.csv"
+    with OutputLock(out), pytest.raises(UsageError, match=f"being written by process {os.getpid()}"), OutputLock(out):
+        pass
+    with OutputLock(out):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+    out = tmp_path / "run.csv"
+    code = (
+        "import os; from pathlib import Path; from engine.output.lock import OutputLock\n"
+        f"OutputLock(Path({str(out)!r})).__enter__()\n"
+        "os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert (tmp_path / "run.csv.lock").exists()
+    with OutputLock(out):
+        pass
+
+
+def test_nothing_is_complete_while_an_image_failed(tmp_path, images):
+    from engine.errors import ImageError
+
+    with RunRecord(images, tmp_path / "run.csv", "signature") as record:
+        record.add(caption(images[0].id))
+        record.fail(ImageError("image 1.png", "truncated"))
+        with pytest.raises(EngineError, match="1 of 6 images cannot be read and no run was written"):
+            record.check_complete(allow_missing=False)
+        record.check_complete(allow_missing=True)
