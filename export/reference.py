@@ -127,17 +127,32 @@ class TorchBackend(PrefixBackend):
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
+        self._last: tuple[bytes, torch.Tensor] | None = None
 
     def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
-        """Return f32[len(prefixes),V] from an uncached pass over each prefix (all share one length, or are nested)."""
-        model = self._reference.model
-        rows = []
+        """Return f32[len(prefixes),V] from uncached passes: one over prefixes of one length, else one over each."""
+        same_length = len({len(prefix) for prefix in prefixes}) == 1
+        batches = [prefixes] if same_length else [[prefix] for prefix in prefixes]
         with torch.inference_mode():
-            encoded = model.vision_model(self._reference.pixels([Image.fromarray(image)]))[0]
-            for prefix in prefixes:
-                ids = torch.tensor([prefix])
-                logits = model.text_decoder(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), encoder_hidden_states=encoded, use_cache=False
-                ).logits[0, -1]
-                rows.append(torch.log_softmax(logits.float(), -1).numpy())
-        return np.stack(rows)
+            encoded = self._encode(image)
+            rows = [torch.log_softmax(self._logits(encoded, batch).float(), -1).numpy() for batch in batches]
+        return np.concatenate(rows)
+
+    def _encode(self, image: NDArray[np.uint8]) -> torch.Tensor:
+        """Return the image's hidden states f32[1,S,D]; those of the last image are kept."""
+        content = image.tobytes()
+        if self._last is None or self._last[0] != content:
+            hidden = self._reference.model.vision_model(self._reference.pixels([Image.fromarray(image)]))[0]
+            self._last = content, hidden
+        return self._last[1]
+
+    def _logits(self, encoded: torch.Tensor, prefixes: list[tuple[int, ...]]) -> torch.Tensor:
+        """Return f32[N,V] after N prefixes of one length."""
+        ids = torch.tensor(prefixes)
+        output = self._reference.model.text_decoder(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            encoder_hidden_states=encoded.expand(len(prefixes), -1, -1),
+            use_cache=False,
+        )
+        return output.logits[:, -1]
