@@ -26,8 +26,9 @@ COLOURS = {"engine": "#0b6e4f", "openvino": "#7fb69e", "conventional": "#c98b2b"
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
-    """Return every record of a directory."""
-    return [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    """Return every valid record of a directory."""
+    records = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    return [record for record in records if record.get("valid", True)]
 
 
 def plot_beams(records: list[dict[str, Any]], out: Path) -> None:

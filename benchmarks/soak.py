@@ -46,7 +46,7 @@ def caption_timed(corpus: Path, out: Path, beams: int) -> tuple[list[float], flo
 
     start = time.perf_counter()
     options = {"num_beams": beams, "no_repeat_ngram_size": 3, "max_new_tokens": 40}
-    caption_directory(Job(corpus, out, options=options), say=lambda _: None, progress=progress)
+    caption_directory(Job(corpus, out, resume=False, options=options), say=lambda _: None, progress=progress)
     return [stamp - start for stamp in stamps], peak_memory_gib() or 0.0
 
 

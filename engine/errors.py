@@ -32,5 +32,9 @@ class BackendError(EngineError):
     """A runtime or a provider is missing, or failed."""
 
 
+class OutOfMemoryError(BackendError):
+    """A runtime could not get the memory it asked for; fewer rows side by side need less."""
+
+
 class OutputError(EngineError):
     """An output file cannot be written."""

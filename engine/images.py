@@ -129,6 +129,8 @@ def decode_image(source: Path | str | Image.Image | NDArray[np.uint8]) -> Image.
             return picture.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(name, f"larger than {Image.MAX_IMAGE_PIXELS} pixels, refused: a decompression bomb?") from None
+    except MemoryError:
+        raise
     except Exception as error:  # decoders meet hostile bytes in more ways than they document
         reason = "not an image, or damaged" if "cannot identify" in str(error) else str(error) or repr(error)
         raise ImageError(name, " ".join(reason.split())) from error

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.captioner import Captioner
-from engine.images import find_images, order_by_manifest
-from engine.output.lock import OutputLock
-from engine.output.record import RunRecord
+from engine.captioner import Caption, Captioner
+from engine.errors import OutOfMemoryError
+from engine.images import ImageFile, find_images, order_by_manifest
+from engine.options import DecodeOptions
+from engine.output.lock import OutputLock, lock_path
+from engine.output.record import RunRecord, journal_path
 from engine.output.run import check_outputs
 from engine.signature import run_signature
 
@@ -69,21 +71,22 @@ def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progres
     if found.ignored:
         say(f"{len(found.ignored)} other entries of {job.directory} are left aside")
 
+    with OutputLock(job.out):
+        return _caption_images(job, images, say, progress)
+
+
+def _caption_images(job: Job, images: list[ImageFile], say: Callable[[str], None], progress: Progress) -> Summary:
     captioner = Captioner.load(job.bundle, backend=job.backend, threads=job.threads)
     options = captioner.bundle.options(**job.options)
+    num_slots = captioner.scheduler(captioner.search(options), job.rows).num_slots
     if job.backend == "auto":
         say(f"backend: {captioner.backend.name}")
 
     signature = run_signature(captioner.bundle, captioner.backend.name, options)
-    with (
-        OutputLock(job.out),
-        RunRecord(images, job.out, signature, resume=job.resume) as record,
-        _telling_how_to_go_on(record, say),
-    ):
+    with RunRecord(images, job.out, signature, resume=job.resume) as record, _telling_how_to_go_on(record, say):
         start = time.perf_counter()
-        captions = captioner.caption(record.remaining(), options, rows=job.rows, on_error=record.fail)
         with progress(len(images) - record.resumed) as advance:
-            for caption in captions:
+            for caption in _captions(captioner, options, record, num_slots, say):
                 record.add(caption)
                 advance()
         seconds = time.perf_counter() - start
@@ -105,21 +108,48 @@ def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progres
     )
 
 
+def _captions(
+    captioner: Captioner, options: DecodeOptions, record: RunRecord, num_slots: int, say: Callable[[str], None]
+) -> Iterator[Caption]:
+    """Caption what remains; where memory does not suffice, go on with half as many images side by side."""
+    while True:
+        try:
+            yield from captioner.caption(
+                record.remaining(), options, rows=num_slots * options.num_beams, on_error=record.fail
+            )
+            return
+        except (OutOfMemoryError, MemoryError) as error:
+            if num_slots == 1:
+                raise OutOfMemoryError(
+                    f"memory is too short for a single image ({error}): close other programs"
+                ) from error
+            record.failures.clear()  # these images will be tried again
+            say(f"memory is short with {num_slots} images side by side: going on with {num_slots // 2}")
+            num_slots //= 2
+
+
 @contextmanager
 def _telling_how_to_go_on(record: RunRecord, say: Callable[[str], None]) -> Iterator[None]:
     """Say what an earlier run left, and what this one leaves if it is stopped."""
     if record.set_aside:
-        say(f"the journal of another run was found and moved to {record.set_aside}: starting afresh")
+        say(
+            "the journal of an earlier run with another bundle, other options or images was moved to "
+            f"{record.set_aside}: starting afresh"
+        )
     if record.resumed:
-        say(f"{record.resumed} captions of an earlier run are taken from {record.journal}")
+        say(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
+    if record.not_reused:
+        say(f"{record.not_reused} more are there, but their image has changed or their record is damaged: once again")
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException:
         if record.captions:
-            say(f"{len(record.captions)} captions are kept in {record.journal}: the same command goes on from there")
+            kept = f"{len(record.captions)} captions are kept in {record.journal_path}"
+            say(f"{kept}: the same command goes on from there")
         raise
 
 
 def _check_outputs(job: Job, inputs: list[Path]) -> None:
     outputs = {"--out": job.out} | ({"--n-best-out": job.n_best_out} if job.n_best_out else {})
+    outputs |= {"the journal of --out": journal_path(job.out), "the lock of --out": lock_path(job.out)}
     check_outputs(outputs, inputs + ([job.manifest] if job.manifest else []))

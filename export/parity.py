@@ -31,10 +31,10 @@ from export.trace import (
     TIE_ABSOLUTE,
     TIE_RELATIVE,
     Divergence,
-    Trace,
     closest_candidates,
-    explain,
+    closest_words,
     summed_log_prob,
+    trace_both,
 )
 from train.model import CheckpointError
 
@@ -118,21 +118,25 @@ def judge(
 ) -> tuple[str, Divergence]:
     """Say why the engine said `ours` about an RGB picture and `generate` did not: ("tie" | "batch" | "real", where).
 
-    "batch": about this picture alone both say the same, two candidates of its search tie, and the engine scored `ours`
-    as the reference does. Beside other pictures matrix products round otherwise, so one of them took another turn.
+    "tie": about this picture alone the two searches part at a tie and end in these very captions. "batch": beside other
+    pictures, where matrix products round otherwise, one of them took another turn: alone they agree or part at a tie,
+    two candidates of the search tie, and the engine scored `ours` as the reference does.
     """
     ((alone, *_),) = reference.generate(reference.pixels([picture]), options)
     spec, backend = captioner.bundle.image, TorchBackend(reference)
     pixels = read_image(picture, spec.height, spec.width, spec.resample)
-    (mine_alone,) = captioner.caption([picture], options)
-    if alone.ids in (ours.ids, mine_alone.ids):
-        step, gap = closest_candidates(Trace(backend, captioner.search(options), pixels))
-        score = summed_log_prob(backend, pixels, ours.ids, len(captioner.search(options).prompt))
-        scored_alike = abs(score - ours.sum_log_prob) <= SCORE_TOLERANCE * max(1.0, abs(score))
-        is_tie = gap <= TIE_ABSOLUTE + TIE_RELATIVE * abs(score)
-        return ("batch" if scored_alike and is_tie else "real"), Divergence(step, gap, is_tie)
-    divergence = explain(captioner, backend, pixels, options, ours=ours.ids, theirs=alone.ids)
-    return ("tie" if divergence.is_tie else "real"), divergence
+    divergence, mine, theirs = trace_both(captioner, backend, pixels, options)
+    if not divergence.is_tie or theirs.ids != alone.ids:
+        return "real", divergence
+    if mine.ids != alone.ids and mine.ids == ours.ids:
+        return "tie", divergence
+    prompt_length = len(captioner.search(options).prompt)
+    greedy = options.num_beams == 1
+    step, gap = closest_words(backend, pixels, alone.ids, prompt_length) if greedy else closest_candidates(theirs)
+    score = summed_log_prob(backend, pixels, ours.ids, prompt_length)
+    scored_alike = abs(score - ours.sum_log_prob) <= SCORE_TOLERANCE * max(1.0, abs(score))
+    is_tie = gap <= TIE_ABSOLUTE + TIE_RELATIVE * abs(score)
+    return ("batch" if scored_alike and is_tie else "real"), Divergence(step, gap, is_tie)
 
 
 def load_pictures(directory: Path | None, size: int, limit: int | None) -> dict[str, Image.Image]:

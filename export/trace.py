@@ -95,14 +95,21 @@ def explain(
 
     It is a tie only where the scores say so and both traces end in those very captions.
     """
+    divergence, my_trace, their_trace = trace_both(captioner, reference, pixels, options)
+    return replace(divergence, is_tie=divergence.is_tie and (my_trace.ids, their_trace.ids) == (ours, theirs))
+
+
+def trace_both(
+    captioner: Captioner, reference: PrefixBackend, pixels: NDArray[np.uint8], options: DecodeOptions
+) -> tuple[Divergence, Trace, Trace]:
+    """Trace the engine's and the reference's search over one picture alone; return where they part, and both."""
     search = captioner.search(options)
 
     def score(ids: Ids) -> float:
         return summed_log_prob(reference, pixels, ids, len(search.prompt))
 
-    my_trace, their_trace = Trace(captioner.backend, search, pixels), Trace(reference, search, pixels)
-    divergence = find_divergence(my_trace, their_trace, score)
-    return replace(divergence, is_tie=divergence.is_tie and (my_trace.ids, their_trace.ids) == (ours, theirs))
+    mine, theirs = Trace(captioner.backend, search, pixels), Trace(reference, search, pixels)
+    return find_divergence(mine, theirs, score), mine, theirs
 
 
 def summed_log_prob(reference: PrefixBackend, pixels: NDArray[np.uint8], ids: Ids, prompt_length: int) -> float:
@@ -111,8 +118,19 @@ def summed_log_prob(reference: PrefixBackend, pixels: NDArray[np.uint8], ids: Id
     return float(sum(row[i] for row, i in zip(rows, ids[prompt_length:], strict=True)))
 
 
+def closest_words(
+    reference: PrefixBackend, pixels: NDArray[np.uint8], ids: Ids, prompt_length: int
+) -> tuple[int, float]:
+    """Return (step, gap) where the two likeliest next ids of a greedy caption score most alike (bans left aside)."""
+    rows = reference.log_probs(pixels, [ids[:i] for i in range(prompt_length, len(ids))])
+    best = -np.partition(-rows, 1, axis=1)[:, :2]
+    gaps = best[:, 0] - best[:, 1]
+    step = int(gaps.argmin())
+    return step, float(gaps[step])
+
+
 def closest_candidates(trace: Trace) -> tuple[int, float]:
-    """Return (step, gap) where two neighbouring candidates of a search score most alike."""
+    """Return (step, gap) where two neighbouring candidates of a beam search score most alike."""
     gaps = [
         (step, abs(first - second))
         for step, taken in enumerate(trace.steps)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.backends.base import Appetite, StepInputs
 from engine.bundle import Bundle
-from engine.errors import BackendError
+from engine.errors import BackendError, OutOfMemoryError
 
 CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
 CUDA: tuple[str, dict[str, str]] = (
@@ -33,6 +33,8 @@ GPU_APPETITE = Appetite(rows=1024, encode_batch=16)
 """A guess that has never run: no GPU was at hand."""
 
 LOG_ERRORS_ONLY = 3
+OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "available memory")
+"""What ONNX Runtime's message holds, in lower case, when memory is short; it has no error code for that."""
 STOP_SPINNING = ("session.force_spinning_stop", "1")
 """Threads of one graph would else spin on the cores the next graph needs: 8 to 20 % of a run (benchmarks/LOG.md)."""
 
@@ -143,7 +145,9 @@ class OrtBackend:
         try:
             return list(session.run_with_ort_values(outputs, feed))
         except Exception as error:
-            raise BackendError(f"the {self.name} backend failed: {' '.join(str(error).split())[:400]}") from error
+            reason = " ".join(str(error).split())[:400]
+            kind = OutOfMemoryError if any(sign in reason.lower() for sign in OUT_OF_MEMORY) else BackendError
+            raise kind(f"the {self.name} backend failed: {reason}") from error
 
 
 def import_onnxruntime(extra: str) -> Any:

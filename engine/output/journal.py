@@ -1,8 +1,8 @@
 """The journal beside run.csv: every caption the moment it is known, so that a run that was cut off goes on.
 
 A text file, one record a line: crc32 of the rest in hexadecimal, a space, JSON. The first record holds the key of the
-run (bundle, options, list of images); the others a caption each. From the first line on that is torn or does not match
-its checksum, the file is cut off when it is opened again, and these images are captioned again.
+run (bundle, options, list of images); the others a caption each. A last line that is torn is cut off when the file is
+opened again, one that does not match its checksum is passed over, and these images are captioned again.
 """
 
 from __future__ import annotations
@@ -43,38 +43,52 @@ def decode_record(line: bytes) -> dict[str, Any] | None:
 
 
 class Journal:
-    """An open journal: `records` are those it held when it was opened, `append` adds one."""
+    """An open journal: `records` are those it held when it was opened, `append` adds one.
+
+    `damaged` counts lines that were not whole, `set_aside` is where a journal that is not this run's was moved to.
+    """
 
     def __init__(self, path: Path, key: str, *, resume: bool = True) -> None:
         """Open or create the journal of the run `key`.
 
-        A journal of another run, or any without `resume`, or one whose beginning is damaged, is moved aside
-        (`set_aside` names where). Raises OutputError when the file cannot be opened or written.
+        A journal of another run, or any without `resume`, is moved aside. Raises OutputError when the file cannot be
+        opened or written.
         """
         self.path = path
         self.set_aside: Path | None = None
-        self.dropped_bytes = 0
         self.records: list[dict[str, Any]] = []
+        self.damaged = 0
         self._synced = time.monotonic()
         try:
-            if path.exists():
-                header, self.records, good = read_journal(path)
-                self.dropped_bytes = path.stat().st_size - good
-                if not resume or header.get("key") != key or header.get("journal") != FORMAT:
-                    self.set_aside = _free_name(path)
-                    path.rename(self.set_aside)
-                    self.records, self.dropped_bytes = [], 0
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-            self._end = os.fstat(self._file).st_size - self.dropped_bytes
+            whole_bytes = self._take_over(key, resume) if path.exists() else 0
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._end = whole_bytes
             os.ftruncate(self._file, self._end)
             os.lseek(self._file, self._end, os.SEEK_SET)
         except OSError as error:
             raise OutputError(f"{path} cannot be opened: {error.strerror}: the journal lies beside --out") from error
+        self.is_empty = not self.records
         if self._end == 0:
-            self.append({"journal": FORMAT, "key": key})
+            self._write({"journal": FORMAT, "key": key})
+
+    def _take_over(self, key: str, resume: bool) -> int:
+        """Read the journal that is there, or move it aside; return the bytes of it that are kept."""
+        header, records, damaged, whole_bytes = read_journal(self.path)
+        if not header and not records:
+            return 0  # a run died before its first record was whole
+        if resume and header.get("key") == key and header.get("journal") == FORMAT:
+            self.records, self.damaged = records, damaged
+            return whole_bytes
+        self.set_aside = _free_name(self.path)
+        self.path.rename(self.set_aside)
+        return 0
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record. Raises OutputError when it cannot be written whole; what was there before stays whole."""
+        self._write(record)
+        self.is_empty = False
+
+    def _write(self, record: Mapping[str, Any]) -> None:
         line = encode_record(record)
         try:
             view = memoryview(line)
@@ -105,18 +119,21 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
-    """Return (header, records, bytes that are whole); the header is empty where even that is damaged."""
-    records: list[dict[str, Any]] = []
-    good = 0
+def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int, int]:
+    """Return (header, records, damaged lines, bytes up to the last whole line).
+
+    The header is empty where the first line is damaged. Records behind a damaged line count: each stands for itself.
+    """
+    lines: list[dict[str, Any] | None] = []
+    whole_bytes = 0
     with path.open("rb") as stream:
         while line := stream.readline(MAX_LINE_BYTES):
-            record = decode_record(line)
-            if record is None:
-                break
-            records.append(record)
-            good += len(line)
-    return (records[0], records[1:], good) if records else ({}, [], 0)
+            lines.append(decode_record(line))
+            if line.endswith(b"\n"):
+                whole_bytes = stream.tell()
+    header = lines[0] if lines else None
+    records = [record for record in lines[1:] if record is not None]
+    return header or {}, records, lines.count(None), whole_bytes
 
 
 def _free_name(path: Path) -> Path:

@@ -14,6 +14,11 @@ except ImportError:  # Windows has no flock: two runs on one output are not told
     fcntl = None  # type: ignore[assignment]
 
 
+def lock_path(out: Path) -> Path:
+    """Return where the lock of an output lies."""
+    return out.with_name(out.name + ".lock")
+
+
 class OutputLock:
     """Holds `<out>.lock` while a run works on `out`; as a context manager.
 
@@ -22,7 +27,7 @@ class OutputLock:
     """
 
     def __init__(self, out: Path) -> None:
-        self.path = out.with_name(out.name + ".lock")
+        self.path = lock_path(out)
         self._out = out
         self._file = -1
 

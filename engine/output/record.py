@@ -26,7 +26,8 @@ class RunRecord:
     """
 
     def __init__(self, images: Sequence[ImageFile], out: Path, signature: str, *, resume: bool = True) -> None:
-        """Open the journal of this run; `resumed` counts the captions that were found in it.
+        """Open the journal of this run; `resumed` of its captions are taken, `not_reused` are not: their image
+        has changed or their record is damaged.
 
         Without `resume`, or when the journal is of another bundle, option or list of images, it is set aside
         (`set_aside` names where). Raises OutputError.
@@ -35,12 +36,13 @@ class RunRecord:
         self.captions: dict[str, Caption] = {}
         self.failures: list[ImageError] = []
         self._fingerprints = {image.id: fingerprint(image.path) for image in images}
-        self.journal = out.with_name(out.name + ".journal")
-        self._journal = Journal(self.journal, run_key(images, signature), resume=resume)
+        self.journal_path = journal_path(out)
+        self._journal = Journal(self.journal_path, run_key(images, signature), resume=resume)
         self.set_aside = self._journal.set_aside
         for record in self._journal.records:
             self._recall(record)
         self.resumed = len(self.captions)
+        self.not_reused = len(self._journal.records) + self._journal.damaged - self.resumed
 
     def __enter__(self) -> RunRecord:
         return self
@@ -48,7 +50,7 @@ class RunRecord:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.captions:
+        if self._journal.is_empty:
             self._journal.delete()
         self._journal.close()
 
@@ -78,7 +80,7 @@ class RunRecord:
             raise EngineError("not one image could be read and nothing was written")
         if count and not allow_missing:
             raise EngineError(
-                f"{count} of {len(self.images)} images cannot be read and no run was written: mend or remove them and "
+                f"{count} of {len(self.images)} images cannot be read and no run was written: mend them in place and "
                 "run the same command again, which captions only these, or pass --allow-missing for empty captions"
             )
 
@@ -123,11 +125,16 @@ class RunRecord:
             self.captions[image_id] = Caption(image_id, alternatives)
 
 
+def journal_path(out: Path) -> Path:
+    """Return where the journal of the run that will be `out` lies."""
+    return out.with_name(out.name + ".journal")
+
+
 def run_key(images: Sequence[ImageFile], signature: str) -> str:
     """Return the sha256 that tells runs apart: bundle, backend and options (`signature`), ids and their order."""
     digest = hashlib.sha256(signature.encode("utf-8", "surrogateescape"))
     for image in images:
-        digest.update(json.dumps([image.id, image.path.name]).encode("ascii"))
+        digest.update(json.dumps([image.id, str(image.path.absolute())]).encode("ascii"))
     return digest.hexdigest()
 
 

@@ -85,6 +85,6 @@ def write_atomically(path: Path, text: str) -> None:
             temporary.chmod(target.stat().st_mode & 0o777)
         temporary.replace(target)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}: nothing was left behind") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror}: make room, or choose another --out") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,7 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from engine.backends.ort import OrtBackend
+from engine.cli import main
+from engine.errors import OutOfMemoryError
 from engine.output.journal import read_journal
 from tests.tiny import random_pictures
 
@@ -27,7 +31,7 @@ def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(image_dir: Path, bundle: Path, out: Path, *more: str) -> list[str]:
-    arguments = ["caption", "--input", image_dir, "--bundle", bundle, "--beams", 3, "--rows", 3, "--threads", 1]
+    arguments = ["caption", "--input", image_dir, "--bundle", bundle, "--beams", 3, "--rows", 12, "--threads", 1]
     return [sys.executable, "-m", "engine", *map(str, [*arguments, "--out", out]), *more]
 
 
@@ -112,6 +116,35 @@ def test_another_option_starts_afresh_and_keeps_the_old_journal(image_dir, tiny_
     process.send_signal(signal.SIGKILL)
     process.communicate()
     again = subprocess.run(command(image_dir, tiny_bundle, out), check=True, capture_output=True, text=True)
-    assert "the journal of another run was found and moved to" in again.stderr
+    assert "was moved to" in again.stderr
     assert (tmp_path / "run.csv.journal.old").exists()
     assert out.read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("bad_alloc"), MemoryError()])
+def test_short_of_memory_it_goes_on_with_fewer_images_side_by_side(
+    image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch, error
+):
+    step = OrtBackend.step
+
+    def tight(backend, cache, inputs):
+        if len(inputs.scores) > 2:
+            raise error
+        return step(backend, cache, inputs)
+
+    monkeypatch.setattr(OrtBackend, "step", tight)
+    (tmp_path / "images").symlink_to(image_dir)
+    arguments = command(tmp_path / "images", tiny_bundle, tmp_path / "run.csv", "--rows", "24")[3:]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "memory is short with 8 images side by side: going on with 4" in result.stderr
+    assert "memory is short with 4 images side by side: going on with 2" in result.stderr
+    assert (tmp_path / "run.csv").read_bytes() == undisturbed
+
+
+def test_too_short_of_memory_for_one_image_it_says_so(image_dir, tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(OrtBackend, "step", lambda *_: (_ for _ in ()).throw(OutOfMemoryError("bad_alloc")))
+    result = CliRunner().invoke(main, command(image_dir, tiny_bundle, tmp_path / "run.csv")[3:])
+    assert result.exit_code == 1
+    assert "memory is too short for a single image" in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

@@ -81,11 +81,35 @@ def test_cut_at_any_byte_every_whole_record_survives_and_no_other(tmp_path):
         assert journal.records == [{"id": i} for i in range(survivors)], cut
         journal.append({"id": "next"})
         journal.close()
-        _, records, good = read_journal(path)
+        _, records, damaged, good = read_journal(path)
+        assert damaged == 0
         assert records == [{"id": i} for i in range(survivors)] + [{"id": "next"}]
         assert good == path.stat().st_size
-        for aside in tmp_path.glob("*.old*"):
-            aside.unlink()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.csv.journal"]
+
+
+def test_records_behind_a_damaged_line_count(tmp_path):
+    path = tmp_path / "run.csv.journal"
+    journal = Journal(path, "key")
+    for i in range(3):
+        journal.append({"id": i})
+    journal.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], b"damaged\n", *lines[3:]]))
+    journal = Journal(path, "key")
+    assert journal.records == [{"id": 0}, {"id": 2}]
+    assert journal.damaged == 1
+
+
+def test_captions_of_images_that_have_changed_are_not_thrown_away(tmp_path, images):
+    """A run that dies before its first caption must not delete what an earlier one has journaled."""
+    out = tmp_path / "run.csv"
+    with RunRecord(images, out, "signature") as record:
+        record.add(caption(images[0].id))
+    images[0].path.write_bytes(b"another")
+    with RunRecord(images, out, "signature") as record:
+        assert (record.resumed, record.not_reused) == (0, 1)
+    assert (tmp_path / "run.csv.journal").exists()
 
 
 def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path, monkeypatch):
