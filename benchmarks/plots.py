@@ -59,7 +59,13 @@ def plot_beams(records: list[dict[str, Any]], out: Path) -> None:
 
 def plot_lengths(records: list[dict[str, Any]], out: Path) -> None:
     """Lines: seconds an image against the length every caption is forced to."""
-    runs = [r for r in records if r["benchmark"] == "throughput" and r["setting"]["forced_tokens"]]
+    runs = [
+        record
+        for record in records
+        if record["benchmark"] == "throughput"
+        and record["setting"]["forced_tokens"]
+        and (record["workload"], record["setting"]["beams"]) == ("base", 4)
+    ]
     runs.sort(key=lambda r: r["setting"]["forced_tokens"])
     figure, axes = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for program, name in NAMES.items():

@@ -63,13 +63,37 @@ def _machine_memory() -> int:
 
 
 def _group_memory() -> int:
-    """Read the limits a container sets (control groups, version 2, then 1); no limit is a very large number."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue
-    return 1 << 62
+    """Return what the limits of a container or a batch job leave (control groups); a very large number without any.
+
+    A group is bound by its own limit and by those of all above it. Cached file contents count as used there, but are
+    given up when memory is asked for.
+    """
+    left = [1 << 62]
+    for group in _memory_groups():
+        for limit, used, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            try:
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                held = int((group / used).read_text()) - int(stat.get(cache, 0))
+                left.append(max(0, int((group / limit).read_text()) - held))
+            except (OSError, ValueError):
+                continue
+    return min(left)
+
+
+def _memory_groups() -> list[Path]:
+    """List the directories of this process's memory control groups, versions 2 and 1, from its own up to the root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    groups = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = Path("/sys/fs/cgroup") / controllers
+            own = root / path.lstrip("/")
+            groups += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+    return groups

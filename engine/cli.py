@@ -171,7 +171,8 @@ def caption(
     )
     signal.signal(signal.SIGTERM, _on_sigterm)
     summary = caption_directory(job, say=say, progress=_progress_bar)
-    say(f"{summary.captions} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {out}")
+    new = summary.captions - summary.resumed
+    say(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {out}")
     if summary.empty:
         say(f"{summary.empty} of them are empty: the model ended at once, or no hypothesis was left by the options")
     say(summary.signature)

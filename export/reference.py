@@ -130,13 +130,11 @@ class TorchBackend(PrefixBackend):
         self._last: tuple[bytes, torch.Tensor] | None = None
 
     def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
-        """Return f32[len(prefixes),V] from uncached passes: one over prefixes of one length, else one over each."""
-        same_length = len({len(prefix) for prefix in prefixes}) == 1
-        batches = [prefixes] if same_length else [[prefix] for prefix in prefixes]
+        """Return f32[len(prefixes),V] from an uncached pass over each prefix."""
         with torch.inference_mode():
             encoded = self._encode(image)
-            rows = [torch.log_softmax(self._logits(encoded, batch).float(), -1).numpy() for batch in batches]
-        return np.concatenate(rows)
+            rows = [torch.log_softmax(self._logits(encoded, prefix).float(), -1).numpy() for prefix in prefixes]
+        return np.stack(rows)
 
     def _encode(self, image: NDArray[np.uint8]) -> torch.Tensor:
         """Return the image's hidden states f32[1,S,D]; those of the last image are kept."""
@@ -146,13 +144,13 @@ class TorchBackend(PrefixBackend):
             self._last = content, hidden
         return self._last[1]
 
-    def _logits(self, encoded: torch.Tensor, prefixes: list[tuple[int, ...]]) -> torch.Tensor:
-        """Return f32[N,V] after N prefixes of one length."""
-        ids = torch.tensor(prefixes)
+    def _logits(self, encoded: torch.Tensor, prefix: tuple[int, ...]) -> torch.Tensor:
+        """Return f32[V] after a prefix."""
+        ids = torch.tensor([prefix])
         output = self._reference.model.text_decoder(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            encoder_hidden_states=encoded.expand(len(prefixes), -1, -1),
+            encoder_hidden_states=encoded,
             use_cache=False,
         )
-        return output.logits[:, -1]
+        return output.logits[0, -1]

@@ -1,4 +1,4 @@
-"""The journal beside run.csv: every caption the moment it is known, so that a run that was cut off goes on.
+"""The journal beside run.csv: every caption when its turn has come, so that a run that was cut off goes on.
 
 A text file, one record a line: crc32 of the rest in hexadecimal, a space, JSON. The first record holds the key of the
 run (bundle, options, list of images); the others a caption each. A last line that is torn is cut off when the file is

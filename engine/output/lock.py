@@ -10,7 +10,7 @@ from engine.errors import OutputError, UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: two runs on one output are not told apart there (README, Limits)
+except ImportError:  # Windows has no flock: two runs on one output are not told apart there
     fcntl = None  # type: ignore[assignment]
 
 

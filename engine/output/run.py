@@ -75,7 +75,7 @@ def write_atomically(path: Path, text: str) -> None:
     File names that are not UTF-8 keep their bytes. Raises OutputError and leaves nothing behind.
     """
     target = path.resolve()
-    temporary = target.with_name(f".engine-{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.tmp")  # a killed run's is overwritten by the next
     try:
         with temporary.open("w", encoding="utf-8", newline="", errors="surrogateescape") as stream:
             stream.write(text)

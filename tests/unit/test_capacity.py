@@ -51,3 +51,16 @@ def test_longer_captions_and_more_beams_need_more():
 
 def test_some_memory_is_available_here():
     assert 1 << 20 < available_memory() < 1 << 50
+
+
+def test_the_tightest_group_above_this_process_counts_and_file_cache_does_not(tmp_path, monkeypatch):
+    """A batch job limited to 3 GB with 1 GB in use, half of it cache, in a group without a limit of its own."""
+    job, step = tmp_path / "job", tmp_path / "job" / "step"
+    step.mkdir(parents=True)
+    for group, limit in ((job, "3000000000"), (step, "max")):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text("1000000000\n")
+        (group / "memory.stat").write_text("anon 1\ninactive_file 500000000\n")
+    monkeypatch.setattr("engine.capacity._memory_groups", lambda: [step, job, tmp_path])
+    monkeypatch.setattr("engine.capacity._machine_memory", lambda: 1 << 40)
+    assert available_memory() == 2_500_000_000
