@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Appetite, StepInputs
+from engine.backends.base import Appetite, StepInputs, keep_in_place
 from engine.backends.ort import CPU_APPETITE, available_cores
 from engine.bundle import Bundle
 
@@ -104,10 +104,7 @@ class OpenVinoBackend:
             cache.settled = self._empty(len(slots))
         cache.recent = self._empty(len(slots))
         if len(slots) < len(cache.cross[0]):
-            moved = np.flatnonzero(slots != np.arange(len(slots)))
-            for array in cache.cross:
-                array[moved] = array[slots[moved]]
-            cache.cross = [array[: len(slots)] for array in cache.cross]
+            cache.cross = keep_in_place(cache.cross, slots)
 
     def _empty(self, num_slots: int) -> list[NDArray[np.float32]]:
         nothing = np.zeros((num_slots, self._model.num_heads, 0, self._model.head_width), np.float32)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Appetite, StepInputs
+from engine.backends.base import Appetite, StepInputs, keep_in_place
 from engine.bundle import Bundle
 from engine.errors import BackendError, OutOfMemoryError
 
@@ -125,10 +125,7 @@ class OrtBackend:
             cache.settled = self._empty(len(slots))
         cache.recent = self._empty(len(slots))
         if len(slots) < len(cache.cross[0]):
-            moved = np.flatnonzero(slots != np.arange(len(slots)))
-            for array in cache.cross:
-                array[moved] = array[slots[moved]]
-            cache.cross = [array[: len(slots)] for array in cache.cross]
+            cache.cross = keep_in_place(cache.cross, slots)
             cache.cross_values = [self._value(array) for array in cache.cross]
 
     def _empty(self, num_slots: int) -> list[Any]:
