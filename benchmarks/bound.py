@@ -18,6 +18,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.roofline import RULED_OUT
 from benchmarks.workload import MAX_NEW_TOKENS, prepare, read_pixels
 from engine.backends.base import Backend, StepInputs
 from engine.captioner import Captioner
@@ -37,7 +38,7 @@ class BoundBackend:
     def step(self, cache: Any, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         scores, ids = self.backend.step(cache, inputs)
         rows, tokens = np.divmod(ids, self._vocab_size)
-        for slot in np.flatnonzero((inputs.scores > -1e8).all(1)):
+        for slot in np.flatnonzero((inputs.scores > RULED_OUT).all(1)):
             self.needed[self._beams_needed(inputs.scores[slot], scores[slot], rows[slot], tokens[slot])] += 1
         return scores, ids
 

@@ -47,7 +47,9 @@ def write_corpus(out: Path, count: int, pictures: Path) -> Path:
     def write(number: int) -> None:
         path = out / f"corpus_{number:06d}.jpg"
         if not path.exists():
-            make_picture(number, bases).save(path, quality=90)
+            unfinished = path.with_suffix(".unfinished")
+            make_picture(number, bases).save(unfinished, "JPEG", quality=90)
+            unfinished.rename(path)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, range(count)))

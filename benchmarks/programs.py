@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.workload import BUILD, Workload, read_pictures, read_pixels
-from engine.bench import peak_memory_gib
+from engine.backends.ort import available_cores
+from engine.bench import forget_peak_memory, peak_memory_gib
 from engine.options import DecodeOptions
 
 Ids = list[tuple[int, ...]]
@@ -34,7 +35,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Timing:
-    """One call of a program: seconds, the ids it gave, and the most memory its process held so far."""
+    """One call of a program: seconds, the ids it gave, and the most memory its process held in that time."""
 
     seconds: float
     ids: Ids
@@ -76,8 +77,7 @@ def generate(setting: Setting) -> Caption:
 
     from export.reference import Reference
 
-    if setting.threads:
-        torch.set_num_threads(setting.threads)
+    torch.set_num_threads(setting.threads or available_cores())
     reference = Reference.load(setting.workload.checkpoint)
     pixel_values = reference.pixels(read_pictures(setting.workload))
 
@@ -133,6 +133,7 @@ class Worker:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(name, setting, theirs), daemon=True)
         self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
         self.load_s: float = self._receive()
 
     def caption(self, count: int, batch: int = 1) -> Timing:
@@ -148,7 +149,11 @@ class Worker:
         self._process.kill()
 
     def _receive(self) -> Any:
-        answer = self._connection.recv()
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"{self.name}: its process ended with exit code {self._process.exitcode}") from None
         if isinstance(answer, str):
             raise RuntimeError(f"{self.name}: {answer}")
         return answer
@@ -161,6 +166,7 @@ def _serve(name: str, setting: Setting, connection: Connection) -> None:
         connection.send(time.perf_counter() - start)
         while True:
             count, batch = connection.recv()
+            forget_peak_memory()
             start = time.perf_counter()
             ids = caption(count, batch)
             connection.send(Timing(time.perf_counter() - start, ids, peak_memory_gib()))

@@ -83,12 +83,19 @@ class Work:
         return self.images * model.encoder_flops + self.rows * model.row_flops + self.positions * model.position_flops
 
     def least_bytes(self, model: ModelWork, images_at_once: int) -> float:
-        """Return the float32 bytes read when `images_at_once` images share each pass over the weights."""
+        """Return the float32 bytes read when `images_at_once` images share each pass over the weights.
+
+        Each row reads the positions it descends from; beams that share some could read them once.
+        """
         return (
             (self.images * model.encoder_bytes + self.image_steps * model.decoder_bytes) / images_at_once
             + self.image_steps * model.cross_bytes
             + self.positions * model.position_bytes
         )
+
+
+RULED_OUT = -1e8
+"""The running score of a closed slot, a beam that is ruled out and a prompt's inner tokens is below this."""
 
 
 @dataclass
@@ -106,7 +113,7 @@ class CountingBackend:
         return self.backend.encode(pixel_values)
 
     def step(self, cache: Any, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        useful = inputs.scores > -1e8  # a closed slot, a ruled-out beam and a prompt's inner tokens are below
+        useful = inputs.scores > RULED_OUT
         self.work.image_steps += int(useful.any(1).sum())
         self.work.rows += int(useful.sum())
         self.work.positions += int(inputs.ancestry[useful].sum())

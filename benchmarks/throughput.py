@@ -82,6 +82,9 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
         "batch": {program: chosen[program] for program in BATCHED if program in chosen},
         "load_s": {program: round(worker.load_s, 2) for program, worker in workers.items()},
         "agreement": agreement,
+        "turns_with_other_ids": {
+            program: sum(run.ids != runs[-1].ids for run in runs) for program, runs in timings.items()
+        },
         "valid": valid,
         "bundle_sha256": Bundle.load(workload.bundle).digest,
         "roofline": _roofline(workload, options, timings["engine"], images, threads),

@@ -8,6 +8,8 @@ when captions end: the end token's bias is set so that they spread like real one
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,12 +75,21 @@ def prepare(name: str, images: int, build: Path = BUILD) -> Workload:
     bundle = demo_bundle() if name == "demo" else build / name / "bundle"
     if not checkpoint.exists():
         if name == "demo":
-            restore_checkpoint(bundle, checkpoint)
+            _whole(checkpoint, lambda out: restore_checkpoint(bundle, out))
         else:
-            make_checkpoint(checkpoint, SHAPES[name])
+            _whole(checkpoint, lambda out: make_checkpoint(out, SHAPES[name]))
     if not bundle.exists():
         export_bundle(checkpoint, bundle, click.echo)
     return Workload(name, checkpoint, bundle, pictures, MAX_NEW_TOKENS[name])
+
+
+def _whole(out: Path, make: Callable[[Path], object]) -> None:
+    """Make a directory under another name first, so that one that was cut off is not taken for whole."""
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    make(unfinished)
+    unfinished.rename(out)
 
 
 def read_pictures(workload: Workload) -> list[Image.Image]:
