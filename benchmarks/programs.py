@@ -170,7 +170,7 @@ def _serve(name: str, setting: Setting, connection: Connection) -> None:
             start = time.perf_counter()
             ids = caption(count, batch)
             connection.send(Timing(time.perf_counter() - start, ids, peak_memory_gib()))
-    except (EOFError, KeyboardInterrupt):
-        return
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return  # whoever asked is gone
     except Exception:
         connection.send(traceback.format_exc())

@@ -1,24 +1,30 @@
-"""A challenge-sized run of the real command's pipeline: is the last tenth as fast as the second, does memory stay?
+"""A challenge-sized run: does it slow down, does memory grow, and does it survive kills, a full disk and hostile files?
 
     python -m benchmarks.soak --images 17237
 
-The corpus is made on the spot (benchmarks.corpus). A run of 500 images in a process of its own gives the memory to
-compare with. Exits with 1 when a bound is broken.
+First 500 images and then all, undisturbed, each in a process of its own: the last tenth must be as fast as the second,
+and memory what 500 images need. Then the same corpus with unreadable files mixed in, while the run is killed,
+terminated and starved of disk (benchmarks.faults). The corpus is made on the spot. Exits with 1 when something does
+not hold.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from benchmarks.corpus import CHALLENGE_SIZE, write_corpus
+from benchmarks.faults import compare_runs, engine_command, mix_in_unreadable, resident_bytes, run_disturbed
 from benchmarks.machine import describe_machine
 from benchmarks.workload import BUILD, EXAMPLES
 from engine.bench import peak_memory_gib
@@ -28,16 +34,28 @@ RESULTS = Path("benchmarks/results")
 FEW = 500
 SPEED_BOUND, MEMORY_BOUND = 0.05, 0.10
 """The last tenth may be this share slower than the second tenth, and memory this share above a run of FEW images."""
+MAX_NEW_TOKENS, NGRAM = 40, 3
+POINTS = 200
+"""Samples kept for the plot."""
+
+Samples = list[tuple[float, int, int]]
 
 
-def caption_timed(corpus: Path, out: Path, beams: int) -> tuple[list[float], float]:
-    """Caption a directory into `out`; return the seconds at which captions came out, and the peak memory in GiB."""
+def caption_timed(corpus: Path, out: Path, beams: int) -> tuple[list[float], Samples, float]:
+    """Caption a directory into `out`.
+
+    Returns the seconds at which captions came out, samples (seconds, captions, resident bytes), and the peak memory in
+    GiB.
+    """
     stamps: list[float] = []
+    samples: Samples = []
 
     @contextmanager
     def progress(length: int) -> Iterator[Callable[[], None]]:
         def advance() -> None:
             stamps.append(time.perf_counter())
+            if len(stamps) % max(1, length // POINTS) == 0:
+                samples.append((stamps[-1] - start, len(stamps), resident_bytes(os.getpid())))
             if len(stamps) % max(1, length // 20) == 0:
                 speed = len(stamps) / (stamps[-1] - start)
                 click.echo(f"{len(stamps)} of {length}, {speed:.2f} images/s", err=True)
@@ -45,9 +63,9 @@ def caption_timed(corpus: Path, out: Path, beams: int) -> tuple[list[float], flo
         yield advance
 
     start = time.perf_counter()
-    options = {"num_beams": beams, "no_repeat_ngram_size": 3, "max_new_tokens": 40}
+    options = {"num_beams": beams, "no_repeat_ngram_size": NGRAM, "max_new_tokens": MAX_NEW_TOKENS}
     caption_directory(Job(corpus, out, resume=False, options=options), say=lambda _: None, progress=progress)
-    return [stamp - start for stamp in stamps], peak_memory_gib() or 0.0
+    return [stamp - start for stamp in stamps], samples, peak_memory_gib() or 0.0
 
 
 def tenth_speed(stamps: list[float], tenth: int) -> float:
@@ -57,40 +75,91 @@ def tenth_speed(stamps: list[float], tenth: int) -> float:
     return (last - first) / (edges[last] - edges[first])
 
 
-def in_own_process(corpus: Path, out: Path, beams: int) -> tuple[list[float], float]:
+def in_own_process(corpus: Path, out: Path, beams: int) -> tuple[list[float], Samples, float]:
     """Run caption_timed where nothing else has used memory before."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(caption_timed, (corpus, out, beams))
 
 
-@click.command()
-@click.option("--images", type=click.IntRange(FEW), default=CHALLENGE_SIZE, show_default=True)
-@click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "soak.json", show_default=True)
-def main(images: int, beams: int, out: Path) -> None:
-    """Caption the corpus with the demo bundle and judge speed and memory."""
-    few = write_corpus(BUILD / f"pictures_{FEW}", FEW, EXAMPLES)
-    many = write_corpus(BUILD / f"pictures_{images}", images, EXAMPLES)
-    _, few_gib = in_own_process(few, BUILD / "soak_few.csv", beams)
-    stamps, many_gib = in_own_process(many, BUILD / "soak.csv", beams)
+def _undisturbed(corpus: Path, out: Path, few: Path, beams: int) -> dict[str, Any]:
+    _, _, few_gib = in_own_process(few, out.with_name("soak_few.csv"), beams)
+    stamps, samples, many_gib = in_own_process(corpus, out, beams)
     speeds = [tenth_speed(stamps, tenth) for tenth in range(1, 11)]
-    record = {
-        "benchmark": "soak",
-        "machine": describe_machine(),
-        "setting": {"images": images, "beams": beams, "no_repeat_ngram": 3, "most_new_tokens": 40, "workload": "demo"},
+    return {
         "seconds": round(stamps[-1], 1),
         "images_per_s": round(len(stamps) / stamps[-1], 2),
         "images_per_s_by_tenth": [round(speed, 2) for speed in speeds],
         "last_over_second_tenth": round(speeds[9] / speeds[1], 3),
         "peak_gib": round(many_gib, 3),
         f"peak_gib_of_{FEW}": round(few_gib, 3),
+        "samples": _thin(samples),
         "passed": speeds[9] >= (1 - SPEED_BOUND) * speeds[1] and many_gib <= (1 + MEMORY_BOUND) * few_gib,
     }
+
+
+def _disturbed(
+    corpus: Path, undisturbed: Path, hostile: int, faults: Sequence[str], beams: int, seed: int
+) -> dict[str, Any]:
+    folder, out = undisturbed.with_name("soak_hostile"), undisturbed.with_name("soak_disturbed.csv")
+    unreadable = mix_in_unreadable(corpus, hostile, folder, seed=seed)
+    options = ("--beams", beams, "--no-repeat-ngram", NGRAM, "--max-new-tokens", MAX_NEW_TOKENS)
+    count = len(list(folder.glob("corpus_*")))
+    result = run_disturbed(engine_command(folder, out, *options), count, out, unreadable, faults, seed=seed)
+    problems = result.problems + compare_runs(undisturbed, out, unreadable)
+    return {
+        "images": count,
+        "unreadable": len(unreadable),
+        "seconds": round(result.seconds, 1),
+        "faults": [(round(at, 1), kind, captions) for at, kind, captions in result.faults],
+        "samples": _thin(result.samples),
+        "problems": problems,
+        "passed": not problems,
+    }
+
+
+def _thin(samples: Samples) -> list[tuple[float, int, float]]:
+    """Keep POINTS samples, memory in GiB."""
+    every = max(1, len(samples) // POINTS)
+    return [(round(at, 1), captions, round(size / 2**30, 3)) for at, captions, size in samples[::every]]
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(10), default=CHALLENGE_SIZE, show_default=True)
+@click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--kills", type=click.IntRange(0), default=20, show_default=True, help="kill -9, at random moments.")
+@click.option("--terms", type=click.IntRange(0), default=5, show_default=True, help="SIGTERM, at random moments.")
+@click.option("--full-disks", type=click.IntRange(0), default=3, show_default=True)
+@click.option("--hostile", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Share of the files.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Record; benchmarks/results/soak_IMAGES.json when absent.")
+def main(
+    images: int, beams: int, kills: int, terms: int, full_disks: int, hostile: float, seed: int, out: Path | None
+) -> None:
+    """Caption the corpus with the demo bundle, undisturbed and disturbed, and judge both."""
+    few = write_corpus(BUILD / f"pictures_{FEW}", FEW, EXAMPLES)
+    many = write_corpus(BUILD / f"pictures_{images}", images, EXAMPLES)
+    faults = ["kill"] * kills + ["term"] * terms + ["full disk"] * full_disks
+    random.Random(seed).shuffle(faults)
+    undisturbed = _undisturbed(many, BUILD / "soak.csv", few, beams)
+    disturbed = _disturbed(many, BUILD / "soak.csv", int(hostile * images), faults, beams, seed)
+    record = {
+        "benchmark": "soak",
+        "machine": describe_machine(),
+        "setting": {"images": images, "beams": beams, "no_repeat_ngram": NGRAM, "most_new_tokens": MAX_NEW_TOKENS}
+        | {"workload": "demo", "kills": kills, "terms": terms, "full_disks": full_disks, "hostile": hostile},
+        "undisturbed": undisturbed,
+        "disturbed": disturbed,
+        "passed": undisturbed["passed"] and disturbed["passed"],
+    }
+    out = out or RESULTS / f"soak_{images}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    click.echo(json.dumps(record))
+    out.write_text(json.dumps(record) + "\n")
+    shown = {key: value for key, value in record.items() if key not in ("undisturbed", "disturbed")}
+    for part, values in (("undisturbed", undisturbed), ("disturbed", disturbed)):
+        shown[part] = {key: value for key, value in values.items() if key not in ("samples", "faults")}
+    click.echo(json.dumps(shown))
     if not record["passed"]:
-        click.echo("error: the run slowed down or its memory grew", err=True)
+        click.echo("error: the run slowed down, its memory grew, or it did not survive: see the record", err=True)
         sys.exit(1)
 
 

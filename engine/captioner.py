@@ -171,9 +171,9 @@ class Captioner:
 
         def read(numbered: tuple[int, ImageSource]) -> tuple[str, NDArray[np.uint8] | ImageError]:
             number, source = numbered
-            name, content = _identify(number, source)
+            name, content, frame = _identify(number, source)
             try:
-                return name, read_image(content, spec.height, spec.width, spec.resample)
+                return name, read_image(content, spec.height, spec.width, spec.resample, frame=frame)
             except ImageError as error:
                 return name, error
 
@@ -226,11 +226,11 @@ class _Desk:
             self._next += 1
 
 
-def _identify(number: int, source: ImageSource) -> tuple[str, Path | str | Image.Image | NDArray[np.uint8]]:
-    """Return an image's id and what to read: the file's stem, or its running number where there is no file."""
+def _identify(number: int, source: ImageSource) -> tuple[str, Path | str | Image.Image | NDArray[np.uint8], int]:
+    """Return an image's id, what to read and its frame: the file's stem, or its running number without a file."""
     if isinstance(source, ImageFile):
-        return source.id, source.path
-    return (Path(source).stem if isinstance(source, Path | str) else str(number)), source
+        return source.id, source.path, source.frame
+    return (Path(source).stem if isinstance(source, Path | str) else str(number)), source, 0
 
 
 def _ahead(function: Callable[[A], B], items: Iterable[A], *, threads: int, window: int) -> Iterator[B]:

@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 import click
 
-from engine import __version__
+from engine import __version__, cli_scoring
+from engine.console import PATH, say
 from engine.errors import EngineError, UsageError
 
-PATH = click.Path(path_type=Path)
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a program stopped by Ctrl-C (128 + SIGINT) and by a plain kill (128 + SIGTERM)."""
 
@@ -54,15 +54,14 @@ class EngineGroup(click.Group):
         sys.exit(exit_code)
 
 
-def say(line: str) -> None:
-    """Print one line to stderr, whatever the file names in it hold."""
-    click.echo(" ".join(line.splitlines()), err=True)
-
-
 @click.group(cls=EngineGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Caption directories of images with BLIP: the words of Hugging Face, without torch."""
+
+
+for _command in (cli_scoring.score, cli_scoring.rerank, cli_scoring.submit, cli_scoring.check):
+    main.add_command(_command)
 
 
 def bundle_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -121,7 +120,7 @@ def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @main.command()
-@click.option("--input", "directory", type=PATH, required=True, help="Directory of images.")
+@click.option("--input", "directory", type=PATH, required=True, help="Directory of images (DICOM: extra `dicom`).")
 @click.option("--out", type=PATH, required=True, help="CSV file to write: ID,Caption.")
 @bundle_options
 @decoding_options
@@ -129,6 +128,8 @@ def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--n-best-out", type=PATH, help="JSON lines file for the alternatives.")
 @click.option("--raw-text", is_flag=True, help="Write the text as Hugging Face decodes it, not detokenised.")
 @click.option("--manifest", type=PATH, help="File of ids: caption only these, in this order.")
+@click.option("--recursive", is_flag=True, help="Look for images in the folders of the directory, too.")
+@click.option("--dicom-frame", type=click.IntRange(0), default=0, help="Frame of DICOM files, counted from 0.")
 @click.option("--resume/--no-resume", default=True, help="Go on where the same command was cut off; on by default.")
 @click.option("--allow-missing", is_flag=True, help="Write an empty caption for images that cannot be read.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary as the last line.")
@@ -141,6 +142,8 @@ def caption(
     n_best_out: Path | None,
     raw_text: bool,
     manifest: Path | None,
+    recursive: bool,
+    dicom_frame: int,
     rows: int | None,
     allow_missing: bool,
     resume: bool,
@@ -158,6 +161,8 @@ def caption(
     job = Job(
         directory=directory,
         out=out,
+        recursive=recursive,
+        dicom_frame=dicom_frame,
         bundle=bundle,
         backend=backend,
         threads=threads,

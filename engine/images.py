@@ -2,63 +2,87 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import errno
 import os
-from collections import Counter
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.errors import ImageError, UsageError
+from engine import dicom
+from engine.errors import EngineError, ImageError, UsageError
+from engine.tables import read_ids, shorten
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}) | dicom.EXTENSIONS
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Decoders Pillow may use, whatever a file calls itself: a small surface for files from strangers."""
+
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
+"""The system's trouble, not the image's: the run stops instead of listing every image that follows as unreadable."""
 
 RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One input: its id (the file name without extension) and its path."""
+    """One input: its id (the file name without extension), its path, and which frame of a DICOM file is meant."""
 
     id: str
     path: Path
+    frame: int = 0
 
 
 @dataclass(frozen=True)
 class FoundImages:
-    """The images of a directory in file name order, and the names of what was left aside."""
+    """The images of a directory in the order of their names, and the names of what was left aside."""
 
     images: list[ImageFile]
     ignored: list[str]
 
 
-def find_images(directory: Path) -> FoundImages:
+def find_images(directory: Path, *, recursive: bool = False, dicom_frame: int = 0) -> FoundImages:
     """List the images directly inside `directory`, by extension, sorted by file name.
 
-    Raises UsageError when there is no such directory, no image in it, or two images share an id.
+    With `recursive`, those of its folders too, sorted by their path inside `directory`; links to folders are not
+    followed. Raises UsageError when there is no such directory, no image in it, or two images share an id, and
+    EngineError when there are DICOM files and nothing to read them.
     """
     if not directory.is_dir():
         raise UsageError(f"{directory} is not a directory: --input takes the folder that holds the images")
-    names = sorted(os.listdir(directory))
+    names = sorted(_names_below(directory) if recursive else os.listdir(directory))
     taken = [n for n in names if _is_candidate(directory / n)]
-    images = [ImageFile(Path(n).stem, directory / n) for n in taken]
+    images = [ImageFile(Path(n).stem, directory / n, dicom_frame) for n in taken]
     if not images:
-        raise UsageError(f"{directory} holds no images ({', '.join(sorted(EXTENSIONS))})")
+        hint = "" if recursive else "; --recursive looks into its folders"
+        raise UsageError(f"{directory} holds no images ({', '.join(sorted(EXTENSIONS))}){hint}")
     by_id: dict[str, str] = {}
-    for image in images:
+    for image, name in zip(images, taken, strict=True):
         if image.id in by_id:
-            raise UsageError(
-                f"{directory} holds two images with the id {image.id!r}: {by_id[image.id]} and {image.path.name}"
-            )
-        by_id[image.id] = image.path.name
+            raise UsageError(f"{directory} holds two images with the id {image.id!r}: {by_id[image.id]} and {name}")
+        by_id[image.id] = name
+    if any(_is_dicom(image.path) for image in images):
+        dicom.require_pydicom()
     return FoundImages(images, sorted(set(names) - set(taken)))
+
+
+def _names_below(directory: Path) -> list[str]:
+    """Return everything below a directory by its path inside: files, and folders that are not entered."""
+    names: list[str] = []
+    for folder, folders, files in os.walk(directory, onerror=_raise):
+        entered = [name for name in folders if not name.startswith(".") and not Path(folder, name).is_symlink()]
+        left = set(folders) - set(entered)
+        names += [os.path.relpath(os.path.join(folder, name), directory) for name in (*files, *left)]  # noqa: PTH118
+        folders[:] = entered
+    return names
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _is_candidate(path: Path) -> bool:
@@ -66,74 +90,70 @@ def _is_candidate(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and (path.is_file() or path.is_symlink())
 
 
+def _is_dicom(path: Path) -> bool:
+    return path.suffix.lower() in dicom.EXTENSIONS
+
+
 def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[ImageFile]:
     """Return the images named in a manifest, in its order; raise UsageError listing the ids without an image.
 
     A manifest is a text file with one id a line, or a table headed ID, ... and separated by commas, TABs or `|`.
-    Ids are taken as they are.
     """
-    try:
-        text = manifest.read_bytes().decode("utf-8-sig")
-        ids = _manifest_ids(text)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{manifest} cannot be read as a list of ids: {error}") from error
-    if not ids:
-        raise UsageError(f"{manifest} lists no ids")
-    repeated = sorted(i for i, count in Counter(ids).items() if count > 1)
-    if repeated:
-        raise UsageError(f"{manifest} lists ids more than once: {_shorten(repeated)}")
+    ids = read_ids(manifest)
     by_id = {image.id: image for image in images}
     missing = [i for i in ids if i not in by_id]
     if missing:
-        raise UsageError(f"{manifest} lists {len(missing)} ids without an image: {_shorten(missing)}")
+        raise UsageError(f"{manifest} lists {len(missing)} ids without an image: {shorten(missing)}")
     return [by_id[i] for i in ids]
 
 
-def _manifest_ids(text: str) -> list[str]:
-    header = text.partition("\n")[0].rstrip("\r").lower()
-    for delimiter in ",\t|":
-        if header.startswith(("id" + delimiter, '"id"' + delimiter)):
-            rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-            return [row[0] for row in rows if row][1:]
-    ids = [line.rstrip("\r") for line in text.split("\n")]
-    return [i for i in ids[header == "id" :] if i]
-
-
-def _shorten(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def read_image(
-    source: Path | str | Image.Image | NDArray[np.uint8], height: int, width: int, resample: str
+    source: Path | str | Image.Image | NDArray[np.uint8], height: int, width: int, resample: str, *, frame: int = 0
 ) -> NDArray[np.uint8]:
     """Return RGB bytes u8[height,width,3] of a file, a Pillow image or an array u8[h,w,3].
 
     The steps are those of Hugging Face's slow BlipImageProcessor (transformers 4.57): convert to RGB, then
-    resize to exactly height x width px with Pillow's filter, ignoring the aspect ratio and EXIF rotation.
-    Raises ImageError naming the file.
+    resize to exactly height x width px with Pillow's filter, ignoring the aspect ratio and EXIF rotation. Of an
+    animation the first frame counts, of a DICOM file frame number `frame`.
+    Raises ImageError naming the file, EngineError when the system has no more file handles.
     """
-    return np.asarray(decode_image(source).resize((width, height), RESAMPLING[resample]))
+    return np.asarray(decode_image(source, frame=frame).resize((width, height), RESAMPLING[resample]))
 
 
-def decode_image(source: Path | str | Image.Image | NDArray[np.uint8]) -> Image.Image:
-    """Return a file, a Pillow image or an array u8[h,w,3] as an RGB picture; raise ImageError naming the file."""
+def decode_image(source: Path | str | Image.Image | NDArray[np.uint8], *, frame: int = 0) -> Image.Image:
+    """Return a file, a Pillow image or an array u8[h,w,3] as an RGB picture; for `frame` and errors see read_image."""
     name = str(source) if isinstance(source, Path | str) else "image"
     try:
         if isinstance(source, Image.Image):
             return source.convert("RGB")
         if isinstance(source, np.ndarray):
             return Image.fromarray(source).convert("RGB")
-        with Path(source).open("rb") as stream:
+        with _open_file(Path(source)) as stream:
+            if _is_dicom(Path(source)):
+                return dicom.read_dicom(stream, frame)
             picture = Image.open(stream, formats=FORMATS)
             _refuse_bomb(picture)
             return picture.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(name, f"larger than {Image.MAX_IMAGE_PIXELS} pixels, refused: a decompression bomb?") from None
-    except MemoryError:
+    except (MemoryError, EngineError):
         raise
     except Exception as error:  # decoders meet hostile bytes in more ways than they document
-        reason = "not an image, or damaged" if "cannot identify" in str(error) else str(error) or repr(error)
+        if isinstance(error, OSError) and error.errno in NO_MORE_FILES:
+            raise EngineError(f"{name} cannot be opened: {error.strerror}: raise the limit (ulimit -n)") from error
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
+        reason = "not an image, or damaged" if "cannot identify" in reason else reason
         raise ImageError(name, " ".join(reason.split())) from error
+
+
+def _open_file(path: Path) -> IO[bytes]:
+    """Open a regular file; a link may lead to a pipe, which would keep its reader waiting, or to a device."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    stream = open(os.open(path, flags), "rb")  # noqa: SIM115, PTH123
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise ValueError("not a file but a folder, a pipe or a device")
+    return stream
 
 
 def _refuse_bomb(picture: Image.Image) -> None:

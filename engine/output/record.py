@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,19 +26,20 @@ class RunRecord:
     A context manager: leaving it closes the journal, which stays on disk if it holds captions and nothing was written.
     """
 
-    def __init__(self, images: Sequence[ImageFile], out: Path, signature: str, *, resume: bool = True) -> None:
+    def __init__(self, images: Sequence[ImageFile], out: Path, made_with: str, *, resume: bool = True) -> None:
         """Open the journal of this run; `resumed` of its captions are taken, `not_reused` are not: their image
         has changed or their record is damaged.
 
-        Without `resume`, or when the journal is of another bundle, option or list of images, it is set aside
-        (`set_aside` names where). Raises OutputError.
+        `made_with` says what besides the images decides the captions: signature and versions. Without `resume`, or
+        when the journal is of another bundle, option or list of images, it is set aside (`set_aside` names where).
+        Raises OutputError.
         """
         self.images = images
         self.captions: dict[str, Caption] = {}
         self.failures: list[ImageError] = []
         self._fingerprints = {image.id: fingerprint(image.path) for image in images}
         self.journal_path = journal_path(out)
-        self._journal = Journal(self.journal_path, run_key(images, signature), resume=resume)
+        self._journal = Journal(self.journal_path, run_key(images, made_with), resume=resume)
         self.set_aside = self._journal.set_aside
         for record in self._journal.records:
             self._recall(record)
@@ -84,6 +86,25 @@ class RunRecord:
                 "run the same command again, which captions only these, or pass --allow-missing for empty captions"
             )
 
+    def check_unchanged(self) -> None:
+        """Raise EngineError when an image is not the file any more that it was when the run began.
+
+        Its caption may be of either, and a run that goes on from the journal would make it again.
+        """
+        changed = [
+            image.path.name
+            for image in self.images
+            if image.id in self.captions
+            and (current := fingerprint(image.path)) != self._fingerprints[image.id]
+            and current is not None
+        ]
+        if changed:
+            raise EngineError(
+                f"{len(changed)} images changed while the run was going on ({', '.join(changed[:3])}"
+                f"{', ...' if len(changed) > 3 else ''}) and no run was written: run the same command again, "
+                "which captions only these"
+            )
+
     def write(self, out: Path, n_best_out: Path | None, *, raw_text: bool) -> None:
         """Write run.csv in the order of the images, empty captions for failures, and the n-best file if wanted.
 
@@ -126,15 +147,16 @@ class RunRecord:
 
 
 def journal_path(out: Path) -> Path:
-    """Return where the journal of the run that will be `out` lies."""
-    return out.with_name(out.name + ".journal")
+    """Return where the journal of the run that will be `out` lies: beside the file that a link leads to."""
+    target = Path(os.path.realpath(out))
+    return target.with_name(target.name + ".journal")
 
 
-def run_key(images: Sequence[ImageFile], signature: str) -> str:
-    """Return the sha256 that tells runs apart: bundle, backend and options (`signature`), ids and their order."""
-    digest = hashlib.sha256(signature.encode("utf-8", "surrogateescape"))
+def run_key(images: Sequence[ImageFile], made_with: str) -> str:
+    """Return the sha256 that tells runs apart: what captions are made with, and the images in their order."""
+    digest = hashlib.sha256(made_with.encode("utf-8", "surrogateescape"))
     for image in images:
-        digest.update(json.dumps([image.id, str(image.path.absolute())]).encode("ascii"))
+        digest.update(json.dumps([image.id, str(image.path.absolute()), image.frame]).encode("ascii"))
     return digest.hexdigest()
 
 

@@ -24,18 +24,19 @@ def check_outputs(outputs: Mapping[str, Path], kept: Iterable[Path]) -> None:
     That is a directory, a device or a pipe, a missing or read-only folder, one of the `kept` files, or a file named
     twice. Raises UsageError naming the option.
     """
-    taken = {path.resolve(): f"the input {path}" for path in kept}
+    taken = {os.path.realpath(path): f"the input {path}" for path in kept}
     for option, path in outputs.items():
-        parent = path.resolve().parent
+        target = os.path.realpath(path)  # unlike Path.resolve, it takes a loop of links for a name like any other
+        parent = Path(target).parent
         if path.exists() and not path.is_file():
             raise UsageError(f"{option} {path} is a directory, a device or a pipe: name a file")
         if not parent.is_dir():
             raise UsageError(f"{option} {path}: {parent} does not exist, create it first")
         if not os.access(parent, os.W_OK):
             raise UsageError(f"{option} {path}: {parent} is not writable")
-        if path.resolve() in taken:
-            raise UsageError(f"{option} {path} would overwrite {taken[path.resolve()]}")
-        taken[path.resolve()] = option
+        if target in taken:
+            raise UsageError(f"{option} {path} would overwrite {taken[target]}")
+        taken[target] = option
 
 
 def format_row(image_id: str, caption: str) -> str:
@@ -70,15 +71,20 @@ def write_n_best(path: Path, captions: Iterable[Caption]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write text as UTF-8 under a temporary name, then replace `path` (a link's target, keeping its permissions).
+    """Write text as UTF-8 with replace_file; file names that are not UTF-8 keep their bytes."""
+    replace_file(path, text.encode("utf-8", "surrogateescape"))
 
-    File names that are not UTF-8 keep their bytes. Raises OutputError and leaves nothing behind.
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then replace `path` (a link's target, keeping its permissions).
+
+    Raises OutputError and leaves nothing behind.
     """
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.tmp")  # a killed run's is overwritten by the next
     try:
-        with temporary.open("w", encoding="utf-8", newline="", errors="surrogateescape") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         if target.exists():

@@ -136,7 +136,7 @@ def test_unreadable_images_are_all_listed_and_nothing_is_written(image_dir, tiny
         (["--min-new-tokens", "30"], 2, "mend the two limits"),
         (["--prompt", "a [SEP]"], 2, "special token"),
         (["--prompt", "a\udcff"], 2, "no text"),
-        (["--manifest", "{tmp}/absent"], 2, "cannot be read as a list of ids"),
+        (["--manifest", "{tmp}/absent"], 2, "absent cannot be read: No such file"),
         (["--bundle", "{tmp}/nowhere"], 1, "is not a bundle"),
         (["--bundle", "{tmp}/empty"], 1, "has no manifest.json"),
     ],

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from engine.backends import open_backend
-from engine.bundle import Bundle
-from engine.errors import BundleError, UsageError
+from engine.bundle import Bundle, file_sha256
+from engine.errors import BackendError, BundleError, EngineError, UsageError
 from engine.options import DecodeOptions, options_from
 from engine.verify import verify
 
@@ -130,3 +133,84 @@ def test_given_options_beat_the_bundles_which_beat_the_engines():
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(UsageError):
         DecodeOptions(**wrong)
+
+
+def rewrite_graph(bundle: Path, graph: str, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Change a graph as a stranger would: with its new hash in the manifest."""
+    path = bundle / f"{graph}.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][path.name] = file_sha256(path)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def point_outside(location: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.external_data)
+        entry = next(entry for entry in tensor.external_data if entry.key == "location")
+        entry.value = location
+
+    return change
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "{tmp}/secret.bin", "/dev/zero", "nowhere.bin"])
+def test_weights_outside_the_bundle_are_not_read(location, bundle_copy, tmp_path):
+    (tmp_path / "secret.bin").write_bytes(bytes(1 << 20))
+    rewrite_graph(bundle_copy, "decoder", point_outside(location.format(tmp=tmp_path)))
+    with pytest.raises(BackendError, match=r"decoder\.onnx cannot be loaded"):
+        open_backend(Bundle.load(bundle_copy), "cpu")
+
+
+def rename_input(model: onnx.ModelProto) -> None:
+    name = model.graph.input[0].name
+    model.graph.input[0].name = "stranger"
+    for node in model.graph.node:
+        node.input[:] = ["stranger" if n == name else n for n in node.input]
+
+
+def drop_output(model: onnx.ModelProto) -> None:
+    del model.graph.output[-1]
+
+
+def other_size(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 48
+
+
+@pytest.mark.parametrize(
+    ("graph", "change", "sentence"),
+    [
+        ("encoder", rename_input, "does not have the inputs of this engine's bundles (pixel_values, stranger)"),
+        ("decoder", rename_input, "does not have the inputs"),
+        ("regroup", rename_input, "does not have the inputs"),
+        ("decoder", drop_output, "does not have the outputs"),
+        ("encoder", other_size, "encoder.onnx"),
+    ],
+)
+def test_graphs_that_are_not_the_manifests_are_refused_before_they_run(graph, change, sentence, bundle_copy):
+    rewrite_graph(bundle_copy, graph, change)
+    with pytest.raises(EngineError, match=re.escape(sentence)):
+        open_backend(Bundle.load(bundle_copy), "cpu")
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"num_layers": 9},
+        {"num_heads": 1000},
+        {"head_width": 10**6},
+        {"encoder_positions": 10**6},
+    ],
+)
+def test_sizes_the_graphs_do_not_have_are_refused_before_memory_is_asked_for(absurd, bundle_copy):
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    edit_manifest(bundle_copy, model=manifest["model"] | absurd)
+    with pytest.raises(BundleError, match="export it again"):
+        open_backend(Bundle.load(bundle_copy), "cpu")
+
+
+def test_an_absurd_picture_size_is_refused(bundle_copy):
+    edit_manifest(bundle_copy, image=IMAGE | {"height": 10**6, "width": 10**6})
+    with pytest.raises(BundleError, match=r"pixel_values has the sizes \(32, 32, 3\)"):
+        open_backend(Bundle.load(bundle_copy), "cpu")

@@ -1,0 +1,245 @@
+"""The commands around a finished run: score, compare, rerank, submit, check; see cli.py for the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engine.console import PATH, say
+from engine.errors import EngineError, UsageError
+
+FORMAT_NAMES = ("imageclef2022", "imageclef2023", "imageclef2024", "imageclef2025", "imageclef2026")
+PROFILE_NAMES = ("imageclef2024", "imageclef2025", "imageclef2026")
+
+
+def _parse_pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:  # noqa: ARG001
+    pairs = {}
+    for value in values:
+        name, equals, content = value.partition("=")
+        if not name or not equals or not content:
+            raise UsageError(f"{parameter.opts[0]} takes NAME=..., not {value!r}")
+        pairs[name] = content
+    return pairs
+
+
+def _parse_names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:  # noqa: ARG001
+    return tuple(name.strip() for name in (value or "").split(",") if name.strip())
+
+
+def metric_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of every command that measures."""
+    for option in (
+        click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Of neural metrics."),
+        click.option("--device", help="torch device of neural metrics; a GPU where there is one when absent."),
+        click.option("--bertscore-layer", type=click.IntRange(1), help="40 for deberta-xlarge-mnli, else the last."),
+        click.option(
+            "--plugin",
+            "plugins",
+            multiple=True,
+            callback=_parse_pairs,
+            metavar="NAME=COMMAND",
+            help="A metric computed by a command of yours.",
+        ),
+        click.option(
+            "--weights",
+            multiple=True,
+            callback=_parse_pairs,
+            metavar="NAME=DIR",
+            help="Folder of a metric's weights; nothing is downloaded.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _setting(weights: dict[str, str], plugins: dict[str, str], device: str | None, batch_size: int) -> Any:
+    from engine.scoring.base import Setting
+
+    folders = {name: Path(folder) for name, folder in weights.items()}
+    return Setting(weights=folders, plugins=plugins, device=device, batch_size=batch_size)
+
+
+@click.group(invoke_without_command=True)
+@click.option("--run", type=PATH, help="run.csv, or captions in another layout.")
+@click.option("--references", type=PATH, help="Reference captions: CSV, TSV, JSON, JSONL, parquet or a folder.")
+@click.option("--profile", type=click.Choice(PROFILE_NAMES), help="The metrics of a challenge, under its names.")
+@click.option("--metrics", callback=_parse_names, help="Metrics by name, separated by commas, instead of a profile's.")
+@click.option("--images", type=PATH, help="Folder of the images, for metrics that look at them.")
+@click.option("--labels", type=PATH, help="Table of labels by ID, for --by.")
+@click.option("--by", "group_by", help="Column of --labels, or of the references, to break the scores down by.")
+@click.option("--out", type=PATH, help="JSON file for the scores.")
+@click.option("--per-image", type=PATH, help="CSV file for the values of every image.")
+@metric_options
+@click.pass_context
+def score(
+    context: click.Context,
+    /,
+    run: Path | None,
+    references: Path | None,
+    out: Path | None,
+    per_image: Path | None,
+    weights: dict[str, str],
+    plugins: dict[str, str],
+    device: str | None,
+    batch_size: int,
+    **given: Any,
+) -> None:
+    """Score a run against references; `score compare` compares two.
+
+    Every number comes with its signature. A metric that lacks weights, a plug-in or a library is reported as
+    unavailable.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if run is None or references is None or out is None:
+        raise UsageError("score needs --run, --references and --out")
+    from engine.output.run import check_outputs
+    from engine.scoring.report import Request, score_run, write_report
+
+    outputs = {"--out": out} | ({"--per-image": per_image} if per_image else {})
+    check_outputs(outputs, [run, references])
+    setting = _setting(weights, plugins, device, batch_size)
+    report = score_run(Request(run, references, setting=setting, **given), say)
+    write_report(report, out, per_image)
+    for line in _summary(report):
+        click.echo(line)
+
+
+def _summary(report: Any) -> list[str]:
+    lines = []
+    for one in report.scores:
+        if one.unavailable:
+            lines.append(f"{one.name:14} unavailable: {one.unavailable}")
+            continue
+        lines.append(f"{one.name:14} {one.value:.4f}  95% [{one.low:.4f}, {one.high:.4f}]  {one.signature}")
+        if one.note:
+            lines.append(f"{'':14} {one.note}")
+    seen, words, base = report.description, report.description["words"], report.baseline
+    known = ", ".join(f"{name} {value:.4f}" for name, value in base.items() if name != "caption")
+    if known:
+        lines.append(f"a constant caption ({len(base['caption'].split())} frequent words) reaches {known}")
+    lines.append(
+        f"{seen['images']} images, {seen['empty_captions']} empty captions, {seen['unique_ratio']:.1%} distinct "
+        f"(references {seen['unique_ratio_of_references']:.1%}); words: median {words['median']:.0f}, "
+        f"p95 {words['p95']:.0f} (references {seen['words_of_references']['median']:.0f}, "
+        f"{seen['words_of_references']['p95']:.0f})"
+    )
+    for value, row in report.groups.items():
+        lines.append(f"  {value}: " + ", ".join(f"{name} {number}" for name, number in row.items()))
+    return lines + list(report.notes)
+
+
+@score.command()
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH)
+@click.option("--references", type=PATH, help="Needed when FIRST and SECOND are runs and not files of --per-image.")
+@click.option("--metrics", callback=_parse_names, help="Metrics to score runs with; the quick ones when absent.")
+@click.option("--resamples", type=click.IntRange(100), default=1000, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@metric_options
+def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: Any) -> None:
+    """Compare two runs by the paired bootstrap: SECOND minus FIRST, with 95 % intervals (fixed seed)."""
+    from dataclasses import asdict
+
+    from engine.scoring import bootstrap
+
+    one, other = (_measured(path, **given) for path in (first, second))
+    if one[0] != other[0]:
+        raise UsageError(f"{first} and {second} are not of the same images")
+    shared = [name for name in one[1] if name in other[1]]
+    if not shared:
+        raise UsageError(f"{first} and {second} have no metric in common")
+    results = {name: bootstrap.compare(one[1][name], other[1][name], resamples) for name in shared}
+    for name, found in results.items():
+        click.echo(
+            f"{name:14} {one[1][name].value:.4f} -> {other[1][name].value:.4f}  "
+            f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]  p={found.p:.3f}  "
+            f"{found.wins} better, {found.losses} worse, {found.ties} equal",
+            err=as_json,
+        )
+    if as_json:
+        click.echo(json.dumps({name: asdict(found) for name, found in results.items()}))
+
+
+def _measured(
+    path: Path,
+    references: Path | None,
+    metrics: tuple[str, ...],
+    weights: dict[str, str],
+    plugins: dict[str, str],
+    device: str | None,
+    batch_size: int,
+    bertscore_layer: int | None,
+) -> tuple[list[str], dict[str, Any]]:
+    """Return sorted ids and what was measured: of a file of --per-image, or of a run that is scored now."""
+    from engine.scoring.report import Request, in_order_of_ids, read_per_image, score_run
+
+    if references is None:
+        return in_order_of_ids(*read_per_image(path))
+    setting = _setting(weights, plugins, device, batch_size)
+    request = Request(path, references, metrics=metrics, bertscore_layer=bertscore_layer, setting=setting)
+    report = score_run(request, say)
+    return in_order_of_ids(report.items.ids, report.measured)
+
+
+@click.command()
+@click.option("--n-best", "files", type=PATH, multiple=True, required=True, help="JSON lines of --n-best-out; several.")
+@click.option("--out", type=PATH, required=True, help="CSV file to write: ID,Caption.")
+@click.option("--utility", default="rouge1", show_default=True, help="Metric two captions are compared with.")
+@click.option("--uniform", is_flag=True, help="Let all candidates count the same, not by their probability.")
+@metric_options
+def rerank(files: tuple[Path, ...], out: Path, utility: str, uniform: bool, **given: Any) -> None:
+    """Choose of each image's candidates the one the others agree with most (minimum Bayes risk)."""
+    from engine.output.run import check_outputs, write_run
+    from engine.rerank import read_n_best, rerank_candidates
+
+    check_outputs({"--out": out}, files)
+    layer = given.pop("bertscore_layer")
+    candidates = read_n_best(files)
+    chosen = rerank_candidates(
+        candidates, utility, _setting(**given), uniform=uniform, options={"bertscore_layer": layer}
+    )
+    write_run(out, chosen.items())
+    moved = sum(chosen[name] != several[0].text for name, several in candidates.items())
+    say(f"{len(chosen)} captions, {moved} of them another than the first candidate -> {out}")
+
+
+@click.command()
+@click.option("--run", type=PATH, required=True, help="run.csv, or captions in another layout.")
+@click.option("--manifest", type=PATH, required=True, help="File of the ids, in the order wanted.")
+@click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
+@click.option("--out", type=PATH, required=True, help="submission.csv, or submission.zip for 2025 and 2026.")
+def submit(run: Path, manifest: Path, form: str, out: Path) -> None:
+    """Write a run as a submission, then read the file back and check it."""
+    from engine.output.run import check_outputs
+    from engine.output.submission import write_submission
+    from engine.tables import read_ids, read_table
+
+    check_outputs({"--out": out}, [run, manifest])
+    ids = read_ids(manifest)
+    for note in write_submission(read_table(run).single(), ids, form, out):
+        say(note)
+    say(f"{len(ids)} captions -> {out}, read back and checked as {form}")
+
+
+@click.command()
+@click.argument("file", type=PATH)
+@click.option("--manifest", type=PATH, required=True, help="File of the ids, in the order wanted.")
+@click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
+def check(file: Path, manifest: Path, form: str) -> None:
+    """Check any submission file as the organisers' checker does; exit 1 when it would be refused."""
+    from engine.output.submission import check_submission
+    from engine.tables import read_ids
+
+    if not file.is_file():
+        raise UsageError(f"{file} is not a file")
+    ids = read_ids(manifest)
+    problems = check_submission(file, ids, form)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise EngineError(f"{file} is no {form} submission: {problems[0]}{more}")
+    say(f"{file}: {len(ids)} captions, a right {form} submission")

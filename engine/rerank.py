@@ -1,0 +1,96 @@
+"""Consensus of candidates: minimum Bayes risk over n-best lists (Kumar and Byrne 2004)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+from engine.scoring.base import Items, Setting, UnavailableError
+from engine.scoring.profiles import make_metric
+from engine.tables import read_text, shorten
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A caption an image might get, and its share of the probability of all candidates of the image, 0 to 1."""
+
+    text: str
+    share: float
+
+
+def read_n_best(files: Sequence[Path]) -> dict[str, list[Candidate]]:
+    """Read n-best files; each file's candidates of an image share 1 / number of files by their probability.
+
+    Equal texts become one candidate. Raises UsageError naming file and line, or ids that are not in every file.
+    """
+    shares: dict[str, dict[str, float]] = {}
+    for file in files:
+        seen = set()
+        for number, line in enumerate(read_text(file).split("\n"), 1):
+            if not line.strip():
+                continue
+            name, hypotheses = _parse(file, number, line)
+            if name in seen:
+                raise UsageError(f"{file}, line {number}: {name} is there twice")
+            seen.add(name)
+            best = max(log_prob for _, log_prob in hypotheses)
+            total = sum(math.exp(log_prob - best) for _, log_prob in hypotheses)
+            mine = shares.setdefault(name, {})
+            for text, log_prob in hypotheses:
+                mine[text] = mine.get(text, 0.0) + math.exp(log_prob - best) / total / len(files)
+        lacking = sorted(set(shares) - seen)
+        if lacking:
+            raise UsageError(f"{file} lacks {len(lacking)} ids of {files[0]}: {shorten(lacking)}")
+    if not shares:
+        raise UsageError(f"{files[0]} holds no candidates")
+    return {name: [Candidate(text, share) for text, share in mine.items()] for name, mine in shares.items()}
+
+
+def rerank_candidates(
+    candidates: Mapping[str, Sequence[Candidate]],
+    utility: str,
+    setting: Setting,
+    *,
+    uniform: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """Return for each image the candidate of the largest expected utility, the earliest of equal ones.
+
+    The expectation is over the candidates as references, by their shares (all the same with `uniform`). Raises
+    UnavailableError or UsageError as the metric does.
+    """
+    pairs = [
+        (name, one.text, other.text) for name, several in candidates.items() for one in several for other in several
+    ]
+    metric = make_metric(utility, setting, dict(options or {}))
+    if utility in ("clipscore", "refclipscore"):
+        raise UsageError(f"{utility} looks at images: rerank compares captions")
+    names, texts, references = zip(*pairs, strict=True)
+    ids = [f"{name}#{i}" for i, name in enumerate(names)]
+    try:
+        values = iter(metric.measure(Items(ids, texts, [(text,) for text in references])).per_image)
+    except UnavailableError as error:
+        raise UnavailableError(f"{utility}: {error}") from error
+    chosen = {}
+    for name, several in candidates.items():
+        weights = [1.0 if uniform else one.share for one in several]
+        gains = [sum(weight * next(values) for weight in weights) for _ in several]
+        chosen[name] = several[max(range(len(several)), key=gains.__getitem__)].text
+    return chosen
+
+
+def _parse(file: Path, number: int, line: str) -> tuple[str, list[tuple[str, float]]]:
+    try:
+        entry = json.loads(line)
+        found = [(str(one["text"]), float(one["sum_log_prob"])) for one in entry["hypotheses"]]
+        name = str(entry["id"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{file}, line {number}: not a line of --n-best-out ({error!r})") from error
+    if not found or not all(math.isfinite(log_prob) for _, log_prob in found):
+        raise UsageError(f"{file}, line {number}: no candidates, or one without a finite sum_log_prob")
+    return name, found

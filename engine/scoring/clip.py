@@ -1,0 +1,107 @@
+"""CLIPScore and RefCLIPScore (Hessel et al. 2021): own lines over transformers' CLIPModel and a folder of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.images import decode_image
+from engine.scoring.base import Items, Measured, Setting, UnavailableError, library, mean
+from engine.scoring.neural import _import, _quiet, fingerprint, weights_folder
+
+WANTED = "openai/clip-vit-base-patch32"
+PREFIX = "A photo depicts "
+WEIGHT = 2.5
+TOKENS = 77
+"""Prefix, weight and length of the paper's own code."""
+
+
+class ClipScore:
+    """2.5 * max(cos(image, "A photo depicts " + caption), 0), mean over images; captions as they are."""
+
+    name = "clipscore"
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+
+    def signature(self) -> str:
+        directory = weights_folder(self._setting, "clipscore", WANTED)
+        return f"{self.name}|model:{fingerprint(directory)}|w:{WEIGHT}|text:raw|{library('transformers')}"
+
+    def measure(self, items: Items) -> Measured:
+        image, text = self._features(items)
+        return mean(clip_scores(image, text))
+
+    def _features(self, items: Items) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return unit vectors f64[N,D] of the images and of the captions."""
+        if items.images is None:
+            raise UnavailableError("needs the images: --images DIR")
+        self._load()
+        image = self._in_batches(items.images, self._image_features)
+        return image, self._in_batches(items.candidates, self._text_features)
+
+    def _load(self) -> None:
+        torch, transformers = _import("torch"), _import("transformers")
+        directory = str(weights_folder(self._setting, "clipscore", WANTED))
+        self._torch = torch
+        self._device = self._setting.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with _quiet():
+            self._model = transformers.CLIPModel.from_pretrained(directory).eval().to(self._device)
+            self._processor = transformers.CLIPProcessor.from_pretrained(directory)
+
+    def _in_batches(self, values: Sequence[Any], features: Any) -> NDArray[np.float64]:
+        size = self._setting.batch_size
+        parts = []
+        with self._torch.inference_mode():
+            for start in range(0, len(values), size):
+                part = features(list(values[start : start + size])).double().cpu().numpy()
+                parts.append(part / np.linalg.norm(part, axis=1, keepdims=True))
+        return np.concatenate(parts)
+
+    def _image_features(self, paths: list[Any]) -> Any:
+        pictures = [decode_image(path) for path in paths]
+        inputs = self._processor(images=pictures, return_tensors="pt").to(self._device)
+        return self._model.get_image_features(**inputs)
+
+    def _text_features(self, captions: list[str]) -> Any:
+        inputs = self._processor(
+            text=[PREFIX + caption for caption in captions],
+            padding=True,
+            truncation=True,
+            max_length=TOKENS,
+            return_tensors="pt",
+        ).to(self._device)
+        return self._model.get_text_features(**inputs)
+
+
+class RefClipScore(ClipScore):
+    """Harmonic mean of CLIPScore and the best cosine of caption and reference (below 0 counted as 0)."""
+
+    name = "refclipscore"
+
+    def measure(self, items: Items) -> Measured:
+        image, text = self._features(items)
+        places = [i for i, several in enumerate(items.references) for _ in several]
+        references = self._in_batches(list(_flat(items.references)), self._text_features)
+        closest = np.zeros(len(items))
+        np.maximum.at(closest, places, (text[places] * references).sum(1))
+        return mean(harmonic(clip_scores(image, text), closest))
+
+
+def clip_scores(image: NDArray[np.float64], text: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return 2.5 * max(cos, 0) of unit vectors f64[N,D]."""
+    return np.asarray(WEIGHT * np.maximum((image * text).sum(1), 0.0))
+
+
+def harmonic(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the harmonic means of two arrays f64[N] of numbers from 0; 0 where both are."""
+    total = first + second
+    return np.divide(2 * first * second, total, out=np.zeros_like(total), where=total > 0)
+
+
+def _flat(several: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    for references in several:
+        yield from references

@@ -1,0 +1,107 @@
+"""Metrics that live in an environment of their own, by a contract of JSON lines.
+
+Some need licensed models or packages that fit nothing else (ClinicalBLEURT, MedBERTScore, MedImageInsight similarity,
+UMLS concept F1, AlignScore). `--plugin alignscore="/path/to/python my_alignscore.py"` runs a command of the user's,
+without a shell:
+
+  in   one line {"contract": 1, "metric": NAME, "count": N, "weights": DIR or null}, then N lines
+       {"id": ID, "candidate": TEXT, "references": [TEXT, ...], "image": PATH or null}; texts as they were written,
+       UTF-8
+  out  N lines {"id": ID, "score": NUMBER} in any order, and perhaps one {"signature": "model:...|..."}; exit code 0
+
+Its stderr is the user's to read. An id that is missing, unknown or twice there, or a score that is no number, is an
+error: nothing is filled in. examples/plugins/term_f1.py is one, in the standard library alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+from typing import Any
+
+from engine.errors import EngineError
+from engine.scoring.base import Items, Measured, Setting, UnavailableError, mean
+
+CONTRACT = 1
+NEEDS = {
+    "clinicalbleurt": "BLEURT-20 fine-tuned on clinical notes, which is licensed",
+    "medbertscore": "MedCAT and a licensed UMLS model pack",
+    "similarity": "MedImageInsight in an environment of its own",
+    "umls_f1": "MedCAT and a licensed UMLS model pack",
+    "alignscore": "AlignScore in an environment of its own",
+}
+"""Metric of the organisers -> why it is not built in."""
+
+
+class Plugin:
+    """A metric that a command of the user's computes; mean over images."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.name = name
+        self._setting = setting
+        self._said = ""
+
+    def signature(self) -> str:
+        """Return the command's own signature once it has run."""
+        return f"{self.name}|plugin:{self._said or self._command()[-1]}"
+
+    def measure(self, items: Items) -> Measured:
+        """Run the command. Raises UnavailableError without one, EngineError when it breaks the contract."""
+        head = {"contract": CONTRACT, "metric": self.name, "count": len(items)}
+        weights = self._setting.weights.get(self.name)
+        lines = [head | {"weights": str(weights) if weights else None}]
+        for i, name in enumerate(items.ids):
+            image = str(items.images[i]) if items.images else None
+            lines.append(
+                {"id": name, "candidate": items.candidates[i], "references": items.references[i], "image": image}
+            )
+        answer = self._run("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        scores = self._parse(answer)
+        missing = [name for name in items.ids if name not in scores]
+        if missing:
+            raise self._broken(f"gave no score for {len(missing)} images, {missing[0]} among them")
+        unknown = set(scores) - set(items.ids)
+        if unknown:
+            raise self._broken(f"gave a score for {min(unknown)}, which is not in the run")
+        return mean([scores[name] for name in items.ids])
+
+    def _command(self) -> list[str]:
+        command = self._setting.plugins.get(self.name)
+        if not command:
+            why = NEEDS.get(self.name, "a command that computes it")
+            raise UnavailableError(f"needs {why}: --plugin {self.name}=COMMAND (contract: engine/scoring/plugin.py)")
+        return shlex.split(command)
+
+    def _run(self, text: str) -> str:
+        try:
+            done = subprocess.run(
+                self._command(), input=text.encode("utf-8", "surrogateescape"), stdout=subprocess.PIPE
+            )
+        except OSError as error:
+            raise self._broken(f"cannot be started: {error.strerror}: {error.filename}") from error
+        if done.returncode:
+            raise self._broken(f"ended with exit code {done.returncode}")
+        return done.stdout.decode("utf-8", "surrogateescape")
+
+    def _parse(self, answer: str) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for number, line in enumerate(answer.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                entry: Any = json.loads(line)
+                if "signature" in entry:
+                    self._said = " ".join(str(entry["signature"]).split())
+                    continue
+                name, score = entry["id"], float(entry["score"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise self._broken(f"line {number} of its answer is not of the contract ({error!r})") from error
+            if name in scores or not math.isfinite(score):
+                raise self._broken(f"line {number} of its answer: {name} is there twice or has no finite score")
+            scores[name] = score
+        return scores
+
+    def _broken(self, problem: str) -> EngineError:
+        return EngineError(f"the plug-in of {self.name} {problem}")

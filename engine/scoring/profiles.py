@@ -1,0 +1,80 @@
+"""Which metrics a challenge asks for, and under which names its organisers write them down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import UsageError
+from engine.scoring.base import Metric, Setting
+from engine.scoring.clip import ClipScore, RefClipScore
+from engine.scoring.neural import BertScore, Bleurt
+from engine.scoring.overlap import Bleu1, Cider, Meteor, Rouge1
+from engine.scoring.plugin import NEEDS, Plugin
+
+BUILT_IN: dict[str, Callable[[Setting, Mapping[str, Any]], Metric]] = {
+    "bertscore": lambda setting, options: BertScore(
+        setting, idf=bool(options.get("idf")), layer=options.get("bertscore_layer")
+    ),
+    "rouge1": lambda *_: Rouge1(),
+    "bleu1": lambda *_: Bleu1(),
+    "bleurt": lambda setting, _: Bleurt(setting),
+    "meteor": lambda *_: Meteor(),
+    "cider": lambda *_: Cider(),
+    "clipscore": lambda setting, _: ClipScore(setting),
+    "refclipscore": lambda setting, _: RefClipScore(setting),
+}
+CHEAP = ("rouge1", "bleu1", "cider")
+"""Metrics of seconds, which the baseline is measured with, and the ones chosen when nothing is asked for."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A challenge: its metrics in order, options of theirs, the organisers' keys, and their averages of metrics."""
+
+    metrics: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    averages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+IMAGECLEF_2024 = Profile(
+    (
+        *("bertscore", "rouge1", "bleu1", "bleurt", "meteor", "cider", "clipscore", "refclipscore"),
+        *("clinicalbleurt", "medbertscore"),
+    ),
+    averages={"score": ("bertscore",), "score_secondary": ("rouge1",)},
+)
+IMAGECLEF_2025 = Profile(
+    ("bertscore", "rouge1", "similarity", "bleurt", "umls_f1", "alignscore"),
+    options={"idf": True},
+    keys={"bertscore": "bert", "rouge1": "rouge", "umls_f1": "medcat", "alignscore": "align"},
+    averages={
+        "score": ("bertscore", "rouge1", "similarity", "bleurt"),
+        "score_secondary": ("umls_f1", "alignscore"),
+        "overall": ("score", "score_secondary"),
+    },
+)
+"""Relevance is `score`, factuality is `score_secondary`."""
+PROFILES = {"imageclef2024": IMAGECLEF_2024, "imageclef2025": IMAGECLEF_2025, "imageclef2026": IMAGECLEF_2025}
+
+
+def make_metric(name: str, setting: Setting, options: Mapping[str, Any]) -> Metric:
+    """Return a metric by name: built in, or a plug-in. Raises UsageError for a name that is neither."""
+    if name in setting.plugins or name in NEEDS:
+        return Plugin(name, setting)
+    if name not in BUILT_IN:
+        known = ", ".join([*BUILT_IN, *NEEDS])
+        raise UsageError(f"unknown metric {name!r}: there are {known}, and any name given with --plugin NAME=COMMAND")
+    return BUILT_IN[name](setting, options)
+
+
+def organisers_names(profile: Profile, values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the values under the organisers' keys, averages first; None where a part is not available."""
+    known: dict[str, float | None] = dict(values)
+    for name, parts in profile.averages.items():
+        found = [known.get(part) for part in parts]
+        known[name] = sum(found) / len(found) if None not in found else None  # type: ignore[arg-type]
+    named = {profile.keys.get(name, name): known.get(name) for name in profile.metrics}
+    return {name: known[name] for name in profile.averages} | named

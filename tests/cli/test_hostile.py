@@ -1,0 +1,234 @@
+"""Folders from strangers: every file is captioned or named with its reason, and nothing that is short looks
+complete.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from benchmarks.hostile import UNREADABLE, UNUSUAL, write_unreadable
+from engine import captioner, images
+from engine.cli import main
+from engine.images import read_image
+from tests.tiny import random_pictures
+
+
+@pytest.fixture
+def image_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for i, picture in enumerate(random_pictures(2)):
+        picture.save(directory / f"good {i}.png")
+    return directory
+
+
+@pytest.fixture
+def run(image_dir, tiny_bundle, tmp_path):
+    def call(*more: str) -> Result:
+        arguments = ["caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv", *more]
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return call
+
+
+def captions(out: Path) -> dict[str, str]:
+    text = out.read_bytes().decode("utf-8", "surrogateescape")
+    header, *rows = csv.reader(io.StringIO(text, newline=""))
+    assert header == ["ID", "Caption"]
+    return dict(rows)
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_named_and_no_run_is_written(kind, run, image_dir, tmp_path):
+    path = write_unreadable(kind, image_dir, "x")
+    result = run()
+    assert result.exit_code == 1, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("unreadable: ")]
+    assert str(path) in line
+    assert UNREADABLE[kind][2] in line
+    assert "1 of 3 images cannot be read and no run was written" in result.stderr
+    assert not (tmp_path / "run.csv").exists()
+    assert run("--allow-missing").exit_code == 0
+    found = captions(tmp_path / "run.csv")
+    assert found.pop("x") == ""
+    assert len(found) == 2
+    assert all(found.values())
+
+
+def test_a_file_nobody_may_read_is_named(run, image_dir, monkeypatch):
+    """The system's refusal is staged: tests may run as root, who may read everything."""
+    opened = images._open_file
+
+    def refuse(path):
+        if path.name == "good 0.png":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path)
+
+    monkeypatch.setattr(images, "_open_file", refuse)
+    assert f"{image_dir / 'good 0.png'}: Permission denied" in run().stderr
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_what_is_odd_is_captioned(kind, run, image_dir, tmp_path):
+    extension, content = UNUSUAL[kind]
+    (image_dir / f"x{extension}").write_bytes(content)
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert "unreadable" not in result.stderr
+    assert "x" in captions(tmp_path / "run.csv")
+
+
+def test_rotation_in_exif_is_ignored_and_an_animation_is_its_first_frame():
+    for kind in ("EXIF rotation", "animation"):
+        picture = Image.open(io.BytesIO(UNUSUAL[kind][1]))
+        np.testing.assert_array_equal(
+            read_image(picture, 20, 30, "bicubic"), read_image(picture.convert("RGB"), 20, 30, "bicubic")
+        )
+        assert picture.size == (48, 48)
+
+
+NAMES = ["a b", "a,b", 'a"b', "a\nb", "a\r\nb", "\udcff\udcfe", "ä é 漢", "'; drop", "=1+1", "-rf", "a.b.c", "<b>"]
+
+
+def test_names_come_out_as_they_went_in(run, image_dir, tmp_path):
+    picture = random_pictures(1)[0]
+    for name in NAMES:
+        with open(image_dir / f"{name}.png", "wb") as stream:  # noqa: PTH123 (Pillow cannot open names of other bytes)
+            picture.save(stream, "PNG")
+    result = run("--n-best", "1", "--n-best-out", str(tmp_path / "n.jsonl"))
+    assert result.exit_code == 0, result.output
+    found = captions(tmp_path / "run.csv")
+    assert set(found) == {*NAMES, "good 0", "good 1"}
+    assert len((tmp_path / "run.csv").read_bytes().split(b"\n")) - 2 == len(found) + sum("\n" in n for n in NAMES)
+
+
+def test_folders_pipes_and_other_files_are_left_aside_and_counted(run, image_dir, tmp_path):
+    (image_dir / "x.jpg").mkdir()
+    os.mkfifo(image_dir / "y.jpg")
+    (image_dir / "notes.txt").touch()
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert "3 other entries of" in result.stderr
+    assert len(captions(tmp_path / "run.csv")) == 2
+
+
+def test_one_image_is_a_run(run, image_dir, tmp_path):
+    (image_dir / "good 1.png").unlink()
+    assert run().exit_code == 0
+    assert list(captions(tmp_path / "run.csv")) == ["good 0"]
+
+
+def test_folders_are_entered_when_asked_for(run, image_dir, tmp_path):
+    (image_dir / "b").mkdir()
+    (image_dir / "b" / "loop").symlink_to("..")
+    (image_dir / ".hidden").mkdir()
+    random_pictures(1)[0].save(image_dir / "b" / "deep.png")
+    random_pictures(1)[0].save(image_dir / ".hidden" / "unseen.png")
+    assert run().exit_code == 0
+    assert "deep" not in captions(tmp_path / "run.csv")
+    result = run("--recursive")
+    assert result.exit_code == 0, result.output
+    assert list(captions(tmp_path / "run.csv")) == ["deep", "good 0", "good 1"]
+    assert "2 other entries of" in result.stderr
+    random_pictures(1)[0].save(image_dir / "b" / "good 0.jpg")
+    result = run("--recursive")
+    assert result.exit_code == 2
+    assert f"two images with the id 'good 0': {Path('b', 'good 0.jpg')} and good 0.png" in result.stderr
+
+
+def test_a_file_that_vanishes_after_listing_is_named(run, tmp_path, monkeypatch):
+    listed = captioner.read_image
+
+    def late(path, *arguments, **options):
+        Path(path).unlink()
+        return listed(path, *arguments, **options)
+
+    monkeypatch.setattr(captioner, "read_image", late)
+    result = run()
+    assert result.exit_code == 1
+    assert "good 0.png: No such file or directory" in result.stderr
+    assert not (tmp_path / "run.csv").exists()
+
+
+def test_a_file_that_changes_while_the_run_goes_on_is_captioned_again_by_the_next(
+    run, image_dir, tmp_path, monkeypatch
+):
+    read = captioner.read_image
+    others = random_pictures(3)
+
+    def replaced(path, *arguments, **options):
+        pixels = read(path, *arguments, **options)
+        if "good 1" in str(path):
+            others[2].save(image_dir / "good 1.png")
+        return pixels
+
+    monkeypatch.setattr(captioner, "read_image", replaced)
+    result = run()
+    assert result.exit_code == 1
+    assert "1 images changed while the run was going on (good 1.png) and no run was written" in result.stderr
+    assert not (tmp_path / "run.csv").exists()
+    monkeypatch.undo()
+    result = run()
+    assert "1 captions of an earlier run are taken from" in result.stderr
+    after = captions(tmp_path / "run.csv")
+    (tmp_path / "run.csv").unlink()
+    assert run().exit_code == 0
+    assert captions(tmp_path / "run.csv") == after
+
+
+@pytest.mark.parametrize("death", [SystemExit, RuntimeError])
+def test_a_reader_that_dies_ends_the_run_and_keeps_its_captions(run, image_dir, tmp_path, monkeypatch, death):
+    for i, picture in enumerate(random_pictures(40)):
+        picture.save(image_dir / f"more {i:02}.png")
+    read = captioner.read_image
+
+    def dies(path, *arguments, **options):
+        if "more 39" in str(path):
+            raise death("the reader died")
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(captioner, "read_image", dies)
+    result = run("--rows", "3", "--beams", "3")
+    assert result.exit_code == 1
+    assert "captions are kept in" in result.stderr
+    assert not (tmp_path / "run.csv").exists()
+    assert (tmp_path / "run.csv.journal").exists()
+
+
+def test_too_few_file_handles_stop_the_run_instead_of_blaming_the_images(run, monkeypatch):
+    def none_left(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("engine.images._open_file", none_left)
+    result = run()
+    assert result.exit_code == 1
+    assert "Too many open files: raise the limit (ulimit -n)" in result.stderr
+    assert "unreadable" not in result.stderr
+
+
+def test_a_read_only_folder_for_the_output_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    result = run()
+    assert result.exit_code == 2
+    assert f"{tmp_path} is not writable" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_two_names_of_one_output_share_its_lock_and_journal(tmp_path):
+    from engine.output.lock import lock_path
+    from engine.output.record import journal_path
+
+    (tmp_path / "other").symlink_to("run.csv")
+    assert lock_path(tmp_path / "other") == lock_path(tmp_path / "run.csv")
+    assert journal_path(tmp_path / "other") == journal_path(tmp_path / "run.csv")

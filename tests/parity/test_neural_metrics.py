@@ -1,0 +1,155 @@
+"""BERTScore, BLEURT and CLIPScore against their own libraries, on a small real BERT and on random small models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.errors import UsageError
+from engine.scoring.base import Items, Setting
+from engine.scoring.clip import ClipScore, RefClipScore
+from engine.scoring.neural import BertScore, Bleurt
+from engine.scoring.preprocess import preprocess
+from tests.tiny import make_tokenizer, random_pictures
+from train.assets import SMALL_BERT, fetch_assets
+
+MINILM = Path("build/small-bert")
+CANDIDATES = ["CT of the chest.", "sagittal t2-weighted MRI", "", "x-ray", "..."]
+REFERENCES = [("Chest CT, axial.",), ("Sagittal T2-weighted MRI of the spine.",), ("",), ("",), ("a", "b")]
+ITEMS = Items([str(i) for i in range(5)], CANDIDATES, REFERENCES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_bert() -> None:
+    fetch_assets(MINILM, SMALL_BERT)
+
+
+@pytest.mark.parametrize("idf", [False, True])
+@pytest.mark.parametrize("layer", [None, 4])
+def test_bertscore_is_bert_scores_own(idf, layer):
+    from bert_score import BERTScorer
+
+    metric = BertScore(Setting(weights={"bertscore": MINILM}), idf=idf, layer=layer)
+    found = metric.measure(ITEMS)
+    references = [[preprocess(one) for one in several] for several in REFERENCES]
+    scorer = BERTScorer(
+        model_type=str(MINILM),
+        num_layers=layer or 6,
+        idf=idf,
+        idf_sents=[one for several in references for one in several] if idf else None,
+        nthreads=0,
+    )
+    expected = scorer.score([preprocess(one) for one in CANDIDATES], references)[2].numpy()
+    expected[2] = 1.0  # both empty as they were written: the organisers' rule
+    np.testing.assert_allclose(found.per_image, expected, atol=1e-6)
+    assert found.per_image[3] == found.per_image[4] == 0.0
+    assert np.isfinite(found.value)
+    signature = metric.signature()
+    assert f"layer:{layer or 6}|idf:{'references' if idf else 'no'}|proxy:not the organisers' model" in signature
+    assert "model:small-bert@" in signature
+
+
+def test_idf_weights_are_those_of_the_paper():
+    """Three references of tokens {a,b}, {a,c}, {d}: ln((N + 1) / (df + 1))."""
+    from bert_score.utils import get_idf_dict
+
+    class Words:
+        model_max_length = 512
+
+        def encode(self, text, **_):
+            return text.split()
+
+    from unittest import mock
+
+    with mock.patch("bert_score.utils.sent_encode", lambda _, text: text.split()):
+        weights = get_idf_dict(["cls a b sep", "cls a c sep", "cls d sep"], Words(), nthreads=0)
+    assert weights["a"] == pytest.approx(0.287682, abs=1e-6)
+    assert weights["b"] == pytest.approx(0.693147, abs=1e-6)
+    assert weights["unseen"] == pytest.approx(1.386294, abs=1e-6)
+    assert weights["cls"] == 0.0
+
+
+def test_a_layer_the_model_has_not_is_refused():
+    with pytest.raises(UsageError, match="has layers 1 to 6"):
+        BertScore(Setting(weights={"bertscore": MINILM}), layer=40).measure(ITEMS)
+
+
+def test_bleurt_takes_the_best_reference(tmp_path):
+    from bleurt_pytorch import BleurtConfig, BleurtForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BleurtConfig(
+        vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=1
+    )
+    BleurtForSequenceClassification(config).save_pretrained(tmp_path)
+    make_tokenizer(tmp_path).save_pretrained(tmp_path)
+    metric = Bleurt(Setting(weights={"bleurt": tmp_path}))
+    found = metric.measure(ITEMS)
+    one, other = (metric.measure(Items(["4"], ["..."], [(reference,)])).value for reference in REFERENCES[4])
+    assert found.per_image[4] == pytest.approx(max(one, other), abs=1e-5)
+    assert "bleurt|model:" in metric.signature()
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    text = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 3}
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    common = {"intermediate_size": 32, "projection_dim": 8}
+    CLIPModel(CLIPConfig(text_config=text | common, vision_config=vision | common, projection_dim=8)).save_pretrained(
+        folder
+    )
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_clipscore_is_a_scaled_cosine_of_the_models_features(clip_folder, tmp_path, monkeypatch):
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    tokenizer = make_tokenizer(tmp_path)
+
+    class Processor:
+        """The image half is CLIP's own; no CLIP vocabulary can be had from a package, so BLIP's tokenizer stands in."""
+
+        images = CLIPImageProcessor.from_pretrained(clip_folder)
+
+        def __call__(self, text=None, images=None, **options):
+            if images is not None:
+                return self.images(images, **options)
+            return tokenizer(text, return_token_type_ids=False, **options)
+
+    monkeypatch.setattr("transformers.CLIPProcessor.from_pretrained", lambda _: Processor())
+    paths = []
+    for i, picture in enumerate(random_pictures(5)):
+        picture.save(tmp_path / f"{i}.png")
+        paths.append(tmp_path / f"{i}.png")
+    items = Items(ITEMS.ids, CANDIDATES, REFERENCES, paths)
+    setting = Setting(weights={"clipscore": clip_folder}, batch_size=2)
+    found = ClipScore(setting).measure(items)
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+
+    def text_features(captions):
+        texts = ["A photo depicts " + caption for caption in captions]
+        inputs = tokenizer(texts, padding=True, return_token_type_ids=False, return_tensors="pt")
+        return torch.nn.functional.normalize(model.get_text_features(**inputs).detach(), dim=-1)
+
+    pixels = Processor.images([Image.open(path).convert("RGB") for path in paths], return_tensors="pt")
+    image = torch.nn.functional.normalize(model.get_image_features(**pixels).detach(), dim=-1)
+    cosine = (image * text_features(CANDIDATES)).sum(-1).numpy()
+    np.testing.assert_allclose(found.per_image, 2.5 * np.maximum(cosine, 0), atol=1e-5)
+    referenced = RefClipScore(setting).measure(items)
+    closest = [
+        max((text_features([c]) @ text_features(list(several)).T).max().item(), 0)
+        for c, several in zip(CANDIDATES, REFERENCES, strict=True)
+    ]
+    a, b = found.per_image, np.array(closest)
+    np.testing.assert_allclose(
+        referenced.per_image, np.where(a + b > 0, 2 * a * b / np.maximum(a + b, 1e-9), 0), atol=1e-5
+    )

@@ -1,0 +1,182 @@
+"""DICOM: windows, inversions and frames against hand-made files, and the pictures of pydicom-data."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import data_store
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from engine import dicom
+from engine.errors import EngineError, ImageError
+from engine.images import decode_image, find_images
+
+
+def make_dicom(path: Path, frames: np.ndarray, **tags: object) -> Path:
+    """Write grey frames u8 or u16 [frames,rows,columns] with further tags."""
+    header = Dataset()
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    header.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    header.PatientName, header.PatientID = "Secret^Name", "secret-4711"
+    header.NumberOfFrames, header.Rows, header.Columns = frames.shape
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+    header.BitsAllocated = header.BitsStored = frames.dtype.itemsize * 8
+    header.HighBit = header.BitsStored - 1
+    header.PixelRepresentation = 0
+    header.PixelData = frames.tobytes()
+    for name, value in tags.items():
+        setattr(header, name, value)
+    header.save_as(path, enforce_file_format=True)
+    return path
+
+
+def grey(path: Path, frame: int = 0) -> list[int]:
+    """The first row of a picture, one number a pixel."""
+    pixels = np.asarray(decode_image(path, frame=frame))
+    assert (pixels == pixels[..., :1]).all(), "not grey"
+    return pixels[0, :, 0].tolist()
+
+
+RAMP = np.array([[[0, 100, 200, 300]]], np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({}, [0, 85, 170, 255]),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, [255, 170, 85, 0]),
+        ({"PresentationLUTShape": "INVERSE"}, [255, 170, 85, 0]),
+        # PS3.3 C.11.2.1.2: (x - (c - 0.5)) / (w - 1) + 0.5
+        ({"WindowCenter": 150.5, "WindowWidth": 101}, [0, 0, 255, 255]),
+        ({"WindowCenter": 150.5, "WindowWidth": 301}, [0, 85, 170, 255]),
+        ({"WindowCenter": [150.5, 9], "WindowWidth": [301, 1]}, [0, 85, 170, 255]),
+        ({"WindowCenter": 100, "WindowWidth": 200, "VOILUTFunction": "LINEAR_EXACT"}, [0, 128, 255, 255]),
+        ({"WindowCenter": 100, "WindowWidth": 100, "VOILUTFunction": "SIGMOID"}, [5, 128, 250, 255]),
+        ({"WindowCenter": 100, "WindowWidth": 1}, [0, 255, 255, 255]),
+        ({"RescaleSlope": 2, "RescaleIntercept": -100, "WindowCenter": 200.5, "WindowWidth": 601}, [0, 85, 170, 255]),
+        ({"PixelPaddingValue": 300}, [0, 128, 255, 255]),
+    ],
+)
+def test_windows_and_inversions(tags, expected, tmp_path):
+    assert grey(make_dicom(tmp_path / "x.dcm", RAMP, **tags)) == expected
+
+
+def test_a_flat_picture_is_not_divided_by_zero(tmp_path):
+    assert grey(make_dicom(tmp_path / "x.dcm", np.full((1, 1, 3), 7, np.uint16))) == [0, 0, 0]
+
+
+def test_a_frame_is_the_first_unless_asked_for(tmp_path):
+    frames = np.array([[[0, 255]], [[255, 0]]], np.uint8)
+    path = make_dicom(tmp_path / "x.dcm", frames)
+    assert grey(path) == [0, 255]
+    assert grey(path, 1) == [255, 0]
+    with pytest.raises(ImageError, match="frame 2 was asked for, and it has 2, counted from 0"):
+        decode_image(path, frame=2)
+    (image,) = find_images(tmp_path, dicom_frame=1).images
+    assert image.frame == 1
+
+
+def test_windows_of_frames_come_from_their_functional_groups(tmp_path):
+    def group(center: float) -> Dataset:
+        view, item = Dataset(), Dataset()
+        view.WindowCenter, view.WindowWidth = center, 101
+        item.FrameVOILUTSequence = [view]
+        return item
+
+    frames = np.repeat(RAMP, 2, 0)
+    path = make_dicom(tmp_path / "x.dcm", frames, PerFrameFunctionalGroupsSequence=[group(50.5), group(250.5)])
+    assert grey(path, 0) == [0, 255, 255, 255]
+    assert grey(path, 1) == [0, 0, 0, 255]
+
+
+def test_nothing_private_is_read_or_said(tmp_path, monkeypatch):
+    path = make_dicom(tmp_path / "x.dcm", RAMP)
+    seen = []
+    read = pydicom.dcmread
+
+    def spy(*arguments, **options):
+        seen.append(read(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(pydicom, "dcmread", spy)
+    decode_image(path)
+    assert "Rows" in seen[0]
+    assert "PatientName" not in seen[0]
+    whole = path.read_bytes()
+    for cut in range(132, len(whole), 7):
+        path.write_bytes(whole[:cut])
+        try:
+            decode_image(path)
+        except ImageError as error:
+            assert "ecret" not in str(error)
+
+
+def test_a_frame_larger_than_the_limit_is_refused_before_it_is_decoded(tmp_path):
+    path = make_dicom(tmp_path / "x.dcm", RAMP, Rows=60_000, Columns=60_000)
+    with pytest.raises(ImageError, match="decompression bomb"):
+        decode_image(path)
+
+
+def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
+    make_dicom(tmp_path / "x.dcm", RAMP)
+    monkeypatch.setitem(__import__("sys").modules, "pydicom.pixels", None)
+    with pytest.raises(EngineError, match=r"blip-caption-engine\[dicom\]"):
+        find_images(tmp_path)
+
+
+FOLDERS = (Path(data_store.__file__).parent / "data", Path(pydicom.__file__).parent / "data" / "test_files")
+"""pydicom-data, and what pydicom itself brings."""
+DAMAGED = {
+    *("MR_truncated", "badVR", "SC_rgb_jpeg", "JPEG2000-embedded-sequence-delimiter", "GDCMJ2K_TextGBR"),
+    *("JPEG-lossy", "JPGExtended"),  # 12 bits, which Pillow's JPEG decoder does not do
+}
+"""Broken on purpose, or encoded as neither pydicom nor Pillow can decode."""
+PICTURES = [path for folder in FOLDERS for path in sorted(folder.glob("*.dcm")) if path.stat().st_size < 3_000_000]
+
+
+def test_the_pictures_of_pydicom_data():
+    """Each is a picture that is not flat, or is refused with a reason."""
+    assert len(PICTURES) > 60
+    read, refused = {}, {}
+    for path in PICTURES:
+        try:
+            read[path.stem] = np.asarray(decode_image(path))
+        except ImageError as error:
+            refused[path.stem] = error.reason
+    flat = [name for name, pixels in read.items() if pixels.max() - pixels.min() < 50]
+    assert not flat
+    assert len(read) >= 60, refused
+    assert all(reason for reason in refused.values())
+    known = ("no decoder for", "without a picture", "not a DICOM file")
+    others = {name for name, reason in refused.items() if not reason.startswith(known) and "without" not in reason}
+    assert others <= DAMAGED, refused
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("OBXXXX1A", "OBXXXX1A_rle"),
+        ("OBXXXX1A", "OBXXXX1A_expb"),
+        ("emri_small", "emri_small_RLE"),
+        ("emri_small", "emri_small_big_endian"),
+        ("MR2_UNCR", "MR2_J2KR"),
+        ("US1_UNCR", "US1_J2KR"),
+    ],
+)
+def test_one_picture_in_two_encodings_is_one_picture(name, other):
+    paths = {path.stem: path for path in PICTURES}
+    np.testing.assert_array_equal(
+        np.asarray(decode_image(paths[name]), int), np.asarray(decode_image(paths[other]), int)
+    )
+
+
+def test_content_decides_over_a_pictures_stream():
+    with pytest.raises(ValueError, match="not a DICOM file"):
+        dicom.read_dicom(io.BytesIO(b"x" * 500))

@@ -1,0 +1,157 @@
+"""Submission files: what the organisers' checker takes and what it refuses."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from engine.cli import main
+from engine.errors import UsageError
+from engine.output.submission import FORMATS, MEMBER, check_submission, write_submission
+
+IDS = ["ID2", "ID1", "ID03"]
+GOOD = "ID,Caption\nID2,a\nID1,b\nID03,c\n"
+
+
+def put(path: Path, text: str | bytes, form: str) -> Path:
+    content = text if isinstance(text, bytes) else text.encode()
+    if FORMATS[form].is_zip:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(MEMBER, content)
+    else:
+        path.write_bytes(content)
+    return path
+
+
+ACCEPTED = {
+    "plain": GOOD,
+    "line ends of Windows": GOOD.replace("\n", "\r\n"),
+    "no newline at the end": GOOD[:-1],
+    "quoted header": GOOD.replace("ID,Caption", '"ID","Caption"'),
+    "quoted ids": GOOD.replace("ID1,", '"ID1",'),
+    "quoted captions": 'ID,Caption\nID2,"a"\nID1,"b"\nID03,"c"\n',
+    "doubled quotes": GOOD.replace("b", '"CT, ""axial"" view"'),
+    "quotes in the middle": GOOD.replace("b", 'CT "axial" view'),
+    "empty caption": GOOD.replace("b", ""),
+    "empty quoted caption": GOOD.replace("b", '""'),
+    "long caption": GOOD.replace("b", "word " * 500 + "end"),
+    "no-break space inside, accents": GOOD.replace("b", "é\u00a0ü"),
+}
+REFUSED = {
+    "byte order mark": ("\ufeff" + GOOD, "byte order mark"),
+    "other header": (GOOD.replace("Caption", "caption"), "the header is"),
+    "no header": (GOOD.partition("\n")[2], "the header is"),
+    "blank line inside": (GOOD.replace("ID1", "\nID1"), "line 3 is blank"),
+    "blank line at the end": (GOOD + "\n", "line 5 is blank"),
+    "line of spaces": (GOOD + "  \n", "line 5 is blank"),
+    "other order": ("ID,Caption\nID1,b\nID2,a\nID03,c\n", "row 1 is ID1 instead of ID2"),
+    "missing id": (GOOD.replace("ID03,c\n", ""), "1 ids are missing: ID03"),
+    "id twice": (GOOD + "ID1,b\n", "1 ids are there twice: ID1"),
+    "extra id": (GOOD + "ID9,b\n", "1 ids are not in the manifest: ID9"),
+    "padded id": (GOOD.replace("ID03", "ID3"), "1 ids are not in the manifest: ID3"),
+    "third column": (GOOD.replace("ID1,b", "ID1,b,c"), "line 3: 3 columns"),
+    "comma without quotes": (GOOD.replace("b", "b, d"), "line 3: 3 columns"),
+    "one column": (GOOD.replace("ID1,b", "ID1"), "line 3: 1 columns"),
+    "file names": (GOOD.replace("ID1,", "ID1.jpg,"), "ends like a file name"),
+    "not UTF-8": (GOOD.encode().replace(b"b", b"\xe9"), "byte 21 is not UTF-8"),
+    "newline in a caption": (GOOD.replace("b", '"b,\nd"'), "line 3: quotation marks"),
+    "space behind the closing quote": (GOOD.replace("b", '"b, d" '), "line 3: quotation marks"),
+    "space at the end": (GOOD.replace("b", "b "), "line 3: white space"),
+    "space in the id": (GOOD.replace("ID1", " ID1"), "line 3: white space"),
+    "TABs": (GOOD.replace(",", "\t"), "the header is"),
+    "line separator": (GOOD.replace("b", "b\u2028d"), "line 3: a control character"),
+    "nothing": ("", "it is empty"),
+}
+
+
+@pytest.mark.parametrize("form", ["imageclef2023", "imageclef2024", "imageclef2025", "imageclef2026"])
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted(case, form, tmp_path):
+    assert check_submission(put(tmp_path / "x", ACCEPTED[case], form), IDS, form) == []
+
+
+@pytest.mark.parametrize("form", ["imageclef2024", "imageclef2026"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, form, tmp_path):
+    text, sentence = REFUSED[case]
+    problems = check_submission(put(tmp_path / "x", text, form), IDS, form)
+    assert any(sentence in problem for problem in problems), problems
+
+
+CAPTIONS = {
+    "ID1": 'CT, "axial" view',
+    "ID2": " two\r\nlines\t\x00and \u2028 more ",
+    "ID03": "",
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_written_is_right_in_manifest_order(form, tmp_path):
+    out = tmp_path / ("x.zip" if FORMATS[form].is_zip else "x.csv")
+    assert write_submission(CAPTIONS, IDS, form, out) == ["1 captions are empty"]
+    assert check_submission(out, IDS, form) == []
+    if FORMATS[form].is_zip:
+        with zipfile.ZipFile(out) as archive:
+            assert archive.namelist() == ["submission.csv"]
+            content = archive.read("submission.csv")
+    else:
+        content = out.read_bytes()
+    if form == "imageclef2022":
+        assert content == b'ID2|two lines and   more\nID1|CT, "axial" view\nID03|\n'
+    else:
+        assert content == b'ID,Caption\nID2,"two lines and   more"\nID1,"CT, ""axial"" view"\nID03,""\n'
+
+
+def test_a_bar_in_a_caption_of_2022_becomes_a_space(tmp_path):
+    write_submission({"a": "x|y"}, ["a"], "imageclef2022", tmp_path / "x.csv")
+    assert (tmp_path / "x.csv").read_text() == "a|x y\n"
+
+
+def test_archives_that_are_not_right(tmp_path):
+    path = tmp_path / "x.zip"
+    path.write_bytes(b"no zip")
+    assert "not a zip file" in check_submission(path, IDS, "imageclef2026")[0]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("run.csv", GOOD)
+    assert "holds run.csv instead of submission.csv alone" in check_submission(path, IDS, "imageclef2026")[0]
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("submission.csv", GOOD)
+    assert "instead of submission.csv alone" in check_submission(path, IDS, "imageclef2026")[0]
+
+
+@pytest.mark.parametrize(
+    ("captions", "form", "out", "sentence"),
+    [
+        (CAPTIONS, "imageclef2026", "x.csv", "name it submission.zip"),
+        (CAPTIONS, "imageclef2024", "x.zip", "name it submission.csv"),
+        ({"ID1": "a"}, "imageclef2024", "x.csv", "lacks 2 ids of the manifest: ID2, ID03"),
+        (CAPTIONS | {"new": ""}, "imageclef2024", "x.csv", "1 ids that the manifest has not: new"),
+    ],
+)
+def test_runs_that_do_not_fit_are_refused_and_nothing_is_written(captions, form, out, sentence, tmp_path):
+    with pytest.raises(UsageError, match=sentence):
+        write_submission(captions, IDS, form, tmp_path / out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands(tmp_path):
+    (tmp_path / "run.csv").write_text('ID,Caption\nID1,"a, b"\nID2,"c"\nID03,"d"\n')
+    (tmp_path / "ids.csv").write_text("ID\nID2\nID1\nID03\n")
+    out = tmp_path / "submission.zip"
+
+    def run(*arguments: object):
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    given = ("--manifest", tmp_path / "ids.csv", "--format", "imageclef2026")
+    result = run("submit", "--run", tmp_path / "run.csv", *given, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "3 captions" in result.stderr
+    assert run("check", out, *given).exit_code == 0
+    (tmp_path / "ids.csv").write_text("ID\nID1\nID2\nID03\n")
+    result = run("check", out, *given)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "other order than the manifest: row 1 is ID2 instead of ID1" in line

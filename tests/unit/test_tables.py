@@ -1,0 +1,116 @@
+"""Captions and ids in every layout that challenges and datasets use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from engine.errors import UsageError
+from engine.tables import read_ids, read_table
+
+EXPECTED = {"a1": ("CT, axial view",), "b 2": ("NA",), "003": ("null",)}
+
+LAYOUTS = {
+    "comma.csv": 'ID,Caption\na1,"CT, axial view"\nb 2,NA\n003,null\n',
+    "quoted.csv": '"ID","Caption"\r\n"a1","CT, axial view"\r\n"b 2","NA"\r\n"003","null"\r\n',
+    "mark.csv": '\ufeffID,Caption\na1,"CT, axial view"\nb 2,NA\n003,null',
+    "no_header.csv": 'a1,"CT, axial view"\nb 2,NA\n003,null\n',
+    "bar_2022.csv": "a1|CT, axial view\nb 2|NA\n003|null\n",
+    "tab_2023.csv": "ID\tCaption\na1\tCT, axial view\nb 2\tNA\n003\tnull\n",
+    "roco_captions.txt": "a1\t CT, axial view\nb 2\t NA\n003\t null\n",
+    "folder.csv": 'file_name,caption\nx/a1.jpg,"CT, axial view"\nb 2.png,NA\n003.jpg,null\n',
+    "lines.jsonl": "\n".join(json.dumps({"id": k, "caption": v}) for k, (v,) in EXPECTED.items()),
+    "n_best.jsonl": "\n".join(
+        json.dumps({"id": k, "hypotheses": [{"text": v}, {"text": "other"}]}) for k, (v,) in EXPECTED.items()
+    ),
+    "coco.json": json.dumps(
+        {
+            "images": [{"id": i, "file_name": f"{name}.jpg"} for i, name in enumerate(EXPECTED)],
+            "annotations": [{"image_id": i, "caption": v} for i, (v,) in enumerate(EXPECTED.values())],
+        }
+    ),
+    "coco_results.json": json.dumps([{"image_id": k, "caption": v} for k, (v,) in EXPECTED.items()]),
+    "object.json": json.dumps({k: v for k, (v,) in EXPECTED.items()}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_says_the_same(name, tmp_path):
+    (tmp_path / name).write_bytes(LAYOUTS[name].encode())
+    table = read_table(tmp_path / name)
+    assert table.captions == EXPECTED
+    assert list(table.captions) == list(EXPECTED)
+    assert table.single() == {k: v for k, (v,) in EXPECTED.items()}
+
+
+def test_parquet(tmp_path):
+    columns = {
+        "image_id": list(EXPECTED),
+        "caption": [v for (v,) in EXPECTED.values()],
+        "image": [{"bytes": b"x"}] * 3,
+        "cui": ["C1", "C2", ""],
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    table = read_table(tmp_path / "x.parquet")
+    assert table.captions == EXPECTED
+    assert table.columns["cui"]["a1"] == "C1"
+
+
+def test_folders(tmp_path):
+    for name, (caption,) in EXPECTED.items():
+        (tmp_path / f"{name}.txt").write_text(caption + "\n")
+        (tmp_path / f"{name}.jpg").touch()
+    (tmp_path / "readme.txt").write_text("no picture of this name")
+    assert dict(read_table(tmp_path).captions) == dict(sorted(EXPECTED.items()))
+    (tmp_path / "metadata.csv").write_text(LAYOUTS["folder.csv"])
+    assert read_table(tmp_path).captions == EXPECTED
+
+
+def test_several_references_and_further_columns(tmp_path):
+    (tmp_path / "x.csv").write_text("ID,Caption,Modality\na,one,CT\nb,two,MR\na,three,CT\n")
+    table = read_table(tmp_path / "x.csv")
+    assert table.captions == {"a": ("one", "three"), "b": ("two",)}
+    assert table.columns == {"Modality": {"a": "CT", "b": "MR"}}
+    with pytest.raises(UsageError, match="more than one caption for a"):
+        table.single()
+    (tmp_path / "y.jsonl").write_text('{"id": "a", "captions": ["one", "three"]}\n')
+    assert read_table(tmp_path / "y.jsonl").captions == {"a": ("one", "three")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("x.csv", b"", "is no table of captions"),
+        ("x.csv", b"ID,Caption\n", "holds no captions"),
+        ("x.csv", b"ID,Caption\na,b,c\n", "line 2: 3 columns where the header has 2"),
+        ("x.csv", b'ID,Caption\na,b\nc,"open\n', "line 3"),
+        ("x.csv", b"ID,Caption\n,b\n", "line 2: an empty id"),
+        ("x.csv", b"ID,Caption\na,\xff\n", "byte 13 is not UTF-8"),
+        ("x.csv", b"a;b\nc;d\n", "is no table of captions"),
+        ("x.csv", b"a|b|c\nd|e|f\n", "is no table of captions"),
+        ("x.json", b"{", "not valid JSON"),
+        ("x.json", b"3", "neither COCO captions"),
+        ("x.jsonl", b'{"id": "a"}', "line 1: no caption for a"),
+        ("x.jsonl", b'{"caption": "a"}', "line 1: no id"),
+        ("x.jsonl", b"[1]", "line 1: not an object"),
+        ("x.parquet", b"PAR1", "cannot be read as parquet"),
+    ],
+)
+def test_what_is_no_table_gets_one_line_that_says_where(name, content, sentence, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=sentence):
+        read_table(tmp_path / name)
+
+
+def test_ids_are_never_parsed_sorted_or_padded(tmp_path):
+    (tmp_path / "ids").write_text("ID\n007\n1e5\nNA\n b\n")
+    assert read_ids(tmp_path / "ids") == ["007", "1e5", "NA", " b"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere\.csv cannot be read: No such file"):
+        read_table(Path(tmp_path / "nowhere.csv"))
