@@ -180,19 +180,21 @@ def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, I
     backend, spec = TorchBackend(reference), captioner.bundle.image
     prompt_length = len(captioner.search(options).prompt)
     known: dict[int, str] = {}
+    least: dict[int, float] = {}
 
     def verdict(i: int, mine: Ids1, theirs: Ids1) -> str:
         pixels = read_image(pictures[i], spec.height, spec.width, spec.resample)
+        picture = reference.pixels([pictures[i]])
 
         def per_token(ids: Ids1) -> float:
-            return summed_log_prob(backend, pixels, ids, prompt_length) / (len(ids) - prompt_length)
+            return reference.caption_log_prob(picture, ids, prompt_length) / (len(ids) - prompt_length)
 
         if i not in known:
             said = Hypothesis(mine, summed_log_prob(backend, pixels, mine, prompt_length), 0.0)
             known[i], _ = judge(reference, captioner, pictures[i], options, said)
-        ((alone, *_),) = reference.generate(reference.pixels([pictures[i]]), options)
-        least = per_token(alone.ids) - NEAR
-        is_near = all(ids == alone.ids or per_token(ids) >= least for ids in (mine, theirs))
+            ((alone, *_),) = reference.generate(picture, options)
+            least[i] = per_token(alone.ids) - NEAR
+        is_near = all(per_token(ids) >= least[i] for ids in (mine, theirs))
         return known[i] if is_near else "real"
 
     return verdict

@@ -41,12 +41,14 @@ class Shape:
     end_bias: float
 
 
-SHAPES = {"base": Shape(12, 768, 12, 14.3), "large": Shape(24, 1024, 16, 9.6)}
+SHAPES = {"base": Shape(12, 768, 12, 26.9), "large": Shape(24, 1024, 16, 20.7)}
 """Salesforce/blip-image-captioning-base and -large; the text decoder is BERT-base in both. The bias gives captions of a
 mean of about 20 new tokens at 4 beams, some past 50."""
 IMAGE_SIZE, PATCH_SIZE, TEXT_WIDTH = 224, 16, 768
-STD, EMBEDDING_STD = 0.05, 0.1
-"""Larger than a fresh model's 0.02, so that pictures change words."""
+STD, EMBEDDING_STD, OUTPUT_STD, CROSS_OUTPUT_STD = 0.05, 0.2, 0.02, 0.04
+"""A fresh model draws everything with 0.02, and then all words are nearly as likely behind any other: the search is
+full of ties that rounding decides. Large embeddings and small outputs of the text layers let a word depend on the one
+before; larger outputs of cross-attention let pictures change words."""
 MAX_NEW_TOKENS = {"base": 64, "large": 64, "demo": 40}
 
 
@@ -132,13 +134,22 @@ def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=EMBEDDING_STD if "word_embeddings" in name else std, generator=generator)
+                parameter.normal_(std=_std(name, std), generator=generator)
         model.tie_weights()
         model.text_decoder.cls.predictions.bias[text["sep_token_id"]] += shape.end_bias
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(out)
     return out
+
+
+def _std(name: str, std: float) -> float:
+    """Return the standard deviation a weight matrix is drawn with."""
+    if "word_embeddings" in name or "position_embeddings" in name:
+        return EMBEDDING_STD
+    if name.startswith("text_decoder") and name.endswith("output.dense.weight"):
+        return CROSS_OUTPUT_STD if "crossattention" in name else OUTPUT_STD
+    return std
 
 
 @click.command()

@@ -18,6 +18,7 @@ from engine.backends import Backend, open_backend
 from engine.bundle import Bundle
 from engine.capacity import slots_for
 from engine.decoding.beam import Hypothesis, Search
+from engine.decoding.sampling import Sampling
 from engine.decoding.scheduler import Scheduler
 from engine.errors import ImageError, UsageError
 from engine.images import ImageFile, read_image
@@ -148,6 +149,11 @@ class Captioner:
         least = options.min_total_length(len(prompt))
         if least > most:
             raise UsageError(f"captions of at least {least} and at most {most} tokens cannot be: mend the two limits")
+        sampling = None
+        if options.do_sample:
+            top_k = min(options.top_k, model.vocab_size)
+            copies = options.num_return_sequences
+            sampling = Sampling(options.temperature, top_k, options.top_p, options.seed, copies)
         if 2 * options.num_beams > model.vocab_size:
             raise UsageError(f"{options.num_beams} beams are too many for a vocabulary of {model.vocab_size}")
         return Search(
@@ -158,9 +164,10 @@ class Captioner:
             length_penalty=float(options.length_penalty),
             early_stopping=options.early_stopping,
             no_repeat_ngram_size=options.no_repeat_ngram_size,
-            num_return_sequences=options.num_return_sequences,
+            num_return_sequences=1 if sampling else options.num_return_sequences,
             eos=self.bundle.tokens.eos,
             vocab_size=model.vocab_size,
+            sampling=sampling,
         )
 
     def _read(

@@ -125,6 +125,13 @@ def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
 @bundle_options
 @decoding_options
 @click.option("--n-best", "num_return_sequences", type=click.IntRange(1), help="Alternatives an image in --n-best-out.")
+@click.option(
+    "--sample", "do_sample", is_flag=True, default=None, help="Draw captions instead of searching (--beams 1)."
+)
+@click.option("--temperature", type=float, help="Of --sample; below 1 likelier words gain.")
+@click.option("--top-k", type=click.IntRange(1), help="Of --sample: only so many of the likeliest words.")
+@click.option("--top-p", type=float, help="Of --sample: only the likeliest words that reach this probability.")
+@click.option("--seed", type=click.IntRange(0), help="Of --sample: the same seed draws the same captions.")
 @click.option("--n-best-out", type=PATH, help="JSON lines file for the alternatives.")
 @click.option("--raw-text", is_flag=True, help="Write the text as Hugging Face decodes it, not detokenised.")
 @click.option("--manifest", type=PATH, help="File of ids: caption only these, in this order.")

@@ -15,13 +15,18 @@ MAX_LENGTH_PENALTY = 10
 """Beyond it a length of 512 tokens raised to the penalty nears the limits of float32."""
 
 
+MIN_TEMPERATURE = 0.01
+"""Below it nothing but the likeliest word is left: that is greedy decoding."""
+
+
 @dataclass(frozen=True)
 class DecodeOptions:
     """Options of one decoding, checked on construction (UsageError).
 
     A bundle may carry its checkpoint's own generation defaults: `options_from` lays them under what the caller
-    asks for. `max_length` and `min_length` count the prompt, `max_new_tokens` and `min_new_tokens` do not and
-    win where both are given.
+    asks for. With `do_sample`, `num_return_sequences` captions are drawn with one beam each; temperature, top_k and
+    top_p count only then. `max_length` and `min_length` count the prompt, `max_new_tokens` and `min_new_tokens` do not
+    and win where both are given.
     """
 
     num_beams: int = 1
@@ -34,10 +39,15 @@ class DecodeOptions:
     early_stopping: bool | Literal["never"] = False
     num_return_sequences: int = 1
     prompt: str | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         lowest = {"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1, "max_length": 2, "min_new_tokens": 0}
-        lowest |= {"min_length": 0, "num_return_sequences": 1}
+        lowest |= {"min_length": 0, "num_return_sequences": 1, "top_k": 1, "seed": 0}
         for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
@@ -47,7 +57,13 @@ class DecodeOptions:
         if not isinstance(self.length_penalty, int | float) or not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
             most = f"-{MAX_LENGTH_PENALTY} and {MAX_LENGTH_PENALTY}"
             raise UsageError(f"length_penalty must be a number between {most}, not {self.length_penalty!r}")
-        if self.num_return_sequences > self.num_beams:
+        if not isinstance(self.temperature, int | float) or not MIN_TEMPERATURE <= self.temperature <= 100:
+            raise UsageError(f"temperature must be a number from {MIN_TEMPERATURE} to 100, not {self.temperature!r}")
+        if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be a number above 0 and at most 1, not {self.top_p!r}")
+        if self.do_sample and self.num_beams > 1:
+            raise UsageError(f"drawn captions have one beam each, not {self.num_beams}: add --beams 1")
+        if self.num_return_sequences > self.num_beams and not self.do_sample:
             raise UsageError(
                 f"{self.num_return_sequences} captions an image need at least as many beams, not {self.num_beams}"
             )

@@ -9,11 +9,14 @@ from engine import __version__
 from engine.bundle import Bundle
 from engine.options import DecodeOptions
 
+SAMPLING_OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "seed")
+
 
 def run_signature(bundle: Bundle, backend: str, options: DecodeOptions) -> str:
     """Return `name:value` pairs joined by `|`: engine, bundle digest, precision, backend, every option in force."""
     parts = {"engine": __version__, "bundle": bundle.digest[:12], "precision": bundle.precision, "backend": backend}
-    parts |= {name: value for name, value in asdict(options).items() if value is not None}
+    without = () if options.do_sample else SAMPLING_OPTIONS
+    parts |= {name: value for name, value in asdict(options).items() if value is not None and name not in without}
     return "|".join(f"{name}:{value}" for name, value in parts.items())
 
 

@@ -119,16 +119,16 @@ def judge(
     """Say why the engine said `ours` about an RGB picture and `generate` did not: ("tie" | "batch" | "real", where).
 
     "tie": about this picture alone the two searches part at a tie and end in these very captions. "batch": beside other
-    pictures, where matrix products round otherwise, one of them took another turn: alone they agree or part at a tie,
-    two candidates of the search tie, and the engine scored `ours` as the reference does.
+    pictures, or with its caches, one of them took another turn, as matrix products round otherwise: alone they agree or
+    part at a tie, two candidates of the search tie, and the engine scored `ours` as the reference does.
     """
     ((alone, *_),) = reference.generate(reference.pixels([picture]), options)
     spec, backend = captioner.bundle.image, TorchBackend(reference)
     pixels = read_image(picture, spec.height, spec.width, spec.resample)
     divergence, mine, theirs = trace_both(captioner, backend, pixels, options)
-    if not divergence.is_tie or theirs.ids != alone.ids:
+    if not divergence.is_tie:
         return "real", divergence
-    if mine.ids != alone.ids and mine.ids == ours.ids:
+    if theirs.ids == alone.ids != mine.ids and mine.ids == ours.ids:
         return "tie", divergence
     prompt_length = len(captioner.search(options).prompt)
     greedy = options.num_beams == 1

@@ -90,6 +90,19 @@ class Reference:
         ]
         return [captions[i * count : (i + 1) * count] for i in range(images)]
 
+    def caption_log_prob(self, pixel_values: torch.Tensor, ids: tuple[int, ...], prompt_length: int) -> float:
+        """Return the summed log-probability of a caption's ids behind the prompt, in one pass over f32[1,3,h,w]."""
+        sequence = torch.tensor([ids])
+        with torch.inference_mode():
+            output = self.model.text_decoder(
+                input_ids=sequence,
+                attention_mask=torch.ones_like(sequence),
+                encoder_hidden_states=self.model.vision_model(pixel_values)[0],
+                use_cache=False,
+            )
+            rows = torch.log_softmax(output.logits[0].float(), -1)
+        return sum(rows[i - 1, ids[i]].item() for i in range(prompt_length, len(ids)))
+
 
 def generate_arguments(options: DecodeOptions) -> dict:
     """Return generate's keyword arguments; without a longest length none is passed, so generate's default applies."""

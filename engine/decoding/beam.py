@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.decoding.processors import banned_ids
+from engine.decoding.sampling import Sampling
 
 NEVER = np.float32(-1e9)
 """Added to a score to rule it out; finite, as in Hugging Face, so that sums stay ordered."""
@@ -46,10 +47,13 @@ class Search:
     num_return_sequences: int
     eos: int
     vocab_size: int
+    sampling: Sampling | None = None
 
     @property
     def num_candidates(self) -> int:
-        """Candidates an image and step: 2K, so that K run on even if K of them end; 1 when greedy."""
+        """Candidates an image and step: 2K, so that K run on even if K of them end; 1 when greedy, top_k when drawn."""
+        if self.sampling is not None:
+            return self.sampling.top_k
         return 1 if self.num_beams == 1 else 2 * self.num_beams
 
 

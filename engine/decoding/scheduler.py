@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from engine.backends.base import Backend, Encoded, StepInputs
 from engine.decoding.ancestry import Ancestry
 from engine.decoding.beam import Beams, Hypothesis, Search
+from engine.decoding.sampling import draw, generator
 
 Key = TypeVar("Key")
+Owner = TypeVar("Owner")
 
 SETTLE_EVERY = 8
 """Steps after which recent keys and values are folded into the settled ones (fewer copies of growing tensors)."""
@@ -38,7 +40,8 @@ class Scheduler:
         """Caption (key, pixels u8[height,width,3]) pairs; yield (key, hypotheses) of each the moment it closes."""
         waiting = self._encoded_ahead(iter(images))
         slots = _Slots(self.backend, self.search, self.num_slots)
-        keys: dict[int, Key] = {}
+        keys: dict[int, tuple[Key, int]] = {}
+        captions = _Gathered[Key](self.search)
         arrivals = True
         while True:
             for slot in slots.empty() if arrivals else ():
@@ -46,25 +49,50 @@ class Scheduler:
                 if newcomer is None:
                     arrivals = False
                     break
-                keys[slot], encoded, image = newcomer
+                key, copy, encoded, image = newcomer
+                keys[slot] = key, copy
                 slots.admit(slot, encoded, image)
+                slots.draw_from(slot, key, copy)
             if not keys:
                 return
             if not arrivals:
                 keys = slots.shrink(keys)
             for slot in slots.step():
-                yield keys.pop(slot), slots.beams.results(slot)
+                yield from captions.add(*keys.pop(slot), slots.beams.results(slot))
 
     def decode(self, pixel_values: NDArray[np.uint8]) -> Iterator[tuple[int, list[Hypothesis]]]:
         """Caption images u8[N,height,width,3]; yield (index, hypotheses) as they close."""
         return self.run(enumerate(pixel_values))
 
-    def _encoded_ahead(self, images: Iterator[tuple[Key, NDArray[np.uint8]]]) -> Iterator[tuple[Key, Encoded, int]]:
-        """Encode in batches of encode_batch, as images are asked for."""
+    def _encoded_ahead(
+        self, images: Iterator[tuple[Key, NDArray[np.uint8]]]
+    ) -> Iterator[tuple[Key, int, Encoded, int]]:
+        """Encode in batches of encode_batch, as images are asked for; yield each as often as captions are drawn."""
+        copies = self.search.sampling.copies if self.search.sampling else 1
         while batch := list(itertools.islice(images, self.encode_batch)):
             encoded = self.backend.encode(np.stack([pixels for _, pixels in batch]))
             for i, (key, _) in enumerate(batch):
-                yield key, encoded, i
+                for copy in range(copies):
+                    yield key, copy, encoded, i
+
+
+class _Gathered(Generic[Key]):
+    """Collects what an image's slots say: one of them as it is, several drawn captions by score."""
+
+    def __init__(self, search: Search) -> None:
+        self._copies = search.sampling.copies if search.sampling else 1
+        self._found: dict[Key, list[tuple[int, Hypothesis]]] = {}
+
+    def add(self, key: Key, copy: int, hypotheses: list[Hypothesis]) -> Iterator[tuple[Key, list[Hypothesis]]]:
+        """Take in one slot's hypotheses; yield the image's when they are all there."""
+        if self._copies == 1:
+            yield key, hypotheses
+            return
+        found = self._found.setdefault(key, [])
+        found.append((copy, hypotheses[0]))
+        if len(found) == self._copies:
+            del self._found[key]
+            yield key, [one for _, one in sorted(found, key=lambda entry: (-entry[1].score, entry[0]))]
 
 
 class _Slots:
@@ -81,6 +109,7 @@ class _Slots:
         self.beams = Beams(search, num_slots)
         self.ancestry = Ancestry(num_slots, search.num_beams)
         self.fed = np.zeros(num_slots, np.int64)
+        self.generators: list[np.random.Generator | None] = [None] * num_slots
         self.steps_since_settled = 0
 
     def empty(self) -> list[int]:
@@ -94,8 +123,13 @@ class _Slots:
         self.ancestry.reset(np.array([slot]))
         self.fed[slot] = 0
 
-    def shrink(self, keys: dict[int, Key]) -> dict[int, Key]:
-        """Give up empty slots when they are many; return `keys` {slot: key} under the new slot numbers."""
+    def draw_from(self, slot: int, key: object, copy: int) -> None:
+        """Give a newcomer's slot the random generator of its caption, if captions are drawn."""
+        if self.search.sampling is not None:
+            self.generators[slot] = generator(self.search.sampling.seed, key, copy)
+
+    def shrink(self, keys: dict[int, Owner]) -> dict[int, Owner]:
+        """Give up empty slots when they are many; return `keys` {slot: owner} under the new slot numbers."""
         occupied = np.flatnonzero(~self.beams.closed)
         count = len(occupied)
         if count > (1 - SHRINK_SHARE) * len(self.fed):
@@ -112,6 +146,8 @@ class _Slots:
         prefilling = (self.fed < len(self.search.prompt)) & ~self.beams.closed
         inputs = self._inputs(prefilling)
         scores, ids = self.backend.step(self.cache, inputs)
+        if self.search.sampling is not None:
+            scores, ids = self._draw(scores, ids)
         self.steps_since_settled += 1
         rows, tokens = np.divmod(ids, self.search.vocab_size)
         was_closed = self.beams.closed.copy()
@@ -124,11 +160,26 @@ class _Slots:
         self.ancestry.choose(inputs.ancestry, continued)
         return np.flatnonzero(self.beams.closed & ~was_closed).tolist()
 
+    def _draw(
+        self, scores: NDArray[np.float32], ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Leave one candidate a slot, drawn among f32[B,C] and i64[B,C]; slots that are empty or in a prompt take
+        any.
+        """
+        assert self.search.sampling is not None
+        drawing = ~self.beams.closed & (self.fed + 1 >= len(self.search.prompt))
+        chosen = np.zeros(len(scores), np.int64)
+        uniform = np.array([self.generators[slot].random() for slot in np.flatnonzero(drawing)])  # type: ignore[union-attr]
+        # scores are sums along the caption: the difference to the likeliest word is all that counts
+        chosen[drawing] = draw(scores[drawing] - scores[drawing, :1], uniform, self.search.sampling)
+        return np.take_along_axis(scores, chosen[:, None], 1), np.take_along_axis(ids, chosen[:, None], 1)
+
     def _regroup(self, keep: NDArray[np.int64]) -> None:
         self.backend.regroup(self.cache, keep, self.ancestry.compact(keep))
         if len(keep) < len(self.fed):
             self.beams.keep(keep)
             self.fed = self.fed[keep]
+            self.generators = [self.generators[slot] for slot in keep]
         self.steps_since_settled = 0
 
     def _inputs(self, prefilling: NDArray[np.bool_]) -> StepInputs:

@@ -217,7 +217,7 @@ def test_too_few_file_handles_stop_the_run_instead_of_blaming_the_images(run, mo
 
 
 def test_a_read_only_folder_for_the_output_is_refused_before_any_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
     result = run()
     assert result.exit_code == 2
     assert f"{tmp_path} is not writable" in result.stderr
