@@ -12,7 +12,7 @@ OUT ?= run.csv
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
-.PHONY: all caption test lint parity golden bench soak plots demo restore help clean
+.PHONY: all caption test lint parity golden bench soak plots recipe demo restore help clean
 
 all: lint test  ## lint and test
 
@@ -44,6 +44,17 @@ soak: $(FULL)/.ready  ## caption 17,237 generated images: does it slow down, doe
 
 plots: $(FULL)/.ready  ## draw the records of benchmarks/results
 	$(FULL)/bin/python -m benchmarks.plots
+
+recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a small proxy) and a checked submission
+	@mkdir -p build/recipe
+	$(FULL)/bin/engine caption --input examples/images --beams $(BEAMS) --out build/recipe/run.csv
+	$(FULL)/bin/python -m train small-bert --out build/small-bert
+	$(FULL)/bin/engine score --profile imageclef2024 --run build/recipe/run.csv --references examples/captions.csv \
+	    --images examples/images --weights bertscore=build/small-bert \
+	    --out build/recipe/scores.json --per-image build/recipe/per_image.csv
+	$(FULL)/bin/engine submit --format imageclef2026 --run build/recipe/run.csv --manifest examples/captions.csv \
+	    --out build/recipe/submission.zip
+	$(FULL)/bin/engine check build/recipe/submission.zip --format imageclef2026 --manifest examples/captions.csv
 
 restore: $(FULL)/.ready
 	$(FULL)/bin/python -m export.restore --bundle engine/assets/demo --out $(DEMO)/restored

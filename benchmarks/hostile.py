@@ -63,6 +63,7 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a format that is not decoded": (".jpg", _write(_encoded("PPM")), "not an image, or damaged"),
     "loop of links": (".jpg", lambda path: path.symlink_to(path.name), "symbolic links"),
     "link to nowhere": (".jpg", lambda path: path.symlink_to("nowhere"), "No such file"),
+    "link to a folder": (".jpg", lambda path: path.symlink_to("."), "a folder, a pipe or a device"),
     "link to a pipe": (".jpg", _link_to_pipe, "a pipe or a device"),
     "link to a device": (".jpg", lambda path: path.symlink_to("/dev/zero"), "a pipe or a device"),
     "text called DICOM": (".dcm", _write(b"not DICOM" * 50), "not a DICOM file, or damaged"),

@@ -109,6 +109,7 @@ def _disturbed(
     return {
         "images": count,
         "unreadable": len(unreadable),
+        "skipped_faults": result.skipped,
         "seconds": round(result.seconds, 1),
         "faults": [(round(at, 1), kind, captions) for at, kind, captions in result.faults],
         "samples": _thin(result.samples),

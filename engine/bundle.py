@@ -22,6 +22,9 @@ REQUIRED_FILES = ("encoder.onnx", "decoder.onnx", "regroup.onnx", "tokenizer.jso
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NUMBER = 10**7
 """No size or id of a captioning model comes near it."""
+MAX_LAYERS = 1000
+"""Neither does a number of layers or heads come near this."""
+FEW = ("num_layers", "num_heads")
 RESAMPLE_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Names of Pillow's filters."""
 
@@ -138,8 +141,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     raw = file.read_bytes()
     try:
         manifest = json.loads(raw)
-    except ValueError as error:
-        raise BundleError(f"{file} is not valid JSON ({error}): export the bundle again") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is not valid JSON ({str(error)[:200]}): export the bundle again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise BundleError(f"{file} has bundle format {found!r}, this engine reads {FORMAT}: export the bundle again")
@@ -150,7 +153,9 @@ def _file_problems(path: Path, files: object) -> list[str]:
     """Compare the directory with the manifest's {file name: sha256} and list every difference."""
     if not isinstance(files, dict):
         return [f"{MANIFEST} lists no files"]
-    present = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {MANIFEST}
+    present = {entry.name for entry in path.iterdir()} - {
+        MANIFEST
+    }  # hidden ones, too: a graph may read its weights there
     problems = [f"{name} is not listed" for name in sorted({*REQUIRED_FILES, *present} - set(files))]
     for name, expected in sorted(files.items()):
         file = path / name
@@ -174,7 +179,7 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
     for name, value in built.items():
         lowest = 0 if kind is TokenIds else 1
         fits = {
-            "int": type(value) is int and lowest <= value <= MAX_NUMBER,
+            "int": type(value) is int and lowest <= value <= (MAX_LAYERS if name in FEW else MAX_NUMBER),
             "str": value in RESAMPLE_FILTERS,
             "tuple[float, ...]": isinstance(value, tuple) and [type(v) in (int, float) for v in value] == [True] * 3,
         }

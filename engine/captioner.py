@@ -242,7 +242,8 @@ def _identify(number: int, source: ImageSource) -> tuple[str, Path | str | Image
 
 def _ahead(function: Callable[[A], B], items: Iterable[A], *, threads: int, window: int) -> Iterator[B]:
     """Map in threads, in order, never more than `window` items ahead of the consumer."""
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         pending: deque[Future[B]] = deque()
         for item in items:
             pending.append(pool.submit(function, item))
@@ -250,3 +251,5 @@ def _ahead(function: Callable[[A], B], items: Iterable[A], *, threads: int, wind
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # whoever stops a run does not wait for a slow disk

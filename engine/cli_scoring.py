@@ -101,7 +101,9 @@ def score(
     from engine.scoring.report import Request, score_run, write_report
 
     outputs = {"--out": out} | ({"--per-image": per_image} if per_image else {})
-    check_outputs(outputs, [run, references])
+    check_outputs(outputs, [run, references, *([given["labels"]] if given["labels"] else [])])
+    if given["labels"] and not given["group_by"]:
+        raise UsageError("--labels needs --by, the column to break the scores down by")
     setting = _setting(weights, plugins, device, batch_size)
     report = score_run(Request(run, references, setting=setting, **given), say)
     write_report(report, out, per_image)
@@ -152,17 +154,21 @@ def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: A
         raise UsageError(f"{first} and {second} are not of the same images")
     shared = [name for name in one[1] if name in other[1]]
     if not shared:
-        raise UsageError(f"{first} and {second} have no metric in common")
+        names = [", ".join(sorted(name.partition("@")[0] for name in found)) for _, found in (one, other)]
+        raise UsageError(
+            f"{first} ({names[0]}) and {second} ({names[1]}) have no metric measured in one way, against the same "
+            "references, in common"
+        )
     results = {name: bootstrap.compare(one[1][name], other[1][name], resamples) for name in shared}
     for name, found in results.items():
         click.echo(
-            f"{name:14} {one[1][name].value:.4f} -> {other[1][name].value:.4f}  "
+            f"{name.partition('@')[0]:14} {one[1][name].value:.4f} -> {other[1][name].value:.4f}  "
             f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]  p={found.p:.3f}  "
             f"{found.wins} better, {found.losses} worse, {found.ties} equal",
             err=as_json,
         )
     if as_json:
-        click.echo(json.dumps({name: asdict(found) for name, found in results.items()}))
+        click.echo(json.dumps({name.partition("@")[0]: asdict(found) for name, found in results.items()}))
 
 
 def _measured(
@@ -176,14 +182,15 @@ def _measured(
     bertscore_layer: int | None,
 ) -> tuple[list[str], dict[str, Any]]:
     """Return sorted ids and what was measured: of a file of --per-image, or of a run that is scored now."""
-    from engine.scoring.report import Request, in_order_of_ids, read_per_image, score_run
+    from engine.scoring.report import Request, how_measured, in_order_of_ids, read_per_image, score_run
 
     if references is None:
         return in_order_of_ids(*read_per_image(path))
     setting = _setting(weights, plugins, device, batch_size)
     request = Request(path, references, metrics=metrics, bertscore_layer=bertscore_layer, setting=setting)
     report = score_run(request, say)
-    return in_order_of_ids(report.items.ids, report.measured)
+    how = {score.name: how_measured(score.signature, report.items) for score in report.scores}
+    return in_order_of_ids(report.items.ids, {f"{name}@{how[name]}": found for name, found in report.measured.items()})
 
 
 @click.command()
@@ -238,8 +245,10 @@ def check(file: Path, manifest: Path, form: str) -> None:
     if not file.is_file():
         raise UsageError(f"{file} is not a file")
     ids = read_ids(manifest)
-    problems = check_submission(file, ids, form)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise EngineError(f"{file} is no {form} submission: {problems[0]}{more}")
+    verdict = check_submission(file, ids, form)
+    for line in verdict.warnings[:10]:
+        say(f"allowed, but unwise: {line}")
+    if verdict.errors:
+        more = f" (and {len(verdict.errors) - 1} more)" if len(verdict.errors) > 1 else ""
+        raise EngineError(f"{file} is no {form} submission: {verdict.errors[0]}{more}")
     say(f"{file}: {len(ids)} captions, a right {form} submission")

@@ -17,9 +17,15 @@ from engine.errors import EngineError
 
 EXTENSIONS = frozenset({".dcm", ".dicom"})
 
+MAX_PIXELS = 40_000_000
+"""Of one frame; a mammogram has 20 million."""
+COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
+"""Kinds of colour that pydicom turns into RGB, beside palettes."""
+
 TAGS = [
     *("BitsAllocated", "BitsStored", "Columns", "HighBit", "NumberOfFrames", "PhotometricInterpretation"),
-    *("PixelRepresentation", "PlanarConfiguration", "Rows", "SamplesPerPixel", "PixelPaddingValue"),
+    *("PixelRepresentation", "PlanarConfiguration", "Rows", "SamplesPerPixel"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("ModalityLUTSequence", "RescaleIntercept", "RescaleSlope"),
     *("VOILUTFunction", "VOILUTSequence", "WindowCenter", "WindowWidth", "PresentationLUTShape"),
     *("RedPaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData"),
@@ -52,15 +58,14 @@ def read_dicom(stream: IO[bytes], frame: int = 0) -> Image.Image:
 
     Stored values go through the modality transform, then the window or VOI table of the tags (their first view; the
     whole range of the frame where there is none), and MONOCHROME1 is inverted (DICOM PS3.3, C.7.6.3.1.2, C.11.1,
-    C.11.2). Raises ValueError with a reason, quoting no tag of the file; Image.DecompressionBombError for a frame
-    larger than Pillow's limit.
+    C.11.2). Raises ValueError with a reason, quoting no tag of the file, and OSError as the disk does.
     """
     pydicom = require_pydicom()
     try:
         return _read(pydicom, stream, frame)
     except pydicom.errors.InvalidDicomError:
         raise ValueError("not a DICOM file, or damaged") from None
-    except (MemoryError, Image.DecompressionBombError, _RefusedError):
+    except (MemoryError, OSError, _RefusedError):
         raise
     except Exception as error:  # damaged tags fail in many ways, and in words that quote them
         raise ValueError(f"damaged, or not of the standard ({type(error).__name__})") from None
@@ -73,18 +78,23 @@ def _read(pydicom: Any, stream: IO[bytes], frame: int) -> Image.Image:
         raise _RefusedError("a DICOM file without a picture")
     if not frame < frames:
         raise _RefusedError(f"frame {frame} was asked for, and it has {frames}, counted from 0")
-    if Image.MAX_IMAGE_PIXELS is not None and int(header.Rows) * int(header.Columns) > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError
+    if int(header.Rows) * int(header.Columns) > MAX_PIXELS:
+        raise _RefusedError(f"a frame of more than {MAX_PIXELS} pixels, refused")
+    if int(header.HighBit) != int(header.BitsStored) - 1:
+        raise _RefusedError("its values do not begin at the lowest bit, which is not read")
     stored = _stored_values(pydicom, header, stream, frame)
-    if header.PhotometricInterpretation == "PALETTE COLOR":
+    interpretation = str(header.PhotometricInterpretation)
+    if interpretation == "PALETTE COLOR":
         colours = pydicom.pixels.apply_color_lut(stored, header)
         if colours.dtype.itemsize == 2 and not header.original_encoding[1]:
             colours = colours.byteswap()  # pydicom 3.0 reads big-endian tables in the machine's own order
-        share = colours / float(_ones(_palette_bits(header)))
+        share = colours / np.float32(_ones(_palette_bits(header)))
     elif stored.ndim == 3:
-        share = stored / float(_ones(int(header.BitsStored)))
+        if interpretation not in COLOURS:
+            raise _RefusedError("colours of a kind that is not read (neither RGB, YBR nor a palette)")
+        share = stored / np.float32(_ones(int(header.BitsStored)))
     else:
-        share = _grey(pydicom, header, stored, frame)
+        share = _grey(header, stored, frame)
     pixels = (np.clip(share, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
     return Image.fromarray(pixels).convert("RGB")
 
@@ -94,12 +104,11 @@ def _stored_values(pydicom: Any, header: Any, stream: IO[bytes], frame: int) -> 
     stream.seek(0)
     syntax = header.file_meta.get("TransferSyntaxUID")
     name = syntax.name if syntax is not None and not syntax.is_private else "an unnamed encoding"
+    if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
+        raise _RefusedError("deflated as a whole, which may hide a decompression bomb: write it in another encoding")
     try:
-        # a frame is found in the file without reading the others, except where all is deflated together
-        is_deflated = syntax == pydicom.uid.DeflatedExplicitVRLittleEndian
-        source = pydicom.dcmread(stream, specific_tags=[*TAGS, "PixelData"]) if is_deflated else stream
-        stored: NDArray[Any] = pydicom.pixels.pixel_array(source, index=frame)
-    except MemoryError:
+        stored: NDArray[Any] = pydicom.pixels.pixel_array(stream, index=frame)  # the other frames are not read
+    except (MemoryError, OSError):
         raise
     except Exception as error:  # each decoder meets damage in its own way
         if "missing dependencies" in str(error):
@@ -108,38 +117,70 @@ def _stored_values(pydicom: Any, header: Any, stream: IO[bytes], frame: int) -> 
     return stored
 
 
-def _grey(pydicom: Any, header: Any, stored: NDArray[Any], frame: int) -> NDArray[np.float64]:
+def _grey(header: Any, stored: NDArray[Any], frame: int) -> NDArray[np.float32]:
     """Return stored grey values [rows,columns] as brightness 0 to 1, 1 being white."""
-    transform = _group(header, "PixelValueTransformationSequence", frame) or pydicom.Dataset()
-    values = pydicom.pixels.apply_modality_lut(stored, transform if "RescaleSlope" in transform else header)
-    view = _group(header, "FrameVOILUTSequence", frame) or header
-    if view.get("VOILUTSequence"):
-        bits = int(view.VOILUTSequence[0].LUTDescriptor[2])
-        share = np.asarray(pydicom.pixels.apply_voi(values, view) / float(_ones(bits)))
-    elif "WindowCenter" in view and "WindowWidth" in view:
+    transform = _group(header, "PixelValueTransformationSequence", frame)
+    values = _modality_values(transform if _has(transform, "RescaleSlope") else header, stored)
+    view = _group(header, "FrameVOILUTSequence", frame)
+    view = view if _has(view, "WindowWidth") or _has(view, "VOILUTSequence") else header
+    if _has(view, "VOILUTSequence"):
+        share = _looked_up(values, view.VOILUTSequence[0])
+    elif _has(view, "WindowCenter") and _has(view, "WindowWidth"):
         share = _window(values, _first(view.WindowCenter), _first(view.WindowWidth), view.get("VOILUTFunction"))
     else:
         share = _whole_range(values, stored, header)
     is_inverted = header.PhotometricInterpretation == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE"
-    return 1.0 - share if is_inverted else share
+    return np.float32(1.0) - share if is_inverted else share
 
 
-def _window(values: NDArray[Any], center: float, width: float, function: str | None) -> NDArray[np.float64]:
+def _modality_values(tags: Any, stored: NDArray[Any]) -> NDArray[np.float32]:
+    """Return what stored values stand for: by table, by slope and intercept, or as they are (PS3.3 C.11.1)."""
+    if _has(tags, "ModalityLUTSequence"):
+        table, first = _table(tags.ModalityLUTSequence[0])
+        return table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)].astype(np.float32)
+    slope = float(tags.RescaleSlope) if _has(tags, "RescaleSlope") else 1.0
+    intercept = float(tags.RescaleIntercept) if _has(tags, "RescaleIntercept") else 0.0
+    return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+
+
+def _looked_up(values: NDArray[np.float32], item: Any) -> NDArray[np.float32]:
+    """Send values through a VOI table (PS3.3 C.11.2.1.1), as a share of its largest possible entry."""
+    table, first = _table(item)
+    places = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
+    return table[places].astype(np.float32) / np.float32(_ones(int(item.LUTDescriptor[2])))
+
+
+def _table(item: Any) -> tuple[NDArray[np.int64], int]:
+    """Return the entries of a lookup table and the value its first entry is for."""
+    count, first, _ = (int(number) for number in item.LUTDescriptor)
+    data = item.LUTData
+    if isinstance(data, bytes):
+        order = "<" if item.is_little_endian in (True, None) else ">"
+        data = np.frombuffer(data, f"{order}u2" if len(data) >= 2 * (count or 65536) else "u1")
+    return np.asarray(data, np.int64)[: count or 65536], first
+
+
+def _window(values: NDArray[np.float32], center: float, width: float, function: str | None) -> NDArray[np.float32]:
     """The three window functions of DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3, scaled to 0 .. 1."""
     if function == "SIGMOID":
-        # beyond 40 widths it is 0 or 1 anyway
-        return 1.0 / (1.0 + np.exp(np.clip(-4.0 * (values - center) / max(width, 1e-9), -160.0, 160.0)))
+        # beyond 20 widths it is 0 or 1 anyway
+        steps = -4.0 * (values - np.float32(center)) / np.float32(max(width, 1e-9))
+        return np.asarray(1.0 / (1.0 + np.exp(np.clip(steps, -80.0, 80.0))), np.float32)
     if function == "LINEAR_EXACT":
-        return (values - center) / max(width, 1e-9) + 0.5
-    return (values - (center - 0.5)) / max(width - 1.0, 1e-9) + 0.5
+        return (values - np.float32(center)) / np.float32(max(width, 1e-9)) + np.float32(0.5)
+    return (values - np.float32(center - 0.5)) / np.float32(max(width - 1.0, 1e-9)) + np.float32(0.5)
 
 
-def _whole_range(values: NDArray[Any], stored: NDArray[Any], header: Any) -> NDArray[np.float64]:
+def _whole_range(values: NDArray[np.float32], stored: NDArray[Any], header: Any) -> NDArray[np.float32]:
     """Stretch a frame without a window from its smallest to its largest value, padding left out."""
-    seen = values[stored != header.PixelPaddingValue] if "PixelPaddingValue" in header else values
+    seen = values
+    if _has(header, "PixelPaddingValue"):
+        ends = [int(header.PixelPaddingValue)]
+        ends += [int(header.PixelPaddingRangeLimit)] if _has(header, "PixelPaddingRangeLimit") else []
+        seen = values[(stored < min(ends)) | (stored > max(ends))]
     seen = seen if seen.size else values
     low, high = float(seen.min()), float(seen.max())
-    return (values - low) / max(high - low, 1e-9)
+    return (values - np.float32(low)) / np.float32(max(high - low, 1e-9))
 
 
 def _group(header: Any, name: str, frame: int) -> Any:
@@ -154,6 +195,12 @@ def _group(header: Any, name: str, frame: int) -> Any:
 def _palette_bits(header: Any) -> int:
     bits = int(header.RedPaletteColorLookupTableDescriptor[2])
     return bits if bits in (8, 16) else 16
+
+
+def _has(tags: Any, name: str) -> bool:
+    """Return whether a tag is there and not empty, as anonymising programs leave it."""
+    value = tags.get(name) if tags is not None else None
+    return value is not None and value != "" and not (hasattr(value, "__len__") and len(value) == 0)
 
 
 def _ones(bits: int) -> int:

@@ -22,8 +22,12 @@ EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff"
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Decoders Pillow may use, whatever a file calls itself: a small surface for files from strangers."""
 
-NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
+SYSTEM_TROUBLE = (
+    *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+)
 """The system's trouble, not the image's: the run stops instead of listing every image that follows as unreadable."""
+MAX_FILE_BYTES = 1 << 30
+"""A larger file is refused unread: some decoders read all of it before they look at the size of the picture."""
 
 RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 
@@ -86,8 +90,11 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _is_candidate(path: Path) -> bool:
-    """Return whether a directory entry is taken for an image: by extension, a file, and not hidden."""
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and (path.is_file() or path.is_symlink())
+    """Return whether a directory entry is taken for an image: by extension, a file or a link, and not hidden."""
+    if path.suffix.lower() not in EXTENSIONS or path.name.startswith("."):
+        return False
+    mode = os.lstat(path).st_mode  # a link is taken whatever it leads to: reading it will tell
+    return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
 
 
 def _is_dicom(path: Path) -> bool:
@@ -136,11 +143,18 @@ def decode_image(source: Path | str | Image.Image | NDArray[np.uint8], *, frame:
             return picture.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(name, f"larger than {Image.MAX_IMAGE_PIXELS} pixels, refused: a decompression bomb?") from None
-    except (MemoryError, EngineError):
+    except EngineError:
         raise
+    except MemoryError as error:
+        raise MemoryError(f"reading {name}") from error
     except Exception as error:  # decoders meet hostile bytes in more ways than they document
-        if isinstance(error, OSError) and error.errno in NO_MORE_FILES:
-            raise EngineError(f"{name} cannot be opened: {error.strerror}: raise the limit (ulimit -n)") from error
+        if isinstance(error, OSError) and error.errno in SYSTEM_TROUBLE:
+            hint = (
+                "raise the limit (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else "is its disk there?"
+            )
+            raise EngineError(f"{name} cannot be read: {error.strerror}: {hint}") from error
+        if getattr(error, "errno", None) == errno.ENOMEM or "out of memory" in str(error):
+            raise MemoryError(f"reading {name}") from error
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         reason = "not an image, or damaged" if "cannot identify" in reason else reason
         raise ImageError(name, " ".join(reason.split())) from error
@@ -148,12 +162,17 @@ def decode_image(source: Path | str | Image.Image | NDArray[np.uint8], *, frame:
 
 def _open_file(path: Path) -> IO[bytes]:
     """Open a regular file; a link may lead to a pipe, which would keep its reader waiting, or to a device."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    stream = open(os.open(path, flags), "rb")  # noqa: SIM115, PTH123
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise ValueError("not a file but a folder, a pipe or a device")
-    return stream
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a file but a folder, a pipe or a device")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"larger than {MAX_FILE_BYTES} bytes, refused")
+        return os.fdopen(file, "rb")
+    except BaseException:
+        os.close(file)
+        raise
 
 
 def _refuse_bomb(picture: Image.Image) -> None:

@@ -61,6 +61,8 @@ class DecodeOptions:
             raise UsageError(f"temperature must be a number from {MIN_TEMPERATURE} to 100, not {self.temperature!r}")
         if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be a number above 0 and at most 1, not {self.top_p!r}")
+        if not isinstance(self.prompt, str | None) or not isinstance(self.do_sample, bool):
+            raise UsageError("prompt must be a text, and do_sample true or false")
         if self.do_sample and self.num_beams > 1:
             raise UsageError(f"drawn captions have one beam each, not {self.num_beams}: add --beams 1")
         if self.num_return_sequences > self.num_beams and not self.do_sample:

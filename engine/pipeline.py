@@ -75,7 +75,9 @@ def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progres
 
     with ExitStack() as locks:
         for out in filter(None, (job.out, job.n_best_out)):
-            locks.enter_context(OutputLock(out))
+            lock = locks.enter_context(OutputLock(out))
+            if lock.note:
+                say(lock.note)
         return _caption_images(job, images, say, progress)
 
 
@@ -100,7 +102,7 @@ def _caption_images(job: Job, images: list[ImageFile], say: Callable[[str], None
             say(f"unreadable: {failure}")
         record.check_complete(allow_missing=job.allow_missing)
         record.check_unchanged()
-        record.write(job.out, job.n_best_out, raw_text=job.raw_text)
+        record.write(job.out, job.n_best_out, raw_text=job.raw_text, drawn=options.do_sample)
     return Summary(
         images=len(images),
         captions=len(record.captions),
@@ -139,8 +141,8 @@ def _telling_how_to_go_on(record: RunRecord, say: Callable[[str], None]) -> Iter
     """Say what an earlier run left, and what this one leaves if it is stopped."""
     if record.set_aside:
         say(
-            "the journal of an earlier run with another bundle, other options or images was moved to "
-            f"{record.set_aside}: starting afresh"
+            "the journal of an earlier run with another bundle, other options, images or packages, or one that is "
+            f"damaged or unwanted, was moved to {record.set_aside}: starting afresh"
         )
     if record.resumed:
         say(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from typing import Any, Literal
 from engine.errors import UsageError
 
 DELIMITERS = ",\t|"
-ID_COLUMNS = ("id", "image_id", "imageid", "file_name", "filename", "image")
+FILE_COLUMNS = ("file_name", "filename", "image")
+ID_COLUMNS = ("id", "image_id", "imageid", *FILE_COLUMNS)
 CAPTION_COLUMNS = ("caption", "captions", "text", "description")
 MAX_FIELD_CHARS = 1 << 20
 """No caption comes near it; the csv module's own limit is smaller than some report texts."""
@@ -25,11 +27,15 @@ MAX_FIELD_CHARS = 1 << 20
 
 @dataclass
 class Table:
-    """Captions by id in the order of the file, one or several an id, and further columns by id (text as it is)."""
+    """Captions by id in the order of the file, one or several an id, and further columns by id (text as it is).
+
+    `aliases` leads from other names of the images to their ids: COCO numbers pictures beside naming their files.
+    """
 
     path: Path
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def single(self) -> dict[str, str]:
         """Return the captions of a run, one an id; raise UsageError naming an id that has several."""
@@ -54,11 +60,13 @@ def read_table(path: Path) -> Table:
     text = read_text(path)
     try:
         if suffix == ".json":
-            return _collect(path, _json_rows(path, json.loads(text)))
+            return _read_json(path, json.loads(text))
         if suffix == ".jsonl":
             return _collect(path, _jsonl_rows(path, text))
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON: {str(error)[:200]}") from error
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise UsageError(f"{path} is JSON of no known layout of captions ({error!r})") from error
     return _collect(path, _delimited_rows(path, text))
 
 
@@ -92,29 +100,52 @@ def shorten(names: list[str], most: int = 10) -> str:
 
 
 def _ids(text: str) -> list[str]:
-    header = text.partition("\n")[0].rstrip("\r").lower()
+    """Return the first column of a table whose header begins with a name of ids, else the lines as they are."""
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    header = lines[0].lower().replace('"', "")
     for delimiter in DELIMITERS:
-        if header.startswith(("id" + delimiter, '"id"' + delimiter)):
-            rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-            return [row[0] for row in rows if row][1:]
-    ids = [line.rstrip("\r") for line in text.split("\n")]
-    return [name for name in ids[header == "id" :] if name]
+        names = [name.strip() for name in header.split(delimiter)]
+        if len(names) > 1 and names[0] in ID_COLUMNS:
+            rows = csv.reader(
+                io.StringIO(text, newline=""), delimiter=delimiter, quoting=_quoting(text, delimiter), strict=True
+            )
+            return [_stem(names[0], row[0]) for row in rows if row][1:]
+    bare = [name.strip('"') if name.startswith('"') and name.endswith('"') else name for name in lines]
+    return [name for name in bare[header in ID_COLUMNS :] if name]
+
+
+def _quoting(text: str, delimiter: str) -> Literal[0, 3]:
+    """Only commas come with quotes: a bar or a TAB ends an id, and a quotation mark is part of the caption.
+
+    Where the header itself is quoted, a program wrote the quotes for all columns.
+    """
+    return csv.QUOTE_MINIMAL if delimiter == "," or text.startswith('"') else csv.QUOTE_NONE
 
 
 Row = tuple[int, str, str, Mapping[str, str]]
-"""Line (or record) number, id, caption, further columns."""
+"""Line (or record) number, id or file name, caption, further columns. A file name is told by FILE in front."""
+FILE = "\0"
 
 
-def _collect(path: Path, rows: Iterator[Row]) -> Table:
+def _collect(path: Path, rows: Iterable[Row]) -> Table:
+    captions: dict[str, list[str]] = {}
+    files: dict[str, str] = {}
     table = Table(path)
     for number, name, caption, columns in rows:
+        if name.startswith(FILE):
+            file, name = name, Path(name.removeprefix(FILE)).stem
+            if files.setdefault(name, file) != file:
+                raise UsageError(f"{path}, line {number}: two files with the id {name}")
         if not name:
             raise UsageError(f"{path}, line {number}: an empty id")
-        table.captions[name] = (*table.captions.get(name, ()), caption)
+        if any("\ud800" <= character <= "\udfff" for character in caption):
+            raise UsageError(f"{path}, line {number}: a caption with half a character (a lone surrogate)")
+        captions.setdefault(name, []).append(caption)
         for column, value in columns.items():
             table.columns.setdefault(column, {})[name] = value
-    if not table.captions:
+    if not captions:
         raise UsageError(f"{path} holds no captions")
+    table.captions = {name: tuple(several) for name, several in captions.items()}
     return table
 
 
@@ -122,8 +153,7 @@ def _delimited_rows(path: Path, text: str) -> Iterator[Row]:
     lines = text.split("\n")
     delimiter, is_headed = _layout(path, [line.rstrip("\r") for line in lines])
     csv.field_size_limit(MAX_FIELD_CHARS)
-    # only commas come with quotes: a bar or a TAB ends an id, and a quotation mark is part of the caption
-    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter == "," or text.startswith('"') else csv.QUOTE_NONE
+    quoting = _quoting(text, delimiter)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     names: list[str] = []
     try:
@@ -146,7 +176,7 @@ def _delimited_rows(path: Path, text: str) -> Iterator[Row]:
                     "a caption that holds the delimiter must be quoted"
                 )
             further = {names[i]: value for i, value in enumerate(row) if i not in (place_of_id, place_of_caption)}
-            yield number, _stem(names[place_of_id], row[place_of_id]), row[place_of_caption], further
+            yield number, _named(names[place_of_id], row[place_of_id]), row[place_of_caption], further
     except csv.Error as error:
         raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
 
@@ -160,7 +190,7 @@ def _layout(path: Path, lines: list[str]) -> tuple[str, bool]:
             return delimiter, True
     filled = [line for line in lines if line]
     for delimiter in "\t|":
-        if filled and all(line.count(delimiter) == 1 for line in filled):
+        if filled and all(delimiter in line for line in filled):
             return delimiter, False
     if filled and all("," in line for line in filled):
         return ",", False
@@ -175,23 +205,33 @@ def _place(names: list[str], wanted: tuple[str, ...]) -> int:
 
 
 def _stem(column: str, value: str) -> str:
-    """Return the id of a row: a file name without folder and extension where the column holds file names."""
-    return Path(value).stem if column.lower() in ("file_name", "filename", "image") else value
+    """Return the id of a row of a manifest: a file name without folder and extension where the column holds them."""
+    return Path(value).stem if column.lower() in FILE_COLUMNS else value
 
 
-def _json_rows(path: Path, content: Any) -> Iterator[Row]:
+def _named(column: str, value: str) -> str:
+    """Return a row's id, or its file name marked as one."""
+    return FILE + value if column.lower() in FILE_COLUMNS and value else value
+
+
+def _read_json(path: Path, content: Any) -> Table:
+    """Read COCO captions or results, or an object {id: caption}."""
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        files = {image["id"]: Path(image["file_name"]).stem for image in content.get("images", [])}
-        content = [
-            entry | {"image_id": files.get(entry.get("image_id"), entry.get("image_id"))}
+        files = {str(image["id"]): str(image["file_name"]) for image in content.get("images") or []}
+        rows = [
+            {"file_name": files[str(entry["image_id"])], "caption": entry["caption"]}
+            if str(entry["image_id"]) in files
+            else {"image_id": entry["image_id"], "caption": entry["caption"]}
             for entry in content["annotations"]
         ]
-    elif isinstance(content, dict):
+        table = _collect(path, (row for i, entry in enumerate(rows, 1) for row in _object_rows(path, i, entry)))
+        table.aliases = {number: Path(file).stem for number, file in files.items()}
+        return table
+    if isinstance(content, dict):
         content = [{"id": name, "caption": caption} for name, caption in content.items()]
     if not isinstance(content, list):
         raise UsageError(f"{path} is neither COCO captions nor a list or an object of captions")
-    for number, entry in enumerate(content, 1):
-        yield from _object_rows(path, number, entry)
+    return _collect(path, (row for i, entry in enumerate(content, 1) for row in _object_rows(path, i, entry)))
 
 
 def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
@@ -208,30 +248,42 @@ def _object_rows(path: Path, number: int, entry: Any) -> Iterator[Row]:
     key = next((lowered[name] for name in ("image_id", *ID_COLUMNS) if name in lowered), None)
     if key is None:
         raise UsageError(f"{path}, line {number}: no id")
-    name = _stem(key, str(entry[key]))
+    name = _named(str(key), str(entry[key]))
     hypotheses = entry.get("hypotheses")
     found = next((lowered[column] for column in CAPTION_COLUMNS if column in lowered), None)
     value: Any = [hypotheses[0]["text"]] if hypotheses else entry[found] if found is not None else None
     captions: list[Any] = value if isinstance(value, list) else [value]
     if not captions or not all(isinstance(caption, str) for caption in captions):
         raise UsageError(f"{path}, line {number}: no caption for {name}")
-    further = {k: str(v) for k, v in entry.items() if k not in (key, found, "hypotheses") and not isinstance(v, dict)}
+    further = {
+        str(k): ";".join(map(str, v)) if isinstance(v, list) else str(v)
+        for k, v in entry.items()
+        if k not in (key, found, "hypotheses") and not isinstance(v, dict)
+    }
     yield from ((number, name, caption, further) for caption in captions)
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    """Read everything but pictures: of a column that holds them, the file name beside the bytes."""
     try:
+        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise UsageError(f"{path}: parquet needs pyarrow ({error}): pip install pyarrow") from error
     try:
         file = parquet.ParquetFile(path)
-        columns = [name for name in file.schema_arrow.names if name.lower() != "image" or len(file.schema_arrow) == 2]
+        columns = []
+        for entry in file.schema_arrow:
+            if pyarrow.types.is_struct(entry.type):
+                columns += [f"{entry.name}.path"] * (entry.type.get_field_index("path") >= 0)
+            elif not pyarrow.types.is_binary(entry.type) and not pyarrow.types.is_large_binary(entry.type):
+                columns.append(entry.name)
         number = 0
         for batch in file.iter_batches(columns=columns):
-            for entry in batch.to_pylist():
+            for row in batch.to_pylist():
                 number += 1
-                yield from _object_rows(path, number, entry)
+                flat = {name: value["path"] if isinstance(value, dict) else value for name, value in row.items()}
+                yield from _object_rows(path, number, {k: v for k, v in flat.items() if v is not None})
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as parquet: {error}") from error
 
@@ -240,13 +292,7 @@ def _read_folder(path: Path) -> Table:
     for name in ("metadata.csv", "metadata.jsonl"):
         if (path / name).exists():
             return read_table(path / name)
-    rows: Iterator[Row] = (
-        (1, text.stem, read_text(text).strip(), {})
-        for text in sorted(path.glob("*.txt"))
-        if any(other.suffix != ".txt" for other in path.glob(f"{_escaped(text.stem)}.*"))
-    )
-    return _collect(path, rows)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+    names = sorted(os.listdir(path))
+    pictures = {Path(name).stem for name in names if not name.endswith(".txt")}
+    texts = [name for name in names if name.endswith(".txt") and Path(name).stem in pictures]
+    return _collect(path, ((1, Path(name).stem, read_text(path / name).strip(), {}) for name in texts))

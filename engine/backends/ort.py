@@ -64,31 +64,36 @@ class OrtBackend:
         self._ort = ort
         self._model = bundle.model
         threads = threads or available_cores()
-        self._encoder, self._decoder, self._regroup = (
-            _open_session(ort, bundle.path / f"{graph}.onnx", self.name, threads)
-            for graph in ("encoder", "decoder", "regroup")
-        )
         self._names = {
             part: [f"{part}.{kind}.{i}" for i in range(bundle.model.num_layers) for kind in ("key", "value")]
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
-        self._check_graphs(bundle)
+        # as they are: optimising runs parts of a graph, and these are not known to be the manifest's yet
+        self._check_graphs(bundle, *self._open(bundle, threads, is_optimised=False))
+        self._encoder, self._decoder, self._regroup = self._open(bundle, threads, is_optimised=True)
         is_half = self._encoder.get_outputs()[0].type == "tensor(float16)"
         self._dtype: type[np.float16] | type[np.float32] = np.float16 if is_half else np.float32
 
-    def _check_graphs(self, bundle: Bundle) -> None:
+    def _open(self, bundle: Bundle, threads: int, *, is_optimised: bool) -> list[Any]:
+        """Open the encoder, the decoder and regroup."""
+        return [
+            _open_session(self._ort, bundle.path / f"{graph}.onnx", self.name, threads, is_optimised=is_optimised)
+            for graph in ("encoder", "decoder", "regroup")
+        ]
+
+    def _check_graphs(self, bundle: Bundle, encoder: Any, decoder: Any, regroup: Any) -> None:
         """Refuse graphs that are not those of the manifest, before any is run. Raises BundleError."""
         names, model, image = self._names, bundle.model, bundle.image
         past = [*names["settled"], *names["recent"]]
         step = ["input_ids", "positions", "scores", "banned_ids", "ancestry", "num_candidates"]
         expected = {
-            "encoder": (self._encoder, ["pixel_values"], names["cross"]),
+            "encoder": (encoder, ["pixel_values"], names["cross"]),
             "decoder": (
-                self._decoder,
+                decoder,
                 [*step, *names["cross"], *past],
                 ["candidate_scores", "candidate_ids", *names["extended"]],
             ),
-            "regroup": (self._regroup, ["slots", "columns", *past], names["regrouped"]),
+            "regroup": (regroup, ["slots", "columns", *past], names["regrouped"]),
         }
         for graph, (session, inputs, outputs) in expected.items():
             for kind, wanted, found in (
@@ -102,9 +107,9 @@ class OrtBackend:
                         f"({', '.join(other[:3])}): export it again"
                     )
         keys = (model.num_heads, model.encoder_positions, model.head_width)
-        cross = (entry for entry in self._decoder.get_inputs() if entry.name in names["cross"])
+        cross = (entry for entry in decoder.get_inputs() if entry.name in names["cross"])
         for graph, entry, sizes in (
-            ("encoder", self._encoder.get_inputs()[0], (image.height, image.width, 3)),
+            ("encoder", encoder.get_inputs()[0], (image.height, image.width, 3)),
             *(("decoder", entry, keys) for entry in cross),
         ):
             if tuple(entry.shape[1:]) != sizes:
@@ -116,7 +121,12 @@ class OrtBackend:
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[NDArray[Any]]:
         """See Backend.encode."""
         outputs = self._run(self._encoder, self._names["cross"], {"pixel_values": self._value(pixel_values)})
-        return [output.numpy() for output in outputs]
+        encoded = [output.numpy() for output in outputs]
+        model = self._model
+        shape = (len(pixel_values), model.num_heads, model.encoder_positions, model.head_width)
+        if any(array.shape != shape for array in encoded):
+            raise BundleError(f"the encoder gives {encoded[0].shape} where its manifest says {shape}: export it again")
+        return encoded
 
     def allocate(self, num_slots: int) -> OrtCache:
         """See Backend.allocate."""
@@ -223,12 +233,14 @@ def _choose(name: str, available: list[str]) -> str:
     return name
 
 
-def _open_session(ort: Any, path: Path, name: str, threads: int) -> Any:
+def _open_session(ort: Any, path: Path, name: str, threads: int, *, is_optimised: bool) -> Any:
     """Load one graph and check that the provider asked for is the one in use (else ONNX Runtime only logs it)."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = LOG_ERRORS_ONLY
     options.add_session_config_entry(*STOP_SPINNING)
+    if not is_optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = ort.InferenceSession(str(path), options, providers=list(PROVIDERS[name]))
     except Exception as error:

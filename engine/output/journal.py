@@ -7,6 +7,7 @@ opened again, one that does not match its checksum is passed over, and these ima
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -20,6 +21,8 @@ from engine.errors import OutputError
 FORMAT = 1
 SYNC_EVERY_S = 5.0
 """Seconds after which records are forced to disk: what a power cut can cost, a crash of the program costs nothing."""
+MAX_HEADER_BYTES = 1000
+"""The first record is shorter."""
 MAX_LINE_BYTES = 1 << 24
 """No record comes near it; a line without an end is not read into memory."""
 
@@ -67,14 +70,20 @@ class Journal:
             os.lseek(self._file, self._end, os.SEEK_SET)
         except OSError as error:
             raise OutputError(f"{path} cannot be opened: {error.strerror}: the journal lies beside --out") from error
-        self.is_empty = not self.records
+        self._header_end = 0
         if self._end == 0:
             self._write({"journal": FORMAT, "key": key})
+            self._header_end = self._end
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether it holds nothing but what this run began it with."""
+        return self._end == self._header_end
 
     def _take_over(self, key: str, resume: bool) -> int:
         """Read the journal that is there, or move it aside; return the bytes of it that are kept."""
         header, records, damaged, whole_bytes = read_journal(self.path)
-        if not header and not records:
+        if not whole_bytes and self.path.stat().st_size < MAX_HEADER_BYTES:
             return 0  # a run died before its first record was whole
         if resume and header.get("key") == key and header.get("journal") == FORMAT:
             self.records, self.damaged = records, damaged
@@ -86,7 +95,6 @@ class Journal:
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record. Raises OutputError when it cannot be written whole; what was there before stays whole."""
         self._write(record)
-        self.is_empty = False
 
     def _write(self, record: Mapping[str, Any]) -> None:
         line = encode_record(record)
@@ -98,8 +106,9 @@ class Journal:
             if time.monotonic() - self._synced > SYNC_EVERY_S:
                 self.sync()
         except OSError as error:
-            os.ftruncate(self._file, self._end)
-            os.lseek(self._file, self._end, os.SEEK_SET)
+            with contextlib.suppress(OSError):  # a torn line is cut off when the file is opened again
+                os.ftruncate(self._file, self._end)
+                os.lseek(self._file, self._end, os.SEEK_SET)
             raise OutputError(
                 f"{self.path} cannot be written: {error.strerror}: make room and run the same command again, "
                 "it goes on from here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,10 @@ def lock_path(out: Path) -> Path:
     return target.with_name(target.name + ".lock")
 
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems without flock answer, some of NFS and Lustre."""
+
+
 class OutputLock:
     """Holds `<out>.lock` while a run works on `out`; as a context manager.
 
@@ -31,6 +36,7 @@ class OutputLock:
         self.path = lock_path(out)
         self._out = out
         self._file = -1
+        self.note = ""
 
     def __enter__(self) -> OutputLock:
         """Take the lock. Raises UsageError when another run holds it, OutputError when it cannot be written."""
@@ -58,7 +64,12 @@ class OutputLock:
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                self.note = f"{self.path.parent} knows no locks: see to it that no other run writes {self._out}"
+                return
+            if not isinstance(error, BlockingIOError):
+                raise
             owner = os.read(self._file, 32).decode("ascii", "replace").strip() or "that has just begun"
             os.close(self._file)
             raise UsageError(

@@ -62,7 +62,6 @@ class RunRecord:
 
     def add(self, caption: Caption) -> None:
         """Note a caption. Raises OutputError when the journal cannot be written."""
-        self.captions[caption.id] = caption
         self._journal.append(
             {
                 "id": caption.id,
@@ -70,6 +69,7 @@ class RunRecord:
                 "alternatives": [asdict(alternative) for alternative in caption.alternatives],
             }
         )
+        self.captions[caption.id] = caption
 
     def fail(self, error: ImageError) -> None:
         """Note an image that cannot be read; it is not journaled, so that a later run tries it again."""
@@ -105,13 +105,14 @@ class RunRecord:
                 "which captions only these"
             )
 
-    def write(self, out: Path, n_best_out: Path | None, *, raw_text: bool) -> None:
+    def write(self, out: Path, n_best_out: Path | None, *, raw_text: bool, drawn: bool = False) -> None:
         """Write run.csv in the order of the images, empty captions for failures, and the n-best file if wanted.
 
         The journal is deleted only then.
         """
         if n_best_out is not None:
-            write_n_best(n_best_out, (self.captions[i.id] for i in self.images if i.id in self.captions))
+            captions = (self.captions[image.id] for image in self.images if image.id in self.captions)
+            write_n_best(n_best_out, captions, drawn=drawn)
         write_run(out, ((image.id, self._text(image.id, raw_text)) for image in self.images))
         self._journal.delete()
 
@@ -161,9 +162,11 @@ def run_key(images: Sequence[ImageFile], made_with: str) -> str:
 
 
 def fingerprint(path: Path) -> list[int] | None:
-    """Return what changes when a file is replaced, its size in bytes and time of change in ns; None without a file."""
+    """Return what changes when a file is replaced: size in bytes, times of change in ns, number; None without a
+    file.
+    """
     try:
         status = path.stat()
     except OSError:
         return None
-    return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

@@ -52,8 +52,10 @@ def write_run(path: Path, rows: Iterable[tuple[str, str]]) -> None:
     write_atomically(path, "ID,Caption\n" + "".join(format_row(image_id, caption) for image_id, caption in rows))
 
 
-def write_n_best(path: Path, captions: Iterable[Caption]) -> None:
-    """Write one JSON object a line: id, and its hypotheses with text, raw_text, ids, sum_log_prob and score."""
+def write_n_best(path: Path, captions: Iterable[Caption], *, drawn: bool = False) -> None:
+    """Write one JSON object a line: id, whether its hypotheses were drawn and not searched for, and these with text,
+    raw_text, ids, sum_log_prob and score.
+    """
     lines = []
     for caption in captions:
         hypotheses = [
@@ -66,7 +68,9 @@ def write_n_best(path: Path, captions: Iterable[Caption]) -> None:
             }
             for alternative in caption.alternatives
         ]
-        lines.append(json.dumps({"id": caption.id, "hypotheses": hypotheses}, ensure_ascii=False) + "\n")
+        lines.append(
+            json.dumps({"id": caption.id, "drawn": drawn, "hypotheses": hypotheses}, ensure_ascii=False) + "\n"
+        )
     write_atomically(path, "".join(lines))
 
 

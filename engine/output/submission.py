@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import csv
 import io
+import lzma
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ MEMBER = "submission.csv"
 """The only file in the archive of 2025 and 2026."""
 MAX_BYTES = 1 << 28
 """No submission comes near it; an archive may claim anything."""
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -61,69 +62,70 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
     content = "".join(_row(one, captions[one], form) for one in ids).encode("utf-8")
     content = b"ID,Caption\n" + content if form.is_headed else content
     replace_file(out, _archive(content) if form.is_zip else content)
-    problems = check_submission(out, ids, name)
-    if problems:
-        raise EngineError(f"{out} was written and does not pass the check: {problems[0]}")
+    verdict = check_submission(out, ids, name)
+    if verdict.errors or verdict.warnings:
+        raise EngineError(f"{out} was written and does not pass: {(verdict.errors + verdict.warnings)[0]}")
     empty = sum(not captions[one].strip() for one in ids)
     return [f"{empty} captions are empty"] if empty else []
 
 
-def check_submission(path: Path, ids: Sequence[str], name: str) -> list[str]:
-    """Return what is wrong with a submission, by line, nothing when it is right.
+@dataclass(frozen=True)
+class Verdict:
+    """What the organisers' checker would refuse, and what it takes but a careful writer would not hand in; by line."""
 
-    The rules are those of the 2026 checker, applied to every year with its own delimiter and header.
-    """
+    errors: list[str]
+    warnings: list[str]
+
+
+def check_submission(path: Path, ids: Sequence[str], name: str) -> Verdict:
+    """Check a submission by the rules of the 2026 checker, applied to every year with its own delimiter and header."""
     form = FORMATS[name]
     try:
-        content = _read(path, form)
-        text = content.decode("utf-8")
+        text = _read(path, form).decode("utf-8")
     except UnicodeDecodeError as error:
-        return [f"byte {error.start} is not UTF-8"]
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
-        return [str(error)]
+        return Verdict([f"byte {error.start} is not UTF-8"], [])
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        return Verdict([f"it cannot be read: {error}"], [])
     if text.startswith("\ufeff"):
-        return ["it begins with a byte order mark"]
-    lines = text.split("\n")
-    lines = lines[:-1] if lines[-1] == "" else lines
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            return [f"line {number} is blank"]
-    if not lines:
-        return ["it is empty"]
-    problems: list[str] = []
-    if form.is_headed and next(csv.reader([lines[0].rstrip("\r")])) != ["ID", "Caption"]:
-        problems.append(f"line 1: the header is {lines[0].strip()!r} instead of 'ID,Caption'")
-    rows = lines[1:] if form.is_headed else lines
-    found = [
-        one
-        for number, line in enumerate(rows, 2 if form.is_headed else 1)
-        if (one := _check_line(number, line, form, problems)) is not None
-    ]
-    return problems + _check_ids(found, ids)
-
-
-def _check_line(number: int, line: str, form: Format, problems: list[str]) -> str | None:
-    """Return the id of a line, or None where it cannot be told; append what is wrong."""
-    line = line.removesuffix("\r")
-    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if form.delimiter == "," else csv.QUOTE_NONE
+        return Verdict(["it begins with a byte order mark"], [])
+    lines = text.splitlines()
+    blank = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
+    if not lines or blank is not None:
+        return Verdict([f"line {blank} is blank" if lines else "it is empty"], [])
     try:
-        (row,) = csv.reader(io.StringIO(line, newline=""), delimiter=form.delimiter, quoting=quoting, strict=True)
-    except (csv.Error, ValueError):
-        problems.append(f"line {number}: quotation marks that do not match, or a caption with a line break in it")
-        return None
-    if len(row) != 2:
-        problems.append(
-            f"line {number}: {len(row)} columns instead of an id and a caption; a caption with a comma must be quoted"
-        )
-        return None
-    image_id, caption = row
-    if image_id.lower().endswith(IMAGE_SUFFIXES):
-        problems.append(f"line {number}: the id {image_id} ends like a file name")
-    if image_id != image_id.strip() or caption != caption.strip():
-        problems.append(f"line {number}: white space at an end of the id or the caption")
-    if CONTROL.search(image_id + caption):
-        problems.append(f"line {number}: a control character or a line separator")
-    return image_id
+        return _check_rows(text, lines, form, ids)
+    except csv.Error as error:
+        return Verdict([f"it is no table: {error}"], [])
+
+
+def _check_rows(text: str, lines: Sequence[str], form: Format, ids: Sequence[str]) -> Verdict:
+    verdict = Verdict([], [])
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if form.delimiter == "," else csv.QUOTE_NONE
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=form.delimiter, quoting=quoting)
+    if form.is_headed and (header := next(reader)) != ["ID", "Caption"]:
+        verdict.errors.append(f"line 1: the header is {form.delimiter.join(header)!r} instead of 'ID,Caption'")
+    found = []
+    start = reader.line_num
+    for row in reader:
+        number, is_one_line = start + 1, reader.line_num == start + 1
+        start = reader.line_num
+        if len(row) != 2:
+            what = f"{len(row)} columns instead of an id and a caption; a caption with a comma must be quoted"
+            verdict.errors.append(f"line {number}: {what}")
+            continue
+        image_id, caption = row
+        found.append(image_id)
+        behind = lines[number - 1].partition(form.delimiter)[2] if number <= len(lines) else ""
+        is_quoted = is_one_line and behind.startswith('"') and behind.endswith('"')
+        if form.delimiter == "," and "," in caption and not is_quoted:
+            verdict.errors.append(f"line {number}: a caption with a comma must be quoted, from end to end of one line")
+        if image_id != image_id.strip():
+            verdict.errors.append(f"line {number}: white space at an end of the id")
+        if caption != caption.strip():
+            verdict.warnings.append(f"line {number}: white space at an end of the caption")
+        if CONTROL.search(caption):
+            verdict.warnings.append(f"line {number}: a line break or another control character in the caption")
+    return Verdict(verdict.errors + _check_ids(found, ids), verdict.warnings)
 
 
 def _check_ids(found: Sequence[str], ids: Sequence[str]) -> list[str]:

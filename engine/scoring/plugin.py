@@ -72,7 +72,13 @@ class Plugin:
         if not command:
             why = NEEDS.get(self.name, "a command that computes it")
             raise UnavailableError(f"needs {why}: --plugin {self.name}=COMMAND (contract: engine/scoring/plugin.py)")
-        return shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise self._broken(f"has a command that is not one ({error}): {command}") from error
+        if not words:
+            raise self._broken("has an empty command")
+        return words
 
     def _run(self, text: str) -> str:
         try:
@@ -96,6 +102,8 @@ class Plugin:
                     self._said = " ".join(str(entry["signature"]).split())
                     continue
                 name, score = entry["id"], float(entry["score"])
+                if not isinstance(name, str):
+                    raise TypeError(f"the id {name!r} is no text")
             except (ValueError, TypeError, KeyError) as error:
                 raise self._broken(f"line {number} of its answer is not of the contract ({error!r})") from error
             if name in scores or not math.isfinite(score):

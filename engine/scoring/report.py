@@ -88,10 +88,12 @@ def score_run(request: Request, say: Callable[[str], None]) -> Report:
     notes = _notes(references)
     groups_of = _groups(request, references, items)
 
+    _refuse_unused(request.setting, names)
+    metrics = {name: make_metric(name, request.setting, options) for name in names}
+
     scores: list[Score] = []
     measured: dict[str, Measured] = {}
-    for name in names:
-        metric = make_metric(name, request.setting, options)
+    for name, metric in metrics.items():
         start = time.perf_counter()
         try:
             result = metric.measure(items)
@@ -124,6 +126,8 @@ def match(run: Table, references: Table, images: Path | None = None) -> Items:
     Raises UsageError naming the ids that are in one file only, or without an image where images are given.
     """
     said, expected = run.single(), references.captions
+    if not set(said) & set(expected) and set(said) & set(references.aliases):
+        said = {references.aliases.get(name, name): caption for name, caption in said.items()}
     if not set(said) & set(expected):
         first = f"{next(iter(said))} against {next(iter(expected))}"
         raise UsageError(
@@ -199,20 +203,36 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def per_image_csv(report: Report) -> str:
-    """Return one row an image: ID, a column a metric, and the counts of corpus metrics as `metric:0`, `metric:1`,
-    ...
-    """
+    """Return one row an image: ID, a column `metric@how` a metric, and counts of corpus metrics as `metric:0`, ..."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     columns: dict[str, NDArray[np.float64]] = {}
+    how = {score.name: how_measured(score.signature, report.items) for score in report.scores}
     for name, measured in report.measured.items():
-        columns[name] = measured.per_image
+        columns[f"{name}@{how[name]}"] = measured.per_image
         if measured.counts is not None:
             columns |= {f"{name}:{i}": column for i, column in enumerate(measured.counts.T)}
     writer.writerow(["ID", *columns])
     for i, image_id in enumerate(report.items.ids):
         writer.writerow([image_id, *(repr(float(column[i])) for column in columns.values())])
     return stream.getvalue()
+
+
+def how_measured(signature: str, items: Items) -> str:
+    """Return eight hexadecimal digits that differ where signature or references do: other numbers are not compared."""
+    digest = hashlib.sha256(signature.encode())
+    for name, references in sorted(zip(items.ids, items.references, strict=True)):
+        digest.update(json.dumps([name, references]).encode())
+    return digest.hexdigest()[:8]
+
+
+def _refuse_unused(setting: Setting, names: Sequence[str]) -> None:
+    """Raise UsageError for weights or a plug-in that no metric of this run takes: a typing mistake, most likely."""
+    taken = {*names, *(["clipscore"] if "refclipscore" in names else [])}
+    for option, given in (("--weights", setting.weights), ("--plugin", setting.plugins)):
+        unused = sorted(set(given) - taken)
+        if unused:
+            raise UsageError(f"{option} {unused[0]}=... is for no metric of this run: {', '.join(names)}")
 
 
 def _baseline(items: Items, names: Sequence[str]) -> dict[str, Any]:
@@ -238,6 +258,8 @@ def _groups(request: Request, references: Table, items: Items) -> dict[str, list
         where = request.labels or request.references
         raise UsageError(f"{where} has no column {request.group_by!r} but {', '.join(sorted(columns)) or 'none'}")
     labels = columns[request.group_by]
+    if not set(labels) & set(items.ids):
+        raise UsageError(f"{request.labels} labels none of the images of {request.run}: labels of another split?")
     groups: dict[str, list[int]] = {}
     for place, name in enumerate(items.ids):
         for value in labels.get(name, "").split(";"):
@@ -271,7 +293,8 @@ def _by_group(groups: Mapping[str, Sequence[int]], measured: Mapping[str, Measur
 
 def _notes(references: Table) -> list[str]:
     several = sum(len(captions) > 1 for captions in references.captions.values())
-    return [f"{several} images have several references: the best or the nearest of them counts"] if several else []
+    how = "the best of them counts, for BLEU the nearest in length, for CIDEr their mean"
+    return [f"{several} images have several references: {how}"] if several else []
 
 
 def _sha256(path: Path) -> str | None:
@@ -279,7 +302,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:
-    """Read what per_image_csv wrote: ids, and what was measured. Raises EngineError naming the line."""
+    """Read what per_image_csv wrote: ids, and what was measured, by `metric@how`. Raises EngineError."""
     from engine.scoring.overlap import COMBINE
 
     try:
@@ -291,16 +314,17 @@ def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:
     if header[:1] != ["ID"] or values.shape != (len(rows), len(header) - 1) or not len(rows):
         raise EngineError(f"{path} is no file of --per-image: write one with `engine score --per-image`")
     measured = {}
-    for i, name in enumerate(header[1:]):
-        if ":" in name:
+    for i, name_and_how in enumerate(header[1:]):
+        name, at, _ = name_and_how.partition("@")
+        if not at:
             continue
         counts = [j for j, other in enumerate(header[1:]) if other.startswith(name + ":")]
         combine = COMBINE.get(name)
         if counts and combine:
             value = combine(values[:, counts].sum(0))
-            measured[name] = Measured(values[:, i], value, counts=values[:, counts], combine=combine)
+            measured[name_and_how] = Measured(values[:, i], value, counts=values[:, counts], combine=combine)
         else:
-            measured[name] = Measured(values[:, i], float(values[:, i].mean()))
+            measured[name_and_how] = Measured(values[:, i], float(values[:, i].mean()))
     ids = [row[0] for row in rows]
     return ids, measured
 

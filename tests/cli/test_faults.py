@@ -30,13 +30,14 @@ def test_a_disturbed_run_is_the_undisturbed_one(pictures, tiny_bundle, tmp_path)
     result = run_disturbed(command, 75, tmp_path / "b.csv", unreadable, FAULTS)
     assert not result.problems
     assert [kind for _, kind, _ in result.faults] == FAULTS
+    assert result.skipped == 0
     assert compare_runs(tmp_path / "a.csv", tmp_path / "b.csv", unreadable) == []
 
 
 def test_a_lost_a_doubled_and_a_changed_caption_are_noticed(tmp_path):
     whole = 'ID,Caption\na,"x"\nb,"y"\n'
     (tmp_path / "whole.csv").write_text(whole)
-    for wrong in (whole[:-6], whole + 'b,"y"\n', whole.replace("y", "z")):
+    for wrong in (whole[:-6], whole + 'b,"y"\n', whole.replace("y", "z"), whole.replace("ID", "Id")):
         (tmp_path / "wrong.csv").write_text(wrong)
         assert compare_runs(tmp_path / "whole.csv", tmp_path / "wrong.csv", []) != []
     (tmp_path / "right.csv").write_text(whole + 'c,""\n')

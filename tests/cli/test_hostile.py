@@ -88,13 +88,41 @@ def test_what_is_odd_is_captioned(kind, run, image_dir, tmp_path):
     assert "x" in captions(tmp_path / "run.csv")
 
 
-def test_rotation_in_exif_is_ignored_and_an_animation_is_its_first_frame():
-    for kind in ("EXIF rotation", "animation"):
-        picture = Image.open(io.BytesIO(UNUSUAL[kind][1]))
-        np.testing.assert_array_equal(
-            read_image(picture, 20, 30, "bicubic"), read_image(picture.convert("RGB"), 20, 30, "bicubic")
-        )
-        assert picture.size == (48, 48)
+def test_rotation_in_exif_is_ignored_and_an_animation_is_its_first_frame(tmp_path):
+    corners = np.zeros((40, 80, 3), np.uint8)
+    corners[:20, :40] = 255  # the upper left is white; turned by 90 degrees it would be the upper right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(corners).save(tmp_path / "x.png", exif=exif)
+    pixels = read_image(tmp_path / "x.png", 10, 10, "nearest")
+    assert pixels[:5, :5].min() == 255
+    assert pixels[:, 5:].max() == 0
+    frames = [Image.fromarray(np.full((20, 20, 3), value, np.uint8)) for value in (200, 10)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "x.gif", 10, 10, "nearest").min() > 150
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("1 bit", "1"), ("CMYK", "CMYK"), ("grey with alpha", "LA")])
+def test_odd_modes_keep_their_picture(kind, expected, tmp_path):
+    extension, content = UNUSUAL[kind]
+    (tmp_path / f"x{extension}").write_bytes(content)
+    with Image.open(tmp_path / f"x{extension}") as picture:
+        assert picture.mode == expected
+        whole = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(read_image(tmp_path / f"x{extension}", 48, 48, "nearest"), whole)
+    assert whole.std() > 10
+
+
+def test_links_to_folders_and_to_names_too_long_are_named_and_leak_nothing(run, image_dir):
+    (image_dir / "folder.jpg").symlink_to(image_dir)
+    (image_dir / "long.jpg").symlink_to("y" * 300)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        result = run()
+        assert "folder.jpg: not a file but a folder" in result.stderr
+        assert "long.jpg: File name too long" in result.stderr
+        assert result.exit_code == 1
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 NAMES = ["a b", "a,b", 'a"b', "a\nb", "a\r\nb", "\udcff\udcfe", "ä é 漢", "'; drop", "=1+1", "-rf", "a.b.c", "<b>"]
@@ -212,7 +240,7 @@ def test_too_few_file_handles_stop_the_run_instead_of_blaming_the_images(run, mo
     monkeypatch.setattr("engine.images._open_file", none_left)
     result = run()
     assert result.exit_code == 1
-    assert "Too many open files: raise the limit (ulimit -n)" in result.stderr
+    assert "cannot be read: Too many open files: raise the limit (ulimit -n)" in result.stderr
     assert "unreadable" not in result.stderr
 
 

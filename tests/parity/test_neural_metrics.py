@@ -28,6 +28,15 @@ def small_bert() -> None:
     fetch_assets(MINILM, SMALL_BERT)
 
 
+def test_a_path_with_t5_in_it_is_not_taken_for_a_t5_model(tmp_path):
+    folder = tmp_path / "part5" / "bert"
+    folder.parent.mkdir()
+    folder.symlink_to(MINILM.absolute())
+    here = BertScore(Setting(weights={"bertscore": folder})).measure(ITEMS)
+    there = BertScore(Setting(weights={"bertscore": MINILM})).measure(ITEMS)
+    np.testing.assert_array_equal(here.per_image, there.per_image)
+
+
 @pytest.mark.parametrize("idf", [False, True])
 @pytest.mark.parametrize("layer", [None, 4])
 def test_bertscore_is_bert_scores_own(idf, layer):

@@ -46,6 +46,7 @@ def test_everything_wrong_is_listed_at_once(bundle_copy):
         ({"files": {"../evil": "0"}}, "not a plain file name"),
         ({"model": {}}, "ModelDims needs"),
         ({"generation": {"num_beams": 0}}, "num_beams must be"),
+        ({"generation": {"prompt": 5}}, "prompt must be a text"),
         ({"generation": {"beam_colour": 1}}, "unknown decoding options: beam_colour"),
         ({"tokens": {"bos": -1, "eos": 1, "pad": 0}}, "TokenIds.bos is -1"),
         ({"tokens": {"bos": 1, "eos": 9999, "pad": 0}}, "do not fit a vocabulary"),
@@ -61,7 +62,7 @@ def test_a_manifest_that_makes_no_sense_is_refused(changes, sentence, bundle_cop
         Bundle.load(bundle_copy)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "null"])
+@pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "null", "[" * 100_000])
 def test_a_manifest_that_is_not_one_is_refused(content, bundle_copy):
     (bundle_copy / "manifest.json").write_text(content)
     with pytest.raises(BundleError, match=r"manifest\.json"):
@@ -198,6 +199,7 @@ def test_graphs_that_are_not_the_manifests_are_refused_before_they_run(graph, ch
     "absurd",
     [
         {"num_layers": 9},
+        {"num_layers": 10**7},
         {"num_heads": 1000},
         {"head_width": 10**6},
         {"encoder_positions": 10**6},
@@ -208,6 +210,12 @@ def test_sizes_the_graphs_do_not_have_are_refused_before_memory_is_asked_for(abs
     edit_manifest(bundle_copy, model=manifest["model"] | absurd)
     with pytest.raises(BundleError, match="export it again"):
         open_backend(Bundle.load(bundle_copy), "cpu")
+
+
+def test_hidden_files_are_not_overlooked(bundle_copy):
+    (bundle_copy / ".weights").write_bytes(b"weights nobody vouches for")
+    with pytest.raises(BundleError, match=r"\.weights is not listed"):
+        Bundle.load(bundle_copy)
 
 
 def test_an_absurd_picture_size_is_refused(bundle_copy):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,12 @@ from engine.images import ImageFile, order_by_manifest, read_image
 from engine.output.journal import Journal
 from engine.output.record import RunRecord
 
-SEEDS = [_encoded(kind) for kind in ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")] + [c for _, c in UNUSUAL.values()]
+DICOM = [path.read_bytes() for path in sorted(Path(pydicom.__file__).parent.glob("data/test_files/MR_small*.dcm"))[:4]]
+SEEDS = (
+    [*DICOM]
+    + [_encoded(kind) for kind in ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")]
+    + [c for _, c in UNUSUAL.values()]
+)
 here = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 
 
@@ -36,9 +43,9 @@ def damaged(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 
 
 @here
-@given(content=damaged(SEEDS))
-def test_a_damaged_picture_is_pixels_or_one_reason(content, tmp_path):
-    path = tmp_path / "x.png"
+@given(content=damaged(SEEDS), extension=st.sampled_from([".png", ".jpg", ".webp", ".dcm"]))
+def test_a_damaged_picture_is_pixels_or_one_reason(content, extension, tmp_path):
+    path = tmp_path / f"x{extension}"
     path.write_bytes(content)
     try:
         pixels = read_image(path, 8, 8, "bicubic")

@@ -66,6 +66,20 @@ def test_any_bytes_can_be_opened_as_a_journal(tmp_path_factory, content):
     assert Journal(path, "key").records == [{"id": "a"}]
 
 
+def test_a_journal_that_cannot_be_read_is_kept_aside_and_not_cut(tmp_path):
+    path = tmp_path / "run.csv.journal"
+    journal = Journal(path, "key")
+    for i in range(3):
+        journal.append({"id": i})
+    journal.close()
+    converted = path.read_bytes().replace(b"\n", b"\r\n")
+    path.write_bytes(converted)
+    journal = Journal(path, "key")
+    journal.close()
+    assert journal.set_aside == tmp_path / "run.csv.journal.old"
+    assert journal.set_aside.read_bytes() == converted
+
+
 def test_cut_at_any_byte_every_whole_record_survives_and_no_other(tmp_path):
     path = tmp_path / "run.csv.journal"
     journal = Journal(path, "key")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -73,6 +74,8 @@ def test_cider_by_image():
 def test_meteor_by_image_without_a_java_of_the_system(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda _: None)
     measured = Meteor().measure(WORKED)
+    low, high = bootstrap.interval(measured)
+    assert low <= measured.value <= high
     np.testing.assert_allclose(measured.per_image, [0.235886, 0.365898, 1.0], atol=1e-6)
 
 
@@ -279,12 +282,21 @@ def test_a_plugin_runs_in_its_own_interpreter(tmp_path):
         ("print('hello')", "line 1 of its answer is not of the contract"),
         ('print(\'{"id": "0", "score": NaN}\')', "has no finite score"),
         ("raise SystemExit(3)", "ended with exit code 3"),
+        ('print(\'{"id": 0, "score": 1}\')', "is no text"),
     ],
 )
 def test_a_plugin_that_breaks_the_contract_is_an_error(code, sentence, tmp_path):
     (tmp_path / "x.py").write_text("import sys; sys.stdin.read()\n" + code)
     with pytest.raises(EngineError, match=sentence):
         Plugin("umls_f1", plugin(f"{sys.executable} {tmp_path / 'x.py'}")).measure(WORKED)
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"), [("python 'a", "a command that is not one"), (" ", "an empty command")]
+)
+def test_a_plugin_command_that_is_none(command, sentence):
+    with pytest.raises(EngineError, match=sentence):
+        Plugin("umls_f1", plugin(command)).measure(WORKED)
 
 
 def test_a_plugin_that_is_not_there_is_named():
@@ -337,8 +349,20 @@ def test_score_writes_numbers_with_signatures(files):
     assert details["description"]["unique_ratio"] == 1.0
     assert set(details["constant_caption_baseline"]) == {"caption", "rouge1", "bleu1", "cider"}
     header, *rows = (files / "per_image.csv").read_text().splitlines()
-    assert header == "ID,rouge1,bleu1,bleu1:0,bleu1:1,bleu1:2,bleu1:3,cider"
+    assert re.sub("@[0-9a-f]{8}", "@", header) == "ID,rouge1@,bleu1@,bleu1:0,bleu1:1,bleu1:2,bleu1:3,cider@"
     assert len(rows) == 3
+
+
+def test_coco_results_meet_coco_annotations(files):
+    annotations = [{"image_id": 10 + i, "caption": c} for i, c in enumerate(REFERENCES)]
+    images = [{"id": 10 + i, "file_name": f"COCO_{i}.jpg"} for i in range(3)]
+    (files / "references.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    results = [{"image_id": 10 + i, "caption": c} for i, c in enumerate(CANDIDATES)]
+    (files / "run.json").write_text(json.dumps(results))
+    given = ("--run", files / "run.json", "--references", files / "references.json", "--out", files / "scores.json")
+    result = run("score", *given)
+    assert result.exit_code == 0, result.output
+    assert json.loads((files / "scores.json").read_text())["bleu1"] == pytest.approx(11 / 21, abs=1e-6)
 
 
 def test_a_profile_reports_what_it_cannot_measure(files):
@@ -397,6 +421,8 @@ def test_unknown_metrics_and_wrong_pairs_are_refused(files):
     assert "unknown metric 'rogue'" in score(files, "--metrics", "rogue").stderr
     assert "--weights takes NAME=..." in score(files, "--weights", "bertscore").stderr
     assert "score needs --run" in run("score").stderr
+    assert "--weights bert=... is for no metric of this run" in score(files, "--weights", "bert=/").stderr
+    assert "--labels needs --by" in score(files, "--labels", files / "references.csv").stderr
     assert "no folder with config.json" in score(files, "--metrics", "bertscore", "--weights", "bertscore=/").stderr
 
 
@@ -415,8 +441,10 @@ def test_two_runs_are_compared_by_file_or_by_what_was_kept_of_them(files):
         assert values == pytest.approx(again[name], abs=1e-9)
     assert found["rouge1"]["wins"] == 2
     assert found["bleu1"]["difference"] == pytest.approx(1 - 11 / 21, abs=1e-6)
-    (files / "better.pi").write_text("ID,rouge1\n0,1.0\n")
+    (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n")
     assert "not of the same images" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+    (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n1,1.0\n2,1.0\n")
+    assert "no metric measured in one way" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
     assert "is no file of --per-image" in run("score", "compare", files / "run.csv", files / "better.csv").stderr
 
 
@@ -426,9 +454,10 @@ def test_measured_values_that_are_kept_are_read_back_exactly(files):
     score(files, "--per-image", files / "per_image.csv")
     ids, measured = read_per_image(files / "per_image.csv")
     assert ids == ["0", "1", "2"]
-    np.testing.assert_array_equal(measured["rouge1"].per_image, Rouge1().measure(WORKED).per_image)
-    assert isinstance(measured["bleu1"], Measured)
-    assert measured["bleu1"].value == Bleu1().measure(WORKED).value or measured["bleu1"].value == pytest.approx(11 / 21)
+    rouge, bleu, _ = measured.values()
+    np.testing.assert_array_equal(rouge.per_image, Rouge1().measure(WORKED).per_image)
+    assert isinstance(bleu, Measured)
+    assert bleu.value == pytest.approx(11 / 21, abs=1e-9)
 
 
 # Consensus
@@ -461,6 +490,14 @@ def test_candidates_count_by_their_probability_and_equal_ones_together(tmp_path)
     assert sum(one.share for one in candidates["a"]) == pytest.approx(1.0)
     assert rerank_candidates(candidates, "rouge1", Setting()) == {"a": "x"}
     assert rerank_candidates(candidates, "rouge1", Setting(), uniform=True) == {"a": "y z"}
+    hypotheses = [{"text": "x", "sum_log_prob": -1}] * 3 + [{"text": "y", "sum_log_prob": -2}]
+    (tmp_path / "drawn.jsonl").write_text(json.dumps({"id": "a", "drawn": True, "hypotheses": hypotheses}) + "\n")
+    drawn = {one.text: one.share for one in read_n_best([tmp_path / "drawn.jsonl"])["a"]}
+    assert drawn == {"x": 0.75, "y": 0.25}, "a drawn caption counts as often as it was drawn"
+    (tmp_path / "more.jsonl").write_text((tmp_path / "n.jsonl").read_text().replace('"a"', '"b"'))
+    for files in (("n", "more"), ("more", "n")):
+        with pytest.raises(UsageError, match="differ in 2 ids: a, b"):
+            read_n_best([tmp_path / f"{name}.jsonl" for name in files])
     two = read_n_best([tmp_path / "n.jsonl", tmp_path / "n.jsonl"])
     assert [one.share for one in two["a"]] == pytest.approx([one.share for one in candidates["a"]])
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from engine.cli import main
 from engine.errors import UsageError
-from engine.output.submission import FORMATS, MEMBER, check_submission, write_submission
+from engine.output.submission import FORMATS, MEMBER, Verdict, check_submission, write_submission
 
 IDS = ["ID2", "ID1", "ID03"]
 GOOD = "ID,Caption\nID2,a\nID1,b\nID03,c\n"
@@ -39,7 +39,12 @@ ACCEPTED = {
     "empty quoted caption": GOOD.replace("b", '""'),
     "long caption": GOOD.replace("b", "word " * 500 + "end"),
     "no-break space inside, accents": GOOD.replace("b", "é\u00a0ü"),
+    "TAB in a caption": GOOD.replace("b", '"b\td"'),
+    "line break in a caption without a comma": GOOD.replace("b", '"b\nd"'),
+    "space at the end": GOOD.replace("b", "b "),
+    "space before the closing quote": GOOD.replace("b", '"b "'),
 }
+UNWISE = ("TAB in a caption", "line break in a caption without a comma", "space at the end")
 REFUSED = {
     "byte order mark": ("\ufeff" + GOOD, "byte order mark"),
     "other header": (GOOD.replace("Caption", "caption"), "the header is"),
@@ -55,14 +60,13 @@ REFUSED = {
     "third column": (GOOD.replace("ID1,b", "ID1,b,c"), "line 3: 3 columns"),
     "comma without quotes": (GOOD.replace("b", "b, d"), "line 3: 3 columns"),
     "one column": (GOOD.replace("ID1,b", "ID1"), "line 3: 1 columns"),
-    "file names": (GOOD.replace("ID1,", "ID1.jpg,"), "ends like a file name"),
+    "file names": (GOOD.replace("ID1,", "ID1.jpg,"), "1 ids are not in the manifest: ID1.jpg"),
     "not UTF-8": (GOOD.encode().replace(b"b", b"\xe9"), "byte 21 is not UTF-8"),
-    "newline in a caption": (GOOD.replace("b", '"b,\nd"'), "line 3: quotation marks"),
-    "space behind the closing quote": (GOOD.replace("b", '"b, d" '), "line 3: quotation marks"),
-    "space at the end": (GOOD.replace("b", "b "), "line 3: white space"),
+    "newline and comma in a caption": (GOOD.replace("b", '"b,\nd"'), "line 3: a caption with a comma must be quoted"),
+    "space behind the closing quote": (GOOD.replace("b", '"b, d" '), "line 3: a caption with a comma must be quoted"),
+    "quote that never closes": (GOOD.replace("b", '"b'), "ids are missing"),
     "space in the id": (GOOD.replace("ID1", " ID1"), "line 3: white space"),
     "TABs": (GOOD.replace(",", "\t"), "the header is"),
-    "line separator": (GOOD.replace("b", "b\u2028d"), "line 3: a control character"),
     "nothing": ("", "it is empty"),
 }
 
@@ -70,15 +74,22 @@ REFUSED = {
 @pytest.mark.parametrize("form", ["imageclef2023", "imageclef2024", "imageclef2025", "imageclef2026"])
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_accepted(case, form, tmp_path):
-    assert check_submission(put(tmp_path / "x", ACCEPTED[case], form), IDS, form) == []
+    assert check_submission(put(tmp_path / "x", ACCEPTED[case], form), IDS, form).errors == []
 
 
 @pytest.mark.parametrize("form", ["imageclef2024", "imageclef2026"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case, form, tmp_path):
     text, sentence = REFUSED[case]
-    problems = check_submission(put(tmp_path / "x", text, form), IDS, form)
+    problems = check_submission(put(tmp_path / "x", text, form), IDS, form).errors
     assert any(sentence in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("case", UNWISE)
+def test_what_is_allowed_and_unwise_is_said(case, tmp_path):
+    verdict = check_submission(put(tmp_path / "x", ACCEPTED[case], "imageclef2026"), IDS, "imageclef2026")
+    assert len(verdict.warnings) == 1
+    assert verdict.warnings[0].startswith("line 3: ")
 
 
 CAPTIONS = {
@@ -92,7 +103,7 @@ CAPTIONS = {
 def test_what_is_written_is_right_in_manifest_order(form, tmp_path):
     out = tmp_path / ("x.zip" if FORMATS[form].is_zip else "x.csv")
     assert write_submission(CAPTIONS, IDS, form, out) == ["1 captions are empty"]
-    assert check_submission(out, IDS, form) == []
+    assert check_submission(out, IDS, form) == Verdict([], [])
     if FORMATS[form].is_zip:
         with zipfile.ZipFile(out) as archive:
             assert archive.namelist() == ["submission.csv"]
@@ -113,13 +124,19 @@ def test_a_bar_in_a_caption_of_2022_becomes_a_space(tmp_path):
 def test_archives_that_are_not_right(tmp_path):
     path = tmp_path / "x.zip"
     path.write_bytes(b"no zip")
-    assert "not a zip file" in check_submission(path, IDS, "imageclef2026")[0]
+    assert "not a zip file" in check_submission(path, IDS, "imageclef2026").errors[0]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(MEMBER, GOOD * 50)
+    whole = bytearray(path.read_bytes())
+    whole[60:70] = bytes(10)
+    path.write_bytes(bytes(whole))
+    assert "cannot be read" in check_submission(path, IDS, "imageclef2026").errors[0]
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("run.csv", GOOD)
-    assert "holds run.csv instead of submission.csv alone" in check_submission(path, IDS, "imageclef2026")[0]
+    assert "holds run.csv instead of submission.csv alone" in check_submission(path, IDS, "imageclef2026").errors[0]
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("submission.csv", GOOD)
-    assert "instead of submission.csv alone" in check_submission(path, IDS, "imageclef2026")[0]
+    assert "instead of submission.csv alone" in check_submission(path, IDS, "imageclef2026").errors[0]
 
 
 @pytest.mark.parametrize(

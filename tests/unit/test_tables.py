@@ -60,6 +60,45 @@ def test_parquet(tmp_path):
     assert table.columns["cui"]["a1"] == "C1"
 
 
+def test_parquet_of_pictures_names_them_by_file(tmp_path):
+    rows = {
+        "image": [{"bytes": b"x", "path": f"train/{name}.jpg"} for name in EXPECTED],
+        "caption": [v for (v,) in EXPECTED.values()],
+        "cui": [["C1", "C2"], [], ["C3"]],
+    }
+    parquet.write_table(pa.table(rows), tmp_path / "x.parquet")
+    table = read_table(tmp_path / "x.parquet")
+    assert table.captions == EXPECTED
+    assert table.columns["cui"]["a1"] == "C1;C2"
+    parquet.write_table(pa.table({"image": ["a1.jpg"], "caption": ["x"], "n": [1]}), tmp_path / "y.parquet")
+    assert read_table(tmp_path / "y.parquet").captions == {"a1": ("x",)}
+
+
+def test_coco_pictures_have_a_number_beside_their_file(tmp_path):
+    (tmp_path / "coco.json").write_text(LAYOUTS["coco.json"])
+    assert read_table(tmp_path / "coco.json").aliases == {"0": "a1", "1": "b 2", "2": "003"}
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        ("image_id,caption\n007,x\n", ["007"]),
+        ("file_name,caption\na/007.jpg,x\n", ["007"]),
+        ('"ID"\n"007"\n', ["007"]),
+        ('ID\tCaption\n007\t"CT" of chest\n', ["007"]),
+    ],
+)
+def test_manifests_with_other_headers(content, ids, tmp_path):
+    (tmp_path / "ids").write_text(content)
+    assert read_ids(tmp_path / "ids") == ids
+
+
+def test_a_caption_with_one_more_tab_is_named(tmp_path):
+    (tmp_path / "captions.txt").write_text("a\t one, two\nb\t three\t, four\n")
+    with pytest.raises(UsageError, match="line 2: 3 columns"):
+        read_table(tmp_path / "captions.txt")
+
+
 def test_folders(tmp_path):
     for name, (caption,) in EXPECTED.items():
         (tmp_path / f"{name}.txt").write_text(caption + "\n")
@@ -91,12 +130,18 @@ def test_several_references_and_further_columns(tmp_path):
         ("x.csv", b"ID,Caption\n,b\n", "line 2: an empty id"),
         ("x.csv", b"ID,Caption\na,\xff\n", "byte 13 is not UTF-8"),
         ("x.csv", b"a;b\nc;d\n", "is no table of captions"),
-        ("x.csv", b"a|b|c\nd|e|f\n", "is no table of captions"),
+        ("x.csv", b"a|b|c\nd|e|f\n", "line 1: 3 columns instead of an id and a caption"),
         ("x.json", b"{", "not valid JSON"),
         ("x.json", b"3", "neither COCO captions"),
         ("x.jsonl", b'{"id": "a"}', "line 1: no caption for a"),
         ("x.jsonl", b'{"caption": "a"}', "line 1: no id"),
         ("x.jsonl", b"[1]", "line 1: not an object"),
+        ("x.json", b"[" * 200_000, "not valid JSON"),
+        ("x.json", b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a"}]}', "no known layout"),
+        ("x.json", b'{"annotations": [3]}', "no known layout"),
+        ("x.jsonl", b'{"id": "a", "hypotheses": ["x"]}', "no known layout"),
+        ("x.jsonl", b'{"id": "a", "caption": "x\\ud800"}', "half a character"),
+        ("x.csv", b"file_name,caption\na/1.jpg,x\nb/1.jpg,y\n", "line 3: two files with the id 1"),
         ("x.parquet", b"PAR1", "cannot be read as parquet"),
     ],
 )
