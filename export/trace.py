@@ -22,7 +22,9 @@ from engine.options import DecodeOptions
 
 TIE_ABSOLUTE, TIE_RELATIVE = 1e-5, 2e-6
 """Gap below which two candidates tie: float32 keeps 24 bits (6e-8 relative), and a caption's sum adds some 30 terms
-whose rounding differs between programs; 1e-5 is also the largest score difference seen between correct ones."""
+whose rounding differs between programs; 1e-5 is also the largest score difference seen between correct ones. The
+relative part is of the sum or of the spread of the log-probabilities over the vocabulary, whichever is larger: logits
+that are far apart are rounded in larger steps."""
 
 Ids = tuple[int, ...]
 
@@ -109,7 +111,8 @@ def trace_both(
         return summed_log_prob(reference, pixels, ids, len(search.prompt))
 
     mine, theirs = Trace(captioner.backend, search, pixels), Trace(reference, search, pixels)
-    return find_divergence(mine, theirs, score), mine, theirs
+    spread = float(np.ptp(reference.log_probs(pixels, [search.prompt])[0]))
+    return find_divergence(mine, theirs, score, spread), mine, theirs
 
 
 def summed_log_prob(reference: PrefixBackend, pixels: NDArray[np.uint8], ids: Ids, prompt_length: int) -> float:
@@ -140,7 +143,7 @@ def closest_candidates(trace: Trace) -> tuple[int, float]:
     return min(gaps, key=lambda found: found[1], default=(0, float("inf")))
 
 
-def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float]) -> Divergence:
+def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float], spread: float = 0.0) -> Divergence:
     """Compare two traces step by step; `score` gives the reference's summed log-probability of any ids.
 
     As long as both feed the same beams, every candidate must score the same on both sides and the ranked scores must
@@ -153,7 +156,7 @@ def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float]) -
             previous = number - 1
             return swapped or Divergence(previous, _choice_gap(ours.steps[number], theirs.steps[number], score), True)
         gap, scale = _largest_disagreement(mine, reference, score)
-        if gap > TIE_ABSOLUTE + TIE_RELATIVE * scale:
+        if gap > TIE_ABSOLUTE + TIE_RELATIVE * max(scale, spread):
             return Divergence(number, gap, False)
         order = [ids for ids, _ in mine.candidates], [ids for ids, _ in reference.candidates]
         if swapped is None and order[0] != order[1]:

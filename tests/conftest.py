@@ -12,7 +12,7 @@ from engine.backends import open_backend
 from engine.bundle import Bundle
 from engine.captioner import Captioner
 
-hypothesis.settings.register_profile("long", max_examples=20_000)
+hypothesis.settings.register_profile("long", max_examples=5_000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

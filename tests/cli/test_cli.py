@@ -174,6 +174,13 @@ def test_info_says_what_is_missing_and_why():
     assert facts["backends"]["cpu"] == "ready"
     assert facts["backends"]["cuda"] != "ready"
     assert facts["packages"]["numpy"]
+    assert facts["extras"] == dict.fromkeys(("dicom", "parquet", "score", "score-neural"), "ready")
+
+
+def test_info_names_the_extra_of_what_is_missing(monkeypatch):
+    monkeypatch.setattr("engine.info.EXTRAS", {"dicom": ("a-package-nobody-has",)})
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["extras"] == {"dicom": "missing: a-package-nobody-has, install the extra [dicom]"}
 
 
 def test_a_missing_onnxruntime_is_one_sentence_naming_the_extra(image_dir, tiny_bundle, tmp_path):
