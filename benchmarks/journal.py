@@ -6,7 +6,6 @@ python -m benchmarks.journal
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -35,7 +34,7 @@ def main(images: int, beams: int) -> None:
         folder, out = Path(work, "images"), Path(work, "run.csv")
         folder.mkdir()
         for number in range(images):
-            os.link(example.path, folder / f"{number:06d}.png")
+            (folder / f"{number:06d}.png").symlink_to(example.path.resolve())
         found = find_images(folder).images
         start = time.perf_counter()
         with RunRecord(found, out, "benchmark") as record:

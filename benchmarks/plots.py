@@ -22,6 +22,7 @@ NAMES = {
     "conventional": "usual ONNX loop",
     "generate": "Hugging Face generate",
 }
+FAULTS = {"kill": "#b3261e", "term": "#c98b2b", "full disk": "#3b5b92"}
 COLOURS = {"engine": "#0b6e4f", "openvino": "#7fb69e", "conventional": "#c98b2b", "generate": "#8a8f98"}
 
 
@@ -104,6 +105,38 @@ def plot_rows(records: list[dict[str, Any]], out: Path) -> None:
     _finish(figure, axes, out)
 
 
+def plot_soak(records: list[dict[str, Any]], out: Path) -> None:
+    """Two rows: images/s and memory over time of the largest soak, undisturbed on the left and disturbed on the
+    right.
+    """
+    record = max((r for r in records if r["benchmark"] == "soak"), key=lambda r: r["setting"]["images"])
+    figure, grid = plt.subplots(2, 2, figsize=(9, 3.8), sharex="col", sharey="row", layout="constrained")
+    for column, part in enumerate(("undisturbed", "disturbed")):
+        samples = [sample for sample in record[part]["samples"] if sample[1] > 0]
+        minutes = [at / 60 for at, _, _ in samples]
+        window = max(1, len(samples) // 40)
+        speeds = [
+            max(0.0, (after[1] - before[1]) / (after[0] - before[0]))
+            for before, after in zip(samples, samples[window:], strict=False)
+        ]
+        grid[0, column].plot(minutes[window:], speeds, color=COLOURS["engine"], linewidth=1)
+        grid[1, column].plot(minutes, [size for _, _, size in samples], color=COLOURS["generate"], linewidth=1)
+        for at, kind, _ in record[part].get("faults", ()):
+            grid[0, column].axvline(at / 60, color=FAULTS[kind], linewidth=0.7, linestyle=":")
+        grid[0, column].set_title(f"{part}, {record['setting']['images']:,} images", fontsize=9)
+        grid[1, column].set_xlabel("minutes")
+        for axes in grid[:, column]:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_ylim(bottom=0)
+            axes.tick_params(labelsize=7)
+    grid[0, 0].set_ylabel("images/s", fontsize=8)
+    grid[1, 0].set_ylabel("memory, GiB", fontsize=8)
+    marks = [plt.Line2D([], [], color=colour, linestyle=":", label=kind) for kind, colour in FAULTS.items()]
+    grid[0, 1].legend(handles=marks, fontsize=6, frameon=False, loc="lower right", ncols=3)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
 def _finish(figure: Any, axes: Any, out: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -114,9 +147,17 @@ def _finish(figure: Any, axes: Any, out: Path) -> None:
 @click.command()
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def main(results: Path) -> None:
-    """Write beams.png, lengths.png and rows.png beside the records."""
+    """Write beams.png, lengths.png, rows.png and soak.png beside the records, those whose records are there."""
     records = read_records(results)
-    for name, plot in (("beams", plot_beams), ("lengths", plot_lengths), ("rows", plot_rows)):
+    for name, plot, needed in (
+        ("beams", plot_beams, lambda r: r["benchmark"] == "throughput" and not r["setting"]["forced_tokens"]),
+        ("lengths", plot_lengths, lambda r: r["benchmark"] == "throughput" and r["setting"]["forced_tokens"]),
+        ("rows", plot_rows, lambda r: r["benchmark"] == "rows"),
+        ("soak", plot_soak, lambda r: r["benchmark"] == "soak"),
+    ):
+        if not any(map(needed, records)):
+            click.echo(f"no record for {name}.png", err=True)
+            continue
         plot(records, results / f"{name}.png")
         click.echo(results / f"{name}.png")
 

@@ -17,7 +17,8 @@ import click
 from benchmarks.corpus import CHALLENGE_SIZE
 from benchmarks.detokenise import make_caption
 from engine.output.run import write_run
-from engine.scoring.report import Request, score_run, write_report
+from engine.scoring.files import write_report
+from engine.scoring.report import Request, score_run
 
 
 @click.command()

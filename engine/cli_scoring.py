@@ -98,7 +98,8 @@ def score(
     if run is None or references is None or out is None:
         raise UsageError("score needs --run, --references and --out")
     from engine.output.run import check_outputs
-    from engine.scoring.report import Request, score_run, write_report
+    from engine.scoring.files import write_report
+    from engine.scoring.report import Request, score_run
 
     outputs = {"--out": out} | ({"--per-image": per_image} if per_image else {})
     check_outputs(outputs, [run, references, *([given["labels"]] if given["labels"] else [])])
@@ -182,7 +183,8 @@ def _measured(
     bertscore_layer: int | None,
 ) -> tuple[list[str], dict[str, Any]]:
     """Return sorted ids and what was measured: of a file of --per-image, or of a run that is scored now."""
-    from engine.scoring.report import Request, how_measured, in_order_of_ids, read_per_image, score_run
+    from engine.scoring.files import how_measured, in_order_of_ids, read_per_image
+    from engine.scoring.report import Request, score_run
 
     if references is None:
         return in_order_of_ids(*read_per_image(path))

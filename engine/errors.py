@@ -15,6 +15,10 @@ class UsageError(EngineError):
     exit_code = 2
 
 
+class DataError(EngineError):
+    """A table of ids or captions does not hold what it should; the message names the line or the ids."""
+
+
 class BundleError(EngineError):
     """A bundle is incomplete, damaged or of another format."""
 

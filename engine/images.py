@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine import dicom
-from engine.errors import EngineError, ImageError, UsageError
+from engine.errors import DataError, EngineError, ImageError, UsageError
 from engine.tables import read_ids, shorten
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}) | dicom.EXTENSIONS
@@ -102,7 +102,7 @@ def _is_dicom(path: Path) -> bool:
 
 
 def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[ImageFile]:
-    """Return the images named in a manifest, in its order; raise UsageError listing the ids without an image.
+    """Return the images named in a manifest, in its order; raise DataError listing the ids without an image.
 
     A manifest is a text file with one id a line, or a table headed ID, ... and separated by commas, TABs or `|`.
     """
@@ -110,7 +110,7 @@ def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[Image
     by_id = {image.id: image for image in images}
     missing = [i for i in ids if i not in by_id]
     if missing:
-        raise UsageError(f"{manifest} lists {len(missing)} ids without an image: {shorten(missing)}")
+        raise DataError(f"{manifest} lists {len(missing)} ids without an image: {shorten(missing)}")
     return [by_id[i] for i in ids]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UsageError
+from engine.errors import DataError, UsageError
 from engine.scoring.base import Items, Setting, UnavailableError
 from engine.scoring.profiles import make_metric
 from engine.tables import read_text, shorten
@@ -31,7 +31,7 @@ def read_n_best(files: Sequence[Path]) -> dict[str, list[Candidate]]:
     """Read n-best files; each file's candidates of an image share 1 / number of files between them.
 
     Found ones share by their probability; drawn ones, which come as often as they are probable, each alike. Equal texts
-    become one candidate. Raises UsageError naming file and line, or ids that are not in every file.
+    become one candidate. Raises DataError naming file and line, or ids that are not in every file.
     """
     shares: dict[str, dict[str, float]] = {}
     first: set[str] = set()
@@ -42,7 +42,7 @@ def read_n_best(files: Sequence[Path]) -> dict[str, list[Candidate]]:
                 continue
             name, hypotheses, is_drawn = _parse(file, number, line)
             if name in seen:
-                raise UsageError(f"{file}, line {number}: {name} is there twice")
+                raise DataError(f"{file}, line {number}: {name} is there twice")
             seen.add(name)
             best = max(log_prob for _, log_prob in hypotheses)
             weights = [1.0 if is_drawn else math.exp(log_prob - best) for _, log_prob in hypotheses]
@@ -52,9 +52,9 @@ def read_n_best(files: Sequence[Path]) -> dict[str, list[Candidate]]:
         first = first or seen
         if first != seen:
             others = sorted(first ^ seen)
-            raise UsageError(f"{file} and {files[0]} differ in {len(others)} ids: {shorten(others)}")
+            raise DataError(f"{file} and {files[0]} differ in {len(others)} ids: {shorten(others)}")
     if not shares:
-        raise UsageError(f"{files[0]} holds no candidates")
+        raise DataError(f"{files[0]} holds no candidates")
     return {name: [Candidate(text, share) for text, share in mine.items()] for name, mine in shares.items()}
 
 
@@ -98,7 +98,7 @@ def _parse(file: Path, number: int, line: str) -> tuple[str, list[tuple[str, flo
         found = [(str(one["text"]), float(one["sum_log_prob"])) for one in entry["hypotheses"]]
         name, is_drawn = str(entry["id"]), bool(entry.get("drawn"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{file}, line {number}: not a line of --n-best-out ({error!r})") from error
+        raise DataError(f"{file}, line {number}: not a line of --n-best-out ({error!r})") from error
     if not found or not all(math.isfinite(log_prob) for _, log_prob in found):
-        raise UsageError(f"{file}, line {number}: no candidates, or one without a finite sum_log_prob")
+        raise DataError(f"{file}, line {number}: no candidates, or one without a finite sum_log_prob")
     return name, found, is_drawn

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.errors import UsageError
+from engine.errors import DataError, UsageError
 
 DELIMITERS = ",\t|"
 FILE_COLUMNS = ("file_name", "filename", "image")
@@ -38,10 +38,10 @@ class Table:
     aliases: dict[str, str] = field(default_factory=dict)
 
     def single(self) -> dict[str, str]:
-        """Return the captions of a run, one an id; raise UsageError naming an id that has several."""
+        """Return the captions of a run, one an id; raise DataError naming an id that has several."""
         several = [name for name, captions in self.captions.items() if len(captions) != 1]
         if several:
-            raise UsageError(f"{self.path} has more than one caption for {shorten(several)}: a run has one an image")
+            raise DataError(f"{self.path} has more than one caption for {shorten(several)}: a run has one an image")
         return {name: captions[0] for name, captions in self.captions.items()}
 
 
@@ -50,7 +50,7 @@ def read_table(path: Path) -> Table:
 
     A folder is a Hugging Face imagefolder (metadata.csv or metadata.jsonl) or pictures with a text file of the same
     name beside each. A file is told by its extension: .json (COCO captions, or {id: caption}), .jsonl, .parquet,
-    anything else is a table with commas, TABs or bars. Raises UsageError naming the file and the line.
+    anything else is a table with commas, TABs or bars. Raises DataError naming the file and the line.
     """
     if path.is_dir():
         return _read_folder(path)
@@ -64,34 +64,34 @@ def read_table(path: Path) -> Table:
         if suffix == ".jsonl":
             return _collect(path, _jsonl_rows(path, text))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON: {str(error)[:200]}") from error
+        raise DataError(f"{path} is not valid JSON: {str(error)[:200]}") from error
     except (TypeError, KeyError, AttributeError, IndexError) as error:
-        raise UsageError(f"{path} is JSON of no known layout of captions ({error!r})") from error
+        raise DataError(f"{path} is JSON of no known layout of captions ({error!r})") from error
     return _collect(path, _delimited_rows(path, text))
 
 
 def read_ids(path: Path) -> list[str]:
-    """Read a list of ids: one a line, or the first column of a table headed ID; raise UsageError naming the file."""
+    """Read a list of ids: one a line, or the first column of a table headed ID; raise DataError naming the file."""
     try:
         ids = _ids(read_text(path))
     except csv.Error as error:
-        raise UsageError(f"{path} cannot be read as a list of ids: {error}") from error
+        raise DataError(f"{path} cannot be read as a list of ids: {error}") from error
     if not ids:
-        raise UsageError(f"{path} lists no ids")
+        raise DataError(f"{path} lists no ids")
     repeated = sorted(name for name, count in Counter(ids).items() if count > 1)
     if repeated:
-        raise UsageError(f"{path} lists ids more than once: {shorten(repeated)}")
+        raise DataError(f"{path} lists ids more than once: {shorten(repeated)}")
     return ids
 
 
 def read_text(path: Path) -> str:
-    """Return a UTF-8 file, with or without byte order mark, line ends as they are; raise UsageError naming it."""
+    """Return a UTF-8 file, with or without byte order mark, line ends as they are; raise DataError naming it."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} cannot be read: byte {error.start} is not UTF-8") from error
+        raise DataError(f"{path} cannot be read: byte {error.start} is not UTF-8") from error
 
 
 def shorten(names: list[str], most: int = 10) -> str:
@@ -135,16 +135,16 @@ def _collect(path: Path, rows: Iterable[Row]) -> Table:
         if name.startswith(FILE):
             file, name = name, Path(name.removeprefix(FILE)).stem
             if files.setdefault(name, file) != file:
-                raise UsageError(f"{path}, line {number}: two files with the id {name}")
+                raise DataError(f"{path}, line {number}: two files with the id {name}")
         if not name:
-            raise UsageError(f"{path}, line {number}: an empty id")
+            raise DataError(f"{path}, line {number}: an empty id")
         if any("\ud800" <= character <= "\udfff" for character in caption):
-            raise UsageError(f"{path}, line {number}: a caption with half a character (a lone surrogate)")
+            raise DataError(f"{path}, line {number}: a caption with half a character (a lone surrogate)")
         captions.setdefault(name, []).append(caption)
         for column, value in columns.items():
             table.columns.setdefault(column, {})[name] = value
     if not captions:
-        raise UsageError(f"{path} holds no captions")
+        raise DataError(f"{path} holds no captions")
     table.captions = {name: tuple(several) for name, several in captions.items()}
     return table
 
@@ -167,18 +167,18 @@ def _delimited_rows(path: Path, text: str) -> Iterator[Row]:
                 continue
             if not is_headed:
                 if len(row) != 2:
-                    raise UsageError(f"{path}, line {number}: {len(row)} columns instead of an id and a caption")
+                    raise DataError(f"{path}, line {number}: {len(row)} columns instead of an id and a caption")
                 yield number, row[0], row[1].removeprefix(" "), {}
                 continue
             if len(row) != len(names):
-                raise UsageError(
+                raise DataError(
                     f"{path}, line {number}: {len(row)} columns where the header has {len(names)}; "
                     "a caption that holds the delimiter must be quoted"
                 )
             further = {names[i]: value for i, value in enumerate(row) if i not in (place_of_id, place_of_caption)}
             yield number, _named(names[place_of_id], row[place_of_id]), row[place_of_caption], further
     except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
 
 
 def _layout(path: Path, lines: list[str]) -> tuple[str, bool]:
@@ -194,7 +194,7 @@ def _layout(path: Path, lines: list[str]) -> tuple[str, bool]:
             return delimiter, False
     if filled and all("," in line for line in filled):
         return ",", False
-    raise UsageError(
+    raise DataError(
         f"{path} is no table of captions: it has neither a header with ID and Caption nor one TAB, bar or comma a line"
     )
 
@@ -230,7 +230,7 @@ def _read_json(path: Path, content: Any) -> Table:
     if isinstance(content, dict):
         content = [{"id": name, "caption": caption} for name, caption in content.items()]
     if not isinstance(content, list):
-        raise UsageError(f"{path} is neither COCO captions nor a list or an object of captions")
+        raise DataError(f"{path} is neither COCO captions nor a list or an object of captions")
     return _collect(path, (row for i, entry in enumerate(content, 1) for row in _object_rows(path, i, entry)))
 
 
@@ -243,18 +243,18 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
 def _object_rows(path: Path, number: int, entry: Any) -> Iterator[Row]:
     """Yield the captions of one JSON object: an id, and a caption, several, or the best of our own n-best lists."""
     if not isinstance(entry, dict):
-        raise UsageError(f"{path}, line {number}: not an object with an id and a caption")
+        raise DataError(f"{path}, line {number}: not an object with an id and a caption")
     lowered = {str(key).lower(): key for key in entry}
     key = next((lowered[name] for name in ("image_id", *ID_COLUMNS) if name in lowered), None)
     if key is None:
-        raise UsageError(f"{path}, line {number}: no id")
+        raise DataError(f"{path}, line {number}: no id")
     name = _named(str(key), str(entry[key]))
     hypotheses = entry.get("hypotheses")
     found = next((lowered[column] for column in CAPTION_COLUMNS if column in lowered), None)
     value: Any = [hypotheses[0]["text"]] if hypotheses else entry[found] if found is not None else None
     captions: list[Any] = value if isinstance(value, list) else [value]
     if not captions or not all(isinstance(caption, str) for caption in captions):
-        raise UsageError(f"{path}, line {number}: no caption for {name}")
+        raise DataError(f"{path}, line {number}: no caption for {name}")
     further = {
         str(k): ";".join(map(str, v)) if isinstance(v, list) else str(v)
         for k, v in entry.items()
@@ -285,7 +285,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 flat = {name: value["path"] if isinstance(value, dict) else value for name, value in row.items()}
                 yield from _object_rows(path, number, {k: v for k, v in flat.items() if v is not None})
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as parquet: {error}") from error
+        raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
 
 def _read_folder(path: Path) -> Table:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.errors import EngineError, UsageError
+from engine.errors import DataError, EngineError, UsageError
 from engine.output.run import CONTROL, format_row, replace_file
 from engine.tables import shorten
 
@@ -46,8 +46,8 @@ FORMATS = {
 def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str, out: Path) -> list[str]:
     """Write captions of `ids`, in that order, as the format `name`; read the file back, check it, and return notes.
 
-    Raises UsageError where captions and ids do not fit or the file name does not, EngineError when the file just
-    written does not pass.
+    Raises DataError where captions and ids do not fit, UsageError where the file name does not, EngineError when the
+    file just written does not pass.
     """
     form = FORMATS[name]
     if form.is_zip != (out.suffix.lower() == ".zip"):
@@ -55,10 +55,10 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
         raise UsageError(f"{name} takes {wanted}, not {out.name}")
     missing = [one for one in ids if one not in captions]
     if missing:
-        raise UsageError(f"the run lacks {len(missing)} ids of the manifest: {shorten(missing)}")
+        raise DataError(f"the run lacks {len(missing)} ids of the manifest: {shorten(missing)}")
     extra = sorted(set(captions) - set(ids))
     if extra:
-        raise UsageError(f"the run has {len(extra)} ids that the manifest has not: {shorten(extra)}")
+        raise DataError(f"the run has {len(extra)} ids that the manifest has not: {shorten(extra)}")
     content = "".join(_row(one, captions[one], form) for one in ids).encode("utf-8")
     content = b"ID,Caption\n" + content if form.is_headed else content
     replace_file(out, _archive(content) if form.is_zip else content)

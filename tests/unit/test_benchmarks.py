@@ -109,3 +109,13 @@ def test_the_bound_names_the_beams_a_step_needs(running, candidates, needed):
     backend = BoundBackend(None, vocab_size=30524, eos=102)
     scores, rows, tokens = (np.array(column) for column in zip(*candidates, strict=True))
     assert backend._beams_needed(np.array(running), scores, rows, tokens) == needed
+
+
+def test_a_soak_is_drawn_with_its_faults(tmp_path):
+    from benchmarks.plots import plot_soak
+
+    samples = [(float(i), i * 20, 1.0) for i in range(1, 60)]
+    faults = [(10.0, "kill", 200), (30.0, "full disk", 600), (40.0, "term", 800)]
+    parts = {"undisturbed": {"samples": samples}, "disturbed": {"samples": samples, "faults": faults}}
+    plot_soak([{"benchmark": "soak", "setting": {"images": 1200}, **parts}], tmp_path / "soak.png")
+    assert (tmp_path / "soak.png").stat().st_size > 10_000

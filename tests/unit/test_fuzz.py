@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from benchmarks.hostile import UNUSUAL, _encoded
 from engine.bundle import Bundle
-from engine.errors import BundleError, ImageError, UsageError
+from engine.errors import BundleError, DataError, ImageError
 from engine.images import ImageFile, order_by_manifest, read_image
 from engine.output.journal import Journal
 from engine.output.record import RunRecord
@@ -67,7 +67,7 @@ def test_any_bytes_as_a_manifest_are_a_choice_of_images_or_one_sentence(content,
     manifest.write_bytes(content)
     try:
         chosen = order_by_manifest(images, manifest)
-    except UsageError as error:
+    except DataError as error:
         assert str(manifest) in str(error)
     else:
         assert len(set(chosen)) == len(chosen) > 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.errors import ImageError, UsageError
+from engine.errors import DataError, ImageError
 from engine.images import find_images, order_by_manifest, read_image
 from tests.tiny import random_pictures
 
@@ -54,7 +54,7 @@ def test_manifests_that_do_not_fit_are_refused(content, sentence, tmp_path):
     (tmp_path / "a.png").touch()
     manifest = tmp_path / "ids.csv"
     manifest.write_text(content)
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(DataError, match=sentence):
         order_by_manifest(find_images(tmp_path).images, manifest)
 
 

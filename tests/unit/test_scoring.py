@@ -14,15 +14,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.cli import main
-from engine.errors import EngineError, UsageError
+from engine.errors import DataError, EngineError
 from engine.scoring import bootstrap
 from engine.scoring.base import Items, Measured, Setting, UnavailableError, mean
 from engine.scoring.clip import clip_scores, harmonic
+from engine.scoring.describe import constant_caption, describe
 from engine.scoring.overlap import Bleu1, Cider, Meteor, Rouge1
 from engine.scoring.plugin import Plugin
 from engine.scoring.preprocess import preprocess
 from engine.scoring.profiles import PROFILES, make_metric, organisers_names
-from engine.scoring.report import constant_caption, describe
 
 REFERENCES = [
     "computed tomography ct shows floating thrombosis white arrow",
@@ -411,7 +411,7 @@ def test_files_that_do_not_fit_get_one_line(run_text, references, sentence, file
     if references is not None:
         (files / "references.csv").write_text(references)
     result = score(files)
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
     assert sentence in line
     assert not (files / "scores.json").exists()
@@ -449,7 +449,7 @@ def test_two_runs_are_compared_by_file_or_by_what_was_kept_of_them(files):
 
 
 def test_measured_values_that_are_kept_are_read_back_exactly(files):
-    from engine.scoring.report import read_per_image
+    from engine.scoring.files import read_per_image
 
     score(files, "--per-image", files / "per_image.csv")
     ids, measured = read_per_image(files / "per_image.csv")
@@ -496,7 +496,7 @@ def test_candidates_count_by_their_probability_and_equal_ones_together(tmp_path)
     assert drawn == {"x": 0.75, "y": 0.25}, "a drawn caption counts as often as it was drawn"
     (tmp_path / "more.jsonl").write_text((tmp_path / "n.jsonl").read_text().replace('"a"', '"b"'))
     for files in (("n", "more"), ("more", "n")):
-        with pytest.raises(UsageError, match="differ in 2 ids: a, b"):
+        with pytest.raises(DataError, match="differ in 2 ids: a, b"):
             read_n_best([tmp_path / f"{name}.jsonl" for name in files])
     two = read_n_best([tmp_path / "n.jsonl", tmp_path / "n.jsonl"])
     assert [one.share for one in two["a"]] == pytest.approx([one.share for one in candidates["a"]])
@@ -516,5 +516,5 @@ def test_n_best_files_that_are_none(content, sentence, tmp_path):
     from engine.rerank import read_n_best
 
     (tmp_path / "n.jsonl").write_text(content)
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(DataError, match=sentence):
         read_n_best([tmp_path / "n.jsonl"])

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from engine.errors import UsageError
+from engine.errors import DataError, UsageError
 from engine.tables import read_ids, read_table
 
 EXPECTED = {"a1": ("CT, axial view",), "b 2": ("NA",), "003": ("null",)}
@@ -95,7 +95,7 @@ def test_manifests_with_other_headers(content, ids, tmp_path):
 
 def test_a_caption_with_one_more_tab_is_named(tmp_path):
     (tmp_path / "captions.txt").write_text("a\t one, two\nb\t three\t, four\n")
-    with pytest.raises(UsageError, match="line 2: 3 columns"):
+    with pytest.raises(DataError, match="line 2: 3 columns"):
         read_table(tmp_path / "captions.txt")
 
 
@@ -114,7 +114,7 @@ def test_several_references_and_further_columns(tmp_path):
     table = read_table(tmp_path / "x.csv")
     assert table.captions == {"a": ("one", "three"), "b": ("two",)}
     assert table.columns == {"Modality": {"a": "CT", "b": "MR"}}
-    with pytest.raises(UsageError, match="more than one caption for a"):
+    with pytest.raises(DataError, match="more than one caption for a"):
         table.single()
     (tmp_path / "y.jsonl").write_text('{"id": "a", "captions": ["one", "three"]}\n')
     assert read_table(tmp_path / "y.jsonl").captions == {"a": ("one", "three")}
@@ -147,7 +147,7 @@ def test_several_references_and_further_columns(tmp_path):
 )
 def test_what_is_no_table_gets_one_line_that_says_where(name, content, sentence, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(DataError, match=sentence):
         read_table(tmp_path / name)
 
 
