@@ -93,7 +93,8 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}: {error.filename}") from error
         if problems:
-            raise BundleError(f"{path} is damaged: {'; '.join(problems)}: export it again")
+            listed = " ".join("; ".join(problems).split())  # names come from the manifest, line breaks and all
+            raise BundleError(f"{path} is damaged: {listed}: export it again")
         try:
             bundle = cls(
                 path=path,
