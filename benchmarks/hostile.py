@@ -22,7 +22,8 @@ def _picture(size: int = 48) -> Image.Image:
     return Image.fromarray(blocks).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def _encoded(kind: str, picture: Image.Image | None = None, **options: object) -> bytes:
+def encoded(kind: str, picture: Image.Image | None = None, **options: object) -> bytes:
+    """Return a picture, a small colourful one when None, as a file of Pillow's format `kind`."""
     stream = io.BytesIO()
     (picture or _picture()).save(stream, kind, **options)
     return stream.getvalue()
@@ -54,13 +55,13 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "nothing": (".jpg", _write(b""), "not an image, or damaged"),
     "text": (".jpg", _write(b"<html>404 not found</html>\n"), "not an image, or damaged"),
     "noise": (".png", _write(np.random.default_rng(1).bytes(5000)), "not an image, or damaged"),
-    "truncated JPEG": (".jpg", _write(_encoded("JPEG")[:-400]), "truncated"),
-    "a JPEG's first bytes": (".jpg", _write(_encoded("JPEG")[:20]), "not an image, or damaged"),
-    "truncated PNG": (".png", _write(_encoded("PNG")[:-600]), "truncated"),
-    "truncated WEBP": (".webp", _write(_encoded("WEBP")[:-100]), "decoder"),
-    "truncated TIFF": (".tif", _write(_encoded("TIFF")[:200]), ""),
+    "truncated JPEG": (".jpg", _write(encoded("JPEG")[:-400]), "truncated"),
+    "a JPEG's first bytes": (".jpg", _write(encoded("JPEG")[:20]), "not an image, or damaged"),
+    "truncated PNG": (".png", _write(encoded("PNG")[:-600]), "truncated"),
+    "truncated WEBP": (".webp", _write(encoded("WEBP")[:-100]), "decoder"),
+    "truncated TIFF": (".tif", _write(encoded("TIFF")[:200]), ""),
     "decompression bomb": (".png", _write(_bomb()), "a decompression bomb?"),
-    "a format that is not decoded": (".jpg", _write(_encoded("PPM")), "not an image, or damaged"),
+    "a format that is not decoded": (".jpg", _write(encoded("PPM")), "not an image, or damaged"),
     "loop of links": (".jpg", lambda path: path.symlink_to(path.name), "symbolic links"),
     "link to nowhere": (".jpg", lambda path: path.symlink_to("nowhere"), "No such file"),
     "link to a folder": (".jpg", lambda path: path.symlink_to("."), "a folder, a pipe or a device"),
@@ -77,31 +78,31 @@ def _grey(dtype: type) -> Image.Image:
 
 
 def _palette_with_transparency() -> bytes:
-    return _encoded("PNG", _picture().quantize(16), transparency=3)
+    return encoded("PNG", _picture().quantize(16), transparency=3)
 
 
 def _animation() -> bytes:
-    return _encoded("GIF", _picture(), save_all=True, append_images=[_picture(40).resize((48, 48))])
+    return encoded("GIF", _picture(), save_all=True, append_images=[_picture(40).resize((48, 48))])
 
 
 def _rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to view
-    return _encoded("JPEG", _picture(), exif=exif)
+    return encoded("JPEG", _picture(), exif=exif)
 
 
 UNUSUAL: dict[str, tuple[str, bytes]] = {
-    "16 bits a channel": (".png", _encoded("PNG", _grey(np.uint16))),
-    "1 bit": (".png", _encoded("PNG", _picture().convert("1"))),
-    "grey with alpha": (".png", _encoded("PNG", _picture().convert("LA"))),
+    "16 bits a channel": (".png", encoded("PNG", _grey(np.uint16))),
+    "1 bit": (".png", encoded("PNG", _picture().convert("1"))),
+    "grey with alpha": (".png", encoded("PNG", _picture().convert("LA"))),
     "palette with transparency": (".png", _palette_with_transparency()),
-    "CMYK": (".jpg", _encoded("JPEG", _picture().convert("CMYK"))),
-    "floating point": (".tif", _encoded("TIFF", _grey(np.float32))),
+    "CMYK": (".jpg", encoded("JPEG", _picture().convert("CMYK"))),
+    "floating point": (".tif", encoded("TIFF", _grey(np.float32))),
     "animation": (".gif", _animation()),
     "EXIF rotation": (".jpg", _rotated()),
-    "PNG called JPEG": (".jpg", _encoded("PNG")),
-    "one pixel": (".png", _encoded("PNG", _picture().resize((1, 1)))),
-    "a thousand times wider than high": (".png", _encoded("PNG", _picture().resize((2000, 2)))),
+    "PNG called JPEG": (".jpg", encoded("PNG")),
+    "one pixel": (".png", encoded("PNG", _picture().resize((1, 1)))),
+    "a thousand times wider than high": (".png", encoded("PNG", _picture().resize((2000, 2)))),
 }
 """What it is -> (extension, bytes); every one has a caption."""
 

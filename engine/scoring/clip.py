@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.images import decode_image
 from engine.scoring.base import Items, Measured, Setting, UnavailableError, library, mean
-from engine.scoring.neural import _import, _quiet, fingerprint, weights_folder
+from engine.scoring.neural import fingerprint, import_library, quiet, weights_folder
 
 WANTED = "openai/clip-vit-base-patch32"
 PREFIX = "A photo depicts "
@@ -44,11 +44,11 @@ class ClipScore:
         return image, self._in_batches(items.candidates, self._text_features)
 
     def _load(self) -> None:
-        torch, transformers = _import("torch"), _import("transformers")
+        torch, transformers = import_library("torch"), import_library("transformers")
         directory = str(weights_folder(self._setting, "clipscore", WANTED))
         self._torch = torch
         self._device = self._setting.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with _quiet():
+        with quiet():
             self._model = transformers.CLIPModel.from_pretrained(directory).eval().to(self._device)
             self._processor = transformers.CLIPProcessor.from_pretrained(directory)
 

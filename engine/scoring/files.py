@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import __version__
+from engine.bundle import file_sha256
 from engine.errors import EngineError
 from engine.output.run import write_atomically
 from engine.scoring.base import Items, Measured
@@ -34,8 +35,8 @@ def as_json(report: Report) -> dict[str, Any]:
     request = report.request
     details = {
         "engine": __version__,
-        "run": {"file": request.run.name, "sha256": _sha256(request.run)},
-        "references": {"file": request.references.name, "sha256": _sha256(request.references)},
+        "run": {"file": request.run.name, "sha256": _file_hash(request.run)},
+        "references": {"file": request.references.name, "sha256": _file_hash(request.references)},
         "profile": request.profile,
         "scores": {
             score.name: {
@@ -75,8 +76,8 @@ def how_measured(signature: str, items: Items) -> str:
     return digest.hexdigest()[:8]
 
 
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+def _file_hash(path: Path) -> str | None:
+    return file_sha256(path) if path.is_file() else None  # references may be a folder
 
 
 def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:

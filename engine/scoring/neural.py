@@ -58,12 +58,12 @@ class BertScore:
 
     def measure(self, items: Items) -> Measured:
         directory = weights_folder(self._setting, self.name, "microsoft/deberta-xlarge-mnli")
-        scorer_class = _import("bert_score", "BERTScorer")
+        scorer_class = import_library("bert_score", "BERTScorer")
         _, layer = self._model(directory)
         text = items.preprocessed()
         every_reference = [reference for references in text.references for reference in references]
         # it prints a line for each empty caption
-        with _quiet(), contextlib.redirect_stderr(io.StringIO()), _neutral_name(directory) as model:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), _neutral_name(directory) as model:
             scorer = scorer_class(
                 model_type=model,
                 num_layers=layer,
@@ -108,13 +108,13 @@ class Bleurt:
 
     def measure(self, items: Items) -> Measured:
         directory = weights_folder(self._setting, self.name, self.wanted)
-        torch = _import("torch")
-        library_module = _import("bleurt_pytorch")
+        torch = import_library("torch")
+        library_module = import_library("bleurt_pytorch")
         text = items.preprocessed()
         places = [i for i, several in enumerate(text.references) for _ in several]
         references = [reference for several in text.references for reference in several]
         best = np.full(len(items), -np.inf)
-        with _quiet(), torch.inference_mode():
+        with quiet(), torch.inference_mode():
             device = self._setting.device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = library_module.BleurtForSequenceClassification.from_pretrained(str(directory)).eval().to(device)
             tokenizer = library_module.BleurtTokenizer.from_pretrained(str(directory))
@@ -166,9 +166,9 @@ def _neutral_name(directory: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' notes on unused heads."""
-    logging = _import("transformers.utils.logging")
+    logging = import_library("transformers.utils.logging")
     before = logging.get_verbosity()
     logging.set_verbosity(ERROR)
     try:
@@ -177,7 +177,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _import(module: str, name: str | None = None) -> Any:
+def import_library(module: str, name: str | None = None) -> Any:
     """Import a library of the neural metrics, told to stay offline, or raise UnavailableError naming the extra."""
     from importlib import import_module
     from importlib.metadata import version

@@ -5,7 +5,6 @@ CI runs seconds of it; HYPOTHESIS_PROFILE=long runs minutes.
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -16,17 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.hostile import UNUSUAL, _encoded
+from benchmarks.hostile import UNUSUAL, encoded
 from engine.bundle import Bundle
 from engine.errors import BundleError, DataError, ImageError
 from engine.images import ImageFile, order_by_manifest, read_image
-from engine.output.journal import Journal
 from engine.output.record import RunRecord
 
 DICOM = [path.read_bytes() for path in sorted(Path(pydicom.__file__).parent.glob("data/test_files/MR_small*.dcm"))[:4]]
 SEEDS = (
     [*DICOM]
-    + [_encoded(kind) for kind in ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")]
+    + [encoded(kind) for kind in ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")]
     + [c for _, c in UNUSUAL.values()]
 )
 here = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
@@ -128,11 +126,3 @@ def test_a_damaged_journal_never_gives_a_caption_nobody_wrote(data, tmp_path_fac
             record.add(written[image.id])
     with RunRecord(images, out, "made with") as record:
         assert record.captions == written
-
-
-@here
-@given(content=st.binary(max_size=100))
-def test_journals_of_any_bytes_open(content, tmp_path_factory):
-    path = tmp_path_factory.mktemp("any") / "x.journal"
-    path.write_bytes(io.BytesIO(content).getvalue())
-    Journal(path, "key").close()
