@@ -36,7 +36,14 @@ def command(image_dir: Path, bundle: Path, out: Path, *more: str) -> list[str]:
 
 
 def start(*arguments) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    """Start a run that can be interrupted: a shell lets its background jobs, perhaps these tests, ignore Ctrl-C."""
+    return subprocess.Popen(
+        command(*arguments),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for_records(journal: Path, count: int, process: subprocess.Popen[str]) -> None:
