@@ -35,6 +35,9 @@ FEW = 500
 SPEED_BOUND, MEMORY_BOUND = 0.05, 0.10
 """The last tenth may be this share slower than the second tenth, and memory this share above a run of FEW images."""
 MAX_NEW_TOKENS, NGRAM = 40, 3
+ENOUGH_SLOTS = 40
+"""A disturbed run with fewer images a fault than four times this decodes fewer side by side: captions come in bursts
+of about half the slots, and each fault needs a burst before it and one after it."""
 POINTS = 200
 """Samples kept for the plot."""
 
@@ -105,8 +108,11 @@ def _disturbed(
 ) -> dict[str, Any]:
     folder, out = undisturbed.with_name("soak_hostile"), undisturbed.with_name("soak_disturbed.csv")
     unreadable = mix_in_unreadable(corpus, hostile, folder, seed=seed)
-    options = ("--beams", beams, "--no-repeat-ngram", NGRAM, "--max-new-tokens", MAX_NEW_TOKENS)
     count = len(list(folder.glob("corpus_*")))
+    options = ["--beams", beams, "--no-repeat-ngram", NGRAM, "--max-new-tokens", MAX_NEW_TOKENS]
+    slots = count // (4 * max(1, len(faults)))
+    if slots < ENOUGH_SLOTS:
+        options += ["--rows", max(1, slots) * beams]
     result = run_disturbed(engine_command(folder, out, *options), count, out, unreadable, faults, seed=seed)
     problems = result.problems + compare_runs(undisturbed, out, unreadable)
     return {
