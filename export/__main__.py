@@ -19,7 +19,7 @@ def main(checkpoint: Path, out: Path, precision: str, image_size: int | None) ->
     """Export a checkpoint to a bundle, and check that the bundle says what PyTorch says."""
     from engine.errors import EngineError
     from export.bundle import ExportError, export_bundle
-    from train.model import CheckpointError
+    from export.checkpoint import CheckpointError
 
     try:
         bundle = export_bundle(checkpoint, out, lambda line: click.echo(line, err=True), image_size=image_size)

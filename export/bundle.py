@@ -17,10 +17,10 @@ from engine.bundle import FORMAT, MANIFEST, Bundle, file_sha256
 from engine.captioner import Captioner
 from engine.options import DecodeOptions
 from engine.verify import UNRECORDED, Golden, replay, verify
+from export.checkpoint import CheckpointError
 from export.onnx_graphs import write_graphs
 from export.reference import Reference, TorchBackend
 from export.trace import explain
-from train.model import CheckpointError
 
 GENERATION_DEFAULTS = (
     "num_beams",

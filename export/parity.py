@@ -26,6 +26,7 @@ from engine.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
 from engine.output.run import check_outputs, write_atomically
 from export.bundle import checkpoint_sha256, golden_pictures
+from export.checkpoint import CheckpointError
 from export.reference import Reference, ReferenceCaption, TorchBackend
 from export.trace import (
     TIE_ABSOLUTE,
@@ -36,7 +37,6 @@ from export.trace import (
     summed_log_prob,
     trace_both,
 )
-from train.model import CheckpointError
 
 SCORE_TOLERANCE = 1e-4
 """Largest accepted difference of a score, relative where the score is beyond -1."""

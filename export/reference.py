@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageP
 
 from engine.backends.prefix import PrefixBackend
 from engine.options import DecodeOptions
-from train.model import CheckpointError, load_checkpoint
+from export.checkpoint import CheckpointError, load_checkpoint
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Fine-tuning and checkpoint surgery, in torch; knows nothing of bundles, ONNX or the engine."""
+"""Fine-tuning, in torch, on top of what export knows of checkpoints and the engine of captions and scores."""

@@ -20,11 +20,12 @@ from engine.verify import Golden
 from export import bundle as export_module
 from export.__main__ import main
 from export.bundle import export_bundle
+from export.checkpoint import load_checkpoint
 from export.reference import Reference
 from export.restore import restore_checkpoint
 from export.trace import Divergence
 from tests.tiny import make_checkpoint, random_pictures
-from train.model import load_checkpoint, round_to_fp16
+from train.model import round_to_fp16
 
 
 def export(*arguments: object):

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 
+from export.checkpoint import CheckpointError, resize_position_table
 from tests.tiny import make_tokenizer
 from train import assets
 from train.data import IGNORED, collate_captions
 from train.demo import score_captions
-from train.model import CheckpointError, resize_position_table, round_to_fp16
+from train.model import round_to_fp16
 from train.volumes import BRAIN, HEAD, compose_caption
 
 
