@@ -12,7 +12,7 @@ OUT ?= run.csv
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
-.PHONY: all caption test lint parity fuzz golden bench soak plots recipe demo restore help clean
+.PHONY: all caption test lint parity fuzz golden bench soak plots recipe train-smoke demo restore help clean
 
 all: lint test  ## lint and test
 
@@ -59,15 +59,24 @@ recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a s
 	    --out build/recipe/submission.zip
 	$(FULL)/bin/engine check build/recipe/submission.zip --format imageclef2026 --manifest examples/captions.csv
 
+SMOKE := build/smoke
+train-smoke: restore  ## fine-tune the demo checkpoint on the example pairs, export, caption, score, check parity
+	$(FULL)/bin/python -m train finetune --recipe smoke --model $(DEMO)/restored --data examples --out $(SMOKE)/run
+	$(FULL)/bin/python -m export --checkpoint $(SMOKE)/run/best --out $(SMOKE)/bundle
+	$(FULL)/bin/engine caption --bundle $(SMOKE)/bundle --input examples/images --beams $(BEAMS) --out $(SMOKE)/run.csv
+	$(FULL)/bin/engine score --run $(SMOKE)/run.csv --references examples/captions.csv --out $(SMOKE)/scores.json
+	$(FULL)/bin/python -m export.parity --checkpoint $(SMOKE)/run/best --bundle $(SMOKE)/bundle \
+	    --images examples/images --beams 1,4 --out $(SMOKE)/parity.json
+
 restore: $(FULL)/.ready
 	$(FULL)/bin/python -m export.restore --bundle engine/assets/demo --out $(DEMO)/restored
 
-demo: $(FULL)/.ready  ## retrain the demo checkpoint from packaged assets and export it (about 20 minutes on 2 cores)
+demo: $(FULL)/.ready  ## retrain the demo checkpoint from packaged assets and export it (about an hour on 2 cores)
 	$(FULL)/bin/python -m train demo --out $(DEMO)/checkpoint --work $(DEMO)
 	$(FULL)/bin/python -m export --checkpoint $(DEMO)/checkpoint --out $(DEMO)/bundle
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 clean:  ## remove environments and everything built
 	rm -rf build run.csv

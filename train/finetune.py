@@ -1,92 +1,275 @@
-"""Fine-tune BLIP's text decoder on image features kept in memory; knows nothing of where they come from."""
+"""Fine-tune a checkpoint on captioned images: from a recipe and a data directory to a run directory. Start here.
+
+OUT/run.json          recipe, data (hashes, counts, problems), checkpoint hash, versions
+OUT/checkpoints/      the last two states of training, for going on after a kill
+OUT/models/epoch_NN/  the best epochs as plain Hugging Face directories, with their scores and captions
+OUT/best              a link to the best of them: `python -m export --checkpoint OUT/best`
+OUT/log.jsonl, curves.png, tensorboard/
+"""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import BlipForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from train.data import collate_captions
+from engine.errors import DataError
+from engine.options import DecodeOptions
+from engine.scoring.base import Setting
+from export.bundle import checkpoint_sha256
+from export.checkpoint import resize_position_table
+from export.reference import Reference
+from train.check import check_split, fingerprint, without
+from train.data import Collator, EpochOrder, Features, Pictures, PixelSpec
+from train.dataset import Example, Split, hold_out, read_dataset
+from train.evaluate import LOSS, Evaluator
+from train.processes import first_for_all, process_place
+from train.recipe import Recipe
+from train.reward import RewardedPictures, RewardTrainer, make_reward
+from train.rundir import Kept, claim, locked, write_log
+from train.trainer import CaptionTrainer, newest_whole
+
+Say = Callable[[str], None]
+WORDS = ("word_embeddings", "position_embeddings", "embeddings.LayerNorm")
+SPLITS = ("train", "valid")
+NGRAM = 3
+"""The paper's n-gram ban."""
 
 
-def encode_images(
-    model: BlipForConditionalGeneration, batches: Iterable[torch.Tensor], say: Callable[[str], None]
-) -> torch.Tensor:
-    """Run the frozen vision tower over pixel batches f32[B,3,H,W]; return features f16[N,S,D]."""
-    features, start = [], time.perf_counter()
+@dataclass(frozen=True)
+class Job:
+    """A run as it was asked for. `weights` are folders for neural metrics; `max_steps` is for trials."""
+
+    checkpoint: Path
+    data: Path
+    out: Path
+    recipe: Recipe
+    allow_missing: bool = False
+    decode_images: bool = True
+    unpack_into: Path | None = None
+    max_steps: int | None = None
+    weights: dict[str, Path] | None = None
+
+
+def finetune(job: Job, say: Say) -> dict[str, Any]:
+    """Fine-tune, going on where the same job was cut off; return a summary.
+
+    Raises UsageError, DataError (bad images without allow_missing), CheckpointError, or ImageError when a file
+    vanishes during training.
+    """
+    rank, world_size = process_place()
+    say = say if rank == 0 else (lambda _: None)
+    recipe = job.recipe
+    device_batch, accumulated = recipe.micro_batches(world_size)
+    set_seed(recipe.seed)
+    reference = load_reference(job.checkpoint, recipe)
+    splits = first_for_all(lambda: prepare_data(job, reference, say))
+    with locked(job.out, rank):
+        resume_from = first_for_all(lambda: _begin(job, splits, say))
+        kept = Kept(job.out / "models", recipe)
+        evaluator = make_evaluator(job, reference, splits["valid"].examples)
+
+        def judge(epoch: int) -> dict[str, float]:
+            metrics, captions = evaluator.evaluate()
+            if rank == 0:
+                kept.add(epoch, metrics, captions, reference)
+                say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            return metrics
+
+        start = time.perf_counter()
+        trainer = make_trainer(job, reference, splits, judge, (device_batch, accumulated), say)
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        if rank:
+            return {}
+        write_log(job.out, trainer.state.log_history)
+        return _summary(job, kept, trainer, time.perf_counter() - start)
+
+
+def load_reference(checkpoint: Path, recipe: Recipe) -> Reference:
+    """Load a checkpoint in training shape: position table resized, parts frozen as the recipe says."""
+    reference = Reference.load(checkpoint, recipe.image_size)
+    model = reference.model
+    if recipe.image_size is None:
+        resize_position_table(model, model.config.vision_config.image_size)  # checks that they agree
+    for name, parameter in model.named_parameters():
+        is_vision = name.startswith("vision_model.")
+        is_frozen = (
+            ("vision" in recipe.freeze and is_vision)
+            or ("words" in recipe.freeze and not is_vision and any(part in name for part in WORDS))
+            or ("cross" in recipe.freeze and not is_vision and "crossattention" not in name)
+        )
+        parameter.requires_grad_(not is_frozen)
+    return reference
+
+
+def prepare_data(job: Job, reference: Reference, say: Say) -> dict[str, Split]:
+    """Read and check the splits `train` and `valid`; bad images stop the run, or are left out if that is allowed."""
+    recipe = job.recipe
+    splits = read_dataset(job.data, unpack_into=job.unpack_into)
+    if "train" not in splits:
+        raise DataError(f"{job.data} has no training split, only {', '.join(splits)}")
+    if "valid" not in splits:
+        splits["train"], splits["valid"] = hold_out(splits["train"], recipe.valid_share, recipe.seed)
+        say(f"no validation split: {len(splits['valid'].examples)} captions held out of training")
+    bad = []
+    for name in SPLITS:
+        problems = check_split(
+            splits[name],
+            decode=job.decode_images,
+            count_tokens=lambda text: len(reference.tokenizer(text)["input_ids"]),
+            max_tokens=recipe.max_tokens,
+        )
+        for line in problems.lines():
+            say(f"{name}: {line}")
+        bad += [f"{name}: {line}" for line in problems.fatal.lines()]
+        splits[name] = without(splits[name], problems)
+    if bad and not job.allow_missing:
+        raise DataError(f"{job.data}: {'; '.join(bad)}: mend the files, or leave these out with --allow-missing")
+    return splits
+
+
+def _begin(job: Job, splits: dict[str, Split], say: Say) -> Path | None:
+    """Claim the run directory; return the state of training to go on from, or None."""
+    claim(job.out, job.recipe, made_of(job, splits))
+    (job.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    newest = newest_whole(job.out / "checkpoints", say)
+    if newest is not None:
+        say(f"going on from {newest}")
+    return newest
+
+
+def made_of(job: Job, splits: dict[str, Split]) -> dict[str, Any]:
+    """Return what decides a run besides its recipe."""
+    data = {name: {"captions": len(splits[name].examples), "sha256": fingerprint(splits[name])} for name in SPLITS}
+    return {"checkpoint": checkpoint_sha256(job.checkpoint), "data": data}
+
+
+def make_evaluator(job: Job, reference: Reference, examples: Sequence[Example]) -> Evaluator:
+    """Judge epochs on up to `eval_images` validation images, evenly spaced."""
+    recipe = job.recipe
+    ids = list(dict.fromkeys(example.id for example in examples))
+    if recipe.eval_images is not None and len(ids) > recipe.eval_images:
+        step = len(ids) / recipe.eval_images
+        chosen = {ids[int(i * step)] for i in range(recipe.eval_images)}
+        examples = [example for example in examples if example.id in chosen]
+    metrics = tuple(dict.fromkeys(["rouge1", *([recipe.metric] if recipe.metric != LOSS else [])]))
+    setting, options = Setting(weights=job.weights or {}), evaluation_options(recipe)
+    return Evaluator(reference, examples, metrics, options, recipe.max_tokens, recipe.device_batch, setting)
+
+
+def evaluation_options(recipe: Recipe) -> DecodeOptions:
+    """Return how validation images are captioned, and the baseline of a reward."""
+    return DecodeOptions(
+        num_beams=recipe.eval_beams,
+        max_new_tokens=recipe.eval_max_new_tokens,
+        no_repeat_ngram_size=NGRAM,
+    )
+
+
+def make_trainer(
+    job: Job,
+    reference: Reference,
+    splits: dict[str, Split],
+    judge: Callable[[int], dict[str, float]],
+    batches: tuple[int, int],
+    say: Say,
+) -> CaptionTrainer:
+    """Put model, data and the recipe into a Trainer."""
+    recipe, model = job.recipe, reference.model
+    examples = splits["train"].examples
+    spec = PixelSpec.of(reference.image_processor)
+    trained: PreTrainedModel = model
+    dataset: Pictures | Features | RewardedPictures
+    kind: Callable[..., CaptionTrainer] = CaptionTrainer
+    if recipe.cache_features:
+        trained = model.text_decoder  # the only part that learns, and all that its inputs need
+        dataset = Features(encode_images(reference, examples, say), [example.caption for example in examples])
+    elif recipe.reward:
+        dataset = RewardedPictures(examples, spec)
+        reward = make_reward(recipe.rewards(), Setting(weights=job.weights or {}), examples)
+        kind = partial(RewardTrainer, reference=reference, reward=reward, greedy=evaluation_options(recipe))
+    else:
+        dataset = Pictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
+    order = EpochOrder(len(examples), recipe.batch_size, recipe.seed)
+    trainer = kind(
+        recipe=recipe,
+        order=order,
+        judge=judge,
+        say=say,
+        model=trained,
+        args=training_arguments(job, batches, order.padded // recipe.batch_size),
+        train_dataset=dataset,
+        eval_dataset=Pictures(splits["valid"].examples, spec),
+        data_collator=Collator(reference.tokenizer, model.config.text_config.bos_token_id, recipe.max_tokens),
+    )
+    model.to(trainer.args.device)  # all of it, also where only the decoder is trained
+    return trainer
+
+
+def training_arguments(job: Job, batches: tuple[int, int], steps_per_epoch: int) -> TrainingArguments:
+    """Translate a recipe for Hugging Face's Trainer."""
+    recipe, (device_batch, accumulated) = job.recipe, batches
+    every = {"save_strategy": "steps", "save_steps": recipe.save_steps} if recipe.save_steps else {}
+    is_trial = job.max_steps is not None
+    return TrainingArguments(
+        output_dir=str(job.out / "checkpoints"),
+        per_device_train_batch_size=device_batch,
+        gradient_accumulation_steps=accumulated,
+        num_train_epochs=recipe.epochs,
+        max_steps=job.max_steps or -1,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        eval_strategy="no" if is_trial else "epoch",
+        **({"save_strategy": "no"} if is_trial else every or {"save_strategy": "epoch"}),
+        disable_tqdm=True,
+        logging_strategy="steps",
+        logging_steps=max(1, steps_per_epoch // 20),
+        logging_nan_inf_filter=False,
+        report_to=[] if is_trial else ["tensorboard"],
+        logging_dir=str(job.out / "tensorboard"),
+        seed=recipe.seed,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def encode_images(reference: Reference, examples: Sequence[Example], say: Say, *, batch_size: int = 16) -> torch.Tensor:
+    """Run the frozen vision tower over images; return features f16[N,S,D]."""
+    spec, features = PixelSpec.of(reference.image_processor), []
+    start = time.perf_counter()
     with torch.inference_mode():
-        for i, pixel_values in enumerate(batches):
-            features.append(model.vision_model(pixel_values=pixel_values)[0].half())
-            if i % 20 == 19:
-                say(f"encoded {i + 1} batches in {time.perf_counter() - start:.0f} s")
+        for i in range(0, len(examples), batch_size):
+            pixels = torch.stack([spec.normalise(spec.read(one.image)) for one in examples[i : i + batch_size]])
+            features.append(
+                reference.model.vision_model(pixel_values=pixels.to(reference.model.device))[0].half().cpu()
+            )
+    say(f"encoded {len(examples)} images in {time.perf_counter() - start:.0f} s")
     return torch.cat(features).clone()
 
 
-def finetune_decoder(
-    model: BlipForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-    train: tuple[torch.Tensor, list[str]],
-    valid: tuple[torch.Tensor, list[str]],
-    say: Callable[[str], None],
-    *,
-    epochs: int,
-    batch_size: int = 32,
-    learning_rate: float = 3e-4,
-    seed: int = 0,
-) -> None:
-    """Train the decoder in place with AdamW and a one-cycle schedule; keep the epoch with the lowest valid loss.
-
-    `train` and `valid` are (features f16[N,S,D], N captions).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    decoder, bos = model.text_decoder, model.config.text_config.bos_token_id
-    features, captions = train
-    steps = epochs * -(-len(captions) // batch_size)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-    best, best_state, start = float("inf"), None, time.perf_counter()
-    for epoch in range(epochs):
-        decoder.train()
-        order = torch.randperm(len(captions), generator=generator)
-        losses = []
-        for chosen in order.split(batch_size):
-            batch = collate_captions(tokenizer, [captions[i] for i in chosen], bos)
-            loss = decoder(encoder_hidden_states=features[chosen].float(), **batch).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        valid_loss = evaluate_loss(model, tokenizer, *valid, batch_size=batch_size)
-        say(
-            f"epoch {epoch + 1}/{epochs}: train loss {sum(losses) / len(losses):.4f}, "
-            f"valid loss {valid_loss:.4f}, {time.perf_counter() - start:.0f} s"
-        )
-        if valid_loss < best:
-            best, best_state = valid_loss, copy.deepcopy(decoder.state_dict())
-    assert best_state is not None
-    decoder.load_state_dict(best_state)
-    decoder.eval()
-
-
-def evaluate_loss(
-    model: BlipForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-    features: torch.Tensor,
-    captions: list[str],
-    *,
-    batch_size: int = 32,
-) -> float:
-    """Return the mean cross entropy a batch over (features f16[N,S,D], captions)."""
-    decoder = model.text_decoder.eval()
-    losses = []
-    with torch.inference_mode():
-        for i in range(0, len(captions), batch_size):
-            batch = collate_captions(tokenizer, captions[i : i + batch_size], model.config.text_config.bos_token_id)
-            encoded = features[i : i + batch_size].float()
-            losses.append(decoder(encoder_hidden_states=encoded, **batch).loss.item())
-    return sum(losses) / len(losses)
+def _summary(job: Job, kept: Kept, trainer: CaptionTrainer, seconds: float) -> dict[str, Any]:
+    ranked = kept.ranked()
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0, 3),
+        "seconds": round(seconds, 1),
+        "train_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None),
+        "best": None if not ranked else {"epoch": ranked[0][0]} | ranked[0][2],
+        "kept": [str(directory) for _, directory, _ in ranked],
+        "checkpoint": str(job.out / "best") if ranked else None,
+    }

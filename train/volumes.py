@@ -79,8 +79,8 @@ class Source:
 
 
 SOURCES = (
-    Source("colin27", "ch2.nii.gz", HEAD, "train", variants=4, every=2),
-    Source("colin27bet", "ch2bet.nii.gz", BRAIN, "train", variants=6, every=2),
+    Source("colin27", "ch2.nii.gz", HEAD, "train", variants=8, every=2),
+    Source("colin27bet", "ch2bet.nii.gz", BRAIN, "train", variants=12, every=2),
     Source("icbm09c", "mni_icbm152_t1_tal_nlin_asym_09c_brain.nii.gz", BRAIN, "valid", every=4),
     Source("icbm09a", "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz", BRAIN, "test"),
 )

@@ -48,6 +48,7 @@ class BertScore:
         self._setting = setting
         self._idf = idf
         self._layer = layer
+        self._scorer: Any = None
 
     def signature(self) -> str:
         directory = weights_folder(self._setting, self.name, "microsoft/deberta-xlarge-mnli")
@@ -58,27 +59,33 @@ class BertScore:
 
     def measure(self, items: Items) -> Measured:
         directory = weights_folder(self._setting, self.name, "microsoft/deberta-xlarge-mnli")
-        scorer_class = import_library("bert_score", "BERTScorer")
-        _, layer = self._model(directory)
         text = items.preprocessed()
-        every_reference = [reference for references in text.references for reference in references]
         # it prints a line for each empty caption
-        with quiet(), contextlib.redirect_stderr(io.StringIO()), _neutral_name(directory) as model:
-            scorer = scorer_class(
-                model_type=model,
-                num_layers=layer,
-                idf=self._idf,
-                idf_sents=every_reference if self._idf else None,
-                nthreads=0,
-                device=self._setting.device,
-            )
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            if self._scorer is None or self._idf:
+                self._scorer = self._load(directory, [one for several in text.references for one in several])
             parts = []
             for start in range(0, len(items), CHUNK):
                 part = slice(start, start + CHUNK)
                 references = [list(several) for several in text.references[part]]
-                _, _, f1 = scorer.score(list(text.candidates[part]), references, batch_size=self._setting.batch_size)
+                batch_size = self._setting.batch_size
+                _, _, f1 = self._scorer.score(list(text.candidates[part]), references, batch_size=batch_size)
                 parts.append(f1.double().numpy())
         return mean(settle_empty(items, np.concatenate(parts)))
+
+    def _load(self, directory: Path, references: list[str]) -> Any:
+        """Load the model; idf, where on, is that of `references`. Without idf it serves any number of runs."""
+        scorer_class = import_library("bert_score", "BERTScorer")
+        _, layer = self._model(directory)
+        with _neutral_name(directory) as model:
+            return scorer_class(
+                model_type=model,
+                num_layers=layer,
+                idf=self._idf,
+                idf_sents=references if self._idf else None,
+                nthreads=0,
+                device=self._setting.device,
+            )
 
     def _model(self, directory: Path) -> tuple[bool, int]:
         """Return whether these are the organisers' weights, and the layer to take."""

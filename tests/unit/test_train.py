@@ -14,7 +14,7 @@ from export.checkpoint import CheckpointError, resize_position_table
 from tests.tiny import make_tokenizer
 from train import assets
 from train.data import IGNORED, collate_captions
-from train.demo import score_captions
+from train.demo import regions_of, score_captions
 from train.model import round_to_fp16
 from train.volumes import BRAIN, HEAD, compose_caption
 
@@ -55,10 +55,11 @@ def test_targets_start_with_dec_and_padding_is_not_learned(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     batch = collate_captions(tokenizer, ["axial ct of the chest", "mri"], tokenizer.bos_token_id)
     assert (batch["input_ids"][:, 0] == tokenizer.bos_token_id).all()
-    assert (batch["labels"][:, 0] == tokenizer.bos_token_id).all()
+    assert (batch["labels"][:, 0] == IGNORED).all()
     padding = batch["attention_mask"] == 0
     assert padding.any()
     assert (batch["labels"][padding] == IGNORED).all()
+    padding[:, 0] = True
     assert (batch["labels"][~padding] == batch["input_ids"][~padding]).all()
     assert batch["labels"][1, 2] == tokenizer.sep_token_id
 
@@ -105,6 +106,13 @@ def test_scores_of_perfect_and_wrong_captions():
     swapped = score_captions(references, lower[::-1])
     assert (swapped["plane_accuracy"], swapped["exact_match"]) == (0.0, 0.0)
     assert 0 < swapped["rouge1"] < 1
+    assert (perfect["region_f1"], swapped["region_f1"]) == (1.0, 0.0)
+
+
+def test_a_precuneus_is_no_cuneus_and_half_the_regions_give_a_half():
+    assert regions_of("axial image, showing the precuneus and caudate nucleus") == {"precuneus", "caudate nucleus"}
+    score = score_captions(["Showing the insula and putamen."], ["showing the insula, cuneus"])
+    assert score["region_f1"] == 0.5
 
 
 def debian_package(content: bytes) -> bytes:

@@ -1,0 +1,210 @@
+"""`python -m train finetune` as users run it: killed, shared among processes, planned, refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.tiny import WORDS, make_checkpoint, random_pictures
+from train.__main__ import main
+from train.recipe import RECIPES
+
+SETTINGS = ["--recipe", "smoke", "--epochs", "3", "--learning-rate", "5e-3"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("start") / "checkpoint", end_bias=0.0, std=0.05)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """29 captioned pictures, of which about a fifth will be held out: no multiple of any batch."""
+    directory = tmp_path_factory.mktemp("data")
+    (directory / "images").mkdir()
+    rows = ["ID,Caption"]
+    for i, picture in enumerate(random_pictures(29, seed=2)):
+        picture.save(directory / "images" / f"p{i}.png")
+        rows.append(f'p{i},"{WORDS[i % 7]} {WORDS[7 + i % 5]} of the {WORDS[12 + i % 9]}"')
+    (directory / "captions.csv").write_text("\n".join(rows) + "\n")
+    return directory
+
+
+def finetune(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return ["-m", "train", "finetune", "--model", str(checkpoint), "--data", str(data), "--out", str(out), *more]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def losses(out: Path) -> list[tuple[int, str, float]]:
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(e["step"], name, e[name]) for e in entries for name in ("loss", "eval_loss", "eval_rouge1") if name in e]
+
+
+def weights(directory: Path) -> str:
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(checkpoint, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = run(*finetune(checkpoint, data, out, *SETTINGS))
+    return out, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_learns_and_leaves_plain_checkpoints_a_record_and_curves(undisturbed):
+    out, summary = undisturbed
+    found = losses(out)
+    assert found[0][2] > found[-1][2] + 0.5
+    assert summary["epochs"] == 3.0
+    assert summary["steps"] == 3 * summary["steps"] // 3 == max(step for step, _, _ in found)
+    record = json.loads((out / "run.json").read_text())
+    assert record["recipe"]["epochs"] == 3
+    assert record["data"]["train"]["captions"] + record["data"]["valid"]["captions"] == 29
+    assert {path.name for path in (out / "models").iterdir()} == {"epoch_01", "epoch_02", "epoch_03"}
+    assert (out / "best").resolve() == Path(summary["kept"][0]).resolve()
+    best = json.loads((out / "best" / "evaluation.json").read_text())["metrics"]
+    others = [json.loads((path / "evaluation.json").read_text())["metrics"] for path in (out / "models").iterdir()]
+    assert best["rouge1"] == max(one["rouge1"] for one in others)
+    assert len((out / "best" / "valid.csv").read_text().splitlines()) == 1 + record["data"]["valid"]["captions"]
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert list((out / "tensorboard").glob("events*"))
+
+
+def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_weights(undisturbed, checkpoint, data, tmp_path):
+    out = tmp_path / "killed"
+    steps = undisturbed[1]["steps"]
+    command = [sys.executable, *finetune(checkpoint, data, out, *SETTINGS)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(f"step {steps // 2 + 1} of"):
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stderr.read()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "log.jsonl").exists()
+    newest = max((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    (newest / "model.safetensors").write_bytes(b"cut off")
+    said = run(*command[1:]).stderr
+    assert f"{newest} was cut off" in said or int(newest.name.rpartition("-")[2]) == steps // 3
+    assert losses(out) == losses(undisturbed[0])
+    assert weights(out / "best") == weights(undisturbed[0] / "best")
+    final = f"checkpoints/checkpoint-{steps}"
+    assert weights(out / final) == weights(undisturbed[0] / final)
+
+
+def test_two_processes_learn_what_one_does(undisturbed, checkpoint, data, tmp_path):
+    out = tmp_path / "two"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run(*torchrun, *finetune(checkpoint, data, out, *SETTINGS))
+    one, two = losses(undisturbed[0]), losses(out)
+    assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
+    assert [entry[2] for entry in two] == pytest.approx([entry[2] for entry in one], abs=1e-4)
+
+
+def test_accumulated_batches_learn_what_whole_ones_do(undisturbed, checkpoint, data, tmp_path):
+    out = tmp_path / "accumulated"
+    run(*finetune(checkpoint, data, out, *SETTINGS, "--device-batch", "2"))
+    assert [entry[2] for entry in losses(out)] == pytest.approx(
+        [entry[2] for entry in losses(undisturbed[0])], abs=1e-4
+    )
+
+
+def test_a_directory_holds_one_run(undisturbed, checkpoint, data):
+    out, summary = undisturbed
+    changed = CliRunner().invoke(main, finetune(checkpoint, data, out, "--recipe", "smoke", "--epochs", "4")[2:])
+    assert changed.exit_code == 2
+    assert "holds another run, with another epochs, learning_rate" in changed.output
+    again = run(*finetune(checkpoint, data, out, *SETTINGS))
+    assert json.loads(again.stdout.splitlines()[-1])["best"] == summary["best"]
+
+
+def test_a_plan_has_the_papers_rates_and_keeps_nothing(checkpoint, data, tmp_path):
+    done = run(*finetune(checkpoint, data, tmp_path / "none", "--dry-run", "--image-size", "32"))
+    plan = json.loads(done.stdout.splitlines()[-1])
+    expected = [1e-5] * 3 + [1e-6] * 3 + [1e-7] * 3 + [1e-8] * 3 + [1e-9] * 3
+    assert plan["learning_rates"] == pytest.approx(expected)
+    assert plan["steps"] == plan["steps_per_epoch"] * RECIPES["medblip-base"].epochs
+    assert plan["steps_per_epoch"] == -(-plan["captions"]["train"] // 16)
+    assert plan["trial"]["steps"] == 2
+    assert plan["memory_gib"]["a100"] == 40.0
+    assert not (tmp_path / "none").exists()
+
+
+def test_rewards_are_logged_and_a_second_stage_starts_from_the_first(undisturbed, data, tmp_path):
+    out = tmp_path / "scst"
+    settings = ["--recipe", "scst", "--epochs", "1", "--batch-size", "8", "--set", "reward=rouge1=1 cider=0.1"]
+    settings += ["--set", "valid_share=0.2", "--set", "workers=0", "--set", "likelihood_share=0.1"]
+    run(*finetune(undisturbed[0] / "best", data, out, *settings))
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rewards = [(e["reward_drawn"], e["reward_greedy"]) for e in entries if "reward_drawn" in e]
+    assert len(rewards) == sum("loss" in e for e in entries) > 1
+    assert all(0 < drawn < 2 for drawn, _ in rewards)
+    assert weights(out / "best") != weights(undisturbed[0] / "best")
+
+
+def test_images_that_cannot_be_learned_from_stop_a_run_unless_they_are_left_out(checkpoint, data, tmp_path):
+    bad = tmp_path / "data"
+    (bad / "images").mkdir(parents=True)
+    for path in (data / "images").iterdir():
+        (bad / "images" / path.name).write_bytes(path.read_bytes())
+    text = (data / "captions.csv").read_text()
+    (bad / "captions.csv").write_text(text + 'gone,"a mass"\nbroken,"a mass"\np28b,""\n')
+    (bad / "images" / "broken.png").write_bytes(b"text")
+    (bad / "images" / "p28b.png").write_bytes((data / "images" / "p28.png").read_bytes())
+    refused = CliRunner().invoke(main, finetune(checkpoint, bad, tmp_path / "out", *SETTINGS)[2:])
+    assert refused.exit_code == 1
+    for part in ("gone", "broken (not an image, or damaged)", "p28b", "--allow-missing"):
+        assert part in refused.output
+    plan = run(*finetune(checkpoint, bad, tmp_path / "out", *SETTINGS, "--allow-missing", "--dry-run")).stdout
+    assert sum(json.loads(plan.splitlines()[-1])["captions"].values()) == 29
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--set", "epochs"], "give SETTING=VALUE"),
+        (["--recipe", "absent"], "there is no recipe 'absent'"),
+        (["--set", "epoch=3"], "unknown settings epoch"),
+        (["--image-size", "30"], "not a multiple of the patch size"),
+    ],
+)
+def test_a_wrong_request_is_one_line(checkpoint, data, tmp_path, given, message):
+    done = CliRunner().invoke(main, finetune(checkpoint, data, tmp_path / "out", *given)[2:])
+    assert done.exit_code in (1, 2)
+    assert message in done.output
+    assert len(done.output.strip().splitlines()) == 1
+
+
+def test_make_train_smoke_goes_from_pictures_to_parity(tmp_path):
+    """The commands of `make train-smoke` as make would run them, with this interpreter."""
+    dry = subprocess.run(["make", "-n", "train-smoke"], check=True, capture_output=True, text=True).stdout
+    done = []
+    for words in map(shlex.split, dry.replace("\\\n", " ").splitlines()):
+        if words[0].endswith("/venv-full/bin/engine"):
+            command = ["-m", "engine", *words[1:]]
+        elif words[0].endswith("/venv-full/bin/python") and words[2].split(".")[0] in ("train", "export"):
+            command = words[1:]
+        else:
+            continue  # what sets up the environment
+        done.append(run(*(word.replace("build/smoke", str(tmp_path)) for word in command)))
+    assert len(done) == 6
+    summary = json.loads(next(one.stdout for one in done if '"best"' in one.stdout).splitlines()[-1])
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert summary["train_loss"] < first["loss"]
+    parity = json.loads((tmp_path / "parity.json").read_text())
+    assert parity["passed"]
+    assert json.loads((tmp_path / "scores.json").read_text())["rouge1"] > 0.5

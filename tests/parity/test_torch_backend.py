@@ -1,0 +1,66 @@
+"""A live model decodes as the bundle made of it does, and as Hugging Face does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.images import read_image
+from engine.options import DecodeOptions
+from export.torch_backend import caption_live
+from tests.tiny import IMAGE_SIZE, random_pictures
+
+PICTURES = random_pictures(9, seed=5)
+
+
+def pixels(reference) -> list[np.ndarray]:
+    resample = Image.Resampling(reference.image_processor.resample).name.lower()
+    return [read_image(picture, IMAGE_SIZE, IMAGE_SIZE, resample) for picture in PICTURES]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        DecodeOptions(max_new_tokens=20),
+        DecodeOptions(num_beams=3, max_new_tokens=20, no_repeat_ngram_size=2, num_return_sequences=3),
+        DecodeOptions(num_beams=4, max_new_tokens=12, min_new_tokens=3, length_penalty=2.0),
+    ],
+)
+def test_a_live_model_says_what_hugging_face_says(tiny_reference, options):
+    found = dict(
+        caption_live(tiny_reference.model, tiny_reference.image_processor, enumerate(pixels(tiny_reference)), options)
+    )
+    expected = tiny_reference.generate(tiny_reference.pixels(PICTURES), options)
+    assert len(found) == len(PICTURES)
+    for i, captions in enumerate(expected):
+        assert [one.ids for one in found[i]] == [caption.ids for caption in captions]
+
+
+def test_a_live_model_draws_what_its_bundle_draws(tiny_reference, tiny_captioner):
+    options = DecodeOptions(do_sample=True, num_return_sequences=3, seed=3, max_new_tokens=15, top_k=30)
+    images = list(enumerate(pixels(tiny_reference)))
+    live = dict(caption_live(tiny_reference.model, tiny_reference.image_processor, images, options))
+    bundle = dict(tiny_captioner.scheduler(tiny_captioner.search(options)).run(images))
+    assert {i: [one.ids for one in several] for i, several in live.items()} == {
+        i: [one.ids for one in several] for i, several in bundle.items()
+    }
+    assert len({one.ids for several in live.values() for one in several}) > len(PICTURES)
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(tiny_reference):
+    model = tiny_reference.model
+    model.train()
+    try:
+        captions = caption_live(
+            model, tiny_reference.image_processor, enumerate(pixels(tiny_reference)[:2]), DecodeOptions()
+        )
+        next(captions)
+        assert not model.training
+        assert len(list(captions)) == 1
+        assert model.training
+        assert next(model.parameters()).requires_grad
+    finally:
+        model.eval()
+    assert not torch.is_inference_mode_enabled()

@@ -1,0 +1,207 @@
+"""Training: targets, losses and orders against hand-computed examples and Hugging Face's own forward pass."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.options import DecodeOptions
+from engine.scoring.base import Items, Setting
+from engine.scoring.overlap import Cider
+from export.reference import Reference
+from tests.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, random_pictures
+from train.augment import radiology
+from train.data import IGNORED, Collator, EpochOrder, Features, Pictures, PixelSpec, collate_captions
+from train.dataset import Example
+from train.evaluate import Evaluator, references_by_id, sum_of_losses
+from train.processes import share_of
+from train.reward import PADDING, CorpusCider, Reward, log_probs, pad
+from train.trainer import WHOLE, in_order, newest_whole, seal
+
+CAPTIONS = ["axial ct of the chest showing a large mass", "mri", "plain x ray of the left upper lobe"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def examples(tmp_path):
+    found = []
+    for i, picture in enumerate(random_pictures(6, seed=9)):
+        picture.save(tmp_path / f"p{i}.png")
+        found.append(Example(f"p{i}", tmp_path / f"p{i}.png", CAPTIONS[i % 3]))
+    return found
+
+
+def test_neither_padding_nor_cls_nor_a_blank_ever_enters_the_loss(tokenizer):
+    """By hand: the gradient of summed cross entropy is softmax - one-hot where a word is to be said, else zero."""
+    batch = collate_captions(tokenizer, ["ct of a mass", "mri", None], tokenizer.bos_token_id)
+    assert tokenizer.cls_token_id not in batch["labels"]
+    vocabulary, length = len(tokenizer), batch["labels"].shape[1]
+    assert length == 6  # [DEC] ct of a mass [SEP]
+    logits = torch.randn(3, length, vocabulary, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    total = sum_of_losses(logits, batch["labels"])
+    total.backward()
+    words = {(0, i): token for i, token in enumerate(tokenizer("ct of a mass")["input_ids"][1:])}
+    words |= {(1, i): token for i, token in enumerate(tokenizer("mri")["input_ids"][1:])}
+    expected, by_hand = torch.zeros_like(logits), 0.0
+    for (row, place), token in words.items():
+        chances = torch.softmax(logits[row, place].detach(), 0)
+        expected[row, place] = chances
+        expected[row, place, token] -= 1
+        by_hand -= math.log(chances[token])
+    torch.testing.assert_close(logits.grad, expected)
+    assert total.item() == pytest.approx(by_hand, rel=1e-5)
+    assert int((batch["labels"] != IGNORED).sum()) == len(words)  # what the Trainer divides by
+
+
+def test_the_loss_is_hugging_faces_where_its_targets_are_ours(tiny_reference):
+    """Without padding Hugging Face's loss is the mean over the same tokens."""
+    model, tokenizer = tiny_reference.model, tiny_reference.tokenizer
+    batch = collate_captions(tokenizer, ["axial ct of chest", "mri of the brain"], tokenizer.bos_token_id)
+    assert bool(batch["attention_mask"].all())
+    pixels = tiny_reference.pixels(random_pictures(2))
+    with torch.inference_mode():
+        theirs = model(pixel_values=pixels, **batch).loss
+        labels = batch.pop("labels")
+        ours = sum_of_losses(model(pixel_values=pixels, **batch).logits, labels) / (labels != IGNORED).sum()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_pixels_are_the_processors(tiny_reference, examples):
+    spec = PixelSpec.of(tiny_reference.image_processor)
+    item = Pictures(examples, spec)[(0, 2)]
+    expected = tiny_reference.pixels([Image.open(examples[2].image).convert("RGB")])[0]
+    torch.testing.assert_close(item["pixel_values"], expected, rtol=0, atol=1e-6)
+    assert item["caption"] == examples[2].caption
+
+
+def test_every_image_is_seen_once_an_epoch_whatever_the_number_of_processes():
+    order = EpochOrder(count=11, batch_size=4, seed=3)
+    assert len(order) == 12
+    first = list(order)
+    order.set_epoch(1)
+    second = list(order)
+    for epoch, places in ((0, first), (1, second)):
+        assert {one for one, _ in places} == {epoch}
+        assert sorted(index for _, index in places) == list(range(12))
+        assert places[-1] == (epoch, 11)  # the blank
+    assert [i for _, i in first] != [i for _, i in second]
+    order.set_epoch(0)
+    assert list(order) == first
+    parts = [list(share_of(7, rank, 3)) for rank in range(3)]
+    assert sorted(i for part in parts for i in part) == list(range(7))
+
+
+def test_augmentation_repeats_itself_for_the_same_place_and_never_mirrors(tiny_reference, examples):
+    spec = PixelSpec.of(tiny_reference.image_processor)
+    pictures = Pictures(examples, spec, augmentation="radiology", seed=1)
+    first = pictures[(0, 1)]["pixel_values"]
+    assert torch.equal(first, pictures[(0, 1)]["pixel_values"])
+    assert not torch.equal(first, pictures[(1, 1)]["pixel_values"])
+    half_white = np.zeros((64, 64, 3), np.uint8)
+    half_white[:, :32] = 255
+    for seed in range(40):
+        turned = radiology(half_white, np.random.default_rng(seed)).astype(float)
+        assert turned.shape == (64, 64, 3)
+        assert turned[16:48, :24].mean() > 150 > 100 > turned[16:48, 40:].mean()
+
+
+def test_features_and_pictures_make_the_same_batches(tiny_reference, examples):
+    reference = tiny_reference
+    spec = PixelSpec.of(reference.image_processor)
+    collate = Collator(reference.tokenizer, reference.model.config.text_config.bos_token_id, 20)
+    pictures = Pictures(examples, spec)
+    batch = collate([pictures[(0, i)] for i in (4, 0, 6)])
+    with torch.inference_mode():
+        encoded = reference.model.vision_model(
+            pixel_values=torch.stack([pictures[(0, i)]["pixel_values"] for i in range(6)])
+        )[0]
+        features = Features(encoded.half(), [example.caption for example in examples])
+        other = collate([features[(0, i)] for i in (4, 0, 6)])
+        labels = batch.pop("labels")
+        assert torch.equal(other.pop("labels"), labels)
+        whole = sum_of_losses(reference.model(**batch).logits, labels)
+        part = sum_of_losses(reference.model.text_decoder(**other).logits, labels)
+    assert part.item() == pytest.approx(whole.item(), rel=1e-3)
+
+
+def test_an_epoch_is_judged_as_engine_score_would(tiny_checkpoint, examples):
+    reference = Reference.load(tiny_checkpoint)
+    options = DecodeOptions(max_new_tokens=10)
+    twice = [*examples, Example("p0", examples[0].image, "a second caption")]
+    evaluator = Evaluator(reference, twice, ("rouge1", "bleu1"), options, 30, 4, Setting())
+    metrics, captions = evaluator.evaluate()
+    assert [one for one, _ in captions] == [f"p{i}" for i in range(6)]
+    assert references_by_id(twice)["p0"] == (CAPTIONS[0], "a second caption")
+    expected = reference.generate(reference.pixels([Image.open(one.image).convert("RGB") for one in examples]), options)
+    for (_, text), (best,) in zip(captions, expected, strict=True):
+        raw = reference.tokenizer.decode(best.ids, skip_special_tokens=True)
+        assert text.replace(" ", "") == raw.replace(" ", "")
+    with torch.inference_mode():
+        losses, tokens = 0.0, 0
+        for example in twice:
+            batch = collate_captions(reference.tokenizer, [example.caption], reference.tokenizer.bos_token_id)
+            pixels = reference.pixels([Image.open(example.image).convert("RGB")])
+            count = int((batch["labels"] != IGNORED).sum())
+            losses += reference.model(pixel_values=pixels, **batch).loss.item() * count
+            tokens += count
+    assert metrics["loss"] == pytest.approx(losses / tokens, rel=1e-5)
+    assert set(metrics) == {"loss", "rouge1", "bleu1"}
+
+
+def test_a_checkpoint_cut_off_while_it_was_saved_is_passed_over(tmp_path):
+    for step in (8, 16, 100):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        (directory / "model.safetensors").write_bytes(b"weights")
+        if step != 100:
+            seal(directory)
+    assert [path.name for path in in_order(tmp_path)] == ["checkpoint-8", "checkpoint-16", "checkpoint-100"]
+    (tmp_path / "checkpoint-16" / "model.safetensors").write_bytes(b"we")
+    said = []
+    assert newest_whole(tmp_path, said.append) == tmp_path / "checkpoint-8"
+    assert [line.split(" was")[0].rpartition("/")[2] for line in said] == ["checkpoint-100", "checkpoint-16"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+    assert json.loads((tmp_path / "checkpoint-8" / WHOLE).read_text()) == {"model.safetensors": 7}
+
+
+def test_log_probabilities_of_drawn_captions_leave_padding_out():
+    ids = pad([(1, 2, 3), (1, 4)], "cpu")
+    assert ids.tolist() == [[1, 2, 3], [1, 4, PADDING]]
+    logits = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
+    rows = torch.log_softmax(logits, -1)
+    expected = torch.stack([rows[0, 0, 2] + rows[0, 1, 3], rows[1, 0, 4]])
+    torch.testing.assert_close(log_probs(logits, ids), expected)
+
+
+def test_cider_of_a_few_captions_weighs_words_by_the_whole_corpus():
+    references = [("axial ct of the chest",), ("axial mri of the brain",), ("plain x ray of the chest",), ("mass",)]
+    candidates = ["axial ct of the chest", "mri of the brain", "x ray", "a mass"]
+    whole = Cider().measure(Items(["a", "b", "c", "d"], candidates, references)).per_image
+    few = CorpusCider(references).measure(Items(["a", "b"], candidates[:2], references[:2])).per_image
+    np.testing.assert_allclose(few, whole[:2])
+    assert few[0] > 5
+
+
+def test_a_reward_is_the_weighted_sum_of_its_metrics():
+    references = [("axial ct of the chest",), ("mri of the brain",)]
+    reward = Reward({"rouge1": 2.0, "cider": 0.5}, Setting(), references)
+    candidates = ["axial ct of the chest", "a chest"]
+    rouge = Reward({"rouge1": 1.0}, Setting(), references)(candidates, references)
+    cider = Reward({"cider": 1.0}, Setting(), references)(candidates, references)
+    np.testing.assert_allclose(reward(candidates, references), 2 * rouge + 0.5 * cider)
+    assert rouge.tolist() == [1.0, 0.0]
+
+
+def test_resized_pictures_have_the_checkpoints_size(tmp_path):
+    reference = Reference.load(make_checkpoint(tmp_path / "c"), IMAGE_SIZE // 2)
+    spec = PixelSpec.of(reference.image_processor)
+    assert spec.read(random_pictures(1)[0]).shape == (IMAGE_SIZE // 2, IMAGE_SIZE // 2, 3)

@@ -1,0 +1,211 @@
+"""Reward training: self-critical sequence training (Rennie et al. 2017, https://arxiv.org/abs/1612.00563).
+
+Captions are drawn through the engine's decoding core, rewarded by the metrics that will judge them, and compared with
+what the model says greedily, which is the baseline; the gradient makes drawn captions that beat it likelier.
+Knows nothing of run directories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from engine.decoding.beam import Hypothesis
+from engine.options import DecodeOptions
+from engine.scoring.base import Items, Measured, Setting
+from engine.scoring.profiles import make_metric
+from engine.tokenizer import detokenise
+from export.reference import Reference
+from export.torch_backend import caption_live
+from train.data import Item, PixelSpec, Place
+from train.dataset import Example
+from train.evaluate import references_by_id, sum_of_losses
+from train.trainer import CaptionTrainer
+
+SAMPLED_WORDS = 100
+"""Words a rollout draws from: what is left out has next to no probability, and sorting 30,000 words costs."""
+PADDING = -1
+BLANK = -1
+
+
+class Reward:
+    """A weighted sum of metrics of single captions, each as `engine score` computes it.
+
+    CIDEr weighs words by their frequency in the training references, not by that in a batch.
+    """
+
+    def __init__(self, weights: Mapping[str, float], setting: Setting, references: Sequence[tuple[str, ...]]) -> None:
+        self._parts = [
+            (weight, CorpusCider(references) if name == "cider" else make_metric(name, setting, {}))
+            for name, weight in weights.items()
+        ]
+
+    def __call__(self, candidates: Sequence[str], references: Sequence[tuple[str, ...]]) -> NDArray[np.float64]:
+        """Return f64[N]. Raises UnavailableError when a metric lacks something."""
+        items = Items([str(i) for i in range(len(candidates))], candidates, references)
+        return np.sum([weight * metric.measure(items).per_image for weight, metric in self._parts], axis=0)
+
+
+class CorpusCider:
+    """CIDEr-D with the document frequencies of a corpus, for a few captions at a time; values lie between 0 and 10."""
+
+    name = "cider"
+
+    def __init__(self, references: Sequence[tuple[str, ...]]) -> None:
+        from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+        self._make = lambda: CiderScorer(n=4, sigma=6.0)
+        self._corpus = self._make()
+        text = Items([""] * len(references), [""] * len(references), references).preprocessed()
+        for several in text.references:
+            self._corpus += ("", list(several))
+        self._corpus.compute_doc_freq()
+
+    def measure(self, items: Items) -> Measured:
+        """See engine.scoring.base.Metric."""
+        text, scorer = items.preprocessed(), self._make()
+        for candidate, references in zip(text.candidates, text.references, strict=True):
+            scorer += (candidate, list(references))
+        # as many documents as the corpus has: the scorer takes their number from this list, and stops with the captions
+        scorer.crefs += self._corpus.crefs[len(items) :]
+        scorer.document_frequency = self._corpus.document_frequency
+        scores = np.array(scorer.compute_cider(), np.float64)
+        return Measured(scores, float(scores.mean()))
+
+
+@dataclass(frozen=True)
+class RewardedPictures(Dataset[Item]):
+    """Images as the decoding core takes them, u8[size,size,3], with the captions that the likelihood is kept for."""
+
+    examples: Sequence[Example]
+    spec: PixelSpec
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, place: Place) -> Item:
+        """Return pixels, place i64[2] (epoch and index, BLANK for a blank) and the caption."""
+        epoch, index = place
+        if index >= len(self.examples):
+            pixels = np.zeros((self.spec.size, self.spec.size, 3), np.uint8)
+            return {"pixels": torch.from_numpy(pixels), "place": torch.tensor([epoch, BLANK]), "caption": None}
+        pixels = np.array(self.spec.read(self.examples[index].image))
+        caption = self.examples[index].caption
+        return {"pixels": torch.from_numpy(pixels), "place": torch.tensor([epoch, index]), "caption": caption}
+
+
+class RewardTrainer(CaptionTrainer):
+    """CaptionTrainer whose loss is the self-critical one, with `likelihood_share` of cross entropy."""
+
+    def __init__(self, *, reference: Reference, reward: Reward, greedy: DecodeOptions, **given: Any) -> None:
+        super().__init__(**given)
+        self._reference, self._reward, self._greedy = reference, reward, greedy
+        self._examples: Sequence[Example] = self.train_dataset.examples
+        self._references = references_by_id(self._examples)
+        self._spec: PixelSpec = self.train_dataset.spec
+        self._seen: list[tuple[float, float]] = []
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """Return the loss of one batch: minus the log-probability of drawn captions, weighted by their advantage.
+
+        Summed over a caption's tokens, averaged over the drawn captions of the whole step; blanks weigh nothing.
+        """
+        places = inputs["place"].tolist()
+        filled = [i for i, (_, index) in enumerate(places) if index != BLANK]
+        pixels = inputs["pixels"].cpu().numpy()
+        drawn, advantages = self._roll_out([(tuple(places[i]), pixels[i]) for i in filled])
+        normal = torch.stack([self._spec.normalise(pixels[i]) for i in filled or [0]]).to(self.args.device)
+        count = self.recipe.samples
+        repeated = normal.repeat_interleave(count, 0) if filled else normal
+        ids = pad(drawn or [(self._greedy_start(),) * 2], self.args.device)
+        weights = torch.tensor(advantages or [0.0], device=self.args.device, dtype=torch.float32)
+        logits = model(pixel_values=repeated, **_without_padding(ids)).logits
+        loss = -(weights * log_probs(logits, ids)).sum() / (self.recipe.batch_size * count)
+        share = self.recipe.likelihood_share
+        if share and num_items_in_batch is not None and filled:
+            kept = {name: inputs[name][filled] for name in ("input_ids", "attention_mask")}
+            total = sum_of_losses(model(pixel_values=normal, **kept).logits, inputs["labels"][filled])
+            loss = (1 - share) * loss + share * total / num_items_in_batch
+        loss = loss * self.accelerator.num_processes  # which average their gradients
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean rewards since the last log: of drawn captions, and of the greedy ones."""
+        if self._seen and "loss" in logs:
+            drawn, greedy = np.mean(self._seen, axis=0)
+            logs |= {"reward_drawn": float(drawn), "reward_greedy": float(greedy)}
+            self._seen.clear()
+        super().log(logs, start_time)
+
+    def _greedy_start(self) -> int:
+        return int(self._reference.model.config.text_config.bos_token_id)
+
+    def _roll_out(
+        self, images: list[tuple[tuple[int, int], NDArray[np.uint8]]]
+    ) -> tuple[list[tuple[int, ...]], list[float]]:
+        """Return the ids of `samples` drawn captions an image, and the reward of each beyond the greedy caption's."""
+        if not images:
+            return [], []
+        sampling = DecodeOptions(
+            do_sample=True,
+            num_return_sequences=self.recipe.samples,
+            top_k=SAMPLED_WORDS,
+            seed=self.recipe.seed,
+            max_new_tokens=self._greedy.max_new_tokens,
+        )
+        decode = (self._reference.model, self._reference.image_processor, images)
+        greedy: dict[Any, list[Hypothesis]] = dict(caption_live(*decode, self._greedy))
+        several: dict[Any, list[Hypothesis]] = dict(caption_live(*decode, sampling))
+        candidates, references, drawn = [], [], []
+        for place, _ in images:
+            one = [*several[place], greedy[place][0]]
+            drawn += [hypothesis.ids for hypothesis in one[:-1]]
+            candidates += [self._text(hypothesis) for hypothesis in one]
+            references += [self._references[self._examples[place[1]].id]] * len(one)
+        rewards = self._reward(candidates, references).reshape(len(images), -1)
+        self._seen += list(zip(rewards[:, :-1].mean(1).tolist(), rewards[:, -1].tolist(), strict=True))
+        return drawn, (rewards[:, :-1] - rewards[:, -1:]).flatten().tolist()
+
+    def _text(self, hypothesis: Hypothesis) -> str:
+        return detokenise(self._reference.tokenizer.decode(hypothesis.ids, skip_special_tokens=True))
+
+
+def pad(sequences: Sequence[tuple[int, ...]], device: torch.device | str) -> torch.Tensor:
+    """Return id sequences as i64[N,L], PADDING behind the shorter ones."""
+    longest = max(map(len, sequences))
+    return torch.tensor([[*ids, *[PADDING] * (longest - len(ids))] for ids in sequences], device=device)
+
+
+def _without_padding(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": ids.clamp(min=0), "attention_mask": (ids != PADDING).long()}
+
+
+def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the summed log-probability of each sequence i64[N,L] behind its first id, f32[N], of logits f32[N,L,V]."""
+    rows = torch.log_softmax(logits[:, :-1].float(), -1)
+    targets = ids[:, 1:]
+    return (rows.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0] * (targets != PADDING)).sum(1)
+
+
+def make_reward(weights: Mapping[str, float], setting: Setting, examples: Sequence[Example]) -> Reward:
+    """Return the reward of a recipe, its CIDEr fitted to the training captions."""
+    return Reward(weights, setting, list(references_by_id(examples).values()))
+
+
+def rewards_over_time(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, float, float]]:
+    """Yield (epoch, mean reward of drawn captions, of greedy ones) from the Trainer's log."""
+    for entry in history:
+        if "reward_drawn" in entry:
+            yield entry["epoch"], entry["reward_drawn"], entry["reward_greedy"]

@@ -1,0 +1,204 @@
+"""Unpack parquet files of pictures and captions into picture files, once; knows nothing of splits and other layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import DataError, OutputError, UsageError
+from engine.images import EXTENSIONS
+from engine.output.lock import OutputLock
+
+INDEX = "index.jsonl"
+"""Rows of an unpacked folder. Its first line names the parquet files it was made of; written last, it is the marker."""
+ROWS_AT_ONCE = 64
+CAPTION_COLUMNS = ("caption", "text")
+CONCEPT_COLUMNS = ("cui", "cuis", "concepts")
+SIGNATURES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"), (b"RIFF", ".webp"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: `file` is the picture's path, None where the row had none; `caption` is empty where it was null."""
+
+    id: str
+    file: Path | None
+    caption: str
+    concepts: tuple[str, ...]
+
+
+def unpack(files: list[Path], into: Path) -> list[Row]:
+    """Write the pictures of parquet files as files into the folder `into`, unless they are there; return the rows.
+
+    Wanted are a column of pictures (a struct of bytes and path) and captions, also image_id and cui where they are.
+    A few rows are in memory at a time. The work is done in a folder beside, renamed at its end: what was cut off is
+    unpacked again, and so are parquet files that changed. Ids come from strangers and name no path: see `safe_name`.
+    Raises DataError naming the file, UsageError when pyarrow is missing or another process unpacks, OutputError when
+    `into` cannot be written or holds something else.
+    """
+    made_of = [_describe(file) for file in files]
+    rows = _read_index(into, made_of)
+    if rows is not None:
+        return rows
+    try:
+        into.parent.mkdir(parents=True, exist_ok=True)
+        with OutputLock(into):
+            rows = _read_index(into, made_of)  # whoever held the lock before may have done it
+            if rows is not None:
+                return rows
+            if into.exists() and not (into / INDEX).is_file():
+                raise OutputError(f"{into} exists and was not unpacked from parquet: move it, or unpack elsewhere")
+            partial = into.with_name(f".{into.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            _write(files, made_of, partial, into.name)
+            if into.exists():
+                shutil.rmtree(into)
+            partial.rename(into)
+    except OSError as error:
+        raise OutputError(f"{error.filename or into} cannot be written: {error.strerror or error}") from error
+    return _read_index(into, made_of) or []
+
+
+def safe_name(name: str) -> str:
+    """Return a file name (without extension) for an id: itself where it is harmless, else what is left and its hash."""
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,159}", name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{re.sub('[^A-Za-z0-9_-]+', '_', name)[:80] or '_'}~{digest}"
+
+
+def _describe(file: Path) -> list[Any]:
+    """Return what tells whether a file is still the one that was unpacked: name, bytes, time of change in ns."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    return [file.name, status.st_size, status.st_mtime_ns]
+
+
+def _read_index(folder: Path, made_of: list[list[Any]]) -> list[Row] | None:
+    """Return the rows of a folder that was unpacked from these files, None where there is none."""
+    try:
+        header, *lines = (folder / INDEX).read_text("utf-8").splitlines()
+        if json.loads(header) != made_of:
+            return None
+        rows = [json.loads(line) for line in lines]
+        # Only the last part of a path counts: the folder may come with the data set, from a stranger.
+        return [
+            Row(
+                str(row["id"]),
+                folder / Path(row["file"]).name if row["file"] else None,
+                str(row["caption"]),
+                tuple(map(str, row["cui"])),
+            )
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(files: list[Path], made_of: list[list[Any]], folder: Path, prefix: str) -> None:
+    written: dict[str, list[tuple[bytes, str]]] = {}
+    taken: set[str] = set()
+    with (folder / (INDEX + ".partial")).open("w", encoding="utf-8", newline="\n") as index:
+        index.write(json.dumps(made_of) + "\n")
+        for name, picture, suffix, caption, concepts in _rows(files, prefix):
+            file = None
+            if picture is not None:
+                digest = hashlib.sha256(picture).digest()
+                pictures = written.setdefault(name, [])
+                file = next((known for known_digest, known in pictures if known_digest == digest), None)
+                if file is None:  # an id may come twice, with different pictures: each gets a file of its own
+                    file = _free_name(name, len(pictures), suffix, taken)
+                    (folder / file).write_bytes(picture)
+                    pictures.append((digest, file))
+            index.write(json.dumps({"id": name, "file": file, "caption": caption, "cui": concepts}) + "\n")
+        index.flush()
+        os.fsync(index.fileno())
+    (folder / (INDEX + ".partial")).rename(folder / INDEX)
+
+
+def _free_name(name: str, number: int, suffix: str, taken: set[str]) -> str:
+    """Return a file name nobody has, also where file systems do not tell upper from lower case."""
+    stem = safe_name(name) + (f"~{number + 1}" if number else "")
+    if stem.lower() in taken:
+        stem += "~" + hashlib.sha256(stem.encode()).hexdigest()[:16]
+    taken.add(stem.lower())
+    return stem + suffix
+
+
+def _rows(files: list[Path], prefix: str) -> Iterator[tuple[str, bytes | None, str, str, list[str]]]:
+    """Yield id, bytes of the picture, extension, caption and concepts of every row."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UsageError(f"{files[0]}: parquet needs pyarrow ({error}): pip install pyarrow") from error
+    number = 0
+    for path in files:
+        try:
+            with parquet.ParquetFile(path) as file:
+                names = _columns(path, file.schema_arrow)
+                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[name for name in names if name]):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield _row(row, names, f"{prefix}_{number:08d}")
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise DataError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+def _row(
+    row: dict[str, Any], names: tuple[str, str, str, str], fallback: str
+) -> tuple[str, bytes | None, str, str, list[str]]:
+    """Take one row apart; a row without an id is called by its picture's file name, or by `fallback`."""
+    picture, identity, caption, concepts = (row.get(name) for name in names)
+    content, label = (picture or {}).get("bytes"), str((picture or {}).get("path") or "")
+    name = ("" if identity is None else str(identity)) or Path(label).stem or fallback
+    return name, content, _suffix(label, content or b""), str(caption or ""), split_concepts(concepts)
+
+
+def _columns(path: Path, schema: Any) -> tuple[str, str, str, str]:
+    """Return the names of the columns of pictures, ids, captions and concepts; ids and concepts may be ''."""
+    import pyarrow
+
+    lowered = {entry.name.lower(): entry.name for entry in schema}
+    pictures = [
+        entry.name
+        for entry in schema
+        if pyarrow.types.is_struct(entry.type) and entry.type.get_field_index("bytes") >= 0
+    ]
+    captions = [lowered[name] for name in CAPTION_COLUMNS if name in lowered]
+    if not pictures or not captions:
+        raise DataError(
+            f"{path} has no {'captions' if pictures else 'pictures'}: wanted are a column of pictures "
+            "(a struct of bytes and path) and one named caption"
+        )
+    identity = next((lowered[name] for name in ("image_id", "id") if name in lowered), "")
+    concepts = next((lowered[name] for name in CONCEPT_COLUMNS if name in lowered), "")
+    return pictures[0], identity, captions[0], concepts
+
+
+def split_concepts(value: Any) -> list[str]:
+    """Return the concepts of a cell: a list, or text separated by `;` (or commas, where there is no `;`)."""
+    if isinstance(value, list):
+        return [str(one) for one in value if one is not None]
+    text = str(value or "").strip().removeprefix("[").removesuffix("]")
+    return [one for part in text.split(";" if ";" in text else ",") if (one := part.strip(" \t\r\n'\""))]
+
+
+def _suffix(label: str, content: bytes) -> str:
+    """Return the extension of a picture's own name, else that of its first bytes."""
+    suffix = Path(label).suffix.lower()
+    return (
+        suffix
+        if suffix in EXTENSIONS
+        else next((ext for start, ext in SIGNATURES if content.startswith(start)), ".jpg")
+    )
