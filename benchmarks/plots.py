@@ -98,6 +98,8 @@ def plot_rows(records: list[dict[str, Any]], out: Path) -> None:
         points = [(int(rows), speed / fastest) for rows, speed in record["images_per_s"].items()]
         axes.plot(*zip(*points, strict=True), marker="o", label=f"{record['workload']}, {record['beams']} beams")
     axes.set_xscale("log", base=2)
+    ticks = sorted({int(rows) for r in records if r["benchmark"] == "rows" for rows in r["images_per_s"]})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel("rows: beams decoded side by side")
     axes.set_ylabel("speed, share of the fastest")
     axes.set_ylim(bottom=0)
