@@ -7,7 +7,7 @@ Knows nothing of run directories.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,10 +202,3 @@ def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def make_reward(weights: Mapping[str, float], setting: Setting, examples: Sequence[Example]) -> Reward:
     """Return the reward of a recipe, its CIDEr fitted to the training captions."""
     return Reward(weights, setting, list(references_by_id(examples).values()))
-
-
-def rewards_over_time(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, float, float]]:
-    """Yield (epoch, mean reward of drawn captions, of greedy ones) from the Trainer's log."""
-    for entry in history:
-        if "reward_drawn" in entry:
-            yield entry["epoch"], entry["reward_drawn"], entry["reward_greedy"]

@@ -84,7 +84,7 @@ def _point_to(link: Path, target: Path) -> None:
 
 def write_log(out: Path, history: list[dict[str, Any]]) -> None:
     """Write the Trainer's log and draw it."""
-    from train.curves import draw_curves
+    from train.plots import draw_curves
 
     write_atomically(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
     draw_curves(history, out / "curves.png")

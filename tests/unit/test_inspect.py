@@ -11,7 +11,8 @@ from PIL import Image
 
 from engine.errors import OutputError
 from train.dataset import Example, Split
-from train.inspect import MODALITIES, NO_MODALITY, draw, inspect_dataset, lines
+from train.inspect import MODALITIES, NO_MODALITY, inspect_dataset, lines
+from train.plots import draw_dataset
 
 CT, MR, PET = "C0040405", "C0024485", "C0032743"
 
@@ -151,7 +152,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, stats: dict, out: Path) -> list[dict[
         close(figure)
 
     monkeypatch.setattr(plt, "close", keep)
-    draw(stats, out)
+    draw_dataset(stats, out)
     return panels
 
 
@@ -177,4 +178,4 @@ def test_the_plot_leaves_out_what_is_unknown_and_cuts_nothing_it_can_show(tmp_pa
     (panel,) = drawn(monkeypatch, stats, tmp_path / "plot.png")
     assert panel["axes"] == ["words a caption", "% of the captions of the split"]
     with pytest.raises(OutputError, match="cannot be written: No such file or directory"):
-        draw(stats, tmp_path / "nowhere" / "plot.png")
+        draw_dataset(stats, tmp_path / "nowhere" / "plot.png")
