@@ -192,7 +192,7 @@ RECIPES = {
     ),
     "demo": Recipe(
         name="demo",
-        epochs=4,
+        epochs=1,
         learning_rate=5e-5,
         schedule="one-cycle",
         batch_size=32,

@@ -7,7 +7,8 @@ Knows nothing of run directories.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,10 +129,10 @@ class RewardTrainer(CaptionTrainer):
         drawn, advantages = self._roll_out([(tuple(places[i]), pixels[i]) for i in filled])
         normal = torch.stack([self._spec.normalise(pixels[i]) for i in filled or [0]]).to(self.args.device)
         count = self.recipe.samples
-        repeated = normal.repeat_interleave(count, 0) if filled else normal
         ids = pad(drawn or [(self._greedy_start(),) * 2], self.args.device)
         weights = torch.tensor(advantages or [0.0], device=self.args.device, dtype=torch.float32)
-        logits = model(pixel_values=repeated, **_without_padding(ids)).logits
+        with repeating(self._reference.model.vision_model, count if filled else 1):
+            logits = model(pixel_values=normal, **_without_padding(ids)).logits
         loss = -(weights * log_probs(logits, ids)).sum() / (self.recipe.batch_size * count)
         share = self.recipe.likelihood_share
         if share and num_items_in_batch is not None and filled:
@@ -180,6 +181,24 @@ class RewardTrainer(CaptionTrainer):
 
     def _text(self, hypothesis: Hypothesis) -> str:
         return detokenise(self._reference.tokenizer.decode(hypothesis.ids, skip_special_tokens=True))
+
+
+@contextmanager
+def repeating(vision_model: torch.nn.Module, count: int) -> Iterator[None]:
+    """Let every image be encoded once for the `count` captions drawn of it: its features are repeated, not its pixels.
+
+    A hook, so that the call goes through whatever wraps the model for several processes.
+    """
+
+    def repeat(_: torch.nn.Module, __: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.repeat_interleave(count, 0)
+        return output
+
+    handle = vision_model.register_forward_hook(repeat)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def pad(sequences: Sequence[tuple[int, ...]], device: torch.device | str) -> torch.Tensor:

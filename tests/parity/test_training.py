@@ -20,7 +20,7 @@ from train.data import IGNORED, Collator, EpochOrder, Features, Pictures, PixelS
 from train.dataset import Example
 from train.evaluate import Evaluator, references_by_id, sum_of_losses
 from train.processes import share_of
-from train.reward import PADDING, CorpusCider, Reward, log_probs, pad
+from train.reward import PADDING, CorpusCider, Reward, log_probs, pad, repeating
 from train.trainer import WHOLE, in_order, newest_whole, seal
 
 CAPTIONS = ["axial ct of the chest showing a large mass", "mri", "plain x ray of the left upper lobe"]
@@ -205,3 +205,21 @@ def test_resized_pictures_have_the_checkpoints_size(tmp_path):
     reference = Reference.load(make_checkpoint(tmp_path / "c"), IMAGE_SIZE // 2)
     spec = PixelSpec.of(reference.image_processor)
     assert spec.read(random_pictures(1)[0]).shape == (IMAGE_SIZE // 2, IMAGE_SIZE // 2, 3)
+
+
+def test_captions_drawn_of_one_image_share_its_encoding(tiny_reference):
+    model = tiny_reference.model
+    pixels = tiny_reference.pixels(random_pictures(2))
+    ids = torch.tensor([[tiny_reference.tokenizer.bos_token_id, i] for i in (7, 8, 9, 10)])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seen = []
+    counter = model.vision_model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(len(given["pixel_values"])), with_kwargs=True
+    )
+    with torch.inference_mode():
+        expected = model(pixel_values=pixels.repeat_interleave(2, 0), **given).logits
+        with repeating(model.vision_model, 2):
+            found = model(pixel_values=pixels, **given).logits
+    counter.remove()
+    torch.testing.assert_close(found, expected)
+    assert seen == [4, 2]
