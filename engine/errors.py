@@ -26,8 +26,8 @@ class BundleError(EngineError):
 class ImageError(EngineError):
     """One image cannot be read; `path` names it."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+    def __init__(self, path: str, reason: str = "") -> None:
+        super().__init__(f"{path}: {reason}" if reason else path)
         self.path = path
         self.reason = reason
 

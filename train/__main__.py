@@ -33,7 +33,8 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (EngineError, CheckpointError, AssetError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
+        # what a reading process raises arrives with its traceback in front
+        click.echo(f"error: {str(error).strip().splitlines()[-1]}", err=True)
         sys.exit(getattr(error, "exit_code", 1))
 
 

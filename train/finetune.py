@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from engine.errors import DataError
+from engine.errors import DataError, UsageError
 from engine.options import DecodeOptions
 from engine.scoring.base import Setting
+from engine.scoring.profiles import make_metric
 from export.bundle import checkpoint_sha256
 from export.checkpoint import resize_position_table
 from export.reference import Reference
@@ -68,10 +69,11 @@ def finetune(job: Job, say: Say) -> dict[str, Any]:
     recipe = job.recipe
     device_batch, accumulated = recipe.micro_batches(world_size)
     set_seed(recipe.seed)
+    measured_by = signatures(job)
     reference = load_reference(job.checkpoint, recipe)
     splits = first_for_all(lambda: prepare_data(job, reference, say))
     with locked(job.out, rank):
-        resume_from = first_for_all(lambda: _begin(job, splits, say))
+        resume_from = first_for_all(lambda: _begin(job, splits, measured_by, say))
         kept = Kept(job.out / "models", recipe)
         evaluator = make_evaluator(job, reference, splits["valid"].examples)
 
@@ -84,7 +86,7 @@ def finetune(job: Job, say: Say) -> dict[str, Any]:
 
         start = time.perf_counter()
         trainer = make_trainer(job, reference, splits, judge, (device_batch, accumulated), say)
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        trainer.go_on(resume_from)
         if rank:
             return {}
         write_log(job.out, trainer.state.log_history)
@@ -102,7 +104,7 @@ def load_reference(checkpoint: Path, recipe: Recipe) -> Reference:
         is_frozen = (
             ("vision" in recipe.freeze and is_vision)
             or ("words" in recipe.freeze and not is_vision and any(part in name for part in WORDS))
-            or ("cross" in recipe.freeze and not is_vision and "crossattention" not in name)
+            or ("all-but-cross" in recipe.freeze and "crossattention" not in name)
         )
         parameter.requires_grad_(not is_frozen)
     return reference
@@ -134,9 +136,15 @@ def prepare_data(job: Job, reference: Reference, say: Say) -> dict[str, Split]:
     return splits
 
 
-def _begin(job: Job, splits: dict[str, Split], say: Say) -> Path | None:
+def signatures(job: Job) -> dict[str, str]:
+    """Return how each metric of the evaluation and the reward is measured; raise EngineError where one cannot be."""
+    names = [*evaluation_metrics(job.recipe), *job.recipe.rewards()]
+    return {name: make_metric(name, Setting(weights=job.weights or {}), {}).signature() for name in names}
+
+
+def _begin(job: Job, splits: dict[str, Split], measured_by: dict[str, str], say: Say) -> Path | None:
     """Claim the run directory; return the state of training to go on from, or None."""
-    claim(job.out, job.recipe, made_of(job, splits))
+    claim(job.out, job.recipe, made_of(job, splits) | {"metrics": measured_by})
     (job.out / "checkpoints").mkdir(parents=True, exist_ok=True)
     newest = newest_whole(job.out / "checkpoints", say)
     if newest is not None:
@@ -158,9 +166,14 @@ def make_evaluator(job: Job, reference: Reference, examples: Sequence[Example]) 
         step = len(ids) / recipe.eval_images
         chosen = {ids[int(i * step)] for i in range(recipe.eval_images)}
         examples = [example for example in examples if example.id in chosen]
-    metrics = tuple(dict.fromkeys(["rouge1", *([recipe.metric] if recipe.metric != LOSS else [])]))
     setting, options = Setting(weights=job.weights or {}), evaluation_options(recipe)
+    metrics = evaluation_metrics(recipe)
     return Evaluator(reference, examples, metrics, options, recipe.max_tokens, recipe.device_batch, setting)
+
+
+def evaluation_metrics(recipe: Recipe) -> tuple[str, ...]:
+    """Return the metrics an epoch is judged by, besides the loss."""
+    return tuple(dict.fromkeys(["rouge1", *([recipe.metric] if recipe.metric != LOSS else [])]))
 
 
 def evaluation_options(recipe: Recipe) -> DecodeOptions:
@@ -184,6 +197,9 @@ def make_trainer(
     recipe, model = job.recipe, reference.model
     examples = splits["train"].examples
     spec = PixelSpec.of(reference.image_processor)
+    order = EpochOrder(len(examples), recipe.batch_size, recipe.seed)
+    args = training_arguments(job, batches, order.padded // recipe.batch_size, say)
+    model.to(args.device)  # all of it, also where only the decoder is trained
     trained: PreTrainedModel = model
     dataset: Pictures | Features | RewardedPictures
     kind: Callable[..., CaptionTrainer] = CaptionTrainer
@@ -196,28 +212,29 @@ def make_trainer(
         kind = partial(RewardTrainer, reference=reference, reward=reward, greedy=evaluation_options(recipe))
     else:
         dataset = Pictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
-    order = EpochOrder(len(examples), recipe.batch_size, recipe.seed)
-    trainer = kind(
+    return kind(
         recipe=recipe,
         order=order,
         judge=judge,
         say=say,
         model=trained,
-        args=training_arguments(job, batches, order.padded // recipe.batch_size),
+        args=args,
         train_dataset=dataset,
         eval_dataset=Pictures(splits["valid"].examples, spec),
         data_collator=Collator(reference.tokenizer, model.config.text_config.bos_token_id, recipe.max_tokens),
     )
-    model.to(trainer.args.device)  # all of it, also where only the decoder is trained
-    return trainer
 
 
-def training_arguments(job: Job, batches: tuple[int, int], steps_per_epoch: int) -> TrainingArguments:
-    """Translate a recipe for Hugging Face's Trainer."""
+def training_arguments(job: Job, batches: tuple[int, int], steps_per_epoch: int, say: Say) -> TrainingArguments:
+    """Translate a recipe for Hugging Face's Trainer. Raises UsageError for a precision this machine has not."""
     recipe, (device_batch, accumulated) = job.recipe, batches
     every = {"save_strategy": "steps", "save_steps": recipe.save_steps} if recipe.save_steps else {}
     is_trial = job.max_steps is not None
-    return TrainingArguments(
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise UsageError("precision fp16 needs a GPU: take bf16 or fp32 on a CPU")
+    if recipe.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UsageError("precision bf16 needs an NVIDIA GPU of Ampere or later: take fp16")
+    arguments = TrainingArguments(
         output_dir=str(job.out / "checkpoints"),
         per_device_train_batch_size=device_batch,
         gradient_accumulation_steps=accumulated,
@@ -244,22 +261,29 @@ def training_arguments(job: Job, batches: tuple[int, int], steps_per_epoch: int)
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they never change, and a process may call its model more often than another
         use_cpu=not torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:  # else one process would share every batch among them and take a larger one
+        say(f"one of {arguments.n_gpu} GPUs is used: start with torchrun --nproc_per_node {arguments.n_gpu} for all")
+        arguments._n_gpu = 1
+    return arguments
 
 
 def encode_images(reference: Reference, examples: Sequence[Example], say: Say, *, batch_size: int = 16) -> torch.Tensor:
     """Run the frozen vision tower over images; return features f16[N,S,D]."""
-    spec, features = PixelSpec.of(reference.image_processor), []
+    spec, features = PixelSpec.of(reference.image_processor), None
     start = time.perf_counter()
     with torch.inference_mode():
         for i in range(0, len(examples), batch_size):
             pixels = torch.stack([spec.normalise(spec.read(one.image)) for one in examples[i : i + batch_size]])
-            features.append(
-                reference.model.vision_model(pixel_values=pixels.to(reference.model.device))[0].half().cpu()
-            )
+            encoded = reference.model.vision_model(pixel_values=pixels.to(reference.model.device))[0]
+            if features is None:  # one allocation: at full size two copies would not fit
+                features = torch.empty(len(examples), *encoded.shape[1:], dtype=torch.float16)
+            features[i : i + len(encoded)] = encoded.cpu()
+    assert features is not None
     say(f"encoded {len(examples)} images in {time.perf_counter() - start:.0f} s")
-    return torch.cat(features).clone()
+    return features.clone() if features.is_inference() else features
 
 
 def _summary(job: Job, kept: Kept, trainer: CaptionTrainer, seconds: float) -> dict[str, Any]:

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from transformers import BlipForConditionalGeneration
 
+from engine.errors import UsageError
 from export.reference import Reference
 from train.data import PixelSpec
 from train.dataset import Split
 from train.evaluate import sum_of_losses
-from train.finetune import Job, load_reference, make_trainer, prepare_data
+from train.finetune import Job, load_reference, make_trainer, prepare_data, signatures
 from train.processes import process_place
 from train.recipe import Recipe
+from train.reward import repeating
 
 A100_GIB = 40.0
 TRIAL_STEPS = 2
@@ -31,10 +33,12 @@ GIB = float(1 << 30)
 def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dict[str, Any]:
     """Return what a run will be; with `trial`, take TRIAL_STEPS optimiser steps (the model is thrown away)."""
     recipe = job.recipe
+    if process_place()[1] > 1:
+        raise UsageError("--dry-run looks at one process: run it without torchrun")
+    signatures(job)
     reference = load_reference(job.checkpoint, recipe)
     splits = prepare_data(job, reference, say)
-    _, world_size = process_place()
-    device_batch, accumulated = recipe.micro_batches(world_size)
+    device_batch, accumulated = recipe.micro_batches(1)
     steps = -(-len(splits["train"].examples) // recipe.batch_size)
     parameters = list(reference.model.parameters())
     plan = {
@@ -72,10 +76,13 @@ def memory(model: BlipForConditionalGeneration, recipe: Recipe, spec: PixelSpec)
     parameters = list(model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    one, two = (_kept_for_backward(model, spec, recipe.max_tokens, count) for count in (1, 2))
-    device_batch, _ = recipe.micro_batches(process_place()[1])
+    copies = recipe.samples if recipe.reward else 1
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    one, two = (_kept_for_backward(model, spec, recipe.max_tokens, count, copies) for count in (1, 2))
+    device_batch, _ = recipe.micro_batches(1)
     weights = (total * (4 + 2) + trained * 12) / GIB
-    activations = (one + (device_batch - 1) * (two - one)) / GIB
+    activations = device_batch * (two - one) / GIB  # what one image adds: half-precision weights are in both
     return {
         "weights_gradients_moments": round(weights, 2),
         f"activations_of_{device_batch}": round(activations, 2),
@@ -84,8 +91,12 @@ def memory(model: BlipForConditionalGeneration, recipe: Recipe, spec: PixelSpec)
     }
 
 
-def _kept_for_backward(model: BlipForConditionalGeneration, spec: PixelSpec, tokens: int, images: int) -> int:
-    """Return the bytes autograd saves for a batch, parameters and shared storage counted once or not at all."""
+def _kept_for_backward(
+    model: BlipForConditionalGeneration, spec: PixelSpec, tokens: int, images: int, copies: int
+) -> int:
+    """Return the bytes autograd saves for a batch with `copies` captions an image, parameters left out, shared storage
+    counted once.
+    """
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
     alive = []
@@ -99,9 +110,10 @@ def _kept_for_backward(model: BlipForConditionalGeneration, spec: PixelSpec, tok
 
     vocabulary = model.config.text_config.vocab_size
     length = min(tokens, model.config.text_config.max_position_embeddings)
-    ids = torch.arange(images * length).reshape(images, length) % vocabulary
+    ids = torch.arange(images * copies * length).reshape(images * copies, length) % vocabulary
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, repeating(model.vision_model, copies), torch.autocast("cpu", torch.bfloat16):
         outputs = model(
             pixel_values=torch.zeros(images, 3, spec.size, spec.size),
             input_ids=ids,

@@ -18,7 +18,7 @@ from train.augment import AUGMENTATIONS
 
 SCHEDULES = ("step", "constant", "one-cycle")
 PRECISIONS = ("fp32", "bf16", "fp16")
-PARTS = ("vision", "words", "cross")
+PARTS = ("vision", "words", "all-but-cross")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Recipe:
     `batch_size` is the number of image-caption pairs an optimiser step learns from, whatever the number of
     processes; each of them takes `device_batch` at once and accumulates the rest. `schedule` step multiplies the
     learning rate by `step_factor` every `step_epochs` epochs (torch's StepLR), one-cycle is Smith's (2018), with the
-    first tenth rising. `patience` epochs without a lower validation loss end the run (0: never). `freeze` names parts
-    that stay as they are: the vision tower, the word and position embeddings, or all but cross-attention. With a frozen
+    first tenth rising. `patience` epochs without a lower validation loss end the run (0: never). `freeze` names
+    parts that stay as they are: vision (the tower), words (word and position embeddings), or all-but-cross (everything
+    but cross-attention). With a frozen
     vision tower and no augmentation, `cache_features` encodes every image once. `metric` is what the best epoch is
     chosen by: a metric of `engine score` over captions generated with `eval_beams` beams, or loss.
 
@@ -93,6 +94,14 @@ class Recipe:
         refuse(self.samples >= 1, "samples must be at least 1")
         refuse(0 <= self.likelihood_share < 1, "likelihood_share must be at least 0 and below 1")
         refuse(not (self.reward and self.cache_features), "a reward needs the images: cache_features must be off")
+        refuse(
+            not self.reward or (self.augmentation == "none" and not self.label_smoothing),
+            "a reward goes without augmentation and label_smoothing",
+        )
+        refuse(
+            not (self.cache_features and self.gradient_checkpointing),
+            "cache_features trains the decoder alone, which knows no gradient_checkpointing",
+        )
         self.rewards()
         refuse(0 < self.valid_share < 1, "valid_share must be between 0 and 1")
         refuse(self.max_tokens >= 3, "max_tokens must be at least 3: [DEC], a word and [SEP]")

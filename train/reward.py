@@ -121,7 +121,7 @@ class RewardTrainer(CaptionTrainer):
     ) -> Any:
         """Return the loss of one batch: minus the log-probability of drawn captions, weighted by their advantage.
 
-        Summed over a caption's tokens, averaged over the drawn captions of the whole step; blanks weigh nothing.
+        Summed over a caption's tokens, averaged over the drawn captions of a full step: blanks weigh nothing.
         """
         places = inputs["place"].tolist()
         filled = [i for i, (_, index) in enumerate(places) if index != BLANK]
@@ -212,10 +212,18 @@ def _without_padding(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return the summed log-probability of each sequence i64[N,L] behind its first id, f32[N], of logits f32[N,L,V]."""
-    rows = torch.log_softmax(logits[:, :-1].float(), -1)
-    targets = ids[:, 1:]
-    return (rows.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0] * (targets != PADDING)).sum(1)
+    """Return the summed log-probability of each sequence i64[N,L] behind its first id, f32[N], of logits f32[N,L,V].
+
+    Of the distribution that was drawn from: the likeliest SAMPLED_WORDS alone. Only then do advantages of one sign pull
+    nothing towards words that are never drawn.
+    """
+    logits, targets = logits[:, :-1].float(), ids[:, 1:]
+    if logits.shape[2] > SAMPLED_WORDS:
+        least = logits.detach().topk(SAMPLED_WORDS).values[:, :, -1:]
+        keep = (logits >= least).scatter(2, targets.clamp(min=0)[:, :, None], True)
+        logits = logits.masked_fill(~keep, float("-inf"))
+    rows = torch.log_softmax(logits, -1)
+    return torch.where(targets != PADDING, rows.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0], 0.0).sum(1)
 
 
 def make_reward(weights: Mapping[str, float], setting: Setting, examples: Sequence[Example]) -> Reward:

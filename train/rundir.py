@@ -44,18 +44,21 @@ class Kept:
         save_checkpoint(reference, half)
         write_run(half / "valid.csv", captions)
         (half / EVALUATION).write_text(json.dumps({"epoch": epoch, "metrics": metrics}) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
+        _remove(target)
         half.replace(target)
         ranked = self.ranked()
         _point_to(self.directory.parent / "best", ranked[0][1])
         for _, directory, _ in ranked[self.recipe.keep :]:
-            shutil.rmtree(directory)
+            _remove(directory)
 
     def ranked(self) -> list[tuple[int, Path, dict[str, float]]]:
         """Return (epoch, directory, metrics), the best first, the earlier one of equals."""
         found = []
         for path in sorted(self.directory.glob("epoch_*")):
-            content = json.loads((path / EVALUATION).read_text())
+            try:
+                content = json.loads((path / EVALUATION).read_text())
+            except (OSError, ValueError):
+                continue  # a power cut left it half written
             found.append((content["epoch"], path, content["metrics"]))
         metric = self.recipe.metric
         sign = 1 if metric == LOSS else -1
@@ -73,6 +76,15 @@ def save_checkpoint(reference: Reference, directory: Path) -> None:
     reference.model.save_pretrained(directory, safe_serialization=True)
     reference.tokenizer.save_pretrained(directory)
     reference.image_processor.save_pretrained(directory)
+
+
+def _remove(directory: Path) -> None:
+    """Delete a directory; cut off in the middle, nothing of it is left under its name."""
+    if directory.exists():
+        doomed = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        directory.replace(doomed)
+        shutil.rmtree(doomed)
 
 
 def _point_to(link: Path, target: Path) -> None:

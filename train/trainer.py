@@ -6,6 +6,7 @@ Knows nothing of where images and recipes come from.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
+from engine.errors import EngineError
 from train.data import EpochOrder
 from train.evaluate import LOSS, sum_of_losses
 from train.recipe import Recipe
@@ -45,6 +49,24 @@ class Teller(TrainerCallback):
             self._say(f"{at}: loss {logs['loss']:.4f}{rewards}, learning rate {logs['learning_rate']:.3g}")
 
 
+class EpochEnds(TrainerCallback):
+    """Saves and logs at the end of every epoch; saves only after the evaluation, which a resumed run would not make up
+    for.
+    """
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self._steps = steps_per_epoch
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """See TrainerCallback."""
+        if state.global_step % self._steps == 0:
+            control.should_save, control.should_log = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """See TrainerCallback."""
+        control.should_save = args.save_strategy != SaveStrategy.NO
+
+
 class CaptionTrainer(Trainer):
     """Trains a BlipForConditionalGeneration, or its text decoder alone on features; see Recipe for the settings."""
 
@@ -57,6 +79,11 @@ class CaptionTrainer(Trainer):
         self.recipe, self.order, self._judge = recipe, order, judge
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the targets of a whole step for us
         self.steps_per_epoch = order.padded // recipe.batch_size
+        self.add_callback(EpochEnds(self.steps_per_epoch))
+
+    def _inner_training_loop(self, batch_size: int | None = None, **given: Any) -> Any:  # noqa: ARG002
+        """Take the batch size of this call: the Trainer would take that of the checkpoint it goes on from."""
+        return super()._inner_training_loop(batch_size=self.args.train_batch_size, **given)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:  # noqa: ARG002
         return self.order
@@ -104,7 +131,9 @@ class CaptionTrainer(Trainer):
         metrics = self._judge(round(self.state.epoch or 0))
         logged = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(logged)
-        if self.recipe.patience and stopped_falling(self.losses(), self.recipe.patience):
+        if not math.isfinite(metrics[LOSS]):
+            raise EngineError(f"the validation loss is {metrics[LOSS]}: start again with a lower learning_rate")
+        if self.has_converged():
             self.control.should_training_stop = True
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
         return logged
@@ -113,9 +142,18 @@ class CaptionTrainer(Trainer):
         """The Trainer's guess knows no images."""
         return 0
 
-    def losses(self) -> list[float]:
-        """Return the validation losses so far, those of before a resume included."""
-        return [entry[f"eval_{LOSS}"] for entry in self.state.log_history if f"eval_{LOSS}" in entry]
+    def has_converged(self) -> bool:
+        """Return whether the validation loss stopped falling; those of before a resume count."""
+        losses = [entry[f"eval_{LOSS}"] for entry in self.state.log_history if f"eval_{LOSS}" in entry]
+        return bool(self.recipe.patience) and stopped_falling(losses, self.recipe.patience)
+
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train from the start, or from a checkpoint unless the run had come to its end there."""
+        if checkpoint is not None:
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if self.has_converged():
+                return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

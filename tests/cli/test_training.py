@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,22 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_weights(undisturbe
     assert weights(out / final) == weights(undisturbed[0] / final)
 
 
+def test_a_run_goes_on_with_another_share_of_the_batch_at_once(undisturbed, checkpoint, data, tmp_path):
+    out, steps = tmp_path / "moved", undisturbed[1]["steps"]
+    shutil.copytree(undisturbed[0], out, symlinks=True)
+    shutil.rmtree(out / "checkpoints" / f"checkpoint-{steps}")
+    shutil.rmtree(out / "models" / "epoch_03")
+    (out / "models" / "epoch_02" / "evaluation.json").write_text("")  # a power cut
+    summary = json.loads(
+        run(*finetune(checkpoint, data, out, *SETTINGS, "--device-batch", "2")).stdout.splitlines()[-1]
+    )
+    assert summary["steps"] == steps
+    assert [entry[2] for entry in losses(out)] == pytest.approx(
+        [entry[2] for entry in losses(undisturbed[0])], abs=1e-4
+    )
+    assert {Path(path).name for path in summary["kept"]} == {"epoch_01", "epoch_03"}
+
+
 def test_two_processes_learn_what_one_does(undisturbed, checkpoint, data, tmp_path):
     out = tmp_path / "two"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -180,13 +197,18 @@ def test_images_that_cannot_be_learned_from_stop_a_run_unless_they_are_left_out(
         (["--recipe", "absent"], "there is no recipe 'absent'"),
         (["--set", "epoch=3"], "unknown settings epoch"),
         (["--image-size", "30"], "not a multiple of the patch size"),
+        (["--set", "metric=rouge"], "unknown metric 'rouge'"),
+        (["--set", "metric=bertscore"], "needs weights: --weights bertscore=DIR"),
+        (["--recipe", "scst"], "needs weights: --weights bertscore=DIR"),
+        (["--precision", "fp16"], "fp16 needs a GPU"),
     ],
 )
 def test_a_wrong_request_is_one_line(checkpoint, data, tmp_path, given, message):
     done = CliRunner().invoke(main, finetune(checkpoint, data, tmp_path / "out", *given)[2:])
     assert done.exit_code in (1, 2)
     assert message in done.output
-    assert len(done.output.strip().splitlines()) == 1
+    errors = [line for line in done.output.splitlines() if not line.startswith("no validation split")]
+    assert len(errors) == 1
 
 
 def test_make_train_smoke_goes_from_pictures_to_parity(tmp_path):

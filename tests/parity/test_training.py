@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainerState
 
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, Setting
@@ -20,8 +21,9 @@ from train.data import IGNORED, Collator, EpochOrder, Features, Pictures, PixelS
 from train.dataset import Example
 from train.evaluate import Evaluator, references_by_id, sum_of_losses
 from train.processes import share_of
-from train.reward import PADDING, CorpusCider, Reward, log_probs, pad, repeating
-from train.trainer import WHOLE, in_order, newest_whole, seal
+from train.recipe import Recipe
+from train.reward import PADDING, SAMPLED_WORDS, CorpusCider, Reward, log_probs, pad, repeating
+from train.trainer import WHOLE, CaptionTrainer, in_order, newest_whole, seal
 
 CAPTIONS = ["axial ct of the chest showing a large mass", "mri", "plain x ray of the left upper lobe"]
 
@@ -171,6 +173,30 @@ def test_a_checkpoint_cut_off_while_it_was_saved_is_passed_over(tmp_path):
     assert [line.split(" was")[0].rpartition("/")[2] for line in said] == ["checkpoint-100", "checkpoint-16"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
     assert json.loads((tmp_path / "checkpoint-8" / WHOLE).read_text()) == {"model.safetensors": 7}
+
+
+def test_a_run_that_stopped_early_does_not_train_on_when_it_is_called_again(tmp_path):
+    trainer = CaptionTrainer.__new__(CaptionTrainer)
+    trainer.recipe, calls = Recipe(patience=1), []
+    trainer.train = lambda **given: calls.append(given)
+    for losses, trains in (([2.0, 2.1], False), ([2.0, 1.9], True)):
+        state = TrainerState(log_history=[{"eval_loss": loss} for loss in losses], global_step=7)
+        state.save_to_json(str(tmp_path / "trainer_state.json"))
+        calls.clear()
+        trainer.go_on(tmp_path)
+        assert calls == ([{"resume_from_checkpoint": str(tmp_path)}] if trains else [])
+        assert trainer.state.global_step == 7
+
+
+def test_log_probabilities_are_those_of_the_words_that_can_be_drawn():
+    logits = torch.randn(1, 2, 300, generator=torch.Generator().manual_seed(2))
+    order = logits[0, 0].argsort(descending=True)
+    drawn, least = int(order[3]), int(order[200])
+    kept = logits[0, 0, order[:SAMPLED_WORDS]]
+    expected = logits[0, 0, drawn] - torch.logsumexp(kept, 0)
+    found = log_probs(logits, torch.tensor([[1, drawn]]))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.isfinite(log_probs(logits, torch.tensor([[1, least]]))).all()
 
 
 def test_log_probabilities_of_drawn_captions_leave_padding_out():
