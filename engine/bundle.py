@@ -18,6 +18,8 @@ FORMAT = 1
 """Version of the bundle layout; raised whenever an older engine could not read a newer bundle correctly."""
 
 MANIFEST = "manifest.json"
+PRECISIONS = ("fp32", "fp16", "int8")
+"""What weights and activations may be; scores and what is summed along a caption are float32 in all of them."""
 REQUIRED_FILES = ("encoder.onnx", "decoder.onnx", "regroup.onnx", "tokenizer.json", "golden.npz")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NUMBER = 10**7
@@ -109,6 +111,8 @@ class Bundle:
                 clean_up_tokenization_spaces=bool(manifest["clean_up_tokenization_spaces"]),
             )
             bundle.options()
+            if bundle.precision not in PRECISIONS:
+                raise ValueError(f"its precision is {bundle.precision[:40]!r}, known are {', '.join(PRECISIONS)}")
             if max(bundle.tokens.bos, bundle.tokens.eos, bundle.tokens.pad) >= bundle.model.vocab_size:
                 raise ValueError(f"{bundle.tokens} do not fit a vocabulary of {bundle.model.vocab_size}")
         except (KeyError, TypeError, ValueError, EngineError) as error:

@@ -7,22 +7,26 @@ from pathlib import Path
 
 import click
 
+from engine.bundle import PRECISIONS
+
 PATH = click.Path(path_type=Path)
 
 
 @click.command()
 @click.option("--checkpoint", type=PATH, required=True, help="BLIP captioning checkpoint directory (safetensors).")
 @click.option("--out", type=PATH, required=True, help="Bundle directory to write.")
-@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
 @click.option("--image-size", type=click.IntRange(1), help="Resize the position table to this many pixels first.")
-def main(checkpoint: Path, out: Path, precision: str, image_size: int | None) -> None:  # noqa: ARG001
+def main(checkpoint: Path, out: Path, precision: str, image_size: int | None) -> None:
     """Export a checkpoint to a bundle, and check that the bundle says what PyTorch says."""
     from engine.errors import EngineError
     from export.bundle import ExportError, export_bundle
     from export.checkpoint import CheckpointError
 
     try:
-        bundle = export_bundle(checkpoint, out, lambda line: click.echo(line, err=True), image_size=image_size)
+        bundle = export_bundle(
+            checkpoint, out, lambda line: click.echo(line, err=True), precision=precision, image_size=image_size
+        )
     except (CheckpointError, ExportError, EngineError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(getattr(error, "exit_code", 1))

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from engine.backends import open_backend
@@ -17,9 +16,11 @@ from engine.bundle import FORMAT, MANIFEST, Bundle, file_sha256
 from engine.captioner import Captioner
 from engine.options import DecodeOptions
 from engine.verify import UNRECORDED, Golden, replay, verify
-from export.checkpoint import CheckpointError
+from export.checkpoint import CheckpointError, ExportError
+from export.conversion import convert, write_manifest
+from export.golden import record_golden
 from export.onnx_graphs import write_graphs
-from export.reference import Reference, TorchBackend
+from export.reference import Reference, TorchBackend, normalisation
 from export.trace import explain
 
 GENERATION_DEFAULTS = (
@@ -43,33 +44,18 @@ WITHOUT_EFFECT = (
 )
 """Settings that may differ from Hugging Face's defaults without changing what `generate` says."""
 
-NEUTRAL = {"min_length": 0, "length_penalty": 1.0, "early_stopping": False}
-GOLDEN_SETTINGS = (
-    NEUTRAL | {"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 24},
-    NEUTRAL | {"num_beams": 3, "no_repeat_ngram_size": 0, "max_new_tokens": 12, "prompt": "a picture of the"},
-    NEUTRAL | {"num_beams": 4, "no_repeat_ngram_size": 3, "max_new_tokens": 30, "min_new_tokens": 30},
-    NEUTRAL
-    | {
-        "num_beams": 4,
-        "no_repeat_ngram_size": 2,
-        "max_new_tokens": 20,
-        "length_penalty": 2.0,
-        "early_stopping": "never",
-    },
-)
-"""Each sets everything, so that a checkpoint's own defaults play no part."""
-GOLDEN_IMAGES = 3
-LONGEST_PROMPT = 24
-"""Room kept for the golden prompt where a checkpoint has few positions."""
 
+def export_bundle(
+    checkpoint: Path,
+    out: Path,
+    say: Callable[[str], None],
+    *,
+    precision: str = "fp32",
+    image_size: int | None = None,
+) -> Bundle:
+    """Export a BLIP captioning checkpoint and return the bundle, after replaying its golden recordings.
 
-class ExportError(Exception):
-    """An export did not end in a bundle that says what PyTorch says."""
-
-
-def export_bundle(checkpoint: Path, out: Path, say: Callable[[str], None], *, image_size: int | None = None) -> Bundle:
-    """Export a BLIP captioning checkpoint in float32 and return the bundle, after replaying its golden recordings.
-
+    Precisions other than fp32 are made from a float32 bundle that has passed, and compared with it; see convert.
     Everything is written beside `out` and moved there at the end, so a failed export leaves nothing behind; an
     earlier bundle at `out` is replaced, anything else there refused. Raises CheckpointError or ExportError.
     """
@@ -83,24 +69,20 @@ def export_bundle(checkpoint: Path, out: Path, say: Callable[[str], None], *, im
         draft.mkdir()
         manifest = _manifest(reference, checkpoint)  # before optimum switches use_cache off in every config it meets
         _write_files(reference, draft, say)
-        _write_manifest(draft, manifest)
+        write_manifest(draft, manifest)
         say("replaying the golden recordings")
         _settle_ties(reference, draft, say)
-        _write_manifest(draft, manifest)
+        write_manifest(draft, manifest)
         bundle = Bundle.load(draft)
         failed = [check for check in verify(bundle, open_backend(bundle, "cpu")) if not check.passed]
         if failed:
             raise ExportError(f"{checkpoint}: the graphs do not say what PyTorch says: {failed}")
+        if precision != "fp32":
+            draft = convert(reference, bundle, Path(temporary) / precision, precision, say)
         if out.exists():
             out.replace(Path(temporary) / "replaced")
         draft.replace(out)
     return Bundle.load(out)
-
-
-def _write_manifest(draft: Path, manifest: dict) -> None:
-    files = {path.name: file_sha256(path) for path in sorted(draft.iterdir()) if path.name != MANIFEST}
-    text = json.dumps(manifest | {"files": files}, indent=1, sort_keys=True)
-    (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def _settle_ties(reference: Reference, draft: Path, say: Callable[[str], None]) -> None:
@@ -141,25 +123,14 @@ def _is_replaceable(out: Path) -> bool:
 
 
 def _write_files(reference: Reference, out: Path, say: Callable[[str], None]) -> None:
-    processor = reference.image_processor
-    rescale = processor.rescale_factor if processor.do_rescale else 1.0
-    mean, std = _mean_and_std(reference)
     say("recording golden outputs")
-    _record_golden(reference).save(out / "golden.npz")
+    record_golden(reference).save(out / "golden.npz")
     tokenizer = reference.tokenizer.backend_tokenizer
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.save(str(out / "tokenizer.json"))
     say("exporting graphs")
-    write_graphs(reference.model, out, rescale, mean, std)
-
-
-def _mean_and_std(reference: Reference) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation that pixels are normalised with; 0 and 1 where they are not."""
-    processor = reference.image_processor
-    if not processor.do_normalize:
-        return [0.0] * 3, [1.0] * 3
-    return processor.image_mean, processor.image_std
+    write_graphs(reference.model, out, normalisation(reference.image_processor))
 
 
 def check_supported(reference: Reference, checkpoint: Path) -> None:
@@ -182,40 +153,6 @@ def check_supported(reference: Reference, checkpoint: Path) -> None:
         )
 
 
-def golden_pictures(size: int) -> np.ndarray:
-    """Return smooth synthetic pictures u8[N,size,size,3], the same on every machine: sums of a few cosine waves."""
-    rng = np.random.default_rng(20260101)
-    y, x = np.mgrid[0:size, 0:size] / size
-    pictures = []
-    for _ in range(GOLDEN_IMAGES):
-        channels = []
-        for _ in range(3):
-            waves = [np.cos(2 * np.pi * (fx * x + fy * y) + p) for fx, fy, p in rng.uniform(-4, 4, (4, 3))]
-            channels.append(np.sum(waves, 0))
-        picture = np.stack(channels, -1)
-        span = picture.max() - picture.min()
-        pictures.append(np.round((picture - picture.min()) / span * 255).astype(np.uint8))
-    return np.stack(pictures)
-
-
-def _record_golden(reference: Reference) -> Golden:
-    """Record `generate` on synthetic pictures in every one of GOLDEN_SETTINGS."""
-    pictures = golden_pictures(reference.model.config.vision_config.image_size)
-    pixel_values = reference.pixels([Image.fromarray(picture) for picture in pictures])
-    room = max(1, reference.model.config.text_config.max_position_embeddings - LONGEST_PROMPT)
-    lengths = ("max_new_tokens", "min_new_tokens")
-    settings = [s | {name: min(s[name], room) for name in lengths if name in s} for s in GOLDEN_SETTINGS]
-    all_ids, all_scores = [], []
-    for setting in settings:
-        captions = [best for best, *_ in reference.generate(pixel_values, DecodeOptions(**setting))]
-        ids = np.full((len(captions), max(len(c.ids) for c in captions)), UNRECORDED, np.int64)
-        for row, c in zip(ids, captions, strict=True):
-            row[: len(c.ids)] = c.ids
-        all_ids.append(ids)
-        all_scores.append(np.array([np.nan if c.score is None else c.score for c in captions], np.float32))
-    return Golden(pictures, settings, all_ids, all_scores)
-
-
 def generation_defaults(reference: Reference) -> dict:
     """Return the checkpoint's generation settings that differ from Hugging Face's own."""
     return {
@@ -229,7 +166,7 @@ def _manifest(reference: Reference, checkpoint: Path) -> dict:
     """Return everything but the files' sha256."""
     model, processor = reference.model, reference.image_processor
     text, vision = model.config.text_config, model.config.vision_config
-    mean, std = _mean_and_std(reference)
+    _, mean, std = normalisation(reference.image_processor)
     return {
         "format": FORMAT,
         "precision": "fp32",

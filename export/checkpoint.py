@@ -16,6 +16,10 @@ class CheckpointError(Exception):
     """A checkpoint is not one this project can use; the message names the directory and the remedy."""
 
 
+class ExportError(Exception):
+    """An export did not end in a bundle that says what PyTorch says."""
+
+
 def load_checkpoint(directory: Path, image_size: int | None = None) -> BlipForConditionalGeneration:
     """Load a BLIP captioning checkpoint (safetensors, Hugging Face layout) in float32, in eval mode.
 

@@ -27,6 +27,13 @@ class Graph(PreTrainedModel):
         self.vision_model, self.text_decoder = blip.vision_model, blip.text_decoder
         self.heads = blip.config.text_config.num_attention_heads
         self.width = blip.config.text_config.hidden_size // self.heads
+        self.weights_type = blip.dtype
+        """float32 or float16; what is computed in float32 all the same is said where it is."""
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast where needed only: a cast to the same type would stand in a float32 graph for nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 class Encoder(Graph):
@@ -42,7 +49,7 @@ class Encoder(Graph):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """pixel_values u8[B,height,width,3] -> for each layer keys and values f32[B,H,S,d]."""
         pixels = (pixel_values.float() * self.rescale - self.image_mean) / self.image_std
-        encoded = self._vision(pixels.permute(0, 3, 1, 2))
+        encoded = self._vision(_as(pixels, self.weights_type).permute(0, 3, 1, 2))
         batch = pixel_values.shape[0]
         layers = self.text_decoder.bert.encoder.layer
         projections = (p for layer in layers for p in (layer.crossattention.self.key, layer.crossattention.self.value))
@@ -93,7 +100,7 @@ class DecoderStep(Graph):
         embeddings = bert.embeddings
         x = embeddings.word_embeddings(input_ids.flatten()) + embeddings.position_embeddings(positions.flatten())
         x = embeddings.LayerNorm(x)
-        bias = torch.where(ancestry, 0.0, MASKED)[:, None]
+        bias = _as(torch.where(ancestry, 0.0, MASKED), self.weights_type)[:, None]
         extended: list[Tensor] = []
         for i, layer in enumerate(bert.encoder.layer):
             pair = slice(2 * i, 2 * i + 2)

@@ -14,6 +14,7 @@ from optimum.exporters.onnx.base import OnnxConfig
 from transformers import BlipForConditionalGeneration
 
 from export.modules import DecoderStep, Encoder, Graph, Regroup
+from export.quantise import kept_float32, quantise
 
 OPSET = 18
 FP16_SUFFIX = ".fp16"
@@ -34,6 +35,7 @@ class GraphConfig(OnnxConfig):
         self.width = text.hidden_size // self.heads
         self.size = vision.image_size
         self.encoder_positions = (vision.image_size // vision.patch_size) ** 2 + 1
+        self.cache_type = blip.dtype
 
     def cache_names(self, part: str) -> list[str]:
         return [f"{part}.{kind}.{i}" for i in range(self.layers) for kind in ("key", "value")]
@@ -43,7 +45,8 @@ class GraphConfig(OnnxConfig):
         return dict.fromkeys(self.cache_names(part), axes)
 
     def cache(self, images: int, positions: int) -> list[torch.Tensor]:
-        return [torch.randn(images, self.heads, positions, self.width) for _ in range(2 * self.layers)]
+        shape = (images, self.heads, positions, self.width)
+        return [torch.randn(shape, dtype=self.cache_type) for _ in range(2 * self.layers)]
 
     def generate_dummy_inputs(self, framework: str = "pt", **_: object) -> dict:
         """Example inputs for tracing: every dynamic axis has its own length, so that none is frozen by accident."""
@@ -137,11 +140,19 @@ class RegroupConfig(GraphConfig):
 
 
 def write_graphs(
-    blip: BlipForConditionalGeneration, out: Path, rescale: float, mean: list[float], std: list[float]
+    blip: BlipForConditionalGeneration,
+    out: Path,
+    normalisation: tuple[float, list[float], list[float]],
+    *,
+    is_int8: bool = False,
 ) -> None:
-    """Write encoder.onnx, decoder.onnx and regroup.onnx with their weights beside them into `out`."""
+    """Write encoder.onnx, decoder.onnx and regroup.onnx with their weights beside them into `out`.
+
+    They have the model's own type, float32 or float16; of a float32 model `is_int8` makes the dense layers int8.
+    `normalisation` is export.reference.normalisation.
+    """
     graphs: tuple[tuple[str, Graph, GraphConfig], ...] = (
-        ("encoder", Encoder(blip, rescale, mean, std), EncoderConfig(blip)),
+        ("encoder", Encoder(blip, *normalisation), EncoderConfig(blip)),
         ("decoder", DecoderStep(blip), DecoderConfig(blip)),
         ("regroup", Regroup(blip), RegroupConfig(blip)),
     )
@@ -155,6 +166,8 @@ def write_graphs(
         model = onnx.load(str(path))
         for stray in out.glob(f"{name}.onnx?data"):
             stray.unlink()
+        if is_int8:
+            model = quantise(model, kept_float32(blip.config))
         _check_operators(model, name)
         _store_exact_weights_as_fp16(model)
         _save(model, path)

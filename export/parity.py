@@ -25,8 +25,9 @@ from engine.errors import EngineError, ImageError
 from engine.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
 from engine.output.run import check_outputs, write_atomically
-from export.bundle import checkpoint_sha256, golden_pictures
+from export.bundle import checkpoint_sha256
 from export.checkpoint import CheckpointError
+from export.golden import golden_pictures
 from export.reference import Reference, ReferenceCaption, TorchBackend
 from export.trace import (
     TIE_ABSOLUTE,

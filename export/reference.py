@@ -104,6 +104,14 @@ class Reference:
         return sum(rows[i - 1, ids[i]].item() for i in range(prompt_length, len(ids)))
 
 
+def normalisation(processor: BlipImageProcessor) -> tuple[float, list[float], list[float]]:
+    """Return (rescale, mean, std) for (x * rescale - mean) / std; 1, 0 and 1 where the processor leaves a part out."""
+    rescale = processor.rescale_factor if processor.do_rescale else 1.0
+    if not processor.do_normalize:
+        return rescale, [0.0] * 3, [1.0] * 3
+    return rescale, list(processor.image_mean), list(processor.image_std)
+
+
 def generate_arguments(options: DecodeOptions) -> dict:
     """Return generate's keyword arguments; without a longest length none is passed, so generate's default applies."""
     arguments = {

@@ -25,6 +25,8 @@ from export.onnx_graphs import FP16_SUFFIX
 def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
     """Write the bundle's weights, config, image processor and tokenizer as a Hugging Face directory; return it."""
     bundle = Bundle.load(bundle_dir)
+    if bundle.precision != "fp32":
+        raise EngineError(f"{bundle_dir} holds weights rounded to {bundle.precision}: restore from the fp32 bundle")
     source = json.loads((bundle_dir / MANIFEST).read_text(encoding="utf-8"))["restore"]
     model = BlipForConditionalGeneration(BlipConfig.from_dict(source["config"])).eval()
     weights: dict[str, torch.Tensor] = {}

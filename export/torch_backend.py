@@ -22,6 +22,7 @@ from engine.decoding.sampling import Sampling
 from engine.decoding.scheduler import Key, Scheduler
 from engine.options import DecodeOptions
 from export.modules import DecoderStep, Encoder
+from export.reference import normalisation
 
 CPU_APPETITE = Appetite(rows=96, encode_batch=4)
 GPU_APPETITE = Appetite(rows=512, encode_batch=32)
@@ -49,8 +50,7 @@ class TorchBackend:
 
     def __init__(self, model: BlipForConditionalGeneration, processor: BlipImageProcessor) -> None:
         self._device = model.device
-        rescale = processor.rescale_factor
-        self._encoder = Encoder(model, rescale, list(processor.image_mean), list(processor.image_std)).to(self._device)
+        self._encoder = Encoder(model, *normalisation(processor)).to(self._device)
         self._decoder = DecoderStep(model)
         self._config = model.config
         self.appetite = CPU_APPETITE if self._device.type == "cpu" else GPU_APPETITE
@@ -68,7 +68,8 @@ class TorchBackend:
 
         def fresh(length: int) -> list[Tensor]:
             count = 2 * text.num_hidden_layers
-            return [torch.zeros(num_slots, heads, length, width, device=self._device) for _ in range(count)]
+            shape, kind = (num_slots, heads, length, width), self._decoder.weights_type
+            return [torch.zeros(shape, device=self._device, dtype=kind) for _ in range(count)]
 
         return TorchCache(fresh(places), fresh(0), fresh(0))
 

@@ -32,6 +32,9 @@ CPU_APPETITE = Appetite(rows=160, encode_batch=2)
 GPU_APPETITE = Appetite(rows=1024, encode_batch=16)
 """A guess that has never run: no GPU was at hand."""
 
+FLOAT32_ALWAYS = ("scores", "candidate_scores")
+"""Sums along captions, whatever the weights are; keys and values have the precision's own type."""
+
 LOG_ERRORS_ONLY = 3
 OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "available memory")
 """What ONNX Runtime's message holds, in lower case, when memory is short; it has no error code for that."""
@@ -71,8 +74,7 @@ class OrtBackend:
         # as they are: optimising runs parts of a graph, and these are not known to be the manifest's yet
         self._check_graphs(bundle, *self._open(bundle, threads, is_optimised=False))
         self._encoder, self._decoder, self._regroup = self._open(bundle, threads, is_optimised=True)
-        is_half = self._encoder.get_outputs()[0].type == "tensor(float16)"
-        self._dtype: type[np.float16] | type[np.float32] = np.float16 if is_half else np.float32
+        self._dtype: type[np.float16] | type[np.float32] = np.float16 if bundle.precision == "fp16" else np.float32
 
     def _open(self, bundle: Bundle, threads: int, *, is_optimised: bool) -> list[Any]:
         """Open the encoder, the decoder and regroup."""
@@ -106,6 +108,7 @@ class OrtBackend:
                         f"{bundle.path / graph}.onnx does not have the {kind} of this engine's bundles "
                         f"({', '.join(other[:3])}): export it again"
                     )
+                _check_types(bundle, graph, found)
         keys = (model.num_heads, model.encoder_positions, model.head_width)
         cross = (entry for entry in decoder.get_inputs() if entry.name in names["cross"])
         for graph, entry, sizes in (
@@ -231,6 +234,19 @@ def _choose(name: str, available: list[str]) -> str:
             f"pip uninstall onnxruntime, then pip install 'blip-caption-engine[{name}]'"
         )
     return name
+
+
+def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:
+    """Refuse keys, values and scores of another type than the manifest's precision has. Raises BundleError."""
+    keys = "tensor(float16)" if bundle.precision == "fp16" else "tensor(float)"
+    for entry in entries:
+        is_key = "." in entry.name  # keys and values: cross.key.0 and so on
+        wanted = keys if is_key else "tensor(float)"
+        if (is_key or entry.name in FLOAT32_ALWAYS) and entry.type != wanted:
+            raise BundleError(
+                f"{bundle.path / graph}.onnx: {entry.name} is {entry.type}, {bundle.precision} of the manifest means "
+                f"{wanted}: export it again"
+            )
 
 
 def _open_session(ort: Any, path: Path, name: str, threads: int, *, is_optimised: bool) -> Any:

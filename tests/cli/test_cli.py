@@ -177,6 +177,26 @@ def test_info_says_what_is_missing_and_why():
     assert facts["extras"] == dict.fromkeys(("dicom", "parquet", "score", "score-neural"), "ready")
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "is_said"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx2 avx512f\n", True),
+        ("processor : 0\nflags\t\t: fpu avx2 avx_vnni\n", False),
+        ("processor : 0\nflags\t\t: fpu avx512f avx512_vnni\n", False),
+        ("processor : 0\nFeatures\t: fp asimd asimddp\n", False),
+        (None, False),
+    ],
+)
+def test_info_says_int8_is_no_faster_only_where_the_processor_is_known_to_lack_vnni(
+    cpuinfo, is_said, monkeypatch, tmp_path
+):
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr("engine.info.CPUINFO", tmp_path / "cpuinfo")
+    facts = json.loads(run("info", "--json").stdout)
+    assert ("no VNNI" in facts.get("int8", "")) == ("int8" in facts) == is_said
+
+
 def test_info_names_the_extra_of_what_is_missing(monkeypatch):
     monkeypatch.setattr("engine.info.EXTRAS", {"dicom": ("a-package-nobody-has",)})
     facts = json.loads(run("info", "--json").stdout)

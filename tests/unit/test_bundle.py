@@ -43,6 +43,7 @@ def test_everything_wrong_is_listed_at_once(bundle_copy):
     [
         ({"format": 99}, "bundle format 99"),
         ({"files": {}}, "encoder.onnx is not listed"),
+        ({"precision": "fp8"}, "its precision is 'fp8', known are fp32, fp16, int8"),
         ({"files": {"../evil": "0"}}, "not a plain file name"),
         ({"model": {}}, "ModelDims needs"),
         ({"generation": {"num_beams": 0}}, "num_beams must be"),

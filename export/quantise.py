@@ -1,0 +1,93 @@
+"""Make the dense layers of a float32 graph int8 with onnxruntime's dynamic quantiser; knows nothing of bundles.
+
+Weights become int8 with a scale for each output, activations uint8 with a scale for each tensor, found while the graph
+runs. Everything else stays float32: attention, layer norms, embeddings, the LM head and the first and last layer of
+the vision tower, which benchmarks/LOG.md ("Half and int8") shows to be where most of the error came from.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+from transformers import BlipConfig
+
+HEAD = ("word_embeddings", "cls.predictions")
+"""What the weights of the LM head are called: the tied embedding and the transformation before it."""
+
+
+def kept_float32(config: BlipConfig) -> tuple[str, ...]:
+    """Return the parts of weights' names that mark a layer as staying float32."""
+    ends = (0, config.vision_config.num_hidden_layers - 1)
+    return (*HEAD, *(f"vision_model.encoder.layers.{i}." for i in ends))
+
+
+def quantise(model: ModelProto, kept: tuple[str, ...]) -> ModelProto:
+    """Return the graph with int8 dense layers, but for weights whose names hold one of `kept`; `model` is used up.
+
+    Only operators of the ONNX standard come in (DynamicQuantizeLinear, MatMulInteger). Weights use 7 of their 8 bits
+    (`reduce_range`): processors without VNNI add two products in 16 bits, which 8 would overflow without a word.
+    """
+    _prepare(model, kept)
+    add_pre_process_metadata(model)  # else a warning: shapes are inferred, and optimising is the runtime's business
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "quantised.onnx"
+        quantize_dynamic(
+            model,
+            path,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+        )
+        quantised = onnx.load(str(path))
+    del quantised.metadata_props[:]
+    del quantised.graph.value_info[:]
+    return quantised
+
+
+def _prepare(model: ModelProto, kept: tuple[str, ...]) -> None:
+    """Give every dense layer that is to become int8 a weight the quantiser takes, and hide the others from it.
+
+    It takes a MatMul by an initialiser, and a Gemm, which it would split in two with a copy of the weight (a second
+    embedding, for the LM head). A MatMul by a Transpose it leaves alone.
+    """
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    transposed = {node.output[0]: node for node in model.graph.node if node.op_type == "Transpose"}
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        turn = transposed.get(node.input[1]) if node.op_type == "MatMul" else None
+        if turn is not None and turn.input[0] in weights and not _is_kept(turn.input[0], kept):
+            weight = weights[turn.input[0]]
+            assert uses[weight.name] == uses[turn.output[0]] == 1, f"{weight.name} has another use"
+            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).T.copy(), weight.name))
+            nodes.remove(turn)
+            node.input[1] = weight.name
+        if node.op_type == "Gemm" and _is_kept(node.input[1], kept):
+            nodes += _spelt_out(node)
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _is_kept(weight: str, kept: tuple[str, ...]) -> bool:
+    return any(part in weight for part in kept)
+
+
+def _spelt_out(gemm: NodeProto) -> list[NodeProto]:
+    """Return x W^T + b, which torch writes as one Gemm, as three nodes."""
+    x, weight, bias = gemm.input
+    (out,) = gemm.output
+    return [
+        helper.make_node("Transpose", [weight], [f"{out}.weight"], name=f"{gemm.name}.transpose", perm=[1, 0]),
+        helper.make_node("MatMul", [x, f"{out}.weight"], [f"{out}.product"], name=f"{gemm.name}.product"),
+        helper.make_node("Add", [f"{out}.product", bias], [out], name=f"{gemm.name}.sum"),
+    ]
