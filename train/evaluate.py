@@ -69,10 +69,6 @@ class Evaluator:
         found = {name: make_metric(name, self.setting, {}).measure(items).value for name in self.metrics}
         return {LOSS: float(loss / max(1, tokens))} | found, [(one, captions[one]) for one in ids]
 
-    def signatures(self) -> dict[str, str]:
-        """Return how each metric is measured."""
-        return {name: make_metric(name, self.setting, {}).signature() for name in self.metrics}
-
     def _losses(self, model: BlipForConditionalGeneration, mine: Sequence[Example]) -> Iterator[tuple[float, int]]:
         """Yield (summed loss, tokens) of batches."""
         spec = PixelSpec.of(self.reference.image_processor)
