@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from engine import __version__, cli_scoring
+from engine import __version__, cli_report, cli_scoring
 from engine.console import PATH, say
 from engine.errors import EngineError, UsageError
 
@@ -60,7 +60,7 @@ def main() -> None:
     """Caption directories of images with BLIP: the words of Hugging Face, without torch."""
 
 
-for _command in (cli_scoring.score, cli_scoring.rerank, cli_scoring.submit, cli_scoring.check):
+for _command in (cli_scoring.score, cli_scoring.rerank, cli_scoring.submit, cli_scoring.check, cli_report.report):
     main.add_command(_command)
 
 

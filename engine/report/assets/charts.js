@@ -1,0 +1,139 @@
+"use strict";
+/* Distributions of the images in view; a range drawn in one becomes a filter. */
+(function (Report) {
+  const { view, format } = Report;
+  const place = document.getElementById("charts");
+  const BINS = 30;
+  const charts = [];
+
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+  /* The columns drawn together: a number of the run with that of the other run. */
+  function partner(column) {
+    const pair = Report.pairs.find((one) => one.first === column);
+    if (pair) return pair.second;
+    return column.key === "words:0" ? Report.column("words:1") : undefined;
+  }
+
+  function offered() {
+    const second = new Set(Report.numbers.map(partner).filter(Boolean));
+    return Report.numbers.filter((column) => !second.has(column));
+  }
+
+  function defaults() {
+    const [first, another] = Report.ours;
+    const third = Report.latency || Report.pairs[0]?.gain || another || Report.column("share");
+    return [...new Set([first, Report.column("words:0"), third])].filter(Boolean);
+  }
+
+  function known(column) {
+    const found = [];
+    for (const i of view.shown) {
+      const value = column.values[i];
+      if (value !== null) found.push(value);
+    }
+    return Float64Array.from(found).sort();
+  }
+
+  /* Bins over all images, so that they stay where they are when the view changes. */
+  function edges(columns) {
+    let low = Infinity, high = -Infinity;
+    for (const column of columns) {
+      for (const value of column.values) {
+        if (value === null) continue;
+        if (value < low) low = value;
+        if (value > high) high = value;
+      }
+    }
+    if (low > high) return null;
+    if (low === high) [low, high] = [low - 0.5, high + 0.5];
+    let width = (high - low) / BINS;
+    if (columns.every((column) => column.whole)) {
+      width = Math.max(1, Math.ceil(width));
+      low -= 0.5;
+    }
+    const bins = Math.max(1, Math.ceil((high - low) / width + 1e-9));
+    return { low, width, bins };
+  }
+
+  function counted(values, { low, width, bins }) {
+    const counts = new Array(bins).fill(0);
+    for (const value of values) counts[Math.min(bins - 1, Math.max(0, Math.floor((value - low) / width)))]++;
+    return counts;
+  }
+
+  const quantile = (values, share) => values[Math.min(values.length - 1, Math.floor(share * values.length))];
+
+  function summary(column, values) {
+    if (!values.length) return "no values in view";
+    const q = (share) => format(column, quantile(values, share));
+    return `median ${q(0.5)}, 5 % below ${q(0.05)}, 5 % above ${q(0.95)}`;
+  }
+
+  function line(colour, fill, label) {
+    return { label, stroke: css(colour), fill: fill ? css(fill) : undefined, width: fill ? 1 : 2, points: { show: false }, paths: uPlot.paths.stepped({ align: 1 }) };
+  }
+
+  function options(chart, columns, bins) {
+    const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
+    const digits = (value) => (Math.abs(value) >= 100 || Number.isInteger(value) ? String(value) : String(+value.toPrecision(4)));
+    return {
+      width: chart.canvas.clientWidth, height: 150, legend: { show: false }, padding: [8, 8, 0, 0],
+      cursor: { y: false, drag: { x: true, y: false, setScale: false }, points: { show: false } },
+      scales: { x: { time: false, range: [bins.low, bins.low + bins.bins * bins.width] }, y: { range: (_, __, most) => [0, Math.max(1, most * 1.05)] } },
+      axes: [{ ...axis, grid: { show: false }, values: (_, ticks) => ticks.map(digits), size: 28 }, { ...axis, size: 46, values: (_, ticks) => ticks.map((t) => (Number.isInteger(t) ? t : "")) }],
+      series: [{}, ...columns.map((_, k) => (k ? line("--run-1", null, "B") : line("--run-0", "--run-0-fill", "A")))],
+      hooks: {
+        setSelect: [(plot) => {
+          if (plot.select.width < 3) return;
+          const [low, high] = [plot.select.left, plot.select.left + plot.select.width].map((x) => plot.posToVal(x, "x"));
+          plot.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
+          chart.choose(columns[0].key, low, high);
+        }],
+      },
+    };
+  }
+
+  function draw(chart) {
+    const column = Report.column(chart.select.value);
+    const columns = [column, partner(column)].filter(Boolean);
+    const bins = edges(columns);
+    chart.plot?.destroy();
+    chart.plot = null;
+    if (!bins) {
+      chart.note.textContent = "no values";
+      return;
+    }
+    const values = columns.map(known);
+    const starts = Array.from({ length: bins.bins + 1 }, (_, k) => bins.low + k * bins.width);
+    const heights = values.map((one) => [...counted(one, bins), 0]);
+    chart.plot = new uPlot(options(chart, columns, bins), [starts, ...heights], chart.canvas);
+    chart.note.textContent = columns.map((one, k) => `${columns.length > 1 ? (k ? "B: " : "A: ") : ""}${summary(one, values[k])}`).join(" · ");
+    chart.canvas.setAttribute("aria-label", `Histogram of ${columns.map((one) => one.label).join(" and ")} over ${view.shown.length} images. ${chart.note.textContent}`);
+  }
+
+  function build(choose) {
+    for (const first of defaults()) {
+      const figure = document.createElement("figure");
+      figure.className = "card chart";
+      const label = document.createElement("label");
+      label.append("Distribution of ");
+      const select = document.createElement("select");
+      for (const column of offered()) select.add(new Option(partner(column) ? (column.name || "Words") : column.label, column.key));
+      select.value = first.key;
+      label.append(select);
+      const canvas = document.createElement("div");
+      canvas.className = "canvas";
+      canvas.setAttribute("role", "img");
+      const note = document.createElement("figcaption");
+      figure.append(label, canvas, note);
+      place.append(figure);
+      const chart = { select, canvas, note, choose, plot: null };
+      select.addEventListener("change", () => draw(chart));
+      charts.push(chart);
+    }
+    new ResizeObserver(() => charts.forEach((chart) => chart.plot?.setSize({ width: chart.canvas.clientWidth, height: 150 }))).observe(place);
+  }
+
+  Report.charts = { build, draw: () => charts.forEach(draw) };
+})(window.Report);

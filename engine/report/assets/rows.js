@@ -1,0 +1,216 @@
+"use strict";
+/* The list: only the rows in view exist, each as high as the style sheet says, and rows that leave are used again. */
+(function (Report) {
+  const { data, view, words } = Report;
+  const MOST_SCORES = 4;
+  const grid = document.getElementById("grid");
+  const body = document.getElementById("rows");
+  const head = document.getElementById("head");
+  const living = new Map(); // place in the view -> element
+  let height = 0, onSelect = () => {}, numbers = [];
+
+  function make(tag, name, parent, role) {
+    const element = document.createElement(tag);
+    if (name) element.className = name;
+    if (role) element.setAttribute("role", role);
+    if (parent) parent.append(element);
+    return element;
+  }
+
+  /* A picture of an image, or a box that says why there is none. */
+  function picture(i, alt) {
+    const name = data.pictures[i];
+    if (name === null) {
+      const box = make("span", "no-picture");
+      box.textContent = data.unreadable[i] === undefined ? "no image" : "cannot be read";
+      return box;
+    }
+    const image = make("img");
+    image.alt = alt;
+    image.decoding = "async";
+    image.src = `${data.thumbnails}/${name}`;
+    return image;
+  }
+
+  /* The numbers a row has room for: the first scores, and always what the list is sorted by. */
+  function chosen() {
+    const found = [...Report.ours, Report.column("words:0"), Report.column("words:1")].filter(Boolean).slice(0, MOST_SCORES);
+    const sorted = Report.column(view.sort);
+    const isThere = sorted.kind !== "number" || sorted.hidden || found.some((c) => c === sorted || partners(c).includes(sorted));
+    if (!isThere) found.splice(MOST_SCORES - 1, 1, sorted);
+    return found;
+  }
+
+  /* What stands below a number: the same of the other run, and the gain. */
+  function partners(column) {
+    const pair = Report.pairs.find((one) => one.first === column);
+    return pair ? [pair.second, pair.gain] : [];
+  }
+
+  function blank() {
+    const row = make("div", "row", null, "row");
+    row.parts = { picture: make("div", "cell picture", row, "gridcell"), text: make("div", "cell text", row, "gridcell") };
+    row.parts.id = make("p", "id", row.parts.text);
+    row.parts.captions = data.captions.map((_, run) => {
+      const line = make("p", "caption", row.parts.text);
+      if (Report.many) make("span", `run run-${run}`, line).textContent = run ? "B" : "A";
+      return make("span", "words", line);
+    });
+    if (data.references) row.parts.reference = make("p", "", make("div", "cell reference", row, "gridcell"));
+    row.parts.numbers = numbers.map((column) => {
+      const cell = make("div", "cell number", row, "gridcell");
+      make("span", "name", cell).textContent = column.name || column.label;
+      return [column, ...partners(column)].map((one, k) => ({ column: one, element: make("span", ["value", "value other", "value gain"][k], cell) }));
+    });
+    return row;
+  }
+
+  /* Captions with the words that differ: from the nearest reference, or, without one, from the other run. */
+  function fillTexts(parts, i) {
+    const references = data.references ? data.references[i] : [];
+    const [first, second] = data.captions.map((captions) => captions[i]);
+    data.captions.forEach((captions, run) => {
+      const target = parts.captions[run], caption = captions[i];
+      target.classList.toggle("absent", !caption);
+      const found = caption && (words.nearest(caption, references)?.compared || (Report.many && second && first && words.compare(caption, run ? first : second)));
+      if (!caption) target.textContent = caption === null ? "not in this run" : "empty";
+      else if (found) words.fill(target, found.a, found.aAlone, "extra");
+      else target.textContent = caption;
+      if (run) return;
+      if (!parts.reference) return;
+      parts.reference.classList.toggle("absent", !references.length);
+      if (!references.length) parts.reference.textContent = "no reference";
+      else if (found) {
+        words.fill(parts.reference, found.b, found.bAlone, "lacking");
+        if (references.length > 1) make("span", "more", parts.reference).textContent = `+${references.length - 1} more`;
+      } else parts.reference.textContent = references[0];
+    });
+  }
+
+  function sign(element, value) {
+    element.classList.toggle("won", value > 0);
+    element.classList.toggle("lost", value < 0);
+  }
+
+  function fill(row, place) {
+    const i = view.shown[place];
+    row.place = place;
+    row.id = `row-${i}`;
+    row.style.transform = `translateY(${place * height}px)`;
+    row.setAttribute("aria-rowindex", place + 2);
+    row.parts.picture.replaceChildren(picture(i, ""));
+    row.parts.id.textContent = data.ids[i];
+    fillTexts(row.parts, i);
+    for (const cell of row.parts.numbers) {
+      for (const { column, element } of cell) {
+        element.textContent = Report.format(column, column.values[i]);
+        if (column.group === "gain") sign(element, column.values[i]);
+      }
+    }
+    mark(row);
+  }
+
+  function mark(row) {
+    const isSelected = view.shown[row.place] === view.selected;
+    row.classList.toggle("selected", isSelected);
+    row.setAttribute("aria-selected", isSelected);
+  }
+
+  /* Make the rows in view, and a screenful around them, exist. */
+  function update() {
+    const box = body.getBoundingClientRect(), screen = window.innerHeight;
+    const first = Math.max(0, Math.floor((-box.top - screen * 0.75) / height));
+    const last = Math.min(view.shown.length, Math.ceil((-box.top + screen * 1.75) / height));
+    const free = [];
+    for (const [place, row] of living) {
+      if (place < first || place >= last) {
+        living.delete(place);
+        free.push(row);
+      }
+    }
+    for (let place = first; place < last; place++) {
+      if (living.has(place)) continue;
+      const row = free.pop() || body.appendChild(blank());
+      fill(row, place);
+      living.set(place, row);
+    }
+    for (const row of free) row.remove();
+    activate();
+  }
+
+  function activate() {
+    const row = view.selected < 0 ? null : document.getElementById(`row-${view.selected}`);
+    if (row) grid.setAttribute("aria-activedescendant", row.id);
+    else grid.removeAttribute("aria-activedescendant");
+  }
+
+  function drawHead(sortBy) {
+    head.textContent = "";
+    const title = (text, name) => {
+      const cell = make("div", `cell ${name}`, head, "columnheader");
+      cell.textContent = text;
+      return cell;
+    };
+    title("Image", "picture");
+    title(Report.many ? `Captions: A ${data.labels[0]}, B ${data.labels[1]}` : "Caption", "text");
+    if (data.references) title("Reference", "reference");
+    for (const column of numbers) {
+      const cell = title("", "number");
+      const button = make("button", "", cell);
+      const isSorted = view.sort === column.key;
+      button.type = "button";
+      button.textContent = `${column.name || column.label}${isSorted ? (view.descending ? " ↓" : " ↑") : ""}`;
+      cell.setAttribute("aria-sort", isSorted ? (view.descending ? "descending" : "ascending") : "none");
+      button.addEventListener("click", () => sortBy(column.key));
+    }
+  }
+
+  /* Show the view from the start: other images, another order or other numbers. */
+  function draw(sortBy) {
+    numbers = chosen();
+    grid.style.setProperty("--numbers", numbers.length);
+    grid.classList.toggle("with-reference", Boolean(data.references));
+    grid.classList.toggle("with-other", Report.many);
+    grid.setAttribute("aria-rowcount", view.shown.length + 1);
+    grid.setAttribute("aria-colcount", 2 + Boolean(data.references) + numbers.length);
+    drawHead(sortBy);
+    body.replaceChildren();
+    living.clear();
+    measure();
+  }
+
+  function measure() {
+    height = parseFloat(getComputedStyle(grid).getPropertyValue("--row-height"));
+    body.style.height = `${view.shown.length * height}px`;
+    for (const row of living.values()) row.style.transform = `translateY(${row.place * height}px)`;
+    update();
+  }
+
+  /* Scroll so that a place of the view is to be seen below what sticks to the top. */
+  function reveal(place, { atTop = false } = {}) {
+    const top = document.querySelector(".bar").offsetHeight + (head.offsetParent ? head.offsetHeight : 0);
+    const start = body.getBoundingClientRect().top + place * height;
+    const room = window.innerHeight;
+    if (atTop || start < top) window.scrollBy(0, start - top);
+    else if (start + height > room) window.scrollBy(0, start + height - room);
+    update();
+  }
+
+  function refreshSelection() {
+    for (const row of living.values()) mark(row);
+    activate();
+  }
+
+  body.addEventListener("click", (event) => {
+    const row = event.target.closest(".row");
+    if (row) onSelect(row.place);
+  });
+  window.addEventListener("scroll", update, { passive: true });
+  window.addEventListener("resize", measure);
+
+  Report.rows = {
+    draw, reveal, refreshSelection, picture, make, sign, grid,
+    perScreen: () => Math.max(1, Math.floor((window.innerHeight - document.querySelector(".bar").offsetHeight) / height) - 1),
+    whenSelected: (act) => { onSelect = act; },
+  };
+})(window.Report);

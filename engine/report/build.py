@@ -1,0 +1,61 @@
+"""Make a report, top to bottom: read, make thumbnails, write the page: start reading here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import UsageError
+from engine.output.run import write_atomically
+from engine.report.folder import PAGE, THUMBNAILS, open_folder
+from engine.report.gather import Content, Request, gather
+from engine.report.page import page_signature, render
+from engine.report.thumbnails import Thumbnails, make_thumbnails, remove_stale
+from engine.tables import shorten
+
+Progress = Callable[[int], AbstractContextManager[Callable[[], None]]]
+"""Called with the number of images, gives what to call after each."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written, for the command's last lines."""
+
+    page: Path
+    images: int
+    thumbnails_made: int
+    signature: str
+
+
+def build_report(request: Request, *, say: Callable[[str], None], progress: Progress) -> Summary:
+    """Write a report; `say` gets one line for each thing that is missing or cannot be read.
+
+    The page replaces an earlier one when it is whole, and only then are the earlier one's thumbnails removed. Raises
+    EngineError for inputs that cannot be read or do not belong together, and for a folder that cannot be written.
+    """
+    if request.against_scores is not None and request.against is None:
+        raise UsageError("--against-scores needs --against, the run that they are of")
+    content = gather(request)
+    open_folder(request.out)
+    folder = request.out / THUMBNAILS
+    with progress(len(content.ids)) as advance:
+        thumbnails = make_thumbnails(content.images, folder, size_px=request.thumbnail_px, advance=advance)
+    notes = content.notes + _unreadable(content, thumbnails)
+    for line in notes:
+        say(line)
+    page = request.out / PAGE
+    write_atomically(page, render(content, thumbnails, notes=notes, signatures=request.signatures))
+    remove_stale(folder, set(thumbnails.names))
+    return Summary(page, len(content.ids), thumbnails.made, page_signature(content))
+
+
+def _unreadable(content: Content, thumbnails: Thumbnails) -> list[str]:
+    if not thumbnails.unreadable:
+        return []
+    told = []
+    for place, reason in thumbnails.unreadable.items():
+        image = content.images[place]
+        told.append(f"{image.path.name if image else content.ids[place]} ({reason})")
+    return [f"{len(told)} images cannot be read and have a placeholder: {shorten(told)}"]

@@ -1,0 +1,191 @@
+"""Bring everything a report shows into the order of the run; knows nothing of pages or pictures' bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.bundle import file_sha256
+from engine.errors import DataError
+from engine.images import ImageFile, find_images
+from engine.report.scores import Comparison, ScoreColumn, compare_scores, read_scores
+from engine.rerank import Candidate, read_n_best
+from engine.tables import Table, read_table, shorten
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a report is to show, as it was asked for; `against` is the run to compare with."""
+
+    run: Path
+    images: Path
+    out: Path
+    references: Path | None = None
+    scores: Path | None = None
+    n_best: Path | None = None
+    against: Path | None = None
+    against_scores: Path | None = None
+    signatures: tuple[str, ...] = ()
+    recursive: bool = False
+    dicom_frame: int = 0
+    thumbnail_px: int = 320
+
+    def files(self) -> dict[str, Path]:
+        """Return the inputs that were given, images apart, by what they are."""
+        given = {
+            "run": self.run,
+            "references": self.references,
+            "scores": self.scores,
+            "n-best": self.n_best,
+            "other run": self.against,
+            "scores of the other run": self.against_scores,
+        }
+        return {role: path for role, path in given.items() if path is not None}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file as the page names it; `sha256` is None for a folder."""
+
+    role: str
+    name: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A further column of a table, N values as text (None where the table lacks the id) or as numbers."""
+
+    name: str
+    source: str
+    values: list[str | None] | list[float | None]
+    is_number: bool
+
+
+@dataclass(frozen=True)
+class Content:
+    """N images in the order of the run with everything known about each; `notes` says which ids a file lacks.
+
+    `captions` holds the run's captions, then the other run's, where there is one.
+    """
+
+    ids: list[str]
+    images: list[ImageFile | None]
+    labels: list[str]
+    captions: list[list[str | None]]
+    references: list[tuple[str, ...]] | None
+    candidates: list[list[Candidate]] | None
+    columns: list[Column]
+    scores: list[ScoreColumn]
+    comparisons: list[Comparison]
+    sources: list[Source]
+    notes: list[str] = field(default_factory=list)
+
+
+def gather(request: Request) -> Content:
+    """Read all inputs. Raises EngineError for a file that cannot be read or shares no id with the run."""
+    notes: list[str] = []
+    tables = {role: read_table(path) for role, path in request.files().items() if role in TABLES}
+    said = tables["run"].single()
+    references = tables.get("references")
+    if references is not None and not said.keys() & references.captions.keys():
+        said = {references.aliases.get(name, name): caption for name, caption in said.items()}
+    ids = list(said)
+    captions: list[list[str | None]] = [list(said.values())]
+    if "other run" in tables:
+        other = tables["other run"].single()
+        notes += matched(request.run, ids, tables["other run"].path, other)
+        captions.append([other.get(name) for name in ids])
+    if references is not None:
+        notes += matched(request.run, ids, references.path, references.captions)
+    candidates = None
+    if request.n_best is not None:
+        found = read_n_best([request.n_best])
+        notes += matched(request.run, ids, request.n_best, found)
+        candidates = [found.get(name, []) for name in ids]
+    images = {
+        image.id: image
+        for image in find_images(request.images, recursive=request.recursive, dicom_frame=request.dicom_frame).images
+    }
+    notes += matched(request.run, ids, request.images, images)
+    scores: list[ScoreColumn] = []
+    for run, path in enumerate((request.scores, request.against_scores)):
+        if path is not None:
+            columns, known = read_scores(path, ids, run)
+            notes += matched(request.run, ids, path, known)
+            scores += columns
+    comparisons, remarks = compare_scores(scores)
+    return Content(
+        ids=ids,
+        images=[images.get(name) for name in ids],
+        labels=labels([path for path in (request.run, request.against) if path is not None]),
+        captions=captions,
+        references=None if references is None else [references.captions.get(name, ()) for name in ids],
+        candidates=candidates,
+        columns=[column for role, table in tables.items() for column in further_columns(role, table, ids)],
+        scores=scores,
+        comparisons=comparisons,
+        sources=[_source(role, path) for role, path in request.files().items()],
+        notes=notes + remarks,
+    )
+
+
+TABLES = ("run", "other run", "references")
+
+
+def matched(run: Path, ids: Iterable[str], path: Path, found: Iterable[str]) -> list[str]:
+    """Return a line each for the run's ids that `path` lacks, and for those only `path` has.
+
+    Raises DataError when the two have no id in common.
+    """
+    wanted, there = dict.fromkeys(ids), dict.fromkeys(found)
+    missing = [name for name in wanted if name not in there]
+    extra = [name for name in there if name not in wanted]
+    if len(missing) == len(wanted):
+        first = f"{next(iter(wanted))} against {next(iter(there), 'none')}"
+        raise DataError(f"{run} and {path} have no id in common ({first}): give files of the same images")
+    lines = []
+    if missing:
+        lines.append(f"{path} lacks {len(missing)} of {len(wanted)} ids of {run}: {shorten(missing)}")
+    if extra:
+        lines.append(f"{path} has {len(extra)} ids that {run} has not, which are not shown: {shorten(extra)}")
+    return lines
+
+
+def labels(paths: list[Path]) -> list[str]:
+    """Return short names of runs: the file's, with as many folders in front as tell two apart."""
+    names = [path.stem for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    for depth in range(2, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({i})" for i, name in enumerate(names, 1)]
+
+
+def further_columns(role: str, table: Table, ids: list[str]) -> list[Column]:
+    """Return what a table holds beside ids and captions; a column whose every value is a number is one of numbers."""
+    columns = []
+    for name, by_id in table.columns.items():
+        values = [by_id.get(image_id) for image_id in ids]
+        numbers = [_number(value) for value in values if value]
+        if numbers and None not in numbers:
+            columns.append(Column(name, role, [_number(value) if value else None for value in values], True))
+        elif any(values):
+            columns.append(Column(name, role, values, False))
+    return columns
+
+
+def _number(value: str) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _source(role: str, path: Path) -> Source:
+    return Source(role, path.name, file_sha256(path) if path.is_file() else None)
