@@ -24,7 +24,7 @@ from engine.report.thumbnails import Thumbnails
 ASSETS = Path(__file__).with_name("assets")
 STYLES = ("vendor/uplot.min.css", "page.css", "list.css", "detail.css")
 SCRIPTS = (
-    *("vendor/uplot.min.js", "data.js", "words.js", "view.js", "charts.js", "rows.js", "detail.js", "summary.js"),
+    *("vendor/uplot.min.js", "data.js", "words.js", "view.js", "rows.js", "charts.js", "detail.js", "summary.js"),
     "page.js",
 )
 FORMAT = 1

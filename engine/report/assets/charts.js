@@ -1,7 +1,7 @@
 "use strict";
 /* Distributions of the images in view; a range drawn in one becomes a filter. */
 (function (Report) {
-  const { view, format } = Report;
+  const { view, format, rows: { make } } = Report;
   const place = document.getElementById("charts");
   const BINS = 30;
   const charts = [];
@@ -108,8 +108,13 @@
     const starts = Array.from({ length: bins.bins + 1 }, (_, k) => bins.low + k * bins.width);
     const heights = values.map((one) => [...counted(one, bins), 0]);
     chart.plot = new uPlot(options(chart, columns, bins), [starts, ...heights], chart.canvas);
-    chart.note.textContent = columns.map((one, k) => `${columns.length > 1 ? (k ? "B: " : "A: ") : ""}${summary(one, values[k])}`).join(" · ");
-    chart.canvas.setAttribute("aria-label", `Histogram of ${columns.map((one) => one.label).join(" and ")} over ${view.shown.length} images. ${chart.note.textContent}`);
+    chart.note.replaceChildren();
+    columns.forEach((one, k) => {
+      const line = make("p", "", chart.note);
+      if (columns.length > 1) make("span", `run run-${k}`, line).textContent = k ? "B" : "A";
+      line.append(summary(one, values[k]));
+    });
+    chart.canvas.setAttribute("aria-label", `Histogram of ${columns.map((one) => one.label).join(" and ")} over ${view.shown.length} images: ${columns.map((one, k) => summary(one, values[k])).join("; ")}`);
   }
 
   function build(choose) {
@@ -119,13 +124,14 @@
       const label = document.createElement("label");
       label.append("Distribution of ");
       const select = document.createElement("select");
-      for (const column of offered()) select.add(new Option(partner(column) ? (column.name || "Words") : column.label, column.key));
+      for (const column of offered()) select.add(new Option(partner(column) ? column.name : column.label, column.key));
       select.value = first.key;
       label.append(select);
       const canvas = document.createElement("div");
       canvas.className = "canvas";
       canvas.setAttribute("role", "img");
       const note = document.createElement("figcaption");
+      canvas.title = "Draw across a range to show its images only";
       figure.append(label, canvas, note);
       place.append(figure);
       const chart = { select, canvas, note, choose, plot: null };

@@ -61,7 +61,7 @@ window.Report = {};
   }
 
   data.captions.forEach((captions, run) => {
-    add(`words:${run}`, `Words${said(run)}`, "number", "length", each((i) => (captions[i] === null ? null : words(captions[i]))), { run, whole: true });
+    add(`words:${run}`, `Words${said(run)}`, "number", "length", each((i) => (captions[i] === null ? null : words(captions[i]))), { run, whole: true, name: "words" });
   });
   if (data.candidates) {
     add("share", "Probability of the first candidate", "number", "candidates", each((i) => {
@@ -83,10 +83,9 @@ window.Report = {};
   function format(column, value) {
     if (value === null || value === undefined) return "–";
     if (column.kind !== "number") return value;
-    if (column.whole || Number.isInteger(value) && Math.abs(value) >= 10) return String(value);
-    const size = Math.abs(value);
-    const text = size !== 0 && (size < 0.001 || size >= 1e6) ? value.toPrecision(3) : value.toFixed(size >= 100 ? 1 : 3);
-    return (column.signed && value > 0 ? "+" : "") + text.replace("-", "−");
+    const text = column.group === "table" ? String(+value.toPrecision(5)) : value.toFixed(column.whole ? 0 : Math.abs(value) >= 100 ? 1 : 3);
+    const number = /^-0(\.0*)?$/.test(text) ? text.slice(1) : text.replace("-", "−");
+    return (column.signed && value > 0 ? "+" : "") + number;
   }
 
   const isLatency = (column) => /latenc|second|elapsed|time_s|_ms$|_s$/i.test(column.short || "");

@@ -207,7 +207,10 @@
     for (const column of Report.columns) if (!column.hidden) by("filter-column").add(new Option(column.label, column.key));
     const first = Report.ours[0];
     if (first) by("filter-column").value = first.key;
-    summary.build(showOutcome);
+    summary.build(showOutcome, () => {
+      addFilter({ key: "differs", test: "is", text: "differ", low: -Infinity, high: Infinity });
+      document.querySelector(".bar").scrollIntoView();
+    });
     charts.build((key, low, high) => addFilter({ key, test: "between", text: "", low: +low.toPrecision(4), high: +high.toPrecision(4) }));
     by("search").addEventListener("input", () => { view.query = by("search").value; refresh(); });
     by("sort").addEventListener("change", () => { view.sort = by("sort").value; toStart(() => refresh({ sameImages: true })); });

@@ -34,7 +34,7 @@
 
   /* The numbers a row has room for: the first scores, and always what the list is sorted by. */
   function chosen() {
-    const found = [...Report.ours, Report.column("words:0"), Report.column("words:1")].filter(Boolean).slice(0, MOST_SCORES);
+    const found = [...Report.ours, Report.column("words:0")].slice(0, MOST_SCORES);
     const sorted = Report.column(view.sort);
     const isThere = sorted.kind !== "number" || sorted.hidden || found.some((c) => c === sorted || partners(c).includes(sorted));
     if (!isThere) found.splice(MOST_SCORES - 1, 1, sorted);
@@ -44,7 +44,8 @@
   /* What stands below a number: the same of the other run, and the gain. */
   function partners(column) {
     const pair = Report.pairs.find((one) => one.first === column);
-    return pair ? [pair.second, pair.gain] : [];
+    if (pair) return [pair.second, pair.gain];
+    return column.key === "words:0" && Report.many ? [Report.column("words:1")] : [];
   }
 
   function blank() {
@@ -52,15 +53,15 @@
     row.parts = { picture: make("div", "cell picture", row, "gridcell"), text: make("div", "cell text", row, "gridcell") };
     row.parts.id = make("p", "id", row.parts.text);
     row.parts.captions = data.captions.map((_, run) => {
-      const line = make("p", "caption", row.parts.text);
-      if (Report.many) make("span", `run run-${run}`, line).textContent = run ? "B" : "A";
+      const line = make("p", `caption line-${run}`, row.parts.text);
+      for (const badge of Report.many ? [run, 1].slice(run) : []) make("span", `run run-${badge}`, line).textContent = badge ? "B" : "A";
       return make("span", "words", line);
     });
     if (data.references) row.parts.reference = make("p", "", make("div", "cell reference", row, "gridcell"));
     row.parts.numbers = numbers.map((column) => {
       const cell = make("div", "cell number", row, "gridcell");
       make("span", "name", cell).textContent = column.name || column.label;
-      return [column, ...partners(column)].map((one, k) => ({ column: one, element: make("span", ["value", "value other", "value gain"][k], cell) }));
+      return [column, ...partners(column)].map((one, k) => ({ column: one, element: make("span", ["value own", "value other", "value gain"][k], cell) }));
     });
     return row;
   }
@@ -69,6 +70,7 @@
   function fillTexts(parts, i) {
     const references = data.references ? data.references[i] : [];
     const [first, second] = data.captions.map((captions) => captions[i]);
+    parts.text.classList.toggle("same", first === second);
     data.captions.forEach((captions, run) => {
       const target = parts.captions[run], caption = captions[i];
       target.classList.toggle("absent", !caption);
@@ -103,8 +105,9 @@
     fillTexts(row.parts, i);
     for (const cell of row.parts.numbers) {
       for (const { column, element } of cell) {
-        element.textContent = Report.format(column, column.values[i]);
-        if (column.group === "gain") sign(element, column.values[i]);
+        const value = column.values[i];
+        element.textContent = column.group === "gain" && value === 0 ? "=" : Report.format(column, value);
+        if (column.group === "gain") sign(element, value);
       }
     }
     mark(row);
@@ -152,8 +155,20 @@
       return cell;
     };
     title("Image", "picture");
-    title(Report.many ? `Captions: A ${data.labels[0]}, B ${data.labels[1]}` : "Caption", "text");
-    if (data.references) title("Reference", "reference");
+    const legend = (cell, name, text) => {
+      make("mark", name, cell).textContent = text;
+    };
+    const captions = title("", "text");
+    if (Report.many) data.labels.forEach((label, run) => {
+      make("span", `run run-${run}`, captions).textContent = run ? "B" : "A";
+      captions.append(`${label} `);
+    });
+    else captions.append("Caption ");
+    if (data.references) {
+      legend(captions, "extra", "not in the reference");
+      const reference = title("Reference ", "reference");
+      legend(reference, "lacking", Report.many ? "not in A" : "not in the caption");
+    } else if (Report.many) legend(captions, "extra", "not in the other");
     for (const column of numbers) {
       const cell = title("", "number");
       const button = make("button", "", cell);
@@ -169,6 +184,7 @@
   function draw(sortBy) {
     numbers = chosen();
     grid.style.setProperty("--numbers", numbers.length);
+    grid.style.setProperty("--span", 12 / numbers.length); // of the 12 columns a phone's row is laid out in
     grid.classList.toggle("with-reference", Boolean(data.references));
     grid.classList.toggle("with-other", Report.many);
     grid.setAttribute("aria-rowcount", view.shown.length + 1);

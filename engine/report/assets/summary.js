@@ -2,9 +2,10 @@
 /* The top of the page: what is shown, the scores of the run, wins and losses, and where everything comes from. */
 (function (Report) {
   const { data, view, format, rows: { make, sign } } = Report;
+  const FOR_WIDE = ["95 % of A − B", "p"];
   const count = (number) => number.toLocaleString("en");
 
-  function titles() {
+  function titles(showDiffering) {
     const title = data.labels.join(" against ");
     document.title = `${title} · report`;
     document.getElementById("title").textContent = title;
@@ -13,8 +14,14 @@
     facts.push(`${count(distinct)} distinct captions`);
     const empty = data.captions[0].filter((text) => !text.trim()).length;
     if (empty) facts.push(`${count(empty)} empty`);
-    if (Report.many) facts.push(`${count(Report.column("differs").values.filter((value) => value === "differ").length)} captions differ`);
-    document.getElementById("subtitle").textContent = facts.join(" · ");
+    const place = document.getElementById("subtitle");
+    place.textContent = facts.join(" · ");
+    if (!Report.many) return;
+    place.append(" · ");
+    const button = make("button", "link", place);
+    button.type = "button";
+    button.textContent = `${count(Report.column("differs").values.filter((value) => value === "differ").length)} captions differ`;
+    button.addEventListener("click", showDiffering);
   }
 
   function notes() {
@@ -69,6 +76,7 @@
       const element = make("th", "", head);
       element.scope = "col";
       element.textContent = text;
+      if (FOR_WIDE.includes(text)) element.className = "wide";
     }
     const body = make("tbody", "", table);
     const plain = { kind: "number" };
@@ -81,14 +89,14 @@
         cell(line, range(column.total));
       } else if (!pair?.total) {
         cell(line, format(plain, column.total.value)).className = "main";
-        for (let k = 0; k < 5; k++) cell(line, "–");
+        for (let k = 0; k < 5; k++) cell(line, "–").className = k === 2 || k === 3 ? "wide" : "";
       } else {
         const { total } = pair, { found } = total;
         cell(line, format(plain, total.first)).className = "main";
         cell(line, format(plain, total.second));
         sign(cell(line, format({ kind: "number", signed: true }, found.difference)), found.low > 0 ? 1 : found.high < 0 ? -1 : 0);
-        cell(line, range(found));
-        cell(line, found.p.toFixed(3));
+        cell(line, range(found)).className = "wide";
+        cell(line, found.p.toFixed(3)).className = "wide";
         outcome(line, pair, choose);
       }
     }
@@ -115,5 +123,5 @@
     document.getElementById("count").textContent = `${text} images`;
   }
 
-  Report.summary = { showCount, build: (choose) => { titles(); notes(); scores(choose); about(); } };
+  Report.summary = { showCount, build: (choose, showDiffering) => { titles(showDiffering); notes(); scores(choose); about(); } };
 })(window.Report);

@@ -1,0 +1,197 @@
+"""`engine report` without a browser: what is read, said, written and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from engine.cli import main
+from engine.output.run import write_run
+from tests.tiny import random_pictures
+
+IDS = ["a", "b", "c"]
+CAPTIONS = ["a chest film", "</script><script>alert(1)</script>", "<!--<script> & \u2028 é"]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for name, picture in zip(IDS, random_pictures(3), strict=True):
+        picture.save(tmp_path / "images" / f"{name}.png")
+    write_run(tmp_path / "run.csv", zip(IDS, CAPTIONS, strict=True))
+    return tmp_path
+
+
+def report(work: Path, **options: object) -> Result:
+    given = {"run": work / "run.csv", "images": work / "images", "out": work / "report"} | options
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return CliRunner().invoke(main, ["report", *words])
+
+
+def page_data(work: Path) -> dict:
+    page = (work / "report" / "index.html").read_text()
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def thumbnails(work: Path) -> set[str]:
+    return set(os.listdir(work / "report" / "thumbnails"))
+
+
+def test_captions_of_strangers_come_back_whole_and_cannot_end_their_block(work):
+    result = report(work)
+    assert result.exit_code == 0, result.output
+    page = (work / "report" / "index.html").read_text()
+    assert page_data(work)["captions"] == [[" ".join(text.split("\u2028")) for text in CAPTIONS]]
+    assert "alert(1)</script>" not in page
+    assert page.count("<script>") == page.count("'sha256-", page.index("script-src")) == page.count("</script>") - 1
+
+
+def test_a_page_fetches_nothing_but_its_thumbnails(work):
+    report(work)
+    page = (work / "report" / "index.html").read_text()
+    policy = re.search('http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert "default-src 'none'; img-src 'self' file:;" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r'(src|href)="(?!#)', page)
+    assert {name for name in page_data(work)["pictures"]} == thumbnails(work)
+
+
+def test_thumbnails_are_made_once_and_again_when_an_image_changes(work):
+    assert "3 new thumbnails" in report(work).stderr
+    before = thumbnails(work)
+    assert "0 new thumbnails" in report(work).stderr
+    next(iter(random_pictures(1))).rotate(90).save(work / "images" / "b.png")
+    os.utime(work / "images" / "b.png", ns=(1, 1))
+    assert "1 new thumbnails" in report(work).stderr
+    assert len(before & thumbnails(work)) == 2
+    assert len(thumbnails(work)) == 3
+
+
+def test_ids_that_a_file_lacks_are_said_in_one_line_and_on_the_page(work):
+    write_run(work / "references.csv", [("a", "a chest film"), ("c", "an x-ray"), ("z", "no such image")])
+    (work / "images" / "b.png").unlink()
+    (work / "scores.csv").write_text("ID,rouge1@12345678\na,1.0\nb,0.5\n")
+    (work / "run.jsonl").write_text('{"id": "a", "hypotheses": [{"text": "a chest film", "sum_log_prob": -1.0}]}\n')
+    result = report(work, references=work / "references.csv", scores=work / "scores.csv", n_best=work / "run.jsonl")
+    assert result.exit_code == 0, result.output
+    for line in (
+        f"{work}/references.csv lacks 1 of 3 ids of {work}/run.csv: b",
+        f"{work}/references.csv has 1 ids that {work}/run.csv has not, which are not shown: z",
+        f"{work}/scores.csv lacks 1 of 3 ids of {work}/run.csv: c",
+        f"{work}/run.jsonl lacks 2 of 3 ids of {work}/run.csv: b, c",
+        f"{work}/images lacks 1 of 3 ids of {work}/run.csv: b",
+    ):
+        assert line in result.stderr.splitlines()
+        assert line in page_data(work)["notes"]
+    assert page_data(work)["scores"][0]["values"] == [1.0, 0.5, None]
+
+
+def test_images_that_cannot_be_read_are_listed_in_one_line_and_have_a_placeholder(work):
+    (work / "images" / "b.png").write_bytes(b"")
+    (work / "images" / "c.png").unlink()
+    os.mkfifo(work / "pipe")
+    (work / "images" / "c.png").symlink_to(work / "pipe")
+    result = report(work)
+    assert result.exit_code == 0
+    (line,) = [line for line in result.stderr.splitlines() if "cannot be read" in line]
+    assert line.startswith("2 images cannot be read and have a placeholder: b.png (not an image, or damaged), c.png (")
+    assert page_data(work)["pictures"][1:] == [None, None]
+    assert set(page_data(work)["unreadable"]) == {"1", "2"}
+
+
+def test_two_runs_are_compared_by_the_scores_measured_in_one_way(work):
+    write_run(work / "other.csv", [("a", "a film"), ("b", "b"), ("c", "c")])
+    (work / "scores.csv").write_text("ID,rouge1@11111111,bleurt@1\na,1.0,0\nb,0.5,0\nc,0.2,0\n")
+    (work / "others.csv").write_text("ID,rouge1@11111111,bleurt@2\nc,0.7,0\na,0.5,0\nb,0.5,0\n")
+    scores = {"scores": work / "scores.csv", "against_scores": work / "others.csv"}
+    result = report(work, against=work / "other.csv", **scores)
+    assert result.exit_code == 0, result.output
+    assert "bleurt: not compared, measured in another way" in result.stderr
+    (one,) = page_data(work)["comparisons"]
+    assert (one["name"], one["images"], one["found"]["wins"], one["found"]["losses"]) == ("rouge1", 3, 1, 1)
+    assert one["found"]["difference"] == pytest.approx(0.0)
+    assert page_data(work)["labels"] == ["run", "other"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(work):
+    (work / "old").mkdir()
+    write_run(work / "old" / "run.csv", zip(IDS, IDS, strict=True))
+    assert report(work, against=work / "old" / "run.csv").exit_code == 0
+    assert page_data(work)["labels"] == [f"{work.name}/run", "old/run"]
+
+
+def test_further_columns_are_kept_and_numbers_are_known_as_such(work):
+    (work / "run.csv").write_text("ID,Caption,latency_s,modality\na,x,0.5,CT\nb,y,1,\nc,z,,MR\n")
+    report(work)
+    columns = {column["name"]: column for column in page_data(work)["columns"]}
+    assert columns["latency_s"]["values"] == [0.5, 1.0, None]
+    assert columns["modality"]["values"] == ["CT", "", "MR"]
+
+
+def test_the_signature_changes_with_every_file_shown(work):
+    first = report(work).stderr.splitlines()
+    write_run(work / "run.csv", [("a", "another caption"), ("b", "b"), ("c", "c")])
+    second = report(work).stderr.splitlines()
+    (one,), (other,) = ([line for line in lines if line.startswith("engine:")] for lines in (first, second))
+    assert re.fullmatch(r"engine:[^|]+\|report:\d+\|run:[0-9a-f]{12}\|images:3", one)
+    assert one != other
+    assert page_data(work)["signature"] == other
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "sentence"),
+    [
+        ({"images": "{tmp}/nowhere"}, 2, "nowhere is not a directory"),
+        ({"run": "{tmp}/nowhere.csv"}, 2, "nowhere.csv cannot be read"),
+        ({"out": "{tmp}/images"}, 2, "is a folder with other things in it"),
+        ({"out": "{tmp}/run.csv"}, 2, "is a file: name a folder"),
+        ({"out": "{tmp}/no/report"}, 2, "no does not exist, create it first"),
+        ({"references": "{tmp}/strangers.csv"}, 1, "have no id in common (a against q)"),
+        ({"scores": "{tmp}/run.csv"}, 1, "is no file of --per-image"),
+        ({"n_best": "{tmp}/run.csv"}, 1, "run.csv, line 1: not a line of --n-best-out"),
+        ({"against_scores": "{tmp}/run.csv"}, 2, "--against-scores needs --against"),
+    ],
+)
+def test_wrong_inputs_get_one_clear_line_and_no_page(options, exit_code, sentence, work):
+    write_run(work / "strangers.csv", [("q", "a caption")])
+    kept = sorted(os.listdir(work / "images"))
+    result = report(work, **{name: value.format(tmp=work) for name, value in options.items()})
+    assert result.exit_code == exit_code
+    assert sentence in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (work / "report").exists()
+    assert sorted(os.listdir(work / "images")) == kept
+
+
+def test_a_failed_run_leaves_the_earlier_page_and_its_thumbnails(work, monkeypatch):
+    report(work)
+    page = (work / "report" / "index.html").read_bytes()
+    shown = set(page_data(work)["pictures"])
+    next(iter(random_pictures(1))).save(work / "images" / "a.png")
+    os.utime(work / "images" / "a.png", ns=(1, 1))
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engine.report.build.render", fail)
+    assert report(work).exit_code == 1
+    assert (work / "report" / "index.html").read_bytes() == page
+    assert shown <= thumbnails(work)
+    monkeypatch.undo()
+    assert report(work).exit_code == 0
+    assert thumbnails(work) == set(page_data(work)["pictures"]) != shown
+
+
+def test_a_folder_that_was_cut_off_before_its_page_is_gone_on_with(work):
+    report(work)
+    (work / "report" / "index.html").unlink()
+    (work / "report" / "thumbnails" / ("." + "0" * 24 + ".jpg.tmp")).write_bytes(b"half")
+    (work / "report" / "thumbnails" / "mine.jpg").write_bytes(b"not ours")
+    assert "0 new thumbnails" in report(work).stderr
+    assert (work / "report" / "index.html").exists()
+    assert thumbnails(work) == {*page_data(work)["pictures"], "mine.jpg"}
