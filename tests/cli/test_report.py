@@ -58,7 +58,7 @@ def test_a_page_fetches_nothing_but_its_thumbnails(work):
     assert "default-src 'none'; img-src 'self' file:;" in policy
     assert "unsafe" not in policy
     assert not re.search(r'(src|href)="(?!#)', page)
-    assert {name for name in page_data(work)["pictures"]} == thumbnails(work)
+    assert set(page_data(work)["pictures"]) == thumbnails(work)
 
 
 def test_thumbnails_are_made_once_and_again_when_an_image_changes(work):

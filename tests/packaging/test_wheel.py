@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from engine.report.page import SCRIPTS, STYLES
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +30,21 @@ def test_the_wheel_holds_only_the_engine_and_its_demo_bundle(wheel):
     demo = {name.removeprefix("engine/assets/demo/") for name in names if name.startswith("engine/assets/demo/")}
     assert {"manifest.json", "encoder.onnx", "decoder.onnx", "regroup.onnx", "tokenizer.json", "golden.npz"} <= demo
     assert "engine/py.typed" in names
+
+
+def test_the_wheel_holds_the_page_of_the_report(wheel):
+    assets = ROOT / "engine/report/assets"
+    wanted = {path.relative_to(ROOT).as_posix() for path in assets.rglob("*") if path.is_file()}
+    assert (
+        {f"engine/report/assets/{name}" for name in (*STYLES, *SCRIPTS, "page.html")} <= wanted <= set(wheel.namelist())
+    )
+
+
+def test_what_others_wrote_for_the_page_is_what_the_notice_says():
+    notice = (ROOT / "NOTICE").read_text()
+    for path in (ROOT / "engine/report/assets/vendor").glob("*.min.*"):
+        assert f"{path.name} " in notice
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in notice
 
 
 def test_the_wheel_carries_licence_and_notice(wheel):

@@ -21,7 +21,7 @@
     };
     button("←", "Previous image", () => step(-1)).disabled = place <= 0;
     button("→", "Next image", () => step(1)).disabled = place < 0 || place >= view.shown.length - 1;
-    make("span", "position", bar).textContent = place < 0 ? "not in this view" : `${place + 1} of ${view.shown.length}`;
+    make("span", "position", bar).textContent = place < 0 ? "not in this view" : `${(place + 1).toLocaleString("en")} of ${view.shown.length.toLocaleString("en")}`;
     button("×", "Close", close, "close");
     const title = make("h2", "id", panel);
     title.textContent = data.ids[i];
@@ -36,7 +36,7 @@
     if (!found.length) return;
     const line = make("p", "alone", parent);
     make("span", "label", line).textContent = label;
-    line.append(` ${found.join(", ")}`);
+    line.append(` ${found.join(" · ")}`);
   }
 
   function texts(i) {

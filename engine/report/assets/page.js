@@ -28,12 +28,19 @@
     by("sort").value = view.sort;
     drawChips();
     summary.showCount();
-    if (view.selected >= 0) detail.show(step, close);
+    if (view.selected >= 0) showDetail();
     if (!sameImages) {
       cancelAnimationFrame(drawingCharts);
       drawingCharts = requestAnimationFrame(charts.draw);
     }
     keepAddress();
+  }
+
+  /* On a phone the image covers everything else, which then is out of reach for keyboard and screen reader, too. */
+  function showDetail() {
+    detail.show(step, close);
+    const covers = narrow.matches && view.selected >= 0;
+    for (const part of document.querySelectorAll(".skip, .top, .overview, .bar, .list")) part.inert = covers;
   }
 
   function sortBy(key) {
@@ -56,7 +63,7 @@
     const bounded = Math.max(0, Math.min(view.shown.length - 1, place));
     const wasOpen = view.selected >= 0;
     view.selected = view.shown[bounded];
-    if (open || wasOpen) detail.show(step, close);
+    if (open || wasOpen) showDetail();
     rows.reveal(bounded);
     rows.refreshSelection();
     keepAddress();
@@ -75,7 +82,7 @@
   function close() {
     const place = view.shown.indexOf(view.selected);
     view.selected = -1;
-    detail.show(step, close);
+    showDetail();
     rows.refreshSelection();
     rows.grid.focus({ preventScroll: true });
     if (place >= 0) rows.reveal(place);
@@ -145,6 +152,10 @@
   function submitFilter(event) {
     event.preventDefault();
     const key = by("filter-column").value, test = by("filter-test").value;
+    if (test === "between" && !by("filter-low").value && !by("filter-high").value) {
+      by("filter-low").focus();
+      return;
+    }
     const bound = (id, otherwise) => (by(id)?.value ? Number(by(id).value) : otherwise);
     addFilter({ key, test, text: by("filter-text")?.value ?? "", low: bound("filter-low", -Infinity), high: bound("filter-high", Infinity) });
   }
@@ -196,8 +207,7 @@
   function theme(wanted) {
     if (wanted) document.documentElement.dataset.theme = wanted;
     else delete document.documentElement.dataset.theme;
-    by("theme").setAttribute("aria-label", `Theme: ${wanted || "as the system"}`);
-    by("theme").textContent = { light: "Light", dark: "Dark" }[wanted] || "Auto";
+    by("theme").textContent = `Theme: ${wanted || "auto"}`;
     remember("theme", wanted || "");
     charts.draw();
   }
@@ -226,6 +236,7 @@
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", charts.draw);
     const bar = document.querySelector(".bar"); // what sticks below it needs to know how high it is
     new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${bar.offsetHeight}px`)).observe(bar);
+    narrow.addEventListener("change", showDetail);
     document.addEventListener("keydown", onKey);
     rows.whenSelected((place) => { select(place); if (narrow.matches) detail.panel.focus({ preventScroll: true }); else rows.grid.focus({ preventScroll: true }); });
   }

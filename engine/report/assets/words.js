@@ -50,7 +50,16 @@
     }
   }
 
-  const alone = (words, marks) => words.filter((_, i) => marks[i]);
+  /* The runs of words that stand alone, for a list: without the punctuation behind them. */
+  function alone(words, marks) {
+    const runs = [];
+    words.forEach((word, i) => {
+      if (!marks[i]) return;
+      if (i && marks[i - 1]) runs.push(`${runs.pop()} ${word}`);
+      else runs.push(word);
+    });
+    return runs.map((run) => run.replace(/[.,;:!?]+$/, "") || run);
+  }
 
   /* The reference most like a caption: of several, words are compared with that one. */
   function nearest(caption, references) {
