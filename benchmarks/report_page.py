@@ -25,14 +25,17 @@ from engine.images import find_images
 from engine.output.run import write_run
 
 SIZE = {"width": 1440, "height": 900}
-PAINTED_S = """() => [performance.getEntriesByName("first-contentful-paint")[0].startTime, window.firstRow]
-    .map((ms) => Math.round(ms) / 1000)"""
-WATCH = """new MutationObserver((_, watching) => {
+WATCH = """window.firstRow = new Promise((done) => new MutationObserver((_, watching) => {
     if (!document.querySelector("#rows .row")) return;
     watching.disconnect();
-    requestAnimationFrame(() => setTimeout(() => { window.firstRow = performance.now(); }));
-}).observe(document, { childList: true, subtree: true });"""
+    requestAnimationFrame(() => setTimeout(() => done(performance.now())));
+}).observe(document, { childList: true, subtree: true }));"""
 """The first row is there when the frame that holds it has been handed over."""
+PAINTED_S = """async () => {
+    const firstRow = await window.firstRow;
+    const anything = performance.getEntriesByName("first-contentful-paint")[0].startTime;
+    return [anything, firstRow].map((ms) => Math.round(ms) / 1000);
+}"""
 SCROLL = """async ([step, frames]) => {
     const rows = document.getElementById("rows"), top = document.querySelector(".bar").offsetHeight + 60;
     let gaps = 0, most = 0, slowest = 0, before = performance.now();
@@ -78,7 +81,6 @@ def measure_page(browser: Any, page: Path) -> dict[str, Any]:
     tab = context.new_page()
     tab.add_init_script(WATCH)
     tab.goto(page.resolve().as_uri())
-    tab.wait_for_function("window.firstRow")
     first_paint_s, first_rows_s = tab.evaluate(PAINTED_S)
     result = {"first_paint_s": first_paint_s, "first_rows_s": first_rows_s}
     for name, step in (("reading", 120), ("flicking", 2400), ("dragging", 60_000)):

@@ -259,6 +259,45 @@ def test_wins_and_losses_lead_to_the_images(open_page):
     assert sorted(shown(page)) == ["axial_1", "coronal_10"]
 
 
+@pytest.mark.parametrize(
+    ("caption", "references", "extra", "lacking"),
+    [
+        ("a b c", ["a b c"], [], []),
+        ("A, b. c", ["a b (c)"], [], []),
+        ("a x b", ["a b"], ["x"], []),
+        ("b a", ["a b"], ["b"], ["b"]),
+        ("", ["a b"], [], ["a b"]),
+        ("a b c d", ["x y", "a b d e."], ["c"], ["e"]),
+        ("a - b", ["a b"], ["-"], []),
+        ("1 2 3, 4", ["9 2 9"], ["1", "3, 4"], ["9", "9"]),
+    ],
+)
+def test_words_differ_from_the_nearest_reference_case_and_punctuation_aside(
+    caption, references, extra, lacking, open_page
+):
+    found = open_page().evaluate(
+        """([caption, references]) => {
+            const { a, b, aAlone, bAlone } = Report.words.nearest(caption, references).compared;
+            return [Report.words.alone(a, aAlone), Report.words.alone(b, bAlone)];
+        }""",
+        [caption, references],
+    )
+    assert found == [extra, lacking]
+
+
+def test_a_run_and_its_images_are_enough(open_page, page_path):
+    work = page_path.parents[1]
+    words = ("report", "--run", work / "other.csv", "--images", work / "images", "--out", work / "least")
+    assert CliRunner().invoke(main, [str(word) for word in words]).exit_code == 0
+    page = open_page(path=work / "least" / "index.html")
+    assert shown(page) == list(OTHER)
+    assert page.locator("mark").count() == 0
+    page.select_option("#sort", label="Words")
+    assert shown(page) == ["axial_2", "coronal_10", "axial_1"]
+    page.locator("#rows .row").first.click()
+    assert page.locator("#detail .said").all_inner_texts() == ["ct of the head"]
+
+
 def test_candidates_stand_with_their_share_of_the_probability(open_page):
     page = open_page()
     page.locator("#rows .row", has_text="axial_2").click()
@@ -290,6 +329,7 @@ def test_the_address_keeps_the_view(open_page):
     page.select_option("#sort", label="rouge1 (run)")
     page.keyboard.press("Tab")
     page.locator("#rows .row", has_text="axial_2").click()
+    page.wait_for_url(lambda url: "id=axial_2" in url)
     again = open_page(anchor=page.evaluate("location.hash"))
     assert shown(again) == shown(page)
     assert selected(again) == "axial_2"

@@ -91,6 +91,16 @@ def test_ids_that_a_file_lacks_are_said_in_one_line_and_on_the_page(work):
     assert page_data(work)["scores"][0]["values"] == [1.0, 0.5, None]
 
 
+def test_pictures_that_coco_numbers_are_found_by_their_files(work):
+    images = [{"id": i, "file_name": f"{name}.png"} for i, name in enumerate(IDS)]
+    notes = [{"image_id": i, "caption": name.upper()} for i, name in enumerate(IDS)]
+    (work / "references.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    write_run(work / "run.csv", [("0", "zero"), ("1", "one"), ("2", "two")])
+    assert report(work, references=work / "references.json").exit_code == 0
+    assert page_data(work)["ids"] == IDS
+    assert page_data(work)["references"] == [["A"], ["B"], ["C"]]
+
+
 def test_images_that_cannot_be_read_are_listed_in_one_line_and_have_a_placeholder(work):
     (work / "images" / "b.png").write_bytes(b"")
     (work / "images" / "c.png").unlink()

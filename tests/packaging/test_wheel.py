@@ -34,10 +34,9 @@ def test_the_wheel_holds_only_the_engine_and_its_demo_bundle(wheel):
 
 def test_the_wheel_holds_the_page_of_the_report(wheel):
     assets = ROOT / "engine/report/assets"
-    wanted = {path.relative_to(ROOT).as_posix() for path in assets.rglob("*") if path.is_file()}
-    assert (
-        {f"engine/report/assets/{name}" for name in (*STYLES, *SCRIPTS, "page.html")} <= wanted <= set(wheel.namelist())
-    )
+    found = {path.relative_to(ROOT).as_posix() for path in assets.rglob("*") if path.is_file()}
+    assert {f"engine/report/assets/{name}" for name in (*STYLES, *SCRIPTS, "page.html")} <= found
+    assert found <= set(wheel.namelist())
 
 
 def test_what_others_wrote_for_the_page_is_what_the_notice_says():

@@ -4,7 +4,7 @@
   const { data, view, rows, detail, charts, summary } = Report;
   const by = (id) => document.getElementById(id);
   const narrow = window.matchMedia("(max-width: 899px)");
-  let letters = true, drawingCharts = 0;
+  let letters = true, drawingCharts = 0, keepingAddress = 0;
 
   function remember(key, value) {
     try { localStorage.setItem(key, value); } catch { /* a browser that keeps nothing of pages from disk */ }
@@ -14,8 +14,12 @@
     try { return localStorage.getItem(key); } catch { return null; }
   }
 
+  /* A moment later, since browsers refuse an address that changes with every key held down. */
   function keepAddress() {
-    try { history.replaceState(null, "", view.toAddress()); } catch { /* more changes a second than the browser takes */ }
+    clearTimeout(keepingAddress);
+    keepingAddress = setTimeout(() => {
+      try { history.replaceState(null, "", view.toAddress()); } catch { /* a browser that keeps addresses of files as they are */ }
+    }, 200);
   }
 
   /* Everything that follows from another query, order or filter. */
