@@ -66,6 +66,8 @@ def take_shots(browser: Any, page: Path, out: Path) -> list[Path]:
             tab.evaluate("document.querySelector('.bar').scrollIntoView()")
         if selector and selector != ".bar":
             tab.locator(selector).first.click()
+        if name == "report_phone_dark":
+            tab.evaluate("document.querySelector('.candidates').scrollIntoView({ block: 'center' })")
         tab.wait_for_load_state("networkidle")
         tab.wait_for_timeout(300)  # plots are drawn in the next frame, pictures decoded aside
         shots.append(_save(tab.screenshot(), out / f"{name}.png"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UsageError
+from engine.output.lock import OutputLock
 from engine.output.run import write_atomically
 from engine.report.folder import PAGE, THUMBNAILS, open_folder
 from engine.report.gather import Content, Request, gather
@@ -39,15 +40,15 @@ def build_report(request: Request, *, say: Callable[[str], None], progress: Prog
         raise UsageError("--against-scores needs --against, the run that they are of")
     content = gather(request)
     open_folder(request.out)
-    folder = request.out / THUMBNAILS
-    with progress(len(content.ids)) as advance:
-        thumbnails = make_thumbnails(content.images, folder, size_px=request.thumbnail_px, advance=advance)
-    notes = content.notes + _unreadable(content, thumbnails)
-    for line in notes:
-        say(line)
-    page = request.out / PAGE
-    write_atomically(page, render(content, thumbnails, notes=notes, signatures=request.signatures))
-    remove_stale(folder, set(thumbnails.names))
+    page, folder = request.out / PAGE, request.out / THUMBNAILS
+    with OutputLock(page):
+        with progress(len(content.ids)) as advance:
+            thumbnails = make_thumbnails(content.images, folder, size_px=request.thumbnail_px, advance=advance)
+        notes = content.notes + _unreadable(content, thumbnails)
+        for line in notes:
+            say(line)
+        write_atomically(page, render(content, thumbnails, notes=notes, signatures=request.signatures))
+        remove_stale(folder, set(thumbnails.names))
     return Summary(page, len(content.ids), thumbnails.made, page_signature(content))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.bundle import file_sha256
-from engine.errors import DataError
+from engine.errors import DataError, UsageError
 from engine.images import ImageFile, find_images
 from engine.report.scores import Comparison, ScoreColumn, compare_scores, read_scores
 from engine.rerank import Candidate, read_n_best
@@ -105,6 +105,8 @@ def gather(request: Request) -> Content:
         found = read_n_best([request.n_best])
         notes += matched(request.run, ids, request.n_best, found)
         candidates = [found.get(name, []) for name in ids]
+    if not request.images.is_dir():
+        raise UsageError(f"{request.images} is not a directory: --images takes the folder that holds the images")
     images = {
         image.id: image
         for image in find_images(request.images, recursive=request.recursive, dicom_frame=request.dicom_frame).images

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.cli import main
+from engine.output.lock import OutputLock
 from engine.output.run import write_run
 from tests.tiny import random_pictures
 
@@ -156,7 +157,7 @@ def test_the_signature_changes_with_every_file_shown(work):
 @pytest.mark.parametrize(
     ("options", "exit_code", "sentence"),
     [
-        ({"images": "{tmp}/nowhere"}, 2, "nowhere is not a directory"),
+        ({"images": "{tmp}/nowhere"}, 2, "nowhere is not a directory: --images takes"),
         ({"run": "{tmp}/nowhere.csv"}, 2, "nowhere.csv cannot be read"),
         ({"out": "{tmp}/images"}, 2, "is a folder with other things in it"),
         ({"out": "{tmp}/run.csv"}, 2, "is a file: name a folder"),
@@ -195,6 +196,15 @@ def test_a_failed_run_leaves_the_earlier_page_and_its_thumbnails(work, monkeypat
     monkeypatch.undo()
     assert report(work).exit_code == 0
     assert thumbnails(work) == set(page_data(work)["pictures"]) != shown
+
+
+def test_two_reports_are_not_written_into_one_folder_at_once(work):
+    report(work)
+    with OutputLock(work / "report" / "index.html"):
+        result = report(work)
+    assert result.exit_code == 2
+    assert "index.html is being written by process" in result.stderr
+    assert report(work).exit_code == 0
 
 
 def test_a_folder_that_was_cut_off_before_its_page_is_gone_on_with(work):
