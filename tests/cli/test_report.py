@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from engine.cli import main
 from engine.output.lock import OutputLock
@@ -70,6 +71,18 @@ def test_thumbnails_are_made_once_and_again_when_an_image_changes(work):
     os.utime(work / "images" / "b.png", ns=(1, 1))
     assert "1 new thumbnails" in report(work).stderr
     assert len(before & thumbnails(work)) == 2
+    assert len(thumbnails(work)) == 3
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "LA", "I;16", "1", "RGBA"])
+def test_pictures_of_every_mode_become_small_rgb_ones(mode, work):
+    picture = Image.new("L", (700, 300), 90).convert("L" if mode == "I;16" else mode).convert(mode)
+    picture.save(work / "images" / "b.tiff")
+    (work / "images" / "b.png").unlink()
+    assert report(work, thumbnail_px=64).exit_code == 0
+    with Image.open(work / "report" / "thumbnails" / page_data(work)["pictures"][1]) as small:
+        assert (small.format, small.mode, small.size) == ("JPEG", "RGB", (64, 27))
+    assert "3 new thumbnails" in report(work, thumbnail_px=128).stderr
     assert len(thumbnails(work)) == 3
 
 
