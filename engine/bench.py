@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -63,12 +64,13 @@ def measure_speed(
     given: dict[str, object],
     *,
     backend: str = "auto",
-    threads: int | None = None,
     rows: int | None = None,
+    **loading: Any,
 ) -> Speed:
-    """Load a bundle (the demo when None) and time it on `images`; `given` are decoding options as in Bundle.options."""
+    """Load a bundle (the demo when None) and time it on `images`; `given` are decoding options as in
+    Bundle.options, `loading` what else Captioner.load takes."""
     start = time.perf_counter()
-    captioner = Captioner.load(bundle, backend=backend, threads=threads)
+    captioner = Captioner.load(bundle, backend=backend, **loading)
     load_s = time.perf_counter() - start
     options: DecodeOptions = captioner.bundle.options(**given)
     search = captioner.search(options)

@@ -69,7 +69,7 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle. `digest` is the sha256 of the manifest, which holds the sha256 of every other file."""
+    """A checked bundle. `digest` is the sha256 of the manifest, which holds that of every other file: `files`."""
 
     path: Path
     digest: str
@@ -80,6 +80,7 @@ class Bundle:
     generation: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     clean_up_tokenization_spaces: bool = True
 
     @classmethod
@@ -108,6 +109,7 @@ class Bundle:
                 generation=dict(manifest["generation"]),
                 checkpoint=dict(manifest["checkpoint"]),
                 versions=dict(manifest["versions"]),
+                files=dict(manifest["files"]),
                 clean_up_tokenization_spaces=bool(manifest["clean_up_tokenization_spaces"]),
             )
             bundle.options()

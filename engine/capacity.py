@@ -30,7 +30,7 @@ def slots_for(
         return max(1, rows // search.num_beams)
     memory_bytes = available_memory() if memory_bytes is None else memory_bytes
     affordable = int(MEMORY_SHARE * memory_bytes) // slot_bytes(search, model)
-    return max(1, min(appetite.rows // search.num_beams, affordable))
+    return max(1, min(appetite.rows // search.num_beams, affordable, appetite.slots or affordable))
 
 
 def slot_bytes(search: Search, model: ModelDims, item_bytes: int = 4) -> int:

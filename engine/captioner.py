@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.backends import Backend, open_backend
+from engine.backends import Backend, open_backend, require_backend
 from engine.bundle import Bundle
 from engine.capacity import slots_for
 from engine.decoding.beam import Hypothesis, Search
@@ -87,13 +87,24 @@ class Captioner:
         self.tokenizer = CaptionTokenizer(bundle)
 
     @classmethod
-    def load(cls, bundle: Path | str | None = None, *, backend: str = "auto", threads: int | None = None) -> Captioner:
+    def load(
+        cls,
+        bundle: Path | str | None = None,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        plans: Path | str | None = None,
+        cuda_graphs: bool = False,
+    ) -> Captioner:
         """Load a bundle directory (the embedded demo when None) into a backend with `threads` CPU threads.
 
-        Raises BundleError, BackendError or UsageError; see Bundle.load and open_backend.
+        `plans` and `cuda_graphs` are for the backend `trt`. Raises BundleError, BackendError or UsageError; see
+        Bundle.load and open_backend.
         """
+        backend = require_backend(backend)  # before the bundle is hashed: what is missing is said at once
         checked = Bundle.load(None if bundle is None else Path(bundle))
-        return cls(checked, open_backend(checked, backend, threads=threads))
+        folder = None if plans is None else Path(plans)
+        return cls(checked, open_backend(checked, backend, threads=threads, plans=folder, cuda_graphs=cuda_graphs))
 
     def caption(
         self,

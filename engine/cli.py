@@ -67,8 +67,10 @@ for _command in (cli_scoring.score, cli_scoring.rerank, cli_scoring.submit, cli_
 def bundle_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options every command that loads a bundle takes."""
     for option in (
+        click.option("--cuda-graphs", is_flag=True, help="Of --backend trt: capture steps of one shape, replay them."),
+        click.option("--plans", type=PATH, help="Of --backend trt: folder that `engine plan` wrote."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores when absent."),
-        click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda or tensorrt."),
+        click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda, tensorrt or trt."),
         click.option("--bundle", type=PATH, help="Exported bundle; the embedded demo when absent."),
     ):
         command = option(command)
@@ -146,6 +148,8 @@ def caption(
     bundle: Path | None,
     backend: str,
     threads: int | None,
+    plans: Path | None,
+    cuda_graphs: bool,
     n_best_out: Path | None,
     raw_text: bool,
     manifest: Path | None,
@@ -173,6 +177,8 @@ def caption(
         bundle=bundle,
         backend=backend,
         threads=threads,
+        plans=plans,
+        cuda_graphs=cuda_graphs,
         rows=rows,
         manifest=manifest,
         n_best_out=n_best_out,
@@ -223,6 +229,8 @@ def bench(
     bundle: Path | None,
     backend: str,
     threads: int | None,
+    plans: Path | None,
+    cuda_graphs: bool,
     rows: int | None,
     **given: Any,
 ) -> None:
@@ -230,7 +238,8 @@ def bench(
     from engine.bench import images_to_measure, measure_speed
 
     pictures = images_to_measure(directory, images)
-    speed = measure_speed(bundle, pictures, given, backend=backend, threads=threads, rows=rows)
+    loading = {"threads": threads, "plans": plans, "cuda_graphs": cuda_graphs}
+    speed = measure_speed(bundle, pictures, given, backend=backend, rows=rows, **loading)
     say(
         f"{speed.images_per_s:.2f} images/s ({1 / speed.images_per_s:.3f} s an image) over {speed.images} images, "
         f"{speed.side_by_side} side by side on {speed.cores} cores; loaded in {speed.load_s:.1f} s"
@@ -242,14 +251,15 @@ def bench(
 @main.command()
 @bundle_options
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON line.")
-def verify(bundle: Path | None, backend: str, threads: int | None, as_json: bool) -> None:
+def verify(bundle: Path | None, backend: str, as_json: bool, **loading: Any) -> None:
     """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""
-    from engine.backends import open_backend
+    from engine.backends import open_backend, require_backend
     from engine.bundle import Bundle
     from engine.verify import verify as replay
 
+    backend = require_backend(backend)
     loaded = Bundle.load(bundle)
-    runtime = open_backend(loaded, backend, threads=threads)
+    runtime = open_backend(loaded, backend, **loading)
     checks = replay(loaded, runtime)
     for check in checks:
         state = "ok  " if check.passed else "FAIL"
@@ -262,6 +272,44 @@ def verify(bundle: Path | None, backend: str, threads: int | None, as_json: bool
         click.echo(json.dumps({"backend": runtime.name, "checks": [asdict(check) for check in checks]}))
     if not all(check.passed for check in checks):
         raise EngineError(f"{loaded.path} does not say what PyTorch said at export: export it again, or report a bug")
+
+
+@main.command()
+@click.option("--bundle", type=PATH, help="Exported bundle; the embedded demo when absent.")
+@click.option("--out", type=PATH, help="Folder for the plans; where `--backend trt` looks by itself when absent.")
+@click.option("--beams", type=click.IntRange(1), help="Most beams; the bundle's own when absent.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Most new tokens; the bundle's own when absent.")
+@click.option("--rows", type=click.IntRange(1), default=1024, show_default=True, help="Most beams side by side.")
+@click.option("--builder", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt", show_default=True)
+@click.option("--compute-capability", help="Of tensorrt-rtx: the GPU to build for, such as 8.0; this one when absent.")
+def plan(
+    bundle: Path | None,
+    out: Path | None,
+    beams: int | None,
+    max_new_tokens: int | None,
+    rows: int,
+    builder: str,
+    compute_capability: str | None,
+) -> None:
+    """Build TensorRT plans of a bundle for `--backend trt`.
+
+    TensorRT builds for the GPU it runs on. TensorRT-RTX needs none, and its plans run on any GPU of one compute
+    capability.
+    """
+    from engine.backends.plans import build_plans, default_folder, target_for
+    from engine.backends.shapes import Bounds
+    from engine.bundle import Bundle
+
+    target = target_for(builder, compute_capability)
+    loaded = Bundle.load(bundle)
+    bounds = Bounds.of(loaded, beams=beams, max_new_tokens=max_new_tokens, rows=rows)
+    folder = out or default_folder(loaded)
+    build_plans(loaded, folder, bounds, target, say)
+    say(
+        f"up to {bounds.slots} images of {bounds.beams} beams; {target.builder} {target.version}, compute capability "
+        f"{target.compute_capability}"
+    )
+    click.echo(folder)
 
 
 @main.command()

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from engine import __version__
-from engine.backends.ort import PROVIDERS, available_cores, has_nvidia_driver, import_onnxruntime
+from engine.backends import BACKENDS, require_backend
+from engine.backends.nvidia import clashing_runtimes
+from engine.backends.ort import available_cores
 from engine.bundle import Bundle
 from engine.errors import EngineError
 
@@ -23,7 +25,10 @@ EXTRAS = {
 VNNI = {"avx512_vnni", "avx_vnni"}
 """Linux's names of the instructions that multiply 8-bit integers faster than float32; one of them is enough."""
 CPUINFO = Path("/proc/cpuinfo")
-PACKAGES = ("numpy", "pillow", "tokenizers", "click", "onnxruntime", "onnxruntime-gpu")
+PACKAGES = (
+    *("numpy", "pillow", "tokenizers", "click", "onnxruntime", "onnxruntime-gpu"),
+    *("tensorrt", "tensorrt-rtx", "cuda-bindings"),
+)
 
 
 def collect_info() -> dict[str, Any]:
@@ -57,19 +62,15 @@ def _extras() -> dict[str, str]:
 
 
 def _backends() -> dict[str, str]:
-    try:
-        available = import_onnxruntime("cpu").get_available_providers()
-    except EngineError as error:
-        return {name: str(error) for name in PROVIDERS}
     states = {}
-    for name, ((provider, _), *_) in PROVIDERS.items():
-        if provider not in available:
-            states[name] = f"missing: this onnxruntime has no {provider}, install the extra [{name}]"
-        elif name != "cpu" and not has_nvidia_driver():
-            states[name] = "missing: no NVIDIA driver (libcuda.so.1) on this machine"
-        else:
+    for name in BACKENDS[1:]:
+        try:
+            require_backend(name)
             states[name] = "ready"
-    return states
+        except EngineError as error:
+            states[name] = f"missing: {error}"
+    clash = clashing_runtimes()
+    return states | ({"warning": clash} if clash else {})
 
 
 def _int8() -> dict[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.backends import require_backend
 from engine.captioner import Caption, Captioner
 from engine.errors import OutOfMemoryError
 from engine.images import ImageFile, find_images, order_by_manifest
@@ -33,6 +34,8 @@ class Job:
     bundle: Path | None = None
     backend: str = "auto"
     threads: int | None = None
+    plans: Path | None = None
+    cuda_graphs: bool = False
     rows: int | None = None
     manifest: Path | None = None
     n_best_out: Path | None = None
@@ -67,6 +70,7 @@ def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progres
 
     `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
     """
+    require_backend(job.backend)  # before a large folder is listed: what is missing is said at once
     found = find_images(job.directory, recursive=job.recursive, dicom_frame=job.dicom_frame)
     images = order_by_manifest(found.images, job.manifest) if job.manifest else found.images
     _check_outputs(job, [image.path for image in found.images])
@@ -82,7 +86,9 @@ def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progres
 
 
 def _caption_images(job: Job, images: list[ImageFile], say: Callable[[str], None], progress: Progress) -> Summary:
-    captioner = Captioner.load(job.bundle, backend=job.backend, threads=job.threads)
+    captioner = Captioner.load(
+        job.bundle, backend=job.backend, threads=job.threads, plans=job.plans, cuda_graphs=job.cuda_graphs
+    )
     options = captioner.bundle.options(**job.options)
     num_slots = captioner.scheduler(captioner.search(options), job.rows).num_slots
     if job.backend == "auto":

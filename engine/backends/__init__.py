@@ -2,24 +2,64 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from engine.backends.base import Backend, Cache, Encoded, StepInputs
 from engine.bundle import Bundle
 from engine.errors import UsageError
 
-BACKENDS = ("auto", "cpu", "cuda", "tensorrt")
-"""Names `open_backend` takes; all but `auto` are ONNX Runtime with the provider of that name."""
+BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "trt")
+"""Names `open_backend` takes: ONNX Runtime with the provider of that name, or (trt) TensorRT itself with plans made by
+`engine plan`.
+"""
 
-__all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "open_backend", "require_backend"]
 
 
-def open_backend(bundle: Bundle, name: str = "auto", *, threads: int | None = None) -> Backend:
-    """Load the bundle's graphs into the backend called `name`, with `threads` CPU threads (None: all cores).
+def require_backend(name: str) -> str:
+    """Return the name of the backend that `name` means here: only `auto` may choose.
 
-    Only `auto` may choose, and what it chose is `Backend.name`. Raises UsageError for an unknown name,
-    BackendError when the runtime or the provider is not there.
+    Raises UsageError for an unknown name, BackendError, in one sentence and at once, when something is missing.
     """
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name == "trt":
+        from engine.backends.trt import require
+    else:
+        from engine.backends.providers import choose, require
+
+        name = choose(name)
+    require(name)
+    return name
+
+
+def open_backend(
+    bundle: Bundle,
+    name: str = "auto",
+    *,
+    threads: int | None = None,
+    plans: Path | None = None,
+    cuda_graphs: bool = False,
+) -> Backend:
+    """Load the bundle's graphs into the backend called `name`, with `threads` CPU threads (None: all cores).
+
+    `plans` is where `engine plan` put what `trt` runs, None where it puts them by itself; with `cuda_graphs` steps of
+    one shape are captured and replayed. What `auto` chose is `Backend.name`. Raises as require_backend does, and
+    BundleError or BackendError where graphs or plans are not the bundle's.
+    """
+    if name != "trt" and (plans is not None or cuda_graphs):
+        raise UsageError(f"plans and CUDA graphs are for the backend trt, not for {name}: leave these options out")
+    name = require_backend(name)
+    if name == "cpu":
+        from engine.backends.ort import OrtBackend
+
+        return OrtBackend(bundle, name, threads=threads)
+    from engine.backends.buckets import Bucketed
+
+    if name == "trt":
+        from engine.backends.trt import TrtBackend
+
+        return Bucketed(TrtBackend.load(bundle, plans, uses_cuda_graphs=cuda_graphs))
     from engine.backends.ort import OrtBackend
 
-    return OrtBackend(bundle, name, threads=threads)
+    return Bucketed(OrtBackend(bundle, name, threads=threads))

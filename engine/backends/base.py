@@ -46,10 +46,11 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class Appetite:
-    """What keeps a device busy: beams decoded side by side, and images encoded at once."""
+    """What keeps a device busy: beams decoded side by side, and images encoded at once; at most `slots` images."""
 
     rows: int
     encode_batch: int
+    slots: int | None = None
 
 
 class Backend(Protocol):
@@ -59,7 +60,7 @@ class Backend(Protocol):
     appetite: Appetite
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> Encoded:
-        """Encode images u8[N,height,width,3] into their cross-attention keys and values."""
+        """Encode images u8[N,height,width,3] into their cross-attention keys and values, good until the next call."""
         ...
 
     def allocate(self, num_slots: int) -> Cache:
@@ -82,7 +83,8 @@ class Backend(Protocol):
     def regroup(self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """Keep the slots at `slots` i64[B'] and, of each, the positions `columns` i64[B',F'].
 
-        Slot i of the kept ones comes from its own place or from behind them: slots[i] is i or at least B'.
+        Slot i of the kept ones comes from its own place or from one that nobody moves to: slots[i] is i, or j > i with
+        slots[j] either j or not kept.
 
         Positions count settled ones first, then recent ones; all that are kept become settled (R = 0). A
         position may be named more than once, to fill up a row; the ancestry mask hides it.

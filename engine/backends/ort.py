@@ -1,8 +1,10 @@
-"""ONNX Runtime as a backend; CPU, CUDA and TensorRT differ only in the provider list, which is data."""
+"""ONNX Runtime as a backend, on the CPU or on a GPU: what differs is data (providers.py) and whose memory it is.
+
+Keys and values stay on the device, bound to the graphs by address; only candidates come back to the host.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,25 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Appetite, StepInputs, keep_in_place
+from engine.backends.base import Appetite, StepInputs
+from engine.backends.device import CudaDevice, Device, HostDevice
+from engine.backends.providers import CPU, KINDS, Provider, import_onnxruntime, providers_for
+from engine.backends.shapes import ENCODE_BATCH, ROWS
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, OutOfMemoryError
 
-CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
-CUDA: tuple[str, dict[str, str]] = (
-    "CUDAExecutionProvider",
-    {"use_tf32": "0"},
-)  # torch multiplies float32 without TF32 too
-PROVIDERS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
-    "cpu": (CPU,),
-    "cuda": (CUDA, CPU),
-    "tensorrt": (("TensorrtExecutionProvider", {}), CUDA, CPU),
-}
-"""Backend name -> ONNX Runtime providers with their options, in order of preference; the first is the one asked for."""
-
 CPU_APPETITE = Appetite(rows=160, encode_batch=2)
 """Measured on 2 cores (benchmarks/LOG.md): more rows bring a few percent at most, larger batches miss the cache."""
-GPU_APPETITE = Appetite(rows=1024, encode_batch=16)
+GPU_APPETITE = Appetite(rows=ROWS, encode_batch=ENCODE_BATCH)
 """A guess that has never run: no GPU was at hand."""
 
 FLOAT32_ALWAYS = ("scores", "candidate_scores")
@@ -40,18 +33,19 @@ OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of me
 """What ONNX Runtime's message holds, in lower case, when memory is short; it has no error code for that."""
 STOP_SPINNING = ("session.force_spinning_stop", "1")
 """Threads of one graph would else spin on the cores the next graph needs: 8 to 20 % of a run (benchmarks/LOG.md)."""
+GRAPHS = ("encoder", "decoder", "regroup")
 
 
 @dataclass
 class OrtCache:
-    """Keys and values of B slots, a pair (keys, values) a layer in each flat list of 2L.
+    """Keys and values of B slots, a pair (keys, values) a layer in each flat list of 2L OrtValues on the device.
 
-    cross: arrays [B,H,S,d] that `admit` overwrites in place, ONNX Runtime reads their memory through `cross_values`.
-    settled [B,H,F,d] and recent [B,H,R,d]: OrtValues.
+    cross: [B0,H,S,d], B0 >= B slots of which the first B are in use; `admit` overwrites them in place.
+    settled [B,H,F,d] and recent [B,H,R,d].
     """
 
-    cross: list[NDArray[Any]]
-    cross_values: list[Any]
+    num_slots: int
+    cross: list[Any]
     settled: list[Any]
     recent: list[Any]
 
@@ -59,12 +53,17 @@ class OrtCache:
 class OrtBackend:
     """The bundle's graphs in three ONNX Runtime sessions."""
 
-    def __init__(self, bundle: Bundle, name: str = "auto", *, threads: int | None = None) -> None:
-        """Load the graphs. Raises BackendError when ONNX Runtime or the wanted provider is not there."""
-        ort = import_onnxruntime("cpu" if name == "auto" else name)
-        self.name = _choose(name, ort.get_available_providers())
-        self.appetite = CPU_APPETITE if self.name == "cpu" else GPU_APPETITE
-        self._ort = ort
+    def __init__(self, bundle: Bundle, name: str = "cpu", *, threads: int | None = None) -> None:
+        """Load the graphs. Raises BackendError when ONNX Runtime or the wanted provider is not there.
+
+        Ask providers.require first: a GPU's absence is found out there.
+        """
+        self.name = name
+        self.appetite = CPU_APPETITE if name == "cpu" else GPU_APPETITE
+        self._ort = import_onnxruntime(name)
+        self._device: Device = HostDevice() if KINDS[name].device == "cpu" else CudaDevice()
+        if self._device.name != "cpu":
+            self._ort.preload_dlls()
         self._model = bundle.model
         threads = threads or available_cores()
         self._names = {
@@ -72,15 +71,22 @@ class OrtBackend:
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
         # as they are: optimising runs parts of a graph, and these are not known to be the manifest's yet
-        self._check_graphs(bundle, *self._open(bundle, threads, is_optimised=False))
-        self._encoder, self._decoder, self._regroup = self._open(bundle, threads, is_optimised=True)
+        as_written: dict[str, list[Provider]] = {graph: [(CPU, {})] for graph in GRAPHS}
+        self._check_graphs(bundle, *self._open(bundle, threads, as_written, is_optimised=False))
+        chosen = {graph: providers_for(name, bundle, graph) for graph in GRAPHS}
+        self._encoder, self._decoder, self._regroup = self._open(bundle, threads, chosen, is_optimised=True)
         self._dtype: type[np.float16] | type[np.float32] = np.float16 if bundle.precision == "fp16" else np.float32
+        model = bundle.model
+        self._slot_shape = (model.num_heads, model.encoder_positions, model.head_width)
+        self._slot_bytes = int(np.prod(self._slot_shape)) * np.dtype(self._dtype).itemsize
 
-    def _open(self, bundle: Bundle, threads: int, *, is_optimised: bool) -> list[Any]:
+    def _open(
+        self, bundle: Bundle, threads: int, providers: dict[str, list[Provider]], *, is_optimised: bool
+    ) -> list[Any]:
         """Open the encoder, the decoder and regroup."""
         return [
-            _open_session(self._ort, bundle.path / f"{graph}.onnx", self.name, threads, is_optimised=is_optimised)
-            for graph in ("encoder", "decoder", "regroup")
+            _open_session(self._ort, bundle.path / f"{graph}.onnx", chosen, threads, is_optimised=is_optimised)
+            for graph, chosen in providers.items()
         ]
 
     def _check_graphs(self, bundle: Bundle, encoder: Any, decoder: Any, regroup: Any) -> None:
@@ -121,27 +127,24 @@ class OrtBackend:
                     f"says {sizes}: export it again"
                 )
 
-    def encode(self, pixel_values: NDArray[np.uint8]) -> list[NDArray[Any]]:
-        """See Backend.encode."""
-        outputs = self._run(self._encoder, self._names["cross"], {"pixel_values": self._value(pixel_values)})
-        encoded = [output.numpy() for output in outputs]
-        model = self._model
-        shape = (len(pixel_values), model.num_heads, model.encoder_positions, model.head_width)
-        if any(array.shape != shape for array in encoded):
-            raise BundleError(f"the encoder gives {encoded[0].shape} where its manifest says {shape}: export it again")
+    def encode(self, pixel_values: NDArray[np.uint8]) -> list[Any]:
+        """See Backend.encode; 2L OrtValues [N,H,S,d] on the device."""
+        encoded = self._run(self._encoder, {"pixel_values": self._value(pixel_values)}, [], self._names["cross"])
+        shape = (len(pixel_values), *self._slot_shape)
+        for value in encoded:
+            if tuple(value.shape()) != shape:
+                raise BundleError(f"the encoder gives {value.shape()} where its manifest says {shape}: export it again")
         return encoded
 
-    def allocate(self, num_slots: int) -> OrtCache:
-        """See Backend.allocate."""
-        model = self._model
-        shape = (num_slots, model.num_heads, model.encoder_positions, model.head_width)
-        cross = [np.zeros(shape, self._dtype) for _ in self._names["cross"]]
-        return OrtCache(cross, [self._value(array) for array in cross], self._empty(num_slots), self._empty(num_slots))
+    def allocate(self, num_slots: int, settled: int = 0, recent: int = 0) -> OrtCache:
+        """See FillableBackend.allocate."""
+        cross = [self._on_device(np.zeros((num_slots, *self._slot_shape), self._dtype)) for _ in self._names["cross"]]
+        return OrtCache(num_slots, cross, self._zeros(num_slots, settled), self._zeros(num_slots, recent))
 
-    def admit(self, cache: OrtCache, slot: int, encoded: list[NDArray[Any]], image: int) -> None:
+    def admit(self, cache: OrtCache, slot: int, encoded: list[Any], image: int) -> None:
         """See Backend.admit."""
-        for array, new in zip(cache.cross, encoded, strict=True):
-            array[slot] = new[image]
+        for place, new in zip(cache.cross, encoded, strict=True):
+            self._copy_slot(place.data_ptr(), slot, new.data_ptr(), image)
 
     def step(self, cache: OrtCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See Backend.step."""
@@ -152,17 +155,15 @@ class OrtBackend:
             "banned_ids": self._value(inputs.banned_ids),
             "ancestry": self._value(inputs.ancestry),
             "num_candidates": self._value(np.array([inputs.num_candidates], np.int64)),
-            **self._named("cross", cache.cross_values),
             **self._named("settled", cache.settled),
             **self._named("recent", cache.recent),
         }
-        scores, ids, *cache.recent = self._run(
-            self._decoder, ["candidate_scores", "candidate_ids", *self._names["extended"]], feed
-        )
+        candidates = ["candidate_scores", "candidate_ids"]
+        scores, ids, *cache.recent = self._run(self._decoder, feed, candidates, self._names["extended"], cache)
         return scores.numpy(), ids.numpy()
 
-    def regroup(self, cache: OrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
-        """See Backend.regroup."""
+    def regroup(self, cache: OrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64], recent: int = 0) -> None:
+        """See FillableBackend.regroup."""
         if columns.size:
             feed = {
                 "slots": self._value(slots),
@@ -170,17 +171,27 @@ class OrtBackend:
                 **self._named("settled", cache.settled),
                 **self._named("recent", cache.recent),
             }
-            cache.settled = self._run(self._regroup, self._names["regrouped"], feed)
+            cache.settled = self._run(self._regroup, feed, [], self._names["regrouped"])
         else:
-            cache.settled = self._empty(len(slots))
-        cache.recent = self._empty(len(slots))
-        if len(slots) < len(cache.cross[0]):
-            cache.cross = keep_in_place(cache.cross, slots)
-            cache.cross_values = [self._value(array) for array in cache.cross]
+            cache.settled = self._zeros(len(slots), 0)
+        cache.recent = self._zeros(len(slots), recent)
+        for slot, source in enumerate(slots.tolist()):
+            if slot != source:
+                for place in cache.cross:
+                    self._copy_slot(place.data_ptr(), slot, place.data_ptr(), source)
+        cache.num_slots = len(slots)
 
-    def _empty(self, num_slots: int) -> list[Any]:
-        nothing = np.zeros((num_slots, self._model.num_heads, 0, self._model.head_width), self._dtype)
-        return [self._value(nothing)] * len(self._names["cross"])
+    def _copy_slot(self, target: int, slot: int, source: int, image: int) -> None:
+        size = self._slot_bytes
+        self._device.copy(target + slot * size, source + image * size, size)
+
+    def _zeros(self, num_slots: int, positions: int) -> list[Any]:
+        """Return what stands for keys and values of positions that nobody looks at: one for all layers."""
+        nothing = np.zeros((num_slots, self._model.num_heads, positions, self._model.head_width), self._dtype)
+        return [self._on_device(nothing)] * len(self._names["cross"])
+
+    def _on_device(self, array: NDArray[Any]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device.name, 0)
 
     def _named(self, part: str, values: list[Any]) -> dict[str, Any]:
         return dict(zip(self._names[part], values, strict=True))
@@ -188,52 +199,39 @@ class OrtBackend:
     def _value(self, array: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
-    def _run(self, session: Any, outputs: list[str], feed: dict[str, Any]) -> list[Any]:
+    def _run(
+        self,
+        session: Any,
+        feed: dict[str, Any],
+        to_host: list[str],
+        on_device: list[str],
+        cache: OrtCache | None = None,
+    ) -> list[Any]:
+        """Run a graph; return OrtValues, those `to_host` first. Cross keys and values of a `cache` are fed, too."""
+        self._device.wait()  # for what was copied: ONNX Runtime works on a stream of its own
+        binding, device = session.io_binding(), self._device.name
         try:
-            return list(session.run_with_ort_values(outputs, feed))
+            for name, value in feed.items():
+                binding.bind_ortvalue_input(name, value)
+            if cache is not None:
+                shape = (cache.num_slots, *self._slot_shape)
+                for name, value in self._named("cross", cache.cross).items():
+                    binding.bind_input(name, device, 0, self._dtype, shape, value.data_ptr())
+            for name in to_host:
+                binding.bind_output(name, "cpu")
+            for name in on_device:
+                binding.bind_output(name, device)
+            session.run_with_iobinding(binding)
+            return list(binding.get_outputs())
         except Exception as error:
             reason = " ".join(str(error).split())[:400]
             kind = OutOfMemoryError if any(sign in reason.lower() for sign in OUT_OF_MEMORY) else BackendError
             raise kind(f"the {self.name} backend failed: {reason}") from error
 
 
-def import_onnxruntime(extra: str) -> Any:
-    """Import onnxruntime or raise BackendError naming the extra that brings it."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            f"onnxruntime is not installed ({error}): pip install 'blip-caption-engine[{extra}]', "
-            f"or '.[{extra}]' in a checkout"
-        ) from error
-    return onnxruntime
-
-
 def available_cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def has_nvidia_driver() -> bool:
-    """Return whether the NVIDIA driver library can be loaded; providers are compiled in with or without one."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
-def _choose(name: str, available: list[str]) -> str:
-    """Resolve `auto`, and refuse a backend whose provider this ONNX Runtime was built without."""
-    if name == "auto":
-        return "cuda" if CUDA[0] in available and has_nvidia_driver() else "cpu"
-    wanted, _ = PROVIDERS[name][0]
-    if wanted not in available:
-        raise BackendError(
-            f"backend {name} needs ONNX Runtime's {wanted}, and the one installed has only {', '.join(available)}: "
-            f"pip uninstall onnxruntime, then pip install 'blip-caption-engine[{name}]'"
-        )
-    return name
 
 
 def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:
@@ -249,7 +247,7 @@ def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:
             )
 
 
-def _open_session(ort: Any, path: Path, name: str, threads: int, *, is_optimised: bool) -> Any:
+def _open_session(ort: Any, path: Path, providers: list[Provider], threads: int, *, is_optimised: bool) -> Any:
     """Load one graph and check that the provider asked for is the one in use (else ONNX Runtime only logs it)."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -258,10 +256,10 @@ def _open_session(ort: Any, path: Path, name: str, threads: int, *, is_optimised
     if not is_optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        session = ort.InferenceSession(str(path), options, providers=list(PROVIDERS[name]))
+        session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         raise BackendError(f"{path} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
-    wanted, _ = PROVIDERS[name][0]
+    wanted, _ = providers[0]
     if session.get_providers()[0] != wanted:
         raise BackendError(
             f"{wanted} was asked for and ONNX Runtime fell back to {session.get_providers()[0]}: "

@@ -1,0 +1,144 @@
+"""ONNX Runtime's providers as data: options by backend name, and why one cannot be had.
+
+Every option is a string, as ONNX Runtime wants them. Nothing of CUDA and TensorRT here has ever run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.backends.nvidia import clashing_runtimes, find_gpu, missing_gpu
+from engine.backends.shapes import Bounds, Profile, profiles
+from engine.bundle import Bundle
+from engine.errors import BackendError
+
+Provider = tuple[str, dict[str, str]]
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A backend that is ONNX Runtime with some providers, in order of preference; the first is the one asked for.
+
+    `device` is where keys and values stay, in ONNX Runtime's words.
+    """
+
+    providers: tuple[str, ...]
+    device: str = "cuda"
+    modules: tuple[str, ...] = ()
+    options: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+CUDA_OPTIONS = {"use_tf32": "0"}
+"""torch multiplies float32 without TF32, too."""
+TENSORRT_OPTIONS = {
+    "trt_engine_cache_enable": "1",
+    "trt_timing_cache_enable": "1",
+    "trt_builder_optimization_level": "3",
+    # this provider builds weakly typed networks: selection must stay float32, so it stays out of them
+    "trt_op_types_to_exclude": "LogSoftmax,TopK,ScatterElements",
+}
+KINDS: dict[str, Kind] = {
+    "cpu": Kind((CPU,), device="cpu"),
+    "cuda": Kind((CUDA, CPU), options={CUDA: CUDA_OPTIONS}),
+    "tensorrt": Kind(
+        (TENSORRT, CUDA, CPU), modules=("tensorrt",), options={TENSORRT: TENSORRT_OPTIONS, CUDA: CUDA_OPTIONS}
+    ),
+}
+"""Backend name -> what it takes."""
+
+
+def import_onnxruntime(extra: str) -> Any:
+    """Import onnxruntime or raise BackendError naming the extra that brings it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"onnxruntime is not installed ({error}): pip install 'blip-caption-engine[{extra}]', "
+            f"or '.[{extra}]' in a checkout"
+        ) from error
+    return onnxruntime
+
+
+def choose(name: str) -> str:
+    """Resolve `auto`: cuda where a GPU and the provider for it are there, else cpu."""
+    if name != "auto":
+        return name
+    available = import_onnxruntime("cpu").get_available_providers()
+    return "cuda" if CUDA in available and missing_gpu() is None else "cpu"
+
+
+def require(name: str) -> None:
+    """Raise BackendError, in one sentence, where the backend `name` cannot work on this machine.
+
+    Quick, and asks the driver before anything of NVIDIA's is imported.
+    """
+    kind = KINDS[name]
+    if kind.device != "cpu":
+        find_gpu()
+        clash = clashing_runtimes()
+        if clash:
+            raise BackendError(clash)
+    for module in kind.modules:
+        if importlib.util.find_spec(module) is None:
+            raise BackendError(
+                f"backend {name} needs {module}, which is not installed: pip install 'blip-caption-engine[{name}]'"
+            )
+    available = import_onnxruntime(name).get_available_providers()
+    wanted = kind.providers[0]
+    if wanted not in available:
+        raise BackendError(
+            f"backend {name} needs ONNX Runtime's {wanted}, and the one installed has only {', '.join(available)}: "
+            f"pip uninstall onnxruntime, then pip install 'blip-caption-engine[{name}]'"
+        )
+
+
+def providers_for(name: str, bundle: Bundle, graph: str, bounds: Bounds | None = None) -> list[Provider]:
+    """Return the providers with their options for one graph of a bundle; TensorRT needs `bounds` for its profile."""
+    kind = KINDS[name]
+    chosen = []
+    for provider in kind.providers:
+        options = dict(kind.options.get(provider, {}))
+        if provider == TENSORRT:
+            folder = str(cache_folder(bundle))
+            options |= {"trt_engine_cache_path": folder, "trt_timing_cache_path": folder}
+            options["trt_engine_cache_prefix"] = graph
+            options["trt_fp16_enable"] = "1" if bundle.precision == "fp16" else "0"
+            options |= profile_options(profiles(bundle, bounds or Bounds.of(bundle))[graph])
+        chosen.append((provider, options))
+    return chosen
+
+
+def profile_options(profile: Profile) -> dict[str, str]:
+    """Write a profile as TensorRT's provider wants it: name:AxBxC,name:AxB."""
+    texts = []
+    for which in range(3):
+        shapes = {name: three[which] for name, three in profile.items() if name != "num_candidates"}
+        texts.append(",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items()))
+    return dict(zip(("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes"), texts, strict=True))
+
+
+def cache_folder(bundle: Bundle) -> Path:
+    """Return the folder for what is built from a bundle, made for this user alone.
+
+    Plans are executable code. Raises BackendError when the folder is another user's or others may write into it.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "blip-caption-engine" / bundle.digest[:16]
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    refuse_strangers_folder(folder)
+    return folder
+
+
+def refuse_strangers_folder(folder: Path) -> None:
+    """Raise BackendError unless `folder` belongs to this user and nobody else may write into it."""
+    status = folder.stat()
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise BackendError(
+            f"{folder} belongs to another user or others may write into it, and plans are executable code: "
+            f"chmod go-w {folder}, or choose another folder"
+        )

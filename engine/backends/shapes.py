@@ -1,0 +1,129 @@
+"""The sizes graphs are run with on a GPU: few of them, and all inside the profiles that TensorRT is built for.
+
+Letters are those of engine.backends.base. Knows no runtime.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine.bundle import Bundle
+from engine.decoding.scheduler import SETTLE_EVERY
+
+Shape = tuple[int, ...]
+Profile = dict[str, tuple[Shape, Shape, Shape]]
+"""Input name -> smallest, usual and largest shape; of num_candidates the values instead."""
+
+FEWEST_SETTLED, FEWEST_BANS = 16, 4
+FILLER = 1
+"""Recent positions nobody looks at, in front of the others: TensorRT takes no empty tensor."""
+ROWS = 1024
+"""Beams side by side on a GPU: a guess, none was at hand."""
+ENCODE_BATCH = 16
+"""Images encoded at once there, likewise."""
+MOST_DRAWN = 100
+"""Words a caption can be drawn from (--top-k); TensorRT's TopK takes 3840 at most."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The largest sizes: B slots, T rows an image (its beams), F settled positions, M bans, N images encoded at once.
+
+    Recent positions and candidates follow from the beams.
+    """
+
+    slots: int
+    beams: int
+    settled: int
+    bans: int
+    encode_batch: int = ENCODE_BATCH
+
+    @classmethod
+    def of(
+        cls, bundle: Bundle, *, beams: int | None = None, max_new_tokens: int | None = None, rows: int = ROWS
+    ) -> Bounds:
+        """Return the bounds for one kind of search; what is not given comes from the bundle's generation settings.
+
+        Settled positions are at most every position of every beam, bans at most one an n-gram of a caption.
+        """
+        given = {"num_beams": beams, "max_new_tokens": max_new_tokens}
+        options = bundle.options(**{name: value for name, value in given.items() if value is not None})
+        longest = min(bundle.model.max_positions, options.max_total_length(1))
+        slots = max(1, rows // options.num_beams)
+        return cls(
+            slots=rounded_up(slots, 1),
+            beams=options.num_beams,
+            settled=rounded_up(longest * options.num_beams, FEWEST_SETTLED),
+            bans=rounded_up(longest, FEWEST_BANS),
+            encode_batch=min(ENCODE_BATCH, slots),
+        )
+
+    @property
+    def recent(self) -> int:
+        """R at most, before a step."""
+        return FILLER + (SETTLE_EVERY - 1) * self.beams
+
+    @property
+    def candidates(self) -> int:
+        """C at most: 2K for beam search, MOST_DRAWN when captions are drawn."""
+        return max(2 * self.beams, MOST_DRAWN)
+
+    def settings(self) -> dict[str, int]:
+        """Return the bounds as JSON holds them."""
+        return asdict(self)
+
+
+def rounded_up(size: int, smallest: int) -> int:
+    """Return the next of the sizes smallest, 1.5, 2, 3, 4, 6, 8 ... times it: a third is wasted at most."""
+    step = smallest
+    while step < size:
+        if size <= step * 3 // 2:
+            return step * 3 // 2
+        step *= 2
+    return step
+
+
+def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, Profile]:
+    """Return graph -> profile: every input with a dynamic size, smallest, usual and largest."""
+    model, image = bundle.model, bundle.image
+    names = {
+        part: [f"{part}.{kind}.{i}" for i in range(model.num_layers) for kind in ("key", "value")]
+        for part in ("cross", "settled", "recent")
+    }
+
+    def keys(part: str, slots: Shape, positions: Shape) -> dict[str, Any]:
+        three = tuple(
+            (size, model.num_heads, length, model.head_width) for size, length in zip(slots, positions, strict=True)
+        )
+        return dict.fromkeys(names[part], three)
+
+    slots = (1, bounds.slots, bounds.slots)
+    rows = (1, bounds.beams, bounds.beams)
+    settled = (FEWEST_SETTLED, min(4 * FEWEST_SETTLED, bounds.settled), bounds.settled)
+    recent = (FILLER, (FILLER + bounds.recent) // 2, bounds.recent)
+    bans = (1, FEWEST_BANS, bounds.bans)
+    width = tuple(sum(three) for three in zip(settled, recent, rows, strict=True))
+    row = tuple(zip(slots, rows, strict=True))
+    grown = (FILLER, recent[1] + bounds.beams, bounds.recent + bounds.beams)
+    encoded = (1, bounds.encode_batch, bounds.encode_batch)
+    return {
+        "encoder": {"pixel_values": tuple((n, image.height, image.width, 3) for n in encoded)},
+        "decoder": {
+            "input_ids": row,
+            "positions": row,
+            "scores": row,
+            "banned_ids": tuple((*two, m) for two, m in zip(row, bans, strict=True)),
+            "ancestry": tuple((*two, w) for two, w in zip(row, width, strict=True)),
+            "num_candidates": ((1,), (2 * bounds.beams,), (bounds.candidates,)),
+            **keys("cross", slots, (model.encoder_positions,) * 3),
+            **keys("settled", slots, settled),
+            **keys("recent", slots, recent),
+        },
+        "regroup": {
+            "slots": tuple((size,) for size in slots),
+            "columns": tuple(zip(slots, settled, strict=True)),
+            **keys("settled", slots, settled),
+            **keys("recent", slots, grown),
+        },
+    }

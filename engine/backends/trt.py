@@ -1,0 +1,282 @@
+"""Plans of `engine plan` as a backend: TensorRT itself, without ONNX Runtime.
+
+Caches live on the GPU in memory of their own, and steps write where the next ones read: keys and values are never
+copied but when they are settled. Has never run on a GPU; the tests run it on the host, with a stand-in for TensorRT's
+runtime that computes what a plan would.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.base import Appetite, StepInputs
+from engine.backends.device import CapturingDevice, CudaDevice, Device
+from engine.backends.nvidia import find_gpu
+from engine.backends.plans import GRAPHS, MODULES, Plan, build_plans, default_folder, import_builder, read_plan
+from engine.backends.shapes import Bounds, Shape
+from engine.bundle import Bundle
+from engine.errors import BackendError
+
+SMALL = {
+    "input_ids": np.int64,
+    "positions": np.int64,
+    "scores": np.float32,
+    "banned_ids": np.int64,
+    "ancestry": np.bool_,
+}
+"""Inputs that come from the host at every step."""
+
+
+class Region:
+    """Memory of the device that grows when more is asked for; what was in it is lost then, and zeros come instead."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.address, self._size = 0, 0
+
+    def at_least(self, size_bytes: int) -> int:
+        """Return the address of at least so many bytes."""
+        if size_bytes > self._size:
+            if self._size:
+                self._device.free(self.address)
+            self.address, self._size = self._device.allocate(size_bytes), size_bytes
+        return self.address
+
+
+@dataclass
+class TrtCache:
+    """Addresses of the keys and values of B slots, 2L in each list: cross [B0,H,S,d] with the first B in use, settled
+    [B,H,F,d], recent [B,H,R,d]; `spare_*` is where the next ones are written.
+    """
+
+    num_slots: int
+    num_settled: int
+    num_recent: int
+    cross: list[Region]
+    settled: list[Region]
+    recent: list[Region]
+    spare_settled: list[Region]
+    spare_recent: list[Region]
+
+
+@dataclass
+class Graph:
+    """One plan, ready to run on a device."""
+
+    context: Any
+    device: CapturingDevice
+    on_host: frozenset[str] = frozenset()
+    uses_cuda_graphs: bool = False
+    captured: dict[Any, Any] = field(default_factory=dict)
+
+    def run(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int], values: Shape = ()) -> None:
+        """Queue the plan for inputs of `shapes`, everything read and written at `addresses`.
+
+        `values` are those of inputs that TensorRT reads on the host. With `uses_cuda_graphs`, the second run with the
+        same shapes, addresses and values is captured, and later ones replay it.
+        """
+        key = (tuple(shapes.items()), tuple(addresses.items()), values)
+        if self.captured.get(key) is not None:
+            self.device.replay(self.captured[key])
+            return
+        for name, shape in shapes.items():
+            if not self.context.set_input_shape(name, shape):
+                raise BackendError(f"TensorRT refuses {name} of {'x'.join(map(str, shape))}: run `engine plan` again")
+        for name, address in addresses.items():
+            self.context.set_tensor_address(name, address)
+        if self.uses_cuda_graphs and key in self.captured:
+            self.captured[key] = self.device.capture(self._queue)
+            self.device.replay(self.captured[key])
+        else:
+            self._queue()
+            if self.uses_cuda_graphs:
+                self.captured[key] = None
+
+    def _queue(self) -> None:
+        if not self.context.execute_async_v3(self.device.stream):
+            raise BackendError("TensorRT could not run a plan: build it again with `engine plan`")
+
+
+class TrtBackend:
+    """The three plans of a bundle. Implements FillableBackend; sizes beyond the plans' bounds are refused."""
+
+    name = "trt"
+
+    def __init__(self, bundle: Bundle, graphs: Mapping[str, Graph], bounds: Bounds, device: CapturingDevice) -> None:
+        model = bundle.model
+        self.appetite = Appetite(rows=bounds.slots * bounds.beams, encode_batch=bounds.encode_batch, slots=bounds.slots)
+        self._graphs, self._bounds, self._device = graphs, bounds, device
+        self._heads, self._width, self._places = model.num_heads, model.head_width, model.encoder_positions
+        self._item_bytes = 2 if bundle.precision == "fp16" else 4
+        self._names = {
+            part: [f"{part}.{kind}.{i}" for i in range(model.num_layers) for kind in ("key", "value")]
+            for part in ("cross", "settled", "recent", "extended", "regrouped")
+        }
+        other = ("num_candidates", "pixel_values", "slots", "columns", "candidate_scores", "candidate_ids")
+        small = (*SMALL, *other)
+        self._small = {name: Region(device) for name in small}
+        self._encoded = self._regions()
+        self._count = np.zeros(1, np.int64)
+        """num_candidates, which TensorRT reads on the host: it decides shapes."""
+
+    @classmethod
+    def load(cls, bundle: Bundle, folder: Path | None = None, *, uses_cuda_graphs: bool = False) -> TrtBackend:
+        """Load the plans in `folder` (None: default_folder). A plan that does not load is built once more.
+
+        Raises BackendError where plans are missing, another bundle's or another machine's.
+        """
+        find_gpu()
+        folder = folder or default_folder(bundle)
+        device = CudaDevice()
+        plans = {graph: read_plan(folder, bundle, graph) for graph in GRAPHS}
+        graphs = {}
+        for graph, plan in plans.items():
+            context, on_host = _context(plan, folder, bundle, graph)
+            graphs[graph] = Graph(context, device, on_host, uses_cuda_graphs)
+        return cls(bundle, graphs, plans["decoder"].bounds, device)
+
+    def encode(self, pixel_values: NDArray[np.uint8]) -> list[Region]:
+        """See Backend.encode."""
+        count = len(pixel_values)
+        self._refuse_more("images encoded at once", count, self._bounds.encode_batch)
+        addresses = self._sent({"pixel_values": pixel_values})
+        addresses |= self._addresses("cross", self._encoded, count, self._places)
+        self._graphs["encoder"].run({"pixel_values": pixel_values.shape}, addresses)
+        return self._encoded
+
+    def allocate(self, num_slots: int, settled: int = 0, recent: int = 0) -> TrtCache:
+        """See FillableBackend.allocate."""
+        self._refuse_more("slots (--rows over --beams)", num_slots, self._bounds.slots)
+        parts = [self._regions() for _ in range(5)]
+        for regions, positions in zip(parts, (self._places, settled, recent, settled, recent), strict=True):
+            for region in regions:
+                region.at_least(self._bytes(num_slots, positions))
+        return TrtCache(num_slots, settled, recent, *parts)
+
+    def admit(self, cache: TrtCache, slot: int, encoded: list[Region], image: int) -> None:
+        """See Backend.admit."""
+        for place, new in zip(cache.cross, encoded, strict=True):
+            self._copy_slot(place, slot, new, image)
+
+    def step(self, cache: TrtCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See Backend.step."""
+        slots, rows, count = *inputs.input_ids.shape, inputs.num_candidates
+        self._refuse_more("beams", rows, self._bounds.beams)
+        self._refuse_more("candidates", count, self._bounds.candidates)
+        self._refuse_more("settled positions", cache.num_settled, self._bounds.settled)
+        self._refuse_more("bans", inputs.banned_ids.shape[2], self._bounds.bans)
+        small: dict[str, NDArray[Any]] = {
+            name: np.ascontiguousarray(getattr(inputs, name), kind) for name, kind in SMALL.items()
+        }
+        addresses = self._sent(small)
+        self._count[0] = count
+        if "num_candidates" in self._graphs["decoder"].on_host:
+            addresses["num_candidates"] = self._count.ctypes.data
+        else:
+            addresses |= self._sent({"num_candidates": self._count})
+        scores, ids = np.empty((slots, count), np.float32), np.empty((slots, count), np.int64)
+        for name, array in (("candidate_scores", scores), ("candidate_ids", ids)):
+            addresses[name] = self._small[name].at_least(array.nbytes)
+        grown = cache.num_recent + rows
+        addresses |= self._addresses("cross", cache.cross, slots, self._places)
+        addresses |= self._addresses("settled", cache.settled, slots, cache.num_settled)
+        addresses |= self._addresses("recent", cache.recent, slots, cache.num_recent)
+        addresses |= self._addresses("extended", cache.spare_recent, slots, grown)
+        shapes: dict[str, Shape] = {name: array.shape for name, array in small.items()}
+        shapes |= dict.fromkeys(self._names["cross"], (slots, self._heads, self._places, self._width))
+        self._graphs["decoder"].run(shapes | self._past_shapes(cache), addresses, (count,))
+        self._device.download(scores, addresses["candidate_scores"])
+        self._device.download(ids, addresses["candidate_ids"])
+        cache.recent, cache.spare_recent, cache.num_recent = cache.spare_recent, cache.recent, grown
+        return scores, ids
+
+    def regroup(self, cache: TrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64], recent: int = 0) -> None:
+        """See FillableBackend.regroup. The `recent` positions it leaves are old ones."""
+        kept, settled = columns.shape
+        self._refuse_more("settled positions", settled, self._bounds.settled)
+        small = {"slots": np.ascontiguousarray(slots), "columns": np.ascontiguousarray(columns)}
+        addresses = self._sent(small)
+        addresses |= self._addresses("settled", cache.settled, cache.num_slots, cache.num_settled)
+        addresses |= self._addresses("recent", cache.recent, cache.num_slots, cache.num_recent)
+        addresses |= self._addresses("regrouped", cache.spare_settled, kept, settled)
+        shapes: dict[str, Shape] = {name: array.shape for name, array in small.items()}
+        self._graphs["regroup"].run(shapes | self._past_shapes(cache), addresses)
+        for slot, source in enumerate(slots.tolist()):
+            if slot != source:
+                for place in cache.cross:
+                    self._copy_slot(place, slot, place, source)
+        cache.settled, cache.spare_settled = cache.spare_settled, cache.settled
+        cache.num_slots, cache.num_settled, cache.num_recent = kept, settled, recent
+
+    def _regions(self) -> list[Region]:
+        return [Region(self._device) for _ in self._names["cross"]]
+
+    def _bytes(self, slots: int, positions: int) -> int:
+        return slots * self._heads * positions * self._width * self._item_bytes
+
+    def _copy_slot(self, target: Region, slot: int, source: Region, image: int) -> None:
+        size = self._bytes(1, self._places)
+        self._device.copy(target.address + slot * size, source.address + image * size, size)
+
+    def _sent(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+        """Send small arrays to the device; return their addresses."""
+        addresses = {}
+        for name, array in arrays.items():
+            addresses[name] = self._small[name].at_least(array.nbytes)
+            self._device.upload(addresses[name], np.ascontiguousarray(array))
+        return addresses
+
+    def _addresses(self, part: str, regions: list[Region], slots: int, positions: int) -> dict[str, int]:
+        """Return the addresses of keys and values, made large enough."""
+        size = self._bytes(slots, positions)
+        return {name: region.at_least(size) for name, region in zip(self._names[part], regions, strict=True)}
+
+    def _past_shapes(self, cache: TrtCache) -> dict[str, Shape]:
+        past = (("settled", cache.num_settled), ("recent", cache.num_recent))
+        return {
+            name: (cache.num_slots, self._heads, positions, self._width)
+            for part, positions in past
+            for name in self._names[part]
+        }
+
+    def _refuse_more(self, what: str, wanted: int, most: int) -> None:
+        if wanted > most:
+            raise BackendError(
+                f"these plans take at most {most} {what}, and {wanted} are wanted: build others with `engine plan`, "
+                "whose options say for which search"
+            )
+
+
+def require(name: str) -> None:  # noqa: ARG001
+    """Raise BackendError, in one sentence, where plans cannot run on this machine."""
+    find_gpu()
+    builders = [builder for builder in MODULES if _is_installed(builder)]
+    if not builders:
+        import_builder("tensorrt")
+    CudaDevice()
+
+
+def _is_installed(builder: str) -> bool:
+    return importlib.util.find_spec(MODULES[builder]) is not None
+
+
+def _context(plan: Plan, folder: Path, bundle: Bundle, graph: str) -> tuple[Any, frozenset[str]]:
+    """Return an execution context and the tensors it reads on the host; the plan is built once more if need be."""
+    trt = import_builder(plan.target.builder)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine(plan.content)
+    if engine is None:
+        (path,) = build_plans(bundle, folder, plan.bounds, plan.target, lambda _: None, graphs=(graph,), anew=True)
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise BackendError(f"{folder / graph}.plan does not load, though it was just built: see `engine info`")
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    on_host = frozenset(name for name in names if engine.get_tensor_location(name) == trt.TensorLocation.HOST)
+    return engine.create_execution_context(), on_host

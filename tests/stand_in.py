@@ -1,0 +1,99 @@
+"""A stand-in for TensorRT's runtime on the host: runs a plan's graph on ONNX Runtime, from and to bare addresses.
+
+It checks what TensorRT leaves unchecked: that every tensor has an address, and that what is written fits there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import onnxruntime
+
+from engine.backends.device import HostDevice
+from engine.backends.shapes import Bounds
+from engine.backends.trt import Graph, TrtBackend
+from engine.bundle import Bundle
+
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8,
+}
+
+
+class RecordingDevice(HostDevice):
+    """The host with CUDA graphs: work that is captured is not done, and keeps its shapes and addresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording: list[Callable[[], None]] | None = None
+
+    def capture(self, queue_work: Callable[[], None]) -> list[Callable[[], None]]:
+        self.recording = captured = []
+        queue_work()
+        self.recording = None
+        return captured
+
+    def replay(self, captured: list[Callable[[], None]]) -> None:
+        for work in captured:
+            work()
+
+
+class Context:
+    """IExecutionContext of one graph."""
+
+    def __init__(self, path, device: RecordingDevice) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._device, self._shapes, self._addresses = device, {}, {}
+        self.runs: list[tuple] = []
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        declared = {entry.name: entry.shape for entry in self._session.get_inputs()}[name]
+        self._shapes[name] = shape
+        return len(declared) == len(shape) and all(size > 0 for size in shape)  # TensorRT takes no empty tensor
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self._addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == 0
+        self.runs.append(tuple(sorted(self._shapes.items())))
+        work = partial(self._compute, dict(self._shapes), dict(self._addresses))
+        if self._device.recording is not None:
+            self._device.recording.append(work)
+        else:
+            work()
+        return True
+
+    def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        feed = {}
+        for entry in self._session.get_inputs():
+            shape = shapes.get(entry.name, tuple(entry.shape))
+            feed[entry.name] = self._read(addresses[entry.name], shape, DTYPES[entry.type])
+        outputs = [entry.name for entry in self._session.get_outputs()]
+        for name, array in zip(outputs, self._session.run(outputs, feed), strict=True):
+            address = addresses[name]
+            assert array.nbytes <= self._device._owned[address].nbytes, f"{name} does not fit"
+            ctypes.memmove(address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+
+    @staticmethod
+    def _read(address: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.frombuffer(ctypes.string_at(address, size), dtype).reshape(shape)
+
+
+def stand_in_backend(bundle: Bundle, bounds: Bounds, *, uses_cuda_graphs: bool = False) -> TrtBackend:
+    """Return the trt backend on the host, with this file's contexts for plans."""
+    device = RecordingDevice()
+    graphs = {}
+    for graph in ("encoder", "decoder", "regroup"):
+        context = Context(bundle.path / f"{graph}.onnx", device)
+        graphs[graph] = Graph(context, device, frozenset(["num_candidates"]), uses_cuda_graphs)
+    return TrtBackend(bundle, graphs, bounds, device)
