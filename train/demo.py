@@ -47,9 +47,8 @@ def build_demo(out: Path, work: Path, say: Callable[[str], None], *, seed: int =
     everything on augmented pictures. `work` keeps downloads, slices (work/pairs) and both run directories, so a second
     call goes on where the first was cut off.
     """
-    assets = fetch_assets(work / "assets")
-    pairs_dir = work / "pairs"
-    pairs = read_pairs(pairs_dir) if (pairs_dir / "pairs.jsonl").exists() else write_pairs(assets, pairs_dir)
+    assets, pairs_dir = fetch_assets(work / "assets"), work / "pairs"
+    pairs = demo_pairs(work)
     say(f"{len(pairs)} slices in {pairs_dir}")
     checkpoint = work / "initial"
     save_checkpoint(_initial_reference(assets, seed), checkpoint)
@@ -63,6 +62,14 @@ def build_demo(out: Path, work: Path, say: Callable[[str], None], *, seed: int =
     report = _report(reference, pairs_dir, pairs)
     (out / "demo_report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def demo_pairs(work: Path) -> list[Pair]:
+    """Return the slices and captions in work/pairs, cut from downloaded volumes where that has not been done yet."""
+    directory = work / "pairs"
+    if (directory / "pairs.jsonl").exists():
+        return read_pairs(directory)
+    return write_pairs(fetch_assets(work / "assets"), directory)
 
 
 def _initial_reference(assets: dict[str, Path], seed: int) -> Reference:

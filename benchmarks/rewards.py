@@ -1,0 +1,151 @@
+"""Does reward training help? Self-critical training of the demo, judged on slices it learns from and on another head.
+
+    python -m benchmarks.rewards
+
+The slices are those of `make demo`, the start is the embedded bundle turned back into its checkpoint. The
+epoch is chosen on the validation head; the held-out one is looked at twice, before and after. BERTScore is measured
+with all-MiniLM-L6-v2, a proxy for the organisers' model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from benchmarks.machine import describe_machine
+from benchmarks.workload import BUILD
+from engine.bundle import Bundle, demo_bundle
+from engine.options import DecodeOptions, options_from
+from engine.scoring import bootstrap
+from engine.scoring.base import Items, Measured, Setting
+from engine.scoring.profiles import make_metric
+from engine.tokenizer import detokenise
+from export.bundle import generation_defaults
+from export.reference import Reference
+from export.restore import restore_checkpoint
+from export.torch_backend import caption_live
+from train.__main__ import say
+from train.assets import SMALL_BERT, fetch_assets
+from train.data import PixelSpec
+from train.dataset import read_dataset
+from train.demo import demo_pairs
+from train.finetune import Job, evaluation_options, finetune
+from train.recipe import load_recipe, parse_changes
+from train.reward import SAMPLED_WORDS, make_reward
+from train.volumes import Pair
+
+RESULTS = Path("benchmarks/results")
+METRICS = ("rouge1", "bertscore", "bleu1", "cider")
+DRAWS = DecodeOptions(do_sample=True, top_k=SAMPLED_WORDS, seed=1, max_new_tokens=64)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one model says: mean rewards of the training slices, and metrics of the held-out ones."""
+
+    greedy_reward: Measured
+    drawn_reward: Measured
+    held_out: dict[str, Measured]
+
+
+def write_subset(everything: Sequence[Pair], folder: Path, out: Path, count: int) -> list[Pair]:
+    """Copy `count` training slices, evenly spaced, and the validation ones into a data set; return the former."""
+    training = [pair for pair in everything if pair.split == "train"]
+    chosen = [training[i * len(training) // count] for i in range(count)]
+    out.mkdir(parents=True, exist_ok=True)
+    kept = [*chosen, *(pair for pair in everything if pair.split == "valid")]
+    for pair in kept:
+        shutil.copyfile(folder / pair.image, out / pair.image)
+    (out / "pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in kept))
+    return chosen
+
+
+def captions_of(reference: Reference, folder: Path, pairs: Sequence[Pair], options: DecodeOptions) -> list[str]:
+    """Caption slices with a live model."""
+    spec = PixelSpec.of(reference.image_processor)
+    images = ((i, spec.read(folder / pair.image)) for i, pair in enumerate(pairs))
+    found = dict(caption_live(reference.model, reference.image_processor, images, options))
+    ids = (found[i][0].ids for i in range(len(pairs)))
+    return [detokenise(reference.tokenizer.decode(one, skip_special_tokens=True)) for one in ids]
+
+
+def judge(
+    checkpoint: Path, folder: Path, learnt: Sequence[Pair], held_out: Sequence[Pair], job: Job, setting: Setting
+) -> Judged:
+    """Measure one checkpoint: rewards as the training counts them, held-out captions with its own beams."""
+    reference = Reference.load(checkpoint)
+    reward = make_reward(job.recipe.rewards(), setting, read_dataset(job.data)["train"].examples)
+    options = options_from(generation_defaults(reference), {})
+    truth = [(pair.caption,) for pair in learnt]
+
+    def mean_reward(decoding: DecodeOptions) -> Measured:
+        rewards = reward(captions_of(reference, folder, learnt, decoding), truth)
+        return Measured(rewards, float(rewards.mean()))
+
+    items = Items(
+        [pair.image for pair in held_out],
+        captions_of(reference, folder, held_out, options),
+        [(pair.caption,) for pair in held_out],
+    )
+    return Judged(
+        greedy_reward=mean_reward(evaluation_options(job.recipe)),
+        drawn_reward=mean_reward(DRAWS),
+        held_out={name: make_metric(name, setting, {}).measure(items) for name in METRICS},
+    )
+
+
+def difference(before: Measured, after: Measured) -> dict[str, float]:
+    """Return both values and their difference with its 95 % interval (paired bootstrap over images)."""
+    found = bootstrap.compare(before, after)
+    values = {"before": before.value, "after": after.value, "difference": found.difference}
+    return {name: round(value, 4) for name, value in (values | {"low": found.low, "high": found.high}).items()}
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), default=BUILD.parent / "demo", show_default=True)
+@click.option("--slices", type=click.IntRange(16), default=640, show_default=True, help="Training slices taken.")
+@click.option("--judged", type=click.IntRange(2), default=200, show_default=True, help="Of these, judged.")
+@click.option("--out", type=click.Path(path_type=Path), default=BUILD.parent / "rewards", show_default=True)
+@click.option("--set", "changes", multiple=True, metavar="SETTING=VALUE", help="Any setting of the recipe scst.")
+def main(work: Path, slices: int, judged: int, out: Path, changes: tuple[str, ...]) -> None:
+    """Train, measure and keep the record."""
+    checkpoint = restore_checkpoint(demo_bundle(), out / "start")
+    bert = BUILD.parent / "small-bert"
+    fetch_assets(bert, SMALL_BERT)
+    setting = Setting(weights={"bertscore": bert})
+    pairs, folder = demo_pairs(work), work / "pairs"
+    chosen = write_subset(pairs, folder, out / "data", slices)
+    learnt = [chosen[i * slices // judged] for i in range(judged)]
+    held_out = [pair for pair in pairs if pair.split == "test"]
+    recipe = load_recipe("scst", parse_changes(changes))
+    job = Job(checkpoint, out / "data", out / "run", recipe, weights=setting.weights)
+    before = judge(checkpoint, folder, learnt, held_out, job, setting)
+    say(f"before: greedy {before.greedy_reward.value:.4f}, drawn {before.drawn_reward.value:.4f}")
+    summary = finetune(job, say)
+    after = judge(job.out / "best", folder, learnt, held_out, job, setting)
+    record = {
+        "benchmark": "rewards",
+        "machine": describe_machine(),
+        "bundle": Bundle.load().digest[:12],
+        "recipe": recipe.settings(),
+        "training": {name: summary[name] for name in ("steps", "seconds", "best")},
+        "training slices": {
+            "images": judged,
+            "reward of greedy captions": difference(before.greedy_reward, after.greedy_reward),
+            "reward of drawn captions": difference(before.drawn_reward, after.drawn_reward),
+        },
+        "held-out volume": {"images": len(held_out)}
+        | {name: difference(before.held_out[name], after.held_out[name]) for name in METRICS},
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "rewards.json").write_text(json.dumps(record, indent=1) + "\n")
+    click.echo(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
