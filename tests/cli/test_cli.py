@@ -122,7 +122,6 @@ def test_unreadable_images_are_all_listed_and_nothing_is_written(image_dir, tiny
         (["--colour", "red"], 2, "No such option"),
         (["--beams", "40"], 2, "40 beams are too many for a vocabulary"),
         (["--backend", "tpu"], 2, "unknown backend 'tpu'"),
-        (["--backend", "cuda"], 1, "needs ONNX Runtime's CUDAExecutionProvider"),
         (["--rows", "some"], 2, "--rows takes a whole number"),
         (["--out", "{tmp}/no/run.csv"], 2, "no does not exist, create it first"),
         (["--out", "{tmp}"], 2, "is a directory, a device or a pipe"),

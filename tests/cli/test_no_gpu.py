@@ -1,0 +1,55 @@
+"""Every command that wants a GPU, on a machine without one: one true sentence, at once, and no crash."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from engine.backends.nvidia import missing_gpu
+
+pytestmark = pytest.mark.skipif(missing_gpu() is None, reason="this machine has a GPU")
+
+COMMANDS = {
+    "caption, cuda": ["caption", "--input", "examples/images", "--out", "OUT", "--backend", "cuda"],
+    "caption, tensorrt": ["caption", "--input", "examples/images", "--out", "OUT", "--backend", "tensorrt"],
+    "caption, trt": ["caption", "--input", "examples/images", "--out", "OUT", "--backend", "trt", "--cuda-graphs"],
+    "verify": ["verify", "--backend", "cuda"],
+    "bench": ["bench", "--backend", "trt", "--plans", "OUT"],
+    "plan": ["plan", "--out", "OUT"],
+    "plan, rtx": ["plan", "--builder", "tensorrt-rtx", "--out", "OUT"],
+}
+WITHIN_S = 2.0
+"""What the user waits for an answer. Start-up of Python is most of it, so the quicker of two attempts counts."""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_missing_gpu_is_named_at_once(name, tmp_path):
+    out = str(tmp_path / "out")
+    arguments = [out if argument == "OUT" else argument for argument in COMMANDS[name]]
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        result = subprocess.run(
+            [sys.executable, "-c", "from engine.cli import main; main()", *arguments], capture_output=True, text=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert result.returncode == 1  # a crash would be negative
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: no NVIDIA driver on this machine")
+    assert ("--builder" in line) == ("plan" in name)
+    assert result.stdout == ""
+    assert not (tmp_path / "out").exists()
+    assert min(seconds) < WITHIN_S
+
+
+def test_plans_are_for_trt_alone():
+    result = subprocess.run(
+        [sys.executable, "-c", "from engine.cli import main; main()", "verify", "--backend", "cpu", "--plans", "x"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "for the backend trt" in result.stderr
