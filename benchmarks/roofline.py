@@ -1,6 +1,7 @@
 """How much arithmetic the captions needed, and how fast this machine multiplies matrices: achieved over possible.
 
-    python -m benchmarks.roofline --workload base --gpu A100
+    python -m benchmarks.roofline --workload base
+    python -m benchmarks.roofline --device a100      (on paper, see gpu_floor.py)
 
 Only useful work counts: rows that carry a running beam of an image Hugging Face's rule has not closed yet, and of the
 cached positions those a row descends from. Empty slots, masked positions and padding count for nothing.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,12 @@ class ModelWork:
 
     @classmethod
     def of(cls, checkpoint: Path) -> ModelWork:
-        """Count for the checkpoint's config.json: per image, per row fed, and per cached position a row sees."""
-        config = json.loads((checkpoint / "config.json").read_text())
+        """Count for a checkpoint."""
+        return cls.of_config(json.loads((checkpoint / "config.json").read_text()))
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> ModelWork:
+        """Count for the content of a config.json: per image, per row fed, and per cached position a row sees."""
         vision, text = config["vision_config"], config["text_config"]
         positions = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
         width, inner = vision["hidden_size"], vision["intermediate_size"]
@@ -169,35 +175,6 @@ def _fastest(call: Any, seconds: float) -> float:
     return best
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Dense peak FLOP/s of the tensor cores by precision, and bytes/s of memory, from NVIDIA's data sheets."""
-
-    flops: dict[str, float]
-    bytes_per_s: float
-
-
-GPUS = {
-    "A100": Gpu({"fp32": 19.5e12, "tf32": 156e12, "fp16": 312e12}, 1.555e12),
-    "H100": Gpu({"fp32": 66.9e12, "tf32": 494.7e12, "fp16": 989.4e12}, 3.35e12),
-}
-"""A100 40 GB SXM and H100 80 GB SXM; TensorFloat-32 and float16 without sparsity."""
-GPU_IMAGES_AT_ONCE = 256
-
-
-def paper_floor(work: Work, model: ModelWork, gpu: Gpu, images: int) -> dict[str, float]:
-    """Return the least seconds `images` such captions could take on `gpu`, by precision: on paper, never run.
-
-    The larger of arithmetic at peak and bytes at full bandwidth (halved for fp16); a real program is slower.
-    """
-    scale = images / work.images
-    read = scale * work.least_bytes(model, GPU_IMAGES_AT_ONCE) / gpu.bytes_per_s
-    return {
-        precision: max(scale * work.flops(model) / peak, read / (2 if precision == "fp16" else 1))
-        for precision, peak in gpu.flops.items()
-    }
-
-
 def count_work(captioner: Captioner, pixels: NDArray[np.uint8], options: DecodeOptions) -> Work:
     """Decode images u8[N,height,width,3] once and return the useful work."""
     counting = CountingBackend(captioner.backend)
@@ -210,10 +187,14 @@ def count_work(captioner: Captioner, pixels: NDArray[np.uint8], options: DecodeO
 @click.option("--workload", "name", type=click.Choice(["base", "large", "demo"]), default="base", show_default=True)
 @click.option("--images", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--gpu", "gpus", type=click.Choice(sorted(GPUS)), multiple=True, help="Also print the paper floor.")
-def main(name: str, images: int, beams: int, gpus: tuple[str, ...]) -> None:
+@click.option("--device", type=click.Choice(["a100", "h100"]), help="Print the paper floor of this GPU instead.")
+def main(name: str, images: int, beams: int, device: str | None) -> None:
     """Print the share of this machine's matrix-multiply speed that captioning reaches, as one JSON line."""
-    from benchmarks.corpus import CHALLENGE_SIZE
+    if device is not None:
+        from benchmarks.gpu_floor import paper
+
+        click.echo(json.dumps(paper(device), indent=1))
+        return
     from benchmarks.workload import prepare, read_pixels
 
     workload = prepare(name, images)
@@ -234,7 +215,6 @@ def main(name: str, images: int, beams: int, gpus: tuple[str, ...]) -> None:
         "gflops_achieved": achieved / 1e9,
         "gflops_matmul": {library: value / 1e9 for library, value in peak.items()},
         "share_of_roofline": achieved / max(peak.values()),
-        "paper_floor_s": {gpu: paper_floor(work, model, GPUS[gpu], CHALLENGE_SIZE) for gpu in gpus},
     }
     click.echo(json.dumps(report))
 

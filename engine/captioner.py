@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.backends import Backend, open_backend, require_backend
+from engine.backends.ort import available_cores
 from engine.bundle import Bundle
 from engine.capacity import slots_for
 from engine.decoding.beam import Hypothesis, Search
@@ -32,7 +33,7 @@ B = TypeVar("B")
 REMEMBERED = 4096
 """Distinct images whose captions are kept for repeats: a few megabytes."""
 
-READERS = 4
+READERS = max(4, available_cores())
 """Threads that decode images: Pillow releases the interpreter lock while it decodes and resizes."""
 
 

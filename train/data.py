@@ -69,14 +69,21 @@ class Pictures(Dataset[Item]):
 
     def __getitem__(self, place: Place) -> Item:
         """Return pixel_values f32[3,size,size] and the caption, None for a blank. Raises ImageError."""
+        pixels, caption = self.pixels(place)
+        if caption is None:
+            return {"pixel_values": torch.zeros(3, self.spec.size, self.spec.size), "caption": None}
+        return {"pixel_values": self.spec.normalise(pixels), "caption": caption}
+
+    def pixels(self, place: Place) -> tuple[NDArray[np.uint8], str | None]:
+        """Return u8[size,size,3] and the caption; zeros and None for a blank. Raises ImageError."""
         epoch, index = place
         if index >= len(self.examples):
-            return {"pixel_values": torch.zeros(3, self.spec.size, self.spec.size), "caption": None}
+            return np.zeros((self.spec.size, self.spec.size, 3), np.uint8), None
         example = self.examples[index]
         pixels = self.spec.read(example.image)
         if self._augment is not None:
             pixels = self._augment(pixels, np.random.default_rng([self.seed, epoch, index]))
-        return {"pixel_values": self.spec.normalise(pixels), "caption": example.caption}
+        return pixels, example.caption
 
 
 class Features(Dataset[Item]):

@@ -207,7 +207,7 @@ def make_trainer(
         trained = model.text_decoder  # the only part that learns, and all that its inputs need
         dataset = Features(encode_images(reference, examples, say), [example.caption for example in examples])
     elif recipe.reward:
-        dataset = RewardedPictures(examples, spec)
+        dataset = RewardedPictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
         reward = make_reward(recipe.rewards(), Setting(weights=job.weights or {}), examples)
         kind = partial(RewardTrainer, reference=reference, reward=reward, greedy=evaluation_options(recipe))
     else:

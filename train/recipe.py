@@ -95,8 +95,8 @@ class Recipe:
         refuse(0 <= self.likelihood_share < 1, "likelihood_share must be at least 0 and below 1")
         refuse(not (self.reward and self.cache_features), "a reward needs the images: cache_features must be off")
         refuse(
-            not self.reward or (self.augmentation == "none" and not self.label_smoothing),
-            "a reward goes without augmentation and label_smoothing",
+            not (self.reward and self.label_smoothing),
+            "a reward goes without label_smoothing",
         )
         refuse(
             not (self.cache_features and self.gradient_checkpointing),

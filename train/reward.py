@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from engine.decoding.beam import Hypothesis
 from engine.options import DecodeOptions
@@ -24,7 +22,7 @@ from engine.scoring.profiles import make_metric
 from engine.tokenizer import detokenise
 from export.reference import Reference
 from export.torch_backend import caption_live
-from train.data import Item, PixelSpec, Place
+from train.data import Item, Pictures, PixelSpec, Place
 from train.dataset import Example
 from train.evaluate import references_by_id, sum_of_losses
 from train.trainer import CaptionTrainer
@@ -80,25 +78,14 @@ class CorpusCider:
         return Measured(scores, float(scores.mean()))
 
 
-@dataclass(frozen=True)
-class RewardedPictures(Dataset[Item]):
+class RewardedPictures(Pictures):
     """Images as the decoding core takes them, u8[size,size,3], with the captions that the likelihood is kept for."""
-
-    examples: Sequence[Example]
-    spec: PixelSpec
-
-    def __len__(self) -> int:
-        return len(self.examples)
 
     def __getitem__(self, place: Place) -> Item:
         """Return pixels, place i64[2] (epoch and index, BLANK for a blank) and the caption."""
-        epoch, index = place
-        if index >= len(self.examples):
-            pixels = np.zeros((self.spec.size, self.spec.size, 3), np.uint8)
-            return {"pixels": torch.from_numpy(pixels), "place": torch.tensor([epoch, BLANK]), "caption": None}
-        pixels = np.array(self.spec.read(self.examples[index].image))
-        caption = self.examples[index].caption
-        return {"pixels": torch.from_numpy(pixels), "place": torch.tensor([epoch, index]), "caption": caption}
+        pixels, caption = self.pixels(place)
+        place = (place[0], BLANK) if caption is None else place
+        return {"pixels": torch.tensor(pixels), "place": torch.tensor(place), "caption": caption}
 
 
 class RewardTrainer(CaptionTrainer):

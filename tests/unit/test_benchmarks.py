@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bound import BoundBackend
 from benchmarks.corpus import write_corpus
-from benchmarks.roofline import GPUS, ModelWork, Work, count_work, measure_matmul, paper_floor
+from benchmarks.gpu_floor import CONFIGS, DEVICES, floor_s, forced_work, host_s_per_image
+from benchmarks.roofline import ModelWork, Work, count_work, measure_matmul
 from benchmarks.soak import tenth_speed
 from engine.options import DecodeOptions
 from tests.tiny import random_pictures
@@ -85,9 +86,24 @@ def test_matrix_multiply_speed_is_measured_for_both_libraries():
 def test_the_paper_floor_is_bound_by_arithmetic_or_by_memory():
     model = ModelWork(1e9, 1e8, 0, 4e8, 4e8, 1e7, 0)
     work = Work(images=10, image_steps=200, rows=800, positions=0)
-    floor = paper_floor(work, model, GPUS["A100"], images=1000)
-    assert floor["fp32"] == pytest.approx(100 * work.flops(model) / 19.5e12)
-    assert floor["fp16"] == pytest.approx(100 * work.least_bytes(model, 256) / 1.555e12 / 2)
+    a100 = DEVICES["a100"]
+    assert floor_s(work, model, a100, 1000, "fp32") == pytest.approx(100 * work.flops(model) / 19.5e12)
+    assert floor_s(work, model, a100, 1000, "fp16") == pytest.approx(100 * work.least_bytes(model, 256) / 1.555e12 / 2)
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("base", 35.1 + 5.6), ("large", 123 + 7.4)])
+def test_the_encoders_arithmetic_is_that_of_vit(name, gflop):
+    """ViT-B/16 takes 17.6 GMACs at 224 px, ViT-L/16 61.6 (Dosovitskiy et al.); cross keys and values come on top."""
+    assert ModelWork.of_config(CONFIGS[name]).encoder_flops == pytest.approx(gflop * 1e9, rel=0.02)
+
+
+def test_forced_captions_feed_every_beam_at_every_step():
+    work = forced_work(images=3, beams=4, tokens=5)
+    assert (work.image_steps, work.rows, work.positions) == (15, 60, 3 * 4 * 15)
+
+
+def test_the_host_alone_is_timed():
+    assert 0 < host_s_per_image(4, images=20, rows=40) < 0.1
 
 
 def test_tenths_are_timed_apart():

@@ -1,0 +1,216 @@
+"""Five minutes for whoever has a GPU: what works there, with the same words, and how fast.
+
+    python -m benchmarks.gpu_check --bundle BUNDLE --json out.json
+
+Every backend runs in a process of its own, so that one that crashes is a line in the report. Its captions of 8
+pictures, beams on and off, are held against the CPU's of the same bundle, PyTorch's golden answers are replayed, the
+session is opened twice (what is cached the first time should make the second quick), and pictures from memory are
+captioned with more and more beams side by side. A bundle of another precision is another --bundle.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.corpus import make_picture
+from benchmarks.gpu_floor import DEVICES, floor_s, model_work
+from benchmarks.machine import describe_machine
+from benchmarks.roofline import Work, count_work
+from engine.backends import BACKENDS, open_backend
+from engine.backends.nvidia import clashing_runtimes, find_gpu
+from engine.bundle import Bundle
+from engine.captioner import Captioner
+from engine.errors import EngineError
+from engine.images import decode_image, find_images, read_image
+from engine.info import collect_info
+from engine.options import DecodeOptions
+from engine.verify import verify
+
+EXAMPLES = Path("examples/images")
+PARITY_IMAGES = 8
+SEARCHES = {"greedy": {"num_beams": 1}, "4 beams, 3-gram ban": {"num_beams": 4, "no_repeat_ngram_size": 3}}
+TIMED = "4 beams, 3-gram ban"
+GPU_BACKENDS = tuple(name for name in BACKENDS if name not in ("auto", "cpu"))
+
+
+def make_pixels(bundle: Bundle, count: int) -> NDArray[np.uint8]:
+    """Return u8[count,height,width,3]: pictures of the corpus, as the encoder wants them."""
+    spec, bases = bundle.image, [decode_image(image.path) for image in find_images(EXAMPLES).images]
+    return np.stack([read_image(make_picture(i, bases), spec.height, spec.width, spec.resample) for i in range(count)])
+
+
+def options_of(bundle: Bundle, search: str) -> DecodeOptions:
+    """Return a search's options over the bundle's own."""
+    return bundle.options(**SEARCHES[search])
+
+
+def say_all(captioner: Captioner, pixels: NDArray[np.uint8], search: str, rows: int | None) -> list[dict[str, Any]]:
+    """Return ids and score of every picture's caption."""
+    scheduler = captioner.scheduler(captioner.search(options_of(captioner.bundle, search)), rows)
+    found = dict(scheduler.decode(pixels))
+    return [{"ids": list(found[i][0].ids), "score": float(found[i][0].score)} for i in range(len(pixels))]
+
+
+def check_one(bundle: Bundle, backend: str, images: int, rows: list[int]) -> dict[str, Any]:
+    """Run one backend in this process and return what it said and how long it took."""
+    report: dict[str, Any] = {"backend": backend, "precision": bundle.precision}
+    start = time.perf_counter()
+    captioner = Captioner(bundle, open_backend(bundle, backend))
+    report["first_load_s"] = time.perf_counter() - start
+    report["used"] = captioner.backend.name
+    report["golden"] = [asdict(check) for check in verify(bundle, captioner.backend)]
+    pixels = make_pixels(bundle, images)
+    report["said"] = {search: say_all(captioner, pixels[:PARITY_IMAGES], search, None) for search in SEARCHES}
+    report["speed"] = []
+    for number in rows:
+        say_all(captioner, pixels[: max(1, number // 4)], TIMED, number)
+        start = time.perf_counter()
+        captions = say_all(captioner, pixels, TIMED, number)
+        seconds = time.perf_counter() - start
+        tokens = sum(len(caption["ids"]) - 1 for caption in captions) / images
+        report["speed"].append({"rows": number, "images": images, "images_per_s": images / seconds, "tokens": tokens})
+    start = time.perf_counter()
+    Captioner(bundle, open_backend(bundle, backend))
+    report["second_load_s"] = time.perf_counter() - start
+    return report
+
+
+def compare(mine: dict[str, Any], cpu: dict[str, Any]) -> dict[str, Any]:
+    """Return, for each search, how many captions are the CPU's and the largest difference of their scores."""
+    compared = {}
+    for search, theirs in cpu["said"].items():
+        pairs = list(zip(mine["said"][search], theirs, strict=True))
+        compared[search] = {
+            "images": len(pairs),
+            "identical": sum(a["ids"] == b["ids"] for a, b in pairs),
+            "max_score_difference": max(abs(a["score"] - b["score"]) for a, b in pairs),
+        }
+    return compared
+
+
+def in_process(bundle: Path, backend: str, images: int, rows: list[int], timeout_s: float) -> dict[str, Any]:
+    """Run check_one in a process of its own; what went wrong there is an entry of the report."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "one.json"
+        command = [sys.executable, "-m", "benchmarks.gpu_check", "--one", backend, "--bundle", str(bundle)]
+        command += ["--json", str(out), "--images", str(images), "--rows", ",".join(map(str, rows))]
+        failed = {"backend": backend, "bundle": str(bundle)}
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return failed | {"error": f"not done after {timeout_s:.0f} s"}
+        if result.returncode or not out.exists():
+            lines = result.stderr.strip().splitlines() or ["no message"]
+            return failed | {"error": lines[-1].removeprefix("error: "), "exit_code": result.returncode}
+        return json.loads(out.read_text())
+
+
+def check_bundle(
+    path: Path, backends: tuple[str, ...], images: int, rows: list[int], timeout_s: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Check every backend with one bundle, the CPU's captions first."""
+    bundle = Bundle.load(path)
+    cpu = in_process(path, "cpu", PARITY_IMAGES, [], timeout_s)
+    if "error" in cpu:
+        raise EngineError(f"the CPU cannot caption with {path}: {cpu['error']}")
+    captioner = Captioner(bundle, open_backend(bundle, "cpu"))
+    work = count_work(captioner, make_pixels(bundle, 2 * PARITY_IMAGES), options_of(bundle, TIMED))
+    entries = []
+    for backend in backends:
+        say(f"{backend}, {bundle.precision}")
+        entry = in_process(path, backend, images, rows, timeout_s)
+        if "error" not in entry:
+            entry["against_cpu"] = compare(entry, cpu)
+            entry["share_of_paper_floor"] = share_of_floor(entry, bundle, work)
+            del entry["said"]
+        entries.append(entry)
+        say(summary(entry))
+    return {"bundle": bundle.digest[:12], "precision": bundle.precision, "backends": entries}
+
+
+def share_of_floor(entry: dict[str, Any], bundle: Bundle, work: Work) -> float | None:
+    """Return the paper floor over the best time, for a GPU whose data sheet is known."""
+    try:
+        name = find_gpu().name
+    except EngineError:
+        return None
+    known = next((device for device in DEVICES if device.upper() in name.upper()), None)
+    if known is None or not entry["speed"]:
+        return None
+    fastest = max(speed["images_per_s"] for speed in entry["speed"])
+    return floor_s(work, model_work(bundle), DEVICES[known], 1, bundle.precision) * fastest
+
+
+def summary(entry: dict[str, Any]) -> str:
+    """Say one backend's result in a line."""
+    if "error" in entry:
+        return f"  failed: {entry['error']}"
+    same = ", ".join(f"{c['identical']}/{c['images']} {search}" for search, c in entry["against_cpu"].items())
+    golden = sum(check["identical"] for check in entry["golden"]), sum(check["images"] for check in entry["golden"])
+    speeds = ", ".join(f"{speed['images_per_s']:.1f} at {speed['rows']} rows" for speed in entry["speed"])
+    loads = f"loaded in {entry['first_load_s']:.1f} s, again in {entry['second_load_s']:.1f} s"
+    return f"  as the CPU: {same}; PyTorch's: {golden[0]}/{golden[1]}; images/s: {speeds or 'not timed'}; {loads}"
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn what a user can cause into one line and exit code 1."""
+    try:
+        yield
+    except (EngineError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+@click.command()
+@click.option("--bundle", "bundles", type=click.Path(path_type=Path), multiple=True, help="Several for precisions.")
+@click.option("--json", "out", type=click.Path(path_type=Path), required=True, help="Report to write.")
+@click.option("--backends", default=",".join(GPU_BACKENDS), show_default=True)
+@click.option("--images", type=click.IntRange(PARITY_IMAGES), default=512, show_default=True, help="Images timed.")
+@click.option("--rows", default="64,256,1024", show_default=True, help="Beams side by side that are timed.")
+@click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one backend.")
+@click.option("--one", hidden=True, help="Run this backend here; what the others are started with.")
+def main(
+    bundles: tuple[Path, ...], out: Path, backends: str, images: int, rows: str, timeout_s: float, one: str | None
+) -> None:
+    """Check backends, say the results and keep them."""
+    chosen, numbers = tuple(backends.split(",")), [int(number) for number in rows.split(",") if number]
+    paths = bundles or (Bundle.load().path,)
+    with errors_in_one_line():
+        if one is not None:
+            out.write_text(json.dumps(check_one(Bundle.load(paths[0]), one, images, numbers)) + "\n")
+            return
+        unknown = set(chosen) - set(BACKENDS[1:])
+        if unknown:
+            raise EngineError(f"--backends knows no {', '.join(sorted(unknown))}: there are {', '.join(BACKENDS[1:])}")
+        gpu = asdict(find_gpu("look at --backends cpu")) if set(chosen) - {"cpu"} else None
+        report = {
+            "benchmark": "gpu_check",
+            "machine": describe_machine(),
+            "gpu": gpu,
+            "info": collect_info(),
+            "warning": clashing_runtimes(),
+            "bundles": [
+                check_bundle(path, chosen, images, numbers, timeout_s, lambda line: click.echo(line, err=True))
+                for path in paths
+            ],
+        }
+        out.write_text(json.dumps(report, indent=1) + "\n")
+        click.echo(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The check for owners of a GPU, run on the CPU's own backend: its comparisons, its report, its refusals."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import compare, in_process, main
+from engine.backends.nvidia import missing_gpu
+
+
+def test_the_cpu_passes_its_own_check(tiny_bundle, tmp_path):
+    out = tmp_path / "out.json"
+    arguments = ["--bundle", tiny_bundle, "--json", out, "--backends", "cpu", "--images", 12, "--rows", "8,16"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert "8/8 greedy" in result.stderr
+    report = json.loads(out.read_text())
+    ((entry,),) = [bundle["backends"] for bundle in report["bundles"]]
+    assert entry["used"] == "cpu"
+    assert {c["identical"] for c in entry["against_cpu"].values()} == {8}
+    assert all(check["passed"] for check in entry["golden"])
+    assert [speed["rows"] for speed in entry["speed"]] == [8, 16]
+    assert all(speed["images_per_s"] > 0 for speed in entry["speed"])
+    assert entry["second_load_s"] > 0
+    assert report["gpu"] is None
+
+
+def test_other_words_are_counted():
+    cpu = {"said": {"greedy": [{"ids": [1, 2], "score": -1.0}, {"ids": [1, 3], "score": -2.0}]}}
+    mine = {"said": {"greedy": [{"ids": [1, 2], "score": -1.1}, {"ids": [1, 4], "score": -2.0}]}}
+    found = compare(mine, cpu)["greedy"]
+    assert (found["images"], found["identical"]) == (2, 1)
+    assert found["max_score_difference"] == pytest.approx(0.1)
+
+
+def test_a_backend_that_crashes_is_a_line_of_the_report(tiny_bundle, monkeypatch):
+    def crash(command, **_):
+        return gpu_check.subprocess.CompletedProcess(command, -11, "", "")
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", crash)
+    entry = in_process(tiny_bundle, "trt", 8, [], 10)
+    assert entry["exit_code"] == -11
+    assert "failed" in gpu_check.summary(entry)
+
+
+@pytest.mark.skipif(missing_gpu() is None, reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so_at_once(tmp_path):
+    start = time.perf_counter()
+    result = CliRunner().invoke(main, ["--json", str(tmp_path / "out.json")])
+    assert time.perf_counter() - start < 2
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: no NVIDIA driver")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_an_unknown_backend_is_refused(tmp_path):
+    result = CliRunner().invoke(main, ["--json", str(tmp_path / "out.json"), "--backends", "tpu"])
+    assert result.exit_code == 1
+    assert "tpu" in result.stderr
