@@ -19,6 +19,7 @@ from engine.captioner import Captioner, ImageSource
 from engine.errors import UsageError
 from engine.images import find_images
 from engine.options import DecodeOptions
+from engine.remote import Location
 from engine.signature import run_signature
 
 WARM_UP = 64
@@ -59,7 +60,7 @@ def images_to_measure(directory: Path | None, count: int) -> Sequence[ImageSourc
 
 
 def measure_speed(
-    bundle: Path | None,
+    bundle: Location | None,
     images: Sequence[ImageSource],
     given: dict[str, object],
     *,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from engine.errors import BundleError, EngineError
 from engine.options import DecodeOptions, options_from
+from engine.remote import Location, RemoteFolder
 
 T = TypeVar("T")
 
@@ -84,11 +85,16 @@ class Bundle:
     clean_up_tokenization_spaces: bool = True
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Bundle:
+    def load(cls, path: Location | None = None) -> Bundle:
         """Read the bundle in directory `path` (the embedded demo when None) and verify every file's sha256.
 
-        Raises BundleError that lists everything missing or different at once.
+        One at a URI is copied into a cache first. Raises BundleError that lists everything missing or different at
+        once.
         """
+        if isinstance(path, RemoteFolder):
+            from engine.bundle_cache import fetch_bundle
+
+            path = fetch_bundle(path)
         path = demo_bundle() if path is None else Path(path)
         try:
             manifest, digest = _read_manifest(path)

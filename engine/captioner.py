@@ -22,8 +22,9 @@ from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.sampling import Sampling
 from engine.decoding.scheduler import Scheduler
 from engine.errors import ImageError, UsageError
-from engine.images import ImageFile, read_image
+from engine.images import ImageFile, Picture, read_image
 from engine.options import DecodeOptions
+from engine.remote import RemoteFolder
 from engine.tokenizer import CaptionTokenizer, detokenise
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
@@ -90,7 +91,7 @@ class Captioner:
     @classmethod
     def load(
         cls,
-        bundle: Path | str | None = None,
+        bundle: RemoteFolder | Path | str | None = None,
         *,
         backend: str = "auto",
         threads: int | None = None,
@@ -103,7 +104,7 @@ class Captioner:
         Bundle.load and open_backend.
         """
         backend = require_backend(backend)  # before the bundle is hashed: what is missing is said at once
-        checked = Bundle.load(None if bundle is None else Path(bundle))
+        checked = Bundle.load(Path(bundle) if isinstance(bundle, str) else bundle)
         folder = None if plans is None else Path(plans)
         return cls(checked, open_backend(checked, backend, threads=threads, plans=folder, cuda_graphs=cuda_graphs))
 
@@ -151,36 +152,7 @@ class Captioner:
 
     def search(self, options: DecodeOptions) -> Search:
         """Resolve options for this bundle; raise UsageError where they do not fit it."""
-        prompt = self.tokenizer.prompt_ids(options.prompt)
-        model, most = self.bundle.model, options.max_total_length(len(prompt))
-        if not len(prompt) < most <= model.max_positions:
-            raise UsageError(
-                f"a caption of up to {most} tokens ({len(prompt)} of them the prompt) does not fit: this bundle takes "
-                f"{len(prompt) + 1} to {model.max_positions}, set --max-new-tokens"
-            )
-        least = options.min_total_length(len(prompt))
-        if least > most:
-            raise UsageError(f"captions of at least {least} and at most {most} tokens cannot be: mend the two limits")
-        sampling = None
-        if options.do_sample:
-            top_k = min(options.top_k, model.vocab_size)
-            copies = options.num_return_sequences
-            sampling = Sampling(options.temperature, top_k, options.top_p, options.seed, copies)
-        if 2 * options.num_beams > model.vocab_size:
-            raise UsageError(f"{options.num_beams} beams are too many for a vocabulary of {model.vocab_size}")
-        return Search(
-            prompt=prompt,
-            num_beams=options.num_beams,
-            max_length=most,
-            min_length=least,
-            length_penalty=float(options.length_penalty),
-            early_stopping=options.early_stopping,
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-            num_return_sequences=1 if sampling else options.num_return_sequences,
-            eos=self.bundle.tokens.eos,
-            vocab_size=model.vocab_size,
-            sampling=sampling,
-        )
+        return search_for(self.bundle, self.tokenizer, options)
 
     def _read(
         self, sources: Iterable[tuple[int, ImageSource]], on_error: Callable[[ImageError], None] | None
@@ -207,6 +179,40 @@ class Captioner:
     def _alternative(self, hypothesis: Hypothesis) -> Alternative:
         raw = self.tokenizer.decode(hypothesis.ids)
         return Alternative(detokenise(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
+
+
+def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions) -> Search:
+    """Resolve options for a bundle; raise UsageError where they do not fit it."""
+    prompt = tokenizer.prompt_ids(options.prompt)
+    model, most = bundle.model, options.max_total_length(len(prompt))
+    if not len(prompt) < most <= model.max_positions:
+        raise UsageError(
+            f"a caption of up to {most} tokens ({len(prompt)} of them the prompt) does not fit: this bundle takes "
+            f"{len(prompt) + 1} to {model.max_positions}, set --max-new-tokens"
+        )
+    least = options.min_total_length(len(prompt))
+    if least > most:
+        raise UsageError(f"captions of at least {least} and at most {most} tokens cannot be: mend the two limits")
+    sampling = None
+    if options.do_sample:
+        top_k = min(options.top_k, model.vocab_size)
+        copies = options.num_return_sequences
+        sampling = Sampling(options.temperature, top_k, options.top_p, options.seed, copies)
+    if 2 * options.num_beams > model.vocab_size:
+        raise UsageError(f"{options.num_beams} beams are too many for a vocabulary of {model.vocab_size}")
+    return Search(
+        prompt=prompt,
+        num_beams=options.num_beams,
+        max_length=most,
+        min_length=least,
+        length_penalty=float(options.length_penalty),
+        early_stopping=options.early_stopping,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+        num_return_sequences=1 if sampling else options.num_return_sequences,
+        eos=bundle.tokens.eos,
+        vocab_size=model.vocab_size,
+        sampling=sampling,
+    )
 
 
 class _Desk:
@@ -245,10 +251,10 @@ class _Desk:
             self._next += 1
 
 
-def _identify(number: int, source: ImageSource) -> tuple[str, Path | str | Image.Image | NDArray[np.uint8], int]:
+def _identify(number: int, source: ImageSource) -> tuple[str, Picture, int]:
     """Return an image's id, what to read and its frame: the file's stem, or its running number without a file."""
     if isinstance(source, ImageFile):
-        return source.id, source.path, source.frame
+        return source.id, source.source, source.frame
     return (Path(source).stem if isinstance(source, Path | str) else str(number)), source, 0
 
 

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 import click
 
 from engine import __version__, cli_report, cli_scoring
-from engine.console import PATH, say
+from engine.console import LOCATION, PATH, say
 from engine.errors import EngineError, UsageError
+from engine.remote import Location
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a program stopped by Ctrl-C (128 + SIGINT) and by a plain kill (128 + SIGTERM)."""
@@ -71,7 +72,7 @@ def bundle_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--plans", type=PATH, help="Of --backend trt: folder that `engine plan` wrote."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores when absent."),
         click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda, tensorrt or trt."),
-        click.option("--bundle", type=PATH, help="Exported bundle; the embedded demo when absent."),
+        click.option("--bundle", type=LOCATION, help="Exported bundle, or its URI; the embedded demo when absent."),
     ):
         command = option(command)
     return command
@@ -122,7 +123,9 @@ def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @main.command()
-@click.option("--input", "directory", type=PATH, required=True, help="Directory of images (DICOM: extra `dicom`).")
+@click.option(
+    "--input", "directory", type=LOCATION, required=True, help="Directory or URI of images (DICOM: extra `dicom`)."
+)
 @click.option("--out", type=PATH, required=True, help="CSV file to write: ID,Caption.")
 @bundle_options
 @decoding_options
@@ -141,11 +144,19 @@ def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--dicom-frame", type=click.IntRange(0), default=0, help="Frame of DICOM files, counted from 0.")
 @click.option("--resume/--no-resume", default=True, help="Go on where the same command was cut off; on by default.")
 @click.option("--allow-missing", is_flag=True, help="Write an empty caption for images that cannot be read.")
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Caption with the workers of a Ray cluster (extra `ray`); one on this machine without an address.",
+)
+@click.option("--ray-actors", type=click.IntRange(1), help="Workers of --ray; one a GPU, or one per --threads CPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary as the last line.")
 def caption(
-    directory: Path,
+    directory: Location,
     out: Path,
-    bundle: Path | None,
+    bundle: Location | None,
     backend: str,
     threads: int | None,
     plans: Path | None,
@@ -158,6 +169,8 @@ def caption(
     rows: int | None,
     allow_missing: bool,
     resume: bool,
+    ray: str | None,
+    ray_actors: int | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -185,6 +198,8 @@ def caption(
         raw_text=raw_text,
         allow_missing=allow_missing,
         resume=resume,
+        ray=ray,
+        ray_actors=ray_actors,
         options=given,
     )
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -226,7 +241,7 @@ def _progress_bar(length: int) -> Iterator[Callable[[], None]]:
 def bench(
     directory: Path | None,
     images: int,
-    bundle: Path | None,
+    bundle: Location | None,
     backend: str,
     threads: int | None,
     plans: Path | None,
@@ -251,7 +266,7 @@ def bench(
 @main.command()
 @bundle_options
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON line.")
-def verify(bundle: Path | None, backend: str, as_json: bool, **loading: Any) -> None:
+def verify(bundle: Location | None, backend: str, as_json: bool, **loading: Any) -> None:
     """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""
     from engine.backends import open_backend, require_backend
     from engine.bundle import Bundle
@@ -283,7 +298,7 @@ def verify(bundle: Path | None, backend: str, as_json: bool, **loading: Any) -> 
 @click.option("--builder", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt", show_default=True)
 @click.option("--compute-capability", help="Of tensorrt-rtx: the GPU to build for, such as 8.0; this one when absent.")
 def plan(
-    bundle: Path | None,
+    bundle: Location | None,
     out: Path | None,
     beams: int | None,
     max_new_tokens: int | None,

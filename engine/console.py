@@ -6,7 +6,21 @@ from pathlib import Path
 
 import click
 
+from engine.remote import Location, location
+
 PATH = click.Path(path_type=Path)
+
+
+class LocationType(click.ParamType[Location]):
+    """A path, or the URI of a folder."""
+
+    name = "path or URI"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Location:  # noqa: ARG002
+        return location(value) if isinstance(value, str) else value  # type: ignore[return-value]
+
+
+LOCATION = LocationType()
 
 
 def say(line: str) -> None:

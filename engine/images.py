@@ -16,6 +16,7 @@ from PIL import Image
 
 from engine import dicom
 from engine.errors import DataError, EngineError, ImageError, UsageError
+from engine.remote import Location, RemoteFile, RemoteFolder
 from engine.tables import read_ids, shorten
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}) | dicom.EXTENSIONS
@@ -29,16 +30,27 @@ SYSTEM_TROUBLE = (
 MAX_FILE_BYTES = 1 << 30
 """A larger file is refused unread: some decoders read all of it before they look at the size of the picture."""
 
+Picture = Path | str | RemoteFile | Image.Image | NDArray[np.uint8]
+"""What can be read: a file, a Pillow image or an array u8[h,w,3]."""
 RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One input: its id (the file name without extension), its path, and which frame of a DICOM file is meant."""
+    """One input: its id (the file name without extension), its path, and which frame of a DICOM file is meant.
+
+    With `folder`, a URI, `path` is the path inside it.
+    """
 
     id: str
     path: Path
     frame: int = 0
+    folder: RemoteFolder | None = None
+
+    @property
+    def source(self) -> Path | RemoteFile:
+        """Where its bytes are."""
+        return self.path if self.folder is None else RemoteFile(self.folder, self.path.as_posix())
 
 
 @dataclass(frozen=True)
@@ -49,18 +61,22 @@ class FoundImages:
     ignored: list[str]
 
 
-def find_images(directory: Path, *, recursive: bool = False, dicom_frame: int = 0) -> FoundImages:
+def find_images(directory: Location, *, recursive: bool = False, dicom_frame: int = 0) -> FoundImages:
     """List the images directly inside `directory`, by extension, sorted by file name.
 
     With `recursive`, those of its folders too, sorted by their path inside `directory`; links to folders are not
     followed. Raises UsageError when there is no such directory, no image in it, or two images share an id, and
     EngineError when there are DICOM files and nothing to read them.
     """
-    if not directory.is_dir():
-        raise UsageError(f"{directory} is not a directory: --input takes the folder that holds the images")
-    names = sorted(_names_below(directory) if recursive else os.listdir(directory))
-    taken = [n for n in names if _is_candidate(directory / n)]
-    images = [ImageFile(Path(n).stem, directory / n, dicom_frame) for n in taken]
+    if isinstance(directory, RemoteFolder):
+        names, taken = _names_at(directory, recursive)
+        images = [ImageFile(Path(n).stem, Path(n), dicom_frame, directory) for n in taken]
+    else:
+        if not directory.is_dir():
+            raise UsageError(f"{directory} is not a directory: --input takes the folder that holds the images")
+        names = sorted(_names_below(directory) if recursive else os.listdir(directory))
+        taken = [n for n in names if _is_candidate(directory / n)]
+        images = [ImageFile(Path(n).stem, directory / n, dicom_frame) for n in taken]
     if not images:
         hint = "" if recursive else "; --recursive looks into its folders"
         raise UsageError(f"{directory} holds no images ({', '.join(sorted(EXTENSIONS))}){hint}")
@@ -72,6 +88,19 @@ def find_images(directory: Path, *, recursive: bool = False, dicom_frame: int = 
     if any(_is_dicom(image.path) for image in images):
         dicom.require_pydicom()
     return FoundImages(images, sorted(set(names) - set(taken)))
+
+
+def _names_at(folder: RemoteFolder, recursive: bool) -> tuple[list[str], list[str]]:
+    """Return the names of everything in a remote folder, and of those taken for images, both sorted."""
+    found = folder.list(recursive=recursive)
+    if recursive:  # hidden folders are not entered, and the others are no entries of their own
+        found = {name: stamp for name, stamp in found.items() if stamp and not _is_hidden(Path(name).parent)}
+    taken = [n for n, stamp in found.items() if stamp and Path(n).suffix.lower() in EXTENSIONS]
+    return sorted(found), sorted(n for n in taken if not Path(n).name.startswith("."))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _names_below(directory: Path) -> list[str]:
@@ -97,7 +126,7 @@ def _is_candidate(path: Path) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
 
 
-def _is_dicom(path: Path) -> bool:
+def _is_dicom(path: Path | RemoteFile) -> bool:
     return path.suffix.lower() in dicom.EXTENSIONS
 
 
@@ -114,9 +143,7 @@ def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[Image
     return [by_id[i] for i in ids]
 
 
-def read_image(
-    source: Path | str | Image.Image | NDArray[np.uint8], height: int, width: int, resample: str, *, frame: int = 0
-) -> NDArray[np.uint8]:
+def read_image(source: Picture, height: int, width: int, resample: str, *, frame: int = 0) -> NDArray[np.uint8]:
     """Return RGB bytes u8[height,width,3] of a file, a Pillow image or an array u8[h,w,3].
 
     The steps are those of Hugging Face's slow BlipImageProcessor (transformers 4.57): convert to RGB, then
@@ -127,16 +154,17 @@ def read_image(
     return np.asarray(decode_image(source, frame=frame).resize((width, height), RESAMPLING[resample]))
 
 
-def decode_image(source: Path | str | Image.Image | NDArray[np.uint8], *, frame: int = 0) -> Image.Image:
+def decode_image(source: Picture, *, frame: int = 0) -> Image.Image:
     """Return a file, a Pillow image or an array u8[h,w,3] as an RGB picture; for `frame` and errors see read_image."""
-    name = str(source) if isinstance(source, Path | str) else "image"
+    name = str(source) if isinstance(source, Path | str | RemoteFile) else "image"
     try:
         if isinstance(source, Image.Image):
             return source.convert("RGB")
         if isinstance(source, np.ndarray):
             return Image.fromarray(source).convert("RGB")
-        with _open_file(Path(source)) as stream:
-            if _is_dicom(Path(source)):
+        file = Path(source) if isinstance(source, str) else source
+        with _open_file(file) as stream:
+            if _is_dicom(file):
                 return dicom.read_dicom(stream, frame)
             picture = Image.open(stream, formats=FORMATS)
             _refuse_bomb(picture)
@@ -160,8 +188,10 @@ def decode_image(source: Path | str | Image.Image | NDArray[np.uint8], *, frame:
         raise ImageError(name, " ".join(reason.split())) from error
 
 
-def _open_file(path: Path) -> IO[bytes]:
+def _open_file(path: Path | RemoteFile) -> IO[bytes]:
     """Open a regular file; a link may lead to a pipe, which would keep its reader waiting, or to a device."""
+    if isinstance(path, RemoteFile):
+        return path.open(most_bytes=MAX_FILE_BYTES)
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         status = os.fstat(file)

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.backends import require_backend
-from engine.captioner import Caption, Captioner
-from engine.errors import OutOfMemoryError
 from engine.images import ImageFile, find_images, order_by_manifest
-from engine.options import DecodeOptions
 from engine.output.lock import OutputLock, lock_path
 from engine.output.record import RunRecord, journal_path
 from engine.output.run import check_outputs
-from engine.signature import environment, run_signature
+from engine.remote import Location
+from engine.signature import run_signature
+from engine.source import Source, open_source, require_source
 
 Progress = Callable[[int], AbstractContextManager[Callable[[], object]]]
 """Given the number of images, a context whose value is called after each."""
@@ -25,13 +23,17 @@ Progress = Callable[[int], AbstractContextManager[Callable[[], object]]]
 
 @dataclass(frozen=True)
 class Job:
-    """A run as it was asked for: `options` holds only what the caller gave (see Bundle.options)."""
+    """A run as it was asked for: `options` holds only what the caller gave (see Bundle.options).
 
-    directory: Path
+    With `ray`, the address of a Ray cluster or `local`, captions come from `ray_actors` of its workers with `threads`
+    CPUs each.
+    """
+
+    directory: Location
     out: Path
     recursive: bool = False
     dicom_frame: int = 0
-    bundle: Path | None = None
+    bundle: Location | None = None
     backend: str = "auto"
     threads: int | None = None
     plans: Path | None = None
@@ -42,6 +44,8 @@ class Job:
     raw_text: bool = False
     allow_missing: bool = False
     resume: bool = True
+    ray: str | None = None
+    ray_actors: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -70,36 +74,33 @@ def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progres
 
     `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
     """
-    require_backend(job.backend)  # before a large folder is listed: what is missing is said at once
+    require_source(job)  # before a large folder is listed: what is missing is said at once
     found = find_images(job.directory, recursive=job.recursive, dicom_frame=job.dicom_frame)
     images = order_by_manifest(found.images, job.manifest) if job.manifest else found.images
-    _check_outputs(job, [image.path for image in found.images])
+    _check_outputs(job, [image.path for image in found.images if image.folder is None])
     if found.ignored:
         say(f"{len(found.ignored)} other entries of {job.directory} are left aside")
 
-    with ExitStack() as locks:
+    with ExitStack() as held:
         for out in filter(None, (job.out, job.n_best_out)):
-            lock = locks.enter_context(OutputLock(out))
+            lock = held.enter_context(OutputLock(out))
             if lock.note:
                 say(lock.note)
-        return _caption_images(job, images, say, progress)
+        source = held.enter_context(open_source(job, say))
+        return _caption_images(job, source, images, say, progress)
 
 
-def _caption_images(job: Job, images: list[ImageFile], say: Callable[[str], None], progress: Progress) -> Summary:
-    captioner = Captioner.load(
-        job.bundle, backend=job.backend, threads=job.threads, plans=job.plans, cuda_graphs=job.cuda_graphs
-    )
-    options = captioner.bundle.options(**job.options)
-    num_slots = captioner.scheduler(captioner.search(options), job.rows).num_slots
-    if job.backend == "auto":
-        say(f"backend: {captioner.backend.name}")
-
-    signature = run_signature(captioner.bundle, captioner.backend.name, options)
-    record = RunRecord(images, job.out, f"{signature}|{environment()}", resume=job.resume)
+def _caption_images(
+    job: Job, source: Source, images: list[ImageFile], say: Callable[[str], None], progress: Progress
+) -> Summary:
+    options = source.bundle.options(**job.options)
+    source.check(options)
+    signature = run_signature(source.bundle, source.backend_name, options)
+    record = RunRecord(images, job.out, f"{signature}|{source.environment}", resume=job.resume)
     with record, _telling_how_to_go_on(record, say):
         start = time.perf_counter()
         with progress(len(images) - record.resumed) as advance:
-            for caption in _captions(captioner, options, record, num_slots, say):
+            for caption in source.captions(options, record, say):
                 record.add(caption)
                 advance()
         seconds = time.perf_counter() - start
@@ -120,26 +121,6 @@ def _caption_images(job: Job, images: list[ImageFile], say: Callable[[str], None
         out=str(job.out),
         signature=signature,
     )
-
-
-def _captions(
-    captioner: Captioner, options: DecodeOptions, record: RunRecord, num_slots: int, say: Callable[[str], None]
-) -> Iterator[Caption]:
-    """Caption what remains; where memory does not suffice, go on with half as many images side by side."""
-    while True:
-        try:
-            yield from captioner.caption(
-                record.remaining(), options, rows=num_slots * options.num_beams, on_error=record.fail
-            )
-            return
-        except (OutOfMemoryError, MemoryError) as error:
-            if num_slots == 1:
-                raise OutOfMemoryError(
-                    f"memory is too short for a single image ({error}): close other programs"
-                ) from error
-            record.failures.clear()  # these images will be tried again
-            say(f"memory is short with {num_slots} images side by side: going on with {num_slots // 2}")
-            num_slots //= 2
 
 
 @contextmanager

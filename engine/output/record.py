@@ -37,7 +37,7 @@ class RunRecord:
         self.images = images
         self.captions: dict[str, Caption] = {}
         self.failures: list[ImageError] = []
-        self._fingerprints = {image.id: fingerprint(image.path) for image in images}
+        self._fingerprints = fingerprints(images)
         self.journal_path = journal_path(out)
         self._journal = Journal(self.journal_path, run_key(images, made_with), resume=resume)
         self.set_aside = self._journal.set_aside
@@ -91,12 +91,11 @@ class RunRecord:
 
         Its caption may be of either, and a run that goes on from the journal would make it again.
         """
+        current = fingerprints([image for image in self.images if image.id in self.captions])
         changed = [
             image.path.name
             for image in self.images
-            if image.id in self.captions
-            and (current := fingerprint(image.path)) != self._fingerprints[image.id]
-            and current is not None
+            if current.get(image.id) not in (None, self._fingerprints[image.id])
         ]
         if changed:
             raise EngineError(
@@ -157,8 +156,23 @@ def run_key(images: Sequence[ImageFile], made_with: str) -> str:
     """Return the sha256 that tells runs apart: what captions are made with, and the images in their order."""
     digest = hashlib.sha256(made_with.encode("utf-8", "surrogateescape"))
     for image in images:
-        digest.update(json.dumps([image.id, str(image.path.absolute()), image.frame]).encode("ascii"))
+        place = str(image.path.absolute() if image.folder is None else image.source)
+        digest.update(json.dumps([image.id, place, image.frame]).encode("ascii"))
     return digest.hexdigest()
+
+
+def fingerprints(images: Sequence[ImageFile]) -> dict[str, list[int] | None]:
+    """Return the fingerprint of every image by its id; those at a URI are listed, for size and time of change alone."""
+    folders = {image.folder for image in images if image.folder is not None}
+    listed = {folder: folder.list(recursive=any(len(i.path.parts) > 1 for i in images)) for folder in folders}
+    found: dict[str, list[int] | None] = {}
+    for image in images:
+        if image.folder is None:
+            found[image.id] = fingerprint(image.path)
+        else:
+            stamp = listed[image.folder].get(image.path.as_posix())
+            found[image.id] = list(stamp) if stamp else None
+    return found
 
 
 def fingerprint(path: Path) -> list[int] | None:

@@ -1,0 +1,90 @@
+"""Bundles from a URI, copied once a node into a cache keyed by their manifest's sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.bundle import MANIFEST, MAX_MANIFEST_BYTES, file_sha256
+from engine.errors import BundleError
+from engine.remote import RemoteFile, RemoteFolder
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may both make the copy, and the last one stays
+    fcntl = None  # type: ignore[assignment]
+
+CHUNK_BYTES = 1 << 22
+
+
+def cache_folder() -> Path:
+    """Return where bundles are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blip-caption-engine" / "bundles"
+
+
+def fetch_bundle(folder: RemoteFolder) -> Path:
+    """Return a local copy of the bundle at a URI, made once however many processes of a node ask for it.
+
+    A copy that does not match its manifest any more is made again. Raises BundleError when there is no bundle or a file
+    is not the manifest's, EngineError when the storage does not answer.
+    """
+    try:
+        manifest = folder.read(MANIFEST, most_bytes=MAX_MANIFEST_BYTES)
+        files = json.loads(manifest)["files"]
+        plain = {str(name): str(digest) for name, digest in files.items() if Path(name).name == name}
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with `python -m export`") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise BundleError(f"{folder}/{MANIFEST} is not a manifest ({str(error)[:200]}): export it again") from error
+    target = cache_folder() / hashlib.sha256(manifest).hexdigest()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _alone(target.with_suffix(".lock")):
+            if not _is_whole(target, manifest, plain):
+                _copy(folder, manifest, plain, target)
+    except (FileNotFoundError, PermissionError) as error:
+        raise BundleError(f"{folder} is not whole: {error}: export it again") from error
+    except OSError as error:
+        raise BundleError(f"{folder} cannot be kept in {target}: {error.strerror}: set XDG_CACHE_HOME") from error
+    return target
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process of this node works on the same copy."""
+    with lock.open("w") as stream:
+        if fcntl is not None:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _is_whole(target: Path, manifest: bytes, files: dict[str, str]) -> bool:
+    if not target.is_dir() or {entry.name for entry in target.iterdir()} != {MANIFEST, *files}:
+        return False
+    return (target / MANIFEST).read_bytes() == manifest and all(
+        file_sha256(target / name) == digest for name, digest in files.items()
+    )
+
+
+def _copy(folder: RemoteFolder, manifest: bytes, files: dict[str, str], target: Path) -> None:
+    """Copy into a folder beside the target, which then takes its place: a half-made copy is never met."""
+    shutil.rmtree(target, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished") as unfinished:
+        draft = Path(unfinished) / "bundle"
+        draft.mkdir()
+        for name, expected in files.items():
+            digest = hashlib.sha256()
+            with folder.open(name) as source, (draft / name).open("wb") as out:
+                while chunk := source.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    out.write(chunk)
+            if digest.hexdigest() != expected:
+                raise BundleError(f"{RemoteFile(folder, name)} is not the file of the manifest: export it again")
+        (draft / MANIFEST).write_bytes(manifest)
+        draft.rename(target)

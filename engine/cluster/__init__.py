@@ -1,0 +1,3 @@
+"""A run on many machines: session.py reaches a Ray cluster, source.py hands out images and takes captions in, worker.py
+captions on each of them, messages.py is what they say to each other.
+"""

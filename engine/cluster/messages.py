@@ -1,0 +1,98 @@
+"""What driver and workers send each other: JSON lines in Ray's tables; knows no Ray.
+
+JSON in ASCII keeps floats to the last bit and file names that are not UTF-8, which a table's own strings do not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.captioner import Alternative, Caption
+from engine.errors import EngineError, UsageError
+from engine.images import ImageFile
+from engine.remote import Location, RemoteFolder
+
+COLUMN = "message"
+"""The one column of the tables: a message a row."""
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """All a worker needs to know of a run. `digest` is the bundle's, `environment` the versions it must have, too.
+
+    `threads` is for a CPU's graphs, `peers` how many workers may share a node's memory.
+    """
+
+    bundle: Location | None
+    digest: str
+    backend: str
+    environment: str
+    threads: int | None
+    peers: int
+    plans: Path | None = None
+    cuda_graphs: bool = False
+    rows: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pack_images(images: list[ImageFile]) -> str:
+    """Return a message with images to caption; paths are absolute, workers run elsewhere."""
+    return json.dumps(
+        [
+            [i.id, str(i.path.absolute() if i.folder is None else i.path), i.frame, i.folder and i.folder.uri]
+            for i in images
+        ]
+    )
+
+
+def unpack_images(message: str) -> list[ImageFile]:
+    """Return the images of a message."""
+    return [
+        ImageFile(name, Path(path), frame, RemoteFolder(uri) if uri else None)
+        for name, path, frame, uri in json.loads(message)
+    ]
+
+
+def pack_captions(captions: list[Caption]) -> str:
+    """Return a message with finished captions."""
+    return json.dumps({"captions": [asdict(caption) for caption in captions]})
+
+
+def pack_failures(failures: Mapping[str, str]) -> str:
+    """Return a message with images that cannot be read: id -> reason."""
+    return json.dumps({"failures": dict(failures)})
+
+
+def pack_note(note: str) -> str:
+    """Return a message with a line for the user."""
+    return json.dumps({"note": note})
+
+
+def pack_error(error: EngineError) -> str:
+    """Return a message that ends the run."""
+    return json.dumps({"error": str(error), "exit_code": error.exit_code})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker said: captions, images it cannot read (id -> reason), and a line for the user."""
+
+    captions: tuple[Caption, ...] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+def unpack_answer(message: str) -> Answer:
+    """Return what a worker said; raise the EngineError it met."""
+    content = json.loads(message)
+    if "error" in content:
+        raise (UsageError if content["exit_code"] == UsageError.exit_code else EngineError)(content["error"])
+    captions = (
+        Caption(entry["id"], tuple(Alternative(**{**a, "ids": tuple(a["ids"])}) for a in entry["alternatives"]))
+        for entry in content.get("captions", ())
+    )
+    return Answer(tuple(captions), content.get("failures", {}), content.get("note", ""))

@@ -1,0 +1,170 @@
+"""Captions from the workers of a Ray cluster: images go out in blocks, captions come back as they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.bundle import Bundle
+from engine.captioner import Caption, search_for
+from engine.cluster.messages import COLUMN, WorkOrder, pack_images, unpack_answer
+from engine.cluster.session import cluster
+from engine.cluster.worker import CaptionWorker, Node, look_around
+from engine.errors import EngineError, ImageError, UsageError
+from engine.images import ImageFile
+from engine.options import DecodeOptions
+from engine.output.record import RunRecord
+from engine.source import Say
+from engine.tokenizer import CaptionTokenizer
+
+if TYPE_CHECKING:
+    from engine.pipeline import Job
+
+MOST_IN_BLOCK = 512
+"""Images in a block at most: what a killed worker has to do again."""
+BLOCKS_PER_ACTOR = 4
+"""Blocks a worker gets at least, so that slow ones leave some to fast ones."""
+RETRIES = 10
+"""Workers that may die of one block before the run gives up."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """`actors` workers with `cpus` CPUs and `gpus` GPUs (0 or 1) each."""
+
+    actors: int
+    cpus: int
+    gpus: int
+
+    def __str__(self) -> str:
+        cpus = f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"
+        return f"{self.actors} worker{'s' if self.actors > 1 else ''} with {'a GPU and ' if self.gpus else ''}{cpus}"
+
+
+@contextmanager
+def open_cluster(job: Job, address: str, say: Say) -> Iterator[ClusterSource]:
+    """Connect to a cluster, and ask a node what the backend is there; `say` gets how many workers there will be."""
+    bundle = Bundle.load(job.bundle)  # a damaged bundle is found before a cluster starts
+    with cluster(address) as ray:
+        gpus = 0 if job.backend == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+        node = _ask_a_node(ray, job.backend, min(gpus, 1))
+        team = _team(ray, job, 0 if node.backend == "cpu" else gpus)
+        say(f"backend: {node.backend}, {team}")
+        yield ClusterSource(ray, job, bundle, node, team)
+
+
+def _ask_a_node(ray: Any, backend: str, gpus: int) -> Node:
+    try:
+        node: Node = ray.get(ray.remote(num_cpus=0, num_gpus=gpus)(look_around).remote(backend))
+    except ray.exceptions.RayError as error:
+        raise EngineError(
+            f"a node cannot run the engine ({_first_line(error)}): install blip-caption-engine, as it is here, on all"
+        ) from error
+    if node.error:
+        raise (UsageError if node.exit_code == UsageError.exit_code else EngineError)(node.error)
+    return node
+
+
+def _team(ray: Any, job: Job, gpus: int) -> Team:
+    """Return one worker a GPU; on CPUs as many as there is room for with `threads` CPUs, by default a node's."""
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cores = [cpus for cpus in nodes if cpus > 0]
+    if not cores:
+        raise EngineError("the Ray cluster has no CPUs: start its nodes with some (ray start --num-cpus)")
+    if gpus:
+        return Team(job.ray_actors or gpus, job.threads or 1, 1)
+    if job.threads is None and job.ray_actors is not None:
+        cpus = max(1, min(min(cores), sum(cores) // job.ray_actors))
+    else:
+        cpus = job.threads or min(cores)
+    room = sum(count // cpus for count in cores)
+    if room < (job.ray_actors or 1):
+        raise UsageError(
+            f"the Ray cluster has room for {room} workers with {cpus} CPUs: ask for fewer --ray-actors or --threads"
+        )
+    return Team(job.ray_actors or room, cpus, 0)
+
+
+class ClusterSource:
+    """A team of workers, started when captions are asked for."""
+
+    def __init__(self, ray: Any, job: Job, bundle: Bundle, node: Node, team: Team) -> None:
+        self.bundle = bundle
+        self.backend_name = node.backend
+        self.environment = node.environment.rpartition("|engine:")[0]
+        self._ray, self._team = ray, team
+        self._order = WorkOrder(
+            bundle=job.bundle.absolute() if isinstance(job.bundle, Path) else job.bundle,
+            digest=bundle.digest,
+            backend=node.backend,
+            environment=node.environment,
+            threads=team.cpus,
+            peers=team.actors,
+            plans=job.plans and job.plans.absolute(),
+            cuda_graphs=job.cuda_graphs,
+            rows=job.rows,
+            options=job.options,
+        )
+
+    def check(self, options: DecodeOptions) -> None:
+        search_for(self.bundle, CaptionTokenizer(self.bundle), options)
+
+    def captions(self, options: DecodeOptions, record: RunRecord, say: Say) -> Iterator[Caption]:  # noqa: ARG002
+        """See Source. A worker that dies is replaced and its block done again; what is nevertheless missing in the end
+        goes out once more.
+        """
+        failed: dict[str, str] = {}
+        while missing := [image for image in record.remaining() if image.id not in failed]:
+            for answer in map(unpack_answer, self._answers(missing)):
+                failed |= answer.failures
+                if answer.note:
+                    say(answer.note)
+                yield from (caption for caption in answer.captions if caption.id not in record.captions)
+            if sum(image.id not in failed for image in record.remaining()) == len(missing):
+                raise EngineError("the workers answered without captions: run the same command again, or without --ray")
+        for image in record.remaining():
+            record.fail(ImageError(str(image.source), failed[image.id]))
+
+    def _answers(self, images: list[ImageFile]) -> Iterator[str]:
+        """Yield what the workers say to blocks of images, as they say it."""
+        import pyarrow as pa
+
+        ray, team = self._ray, self._team
+        size = max(1, min(MOST_IN_BLOCK, -(-len(images) // (team.actors * BLOCKS_PER_ACTOR))))
+        blocks = [images[start : start + size] for start in range(0, len(images), size)]
+        _calm(ray.data.DataContext.get_current())
+        answers = ray.data.from_arrow([pa.table({COLUMN: [pack_images(block)]}) for block in blocks]).map_batches(
+            CaptionWorker,
+            fn_constructor_args=(self._order,),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=min(team.actors, len(blocks))),
+            num_cpus=team.cpus,
+            num_gpus=team.gpus,
+            max_restarts=-1,
+            max_task_retries=RETRIES,
+        )
+        try:
+            for table in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+                yield from table[COLUMN].to_pylist()
+        except ray.exceptions.RayTaskError:
+            raise  # a fault of ours, with its traceback
+        except ray.exceptions.RayError as error:
+            raise EngineError(
+                f"the Ray cluster failed ({_first_line(error)}): run the same command again, it goes on from here"
+            ) from error
+
+
+def _calm(context: Any) -> None:
+    """Let Ray Data hand on every message at once, without progress bars; workers may die while they load."""
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = RETRIES
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
