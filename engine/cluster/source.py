@@ -12,7 +12,7 @@ from engine.bundle import Bundle
 from engine.captioner import Caption, search_for
 from engine.cluster.messages import COLUMN, WorkOrder, pack_images, unpack_answer
 from engine.cluster.session import cluster
-from engine.cluster.worker import CaptionWorker, Node, look_around
+from engine.cluster.worker import Attempts, CaptionWorker, Node, look_around
 from engine.errors import EngineError, ImageError, UsageError
 from engine.images import ImageFile
 from engine.options import DecodeOptions
@@ -27,8 +27,8 @@ MOST_IN_BLOCK = 512
 """Images in a block at most: what a killed worker has to do again."""
 BLOCKS_PER_ACTOR = 4
 """Blocks a worker gets at least, so that slow ones leave some to fast ones."""
-RETRIES = 10
-"""Workers that may die of one block before the run gives up."""
+DEAD_BEGINNERS = 10
+"""Workers that may die one after another while they load."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,12 @@ class ClusterSource:
         _calm(ray.data.DataContext.get_current())
         answers = ray.data.from_arrow([pa.table({COLUMN: [pack_images(block)]}) for block in blocks]).map_batches(
             CaptionWorker,
-            fn_constructor_args=(self._order,),
+            fn_constructor_args=(self._order, ray.remote(num_cpus=0)(Attempts).remote()),
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=min(team.actors, len(blocks))),
             num_cpus=team.cpus,
             num_gpus=team.gpus,
-            max_restarts=-1,
-            max_task_retries=RETRIES,
         )
         try:
             for table in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
@@ -163,7 +161,7 @@ def _calm(context: Any) -> None:
     context.target_max_block_size = 1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_consecutive_actor_init_deaths = RETRIES
+    context.max_consecutive_actor_init_deaths = DEAD_BEGINNERS
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,32 @@ ANSWERS = 8
 after the same images: Ray drops from a repeated block as many messages as have arrived before."""
 
 
+MOST_ATTEMPTS = 10
+"""Times a block is begun before the run gives up: where an image kills workers, Ray would replace them for ever."""
+
+
+class Attempts:
+    """An actor that counts how often each block was begun."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, block: str) -> int:
+        """Count one more and return how many there are."""
+        self._begun[block] += 1
+        return self._begun[block]
+
+
+def _give_up(block: str) -> str:
+    images = unpack_images(block)
+    return pack_error(
+        BackendError(
+            f"{MOST_ATTEMPTS} workers died of the images {images[0].source} to {images[-1].source}: is their memory "
+            "short? Fewer --rows need less; the same command goes on from here"
+        )
+    )
+
+
 @dataclass(frozen=True)
 class Node:
     """What decides captions on a node. `error` says, in one sentence, what is missing there."""
@@ -56,9 +84,13 @@ def _versions() -> str:
 class CaptionWorker:
     """Loads the bundle of an order once; then called with a table of blocks of images, it yields tables of answers."""
 
-    def __init__(self, order: WorkOrder) -> None:
-        """What goes wrong here is the answer to every block: an error inside a constructor would not arrive whole."""
+    def __init__(self, order: WorkOrder, attempts: Any) -> None:
+        """What goes wrong here is the answer to every block: an error inside a constructor would not arrive whole.
+
+        `attempts` is the handle of an actor Attempts.
+        """
         self._order = order
+        self._attempts = attempts
         try:
             self._load()
         except EngineError as error:
@@ -94,9 +126,11 @@ class CaptionWorker:
     def __call__(self, blocks: Any) -> Iterator[Any]:
         """Answer a table with blocks of images."""
         import pyarrow as pa
+        import ray
 
         for block in blocks[COLUMN].to_pylist():
-            for answer in self._answers(block):
+            begun = ray.get(self._attempts.begin.remote(hashlib.sha256(block.encode()).hexdigest()))
+            for answer in self._answers(block) if begun <= MOST_ATTEMPTS else [_give_up(block)]:
                 yield pa.table({COLUMN: [answer]})
 
     def _answers(self, block: str) -> Iterator[str]:

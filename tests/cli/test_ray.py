@@ -1,0 +1,210 @@
+"""Runs on a cluster of two workers on this machine: what comes out is the single process's run.csv, whatever dies."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from engine.cli import main
+from engine.output.journal import read_journal
+from tests.cli.test_resume import command, wait_for_records
+from tests.tiny import random_pictures
+
+ray = pytest.importorskip("ray", reason="ray is not installed: it comes with the extra [ray]")
+
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray Data calls what it deprecates
+IMAGES = 160
+SLOW = ("--rows", "3")
+"""One image at a time: long enough to be disturbed."""
+
+
+@pytest.fixture(scope="module")
+def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("ray") / "images"
+    directory.mkdir()
+    for i, picture in enumerate(random_pictures(IMAGES)):
+        picture.save(directory / f"image_{i:03d}.png")
+    (directory / "twin.png").write_bytes((directory / "image_007.png").read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_dir, tiny_bundle, tmp_path_factory) -> bytes:
+    out = tmp_path_factory.mktemp("whole") / "run.csv"
+    subprocess.run(command(image_dir, tiny_bundle, out), check=True, capture_output=True)
+    return out.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def two_cores() -> Iterator[None]:
+    """A local cluster that the runs of these tests share: starting one takes seconds."""
+    from engine.cluster.session import LOCAL, cluster
+
+    with cluster(LOCAL):
+        yield
+
+
+def caption(image_dir: Path | str, bundle: Path | str, out: Path, *more: str) -> Result:
+    arguments = command(image_dir, bundle, out, "--ray", "--ray-actors", "2", *more)[3:]
+    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+def children(parent: int) -> dict[int, bytes]:
+    """Return {process: command line} of everything below a process."""
+    parents, lines = {}, {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(entry.name)
+            parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            lines[pid] = (entry / "cmdline").read_bytes()
+    below, found = {parent}, set()
+    while below:
+        below = {pid for pid, above in parents.items() if above in below}
+        found |= below
+    return {pid: lines[pid] for pid in found}
+
+
+def workers() -> list[int]:
+    return [pid for pid, line in children(os.getpid()).items() if b"CaptionWorker" in line]
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_two_workers_say_what_one_process_says(image_dir, tiny_bundle, tmp_path, undisturbed):
+    result = caption(image_dir, tiny_bundle, tmp_path / "run.csv")
+    assert result.exit_code == 0, result.stderr
+    assert "backend: cpu, 2 workers with 1 CPU" in result.stderr
+    assert (tmp_path / "run.csv").read_bytes() == undisturbed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv"]
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_uris_of_images_and_bundle_and_an_unreadable_image(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in image_dir.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "zz_broken.png").write_bytes(b"no picture")
+    out = tmp_path / "run.csv"
+    refused = caption(folder.as_uri(), tiny_bundle.as_uri(), out)
+    assert refused.exit_code == 1
+    assert f"unreadable: {folder.as_uri()}/zz_broken.png: not an image, or damaged" in refused.stderr
+    assert "1 of 162 images cannot be read and no run was written" in refused.stderr
+    assert not out.exists()
+    alone = command(folder.as_uri(), tiny_bundle.as_uri(), out, "--allow-missing")[3:]
+    allowed = CliRunner().invoke(main, alone)
+    assert allowed.exit_code == 0, allowed.stderr
+    assert "161 captions of an earlier run are taken from" in allowed.stderr
+    assert out.read_bytes() == undisturbed + b'zz_broken,""\n'
+    digests = [path.name for path in (tmp_path / "cache/blip-caption-engine/bundles").iterdir() if path.is_dir()]
+    assert len(digests) == 1
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_workers_killed_three_times_the_run_is_the_same_byte_for_byte(image_dir, tiny_bundle, tmp_path, undisturbed):
+    out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
+    killed: list[int] = []
+    ended = threading.Event()
+    chance = random.Random(0)
+
+    def kill() -> None:
+        target = 0
+        while len(killed) < 3 and not ended.is_set():
+            time.sleep(0.01)
+            alive = [pid for pid in workers() if pid not in killed]
+            if alive and journal.exists() and journal.read_bytes().count(b"\n") > target:
+                killed.append(chance.choice(alive))
+                os.kill(killed[-1], signal.SIGKILL)
+                target = journal.read_bytes().count(b"\n") + chance.randint(0, 20)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = caption(image_dir, tiny_bundle, out, *SLOW)
+    ended.set()
+    killer.join()
+    assert result.exit_code == 0, result.stderr
+    assert len(killed) == 3
+    assert out.read_bytes() == undisturbed
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_run_begun_alone_goes_on_with_ray(image_dir, tiny_bundle, tmp_path, undisturbed):
+    out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
+    process = subprocess.Popen(command(image_dir, tiny_bundle, out, *SLOW), stderr=subprocess.PIPE)
+    wait_for_records(journal, 20, process)
+    process.kill()
+    process.communicate()
+    kept = len(read_journal(journal)[1])
+    assert kept >= 20
+    result = caption(image_dir, tiny_bundle, out, *SLOW)
+    assert result.exit_code == 0, result.stderr
+    assert f"{kept} captions of an earlier run are taken from" in result.stderr
+    assert out.read_bytes() == undisturbed
+
+
+def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, tmp_path, undisturbed):
+    out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
+    process = subprocess.Popen(
+        command(image_dir, tiny_bundle, out, *SLOW, "--ray", "--ray-actors", "2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    wait_for_records(journal, 10, process)
+    below = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: all that were started along get it, too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "the same command goes on from there" in errors
+    assert not out.exists()
+    assert not [line for pid, line in below.items() if Path(f"/proc/{pid}").exists()], "a part of the cluster lives on"
+    ids = [record["id"] for record in read_journal(journal)[1]]
+    assert 10 <= len(ids) == len(set(ids))
+    again = subprocess.run(command(image_dir, tiny_bundle, out, *SLOW), check=True, capture_output=True, text=True)
+    assert f"{len(ids)} captions of an earlier run are taken from" in again.stderr
+    assert out.read_bytes() == undisturbed
+
+
+def test_without_ray_one_sentence_names_the_extra(image_dir, tiny_bundle, tmp_path, monkeypatch):
+    imported = builtins.__import__
+
+    def without_ray(name, *arguments, **named):
+        if name.partition(".")[0] == "ray":
+            raise ImportError(f"No module named {name!r}", name=name)
+        return imported(name, *arguments, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without_ray)
+    result = caption(image_dir, tiny_bundle, tmp_path / "run.csv")
+    assert result.exit_code == 1
+    assert result.stderr == "error: --ray needs the package ray (No module named 'ray'): install the extra [ray]\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "said"),
+    [
+        (["--ray", "127.0.0.1:1"], 1, "no Ray cluster answers at 127.0.0.1:1: Connection refused"),
+        (["--ray", "nowhere"], 2, "--ray takes HOST:PORT"),
+        (["--ray-actors", "2"], 2, "give both, or neither"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(image_dir, tmp_path, options, exit_code, said):
+    arguments = [sys.executable, "-m", "engine", "caption", "--input", image_dir, "--out", tmp_path / "run.csv"]
+    run = subprocess.run([*arguments, *options], capture_output=True, text=True, check=False)
+    assert run.returncode == exit_code
+    assert run.stderr.count("\n") == 1
+    assert said in run.stderr
