@@ -31,6 +31,11 @@ DEAD_BEGINNERS = 10
 """Workers that may die one after another while they load."""
 
 
+def block_size(images: int, actors: int) -> int:
+    """Return how many images a block holds."""
+    return max(1, min(MOST_IN_BLOCK, -(-images // (actors * BLOCKS_PER_ACTOR))))
+
+
 @dataclass(frozen=True)
 class Team:
     """`actors` workers with `cpus` CPUs and `gpus` GPUs (0 or 1) each."""
@@ -133,9 +138,9 @@ class ClusterSource:
         import pyarrow as pa
 
         ray, team = self._ray, self._team
-        size = max(1, min(MOST_IN_BLOCK, -(-len(images) // (team.actors * BLOCKS_PER_ACTOR))))
+        size = block_size(len(images), team.actors)
         blocks = [images[start : start + size] for start in range(0, len(images), size)]
-        _calm(ray.data.DataContext.get_current())
+        calm(ray.data.DataContext.get_current())
         answers = ray.data.from_arrow([pa.table({COLUMN: [pack_images(block)]}) for block in blocks]).map_batches(
             CaptionWorker,
             fn_constructor_args=(self._order, ray.remote(num_cpus=0)(Attempts).remote()),
@@ -156,7 +161,7 @@ class ClusterSource:
             ) from error
 
 
-def _calm(context: Any) -> None:
+def calm(context: Any) -> None:
     """Let Ray Data hand on every message at once, without progress bars; workers may die while they load."""
     context.target_max_block_size = 1
     context.enable_progress_bars = False
