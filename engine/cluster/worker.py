@@ -11,7 +11,6 @@ from typing import Any
 
 from engine import __version__
 from engine.backends import open_backend, require_backend
-from engine.backends.ort import available_cores
 from engine.bundle import Bundle
 from engine.capacity import available_memory, slots_for
 from engine.captioner import Caption, Captioner
@@ -24,9 +23,10 @@ from engine.cluster.messages import (
     pack_note,
     unpack_images,
 )
+from engine.cluster.stream import CaptionStream
+from engine.decoding.beam import Search
 from engine.errors import BackendError, BundleError, EngineError, ImageError
 from engine.signature import environment
-from engine.source import caption_within_memory
 
 ANSWERS = 8
 """Messages a block is answered in: what a killed worker or driver loses at most, against what a message costs. Always
@@ -49,7 +49,8 @@ class Attempts:
         return self._begun[block]
 
 
-def _give_up(block: str) -> str:
+def give_up(block: str) -> str:
+    """Return the answer to a block that has killed too many workers."""
     images = unpack_images(block)
     return pack_error(
         BackendError(
@@ -82,7 +83,10 @@ def _versions() -> str:
 
 
 class CaptionWorker:
-    """Loads the bundle of an order once; then called with a table of blocks of images, it yields tables of answers."""
+    """Loads the bundle of an order once; then called with a table of blocks of images, it yields tables of answers.
+
+    Two calls at once keep it busy from one block to the next, see CaptionStream.
+    """
 
     def __init__(self, order: WorkOrder, attempts: Any) -> None:
         """What goes wrong here is the answer to every block: an error inside a constructor would not arrive whole.
@@ -111,17 +115,15 @@ class CaptionWorker:
         backend = open_backend(
             bundle, order.backend, threads=order.threads, plans=order.plans, cuda_graphs=order.cuda_graphs
         )
-        self._captioner = Captioner(bundle, backend)
-        self._options = bundle.options(**order.options)
-        self._rows = order.rows or self._fair_rows()
+        captioner, options = Captioner(bundle, backend), bundle.options(**order.options)
+        search = captioner.search(options)
+        rows = order.rows or self._fair_slots(captioner, search) * search.num_beams
+        self._stream = CaptionStream(captioner, options, rows=rows)
 
-    def _fair_rows(self) -> int:
-        """Return how many beams suit device and memory, when the workers of this node share the latter."""
-        search = self._captioner.search(self._options)
-        peers = min(self._order.peers, max(1, available_cores() // (self._order.threads or 1)))
-        memory = available_memory() // peers
-        slots = slots_for(search, self._captioner.bundle.model, self._captioner.backend.appetite, memory_bytes=memory)
-        return slots * search.num_beams
+    def _fair_slots(self, captioner: Captioner, search: Search) -> int:
+        """Return how many images side by side suit the device, and the memory that workers of a node share."""
+        appetite, memory = captioner.backend.appetite, available_memory() // self._order.peers
+        return slots_for(search, captioner.bundle.model, appetite, memory_bytes=memory)
 
     def __call__(self, blocks: Any) -> Iterator[Any]:
         """Answer a table with blocks of images."""
@@ -130,7 +132,7 @@ class CaptionWorker:
 
         for block in blocks[COLUMN].to_pylist():
             begun = ray.get(self._attempts.begin.remote(hashlib.sha256(block.encode()).hexdigest()))
-            for answer in self._answers(block) if begun <= MOST_ATTEMPTS else [_give_up(block)]:
+            for answer in self._answers(block) if begun <= MOST_ATTEMPTS else [give_up(block)]:
                 yield pa.table({COLUMN: [answer]})
 
     def _answers(self, block: str) -> Iterator[str]:
@@ -138,31 +140,25 @@ class CaptionWorker:
             yield pack_error(self._error)
             return
         images = unpack_images(block)
-        done: set[str] = set()
         ready: list[Caption] = []
-        failures: list[ImageError] = []
+        failures: dict[str, str] = {}
         notes: list[str] = []
-        captions = caption_within_memory(
-            self._captioner,
-            self._options,
-            lambda: [image for image in images if image.id not in done],
-            failures,
-            rows=self._rows,
-            say=notes.append,
-        )
+        ids = {str(image.source): image.id for image in images}
         try:
-            for caption in captions:
-                done.add(caption.id)
-                ready.append(caption)
-                if len(ready) >= -(-len(images) // ANSWERS):
+            for said in self._stream.caption(images):
+                if isinstance(said, Caption):
+                    ready.append(said)
+                elif isinstance(said, ImageError):
+                    failures[ids[said.path]] = said.reason
+                else:
+                    notes.append(said)
+                if len(ready) == -(-len(images) // ANSWERS):
                     yield pack_captions(ready)
                     ready = []
         except EngineError as error:
-            yield pack_captions(ready)
             yield pack_error(error)
             return
         yield pack_captions(ready)
         if failures:
-            ids = {str(image.source): image.id for image in images}
-            yield pack_failures({ids[error.path]: error.reason for error in failures})
+            yield pack_failures(failures)
         yield from map(pack_note, notes)
