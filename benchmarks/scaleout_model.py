@@ -79,6 +79,14 @@ def simulate(stages: Stages, images: int, actors: int) -> Outcome:
     tail = stages.write_s * images
     seconds = driver + tail
     working = images * stages.image_s / (actors * seconds)
+    losses = {  # seconds in which workers wait, by what they wait for
+        "driver: listing and writing": stages.list_s * images + tail,
+        "driver: sending blocks": stages.block_s * len(sizes),
+        "starting the workers": stages.start_s,
+        "driver: messages and journal": driver - max(arrivals)[0],
+        "too few images": max(arrivals)[0] - ready - stages.start_s - images * stages.image_s / actors,
+    }
+    busy = "reading" if stages.read_s / stages.readers > stages.caption_s else "captioning"
     return Outcome(
         images=images,
         actors=actors,
@@ -86,17 +94,5 @@ def simulate(stages: Stages, images: int, actors: int) -> Outcome:
         images_per_s=images / seconds,
         worker_busy=working,
         driver_busy=(serial + tail) / seconds,
-        bottleneck=_bottleneck(stages, images, actors, seconds, working, (serial + tail) / seconds),
+        bottleneck=busy if working >= BUSY else max(losses, key=losses.__getitem__),
     )
-
-
-def _bottleneck(stages: Stages, images: int, actors: int, seconds: float, working: float, driving: float) -> str:
-    if working >= BUSY:
-        return "reading" if stages.read_s / stages.readers > stages.caption_s else "captioning"
-    waits = {
-        "driver: listing and writing": (stages.list_s + stages.write_s) * images,
-        "driver: messages and journal": driving * seconds - (stages.list_s + stages.write_s) * images,
-        "starting the workers": stages.start_s,
-        "too few images": seconds * (1 - working) - stages.start_s if images < actors * ANSWERS else 0.0,
-    }
-    return max(waits, key=waits.__getitem__)

@@ -86,6 +86,8 @@ def plan_team(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None
     """
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if gpus:
+        if (actors or 1) > gpus:
+            raise UsageError(f"the Ray cluster has room for {gpus} workers with a GPU: ask for fewer --ray-actors")
         most = max(int(node.get("GPU", 0)) for node in nodes)
         return Team(actors or gpus, threads or 1, 1, min(actors or gpus, most))
     if not cores:

@@ -54,8 +54,8 @@ def give_up(block: str) -> str:
     images = unpack_images(block)
     return pack_error(
         BackendError(
-            f"{MOST_ATTEMPTS} workers died of the images {images[0].source} to {images[-1].source}: is their memory "
-            "short? Fewer --rows need less; the same command goes on from here"
+            f"{MOST_ATTEMPTS} workers died at the images {images[0].source} to {images[-1].source}, or at others "
+            "beside them: is memory short? Fewer --rows need less; the same command goes on from here"
         )
     )
 

@@ -51,7 +51,7 @@ def test_a_block_that_kills_workers_is_named():
     attempts = Attempts()
     assert [attempts.begin("one") for _ in range(MOST_ATTEMPTS)][-1] == MOST_ATTEMPTS
     assert attempts.begin("other") == 1
-    with pytest.raises(EngineError, match=r"died of the images /i/a.png to /i/b.png"):
+    with pytest.raises(EngineError, match=r"died at the images /i/a.png to /i/b.png"):
         unpack_answer(give_up(pack_images([ImageFile("a", Path("/i/a.png")), ImageFile("b", Path("/i/b.png"))])))
 
 
@@ -77,6 +77,8 @@ def test_workers_are_as_many_as_there_is_room_for(nodes, gpus, actors, threads, 
 def test_more_workers_than_there_is_room_for_are_refused():
     with pytest.raises(UsageError, match="room for 2 workers with 1 CPUs"):
         plan_team([ONE], 0, actors=3, threads=None)
+    with pytest.raises(UsageError, match="room for 8 workers with a GPU"):
+        plan_team(EIGHT, 8, actors=9, threads=None)
     with pytest.raises(EngineError, match="has no CPUs"):
         plan_team([{"memory": 1.0}], 0, actors=None, threads=None)
 
