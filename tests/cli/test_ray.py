@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_workers_killed_three_times_the_run_is_the_same_byte_for_byte(image_dir,
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_a_run_begun_alone_goes_on_with_ray(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_a_run_begun_alone_goes_on_with_a_cluster_that_it_joins(image_dir, tiny_bundle, tmp_path, undisturbed):
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     process = subprocess.Popen(command(image_dir, tiny_bundle, out, *SLOW), stderr=subprocess.PIPE)
     wait_for_records(journal, 20, process)
@@ -148,9 +149,12 @@ def test_a_run_begun_alone_goes_on_with_ray(image_dir, tiny_bundle, tmp_path, un
     process.communicate()
     kept = len(read_journal(journal)[1])
     assert kept >= 20
-    result = caption(image_dir, tiny_bundle, out, *SLOW)
-    assert result.exit_code == 0, result.stderr
+    address = ray.get_runtime_context().gcs_address
+    joining = command(image_dir, tiny_bundle, out, *SLOW, "--ray", address, "--ray-actors", "2")
+    result = subprocess.run(joining, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     assert f"{kept} captions of an earlier run are taken from" in result.stderr
+    assert not re.findall(r".*(?:\.py|\.cc):\d+.*", result.stderr), "Ray's own talk is heard"
     assert out.read_bytes() == undisturbed
 
 
