@@ -48,9 +48,10 @@ soak: $(FULL)/.ready  ## caption 17,237 generated images: does it slow down, doe
 plots: $(FULL)/.ready  ## draw the records of benchmarks/results
 	$(FULL)/bin/python -m benchmarks.plots
 
-recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a small proxy) and a checked submission
+recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a small proxy), a checked submission, a report
 	@mkdir -p build/recipe
-	$(FULL)/bin/engine caption --input examples/images --beams $(BEAMS) --out build/recipe/run.csv
+	$(FULL)/bin/engine caption --input examples/images --beams $(BEAMS) --out build/recipe/run.csv \
+	    --n-best $(BEAMS) --n-best-out build/recipe/run.jsonl
 	$(FULL)/bin/python -m train small-bert --out build/small-bert
 	$(FULL)/bin/engine score --profile imageclef2024 --run build/recipe/run.csv --references examples/captions.csv \
 	    --images examples/images --weights bertscore=build/small-bert \
@@ -58,6 +59,8 @@ recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a s
 	$(FULL)/bin/engine submit --format imageclef2026 --run build/recipe/run.csv --manifest examples/captions.csv \
 	    --out build/recipe/submission.zip
 	$(FULL)/bin/engine check build/recipe/submission.zip --format imageclef2026 --manifest examples/captions.csv
+	$(FULL)/bin/engine report --run build/recipe/run.csv --images examples/images --references examples/captions.csv \
+	    --scores build/recipe/per_image.csv --n-best build/recipe/run.jsonl --out build/recipe/report
 
 SMOKE := build/smoke
 train-smoke: restore  ## fine-tune the demo checkpoint on the example pairs, export, caption, score, check parity

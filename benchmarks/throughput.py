@@ -31,7 +31,7 @@ from engine.decoding.beam import Hypothesis
 from engine.images import read_image
 from engine.options import DecodeOptions
 from export.parity import judge
-from export.reference import Reference, TorchBackend
+from export.reference import Reference, UncachedBackend
 from export.trace import summed_log_prob
 
 Ids1 = tuple[int, ...]
@@ -177,7 +177,7 @@ def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, I
     """
     reference, pictures = Reference.load(workload.checkpoint), read_pictures(workload)
     captioner = Captioner.load(workload.bundle, backend="cpu")
-    backend, spec = TorchBackend(reference), captioner.bundle.image
+    backend, spec = UncachedBackend(reference), captioner.bundle.image
     prompt_length = len(captioner.search(options).prompt)
     known: dict[int, str] = {}
     least: dict[int, float] = {}

@@ -19,12 +19,12 @@ from engine.backends.ort import available_cores
 from engine.bundle import Bundle
 from engine.capacity import slots_for
 from engine.decoding.beam import Hypothesis, Search
-from engine.decoding.sampling import Sampling
 from engine.decoding.scheduler import Scheduler
 from engine.errors import ImageError, UsageError
 from engine.images import ImageFile, Picture, read_image
 from engine.options import DecodeOptions
 from engine.remote import RemoteFolder
+from engine.search import resolve_search
 from engine.tokenizer import CaptionTokenizer, detokenise
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
@@ -183,35 +183,12 @@ class Captioner:
 
 def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions) -> Search:
     """Resolve options for a bundle; raise UsageError where they do not fit it."""
-    prompt = tokenizer.prompt_ids(options.prompt)
-    model, most = bundle.model, options.max_total_length(len(prompt))
-    if not len(prompt) < most <= model.max_positions:
-        raise UsageError(
-            f"a caption of up to {most} tokens ({len(prompt)} of them the prompt) does not fit: this bundle takes "
-            f"{len(prompt) + 1} to {model.max_positions}, set --max-new-tokens"
-        )
-    least = options.min_total_length(len(prompt))
-    if least > most:
-        raise UsageError(f"captions of at least {least} and at most {most} tokens cannot be: mend the two limits")
-    sampling = None
-    if options.do_sample:
-        top_k = min(options.top_k, model.vocab_size)
-        copies = options.num_return_sequences
-        sampling = Sampling(options.temperature, top_k, options.top_p, options.seed, copies)
-    if 2 * options.num_beams > model.vocab_size:
-        raise UsageError(f"{options.num_beams} beams are too many for a vocabulary of {model.vocab_size}")
-    return Search(
-        prompt=prompt,
-        num_beams=options.num_beams,
-        max_length=most,
-        min_length=least,
-        length_penalty=float(options.length_penalty),
-        early_stopping=options.early_stopping,
-        no_repeat_ngram_size=options.no_repeat_ngram_size,
-        num_return_sequences=1 if sampling else options.num_return_sequences,
+    return resolve_search(
+        options,
+        prompt=tokenizer.prompt_ids(options.prompt),
         eos=bundle.tokens.eos,
-        vocab_size=model.vocab_size,
-        sampling=sampling,
+        vocab_size=bundle.model.vocab_size,
+        max_positions=bundle.model.max_positions,
     )
 
 

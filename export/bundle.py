@@ -20,7 +20,7 @@ from export.checkpoint import CheckpointError, ExportError
 from export.conversion import convert, write_manifest
 from export.golden import record_golden
 from export.onnx_graphs import write_graphs
-from export.reference import Reference, TorchBackend, normalisation
+from export.reference import Reference, UncachedBackend, normalisation
 from export.trace import explain
 
 GENERATION_DEFAULTS = (
@@ -96,7 +96,7 @@ def _settle_ties(reference: Reference, draft: Path, say: Callable[[str], None]) 
                 continue
             divergence = explain(
                 captioner,
-                TorchBackend(reference),
+                UncachedBackend(reference),
                 golden.pixel_values[i],
                 DecodeOptions(**options),
                 ours=found[i].ids,

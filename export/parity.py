@@ -28,7 +28,7 @@ from engine.output.run import check_outputs, write_atomically
 from export.bundle import checkpoint_sha256
 from export.checkpoint import CheckpointError
 from export.golden import golden_pictures
-from export.reference import Reference, ReferenceCaption, TorchBackend
+from export.reference import Reference, ReferenceCaption, UncachedBackend
 from export.trace import (
     TIE_ABSOLUTE,
     TIE_RELATIVE,
@@ -124,7 +124,7 @@ def judge(
     part at a tie, two candidates of the search tie, and the engine scored `ours` as the reference does.
     """
     ((alone, *_),) = reference.generate(reference.pixels([picture]), options)
-    spec, backend = captioner.bundle.image, TorchBackend(reference)
+    spec, backend = captioner.bundle.image, UncachedBackend(reference)
     pixels = read_image(picture, spec.height, spec.width, spec.resample)
     divergence, mine, theirs = trace_both(captioner, backend, pixels, options)
     if not divergence.is_tie:

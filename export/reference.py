@@ -141,7 +141,7 @@ def _cut(ids: list[int], eos: int, prompt_length: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-class TorchBackend(PrefixBackend):
+class UncachedBackend(PrefixBackend):
     """The decoding core's Backend on Hugging Face's own forward pass, uncached: for tracing a mismatch."""
 
     name = "torch"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from transformers import BlipForConditionalGeneration, BlipImageProcessor
 
 from engine.backends.base import Appetite, StepInputs
 from engine.decoding.beam import Hypothesis, Search
-from engine.decoding.sampling import Sampling
 from engine.decoding.scheduler import Key, Scheduler
 from engine.options import DecodeOptions
+from engine.search import resolve_search
 from export.modules import DecoderStep, Encoder
 from export.reference import normalisation
 
@@ -105,26 +105,17 @@ class TorchBackend:
 
 
 def search_of(model: BlipForConditionalGeneration, options: DecodeOptions) -> Search:
-    """Resolve options without a prompt for a model that has no bundle yet; see Captioner.search."""
+    """Resolve options without a prompt for a model that has no bundle yet; captions end where its positions do."""
     text = model.config.text_config
-    sampling = None
-    if options.do_sample:
-        top_k = min(options.top_k, text.vocab_size)
-        sampling = Sampling(
-            options.temperature, top_k, options.top_p, options.seed, copies=options.num_return_sequences
-        )
-    return Search(
+    longest = text.max_position_embeddings
+    if options.max_total_length(1) > longest:
+        options = replace(options, max_new_tokens=longest - 1)
+    return resolve_search(
+        options,
         prompt=(text.bos_token_id,),
-        num_beams=options.num_beams,
-        max_length=min(options.max_total_length(1), text.max_position_embeddings),
-        min_length=options.min_total_length(1),
-        length_penalty=float(options.length_penalty),
-        early_stopping=options.early_stopping,
-        no_repeat_ngram_size=options.no_repeat_ngram_size,
-        num_return_sequences=1 if sampling else options.num_return_sequences,
         eos=text.sep_token_id,
         vocab_size=text.vocab_size,
-        sampling=sampling,
+        max_positions=longest,
     )
 
 

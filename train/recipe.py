@@ -30,9 +30,9 @@ class Recipe:
     learning rate by `step_factor` every `step_epochs` epochs (torch's StepLR), one-cycle is Smith's (2018), with the
     first tenth rising. `patience` epochs without a lower validation loss end the run (0: never). `freeze` names
     parts that stay as they are: vision (the tower), words (word and position embeddings), or all-but-cross (everything
-    but cross-attention). With a frozen
-    vision tower and no augmentation, `cache_features` encodes every image once. `metric` is what the best epoch is
-    chosen by: a metric of `engine score` over captions generated with `eval_beams` beams, or loss.
+    but cross-attention). With a frozen vision tower and no augmentation, `cache_features` encodes every image once.
+    `metric` is what the best epoch is chosen by: a metric of `engine score` over captions generated with `eval_beams`
+    beams, or loss.
 
     With a `reward`, such as "rouge1=1 bertscore=1", the run is the second stage, self-critical sequence training
     (train/reward.py): `samples` captions an image are drawn, and `likelihood_share` of the loss stays what it was.

@@ -11,7 +11,7 @@ from engine.backends.base import StepInputs
 from engine.decoding.scheduler import Scheduler
 from engine.images import read_image
 from engine.options import DecodeOptions
-from export.reference import TorchBackend
+from export.reference import UncachedBackend
 from tests.tiny import IMAGE_SIZE, random_pictures
 
 LAYER_TOLERANCE = 2e-5
@@ -91,7 +91,7 @@ def test_every_cached_step_gives_the_candidates_of_an_uncached_forward(
     options = DecodeOptions(
         num_beams=num_beams, no_repeat_ngram_size=ngram, min_new_tokens=9, max_new_tokens=26, prompt=prompt
     )
-    backend = Lockstep(tiny_captioner.backend, TorchBackend(tiny_reference))
+    backend = Lockstep(tiny_captioner.backend, UncachedBackend(tiny_reference))
     scheduler = Scheduler(backend, tiny_captioner.search(options), num_slots=3)
     results = dict(scheduler.decode(engine_pixels(random_pictures(7))))
     assert len(results) == 7

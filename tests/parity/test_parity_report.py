@@ -71,7 +71,7 @@ def explain(tiny_captioner, tiny_reference, monkeypatch):
 
     def run(ours: dict[int, float], theirs: dict[int, float], num_beams: int = 1):
         size = tiny_captioner.bundle.model.vocab_size
-        monkeypatch.setattr("export.parity.TorchBackend", lambda _: Words(size, theirs))
+        monkeypatch.setattr("export.parity.UncachedBackend", lambda _: Words(size, theirs))
         options, picture = DecodeOptions(num_beams=num_beams, max_new_tokens=4), random_pictures(1)[0]
         search, pixels = tiny_captioner.search(options), np.zeros((32, 32, 3), np.uint8)
         expected = Trace(Words(size, theirs), search, pixels).ids
@@ -114,7 +114,7 @@ def test_another_turn_beside_other_pictures_needs_a_tie_and_a_right_score(
 ):
     """Alone both say word 7; beside others the engine said word 8, `gap` behind, its score off by `score_error`."""
     words = Words(tiny_captioner.bundle.model.vocab_size, {7: -1.0, 8: -1.0 - gap})
-    monkeypatch.setattr("export.parity.TorchBackend", lambda _: words)
+    monkeypatch.setattr("export.parity.UncachedBackend", lambda _: words)
     monkeypatch.setattr(tiny_captioner, "backend", words)
     options, picture = DecodeOptions(num_beams=2, max_new_tokens=1), random_pictures(1)[0]
     (mine,) = tiny_captioner.caption([picture], options)

@@ -1,0 +1,41 @@
+"""From options to a search: lengths resolved to totals and checked against what a model can hold."""
+
+from __future__ import annotations
+
+from engine.decoding.beam import Search
+from engine.decoding.sampling import Sampling
+from engine.errors import UsageError
+from engine.options import DecodeOptions
+
+
+def resolve_search(
+    options: DecodeOptions, *, prompt: tuple[int, ...], eos: int, vocab_size: int, max_positions: int
+) -> Search:
+    """Return the search of `options` behind the ids `prompt`; raise UsageError where the sizes do not allow it."""
+    most, least = options.max_total_length(len(prompt)), options.min_total_length(len(prompt))
+    if not len(prompt) < most <= max_positions:
+        raise UsageError(
+            f"a caption of up to {most} tokens ({len(prompt)} of them the prompt) does not fit: this bundle takes "
+            f"{len(prompt) + 1} to {max_positions}, set --max-new-tokens"
+        )
+    if least > most:
+        raise UsageError(f"captions of at least {least} and at most {most} tokens cannot be: mend the two limits")
+    if 2 * options.num_beams > vocab_size:
+        raise UsageError(f"{options.num_beams} beams are too many for a vocabulary of {vocab_size}")
+    sampling = None
+    if options.do_sample:
+        top_k, copies = min(options.top_k, vocab_size), options.num_return_sequences
+        sampling = Sampling(options.temperature, top_k, options.top_p, options.seed, copies)
+    return Search(
+        prompt=prompt,
+        num_beams=options.num_beams,
+        max_length=most,
+        min_length=least,
+        length_penalty=float(options.length_penalty),
+        early_stopping=options.early_stopping,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+        num_return_sequences=1 if sampling else options.num_return_sequences,
+        eos=eos,
+        vocab_size=vocab_size,
+        sampling=sampling,
+    )
