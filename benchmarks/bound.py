@@ -18,7 +18,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.roofline import RULED_OUT
+from benchmarks.work import RULED_OUT
 from benchmarks.workload import MAX_NEW_TOKENS, prepare, read_pixels
 from engine.backends.base import Backend, StepInputs
 from engine.captioner import Captioner

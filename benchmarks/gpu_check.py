@@ -10,12 +10,13 @@ captioned with more and more beams side by side. A bundle of another precision i
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,9 +29,11 @@ from numpy.typing import NDArray
 from benchmarks.corpus import make_picture
 from benchmarks.gpu_floor import DEVICES, floor_s, model_work
 from benchmarks.machine import describe_machine
-from benchmarks.roofline import Work, count_work
-from engine.backends import BACKENDS, open_backend
+from benchmarks.work import Work, count_work
+from engine.backends import open_backend
 from engine.backends.nvidia import clashing_runtimes, find_gpu
+from engine.backends.plans import MODULES, build_plans, target_for
+from engine.backends.shapes import Bounds
 from engine.bundle import Bundle
 from engine.captioner import Captioner
 from engine.errors import EngineError
@@ -43,7 +46,11 @@ EXAMPLES = Path("examples/images")
 PARITY_IMAGES = 8
 SEARCHES = {"greedy": {"num_beams": 1}, "4 beams, 3-gram ban": {"num_beams": 4, "no_repeat_ngram_size": 3}}
 TIMED = "4 beams, 3-gram ban"
-GPU_BACKENDS = tuple(name for name in BACKENDS if name not in ("auto", "cpu"))
+WITH_GRAPHS = "+graphs"
+CHECKS = ("cuda", "tensorrt", "trt", "trt" + WITH_GRAPHS)
+"""Backends, the last with captured CUDA graphs."""
+MOST_BEAMS = 4
+"""Of SEARCHES and the golden recordings."""
 
 
 def make_pixels(bundle: Bundle, count: int) -> NDArray[np.uint8]:
@@ -64,14 +71,19 @@ def say_all(captioner: Captioner, pixels: NDArray[np.uint8], search: str, rows: 
     return [{"ids": list(found[i][0].ids), "score": float(found[i][0].score)} for i in range(len(pixels))]
 
 
-def check_one(bundle: Bundle, backend: str, images: int, rows: list[int]) -> dict[str, Any]:
-    """Run one backend in this process and return what it said and how long it took."""
-    report: dict[str, Any] = {"backend": backend, "precision": bundle.precision}
+def check_one(bundle: Bundle, check: str, images: int, rows: list[int], folder: Path) -> dict[str, Any]:
+    """Run one of CHECKS in this process and return what it said and how long it took; plans are built into `folder`."""
+    backend, graphs = check.removesuffix(WITH_GRAPHS), check.endswith(WITH_GRAPHS)
+    report: dict[str, Any] = {"backend": check, "precision": bundle.precision}
+    loading: dict[str, Any] = {}
+    if backend == "trt":
+        start = time.perf_counter()
+        loading = {"plans": build_for(bundle, rows, folder), "cuda_graphs": graphs}
+        report["build_s"] = time.perf_counter() - start
     start = time.perf_counter()
-    captioner = Captioner(bundle, open_backend(bundle, backend))
+    captioner = Captioner(bundle, open_backend(bundle, backend, **loading))
     report["first_load_s"] = time.perf_counter() - start
     report["used"] = captioner.backend.name
-    report["golden"] = [asdict(check) for check in verify(bundle, captioner.backend)]
     pixels = make_pixels(bundle, images)
     report["said"] = {search: say_all(captioner, pixels[:PARITY_IMAGES], search, None) for search in SEARCHES}
     report["speed"] = []
@@ -82,10 +94,20 @@ def check_one(bundle: Bundle, backend: str, images: int, rows: list[int]) -> dic
         seconds = time.perf_counter() - start
         tokens = sum(len(caption["ids"]) - 1 for caption in captions) / images
         report["speed"].append({"rows": number, "images": images, "images_per_s": images / seconds, "tokens": tokens})
+    report["golden"] = [asdict(one) for one in verify(bundle, captioner.backend)]
+    del captioner
     start = time.perf_counter()
-    Captioner(bundle, open_backend(bundle, backend))
+    open_backend(bundle, backend, **loading)
     report["second_load_s"] = time.perf_counter() - start
     return report
+
+
+def build_for(bundle: Bundle, rows: list[int], folder: Path) -> Path:
+    """Build plans for SEARCHES and the golden ones, with TensorRT, or where that is not installed with TensorRT-RTX."""
+    builder = next((name for name, module in MODULES.items() if importlib.util.find_spec(module)), "tensorrt")
+    bounds = Bounds.of(bundle, beams=MOST_BEAMS, rows=MOST_BEAMS * max(PARITY_IMAGES, *(row // 4 for row in rows), 1))
+    build_plans(bundle, folder, bounds, target_for(builder), lambda _: None)
+    return folder
 
 
 def compare(mine: dict[str, Any], cpu: dict[str, Any]) -> dict[str, Any]:
@@ -118,27 +140,23 @@ def in_process(bundle: Path, backend: str, images: int, rows: list[int], timeout
         return json.loads(out.read_text())
 
 
-def check_bundle(
-    path: Path, backends: tuple[str, ...], images: int, rows: list[int], timeout_s: float, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Check every backend with one bundle, the CPU's captions first."""
+def check_bundle(path: Path, checks: tuple[str, ...], images: int, rows: list[int], timeout_s: float) -> Iterator[Any]:
+    """Yield an entry for every check of one bundle; the CPU's captions are made first, to compare with."""
     bundle = Bundle.load(path)
+    named = {"bundle": bundle.digest[:12], "precision": bundle.precision}
     cpu = in_process(path, "cpu", PARITY_IMAGES, [], timeout_s)
     if "error" in cpu:
-        raise EngineError(f"the CPU cannot caption with {path}: {cpu['error']}")
+        yield named | cpu
+        return
     captioner = Captioner(bundle, open_backend(bundle, "cpu"))
     work = count_work(captioner, make_pixels(bundle, 2 * PARITY_IMAGES), options_of(bundle, TIMED))
-    entries = []
-    for backend in backends:
-        say(f"{backend}, {bundle.precision}")
-        entry = in_process(path, backend, images, rows, timeout_s)
+    for check in checks:
+        entry = named | in_process(path, check, images, rows, timeout_s)
         if "error" not in entry:
             entry["against_cpu"] = compare(entry, cpu)
             entry["share_of_paper_floor"] = share_of_floor(entry, bundle, work)
             del entry["said"]
-        entries.append(entry)
-        say(summary(entry))
-    return {"bundle": bundle.digest[:12], "precision": bundle.precision, "backends": entries}
+        yield entry
 
 
 def share_of_floor(entry: dict[str, Any], bundle: Bundle, work: Work) -> float | None:
@@ -148,7 +166,7 @@ def share_of_floor(entry: dict[str, Any], bundle: Bundle, work: Work) -> float |
     except EngineError:
         return None
     known = next((device for device in DEVICES if device.upper() in name.upper()), None)
-    if known is None or not entry["speed"]:
+    if known is None or not entry["speed"] or bundle.precision not in DEVICES[known].flops:
         return None
     fastest = max(speed["images_per_s"] for speed in entry["speed"])
     return floor_s(work, model_work(bundle), DEVICES[known], 1, bundle.precision) * fastest
@@ -157,12 +175,12 @@ def share_of_floor(entry: dict[str, Any], bundle: Bundle, work: Work) -> float |
 def summary(entry: dict[str, Any]) -> str:
     """Say one backend's result in a line."""
     if "error" in entry:
-        return f"  failed: {entry['error']}"
+        return f"failed: {entry['error']}"
     same = ", ".join(f"{c['identical']}/{c['images']} {search}" for search, c in entry["against_cpu"].items())
     golden = sum(check["identical"] for check in entry["golden"]), sum(check["images"] for check in entry["golden"])
     speeds = ", ".join(f"{speed['images_per_s']:.1f} at {speed['rows']} rows" for speed in entry["speed"])
     loads = f"loaded in {entry['first_load_s']:.1f} s, again in {entry['second_load_s']:.1f} s"
-    return f"  as the CPU: {same}; PyTorch's: {golden[0]}/{golden[1]}; images/s: {speeds or 'not timed'}; {loads}"
+    return f"as the CPU: {same}; PyTorch's: {golden[0]}/{golden[1]}; images/s: {speeds or 'not timed'}; {loads}"
 
 
 @contextmanager
@@ -178,7 +196,7 @@ def errors_in_one_line() -> Iterator[None]:
 @click.command()
 @click.option("--bundle", "bundles", type=click.Path(path_type=Path), multiple=True, help="Several for precisions.")
 @click.option("--json", "out", type=click.Path(path_type=Path), required=True, help="Report to write.")
-@click.option("--backends", default=",".join(GPU_BACKENDS), show_default=True)
+@click.option("--backends", default=",".join(CHECKS), show_default=True)
 @click.option("--images", type=click.IntRange(PARITY_IMAGES), default=512, show_default=True, help="Images timed.")
 @click.option("--rows", default="64,256,1024", show_default=True, help="Beams side by side that are timed.")
 @click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one backend.")
@@ -191,25 +209,29 @@ def main(
     paths = bundles or (Bundle.load().path,)
     with errors_in_one_line():
         if one is not None:
-            out.write_text(json.dumps(check_one(Bundle.load(paths[0]), one, images, numbers)) + "\n")
+            found = check_one(Bundle.load(paths[0]), one, images, numbers, out.parent / "plans")
+            out.write_text(json.dumps(found) + "\n")
             return
-        unknown = set(chosen) - set(BACKENDS[1:])
+        unknown = set(chosen) - {"cpu", *CHECKS}
         if unknown:
-            raise EngineError(f"--backends knows no {', '.join(sorted(unknown))}: there are {', '.join(BACKENDS[1:])}")
+            raise EngineError(f"--backends knows no {', '.join(sorted(unknown))}: there are cpu, {', '.join(CHECKS)}")
         gpu = asdict(find_gpu("look at --backends cpu")) if set(chosen) - {"cpu"} else None
-        report = {
+        report: dict[str, Any] = {
             "benchmark": "gpu_check",
             "machine": describe_machine(),
             "gpu": gpu,
             "info": collect_info(),
             "warning": clashing_runtimes(),
-            "bundles": [
-                check_bundle(path, chosen, images, numbers, timeout_s, lambda line: click.echo(line, err=True))
-                for path in paths
-            ],
+            "entries": [],
         }
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        for path in paths:
+            for entry in check_bundle(path, chosen, images, numbers, timeout_s):
+                report["entries"].append(entry)
+                out.write_text(json.dumps(report, indent=1) + "\n")  # after each: none is lost by the next
+                click.echo(f"{entry['backend']}, {entry['precision']}: {summary(entry)}", err=True)
         click.echo(out)
+        if any("error" in entry for entry in report["entries"]):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.corpus import CHALLENGE_SIZE
 from benchmarks.machine import describe_machine
-from benchmarks.roofline import ModelWork, Work
+from benchmarks.work import ModelWork, Work
 from engine.backends.base import Appetite, StepInputs
 from engine.bundle import MANIFEST, Bundle
 from engine.decoding.beam import Search

@@ -23,7 +23,8 @@ import click
 
 from benchmarks.machine import describe_machine
 from benchmarks.programs import BATCHED, PROGRAMS, Ids, Setting, Timing, Worker
-from benchmarks.roofline import ModelWork, count_work, measure_matmul
+from benchmarks.roofline import measure_matmul
+from benchmarks.work import ModelWork, count_work
 from benchmarks.workload import MAX_NEW_TOKENS, Workload, prepare, read_pictures, read_pixels
 from engine.bundle import Bundle
 from engine.captioner import Captioner

@@ -24,12 +24,13 @@ def slots_for(
     """Return the number of slots B for about `rows` beams side by side.
 
     `rows` None means as many as the device likes, bounded by MEMORY_SHARE of `memory_bytes` (None: what is
-    available now). An explicit `rows` is taken at its word.
+    available now, on the device or on the host). An explicit `rows` is taken at its word.
     """
     if rows is not None:
         return max(1, rows // search.num_beams)
+    memory_bytes = appetite.memory_bytes if memory_bytes is None else memory_bytes
     memory_bytes = available_memory() if memory_bytes is None else memory_bytes
-    affordable = int(MEMORY_SHARE * memory_bytes) // slot_bytes(search, model)
+    affordable = int(MEMORY_SHARE * memory_bytes) // slot_bytes(search, model, appetite.item_bytes)
     return max(1, min(appetite.rows // search.num_beams, affordable, appetite.slots or affordable))
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import onnxruntime
 
 from engine.backends.device import HostDevice
+from engine.backends.execution import Graph
 from engine.backends.shapes import Bounds
-from engine.backends.trt import Graph, TrtBackend
+from engine.backends.trt import TrtBackend
 from engine.bundle import Bundle
 
 DTYPES = {
@@ -35,8 +36,10 @@ class RecordingDevice(HostDevice):
 
     def capture(self, queue_work: Callable[[], None]) -> list[Callable[[], None]]:
         self.recording = captured = []
-        queue_work()
-        self.recording = None
+        try:
+            queue_work()
+        finally:
+            self.recording = None
         return captured
 
     def replay(self, captured: list[Callable[[], None]]) -> None:
@@ -53,20 +56,26 @@ class Context:
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._device, self._shapes, self._addresses = device, {}, {}
         self.runs: list[tuple] = []
+        self.is_captured = False
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert not self.is_captured, "a context that was captured from must not change"
         declared = {entry.name: entry.shape for entry in self._session.get_inputs()}[name]
         self._shapes[name] = shape
         return len(declared) == len(shape) and all(size > 0 for size in shape)  # TensorRT takes no empty tensor
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert not self.is_captured, "a context that was captured from must not change"
         self._addresses[name] = address
+        return True
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 0
         self.runs.append(tuple(sorted(self._shapes.items())))
         work = partial(self._compute, dict(self._shapes), dict(self._addresses))
         if self._device.recording is not None:
+            assert self.runs[-2:-1] == self.runs[-1:], "an ordinary run comes before a capture"
+            self.is_captured = True
             self._device.recording.append(work)
         else:
             work()
@@ -94,6 +103,6 @@ def stand_in_backend(bundle: Bundle, bounds: Bounds, *, uses_cuda_graphs: bool =
     device = RecordingDevice()
     graphs = {}
     for graph in ("encoder", "decoder", "regroup"):
-        context = Context(bundle.path / f"{graph}.onnx", device)
-        graphs[graph] = Graph(context, device, frozenset(["num_candidates"]), uses_cuda_graphs)
+        new_context = partial(Context, bundle.path / f"{graph}.onnx", device)
+        graphs[graph] = Graph(new_context, device, frozenset(["num_candidates"]), uses_cuda_graphs)
     return TrtBackend(bundle, graphs, bounds, device)

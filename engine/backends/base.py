@@ -46,11 +46,16 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class Appetite:
-    """What keeps a device busy: beams decoded side by side, and images encoded at once; at most `slots` images."""
+    """What keeps a device busy: beams decoded side by side, and images encoded at once; at most `slots` images.
+
+    `memory_bytes` is what the device has for keys and values of `item_bytes` each; None means the host's free memory.
+    """
 
     rows: int
     encode_batch: int
     slots: int | None = None
+    memory_bytes: int | None = None
+    item_bytes: int = 4
 
 
 class Backend(Protocol):

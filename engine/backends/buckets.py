@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from engine.backends.base import Appetite, Backend, Cache, Encoded, StepInputs
 from engine.backends.shapes import FEWEST_BANS, FEWEST_SETTLED, FILLER, rounded_up
 
+NEVER = -1e9
+"""Instead of -inf for whole rows: where all candidates are -inf, TopK of some GPU libraries gives chance ids."""
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -84,7 +86,7 @@ class Bucketed:
             StepInputs(
                 input_ids=_padded(inputs.input_ids, more, 0),
                 positions=_padded(inputs.positions, more, 0),
-                scores=_padded(inputs.scores, more, -np.inf),
+                scores=_padded(np.maximum(inputs.scores, np.float32(NEVER)), more, NEVER),
                 banned_ids=_padded(bans, more, -1),
                 ancestry=ancestry,
                 num_candidates=inputs.num_candidates,

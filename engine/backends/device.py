@@ -28,6 +28,10 @@ class Device(Protocol):
         """What TensorRT queues its work on; 0 on the host."""
         ...
 
+    def free_bytes(self) -> int | None:
+        """Return how much memory is free, None for the host's, which engine.capacity knows more about."""
+        ...
+
     def allocate(self, size_bytes: int) -> int:
         """Return the address of zeroed memory. Raises OutOfMemoryError."""
         ...
@@ -73,6 +77,9 @@ class HostDevice:
 
     def __init__(self) -> None:
         self._owned: dict[int, NDArray[np.uint8]] = {}
+
+    def free_bytes(self) -> None:
+        """See Device.free_bytes."""
 
     def allocate(self, size_bytes: int) -> int:
         """See Device.allocate."""
@@ -122,6 +129,11 @@ class CudaDevice:
         """See Device.stream."""
         return int(self._stream)
 
+    def free_bytes(self) -> int:
+        """See Device.free_bytes."""
+        free, _ = self._call(self._runtime.cudaMemGetInfo())
+        return int(free)
+
     def allocate(self, size_bytes: int) -> int:
         """See Device.allocate."""
         (address,) = self._call(self._runtime.cudaMalloc(max(1, size_bytes)))
@@ -153,9 +165,13 @@ class CudaDevice:
         """See CapturingDevice.capture; a CUDA graph."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call(self._runtime.cudaStreamBeginCapture(self._stream, mode))
-        queue_work()
-        (graph,) = self._call(self._runtime.cudaStreamEndCapture(self._stream))
+        try:
+            queue_work()
+        finally:
+            ended = self._runtime.cudaStreamEndCapture(self._stream)
+        (graph,) = self._call(ended)
         (executable,) = self._call(self._runtime.cudaGraphInstantiate(graph, 0))
+        self._call(self._runtime.cudaGraphDestroy(graph))
         return executable
 
     def replay(self, captured: Any) -> None:

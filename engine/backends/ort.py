@@ -6,6 +6,8 @@ Keys and values stay on the device, bound to the graphs by address; only candida
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,13 @@ from numpy.typing import NDArray
 
 from engine.backends.base import Appetite, StepInputs
 from engine.backends.device import CudaDevice, Device, HostDevice
-from engine.backends.providers import CPU, KINDS, Provider, import_onnxruntime, providers_for
-from engine.backends.shapes import ENCODE_BATCH, ROWS
+from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
+from engine.backends.shapes import gpu_appetite
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, OutOfMemoryError
 
 CPU_APPETITE = Appetite(rows=160, encode_batch=2)
 """Measured on 2 cores (benchmarks/LOG.md): more rows bring a few percent at most, larger batches miss the cache."""
-GPU_APPETITE = Appetite(rows=ROWS, encode_batch=ENCODE_BATCH)
-"""A guess that has never run: no GPU was at hand."""
 
 FLOAT32_ALWAYS = ("scores", "candidate_scores")
 """Sums along captions, whatever the weights are; keys and values have the precision's own type."""
@@ -34,6 +34,7 @@ OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of me
 STOP_SPINNING = ("session.force_spinning_stop", "1")
 """Threads of one graph would else spin on the cores the next graph needs: 8 to 20 % of a run (benchmarks/LOG.md)."""
 GRAPHS = ("encoder", "decoder", "regroup")
+OTHER_BACKEND = "give fewer --beams, --rows or --max-new-tokens, or take --backend cuda or trt"
 
 
 @dataclass
@@ -59,11 +60,14 @@ class OrtBackend:
         Ask providers.require first: a GPU's absence is found out there.
         """
         self.name = name
-        self.appetite = CPU_APPETITE if name == "cpu" else GPU_APPETITE
-        self._ort = import_onnxruntime(name)
+        self._bounds = bounds_for(name, bundle)
+        if name == "tensorrt" and bundle.precision != "fp16":
+            os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider has no option for it, and float32 means float32
+        self._ort = import_libraries(name)
         self._device: Device = HostDevice() if KINDS[name].device == "cpu" else CudaDevice()
+        self.appetite = CPU_APPETITE
         if self._device.name != "cpu":
-            self._ort.preload_dlls()
+            self.appetite = gpu_appetite(bundle, self._device.free_bytes(), self._bounds)
         self._model = bundle.model
         threads = threads or available_cores()
         self._names = {
@@ -73,7 +77,7 @@ class OrtBackend:
         # as they are: optimising runs parts of a graph, and these are not known to be the manifest's yet
         as_written: dict[str, list[Provider]] = {graph: [(CPU, {})] for graph in GRAPHS}
         self._check_graphs(bundle, *self._open(bundle, threads, as_written, is_optimised=False))
-        chosen = {graph: providers_for(name, bundle, graph) for graph in GRAPHS}
+        chosen = {graph: providers_for(name, bundle, graph, self._bounds) for graph in GRAPHS}
         self._encoder, self._decoder, self._regroup = self._open(bundle, threads, chosen, is_optimised=True)
         self._dtype: type[np.float16] | type[np.float32] = np.float16 if bundle.precision == "fp16" else np.float32
         model = bundle.model
@@ -138,6 +142,8 @@ class OrtBackend:
 
     def allocate(self, num_slots: int, settled: int = 0, recent: int = 0) -> OrtCache:
         """See FillableBackend.allocate."""
+        if self._bounds is not None:
+            self._bounds.refuse_beyond(OTHER_BACKEND, slots=num_slots)
         cross = [self._on_device(np.zeros((num_slots, *self._slot_shape), self._dtype)) for _ in self._names["cross"]]
         return OrtCache(num_slots, cross, self._zeros(num_slots, settled), self._zeros(num_slots, recent))
 
@@ -148,6 +154,10 @@ class OrtBackend:
 
     def step(self, cache: OrtCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See Backend.step."""
+        if self._bounds is not None:
+            rows, bans = inputs.banned_ids.shape[1:]
+            settled = cache.settled[0].shape()[2]
+            self._bounds.refuse_beyond(OTHER_BACKEND, beams=rows, bans=bans, settled=settled)
         feed = {
             "input_ids": self._value(inputs.input_ids),
             "positions": self._value(inputs.positions),
@@ -191,7 +201,8 @@ class OrtBackend:
         return [self._on_device(nothing)] * len(self._names["cross"])
 
     def _on_device(self, array: NDArray[Any]) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device.name, 0)
+        with self._explained():
+            return self._ort.OrtValue.ortvalue_from_numpy(array, self._device.name, 0)
 
     def _named(self, part: str, values: list[Any]) -> dict[str, Any]:
         return dict(zip(self._names[part], values, strict=True))
@@ -210,7 +221,7 @@ class OrtBackend:
         """Run a graph; return OrtValues, those `to_host` first. Cross keys and values of a `cache` are fed, too."""
         self._device.wait()  # for what was copied: ONNX Runtime works on a stream of its own
         binding, device = session.io_binding(), self._device.name
-        try:
+        with self._explained():
             for name, value in feed.items():
                 binding.bind_ortvalue_input(name, value)
             if cache is not None:
@@ -223,6 +234,12 @@ class OrtBackend:
                 binding.bind_output(name, device)
             session.run_with_iobinding(binding)
             return list(binding.get_outputs())
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what ONNX Runtime raises into our errors."""
+        try:
+            yield
         except Exception as error:
             reason = " ".join(str(error).split())[:400]
             kind = OutOfMemoryError if any(sign in reason.lower() for sign in OUT_OF_MEMORY) else BackendError

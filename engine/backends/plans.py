@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends.nvidia import find_gpu
-from engine.backends.providers import cache_folder, refuse_strangers_folder
+from engine.backends.providers import cache_folder, refuse_strangers
 from engine.backends.shapes import Bounds, Profile, profiles
 from engine.bundle import Bundle, file_sha256
 from engine.errors import BackendError
@@ -31,7 +31,6 @@ PORTABLE = "tensorrt-rtx"
 ANY_GPU = "any"
 OLDEST = (10, 12)
 """TensorRT: older ones do not type networks strongly in every operator used here."""
-TIMINGS = "timing.cache"
 
 
 @dataclass(frozen=True)
@@ -74,24 +73,29 @@ def target_for(builder: str, compute_capability: str | None = None) -> Target:
     Raises BackendError where a GPU is needed and there is none, or the capability is not one the builder knows.
     """
     if builder == PORTABLE and compute_capability is not None:
-        module = import_builder(builder)
-        if _capability(module, compute_capability) is None:
-            known = [name for name in module.ComputeCapability.__members__ if name.startswith("SM")]
-            raise BackendError(f"{builder} does not build for {compute_capability}: it knows {', '.join(known)}")
-        return Target(builder, module.__version__, compute_capability, ANY_GPU)
+        return _portable(compute_capability)
     gpu = find_gpu(f"build for another with --builder {PORTABLE} --compute-capability 8.0")
     if compute_capability not in (None, gpu.compute_capability):
         raise BackendError(
             f"{builder} builds for the GPU of this machine ({gpu.compute_capability}): leave --compute-capability out, "
             f"or take --builder {PORTABLE}"
         )
-    version = import_builder(builder).__version__
-    return Target(builder, version, gpu.compute_capability, ANY_GPU if builder == PORTABLE else gpu.name)
+    if builder == PORTABLE:
+        return _portable(gpu.compute_capability)
+    return Target(builder, import_builder(builder).__version__, gpu.compute_capability, gpu.name)
+
+
+def _portable(compute_capability: str) -> Target:
+    module = import_builder(PORTABLE)
+    if _capability(module, compute_capability) is None:
+        known = [name for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+        raise BackendError(f"{PORTABLE} does not build for {compute_capability}: it knows {', '.join(known)}")
+    return Target(PORTABLE, module.__version__, compute_capability, ANY_GPU)
 
 
 def default_folder(bundle: Bundle) -> Path:
     """Return where plans of a bundle are put and looked for when nobody says otherwise."""
-    return cache_folder(bundle) / "plans"
+    return cache_folder(bundle, "plans")
 
 
 def build_plans(
@@ -110,7 +114,7 @@ def build_plans(
     another process is building there.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    refuse_strangers_folder(folder)
+    refuse_strangers(folder)
     paths = []
     with OutputLock(folder):
         for graph in graphs:
@@ -119,7 +123,8 @@ def build_plans(
                 say(f"{path} is there already")
             else:
                 say(f"building {path}")
-                plan = build_plan(bundle, graph, bounds, target, folder / TIMINGS)
+                timings = folder / f"timings-{target.version}-{target.compute_capability}.cache"
+                plan = build_plan(bundle, graph, bounds, target, timings)
                 _write(path, plan)
                 kept = key | {"plan_sha256": hashlib.sha256(plan).hexdigest()}
                 _write(path.with_suffix(".json"), (json.dumps(kept, indent=1, sort_keys=True) + "\n").encode())
@@ -135,7 +140,7 @@ def plan_key(bundle: Bundle, graph: str, bounds: Bounds, target: Target) -> dict
         "weights_sha256": bundle.files.get(f"{graph}.onnx.data"),
         "precision": bundle.precision,
         "bounds": bounds.settings(),
-        "flags": ["STRONGLY_TYPED"],
+        "flags": ["STRONGLY_TYPED", "NO_TF32"],
         **asdict(target),
     }
 
@@ -155,10 +160,11 @@ def build_network(
     trt: Any, path: Path, profile: Profile, compute_capability: str, timings: Path | None = None
 ) -> bytes:
     """Parse an ONNX file strongly typed, and build it for `profile`; see build_plan."""
-    logger = _logger(trt)
+    logger = make_logger(trt)
     builder = trt.Builder(logger)
     network, _ = parse(trt, builder, logger, path)
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and float32 here means float32
     shapes = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
@@ -174,14 +180,16 @@ def build_network(
     if capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(capability, 0)
+        timings = None  # ahead of time nothing is timed
     elif timings is not None:
         known = timings.read_bytes() if timings.exists() else b""
         config.set_timing_cache(config.create_timing_cache(known), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BackendError(f"{path} cannot be built: {logger.last()}")
-    if capability is None and timings is not None:
-        _write(timings, bytes(config.get_timing_cache().serialize()))
+    kept = config.get_timing_cache() if timings is not None else None
+    if timings is not None and kept is not None:
+        _write(timings, bytes(kept.serialize()))
     return bytes(plan)
 
 
@@ -205,7 +213,8 @@ def read_plan(folder: Path, bundle: Bundle, graph: str, here: Callable[[str], Ta
     note = path.with_suffix(".json")
     if not path.is_file() or not note.is_file():
         raise BackendError(f"{folder} has no plan of the {graph}: make it with `engine plan --bundle {bundle.path}`")
-    refuse_strangers_folder(folder)
+    for one in (folder, path, note):
+        refuse_strangers(one)
     try:
         kept = json.loads(note.read_text(encoding="utf-8"))
         bounds = Bounds(**kept["bounds"])
@@ -237,6 +246,7 @@ def _is_whole(path: Path, key: dict[str, Any]) -> bool:
 def _write(path: Path, content: bytes) -> None:
     half = path.with_name(path.name + ".tmp")
     half.write_bytes(content)
+    half.chmod(0o600)
     half.replace(path)
 
 
@@ -246,8 +256,8 @@ def _capability(trt: Any, text: str) -> Any:
     return known.__members__.get("SM" + text.replace(".", "")) if known is not None else None
 
 
-def _logger(trt: Any) -> Any:
-    """Return a logger that keeps errors for our own messages instead of printing them."""
+def make_logger(trt: Any) -> Any:
+    """Return a logger of a builder's module that keeps errors for our own messages instead of printing them."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -5,13 +5,18 @@ Every option is a string, as ONNX Runtime wants them. Nothing of CUDA and Tensor
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.metadata
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.backends.nvidia import clashing_runtimes, find_gpu, missing_gpu
+from engine.backends.device import CudaDevice
+from engine.backends.nvidia import clashing_runtimes, find_gpu
 from engine.backends.shapes import Bounds, Profile, profiles
 from engine.bundle import Bundle
 from engine.errors import BackendError
@@ -35,12 +40,16 @@ class Kind:
 
 CUDA_OPTIONS = {"use_tf32": "0"}
 """torch multiplies float32 without TF32, too."""
+WIDEST_BEAMS = 10
+"""Beams the TensorRT provider is built for where a bundle's own search has fewer."""
 TENSORRT_OPTIONS = {
     "trt_engine_cache_enable": "1",
     "trt_timing_cache_enable": "1",
     "trt_builder_optimization_level": "3",
-    # this provider builds weakly typed networks: selection must stay float32, so it stays out of them
+    # this provider builds weakly typed networks: selection must stay float32, so it stays out of them; the few
+    # operators between those three would be networks of their own, with inputs that no profile knows
     "trt_op_types_to_exclude": "LogSoftmax,TopK,ScatterElements",
+    "trt_min_subgraph_size": "50",
 }
 KINDS: dict[str, Kind] = {
     "cpu": Kind((CPU,), device="cpu"),
@@ -64,12 +73,27 @@ def import_onnxruntime(extra: str) -> Any:
     return onnxruntime
 
 
+def import_libraries(name: str) -> Any:
+    """Import onnxruntime and load what a backend's providers link, for which a driver must be there; see `require`."""
+    ort = import_onnxruntime(name)
+    if KINDS[name].device != "cpu":
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()
+    for module in KINDS[name].modules:
+        importlib.import_module(module)
+    return ort
+
+
 def choose(name: str) -> str:
-    """Resolve `auto`: cuda where a GPU and the provider for it are there, else cpu."""
+    """Resolve `auto`: cuda where nothing is missing for it, else cpu."""
     if name != "auto":
         return name
-    available = import_onnxruntime("cpu").get_available_providers()
-    return "cuda" if CUDA in available and missing_gpu() is None else "cpu"
+    try:
+        require("cuda")
+        CudaDevice()
+    except BackendError:
+        return "cpu"
+    return "cuda"
 
 
 def require(name: str) -> None:
@@ -88,13 +112,20 @@ def require(name: str) -> None:
             raise BackendError(
                 f"backend {name} needs {module}, which is not installed: pip install 'blip-caption-engine[{name}]'"
             )
-    available = import_onnxruntime(name).get_available_providers()
+    available = import_libraries(name).get_available_providers()
     wanted = kind.providers[0]
     if wanted not in available:
         raise BackendError(
             f"backend {name} needs ONNX Runtime's {wanted}, and the one installed has only {', '.join(available)}: "
             f"pip uninstall onnxruntime, then pip install 'blip-caption-engine[{name}]'"
         )
+
+
+def bounds_for(name: str, bundle: Bundle) -> Bounds | None:
+    """Return what a backend is built for before it is known which searches will be run; None where anything goes."""
+    if KINDS[name].providers[0] != TENSORRT:
+        return None
+    return Bounds.of(bundle, beams=max(WIDEST_BEAMS, bundle.options().num_beams))
 
 
 def providers_for(name: str, bundle: Bundle, graph: str, bounds: Bounds | None = None) -> list[Provider]:
@@ -104,11 +135,12 @@ def providers_for(name: str, bundle: Bundle, graph: str, bounds: Bounds | None =
     for provider in kind.providers:
         options = dict(kind.options.get(provider, {}))
         if provider == TENSORRT:
-            folder = str(cache_folder(bundle))
+            assert bounds is not None
+            folder = str(cache_folder(bundle, f"onnxruntime-{_version('onnxruntime-gpu')}-{_version('tensorrt')}"))
             options |= {"trt_engine_cache_path": folder, "trt_timing_cache_path": folder}
             options["trt_engine_cache_prefix"] = graph
             options["trt_fp16_enable"] = "1" if bundle.precision == "fp16" else "0"
-            options |= profile_options(profiles(bundle, bounds or Bounds.of(bundle))[graph])
+            options |= profile_options(profiles(bundle, bounds)[graph])
         chosen.append((provider, options))
     return chosen
 
@@ -122,23 +154,30 @@ def profile_options(profile: Profile) -> dict[str, str]:
     return dict(zip(("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes"), texts, strict=True))
 
 
-def cache_folder(bundle: Bundle) -> Path:
-    """Return the folder for what is built from a bundle, made for this user alone.
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def cache_folder(bundle: Bundle, name: str) -> Path:
+    """Return the folder `name` for what is built from a bundle, made for this user alone.
 
     Plans are executable code. Raises BackendError when the folder is another user's or others may write into it.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "blip-caption-engine" / bundle.digest[:16]
+    folder = root / "blip-caption-engine" / bundle.digest[:16] / name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    refuse_strangers_folder(folder)
+    refuse_strangers(folder)
     return folder
 
 
-def refuse_strangers_folder(folder: Path) -> None:
-    """Raise BackendError unless `folder` belongs to this user and nobody else may write into it."""
-    status = folder.stat()
+def refuse_strangers(path: Path) -> None:
+    """Raise BackendError unless a folder or file belongs to this user and nobody else may write into it."""
+    status = path.stat()
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
         raise BackendError(
-            f"{folder} belongs to another user or others may write into it, and plans are executable code: "
-            f"chmod go-w {folder}, or choose another folder"
+            f"{path} belongs to another user or others may write into it, and plans are executable code: "
+            f"chmod go-w {path}, or choose another folder"
         )

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engine.backends.base import Appetite
 from engine.bundle import Bundle
 from engine.decoding.scheduler import SETTLE_EVERY
+from engine.errors import BackendError
 
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
@@ -22,6 +24,8 @@ ROWS = 1024
 """Beams side by side on a GPU: a guess, none was at hand."""
 ENCODE_BATCH = 16
 """Images encoded at once there, likewise."""
+PROMPT_MARGIN = 16
+"""Positions left for a prompt."""
 MOST_DRAWN = 100
 """Words a caption can be drawn from (--top-k); TensorRT's TopK takes 3840 at most."""
 
@@ -49,7 +53,7 @@ class Bounds:
         """
         given = {"num_beams": beams, "max_new_tokens": max_new_tokens}
         options = bundle.options(**{name: value for name, value in given.items() if value is not None})
-        longest = min(bundle.model.max_positions, options.max_total_length(1))
+        longest = min(bundle.model.max_positions, options.max_total_length(1) + PROMPT_MARGIN)
         slots = max(1, rows // options.num_beams)
         return cls(
             slots=rounded_up(slots, 1),
@@ -69,9 +73,27 @@ class Bounds:
         """C at most: 2K for beam search, MOST_DRAWN when captions are drawn."""
         return max(2 * self.beams, MOST_DRAWN)
 
+    def refuse_beyond(self, hint: str, **wanted: int) -> None:
+        """Raise BackendError, ending in `hint`, where a size given by its field's name is larger than here."""
+        for name, size in wanted.items():
+            most = getattr(self, name)
+            if size > most:
+                raise BackendError(f"at most {most} {name.replace('_', ' ')} are possible, {size} are wanted: {hint}")
+
     def settings(self) -> dict[str, int]:
         """Return the bounds as JSON holds them."""
         return asdict(self)
+
+
+def gpu_appetite(bundle: Bundle, free_bytes: int | None, bounds: Bounds | None = None) -> Appetite:
+    """Return what suits a GPU with `free_bytes`, within `bounds` where there are some. A guess that has never run."""
+    return Appetite(
+        rows=bounds.slots * bounds.beams if bounds else ROWS,
+        encode_batch=bounds.encode_batch if bounds else ENCODE_BATCH,
+        slots=bounds.slots if bounds else None,
+        memory_bytes=free_bytes,
+        item_bytes=2 if bundle.precision == "fp16" else 4,
+    )
 
 
 def rounded_up(size: int, smallest: int) -> int:

@@ -8,21 +8,32 @@ runtime that computes what a plan would.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Appetite, StepInputs
-from engine.backends.device import CapturingDevice, CudaDevice, Device
+from engine.backends.base import StepInputs
+from engine.backends.device import CapturingDevice, CudaDevice
+from engine.backends.execution import Graph, Region
 from engine.backends.nvidia import find_gpu
-from engine.backends.plans import GRAPHS, MODULES, Plan, build_plans, default_folder, import_builder, read_plan
-from engine.backends.shapes import Bounds, Shape
+from engine.backends.plans import (
+    GRAPHS,
+    MODULES,
+    PORTABLE,
+    Plan,
+    build_plans,
+    default_folder,
+    import_builder,
+    make_logger,
+    read_plan,
+)
+from engine.backends.shapes import Bounds, Shape, gpu_appetite
 from engine.bundle import Bundle
-from engine.errors import BackendError
+from engine.errors import BackendError, OutOfMemoryError
 
 SMALL = {
     "input_ids": np.int64,
@@ -32,22 +43,7 @@ SMALL = {
     "ancestry": np.bool_,
 }
 """Inputs that come from the host at every step."""
-
-
-class Region:
-    """Memory of the device that grows when more is asked for; what was in it is lost then, and zeros come instead."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self.address, self._size = 0, 0
-
-    def at_least(self, size_bytes: int) -> int:
-        """Return the address of at least so many bytes."""
-        if size_bytes > self._size:
-            if self._size:
-                self._device.free(self.address)
-            self.address, self._size = self._device.allocate(size_bytes), size_bytes
-        return self.address
+OTHER_PLANS = "build plans for this search with `engine plan`, whose options are --beams, --max-new-tokens and --rows"
 
 
 @dataclass
@@ -66,44 +62,6 @@ class TrtCache:
     spare_recent: list[Region]
 
 
-@dataclass
-class Graph:
-    """One plan, ready to run on a device."""
-
-    context: Any
-    device: CapturingDevice
-    on_host: frozenset[str] = frozenset()
-    uses_cuda_graphs: bool = False
-    captured: dict[Any, Any] = field(default_factory=dict)
-
-    def run(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int], values: Shape = ()) -> None:
-        """Queue the plan for inputs of `shapes`, everything read and written at `addresses`.
-
-        `values` are those of inputs that TensorRT reads on the host. With `uses_cuda_graphs`, the second run with the
-        same shapes, addresses and values is captured, and later ones replay it.
-        """
-        key = (tuple(shapes.items()), tuple(addresses.items()), values)
-        if self.captured.get(key) is not None:
-            self.device.replay(self.captured[key])
-            return
-        for name, shape in shapes.items():
-            if not self.context.set_input_shape(name, shape):
-                raise BackendError(f"TensorRT refuses {name} of {'x'.join(map(str, shape))}: run `engine plan` again")
-        for name, address in addresses.items():
-            self.context.set_tensor_address(name, address)
-        if self.uses_cuda_graphs and key in self.captured:
-            self.captured[key] = self.device.capture(self._queue)
-            self.device.replay(self.captured[key])
-        else:
-            self._queue()
-            if self.uses_cuda_graphs:
-                self.captured[key] = None
-
-    def _queue(self) -> None:
-        if not self.context.execute_async_v3(self.device.stream):
-            raise BackendError("TensorRT could not run a plan: build it again with `engine plan`")
-
-
 class TrtBackend:
     """The three plans of a bundle. Implements FillableBackend; sizes beyond the plans' bounds are refused."""
 
@@ -111,7 +69,7 @@ class TrtBackend:
 
     def __init__(self, bundle: Bundle, graphs: Mapping[str, Graph], bounds: Bounds, device: CapturingDevice) -> None:
         model = bundle.model
-        self.appetite = Appetite(rows=bounds.slots * bounds.beams, encode_batch=bounds.encode_batch, slots=bounds.slots)
+        self.appetite = gpu_appetite(bundle, device.free_bytes(), bounds)
         self._graphs, self._bounds, self._device = graphs, bounds, device
         self._heads, self._width, self._places = model.num_heads, model.head_width, model.encoder_positions
         self._item_bytes = 2 if bundle.precision == "fp16" else 4
@@ -134,18 +92,20 @@ class TrtBackend:
         """
         find_gpu()
         folder = folder or default_folder(bundle)
-        device = CudaDevice()
         plans = {graph: read_plan(folder, bundle, graph) for graph in GRAPHS}
+        if uses_cuda_graphs and plans["decoder"].target.builder == PORTABLE:
+            raise BackendError(f"plans of {PORTABLE} are not captured here: leave --cuda-graphs out")
+        device = CudaDevice()
         graphs = {}
         for graph, plan in plans.items():
-            context, on_host = _context(plan, folder, bundle, graph)
-            graphs[graph] = Graph(context, device, on_host, uses_cuda_graphs)
+            new_context, on_host = _loaded(plan, folder, bundle, graph)
+            graphs[graph] = Graph(new_context, device, on_host, uses_cuda_graphs and graph == "decoder")
         return cls(bundle, graphs, plans["decoder"].bounds, device)
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Region]:
         """See Backend.encode."""
         count = len(pixel_values)
-        self._refuse_more("images encoded at once", count, self._bounds.encode_batch)
+        self._bounds.refuse_beyond(OTHER_PLANS, encode_batch=count)
         addresses = self._sent({"pixel_values": pixel_values})
         addresses |= self._addresses("cross", self._encoded, count, self._places)
         self._graphs["encoder"].run({"pixel_values": pixel_values.shape}, addresses)
@@ -153,7 +113,7 @@ class TrtBackend:
 
     def allocate(self, num_slots: int, settled: int = 0, recent: int = 0) -> TrtCache:
         """See FillableBackend.allocate."""
-        self._refuse_more("slots (--rows over --beams)", num_slots, self._bounds.slots)
+        self._bounds.refuse_beyond(OTHER_PLANS, slots=num_slots)
         parts = [self._regions() for _ in range(5)]
         for regions, positions in zip(parts, (self._places, settled, recent, settled, recent), strict=True):
             for region in regions:
@@ -168,10 +128,8 @@ class TrtBackend:
     def step(self, cache: TrtCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See Backend.step."""
         slots, rows, count = *inputs.input_ids.shape, inputs.num_candidates
-        self._refuse_more("beams", rows, self._bounds.beams)
-        self._refuse_more("candidates", count, self._bounds.candidates)
-        self._refuse_more("settled positions", cache.num_settled, self._bounds.settled)
-        self._refuse_more("bans", inputs.banned_ids.shape[2], self._bounds.bans)
+        bans = inputs.banned_ids.shape[2]
+        self._bounds.refuse_beyond(OTHER_PLANS, beams=rows, candidates=count, settled=cache.num_settled, bans=bans)
         small: dict[str, NDArray[Any]] = {
             name: np.ascontiguousarray(getattr(inputs, name), kind) for name, kind in SMALL.items()
         }
@@ -200,7 +158,7 @@ class TrtBackend:
     def regroup(self, cache: TrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64], recent: int = 0) -> None:
         """See FillableBackend.regroup. The `recent` positions it leaves are old ones."""
         kept, settled = columns.shape
-        self._refuse_more("settled positions", settled, self._bounds.settled)
+        self._bounds.refuse_beyond(OTHER_PLANS, settled=settled)
         small = {"slots": np.ascontiguousarray(slots), "columns": np.ascontiguousarray(columns)}
         addresses = self._sent(small)
         addresses |= self._addresses("settled", cache.settled, cache.num_slots, cache.num_settled)
@@ -246,13 +204,6 @@ class TrtBackend:
             for name in self._names[part]
         }
 
-    def _refuse_more(self, what: str, wanted: int, most: int) -> None:
-        if wanted > most:
-            raise BackendError(
-                f"these plans take at most {most} {what}, and {wanted} are wanted: build others with `engine plan`, "
-                "whose options say for which search"
-            )
-
 
 def require(name: str) -> None:  # noqa: ARG001
     """Raise BackendError, in one sentence, where plans cannot run on this machine."""
@@ -267,16 +218,27 @@ def _is_installed(builder: str) -> bool:
     return importlib.util.find_spec(MODULES[builder]) is not None
 
 
-def _context(plan: Plan, folder: Path, bundle: Bundle, graph: str) -> tuple[Any, frozenset[str]]:
-    """Return an execution context and the tensors it reads on the host; the plan is built once more if need be."""
+def _loaded(plan: Plan, folder: Path, bundle: Bundle, graph: str) -> tuple[Callable[[], Any], frozenset[str]]:
+    """Return what makes execution contexts, and the tensors they read on the host.
+
+    A plan that TensorRT does not take is built once more.
+    """
     trt = import_builder(plan.target.builder)
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    logger = make_logger(trt)
+    runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan.content)
     if engine is None:
         (path,) = build_plans(bundle, folder, plan.bounds, plan.target, lambda _: None, graphs=(graph,), anew=True)
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise BackendError(f"{folder / graph}.plan does not load, though it was just built: see `engine info`")
+        raise BackendError(f"{folder / graph}.plan does not load, though it was just built: {logger.last()}")
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     on_host = frozenset(name for name in names if engine.get_tensor_location(name) == trt.TensorLocation.HOST)
-    return engine.create_execution_context(), on_host
+
+    def new_context() -> Any:
+        context = engine.create_execution_context()
+        if context is None:
+            raise OutOfMemoryError(f"no room on the GPU for {folder / graph}.plan: {logger.last()}")
+        return context
+
+    return new_context, on_host

@@ -103,7 +103,7 @@ def test_graphs_are_built_strongly_typed_for_an_a100(graph, bundle):
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_networks_compute_in_the_precision_of_their_graphs(graph, bundle):
-    logger = plans._logger(rtx)
+    logger = plans.make_logger(rtx)
     builder = rtx.Builder(logger)
     network, _parser = plans.parse(rtx, builder, logger, bundle.path / f"{graph}.onnx")
     types = {"MATRIX_MULTIPLY": set(), "SOFTMAX": set(), "NORMALIZATION": set(), "TOPK": set()}

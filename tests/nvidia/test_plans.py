@@ -183,11 +183,11 @@ def runtime_that_takes(accepted):
             return Engine() if accepted(content) else None
 
     class Logger:
-        ERROR = 2
+        Severity = types.SimpleNamespace(ERROR=2, INTERNAL_ERROR=1)
 
-        def __init__(self, level) -> None: ...
+        def __init__(self) -> None: ...
 
-    return types.SimpleNamespace(Runtime=Runtime, Logger=Logger, TensorLocation=types.SimpleNamespace(HOST="host"))
+    return types.SimpleNamespace(Runtime=Runtime, ILogger=Logger, TensorLocation=types.SimpleNamespace(HOST="host"))
 
 
 @pytest.mark.parametrize(("accepted", "rebuilt"), [(b"decoder 2", []), (b"decoder 4", ["decoder"])])
@@ -196,8 +196,8 @@ def test_a_plan_that_does_not_load_is_built_once_more(accepted, rebuilt, bundle,
     built[:] = built[:3]
     plan = read_plan(tmp_path, bundle, "decoder", here)
     monkeypatch.setattr(trt, "import_builder", lambda _: runtime_that_takes(lambda content: content == accepted))
-    context, on_host = trt._context(plan, tmp_path, bundle, "decoder")
-    assert context == "context"
+    new_context, on_host = trt._loaded(plan, tmp_path, bundle, "decoder")
+    assert new_context() == "context"
     assert on_host == {"num_candidates"}
     assert built[3:] == rebuilt
 
@@ -206,7 +206,7 @@ def test_a_plan_that_never_loads_is_an_error(bundle, bounds, built, tmp_path, mo
     make(bundle, tmp_path, bounds)
     monkeypatch.setattr(trt, "import_builder", lambda _: runtime_that_takes(lambda _: False))
     with pytest.raises(BackendError, match="does not load"):
-        trt._context(read_plan(tmp_path, bundle, "decoder", here), tmp_path, bundle, "decoder")
+        trt._loaded(read_plan(tmp_path, bundle, "decoder", here), tmp_path, bundle, "decoder")
     assert built == ["encoder", "decoder", "regroup", "decoder"]
 
 
@@ -225,7 +225,7 @@ def test_an_old_tensorrt_is_refused(monkeypatch):
 @pytest.mark.parametrize("graph", plans.GRAPHS)
 def test_provider_options_are_strings(name, graph, bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    chosen = providers.providers_for(name, bundle, graph)
+    chosen = providers.providers_for(name, bundle, graph, providers.bounds_for(name, bundle))
     assert [provider for provider, _ in chosen] == list(providers.KINDS[name].providers)
     for _, options in chosen:
         assert all(isinstance(key, str) and isinstance(value, str) for key, value in options.items())
@@ -243,7 +243,7 @@ def test_tensorrts_provider_gets_profile_cache_and_precision(bundle, bounds, tmp
     (_, half), *_ = providers.providers_for("tensorrt", replace(bundle, precision="fp16"), "decoder", bounds)
     assert half["trt_fp16_enable"] == "1"
     assert "TopK" in half["trt_op_types_to_exclude"]
-    folder = tmp_path / "blip-caption-engine" / bundle.digest[:16]
+    folder = tmp_path / "blip-caption-engine" / bundle.digest[:16] / "onnxruntime-unknown-unknown"
     assert options["trt_engine_cache_path"] == str(folder)
     assert folder.stat().st_mode & 0o077 == 0
 
@@ -257,7 +257,6 @@ def with_gpu(monkeypatch):
     gpu = nvidia.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30)
     for module in (providers, plans, trt):
         monkeypatch.setattr(module, "find_gpu", lambda *_: gpu)
-    monkeypatch.setattr(providers, "missing_gpu", lambda: None)
 
 
 @pytest.mark.usefixtures("with_gpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_every_shape_lies_within_the_profile_it_was_built_for(bundle):
     backend = stand_in_backend(bundle, bounds)
     captions(bundle, Bucketed(backend), options)
     for graph, profile in profiles(bundle, bounds).items():
-        runs = backend._graphs[graph].context.runs
+        runs = backend._graphs[graph].contexts[0].runs
         assert runs
         for shapes in runs:
             for name, shape in shapes:
@@ -125,13 +126,16 @@ def test_every_shape_lies_within_the_profile_it_was_built_for(bundle):
     ("built_for", "asked"),
     [
         ({"beams": 2}, {"num_beams": 4}),
-        ({"beams": 4, "max_new_tokens": 3}, {"num_beams": 4, "min_new_tokens": 40, "max_new_tokens": 45}),
+        (
+            {"beams": 4, "max_new_tokens": 3},
+            {"num_beams": 4, "min_new_tokens": 40, "max_new_tokens": 45, "no_repeat_ngram_size": 1},
+        ),
         ({"beams": 4, "rows": 8}, {"num_beams": 4}),
     ],
 )
 def test_searches_beyond_the_plans_are_refused(built_for, asked, bundle):
     backend = Bucketed(stand_in_backend(bundle, Bounds.of(bundle, **built_for)))
-    with pytest.raises(BackendError, match="engine plan"):
+    with pytest.raises(BackendError, match=r"at most \d+ .* `engine plan`"):
         captions(bundle, backend, DecodeOptions(**asked), rows=40)
 
 
@@ -139,6 +143,17 @@ def test_without_a_wish_no_more_images_are_decoded_than_the_plans_take(bundle):
     backend = Bucketed(stand_in_backend(bundle, Bounds.of(bundle, beams=4, rows=12)))
     captioner = Captioner(bundle, backend)
     assert captioner.scheduler(captioner.search(DecodeOptions(max_new_tokens=10))).num_slots == 3
+
+
+def test_memory_is_given_back_with_its_cache(bundle):
+    backend = stand_in_backend(bundle, Bounds.of(bundle, beams=1, rows=4))
+    captions(bundle, Bucketed(backend), DecodeOptions(max_new_tokens=10), rows=4)
+    gc.collect()
+    held = len(backend._device._owned)
+    for _ in range(2):
+        captions(bundle, Bucketed(backend), DecodeOptions(max_new_tokens=10), rows=4)
+        gc.collect()
+        assert len(backend._device._owned) == held
 
 
 def test_padding_that_is_looked_at_would_be_noticed(bundle, tiny_captioner, monkeypatch):

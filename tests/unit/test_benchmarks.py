@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.bound import BoundBackend
 from benchmarks.corpus import write_corpus
 from benchmarks.gpu_floor import CONFIGS, DEVICES, floor_s, forced_work, host_s_per_image
-from benchmarks.roofline import ModelWork, Work, count_work, measure_matmul
+from benchmarks.roofline import measure_matmul
 from benchmarks.soak import tenth_speed
+from benchmarks.work import ModelWork, Work, count_work
 from engine.options import DecodeOptions
 from tests.tiny import random_pictures
 
