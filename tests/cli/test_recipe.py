@@ -24,7 +24,7 @@ def recipe() -> list[list[str]]:
 
 def test_from_pictures_to_a_submission_that_passes():
     commands = recipe()
-    assert [command[3] for command in commands] == ["caption", "small-bert", "score", "submit", "check"]
+    assert [command[3] for command in commands] == ["caption", "small-bert", "score", "submit", "check", "report"]
     Path("build/recipe").mkdir(parents=True, exist_ok=True)
     said = ""
     for command in commands:
@@ -37,3 +37,4 @@ def test_from_pictures_to_a_submission_that_passes():
     assert scores["meteor"] > 0.5
     assert "unavailable" in scores["details"]["scores"]["medbertscore"]
     assert "a right imageclef2026 submission" in said
+    assert "icbm09a_axial_095" in Path("build/recipe/report/index.html").read_text(encoding="utf-8")
