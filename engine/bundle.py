@@ -21,7 +21,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8")
 """What weights and activations may be; scores and what is summed along a caption are float32 in all of them."""
-REQUIRED_FILES = ("encoder.onnx", "decoder.onnx", "regroup.onnx", "tokenizer.json", "golden.npz")
+GRAPHS = ("encoder", "decoder", "regroup")
+REQUIRED_FILES = (*(f"{graph}.onnx" for graph in GRAPHS), "tokenizer.json", "golden.npz")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NUMBER = 10**7
 """No size or id of a captioning model comes near it."""

@@ -19,7 +19,7 @@ from engine.backends.base import Appetite, StepInputs
 from engine.backends.device import CudaDevice, Device, HostDevice
 from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
 from engine.backends.shapes import gpu_appetite
-from engine.bundle import Bundle
+from engine.bundle import GRAPHS, Bundle
 from engine.errors import BackendError, BundleError, OutOfMemoryError
 
 CPU_APPETITE = Appetite(rows=160, encode_batch=2)
@@ -33,7 +33,6 @@ OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of me
 """What ONNX Runtime's message holds, in lower case, when memory is short; it has no error code for that."""
 STOP_SPINNING = ("session.force_spinning_stop", "1")
 """Threads of one graph would else spin on the cores the next graph needs: 8 to 20 % of a run (benchmarks/LOG.md)."""
-GRAPHS = ("encoder", "decoder", "regroup")
 OTHER_BACKEND = "give fewer --beams, --rows or --max-new-tokens, or take --backend cuda or trt"
 
 

@@ -19,11 +19,10 @@ from typing import Any
 from engine.backends.nvidia import find_gpu
 from engine.backends.providers import cache_folder, refuse_strangers
 from engine.backends.shapes import Bounds, Profile, profiles
-from engine.bundle import Bundle, file_sha256
+from engine.bundle import GRAPHS, Bundle, file_sha256
 from engine.errors import BackendError
 from engine.output.lock import OutputLock
 
-GRAPHS = ("encoder", "decoder", "regroup")
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Builder -> the module that brings it."""
 PORTABLE = "tensorrt-rtx"

@@ -60,7 +60,6 @@ class Bounds:
             beams=options.num_beams,
             settled=rounded_up(longest * options.num_beams, FEWEST_SETTLED),
             bans=rounded_up(longest, FEWEST_BANS),
-            encode_batch=min(ENCODE_BATCH, slots),
         )
 
     @property

@@ -21,7 +21,6 @@ from engine.backends.device import CapturingDevice, CudaDevice
 from engine.backends.execution import Graph, Region
 from engine.backends.nvidia import find_gpu
 from engine.backends.plans import (
-    GRAPHS,
     MODULES,
     PORTABLE,
     Plan,
@@ -32,7 +31,7 @@ from engine.backends.plans import (
     read_plan,
 )
 from engine.backends.shapes import Bounds, Shape, gpu_appetite
-from engine.bundle import Bundle
+from engine.bundle import GRAPHS, Bundle
 from engine.errors import BackendError, OutOfMemoryError
 
 SMALL = {
