@@ -51,7 +51,7 @@ plots: $(FULL)/.ready  ## draw the records of benchmarks/results
 recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a small proxy), a checked submission, a report
 	@mkdir -p build/recipe
 	$(FULL)/bin/engine caption --input examples/images --beams $(BEAMS) --out build/recipe/run.csv \
-	    --n-best $(BEAMS) --n-best-out build/recipe/run.jsonl
+	    --n-best $(BEAMS) --n-best-out build/recipe/run.jsonl --timings-out build/recipe/timings.csv
 	$(FULL)/bin/python -m train small-bert --out build/small-bert
 	$(FULL)/bin/engine score --profile imageclef2024 --run build/recipe/run.csv --references examples/captions.csv \
 	    --images examples/images --weights bertscore=build/small-bert \
@@ -60,7 +60,8 @@ recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a s
 	    --out build/recipe/submission.zip
 	$(FULL)/bin/engine check build/recipe/submission.zip --format imageclef2026 --manifest examples/captions.csv
 	$(FULL)/bin/engine report --run build/recipe/run.csv --images examples/images --references examples/captions.csv \
-	    --scores build/recipe/per_image.csv --n-best build/recipe/run.jsonl --out build/recipe/report
+	    --scores build/recipe/per_image.csv --n-best build/recipe/run.jsonl \
+	    --columns build/recipe/timings.csv --out build/recipe/report
 
 SMOKE := build/smoke
 train-smoke: restore  ## fine-tune the demo checkpoint on the example pairs, export, caption, score, check parity

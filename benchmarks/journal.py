@@ -46,7 +46,7 @@ def main(images: int, beams: int) -> None:
             assert record.resumed == images
         reopened = time.perf_counter() - start
         start = time.perf_counter()
-        record.write(out, None, raw_text=False)
+        record.write(out)
         closed = time.perf_counter() - start
     report = {
         "benchmark": "journal",

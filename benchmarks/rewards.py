@@ -2,9 +2,10 @@
 
     python -m benchmarks.rewards
 
-The slices are those of `make demo`, the start is the embedded bundle turned back into its checkpoint. The
-epoch is chosen on the validation head; the held-out one is looked at twice, before and after. BERTScore is measured
-with all-MiniLM-L6-v2, a proxy for the organisers' model.
+The slices are those of `make demo`. The start is the embedded bundle turned back into its checkpoint, or, with
+--decoder-epochs, a demo whose first stage had that many epochs and whose second did not come: one with something left
+to learn. The epoch is chosen on the validation head; the held-out one is looked at twice, before and after. BERTScore
+is measured with all-MiniLM-L6-v2, a proxy for the organisers' model.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from train.__main__ import say
 from train.assets import SMALL_BERT, fetch_assets
 from train.data import PixelSpec
 from train.dataset import read_dataset
-from train.demo import demo_pairs
+from train.demo import STAGES, demo_pairs, initial_checkpoint
 from train.finetune import Job, evaluation_options, finetune
 from train.recipe import load_recipe, parse_changes
 from train.reward import SAMPLED_WORDS, make_reward
@@ -63,6 +64,13 @@ def write_subset(everything: Sequence[Pair], folder: Path, out: Path, count: int
         shutil.copyfile(folder / pair.image, out / pair.image)
     (out / "pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in kept))
     return chosen
+
+
+def begun_demo(work: Path, out: Path, epochs: int) -> Path:
+    """Train the first stage of the demo alone, with so many epochs of its own schedule; return the checkpoint."""
+    recipe = load_recipe(STAGES[0], {"epochs": epochs})
+    finetune(Job(initial_checkpoint(work), work / "pairs", out, recipe), say)
+    return out / "best"
 
 
 def captions_of(reference: Reference, folder: Path, pairs: Sequence[Pair], options: DecodeOptions) -> list[str]:
@@ -110,15 +118,30 @@ def difference(before: Measured, after: Measured) -> dict[str, float]:
 @click.option("--work", type=click.Path(path_type=Path), default=BUILD.parent / "demo", show_default=True)
 @click.option("--slices", type=click.IntRange(16), default=640, show_default=True, help="Training slices taken.")
 @click.option("--judged", type=click.IntRange(2), default=200, show_default=True, help="Of these, judged.")
+@click.option(
+    "--decoder-epochs", type=click.IntRange(1), help="Start from a demo begun so; else from the finished one."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=BUILD.parent / "rewards", show_default=True)
+@click.option("--record", type=click.Path(path_type=Path), default=RESULTS / "rewards.json", show_default=True)
 @click.option("--set", "changes", multiple=True, metavar="SETTING=VALUE", help="Any setting of the recipe scst.")
-def main(work: Path, slices: int, judged: int, out: Path, changes: tuple[str, ...]) -> None:
+def main(
+    work: Path,
+    slices: int,
+    judged: int,
+    decoder_epochs: int | None,
+    out: Path,
+    record: Path,
+    changes: tuple[str, ...],
+) -> None:
     """Train, measure and keep the record."""
-    checkpoint = restore_checkpoint(demo_bundle(), out / "start")
     bert = BUILD.parent / "small-bert"
     fetch_assets(bert, SMALL_BERT)
     setting = Setting(weights={"bertscore": bert})
     pairs, folder = demo_pairs(work), work / "pairs"
+    if decoder_epochs is None:
+        checkpoint = restore_checkpoint(demo_bundle(), out / "start")
+    else:
+        checkpoint = begun_demo(work, out / f"begun_{decoder_epochs}", decoder_epochs)
     chosen = write_subset(pairs, folder, out / "data", slices)
     learnt = [chosen[i * slices // judged] for i in range(judged)]
     held_out = [pair for pair in pairs if pair.split == "test"]
@@ -128,10 +151,10 @@ def main(work: Path, slices: int, judged: int, out: Path, changes: tuple[str, ..
     say(f"before: greedy {before.greedy_reward.value:.4f}, drawn {before.drawn_reward.value:.4f}")
     summary = finetune(job, say)
     after = judge(job.out / "best", folder, learnt, held_out, job, setting)
-    record = {
+    found = {
         "benchmark": "rewards",
         "machine": describe_machine(),
-        "bundle": Bundle.load().digest[:12],
+        "start": f"{STAGES[0]}, epochs={decoder_epochs}" if decoder_epochs else f"bundle {Bundle.load().digest[:12]}",
         "recipe": recipe.settings(),
         "training": {name: summary[name] for name in ("steps", "seconds", "best")},
         "training slices": {
@@ -142,9 +165,9 @@ def main(work: Path, slices: int, judged: int, out: Path, changes: tuple[str, ..
         "held-out volume": {"images": len(held_out)}
         | {name: difference(before.held_out[name], after.held_out[name]) for name in METRICS},
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "rewards.json").write_text(json.dumps(record, indent=1) + "\n")
-    click.echo(json.dumps(record))
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def measure_stages(corpus: Path, beams: int) -> Stages:
                     record.add(caption)
             with _Timer() as written:
                 record.check_unchanged()
-                record.write(out, None, raw_text=False)
+                record.write(out)
     start_s, block_s, message_s = _measure_ray(messages[0])
     count = len(images)
     return Stages(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,11 +54,14 @@ class Alternative:
 class Caption:
     """The caption of one image: its best alternative, and all num_return_sequences of them, best first.
 
-    `text` is detokenised, `raw_text` is what transformers' tokenizer.decode gives for the same `ids`.
+    `text` is detokenised, `raw_text` is what transformers' tokenizer.decode gives for the same `ids`. `latency_s` is
+    the seconds from when the decoded image was taken in until its caption was complete, beside others that share the
+    device; 0 where the same pixels were captioned shortly before, None where nobody measured it.
     """
 
     id: str
     alternatives: tuple[Alternative, ...]
+    latency_s: float | None = field(default=None, compare=False)
 
     @property
     def best(self) -> Alternative:
@@ -199,7 +203,7 @@ class _Desk:
     """
 
     def __init__(self) -> None:
-        self._asking: dict[bytes, list[tuple[int, str]]] = {}
+        self._asking: dict[bytes, list[tuple[int, str, float]]] = {}
         self._known: dict[bytes, tuple[Alternative, ...]] = {}
         self._ready: dict[int, Caption] = {}
         self._next = 0
@@ -208,15 +212,16 @@ class _Desk:
         """Take in image `index`; return the digest to caption it under, or None when nothing is left to do."""
         digest = hashlib.blake2b(np.ascontiguousarray(pixels).reshape(-1).data, digest_size=16).digest()
         if digest in self._known:
-            self._ready[index] = Caption(name, self._known[digest])
+            self._ready[index] = Caption(name, self._known[digest], latency_s=0.0)
             return None
-        self._asking.setdefault(digest, []).append((index, name))
+        self._asking.setdefault(digest, []).append((index, name, time.perf_counter()))
         return digest if len(self._asking[digest]) == 1 else None
 
     def settle(self, digest: bytes, alternatives: tuple[Alternative, ...]) -> None:
         """Note the caption of every image with these pixels."""
-        for index, name in self._asking.pop(digest):
-            self._ready[index] = Caption(name, alternatives)
+        now = time.perf_counter()
+        for index, name, since in self._asking.pop(digest):
+            self._ready[index] = Caption(name, alternatives, latency_s=now - since)
         self._known[digest] = alternatives
         if len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]

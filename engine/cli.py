@@ -138,6 +138,7 @@ def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--top-p", type=float, help="Of --sample: only the likeliest words that reach this probability.")
 @click.option("--seed", type=click.IntRange(0), help="Of --sample: the same seed draws the same captions.")
 @click.option("--n-best-out", type=PATH, help="JSON lines file for the alternatives.")
+@click.option("--timings-out", type=PATH, help="CSV file for the latency of every image: ID,latency_s.")
 @click.option("--raw-text", is_flag=True, help="Write the text as Hugging Face decodes it, not detokenised.")
 @click.option("--manifest", type=PATH, help="File of ids: caption only these, in this order.")
 @click.option("--recursive", is_flag=True, help="Look for images in the folders of the directory, too.")
@@ -162,6 +163,7 @@ def caption(
     plans: Path | None,
     cuda_graphs: bool,
     n_best_out: Path | None,
+    timings_out: Path | None,
     raw_text: bool,
     manifest: Path | None,
     recursive: bool,
@@ -195,6 +197,7 @@ def caption(
         rows=rows,
         manifest=manifest,
         n_best_out=n_best_out,
+        timings_out=timings_out,
         raw_text=raw_text,
         allow_missing=allow_missing,
         resume=resume,

@@ -21,6 +21,9 @@ from engine.console import PATH, say
 @click.option("--n-best", type=PATH, help="Candidates, from `caption --n-best-out`.")
 @click.option("--against", type=PATH, help="Another run of the same images, to compare with.")
 @click.option("--against-scores", type=PATH, help="Scores of every image of the other run: who wins where.")
+@click.option(
+    "--columns", type=PATH, multiple=True, help="CSV of anything else by ID: `caption --timings-out`, labels; several."
+)
 @click.option("--signature", "signatures", multiple=True, help="A line of `caption` or `score` to show; several.")
 @click.option("--recursive", is_flag=True, help="Look for images in the folders of the directory, too.")
 @click.option("--dicom-frame", type=click.IntRange(0), default=0, help="Frame of DICOM files, counted from 0.")

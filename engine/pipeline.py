@@ -41,6 +41,7 @@ class Job:
     rows: int | None = None
     manifest: Path | None = None
     n_best_out: Path | None = None
+    timings_out: Path | None = None
     raw_text: bool = False
     allow_missing: bool = False
     resume: bool = True
@@ -82,7 +83,7 @@ def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progres
         say(f"{len(found.ignored)} other entries of {job.directory} are left aside")
 
     with ExitStack() as held:
-        for out in filter(None, (job.out, job.n_best_out)):
+        for out in filter(None, (job.out, job.n_best_out, job.timings_out)):
             lock = held.enter_context(OutputLock(out))
             if lock.note:
                 say(lock.note)
@@ -109,7 +110,13 @@ def _caption_images(
             say(f"unreadable: {failure}")
         record.check_complete(allow_missing=job.allow_missing)
         record.check_unchanged()
-        record.write(job.out, job.n_best_out, raw_text=job.raw_text, drawn=options.do_sample)
+        record.write(
+            job.out,
+            n_best_out=job.n_best_out,
+            timings_out=job.timings_out,
+            raw_text=job.raw_text,
+            drawn=options.do_sample,
+        )
     return Summary(
         images=len(images),
         captions=len(record.captions),
@@ -145,7 +152,8 @@ def _telling_how_to_go_on(record: RunRecord, say: Callable[[str], None]) -> Iter
 
 
 def _check_outputs(job: Job, inputs: list[Path]) -> None:
-    outputs = {"--out": job.out} | ({"--n-best-out": job.n_best_out} if job.n_best_out else {})
+    given = {"--out": job.out, "--n-best-out": job.n_best_out, "--timings-out": job.timings_out}
+    outputs = {option: path for option, path in given.items() if path is not None}
     outputs |= {"the journal of --out": journal_path(job.out)}
     outputs |= {f"the lock of {option}": lock_path(path) for option, path in list(outputs.items())[:-1]}
     check_outputs(outputs, inputs + ([job.manifest] if job.manifest else []))

@@ -84,6 +84,36 @@ def read_ids(path: Path) -> list[str]:
     return ids
 
 
+def read_columns(path: Path) -> dict[str, dict[str, str]]:
+    """Read a CSV file of anything about images, ids or file names in its first column: {column: {id: value}}.
+
+    Raises DataError naming the file and the line.
+    """
+    csv.field_size_limit(MAX_FIELD_CHARS)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    columns: dict[str, dict[str, str]] = {}
+    try:
+        header = [name.strip() for name in next(reader, ())]
+        if len(header) < 2:
+            raise DataError(f"{path} is no table: its header has no column beside the ids")
+        if len(set(header)) < len(header):
+            raise DataError(f"{path} has two columns of one name: {', '.join(header)}")
+        columns = {name: {} for name in header[1:]}
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}"
+                )
+            name = _stem(header[0], row[0])
+            if name in columns[header[1]]:
+                raise DataError(f"{path}, line {reader.line_num}: {name} is there twice")
+            for column, value in zip(header[1:], row[1:], strict=True):
+                columns[column][name] = value
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+    return columns
+
+
 def read_text(path: Path) -> str:
     """Return a UTF-8 file, with or without byte order mark, line ends as they are; raise DataError naming it."""
     try:

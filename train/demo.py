@@ -47,11 +47,9 @@ def build_demo(out: Path, work: Path, say: Callable[[str], None], *, seed: int =
     everything on augmented pictures. `work` keeps downloads, slices (work/pairs) and both run directories, so a second
     call goes on where the first was cut off.
     """
-    assets, pairs_dir = fetch_assets(work / "assets"), work / "pairs"
-    pairs = demo_pairs(work)
+    pairs, pairs_dir = demo_pairs(work), work / "pairs"
     say(f"{len(pairs)} slices in {pairs_dir}")
-    checkpoint = work / "initial"
-    save_checkpoint(_initial_reference(assets, seed), checkpoint)
+    checkpoint = initial_checkpoint(work, seed)
     for name in STAGES:
         job = Job(checkpoint, pairs_dir, work / name, load_recipe(name, {"seed": seed}))
         say(f"{name}: {finetune(job, say)['best']}")
@@ -70,6 +68,13 @@ def demo_pairs(work: Path) -> list[Pair]:
     if (directory / "pairs.jsonl").exists():
         return read_pairs(directory)
     return write_pairs(fetch_assets(work / "assets"), directory)
+
+
+def initial_checkpoint(work: Path, seed: int = 0) -> Path:
+    """Write work/initial, what training starts from, and return it: weights of DINOv2 and MiniLM, the rest random."""
+    checkpoint = work / "initial"
+    save_checkpoint(_initial_reference(fetch_assets(work / "assets"), seed), checkpoint)
+    return checkpoint
 
 
 def _initial_reference(assets: dict[str, Path], seed: int) -> Reference:

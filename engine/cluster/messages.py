@@ -92,7 +92,11 @@ def unpack_answer(message: str) -> Answer:
     if "error" in content:
         raise (UsageError if content["exit_code"] == UsageError.exit_code else EngineError)(content["error"])
     captions = (
-        Caption(entry["id"], tuple(Alternative(**{**a, "ids": tuple(a["ids"])}) for a in entry["alternatives"]))
+        Caption(
+            entry["id"],
+            tuple(Alternative(**{**a, "ids": tuple(a["ids"])}) for a in entry["alternatives"]),
+            entry["latency_s"],
+        )
         for entry in content.get("captions", ())
     )
     return Answer(tuple(captions), content.get("failures", {}), content.get("note", ""))

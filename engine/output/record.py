@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError, ImageError
 from engine.images import ImageFile
 from engine.output.journal import Journal
-from engine.output.run import write_n_best, write_run
+from engine.output.run import write_n_best, write_run, write_timings
 
 if TYPE_CHECKING:
     from engine.captioner import Caption
@@ -66,6 +66,7 @@ class RunRecord:
             {
                 "id": caption.id,
                 "file": self._fingerprints[caption.id],
+                "latency_s": caption.latency_s,
                 "alternatives": [asdict(alternative) for alternative in caption.alternatives],
             }
         )
@@ -104,16 +105,30 @@ class RunRecord:
                 "which captions only these"
             )
 
-    def write(self, out: Path, n_best_out: Path | None, *, raw_text: bool, drawn: bool = False) -> None:
-        """Write run.csv in the order of the images, empty captions for failures, and the n-best file if wanted.
+    def write(
+        self,
+        out: Path,
+        *,
+        n_best_out: Path | None = None,
+        timings_out: Path | None = None,
+        raw_text: bool = False,
+        drawn: bool = False,
+    ) -> None:
+        """Write run.csv in the order of the images, empty captions for failures, and the other files where wanted.
 
         The journal is deleted only then.
         """
         if n_best_out is not None:
             captions = (self.captions[image.id] for image in self.images if image.id in self.captions)
             write_n_best(n_best_out, captions, drawn=drawn)
+        if timings_out is not None:
+            write_timings(timings_out, ((image.id, self._latency_s(image.id)) for image in self.images))
         write_run(out, ((image.id, self._text(image.id, raw_text)) for image in self.images))
         self._journal.delete()
+
+    def _latency_s(self, image_id: str) -> float | None:
+        caption = self.captions.get(image_id)
+        return None if caption is None else caption.latency_s
 
     def _text(self, image_id: str, raw_text: bool) -> str:
         caption = self.captions.get(image_id)
@@ -140,10 +155,12 @@ class RunRecord:
                 )
                 for entry in record["alternatives"]
             )
+            latency_s = record.get("latency_s")  # journals of an earlier version have none
+            latency_s = None if latency_s is None else float(latency_s)
         except (KeyError, TypeError, ValueError):
             return
         if alternatives:
-            self.captions[image_id] = Caption(image_id, alternatives)
+            self.captions[image_id] = Caption(image_id, alternatives, latency_s)
 
 
 def journal_path(out: Path) -> Path:

@@ -1,4 +1,6 @@
-"""Write a run: run.csv (one caption an image) and the n-best JSON lines; knows nothing of how they were made."""
+"""Write a run: run.csv (one caption an image), the n-best JSON lines and the timings; knows nothing of how they were
+made.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,24 @@ def check_outputs(outputs: Mapping[str, Path], kept: Iterable[Path]) -> None:
 def format_row(image_id: str, caption: str) -> str:
     """Return one line of run.csv: the id bare where it may be, the caption always quoted, on one line."""
     text = CONTROL.sub(" ", caption).strip().replace('"', '""')
+    return f'{_format_id(image_id)},"{text}"\n'
+
+
+def _format_id(image_id: str) -> str:
     if any(character in image_id for character in ',"\r\n'):
-        image_id = '"' + image_id.replace('"', '""') + '"'
-    return f'{image_id},"{text}"\n'
+        return '"' + image_id.replace('"', '""') + '"'
+    return image_id
 
 
 def write_run(path: Path, rows: Iterable[tuple[str, str]]) -> None:
     """Write (id, caption) rows as run.csv: UTF-8, header `ID,Caption`, in the order given."""
     write_atomically(path, "ID,Caption\n" + "".join(format_row(image_id, caption) for image_id, caption in rows))
+
+
+def write_timings(path: Path, rows: Iterable[tuple[str, float | None]]) -> None:
+    """Write (id, latency in seconds) rows as CSV: UTF-8, header `ID,latency_s`; an empty cell where it is unknown."""
+    lines = (f"{_format_id(name)},{'' if seconds is None else f'{seconds:.6f}'}\n" for name, seconds in rows)
+    write_atomically(path, "ID,latency_s\n" + "".join(lines))
 
 
 def write_n_best(path: Path, captions: Iterable[Caption], *, drawn: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from engine.errors import DataError, UsageError
 from engine.images import ImageFile, find_images
 from engine.report.scores import Comparison, ScoreColumn, compare_scores, read_scores
 from engine.rerank import Candidate, read_n_best
-from engine.tables import Table, read_table, shorten
+from engine.tables import read_columns, read_table, shorten
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Request:
     n_best: Path | None = None
     against: Path | None = None
     against_scores: Path | None = None
+    columns: tuple[Path, ...] = ()
     signatures: tuple[str, ...] = ()
     recursive: bool = False
     dicom_frame: int = 0
@@ -42,6 +43,7 @@ class Request:
             "other run": self.against,
             "scores of the other run": self.against_scores,
         }
+        given |= {f"columns {i}": path for i, path in enumerate(self.columns, 1)}
         return {role: path for role, path in given.items() if path is not None}
 
 
@@ -115,9 +117,14 @@ def gather(request: Request) -> Content:
     scores: list[ScoreColumn] = []
     for run, path in enumerate((request.scores, request.against_scores)):
         if path is not None:
-            columns, known = read_scores(path, ids, run)
+            measured, known = read_scores(path, ids, run)
             notes += matched(request.run, ids, path, known)
-            scores += columns
+            scores += measured
+    columns = [column for role, table in tables.items() for column in further_columns(role, table.columns, ids)]
+    for label, path in zip(labels(list(request.columns)), request.columns, strict=True):
+        cells = read_columns(path)
+        notes += matched(request.run, ids, path, next(iter(cells.values())))
+        columns += further_columns(label, cells, ids)
     comparisons, remarks = compare_scores(scores)
     return Content(
         ids=ids,
@@ -126,7 +133,7 @@ def gather(request: Request) -> Content:
         captions=captions,
         references=None if references is None else [references.captions.get(name, ()) for name in ids],
         candidates=candidates,
-        columns=[column for role, table in tables.items() for column in further_columns(role, table, ids)],
+        columns=columns,
         scores=scores,
         comparisons=comparisons,
         sources=[_source(role, path) for role, path in request.files().items()],
@@ -168,16 +175,16 @@ def labels(paths: list[Path]) -> list[str]:
     return [f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
-def further_columns(role: str, table: Table, ids: list[str]) -> list[Column]:
-    """Return what a table holds beside ids and captions; a column whose every value is a number is one of numbers."""
+def further_columns(source: str, table: Mapping[str, Mapping[str, str]], ids: list[str]) -> list[Column]:
+    """Return the columns {name: {id: value}} of a table; one whose every value is a number is one of numbers."""
     columns = []
-    for name, by_id in table.columns.items():
+    for name, by_id in table.items():
         values = [by_id.get(image_id) for image_id in ids]
         numbers = [_number(value) for value in values if value]
         if numbers and None not in numbers:
-            columns.append(Column(name, role, [_number(value) if value else None for value in values], True))
+            columns.append(Column(name, source, [_number(value) if value else None for value in values], True))
         elif any(values):
-            columns.append(Column(name, role, values, False))
+            columns.append(Column(name, source, values, False))
     return columns
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from engine.errors import UsageError
 from engine.scoring.base import Items, Measured, Setting
 from engine.scoring.preprocess import preprocess
 from engine.scoring.profiles import make_metric
-from engine.tables import Table
+from engine.tables import Table, read_columns
 
 LEAST_GROUP = 5
 """Images a group must have to be a line of the breakdown."""
@@ -62,7 +61,7 @@ def group_places(group_by: str | None, labels: Path | None, references: Table, i
     """Return {value of the column: places of its images}; a cell may hold several values separated by `;`."""
     if group_by is None:
         return {}
-    columns = _label_columns(labels) if labels else references.columns
+    columns = read_columns(labels) if labels else references.columns
     where = labels or references.path
     if group_by not in columns:
         raise UsageError(f"{where} has no column {group_by!r} but {', '.join(sorted(columns)) or 'none'}")
@@ -74,16 +73,6 @@ def group_places(group_by: str | None, labels: Path | None, references: Table, i
         for value in cells.get(name, "").split(";"):
             groups.setdefault(value.strip() or "(none)", []).append(place)
     return dict(sorted(groups.items(), key=lambda entry: (-len(entry[1]), entry[0])))
-
-
-def _label_columns(path: Path) -> dict[str, dict[str, str]]:
-    """Read a table of labels by id, its first column."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            header, *rows = csv.reader(stream)
-    except (OSError, ValueError, csv.Error) as error:
-        raise UsageError(f"{path} cannot be read as a table of labels: {error}") from error
-    return {column: {row[0]: row[i] for row in rows if len(row) > i} for i, column in enumerate(header) if i}
 
 
 def scores_by_group(groups: Mapping[str, Sequence[int]], measured: Mapping[str, Measured]) -> dict[str, Any]:

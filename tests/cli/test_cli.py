@@ -73,6 +73,26 @@ def test_n_best_lists_alternatives_best_first(image_dir, tiny_bundle, tmp_path):
         assert {hypothesis["ids"][0] for hypothesis in record["hypotheses"]} == {Bundle.load(tiny_bundle).tokens.bos}
 
 
+def test_timings_give_the_latency_of_every_image(image_dir, tiny_bundle, tmp_path):
+    (image_dir / "IMG 5.png").write_bytes(b"not an image")
+    (image_dir / "IMG 6.png").write_bytes((image_dir / "IMG 0.png").read_bytes())
+    out, timings = tmp_path / "run.csv", tmp_path / "timings.csv"
+    start = time.perf_counter()
+    result = run(
+        *("caption", "--input", image_dir, "--bundle", tiny_bundle, "--beams", 2, "--out", out, "--allow-missing"),
+        *("--timings-out", timings),
+    )
+    most = time.perf_counter() - start
+    assert result.exit_code == 0, result.output
+    header, *rows = read_run(timings)
+    assert header == ["ID", "latency_s"]
+    latencies = dict(rows)
+    assert list(latencies) == [row[0] for row in read_run(out)[1:]]
+    assert latencies.pop("IMG 5") == ""
+    assert all(0 < float(latencies[f"IMG {i}"]) < most for i in range(5))
+    assert 0 <= float(latencies["IMG 6"]) <= float(latencies["IMG 0"])
+
+
 def test_raw_text_is_not_detokenised(image_dir, tiny_bundle, tmp_path):
     arguments = ("caption", "--input", image_dir, "--bundle", tiny_bundle, "--beams", 2, "--n-best", 1)
     run(*arguments, "--out", tmp_path / "raw.csv", "--raw-text", "--n-best-out", tmp_path / "raw.jsonl")
@@ -128,6 +148,7 @@ def test_unreadable_images_are_all_listed_and_nothing_is_written(image_dir, tiny
         (["--out", "/dev/null"], 2, "is a directory, a device or a pipe"),
         (["--out", "{tmp}/images/IMG 1.png"], 2, "would overwrite the input"),
         (["--n-best-out", "{tmp}/run.csv"], 2, "would overwrite --out"),
+        (["--timings-out", "{tmp}/run.csv.journal"], 2, "would overwrite --timings-out"),
         (["--out", "{tmp}/" + "x" * 300], 1, "File name too long"),
         (["--n-best", "2"], 2, "--n-best needs --n-best-out"),
         (["--n-best", "9", "--n-best-out", "{tmp}/n"], 2, "at least as many beams"),

@@ -83,11 +83,16 @@ def workers() -> list[int]:
 
 @pytest.mark.usefixtures("two_cores")
 def test_two_workers_say_what_one_process_says(image_dir, tiny_bundle, tmp_path, undisturbed):
-    result = caption(image_dir, tiny_bundle, tmp_path / "run.csv")
+    timings = tmp_path / "timings.csv"
+    result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", "--timings-out", str(timings))
     assert result.exit_code == 0, result.stderr
     assert "backend: cpu, 2 workers with 1 CPU" in result.stderr
     assert (tmp_path / "run.csv").read_bytes() == undisturbed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "timings.csv"]
+    latencies = [float(line.split(",")[1]) for line in timings.read_text().splitlines()[1:]]
+    assert len(latencies) == IMAGES + 1
+    assert all(0 <= latency < 60 for latency in latencies)
+    assert max(latencies) > 0
 
 
 @pytest.mark.usefixtures("two_cores")

@@ -31,7 +31,8 @@ def work(tmp_path: Path) -> Path:
 
 def report(work: Path, **options: object) -> Result:
     given = {"run": work / "run.csv", "images": work / "images", "out": work / "report"} | options
-    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    several = [(name, one) for name, value in given.items() for one in (value if isinstance(value, list) else [value])]
+    words = [word for name, value in several for word in (f"--{name.replace('_', '-')}", str(value))]
     return CliRunner().invoke(main, ["report", *words])
 
 
@@ -157,6 +158,20 @@ def test_further_columns_are_kept_and_numbers_are_known_as_such(work):
     assert columns["modality"]["values"] == ["CT", "", "MR"]
 
 
+def test_columns_of_other_files_are_shown_beside_the_run(work):
+    (work / "timings.csv").write_text("ID,latency_s\na,0.5\nb,\nq,1\n")
+    (work / "facts.csv").write_text("file_name,modality,run\na.png,CT,1\nb.png,MR,2\nc.png,MR,3\n")
+    result = report(work, columns=[work / "timings.csv", work / "facts.csv"])
+    assert result.exit_code == 0, result.output
+    assert "timings.csv lacks 1 of 3 ids" in result.stderr
+    assert "timings.csv has 1 ids that" in result.stderr
+    columns = {(column["source"], column["name"]): column for column in page_data(work)["columns"]}
+    assert columns["timings", "latency_s"]["values"] == [0.5, None, None]
+    assert columns["facts", "modality"]["values"] == ["CT", "MR", "MR"]
+    assert columns["facts", "run"]["is_number"]
+    assert re.search(r"\|columns_1:[0-9a-f]{12}\|columns_2:[0-9a-f]{12}\|", page_data(work)["signature"])
+
+
 def test_the_signature_changes_with_every_file_shown(work):
     first = report(work).stderr.splitlines()
     write_run(work / "run.csv", [("a", "another caption"), ("b", "b"), ("c", "c")])
@@ -178,11 +193,18 @@ def test_the_signature_changes_with_every_file_shown(work):
         ({"references": "{tmp}/strangers.csv"}, 1, "have no id in common (a against q)"),
         ({"scores": "{tmp}/run.csv"}, 1, "is no file of --per-image"),
         ({"n_best": "{tmp}/run.csv"}, 1, "run.csv, line 1: not a line of --n-best-out"),
+        ({"columns": "{tmp}/strangers.csv"}, 1, "have no id in common (a against q)"),
+        ({"columns": "{tmp}/ragged.csv"}, 1, "ragged.csv, line 3: 3 columns where the header has 2"),
+        ({"columns": "{tmp}/twice.csv"}, 1, "twice.csv, line 3: a is there twice"),
+        ({"columns": "{tmp}/ids.csv"}, 1, "ids.csv is no table: its header has no column beside the ids"),
         ({"against_scores": "{tmp}/run.csv"}, 2, "--against-scores needs --against"),
     ],
 )
 def test_wrong_inputs_get_one_clear_line_and_no_page(options, exit_code, sentence, work):
     write_run(work / "strangers.csv", [("q", "a caption")])
+    (work / "ragged.csv").write_text("ID,latency_s\na,1\nb,1,2\n")
+    (work / "twice.csv").write_text("ID,latency_s\na,1\na,2\n")
+    (work / "ids.csv").write_text("ID\na\n")
     kept = sorted(os.listdir(work / "images"))
     result = report(work, **{name: value.format(tmp=work) for name, value in options.items()})
     assert result.exit_code == exit_code

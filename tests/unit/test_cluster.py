@@ -25,11 +25,14 @@ from engine.images import ImageFile, find_images
 from engine.remote import RemoteFolder
 from tests.tiny import random_pictures
 
-CAPTION = Caption("a", (Alternative("A b.", "a b .", (3, 4), -0.1 - 0.2, float.fromhex("-0x1.fffffffffffffp-3")),))
+CAPTION = Caption(
+    "a", (Alternative("A b.", "a b .", (3, 4), -0.1 - 0.2, float.fromhex("-0x1.fffffffffffffp-3")),), 0.1 + 0.2
+)
 
 
 def test_messages_come_back_as_they_were():
-    assert unpack_answer(pack_captions([CAPTION])).captions == (CAPTION,)
+    (back,) = unpack_answer(pack_captions([CAPTION])).captions
+    assert (back, back.latency_s) == (CAPTION, 0.1 + 0.2)
     assert unpack_answer(pack_failures({"x": "truncated"})).failures == {"x": "truncated"}
     assert unpack_answer(pack_note("less memory")).note == "less memory"
     images = [

@@ -28,7 +28,9 @@ JSON = st.recursive(
 
 def caption(image_id: str, text: str = "a brain") -> Caption:
     return Caption(
-        image_id, (Alternative(text, f"{text} .", (1, 2, 3), -1.25, -0.1 - 0.2), Alternative("", "", (), -2, -3))
+        image_id,
+        (Alternative(text, f"{text} .", (1, 2, 3), -1.25, -0.1 - 0.2), Alternative("", "", (), -2, -3)),
+        latency_s=0.25,
     )
 
 
@@ -194,13 +196,13 @@ def test_the_journal_goes_when_the_run_is_written_and_stays_when_it_is_not(tmp_p
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     with RunRecord(images[:1], out, "signature") as record:
         record.add(caption(images[0].id))
-        record.write(out, None, raw_text=False)
+        record.write(out)
     assert out.exists()
     assert not journal.exists()
     with RunRecord(images[:1], out, "signature") as record:
         record.add(caption(images[0].id))
         with pytest.raises(OutputError):
-            record.write(tmp_path / "missing" / "run.csv", None, raw_text=False)
+            record.write(tmp_path / "missing" / "run.csv")
     assert journal.exists()
 
 
