@@ -1,9 +1,11 @@
 """What a Ray cluster costs on one machine, and what it should bring on many.
 
     python -m benchmarks.scaleout --images 300 --rounds 3
+    python -m benchmarks.scaleout --images 300 --rounds 1 --workload base
 
 One process with all cores, one worker with all cores and one worker a core caption the same corpus, taking turns, a
-third of it and all of it: the slope is seconds an image, the rest is what starting costs. All must write one run.csv.
+third of it and all of it: the slope is seconds an image, the rest is what starting costs, and what counts for who
+waits is the whole. All must write one run.csv.
 Then every stage is timed by itself, and a simulation (scaleout_model.py) says how throughput grows with workers, up to
 millions of images, and what is in the way first. `--caption-s` puts another device's seconds an image in.
 """
@@ -23,11 +25,11 @@ from typing import Any
 
 import click
 
-from benchmarks.corpus import CHALLENGE_SIZE, write_corpus
+from benchmarks.corpus import CHALLENGE_SIZE
 from benchmarks.faults import engine_command
 from benchmarks.machine import describe_machine
 from benchmarks.scaleout_model import BUSY, Outcome, Stages, simulate
-from benchmarks.workload import BUILD, EXAMPLES
+from benchmarks.workload import MAX_NEW_TOKENS, Workload, prepare
 from engine.backends.ort import available_cores
 from engine.bundle import file_sha256
 from engine.captioner import READERS, Caption, Captioner
@@ -36,11 +38,10 @@ from engine.cluster.session import LOCAL, cluster
 from engine.cluster.source import calm
 from engine.cluster.worker import ANSWERS
 from engine.images import find_images, read_image
-from engine.options import DecodeOptions
 from engine.output.record import RunRecord
 
-RECORD = Path("benchmarks/results/scaleout.json")
-NGRAM, MAX_NEW_TOKENS = 3, 40
+RECORDS = Path("benchmarks/results")
+NGRAM = 3
 PUBMED_SCALE = 5_000_000
 """Figures of PubMed Central's open subset, by order of magnitude; for the simulation alone."""
 SIZES = (CHALLENGE_SIZE, 1_000_000, PUBMED_SCALE)
@@ -60,11 +61,13 @@ def ways(cores: int) -> dict[str, list[str]]:
     }
 
 
-def compare(corpora: list[Path], beams: int, rounds: int, cores: int) -> dict[str, Any]:
-    """Caption every corpus (few and all images) every way, `rounds` times in turn; return seconds and checksums."""
+def compare(few: Workload, many: Workload, beams: int, rounds: int, cores: int) -> dict[str, Any]:
+    """Caption few and many images every way, `rounds` times in turn; return seconds and checksums."""
+    corpora = [few.pictures, many.pictures]
     seconds: dict[str, list[list[float]]] = {way: [[] for _ in corpora] for way in ways(cores)}
     sums: dict[int, set[str]] = {i: set() for i in range(len(corpora))}
-    common = ["--beams", beams, "--no-repeat-ngram", NGRAM, "--max-new-tokens", MAX_NEW_TOKENS, "--no-resume"]
+    common = ["--bundle", many.bundle, "--beams", beams, "--no-repeat-ngram", NGRAM]
+    common += ["--max-new-tokens", many.max_new_tokens, "--no-resume"]
     with tempfile.TemporaryDirectory() as work:
         for round_ in range(rounds):
             for number, corpus in enumerate(corpora):
@@ -79,6 +82,9 @@ def compare(corpora: list[Path], beams: int, rounds: int, cores: int) -> dict[st
     report: dict[str, Any] = {way: _line(counts, times) for way, times in seconds.items()}
     for way in report:
         report[way]["image_s_over_one_process"] = report[way]["image_s"] / report["one process"]["image_s"]
+        report[way]["wall_over_one_process"] = statistics.median(
+            own / alone for own, alone in zip(report[way]["wall_s"][1], report["one process"]["wall_s"][1], strict=True)
+        )
     return {
         "ways": report,
         "identical": all(len(found) == 1 for found in sums.values()),
@@ -93,14 +99,14 @@ def _line(counts: list[int], times: list[list[float]]) -> dict[str, Any]:
     return {"image_s": image_s, "fixed_s": many - counts[1] * image_s, "wall_s": times}
 
 
-def measure_stages(corpus: Path, beams: int) -> Stages:
-    """Time each stage of a run on `corpus` by itself, with one thread."""
-    captioner = Captioner.load(backend="cpu", threads=1)
-    options = DecodeOptions(num_beams=beams, no_repeat_ngram_size=NGRAM, max_new_tokens=MAX_NEW_TOKENS)
+def measure_stages(workload: Workload, beams: int) -> Stages:
+    """Time each stage of a run by itself, with one thread."""
+    captioner = Captioner.load(workload.bundle, backend="cpu", threads=1)
+    options = workload.options(beams)
     spec = captioner.bundle.image
     listed = _Timer()
     with listed:
-        images = find_images(corpus).images
+        images = find_images(workload.pictures).images
     with _Timer() as read:
         pixels = [read_image(image.path, spec.height, spec.width, spec.resample) for image in images]
     with _Timer() as captioned:
@@ -216,16 +222,16 @@ def _say_growth(outcomes: list[Outcome]) -> None:
 
 @click.command()
 @click.option("--images", type=click.IntRange(30), default=300, show_default=True)
+@click.option("--workload", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), default="demo", show_default=True)
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--caption-s", type=click.FloatRange(0, min_open=True), help="Seconds an image of another device.")
-@click.option("--out", type=click.Path(path_type=Path), default=RECORD, show_default=True)
-def main(images: int, beams: int, rounds: int, caption_s: float | None, out: Path) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Record; benchmarks/results/scaleout_WORKLOAD.json.")
+def main(images: int, name: str, beams: int, rounds: int, caption_s: float | None, out: Path | None) -> None:
     """Compare, measure, simulate; exits with 1 when two ways do not write the same run.csv."""
-    corpora = [write_corpus(BUILD / f"pictures_{count}", count, EXAMPLES) for count in (images // 3, images)]
-    cores = available_cores()
-    compared = compare(corpora, beams, rounds, cores)
-    measured = measure_stages(corpora[1], beams)
+    few, many = (prepare(name, count) for count in (images // 3, images))
+    compared = compare(few, many, beams, rounds, available_cores())
+    measured = measure_stages(many, beams)
     stages = measured if caption_s is None else replace(measured, caption_s=caption_s)
     outcomes = grow(stages)
     _say_growth(outcomes)
@@ -233,11 +239,12 @@ def main(images: int, beams: int, rounds: int, caption_s: float | None, out: Pat
         "benchmark": "scaleout",
         "machine": describe_machine(),
         "setting": {"images": images, "beams": beams, "rounds": rounds, "no_repeat_ngram": NGRAM}
-        | {"most_new_tokens": MAX_NEW_TOKENS, "workload": "demo", "caption_s": caption_s},
+        | {"most_new_tokens": many.max_new_tokens, "workload": name, "caption_s": caption_s},
         **compared,
         "stages": asdict(measured),
         "simulated": [asdict(one) for one in outcomes],
     }
+    out = out or RECORDS / f"scaleout_{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record) + "\n")
     click.echo(json.dumps({key: value for key, value in record.items() if key != "simulated"}))

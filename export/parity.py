@@ -21,7 +21,7 @@ from PIL import Image
 
 from engine.captioner import Alternative, Captioner
 from engine.decoding.beam import Hypothesis
-from engine.errors import EngineError, ImageError
+from engine.errors import EngineError, ImageError, UsageError
 from engine.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
 from engine.output.run import check_outputs, write_atomically
@@ -155,6 +155,16 @@ def load_pictures(directory: Path | None, size: int, limit: int | None) -> dict[
     return pictures
 
 
+def _check_float32(captioner: Captioner) -> None:
+    """Other precisions say something else now and then, and that is neither a tie nor a fault."""
+    bundle = captioner.bundle
+    if bundle.precision != "fp32":
+        raise UsageError(
+            f"{bundle.path} is {bundle.precision}, and parity is id for id in float32 only: compare it with its "
+            "float32 twin, python -m export.precision"
+        )
+
+
 def _check_same_shape(reference: Reference, captioner: Captioner) -> None:
     text, model = reference.model.config.text_config, captioner.bundle.model
     sizes = {"layers": (text.num_hidden_layers, model.num_layers), "vocabulary": (text.vocab_size, model.vocab_size)}
@@ -193,6 +203,7 @@ def main(
         check_outputs({"--out": out}, [])
         reference = Reference.load(checkpoint, image_size)
         captioner = Captioner.load(bundle, backend="cpu")
+        _check_float32(captioner)
         if captioner.bundle.checkpoint["sha256"] != checkpoint_sha256(checkpoint):
             click.echo(f"note: {bundle} was exported from other weights files than {checkpoint} holds", err=True)
         _check_same_shape(reference, captioner)

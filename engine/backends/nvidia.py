@@ -57,15 +57,6 @@ def find_gpu(otherwise: str = "use --backend cpu") -> Gpu:
     return Gpu(name.value.decode(errors="replace"), ".".join(version), memory.value)
 
 
-def missing_gpu() -> str | None:
-    """Return why no GPU can be used, or None when one can."""
-    try:
-        find_gpu()
-    except BackendError as error:
-        return str(error)
-    return None
-
-
 def clashing_runtimes() -> str | None:
     """Return a warning when both ONNX Runtime packages are installed, else None."""
     try:

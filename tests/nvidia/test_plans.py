@@ -17,6 +17,7 @@ from engine.backends.shapes import Bounds, profiles
 from engine.bundle import Bundle
 from engine.errors import BackendError, UsageError
 from engine.output.lock import OutputLock
+from tests.gpu import missing_gpu
 
 TARGET = Target(PORTABLE, "1.7.1", "8.0", ANY_GPU)
 
@@ -301,7 +302,7 @@ def test_a_provider_that_was_asked_for_and_not_got_is_an_error(bundle):
 
 
 def test_a_machine_without_a_driver_is_told_by_the_driver_library(monkeypatch):
-    if nvidia.missing_gpu() is None:
+    if missing_gpu() is None:
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(nvidia, "DRIVER", "libcuda-that-is-not-there.so")
     with pytest.raises(BackendError, match="no NVIDIA driver"):

@@ -27,6 +27,7 @@ from export import conversion
 from export.__main__ import main as export_main
 from export.bundle import export_bundle
 from export.conversion import write_manifest
+from export.parity import main as parity_main
 from export.precision import Saying, compare_sayings, encoder_error, forced_log_prob, main
 from export.quantise import HEAD
 from export.restore import main as restore_main
@@ -289,3 +290,11 @@ def test_graphs_of_another_type_than_the_manifest_says_are_refused(graphs, said,
     assert result.exit_code == 1
     assert len(result.output.splitlines()) == 1
     assert f"{said} of the manifest means tensor(float" in result.output
+
+
+def test_parity_is_not_asked_of_other_precisions(bundles, tiny_checkpoint, tmp_path):
+    words = ("--checkpoint", tiny_checkpoint, "--bundle", bundles["fp16"], "--out", tmp_path / "parity.json")
+    result = invoke(parity_main, *words)
+    assert result.exit_code == 2
+    assert "is fp16, and parity is id for id in float32 only" in result.stderr
+    assert not (tmp_path / "parity.json").exists()
