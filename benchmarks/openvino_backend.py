@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Appetite, StepInputs, keep_in_place
+from engine.backends.base import Appetite, StepInputs
 from engine.backends.ort import CPU_APPETITE, available_cores
 from engine.bundle import Bundle
 
@@ -116,3 +116,14 @@ class OpenVinoBackend:
         for name, array in lent.items():
             request.set_tensor(name, self._ov.Tensor(array, shared_memory=array.size > 0))
         request.infer()
+
+
+def keep_in_place(arrays: list[NDArray[Any]], slots: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """Keep the slots i64[B'] (as in Backend.regroup) of arrays [B,...]: survivors from behind move into the holes.
+
+    Returns views [B',...] of the same memory: fresh memory would cost more than the copies (benchmarks/LOG.md).
+    """
+    moved = np.flatnonzero(slots != np.arange(len(slots)))
+    for array in arrays:
+        array[moved] = array[slots[moved]]
+    return [array[: len(slots)] for array in arrays]

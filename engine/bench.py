@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import time
@@ -49,11 +48,11 @@ def synthetic_images(count: int, size: int = 256) -> list[Image.Image]:
     return [Image.fromarray(block).resize((size, size), Image.Resampling.BICUBIC) for block in blocks]
 
 
-def images_to_measure(directory: Path | None, count: int) -> Sequence[ImageSource]:
+def images_to_measure(directory: Path | None, count: int, *, recursive: bool = False) -> Sequence[ImageSource]:
     """Return the first `count` images of a directory, or as many synthetic ones; UsageError if there are fewer."""
     if directory is None:
         return synthetic_images(count)
-    found = find_images(directory).images
+    found = find_images(directory, recursive=recursive).images
     if len(found) < count:
         raise UsageError(f"{directory} holds {len(found)} images: set --images to that or less")
     return found[:count]
@@ -92,12 +91,6 @@ def measure_speed(
         cores=available_cores(),
         signature=run_signature(captioner.bundle, captioner.backend.name, options),
     )
-
-
-def forget_peak_memory() -> None:
-    """Let peak_memory_gib count from now on, where the system can do that (Linux; see proc_pid_clear_refs(5))."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_gib() -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.bundle import MANIFEST, MAX_MANIFEST_BYTES, file_sha256
+from engine.cache import cache_root
 from engine.errors import BundleError
 from engine.remote import RemoteFile, RemoteFolder
 
@@ -21,11 +21,6 @@ except ImportError:  # Windows: two processes may both make the copy, and the la
     fcntl = None  # type: ignore[assignment]
 
 CHUNK_BYTES = 1 << 22
-
-
-def cache_folder() -> Path:
-    """Return where bundles are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blip-caption-engine" / "bundles"
 
 
 def fetch_bundle(folder: RemoteFolder) -> Path:
@@ -40,18 +35,19 @@ def fetch_bundle(folder: RemoteFolder) -> Path:
         plain = {str(name): str(digest) for name, digest in files.items() if Path(name).name == name}
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with `python -m export`") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise BundleError(f"{folder}/{MANIFEST} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{folder}/{MANIFEST} is not a manifest ({str(error)[:200]}): export it again") from error
-    target = cache_folder() / hashlib.sha256(manifest).hexdigest()
+    target = cache_root() / "bundles" / hashlib.sha256(manifest).hexdigest()
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _alone(target.with_suffix(".lock")):
             if not _is_whole(target, manifest, plain):
                 _copy(folder, manifest, plain, target)
-    except (FileNotFoundError, PermissionError) as error:
-        raise BundleError(f"{folder} is not whole: {error}: export it again") from error
     except OSError as error:
-        raise BundleError(f"{folder} cannot be kept in {target}: {error.strerror}: set XDG_CACHE_HOME") from error
+        reason = error.strerror or error
+        raise BundleError(f"{folder} cannot be kept in {target}: {reason}: set XDG_CACHE_HOME") from error
     return target
 
 
@@ -80,11 +76,24 @@ def _copy(folder: RemoteFolder, manifest: bytes, files: dict[str, str], target: 
         draft.mkdir()
         for name, expected in files.items():
             digest = hashlib.sha256()
-            with folder.open(name) as source, (draft / name).open("wb") as out:
-                while chunk := source.read(CHUNK_BYTES):
+            with (draft / name).open("wb") as out:
+                for chunk in _chunks(folder, name):
                     digest.update(chunk)
                     out.write(chunk)
             if digest.hexdigest() != expected:
                 raise BundleError(f"{RemoteFile(folder, name)} is not the file of the manifest: export it again")
         (draft / MANIFEST).write_bytes(manifest)
         draft.rename(target)
+
+
+def _chunks(folder: RemoteFolder, name: str) -> Iterator[bytes]:
+    """Yield a remote file; raise BundleError for whatever goes wrong there, not in the cache."""
+    file = RemoteFile(folder, name)
+    try:
+        with folder.open(name) as source:
+            while chunk := source.read(CHUNK_BYTES):
+                yield chunk
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} is not whole: it has no {name}: export it again") from error
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read: {error}: run the same command again") from error

@@ -24,7 +24,7 @@ from engine.decoding.scheduler import Scheduler
 from engine.errors import ImageError, UsageError
 from engine.images import ImageFile, Picture, read_image
 from engine.options import DecodeOptions
-from engine.remote import RemoteFolder
+from engine.remote import Location, location
 from engine.search import resolve_search
 from engine.tokenizer import CaptionTokenizer, detokenise
 
@@ -95,20 +95,20 @@ class Captioner:
     @classmethod
     def load(
         cls,
-        bundle: RemoteFolder | Path | str | None = None,
+        bundle: Location | str | None = None,
         *,
         backend: str = "auto",
         threads: int | None = None,
         plans: Path | str | None = None,
         cuda_graphs: bool = False,
     ) -> Captioner:
-        """Load a bundle directory (the embedded demo when None) into a backend with `threads` CPU threads.
+        """Load a bundle from a directory or a URI (the embedded demo when None), with `threads` CPU threads.
 
         `plans` and `cuda_graphs` are for the backend `trt`. Raises BundleError, BackendError or UsageError; see
         Bundle.load and open_backend.
         """
         backend = require_backend(backend)  # before the bundle is hashed: what is missing is said at once
-        checked = Bundle.load(Path(bundle) if isinstance(bundle, str) else bundle)
+        checked = Bundle.load(location(bundle) if isinstance(bundle, str) else bundle)
         folder = None if plans is None else Path(plans)
         return cls(checked, open_backend(checked, backend, threads=threads, plans=folder, cuda_graphs=cuda_graphs))
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import click
 
-from engine import __version__, cli_report, cli_scoring
-from engine.console import LOCATION, PATH, say
+from engine import __version__, cli_bundle, cli_report, cli_scoring
+from engine.console import LOCATION, PATH, bundle_options, decoding_options, say
 from engine.errors import EngineError, UsageError
 from engine.remote import Location
 
@@ -47,12 +47,22 @@ class EngineGroup(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            self._stop(f"{error.strerror}: {error.filename or 'standard output'}", EngineError.exit_code)
+            where = error.filename or ("standard output" if _is_stuck(sys.stdout) else "")
+            self._stop(f"{error.strerror or error}{f': {where}' if where else ''}", EngineError.exit_code)
 
     @staticmethod
     def _stop(message: str, exit_code: int) -> NoReturn:
         say(f"error: {message}")
         sys.exit(exit_code)
+
+
+def _is_stuck(stream: IO[str]) -> bool:
+    """Return whether what was printed cannot be written, to a full disk for example."""
+    try:
+        stream.flush()
+    except OSError:
+        return True
+    return False
 
 
 @click.group(cls=EngineGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,65 +71,12 @@ def main() -> None:
     """Caption directories of images with BLIP: the words of Hugging Face, without torch."""
 
 
-for _command in (cli_scoring.score, cli_scoring.rerank, cli_scoring.submit, cli_scoring.check, cli_report.report):
+for _command in (
+    *(cli_bundle.verify, cli_bundle.bench, cli_bundle.plan, cli_bundle.info),
+    *(cli_scoring.score, cli_scoring.rerank, cli_scoring.submit, cli_scoring.check),
+    cli_report.report,
+):
     main.add_command(_command)
-
-
-def bundle_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options every command that loads a bundle takes."""
-    for option in (
-        click.option("--cuda-graphs", is_flag=True, help="Of --backend trt: capture steps of one shape, replay them."),
-        click.option("--plans", type=PATH, help="Of --backend trt: folder that `engine plan` wrote."),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores when absent."),
-        click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda, tensorrt or trt."),
-        click.option("--bundle", type=LOCATION, help="Exported bundle, or its URI; the embedded demo when absent."),
-    ):
-        command = option(command)
-    return command
-
-
-def _parse_rows(context: click.Context, parameter: click.Parameter, rows: str) -> int | None:  # noqa: ARG001
-    if rows == "auto":
-        return None
-    if not rows.isdecimal() or int(rows) < 1:
-        raise UsageError(f"--rows takes a whole number of at least 1, or auto, not {rows!r}")
-    return int(rows)
-
-
-def _parse_early_stopping(context: click.Context, parameter: click.Parameter, value: str | None) -> bool | str | None:  # noqa: ARG001
-    return {"false": False, "true": True}.get(value or "", value)
-
-
-def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options every command that decodes takes; None means not given, see Bundle.options."""
-    for option in (
-        click.option(
-            "--rows",
-            default="auto",
-            show_default=True,
-            callback=_parse_rows,
-            help="Beams decoded side by side, or auto.",
-        ),
-        click.option("--prompt", help="Text every caption starts with."),
-        click.option(
-            "--early-stopping",
-            type=click.Choice(["false", "true", "never"]),
-            callback=_parse_early_stopping,
-            help="When beam search may stop.",
-        ),
-        click.option("--length-penalty", type=float, help="Above 0 favours long captions, below 0 short ones."),
-        click.option("--min-new-tokens", type=click.IntRange(0), help="Fewest tokens before a caption may end."),
-        click.option("--max-new-tokens", type=click.IntRange(1), help="Most tokens a caption may add to the prompt."),
-        click.option(
-            "--no-repeat-ngram",
-            "no_repeat_ngram_size",
-            type=click.IntRange(0),
-            help="Never repeat an n-gram of this size; 0: off.",
-        ),
-        click.option("--beams", "num_beams", type=click.IntRange(1), help="Beams; 1 is greedy."),
-    ):
-        command = option(command)
-    return command
 
 
 @main.command()
@@ -210,7 +167,10 @@ def caption(
     new = summary.captions - summary.resumed
     say(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {out}")
     if summary.empty:
-        say(f"{summary.empty} of them are empty: the model ended at once, or no hypothesis was left by the options")
+        say(
+            f"{summary.empty} of all {summary.captions} captions are empty: the model ended at once, or no hypothesis "
+            "was left by the options"
+        )
     say(summary.signature)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
@@ -234,116 +194,3 @@ def _progress_bar(length: int) -> Iterator[Callable[[], None]]:
             bar.update(1, done)
 
         yield advance
-
-
-@main.command()
-@click.option("--input", "directory", type=PATH, help="Directory of images; synthetic ones when absent.")
-@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Images to caption.")
-@bundle_options
-@decoding_options
-def bench(
-    directory: Path | None,
-    images: int,
-    bundle: Location | None,
-    backend: str,
-    threads: int | None,
-    plans: Path | None,
-    cuda_graphs: bool,
-    rows: int | None,
-    **given: Any,
-) -> None:
-    """Measure this machine's images/s; the last line is JSON."""
-    from engine.bench import images_to_measure, measure_speed
-
-    pictures = images_to_measure(directory, images)
-    loading = {"threads": threads, "plans": plans, "cuda_graphs": cuda_graphs}
-    speed = measure_speed(bundle, pictures, given, backend=backend, rows=rows, **loading)
-    say(
-        f"{speed.images_per_s:.2f} images/s ({1 / speed.images_per_s:.3f} s an image) over {speed.images} images, "
-        f"{speed.side_by_side} side by side on {speed.cores} cores; loaded in {speed.load_s:.1f} s"
-    )
-    say(f"{speed.new_tokens_mean:.1f} new tokens a caption, {speed.new_tokens_most} at most: time grows with them")
-    click.echo(json.dumps(asdict(speed)))
-
-
-@main.command()
-@bundle_options
-@click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON line.")
-def verify(bundle: Location | None, backend: str, as_json: bool, **loading: Any) -> None:
-    """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""
-    from engine.backends import open_backend, require_backend
-    from engine.bundle import Bundle
-    from engine.verify import verify as replay
-
-    backend = require_backend(backend)
-    loaded = Bundle.load(bundle)
-    runtime = open_backend(loaded, backend, **loading)
-    checks = replay(loaded, runtime)
-    for check in checks:
-        state = "ok  " if check.passed else "FAIL"
-        click.echo(
-            f"{state} {check.identical}/{check.images} identical, score difference {check.max_score_difference:.1e}: "
-            f"{check.setting}",
-            err=as_json,
-        )
-    if as_json:
-        click.echo(json.dumps({"backend": runtime.name, "checks": [asdict(check) for check in checks]}))
-    if not all(check.passed for check in checks):
-        raise EngineError(f"{loaded.path} does not say what PyTorch said at export: export it again, or report a bug")
-
-
-@main.command()
-@click.option("--bundle", type=PATH, help="Exported bundle; the embedded demo when absent.")
-@click.option("--out", type=PATH, help="Folder for the plans; where `--backend trt` looks by itself when absent.")
-@click.option("--beams", type=click.IntRange(1), help="Most beams; the bundle's own when absent.")
-@click.option("--max-new-tokens", type=click.IntRange(1), help="Most new tokens; the bundle's own when absent.")
-@click.option("--rows", type=click.IntRange(1), default=1024, show_default=True, help="Most beams side by side.")
-@click.option("--builder", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt", show_default=True)
-@click.option("--compute-capability", help="Of tensorrt-rtx: the GPU to build for, such as 8.0; this one when absent.")
-def plan(
-    bundle: Location | None,
-    out: Path | None,
-    beams: int | None,
-    max_new_tokens: int | None,
-    rows: int,
-    builder: str,
-    compute_capability: str | None,
-) -> None:
-    """Build TensorRT plans of a bundle for `--backend trt`.
-
-    TensorRT builds for the GPU it runs on. TensorRT-RTX needs none, and its plans run on any GPU of one compute
-    capability.
-    """
-    from engine.backends.plans import build_plans, default_folder, target_for
-    from engine.backends.shapes import Bounds
-    from engine.bundle import Bundle
-
-    target = target_for(builder, compute_capability)
-    loaded = Bundle.load(bundle)
-    bounds = Bounds.of(loaded, beams=beams, max_new_tokens=max_new_tokens, rows=rows)
-    folder = out or default_folder(loaded)
-    build_plans(loaded, folder, bounds, target, say)
-    say(
-        f"up to {bounds.slots} images of {bounds.beams} beams; {target.builder} {target.version}, compute capability "
-        f"{target.compute_capability}"
-    )
-    click.echo(folder)
-
-
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-def info(as_json: bool) -> None:
-    """Show versions, backends and what is missing."""
-    from engine.info import collect_info
-
-    facts = collect_info()
-    if as_json:
-        click.echo(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            click.echo(f"{name}:")
-            for key, entry in value.items():
-                click.echo(f"  {key}: {entry}")
-        else:
-            click.echo(f"{name}: {value}")

@@ -13,6 +13,7 @@ from engine.console import PATH, say
 from engine.errors import EngineError, UsageError
 
 FORMAT_NAMES = ("imageclef2022", "imageclef2023", "imageclef2024", "imageclef2025", "imageclef2026")
+COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 PROFILE_NAMES = ("imageclef2024", "imageclef2025", "imageclef2026")
 
 
@@ -28,6 +29,10 @@ def _parse_pairs(context: click.Context, parameter: click.Parameter, values: tup
 
 def _parse_names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:  # noqa: ARG001
     return tuple(name.strip() for name in (value or "").split(",") if name.strip())
+
+
+OF_SCORING = ("metrics", "weights", "plugin", "device", "batch-size", "bertscore-layer")
+"""Options of measuring, which values of --per-image need no more."""
 
 
 def metric_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -69,6 +74,7 @@ def _setting(weights: dict[str, str], plugins: dict[str, str], device: str | Non
 @click.option("--profile", type=click.Choice(PROFILE_NAMES), help="The metrics of a challenge, under its names.")
 @click.option("--metrics", callback=_parse_names, help="Metrics by name, separated by commas, instead of a profile's.")
 @click.option("--images", type=PATH, help="Folder of the images, for metrics that look at them.")
+@click.option("--recursive", is_flag=True, help="Look for images in the folders of --images, too.")
 @click.option("--labels", type=PATH, help="Table of labels by ID, for --by.")
 @click.option("--by", "group_by", help="Column of --labels, or of the references, to break the scores down by.")
 @click.option("--out", type=PATH, help="JSON file for the scores.")
@@ -94,6 +100,11 @@ def score(
     unavailable.
     """
     if context.invoked_subcommand is not None:
+        idle = _options_given(context)
+        if idle:
+            raise UsageError(
+                f"{', '.join(idle)}: give what is for `score {context.invoked_subcommand}` behind that word"
+            )
         return
     if run is None or references is None or out is None:
         raise UsageError("score needs --run, --references and --out")
@@ -110,6 +121,12 @@ def score(
     write_report(report, out, per_image)
     for line in _summary(report):
         click.echo(line)
+
+
+def _options_given(context: click.Context) -> list[str]:
+    """Return the options that stand on the command line."""
+    given = [p for p in context.command.params if p.name and context.get_parameter_source(p.name) is COMMANDLINE]
+    return [parameter.opts[0] for parameter in given if isinstance(parameter, click.Option)]
 
 
 def _summary(report: Any) -> list[str]:
@@ -146,6 +163,9 @@ def _summary(report: Any) -> list[str]:
 @metric_options
 def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: Any) -> None:
     """Compare two runs by the paired bootstrap: SECOND minus FIRST, with 95 % intervals (fixed seed)."""
+    idle = set(_options_given(click.get_current_context())) & {f"--{name}" for name in OF_SCORING}
+    if idle and given["references"] is None:
+        raise UsageError(f"{', '.join(sorted(idle))}: only with --references, where runs are scored first")
     from dataclasses import asdict
 
     from engine.scoring import bootstrap
@@ -205,13 +225,14 @@ def rerank(files: tuple[Path, ...], out: Path, utility: str, uniform: bool, **gi
     """Choose of each image's candidates the one the others agree with most (minimum Bayes risk)."""
     from engine.output.run import check_outputs, write_run
     from engine.rerank import read_n_best, rerank_candidates
+    from engine.scoring.report import refuse_unused
 
     check_outputs({"--out": out}, files)
     layer = given.pop("bertscore_layer")
+    setting = _setting(**given)
+    refuse_unused(setting, [utility])
     candidates = read_n_best(files)
-    chosen = rerank_candidates(
-        candidates, utility, _setting(**given), uniform=uniform, options={"bertscore_layer": layer}
-    )
+    chosen = rerank_candidates(candidates, utility, setting, uniform=uniform, options={"bertscore_layer": layer})
     write_run(out, chosen.items())
     moved = sum(chosen[name] != several[0].text for name, several in candidates.items())
     say(f"{len(chosen)} captions, {moved} of them another than the first candidate -> {out}")

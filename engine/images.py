@@ -73,7 +73,7 @@ def find_images(directory: Location, *, recursive: bool = False, dicom_frame: in
         images = [ImageFile(Path(n).stem, Path(n), dicom_frame, directory) for n in taken]
     else:
         if not directory.is_dir():
-            raise UsageError(f"{directory} is not a directory: --input takes the folder that holds the images")
+            raise UsageError(f"{directory} is not a directory: give the folder that holds the images")
         names = sorted(_names_below(directory) if recursive else os.listdir(directory))
         taken = [n for n in names if _is_candidate(directory / n)]
         images = [ImageFile(Path(n).stem, directory / n, dicom_frame) for n in taken]

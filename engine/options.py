@@ -15,6 +15,9 @@ MAX_LENGTH_PENALTY = 10
 """Beyond it a length of 512 tokens raised to the penalty nears the limits of float32."""
 
 
+OF_DRAWING = ("temperature", "top_k", "top_p", "seed")
+"""Options that say nothing where captions are searched for."""
+
 MIN_TEMPERATURE = 0.01
 """Below it nothing but the likeliest word is left: that is greedy decoding."""
 
@@ -85,10 +88,15 @@ def options_from(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Decod
     """Lay `given` (None means not given) over `defaults`, a bundle's generation settings, over our own.
 
     A given max_new_tokens also beats a default max_length, and min_new_tokens a default min_length, as in
-    Hugging Face. Raises UsageError on an unknown name or a value out of range.
+    Hugging Face. Raises UsageError on an unknown name, a value out of range, or one given that would do nothing.
     """
     known = {field.name for field in fields(DecodeOptions)}
     unknown = (set(defaults) | set(given)) - known
     if unknown:
         raise UsageError(f"unknown decoding options: {', '.join(sorted(unknown))}")
-    return replace(DecodeOptions(**defaults), **{name: value for name, value in given.items() if value is not None})
+    asked = {name: value for name, value in given.items() if value is not None}
+    options = replace(DecodeOptions(**defaults), **asked)
+    idle = [name for name in OF_DRAWING if name in asked]
+    if idle and not options.do_sample:
+        raise UsageError(f"{', '.join(idle)}: only for drawn captions: add --sample --beams 1, or leave it out")
+    return options

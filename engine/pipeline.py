@@ -54,7 +54,7 @@ class Job:
 class Summary:
     """How a run went. `resumed` of the captions come from an earlier run that was cut off, `empty` ones have no word.
 
-    `seconds` is captioning alone, without loading.
+    `seconds` is captioning; without loading the bundle in this process, but with starting the workers of a cluster.
     """
 
     images: int
@@ -147,7 +147,7 @@ def _telling_how_to_go_on(record: RunRecord, say: Callable[[str], None]) -> Iter
     except BaseException:
         if record.captions:
             kept = f"{len(record.captions)} captions are kept in {record.journal_path}"
-            say(f"{kept}: the same command goes on from there")
+            say(f"{kept}: {record.same_command} goes on from there")
         raise
 
 

@@ -1,6 +1,7 @@
 """Folders at a URI: s3://, gs://, hdfs://, file:// through pyarrow, anything else through fsspec; knows no images.
 
-Needs pyarrow, which the extra `ray` brings. Credentials and options may be part of a URI; they are never shown.
+Needs pyarrow, which the extra `ray` brings. Credentials and options (`user:key@`, `?...`) may be part of a URI;
+they are never shown.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from engine.errors import EngineError, UsageError
 
-FILE_SYSTEM_OPTIONS = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
-"""Schemes whose `?name=value` pyarrow reads as options; elsewhere `?` may be part of a name."""
+PLAIN = ("file", "memory")
+"""Schemes in which `?` is part of a name; elsewhere it begins options, or a signature that lets its bearer in."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class RemoteFolder:
 
     def __str__(self) -> str:
         parts = urlsplit(self.uri)
-        query = "" if parts.scheme in FILE_SYSTEM_OPTIONS else parts.query
+        query = parts.query if parts.scheme in PLAIN else ""
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query)).rstrip("/")
 
     def list(self, *, recursive: bool = False) -> dict[str, tuple[int, ...] | None]:
@@ -34,13 +35,13 @@ class RemoteFolder:
 
         Raises UsageError when there is no such folder, EngineError when its storage does not answer.
         """
+        system, base = _open(self.uri)
         from pyarrow import fs
 
-        system, base = _open(self.uri)
         try:
             found = system.get_file_info(fs.FileSelector(base, recursive=recursive))
         except (FileNotFoundError, NotADirectoryError):
-            raise UsageError(f"{self} is not a directory: --input and --bundle take a folder") from None
+            raise UsageError(f"{self} is not a directory: give a folder") from None
         except OSError as error:
             raise _trouble(str(self), error) from error
         return {
@@ -97,8 +98,14 @@ Location = Path | RemoteFolder
 
 
 def location(text: str) -> Location:
-    """Return the folder that a text means: a URI where it has a scheme, else a path."""
-    return RemoteFolder(text) if "://" in text else Path(text)
+    """Return the folder that a text means: a URI where it has a scheme, else a path. Raises UsageError."""
+    if "://" not in text:
+        return Path(text)
+    try:
+        urlsplit(text)
+    except ValueError as error:
+        raise UsageError(f"a URI beginning with {text.partition('://')[0]}:// is none: {error}") from None
+    return RemoteFolder(text)
 
 
 @functools.lru_cache(maxsize=16)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
-from engine.backends import require_backend
+from engine.backends import check_choice, require_backend
 from engine.bundle import Bundle
 from engine.captioner import Caption, Captioner
 from engine.errors import ImageError, OutOfMemoryError, UsageError
@@ -47,8 +47,10 @@ def require_source(job: Job) -> None:
     if job.ray is None:
         if job.ray_actors is not None:
             raise UsageError("--ray-actors is how many workers --ray has: give both, or neither")
+        check_choice(job.backend, job.plans, job.cuda_graphs)
         require_backend(job.backend)
         return
+    check_choice(job.backend, job.plans, job.cuda_graphs)
     from engine.cluster.session import require_ray
 
     require_ray()

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from engine.errors import DataError, UsageError
+
+T = TypeVar("T")
 
 DELIMITERS = ",\t|"
 FILE_COLUMNS = ("file_name", "filename", "image")
@@ -43,6 +45,13 @@ class Table:
         if several:
             raise DataError(f"{self.path} has more than one caption for {shorten(several)}: a run has one an image")
         return {name: captions[0] for name, captions in self.captions.items()}
+
+
+def under_ids_of(references: Table, found: Mapping[str, T]) -> dict[str, T]:
+    """Return what is known by id under the ids of `references`, where these know the given ones only as aliases."""
+    if found.keys() & references.captions.keys() or not found.keys() & references.aliases.keys():
+        return dict(found)
+    return {references.aliases.get(name, name): value for name, value in found.items()}
 
 
 def read_table(path: Path) -> Table:
@@ -85,17 +94,23 @@ def read_ids(path: Path) -> list[str]:
 
 
 def read_columns(path: Path) -> dict[str, dict[str, str]]:
-    """Read a CSV file of anything about images, ids or file names in its first column: {column: {id: value}}.
+    """Read a table of anything about images, ids or file names in its first column: {column: {id: value}}.
 
-    Raises DataError naming the file and the line.
+    It has a header, and commas, TABs or bars. Raises DataError naming the file and the line.
     """
     csv.field_size_limit(MAX_FIELD_CHARS)
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = read_text(path)
+    header_line = text.partition("\n")[0]
+    found = [delimiter for delimiter in DELIMITERS if delimiter in header_line]
+    delimiter = next((d for d in found if _heads_ids(header_line.split(d)[0])), (found or ",")[0])
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, quoting=_quoting(text, delimiter), strict=True
+    )
     columns: dict[str, dict[str, str]] = {}
     try:
         header = [name.strip() for name in next(reader, ())]
         if len(header) < 2:
-            raise DataError(f"{path} is no table: its header has no column beside the ids")
+            raise DataError(f"{path} is no table: its header has no column beside the ids, with a comma, TAB or bar")
         if len(set(header)) < len(header):
             raise DataError(f"{path} has two columns of one name: {', '.join(header)}")
         columns = {name: {} for name in header[1:]}
@@ -127,6 +142,10 @@ def read_text(path: Path) -> str:
 def shorten(names: list[str], most: int = 10) -> str:
     """Join names for a message."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _heads_ids(name: str) -> bool:
+    return name.strip().strip('"').lower() in ID_COLUMNS
 
 
 def _ids(text: str) -> list[str]:

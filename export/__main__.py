@@ -13,19 +13,24 @@ PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--checkpoint", type=PATH, required=True, help="BLIP captioning checkpoint directory (safetensors).")
+@click.option("--checkpoint", required=True, help="BLIP captioning checkpoint (safetensors): a folder, or a hub's id.")
 @click.option("--out", type=PATH, required=True, help="Bundle directory to write.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
 @click.option("--image-size", type=click.IntRange(1), help="Resize the position table to this many pixels first.")
-def main(checkpoint: Path, out: Path, precision: str, image_size: int | None) -> None:
+def main(checkpoint: str, out: Path, precision: str, image_size: int | None) -> None:
     """Export a checkpoint to a bundle, and check that the bundle says what PyTorch says."""
     from engine.errors import EngineError
     from export.bundle import ExportError, export_bundle
     from export.checkpoint import CheckpointError
+    from export.hub import find_checkpoint
 
     try:
         bundle = export_bundle(
-            checkpoint, out, lambda line: click.echo(line, err=True), precision=precision, image_size=image_size
+            find_checkpoint(checkpoint),
+            out,
+            lambda line: click.echo(line, err=True),
+            precision=precision,
+            image_size=image_size,
         )
     except (CheckpointError, ExportError, EngineError, OSError) as error:
         click.echo(f"error: {error}", err=True)

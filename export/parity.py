@@ -28,6 +28,7 @@ from engine.output.run import check_outputs, write_atomically
 from export.bundle import checkpoint_sha256
 from export.checkpoint import CheckpointError
 from export.golden import golden_pictures
+from export.hub import find_checkpoint
 from export.reference import Reference, ReferenceCaption, UncachedBackend
 from export.trace import (
     TIE_ABSOLUTE,
@@ -184,7 +185,7 @@ def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True)
+@click.option("--checkpoint", required=True, help="BLIP captioning checkpoint (safetensors): a folder, or a hub's id.")
 @click.option("--bundle", type=click.Path(path_type=Path), required=True)
 @click.option("--images", type=click.Path(path_type=Path), help="Directory of pictures; synthetic ones when absent.")
 @click.option("--limit", type=click.IntRange(1), help="Use only the first N pictures.")
@@ -201,6 +202,7 @@ def main(
     """Compare a bundle with Hugging Face generate, id for id."""
     try:
         check_outputs({"--out": out}, [])
+        checkpoint = find_checkpoint(checkpoint)
         reference = Reference.load(checkpoint, image_size)
         captioner = Captioner.load(bundle, backend="cpu")
         _check_float32(captioner)

@@ -202,8 +202,9 @@ def main(
         options = replace(float32.bundle.options(), num_beams=beams, no_repeat_ngram_size=no_repeat_ngram)
         report = compare_bundles(float32, other, images, options)
         spec = float32.bundle.image
-        some = [read_image(i.path, spec.height, spec.width, spec.resample) for i in find_images(images).images]
-        error = encoder_error(float32.backend, other.backend, np.stack(some[:ENCODED_PICTURES]))
+        found = find_images(images).images[:ENCODED_PICTURES]
+        some = [read_image(i.path, spec.height, spec.width, spec.resample, frame=i.frame) for i in found]
+        error = encoder_error(float32.backend, other.backend, np.stack(some))
         document = {
             "bundle": other.bundle.digest,
             "precision": other.bundle.precision,

@@ -84,7 +84,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", type=PATH, required=True, help="BLIP captioning checkpoint to start from (safetensors).")
+@click.option("--model", required=True, help="BLIP captioning checkpoint to start from: a folder, or a hub's id.")
 @click.option("--out", type=PATH, required=True, help="Run directory; the same command goes on where it was cut off.")
 @click.option("--recipe", default="medblip-base", show_default=True, help="A named recipe, or a YAML file.")
 @click.option("--dry-run", is_flag=True, help="Print steps, learning rates and memory, take two steps, keep nothing.")
@@ -92,7 +92,7 @@ def main() -> None:
 @recipe_options
 @data_options
 def finetune(
-    model: Path,
+    model: str,
     out: Path,
     recipe: str,
     dry_run: bool,
@@ -106,6 +106,7 @@ def finetune(
 ) -> None:
     """Fine-tune BLIP on captioned images; under torchrun, on as many devices as it starts processes."""
     with errors_in_one_line():
+        from export.hub import find_checkpoint
         from train.finetune import Job
         from train.finetune import finetune as run
         from train.plan import plan_run
@@ -113,7 +114,7 @@ def finetune(
 
         given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
         job = Job(
-            checkpoint=model,
+            checkpoint=find_checkpoint(model),
             data=data,
             out=out,
             recipe=load_recipe(recipe, given),

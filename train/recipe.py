@@ -18,6 +18,7 @@ from train.augment import AUGMENTATIONS
 
 SCHEDULES = ("step", "constant", "one-cycle")
 PRECISIONS = ("fp32", "bf16", "fp16")
+BASELINES = ("others", "greedy")
 PARTS = ("vision", "words", "all-but-cross")
 
 
@@ -35,7 +36,8 @@ class Recipe:
     beams, or loss.
 
     With a `reward`, such as "rouge1=1 bertscore=1", the run is the second stage, self-critical sequence training
-    (train/reward.py): `samples` captions an image are drawn, and `likelihood_share` of the loss stays what it was.
+    (train/reward.py): `samples` captions an image are drawn and compared with the `baseline`, the `others` or the
+    `greedy` caption; `likelihood_share` of the loss stays what it was.
     """
 
     name: str = "medblip-base"
@@ -68,6 +70,7 @@ class Recipe:
     seed: int = 0
     reward: tuple[str, ...] = ()
     samples: int = 5
+    baseline: str = "others"
     likelihood_share: float = 0.0
 
     def __post_init__(self) -> None:
@@ -76,6 +79,7 @@ class Recipe:
                 raise UsageError(f"recipe {self.name}: {message}")
 
         choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "augmentation": tuple(AUGMENTATIONS)}
+        choices |= {"baseline": BASELINES}
         for setting, known in choices.items():
             value = getattr(self, setting)
             refuse(value in known, f"{setting} is {value!r}, not one of {', '.join(known)}")
@@ -91,7 +95,8 @@ class Recipe:
         refuse(0 < self.step_factor <= 1, "step_factor must be above 0 and at most 1")
         refuse(self.max_grad_norm > 0, "max_grad_norm must be above 0")
         refuse(0 <= self.label_smoothing < 1, "label_smoothing must be at least 0 and below 1")
-        refuse(self.samples >= 1, "samples must be at least 1")
+        least = 2 if self.baseline == "others" else 1
+        refuse(self.samples >= least, f"samples must be at least {least} with the baseline {self.baseline}")
         refuse(0 <= self.likelihood_share < 1, "likelihood_share must be at least 0 and below 1")
         refuse(not (self.reward and self.cache_features), "a reward needs the images: cache_features must be off")
         refuse(

@@ -1,8 +1,9 @@
 """Reward training: self-critical sequence training (Rennie et al. 2017, https://arxiv.org/abs/1612.00563).
 
 Captions are drawn through the engine's decoding core, rewarded by the metrics that will judge them, and compared with
-what the model says greedily, which is the baseline; the gradient makes drawn captions that beat it likelier.
-Knows nothing of run directories.
+a baseline; the gradient makes drawn captions that beat it likelier. The baseline is what the model says greedily, as in
+that paper, or for each drawn caption the mean reward of the others of its image (Luo 2020,
+https://arxiv.org/abs/2003.09971). Knows nothing of run directories.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from train.trainer import CaptionTrainer
 
 SAMPLED_WORDS = 100
 """Words a rollout draws from: what is left out has next to no probability, and sorting 30,000 words costs."""
+NOTHING = 1e-9
+"""An advantage below it is rounding."""
 PADDING = -1
 BLANK = -1
 
@@ -113,14 +116,16 @@ class RewardTrainer(CaptionTrainer):
         places = inputs["place"].tolist()
         filled = [i for i, (_, index) in enumerate(places) if index != BLANK]
         pixels = inputs["pixels"].cpu().numpy()
-        drawn, advantages = self._roll_out([(tuple(places[i]), pixels[i]) for i in filled])
+        drawn = self._roll_out([(tuple(places[i]), pixels[i]) for i in filled])
+        if not any(drawn):  # nothing to learn, but every process calls its model
+            drawn = [{(self._greedy_start(),) * 2: 0.0}, *drawn[1:]]
         normal = torch.stack([self._spec.normalise(pixels[i]) for i in filled or [0]]).to(self.args.device)
-        count = self.recipe.samples
-        ids = pad(drawn or [(self._greedy_start(),) * 2], self.args.device)
-        weights = torch.tensor(advantages or [0.0], device=self.args.device, dtype=torch.float32)
-        with repeating(self._reference.model.vision_model, count if filled else 1):
+        ids = pad([one for several in drawn for one in several], self.args.device)
+        advantages = [advantage for several in drawn for advantage in several.values()]
+        weights = torch.tensor(advantages, device=self.args.device, dtype=torch.float32)
+        with repeating(self._reference.model.vision_model, [len(several) for several in drawn]):
             logits = model(pixel_values=normal, **_without_padding(ids)).logits
-        loss = -(weights * log_probs(logits, ids)).sum() / (self.recipe.batch_size * count)
+        loss = -(weights * log_probs(logits, ids)).sum() / (self.recipe.batch_size * self.recipe.samples)
         share = self.recipe.likelihood_share
         if share and num_items_in_batch is not None and filled:
             kept = {name: inputs[name][filled] for name in ("input_ids", "attention_mask")}
@@ -140,12 +145,12 @@ class RewardTrainer(CaptionTrainer):
     def _greedy_start(self) -> int:
         return int(self._reference.model.config.text_config.bos_token_id)
 
-    def _roll_out(
-        self, images: list[tuple[tuple[int, int], NDArray[np.uint8]]]
-    ) -> tuple[list[tuple[int, ...]], list[float]]:
-        """Return the ids of `samples` drawn captions an image, and the reward of each beyond the greedy caption's."""
+    def _roll_out(self, images: list[tuple[tuple[int, int], NDArray[np.uint8]]]) -> list[dict[tuple[int, ...], float]]:
+        """Return of each image the ids of its drawn captions with their advantages; equal ones are one with the sum of
+        theirs, and those without any are left out: what a model is sure of costs nothing.
+        """
         if not images:
-            return [], []
+            return []
         sampling = DecodeOptions(
             do_sample=True,
             num_return_sequences=self.recipe.samples,
@@ -156,29 +161,56 @@ class RewardTrainer(CaptionTrainer):
         decode = (self._reference.model, self._reference.image_processor, images)
         greedy: dict[Any, list[Hypothesis]] = dict(caption_live(*decode, self._greedy))
         several: dict[Any, list[Hypothesis]] = dict(caption_live(*decode, sampling))
-        candidates, references, drawn = [], [], []
+        candidates, references = [], []
         for place, _ in images:
             one = [*several[place], greedy[place][0]]
-            drawn += [hypothesis.ids for hypothesis in one[:-1]]
             candidates += [self._text(hypothesis) for hypothesis in one]
             references += [self._references[self._examples[place[1]].id]] * len(one)
         rewards = self._reward(candidates, references).reshape(len(images), -1)
         self._seen += list(zip(rewards[:, :-1].mean(1).tolist(), rewards[:, -1].tolist(), strict=True))
-        return drawn, (rewards[:, :-1] - rewards[:, -1:]).flatten().tolist()
+        advantages = BASELINES[self.recipe.baseline](rewards)
+        return [
+            summed([hypothesis.ids for hypothesis in several[place]], row)
+            for (place, _), row in zip(images, advantages.tolist(), strict=True)
+        ]
 
     def _text(self, hypothesis: Hypothesis) -> str:
         return detokenise(self._reference.tokenizer.decode(hypothesis.ids, skip_special_tokens=True))
 
 
+def beyond_greedy(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the advantages f64[N,S] of S drawn captions over the greedy one, the last of rewards f64[N,S+1]."""
+    return rewards[:, :-1] - rewards[:, -1:]
+
+
+def beyond_others(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the advantages f64[N,S] of each of S drawn captions over the mean of the other drawn ones of its image."""
+    drawn = rewards[:, :-1]
+    return drawn - (drawn.sum(1, keepdims=True) - drawn) / (drawn.shape[1] - 1)
+
+
+BASELINES = {"greedy": beyond_greedy, "others": beyond_others}
+"""What a reward is compared with, by the recipe's name for it."""
+
+
+def summed(drawn: Sequence[tuple[int, ...]], advantages: Sequence[float]) -> dict[tuple[int, ...], float]:
+    """Add up the advantages of equal captions, and leave out those that come to nothing."""
+    sums: dict[tuple[int, ...], float] = {}
+    for ids, advantage in zip(drawn, advantages, strict=True):
+        sums[ids] = sums.get(ids, 0.0) + advantage
+    return {ids: advantage for ids, advantage in sums.items() if abs(advantage) > NOTHING}
+
+
 @contextmanager
-def repeating(vision_model: torch.nn.Module, count: int) -> Iterator[None]:
-    """Let every image be encoded once for the `count` captions drawn of it: its features are repeated, not its pixels.
+def repeating(vision_model: torch.nn.Module, counts: Sequence[int]) -> Iterator[None]:
+    """Let every image be encoded once for the captions drawn of it, `counts` of each: features are repeated alone.
 
     A hook, so that the call goes through whatever wraps the model for several processes.
     """
 
     def repeat(_: torch.nn.Module, __: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state.repeat_interleave(count, 0)
+        times = torch.tensor(counts, device=output.last_hidden_state.device)
+        output.last_hidden_state = output.last_hidden_state.repeat_interleave(times, 0)
         return output
 
     handle = vision_model.register_forward_hook(repeat)

@@ -13,7 +13,15 @@ BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "trt")
 `engine plan`.
 """
 
-__all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "open_backend", "require_backend"]
+__all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "check_choice", "open_backend", "require_backend"]
+
+
+def check_choice(name: str, plans: Path | None = None, cuda_graphs: bool = False) -> None:
+    """Raise UsageError for an unknown name, or for options of trt beside another one; looks at no machine."""
+    if name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name != "trt" and (plans is not None or cuda_graphs):
+        raise UsageError(f"plans and CUDA graphs are for the backend trt, not for {name}: leave these options out")
 
 
 def require_backend(name: str) -> str:
@@ -21,8 +29,7 @@ def require_backend(name: str) -> str:
 
     Raises UsageError for an unknown name, BackendError, in one sentence and at once, when something is missing.
     """
-    if name not in BACKENDS:
-        raise UsageError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    check_choice(name)
     if name == "trt":
         from engine.backends.trt import require
     else:
@@ -47,8 +54,7 @@ def open_backend(
     one shape are captured and replayed. What `auto` chose is `Backend.name`. Raises as require_backend does, and
     BundleError or BackendError where graphs or plans are not the bundle's.
     """
-    if name != "trt" and (plans is not None or cuda_graphs):
-        raise UsageError(f"plans and CUDA graphs are for the backend trt, not for {name}: leave these options out")
+    check_choice(name, plans, cuda_graphs)
     name = require_backend(name)
     if name == "cpu":
         from engine.backends.ort import OrtBackend

@@ -95,14 +95,3 @@ class Backend(Protocol):
         position may be named more than once, to fill up a row; the ancestry mask hides it.
         """
         ...
-
-
-def keep_in_place(arrays: list[NDArray[Any]], slots: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Keep the slots i64[B'] (as in Backend.regroup) of arrays [B,...]: survivors from behind move into the holes.
-
-    Returns views [B',...] of the same memory: fresh memory would cost more than the copies (benchmarks/LOG.md).
-    """
-    moved = np.flatnonzero(slots != np.arange(len(slots)))
-    for array in arrays:
-        array[moved] = array[slots[moved]]
-    return [array[: len(slots)] for array in arrays]

@@ -17,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends.nvidia import find_gpu
-from engine.backends.providers import cache_folder, refuse_strangers
 from engine.backends.shapes import Bounds, Profile, profiles
 from engine.bundle import GRAPHS, Bundle, file_sha256
+from engine.cache import cache_folder, refuse_strangers
 from engine.errors import BackendError
 from engine.output.lock import OutputLock
+from engine.output.run import replace_file
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Builder -> the module that brings it."""
 PORTABLE = "tensorrt-rtx"
 """The builder that needs no GPU, and whose plans run on every GPU of a compute capability."""
 ANY_GPU = "any"
+OWN = 0o600
+"""Nobody else may read or write what will be executed."""
 OLDEST = (10, 12)
 """TensorRT: older ones do not type networks strongly in every operator used here."""
 
@@ -124,9 +127,10 @@ def build_plans(
                 say(f"building {path}")
                 timings = folder / f"timings-{target.version}-{target.compute_capability}.cache"
                 plan = build_plan(bundle, graph, bounds, target, timings)
-                _write(path, plan)
+                replace_file(path, plan, mode=OWN)
                 kept = key | {"plan_sha256": hashlib.sha256(plan).hexdigest()}
-                _write(path.with_suffix(".json"), (json.dumps(kept, indent=1, sort_keys=True) + "\n").encode())
+                note = json.dumps(kept, indent=1, sort_keys=True) + "\n"
+                replace_file(path.with_suffix(".json"), note.encode(), mode=OWN)
             paths.append(path)
     return paths
 
@@ -188,7 +192,7 @@ def build_network(
         raise BackendError(f"{path} cannot be built: {logger.last()}")
     kept = config.get_timing_cache() if timings is not None else None
     if timings is not None and kept is not None:
-        _write(timings, bytes(kept.serialize()))
+        replace_file(timings, bytes(kept.serialize()), mode=OWN)
     return bytes(plan)
 
 
@@ -240,13 +244,6 @@ def _is_whole(path: Path, key: dict[str, Any]) -> bool:
         return bool(kept == key | {"plan_sha256": file_sha256(path)})
     except (OSError, ValueError):
         return False
-
-
-def _write(path: Path, content: bytes) -> None:
-    half = path.with_name(path.name + ".tmp")
-    half.write_bytes(content)
-    half.chmod(0o600)
-    half.replace(path)
 
 
 def _capability(trt: Any, text: str) -> Any:

@@ -9,16 +9,15 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from engine.backends.device import CudaDevice
 from engine.backends.nvidia import clashing_runtimes, find_gpu
 from engine.backends.shapes import Bounds, Profile, profiles
 from engine.bundle import Bundle
+from engine.cache import cache_folder
 from engine.errors import BackendError
 
 Provider = tuple[str, dict[str, str]]
@@ -159,25 +158,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def cache_folder(bundle: Bundle, name: str) -> Path:
-    """Return the folder `name` for what is built from a bundle, made for this user alone.
-
-    Plans are executable code. Raises BackendError when the folder is another user's or others may write into it.
-    """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "blip-caption-engine" / bundle.digest[:16] / name
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    refuse_strangers(folder)
-    return folder
-
-
-def refuse_strangers(path: Path) -> None:
-    """Raise BackendError unless a folder or file belongs to this user and nobody else may write into it."""
-    status = path.stat()
-    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        raise BackendError(
-            f"{path} belongs to another user or others may write into it, and plans are executable code: "
-            f"chmod go-w {path}, or choose another folder"
-        )

@@ -92,6 +92,8 @@ class TrtBackend:
         find_gpu()
         folder = folder or default_folder(bundle)
         plans = {graph: read_plan(folder, bundle, graph) for graph in GRAPHS}
+        if any(one.bounds != plans["decoder"].bounds for one in plans.values()):
+            raise BackendError(f"the plans in {folder} were built for different sizes: run `engine plan` again")
         if uses_cuda_graphs and plans["decoder"].target.builder == PORTABLE:
             raise BackendError(f"plans of {PORTABLE} are not captured here: leave --cuda-graphs out")
         device = CudaDevice()

@@ -24,7 +24,8 @@ COLUMN = "message"
 class WorkOrder:
     """All a worker needs to know of a run. `digest` is the bundle's, `environment` the versions it must have, too.
 
-    `threads` is for a CPU's graphs, `peers` how many workers at most share a node's memory.
+    `threads` is for a CPU's graphs, `peers` how many workers at most share a node's memory. With more than one of
+    `num_nodes`, what a worker cannot read or do names its node.
     """
 
     bundle: Location | None
@@ -33,6 +34,7 @@ class WorkOrder:
     environment: str
     threads: int | None
     peers: int
+    num_nodes: int = 1
     plans: Path | None = None
     cuda_graphs: bool = False
     rows: int | None = None
@@ -72,9 +74,9 @@ def pack_note(note: str) -> str:
     return json.dumps({"note": note})
 
 
-def pack_error(error: EngineError) -> str:
-    """Return a message that ends the run."""
-    return json.dumps({"error": str(error), "exit_code": error.exit_code})
+def pack_error(error: EngineError, where: str = "") -> str:
+    """Return a message that ends the run; `where` follows the error's own words."""
+    return json.dumps({"error": f"{error}{where}", "exit_code": error.exit_code})
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Team:
 @contextmanager
 def open_cluster(job: Job, address: str, say: Say) -> Iterator[ClusterSource]:
     """Connect to a cluster, and ask a node what the backend is there; `say` gets how many workers there will be."""
-    bundle = Bundle.load(job.bundle)  # a damaged bundle is found before a cluster starts
+    bundle = Bundle.load(job.bundle)  # a damaged bundle or a wrong option is found before a cluster starts
+    search_for(bundle, CaptionTokenizer(bundle), bundle.options(**job.options))
     with cluster(address) as ray:
         gpus = 0 if job.backend == "cpu" else int(ray.cluster_resources().get("GPU", 0))
         node = _ask_a_node(ray, job.backend, min(gpus, 1))
@@ -63,7 +64,7 @@ def open_cluster(job: Job, address: str, say: Say) -> Iterator[ClusterSource]:
         gpus = 0 if node.backend == "cpu" else gpus
         team = plan_team(resources, gpus, actors=job.ray_actors, threads=job.threads)
         say(f"backend: {node.backend}, {team}")
-        yield ClusterSource(ray, job, bundle, node, team)
+        yield ClusterSource(ray, job, bundle, node, team, num_nodes=len(resources))
 
 
 def _ask_a_node(ray: Any, backend: str, gpus: int) -> Node:
@@ -86,10 +87,14 @@ def plan_team(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None
     """
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if gpus:
-        if (actors or 1) > gpus:
-            raise UsageError(f"the Ray cluster has room for {gpus} workers with a GPU: ask for fewer --ray-actors")
-        most = max(int(node.get("GPU", 0)) for node in nodes)
-        return Team(actors or gpus, threads or 1, 1, min(actors or gpus, most))
+        cpus = threads or 1
+        fitting = [min(int(node.get("GPU", 0)), int(node.get("CPU", 0)) // cpus) for node in nodes]
+        if sum(fitting) < (actors or 1):
+            raise UsageError(
+                f"the Ray cluster has room for {sum(fitting)} workers with a GPU and {cpus} CPUs: ask for fewer "
+                "--ray-actors or --threads"
+            )
+        return Team(actors or sum(fitting), cpus, 1, min(actors or sum(fitting), max(fitting)))
     if not cores:
         raise EngineError("the Ray cluster has no CPUs: start its nodes with some (ray start --num-cpus)")
     cpus = threads or min(cores)
@@ -106,7 +111,7 @@ def plan_team(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None
 class ClusterSource:
     """A team of workers, started when captions are asked for."""
 
-    def __init__(self, ray: Any, job: Job, bundle: Bundle, node: Node, team: Team) -> None:
+    def __init__(self, ray: Any, job: Job, bundle: Bundle, node: Node, team: Team, *, num_nodes: int) -> None:
         self.bundle = bundle
         self.backend_name = node.backend
         self.environment = node.environment.rpartition("|engine:")[0]
@@ -118,6 +123,7 @@ class ClusterSource:
             environment=node.environment,
             threads=team.cpus,
             peers=team.peers,
+            num_nodes=num_nodes,
             plans=job.plans and job.plans.absolute(),
             cuda_graphs=job.cuda_graphs,
             rows=job.rows,
@@ -153,7 +159,7 @@ class ClusterSource:
         calm(ray.data.DataContext.get_current())
         answers = ray.data.from_arrow([pa.table({COLUMN: [pack_images(block)]}) for block in blocks]).map_batches(
             CaptionWorker,
-            fn_constructor_args=(self._order, ray.remote(num_cpus=0)(Attempts).remote()),
+            fn_constructor_args=(self._order, lasting(ray, Attempts)),
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
@@ -168,12 +174,23 @@ class ClusterSource:
         try:
             for table in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
                 yield from table[COLUMN].to_pylist()
-        except ray.exceptions.RayTaskError:
-            raise  # a fault of ours, with its traceback
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, ray.exceptions.RayError):
+                raise  # a fault of ours, with its traceback
+            raise _cluster_failed(error) from error
         except ray.exceptions.RayError as error:
-            raise EngineError(
-                f"the Ray cluster failed ({_first_line(error)}): run the same command again, it goes on from here"
-            ) from error
+            raise _cluster_failed(error) from error
+
+
+def lasting(ray: Any, kind: type) -> Any:
+    """Start an actor that is started anew wherever its process or node dies; what it knew is gone then."""
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(kind).remote()
+
+
+def _cluster_failed(error: Exception) -> EngineError:
+    return EngineError(
+        f"the Ray cluster failed ({_first_line(error)}): run the same command again, it goes on from here"
+    )
 
 
 def calm(context: Any) -> None:

@@ -95,6 +95,7 @@ class CaptionWorker:
         """
         self._order = order
         self._attempts = attempts
+        self._where = f" (on the node {platform.node()})" if order.num_nodes > 1 else ""
         try:
             self._load()
         except EngineError as error:
@@ -106,12 +107,12 @@ class CaptionWorker:
         order = self._order
         if (found := _versions()) != order.environment:
             raise BackendError(
-                f"the node {platform.node()} has other packages ({found}) than the first one ({order.environment}): "
-                "install the same everywhere"
+                f"{platform.node()} has other packages ({found}) than the first node ({order.environment}): install "
+                "the same everywhere"
             )
         bundle = Bundle.load(order.bundle)
         if bundle.digest != order.digest:
-            raise BundleError(f"{order.bundle} on the node {platform.node()} is another bundle than here: copy it anew")
+            raise BundleError(f"{order.bundle} is another bundle than here: copy it anew")
         backend = open_backend(
             bundle, order.backend, threads=order.threads, plans=order.plans, cuda_graphs=order.cuda_graphs
         )
@@ -137,7 +138,7 @@ class CaptionWorker:
 
     def _answers(self, block: str) -> Iterator[str]:
         if self._error is not None:
-            yield pack_error(self._error)
+            yield pack_error(self._error, self._where)
             return
         images = unpack_images(block)
         ready: list[Caption] = []
@@ -149,14 +150,14 @@ class CaptionWorker:
                 if isinstance(said, Caption):
                     ready.append(said)
                 elif isinstance(said, ImageError):
-                    failures[ids[said.path]] = said.reason
+                    failures[ids[said.path]] = said.reason + self._where
                 else:
                     notes.append(said)
                 if len(ready) == -(-len(images) // ANSWERS):
                     yield pack_captions(ready)
                     ready = []
         except EngineError as error:
-            yield pack_error(error)
+            yield pack_error(error, self._where)
             return
         yield pack_captions(ready)
         if failures:

@@ -110,8 +110,8 @@ class Journal:
                 os.ftruncate(self._file, self._end)
                 os.lseek(self._file, self._end, os.SEEK_SET)
             raise OutputError(
-                f"{self.path} cannot be written: {error.strerror}: make room and run the same command again, "
-                "it goes on from here"
+                f"{self.path} cannot be written: {error.strerror}: make room and run the same command again "
+                "(not with --no-resume), it goes on from here"
             ) from error
 
     def sync(self) -> None:

@@ -73,7 +73,7 @@ class OutputLock:
             owner = os.read(self._file, 32).decode("ascii", "replace").strip() or "that has just begun"
             os.close(self._file)
             raise UsageError(
-                f"{self._out} is being written by process {owner}: wait for it, or choose another --out"
+                f"{self._out} is being written by process {owner}: wait for it, or choose another place"
             ) from None
 
     def _is_current(self) -> bool:

@@ -35,6 +35,8 @@ class RunRecord:
         Raises OutputError.
         """
         self.images = images
+        self.same_command = "the same command" if resume else "the same command without --no-resume"
+        """What goes on from the journal, in words for the user."""
         self.captions: dict[str, Caption] = {}
         self.failures: list[ImageError] = []
         self._fingerprints = fingerprints(images)
@@ -84,7 +86,7 @@ class RunRecord:
         if count and not allow_missing:
             raise EngineError(
                 f"{count} of {len(self.images)} images cannot be read and no run was written: mend them in place and "
-                "run the same command again, which captions only these, or pass --allow-missing for empty captions"
+                f"run {self.same_command} again, which captions only these, or pass --allow-missing for empty captions"
             )
 
     def check_unchanged(self) -> None:
@@ -101,7 +103,7 @@ class RunRecord:
         if changed:
             raise EngineError(
                 f"{len(changed)} images changed while the run was going on ({', '.join(changed[:3])}"
-                f"{', ...' if len(changed) > 3 else ''}) and no run was written: run the same command again, "
+                f"{', ...' if len(changed) > 3 else ''}) and no run was written: run {self.same_command} again, "
                 "which captions only these"
             )
 

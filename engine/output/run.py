@@ -91,8 +91,9 @@ def write_atomically(path: Path, text: str) -> None:
     replace_file(path, text.encode("utf-8", "surrogateescape"))
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then replace `path` (a link's target, keeping its permissions).
+def replace_file(path: Path, content: bytes, *, mode: int | None = None) -> None:
+    """Write under a temporary name, then replace `path` (a link's target, keeping its permissions unless `mode` is
+    given).
 
     Raises OutputError and leaves nothing behind.
     """
@@ -103,10 +104,10 @@ def replace_file(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        if target.exists():
-            temporary.chmod(target.stat().st_mode & 0o777)
+        if mode is not None or target.exists():
+            temporary.chmod(target.stat().st_mode & 0o777 if mode is None else mode)
         temporary.replace(target)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}: make room, or choose another --out") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror}: make room, or choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)

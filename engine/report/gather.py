@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from engine.bundle import file_sha256
 from engine.errors import DataError, UsageError
 from engine.images import ImageFile, find_images
 from engine.report.scores import Comparison, ScoreColumn, compare_scores, read_scores
 from engine.rerank import Candidate, read_n_best
-from engine.tables import read_columns, read_table, shorten
+from engine.tables import read_columns, read_table, shorten, under_ids_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Source:
-    """An input file as the page names it; `sha256` is None for a folder."""
+class InputFile:
+    """An input as the page names it; `sha256` is None for a folder."""
 
     role: str
     name: str
@@ -82,7 +86,7 @@ class Content:
     columns: list[Column]
     scores: list[ScoreColumn]
     comparisons: list[Comparison]
-    sources: list[Source]
+    sources: list[InputFile]
     notes: list[str] = field(default_factory=list)
 
 
@@ -90,21 +94,23 @@ def gather(request: Request) -> Content:
     """Read all inputs. Raises EngineError for a file that cannot be read or shares no id with the run."""
     notes: list[str] = []
     tables = {role: read_table(path) for role, path in request.files().items() if role in TABLES}
-    said = tables["run"].single()
     references = tables.get("references")
-    if references is not None and not said.keys() & references.captions.keys():
-        said = {references.aliases.get(name, name): caption for name, caption in said.items()}
+
+    def by_id(found: Mapping[str, T]) -> dict[str, T]:
+        return dict(found) if references is None else under_ids_of(references, found)
+
+    said = by_id(tables["run"].single())
     ids = list(said)
     captions: list[list[str | None]] = [list(said.values())]
     if "other run" in tables:
-        other = tables["other run"].single()
+        other = by_id(tables["other run"].single())
         notes += matched(request.run, ids, tables["other run"].path, other)
         captions.append([other.get(name) for name in ids])
     if references is not None:
         notes += matched(request.run, ids, references.path, references.captions)
     candidates = None
     if request.n_best is not None:
-        found = read_n_best([request.n_best])
+        found = by_id(read_n_best([request.n_best]))
         notes += matched(request.run, ids, request.n_best, found)
         candidates = [found.get(name, []) for name in ids]
     if not request.images.is_dir():
@@ -120,9 +126,11 @@ def gather(request: Request) -> Content:
             measured, known = read_scores(path, ids, run)
             notes += matched(request.run, ids, path, known)
             scores += measured
-    columns = [column for role, table in tables.items() for column in further_columns(role, table.columns, ids)]
+    columns = []
+    for role, table in tables.items():
+        columns += further_columns(role, {name: by_id(cells) for name, cells in table.columns.items()}, ids)
     for label, path in zip(labels(list(request.columns)), request.columns, strict=True):
-        cells = read_columns(path)
+        cells = {name: by_id(values) for name, values in read_columns(path).items()}
         notes += matched(request.run, ids, path, next(iter(cells.values())))
         columns += further_columns(label, cells, ids)
     comparisons, remarks = compare_scores(scores)
@@ -142,6 +150,9 @@ def gather(request: Request) -> Content:
 
 
 TABLES = ("run", "other run", "references")
+NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+EXACT = 2.0**53
+"""Whole numbers below it are exact in float64, which is all that a browser counts with."""
 
 
 def matched(run: Path, ids: Iterable[str], path: Path, found: Iterable[str]) -> list[str]:
@@ -164,7 +175,7 @@ def matched(run: Path, ids: Iterable[str], path: Path, found: Iterable[str]) -> 
 
 
 def labels(paths: list[Path]) -> list[str]:
-    """Return short names of runs: the file's, with as many folders in front as tell two apart."""
+    """Return short names of files: without extension, with as many folders in front as tell them apart."""
     names = [path.stem for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -189,12 +200,12 @@ def further_columns(source: str, table: Mapping[str, Mapping[str, str]], ids: li
 
 
 def _number(value: str) -> float | None:
-    try:
-        number = float(value)
-    except ValueError:
+    """Return the number that a text is, None for one that would not come back: 00012, 1_000, a UID of twenty digits."""
+    if not NUMBER.fullmatch(value.strip()):
         return None
-    return number if math.isfinite(number) else None
+    number = float(value)
+    return number if math.isfinite(number) and (abs(number) < EXACT or not value.strip().isdecimal()) else None
 
 
-def _source(role: str, path: Path) -> Source:
-    return Source(role, path.name, file_sha256(path) if path.is_file() else None)
+def _source(role: str, path: Path) -> InputFile:
+    return InputFile(role, path.name, file_sha256(path) if path.is_file() else None)

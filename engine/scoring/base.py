@@ -36,16 +36,6 @@ class Items:
         references = [tuple(map(preprocess, several)) for several in self.references]
         return Items(self.ids, [preprocess(text) for text in self.candidates], references, self.images)
 
-    def subset(self, places: Sequence[int]) -> Items:
-        """Return the images at `places`."""
-        images = None if self.images is None else [self.images[i] for i in places]
-        return Items(
-            [self.ids[i] for i in places],
-            [self.candidates[i] for i in places],
-            [self.references[i] for i in places],
-            images,
-        )
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -76,7 +66,7 @@ def mean(per_image: Sequence[float] | NDArray[np.float64], note: str = "") -> Me
 
 @dataclass(frozen=True)
 class Setting:
-    """What metrics may need: folders of weights by metric name, commands of plug-ins, cores and device."""
+    """What metrics may need: folders of weights by metric name, commands of plug-ins, torch device and batch size."""
 
     weights: dict[str, Path] = field(default_factory=dict)
     plugins: dict[str, str] = field(default_factory=dict)
@@ -85,7 +75,7 @@ class Setting:
 
 
 class Metric(Protocol):
-    """One metric. `signature` is known before anything is measured."""
+    """One metric. `signature` is known before anything is measured, except by plug-ins, which sign what they did."""
 
     name: str
 

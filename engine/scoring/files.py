@@ -97,7 +97,9 @@ def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:
             continue
         counts = [j for j, other in enumerate(header[1:]) if other.startswith(name + ":")]
         combine = COMBINE.get(name)
-        if counts and combine:
+        if counts:
+            if combine is None:
+                raise EngineError(f"{path} holds counts of {name}, which nothing here adds up: score the run again")
             value = combine(values[:, counts].sum(0))
             measured[name_and_how] = Measured(values[:, i], value, counts=values[:, counts], combine=combine)
         else:

@@ -14,7 +14,7 @@ from engine.scoring.base import Items, Measured, Setting, UnavailableError
 from engine.scoring.bootstrap import interval
 from engine.scoring.describe import baseline_scores, describe, group_places, scores_by_group
 from engine.scoring.profiles import CHEAP, PROFILES, Profile, make_metric, organisers_names
-from engine.tables import Table, read_table, shorten
+from engine.tables import Table, read_table, shorten, under_ids_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Request:
     run: Path
     references: Path
     images: Path | None = None
+    recursive: bool = False
     profile: str | None = None
     metrics: tuple[str, ...] = ()
     labels: Path | None = None
@@ -71,11 +72,11 @@ def score_run(request: Request, say: Callable[[str], None]) -> Report:
     names = request.metrics or profile.metrics
     options = dict(profile.options) | {"bertscore_layer": request.bertscore_layer}
     references = read_table(request.references)
-    items = match(read_table(request.run), references, request.images)
+    items = match(read_table(request.run), references, request.images, recursive=request.recursive)
     notes = _notes(references)
     groups_of = group_places(request.group_by, request.labels, references, items)
 
-    _refuse_unused(request.setting, names)
+    refuse_unused(request.setting, names)
     metrics = {name: make_metric(name, request.setting, options) for name in names}
 
     scores: list[Score] = []
@@ -107,14 +108,12 @@ def score_run(request: Request, say: Callable[[str], None]) -> Report:
     )
 
 
-def match(run: Table, references: Table, images: Path | None = None) -> Items:
+def match(run: Table, references: Table, images: Path | None = None, *, recursive: bool = False) -> Items:
     """Bring a run and references together in the run's order.
 
     Raises DataError naming the ids that are in one file only, or without an image where images are given.
     """
-    said, expected = run.single(), references.captions
-    if not set(said) & set(expected) and set(said) & set(references.aliases):
-        said = {references.aliases.get(name, name): caption for name, caption in said.items()}
+    said, expected = under_ids_of(references, run.single()), references.captions
     if not set(said) & set(expected):
         first = f"{next(iter(said))} against {next(iter(expected))}"
         raise DataError(
@@ -129,7 +128,7 @@ def match(run: Table, references: Table, images: Path | None = None) -> Items:
     ids = list(said)
     paths = None
     if images is not None:
-        files = {image.id: image.path for image in find_images(images).images}
+        files = {image.id: image.path for image in find_images(images, recursive=recursive).images}
         without = [name for name in ids if name not in files]
         if without:
             raise DataError(f"{images} lacks the images of {len(without)} ids: {shorten(without)}")
@@ -137,7 +136,7 @@ def match(run: Table, references: Table, images: Path | None = None) -> Items:
     return Items(ids, [said[name] for name in ids], [expected[name] for name in ids], paths)
 
 
-def _refuse_unused(setting: Setting, names: Sequence[str]) -> None:
+def refuse_unused(setting: Setting, names: Sequence[str]) -> None:
     """Raise DataError for weights or a plug-in that no metric of this run takes: a typing mistake, most likely."""
     taken = {*names, *(["clipscore"] if "refclipscore" in names else [])}
     for option, given in (("--weights", setting.weights), ("--plugin", setting.plugins)):

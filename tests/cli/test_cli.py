@@ -151,6 +151,7 @@ def test_unreadable_images_are_all_listed_and_nothing_is_written(image_dir, tiny
         (["--timings-out", "{tmp}/run.csv.journal"], 2, "would overwrite --timings-out"),
         (["--out", "{tmp}/" + "x" * 300], 1, "File name too long"),
         (["--n-best", "2"], 2, "--n-best needs --n-best-out"),
+        (["--temperature", "0.7", "--seed", "3"], 2, "temperature, seed: only for drawn captions: add --sample"),
         (["--n-best", "9", "--n-best-out", "{tmp}/n"], 2, "at least as many beams"),
         (["--max-new-tokens", "64"], 2, "set --max-new-tokens"),
         (["--min-new-tokens", "30"], 2, "mend the two limits"),

@@ -77,8 +77,8 @@ def children(parent: int) -> dict[int, bytes]:
     return {pid: lines[pid] for pid in found}
 
 
-def workers() -> list[int]:
-    return [pid for pid, line in children(os.getpid()).items() if b"CaptionWorker" in line]
+def actors(kind: bytes = b"CaptionWorker") -> list[int]:
+    return [pid for pid, line in children(os.getpid()).items() if line.startswith(b"ray::") and kind in line]
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -119,7 +119,9 @@ def test_uris_of_images_and_bundle_and_an_unreadable_image(image_dir, tiny_bundl
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_workers_killed_three_times_the_run_is_the_same_byte_for_byte(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_workers_and_their_counter_killed_the_run_is_the_same_byte_for_byte(
+    image_dir, tiny_bundle, tmp_path, undisturbed
+):
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     killed: list[int] = []
     ended = threading.Event()
@@ -127,9 +129,9 @@ def test_workers_killed_three_times_the_run_is_the_same_byte_for_byte(image_dir,
 
     def kill() -> None:
         target = 0
-        while len(killed) < 3 and not ended.is_set():
+        while len(killed) < 4 and not ended.is_set():
             time.sleep(0.01)
-            alive = [pid for pid in workers() if pid not in killed]
+            alive = [pid for pid in actors(b"Attempts" if len(killed) == 1 else b"CaptionWorker") if pid not in killed]
             if alive and journal.exists() and journal.read_bytes().count(b"\n") > target:
                 killed.append(chance.choice(alive))
                 os.kill(killed[-1], signal.SIGKILL)
@@ -141,7 +143,7 @@ def test_workers_killed_three_times_the_run_is_the_same_byte_for_byte(image_dir,
     ended.set()
     killer.join()
     assert result.exit_code == 0, result.stderr
-    assert len(killed) == 3
+    assert len(killed) == 4
     assert out.read_bytes() == undisturbed
 
 
@@ -220,6 +222,13 @@ def test_without_ray_one_sentence_names_the_extra(image_dir, tiny_bundle, tmp_pa
         (["--ray", "127.0.0.1:1"], 1, "no Ray cluster answers at 127.0.0.1:1: Connection refused"),
         (["--ray", "nowhere"], 2, "--ray takes HOST:PORT"),
         (["--ray-actors", "2"], 2, "give both, or neither"),
+        (["--ray", "--backend", "gpu"], 2, "unknown backend 'gpu'"),
+        (["--ray", "--backend", "cpu", "--cuda-graphs"], 2, "are for the backend trt, not for cpu"),
+        (
+            ["--ray", "--beams", "2", "--n-best", "3", "--n-best-out", "build/n.jsonl"],
+            2,
+            "need at least as many beams",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(image_dir, tmp_path, options, exit_code, said):

@@ -172,6 +172,41 @@ def test_columns_of_other_files_are_shown_beside_the_run(work):
     assert re.search(r"\|columns_1:[0-9a-f]{12}\|columns_2:[0-9a-f]{12}\|", page_data(work)["signature"])
 
 
+def test_coco_numbers_are_known_by_the_references_of_all_files(work):
+    numbers = dict(enumerate(IDS, 1))
+    annotations = [{"image_id": number, "caption": name} for number, name in numbers.items()]
+    files = [{"id": number, "file_name": f"{name}.png"} for number, name in numbers.items()]
+    (work / "coco.json").write_text(json.dumps({"images": files, "annotations": annotations}))
+    for name in ("run.json", "other.json"):
+        (work / name).write_text(json.dumps(annotations))
+    lines = [
+        {"id": str(number), "hypotheses": [{"text": name, "sum_log_prob": -1}]} for number, name in numbers.items()
+    ]
+    (work / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (work / "facts.csv").write_text("image_id|modality\n1|CT\n2|MR, 3 T\n3|\n")
+    given = {"references": "coco.json", "against": "other.json", "n_best": "run.jsonl", "columns": "facts.csv"}
+    result = report(work, run=work / "run.json", **{option: work / name for option, name in given.items()})
+    assert result.exit_code == 0, result.output
+    data = page_data(work)
+    assert data["ids"] == IDS
+    assert data["captions"] == [IDS, IDS]
+    assert [[text for text, _ in several] for several in data["candidates"]] == [[name] for name in IDS]
+    assert data["columns"][0]["values"] == ["CT", "MR, 3 T", ""]
+
+
+def test_what_only_looks_like_a_number_stays_as_it_is(work):
+    (work / "facts.tsv").write_text(
+        "ID\tdate\tcode\tuid\tshare\na\t20240131\t00012\t12345678901234567\t1e-3\n"
+        "b\t20240229\t7\t1\t-.5\nc\t20240301\t8\t2\t2.\n"
+    )
+    assert report(work, columns=work / "facts.tsv").exit_code == 0
+    columns = {column["name"]: column for column in page_data(work)["columns"]}
+    assert columns["date"]["values"] == [20240131, 20240229, 20240301]
+    assert columns["code"]["values"] == ["00012", "7", "8"]
+    assert columns["uid"]["values"] == ["12345678901234567", "1", "2"]
+    assert columns["share"]["values"] == [0.001, -0.5, 2.0]
+
+
 def test_the_signature_changes_with_every_file_shown(work):
     first = report(work).stderr.splitlines()
     write_run(work / "run.csv", [("a", "another caption"), ("b", "b"), ("c", "c")])

@@ -16,13 +16,14 @@ from engine.scoring.base import Items, Setting
 from engine.scoring.overlap import Cider
 from export.reference import Reference
 from tests.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, random_pictures
+from train import recipe
 from train.augment import radiology
 from train.data import IGNORED, Collator, EpochOrder, Features, Pictures, PixelSpec, collate_captions
 from train.dataset import Example
 from train.evaluate import Evaluator, references_by_id, sum_of_losses
 from train.processes import share_of
 from train.recipe import Recipe
-from train.reward import PADDING, SAMPLED_WORDS, CorpusCider, Reward, log_probs, pad, repeating
+from train.reward import BASELINES, PADDING, SAMPLED_WORDS, CorpusCider, Reward, log_probs, pad, repeating, summed
 from train.trainer import WHOLE, CaptionTrainer, in_order, newest_whole, seal
 
 CAPTIONS = ["axial ct of the chest showing a large mass", "mri", "plain x ray of the left upper lobe"]
@@ -244,8 +245,23 @@ def test_captions_drawn_of_one_image_share_its_encoding(tiny_reference):
     )
     with torch.inference_mode():
         expected = model(pixel_values=pixels.repeat_interleave(2, 0), **given).logits
-        with repeating(model.vision_model, 2):
+        with repeating(model.vision_model, [2, 2]):
             found = model(pixel_values=pixels, **given).logits
+        with repeating(model.vision_model, [0, 1]):
+            last = model(pixel_values=pixels, input_ids=ids[3:]).logits
     counter.remove()
     torch.testing.assert_close(found, expected)
-    assert seen == [4, 2]
+    torch.testing.assert_close(last, expected[3:])
+    assert seen == [4, 2, 2]
+
+
+def test_advantages_are_over_the_greedy_caption_or_over_the_others():
+    rewards = np.array([[1.0, 2.0, 3.0, 2.5], [1.0, 1.0, 1.0, 0.0]])
+    assert BASELINES["greedy"](rewards).tolist() == [[-1.5, -0.5, 0.5], [1.0, 1.0, 1.0]]
+    assert BASELINES["others"](rewards).tolist() == [[-1.5, 0.0, 1.5], [0.0, 0.0, 0.0]]
+    assert set(BASELINES) == set(recipe.BASELINES)
+
+
+def test_equal_captions_are_one_and_those_without_advantage_none():
+    assert summed([(1, 2), (1, 3), (1, 2), (1, 4)], [0.5, 0.25, 0.25, 0.0]) == {(1, 2): 0.75, (1, 3): 0.25}
+    assert summed([(1, 2), (1, 2)], [0.1, -0.1]) == {}

@@ -48,6 +48,8 @@ def test_an_error_keeps_its_words_and_exit_code(error, code):
     with pytest.raises(EngineError, match=r"^no$") as caught:
         unpack_answer(pack_error(error))
     assert caught.value.exit_code == code
+    with pytest.raises(EngineError, match=r"^no \(on the node far\)$"):
+        unpack_answer(pack_error(error, " (on the node far)"))
 
 
 def test_a_block_that_kills_workers_is_named():
@@ -71,6 +73,7 @@ ONE, TWO, EIGHT = {"CPU": 2.0}, [{"CPU": 16.0}, {"CPU": 8.0}], [{"CPU": 64.0, "G
         (TWO, 0, 6, None, Team(6, 4, 0, 4)),
         (EIGHT, 8, None, None, Team(8, 1, 1, 8)),
         (EIGHT, 8, 2, 4, Team(2, 4, 1, 2)),
+        (EIGHT, 8, None, 16, Team(4, 16, 1, 4)),
     ],
 )
 def test_workers_are_as_many_as_there_is_room_for(nodes, gpus, actors, threads, team):
@@ -80,8 +83,10 @@ def test_workers_are_as_many_as_there_is_room_for(nodes, gpus, actors, threads, 
 def test_more_workers_than_there_is_room_for_are_refused():
     with pytest.raises(UsageError, match="room for 2 workers with 1 CPUs"):
         plan_team([ONE], 0, actors=3, threads=None)
-    with pytest.raises(UsageError, match="room for 8 workers with a GPU"):
+    with pytest.raises(UsageError, match="room for 8 workers with a GPU and 1 CPUs"):
         plan_team(EIGHT, 8, actors=9, threads=None)
+    with pytest.raises(UsageError, match="room for 0 workers with a GPU and 1 CPUs"):
+        plan_team([{"GPU": 4.0}], 4, actors=None, threads=None)
     with pytest.raises(EngineError, match="has no CPUs"):
         plan_team([{"memory": 1.0}], 0, actors=None, threads=None)
 

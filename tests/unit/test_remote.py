@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import fsspec
 import pytest
 
+import engine.remote
 from engine.bundle import MANIFEST, Bundle
 from engine.errors import BundleError, EngineError, ImageError, UsageError
 from engine.images import ImageFile, decode_image, find_images
@@ -27,10 +29,13 @@ def folder(tmp_path: Path) -> Path:
 def test_what_has_a_scheme_is_a_uri():
     assert location("s3://bucket/a") == RemoteFolder("s3://bucket/a")
     assert location("a/b") == Path("a/b")
+    with pytest.raises(UsageError, match="a URI beginning with s3:// is none"):
+        location("s3://[bucket/secret")
 
 
 def test_credentials_are_never_shown():
     assert str(RemoteFolder("s3://key:secret@bucket/a/?endpoint_override=h:1")) == "s3://bucket/a"
+    assert str(RemoteFolder("https://host/a?X-Amz-Signature=secret")) == "https://host/a"
     assert str(RemoteFolder("file:///a?b/")) == "file:///a?b"
 
 
@@ -77,6 +82,15 @@ def test_a_uri_that_leads_nowhere_is_named(uri, said):
     assert str(caught.value).startswith(uri)
 
 
+def test_without_pyarrow_one_sentence_names_the_extra(folder, monkeypatch):
+    for module in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    engine.remote._open.cache_clear()
+    with pytest.raises(EngineError, match=r"is read by pyarrow, which is missing: install the extra \[ray\]$"):
+        find_images(RemoteFolder(folder.as_uri()))
+
+
 def test_a_file_that_is_gone_is_one_unreadable_image(folder):
     with pytest.raises(ImageError, match=r"gone\.png"):
         decode_image(ImageFile("gone", Path("gone.png"), 0, RemoteFolder(folder.as_uri())).source)
@@ -116,8 +130,32 @@ def test_a_bundle_that_is_none_or_not_whole_is_refused(tiny_bundle, tmp_path, mo
     with pytest.raises(BundleError, match=r"encoder\.onnx is not the file of the manifest"):
         Bundle.load(RemoteFolder(other.as_uri()))
     (other / "encoder.onnx").unlink()
-    with pytest.raises(BundleError, match="is not whole"):
+    with pytest.raises(BundleError, match=r"is not whole: it has no encoder\.onnx: export it again"):
         Bundle.load(RemoteFolder(other.as_uri()))
     (other / MANIFEST).write_text("{")
     with pytest.raises(BundleError, match="is not a manifest"):
         Bundle.load(RemoteFolder(other.as_uri()))
+
+
+def test_a_cache_and_a_storage_that_fail_are_told_apart(tiny_bundle, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BundleError, match=r"cannot be kept in .*: Not a directory: set XDG_CACHE_HOME"):
+        Bundle.load(RemoteFolder(tiny_bundle.as_uri()))
+
+    class Broken:
+        def __enter__(self) -> Broken:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def read(self, count: int) -> bytes:
+            raise OSError(f"connection lost before {count} bytes")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(RemoteFolder, "open", lambda *_: Broken())
+    monkeypatch.setattr(RemoteFolder, "read", lambda *_, **__: (tiny_bundle / MANIFEST).read_bytes())
+    with pytest.raises(BundleError, match=r"cannot be read: connection lost before .*: run the same command again"):
+        Bundle.load(RemoteFolder(tiny_bundle.as_uri()))
+    assert not [path for path in (tmp_path / "blip-caption-engine" / "bundles").iterdir() if path.is_dir()]

@@ -14,7 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.cli import main
+from engine.cli_scoring import FORMAT_NAMES, PROFILE_NAMES
 from engine.errors import DataError, EngineError
+from engine.output.submission import FORMATS
 from engine.scoring import bootstrap
 from engine.scoring.base import Items, Measured, Setting, UnavailableError, mean
 from engine.scoring.clip import clip_scores, harmonic
@@ -241,12 +243,11 @@ def test_comparison_finds_a_difference_and_only_where_there_is_one():
 
 
 def test_a_corpus_metric_is_resampled_by_its_counts():
-    corpus = Bleu1().measure(generated(100))
+    whole = generated(100)
+    half = Items(whole.ids[:50], whole.candidates[:50], whole.references[:50])
+    corpus = Bleu1().measure(whole)
     assert corpus.resampled(np.arange(100)) == pytest.approx(corpus.value, abs=1e-9)
-    places = np.arange(50)
-    assert corpus.resampled(places) == pytest.approx(
-        Bleu1().measure(generated(100).subset(places.tolist())).value, abs=1e-9
-    )
+    assert corpus.resampled(np.arange(50)) == pytest.approx(Bleu1().measure(half).value, abs=1e-9)
 
 
 def test_the_constant_caption_knows_only_what_is_frequent():
@@ -446,6 +447,29 @@ def test_two_runs_are_compared_by_file_or_by_what_was_kept_of_them(files):
     (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n1,1.0\n2,1.0\n")
     assert "no metric measured in one way" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
     assert "is no file of --per-image" in run("score", "compare", files / "run.csv", files / "better.csv").stderr
+    (files / "better.pi").write_text("ID,recall@12345678,recall:0\n0,1.0,2\n1,1.0,2\n2,1.0,2\n")
+    assert "holds counts of recall" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+
+
+def test_options_that_would_do_nothing_are_refused(files):
+    assert score(files, "--per-image", files / "run.pi").exit_code == 0
+    for arguments, said in (
+        (["score", "compare", "run.pi", "run.pi", "--metrics", "bleu1"], "--metrics: only with --references"),
+        (["score", "compare", "run.pi", "run.pi", "--weights", "bertscore=/x"], "--weights: only with --references"),
+        (["score", "--metrics", "bleu1", "compare", "run.pi", "run.pi"], "--metrics: give what is for `score compare`"),
+        (
+            ["rerank", "--n-best", "run.jsonl", "--out", "x.csv", "--weights", "bertscore=/x"],
+            "is for no metric of this",
+        ),
+    ):
+        result = run(*(files / word if word.startswith(("run.", "x.")) else word for word in arguments))
+        assert result.exit_code != 0
+        assert said in result.stderr
+
+
+def test_the_command_line_offers_every_profile_and_format():
+    assert set(PROFILE_NAMES) == set(PROFILES)
+    assert set(FORMAT_NAMES) == set(FORMATS)
 
 
 def test_measured_values_that_are_kept_are_read_back_exactly(files):

@@ -88,7 +88,8 @@
           if (plot.select.width < 3) return;
           const [low, high] = [plot.select.left, plot.select.left + plot.select.width].map((x) => plot.posToVal(x, "x"));
           plot.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
-          chart.choose(columns[0].key, low, high);
+          const unit = 10 ** Math.floor(Math.log10((bins.bins * bins.width) / 1000)); // rounded outwards: what is drawn over is in
+          chart.choose(columns[0].key, +(Math.floor(low / unit) * unit).toPrecision(12), +(Math.ceil(high / unit) * unit).toPrecision(12));
         }],
       },
     };

@@ -83,7 +83,8 @@ window.Report = {};
   function format(column, value) {
     if (value === null || value === undefined) return "–";
     if (column.kind !== "number") return value;
-    const text = column.group === "table" ? String(+value.toPrecision(5)) : value.toFixed(column.whole ? 0 : Math.abs(value) >= 100 ? 1 : 3);
+    const exact = Number.isInteger(value) || Math.abs(value) >= 1e4; // a date or a number of a patient is not rounded
+    const text = column.group === "table" ? String(exact ? value : +value.toPrecision(5)) : value.toFixed(column.whole ? 0 : Math.abs(value) >= 100 ? 1 : 3);
     const number = /^-0(\.0*)?$/.test(text) ? text.slice(1) : text.replace("-", "−");
     return (column.signed && value > 0 ? "+" : "") + number;
   }

@@ -225,7 +225,7 @@
       addFilter({ key: "differs", test: "is", text: "differ", low: -Infinity, high: Infinity });
       document.querySelector(".bar").scrollIntoView();
     });
-    charts.build((key, low, high) => addFilter({ key, test: "between", text: "", low: +low.toPrecision(4), high: +high.toPrecision(4) }));
+    charts.build((key, low, high) => addFilter({ key, test: "between", text: "", low, high }));
     by("search").addEventListener("input", () => { view.query = by("search").value; refresh(); });
     by("sort").addEventListener("change", () => { view.sort = by("sort").value; toStart(() => refresh({ sameImages: true })); });
     by("direction").addEventListener("click", () => { view.descending = !view.descending; toStart(() => refresh({ sameImages: true })); });

@@ -1,0 +1,129 @@
+"""The commands about a bundle and this machine: verify, bench, plan, info; see cli.py for the others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engine.console import LOCATION, PATH, bundle_options, decoding_options, say
+from engine.errors import EngineError
+from engine.remote import Location
+
+
+@click.command()
+@click.option("--input", "directory", type=PATH, help="Directory of images; synthetic ones when absent.")
+@click.option("--recursive", is_flag=True, help="Look for images in the folders of the directory, too.")
+@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Images to caption.")
+@bundle_options
+@decoding_options
+def bench(
+    directory: Path | None,
+    recursive: bool,
+    images: int,
+    bundle: Location | None,
+    backend: str,
+    threads: int | None,
+    plans: Path | None,
+    cuda_graphs: bool,
+    rows: int | None,
+    **given: Any,
+) -> None:
+    """Measure this machine's images/s; the last line is JSON."""
+    from engine.bench import images_to_measure, measure_speed
+
+    pictures = images_to_measure(directory, images, recursive=recursive)
+    loading = {"threads": threads, "plans": plans, "cuda_graphs": cuda_graphs}
+    speed = measure_speed(bundle, pictures, given, backend=backend, rows=rows, **loading)
+    say(
+        f"{speed.images_per_s:.2f} images/s ({1 / speed.images_per_s:.3f} s an image) over {speed.images} images, "
+        f"{speed.side_by_side} side by side on {speed.cores} cores; loaded in {speed.load_s:.1f} s"
+    )
+    say(f"{speed.new_tokens_mean:.1f} new tokens a caption, {speed.new_tokens_most} at most: time grows with them")
+    click.echo(json.dumps(asdict(speed)))
+
+
+@click.command()
+@bundle_options
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON line.")
+def verify(bundle: Location | None, backend: str, as_json: bool, **loading: Any) -> None:
+    """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""
+    from engine.backends import open_backend, require_backend
+    from engine.bundle import Bundle
+    from engine.verify import verify as replay
+
+    backend = require_backend(backend)
+    loaded = Bundle.load(bundle)
+    runtime = open_backend(loaded, backend, **loading)
+    checks = replay(loaded, runtime)
+    for check in checks:
+        state = "ok  " if check.passed else "FAIL"
+        click.echo(
+            f"{state} {check.identical}/{check.images} identical, score difference {check.max_score_difference:.1e}: "
+            f"{check.setting}",
+            err=as_json,
+        )
+    if as_json:
+        click.echo(json.dumps({"backend": runtime.name, "checks": [asdict(check) for check in checks]}))
+    if not all(check.passed for check in checks):
+        raise EngineError(f"{loaded.path} does not say what PyTorch said at export: export it again, or report a bug")
+
+
+@click.command()
+@click.option("--bundle", type=LOCATION, help="Exported bundle, or its URI; the embedded demo when absent.")
+@click.option("--out", type=PATH, help="Folder for the plans; where `--backend trt` looks by itself when absent.")
+@click.option("--beams", type=click.IntRange(1), help="Most beams; the bundle's own when absent.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Most new tokens; the bundle's own when absent.")
+@click.option("--rows", type=click.IntRange(1), default=1024, show_default=True, help="Most beams side by side.")
+@click.option("--builder", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt", show_default=True)
+@click.option("--compute-capability", help="Of tensorrt-rtx: the GPU to build for, such as 8.0; this one when absent.")
+def plan(
+    bundle: Location | None,
+    out: Path | None,
+    beams: int | None,
+    max_new_tokens: int | None,
+    rows: int,
+    builder: str,
+    compute_capability: str | None,
+) -> None:
+    """Build TensorRT plans of a bundle for `--backend trt`.
+
+    TensorRT builds for the GPU it runs on. TensorRT-RTX needs none, and its plans run on any GPU of one compute
+    capability.
+    """
+    from engine.backends.plans import build_plans, default_folder, target_for
+    from engine.backends.shapes import Bounds
+    from engine.bundle import Bundle
+
+    target = target_for(builder, compute_capability)
+    loaded = Bundle.load(bundle)
+    bounds = Bounds.of(loaded, beams=beams, max_new_tokens=max_new_tokens, rows=rows)
+    folder = out or default_folder(loaded)
+    build_plans(loaded, folder, bounds, target, say)
+    say(
+        f"up to {bounds.slots} images of {bounds.beams} beams; {target.builder} {target.version}, compute capability "
+        f"{target.compute_capability}"
+    )
+    click.echo(folder)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+def info(as_json: bool) -> None:
+    """Show versions, backends and what is missing."""
+    from engine.info import collect_info
+
+    facts = collect_info()
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            click.echo(f"{name}:")
+            for key, entry in value.items():
+                click.echo(f"  {key}: {entry}")
+        else:
+            click.echo(f"{name}: {value}")
