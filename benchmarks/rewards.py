@@ -1,11 +1,13 @@
 """Does reward training help? Self-critical training of the demo, judged on slices it learns from and on another head.
 
-    python -m benchmarks.rewards
+    python -m benchmarks.rewards --set epochs=2 --set likelihood_share=0.2
+    python -m benchmarks.rewards --learn-from valid --slices 110 --judged 110 --set epochs=6
 
-The slices are those of `make demo`. The start is the embedded bundle turned back into its checkpoint, or, with
+The slices are those of `make demo`: of the head it was trained on, or, with --learn-from valid, of the one that chose
+its epochs, which no gradient has seen. The start is the embedded bundle turned back into its checkpoint, or, with
 --decoder-epochs, a demo whose first stage had that many epochs and whose second did not come: one with something left
-to learn. The epoch is chosen on the validation head; the held-out one is looked at twice, before and after. BERTScore
-is measured with all-MiniLM-L6-v2, a proxy for the organisers' model.
+to learn. The epoch is chosen on slices of the other of these two heads; the held-out one is looked at twice, before and
+after. BERTScore is measured with all-MiniLM-L6-v2, a proxy for the organisers' model.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -41,6 +43,9 @@ from train.reward import SAMPLED_WORDS, make_reward
 from train.volumes import Pair
 
 RESULTS = Path("benchmarks/results")
+HEADS = ("train", "valid")
+VALIDATING = 110
+"""Slices that choose the epoch: as many as the smaller head has."""
 METRICS = ("rouge1", "bertscore", "bleu1", "cider")
 DRAWS = DecodeOptions(do_sample=True, top_k=SAMPLED_WORDS, seed=1, max_new_tokens=64)
 
@@ -54,12 +59,18 @@ class Judged:
     held_out: dict[str, Measured]
 
 
-def write_subset(everything: Sequence[Pair], folder: Path, out: Path, count: int) -> list[Pair]:
-    """Copy `count` training slices, evenly spaced, and the validation ones into a data set; return the former."""
-    training = [pair for pair in everything if pair.split == "train"]
-    chosen = [training[i * len(training) // count] for i in range(count)]
+def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """Return `count` of them, evenly spaced, or all."""
+    return [pairs[i * len(pairs) // count] for i in range(count)] if count < len(pairs) else list(pairs)
+
+
+def write_subset(everything: Sequence[Pair], folder: Path, out: Path, count: int, learn_from: str) -> list[Pair]:
+    """Copy `count` slices of one head to learn from and VALIDATING of the other into a data set; return the former."""
+    heads = {name: [pair for pair in everything if pair.split == name] for name in HEADS}
+    (other,) = set(HEADS) - {learn_from}
+    chosen = [replace(pair, split="train") for pair in spread(heads[learn_from], count)]
+    kept = [*chosen, *(replace(pair, split="valid") for pair in spread(heads[other], VALIDATING))]
     out.mkdir(parents=True, exist_ok=True)
-    kept = [*chosen, *(pair for pair in everything if pair.split == "valid")]
     for pair in kept:
         shutil.copyfile(folder / pair.image, out / pair.image)
     (out / "pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in kept))
@@ -116,21 +127,23 @@ def difference(before: Measured, after: Measured) -> dict[str, float]:
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=BUILD.parent / "demo", show_default=True)
-@click.option("--slices", type=click.IntRange(16), default=640, show_default=True, help="Training slices taken.")
+@click.option("--learn-from", type=click.Choice(HEADS), default="train", show_default=True, help="Head, by its split.")
+@click.option("--slices", type=click.IntRange(16), default=640, show_default=True, help="Slices of it taken.")
 @click.option("--judged", type=click.IntRange(2), default=200, show_default=True, help="Of these, judged.")
 @click.option(
     "--decoder-epochs", type=click.IntRange(1), help="Start from a demo begun so; else from the finished one."
 )
 @click.option("--out", type=click.Path(path_type=Path), default=BUILD.parent / "rewards", show_default=True)
-@click.option("--record", type=click.Path(path_type=Path), default=RESULTS / "rewards.json", show_default=True)
+@click.option("--record", type=click.Path(path_type=Path), help="JSON file; benchmarks/results/rewards_HEAD.json.")
 @click.option("--set", "changes", multiple=True, metavar="SETTING=VALUE", help="Any setting of the recipe scst.")
 def main(
     work: Path,
+    learn_from: str,
     slices: int,
     judged: int,
     decoder_epochs: int | None,
     out: Path,
-    record: Path,
+    record: Path | None,
     changes: tuple[str, ...],
 ) -> None:
     """Train, measure and keep the record."""
@@ -142,8 +155,8 @@ def main(
         checkpoint = restore_checkpoint(demo_bundle(), out / "start")
     else:
         checkpoint = begun_demo(work, out / f"begun_{decoder_epochs}", decoder_epochs)
-    chosen = write_subset(pairs, folder, out / "data", slices)
-    learnt = [chosen[i * slices // judged] for i in range(judged)]
+    chosen = write_subset(pairs, folder, out / "data", slices, learn_from)
+    learnt = spread(chosen, judged)
     held_out = [pair for pair in pairs if pair.split == "test"]
     recipe = load_recipe("scst", parse_changes(changes))
     job = Job(checkpoint, out / "data", out / "run", recipe, weights=setting.weights)
@@ -157,14 +170,16 @@ def main(
         "start": f"{STAGES[0]}, epochs={decoder_epochs}" if decoder_epochs else f"bundle {Bundle.load().digest[:12]}",
         "recipe": recipe.settings(),
         "training": {name: summary[name] for name in ("steps", "seconds", "best")},
-        "training slices": {
-            "images": judged,
+        "slices learnt from": {
+            "head": learn_from,
+            "images": len(learnt),
             "reward of greedy captions": difference(before.greedy_reward, after.greedy_reward),
             "reward of drawn captions": difference(before.drawn_reward, after.drawn_reward),
         },
         "held-out volume": {"images": len(held_out)}
         | {name: difference(before.held_out[name], after.held_out[name]) for name in METRICS},
     }
+    record = record or RESULTS / f"rewards_{learn_from}.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(found, indent=1) + "\n")
     click.echo(json.dumps(found))

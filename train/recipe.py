@@ -184,9 +184,10 @@ RECIPES = {
     "scst": Recipe(
         name="scst",
         epochs=3,
-        learning_rate=5e-6,
+        learning_rate=3e-6,
         schedule="constant",
         image_size=None,
+        freeze=("vision", "words"),
         reward=("rouge1=1", "bertscore=1"),
     ),
     "demo-decoder": Recipe(
