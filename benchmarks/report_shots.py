@@ -27,9 +27,9 @@ def make_report(work: Path) -> Path:
     signatures = []
     for name, beams in (("beams4", "4"), ("greedy", "1")):
         files = {kind: str(work / f"{name}.{kind}") for kind in ("csv", "jsonl", "json")}
-        n_best = ("--n-best", beams, "--n-best-out", files["jsonl"])
+        more = ("--n-best", beams, "--n-best-out", files["jsonl"], "--timings-out", str(work / f"{name}_timings.csv"))
         said = _engine(
-            *("caption", "--input", IMAGES, "--beams", beams, "--no-repeat-ngram", "3", "--out", files["csv"], *n_best)
+            *("caption", "--input", IMAGES, "--beams", beams, "--no-repeat-ngram", "3", "--out", files["csv"], *more)
         )
         signatures += re.findall("^engine:.*", said, re.M)[-1:]
         scores = ("--out", files["json"], "--per-image", str(work / f"{name}_scores.csv"))
@@ -37,6 +37,7 @@ def make_report(work: Path) -> Path:
     signatures += re.findall(r"\]  (\S+:\S+)$", said, re.M)
     paths = {"--run": "beams4.csv", "--scores": "beams4_scores.csv", "--n-best": "beams4.jsonl"}
     paths |= {"--against": "greedy.csv", "--against-scores": "greedy_scores.csv", "--out": "report"}
+    paths |= {"--columns": "beams4_timings.csv"}
     words = [word for option, name in paths.items() for word in (option, str(work / name))]
     words += [word for signature in signatures for word in ("--signature", signature)]
     _engine("report", "--images", IMAGES, "--references", REFERENCES, *words)

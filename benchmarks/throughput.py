@@ -70,8 +70,8 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
     for worker in workers.values():
         worker.stop()
     last = {program: runs[-1].ids for program, runs in timings.items()}
-    agreement = _agreement(workload, options, last)
-    valid = _is_valid(agreement, images)
+    agreement = agreement_of(workload, options, last)
+    valid = is_valid(agreement, images)
     record = {
         "benchmark": "throughput",
         "workload": name,
@@ -154,7 +154,7 @@ def _lengths(ids: Ids) -> dict[str, float]:
     }
 
 
-def _agreement(workload: Workload, options: DecodeOptions, ids: dict[str, Ids]) -> dict[str, dict[str, int]]:
+def agreement_of(workload: Workload, options: DecodeOptions, ids: dict[str, Ids]) -> dict[str, dict[str, int]]:
     """Count for each program the captions identical to the engine's, and the verdicts (judge) on the others."""
     ours = ids["engine"]
     differing = {
@@ -201,7 +201,7 @@ def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, I
     return verdict
 
 
-def _is_valid(agreement: dict[str, dict[str, int]], images: int) -> bool:
+def is_valid(agreement: dict[str, dict[str, int]], images: int) -> bool:
     return all(not counts["real"] and counts["identical"] >= LEAST_IDENTICAL * images for counts in agreement.values())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -47,22 +47,14 @@ class EngineGroup(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            where = error.filename or ("standard output" if _is_stuck(sys.stdout) else "")
+            # our own files are named when they cannot be written: a full disk without a name is what we print to
+            where = error.filename or ("standard output" if error.errno == errno.ENOSPC else None)
             self._stop(f"{error.strerror or error}{f': {where}' if where else ''}", EngineError.exit_code)
 
     @staticmethod
     def _stop(message: str, exit_code: int) -> NoReturn:
         say(f"error: {message}")
         sys.exit(exit_code)
-
-
-def _is_stuck(stream: IO[str]) -> bool:
-    """Return whether what was printed cannot be written, to a full disk for example."""
-    try:
-        stream.flush()
-    except OSError:
-        return True
-    return False
 
 
 @click.group(cls=EngineGroup, context_settings={"help_option_names": ["-h", "--help"]})

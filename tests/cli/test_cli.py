@@ -93,6 +93,13 @@ def test_timings_give_the_latency_of_every_image(image_dir, tiny_bundle, tmp_pat
     assert 0 <= float(latencies["IMG 6"]) <= float(latencies["IMG 0"])
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_standard_output_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "engine", "info"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device: standard output\n")
+
+
 def test_raw_text_is_not_detokenised(image_dir, tiny_bundle, tmp_path):
     arguments = ("caption", "--input", image_dir, "--bundle", tiny_bundle, "--beams", 2, "--n-best", 1)
     run(*arguments, "--out", tmp_path / "raw.csv", "--raw-text", "--n-best-out", tmp_path / "raw.jsonl")
