@@ -252,7 +252,7 @@ def caption_run(
         seconds = time.perf_counter() - start
         _check_failures(record)
         record.check_unchanged()
-        record.write(path, None, raw_text=False)
+        record.write(path)
     new = len(record.captions) - record.resumed
     speed = new / seconds if new else None
     say(f"beams {beams}: {new} images captioned in {seconds:.1f} s")
