@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from benchmarks.work import RULED_OUT
 from benchmarks.workload import MAX_NEW_TOKENS, prepare, read_pixels
-from engine.backends.base import Backend, StepInputs
 from engine.captioner import Captioner
+from engine.decoding.backend import Backend, StepInputs
 
 
 class BoundBackend:

@@ -19,11 +19,11 @@ from benchmarks.machine import describe_machine
 from benchmarks.workload import BUILD
 from engine.captioner import Caption, Captioner
 from engine.options import DecodeOptions
-from engine.output.run import write_n_best
-from engine.rerank import read_n_best, rerank_candidates
+from engine.run.outputs import write_n_best
 from engine.scoring import bootstrap
 from engine.scoring.base import Items, Measured, Setting
 from engine.scoring.profiles import make_metric
+from engine.scoring.rerank import read_n_best, rerank_candidates
 from train.assets import SMALL_BERT, fetch_assets
 from train.volumes import read_pairs
 

@@ -14,10 +14,10 @@ import random
 import click
 from tokenizers import Tokenizer
 
-from engine.bundle import demo_bundle
+from engine.bundle.manifest import demo_bundle
+from engine.bundle.tokenizer import clean_up, detokenise
 from engine.scoring.base import Items
 from engine.scoring.overlap import Rouge1
-from engine.tokenizer import clean_up, detokenise
 
 MODALITIES = (
     "Contrast-enhanced CT",

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.hostile import UNREADABLE, write_unreadable
-from engine.output.journal import read_journal
-from engine.output.record import journal_path
+from engine.run.journal import read_journal
+from engine.run.record import journal_path
 
 SAMPLE_S = 0.02
 EXIT_CODES = {"kill": -signal.SIGKILL, "term": 128 + signal.SIGTERM, "full disk": 1}

@@ -34,13 +34,13 @@ from engine.backends import open_backend
 from engine.backends.nvidia import clashing_runtimes, find_gpu
 from engine.backends.plans import MODULES, build_plans, target_for
 from engine.backends.shapes import Bounds
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.errors import EngineError
-from engine.images import decode_image, find_images, read_image
-from engine.info import collect_info
+from engine.inputs.images import decode_image, find_images, read_image
+from engine.machine.info import collect_info
+from engine.machine.verify import verify
 from engine.options import DecodeOptions
-from engine.verify import verify
 
 EXAMPLES = Path("examples/images")
 PARITY_IMAGES = 8

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from benchmarks.corpus import CHALLENGE_SIZE
 from benchmarks.machine import describe_machine
 from benchmarks.work import ModelWork, Work
-from engine.backends.base import Appetite, StepInputs
-from engine.bundle import MANIFEST, Bundle
+from engine.bundle.manifest import MANIFEST, Bundle
+from engine.decoding.backend import Appetite, StepInputs
 from engine.decoding.beam import Search
 from engine.decoding.scheduler import Scheduler
-from engine.images import read_image
+from engine.inputs.images import read_image
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def decoding_s_per_image(folder: Path, count: int = 64) -> float:
     """Measure reading a JPEG of PICTURE_SIZE and resizing it to 224 px, one thread of this machine."""
     from PIL import Image
 
-    from engine.images import find_images
+    from engine.inputs.images import find_images
 
     base = Image.open(find_images(Path("examples/images")).images[0].path).convert("RGB").resize(PICTURE_SIZE)
     path = folder / "picture.jpg"

@@ -14,9 +14,9 @@ import click
 
 from benchmarks.corpus import CHALLENGE_SIZE
 from engine.captioner import Captioner
-from engine.images import find_images, read_image
+from engine.inputs.images import find_images, read_image
 from engine.options import DecodeOptions
-from engine.output.record import RunRecord
+from engine.run.record import RunRecord
 
 
 @click.command()

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Appetite, StepInputs
 from engine.backends.ort import CPU_APPETITE, available_cores
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
+from engine.decoding.backend import Appetite, StepInputs
 
 
 @dataclass

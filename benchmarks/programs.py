@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.workload import BUILD, Workload, read_pictures, read_pixels
 from engine.backends.ort import available_cores
-from engine.bench import peak_memory_gib
+from engine.machine.bench import peak_memory_gib
 from engine.options import DecodeOptions
 
 Ids = list[tuple[int, ...]]
@@ -55,7 +55,7 @@ def engine(setting: Setting) -> Caption:
 def openvino(setting: Setting) -> Caption:
     """Our graphs and scheduler on OpenVINO."""
     from benchmarks.openvino_backend import OpenVinoBackend
-    from engine.bundle import Bundle
+    from engine.bundle.manifest import Bundle
     from engine.captioner import Captioner
 
     bundle = Bundle.load(setting.workload.bundle)

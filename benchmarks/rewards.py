@@ -22,12 +22,12 @@ import click
 
 from benchmarks.machine import describe_machine
 from benchmarks.workload import BUILD
-from engine.bundle import Bundle, demo_bundle
+from engine.bundle.manifest import Bundle, demo_bundle
+from engine.bundle.tokenizer import detokenise
 from engine.options import DecodeOptions, options_from
 from engine.scoring import bootstrap
 from engine.scoring.base import Items, Measured, Setting
 from engine.scoring.profiles import make_metric
-from engine.tokenizer import detokenise
 from export.bundle import generation_defaults
 from export.reference import Reference
 from export.restore import restore_checkpoint

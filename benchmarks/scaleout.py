@@ -33,14 +33,14 @@ from benchmarks.scaleout_model import BUSY, Outcome, Stages, simulate
 from benchmarks.throughput import agreement_of, is_valid
 from benchmarks.workload import MAX_NEW_TOKENS, Workload, prepare
 from engine.backends.ort import available_cores
-from engine.bundle import file_sha256
+from engine.bundle.manifest import file_sha256
 from engine.captioner import READERS, Caption, Captioner
+from engine.cluster.driver import calm
 from engine.cluster.messages import COLUMN, pack_captions, unpack_answer
 from engine.cluster.session import LOCAL, cluster
-from engine.cluster.source import calm
 from engine.cluster.worker import ANSWERS
-from engine.images import find_images, read_image
-from engine.output.record import RunRecord
+from engine.inputs.images import find_images, read_image
+from engine.run.record import RunRecord
 
 RECORDS = Path("benchmarks/results")
 NGRAM = 3

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from engine.cluster.source import block_size
+from engine.cluster.driver import block_size
 from engine.cluster.worker import ANSWERS
 
 BUSY = 0.9

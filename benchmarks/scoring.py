@@ -16,9 +16,9 @@ import click
 
 from benchmarks.corpus import CHALLENGE_SIZE
 from benchmarks.detokenise import make_caption
-from engine.output.run import write_run
+from engine.run.outputs import write_run
 from engine.scoring.files import write_report
-from engine.scoring.report import Request, score_run
+from engine.scoring.score import Request, score_run
 
 
 @click.command()

@@ -27,8 +27,8 @@ from benchmarks.corpus import CHALLENGE_SIZE, write_corpus
 from benchmarks.faults import compare_runs, engine_command, mix_in_unreadable, resident_bytes, run_disturbed
 from benchmarks.machine import describe_machine
 from benchmarks.workload import BUILD, EXAMPLES
-from engine.bench import peak_memory_gib
-from engine.pipeline import Job, caption_directory
+from engine.machine.bench import peak_memory_gib
+from engine.run.pipeline import Job, caption_directory
 
 RESULTS = Path("benchmarks/results")
 FEW = 500

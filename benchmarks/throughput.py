@@ -26,10 +26,10 @@ from benchmarks.programs import BATCHED, PROGRAMS, Ids, Setting, Timing, Worker
 from benchmarks.roofline import measure_matmul
 from benchmarks.work import ModelWork, count_work
 from benchmarks.workload import MAX_NEW_TOKENS, Workload, prepare, read_pictures, read_pixels
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis
-from engine.images import read_image
+from engine.inputs.images import read_image
 from engine.options import DecodeOptions
 from export.parity import judge
 from export.reference import Reference, UncachedBackend

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Backend, StepInputs
 from engine.captioner import Captioner
+from engine.decoding.backend import Backend, StepInputs
 from engine.options import DecodeOptions
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
 
 from benchmarks.corpus import write_corpus
-from engine.bundle import Bundle, demo_bundle
-from engine.images import decode_image, find_images, read_image
+from engine.bundle.manifest import Bundle, demo_bundle
+from engine.inputs.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.restore import restore_checkpoint

@@ -1,5 +1,5 @@
 """`python -m engine`, the same as the `engine` command."""
 
-from engine.cli import main
+from engine.cli.app import main
 
 main()

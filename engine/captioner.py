@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.backends import Backend, open_backend, require_backend
+from engine.backends.capacity import slots_for
 from engine.backends.ort import available_cores
-from engine.bundle import Bundle
-from engine.capacity import slots_for
+from engine.bundle.manifest import Bundle
+from engine.bundle.tokenizer import CaptionTokenizer, detokenise
 from engine.decoding.beam import Hypothesis, Search
+from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Scheduler
 from engine.errors import ImageError, UsageError
-from engine.images import ImageFile, Picture, read_image
+from engine.inputs.images import ImageFile, Picture, read_image
+from engine.inputs.remote import Location, location
 from engine.options import DecodeOptions
-from engine.remote import Location, location
-from engine.search import resolve_search
-from engine.tokenizer import CaptionTokenizer, detokenise
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
 A = TypeVar("A")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from engine.bundle import PRECISIONS
+from engine.bundle.manifest import PRECISIONS
 
 PATH = click.Path(path_type=Path)
 

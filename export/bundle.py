@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from engine.backends import open_backend
-from engine.bundle import FORMAT, MANIFEST, Bundle, file_sha256
+from engine.bundle.manifest import FORMAT, MANIFEST, Bundle, file_sha256
 from engine.captioner import Captioner
+from engine.machine.verify import UNRECORDED, Golden, replay, verify
 from engine.options import DecodeOptions
-from engine.verify import UNRECORDED, Golden, replay, verify
 from export.checkpoint import CheckpointError, ExportError
 from export.conversion import convert, write_manifest
 from export.golden import record_golden

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from engine.backends import Backend, open_backend
-from engine.bundle import MANIFEST, Bundle, file_sha256
+from engine.bundle.manifest import MANIFEST, Bundle, file_sha256
 from engine.captioner import Captioner
+from engine.machine.verify import UNRECORDED, Golden, replay, verify
 from engine.options import DecodeOptions
-from engine.verify import UNRECORDED, Golden, replay, verify
 from export.checkpoint import ExportError
 from export.onnx_graphs import write_graphs
 from export.precision import PrecisionReport, Saying, compare_sayings, encoder_error, forced_log_prob, summary

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from engine.machine.verify import UNRECORDED, Golden
 from engine.options import DecodeOptions
-from engine.verify import UNRECORDED, Golden
 from export.reference import Reference
 
 NEUTRAL = {"min_length": 0, "length_penalty": 1.0, "early_stopping": False}

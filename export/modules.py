@@ -1,7 +1,7 @@
 """The three graphs of a bundle as torch modules that reuse a checkpoint's own weights under their own names.
 
-Shape letters are those of engine/backends/base.py. Parameters stay exactly as they are in the checkpoint (packing and
-transposing happens in the graph, and runtimes fold it at load), so a graph's initialisers are the checkpoint's
+Shape letters are those of engine/decoding/backend.py. Parameters stay exactly as they are in the checkpoint (packing
+and transposing happens in the graph, and runtimes fold it at load), so a graph's initialisers are the checkpoint's
 tensors, tied ones once. Reference: transformers 4.57, models/blip/modeling_blip.py and modeling_blip_text.py.
 """
 
@@ -90,7 +90,7 @@ class DecoderStep(Graph):
         settled: list[Tensor],
         recent: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """Inputs as engine.backends.base.StepInputs has them, num_candidates i64[1]; cross f32[B,H,S,d], settled
+        """Inputs as engine.decoding.backend.StepInputs has them, num_candidates i64[1]; cross f32[B,H,S,d], settled
         f32[B,H,F,d] and recent f32[B,H,R,d] each hold keys and values alternately, layer by layer.
 
         Returns candidate_scores f32[B,C], candidate_ids i64[B,C] and the recent cache extended to f32[B,H,R+T,d].

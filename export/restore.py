@@ -17,7 +17,7 @@ import torch
 from onnx import numpy_helper
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
 
-from engine.bundle import MANIFEST, Bundle
+from engine.bundle.manifest import MANIFEST, Bundle
 from engine.errors import EngineError
 from export.onnx_graphs import FP16_SUFFIX
 

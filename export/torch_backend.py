@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipImageProcessor
 
-from engine.backends.base import Appetite, StepInputs
+from engine.decoding.backend import Appetite, StepInputs
 from engine.decoding.beam import Hypothesis, Search
+from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Key, Scheduler
 from engine.options import DecodeOptions
-from engine.search import resolve_search
 from export.modules import DecoderStep, Encoder
 from export.reference import normalisation
 
@@ -41,7 +41,7 @@ class TorchCache:
 
 
 class TorchBackend:
-    """Implements engine.backends.base.Backend with a checkpoint's live weights.
+    """Implements engine.decoding.backend.Backend with a checkpoint's live weights.
 
     They may change between captions; leave the model in eval mode while captioning (see `captioning`).
     """

@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 
 from engine.backends import open_backend
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 
 hypothesis.settings.register_profile("long", max_examples=5_000)

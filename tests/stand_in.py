@@ -16,7 +16,7 @@ from engine.backends.device import HostDevice
 from engine.backends.execution import Graph
 from engine.backends.shapes import Bounds
 from engine.backends.trt import TrtBackend
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 
 DTYPES = {
     "tensor(float)": np.float32,

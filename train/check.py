@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from engine.errors import DataError, ImageError
-from engine.images import decode_image
+from engine.inputs.images import decode_image
 
 if TYPE_CHECKING:
     from train.dataset import Split

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from transformers import BlipImageProcessor, PreTrainedTokenizerBase
 
-from engine.images import read_image
+from engine.inputs.images import read_image
 from train.augment import AUGMENTATIONS
 from train.dataset import Example
 
@@ -44,7 +44,7 @@ class PixelSpec:
         return cls(processor.size["height"], resample, processor.rescale_factor, mean, std)
 
     def read(self, source: object) -> NDArray[np.uint8]:
-        """Return u8[size,size,3]; see engine.images.read_image."""
+        """Return u8[size,size,3]; see engine.inputs.images.read_image."""
         return read_image(source, self.size, self.size, self.resample)  # type: ignore[arg-type]
 
     def normalise(self, pixels: NDArray[np.uint8]) -> torch.Tensor:

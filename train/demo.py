@@ -17,7 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
 
 from engine.options import options_from
-from engine.output.run import write_run
+from engine.run.outputs import write_run
 from export.bundle import generation_defaults
 from export.reference import Reference
 from export.torch_backend import caption_live

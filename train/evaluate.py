@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 from transformers import BlipForConditionalGeneration
 
+from engine.bundle.tokenizer import detokenise
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, Setting
 from engine.scoring.profiles import make_metric
-from engine.tokenizer import detokenise
 from export.reference import Reference
 from export.torch_backend import caption_live, captioning
 from train.data import IGNORED, Collator, PixelSpec

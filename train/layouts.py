@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
-from engine.images import EXTENSIONS
-from engine.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, MAX_FIELD_CHARS, read_text, shorten
+from engine.inputs.images import EXTENSIONS
+from engine.inputs.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, MAX_FIELD_CHARS, read_text, shorten
 from train.unpack import CONCEPT_COLUMNS, split_concepts
 
 SPLITS = {

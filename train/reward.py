@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.bundle.tokenizer import detokenise
 from engine.decoding.beam import Hypothesis
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, Measured, Setting
 from engine.scoring.profiles import make_metric
-from engine.tokenizer import detokenise
 from export.reference import Reference
 from export.torch_backend import caption_live
 from train.data import Item, Pictures, PixelSpec, Place

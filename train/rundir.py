@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
-from engine.output.lock import OutputLock
-from engine.output.run import write_atomically, write_run
+from engine.run.lock import OutputLock
+from engine.run.outputs import write_atomically, write_run
 from export.bundle import generation_defaults
 from export.reference import Reference
 from train.evaluate import LOSS

@@ -18,20 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.bundle import Bundle, file_sha256
+from engine.bundle.manifest import Bundle, file_sha256
 from engine.captioner import Captioner
 from engine.errors import BundleError, DataError, UsageError
-from engine.images import ImageFile
+from engine.inputs.images import ImageFile
+from engine.inputs.tables import shorten
 from engine.options import DecodeOptions
-from engine.output.lock import OutputLock
-from engine.output.record import RunRecord, fingerprint, run_key
-from engine.output.run import write_atomically
+from engine.run.lock import OutputLock
+from engine.run.outputs import write_atomically
+from engine.run.record import RunRecord, fingerprint, run_key
+from engine.run.signature import environment, run_signature
 from engine.scoring.base import Setting
 from engine.scoring.neural import weights_folder
 from engine.scoring.profiles import make_metric
-from engine.scoring.report import Report, Request, score_run
-from engine.signature import environment, run_signature
-from engine.tables import shorten
+from engine.scoring.score import Report, Request, score_run
 from train.dataset import Split, read_dataset
 from train.table1 import PAPER, REFERENCES, as_csv, as_markdown, draw_examples
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.images import ImageFile, decode_image
-from engine.output.run import CONTROL, replace_file
-from engine.tables import read_table
+from engine.inputs.images import ImageFile, decode_image
+from engine.inputs.tables import read_table
+from engine.run.outputs import CONTROL, replace_file
 
 PAPER: dict[str, dict[int, tuple[float, float, float | None]]] = {
     "base": {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.backends.base import Backend, Cache, Encoded, StepInputs
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
+from engine.decoding.backend import Backend, Cache, Encoded, StepInputs
 from engine.errors import UsageError
 
 BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "trt")

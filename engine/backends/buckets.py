@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Appetite, Backend, Cache, Encoded, StepInputs
 from engine.backends.shapes import FEWEST_BANS, FEWEST_SETTLED, FILLER, rounded_up
+from engine.decoding.backend import Appetite, Backend, Cache, Encoded, StepInputs
 
 NEVER = -1e9
 """Instead of -inf for whole rows: where all candidates are -inf, TopK of some GPU libraries gives chance ids."""

@@ -29,7 +29,7 @@ class Device(Protocol):
         ...
 
     def free_bytes(self) -> int | None:
-        """Return how much memory is free, None for the host's, which engine.capacity knows more about."""
+        """Return how much memory is free, None for the host's, which engine.backends.capacity knows more about."""
         ...
 
     def allocate(self, size_bytes: int) -> int:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Appetite, StepInputs
 from engine.backends.device import CudaDevice, Device, HostDevice
 from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
 from engine.backends.shapes import gpu_appetite
-from engine.bundle import GRAPHS, Bundle
+from engine.bundle.manifest import GRAPHS, Bundle
+from engine.decoding.backend import Appetite, StepInputs
 from engine.errors import BackendError, BundleError, OutOfMemoryError
 
 CPU_APPETITE = Appetite(rows=160, encode_batch=2)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Appetite, StepInputs
+from engine.decoding.backend import Appetite, StepInputs
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The sizes graphs are run with on a GPU: few of them, and all inside the profiles that TensorRT is built for.
 
-Letters are those of engine.backends.base. Knows no runtime.
+Letters are those of engine.decoding.backend. Knows no runtime.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine.backends.base import Appetite
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
+from engine.decoding.backend import Appetite
 from engine.decoding.scheduler import SETTLE_EVERY
 from engine.errors import BackendError
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import StepInputs
 from engine.backends.device import CapturingDevice, CudaDevice
 from engine.backends.execution import Graph, Region
 from engine.backends.nvidia import find_gpu
@@ -31,7 +30,8 @@ from engine.backends.plans import (
     read_plan,
 )
 from engine.backends.shapes import Bounds, Shape, gpu_appetite
-from engine.bundle import GRAPHS, Bundle
+from engine.bundle.manifest import GRAPHS, Bundle
+from engine.decoding.backend import StepInputs
 from engine.errors import BackendError, OutOfMemoryError
 
 SMALL = {

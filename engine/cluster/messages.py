@@ -13,8 +13,8 @@ from typing import Any
 
 from engine.captioner import Alternative, Caption
 from engine.errors import EngineError, UsageError
-from engine.images import ImageFile
-from engine.remote import Location, RemoteFolder
+from engine.inputs.images import ImageFile
+from engine.inputs.remote import Location, RemoteFolder
 
 COLUMN = "message"
 """The one column of the tables: a message a row."""

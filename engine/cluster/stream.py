@@ -11,9 +11,9 @@ from queue import Empty, SimpleQueue
 
 from engine.captioner import Caption, Captioner
 from engine.errors import ImageError
-from engine.images import ImageFile
+from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions
-from engine.source import caption_within_memory
+from engine.run.local import caption_within_memory
 
 Said = Caption | ImageError | str | BaseException
 """What comes back: a caption, an image that cannot be read, a note for the user, or what went wrong."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from engine import __version__
 from engine.backends import open_backend, require_backend
-from engine.bundle import Bundle
-from engine.capacity import available_memory, slots_for
+from engine.backends.capacity import available_memory, slots_for
+from engine.bundle.manifest import Bundle
 from engine.captioner import Caption, Captioner
 from engine.cluster.messages import (
     COLUMN,
@@ -26,7 +26,7 @@ from engine.cluster.messages import (
 from engine.cluster.stream import CaptionStream
 from engine.decoding.beam import Search
 from engine.errors import BackendError, BundleError, EngineError, ImageError
-from engine.signature import environment
+from engine.run.signature import environment
 
 ANSWERS = 8
 """Messages a block is answered in: what a killed worker or driver loses at most, against what a message costs. Always

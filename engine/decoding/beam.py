@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.decoding.processors import banned_ids
+from engine.decoding.bans import banned_ids
 from engine.decoding.sampling import Sampling
 
 NEVER = np.float32(-1e9)

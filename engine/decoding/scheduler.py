@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Backend, Encoded, StepInputs
 from engine.decoding.ancestry import Ancestry
+from engine.decoding.backend import Backend, Encoded, StepInputs
 from engine.decoding.beam import Beams, Hypothesis, Search
 from engine.decoding.sampling import draw, generator
 

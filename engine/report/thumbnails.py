@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from engine.errors import ImageError, OutputError
-from engine.images import ImageFile, decode_image
+from engine.inputs.images import ImageFile, decode_image
 
 QUALITY = 82
 MAKING = 1

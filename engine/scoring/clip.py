@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.images import decode_image
+from engine.inputs.images import decode_image
 from engine.scoring.base import Items, Measured, Setting, UnavailableError, library, mean
 from engine.scoring.neural import fingerprint, import_library, quiet, weights_folder
 

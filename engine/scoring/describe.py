@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UsageError
+from engine.inputs.tables import Table, read_columns
 from engine.scoring.base import Items, Measured, Setting
 from engine.scoring.preprocess import preprocess
 from engine.scoring.profiles import make_metric
-from engine.tables import Table, read_columns
 
 LEAST_GROUP = 5
 """Images a group must have to be a line of the breakdown."""

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import __version__
-from engine.bundle import file_sha256
+from engine.bundle.manifest import file_sha256
 from engine.errors import EngineError
-from engine.output.run import write_atomically
+from engine.run.outputs import write_atomically
 from engine.scoring.base import Items, Measured
 from engine.scoring.overlap import COMBINE
-from engine.scoring.report import Report
+from engine.scoring.score import Report
 
 
 def write_report(report: Report, out: Path, per_image: Path | None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.bundle import file_sha256
+from engine.bundle.manifest import file_sha256
 from engine.errors import UsageError
 from engine.scoring.base import Items, Measured, Setting, UnavailableError, library, mean, settle_empty
 from engine.scoring.preprocess import SIGNATURE

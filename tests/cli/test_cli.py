@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from engine.bundle import Bundle
-from engine.cli import main
+from engine.bundle.manifest import Bundle
+from engine.cli.app import main
 from tests.tiny import random_pictures
 
 
@@ -220,19 +220,19 @@ def test_info_says_int8_is_no_faster_only_where_the_processor_is_known_to_lack_v
 ):
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
-    monkeypatch.setattr("engine.info.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("engine.machine.info.CPUINFO", tmp_path / "cpuinfo")
     facts = json.loads(run("info", "--json").stdout)
     assert ("no VNNI" in facts.get("int8", "")) == ("int8" in facts) == is_said
 
 
 def test_info_names_the_extra_of_what_is_missing(monkeypatch):
-    monkeypatch.setattr("engine.info.EXTRAS", {"dicom": ("a-package-nobody-has",)})
+    monkeypatch.setattr("engine.machine.info.EXTRAS", {"dicom": ("a-package-nobody-has",)})
     facts = json.loads(run("info", "--json").stdout)
     assert facts["extras"] == {"dicom": "missing: a-package-nobody-has, install the extra [dicom]"}
 
 
 def test_a_missing_onnxruntime_is_one_sentence_naming_the_extra(image_dir, tiny_bundle, tmp_path):
-    block = "import sys; sys.modules['onnxruntime'] = None; from engine.cli import main; main()"
+    block = "import sys; sys.modules['onnxruntime'] = None; from engine.cli.app import main; main()"
     command = [sys.executable, "-c", block, "caption", "--input", image_dir, "--bundle", tiny_bundle]
     done = subprocess.run([*command, "--out", tmp_path / "run.csv"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -261,7 +261,7 @@ def test_the_command_works_from_any_directory(image_dir, tiny_bundle, tmp_path):
 def test_help_loads_no_heavy_package():
     """Time is machine-dependent; what decides it is what gets imported."""
     code = (
-        "import sys; from click.testing import CliRunner; from engine.cli import main;"
+        "import sys; from click.testing import CliRunner; from engine.cli.app import main;"
         "assert CliRunner().invoke(main, ['--help']).exit_code == 0;"
         "print(sorted(m for m in ('numpy', 'PIL', 'onnxruntime', 'tokenizers') if m in sys.modules))"
     )
@@ -294,7 +294,7 @@ def test_ctrl_c_at_the_last_moment_stops_with_130_and_keeps_the_captions(image_d
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.output.run.os.fsync", interrupted)
+    monkeypatch.setattr("engine.run.outputs.os.fsync", interrupted)
     result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
     assert result.exit_code == 130
     assert "5 captions are kept in" in result.stderr

@@ -17,9 +17,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from benchmarks.hostile import UNREADABLE, UNUSUAL, write_unreadable
-from engine import captioner, images
-from engine.cli import main
-from engine.images import read_image
+from engine import captioner
+from engine.cli.app import main
+from engine.inputs import images
+from engine.inputs.images import read_image
 from tests.tiny import random_pictures
 
 
@@ -237,7 +238,7 @@ def test_too_few_file_handles_stop_the_run_instead_of_blaming_the_images(run, mo
     def none_left(*_):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("engine.images._open_file", none_left)
+    monkeypatch.setattr("engine.inputs.images._open_file", none_left)
     result = run()
     assert result.exit_code == 1
     assert "cannot be read: Too many open files: raise the limit (ulimit -n)" in result.stderr
@@ -254,8 +255,8 @@ def test_a_read_only_folder_for_the_output_is_refused_before_any_work(run, tmp_p
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs links")
 def test_two_names_of_one_output_share_its_lock_and_journal(tmp_path):
-    from engine.output.lock import lock_path
-    from engine.output.record import journal_path
+    from engine.run.lock import lock_path
+    from engine.run.record import journal_path
 
     (tmp_path / "other").symlink_to("run.csv")
     assert lock_path(tmp_path / "other") == lock_path(tmp_path / "run.csv")

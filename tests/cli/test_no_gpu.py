@@ -31,7 +31,7 @@ def test_the_missing_gpu_is_named_at_once(name, tmp_path):
     arguments = [out if argument == "OUT" else argument for argument in COMMANDS[name]]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(
-        [sys.executable, "-c", "from engine.cli import main; main()", *arguments], capture_output=True, text=True
+        [sys.executable, "-c", "from engine.cli.app import main; main()", *arguments], capture_output=True, text=True
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 1  # a crash would be negative
@@ -45,7 +45,7 @@ def test_the_missing_gpu_is_named_at_once(name, tmp_path):
 
 def test_plans_are_for_trt_alone():
     result = subprocess.run(
-        [sys.executable, "-c", "from engine.cli import main; main()", "verify", "--backend", "cpu", "--plans", "x"],
+        [sys.executable, "-c", "from engine.cli.app import main; main()", "verify", "--backend", "cpu", "--plans", "x"],
         capture_output=True,
         text=True,
     )

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from engine.cli import main
-from engine.output.journal import read_journal
+from engine.cli.app import main
+from engine.run.journal import read_journal
 from tests.cli.test_resume import command, wait_for_records
 from tests.tiny import random_pictures
 

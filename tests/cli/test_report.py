@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from engine.cli import main
-from engine.output.lock import OutputLock
-from engine.output.run import write_run
+from engine.cli.app import main
+from engine.run.lock import OutputLock
+from engine.run.outputs import write_run
 from tests.tiny import random_pictures
 
 IDS = ["a", "b", "c"]

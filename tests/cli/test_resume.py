@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from engine.backends.ort import OrtBackend
-from engine.cli import main
+from engine.cli.app import main
 from engine.errors import OutOfMemoryError
-from engine.output.journal import read_journal
+from engine.run.journal import read_journal
 from tests.tiny import random_pictures
 
 IMAGES = 120

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from engine.backends import plans
 from engine.backends.shapes import Bounds, profiles
-from engine.bundle import Bundle, ModelDims, TokenIds
+from engine.bundle.manifest import Bundle, ModelDims, TokenIds
 from engine.errors import BackendError
 from export.onnx_graphs import write_graphs
 from export.reference import Reference, normalisation

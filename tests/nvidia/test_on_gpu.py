@@ -10,10 +10,10 @@ import pytest
 from engine.backends import BACKENDS, open_backend, require_backend
 from engine.backends.plans import MODULES, build_plans, import_builder, target_for
 from engine.backends.shapes import Bounds
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.errors import BackendError
-from engine.verify import verify
+from engine.machine.verify import verify
 
 pytestmark = pytest.mark.gpu
 GPU_BACKENDS = [name for name in BACKENDS if name not in ("auto", "cpu")]

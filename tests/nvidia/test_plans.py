@@ -14,9 +14,9 @@ from engine.backends import nvidia, plans, providers, trt
 from engine.backends.ort import _open_session
 from engine.backends.plans import ANY_GPU, PORTABLE, Target, build_plans, read_plan
 from engine.backends.shapes import Bounds, profiles
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, UsageError
-from engine.output.lock import OutputLock
+from engine.run.lock import OutputLock
 from tests.gpu import missing_gpu
 
 TARGET = Target(PORTABLE, "1.7.1", "8.0", ANY_GPU)

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from engine.backends import open_backend
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
+from engine.machine.verify import verify
 from engine.options import DecodeOptions
-from engine.verify import verify
 from export.reference import Reference
 from export.restore import restore_checkpoint
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.backends.base import StepInputs
 from engine.backends.buckets import Bucketed
 from engine.backends.ort import OrtBackend
 from engine.backends.shapes import Bounds, profiles, rounded_up
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
+from engine.decoding.backend import StepInputs
 from engine.errors import BackendError
 from engine.options import DecodeOptions
 from export.bundle import export_bundle

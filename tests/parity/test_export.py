@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 from transformers import BlipForConditionalGeneration
 
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
+from engine.machine.verify import Golden
 from engine.options import DecodeOptions
-from engine.verify import Golden
 from export import bundle as export_module
 from export.__main__ import main
 from export.bundle import export_bundle
@@ -155,7 +155,7 @@ def test_a_golden_picture_is_left_out_only_where_a_tie_explains_it(is_tie, tiny_
         return found
 
     monkeypatch.setattr(export_module, "replay", other_word)
-    monkeypatch.setattr("engine.verify.replay", other_word)
+    monkeypatch.setattr("engine.machine.verify.replay", other_word)
     monkeypatch.setattr(export_module, "explain", lambda *_, **__: Divergence(0, 1e-7, is_tie))
     result = export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle")
     if not is_tie:

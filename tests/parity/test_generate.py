@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.decoding.scheduler import Scheduler
-from engine.images import read_image
+from engine.inputs.images import read_image
 from engine.options import DecodeOptions
 from tests.tiny import random_pictures
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.backends.base import StepInputs
+from engine.decoding.backend import StepInputs
 from engine.decoding.scheduler import Scheduler
-from engine.images import read_image
+from engine.inputs.images import read_image
 from engine.options import DecodeOptions
 from export.reference import UncachedBackend
 from tests.tiny import IMAGE_SIZE, random_pictures

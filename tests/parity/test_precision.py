@@ -16,13 +16,13 @@ from onnx import TensorProto
 from transformers import BlipForConditionalGeneration
 
 from engine.backends import open_backend
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
-from engine.cli import main as engine_main
+from engine.cli.app import main as engine_main
 from engine.decoding.beam import Hypothesis
+from engine.machine.verify import Golden, verify
 from engine.options import DecodeOptions
-from engine.signature import run_signature
-from engine.verify import Golden, verify
+from engine.run.signature import run_signature
 from export import conversion
 from export.__main__ import main as export_main
 from export.bundle import export_bundle

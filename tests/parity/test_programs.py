@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.conventional import Conventional, export_conventional
 from engine.captioner import Captioner
-from engine.images import read_image
+from engine.inputs.images import read_image
 from engine.options import DecodeOptions
 from tests.tiny import random_pictures
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.images import read_image
+from engine.inputs.images import read_image
 from engine.options import DecodeOptions
 from export.torch_backend import caption_live
 from tests.tiny import IMAGE_SIZE, random_pictures

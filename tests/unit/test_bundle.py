@@ -13,10 +13,10 @@ import onnx
 import pytest
 
 from engine.backends import open_backend
-from engine.bundle import Bundle, file_sha256
+from engine.bundle.manifest import Bundle, file_sha256
 from engine.errors import BackendError, BundleError, EngineError, UsageError
+from engine.machine.verify import verify
 from engine.options import DecodeOptions, options_from
-from engine.verify import verify
 
 IMAGE = {"height": 32, "width": 32, "resample": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine.backends.base import Appetite
-from engine.bundle import ModelDims
-from engine.capacity import MEMORY_SHARE, available_memory, slot_bytes, slots_for
+from engine.backends.capacity import MEMORY_SHARE, available_memory, slot_bytes, slots_for
+from engine.bundle.manifest import ModelDims
+from engine.decoding.backend import Appetite
 from engine.decoding.beam import Search
 
 BASE = ModelDims(num_layers=12, num_heads=12, head_width=64, vocab_size=30524, max_positions=512, encoder_positions=197)
@@ -61,6 +61,6 @@ def test_the_tightest_group_above_this_process_counts_and_file_cache_does_not(tm
         (group / "memory.max").write_text(f"{limit}\n")
         (group / "memory.current").write_text("1000000000\n")
         (group / "memory.stat").write_text("anon 1\ninactive_file 500000000\n")
-    monkeypatch.setattr("engine.capacity._memory_groups", lambda: [step, job, tmp_path])
-    monkeypatch.setattr("engine.capacity._machine_memory", lambda: 1 << 40)
+    monkeypatch.setattr("engine.backends.capacity._memory_groups", lambda: [step, job, tmp_path])
+    monkeypatch.setattr("engine.backends.capacity._machine_memory", lambda: 1 << 40)
     assert available_memory() == 2_500_000_000

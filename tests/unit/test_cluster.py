@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.captioner import Alternative, Caption
+from engine.cluster.driver import Team, plan_team
 from engine.cluster.messages import (
     pack_captions,
     pack_error,
@@ -17,12 +18,11 @@ from engine.cluster.messages import (
     unpack_answer,
     unpack_images,
 )
-from engine.cluster.source import Team, plan_team
 from engine.cluster.stream import CaptionStream
 from engine.cluster.worker import MOST_ATTEMPTS, Attempts, give_up
 from engine.errors import EngineError, ImageError, OutOfMemoryError, UsageError
-from engine.images import ImageFile, find_images
-from engine.remote import RemoteFolder
+from engine.inputs.images import ImageFile, find_images
+from engine.inputs.remote import RemoteFolder
 from tests.tiny import random_pictures
 
 CAPTION = Caption(

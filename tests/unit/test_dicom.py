@@ -12,9 +12,9 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from engine import dicom
 from engine.errors import EngineError, ImageError
-from engine.images import decode_image, find_images
+from engine.inputs import dicom
+from engine.inputs.images import decode_image, find_images
 
 
 def make_dicom(path: Path, frames: np.ndarray, **tags: object) -> Path:

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.hostile import UNUSUAL, encoded
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.errors import BundleError, DataError, ImageError
-from engine.images import ImageFile, order_by_manifest, read_image
-from engine.output.record import RunRecord
+from engine.inputs.images import ImageFile, order_by_manifest, read_image
+from engine.run.record import RunRecord
 
 DICOM = [path.read_bytes() for path in sorted(Path(pydicom.__file__).parent.glob("data/test_files/MR_small*.dcm"))[:4]]
 SEEDS = (

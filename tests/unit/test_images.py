@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from engine.errors import DataError, ImageError
-from engine.images import find_images, order_by_manifest, read_image
+from engine.inputs.images import find_images, order_by_manifest, read_image
 from tests.tiny import random_pictures
 
 

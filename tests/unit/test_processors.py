@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.decoding.processors import NOT_BANNED, banned_ids, repeated_ngram_bans
+from engine.decoding.bans import NOT_BANNED, banned_ids, repeated_ngram_bans
 
 
 def plain_bans(ids: list[int], size: int) -> set[int]:

@@ -8,12 +8,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
-import engine.remote
-from engine.bundle import MANIFEST, Bundle
+import engine.inputs.remote
+from engine.bundle.manifest import MANIFEST, Bundle
 from engine.errors import BundleError, EngineError, ImageError, UsageError
-from engine.images import ImageFile, decode_image, find_images
-from engine.output.record import fingerprints
-from engine.remote import RemoteFolder, location
+from engine.inputs.images import ImageFile, decode_image, find_images
+from engine.inputs.remote import RemoteFolder, location
+from engine.run.record import fingerprints
 from tests.tiny import random_pictures
 
 
@@ -86,7 +86,7 @@ def test_without_pyarrow_one_sentence_names_the_extra(folder, monkeypatch):
     for module in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    engine.remote._open.cache_clear()
+    engine.inputs.remote._open.cache_clear()
     with pytest.raises(EngineError, match=r"is read by pyarrow, which is missing: install the extra \[ray\]$"):
         find_images(RemoteFolder(folder.as_uri()))
 
@@ -100,7 +100,7 @@ def test_storage_that_fails_stops_the_run(folder, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("AWS Error NETWORK_CONNECTION")
 
-    monkeypatch.setattr("engine.remote._open", lambda _: (type("System", (), {"open_input_file": fail})(), "x"))
+    monkeypatch.setattr("engine.inputs.remote._open", lambda _: (type("System", (), {"open_input_file": fail})(), "x"))
     with pytest.raises(EngineError, match="is its storage there") as caught:
         decode_image(ImageFile("a", Path("a.png"), 0, RemoteFolder(folder.as_uri())).source)
     assert not isinstance(caught.value, ImageError)

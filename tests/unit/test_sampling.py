@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from engine.cli import main
+from engine.cli.app import main
 from engine.decoding.sampling import Sampling, draw, probabilities
 from engine.errors import UsageError
 from engine.options import DecodeOptions

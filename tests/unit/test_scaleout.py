@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.scaleout_model import Stages, simulate
-from engine.cluster.source import BLOCKS_PER_ACTOR, MOST_IN_BLOCK, block_size
+from engine.cluster.driver import BLOCKS_PER_ACTOR, MOST_IN_BLOCK, block_size
 from engine.cluster.worker import ANSWERS
 
 FREE = Stages(read_s=0, caption_s=1, start_s=0, list_s=0, write_s=0, block_s=0, message_s=0, record_s=0)

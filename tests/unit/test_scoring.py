@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from engine.cli import main
-from engine.cli_scoring import FORMAT_NAMES, PROFILE_NAMES
+from engine.cli.app import main
+from engine.cli.scoring import FORMAT_NAMES, PROFILE_NAMES
 from engine.errors import DataError, EngineError
-from engine.output.submission import FORMATS
 from engine.scoring import bootstrap
 from engine.scoring.base import Items, Measured, Setting, UnavailableError, mean
 from engine.scoring.clip import clip_scores, harmonic
@@ -25,6 +24,7 @@ from engine.scoring.overlap import Bleu1, Cider, Meteor, Rouge1
 from engine.scoring.plugin import Plugin
 from engine.scoring.preprocess import preprocess
 from engine.scoring.profiles import PROFILES, make_metric, organisers_names
+from engine.submission.formats import FORMATS
 
 REFERENCES = [
     "computed tomography ct shows floating thrombosis white arrow",
@@ -504,7 +504,7 @@ def test_rerank_takes_what_the_others_agree_with(tmp_path):
 
 
 def test_candidates_count_by_their_probability_and_equal_ones_together(tmp_path):
-    from engine.rerank import read_n_best, rerank_candidates
+    from engine.scoring.rerank import read_n_best, rerank_candidates
 
     (tmp_path / "n.jsonl").write_text(
         '{"id": "a", "hypotheses": [{"text": "x", "sum_log_prob": -0.1}, {"text": "y z", "sum_log_prob": -9},'
@@ -537,7 +537,7 @@ def test_candidates_count_by_their_probability_and_equal_ones_together(tmp_path)
     ],
 )
 def test_n_best_files_that_are_none(content, sentence, tmp_path):
-    from engine.rerank import read_n_best
+    from engine.scoring.rerank import read_n_best
 
     (tmp_path / "n.jsonl").write_text(content)
     with pytest.raises(DataError, match=sentence):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from engine.cli import main
+from engine.cli.app import main
 from engine.errors import DataError, UsageError
-from engine.output.submission import FORMATS, MEMBER, Verdict, check_submission, write_submission
+from engine.submission.formats import FORMATS, MEMBER, Verdict, check_submission, write_submission
 
 IDS = ["ID2", "ID1", "ID03"]
 GOOD = "ID,Caption\nID2,a\nID1,b\nID03,c\n"

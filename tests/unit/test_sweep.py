@@ -14,9 +14,9 @@ from PIL import Image
 
 from engine.captioner import Captioner
 from engine.errors import BundleError, DataError, EngineError, UsageError
+from engine.inputs.tables import read_table
 from engine.scoring.base import Items, Setting
 from engine.scoring.profiles import make_metric
-from engine.tables import read_table
 from tests.tiny import make_checkpoint, random_pictures
 from train.dataset import Example, Split
 from train.sweep import Sweep, choose_images, spaced, sweep
@@ -300,7 +300,7 @@ def test_examples_show_captions_as_they_are(tmp_path):
     """As a formula this dollar text would not parse and the drawing would fail; a glyph no font has, a control
     character and an empty caption are drawn, too.
     """
-    from engine.images import ImageFile
+    from engine.inputs.images import ImageFile
 
     images = []
     for name, picture in zip(("one $", "two"), random_pictures(2), strict=True):

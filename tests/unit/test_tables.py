@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from engine.errors import DataError, UsageError
-from engine.tables import read_ids, read_table
+from engine.inputs.tables import read_ids, read_table
 
 EXPECTED = {"a1": ("CT, axial view",), "b 2": ("NA",), "003": ("null",)}
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.output.run import format_row, write_run
-from engine.tokenizer import clean_up, detokenise
+from engine.bundle.tokenizer import clean_up, detokenise
+from engine.run.outputs import format_row, write_run
 
 
 @pytest.mark.parametrize(

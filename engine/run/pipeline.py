@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.images import ImageFile, find_images, order_by_manifest
-from engine.output.lock import OutputLock, lock_path
-from engine.output.record import RunRecord, journal_path
-from engine.output.run import check_outputs
-from engine.remote import Location
-from engine.signature import run_signature
-from engine.source import Source, open_source, require_source
+from engine.inputs.images import ImageFile, find_images, order_by_manifest
+from engine.inputs.remote import Location
+from engine.run.local import Source, open_source, require_source
+from engine.run.lock import OutputLock, lock_path
+from engine.run.outputs import check_outputs
+from engine.run.record import RunRecord, journal_path
+from engine.run.signature import run_signature
 
 Progress = Callable[[int], AbstractContextManager[Callable[[], object]]]
 """Given the number of images, a context whose value is called after each."""

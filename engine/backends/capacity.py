@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from engine.backends.base import Appetite
-from engine.bundle import ModelDims
+from engine.bundle.manifest import ModelDims
+from engine.decoding.backend import Appetite
 from engine.decoding.beam import Search
 from engine.decoding.scheduler import SETTLE_EVERY
 

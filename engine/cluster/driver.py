@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
+from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captioner import Caption, search_for
 from engine.cluster.messages import COLUMN, WorkOrder, pack_images, unpack_answer
 from engine.cluster.session import cluster
 from engine.cluster.worker import Attempts, CaptionWorker, Node, look_around
 from engine.errors import EngineError, ImageError, UsageError
-from engine.images import ImageFile
+from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions
-from engine.output.record import RunRecord
-from engine.source import Say
-from engine.tokenizer import CaptionTokenizer
+from engine.run.local import Say
+from engine.run.record import RunRecord
 
 if TYPE_CHECKING:
-    from engine.pipeline import Job
+    from engine.run.pipeline import Job
 
 MOST_IN_BLOCK = 512
 """Images in a block at most: what a killed worker has to do again."""

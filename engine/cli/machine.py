@@ -1,4 +1,4 @@
-"""The commands about a bundle and this machine: verify, bench, plan, info; see cli.py for the others."""
+"""The commands about a bundle and this machine: verify, bench, plan, info; see app.py for the others."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from engine.console import LOCATION, PATH, bundle_options, decoding_options, say
+from engine.cli.shared import LOCATION, PATH, bundle_options, decoding_options, say
 from engine.errors import EngineError
-from engine.remote import Location
+from engine.inputs.remote import Location
 
 
 @click.command()
@@ -33,7 +33,7 @@ def bench(
     **given: Any,
 ) -> None:
     """Measure this machine's images/s; the last line is JSON."""
-    from engine.bench import images_to_measure, measure_speed
+    from engine.machine.bench import images_to_measure, measure_speed
 
     pictures = images_to_measure(directory, images, recursive=recursive)
     loading = {"threads": threads, "plans": plans, "cuda_graphs": cuda_graphs}
@@ -52,8 +52,8 @@ def bench(
 def verify(bundle: Location | None, backend: str, as_json: bool, **loading: Any) -> None:
     """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""
     from engine.backends import open_backend, require_backend
-    from engine.bundle import Bundle
-    from engine.verify import verify as replay
+    from engine.bundle.manifest import Bundle
+    from engine.machine.verify import verify as replay
 
     backend = require_backend(backend)
     loaded = Bundle.load(bundle)
@@ -96,7 +96,7 @@ def plan(
     """
     from engine.backends.plans import build_plans, default_folder, target_for
     from engine.backends.shapes import Bounds
-    from engine.bundle import Bundle
+    from engine.bundle.manifest import Bundle
 
     target = target_for(builder, compute_capability)
     loaded = Bundle.load(bundle)
@@ -114,7 +114,7 @@ def plan(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 def info(as_json: bool) -> None:
     """Show versions, backends and what is missing."""
-    from engine.info import collect_info
+    from engine.machine.info import collect_info
 
     facts = collect_info()
     if as_json:

@@ -1,4 +1,4 @@
-"""The command that makes a page to look at a run; see cli.py for the others."""
+"""The command that makes a page to look at a run; see app.py for the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from engine.console import PATH, say
+from engine.cli.shared import PATH, say
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""The commands around a finished run: score, compare, rerank, submit, check; see cli.py for the others."""
+"""The commands around a finished run: score, compare, rerank, submit, check; see app.py for the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from engine.console import PATH, say
+from engine.cli.shared import PATH, say
 from engine.errors import EngineError, UsageError
 
 FORMAT_NAMES = ("imageclef2022", "imageclef2023", "imageclef2024", "imageclef2025", "imageclef2026")
@@ -108,9 +108,9 @@ def score(
         return
     if run is None or references is None or out is None:
         raise UsageError("score needs --run, --references and --out")
-    from engine.output.run import check_outputs
+    from engine.run.outputs import check_outputs
     from engine.scoring.files import write_report
-    from engine.scoring.report import Request, score_run
+    from engine.scoring.score import Request, score_run
 
     outputs = {"--out": out} | ({"--per-image": per_image} if per_image else {})
     check_outputs(outputs, [run, references, *([given["labels"]] if given["labels"] else [])])
@@ -204,7 +204,7 @@ def _measured(
 ) -> tuple[list[str], dict[str, Any]]:
     """Return sorted ids and what was measured: of a file of --per-image, or of a run that is scored now."""
     from engine.scoring.files import how_measured, in_order_of_ids, read_per_image
-    from engine.scoring.report import Request, score_run
+    from engine.scoring.score import Request, score_run
 
     if references is None:
         return in_order_of_ids(*read_per_image(path))
@@ -223,9 +223,9 @@ def _measured(
 @metric_options
 def rerank(files: tuple[Path, ...], out: Path, utility: str, uniform: bool, **given: Any) -> None:
     """Choose of each image's candidates the one the others agree with most (minimum Bayes risk)."""
-    from engine.output.run import check_outputs, write_run
-    from engine.rerank import read_n_best, rerank_candidates
-    from engine.scoring.report import refuse_unused
+    from engine.run.outputs import check_outputs, write_run
+    from engine.scoring.rerank import read_n_best, rerank_candidates
+    from engine.scoring.score import refuse_unused
 
     check_outputs({"--out": out}, files)
     layer = given.pop("bertscore_layer")
@@ -245,9 +245,9 @@ def rerank(files: tuple[Path, ...], out: Path, utility: str, uniform: bool, **gi
 @click.option("--out", type=PATH, required=True, help="submission.csv, or submission.zip for 2025 and 2026.")
 def submit(run: Path, manifest: Path, form: str, out: Path) -> None:
     """Write a run as a submission, then read the file back and check it."""
-    from engine.output.run import check_outputs
-    from engine.output.submission import write_submission
-    from engine.tables import read_ids, read_table
+    from engine.inputs.tables import read_ids, read_table
+    from engine.run.outputs import check_outputs
+    from engine.submission.formats import write_submission
 
     check_outputs({"--out": out}, [run, manifest])
     ids = read_ids(manifest)
@@ -262,8 +262,8 @@ def submit(run: Path, manifest: Path, form: str, out: Path) -> None:
 @click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
 def check(file: Path, manifest: Path, form: str) -> None:
     """Check any submission file as the organisers' checker does; exit 1 when it would be refused."""
-    from engine.output.submission import check_submission
-    from engine.tables import read_ids
+    from engine.inputs.tables import read_ids
+    from engine.submission.formats import check_submission
 
     if not file.is_file():
         raise UsageError(f"{file} is not a file")

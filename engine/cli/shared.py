@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from engine.errors import UsageError
-from engine.remote import Location, location
+from engine.inputs.remote import Location, location
 
 PATH = click.Path(path_type=Path)
 

@@ -16,10 +16,10 @@ from PIL import Image
 from engine.backends.ort import available_cores
 from engine.captioner import Captioner, ImageSource
 from engine.errors import UsageError
-from engine.images import find_images
+from engine.inputs.images import find_images
+from engine.inputs.remote import Location
 from engine.options import DecodeOptions
-from engine.remote import Location
-from engine.signature import run_signature
+from engine.run.signature import run_signature
 
 WARM_UP = 64
 """Images captioned before the clock starts: enough to fill every slot, so that memory is allocated and threads run."""

@@ -15,10 +15,11 @@ from typing import Any, NoReturn
 
 import click
 
-from engine import __version__, cli_bundle, cli_report, cli_scoring
-from engine.console import LOCATION, PATH, bundle_options, decoding_options, say
+from engine import __version__
+from engine.cli import machine, report, scoring
+from engine.cli.shared import LOCATION, PATH, bundle_options, decoding_options, say
 from engine.errors import EngineError, UsageError
-from engine.remote import Location
+from engine.inputs.remote import Location
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a program stopped by Ctrl-C (128 + SIGINT) and by a plain kill (128 + SIGTERM)."""
@@ -64,9 +65,9 @@ def main() -> None:
 
 
 for _command in (
-    *(cli_bundle.verify, cli_bundle.bench, cli_bundle.plan, cli_bundle.info),
-    *(cli_scoring.score, cli_scoring.rerank, cli_scoring.submit, cli_scoring.check),
-    cli_report.report,
+    *(machine.verify, machine.bench, machine.plan, machine.info),
+    *(scoring.score, scoring.rerank, scoring.submit, scoring.check),
+    report.report,
 ):
     main.add_command(_command)
 
@@ -129,7 +130,7 @@ def caption(
 
     What is not given comes from the bundle's generation settings, then from Hugging Face's defaults.
     """
-    from engine.pipeline import Job, caption_directory
+    from engine.run.pipeline import Job, caption_directory
 
     if given["num_return_sequences"] is not None and n_best_out is None:
         raise UsageError("--n-best needs --n-best-out, the file for the alternatives")

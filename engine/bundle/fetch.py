@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.bundle import MANIFEST, MAX_MANIFEST_BYTES, file_sha256
-from engine.cache import cache_root
+from engine.bundle.cache import cache_root
+from engine.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, file_sha256
 from engine.errors import BundleError
-from engine.remote import RemoteFile, RemoteFolder
+from engine.inputs.remote import RemoteFile, RemoteFolder
 
 try:
     import fcntl

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.errors import BundleError, UsageError
 
 CLEAN_UP = (

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError
-from engine.images import find_images
+from engine.inputs.images import find_images
+from engine.inputs.tables import Table, read_table, shorten, under_ids_of
 from engine.scoring.base import Items, Measured, Setting, UnavailableError
 from engine.scoring.bootstrap import interval
 from engine.scoring.describe import baseline_scores, describe, group_places, scores_by_group
 from engine.scoring.profiles import CHEAP, PROFILES, Profile, make_metric, organisers_names
-from engine.tables import Table, read_table, shorten, under_ids_of
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import BundleError, EngineError
+from engine.inputs.remote import Location, RemoteFolder
 from engine.options import DecodeOptions, options_from
-from engine.remote import Location, RemoteFolder
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ RESAMPLE_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Sizes of the exported model; the letters are those of engine.backends.base."""
+    """Sizes of the exported model; the letters are those of engine.decoding.backend."""
 
     num_layers: int
     num_heads: int
@@ -93,7 +93,7 @@ class Bundle:
         once.
         """
         if isinstance(path, RemoteFolder):
-            from engine.bundle_cache import fetch_bundle
+            from engine.bundle.fetch import fetch_bundle
 
             path = fetch_bundle(path)
         path = demo_bundle() if path is None else Path(path)
@@ -135,7 +135,7 @@ class Bundle:
 
 def demo_bundle() -> Path:
     """Return the directory of the demo bundle that ships inside the package."""
-    return Path(__file__).parent / "assets" / "demo"
+    return Path(__file__).parent.parent / "assets" / "demo"
 
 
 def file_sha256(path: Path) -> str:

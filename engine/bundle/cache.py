@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.errors import BackendError
 
 

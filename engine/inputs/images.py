@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine import dicom
 from engine.errors import DataError, EngineError, ImageError, UsageError
-from engine.remote import Location, RemoteFile, RemoteFolder
-from engine.tables import read_ids, shorten
+from engine.inputs import dicom
+from engine.inputs.remote import Location, RemoteFile, RemoteFolder
+from engine.inputs.tables import read_ids, shorten
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}) | dicom.EXTENSIONS
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError, UsageError
+from engine.inputs.tables import read_text, shorten
 from engine.scoring.base import Items, Setting, UnavailableError
 from engine.scoring.profiles import make_metric
-from engine.tables import read_text, shorten
 
 NO_UTILITIES = ("cider", "clipscore", "refclipscore")
 CHUNK = 200

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 from engine import __version__
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.options import DecodeOptions
 
 SAMPLING_OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "seed")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends import Backend
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis
 from engine.decoding.scheduler import Scheduler

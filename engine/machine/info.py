@@ -12,7 +12,7 @@ from engine import __version__
 from engine.backends import BACKENDS, require_backend
 from engine.backends.nvidia import clashing_runtimes
 from engine.backends.ort import available_cores
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.errors import EngineError
 
 EXTRAS = {

@@ -7,16 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 from engine.backends import check_choice, require_backend
-from engine.bundle import Bundle
+from engine.bundle.manifest import Bundle
 from engine.captioner import Caption, Captioner
 from engine.errors import ImageError, OutOfMemoryError, UsageError
-from engine.images import ImageFile
+from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions
-from engine.output.record import RunRecord
-from engine.signature import environment
+from engine.run.record import RunRecord
+from engine.run.signature import environment
 
 if TYPE_CHECKING:
-    from engine.pipeline import Job
+    from engine.run.pipeline import Job
 
 Say = Callable[[str], None]
 
@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 class Source(Protocol):
     """Captions for the images of a record, made with `bundle` on `backend_name`.
 
-    `environment` tells the packages that decide them apart, see engine.signature.
+    `environment` tells the packages that decide them apart, see engine.run.signature.
     """
 
     bundle: Bundle
@@ -59,7 +59,7 @@ def require_source(job: Job) -> None:
 def open_source(job: Job, say: Say) -> AbstractContextManager[Source]:
     """Load what captions a job; `say` gets a note of what `auto` chose. Raises an EngineError of the kind that fits."""
     if job.ray is not None:
-        from engine.cluster.source import open_cluster
+        from engine.cluster.driver import open_cluster
 
         return open_cluster(job, job.ray, say)
     source = LocalSource(job)

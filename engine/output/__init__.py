@@ -1,1 +1,0 @@
-"""Files the engine writes; each appears whole or not at all."""

@@ -1,0 +1,1 @@
+"""From a directory to run.csv. Start at pipeline.py."""

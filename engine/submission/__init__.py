@@ -1,0 +1,1 @@
+"""Submission files of ImageCLEFmedical Caption: written and checked."""
