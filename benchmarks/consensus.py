@@ -18,8 +18,8 @@ import click
 from benchmarks.machine import describe_machine
 from benchmarks.workload import BUILD
 from engine.captioner import Caption, Captioner
+from engine.files.run_files import write_n_best
 from engine.options import DecodeOptions
-from engine.run.outputs import write_n_best
 from engine.scoring import bootstrap
 from engine.scoring.base import Items, Measured, Setting
 from engine.scoring.profiles import make_metric

@@ -21,8 +21,8 @@ from benchmarks.browser import open_browser
 from benchmarks.corpus import CHALLENGE_SIZE, write_corpus
 from benchmarks.detokenise import make_caption
 from benchmarks.machine import describe_machine
+from engine.files.run_files import write_run
 from engine.inputs.images import find_images
-from engine.run.outputs import write_run
 
 SIZE = {"width": 1440, "height": 900}
 WATCH = """window.firstRow = new Promise((done) => new MutationObserver((_, watching) => {

@@ -16,7 +16,7 @@ import click
 
 from benchmarks.corpus import CHALLENGE_SIZE
 from benchmarks.detokenise import make_caption
-from engine.run.outputs import write_run
+from engine.files.run_files import write_run
 from engine.scoring.files import write_report
 from engine.scoring.score import Request, score_run
 

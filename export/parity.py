@@ -22,9 +22,9 @@ from PIL import Image
 from engine.captioner import Alternative, Captioner
 from engine.decoding.beam import Hypothesis
 from engine.errors import EngineError, ImageError, UsageError
+from engine.files.run_files import check_outputs, write_atomically
 from engine.inputs.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
-from engine.run.outputs import check_outputs, write_atomically
 from export.bundle import checkpoint_sha256
 from export.checkpoint import CheckpointError
 from export.golden import golden_pictures

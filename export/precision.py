@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from engine.backends import Backend, StepInputs
 from engine.captioner import Captioner
 from engine.errors import EngineError, UsageError
+from engine.files.run_files import check_outputs, write_atomically
 from engine.inputs.images import find_images, read_image
 from engine.options import DecodeOptions
-from engine.run.outputs import check_outputs, write_atomically
 
 ENCODED_PICTURES = 8
 """So many pictures' encoder outputs are compared in a report; captions are of all."""

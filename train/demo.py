@@ -16,8 +16,8 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
 
+from engine.files.run_files import write_run
 from engine.options import options_from
-from engine.run.outputs import write_run
 from export.bundle import generation_defaults
 from export.reference import Reference
 from export.torch_backend import caption_live

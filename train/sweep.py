@@ -21,11 +21,11 @@ from typing import Any
 from engine.bundle.manifest import Bundle, file_sha256
 from engine.captioner import Captioner
 from engine.errors import BundleError, DataError, UsageError
+from engine.files.lock import OutputLock
+from engine.files.run_files import write_atomically
 from engine.inputs.images import ImageFile
 from engine.inputs.tables import shorten
 from engine.options import DecodeOptions
-from engine.run.lock import OutputLock
-from engine.run.outputs import write_atomically
 from engine.run.record import RunRecord, fingerprint, run_key
 from engine.run.signature import environment, run_signature
 from engine.scoring.base import Setting

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.files.run_files import CONTROL, replace_file
 from engine.inputs.images import ImageFile, decode_image
 from engine.inputs.tables import read_table
-from engine.run.outputs import CONTROL, replace_file
 
 PAPER: dict[str, dict[int, tuple[float, float, float | None]]] = {
     "base": {

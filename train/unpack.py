@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError, OutputError, UsageError
+from engine.files.lock import OutputLock
 from engine.inputs.images import EXTENSIONS
-from engine.run.lock import OutputLock
 
 INDEX = "index.jsonl"
 """Rows of an unpacked folder. Its first line names the parquet files it was made of; written last, it is the marker."""

@@ -18,11 +18,11 @@ from typing import Any
 
 from engine.backends.nvidia import find_gpu
 from engine.backends.shapes import Bounds, Profile, profiles
-from engine.bundle.cache import cache_folder, refuse_strangers
 from engine.bundle.manifest import GRAPHS, Bundle, file_sha256
 from engine.errors import BackendError
-from engine.run.lock import OutputLock
-from engine.run.outputs import replace_file
+from engine.files.cache import cache_folder, refuse_strangers
+from engine.files.lock import OutputLock
+from engine.files.run_files import replace_file
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Builder -> the module that brings it."""

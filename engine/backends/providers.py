@@ -16,9 +16,9 @@ from typing import Any
 from engine.backends.device import CudaDevice
 from engine.backends.nvidia import clashing_runtimes, find_gpu
 from engine.backends.shapes import Bounds, Profile, profiles
-from engine.bundle.cache import cache_folder
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError
+from engine.files.cache import cache_folder
 
 Provider = tuple[str, dict[str, str]]
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.bundle.cache import cache_root
 from engine.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, file_sha256
 from engine.errors import BundleError
+from engine.files.cache import cache_root
 from engine.inputs.remote import RemoteFile, RemoteFolder
 
 try:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UsageError
+from engine.files.lock import OutputLock
+from engine.files.run_files import write_atomically
 from engine.inputs.tables import shorten
 from engine.report.folder import PAGE, THUMBNAILS, open_folder
 from engine.report.gather import Content, Request, gather
 from engine.report.page import page_signature, render
 from engine.report.thumbnails import Thumbnails, make_thumbnails, remove_stale
-from engine.run.lock import OutputLock
-from engine.run.outputs import write_atomically
 
 Progress = Callable[[int], AbstractContextManager[Callable[[], None]]]
 """Called with the number of images, gives what to call after each."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine import __version__
 from engine.errors import OutputError, UsageError
-from engine.run.outputs import write_atomically
+from engine.files.run_files import write_atomically
 
 PAGE, MARK, THUMBNAILS = "index.html", "report.json", "thumbnails"
 """Names in the folder. The mark is written first: a folder that was cut off before its page is a report, too."""

@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, ImageError
+from engine.files.run_files import write_n_best, write_run, write_timings
 from engine.inputs.images import ImageFile
 from engine.run.journal import Journal
-from engine.run.outputs import write_n_best, write_run, write_timings
 
 if TYPE_CHECKING:
     from engine.captioner import Caption

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine import __version__
 from engine.bundle.manifest import file_sha256
 from engine.errors import EngineError
-from engine.run.outputs import write_atomically
+from engine.files.run_files import write_atomically
 from engine.scoring.base import Items, Measured
 from engine.scoring.overlap import COMBINE
 from engine.scoring.score import Report

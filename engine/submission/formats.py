@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import DataError, EngineError, UsageError
+from engine.files.run_files import CONTROL, format_row, replace_file
 from engine.inputs.tables import shorten
-from engine.run.outputs import CONTROL, format_row, replace_file
 
 MEMBER = "submission.csv"
 """The only file in the archive of 2025 and 2026."""

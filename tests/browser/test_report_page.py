@@ -13,11 +13,11 @@ from click.testing import CliRunner
 
 from benchmarks.report_page import measure_page, write_inputs
 from engine.cli.app import main
+from engine.files.run_files import write_run
 from engine.inputs.images import find_images
 from engine.report.gather import Request, gather
 from engine.report.page import render
 from engine.report.thumbnails import Thumbnails
-from engine.run.outputs import write_run
 from tests.tiny import random_pictures
 
 INJECTED = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"

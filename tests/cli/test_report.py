@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from engine.cli.app import main
-from engine.run.lock import OutputLock
-from engine.run.outputs import write_run
+from engine.files.lock import OutputLock
+from engine.files.run_files import write_run
 from tests.tiny import random_pictures
 
 IDS = ["a", "b", "c"]

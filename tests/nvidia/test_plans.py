@@ -16,7 +16,7 @@ from engine.backends.plans import ANY_GPU, PORTABLE, Target, build_plans, read_p
 from engine.backends.shapes import Bounds, profiles
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, UsageError
-from engine.run.lock import OutputLock
+from engine.files.lock import OutputLock
 from tests.gpu import missing_gpu
 
 TARGET = Target(PORTABLE, "1.7.1", "8.0", ANY_GPU)

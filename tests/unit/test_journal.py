@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from engine.captioner import Alternative, Caption
 from engine.errors import EngineError, OutputError, UsageError
+from engine.files.lock import OutputLock
 from engine.inputs.images import ImageFile
 from engine.run.journal import Journal, decode_record, encode_record, read_journal
-from engine.run.lock import OutputLock
 from engine.run.record import RunRecord
 
 JSON = st.recursive(
@@ -232,7 +232,7 @@ def test_a_second_run_on_one_output_is_refused_by_name(tmp_path):
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     out = tmp_path / "run.csv"
     code = (
-        "import os; from pathlib import Path; from engine.run.lock import OutputLock\n"
+        "import os; from pathlib import Path; from engine.files.lock import OutputLock\n"
         f"OutputLock(Path({str(out)!r})).__enter__()\n"
         "os._exit(9)"
     )

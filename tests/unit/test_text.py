@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.bundle.tokenizer import clean_up, detokenise
-from engine.run.outputs import format_row, write_run
+from engine.files.run_files import format_row, write_run
 
 
 @pytest.mark.parametrize(
