@@ -17,7 +17,8 @@ import click
 
 from benchmarks.machine import describe_machine
 from benchmarks.workload import BUILD
-from engine.captioner import Caption, Captioner
+from engine.captioner import Captioner
+from engine.captions import Caption
 from engine.files.run_files import write_n_best
 from engine.options import DecodeOptions
 from engine.scoring import bootstrap

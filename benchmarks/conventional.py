@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from engine.backends.ort import available_cores
+from engine.backends.host import available_cores
 from engine.backends.providers import import_onnxruntime
 from engine.decoding.beam import Beams, Hypothesis, Search
 from export.modules import Graph

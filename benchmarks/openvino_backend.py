@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.ort import CPU_APPETITE, available_cores
+from engine.backends.host import available_cores
+from engine.backends.ort import CPU_APPETITE
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import Appetite, StepInputs
 

@@ -21,7 +21,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.work import ModelWork, count_work
-from engine.backends.ort import available_cores
+from engine.backends.host import available_cores
 from engine.backends.providers import import_onnxruntime
 from engine.captioner import Captioner
 

@@ -32,13 +32,14 @@ from benchmarks.machine import describe_machine
 from benchmarks.scaleout_model import BUSY, Outcome, Stages, simulate
 from benchmarks.throughput import agreement_of, is_valid
 from benchmarks.workload import MAX_NEW_TOKENS, Workload, prepare
-from engine.backends.ort import available_cores
-from engine.bundle.manifest import file_sha256
-from engine.captioner import READERS, Caption, Captioner
+from engine.backends.host import available_cores
+from engine.captioner import READERS, Captioner
+from engine.captions import Caption
 from engine.cluster.driver import calm
 from engine.cluster.messages import COLUMN, pack_captions, unpack_answer
 from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import ANSWERS
+from engine.files.atomic import file_sha256
 from engine.inputs.images import find_images, read_image
 from engine.run.record import RunRecord
 

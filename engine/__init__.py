@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from engine.version import __version__ as __version__
+
 __all__ = ["Caption", "Captioner", "DecodeOptions", "EngineError"]
 
 if TYPE_CHECKING:
-    from engine.captioner import Caption, Captioner
+    from engine.captioner import Captioner
+    from engine.captions import Caption
     from engine.errors import EngineError
     from engine.options import DecodeOptions
 
 
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, so that `engine --help` need not load numpy and Pillow."""
-    homes = {"Caption": "captioner", "Captioner": "captioner", "DecodeOptions": "options", "EngineError": "errors"}
+    homes = {"Caption": "captions", "Captioner": "captioner", "DecodeOptions": "options", "EngineError": "errors"}
     if name not in homes:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
     from importlib import import_module

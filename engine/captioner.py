@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,9 +16,11 @@ from PIL import Image
 
 from engine.backends import Backend, open_backend, require_backend
 from engine.backends.capacity import slots_for
-from engine.backends.ort import available_cores
+from engine.backends.host import available_cores
+from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer, detokenise
+from engine.captions import Alternative, Caption
 from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Scheduler
@@ -37,51 +38,6 @@ REMEMBERED = 4096
 
 READERS = max(4, available_cores())
 """Threads that decode images: Pillow releases the interpreter lock while it decodes and resizes."""
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """One hypothesis of an image as text; see Hypothesis for the numbers."""
-
-    text: str
-    raw_text: str
-    ids: tuple[int, ...]
-    sum_log_prob: float
-    score: float
-
-
-@dataclass(frozen=True)
-class Caption:
-    """The caption of one image: its best alternative, and all num_return_sequences of them, best first.
-
-    `text` is detokenised, `raw_text` is what transformers' tokenizer.decode gives for the same `ids`. `latency_s` is
-    the seconds from when the decoded image was taken in until its caption was complete, beside others that share the
-    device; 0 where the same pixels were captioned shortly before, None where nobody measured it.
-    """
-
-    id: str
-    alternatives: tuple[Alternative, ...]
-    latency_s: float | None = field(default=None, compare=False)
-
-    @property
-    def best(self) -> Alternative:
-        return self.alternatives[0]
-
-    @property
-    def text(self) -> str:
-        return self.best.text
-
-    @property
-    def raw_text(self) -> str:
-        return self.best.raw_text
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        return self.best.ids
-
-    @property
-    def score(self) -> float:
-        return self.best.score
 
 
 class Captioner:
@@ -108,7 +64,7 @@ class Captioner:
         Bundle.load and open_backend.
         """
         backend = require_backend(backend)  # before the bundle is hashed: what is missing is said at once
-        checked = Bundle.load(location(bundle) if isinstance(bundle, str) else bundle)
+        checked = open_bundle(location(bundle) if isinstance(bundle, str) else bundle)
         folder = None if plans is None else Path(plans)
         return cls(checked, open_backend(checked, backend, threads=threads, plans=folder, cuda_graphs=cuda_graphs))
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from engine.backends import open_backend
-from engine.bundle.manifest import FORMAT, MANIFEST, Bundle, file_sha256
+from engine.bundle.manifest import FORMAT, MANIFEST, Bundle
 from engine.captioner import Captioner
+from engine.files.atomic import file_sha256
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
 from engine.options import DecodeOptions
 from export.checkpoint import CheckpointError, ExportError

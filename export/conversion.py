@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from engine.backends import Backend, open_backend
-from engine.bundle.manifest import MANIFEST, Bundle, file_sha256
+from engine.bundle.manifest import MANIFEST, Bundle
 from engine.captioner import Captioner
+from engine.files.atomic import file_sha256
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
 from engine.options import DecodeOptions
 from export.checkpoint import ExportError

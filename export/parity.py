@@ -19,10 +19,11 @@ from pathlib import Path
 import click
 from PIL import Image
 
-from engine.captioner import Alternative, Captioner
+from engine.captioner import Captioner
+from engine.captions import Alternative
 from engine.decoding.beam import Hypothesis
 from engine.errors import EngineError, ImageError, UsageError
-from engine.files.run_files import check_outputs, write_atomically
+from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
 from export.bundle import checkpoint_sha256

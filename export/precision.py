@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from engine.backends import Backend, StepInputs
 from engine.captioner import Captioner
 from engine.errors import EngineError, UsageError
-from engine.files.run_files import check_outputs, write_atomically
+from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import find_images, read_image
 from engine.options import DecodeOptions
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from engine.errors import DataError, UsageError
 from engine.inputs.images import EXTENSIONS, find_images
 from engine.inputs.tables import Table, read_table
-from train.check import Problems, is_empty
 from train.layouts import LOOKED_FOR, SPLITS, Place, Source, find_source, find_table, read_concepts
+from train.problems import Problems, is_empty
 from train.unpack import CONCEPT_COLUMNS, Row, safe_name, split_concepts, unpack
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from engine.errors import EngineError, ImageError
-from engine.files.run_files import write_atomically
+from engine.files.atomic import write_atomically
 from engine.inputs import dicom
 from engine.inputs.images import FORMATS, MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image
 from train.check import Progress, check_split, in_threads

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
+from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
-from engine.files.run_files import write_atomically, write_run
+from engine.files.run_files import write_run
 from export.bundle import generation_defaults
 from export.reference import Reference
 from train.evaluate import LOSS

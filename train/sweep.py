@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.bundle.manifest import Bundle, file_sha256
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.errors import BundleError, DataError, UsageError
+from engine.files.atomic import file_sha256, write_atomically
 from engine.files.lock import OutputLock
-from engine.files.run_files import write_atomically
 from engine.inputs.images import ImageFile
 from engine.inputs.tables import shorten
 from engine.options import DecodeOptions

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.files.run_files import CONTROL, replace_file
+from engine.files.atomic import replace_file
+from engine.files.run_files import CONTROL
 from engine.inputs.images import ImageFile, decode_image
 from engine.inputs.tables import read_table
 

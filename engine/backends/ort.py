@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.device import CudaDevice, Device, HostDevice
+from engine.backends.host import available_cores
 from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
 from engine.backends.shapes import gpu_appetite
 from engine.bundle.manifest import GRAPHS, Bundle
@@ -243,11 +244,6 @@ class OrtBackend:
             reason = " ".join(str(error).split())[:400]
             kind = OutOfMemoryError if any(sign in reason.lower() for sign in OUT_OF_MEMORY) else BackendError
             raise kind(f"the {self.name} backend failed: {reason}") from error
-
-
-def available_cores() -> int:
-    """Return how many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:

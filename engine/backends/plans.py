@@ -18,11 +18,11 @@ from typing import Any
 
 from engine.backends.nvidia import find_gpu
 from engine.backends.shapes import Bounds, Profile, profiles
-from engine.bundle.manifest import GRAPHS, Bundle, file_sha256
+from engine.bundle.manifest import GRAPHS, Bundle
 from engine.errors import BackendError
+from engine.files.atomic import file_sha256, replace_file
 from engine.files.cache import cache_folder, refuse_strangers
 from engine.files.lock import OutputLock
-from engine.files.run_files import replace_file
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Builder -> the module that brings it."""
@@ -97,7 +97,7 @@ def _portable(compute_capability: str) -> Target:
 
 def default_folder(bundle: Bundle) -> Path:
     """Return where plans of a bundle are put and looked for when nobody says otherwise."""
-    return cache_folder(bundle, "plans")
+    return cache_folder(bundle.digest, "plans")
 
 
 def build_plans(

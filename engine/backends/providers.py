@@ -135,7 +135,9 @@ def providers_for(name: str, bundle: Bundle, graph: str, bounds: Bounds | None =
         options = dict(kind.options.get(provider, {}))
         if provider == TENSORRT:
             assert bounds is not None
-            folder = str(cache_folder(bundle, f"onnxruntime-{_version('onnxruntime-gpu')}-{_version('tensorrt')}"))
+            folder = str(
+                cache_folder(bundle.digest, f"onnxruntime-{_version('onnxruntime-gpu')}-{_version('tensorrt')}")
+            )
             options |= {"trt_engine_cache_path": folder, "trt_timing_cache_path": folder}
             options["trt_engine_cache_prefix"] = graph
             options["trt_fp16_enable"] = "1" if bundle.precision == "fp16" else "0"

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, file_sha256
+from engine.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Bundle
 from engine.errors import BundleError
+from engine.files.atomic import file_sha256
 from engine.files.cache import cache_root
-from engine.inputs.remote import RemoteFile, RemoteFolder
+from engine.inputs.remote import Location, RemoteFile, RemoteFolder
 
 try:
     import fcntl
@@ -21,6 +22,14 @@ except ImportError:  # Windows: two processes may both make the copy, and the la
     fcntl = None  # type: ignore[assignment]
 
 CHUNK_BYTES = 1 << 22
+
+
+def open_bundle(location: Location | None = None) -> Bundle:
+    """Read and check the bundle in a directory, at a URI (copied into a cache first), or the embedded demo.
+
+    Raises BundleError, see Bundle.load and fetch_bundle.
+    """
+    return Bundle.load(fetch_bundle(location) if isinstance(location, RemoteFolder) else location)
 
 
 def fetch_bundle(folder: RemoteFolder) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import BundleError, EngineError
-from engine.inputs.remote import Location, RemoteFolder
+from engine.files.atomic import file_sha256
 from engine.options import DecodeOptions, options_from
 
 T = TypeVar("T")
@@ -86,16 +86,11 @@ class Bundle:
     clean_up_tokenization_spaces: bool = True
 
     @classmethod
-    def load(cls, path: Location | None = None) -> Bundle:
+    def load(cls, path: Path | None = None) -> Bundle:
         """Read the bundle in directory `path` (the embedded demo when None) and verify every file's sha256.
 
-        One at a URI is copied into a cache first. Raises BundleError that lists everything missing or different at
-        once.
+        See open_bundle for one at a URI. Raises BundleError that lists everything missing or different at once.
         """
-        if isinstance(path, RemoteFolder):
-            from engine.bundle.fetch import fetch_bundle
-
-            path = fetch_bundle(path)
         path = demo_bundle() if path is None else Path(path)
         try:
             manifest, digest = _read_manifest(path)
@@ -136,12 +131,6 @@ class Bundle:
 def demo_bundle() -> Path:
     """Return the directory of the demo bundle that ships inside the package."""
     return Path(__file__).parent.parent / "assets" / "demo"
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file as lower-case hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:

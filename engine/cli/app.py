@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 
 import click
 
-from engine import __version__
 from engine.cli import machine, report, scoring
 from engine.cli.shared import LOCATION, PATH, bundle_options, decoding_options, say
 from engine.errors import EngineError, UsageError
 from engine.inputs.remote import Location
+from engine.version import __version__
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a program stopped by Ctrl-C (128 + SIGINT) and by a plain kill (128 + SIGTERM)."""

@@ -52,11 +52,11 @@ def bench(
 def verify(bundle: Location | None, backend: str, as_json: bool, **loading: Any) -> None:
     """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""
     from engine.backends import open_backend, require_backend
-    from engine.bundle.manifest import Bundle
+    from engine.bundle.fetch import open_bundle
     from engine.machine.verify import verify as replay
 
     backend = require_backend(backend)
-    loaded = Bundle.load(bundle)
+    loaded = open_bundle(bundle)
     runtime = open_backend(loaded, backend, **loading)
     checks = replay(loaded, runtime)
     for check in checks:
@@ -96,10 +96,10 @@ def plan(
     """
     from engine.backends.plans import build_plans, default_folder, target_for
     from engine.backends.shapes import Bounds
-    from engine.bundle.manifest import Bundle
+    from engine.bundle.fetch import open_bundle
 
     target = target_for(builder, compute_capability)
-    loaded = Bundle.load(bundle)
+    loaded = open_bundle(bundle)
     bounds = Bounds.of(loaded, beams=beams, max_new_tokens=max_new_tokens, rows=rows)
     folder = out or default_folder(loaded)
     build_plans(loaded, folder, bounds, target, say)

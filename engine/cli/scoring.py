@@ -108,7 +108,7 @@ def score(
         return
     if run is None or references is None or out is None:
         raise UsageError("score needs --run, --references and --out")
-    from engine.files.run_files import check_outputs
+    from engine.files.atomic import check_outputs
     from engine.scoring.files import write_report
     from engine.scoring.score import Request, score_run
 
@@ -223,7 +223,8 @@ def _measured(
 @metric_options
 def rerank(files: tuple[Path, ...], out: Path, utility: str, uniform: bool, **given: Any) -> None:
     """Choose of each image's candidates the one the others agree with most (minimum Bayes risk)."""
-    from engine.files.run_files import check_outputs, write_run
+    from engine.files.atomic import check_outputs
+    from engine.files.run_files import write_run
     from engine.scoring.rerank import read_n_best, rerank_candidates
     from engine.scoring.score import refuse_unused
 
@@ -245,7 +246,7 @@ def rerank(files: tuple[Path, ...], out: Path, utility: str, uniform: bool, **gi
 @click.option("--out", type=PATH, required=True, help="submission.csv, or submission.zip for 2025 and 2026.")
 def submit(run: Path, manifest: Path, form: str, out: Path) -> None:
     """Write a run as a submission, then read the file back and check it."""
-    from engine.files.run_files import check_outputs
+    from engine.files.atomic import check_outputs
     from engine.inputs.tables import read_ids, read_table
     from engine.submission.formats import write_submission
 

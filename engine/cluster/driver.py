@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import Caption, search_for
+from engine.captioner import search_for
+from engine.captions import Caption
 from engine.cluster.messages import COLUMN, WorkOrder, pack_images, unpack_answer
 from engine.cluster.session import cluster
 from engine.cluster.worker import Attempts, CaptionWorker, Node, look_around
@@ -55,7 +57,7 @@ class Team:
 @contextmanager
 def open_cluster(job: Job, address: str, say: Say) -> Iterator[ClusterSource]:
     """Connect to a cluster, and ask a node what the backend is there; `say` gets how many workers there will be."""
-    bundle = Bundle.load(job.bundle)  # a damaged bundle or a wrong option is found before a cluster starts
+    bundle = open_bundle(job.bundle)  # a damaged bundle or a wrong option is found before a cluster starts
     search_for(bundle, CaptionTokenizer(bundle), bundle.options(**job.options))
     with cluster(address) as ray:
         gpus = 0 if job.backend == "cpu" else int(ray.cluster_resources().get("GPU", 0))

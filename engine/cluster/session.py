@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from engine.backends.ort import available_cores
+from engine.backends.host import available_cores
 from engine.errors import EngineError, UsageError
 
 LOCAL, ANY = "local", "auto"

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from queue import Empty, SimpleQueue
 
-from engine.captioner import Caption, Captioner
+from engine.captioner import Captioner
+from engine.captions import Caption
 from engine.errors import ImageError
 from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engine import __version__
 from engine.backends import open_backend, require_backend
-from engine.backends.capacity import available_memory, slots_for
-from engine.bundle.manifest import Bundle
-from engine.captioner import Caption, Captioner
+from engine.backends.capacity import slots_for
+from engine.backends.host import available_memory
+from engine.bundle.fetch import open_bundle
+from engine.captioner import Captioner
+from engine.captions import Caption
 from engine.cluster.messages import (
     COLUMN,
     WorkOrder,
@@ -27,6 +28,7 @@ from engine.cluster.stream import CaptionStream
 from engine.decoding.beam import Search
 from engine.errors import BackendError, BundleError, EngineError, ImageError
 from engine.run.signature import environment
+from engine.version import __version__
 
 ANSWERS = 8
 """Messages a block is answered in: what a killed worker or driver loses at most, against what a message costs. Always
@@ -110,7 +112,7 @@ class CaptionWorker:
                 f"{platform.node()} has other packages ({found}) than the first node ({order.environment}): install "
                 "the same everywhere"
             )
-        bundle = Bundle.load(order.bundle)
+        bundle = open_bundle(order.bundle)
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} is another bundle than here: copy it anew")
         backend = open_backend(

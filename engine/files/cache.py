@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from engine.bundle.manifest import Bundle
 from engine.errors import BackendError
 
 
@@ -14,12 +13,12 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blip-caption-engine"
 
 
-def cache_folder(bundle: Bundle, name: str) -> Path:
-    """Return the folder `name` for what is built from a bundle, made for this user alone.
+def cache_folder(digest: str, name: str) -> Path:
+    """Return the folder `name` for what is built from the bundle with this digest, made for this user alone.
 
     Plans are executable code. Raises BackendError when the folder is another user's or others may write into it.
     """
-    folder = cache_root() / bundle.digest[:16] / name
+    folder = cache_root() / digest[:16] / name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     refuse_strangers(folder)
     return folder

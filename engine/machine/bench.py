@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engine.backends.ort import available_cores
+from engine.backends.host import available_cores
 from engine.captioner import Captioner, ImageSource
 from engine.errors import UsageError
 from engine.inputs.images import find_images

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine import __version__
 from engine.backends import BACKENDS, require_backend
+from engine.backends.host import available_cores
 from engine.backends.nvidia import clashing_runtimes
-from engine.backends.ort import available_cores
 from engine.bundle.manifest import Bundle
 from engine.errors import EngineError
+from engine.version import __version__
 
 EXTRAS = {
     "dicom": ("pydicom",),

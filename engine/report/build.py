@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UsageError
+from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
-from engine.files.run_files import write_atomically
 from engine.inputs.tables import shorten
 from engine.report.folder import PAGE, THUMBNAILS, open_folder
 from engine.report.gather import Content, Request, gather

@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from engine import __version__
 from engine.errors import OutputError, UsageError
-from engine.files.run_files import write_atomically
+from engine.files.atomic import write_atomically
+from engine.version import __version__
 
 PAGE, MARK, THUMBNAILS = "index.html", "report.json", "thumbnails"
 """Names in the folder. The mark is written first: a folder that was cut off before its page is a report, too."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from engine.bundle.manifest import file_sha256
 from engine.errors import DataError, UsageError
+from engine.files.atomic import file_sha256
 from engine.inputs.images import ImageFile, find_images
 from engine.inputs.tables import read_columns, read_table, shorten, under_ids_of
 from engine.report.scores import Comparison, ScoreColumn, compare_scores, read_scores

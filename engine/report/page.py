@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine import __version__
 from engine.report.folder import THUMBNAILS
 from engine.report.gather import Content
 from engine.report.scores import ScoreColumn
 from engine.report.thumbnails import Thumbnails
+from engine.version import __version__
 
 ASSETS = Path(__file__).with_name("assets")
 STYLES = ("vendor/uplot.min.css", "page.css", "list.css", "detail.css")

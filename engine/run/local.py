@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from engine.backends import check_choice, require_backend
 from engine.bundle.manifest import Bundle
-from engine.captioner import Caption, Captioner
+from engine.captioner import Captioner
+from engine.captions import Caption
 from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions

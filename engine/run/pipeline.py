@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.files.atomic import check_outputs
 from engine.files.lock import OutputLock, lock_path
-from engine.files.run_files import check_outputs
 from engine.inputs.images import ImageFile, find_images, order_by_manifest
 from engine.inputs.remote import Location
 from engine.run.local import Source, open_source, require_source

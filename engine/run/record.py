@@ -9,15 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from engine.captions import Alternative, Caption
 from engine.errors import EngineError, ImageError
 from engine.files.run_files import write_n_best, write_run, write_timings
 from engine.inputs.images import ImageFile
 from engine.run.journal import Journal
-
-if TYPE_CHECKING:
-    from engine.captioner import Caption
 
 
 class RunRecord:
@@ -140,8 +138,6 @@ class RunRecord:
 
     def _recall(self, record: Mapping[str, Any]) -> None:
         """Take a caption out of the journal, unless its image has changed since; a malformed one is done again."""
-        from engine.captioner import Alternative, Caption
-
         try:
             image_id = record["id"]
             current = self._fingerprints.get(image_id)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
-from engine import __version__
 from engine.bundle.manifest import Bundle
 from engine.options import DecodeOptions
+from engine.version import __version__
 
 SAMPLING_OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "seed")
 

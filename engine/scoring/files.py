@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import __version__
-from engine.bundle.manifest import file_sha256
 from engine.errors import EngineError
-from engine.files.run_files import write_atomically
+from engine.files.atomic import file_sha256, write_atomically
 from engine.scoring.base import Items, Measured
 from engine.scoring.overlap import COMBINE
 from engine.scoring.score import Report
+from engine.version import __version__
 
 
 def write_report(report: Report, out: Path, per_image: Path | None) -> None:

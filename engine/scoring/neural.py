@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.bundle.manifest import file_sha256
 from engine.errors import UsageError
+from engine.files.atomic import file_sha256
 from engine.scoring.base import Items, Measured, Setting, UnavailableError, library, mean, settle_empty
 from engine.scoring.preprocess import SIGNATURE
 

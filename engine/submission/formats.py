@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import DataError, EngineError, UsageError
-from engine.files.run_files import CONTROL, format_row, replace_file
+from engine.files.atomic import replace_file
+from engine.files.run_files import CONTROL, format_row
 from engine.inputs.tables import shorten
 
 MEMBER = "submission.csv"

@@ -49,8 +49,11 @@ def start(*arguments) -> subprocess.Popen[str]:
 def wait_for_records(journal: Path, count: int, process: subprocess.Popen[str]) -> None:
     """Wait until a run has journaled `count` captions, or has ended."""
     while process.poll() is None:
-        if journal.exists() and journal.read_bytes().count(b"\n") > count:
-            return
+        try:
+            if journal.read_bytes().count(b"\n") > count:
+                return
+        except FileNotFoundError:  # not begun yet, or just ended
+            pass
         time.sleep(0.002)
 
 

@@ -13,8 +13,9 @@ import onnx
 import pytest
 
 from engine.backends import open_backend
-from engine.bundle.manifest import Bundle, file_sha256
+from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, BundleError, EngineError, UsageError
+from engine.files.atomic import file_sha256
 from engine.machine.verify import verify
 from engine.options import DecodeOptions, options_from
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.backends.capacity import MEMORY_SHARE, available_memory, slot_bytes, slots_for
+from engine.backends.capacity import MEMORY_SHARE, slot_bytes, slots_for
+from engine.backends.host import available_memory
 from engine.bundle.manifest import ModelDims
 from engine.decoding.backend import Appetite
 from engine.decoding.beam import Search
@@ -61,6 +62,6 @@ def test_the_tightest_group_above_this_process_counts_and_file_cache_does_not(tm
         (group / "memory.max").write_text(f"{limit}\n")
         (group / "memory.current").write_text("1000000000\n")
         (group / "memory.stat").write_text("anon 1\ninactive_file 500000000\n")
-    monkeypatch.setattr("engine.backends.capacity._memory_groups", lambda: [step, job, tmp_path])
-    monkeypatch.setattr("engine.backends.capacity._machine_memory", lambda: 1 << 40)
+    monkeypatch.setattr("engine.backends.host._memory_groups", lambda: [step, job, tmp_path])
+    monkeypatch.setattr("engine.backends.host._machine_memory", lambda: 1 << 40)
     assert available_memory() == 2_500_000_000

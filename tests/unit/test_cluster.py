@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.captioner import Alternative, Caption
+from engine.captions import Alternative, Caption
 from engine.cluster.driver import Team, plan_team
 from engine.cluster.messages import (
     pack_captions,

@@ -16,9 +16,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from engine.errors import DataError, OutputError, UsageError
-from train.check import Problems, check_split, fingerprint, without
+from train.check import check_split, fingerprint, without
 from train.dataset import Example, Split, hold_out, read_dataset
 from train.layouts import split_of
+from train.problems import Problems
 
 CUIS = ("C0040405", "C0817096")
 

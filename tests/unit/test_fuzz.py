@@ -107,7 +107,7 @@ def test_a_bundle_with_any_manifest_is_a_bundle_or_refused(data, bundle_copy, ti
 @here
 @given(data=st.data())
 def test_a_damaged_journal_never_gives_a_caption_nobody_wrote(data, tmp_path_factory):
-    from engine.captioner import Alternative, Caption
+    from engine.captions import Alternative, Caption
 
     directory = tmp_path_factory.mktemp("journal")
     images = [ImageFile(f"image {i}", directory / f"{i}.png") for i in range(4)]

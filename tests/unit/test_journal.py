@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.captioner import Alternative, Caption
+from engine.captions import Alternative, Caption
 from engine.errors import EngineError, OutputError, UsageError
 from engine.files.lock import OutputLock
 from engine.inputs.images import ImageFile

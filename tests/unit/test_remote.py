@@ -9,7 +9,8 @@ import fsspec
 import pytest
 
 import engine.inputs.remote
-from engine.bundle.manifest import MANIFEST, Bundle
+from engine.bundle.fetch import open_bundle
+from engine.bundle.manifest import MANIFEST
 from engine.errors import BundleError, EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile, decode_image, find_images
 from engine.inputs.remote import RemoteFolder, location
@@ -109,12 +110,12 @@ def test_storage_that_fails_stops_the_run(folder, monkeypatch):
 def test_a_bundle_is_copied_once_and_again_when_its_copy_is_damaged(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     there = RemoteFolder(tiny_bundle.as_uri())
-    bundle = Bundle.load(there)
-    assert bundle.digest == Bundle.load(tiny_bundle).digest == bundle.path.name
+    bundle = open_bundle(there)
+    assert bundle.digest == open_bundle(tiny_bundle).digest == bundle.path.name
     copied = (bundle.path / "encoder.onnx").stat().st_ino
-    assert (Bundle.load(there).path / "encoder.onnx").stat().st_ino == copied
+    assert (open_bundle(there).path / "encoder.onnx").stat().st_ino == copied
     (bundle.path / "encoder.onnx").write_bytes(b"damaged")
-    assert Bundle.load(there).path == bundle.path
+    assert open_bundle(there).path == bundle.path
     assert (bundle.path / "encoder.onnx").read_bytes() == (tiny_bundle / "encoder.onnx").read_bytes()
 
 
@@ -123,25 +124,25 @@ def test_a_bundle_that_is_none_or_not_whole_is_refused(tiny_bundle, tmp_path, mo
     other = tmp_path / "bundle"
     other.mkdir()
     with pytest.raises(BundleError, match="is not a bundle"):
-        Bundle.load(RemoteFolder(other.as_uri()))
+        open_bundle(RemoteFolder(other.as_uri()))
     for path in tiny_bundle.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
     (other / "encoder.onnx").write_bytes(b"other")
     with pytest.raises(BundleError, match=r"encoder\.onnx is not the file of the manifest"):
-        Bundle.load(RemoteFolder(other.as_uri()))
+        open_bundle(RemoteFolder(other.as_uri()))
     (other / "encoder.onnx").unlink()
     with pytest.raises(BundleError, match=r"is not whole: it has no encoder\.onnx: export it again"):
-        Bundle.load(RemoteFolder(other.as_uri()))
+        open_bundle(RemoteFolder(other.as_uri()))
     (other / MANIFEST).write_text("{")
     with pytest.raises(BundleError, match="is not a manifest"):
-        Bundle.load(RemoteFolder(other.as_uri()))
+        open_bundle(RemoteFolder(other.as_uri()))
 
 
 def test_a_cache_and_a_storage_that_fail_are_told_apart(tiny_bundle, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(BundleError, match=r"cannot be kept in .*: Not a directory: set XDG_CACHE_HOME"):
-        Bundle.load(RemoteFolder(tiny_bundle.as_uri()))
+        open_bundle(RemoteFolder(tiny_bundle.as_uri()))
 
     class Broken:
         def __enter__(self) -> Broken:
@@ -157,5 +158,5 @@ def test_a_cache_and_a_storage_that_fail_are_told_apart(tiny_bundle, tmp_path, m
     monkeypatch.setattr(RemoteFolder, "open", lambda *_: Broken())
     monkeypatch.setattr(RemoteFolder, "read", lambda *_, **__: (tiny_bundle / MANIFEST).read_bytes())
     with pytest.raises(BundleError, match=r"cannot be read: connection lost before .*: run the same command again"):
-        Bundle.load(RemoteFolder(tiny_bundle.as_uri()))
+        open_bundle(RemoteFolder(tiny_bundle.as_uri()))
     assert not [path for path in (tmp_path / "blip-caption-engine" / "bundles").iterdir() if path.is_dir()]

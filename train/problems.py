@@ -1,0 +1,65 @@
+"""What can be wrong with the captioned images of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Finding = tuple[str, str]
+"""An id (for an image without caption its path) and the reason."""
+
+NOUNS = {
+    "missing": ("missing image", "missing images"),
+    "unreadable": ("unreadable image", "unreadable images"),
+    "empty": ("empty caption", "empty captions"),
+    "uncaptioned": ("image without caption", "images without caption"),
+    "repeated": ("id with several captions", "ids with several captions"),
+    "cut": ("caption that will be cut", "captions that will be cut"),
+}
+FATAL = ("missing", "unreadable", "empty")
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What is wrong with a split, each category a list of findings in the order of the data set.
+
+    missing: captioned, but there is no file. unreadable: the file is no picture, or damaged. empty: a caption without
+    a visible character. uncaptioned: a picture beside the others that no caption names. repeated: an id with several
+    captions where the layout has one each. cut: a caption with more tokens than fit.
+    """
+
+    missing: list[Finding] = field(default_factory=list)
+    unreadable: list[Finding] = field(default_factory=list)
+    empty: list[Finding] = field(default_factory=list)
+    uncaptioned: list[Finding] = field(default_factory=list)
+    repeated: list[Finding] = field(default_factory=list)
+    cut: list[Finding] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, name) for name in NOUNS)
+
+    @property
+    def fatal(self) -> Problems:
+        """Those with which training must not start silently: missing and unreadable images, empty captions."""
+        return Problems(**{name: getattr(self, name) for name in FATAL})
+
+    def select(self, wanted: Callable[[str], bool]) -> Problems:
+        """Return the findings whose id is wanted; images without caption, which belong to no id, stay out."""
+        kept = {name: [one for one in getattr(self, name) if wanted(one[0])] for name in NOUNS if name != "uncaptioned"}
+        return Problems(**kept)
+
+    def lines(self, most: int = 3) -> list[str]:
+        """Return a line for every category that holds something, naming the first `most` of it."""
+        lines = []
+        for name, nouns in NOUNS.items():
+            found: list[Finding] = getattr(self, name)
+            if found:
+                named = ", ".join(f"{one} ({reason})" if reason else one for one, reason in found[:most])
+                more = f", ... and {len(found) - most} more" if len(found) > most else ""
+                lines.append(f"{len(found)} {nouns[len(found) > 1]}: {named}{more}")
+        return lines
+
+
+def is_empty(caption: str) -> bool:
+    """Return whether a caption holds nothing to learn: no character but white space."""
+    return not caption.strip()
