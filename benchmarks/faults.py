@@ -24,8 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.hostile import UNREADABLE, write_unreadable
-from engine.run.journal import read_journal
-from engine.run.record import journal_path
+from engine.run.journal import journal_path, read_journal
 
 SAMPLE_S = 0.02
 EXIT_CODES = {"kill": -signal.SIGKILL, "term": 128 + signal.SIGTERM, "full disk": 1}

@@ -40,7 +40,7 @@ from engine.errors import EngineError
 from engine.inputs.images import decode_image, find_images, read_image
 from engine.machine.info import collect_info
 from engine.machine.verify import verify
-from engine.options import DecodeOptions
+from engine.options import DecodeOptions, Runtime
 
 EXAMPLES = Path("examples/images")
 PARITY_IMAGES = 8
@@ -75,13 +75,13 @@ def check_one(bundle: Bundle, check: str, images: int, rows: list[int], folder: 
     """Run one of CHECKS in this process and return what it said and how long it took; plans are built into `folder`."""
     backend, graphs = check.removesuffix(WITH_GRAPHS), check.endswith(WITH_GRAPHS)
     report: dict[str, Any] = {"backend": check, "precision": bundle.precision}
-    loading: dict[str, Any] = {}
+    runtime = Runtime(backend)
     if backend == "trt":
         start = time.perf_counter()
-        loading = {"plans": build_for(bundle, rows, folder), "cuda_graphs": graphs}
+        runtime = Runtime(backend, plans=build_for(bundle, rows, folder), cuda_graphs=graphs)
         report["build_s"] = time.perf_counter() - start
     start = time.perf_counter()
-    captioner = Captioner(bundle, open_backend(bundle, backend, **loading))
+    captioner = Captioner(bundle, open_backend(bundle, runtime))
     report["first_load_s"] = time.perf_counter() - start
     report["used"] = captioner.backend.name
     pixels = make_pixels(bundle, images)
@@ -97,7 +97,7 @@ def check_one(bundle: Bundle, check: str, images: int, rows: list[int], folder: 
     report["golden"] = [asdict(one) for one in verify(bundle, captioner.backend)]
     del captioner
     start = time.perf_counter()
-    open_backend(bundle, backend, **loading)
+    open_backend(bundle, runtime)
     report["second_load_s"] = time.perf_counter() - start
     return report
 
@@ -148,7 +148,7 @@ def check_bundle(path: Path, checks: tuple[str, ...], images: int, rows: list[in
     if "error" in cpu:
         yield named | cpu
         return
-    captioner = Captioner(bundle, open_backend(bundle, "cpu"))
+    captioner = Captioner(bundle, open_backend(bundle, Runtime("cpu")))
     work = count_work(captioner, make_pixels(bundle, 2 * PARITY_IMAGES), options_of(bundle, TIMED))
     for check in checks:
         entry = named | in_process(path, check, images, rows, timeout_s)

@@ -16,6 +16,7 @@ from benchmarks.corpus import CHALLENGE_SIZE
 from engine.captioner import Captioner
 from engine.inputs.images import find_images, read_image
 from engine.options import DecodeOptions
+from engine.run.job import Outputs
 from engine.run.record import RunRecord
 
 
@@ -46,7 +47,7 @@ def main(images: int, beams: int) -> None:
             assert record.resumed == images
         reopened = time.perf_counter() - start
         start = time.perf_counter()
-        record.write(out)
+        record.write(Outputs(out))
         closed = time.perf_counter() - start
     report = {
         "benchmark": "journal",

@@ -41,6 +41,7 @@ from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import ANSWERS
 from engine.files.atomic import file_sha256
 from engine.inputs.images import find_images, read_image
+from engine.run.job import Outputs
 from engine.run.record import RunRecord
 
 RECORDS = Path("benchmarks/results")
@@ -140,7 +141,7 @@ def measure_stages(workload: Workload, beams: int) -> Stages:
                     record.add(caption)
             with _Timer() as written:
                 record.check_unchanged()
-                record.write(out)
+                record.write(Outputs(out))
     start_s, block_s, message_s = _measure_ray(messages[0])
     count = len(images)
     return Stages(

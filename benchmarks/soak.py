@@ -28,7 +28,9 @@ from benchmarks.faults import compare_runs, engine_command, mix_in_unreadable, r
 from benchmarks.machine import describe_machine
 from benchmarks.workload import BUILD, EXAMPLES
 from engine.machine.bench import peak_memory_gib
-from engine.run.pipeline import Job, caption_directory
+from engine.options import DecodeOptions
+from engine.run.job import Inputs, Outputs
+from engine.run.pipeline import caption_directory
 
 RESULTS = Path("benchmarks/results")
 FEW = 500
@@ -54,8 +56,10 @@ def caption_timed(corpus: Path, out: Path, beams: int) -> tuple[list[float], Sam
     samples: Samples = []
 
     @contextmanager
-    def progress(length: int) -> Iterator[Callable[[], None]]:
-        def advance() -> None:
+    def progress(length: int) -> Iterator[Callable[[int], None]]:
+        def tell(done: int) -> None:
+            if done == len(stamps):
+                return  # the last one was told already
             stamps.append(time.perf_counter())
             if len(stamps) % max(1, length // POINTS) == 0:
                 samples.append((stamps[-1] - start, len(stamps), resident_bytes(os.getpid())))
@@ -63,11 +67,12 @@ def caption_timed(corpus: Path, out: Path, beams: int) -> tuple[list[float], Sam
                 speed = len(stamps) / (stamps[-1] - start)
                 click.echo(f"{len(stamps)} of {length}, {speed:.2f} images/s", err=True)
 
-        yield advance
+        yield tell
 
     start = time.perf_counter()
-    options = {"num_beams": beams, "no_repeat_ngram_size": NGRAM, "max_new_tokens": MAX_NEW_TOKENS}
-    caption_directory(Job(corpus, out, resume=False, options=options), say=lambda _: None, progress=progress)
+    options = DecodeOptions(num_beams=beams, no_repeat_ngram_size=NGRAM, max_new_tokens=MAX_NEW_TOKENS)
+    inputs, outputs = Inputs(corpus), Outputs(out, resume=False)
+    caption_directory(inputs, outputs, asked=options, say=lambda _: None, progress=progress)
     return [stamp - start for stamp in stamps], samples, peak_memory_gib() or 0.0
 
 

@@ -67,7 +67,7 @@ class Workload:
         longest = forced_tokens or self.max_new_tokens
         return DecodeOptions(
             num_beams=num_beams, no_repeat_ngram_size=3, max_new_tokens=longest, min_new_tokens=forced_tokens
-        )
+        ).over({})
 
 
 def prepare(name: str, images: int, build: Path = BUILD) -> Workload:

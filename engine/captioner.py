@@ -7,8 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,10 @@ from engine.captions import Alternative, Caption
 from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Scheduler
-from engine.errors import ImageError, UsageError
+from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.inputs.images import ImageFile, Picture, read_image
 from engine.inputs.remote import Location, location
-from engine.options import DecodeOptions
+from engine.options import DecodeOptions, Runtime
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
 A = TypeVar("A")
@@ -61,12 +62,18 @@ class Captioner:
         """Load a bundle from a directory or a URI (the embedded demo when None), with `threads` CPU threads.
 
         `plans` and `cuda_graphs` are for the backend `trt`. Raises BundleError, BackendError or UsageError; see
-        Bundle.load and open_backend.
+        open_bundle and open_backend.
         """
-        backend = require_backend(backend)  # before the bundle is hashed: what is missing is said at once
-        checked = open_bundle(location(bundle) if isinstance(bundle, str) else bundle)
         folder = None if plans is None else Path(plans)
-        return cls(checked, open_backend(checked, backend, threads=threads, plans=folder, cuda_graphs=cuda_graphs))
+        runtime = Runtime(backend, threads=threads, plans=folder, cuda_graphs=cuda_graphs)
+        return cls.open(location(bundle) if isinstance(bundle, str) else bundle, runtime)
+
+    @classmethod
+    def open(cls, bundle: Location | None, runtime: Runtime) -> Captioner:
+        """Load a bundle for a runtime; see load."""
+        runtime = replace(runtime, backend=require_backend(runtime.backend))  # what is missing is said at once
+        checked = open_bundle(bundle)
+        return cls(checked, open_backend(checked, runtime))
 
     def caption(
         self,
@@ -75,16 +82,18 @@ class Captioner:
         *,
         rows: int | None = None,
         on_error: Callable[[ImageError], None] | None = None,
+        **given: Any,
     ) -> Iterator[Caption]:
         """Caption images (paths, ImageFiles, Pillow images, arrays u8[h,w,3]) and yield a Caption each, in order.
 
-        `options` are the bundle's own defaults when None. `rows` is how many beams are decoded side by side; None
-        means what suits the device, the bundle and the memory. An unreadable image raises ImageError, or is passed to
-        `on_error` and left out. Options that do not fit the bundle raise UsageError at once, not at the first caption.
+        What `options` or keywords (num_beams=4) give lies over the bundle's settings, and these over Hugging Face's
+        defaults, as on the command line. `rows` is how many beams are decoded side by side; None means what suits the
+        device, the bundle and the memory. An unreadable image raises ImageError, or is passed to `on_error` and left
+        out. Options that do not fit the bundle raise UsageError at once, not at the first caption.
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             raise UsageError("caption takes several images: put a single one into a list")
-        search = self.search(options or self.bundle.options())
+        search = self.search((options or DecodeOptions()).replace(**given))
         return self._caption(images, search, rows, on_error)
 
     def _caption(
@@ -111,7 +120,7 @@ class Captioner:
         return Scheduler(self.backend, search, num_slots=num_slots, encode_batch=appetite.encode_batch)
 
     def search(self, options: DecodeOptions) -> Search:
-        """Resolve options for this bundle; raise UsageError where they do not fit it."""
+        """Resolve options over this bundle's settings; raise UsageError where they do not fit it."""
         return search_for(self.bundle, self.tokenizer, options)
 
     def _read(
@@ -142,7 +151,8 @@ class Captioner:
 
 
 def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions) -> Search:
-    """Resolve options for a bundle; raise UsageError where they do not fit it."""
+    """Resolve options over a bundle's settings; raise UsageError where they do not fit it."""
+    options = options.over(bundle.generation)
     return resolve_search(
         options,
         prompt=tokenizer.prompt_ids(options.prompt),
@@ -150,6 +160,51 @@ def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptio
         vocab_size=bundle.model.vocab_size,
         max_positions=bundle.model.max_positions,
     )
+
+
+class Todo(Protocol):
+    """Images that wait for captions."""
+
+    def remaining(self) -> Iterator[ImageFile]:
+        """Yield the images that have neither a caption nor failed."""
+        ...
+
+    def has(self, image_id: str) -> bool:
+        """Return whether an image has its caption."""
+        ...
+
+    def fail(self, error: ImageError) -> None:
+        """Note an image that cannot be read."""
+        ...
+
+
+def caption_within_memory(
+    captioner: Captioner,
+    options: DecodeOptions,
+    remaining: Callable[[], Iterable[ImageFile]],
+    *,
+    on_error: Callable[[ImageError], None],
+    rows: int | None,
+    say: Callable[[str], None],
+) -> Iterator[Caption]:
+    """Caption what remains; where memory does not suffice, go on with half as many images side by side.
+
+    `remaining` is asked again then, and must leave out what has been yielded; `say` gets a note of it before.
+    Unreadable images go to `on_error`.
+    """
+    search = captioner.search(options)
+    num_slots = captioner.scheduler(search, rows).num_slots
+    while True:
+        try:
+            yield from captioner.caption(remaining(), options, rows=num_slots * search.num_beams, on_error=on_error)
+            return
+        except (OutOfMemoryError, MemoryError) as error:
+            if num_slots == 1:
+                raise OutOfMemoryError(
+                    f"memory is too short for a single image ({error}): close other programs"
+                ) from error
+            say(f"memory is short with {num_slots} images side by side: going on with {num_slots // 2}")
+            num_slots //= 2
 
 
 class _Desk:

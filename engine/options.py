@@ -1,9 +1,13 @@
-"""How captions are decoded: the one place where a default lives; names and meaning are Hugging Face's."""
+"""Options, each declared once: how captions are decoded, and how any dataclass of options says its flags and limits.
+
+Command line, checks, signature and the bundle's generation settings all read the declarations below.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import UsageError
@@ -14,64 +18,189 @@ DEFAULT_NEW_TOKENS = 20
 MAX_LENGTH_PENALTY = 10
 """Beyond it a length of 512 tokens raised to the penalty nears the limits of float32."""
 
-
-OF_DRAWING = ("temperature", "top_k", "top_p", "seed")
-"""Options that say nothing where captions are searched for."""
-
 MIN_TEMPERATURE = 0.01
 """Below it nothing but the likeliest word is left: that is greedy decoding."""
+MIN_TOP_P = 1e-9
+"""Hugging Face takes any number above 0; one as small leaves the likeliest word alone, too."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is said of an option beside its type.
+
+    `flag` is its name on the command line, empty where it has none. Numbers lie between `least` and `most`; `choices`
+    are the values by their names on the command line. With `bare` the flag may stand without a value and means that;
+    `metavar` is how help shows the value. With `sampling` the option only counts where captions are drawn; without
+    `in_bundle` a bundle cannot carry it.
+    """
+
+    default: Any
+    flag: str
+    help: str
+    least: int | float | None = None
+    most: int | float | None = None
+    choices: Mapping[str, Any] | None = None
+    bare: str | None = None
+    metavar: str | None = None
+    sampling: bool = False
+    in_bundle: bool = True
+
+    def fits(self, value: Any, kind: str) -> bool:
+        """Return whether a value is of the type `kind` (the annotation) and within the limits."""
+        if value is None:
+            return "None" in kind
+        if self.choices is not None:
+            return any(value is one or (isinstance(one, str) and value == one) for one in self.choices.values())
+        types = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}[kind.split(" | ")[0]]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            return False
+        return not isinstance(value, int | float) or (
+            (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+        )
+
+    def wanted(self, kind: str) -> str:
+        """Return in words what fits."""
+        if self.choices is not None:
+            return " or ".join([", ".join(list(self.choices)[:-1]), list(self.choices)[-1]])
+        words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+        limits = [f"of at least {self.least}"] if self.least is not None else []
+        limits += [f"at most {self.most}"] if self.most is not None else []
+        return f"{words[kind.split(' | ')[0]]} {' and '.join(limits)}".rstrip()
+
+
+def option(default: Any = MISSING, flag: str = "", help: str = "", **more: Any) -> Any:  # noqa: A002
+    """Declare a field of a dataclass as an option; `more` are fields of Option. Without a default it is required."""
+    return field(default=default, metadata={"option": Option(default, flag, help, **more)})
+
+
+def declared(options: type) -> dict[str, tuple[Option, str]]:
+    """Return the declared options of a dataclass and their types as written, by the names of their fields."""
+    return {one.name: (one.metadata["option"], str(one.type)) for one in fields(options) if "option" in one.metadata}
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """Options of one decoding, checked on construction (UsageError).
+    """How captions are decoded; names and meaning are Hugging Face's. Checked on construction (UsageError).
 
-    A bundle may carry its checkpoint's own generation defaults: `options_from` lays them under what the caller
-    asks for. With `do_sample`, `num_return_sequences` captions are drawn with one beam each; temperature, top_k and
-    top_p count only then. `max_length` and `min_length` count the prompt, `max_new_tokens` and `min_new_tokens` do not
-    and win where both are given.
+    It knows which options were given: `over` lays these over a bundle's generation settings, and those over the
+    defaults here, which are Hugging Face's. None is not given. With `do_sample`, `num_return_sequences` captions are
+    drawn with one beam each. `max_length` and `min_length` count the prompt, `max_new_tokens` and `min_new_tokens` do
+    not and win where both are given.
     """
 
-    num_beams: int = 1
-    no_repeat_ngram_size: int = 0
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    min_new_tokens: int | None = None
-    min_length: int = 0
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    num_return_sequences: int = 1
-    prompt: str | None = None
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int = 0
+    num_beams: int = option(1, "--beams", "Beams; 1 is greedy.", least=1)
+    no_repeat_ngram_size: int = option(0, "--no-repeat-ngram", "Never repeat an n-gram of this size; 0: off.", least=0)
+    max_new_tokens: int | None = option(
+        None, "--max-new-tokens", "Most tokens a caption may add to the prompt.", least=1
+    )
+    max_length: int | None = option(None, least=2)
+    min_new_tokens: int | None = option(None, "--min-new-tokens", "Fewest tokens before a caption may end.", least=0)
+    min_length: int = option(0, least=0)
+    length_penalty: float = option(
+        1.0,
+        "--length-penalty",
+        "Above 0 favours long captions, below 0 short ones.",
+        least=-MAX_LENGTH_PENALTY,
+        most=MAX_LENGTH_PENALTY,
+    )
+    early_stopping: bool | Literal["never"] = option(
+        False,
+        "--early-stopping",
+        "When beam search may stop.",
+        choices={"false": False, "true": True, "never": "never"},
+    )
+    num_return_sequences: int = option(1, "--n-best", "Alternatives an image in --n-best-out.", least=1)
+    prompt: str | None = option(None, "--prompt", "Text every caption starts with.", in_bundle=False)
+    do_sample: bool = option(
+        False,
+        "--sample",
+        "Draw captions instead of searching (--beams 1).",
+        sampling=True,
+        in_bundle=False,
+    )
+    temperature: float = option(
+        1.0,
+        "--temperature",
+        "Of --sample; below 1 likelier words gain.",
+        least=MIN_TEMPERATURE,
+        most=100,
+        sampling=True,
+        in_bundle=False,
+    )
+    top_k: int = option(
+        50, "--top-k", "Of --sample: only so many of the likeliest words.", least=1, sampling=True, in_bundle=False
+    )
+    top_p: float = option(
+        1.0,
+        "--top-p",
+        "Of --sample: only the likeliest words that reach this probability.",
+        least=MIN_TOP_P,
+        most=1,
+        sampling=True,
+        in_bundle=False,
+    )
+    seed: int = option(
+        0, "--seed", "Of --sample: the same seed draws the same captions.", least=0, sampling=True, in_bundle=False
+    )
+    given: frozenset[str] = field(default=frozenset(), kw_only=True, repr=False, compare=False)
+    """Names of the options that were given, at their default or not. dataclasses.replace keeps them."""
+
+    def __new__(cls, *values: Any, given: frozenset[str] | None = None, **named: Any) -> DecodeOptions:
+        """Note which options are named; in a copy that was told `given`, those and whatever is not at its default."""
+        options = object.__new__(cls)
+        named |= dict(zip(DECODE_OPTIONS, values, strict=False))
+        told = {name for name, value in named.items() if value is not None}
+        if given is not None:
+            told = {name for name in told if named[name] != DEFAULTS.get(name)} | given
+        options.__dict__["_told"] = frozenset(told)
+        return options
 
     def __post_init__(self) -> None:
-        lowest = {"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1, "max_length": 2, "min_new_tokens": 0}
-        lowest |= {"min_length": 0, "num_return_sequences": 1, "top_k": 1, "seed": 0}
-        for name, low in lowest.items():
+        self.__dict__["given"] = self.__dict__.pop("_told")
+        for name, (declaration, kind) in DECODE_OPTIONS.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-                raise UsageError(f"{name} must be a whole number of at least {low}, not {value!r}")
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise UsageError(f"early_stopping must be true, false or never, not {self.early_stopping!r}")
-        if not isinstance(self.length_penalty, int | float) or not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
-            most = f"-{MAX_LENGTH_PENALTY} and {MAX_LENGTH_PENALTY}"
-            raise UsageError(f"length_penalty must be a number between {most}, not {self.length_penalty!r}")
-        if not isinstance(self.temperature, int | float) or not MIN_TEMPERATURE <= self.temperature <= 100:
-            raise UsageError(f"temperature must be a number from {MIN_TEMPERATURE} to 100, not {self.temperature!r}")
-        if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be a number above 0 and at most 1, not {self.top_p!r}")
-        if not isinstance(self.prompt, str | None) or not isinstance(self.do_sample, bool):
-            raise UsageError("prompt must be a text, and do_sample true or false")
+            if not declaration.fits(value, kind):
+                raise UsageError(f"{name} must be {declaration.wanted(kind)}, not {value!r}")
+        if "num_beams" in self.given:  # otherwise a bundle may have a say in it, see `over`
+            self._check_together()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.clear()  # what __new__ noted of a copy that is unpickled
+        self.__dict__.update(state)
+
+    def _check_together(self) -> None:
+        """Raise UsageError for options that exclude each other."""
         if self.do_sample and self.num_beams > 1:
             raise UsageError(f"drawn captions have one beam each, not {self.num_beams}: add --beams 1")
         if self.num_return_sequences > self.num_beams and not self.do_sample:
             raise UsageError(
                 f"{self.num_return_sequences} captions an image need at least as many beams, not {self.num_beams}"
             )
+
+    def replace(self, **given: Any) -> DecodeOptions:
+        """Return a copy in which these are given, too."""
+        values = {name: getattr(self, name) for name in DECODE_OPTIONS} | given
+        return DecodeOptions(**values, given=self.given | set(given))
+
+    def over(self, defaults: Mapping[str, Any]) -> DecodeOptions:
+        """Lay what is given over `defaults`, a bundle's generation settings, over our own; the result gives everything.
+
+        A given max_new_tokens also beats a default max_length, and min_new_tokens a default min_length, as in
+        Hugging Face. Raises UsageError on a default with an unknown name or out of range, and where something was
+        given that would do nothing.
+        """
+        _refuse_unknown(defaults)
+        asked = {name: getattr(self, name) for name in self.given}
+        options = DecodeOptions(**{**DEFAULTS, **defaults, **asked}, given=frozenset(DECODE_OPTIONS))
+        idle = [name for name in DECODE_OPTIONS if name in self.given - {"do_sample"} and name in SAMPLING]
+        if idle and not options.do_sample and self.given != options.given:
+            raise UsageError(f"{', '.join(idle)}: only for drawn captions: add --sample --beams 1, or leave it out")
+        return options
+
+    def in_force(self) -> dict[str, Any]:
+        """Return the options that decide the captions by name: not those of drawing where captions are searched for."""
+        values = {name: getattr(self, name) for name in DECODE_OPTIONS if self.do_sample or name not in SAMPLING}
+        return {name: value for name, value in values.items() if value is not None}
 
     def max_total_length(self, prompt_length: int) -> int:
         """Return the largest number of tokens a caption may have, prompt of `prompt_length` tokens included."""
@@ -84,19 +213,67 @@ class DecodeOptions:
         return self.min_length if self.min_new_tokens is None else prompt_length + self.min_new_tokens
 
 
-def options_from(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> DecodeOptions:
-    """Lay `given` (None means not given) over `defaults`, a bundle's generation settings, over our own.
+DECODE_OPTIONS = declared(DecodeOptions)
+DEFAULTS = {name: declaration.default for name, (declaration, _) in DECODE_OPTIONS.items()}
+SAMPLING = tuple(name for name, (declaration, _) in DECODE_OPTIONS.items() if declaration.sampling)
+"""Options that say nothing where captions are searched for."""
+GENERATION_SETTINGS = tuple(name for name, (declaration, _) in DECODE_OPTIONS.items() if declaration.in_bundle)
+"""Options that a bundle carries where its checkpoint's differ from Hugging Face's."""
 
-    A given max_new_tokens also beats a default max_length, and min_new_tokens a default min_length, as in
-    Hugging Face. Raises UsageError on an unknown name, a value out of range, or one given that would do nothing.
-    """
-    known = {field.name for field in fields(DecodeOptions)}
-    unknown = (set(defaults) | set(given)) - known
+
+def options_from(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> DecodeOptions:
+    """Lay `given` (None means not given) over `defaults`: DecodeOptions.over by name, unknown ones refused."""
+    _refuse_unknown(given)
+    return DecodeOptions(**{name: value for name, value in given.items() if value is not None}).over(defaults)
+
+
+def _refuse_unknown(names: Iterable[str]) -> None:
+    unknown = set(names) - set(DECODE_OPTIONS)
     if unknown:
         raise UsageError(f"unknown decoding options: {', '.join(sorted(unknown))}")
-    asked = {name: value for name, value in given.items() if value is not None}
-    options = replace(DecodeOptions(**defaults), **asked)
-    idle = [name for name in OF_DRAWING if name in asked]
-    if idle and not options.do_sample:
-        raise UsageError(f"{', '.join(idle)}: only for drawn captions: add --sample --beams 1, or leave it out")
-    return options
+
+
+BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "trt")
+"""ONNX Runtime with the provider of that name, or (trt) TensorRT itself with plans made by `engine plan`."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs a bundle's graphs, and how; the same words come out of all of them. Checked on construction
+    (UsageError).
+    """
+
+    backend: str = option("auto", "--backend", f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}.")
+    threads: int | None = option(None, "--threads", "CPU threads; all cores when absent.", least=1)
+    plans: Path | None = option(None, "--plans", "Of --backend trt: folder that `engine plan` wrote.")
+    cuda_graphs: bool = option(False, "--cuda-graphs", "Of --backend trt: capture steps of one shape, replay them.")
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise UsageError(f"unknown backend {self.backend!r}: choose one of {', '.join(BACKENDS)}")
+        if self.backend != "trt" and (self.plans is not None or self.cuda_graphs):
+            raise UsageError(
+                f"plans and CUDA graphs are for the backend trt, not for {self.backend}: leave these options out"
+            )
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where captions come from: this process, or `actors` workers of the Ray cluster at `address`. UsageError for
+    workers of none.
+    """
+
+    address: str | None = option(
+        None,
+        "--ray",
+        "Caption with the workers of a Ray cluster (extra `ray`); one on this machine without an address.",
+        bare="local",
+        metavar="[ADDRESS]",
+    )
+    actors: int | None = option(
+        None, "--ray-actors", "Workers of --ray; one a GPU, or one per --threads CPUs.", least=1
+    )
+
+    def __post_init__(self) -> None:
+        if self.address is None and self.actors is not None:
+            raise UsageError("--ray-actors is how many workers --ray has: give both, or neither")

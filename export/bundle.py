@@ -16,26 +16,13 @@ from engine.bundle.manifest import FORMAT, MANIFEST, Bundle
 from engine.captioner import Captioner
 from engine.files.atomic import file_sha256
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
-from engine.options import DecodeOptions
+from engine.options import GENERATION_SETTINGS, Runtime, options_from
 from export.checkpoint import CheckpointError, ExportError
 from export.conversion import convert, write_manifest
 from export.golden import record_golden
 from export.onnx_graphs import write_graphs
 from export.reference import Reference, UncachedBackend, normalisation
 from export.trace import explain
-
-GENERATION_DEFAULTS = (
-    "num_beams",
-    "no_repeat_ngram_size",
-    "max_new_tokens",
-    "max_length",
-    "min_new_tokens",
-    "min_length",
-    "length_penalty",
-    "early_stopping",
-    "num_return_sequences",
-)
-"""Settings of the text decoder's generation config that a bundle carries, where they differ from Hugging Face's."""
 
 WITHOUT_EFFECT = (
     # ids come from text_config, caching and bookkeeping change no caption, the rest only matters when sampling
@@ -75,7 +62,7 @@ def export_bundle(
         _settle_ties(reference, draft, say)
         write_manifest(draft, manifest)
         bundle = Bundle.load(draft)
-        failed = [check for check in verify(bundle, open_backend(bundle, "cpu")) if not check.passed]
+        failed = [check for check in verify(bundle, open_backend(bundle, Runtime("cpu"))) if not check.passed]
         if failed:
             raise ExportError(f"{checkpoint}: the graphs do not say what PyTorch says: {failed}")
         if precision != "fp32":
@@ -99,7 +86,7 @@ def _settle_ties(reference: Reference, draft: Path, say: Callable[[str], None]) 
                 captioner,
                 UncachedBackend(reference),
                 golden.pixel_values[i],
-                DecodeOptions(**options),
+                options_from({}, options),
                 ours=found[i].ids,
                 theirs=theirs,
             )
@@ -141,7 +128,7 @@ def check_supported(reference: Reference, checkpoint: Path) -> None:
     unknown = {
         name: value
         for name, value in settings.items()
-        if name not in GENERATION_DEFAULTS + WITHOUT_EFFECT and value is not None
+        if name not in GENERATION_SETTINGS + WITHOUT_EFFECT and value is not None
     }
     if not reference.image_processor.do_resize:
         unknown["do_resize"] = False
@@ -159,7 +146,7 @@ def generation_defaults(reference: Reference) -> dict:
     return {
         name: value
         for name, value in reference.model.text_decoder.generation_config.to_diff_dict().items()
-        if name in GENERATION_DEFAULTS and value is not None
+        if name in GENERATION_SETTINGS and value is not None
     }
 
 

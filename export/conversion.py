@@ -21,7 +21,7 @@ from engine.bundle.manifest import MANIFEST, Bundle
 from engine.captioner import Captioner
 from engine.files.atomic import file_sha256
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
-from engine.options import DecodeOptions
+from engine.options import Runtime, options_from
 from export.checkpoint import ExportError
 from export.onnx_graphs import write_graphs
 from export.precision import PrecisionReport, Saying, compare_sayings, encoder_error, forced_log_prob, summary
@@ -48,7 +48,7 @@ def convert(reference: Reference, float32: Bundle, out: Path, precision: str, sa
     model = copy.deepcopy(reference.model).half() if precision == "fp16" else reference.model
     write_graphs(model, out, normalisation(reference.image_processor), is_int8=precision == "int8")
     write_manifest(out, manifest)
-    ours, theirs = Captioner.load(out, backend="cpu"), Captioner(float32, open_backend(float32, "cpu"))
+    ours, theirs = Captioner.load(out, backend="cpu"), Captioner(float32, open_backend(float32, Runtime("cpu")))
     say(f"comparing {precision} with float32 on the golden pictures")
     others: list[Backend] = [ours.backend]
     if precision == "fp16":
@@ -106,7 +106,7 @@ def _settle_differences(float32: Captioner, ours: Captioner, say: Callable[[str]
             [Saying(best.ids, best.score) for best in replay(captioner, golden, setting)]
             for captioner in (float32, ours)
         )
-        report = compare_sayings(float32, DecodeOptions(**options), pictures, theirs, found)
+        report = compare_sayings(float32, options_from({}, options), pictures, theirs, found)
         say(f"{', '.join(f'{key} {value}' for key, value in options.items())}: {summary(report)}")
         for i, (expected, other) in enumerate(zip(theirs, found, strict=True)):
             if expected.ids != other.ids:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from engine.machine.verify import UNRECORDED, Golden
-from engine.options import DecodeOptions
+from engine.options import options_from
 from export.reference import Reference
 
 NEUTRAL = {"min_length": 0, "length_penalty": 1.0, "early_stopping": False}
@@ -54,7 +54,7 @@ def record_golden(reference: Reference) -> Golden:
     settings = [s | {name: min(s[name], room) for name in lengths if name in s} for s in GOLDEN_SETTINGS]
     all_ids, all_scores = [], []
     for setting in settings:
-        captions = [best for best, *_ in reference.generate(pixel_values, DecodeOptions(**setting))]
+        captions = [best for best, *_ in reference.generate(pixel_values, options_from({}, setting))]
         ids = np.full((len(captions), max(len(c.ids) for c in captions)), UNRECORDED, np.int64)
         for row, c in zip(ids, captions, strict=True):
             row[: len(c.ids)] = c.ids

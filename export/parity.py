@@ -103,7 +103,7 @@ def compare_setting(
         verdict, divergence = judge(reference, captioner, pictures[name], options, mine.best)
         mismatches.append(Mismatch(name, list(mine.ids), list(expected.ids), divergence.step, divergence.gap, verdict))
     return SettingReport(
-        options={key: value for key, value in asdict(options).items() if value is not None},
+        options=options.in_force(),
         images=len(names),
         identical=len(names) - len(mismatches),
         identical_text=same_text,

@@ -135,7 +135,7 @@ def compare_sayings(
         )
         differences.append(Difference(name, list(expected.ids), list(found.ids), position, own - other))
     return PrecisionReport(
-        options={key: value for key, value in asdict(options).items() if value is not None},
+        options=options.in_force(),
         images=count,
         identical=len(drifts),
         mean_score_drift=float(np.mean(drifts or [0.0])),

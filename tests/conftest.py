@@ -11,6 +11,7 @@ import pytest
 from engine.backends import open_backend
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
+from engine.options import Runtime
 
 hypothesis.settings.register_profile("long", max_examples=5_000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
@@ -41,4 +42,4 @@ def tiny_reference(tiny_checkpoint: Path):
 @pytest.fixture(scope="session")
 def tiny_captioner(tiny_bundle: Path) -> Captioner:
     bundle = Bundle.load(tiny_bundle)
-    return Captioner(bundle, open_backend(bundle, "cpu", threads=1))
+    return Captioner(bundle, open_backend(bundle, Runtime("cpu", threads=1)))

@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.bundle.manifest import Bundle
+from engine.bundle.signature import run_signature
 from engine.captioner import Captioner
 from engine.errors import BundleError, DataError, UsageError
 from engine.files.atomic import file_sha256, write_atomically
@@ -26,8 +28,11 @@ from engine.files.lock import OutputLock
 from engine.inputs.images import ImageFile
 from engine.inputs.tables import shorten
 from engine.options import DecodeOptions
-from engine.run.record import RunRecord, fingerprint, run_key
-from engine.run.signature import environment, run_signature
+from engine.run.fingerprints import fingerprint, run_key
+from engine.run.job import Outputs
+from engine.run.pipeline import Progress, keep, open_record, write
+from engine.run.record import RunRecord
+from engine.run.source import LocalSource
 from engine.scoring.base import Setting
 from engine.scoring.neural import weights_folder
 from engine.scoring.profiles import make_metric
@@ -230,29 +235,24 @@ def caption_run(
     """
     beams = options.num_beams
     path = out / f"run_beams_{beams}.csv"
-    signature = run_signature(captioner.bundle, captioner.backend.name, options)
-    made_with = f"{signature}|{environment()}"
+    source = LocalSource(captioner)
+    signature = run_signature(source.bundle, source.backend_name, options)
+    made_with = f"{signature}|{source.environment}"
     files = json.dumps([fingerprint(image.path) for image in images])
     key = hashlib.sha256((run_key(images, made_with) + files).encode()).hexdigest()
     known = _known_run(path, key)
     if known is not None:
         say(f"beams {beams}: {path.name} is there, of the same bundle, options and images: not captioned again")
         return known
-    with RunRecord(images, path, made_with) as record:
-        if record.set_aside:
-            say(f"beams {beams}: a journal of another run was moved to {record.set_aside}")
-        if record.resumed:
-            say(f"beams {beams}: {record.resumed} captions of a run that was cut off are taken from its journal")
-        start = told = time.perf_counter()
-        for caption in captioner.caption(record.remaining(), options, on_error=record.fail):
-            record.add(caption)
-            if time.perf_counter() - told > TELL_EVERY_S:
-                told = time.perf_counter()
-                say(f"beams {beams}: {len(record.captions)} of {len(images)} images")
-        seconds = time.perf_counter() - start
+
+    def tell(line: str) -> None:
+        say(f"beams {beams}: {line}")
+
+    outputs = Outputs(path)
+    with open_record(images, source, options, outputs, tell) as record:
+        seconds = keep(source.captions(options, record, tell), record, now_and_then(tell))
         _check_failures(record)
-        record.check_unchanged()
-        record.write(path)
+        write(record, outputs, options, tell)
     new = len(record.captions) - record.resumed
     speed = new / seconds if new else None
     say(f"beams {beams}: {new} images captioned in {seconds:.1f} s")
@@ -260,6 +260,24 @@ def caption_run(
     beside = run | {"key": key, "sha256": file_sha256(path)}
     write_atomically(path.with_suffix(".json"), json.dumps(beside, indent=1) + "\n")
     return run
+
+
+def now_and_then(tell: Say) -> Progress:
+    """Return a progress that is told in a line now and then: a sweep may write to a file for days."""
+
+    @contextmanager
+    def progress(length: int) -> Iterator[Callable[[int], None]]:
+        told = time.perf_counter()
+
+        def advance(done: int) -> None:
+            nonlocal told
+            if time.perf_counter() - told > TELL_EVERY_S:
+                told = time.perf_counter()
+                tell(f"{done} of {length} images")
+
+        yield advance
+
+    return progress
 
 
 def _check_failures(record: RunRecord) -> None:

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import Backend, Cache, Encoded, StepInputs
-from engine.errors import UsageError
+from engine.options import BACKENDS, Runtime
 
-BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "trt")
-"""Names `open_backend` takes: ONNX Runtime with the provider of that name, or (trt) TensorRT itself with plans made by
-`engine plan`.
-"""
+DEFAULT = Runtime()
 
-__all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "check_choice", "open_backend", "require_backend"]
-
-
-def check_choice(name: str, plans: Path | None = None, cuda_graphs: bool = False) -> None:
-    """Raise UsageError for an unknown name, or for options of trt beside another one; looks at no machine."""
-    if name not in BACKENDS:
-        raise UsageError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    if name != "trt" and (plans is not None or cuda_graphs):
-        raise UsageError(f"plans and CUDA graphs are for the backend trt, not for {name}: leave these options out")
+__all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "open_backend", "require_backend"]
 
 
 def require_backend(name: str) -> str:
@@ -29,7 +16,7 @@ def require_backend(name: str) -> str:
 
     Raises UsageError for an unknown name, BackendError, in one sentence and at once, when something is missing.
     """
-    check_choice(name)
+    Runtime(name)  # refuses an unknown one
     if name == "trt":
         from engine.backends.trt import require
     else:
@@ -40,32 +27,22 @@ def require_backend(name: str) -> str:
     return name
 
 
-def open_backend(
-    bundle: Bundle,
-    name: str = "auto",
-    *,
-    threads: int | None = None,
-    plans: Path | None = None,
-    cuda_graphs: bool = False,
-) -> Backend:
-    """Load the bundle's graphs into the backend called `name`, with `threads` CPU threads (None: all cores).
+def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
+    """Load the bundle's graphs as `runtime` says; what `auto` chose is `Backend.name`.
 
-    `plans` is where `engine plan` put what `trt` runs, None where it puts them by itself; with `cuda_graphs` steps of
-    one shape are captured and replayed. What `auto` chose is `Backend.name`. Raises as require_backend does, and
-    BundleError or BackendError where graphs or plans are not the bundle's.
+    Raises as require_backend does, and BundleError or BackendError where graphs or plans are not the bundle's.
     """
-    check_choice(name, plans, cuda_graphs)
-    name = require_backend(name)
+    name = require_backend(runtime.backend)
     if name == "cpu":
         from engine.backends.ort import OrtBackend
 
-        return OrtBackend(bundle, name, threads=threads)
+        return OrtBackend(bundle, name, threads=runtime.threads)
     from engine.backends.buckets import Bucketed
 
     if name == "trt":
         from engine.backends.trt import TrtBackend
 
-        return Bucketed(TrtBackend.load(bundle, plans, uses_cuda_graphs=cuda_graphs))
+        return Bucketed(TrtBackend.load(bundle, runtime.plans, uses_cuda_graphs=runtime.cuda_graphs))
     from engine.backends.ort import OrtBackend
 
-    return Bucketed(OrtBackend(bundle, name, threads=threads))
+    return Bucketed(OrtBackend(bundle, name, threads=runtime.threads))

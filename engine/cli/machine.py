@@ -5,39 +5,37 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
-from engine.cli.shared import LOCATION, PATH, bundle_options, decoding_options, say
+from engine.cli.shared import PATH, SectionCommand, bundle_option, rows_option, say, takes
 from engine.errors import EngineError
 from engine.inputs.remote import Location
+from engine.options import DecodeOptions, Runtime
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @click.option("--input", "directory", type=PATH, help="Directory of images; synthetic ones when absent.")
 @click.option("--recursive", is_flag=True, help="Look for images in the folders of the directory, too.")
 @click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Images to caption.")
-@bundle_options
-@decoding_options
+@takes(decoding=DecodeOptions)
+@bundle_option
+@takes(runtime=Runtime)
+@rows_option
 def bench(
     directory: Path | None,
     recursive: bool,
     images: int,
+    decoding: DecodeOptions,
     bundle: Location | None,
-    backend: str,
-    threads: int | None,
-    plans: Path | None,
-    cuda_graphs: bool,
+    runtime: Runtime,
     rows: int | None,
-    **given: Any,
 ) -> None:
     """Measure this machine's images/s; the last line is JSON."""
     from engine.machine.bench import images_to_measure, measure_speed
 
     pictures = images_to_measure(directory, images, recursive=recursive)
-    loading = {"threads": threads, "plans": plans, "cuda_graphs": cuda_graphs}
-    speed = measure_speed(bundle, pictures, given, backend=backend, rows=rows, **loading)
+    speed = measure_speed(bundle, pictures, decoding, runtime, rows=rows)
     say(
         f"{speed.images_per_s:.2f} images/s ({1 / speed.images_per_s:.3f} s an image) over {speed.images} images, "
         f"{speed.side_by_side} side by side on {speed.cores} cores; loaded in {speed.load_s:.1f} s"
@@ -47,18 +45,19 @@ def bench(
 
 
 @click.command()
-@bundle_options
+@bundle_option
+@takes(runtime=Runtime)
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON line.")
-def verify(bundle: Location | None, backend: str, as_json: bool, **loading: Any) -> None:
+def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
     """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""
     from engine.backends import open_backend, require_backend
     from engine.bundle.fetch import open_bundle
     from engine.machine.verify import verify as replay
 
-    backend = require_backend(backend)
+    require_backend(runtime.backend)  # before the bundle is hashed: what is missing is said at once
     loaded = open_bundle(bundle)
-    runtime = open_backend(loaded, backend, **loading)
-    checks = replay(loaded, runtime)
+    backend = open_backend(loaded, runtime)
+    checks = replay(loaded, backend)
     for check in checks:
         state = "ok  " if check.passed else "FAIL"
         click.echo(
@@ -67,13 +66,13 @@ def verify(bundle: Location | None, backend: str, as_json: bool, **loading: Any)
             err=as_json,
         )
     if as_json:
-        click.echo(json.dumps({"backend": runtime.name, "checks": [asdict(check) for check in checks]}))
+        click.echo(json.dumps({"backend": backend.name, "checks": [asdict(check) for check in checks]}))
     if not all(check.passed for check in checks):
         raise EngineError(f"{loaded.path} does not say what PyTorch said at export: export it again, or report a bug")
 
 
 @click.command()
-@click.option("--bundle", type=LOCATION, help="Exported bundle, or its URI; the embedded demo when absent.")
+@bundle_option
 @click.option("--out", type=PATH, help="Folder for the plans; where `--backend trt` looks by itself when absent.")
 @click.option("--beams", type=click.IntRange(1), help="Most beams; the bundle's own when absent.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Most new tokens; the bundle's own when absent.")

@@ -1,19 +1,23 @@
-"""What commands share: how a path option is read, options of all that load or decode, how a line reaches the user."""
+"""What commands share: options made from their declarations, how a path is read, how a line reaches the user."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
 from pathlib import Path
+from typing import Any
 
 import click
 
 from engine.errors import UsageError
 from engine.inputs.remote import Location, location
+from engine.options import DecodeOptions, Option, declared
 
 PATH = click.Path(path_type=Path)
 
 
-class LocationType(click.ParamType[Location]):
+class LocationType(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 takes no [Location]
     """A path, or the URI of a folder."""
 
     name = "path or URI"
@@ -30,17 +34,77 @@ def say(line: str) -> None:
     click.echo(" ".join(line.splitlines()), err=True)
 
 
-def bundle_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options every command that loads a bundle takes."""
-    for option in (
-        click.option("--cuda-graphs", is_flag=True, help="Of --backend trt: capture steps of one shape, replay them."),
-        click.option("--plans", type=PATH, help="Of --backend trt: folder that `engine plan` wrote."),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores when absent."),
-        click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda, tensorrt or trt."),
-        click.option("--bundle", type=LOCATION, help="Exported bundle, or its URI; the embedded demo when absent."),
-    ):
-        command = option(command)
-    return command
+class SectionOption(click.Option):
+    """An option that `--help` shows under a heading of its own."""
+
+    def __init__(self, *arguments: Any, section: str = "Other", **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.section = section
+
+
+class SectionCommand(click.Command):
+    """A command whose `--help` shows its options in sections."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(context):
+            if record := parameter.get_help_record(context):
+                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+def takes(**parts: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of dataclasses: `takes(runtime=Runtime)` passes it `runtime=Runtime(...)`.
+
+    Of DecodeOptions only what was given is passed on, for a bundle has a say in the rest.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            for part, kind in parts.items():
+                own = {name: values.pop(f"{part}_{name}", None) for name in declared(kind)}
+                values[part] = kind(**{name: value for name, value in own.items() if value is not None})
+            command(**values)
+
+        for part, kind in reversed(parts.items()):
+            for name, (declaration, written) in reversed(declared(kind).items()):
+                if declaration.flag:
+                    settings = _click_settings(declaration, written, has_default=kind is not DecodeOptions)
+                    add = click.option(
+                        declaration.flag, f"{part}_{name}", cls=SectionOption, section=part.capitalize(), **settings
+                    )
+                    call = add(call)
+        return call
+
+    return decorate
+
+
+def _click_settings(declaration: Option, written: str, *, has_default: bool) -> dict[str, Any]:
+    """Return click's settings for an option whose type is annotated as `written`."""
+    default = declaration.default if has_default else None
+    if default is MISSING:
+        settings: dict[str, Any] = {"required": True}
+    else:
+        settings = {"default": default, "show_default": not isinstance(default, bool | None)}
+    kind = written.split(" | ")[0]
+    if declaration.choices is not None:
+        settings |= {"type": click.Choice(list(declaration.choices)), "callback": _choose(declaration.choices)}
+    elif kind == "bool":
+        settings |= {} if "/" in declaration.flag else {"is_flag": True}
+    elif kind == "int":
+        settings |= {"type": click.IntRange(declaration.least, declaration.most)}  # type: ignore[arg-type]  # int both
+    else:
+        settings |= {"type": {"float": float, "str": str, "Path": PATH, "Location": LOCATION}[kind]}
+    if declaration.bare is not None:
+        settings |= {"is_flag": False, "flag_value": declaration.bare}
+    return settings | {"help": declaration.help, "metavar": declaration.metavar}
+
+
+def _choose(choices: Mapping[str, Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    return lambda _context, _parameter, name: None if name is None else choices[name]
 
 
 def _parse_rows(context: click.Context, parameter: click.Parameter, rows: str) -> int | None:  # noqa: ARG001
@@ -51,37 +115,19 @@ def _parse_rows(context: click.Context, parameter: click.Parameter, rows: str) -
     return int(rows)
 
 
-def _parse_early_stopping(context: click.Context, parameter: click.Parameter, value: str | None) -> bool | str | None:  # noqa: ARG001
-    return {"false": False, "true": True}.get(value or "", value)
-
-
-def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options every command that decodes takes; None means not given, see Bundle.options."""
-    for option in (
-        click.option(
-            "--rows",
-            default="auto",
-            show_default=True,
-            callback=_parse_rows,
-            help="Beams decoded side by side, or auto.",
-        ),
-        click.option("--prompt", help="Text every caption starts with."),
-        click.option(
-            "--early-stopping",
-            type=click.Choice(["false", "true", "never"]),
-            callback=_parse_early_stopping,
-            help="When beam search may stop.",
-        ),
-        click.option("--length-penalty", type=float, help="Above 0 favours long captions, below 0 short ones."),
-        click.option("--min-new-tokens", type=click.IntRange(0), help="Fewest tokens before a caption may end."),
-        click.option("--max-new-tokens", type=click.IntRange(1), help="Most tokens a caption may add to the prompt."),
-        click.option(
-            "--no-repeat-ngram",
-            "no_repeat_ngram_size",
-            type=click.IntRange(0),
-            help="Never repeat an n-gram of this size; 0: off.",
-        ),
-        click.option("--beams", "num_beams", type=click.IntRange(1), help="Beams; 1 is greedy."),
-    ):
-        command = option(command)
-    return command
+bundle_option = click.option(
+    "--bundle",
+    type=LOCATION,
+    cls=SectionOption,
+    section="Runtime",
+    help="Exported bundle, or its URI; the embedded demo when absent.",
+)
+rows_option = click.option(
+    "--rows",
+    default="auto",
+    show_default=True,
+    callback=_parse_rows,
+    cls=SectionOption,
+    section="Runtime",
+    help="Beams decoded side by side, or auto.",
+)

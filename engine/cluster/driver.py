@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import search_for
+from engine.captioner import Todo, search_for
 from engine.captions import Caption
 from engine.cluster.messages import COLUMN, WorkOrder, pack_images, unpack_answer
-from engine.cluster.session import cluster
+from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import Attempts, CaptionWorker, Node, look_around
 from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile
-from engine.options import DecodeOptions
-from engine.run.local import Say
-from engine.run.record import RunRecord
+from engine.inputs.remote import Location
+from engine.options import DecodeOptions, Runtime, Workers
 
-if TYPE_CHECKING:
-    from engine.run.pipeline import Job
+Say = Callable[[str], None]
 
 MOST_IN_BLOCK = 512
 """Images in a block at most: what a killed worker has to do again."""
@@ -55,18 +53,29 @@ class Team:
 
 
 @contextmanager
-def open_cluster(job: Job, address: str, say: Say) -> Iterator[ClusterSource]:
+def open_cluster(
+    location: Location | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
+) -> Iterator[ClusterSource]:
     """Connect to a cluster, and ask a node what the backend is there; `say` gets how many workers there will be."""
-    bundle = open_bundle(job.bundle)  # a damaged bundle or a wrong option is found before a cluster starts
-    search_for(bundle, CaptionTokenizer(bundle), bundle.options(**job.options))
-    with cluster(address) as ray:
-        gpus = 0 if job.backend == "cpu" else int(ray.cluster_resources().get("GPU", 0))
-        node = _ask_a_node(ray, job.backend, min(gpus, 1))
+    bundle = open_bundle(location)  # a damaged bundle or a wrong option is found before a cluster starts
+    search_for(bundle, CaptionTokenizer(bundle), asked)
+    with cluster(workers.address or LOCAL) as ray:
+        gpus = 0 if runtime.backend == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+        node = _ask_a_node(ray, runtime.backend, min(gpus, 1))
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = 0 if node.backend == "cpu" else gpus
-        team = plan_team(resources, gpus, actors=job.ray_actors, threads=job.threads)
+        team = plan_team(resources, gpus, actors=workers.actors, threads=runtime.threads)
         say(f"backend: {node.backend}, {team}")
-        yield ClusterSource(ray, job, bundle, node, team, num_nodes=len(resources))
+        order = WorkOrder(
+            bundle=location.absolute() if isinstance(location, Path) else location,
+            digest=bundle.digest,
+            environment=node.environment,
+            runtime=Runtime(node.backend, team.cpus, runtime.plans and runtime.plans.absolute(), runtime.cuda_graphs),
+            peers=team.peers,
+            num_nodes=len(resources),
+            rows=rows,
+        )
+        yield ClusterSource(ray, bundle, order, team)
 
 
 def _ask_a_node(ray: Any, backend: str, gpus: int) -> Node:
@@ -113,43 +122,30 @@ def plan_team(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None
 class ClusterSource:
     """A team of workers, started when captions are asked for."""
 
-    def __init__(self, ray: Any, job: Job, bundle: Bundle, node: Node, team: Team, *, num_nodes: int) -> None:
+    def __init__(self, ray: Any, bundle: Bundle, order: WorkOrder, team: Team) -> None:
         self.bundle = bundle
-        self.backend_name = node.backend
-        self.environment = node.environment.rpartition("|engine:")[0]
-        self._ray, self._team = ray, team
-        self._order = WorkOrder(
-            bundle=job.bundle.absolute() if isinstance(job.bundle, Path) else job.bundle,
-            digest=bundle.digest,
-            backend=node.backend,
-            environment=node.environment,
-            threads=team.cpus,
-            peers=team.peers,
-            num_nodes=num_nodes,
-            plans=job.plans and job.plans.absolute(),
-            cuda_graphs=job.cuda_graphs,
-            rows=job.rows,
-            options=job.options,
-        )
+        self.backend_name = order.runtime.backend
+        self.environment = order.environment.rpartition("|engine:")[0]
+        self._ray, self._order, self._team = ray, order, team
 
-    def check(self, options: DecodeOptions) -> None:
-        search_for(self.bundle, CaptionTokenizer(self.bundle), options)
+    def resolve(self, asked: DecodeOptions) -> DecodeOptions:
+        return asked.over(self.bundle.generation)
 
-    def captions(self, options: DecodeOptions, record: RunRecord, say: Say) -> Iterator[Caption]:  # noqa: ARG002
+    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
         """See Source. A worker that dies is replaced and its block done again; what is nevertheless missing in the end
         goes out once more.
         """
-        failed: dict[str, str] = {}
-        while missing := [image for image in record.remaining() if image.id not in failed]:
+        self._order = replace(self._order, options=options)
+        while missing := list(todo.remaining()):
+            paths = {image.id: str(image.source) for image in missing}
             for answer in map(unpack_answer, self._answers(missing)):
-                failed |= answer.failures
+                for name, reason in answer.failures.items():
+                    todo.fail(ImageError(paths[name], reason))
                 if answer.note:
                     say(answer.note)
-                yield from (caption for caption in answer.captions if caption.id not in record.captions)
-            if sum(image.id not in failed for image in record.remaining()) == len(missing):
+                yield from (caption for caption in answer.captions if not todo.has(caption.id))
+            if len(list(todo.remaining())) == len(missing):
                 raise EngineError("the workers answered without captions: run the same command again, or without --ray")
-        for image in record.remaining():
-            record.fail(ImageError(str(image.source), failed[image.id]))
 
     def _answers(self, images: list[ImageFile]) -> Iterator[str]:
         """Yield what the workers say to blocks of images, as they say it."""

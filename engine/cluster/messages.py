@@ -9,12 +9,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from engine.captions import Alternative, Caption
 from engine.errors import EngineError, UsageError
 from engine.inputs.images import ImageFile
 from engine.inputs.remote import Location, RemoteFolder
+from engine.options import DecodeOptions, Runtime
 
 COLUMN = "message"
 """The one column of the tables: a message a row."""
@@ -24,21 +24,18 @@ COLUMN = "message"
 class WorkOrder:
     """All a worker needs to know of a run. `digest` is the bundle's, `environment` the versions it must have, too.
 
-    `threads` is for a CPU's graphs, `peers` how many workers at most share a node's memory. With more than one of
+    `runtime` names what `auto` chose; `peers` is how many workers at most share a node's memory. With more than one of
     `num_nodes`, what a worker cannot read or do names its node.
     """
 
     bundle: Location | None
     digest: str
-    backend: str
     environment: str
-    threads: int | None
+    runtime: Runtime
     peers: int
     num_nodes: int = 1
-    plans: Path | None = None
-    cuda_graphs: bool = False
     rows: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: DecodeOptions = field(default_factory=DecodeOptions)
 
 
 def pack_images(images: list[ImageFile]) -> str:

@@ -9,12 +9,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from queue import Empty, SimpleQueue
 
-from engine.captioner import Captioner
+from engine.captioner import Captioner, caption_within_memory
 from engine.captions import Caption
 from engine.errors import ImageError
 from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions
-from engine.run.local import caption_within_memory
 
 Said = Caption | ImageError | str | BaseException
 """What comes back: a caption, an image that cannot be read, a note for the user, or what went wrong."""

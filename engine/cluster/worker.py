@@ -13,6 +13,7 @@ from engine.backends import open_backend, require_backend
 from engine.backends.capacity import slots_for
 from engine.backends.host import available_memory
 from engine.bundle.fetch import open_bundle
+from engine.bundle.signature import environment
 from engine.captioner import Captioner
 from engine.captions import Caption
 from engine.cluster.messages import (
@@ -27,7 +28,6 @@ from engine.cluster.messages import (
 from engine.cluster.stream import CaptionStream
 from engine.decoding.beam import Search
 from engine.errors import BackendError, BundleError, EngineError, ImageError
-from engine.run.signature import environment
 from engine.version import __version__
 
 ANSWERS = 8
@@ -75,13 +75,14 @@ class Node:
 def look_around(backend: str) -> Node:
     """Return what `backend` means on this node, and its packages."""
     try:
-        return Node(require_backend(backend), _versions())
+        name = require_backend(backend)
+        return Node(name, _versions(name))
     except EngineError as error:
         return Node(error=f"{error} (on the node {platform.node()})", exit_code=error.exit_code)
 
 
-def _versions() -> str:
-    return f"{environment()}|engine:{__version__}"
+def _versions(backend: str) -> str:
+    return f"{environment(backend)}|engine:{__version__}"
 
 
 class CaptionWorker:
@@ -107,7 +108,7 @@ class CaptionWorker:
 
     def _load(self) -> None:
         order = self._order
-        if (found := _versions()) != order.environment:
+        if (found := _versions(order.runtime.backend)) != order.environment:
             raise BackendError(
                 f"{platform.node()} has other packages ({found}) than the first node ({order.environment}): install "
                 "the same everywhere"
@@ -115,17 +116,16 @@ class CaptionWorker:
         bundle = open_bundle(order.bundle)
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} is another bundle than here: copy it anew")
-        backend = open_backend(
-            bundle, order.backend, threads=order.threads, plans=order.plans, cuda_graphs=order.cuda_graphs
-        )
-        captioner, options = Captioner(bundle, backend), bundle.options(**order.options)
-        search = captioner.search(options)
+        captioner = Captioner(bundle, open_backend(bundle, order.runtime))
+        search = captioner.search(order.options)
         rows = order.rows or self._fair_slots(captioner, search) * search.num_beams
-        self._stream = CaptionStream(captioner, options, rows=rows)
+        self._stream = CaptionStream(captioner, order.options, rows=rows)
 
     def _fair_slots(self, captioner: Captioner, search: Search) -> int:
         """Return how many images side by side suit the device, and the memory that workers of a node share."""
-        appetite, memory = captioner.backend.appetite, available_memory() // self._order.peers
+        appetite, memory = captioner.backend.appetite, None
+        if appetite.memory_bytes is None:  # a GPU knows its own, which no other worker shares
+            memory = available_memory() // self._order.peers
         return slots_for(search, captioner.bundle.model, appetite, memory_bytes=memory)
 
     def __call__(self, blocks: Any) -> Iterator[Any]:

@@ -8,18 +8,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from engine.backends.host import available_cores
+from engine.bundle.signature import run_signature
 from engine.captioner import Captioner, ImageSource
 from engine.errors import UsageError
 from engine.inputs.images import find_images
 from engine.inputs.remote import Location
-from engine.options import DecodeOptions
-from engine.run.signature import run_signature
+from engine.options import DecodeOptions, Runtime
 
 WARM_UP = 64
 """Images captioned before the clock starts: enough to fill every slot, so that memory is allocated and threads run."""
@@ -61,18 +60,16 @@ def images_to_measure(directory: Path | None, count: int, *, recursive: bool = F
 def measure_speed(
     bundle: Location | None,
     images: Sequence[ImageSource],
-    given: dict[str, object],
+    asked: DecodeOptions,
+    runtime: Runtime,
     *,
-    backend: str = "auto",
     rows: int | None = None,
-    **loading: Any,
 ) -> Speed:
-    """Load a bundle (the demo when None) and time it on `images`; `given` are decoding options as in
-    Bundle.options, `loading` what else Captioner.load takes."""
+    """Load a bundle (the demo when None) and time it on `images`; `asked` lies over the bundle's settings."""
     start = time.perf_counter()
-    captioner = Captioner.load(bundle, backend=backend, **loading)
+    captioner = Captioner.open(bundle, runtime)
     load_s = time.perf_counter() - start
-    options: DecodeOptions = captioner.bundle.options(**given)
+    options = asked.over(captioner.bundle.generation)
     search = captioner.search(options)
     list(captioner.caption(images[:WARM_UP], options, rows=rows))
     start = time.perf_counter()

@@ -16,7 +16,7 @@ from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis
 from engine.decoding.scheduler import Scheduler
 from engine.errors import BundleError
-from engine.options import DecodeOptions
+from engine.options import options_from
 
 UNRECORDED = -1
 SCORE_TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.4}
@@ -92,7 +92,7 @@ def verify(bundle: Bundle, backend: Backend) -> list[Check]:
 
 def replay(captioner: Captioner, golden: Golden, setting: int) -> list[Hypothesis]:
     """Decode the golden pictures under one setting; return the best hypothesis of each."""
-    search = captioner.search(DecodeOptions(**golden.settings[setting]))
+    search = captioner.search(options_from({}, golden.settings[setting]))
     scheduler = Scheduler(captioner.backend, search, num_slots=len(golden.pixel_values))
     results = dict(scheduler.decode(golden.pixel_values))
     return [results[i][0] for i in range(len(results))]

@@ -27,6 +27,12 @@ MAX_LINE_BYTES = 1 << 24
 """No record comes near it; a line without an end is not read into memory."""
 
 
+def journal_path(out: Path) -> Path:
+    """Return where the journal of the run that will be `out` lies: beside the file that a link leads to."""
+    target = Path(os.path.realpath(out))
+    return target.with_name(target.name + ".journal")
+
+
 def encode_record(record: Mapping[str, Any]) -> bytes:
     """Return one line: checksum, space, JSON, newline."""
     body = json.dumps(record, separators=(",", ":"), ensure_ascii=True).encode("ascii")

@@ -3,51 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from engine.files.atomic import check_outputs
-from engine.files.lock import OutputLock, lock_path
+from engine.bundle.signature import run_signature
+from engine.captions import Caption
+from engine.errors import UsageError
+from engine.files.lock import OutputLock
 from engine.inputs.images import ImageFile, find_images, order_by_manifest
 from engine.inputs.remote import Location
-from engine.run.local import Source, open_source, require_source
-from engine.run.record import RunRecord, journal_path
-from engine.run.signature import run_signature
+from engine.options import DecodeOptions, Runtime, Workers
+from engine.run.job import Inputs, Outputs
+from engine.run.record import RunRecord
+from engine.run.source import Say, Source, open_source, require_source
 
-Progress = Callable[[int], AbstractContextManager[Callable[[], object]]]
-"""Given the number of images, a context whose value is called after each."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run as it was asked for: `options` holds only what the caller gave (see Bundle.options).
-
-    With `ray`, the address of a Ray cluster or `local`, captions come from `ray_actors` of its workers with `threads`
-    CPUs each.
-    """
-
-    directory: Location
-    out: Path
-    recursive: bool = False
-    dicom_frame: int = 0
-    bundle: Location | None = None
-    backend: str = "auto"
-    threads: int | None = None
-    plans: Path | None = None
-    cuda_graphs: bool = False
-    rows: int | None = None
-    manifest: Path | None = None
-    n_best_out: Path | None = None
-    timings_out: Path | None = None
-    raw_text: bool = False
-    allow_missing: bool = False
-    resume: bool = True
-    ray: str | None = None
-    ray_actors: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+"""Given the number of images, a context whose value is told how many of them are done."""
 
 
 @dataclass(frozen=True)
@@ -68,55 +41,35 @@ class Summary:
     signature: str
 
 
-def caption_directory(job: Job, *, say: Callable[[str], None], progress: Progress) -> Summary:
-    """Caption every image of a directory into `job.out`; that file appears only when the whole run has succeeded.
+def caption_directory(
+    inputs: Inputs,
+    outputs: Outputs,
+    bundle: Location | None = None,
+    asked: DecodeOptions = DecodeOptions(),
+    *,
+    rows: int | None = None,
+    runtime: Runtime = Runtime(),
+    workers: Workers = Workers(),
+    say: Say,
+    progress: Progress,
+) -> Summary:
+    """Caption every image of a directory into `outputs.out`; that file appears only when the whole run has succeeded.
 
-    Until then every caption is kept in a journal beside it, and the same job goes on where it was cut off.
+    `asked` lies over the settings of `bundle` (the embedded demo when None). `rows` is how many beams are decoded side
+    by side, None for what suits device and memory. Until the end every caption is kept in a journal beside the output,
+    and the same call goes on where it was cut off.
 
     `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
     """
-    require_source(job)  # before a large folder is listed: what is missing is said at once
-    found = find_images(job.directory, recursive=job.recursive, dicom_frame=job.dicom_frame)
-    images = order_by_manifest(found.images, job.manifest) if job.manifest else found.images
-    _check_outputs(job, [image.path for image in found.images if image.folder is None])
-    if found.ignored:
-        say(f"{len(found.ignored)} other entries of {job.directory} are left aside")
-
-    with ExitStack() as held:
-        for out in filter(None, (job.out, job.n_best_out, job.timings_out)):
-            lock = held.enter_context(OutputLock(out))
-            if lock.note:
-                say(lock.note)
-        source = held.enter_context(open_source(job, say))
-        return _caption_images(job, source, images, say, progress)
-
-
-def _caption_images(
-    job: Job, source: Source, images: list[ImageFile], say: Callable[[str], None], progress: Progress
-) -> Summary:
-    options = source.bundle.options(**job.options)
-    source.check(options)
-    signature = run_signature(source.bundle, source.backend_name, options)
-    record = RunRecord(images, job.out, f"{signature}|{source.environment}", resume=job.resume)
-    with record, _telling_how_to_go_on(record, say):
-        start = time.perf_counter()
-        with progress(len(images) - record.resumed) as advance:
-            for caption in source.captions(options, record, say):
-                record.add(caption)
-                advance()
-        seconds = time.perf_counter() - start
-
-        for failure in record.failures:
-            say(f"unreadable: {failure}")
-        record.check_complete(allow_missing=job.allow_missing)
-        record.check_unchanged()
-        record.write(
-            job.out,
-            n_best_out=job.n_best_out,
-            timings_out=job.timings_out,
-            raw_text=job.raw_text,
-            drawn=options.do_sample,
-        )
+    require_source(runtime, workers)  # before a large folder is listed: what is missing is said at once
+    images = find(inputs, outputs, bundle, say)
+    with (
+        lock(outputs, say),
+        open_source(bundle, asked, rows, runtime, workers, say) as source,
+        open_record(images, source, options := source.resolve(asked), outputs, say) as record,
+    ):
+        seconds = keep(source.captions(options, record, say), record, progress)
+        write(record, outputs, options, say)
     return Summary(
         images=len(images),
         captions=len(record.captions),
@@ -125,35 +78,79 @@ def _caption_images(
         empty=sum(not caption.text for caption in record.captions.values()),
         seconds=seconds,
         images_per_s=(len(record.captions) - record.resumed) / seconds,
-        out=str(job.out),
-        signature=signature,
+        out=str(outputs.out),
+        signature=run_signature(source.bundle, source.backend_name, options),
     )
 
 
+def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) -> list[ImageFile]:
+    """Return the images to caption, in order. Raises UsageError where there are none, or an output would harm them."""
+    found = find_images(inputs.directory, recursive=inputs.recursive, dicom_frame=inputs.dicom_frame)
+    images = order_by_manifest(found.images, inputs.manifest) if inputs.manifest else found.images
+    manifest = [inputs.manifest] if inputs.manifest else []
+    outputs.check([image.path for image in found.images if image.folder is None] + manifest)
+    for flag, path in outputs.files().items():
+        if isinstance(bundle, Path) and path.resolve().parent == bundle.resolve():
+            raise UsageError(f"{flag} {path} would lie inside the bundle: choose another place")
+    if found.ignored:
+        say(f"{len(found.ignored)} other entries of {inputs.directory} are left aside")
+    return images
+
+
 @contextmanager
-def _telling_how_to_go_on(record: RunRecord, say: Callable[[str], None]) -> Iterator[None]:
-    """Say what an earlier run left, and what this one leaves if it is stopped."""
-    if record.set_aside:
-        say(
-            "the journal of an earlier run with another bundle, other options, images or packages, or one that is "
-            f"damaged or unwanted, was moved to {record.set_aside}: starting afresh"
-        )
-    if record.resumed:
-        say(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
-    if record.not_reused:
-        say(f"{record.not_reused} more are there, but their image has changed or their record is damaged: once again")
-    try:
+def lock(outputs: Outputs, say: Say) -> Iterator[None]:
+    """Hold the outputs for this run alone. Raises UsageError while another run writes one of them."""
+    with ExitStack() as held:
+        for path in outputs.files().values():
+            one = held.enter_context(OutputLock(path))
+            if one.note:
+                say(one.note)
         yield
-    except BaseException:
-        if record.captions:
-            kept = f"{len(record.captions)} captions are kept in {record.journal_path}"
-            say(f"{kept}: {record.same_command} goes on from there")
-        raise
 
 
-def _check_outputs(job: Job, inputs: list[Path]) -> None:
-    given = {"--out": job.out, "--n-best-out": job.n_best_out, "--timings-out": job.timings_out}
-    outputs = {option: path for option, path in given.items() if path is not None}
-    outputs |= {"the journal of --out": journal_path(job.out)}
-    outputs |= {f"the lock of {option}": lock_path(path) for option, path in list(outputs.items())[:-1]}
-    check_outputs(outputs, inputs + ([job.manifest] if job.manifest else []))
+@contextmanager
+def open_record(
+    images: list[ImageFile], source: Source, options: DecodeOptions, outputs: Outputs, say: Say
+) -> Iterator[RunRecord]:
+    """Open the record of a run; say what an earlier run left, and what this one leaves if it is stopped."""
+    made_with = f"{run_signature(source.bundle, source.backend_name, options)}|{source.environment}"
+    with RunRecord(images, outputs.out, made_with, resume=outputs.resume) as record:
+        if record.set_aside:
+            say(
+                "the journal of an earlier run with another bundle, other options, images or packages, or one that is "
+                f"damaged or unwanted, was moved to {record.set_aside}: starting afresh"
+            )
+        if record.resumed:
+            say(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
+        if record.not_reused:
+            say(
+                f"{record.not_reused} more are there, but their image has changed or their record is damaged: "
+                "once again"
+            )
+        try:
+            yield record
+        except BaseException:
+            if record.captions:
+                kept = f"{len(record.captions)} captions are kept in {record.journal_path}"
+                say(f"{kept}: {record.same_command} goes on from there")
+            raise
+
+
+def keep(captions: Iterable[Caption], record: RunRecord, progress: Progress) -> float:
+    """Note every caption as it is made; return the seconds that all of them took."""
+    start = time.perf_counter()
+    with progress(len(record.images) - record.resumed) as tell:
+        for caption in captions:
+            record.add(caption)
+            tell(record.done)
+        tell(record.done)
+    return time.perf_counter() - start
+
+
+def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, say: Say) -> None:
+    """Write the files of a run. Raises EngineError where images failed or changed, and writes nothing then."""
+    for failure in record.failures:
+        say(f"unreadable: {failure}")
+    record.check_complete(allow_missing=outputs.allow_missing)
+    record.check_unchanged()
+    record.write(outputs, drawn=options.do_sample)

@@ -1,10 +1,7 @@
-"""What a run has said so far: between the captioner that speaks and the files that appear when all is said."""
+"""The captions and failures of a run, kept in its journal until its files are written."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +12,9 @@ from engine.captions import Alternative, Caption
 from engine.errors import EngineError, ImageError
 from engine.files.run_files import write_n_best, write_run, write_timings
 from engine.inputs.images import ImageFile
-from engine.run.journal import Journal
+from engine.run.fingerprints import fingerprints, run_key
+from engine.run.job import Outputs
+from engine.run.journal import Journal, journal_path
 
 
 class RunRecord:
@@ -36,7 +35,7 @@ class RunRecord:
         self.same_command = "the same command" if resume else "the same command without --no-resume"
         """What goes on from the journal, in words for the user."""
         self.captions: dict[str, Caption] = {}
-        self.failures: list[ImageError] = []
+        self._failed: dict[str, ImageError] = {}
         self._fingerprints = fingerprints(images)
         self.journal_path = journal_path(out)
         self._journal = Journal(self.journal_path, run_key(images, made_with), resume=resume)
@@ -57,8 +56,22 @@ class RunRecord:
         self._journal.close()
 
     def remaining(self) -> Iterator[ImageFile]:
-        """Yield the images that have no caption yet."""
-        return (image for image in self.images if image.id not in self.captions)
+        """Yield the images that have neither a caption nor failed."""
+        return (i for i in self.images if i.id not in self.captions and str(i.source) not in self._failed)
+
+    def has(self, image_id: str) -> bool:
+        """Return whether an image has its caption."""
+        return image_id in self.captions
+
+    @property
+    def failures(self) -> list[ImageError]:
+        """What failed, in the order of the images."""
+        return [self._failed[path] for path in map(str, (i.source for i in self.images)) if path in self._failed]
+
+    @property
+    def done(self) -> int:
+        """How many images this run, not an earlier one, has done: captioned or failed."""
+        return len(self.captions) - self.resumed + len(self._failed)
 
     def add(self, caption: Caption) -> None:
         """Note a caption. Raises OutputError when the journal cannot be written."""
@@ -73,12 +86,12 @@ class RunRecord:
         self.captions[caption.id] = caption
 
     def fail(self, error: ImageError) -> None:
-        """Note an image that cannot be read; it is not journaled, so that a later run tries it again."""
-        self.failures.append(error)
+        """Note an image that cannot be read, once; it is not journaled, so that a later run tries it again."""
+        self._failed[error.path] = error
 
     def check_complete(self, *, allow_missing: bool) -> None:
         """Raise EngineError when images failed, unless that is allowed and some did not."""
-        count = len(self.failures)
+        count = len(self._failed)
         if count and count == len(self.images):
             raise EngineError("not one image could be read and nothing was written")
         if count and not allow_missing:
@@ -105,25 +118,17 @@ class RunRecord:
                 "which captions only these"
             )
 
-    def write(
-        self,
-        out: Path,
-        *,
-        n_best_out: Path | None = None,
-        timings_out: Path | None = None,
-        raw_text: bool = False,
-        drawn: bool = False,
-    ) -> None:
+    def write(self, outputs: Outputs, *, drawn: bool = False) -> None:
         """Write run.csv in the order of the images, empty captions for failures, and the other files where wanted.
 
         The journal is deleted only then.
         """
-        if n_best_out is not None:
+        if outputs.n_best_out is not None:
             captions = (self.captions[image.id] for image in self.images if image.id in self.captions)
-            write_n_best(n_best_out, captions, drawn=drawn)
-        if timings_out is not None:
-            write_timings(timings_out, ((image.id, self._latency_s(image.id)) for image in self.images))
-        write_run(out, ((image.id, self._text(image.id, raw_text)) for image in self.images))
+            write_n_best(outputs.n_best_out, captions, drawn=drawn)
+        if outputs.timings_out is not None:
+            write_timings(outputs.timings_out, ((image.id, self._latency_s(image.id)) for image in self.images))
+        write_run(outputs.out, ((image.id, self._text(image.id, outputs.raw_text)) for image in self.images))
         self._journal.delete()
 
     def _latency_s(self, image_id: str) -> float | None:
@@ -159,43 +164,3 @@ class RunRecord:
             return
         if alternatives:
             self.captions[image_id] = Caption(image_id, alternatives, latency_s)
-
-
-def journal_path(out: Path) -> Path:
-    """Return where the journal of the run that will be `out` lies: beside the file that a link leads to."""
-    target = Path(os.path.realpath(out))
-    return target.with_name(target.name + ".journal")
-
-
-def run_key(images: Sequence[ImageFile], made_with: str) -> str:
-    """Return the sha256 that tells runs apart: what captions are made with, and the images in their order."""
-    digest = hashlib.sha256(made_with.encode("utf-8", "surrogateescape"))
-    for image in images:
-        place = str(image.path.absolute() if image.folder is None else image.source)
-        digest.update(json.dumps([image.id, place, image.frame]).encode("ascii"))
-    return digest.hexdigest()
-
-
-def fingerprints(images: Sequence[ImageFile]) -> dict[str, list[int] | None]:
-    """Return the fingerprint of every image by its id; those at a URI are listed, for size and time of change alone."""
-    folders = {image.folder for image in images if image.folder is not None}
-    listed = {folder: folder.list(recursive=any(len(i.path.parts) > 1 for i in images)) for folder in folders}
-    found: dict[str, list[int] | None] = {}
-    for image in images:
-        if image.folder is None:
-            found[image.id] = fingerprint(image.path)
-        else:
-            stamp = listed[image.folder].get(image.path.as_posix())
-            found[image.id] = list(stamp) if stamp else None
-    return found
-
-
-def fingerprint(path: Path) -> list[int] | None:
-    """Return what changes when a file is replaced: size in bytes, times of change in ns, number; None without a
-    file.
-    """
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

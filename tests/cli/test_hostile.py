@@ -256,7 +256,7 @@ def test_a_read_only_folder_for_the_output_is_refused_before_any_work(run, tmp_p
 @pytest.mark.skipif(sys.platform == "win32", reason="needs links")
 def test_two_names_of_one_output_share_its_lock_and_journal(tmp_path):
     from engine.files.lock import lock_path
-    from engine.run.record import journal_path
+    from engine.run.journal import journal_path
 
     (tmp_path / "other").symlink_to("run.csv")
     assert lock_path(tmp_path / "other") == lock_path(tmp_path / "run.csv")

@@ -14,6 +14,7 @@ from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.errors import BackendError
 from engine.machine.verify import verify
+from engine.options import Runtime
 
 pytestmark = pytest.mark.gpu
 GPU_BACKENDS = [name for name in BACKENDS if name not in ("auto", "cpu")]
@@ -45,7 +46,7 @@ def plans(tmp_path_factory) -> Path:
 def test_pytorchs_answers_are_replayed(backend_name, request):
     bundle = Bundle.load()
     folder = request.getfixturevalue("plans") if backend_name == "trt" else None
-    backend = open_backend(bundle, backend_name, plans=folder)
+    backend = open_backend(bundle, Runtime(backend_name, plans=folder))
     assert backend.name == backend_name
     assert all(check.passed for check in verify(bundle, backend))
 
@@ -56,6 +57,6 @@ def test_the_gpu_says_what_the_cpu_says(backend_name, request):
     images = sorted(Path("examples/images").iterdir())[:8]
     said = [
         [caption.ids for caption in Captioner(bundle, backend).caption(images, rows=32)]
-        for backend in (open_backend(bundle, "cpu"), open_backend(bundle, backend_name, plans=folder))
+        for backend in (open_backend(bundle, Runtime("cpu")), open_backend(bundle, Runtime(backend_name, plans=folder)))
     ]
     assert said[0] == said[1]

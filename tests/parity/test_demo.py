@@ -12,7 +12,7 @@ from engine.backends import open_backend
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.machine.verify import verify
-from engine.options import DecodeOptions
+from engine.options import DecodeOptions, Runtime
 from export.reference import Reference
 from export.restore import restore_checkpoint
 
@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture(scope="module")
 def demo() -> Captioner:
     bundle = Bundle.load()
-    return Captioner(bundle, open_backend(bundle, "cpu"))
+    return Captioner(bundle, open_backend(bundle, Runtime("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_all_but_one_example_get_their_plane_and_most_get_most_words(demo, capti
     assert sum(overlap) / len(overlap) > 0.85
 
 
-@pytest.mark.parametrize("options", [DecodeOptions(max_new_tokens=40), None])
+@pytest.mark.parametrize("options", [DecodeOptions(max_new_tokens=40).over({}), None])
 def test_captions_equal_generate_on_the_restored_checkpoint(options, demo, tmp_path_factory):
     """Greedy, and the bundle's own defaults (4 beams, 3-gram ban)."""
     reference = Reference.load(restore_checkpoint(demo.bundle.path, tmp_path_factory.mktemp("restored")))

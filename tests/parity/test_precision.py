@@ -17,12 +17,12 @@ from transformers import BlipForConditionalGeneration
 
 from engine.backends import open_backend
 from engine.bundle.manifest import Bundle
+from engine.bundle.signature import run_signature
 from engine.captioner import Captioner
 from engine.cli.app import main as engine_main
 from engine.decoding.beam import Hypothesis
 from engine.machine.verify import Golden, verify
-from engine.options import DecodeOptions
-from engine.run.signature import run_signature
+from engine.options import DecodeOptions, Runtime
 from export import conversion
 from export.__main__ import main as export_main
 from export.bundle import export_bundle
@@ -162,7 +162,7 @@ def test_verify_of_fp16_notices_a_score_beyond_its_tolerance(bundles, tmp_path):
     golden["scores.1"] = golden["scores.1"] - 0.05
     np.savez(copied / "golden.npz", **golden)
     bundle = Bundle.load(bundles["fp16"])
-    checks = verify(replace(bundle, path=copied), open_backend(bundle, "cpu"))
+    checks = verify(replace(bundle, path=copied), open_backend(bundle, Runtime("cpu")))
     assert [check.passed for check in checks] == [True, False, True, True]
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from engine.backends import open_backend
 from engine.bundle.manifest import Bundle
-from engine.errors import BackendError, BundleError, EngineError, UsageError
+from engine.errors import BackendError, BundleError, EngineError
 from engine.files.atomic import file_sha256
 from engine.machine.verify import verify
-from engine.options import DecodeOptions, options_from
+from engine.options import Runtime
 
 IMAGE = {"height": 32, "width": 32, "resample": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
@@ -93,7 +93,7 @@ def test_verify_notices_other_words_and_other_scores(bundle_copy):
     golden["ids.0"][0, 1] += 1
     golden["scores.1"][1] *= 1.01
     np.savez(bundle_copy / "golden.npz", **golden)
-    checks = verify(bundle, open_backend(bundle, "cpu"))
+    checks = verify(bundle, open_backend(bundle, Runtime("cpu")))
     assert [check.passed for check in checks] == [False, False, True, True]
     assert checks[0].identical == checks[0].images - 1
     assert checks[1].max_score_difference == pytest.approx(0.01, rel=0.1)
@@ -108,34 +108,6 @@ def test_verify_does_not_pass_scores_that_are_no_numbers(tiny_bundle, tiny_capti
 
     monkeypatch.setattr(tiny_captioner.backend, "step", broken)
     assert not any(check.passed for check in verify(Bundle.load(tiny_bundle), tiny_captioner.backend)[1:])
-
-
-def test_given_options_beat_the_bundles_which_beat_the_engines():
-    options = options_from({"num_beams": 4, "max_length": 30}, {"num_beams": 2, "max_new_tokens": None})
-    assert (options.num_beams, options.max_total_length(1), options.length_penalty) == (2, 30, 1.0)
-    assert options_from({"max_length": 30}, {"max_new_tokens": 5}).max_total_length(4) == 9
-    assert DecodeOptions().max_total_length(4) == 24
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"num_beams": 0},
-        {"num_beams": 1.5},
-        {"num_beams": True},
-        {"no_repeat_ngram_size": -1},
-        {"max_new_tokens": 0},
-        {"length_penalty": float("nan")},
-        {"length_penalty": "long"},
-        {"early_stopping": "sometimes"},
-        {"early_stopping": 1},
-        {"length_penalty": 11},
-        {"num_return_sequences": 2},
-    ],
-)
-def test_options_out_of_range_are_refused(wrong):
-    with pytest.raises(UsageError):
-        DecodeOptions(**wrong)
 
 
 def rewrite_graph(bundle: Path, graph: str, change: Callable[[onnx.ModelProto], None]) -> None:
@@ -163,7 +135,7 @@ def test_weights_outside_the_bundle_are_not_read(location, bundle_copy, tmp_path
     (tmp_path / "secret.bin").write_bytes(bytes(1 << 20))
     rewrite_graph(bundle_copy, "decoder", point_outside(location.format(tmp=tmp_path)))
     with pytest.raises(BackendError, match=r"decoder\.onnx cannot be loaded"):
-        open_backend(Bundle.load(bundle_copy), "cpu")
+        open_backend(Bundle.load(bundle_copy), Runtime("cpu"))
 
 
 def rename_input(model: onnx.ModelProto) -> None:
@@ -194,7 +166,7 @@ def other_size(model: onnx.ModelProto) -> None:
 def test_graphs_that_are_not_the_manifests_are_refused_before_they_run(graph, change, sentence, bundle_copy):
     rewrite_graph(bundle_copy, graph, change)
     with pytest.raises(EngineError, match=re.escape(sentence)):
-        open_backend(Bundle.load(bundle_copy), "cpu")
+        open_backend(Bundle.load(bundle_copy), Runtime("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +183,7 @@ def test_sizes_the_graphs_do_not_have_are_refused_before_memory_is_asked_for(abs
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     edit_manifest(bundle_copy, model=manifest["model"] | absurd)
     with pytest.raises(BundleError, match="export it again"):
-        open_backend(Bundle.load(bundle_copy), "cpu")
+        open_backend(Bundle.load(bundle_copy), Runtime("cpu"))
 
 
 def test_hidden_files_are_not_overlooked(bundle_copy):
@@ -223,4 +195,4 @@ def test_hidden_files_are_not_overlooked(bundle_copy):
 def test_an_absurd_picture_size_is_refused(bundle_copy):
     edit_manifest(bundle_copy, image=IMAGE | {"height": 10**6, "width": 10**6})
     with pytest.raises(BundleError, match=r"pixel_values has the sizes \(32, 32, 3\)"):
-        open_backend(Bundle.load(bundle_copy), "cpu")
+        open_backend(Bundle.load(bundle_copy), Runtime("cpu"))

@@ -16,6 +16,7 @@ from engine.captions import Alternative, Caption
 from engine.errors import EngineError, OutputError, UsageError
 from engine.files.lock import OutputLock
 from engine.inputs.images import ImageFile
+from engine.run.job import Outputs
 from engine.run.journal import Journal, decode_record, encode_record, read_journal
 from engine.run.record import RunRecord
 
@@ -196,13 +197,13 @@ def test_the_journal_goes_when_the_run_is_written_and_stays_when_it_is_not(tmp_p
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     with RunRecord(images[:1], out, "signature") as record:
         record.add(caption(images[0].id))
-        record.write(out)
+        record.write(Outputs(out))
     assert out.exists()
     assert not journal.exists()
     with RunRecord(images[:1], out, "signature") as record:
         record.add(caption(images[0].id))
         with pytest.raises(OutputError):
-            record.write(tmp_path / "missing" / "run.csv")
+            record.write(Outputs(tmp_path / "missing" / "run.csv"))
     assert journal.exists()
 
 

@@ -14,7 +14,7 @@ from engine.bundle.manifest import MANIFEST
 from engine.errors import BundleError, EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile, decode_image, find_images
 from engine.inputs.remote import RemoteFolder, location
-from engine.run.record import fingerprints
+from engine.run.fingerprints import fingerprints
 from tests.tiny import random_pictures
 
 

@@ -74,7 +74,7 @@ def test_the_draw_does_not_depend_on_slots_or_company(tiny_captioner):
 def test_another_seed_draws_others_and_the_probabilities_are_the_models(tiny_captioner, tiny_reference):
     picture = random_pictures(1)
     (one,) = tiny_captioner.caption(picture, OPTIONS)
-    (other,) = tiny_captioner.caption(picture, DecodeOptions(**{**OPTIONS.__dict__, "seed": 8}))
+    (other,) = tiny_captioner.caption(picture, OPTIONS.replace(seed=8))
     assert [a.ids for a in one.alternatives] != [a.ids for a in other.alternatives]
     assert len({a.ids for a in one.alternatives}) > 1
     pixels = tiny_reference.pixels(picture)

@@ -1,0 +1,31 @@
+"""How captions were made, in one line, so that two runs can be compared or told apart."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from engine.bundle.manifest import Bundle
+from engine.options import DecodeOptions
+from engine.version import __version__
+
+DECIDING_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "pydicom", "tokenizers")
+"""Another release of these may round, resize or decode differently, and so change a caption."""
+BUILDERS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")
+"""Packages whose release counts, too, where TensorRT runs the graphs."""
+
+
+def run_signature(bundle: Bundle, backend: str, options: DecodeOptions) -> str:
+    """Return `name:value` pairs joined by `|`: engine, bundle digest, precision, backend, every option in force."""
+    parts = {"engine": __version__, "bundle": bundle.digest[:12], "precision": bundle.precision, "backend": backend}
+    return "|".join(f"{name}:{value}" for name, value in (parts | options.in_force()).items())
+
+
+def environment(backend: str) -> str:
+    """Return `package:version` of what else decides the captions of a backend here, joined by `|`."""
+    installed = []
+    for package in DECIDING_PACKAGES + (BUILDERS if backend in ("tensorrt", "trt") else ()):
+        try:
+            installed.append(f"{package}:{version(package)}")
+        except PackageNotFoundError:
+            continue
+    return "|".join(installed)

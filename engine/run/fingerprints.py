@@ -1,0 +1,44 @@
+"""Is this still the same image, and the same run?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.inputs.images import ImageFile
+
+
+def run_key(images: Sequence[ImageFile], made_with: str) -> str:
+    """Return the sha256 that tells runs apart: what captions are made with, and the images in their order."""
+    digest = hashlib.sha256(made_with.encode("utf-8", "surrogateescape"))
+    for image in images:
+        place = str(image.path.absolute() if image.folder is None else image.source)
+        digest.update(json.dumps([image.id, place, image.frame]).encode("ascii"))
+    return digest.hexdigest()
+
+
+def fingerprints(images: Sequence[ImageFile]) -> dict[str, list[int] | None]:
+    """Return the fingerprint of every image by its id; those at a URI are listed, for size and time of change alone."""
+    folders = {image.folder for image in images if image.folder is not None}
+    listed = {folder: folder.list(recursive=any(len(i.path.parts) > 1 for i in images)) for folder in folders}
+    found: dict[str, list[int] | None] = {}
+    for image in images:
+        if image.folder is None:
+            found[image.id] = fingerprint(image.path)
+        else:
+            stamp = listed[image.folder].get(image.path.as_posix())
+            found[image.id] = list(stamp) if stamp else None
+    return found
+
+
+def fingerprint(path: Path) -> list[int] | None:
+    """Return what changes when a file is replaced: size in bytes, times of change in ns, number; None without a
+    file.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

@@ -1,0 +1,48 @@
+"""What a run reads and writes; what else it is asked for stands in engine/options.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.files.atomic import check_outputs
+from engine.files.lock import lock_path
+from engine.inputs.remote import Location
+from engine.options import declared, option
+from engine.run.journal import journal_path
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The images of a run: those of a directory, all of them or those of a manifest."""
+
+    directory: Location = option(flag="--input", help="Directory or URI of images (DICOM: extra `dicom`).")
+    manifest: Path | None = option(None, "--manifest", "File of ids: caption only these, in this order.")
+    recursive: bool = option(False, "--recursive", "Look for images in the folders of the directory, too.")
+    dicom_frame: int = option(0, "--dicom-frame", "Frame of DICOM files, counted from 0.", least=0)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files of a run, what stands in them, and whether a run that was cut off goes on."""
+
+    out: Path = option(flag="--out", help="CSV file to write: ID,Caption.")
+    n_best_out: Path | None = option(None, "--n-best-out", "JSON lines file for the alternatives.")
+    timings_out: Path | None = option(None, "--timings-out", "CSV file for the latency of every image: ID,latency_s.")
+    raw_text: bool = option(False, "--raw-text", "Write the text as Hugging Face decodes it, not detokenised.")
+    allow_missing: bool = option(False, "--allow-missing", "Write an empty caption for images that cannot be read.")
+    resume: bool = option(True, "--resume/--no-resume", "Go on where the same command was cut off; on by default.")
+
+    def files(self) -> dict[str, Path]:
+        """Return the files that will be written, by their options."""
+        paths = {flag: getattr(self, name) for name, flag in _FILES.items()}
+        return {flag: path for flag, path in paths.items() if path is not None}
+
+    def check(self, inputs: list[Path]) -> None:
+        """Refuse outputs that cannot be written or would destroy an input, see check_outputs. Raises UsageError."""
+        outputs = self.files()
+        locks = {f"the lock of {flag}": lock_path(path) for flag, path in outputs.items()}
+        check_outputs(outputs | {"the journal of --out": journal_path(self.out)} | locks, inputs)
+
+
+_FILES = {name: declaration.flag for name, (declaration, kind) in declared(Outputs).items() if "Path" in kind}

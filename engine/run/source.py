@@ -1,0 +1,75 @@
+"""Where captions come from: this process, or the workers of a cluster; the rest of a run is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from engine.backends import require_backend
+from engine.bundle.manifest import Bundle
+from engine.bundle.signature import environment
+from engine.captioner import Captioner, Todo, caption_within_memory
+from engine.captions import Caption
+from engine.cluster.driver import open_cluster
+from engine.cluster.session import require_ray
+from engine.inputs.remote import Location
+from engine.options import DecodeOptions, Runtime, Workers
+
+Say = Callable[[str], None]
+
+
+class Source(Protocol):
+    """Captions made with `bundle` on `backend_name`; `environment` says with which packages."""
+
+    bundle: Bundle
+    backend_name: str
+    environment: str
+
+    def resolve(self, asked: DecodeOptions) -> DecodeOptions:
+        """Return what is asked laid over the bundle's settings. Raises UsageError where it does not fit the bundle."""
+        ...
+
+    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+        """Yield a caption of every image that remains, each once and in any order; unreadable ones fail in `todo`."""
+        ...
+
+
+def require_source(runtime: Runtime, workers: Workers) -> None:
+    """Raise an EngineError, in one sentence and at once, when something that is needed is missing here."""
+    if workers.address is None:
+        require_backend(runtime.backend)
+    else:
+        require_ray()
+
+
+def open_source(
+    bundle: Location | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
+) -> AbstractContextManager[Source]:
+    """Load what captions a run; `say` gets a note of what `auto` chose. Raises an EngineError of the kind that fits."""
+    if workers.address is not None:
+        return open_cluster(bundle, asked, rows, runtime, workers, say)
+    source = LocalSource(Captioner.open(bundle, runtime), rows)
+    if runtime.backend == "auto":
+        say(f"backend: {source.backend_name}")
+    return nullcontext(source)
+
+
+class LocalSource:
+    """A captioner in this process."""
+
+    def __init__(self, captioner: Captioner, rows: int | None = None) -> None:
+        self._captioner, self._rows = captioner, rows
+        self.bundle = captioner.bundle
+        self.backend_name = captioner.backend.name
+        self.environment = environment(self.backend_name)
+
+    def resolve(self, asked: DecodeOptions) -> DecodeOptions:
+        options = asked.over(self.bundle.generation)
+        self._captioner.search(options)
+        return options
+
+    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+        return caption_within_memory(
+            self._captioner, options, todo.remaining, on_error=todo.fail, rows=self._rows, say=say
+        )

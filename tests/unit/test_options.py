@@ -1,0 +1,101 @@
+"""Options: declared once, checked on construction, laid over a bundle's settings in the same way everywhere."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.captioner import Captioner
+from engine.errors import UsageError
+from engine.options import DECODE_OPTIONS, DecodeOptions, Runtime, Workers, options_from
+
+
+def test_given_options_beat_the_bundles_which_beat_the_engines():
+    options = options_from({"num_beams": 4, "max_length": 30}, {"num_beams": 2, "max_new_tokens": None})
+    assert (options.num_beams, options.max_total_length(1), options.length_penalty) == (2, 30, 1.0)
+    assert options_from({"max_length": 30}, {"max_new_tokens": 5}).max_total_length(4) == 9
+    assert DecodeOptions().max_total_length(4) == 24
+
+
+def test_options_know_what_was_given():
+    asked = DecodeOptions(num_beams=1, prompt="a")
+    assert asked.given == {"num_beams", "prompt"}
+    assert asked.over({"num_beams": 4, "max_length": 64}) == DecodeOptions(num_beams=1, max_length=64, prompt="a")
+    for copied in (replace(asked, min_length=3), pickle.loads(pickle.dumps(asked)), copy.deepcopy(asked)):
+        assert copied.over({"num_beams": 4, "top_k": 9, "max_length": 64}).max_length == 64
+        assert copied.num_beams == copied.over({"num_beams": 4}).num_beams == 1
+    assert asked.replace(num_beams=2, top_k=50).given == {"num_beams", "prompt", "top_k"}
+    everything = DecodeOptions(num_beams=2).over({})
+    assert everything.over({"num_beams": 3, "max_length": 64}) == everything
+    with pytest.raises(UsageError, match="3 captions an image need at least as many beams, not 1"):
+        DecodeOptions(num_return_sequences=3).over({})
+    assert DecodeOptions(num_return_sequences=3).over({"num_beams": 3}).num_return_sequences == 3
+    with pytest.raises(UsageError, match="top_k: only for drawn captions"):
+        DecodeOptions(top_k=50).over({})
+    with pytest.raises(UsageError, match="unknown decoding options: beams"):
+        DecodeOptions().over({"beams": 3})
+
+
+@pytest.fixture(scope="module")
+def demo_captioner() -> Captioner:
+    return Captioner.load(backend="cpu")
+
+
+def test_options_of_a_library_call_lie_over_the_bundles_as_on_the_command_line(demo_captioner):
+    long = demo_captioner.search(demo_captioner.bundle.options(num_beams=2))
+    assert (long.num_beams, long.max_length, long.no_repeat_ngram_size) == (2, 64, 3)
+    assert demo_captioner.search(DecodeOptions(num_beams=2)) == long
+    images = sorted(Path("examples/images").iterdir())[:3]
+    wanted = list(demo_captioner.caption(images, demo_captioner.bundle.options(num_beams=2)))
+    assert list(demo_captioner.caption(images, DecodeOptions(num_beams=2))) == wanted
+    assert list(demo_captioner.caption(images, num_beams=2)) == wanted
+    assert list(demo_captioner.caption(images, DecodeOptions(num_beams=3), num_beams=2)) == wanted
+    with pytest.raises(TypeError, match="beams"):
+        demo_captioner.caption(images, beams=2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_beams": 0},
+        {"num_beams": 1.5},
+        {"num_beams": True},
+        {"no_repeat_ngram_size": -1},
+        {"max_new_tokens": 0},
+        {"length_penalty": float("nan")},
+        {"length_penalty": "long"},
+        {"early_stopping": "sometimes"},
+        {"early_stopping": 1},
+        {"length_penalty": 11},
+        {"num_beams": 1, "num_return_sequences": 2},
+    ],
+)
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(UsageError):
+        DecodeOptions(**wrong)
+
+
+@pytest.mark.parametrize("name", DECODE_OPTIONS)
+def test_every_option_with_a_flag_is_on_the_command_line_with_its_help(name):
+    from engine.cli.app import caption
+
+    declaration, _ = DECODE_OPTIONS[name]
+    (*_, parameter) = [p for p in caption.params if p.name == f"decoding_{name}"] or [None]
+    if not declaration.flag:
+        assert parameter is None
+    else:
+        assert (parameter.opts, parameter.help) == ([declaration.flag], declaration.help)
+        assert parameter.default is None, "what a bundle may decide has no default on the command line"
+
+
+def test_where_and_how_a_bundle_runs_is_checked_at_once():
+    with pytest.raises(UsageError, match="unknown backend 'gpu': choose one of auto, cpu, cuda, tensorrt, trt"):
+        Runtime("gpu")
+    with pytest.raises(UsageError, match="plans and CUDA graphs are for the backend trt, not for cpu"):
+        Runtime("cpu", cuda_graphs=True)
+    with pytest.raises(UsageError, match="--ray-actors is how many workers --ray has"):
+        Workers(actors=2)
