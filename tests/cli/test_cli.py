@@ -294,7 +294,7 @@ def test_ctrl_c_at_the_last_moment_stops_with_130_and_keeps_the_captions(image_d
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.files.run_files.os.fsync", interrupted)
+    monkeypatch.setattr("engine.files.atomic.os.fsync", interrupted)
     result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
     assert result.exit_code == 130
     assert "5 captions are kept in" in result.stderr
