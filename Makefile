@@ -30,7 +30,7 @@ lint: $(FULL)/.ready  ## style, types and the architecture's import rules
 	$(FULL)/bin/lint-imports
 
 fuzz: $(FULL)/.ready  ## feed damaged files to every reader for minutes (the tests do it for seconds)
-	HYPOTHESIS_PROFILE=long $(FULL)/bin/python -m pytest tests/unit/test_fuzz.py tests/unit/test_journal.py
+	HYPOTHESIS_PROFILE=long $(FULL)/bin/python -m pytest tests/unit/engine/inputs/test_fuzz.py tests/unit/engine/run/test_journal.py
 
 golden: $(LEAN)/.ready  ## replay PyTorch's answers recorded in the demo bundle (no torch)
 	$(LEAN)/bin/engine verify

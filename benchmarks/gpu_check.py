@@ -26,10 +26,10 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.corpus import make_picture
-from benchmarks.gpu_floor import DEVICES, floor_s, model_work
-from benchmarks.machine import describe_machine
-from benchmarks.work import Work, count_work
+from benchmarks.setting.corpus import make_picture
+from benchmarks.setting.machine import describe_machine
+from benchmarks.speed.gpu_floor import DEVICES, floor_s, model_work
+from benchmarks.speed.work import Work, count_work
 from engine.backends import open_backend
 from engine.backends.nvidia import clashing_runtimes, find_gpu
 from engine.backends.plans import MODULES, build_plans, target_for

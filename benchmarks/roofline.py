@@ -20,7 +20,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.work import ModelWork, count_work
+from benchmarks.speed.work import ModelWork, count_work
 from engine.backends.host import available_cores
 from engine.backends.providers import import_onnxruntime
 from engine.captioner import Captioner
@@ -82,11 +82,11 @@ def _fastest(call: Any, seconds: float) -> float:
 def main(name: str, images: int, beams: int, device: str | None) -> None:
     """Print the share of this machine's matrix-multiply speed that captioning reaches, as one JSON line."""
     if device is not None:
-        from benchmarks.gpu_floor import paper
+        from benchmarks.speed.gpu_floor import paper
 
         click.echo(json.dumps(paper(device), indent=1))
         return
-    from benchmarks.workload import prepare, read_pixels
+    from benchmarks.setting.workload import prepare, read_pixels
 
     workload = prepare(name, images)
     captioner = Captioner.load(workload.bundle, backend="cpu")

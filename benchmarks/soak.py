@@ -4,7 +4,7 @@
 
 First 500 images and then all, undisturbed, each in a process of its own: the last tenth must be as fast as the second,
 and memory what 500 images need. Then the same corpus with unreadable files mixed in, while the run is killed,
-terminated and starved of disk (benchmarks.faults). The corpus is made on the spot. Exits with 1 when something does
+terminated and starved of disk (benchmarks.survival.faults). The corpus is made on the spot. Exits with 1 when something does
 not hold.
 """
 
@@ -23,10 +23,10 @@ from typing import Any
 
 import click
 
-from benchmarks.corpus import CHALLENGE_SIZE, write_corpus
-from benchmarks.faults import compare_runs, engine_command, mix_in_unreadable, resident_bytes, run_disturbed
-from benchmarks.machine import describe_machine
-from benchmarks.workload import BUILD, EXAMPLES
+from benchmarks.setting.corpus import CHALLENGE_SIZE, write_corpus
+from benchmarks.setting.machine import describe_machine
+from benchmarks.setting.workload import BUILD, EXAMPLES
+from benchmarks.survival.faults import compare_runs, engine_command, mix_in_unreadable, resident_bytes, run_disturbed
 from engine.machine.bench import peak_memory_gib
 from engine.options import DecodeOptions
 from engine.run.job import Inputs, Outputs

@@ -21,19 +21,19 @@ from typing import Any
 
 import click
 
-from benchmarks.machine import describe_machine
-from benchmarks.programs import BATCHED, PROGRAMS, Ids, Setting, Timing, Worker
 from benchmarks.roofline import measure_matmul
-from benchmarks.work import ModelWork, count_work
-from benchmarks.workload import MAX_NEW_TOKENS, Workload, prepare, read_pictures, read_pixels
+from benchmarks.setting.machine import describe_machine
+from benchmarks.setting.workload import MAX_NEW_TOKENS, Workload, prepare, read_pictures, read_pixels
+from benchmarks.speed.programs import BATCHED, PROGRAMS, Ids, Setting, Timing, Worker
+from benchmarks.speed.work import ModelWork, count_work
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis
 from engine.inputs.images import read_image
 from engine.options import DecodeOptions
 from export.parity import judge
-from export.reference import Reference, UncachedBackend
-from export.trace import summed_log_prob
+from export.reference.huggingface import Reference, UncachedBackend
+from export.reference.trace import summed_log_prob
 
 Ids1 = tuple[int, ...]
 RESULTS = Path("benchmarks/results")

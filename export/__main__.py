@@ -21,8 +21,8 @@ def main(checkpoint: str, out: Path, precision: str, image_size: int | None) -> 
     """Export a checkpoint to a bundle, and check that the bundle says what PyTorch says."""
     from engine.errors import EngineError
     from export.bundle import ExportError, export_bundle
-    from export.checkpoint import CheckpointError
-    from export.hub import find_checkpoint
+    from export.checkpoints.hub import find_checkpoint
+    from export.checkpoints.load import CheckpointError
 
     try:
         bundle = export_bundle(

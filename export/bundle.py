@@ -17,12 +17,12 @@ from engine.captioner import Captioner
 from engine.files.atomic import file_sha256
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
 from engine.options import GENERATION_SETTINGS, Runtime, options_from
-from export.checkpoint import CheckpointError, ExportError
+from export.checkpoints.load import CheckpointError, ExportError
 from export.conversion import convert, write_manifest
-from export.golden import record_golden
-from export.onnx_graphs import write_graphs
-from export.reference import Reference, UncachedBackend, normalisation
-from export.trace import explain
+from export.graphs.onnx_graphs import write_graphs
+from export.reference.golden import record_golden
+from export.reference.huggingface import Reference, UncachedBackend, normalisation
+from export.reference.trace import explain
 
 WITHOUT_EFFECT = (
     # ids come from text_config, caching and bookkeeping change no caption, the rest only matters when sampling

@@ -22,11 +22,11 @@ from engine.captioner import Captioner
 from engine.files.atomic import file_sha256
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
 from engine.options import Runtime, options_from
-from export.checkpoint import ExportError
-from export.onnx_graphs import write_graphs
+from export.checkpoints.load import ExportError
+from export.graphs.onnx_graphs import write_graphs
 from export.precision import PrecisionReport, Saying, compare_sayings, encoder_error, forced_log_prob, summary
-from export.reference import Reference, normalisation
-from export.torch_backend import TorchBackend
+from export.reference.huggingface import Reference, normalisation
+from export.reference.torch_backend import TorchBackend
 
 ENCODER_BOUND = {"fp16": 0.05, "int8": 0.25}
 """Largest accepted encoder error over its own peak (export.precision.encoder_error), from the demo (benchmarks/LOG.md).

@@ -27,11 +27,11 @@ from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
 from export.bundle import checkpoint_sha256
-from export.checkpoint import CheckpointError
-from export.golden import golden_pictures
-from export.hub import find_checkpoint
-from export.reference import Reference, ReferenceCaption, UncachedBackend
-from export.trace import (
+from export.checkpoints.hub import find_checkpoint
+from export.checkpoints.load import CheckpointError
+from export.reference.golden import golden_pictures
+from export.reference.huggingface import Reference, ReferenceCaption, UncachedBackend
+from export.reference.trace import (
     TIE_ABSOLUTE,
     TIE_RELATIVE,
     Divergence,

@@ -19,7 +19,7 @@ from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGenera
 
 from engine.bundle.manifest import MANIFEST, Bundle
 from engine.errors import EngineError
-from export.onnx_graphs import FP16_SUFFIX
+from export.graphs.onnx_graphs import FP16_SUFFIX
 
 
 def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:

@@ -19,7 +19,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny import make_checkpoint
+    from tests.helpers.tiny import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
@@ -34,7 +34,7 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_reference(tiny_checkpoint: Path):
-    from export.reference import Reference
+    from export.reference.huggingface import Reference
 
     return Reference.load(tiny_checkpoint)
 

@@ -24,10 +24,10 @@ def say(line: str) -> None:
 def errors_in_one_line() -> Iterator[None]:
     """Turn what a user can cause into one line and an exit code."""
     from engine.errors import EngineError
-    from train.assets import AssetError
+    from train.demo.assets import AssetError
 
     try:
-        from export.checkpoint import CheckpointError
+        from export.checkpoints.load import CheckpointError
     except ImportError as error:
         raise click.ClickException(f"{error}: training needs the checkout's environment, see `make help`") from error
     try:
@@ -57,7 +57,7 @@ def recipe_options(command: Command) -> Command:
 def data_options(command: Command) -> Command:
     """Add what every command that reads a data set takes."""
     for option in (
-        click.option("--data", type=PATH, required=True, help="Data set; for its layouts see train/dataset.py."),
+        click.option("--data", type=PATH, required=True, help="Data set; for its layouts see train/data/dataset.py."),
         click.option("--allow-missing", is_flag=True, help="Leave out what cannot be read instead of stopping."),
         click.option(
             "--check-images/--trust-images", default=True, show_default=True, help="Decode every image beforehand."
@@ -106,10 +106,10 @@ def finetune(
 ) -> None:
     """Fine-tune BLIP on captioned images; under torchrun, on as many devices as it starts processes."""
     with errors_in_one_line():
-        from export.hub import find_checkpoint
+        from export.checkpoints.hub import find_checkpoint
+        from train.dry_run import plan_run
         from train.finetune import Job
         from train.finetune import finetune as run
-        from train.plan import plan_run
         from train.recipe import load_recipe, parse_changes
 
         given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
@@ -133,7 +133,7 @@ def finetune(
     "--checkpoint", type=PATH, help="BLIP captioning checkpoint (safetensors); exported once into OUT/bundle."
 )
 @click.option("--bundle", type=PATH, help="Exported bundle to take instead; with both, of the same weights.")
-@click.option("--data", type=PATH, required=True, help="Data set; for its layouts see train/dataset.py.")
+@click.option("--data", type=PATH, required=True, help="Data set; for its layouts see train/data/dataset.py.")
 @click.option(
     "--out", type=PATH, required=True, help="For tables and runs; the same command goes on where it was cut off."
 )
@@ -151,8 +151,8 @@ def sweep(beams: str, metrics: str, weights: tuple[str, ...], **given: Any) -> N
     """Caption and score a split with several numbers of beams: the seed paper's Table 1."""
     with errors_in_one_line():
         from engine.errors import UsageError
-        from train.sweep import Sweep
-        from train.sweep import sweep as run
+        from train.sweep.sweep import Sweep
+        from train.sweep.sweep import sweep as run
 
         try:
             numbers = tuple(int(one) for one in beams.split(","))
@@ -173,7 +173,7 @@ def inspect(
 ) -> None:
     """Look at a data set before training: caption lengths, modalities, image sizes, duplicates, overlap, problems."""
     with errors_in_one_line():
-        from train.inspect import inspect_directory
+        from train.data.inspect import inspect_directory
 
         is_sound = inspect_directory(data, out, say, model=model, decode=check_images, unpack_into=unpack_into)
     if not is_sound and not allow_missing:
@@ -188,7 +188,7 @@ def inspect(
 def demo(out: Path, work: Path, examples: Path | None, seed: int) -> None:
     """Rebuild the demo checkpoint from packaged volumes and weights."""
     with errors_in_one_line():
-        from train.demo import build_demo, write_examples
+        from train.demo.build import build_demo, write_examples
 
         report = build_demo(out, work, say, seed=seed)
         if examples is not None:
@@ -203,7 +203,7 @@ def small_bert(out: Path) -> None:
     hand.
     """
     with errors_in_one_line():
-        from train.assets import SMALL_BERT, fetch_assets
+        from train.demo.assets import SMALL_BERT, fetch_assets
 
         fetch_assets(out, SMALL_BERT)
     click.echo(out)

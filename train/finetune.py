@@ -24,17 +24,17 @@ from engine.options import DecodeOptions
 from engine.scoring.base import Setting
 from engine.scoring.profiles import make_metric
 from export.bundle import checkpoint_sha256
-from export.checkpoint import resize_position_table
-from export.reference import Reference
-from train.check import check_split, fingerprint, without
-from train.data import Collator, EpochOrder, Features, Pictures, PixelSpec
-from train.dataset import Example, Split, hold_out, read_dataset
-from train.evaluate import LOSS, Evaluator
-from train.processes import first_for_all, process_place
+from export.checkpoints.load import resize_position_table
+from export.reference.huggingface import Reference
+from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
+from train.data.check import check_split, fingerprint, without
+from train.data.dataset import Example, Split, hold_out, read_dataset
+from train.learning.evaluate import LOSS, Evaluator
+from train.learning.processes import first_for_all, process_place
+from train.learning.reward import RewardedPictures, RewardTrainer, make_reward
+from train.learning.run_dir import Kept, claim, locked, write_log
+from train.learning.trainer import CaptionTrainer, newest_whole
 from train.recipe import Recipe
-from train.reward import RewardedPictures, RewardTrainer, make_reward
-from train.rundir import Kept, claim, locked, write_log
-from train.trainer import CaptionTrainer, newest_whole
 
 Say = Callable[[str], None]
 WORDS = ("word_embeddings", "position_embeddings", "embeddings.LayerNorm")

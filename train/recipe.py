@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from engine.errors import UsageError
-from train.augment import AUGMENTATIONS
+from train.data.augment import AUGMENTATIONS
 
 SCHEDULES = ("step", "constant", "one-cycle")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -36,7 +36,7 @@ class Recipe:
     beams, or loss.
 
     With a `reward`, such as "rouge1=1 bertscore=1", the run is the second stage, self-critical sequence training
-    (train/reward.py): `samples` captions an image are drawn and compared with the `baseline`, the `others` or the
+    (train/learning/reward.py): `samples` captions an image are drawn and compared with the `baseline`, the `others` or the
     `greedy` caption; `likelihood_share` of the loss stays what it was.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.browser import NoBrowserError, open_browser
+from benchmarks.pages.browser import NoBrowserError, open_browser
 
 
 @pytest.fixture(scope="session")

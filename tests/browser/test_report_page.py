@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.report_page import measure_page, write_inputs
+from benchmarks.pages.report_page import measure_page, write_inputs
 from engine.cli.app import main
 from engine.files.run_files import write_run
 from engine.inputs.images import find_images
 from engine.report.gather import Request, gather
 from engine.report.page import render
 from engine.report.thumbnails import Thumbnails
-from tests.tiny import random_pictures
+from tests.helpers.tiny import random_pictures
 
 INJECTED = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 LARGE, SMALL = "a chest film with a large nodule", "a chest film with a small nodule"

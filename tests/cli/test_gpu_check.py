@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from benchmarks import gpu_check
 from benchmarks.gpu_check import compare, in_process, main
 from engine.backends.nvidia import Gpu
-from tests.gpu import missing_gpu
+from tests.helpers.gpu import missing_gpu
 
 
 def test_the_cpu_passes_its_own_check(tiny_bundle, tmp_path):

@@ -16,12 +16,12 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from benchmarks.hostile import UNREADABLE, UNUSUAL, write_unreadable
+from benchmarks.survival.hostile import UNREADABLE, UNUSUAL, write_unreadable
 from engine import captioner
 from engine.cli.app import main
 from engine.inputs import images
 from engine.inputs.images import read_image
-from tests.tiny import random_pictures
+from tests.helpers.tiny import random_pictures
 
 
 @pytest.fixture

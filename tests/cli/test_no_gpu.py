@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.gpu import missing_gpu
+from tests.helpers.gpu import missing_gpu
 
 pytestmark = pytest.mark.skipif(missing_gpu() is None, reason="this machine has a GPU")
 

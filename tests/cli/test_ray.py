@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from engine.cli.app import main
 from engine.run.journal import read_journal
 from tests.cli.test_resume import command, wait_for_records
-from tests.tiny import random_pictures
+from tests.helpers.tiny import random_pictures
 
 ray = pytest.importorskip("ray", reason="ray is not installed: it comes with the extra [ray]")
 

@@ -14,7 +14,7 @@ from PIL import Image
 from engine.cli.app import main
 from engine.files.lock import OutputLock
 from engine.files.run_files import write_run
-from tests.tiny import random_pictures
+from tests.helpers.tiny import random_pictures
 
 IDS = ["a", "b", "c"]
 CAPTIONS = ["a chest film", "</script><script>alert(1)</script>", "<!--<script> & \u2028 é"]

@@ -16,7 +16,7 @@ from engine.backends.ort import OrtBackend
 from engine.cli.app import main
 from engine.errors import OutOfMemoryError
 from engine.run.journal import read_journal
-from tests.tiny import random_pictures
+from tests.helpers.tiny import random_pictures
 
 IMAGES = 120
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.tiny import WORDS, make_checkpoint, random_pictures
+from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
 from train.__main__ import main
 from train.recipe import RECIPES
 

@@ -17,10 +17,10 @@ from engine.backends import plans
 from engine.backends.shapes import Bounds, profiles
 from engine.bundle.manifest import Bundle, ModelDims, TokenIds
 from engine.errors import BackendError
-from export.onnx_graphs import write_graphs
-from export.reference import Reference, normalisation
+from export.graphs.onnx_graphs import write_graphs
+from export.reference.huggingface import Reference, normalisation
 from export.restore import restore_checkpoint
-from tests.tiny import make_checkpoint
+from tests.helpers.tiny import make_checkpoint
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 Linux and Windows only")
 

@@ -17,7 +17,7 @@ from engine.backends.shapes import Bounds, profiles
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, UsageError
 from engine.files.lock import OutputLock
-from tests.gpu import missing_gpu
+from tests.helpers.gpu import missing_gpu
 
 TARGET = Target(PORTABLE, "1.7.1", "8.0", ANY_GPU)
 

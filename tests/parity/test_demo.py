@@ -13,7 +13,7 @@ from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.machine.verify import verify
 from engine.options import DecodeOptions, Runtime
-from export.reference import Reference
+from export.reference.huggingface import Reference
 from export.restore import restore_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -17,8 +17,8 @@ from engine.decoding.backend import StepInputs
 from engine.errors import BackendError
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
-from tests.stand_in import stand_in_backend
-from tests.tiny import random_pictures
+from tests.helpers.stand_in import stand_in_backend
+from tests.helpers.tiny import random_pictures
 
 PICTURES = random_pictures(13, seed=11)
 SEARCHES = {

@@ -20,12 +20,12 @@ from engine.options import DecodeOptions
 from export import bundle as export_module
 from export.__main__ import main
 from export.bundle import export_bundle
-from export.checkpoint import load_checkpoint
-from export.reference import Reference
+from export.checkpoints.load import load_checkpoint
+from export.reference.huggingface import Reference
+from export.reference.trace import Divergence
 from export.restore import restore_checkpoint
-from export.trace import Divergence
-from tests.tiny import make_checkpoint, random_pictures
-from train.model import round_to_fp16
+from tests.helpers.tiny import make_checkpoint, random_pictures
+from train.demo.initial_weights import round_to_fp16
 
 
 def export(*arguments: object):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.decoding.scheduler import Scheduler
 from engine.inputs.images import read_image
 from engine.options import DecodeOptions
-from tests.tiny import random_pictures
+from tests.helpers.tiny import random_pictures
 
 BEAMS = (1, 2, 3, 4, 5, 10)
 NO_REPEAT = (0, 2, 3)

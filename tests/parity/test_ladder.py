@@ -11,8 +11,8 @@ from engine.decoding.backend import StepInputs
 from engine.decoding.scheduler import Scheduler
 from engine.inputs.images import read_image
 from engine.options import DecodeOptions
-from export.reference import UncachedBackend
-from tests.tiny import IMAGE_SIZE, random_pictures
+from export.reference.huggingface import UncachedBackend
+from tests.helpers.tiny import IMAGE_SIZE, random_pictures
 
 LAYER_TOLERANCE = 2e-5
 """Float32 sums of a few dozen terms in another order; measured 3e-6 on the tiny model."""

@@ -14,8 +14,8 @@ from engine.scoring.base import Items, Setting
 from engine.scoring.clip import ClipScore, RefClipScore
 from engine.scoring.neural import BertScore, Bleurt
 from engine.scoring.preprocess import preprocess
-from tests.tiny import make_tokenizer, random_pictures
-from train.assets import SMALL_BERT, fetch_assets
+from tests.helpers.tiny import make_tokenizer, random_pictures
+from train.demo.assets import SMALL_BERT, fetch_assets
 
 MINILM = Path("build/small-bert")
 CANDIDATES = ["CT of the chest.", "sagittal t2-weighted MRI", "", "x-ray", "..."]

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from engine.backends.prefix import PrefixBackend
 from engine.options import DecodeOptions
 from export.parity import SettingReport, judge, main
-from export.reference import Reference, ReferenceCaption
-from export.trace import Trace
-from tests.tiny import make_checkpoint, random_pictures
+from export.reference.huggingface import Reference, ReferenceCaption
+from export.reference.trace import Trace
+from tests.helpers.tiny import make_checkpoint, random_pictures
 
 
 @pytest.fixture

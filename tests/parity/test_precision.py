@@ -27,11 +27,11 @@ from export import conversion
 from export.__main__ import main as export_main
 from export.bundle import export_bundle
 from export.conversion import write_manifest
+from export.graphs.quantise import HEAD
 from export.parity import main as parity_main
 from export.precision import Saying, compare_sayings, encoder_error, forced_log_prob, main
-from export.quantise import HEAD
 from export.restore import main as restore_main
-from tests.tiny import random_pictures
+from tests.helpers.tiny import random_pictures
 
 GRAPHS = ("encoder", "decoder", "regroup")
 OPTIONS = DecodeOptions(num_beams=4, no_repeat_ngram_size=3)

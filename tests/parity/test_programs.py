@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.conventional import Conventional, export_conventional
+from benchmarks.speed.conventional import Conventional, export_conventional
 from engine.captioner import Captioner
 from engine.inputs.images import read_image
 from engine.options import DecodeOptions
-from tests.tiny import random_pictures
+from tests.helpers.tiny import random_pictures
 
 SETTINGS = [
     DecodeOptions(num_beams=1, no_repeat_ngram_size=2, max_new_tokens=12),
@@ -41,7 +41,7 @@ def test_the_usual_onnx_loop(tiny_captioner, tiny_reference, conventional_graphs
 
 @pytest.mark.parametrize("options", SETTINGS)
 def test_our_graphs_on_openvino(tiny_captioner, pictures, options):
-    from benchmarks.openvino_backend import OpenVinoBackend
+    from benchmarks.speed.openvino_backend import OpenVinoBackend
 
     bundle = tiny_captioner.bundle
     other = Captioner(bundle, OpenVinoBackend(bundle, threads=1))

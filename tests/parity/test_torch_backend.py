@@ -9,8 +9,8 @@ from PIL import Image
 
 from engine.inputs.images import read_image
 from engine.options import DecodeOptions
-from export.torch_backend import caption_live
-from tests.tiny import IMAGE_SIZE, random_pictures
+from export.reference.torch_backend import caption_live
+from tests.helpers.tiny import IMAGE_SIZE, random_pictures
 
 PICTURES = random_pictures(9, seed=5)
 

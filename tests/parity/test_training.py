@@ -14,17 +14,27 @@ from transformers import TrainerState
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, Setting
 from engine.scoring.overlap import Cider
-from export.reference import Reference
-from tests.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, random_pictures
+from export.reference.huggingface import Reference
+from tests.helpers.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, random_pictures
 from train import recipe
-from train.augment import radiology
-from train.data import IGNORED, Collator, EpochOrder, Features, Pictures, PixelSpec, collate_captions
-from train.dataset import Example
-from train.evaluate import Evaluator, references_by_id, sum_of_losses
-from train.processes import share_of
+from train.data.augment import radiology
+from train.data.batches import IGNORED, Collator, EpochOrder, Features, Pictures, PixelSpec, collate_captions
+from train.data.dataset import Example
+from train.learning.evaluate import Evaluator, references_by_id, sum_of_losses
+from train.learning.processes import share_of
+from train.learning.reward import (
+    BASELINES,
+    PADDING,
+    SAMPLED_WORDS,
+    CorpusCider,
+    Reward,
+    log_probs,
+    pad,
+    repeating,
+    summed,
+)
+from train.learning.trainer import WHOLE, CaptionTrainer, in_order, newest_whole, seal
 from train.recipe import Recipe
-from train.reward import BASELINES, PADDING, SAMPLED_WORDS, CorpusCider, Reward, log_probs, pad, repeating, summed
-from train.trainer import WHOLE, CaptionTrainer, in_order, newest_whole, seal
 
 CAPTIONS = ["axial ct of the chest showing a large mass", "mri", "plain x ray of the left upper lobe"]
 

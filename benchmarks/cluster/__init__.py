@@ -1,0 +1,1 @@
+"""Ray: what it costs, and a simulation of large clusters."""

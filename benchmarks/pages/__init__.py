@@ -1,0 +1,1 @@
+"""The report's page in a browser: how fast, and its pictures."""

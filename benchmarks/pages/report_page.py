@@ -1,0 +1,128 @@
+"""How long a challenge-sized report takes to make, to appear and to scroll, in a headless Chromium.
+
+    python -m benchmarks.report_page
+
+Pictures are those of benchmarks.setting.corpus, captions, references, candidates and scores are made up.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.pages.browser import open_browser
+from benchmarks.quality.detokenise import make_caption
+from benchmarks.setting.corpus import CHALLENGE_SIZE, write_corpus
+from benchmarks.setting.machine import describe_machine
+from engine.files.run_files import write_run
+from engine.inputs.images import find_images
+
+SIZE = {"width": 1440, "height": 900}
+WATCH = """window.firstRow = new Promise((done) => new MutationObserver((_, watching) => {
+    if (!document.querySelector("#rows .row")) return;
+    watching.disconnect();
+    requestAnimationFrame(() => setTimeout(() => done(performance.now())));
+}).observe(document, { childList: true, subtree: true }));"""
+"""The first row is there when the frame that holds it has been handed over."""
+PAINTED_S = """async () => {
+    const firstRow = await window.firstRow;
+    const anything = performance.getEntriesByName("first-contentful-paint")[0].startTime;
+    return [anything, firstRow].map((ms) => Math.round(ms) / 1000);
+}"""
+SCROLL = """async ([step, frames]) => {
+    const rows = document.getElementById("rows"), top = document.querySelector(".bar").offsetHeight + 60;
+    let gaps = 0, most = 0, slowest = 0, before = performance.now();
+    for (let k = 0; k < frames; k++) {
+        window.scrollBy(0, step);
+        await new Promise(requestAnimationFrame);
+        const now = performance.now();
+        slowest = Math.max(slowest, now - before);
+        before = now;
+        most = Math.max(most, rows.children.length);
+        for (let y = Math.max(top, rows.getBoundingClientRect().top + 1); y < innerHeight; y += 40) {
+            if (!document.elementFromPoint(300, y)?.closest(".row")) gaps++;
+        }
+    }
+    return { gaps, most_rows: most, slowest_frame_s: Math.round(slowest) / 1000, place: scrollY };
+}"""
+"""One jump a frame; a gap is a point of the window, 40 px from the next, that shows no row when the frame is made."""
+
+
+def write_inputs(folder: Path, ids: Sequence[str], seed: int = 0) -> dict[str, Path]:
+    """Write two runs, references, candidates and scores of made-up captions; return them by option."""
+    chance = random.Random(seed)
+    files = {name: folder / f"{name}.csv" for name in ("run", "against", "references", "scores", "against_scores")}
+    texts = {name: [make_caption(chance) for _ in ids] for name in ("run", "against", "references")}
+    for name, captions in texts.items():
+        write_run(files[name], zip(ids, captions, strict=True))
+    for name in ("scores", "against_scores"):
+        lines = ["ID,bertscore@0a,rouge1@0b,bleurt@0c,clipscore@0d"]
+        lines += [",".join([image_id, *(f"{chance.betavariate(5, 3):.6f}" for _ in range(4))]) for image_id in ids]
+        files[name].write_text("\n".join(lines) + "\n")
+    files["n_best"] = folder / "run.jsonl"
+    with files["n_best"].open("w") as stream:
+        for image_id, text in zip(ids, texts["run"], strict=True):
+            several = [text, *(make_caption(chance) for _ in range(3))]
+            found = [{"text": one, "sum_log_prob": -9.0 - k * chance.random()} for k, one in enumerate(several)]
+            stream.write(json.dumps({"id": image_id, "hypotheses": found}) + "\n")
+    return files
+
+
+def measure_page(browser: Any, page: Path) -> dict[str, Any]:
+    """Open a report as from disk; return seconds until anything and until the first rows are painted, and scrolling."""
+    context = browser.new_context(viewport=SIZE)
+    tab = context.new_page()
+    tab.add_init_script(WATCH)
+    tab.goto(page.resolve().as_uri())
+    first_paint_s, first_rows_s = tab.evaluate(PAINTED_S)
+    result = {"first_paint_s": first_paint_s, "first_rows_s": first_rows_s}
+    for name, step in (("reading", 120), ("flicking", 2400), ("dragging", 60_000)):
+        result[name] = tab.evaluate(SCROLL, [step, 60 if step < 60_000 else 30])
+    times = {}
+    for name, act in {
+        "search": lambda: tab.fill("#search", "fracture"),
+        "sort": lambda: tab.select_option("#sort", label="bertscore (run)"),
+    }.items():
+        start = time.perf_counter()
+        act()
+        tab.evaluate("() => new Promise(requestAnimationFrame)")
+        times[f"{name}_s"] = round(time.perf_counter() - start, 3)
+    context.close()
+    return result | times
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(1), default=CHALLENGE_SIZE, show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/report_page"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/report_page.json"))
+def main(images: int, work: Path, out: Path) -> None:
+    """Make a report twice (all thumbnails new, then none), open it, and write a record."""
+    from engine.report.build import build_report
+    from engine.report.gather import Request
+
+    folder = write_corpus(work / "images", images, Path("examples/images"))
+    inputs = write_inputs(work, [image.id for image in find_images(folder).images])
+    record: dict[str, Any] = {"benchmark": "report_page", "machine": describe_machine(), "images": images}
+    for name in ("first_s", "again_s"):
+        start = time.perf_counter()
+        request = Request(images=folder, out=work / "report", **inputs)
+        build_report(request, say=click.echo, progress=lambda _: nullcontext(lambda: None))
+        record[f"making_{name}"] = round(time.perf_counter() - start, 1)
+    record["page_MB"] = round((work / "report" / "index.html").stat().st_size / 1e6, 1)
+    record["thumbnails_MB"] = round(sum(one.stat().st_size for one in (work / "report" / "thumbnails").iterdir()) / 1e6)
+    with open_browser() as browser:
+        record["browser"] = browser.version
+        record["runs"] = [measure_page(browser, work / "report" / "index.html") for _ in range(3)]
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    click.echo(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

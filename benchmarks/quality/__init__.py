@@ -1,0 +1,1 @@
+"""What captions are worth: metrics, detokenising, consensus, rewards."""

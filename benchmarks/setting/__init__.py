@@ -1,0 +1,1 @@
+"""What every benchmark stands on: the machine, workloads, pictures."""

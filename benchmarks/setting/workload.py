@@ -1,0 +1,164 @@
+"""What is measured: a checkpoint with its bundle, pictures, and options under which captions end at many lengths.
+
+    python -m benchmarks.workload --shape base
+
+No trained BLIP can be had from a package registry, and speed does not depend on what the words mean. It does depend on
+when captions end: the end token's bias is set so that they spread like real ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+
+from benchmarks.setting.corpus import write_corpus
+from engine.bundle.manifest import Bundle, demo_bundle
+from engine.inputs.images import decode_image, find_images, read_image
+from engine.options import DecodeOptions
+from export.bundle import export_bundle
+from export.restore import restore_checkpoint
+
+BUILD = Path("build/workload")
+EXAMPLES = Path("examples/images")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a checkpoint, and the bias on its end token that spreads caption lengths."""
+
+    vision_layers: int
+    vision_width: int
+    vision_heads: int
+    end_bias: float
+
+
+SHAPES = {"base": Shape(12, 768, 12, 26.9), "large": Shape(24, 1024, 16, 20.7)}
+"""Salesforce/blip-image-captioning-base and -large; the text decoder is BERT-base in both. The bias gives captions of a
+mean of about 20 new tokens at 4 beams, some past 50."""
+IMAGE_SIZE, PATCH_SIZE, TEXT_WIDTH = 224, 16, 768
+STD, EMBEDDING_STD, OUTPUT_STD, CROSS_OUTPUT_STD = 0.05, 0.2, 0.02, 0.04
+"""A fresh model draws everything with 0.02, and then all words are nearly as likely behind any other: the search is
+full of ties that rounding decides. Large embeddings and small outputs of the text layers let a word depend on the one
+before; larger outputs of cross-attention let pictures change words."""
+MAX_NEW_TOKENS = {"base": 64, "large": 64, "demo": 40}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Directories of one workload, and the longest caption its searches may make."""
+
+    name: str
+    checkpoint: Path
+    bundle: Path
+    pictures: Path
+    max_new_tokens: int
+
+    def options(self, num_beams: int, *, forced_tokens: int | None = None) -> DecodeOptions:
+        """Return `num_beams` beams with a 3-gram ban; every caption `forced_tokens` long where that is given."""
+        longest = forced_tokens or self.max_new_tokens
+        return DecodeOptions(
+            num_beams=num_beams, no_repeat_ngram_size=3, max_new_tokens=longest, min_new_tokens=forced_tokens
+        ).over({})
+
+
+def prepare(name: str, images: int, build: Path = BUILD) -> Workload:
+    """Make what the workload `name` (base, large or demo) needs under `build`, or take what is there."""
+    pictures = write_corpus(build / f"pictures_{images}", images, EXAMPLES)
+    checkpoint = build / name / "checkpoint"
+    bundle = demo_bundle() if name == "demo" else build / name / "bundle"
+    if not checkpoint.exists():
+        if name == "demo":
+            _whole(checkpoint, lambda out: restore_checkpoint(bundle, out))
+        else:
+            _whole(checkpoint, lambda out: make_checkpoint(out, SHAPES[name]))
+    if not bundle.exists():
+        export_bundle(checkpoint, bundle, click.echo)
+    return Workload(name, checkpoint, bundle, pictures, MAX_NEW_TOKENS[name])
+
+
+def _whole(out: Path, make: Callable[[Path], object]) -> None:
+    """Make a directory under another name first, so that one that was cut off is not taken for whole."""
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    make(unfinished)
+    unfinished.rename(out)
+
+
+def read_pictures(workload: Workload) -> list[Image.Image]:
+    """Return the workload's pictures, RGB."""
+    return [decode_image(image.path) for image in find_images(workload.pictures).images]
+
+
+def read_pixels(workload: Workload, bundle: Bundle) -> NDArray[np.uint8]:
+    """Return the pictures as the bundle's encoder wants them, u8[N,height,width,3]."""
+    spec = bundle.image
+    return np.stack(
+        [read_image(picture, spec.height, spec.width, spec.resample) for picture in read_pictures(workload)]
+    )
+
+
+def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD) -> Path:
+    """Write a checkpoint of `shape` into `out`, with the demo's tokenizer; return `out`."""
+    tokenizer = BertTokenizerFast(tokenizer_file=str(demo_bundle() / "tokenizer.json"))
+    text = {
+        "vocab_size": 30524,
+        "hidden_size": TEXT_WIDTH,
+        "encoder_hidden_size": shape.vision_width,
+        "intermediate_size": 4 * TEXT_WIDTH,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "bos_token_id": 30522,
+        "sep_token_id": 102,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "hidden_size": shape.vision_width,
+        "intermediate_size": 4 * shape.vision_width,
+        "num_hidden_layers": shape.vision_layers,
+        "num_attention_heads": shape.vision_heads,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=_std(name, std), generator=generator)
+        model.tie_weights()
+        model.text_decoder.cls.predictions.bias[text["sep_token_id"]] += shape.end_bias
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(out)
+    return out
+
+
+def _std(name: str, std: float) -> float:
+    """Return the standard deviation a weight matrix is drawn with."""
+    if "word_embeddings" in name or "position_embeddings" in name:
+        return EMBEDDING_STD
+    if name.startswith("text_decoder") and name.endswith("output.dense.weight"):
+        return CROSS_OUTPUT_STD if "crossattention" in name else OUTPUT_STD
+    return std
+
+
+@click.command()
+@click.option("--shape", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), required=True)
+@click.option("--images", type=click.IntRange(1), default=32, show_default=True)
+def main(name: str, images: int) -> None:
+    """Make a workload under build/workload and print where it lies."""
+    click.echo(prepare(name, images))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What captioning costs on a GPU, on paper: arithmetic at the data sheet's peak, bytes at its bandwidth. Never run.
+
+python -m benchmarks.roofline --device a100
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.setting.corpus import CHALLENGE_SIZE
+from benchmarks.setting.machine import describe_machine
+from benchmarks.speed.work import ModelWork, Work
+from engine.bundle.manifest import MANIFEST, Bundle
+from engine.decoding.backend import Appetite, StepInputs
+from engine.decoding.beam import Search
+from engine.decoding.scheduler import Scheduler
+from engine.inputs.images import read_image
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense peak FLOP/s of the tensor cores by precision, and bytes/s of memory, from NVIDIA's data sheets."""
+
+    flops: dict[str, float]
+    bytes_per_s: float
+
+
+DEVICES = {
+    "a100": Gpu({"fp32": 19.5e12, "tf32": 156e12, "fp16": 312e12}, 1.555e12),
+    "h100": Gpu({"fp32": 66.9e12, "tf32": 494.7e12, "fp16": 989.4e12}, 3.35e12),
+}
+"""A100 40 GB SXM and H100 80 GB SXM; TensorFloat-32 and float16 without sparsity."""
+IMAGES_AT_ONCE = 256
+"""Images that share a pass over the weights."""
+SHARE_OF_PEAK = 0.6
+"""Of the peak, what dense products of these sizes are expected to reach: an assumption."""
+TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 30524,
+}
+VISION = {"image_size": 224, "patch_size": 16}
+CONFIGS = {
+    "base": {
+        "text_config": TEXT,
+        "vision_config": VISION | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+    },
+    "large": {
+        "text_config": TEXT,
+        "vision_config": VISION | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24},
+    },
+}
+"""Salesforce/blip-image-captioning-base and -large at 224 px."""
+TOKENS = 30
+"""New tokens of a caption, [SEP] included."""
+BEAMS = (1, 4, 10)
+PICTURE_SIZE = (600, 480)
+"""Pixels of a picture whose decoding is timed; larger ones cost in proportion."""
+
+
+def model_work(bundle: Bundle) -> ModelWork:
+    """Return a bundle's arithmetic, from the checkpoint's sizes in its manifest."""
+    manifest = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))
+    return ModelWork.of_config(manifest["restore"]["config"])
+
+
+def forced_work(images: int, beams: int, tokens: int = TOKENS) -> Work:
+    """Return the work of captions that are all `tokens` long: every step feeds K rows, each of which sees its past."""
+    steps = images * tokens
+    return Work(images, steps, steps * beams, images * beams * tokens * (tokens + 1) // 2)
+
+
+def floor_s(
+    work: Work, model: ModelWork, gpu: Gpu, images: int, precision: str, *, share_of_peak: float = 1.0
+) -> float:
+    """Return the least seconds `images` such captions take, which a real program takes more than.
+
+    The larger of arithmetic at `share_of_peak` and bytes at full bandwidth (halved for fp16).
+    """
+    scale = images / work.images
+    arithmetic = scale * work.flops(model) / (gpu.flops[precision] * share_of_peak)
+    read = scale * work.least_bytes(model, IMAGES_AT_ONCE) / gpu.bytes_per_s
+    return max(arithmetic, read / (2 if precision == "fp16" else 1))
+
+
+def floors(device: str, images: int = CHALLENGE_SIZE) -> list[dict[str, Any]]:
+    """Return base and large at BEAMS: seconds of arithmetic and of memory traffic for `images` captions."""
+    gpu, rows = DEVICES[device], []
+    for name, config in CONFIGS.items():
+        model = ModelWork.of_config(config)
+        for beams in BEAMS:
+            work = forced_work(images, beams)
+            read = work.least_bytes(model, IMAGES_AT_ONCE) / gpu.bytes_per_s
+            row: dict[str, Any] = {"model": name, "beams": beams, "pflop": work.flops(model) / 1e15}
+            for precision, peak in gpu.flops.items():
+                row[precision] = {
+                    "arithmetic_s": work.flops(model) / peak / SHARE_OF_PEAK,
+                    "memory_s": read / (2 if precision == "fp16" else 1),
+                }
+            rows.append(row)
+    return rows
+
+
+class NullBackend:
+    """Answers every step at once with words drawn by number, so that what is left is the host's own work."""
+
+    name = "null"
+
+    def __init__(self, rows: int, vocab_size: int, tokens: int, eos: int) -> None:
+        self.appetite = Appetite(rows=rows, encode_batch=16)
+        self._vocab_size, self._tokens, self._eos = vocab_size, tokens, eos
+        self._rng = np.random.default_rng(0)
+
+    def encode(self, pixel_values: NDArray[np.uint8]) -> None: ...
+
+    def allocate(self, num_slots: int) -> None: ...
+
+    def admit(self, cache: None, slot: int, encoded: None, image: int) -> None: ...
+
+    def regroup(self, cache: None, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None: ...
+
+    def step(self, cache: None, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:  # noqa: ARG002
+        slots, rows = inputs.input_ids.shape
+        words = self._rng.integers(1000, self._vocab_size, (slots, inputs.num_candidates))
+        words[inputs.positions[:, 0] >= self._tokens - 1, :rows] = self._eos  # then they are long enough
+        from_row = np.arange(inputs.num_candidates) % rows
+        best = inputs.scores.max(1, keepdims=True) - np.arange(1, inputs.num_candidates + 1, dtype=np.float32)
+        return best.astype(np.float32), from_row * self._vocab_size + words
+
+
+def host_s_per_image(beams: int, images: int = 512, rows: int = 1024) -> float:
+    """Measure the decoding core alone, one thread of this machine, with `rows` beams side by side."""
+    search = Search(
+        prompt=(30522,),
+        num_beams=beams,
+        max_length=64,
+        min_length=0,
+        length_penalty=1.0,
+        early_stopping=False,
+        no_repeat_ngram_size=3,
+        num_return_sequences=1,
+        eos=102,
+        vocab_size=30524,
+    )
+    backend = NullBackend(rows, search.vocab_size, TOKENS, search.eos)
+    scheduler = Scheduler(backend, search, num_slots=max(1, rows // beams), encode_batch=16)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    start = time.perf_counter()
+    count = sum(1 for _ in scheduler.run((i, pixels) for i in range(images)))
+    assert count == images
+    return (time.perf_counter() - start) / images
+
+
+def decoding_s_per_image(folder: Path, count: int = 64) -> float:
+    """Measure reading a JPEG of PICTURE_SIZE and resizing it to 224 px, one thread of this machine."""
+    from PIL import Image
+
+    from engine.inputs.images import find_images
+
+    base = Image.open(find_images(Path("examples/images")).images[0].path).convert("RGB").resize(PICTURE_SIZE)
+    path = folder / "picture.jpg"
+    base.save(path, quality=90)
+    read_image(path, 224, 224, "bicubic")
+    start = time.perf_counter()
+    for _ in range(count):
+        read_image(path, 224, 224, "bicubic")
+    return (time.perf_counter() - start) / count
+
+
+def paper(device: str) -> dict[str, Any]:
+    """Return floors of `device`, and what this machine's cores take for the rest of the work, per image."""
+    with tempfile.TemporaryDirectory() as folder:
+        decoding = decoding_s_per_image(Path(folder))
+    return {
+        "device": device,
+        "images": CHALLENGE_SIZE,
+        "new_tokens": TOKENS,
+        "share_of_peak_assumed": SHARE_OF_PEAK,
+        "floors": floors(device),
+        "machine": describe_machine(),
+        "host_s_per_image": {beams: host_s_per_image(beams) for beams in BEAMS},
+        "decoding_s_per_image": decoding,
+        "picture": PICTURE_SIZE,
+    }

@@ -1,0 +1,58 @@
+"""How many rows side by side are worth it: the engine's images/s as --rows grows.
+
+python -m benchmarks.rows --workload demo
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import click
+
+from benchmarks.setting.machine import describe_machine
+from benchmarks.setting.workload import MAX_NEW_TOKENS, prepare, read_pixels
+from engine.captioner import Captioner
+
+RESULTS = Path("benchmarks/results")
+
+
+@click.command()
+@click.option("--workload", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), default="demo", show_default=True)
+@click.option("--images", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--rows", type=click.IntRange(1), multiple=True, default=(16, 32, 64, 128, 256, 512), show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=2, show_default=True)
+def main(name: str, images: int, beams: int, rows: tuple[int, ...], repeats: int) -> None:
+    """Time each number of rows in turn and keep the record."""
+    workload = prepare(name, images)
+    captioner = Captioner.load(workload.bundle, backend="cpu")
+    pixels = read_pixels(workload, captioner.bundle)
+    search = captioner.search(workload.options(beams))
+    seconds: dict[int, list[float]] = {count: [] for count in rows}
+    for _ in range(repeats):
+        for count in rows:
+            start = time.perf_counter()
+            list(captioner.scheduler(search, count).decode(pixels))
+            seconds[count].append(time.perf_counter() - start)
+            click.echo(f"{count} rows: {images / seconds[count][-1]:.2f} images/s", err=True)
+    speeds = {count: round(images / statistics.median(taken), 2) for count, taken in seconds.items()}
+    record = {
+        "benchmark": "rows",
+        "workload": name,
+        "machine": describe_machine(),
+        "beams": beams,
+        "images": images,
+        "repeats": repeats,
+        "images_per_s": speeds,
+    }
+    out = RESULTS / f"rows_{name}_{beams}beams.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    click.echo(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""A run that is killed, stopped and starved of disk again and again, in a folder with files nobody can read.
+
+Real processes and real signals; a full disk is a limit on file size, which fails the same write in the same place.
+What must hold: no caption lost, none twice, nothing that looks complete before it is, and a run.csv that is byte for
+byte the undisturbed one apart from the unreadable images, which are all named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.survival.hostile import UNREADABLE, write_unreadable
+from engine.run.journal import journal_path, read_journal
+
+SAMPLE_S = 0.02
+EXIT_CODES = {"kill": -signal.SIGKILL, "term": 128 + signal.SIGTERM, "full disk": 1}
+"""Fault -> how the process must end."""
+FULL_DISK = "cannot be written: File too large"
+"""What a run says when its disk, here the limit on the size of its files, is full."""
+NEAR_THE_END = 5
+"""A fault strikes at least so many captions before the end: behind it there is nothing to disturb."""
+
+
+@dataclass
+class Disturbed:
+    """What became of a disturbed run: faults as (seconds, kind, captions kept), samples as (seconds, captions, bytes).
+
+    `problems` is empty when everything held; `skipped` counts faults for which no captions were left.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    faults: list[tuple[float, str, int]] = field(default_factory=list)
+    samples: list[tuple[float, int, int]] = field(default_factory=list)
+    seconds: float = 0.0
+    skipped: int = 0
+
+
+def mix_in_unreadable(pictures: Path, count: int, out: Path, *, seed: int = 0) -> list[str]:
+    """Fill `out` with links to the pictures and `count` unreadable files between them; return the ids of these."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    names = sorted(path.name for path in pictures.iterdir())
+    for name in names:
+        (out / name).hardlink_to(pictures / name)
+    kinds = list(UNREADABLE)
+    chosen = random.Random(seed).sample(names, count)
+    return [
+        write_unreadable(kinds[i % len(kinds)], out, Path(name).stem + "_bad").stem for i, name in enumerate(chosen)
+    ]
+
+
+def run_disturbed(
+    command: Sequence[str], images: int, out: Path, unreadable: Sequence[str], faults: Sequence[str], *, seed: int = 0
+) -> Disturbed:
+    """Run `command`, which captions `images` images into `out`, through `faults` to its end, and judge it.
+
+    Each fault strikes after a random further share of the captions, never before its call has made one. Then come a
+    call that must refuse to write a run because of the unreadable images, one whose disk is too full for run.csv, and
+    one that ends.
+    """
+    chance, result = random.Random(seed), Disturbed()
+    journal, start, kept = journal_path(out), time.perf_counter(), 0
+    for leftover in (out, *out.parent.glob(f"{journal.name}*")):
+        leftover.unlink(missing_ok=True)
+    readable = images - len(unreadable)
+    for number, fault in enumerate(faults):
+        if kept + 1 > readable - NEAR_THE_END:
+            result.skipped += 1
+            continue
+        share = (number + chance.random()) / len(faults)
+        target = min(max(kept + 1, int(share * readable)), readable - NEAR_THE_END)
+        largest_file = _full_disk_at(journal, target - kept) if fault == "full disk" else None
+        with _Run(command, largest_file) as run:
+            _watch(run.process, journal, None if fault == "full disk" else target, start, result)
+            if fault != "full disk":
+                run.process.send_signal(signal.SIGKILL if fault == "kill" else signal.SIGTERM)
+            errors = run.errors()
+        code = run.process.returncode
+        ids = [record["id"] for record in read_journal(journal)[1]] if journal.exists() else []
+        _expect(result, code == EXIT_CODES[fault], f"{fault}: exit code {code}: {errors[-300:]}")
+        _expect(result, fault != "full disk" or FULL_DISK in errors, f"{fault}: it said {errors[-300:]}")
+        _expect(result, len(ids) == len(set(ids)), f"{fault}: a caption is in the journal twice")
+        _expect(result, len(ids) >= kept, f"{fault}: {kept - len(ids)} captions were lost")
+        _expect(result, not out.exists(), f"{fault}: a run.csv was there before its time")
+        _expect(result, not list(out.parent.glob(f"{journal.name}.old*")), f"{fault}: the journal was set aside")
+        result.faults.append((time.perf_counter() - start, fault, len(ids)))
+        kept = len(ids)
+    _finish(command, journal, out, unreadable, start, result)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def _finish(
+    command: Sequence[str], journal: Path, out: Path, unreadable: Sequence[str], start: float, result: Disturbed
+) -> None:
+    """Let the run end: refused while files are unreadable, then on a disk too full for run.csv, then for good."""
+    expected = set(unreadable)
+    calls = [("refused", [], None, 1)] if unreadable else []
+    allowed = ["--allow-missing"] if unreadable else []
+    calls += [("full disk at the last write", allowed, 100, 1), ("the last call", allowed, None, 0)]
+    for name, more, largest_file, code in calls:
+        if largest_file is not None and not journal.exists():
+            continue  # there is nothing left to write but run.csv only where a call before was refused
+        with _Run([*command, *more], largest_file) as run:
+            _watch(run.process, journal, None, start, result)
+            errors = run.errors()
+        lines = [line.removeprefix("unreadable: ") for line in errors.splitlines() if line.startswith("unreadable: ")]
+        named = {Path(line.partition(": ")[0]).stem for line in lines}
+        _expect(result, run.process.returncode == code, f"{name}: exit code {run.process.returncode}: {errors[-300:]}")
+        _expect(result, largest_file is None or FULL_DISK in errors, f"{name}: it said {errors[-300:]}")
+        _expect(result, named == expected and len(lines) == len(expected), f"{name}: {len(lines)} files were named")
+        _expect(result, out.exists() == (code == 0), f"{name}: run.csv is {'' if out.exists() else 'not '}there")
+
+
+def compare_runs(undisturbed: Path, disturbed: Path, unreadable: Sequence[str]) -> list[str]:
+    """Return what is wrong: rows, without the unreadable images' empty ones, must be the same bytes in one order."""
+    if not disturbed.exists():
+        return ["there is no run.csv"]
+    expected, found = (_rows(path) for path in (undisturbed, disturbed))
+    bad = set(unreadable)
+    empty = [row[0] for row, _ in found if row[0] in bad and row[1] == ""]
+    others = [line for row, line in found if row[0] not in bad]
+    problems = [] if sorted(empty) == sorted(bad) else ["the unreadable images do not have one empty caption each"]
+    if others != [line for _, line in expected]:
+        problems.append("run.csv differs from the undisturbed one")
+    return problems
+
+
+def _rows(path: Path) -> list[tuple[list[str], str]]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return list(zip(csv.reader(io.StringIO("".join(lines))), lines, strict=True))
+
+
+class _Run:
+    """A process whose stderr goes to a file, so that it never waits for somebody to read it."""
+
+    def __init__(self, command: Sequence[str], largest_file: int | None) -> None:
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE if largest_file is not None else self._errors,
+            preexec_fn=limit if largest_file is not None else None,
+        )
+        if largest_file is not None:  # the limit would hold for stderr's file, too
+            self._reader = threading.Thread(target=self._copy)
+            self._reader.start()
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._errors.close()
+
+    def _copy(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as stream:
+            shutil.copyfileobj(stream, self._errors)
+
+    def errors(self) -> str:
+        """Wait for the end; return what it said."""
+        self.process.wait()
+        if self.process.stderr is not None:
+            self._reader.join()
+        self._errors.seek(0)
+        return self._errors.read().decode("utf-8", "backslashreplace")
+
+
+def _full_disk_at(journal: Path, captions: int) -> int:
+    """Return the file size at which a disk is full after about so many further captions."""
+    size = journal.stat().st_size if journal.exists() else 0
+    lines = journal.read_bytes().count(b"\n") if size else 1
+    return size + max(1, captions) * max(100, size // max(1, lines)) + 137
+
+
+def _watch(
+    process: subprocess.Popen[bytes], journal: Path, target: int | None, start: float, result: Disturbed
+) -> None:
+    """Sample captions and memory until the process ends, or its journal holds `target` captions."""
+    position, captions, sampled = 0, -1, 0.0
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError), journal.open("rb") as stream:
+            stream.seek(position)
+            new = stream.read()
+            position, captions = position + len(new), captions + new.count(b"\n")
+        now = time.perf_counter() - start
+        if now - sampled > 1.0:
+            result.samples.append((now, max(0, captions), resident_bytes(process.pid)))
+            sampled = now
+        if target is not None and captions >= target:
+            return
+        time.sleep(SAMPLE_S)
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the memory a process holds now, 0 when it is gone."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0
+    return pages * resource.getpagesize()
+
+
+def _expect(result: Disturbed, holds: bool, problem: str) -> None:
+    if not holds:
+        result.problems.append(problem)
+
+
+def engine_command(pictures: Path, out: Path, *more: object) -> list[str]:
+    """Return the command line that captions `pictures` into `out`, as a user would type it."""
+    return [sys.executable, "-m", "engine", "caption", "--input", str(pictures), "--out", str(out), *map(str, more)]

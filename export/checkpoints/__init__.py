@@ -1,0 +1,1 @@
+"""Checkpoints: found by name, loaded safely."""

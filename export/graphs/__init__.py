@@ -1,0 +1,1 @@
+"""A model as the graphs of a bundle: the modules, ONNX files, int8."""

@@ -1,0 +1,211 @@
+"""Turn the three modules into ONNX files through optimum's exporter; knows the graphs' names and dynamic axes."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from optimum.exporters.onnx import export as optimum_export
+from optimum.exporters.onnx.base import OnnxConfig
+from transformers import BlipForConditionalGeneration
+
+from export.graphs.modules import DecoderStep, Encoder, Graph, Regroup
+from export.graphs.quantise import kept_float32, quantise
+
+OPSET = 18
+FP16_SUFFIX = ".fp16"
+MIN_FP16_ELEMENTS = 1024
+"""Smaller tensors stay float32: nothing is gained, and scalars keep their type."""
+
+
+class GraphConfig(OnnxConfig):
+    """What optimum needs to know of one graph; subclasses give the names, axes and example inputs."""
+
+    NORMALIZED_CONFIG_CLASS = staticmethod(lambda config, **_: config)
+    DEFAULT_ONNX_OPSET = OPSET
+
+    def __init__(self, blip: BlipForConditionalGeneration) -> None:
+        super().__init__(blip.config, task="feature-extraction")
+        text, vision = blip.config.text_config, blip.config.vision_config
+        self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
+        self.width = text.hidden_size // self.heads
+        self.size = vision.image_size
+        self.encoder_positions = (vision.image_size // vision.patch_size) ** 2 + 1
+        self.cache_type = blip.dtype
+
+    def cache_names(self, part: str) -> list[str]:
+        return [f"{part}.{kind}.{i}" for i in range(self.layers) for kind in ("key", "value")]
+
+    def cache_axes(self, part: str, images: str, positions: str | None) -> dict[str, dict[int, str]]:
+        axes = {0: images} | ({2: positions} if positions else {})
+        return dict.fromkeys(self.cache_names(part), axes)
+
+    def cache(self, images: int, positions: int) -> list[torch.Tensor]:
+        shape = (images, self.heads, positions, self.width)
+        return [torch.randn(shape, dtype=self.cache_type) for _ in range(2 * self.layers)]
+
+    def generate_dummy_inputs(self, framework: str = "pt", **_: object) -> dict:
+        """Example inputs for tracing: every dynamic axis has its own length, so that none is frozen by accident."""
+        assert framework == "pt", framework
+        return self.examples()
+
+    def examples(self) -> dict:
+        raise AssertionError("each graph gives its own")
+
+
+class EncoderConfig(GraphConfig):
+    """encoder.onnx: pixels u8[B,height,width,3] -> cross keys and values."""
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {"pixel_values": {0: "images"}}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return self.cache_axes("cross", "images", None)
+
+    def examples(self) -> dict:
+        return {"pixel_values": torch.randint(0, 256, (2, self.size, self.size, 3), dtype=torch.uint8)}
+
+
+class DecoderConfig(GraphConfig):
+    """decoder.onnx: one step, prefill included."""
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        rows = {0: "images", 1: "rows"}
+        return {
+            "input_ids": rows,
+            "positions": rows,
+            "scores": rows,
+            "banned_ids": rows | {2: "bans"},
+            "ancestry": rows | {2: "positions"},
+            "num_candidates": {},
+            **self.cache_axes("cross", "images", None),
+            **self.cache_axes("settled", "images", "settled"),
+            **self.cache_axes("recent", "images", "recent"),
+        }
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        candidates = {0: "images", 1: "candidates"}
+        return {
+            "candidate_scores": candidates,
+            "candidate_ids": candidates,
+            **self.cache_axes("extended", "images", "recent + rows"),
+        }
+
+    def examples(self) -> dict:
+        images, rows, settled, recent = 2, 3, 5, 4
+        return {
+            "input_ids": torch.randint(1, 9, (images, rows)),
+            "positions": torch.full((images, rows), 7),
+            "scores": torch.zeros(images, rows),
+            "banned_ids": torch.full((images, rows, 2), -1),
+            "ancestry": torch.ones(images, rows, settled + recent + rows, dtype=torch.bool),
+            "num_candidates": torch.tensor([6]),
+            "cross": self.cache(images, self.encoder_positions),
+            "settled": self.cache(images, settled),
+            "recent": self.cache(images, recent),
+        }
+
+
+class RegroupConfig(GraphConfig):
+    """regroup.onnx: recent positions settled, slots and positions kept."""
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {
+            "slots": {0: "kept"},
+            "columns": {0: "kept", 1: "kept positions"},
+            **self.cache_axes("settled", "slots", "settled"),
+            **self.cache_axes("recent", "slots", "recent"),
+        }
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return self.cache_axes("regrouped", "kept", "kept positions")
+
+    def examples(self) -> dict:
+        return {
+            "slots": torch.tensor([0, 2]),
+            "columns": torch.zeros(2, 4, dtype=torch.long),
+            "settled": self.cache(3, 5),
+            "recent": self.cache(3, 2),
+        }
+
+
+def write_graphs(
+    blip: BlipForConditionalGeneration,
+    out: Path,
+    normalisation: tuple[float, list[float], list[float]],
+    *,
+    is_int8: bool = False,
+) -> None:
+    """Write encoder.onnx, decoder.onnx and regroup.onnx with their weights beside them into `out`.
+
+    They have the model's own type, float32 or float16; of a float32 model `is_int8` makes the dense layers int8.
+    `normalisation` is export.reference.huggingface.normalisation.
+    """
+    graphs: tuple[tuple[str, Graph, GraphConfig], ...] = (
+        ("encoder", Encoder(blip, *normalisation), EncoderConfig(blip)),
+        ("decoder", DecoderStep(blip), DecoderConfig(blip)),
+        ("regroup", Regroup(blip), RegroupConfig(blip)),
+    )
+    for name, module, config in graphs:
+        path = out / f"{name}.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates its TorchScript exporter, which optimum uses
+            optimum_export(
+                module.eval(), config, path, opset=OPSET, do_constant_folding=False, disable_dynamic_axes_fix=True
+            )
+        model = onnx.load(str(path))
+        for stray in out.glob(f"{name}.onnx?data"):
+            stray.unlink()
+        if is_int8:
+            model = quantise(model, kept_float32(blip.config))
+        _check_operators(model, name)
+        _store_exact_weights_as_fp16(model)
+        _save(model, path)
+
+
+def _check_operators(model: onnx.ModelProto, name: str) -> None:
+    """Only standard operators may be in the files: every runtime must take the same graphs."""
+    foreign = {node.domain for node in model.graph.node if node.domain not in ("", "ai.onnx")}
+    assert not foreign, f"{name}.onnx holds operators of {foreign}"
+
+
+def _store_exact_weights_as_fp16(model: onnx.ModelProto) -> None:
+    """Store float32 weights that are exact in float16 at half the size, with a Cast that runtimes fold at load."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < MIN_FP16_ELEMENTS:
+            continue
+        array = numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), array):
+            continue
+        name, stored = tensor.name, tensor.name + FP16_SUFFIX
+        tensor.CopyFrom(numpy_helper.from_array(half, stored))
+        casts.append(helper.make_node("Cast", [stored], [name], name=f"{name}.cast", to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    """Save with the weights in one file beside the graph, so that a changed graph does not rewrite them."""
+    model.producer_name, model.doc_string = "blip-caption-engine", ""
+    for node in model.graph.node:
+        node.doc_string = ""
+    data = path.with_name(path.name + ".data")
+    path.unlink()
+    onnx.save_model(model, str(path), save_as_external_data=True, location=data.name, size_threshold=MIN_FP16_ELEMENTS)
+    if data.exists():
+        data.chmod(0o644)
+    onnx.checker.check_model(str(path), full_check=True)

@@ -1,0 +1,1 @@
+"""What PyTorch says: Hugging Face's generate, recordings of it, and why a caption differs."""

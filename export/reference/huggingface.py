@@ -1,0 +1,177 @@
+"""What Hugging Face says: the reference side of golden recordings, parity reports, tests and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
+
+from engine.backends.prefix import PrefixBackend
+from engine.options import DecodeOptions
+from export.checkpoints.load import CheckpointError, load_checkpoint
+
+
+@dataclass(frozen=True)
+class ReferenceCaption:
+    """One sequence `generate` returned: ids cut after the first end token, and its score (None when greedy)."""
+
+    ids: tuple[int, ...]
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint as Hugging Face runs it: model (eval, float32), slow image processor and fast tokenizer."""
+
+    model: BlipForConditionalGeneration
+    image_processor: BlipImageProcessor
+    tokenizer: PreTrainedTokenizerFast
+
+    @classmethod
+    def load(cls, checkpoint: Path, image_size: int | None = None) -> Reference:
+        """Load a checkpoint directory; raise CheckpointError where load_checkpoint would, or without a tokenizer."""
+        model = load_checkpoint(checkpoint, image_size)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, use_fast=True)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{checkpoint} has no usable tokenizer ({reason}): add tokenizer.json") from error
+        if (checkpoint / "preprocessor_config.json").is_file():
+            processor = BlipImageProcessor.from_pretrained(checkpoint, local_files_only=True)
+        else:
+            processor = BlipImageProcessor()
+        size = model.config.vision_config.image_size
+        processor.size = {"height": size, "width": size}
+        for name in ("image_mean", "image_std"):
+            value = getattr(processor, name)
+            setattr(processor, name, [float(value)] * 3 if isinstance(value, int | float) else list(value))
+        return cls(model, processor, tokenizer)
+
+    def pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """Return what the processor makes of RGB pictures: f32[B,3,height,width]."""
+        return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+    def prompt_ids(self, prompt: str | None) -> torch.Tensor | None:
+        """Return the processor's ids of a prompt, i64[1,P+1] with [CLS] and [SEP], or None without one."""
+        if not prompt:
+            return None
+        return self.tokenizer(prompt, padding=False, truncation=False, return_tensors="pt")["input_ids"]
+
+    def generate(
+        self, pixel_values: torch.Tensor, options: DecodeOptions, *, with_scores: bool = True
+    ) -> list[list[ReferenceCaption]]:
+        """Caption f32[B,3,height,width]: num_return_sequences captions an image, best first.
+
+        `with_scores` False spares generate the copies that scores cost; ReferenceCaption.score is None then.
+        """
+        images, count = len(pixel_values), options.num_return_sequences
+        with_scores = with_scores and options.num_beams > 1
+        prompt = self.prompt_ids(options.prompt)
+        with torch.inference_mode():
+            output = self.model.generate(
+                pixel_values=pixel_values,
+                # generate writes into the ids it is given
+                input_ids=None if prompt is None else prompt.repeat(images, 1).clone(),
+                return_dict_in_generate=True,
+                output_scores=with_scores,
+                **generate_arguments(options),
+            )
+        prompt_length = 1 if prompt is None else prompt.shape[1] - 1
+        eos = self.model.config.text_config.sep_token_id
+        scores = output.sequences_scores.tolist() if with_scores else [None] * (images * count)
+        captions = [
+            ReferenceCaption(_cut(ids, eos, prompt_length), score)
+            for ids, score in zip(output.sequences.tolist(), scores, strict=True)
+        ]
+        return [captions[i * count : (i + 1) * count] for i in range(images)]
+
+    def caption_log_prob(self, pixel_values: torch.Tensor, ids: tuple[int, ...], prompt_length: int) -> float:
+        """Return the summed log-probability of a caption's ids behind the prompt, in one pass over f32[1,3,h,w]."""
+        sequence = torch.tensor([ids])
+        with torch.inference_mode():
+            output = self.model.text_decoder(
+                input_ids=sequence,
+                attention_mask=torch.ones_like(sequence),
+                encoder_hidden_states=self.model.vision_model(pixel_values)[0],
+                use_cache=False,
+            )
+            rows = torch.log_softmax(output.logits[0].float(), -1)
+        return sum(rows[i - 1, ids[i]].item() for i in range(prompt_length, len(ids)))
+
+
+def normalisation(processor: BlipImageProcessor) -> tuple[float, list[float], list[float]]:
+    """Return (rescale, mean, std) for (x * rescale - mean) / std; 1, 0 and 1 where the processor leaves a part out."""
+    rescale = processor.rescale_factor if processor.do_rescale else 1.0
+    if not processor.do_normalize:
+        return rescale, [0.0] * 3, [1.0] * 3
+    return rescale, list(processor.image_mean), list(processor.image_std)
+
+
+def generate_arguments(options: DecodeOptions) -> dict:
+    """Return generate's keyword arguments; without a longest length none is passed, so generate's default applies."""
+    arguments = {
+        "do_sample": False,
+        "num_beams": options.num_beams,
+        "no_repeat_ngram_size": options.no_repeat_ngram_size,
+        "num_return_sequences": options.num_return_sequences,
+    }
+    if options.num_beams > 1:
+        arguments |= {"length_penalty": options.length_penalty, "early_stopping": options.early_stopping}
+    if options.max_new_tokens is not None:
+        arguments["max_new_tokens"] = options.max_new_tokens
+    elif options.max_length is not None:
+        arguments["max_length"] = options.max_length
+    if options.min_new_tokens is not None:
+        arguments["min_new_tokens"] = options.min_new_tokens
+    else:
+        arguments |= {"min_length": options.min_length, "min_new_tokens": None}
+    return arguments
+
+
+def _cut(ids: list[int], eos: int, prompt_length: int) -> tuple[int, ...]:
+    """Cut after the first end token: what follows is padding (with eos after beam search, with pad after greedy)."""
+    for i in range(prompt_length, len(ids)):
+        if ids[i] == eos:
+            return tuple(ids[: i + 1])
+    return tuple(ids)
+
+
+class UncachedBackend(PrefixBackend):
+    """The decoding core's Backend on Hugging Face's own forward pass, uncached: for tracing a mismatch."""
+
+    name = "torch"
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._last: tuple[bytes, torch.Tensor] | None = None
+
+    def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
+        """Return f32[len(prefixes),V] from an uncached pass over each prefix."""
+        with torch.inference_mode():
+            encoded = self._encode(image)
+            rows = [torch.log_softmax(self._logits(encoded, prefix).float(), -1).numpy() for prefix in prefixes]
+        return np.stack(rows)
+
+    def _encode(self, image: NDArray[np.uint8]) -> torch.Tensor:
+        """Return the image's hidden states f32[1,S,D]; those of the last image are kept."""
+        content = image.tobytes()
+        if self._last is None or self._last[0] != content:
+            hidden = self._reference.model.vision_model(self._reference.pixels([Image.fromarray(image)]))[0]
+            self._last = content, hidden
+        return self._last[1]
+
+    def _logits(self, encoded: torch.Tensor, prefix: tuple[int, ...]) -> torch.Tensor:
+        """Return f32[V] after a prefix."""
+        ids = torch.tensor([prefix])
+        output = self._reference.model.text_decoder(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            encoder_hidden_states=encoded,
+            use_cache=False,
+        )
+        return output.logits[0, -1]

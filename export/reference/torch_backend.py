@@ -1,0 +1,146 @@
+"""A live torch model as a backend of the decoding core: captions while a model is being trained, on its own device.
+
+The modules are those that become the graphs of a bundle (export/graphs/modules.py), so what is said here is what the bundle
+will say. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import BlipForConditionalGeneration, BlipImageProcessor
+
+from engine.decoding.backend import Appetite, StepInputs
+from engine.decoding.beam import Hypothesis, Search
+from engine.decoding.resolve import resolve_search
+from engine.decoding.scheduler import Key, Scheduler
+from engine.options import DecodeOptions
+from export.graphs.modules import DecoderStep, Encoder
+from export.reference.huggingface import normalisation
+
+CPU_APPETITE = Appetite(rows=96, encode_batch=4)
+GPU_APPETITE = Appetite(rows=512, encode_batch=32)
+"""A guess that has never run: no GPU was at hand."""
+
+
+@dataclass
+class TorchCache:
+    """Keys and values of B slots, a pair a layer in each flat list: cross [B,H,S,d], settled [B,H,F,d], recent
+    [B,H,R,d].
+    """
+
+    cross: list[Tensor]
+    settled: list[Tensor]
+    recent: list[Tensor]
+
+
+class TorchBackend:
+    """Implements engine.decoding.backend.Backend with a checkpoint's live weights.
+
+    They may change between captions; leave the model in eval mode while captioning (see `captioning`).
+    """
+
+    name = "torch"
+
+    def __init__(self, model: BlipForConditionalGeneration, processor: BlipImageProcessor) -> None:
+        self._device = model.device
+        self._encoder = Encoder(model, *normalisation(processor)).to(self._device)
+        self._decoder = DecoderStep(model)
+        self._config = model.config
+        self.appetite = CPU_APPETITE if self._device.type == "cpu" else GPU_APPETITE
+
+    def encode(self, pixel_values: NDArray[np.uint8]) -> list[Tensor]:
+        """See Backend.encode."""
+        with torch.inference_mode():
+            return list(self._encoder(torch.from_numpy(pixel_values).to(self._device)))
+
+    def allocate(self, num_slots: int) -> TorchCache:
+        """See Backend.allocate."""
+        text, vision = self._config.text_config, self._config.vision_config
+        heads, width = text.num_attention_heads, text.hidden_size // text.num_attention_heads
+        places = (vision.image_size // vision.patch_size) ** 2 + 1
+
+        def fresh(length: int) -> list[Tensor]:
+            count = 2 * text.num_hidden_layers
+            shape, kind = (num_slots, heads, length, width), self._decoder.weights_type
+            return [torch.zeros(shape, device=self._device, dtype=kind) for _ in range(count)]
+
+        return TorchCache(fresh(places), fresh(0), fresh(0))
+
+    def admit(self, cache: TorchCache, slot: int, encoded: list[Tensor], image: int) -> None:
+        """See Backend.admit."""
+        with torch.inference_mode():
+            for place, new in zip(cache.cross, encoded, strict=True):
+                place[slot] = new[image]
+
+    def step(self, cache: TorchCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See Backend.step."""
+        fed = (inputs.input_ids, inputs.positions, inputs.scores, inputs.banned_ids, inputs.ancestry)
+        with torch.inference_mode():
+            scores, ids, *cache.recent = self._decoder(
+                *(torch.from_numpy(array).to(self._device) for array in fed),
+                torch.tensor([inputs.num_candidates]),
+                cache.cross,
+                cache.settled,
+                cache.recent,
+            )
+        return scores.cpu().numpy(), ids.cpu().numpy()
+
+    def regroup(self, cache: TorchCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """See Backend.regroup."""
+        rows, places = (torch.from_numpy(array).to(self._device) for array in (slots, columns))
+        with torch.inference_mode():
+            cache.cross = [pair[rows] for pair in cache.cross]
+            cache.settled = [
+                torch.cat([old, new], 2)[rows].take_along_dim(places[:, None, :, None], 2)
+                for old, new in zip(cache.settled, cache.recent, strict=True)
+            ]
+            cache.recent = [old[rows, :, :0] for old in cache.recent]
+
+
+def search_of(model: BlipForConditionalGeneration, options: DecodeOptions) -> Search:
+    """Resolve options without a prompt for a model that has no bundle yet; captions end where its positions do."""
+    text = model.config.text_config
+    longest = text.max_position_embeddings
+    if options.max_total_length(1) > longest:
+        options = replace(options, max_new_tokens=longest - 1)
+    return resolve_search(
+        options,
+        prompt=(text.bos_token_id,),
+        eos=text.sep_token_id,
+        vocab_size=text.vocab_size,
+        max_positions=longest,
+    )
+
+
+@contextmanager
+def captioning(model: BlipForConditionalGeneration) -> Iterator[None]:
+    """Put a model into eval mode, and back into its own mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def caption_live(
+    model: BlipForConditionalGeneration,
+    processor: BlipImageProcessor,
+    images: Iterable[tuple[Key, NDArray[np.uint8]]],
+    options: DecodeOptions,
+) -> Iterator[tuple[Key, list[Hypothesis]]]:
+    """Caption (key, pixels u8[height,width,3]) with the weights as they are now; yield as Scheduler.run does.
+
+    Exhaust it before the weights change: the model is in eval mode until then.
+    """
+    backend, search = TorchBackend(model, processor), search_of(model, options)
+    slots = max(1, backend.appetite.rows // search.num_beams)
+    with captioning(model):
+        yield from Scheduler(backend, search, num_slots=slots, encode_batch=backend.appetite.encode_batch).run(images)

@@ -1,0 +1,1 @@
+"""A tiny checkpoint, stand-ins and checks that several tests share."""

@@ -1,0 +1,138 @@
+"""What the benchmarks count, and the pictures they are run on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.roofline import measure_matmul
+from benchmarks.setting.corpus import write_corpus
+from benchmarks.soak import tenth_speed
+from benchmarks.speed.bound import BoundBackend
+from benchmarks.speed.gpu_floor import CONFIGS, DEVICES, floor_s, forced_work, host_s_per_image
+from benchmarks.speed.work import ModelWork, Work, count_work
+from engine.options import DecodeOptions
+from tests.helpers.tiny import random_pictures
+
+EXAMPLES = Path(__file__).parents[3] / "examples/images"
+
+
+def pixels(captioner, count):
+    from engine.inputs.images import read_image
+
+    spec = captioner.bundle.image
+    return np.stack([read_image(p, spec.height, spec.width, spec.resample) for p in random_pictures(count)])
+
+
+def test_the_corpus_is_the_same_every_time_and_no_two_pictures_are_alike(tmp_path):
+    first, second = (write_corpus(tmp_path / name, 40, EXAMPLES) for name in ("a", "b"))
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(first.iterdir())]
+    assert digests == [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(second.iterdir())]
+    assert len(set(digests)) == 40
+
+
+def test_encoder_work_is_what_torch_counts(tiny_checkpoint, tiny_reference):
+    from export.graphs.modules import Encoder
+
+    encoder = Encoder(tiny_reference.model, 1 / 255, [0.5] * 3, [0.5] * 3)
+    size = tiny_reference.model.config.vision_config.image_size
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    # the class position passes through no patch embedding: ModelWork counts it, one position too many
+    vision = tiny_reference.model.config.vision_config
+    patch = 2 * 3 * vision.patch_size**2 * vision.hidden_size
+    assert ModelWork.of(tiny_checkpoint).encoder_flops == counter.get_total_flops() + patch
+
+
+@pytest.mark.parametrize(("rows", "cached"), [(1, 0), (3, 5)])
+def test_a_row_and_a_position_cost_what_torch_counts(tiny_checkpoint, tiny_reference, rows, cached):
+    from export.graphs.modules import DecoderStep
+    from export.graphs.onnx_graphs import DecoderConfig
+
+    step, config = DecoderStep(tiny_reference.model), DecoderConfig(tiny_reference.model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        step(
+            torch.ones(1, rows, dtype=torch.long),
+            torch.zeros(1, rows, dtype=torch.long),
+            torch.zeros(1, rows),
+            torch.full((1, rows, 1), -1),
+            torch.ones(1, rows, cached + rows, dtype=torch.bool),
+            torch.tensor([2]),
+            config.cache(1, config.encoder_positions),
+            config.cache(1, cached),
+            config.cache(1, 0),
+        )
+    model = ModelWork.of(tiny_checkpoint)
+    assert Work(0, 1, rows, rows * (cached + rows)).flops(model) == counter.get_total_flops()
+
+
+def test_only_useful_rows_count(tiny_captioner):
+    """Five images, two beams, captions of exactly four tokens: one row at first, then two, three more times."""
+    options = DecodeOptions(num_beams=2, max_new_tokens=4, min_new_tokens=4)
+    work = count_work(tiny_captioner, pixels(tiny_captioner, 5), options)
+    assert (work.images, work.image_steps, work.rows) == (5, 20, 5 * (1 + 3 * 2))
+    assert work.positions == 5 * (1 + 2 * (2 + 3 + 4))
+
+
+def test_matrix_multiply_speed_is_measured_for_both_libraries():
+    peak = measure_matmul(threads=1, seconds=0.05)
+    assert all(speed > 1e8 for speed in peak.values()), peak
+
+
+def test_the_paper_floor_is_bound_by_arithmetic_or_by_memory():
+    model = ModelWork(1e9, 1e8, 0, 4e8, 4e8, 1e7, 0)
+    work = Work(images=10, image_steps=200, rows=800, positions=0)
+    a100 = DEVICES["a100"]
+    assert floor_s(work, model, a100, 1000, "fp32") == pytest.approx(100 * work.flops(model) / 19.5e12)
+    assert floor_s(work, model, a100, 1000, "fp16") == pytest.approx(100 * work.least_bytes(model, 256) / 1.555e12 / 2)
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("base", 35.1 + 5.6), ("large", 123 + 7.4)])
+def test_the_encoders_arithmetic_is_that_of_vit(name, gflop):
+    """ViT-B/16 takes 17.6 GMACs at 224 px, ViT-L/16 61.6 (Dosovitskiy et al.); cross keys and values come on top."""
+    assert ModelWork.of_config(CONFIGS[name]).encoder_flops == pytest.approx(gflop * 1e9, rel=0.02)
+
+
+def test_forced_captions_feed_every_beam_at_every_step():
+    work = forced_work(images=3, beams=4, tokens=5)
+    assert (work.image_steps, work.rows, work.positions) == (15, 60, 3 * 4 * 15)
+
+
+def test_the_host_alone_is_timed():
+    assert 0 < host_s_per_image(4, images=20, rows=40) < 0.1
+
+
+def test_tenths_are_timed_apart():
+    stamps = [0.1 * i for i in range(1, 91)] + [9.0 + 0.2 * i for i in range(1, 11)]
+    assert tenth_speed(stamps, 1) == pytest.approx(10)
+    assert tenth_speed(stamps, 10) == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("running", "candidates", "needed"),
+    [
+        ([0.0, -9.0, -9.5], [(-1, 0, 5), (-2, 0, 6), (-3, 0, 7), (-9.1, 1, 5)], 1),
+        ([0.0, -2.5, -9.5], [(-1, 0, 5), (-2, 0, 6), (-2.6, 1, 7), (-3, 0, 8)], 2),
+        ([0.0, -9.0, -9.5], [(-1, 0, 5), (-2, 0, 102), (-3, 0, 7), (-9.1, 1, 5)], 2),  # the end token does not count
+        ([0.0, -1.0, -1.5], [(-1, 0, 5), (-2, 0, 6), (-3, 1, 7), (-3.5, 2, 8)], 3),
+    ],
+)
+def test_the_bound_names_the_beams_a_step_needs(running, candidates, needed):
+    backend = BoundBackend(None, vocab_size=30524, eos=102)
+    scores, rows, tokens = (np.array(column) for column in zip(*candidates, strict=True))
+    assert backend._beams_needed(np.array(running), scores, rows, tokens) == needed
+
+
+def test_a_soak_is_drawn_with_its_faults(tmp_path):
+    from benchmarks.plots import plot_soak
+
+    samples = [(float(i), i * 20, 1.0) for i in range(1, 60)]
+    faults = [(10.0, "kill", 200), (30.0, "full disk", 600), (40.0, "term", 800)]
+    parts = {"undisturbed": {"samples": samples}, "disturbed": {"samples": samples, "faults": faults}}
+    plot_soak([{"benchmark": "soak", "setting": {"images": 1200}, **parts}], tmp_path / "soak.png")
+    assert (tmp_path / "soak.png").stat().st_size > 10_000

@@ -1,0 +1,150 @@
+"""What driver and workers say to each other, and a captioner that several callers feed; without a cluster."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from engine.captions import Alternative, Caption
+from engine.cluster.driver import Team, plan_team
+from engine.cluster.messages import (
+    pack_captions,
+    pack_error,
+    pack_failures,
+    pack_images,
+    pack_note,
+    unpack_answer,
+    unpack_images,
+)
+from engine.cluster.stream import CaptionStream
+from engine.cluster.worker import MOST_ATTEMPTS, Attempts, give_up
+from engine.errors import EngineError, ImageError, OutOfMemoryError, UsageError
+from engine.inputs.images import ImageFile, find_images
+from engine.inputs.remote import RemoteFolder
+from tests.helpers.tiny import random_pictures
+
+CAPTION = Caption(
+    "a", (Alternative("A b.", "a b .", (3, 4), -0.1 - 0.2, float.fromhex("-0x1.fffffffffffffp-3")),), 0.1 + 0.2
+)
+
+
+def test_messages_come_back_as_they_were():
+    (back,) = unpack_answer(pack_captions([CAPTION])).captions
+    assert (back, back.latency_s) == (CAPTION, 0.1 + 0.2)
+    assert unpack_answer(pack_failures({"x": "truncated"})).failures == {"x": "truncated"}
+    assert unpack_answer(pack_note("less memory")).note == "less memory"
+    images = [
+        ImageFile("odd", Path("/images/\udcff.png"), 2),
+        ImageFile("far", Path("a/b.png"), 0, RemoteFolder("s3://b/c")),
+    ]
+    assert unpack_images(pack_images(images)) == images
+    assert unpack_images(pack_images([ImageFile("near", Path("near.png"))]))[0].path.is_absolute()
+
+
+@pytest.mark.parametrize(("error", "code"), [(UsageError("no"), 2), (OutOfMemoryError("no"), 1)])
+def test_an_error_keeps_its_words_and_exit_code(error, code):
+    with pytest.raises(EngineError, match=r"^no$") as caught:
+        unpack_answer(pack_error(error))
+    assert caught.value.exit_code == code
+    with pytest.raises(EngineError, match=r"^no \(on the node far\)$"):
+        unpack_answer(pack_error(error, " (on the node far)"))
+
+
+def test_a_block_that_kills_workers_is_named():
+    attempts = Attempts()
+    assert [attempts.begin("one") for _ in range(MOST_ATTEMPTS)][-1] == MOST_ATTEMPTS
+    assert attempts.begin("other") == 1
+    with pytest.raises(EngineError, match=r"died at the images /i/a.png to /i/b.png"):
+        unpack_answer(give_up(pack_images([ImageFile("a", Path("/i/a.png")), ImageFile("b", Path("/i/b.png"))])))
+
+
+ONE, TWO, EIGHT = {"CPU": 2.0}, [{"CPU": 16.0}, {"CPU": 8.0}], [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 8.0}]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "actors", "threads", "team"),
+    [
+        ([ONE], 0, None, None, Team(1, 2, 0, 1)),
+        ([ONE], 0, 2, None, Team(2, 1, 0, 2)),
+        ([ONE], 0, None, 1, Team(2, 1, 0, 2)),
+        (TWO, 0, None, None, Team(3, 8, 0, 2)),
+        (TWO, 0, 6, None, Team(6, 4, 0, 4)),
+        (EIGHT, 8, None, None, Team(8, 1, 1, 8)),
+        (EIGHT, 8, 2, 4, Team(2, 4, 1, 2)),
+        (EIGHT, 8, None, 16, Team(4, 16, 1, 4)),
+    ],
+)
+def test_workers_are_as_many_as_there_is_room_for(nodes, gpus, actors, threads, team):
+    assert plan_team(nodes, gpus, actors=actors, threads=threads) == team
+
+
+def test_more_workers_than_there_is_room_for_are_refused():
+    with pytest.raises(UsageError, match="room for 2 workers with 1 CPUs"):
+        plan_team([ONE], 0, actors=3, threads=None)
+    with pytest.raises(UsageError, match="room for 8 workers with a GPU and 1 CPUs"):
+        plan_team(EIGHT, 8, actors=9, threads=None)
+    with pytest.raises(UsageError, match="room for 0 workers with a GPU and 1 CPUs"):
+        plan_team([{"GPU": 4.0}], 4, actors=None, threads=None)
+    with pytest.raises(EngineError, match="has no CPUs"):
+        plan_team([{"memory": 1.0}], 0, actors=None, threads=None)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[ImageFile]:
+    directory = tmp_path_factory.mktemp("stream")
+    for i, picture in enumerate(random_pictures(24)):
+        picture.save(directory / f"{i:02d}.png")
+    (directory / "05.png").write_bytes(b"no picture")
+    return find_images(directory).images
+
+
+def test_callers_at_one_time_get_their_own_images_in_order(images, tiny_captioner):
+    options = tiny_captioner.bundle.options(num_beams=3)
+    readable = [image for image in images if image.id != "05"]
+    expected = {caption.id: caption.text for caption in tiny_captioner.caption(readable, options)}
+    stream = CaptionStream(tiny_captioner, options, rows=12)
+    answers: dict[int, list] = {}
+
+    def ask(caller: int) -> None:
+        answers[caller] = list(stream.caption(images[caller::3]))
+
+    callers = [threading.Thread(target=ask, args=(caller,)) for caller in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    for caller in range(3):
+        said = [answer for answer in answers[caller] if isinstance(answer, Caption)]
+        assert [caption.id for caption in said] == [i.id for i in images[caller::3] if i.id != "05"]
+        assert all(caption.text == expected[caption.id] for caption in said)
+    assert [str(a) for caller in range(3) for a in answers[caller] if isinstance(a, ImageError)] == [
+        f"{images[5].path}: not an image, or damaged"
+    ]
+
+
+def test_short_of_memory_a_stream_says_so_and_loses_nothing(images, tiny_captioner, monkeypatch):
+    step, options = tiny_captioner.backend.step, tiny_captioner.bundle.options(num_beams=3)
+
+    def tight(cache, inputs):
+        if len(inputs.scores) > 2:
+            raise OutOfMemoryError("bad_alloc")
+        return step(cache, inputs)
+
+    monkeypatch.setattr(tiny_captioner.backend, "step", tight)
+    said = list(CaptionStream(tiny_captioner, options, rows=12).caption(images))
+    assert "memory is short with 4 images side by side: going on with 2" in said
+    assert sorted(answer.id for answer in said if isinstance(answer, Caption)) == [
+        image.id for image in images if image.id != "05"
+    ]
+    assert len([answer for answer in said if isinstance(answer, ImageError)]) == 1
+
+
+def test_an_error_reaches_its_caller_and_the_next_one_is_served(images, tiny_captioner, monkeypatch):
+    stream = CaptionStream(tiny_captioner, tiny_captioner.bundle.options(num_beams=3), rows=12)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_captioner.backend, "step", lambda *_: (_ for _ in ()).throw(EngineError("broken")))
+        with pytest.raises(EngineError, match="broken"):
+            list(stream.caption(images))
+    assert len(list(stream.caption(images))) == len(images)

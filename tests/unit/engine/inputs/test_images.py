@@ -1,0 +1,126 @@
+"""Finding and reading images, friendly and not."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.errors import DataError, ImageError
+from engine.inputs.images import find_images, order_by_manifest, read_image
+from tests.helpers.tiny import random_pictures
+
+
+def test_images_are_found_by_extension_in_name_order_and_the_rest_is_named(tmp_path):
+    for name in ("b.JPG", "a.png", "c.txt", "d.jpeg"):
+        (tmp_path / name).touch()
+    found = find_images(tmp_path)
+    assert [image.id for image in found.images] == ["a", "b", "d"]
+    assert found.ignored == ["c.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        ("ID\nb\na\n", ["b", "a"]),
+        ("b\na", ["b", "a"]),
+        ("\ufeffID,Caption\r\nb,x\r\n", ["b"]),
+        ("\n\na\n\n", ["a"]),
+        ("ID\tCaption\nb\tx\na\ty\n", ["b", "a"]),
+        ("ID|Caption\nb|x, y\n", ["b"]),
+        ('"ID","Caption"\na,"two\nlines, \u2028 more"\nb,x\n', ["a", "b"]),
+    ],
+)
+def test_manifests_choose_and_order(content, ids, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    manifest = tmp_path / "ids.csv"
+    manifest.write_bytes(content.encode())
+    assert [image.id for image in order_by_manifest(find_images(tmp_path).images, manifest)] == ids
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("ID\n", "lists no ids"),
+        ("a\na\n", "more than once: a"),
+        ("a\nz\n", "without an image: z"),
+        ('ID,Caption\na,"open\n', "cannot be read"),
+    ],
+)
+def test_manifests_that_do_not_fit_are_refused(content, sentence, tmp_path):
+    (tmp_path / "a.png").touch()
+    manifest = tmp_path / "ids.csv"
+    manifest.write_text(content)
+    with pytest.raises(DataError, match=sentence):
+        order_by_manifest(find_images(tmp_path).images, manifest)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif", "tif", "webp"])
+def test_every_listed_format_is_read_as_rgb_of_the_wanted_size(suffix, tmp_path):
+    path = tmp_path / f"x.{suffix}"
+    random_pictures(1)[0].save(path)
+    pixels = read_image(path, 20, 30, "bicubic")
+    assert pixels.shape == (20, 30, 3)
+    assert pixels.dtype == np.uint8
+
+
+def test_files_pictures_and_arrays_give_the_same_bytes(tmp_path):
+    picture = random_pictures(1)[0]
+    picture.save(tmp_path / "x.png")
+    expected = read_image(picture, 32, 32, "bicubic")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png", 32, 32, "bicubic"), expected)
+    np.testing.assert_array_equal(read_image(str(tmp_path / "x.png"), 32, 32, "bicubic"), expected)
+    np.testing.assert_array_equal(read_image(np.asarray(picture), 32, 32, "bicubic"), expected)
+
+
+def test_a_format_outside_the_list_is_not_decoded(tmp_path):
+    random_pictures(1)[0].save(tmp_path / "x.ppm")
+    (tmp_path / "x.ppm").rename(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=r"x\.png: not an image, or damaged"):
+        read_image(tmp_path / "x.png", 32, 32, "bicubic")
+
+
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
+    random_pictures(1)[0].save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="decompression bomb"):
+        read_image(tmp_path / "x.png", 32, 32, "bicubic")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff", b"just text"])
+def test_damaged_files_name_themselves(content, tmp_path):
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=r"x\.jpg"):
+        read_image(tmp_path / "x.jpg", 32, 32, "bicubic")
+
+
+def test_hidden_files_directories_and_pipes_are_left_aside(tmp_path):
+    random_pictures(1)[0].save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"resource fork")
+    (tmp_path / "b.png").mkdir()
+    os.mkfifo(tmp_path / "c.png")
+    found = find_images(tmp_path)
+    assert [image.id for image in found.images] == ["a"]
+    assert found.ignored == ["._a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "1", "CMYK", "P", "LA", "F"])
+def test_unusual_modes_are_read(mode, tmp_path):
+    picture = random_pictures(1)[0]
+    picture = (
+        Image.fromarray(np.asarray(picture.convert("L"), np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
+    )
+    suffix = "tif" if mode in ("CMYK", "F") else "png"
+    picture.save(tmp_path / f"x.{suffix}")
+    assert read_image(tmp_path / f"x.{suffix}", 8, 8, "bicubic").shape == (8, 8, 3)
+
+
+def test_an_animation_is_read_by_its_first_frame(tmp_path):
+    first, second = random_pictures(2)
+    first.save(tmp_path / "x.gif", save_all=True, append_images=[second])
+    first.save(tmp_path / "y.gif")
+    animated, still = (read_image(tmp_path / name, 16, 16, "bicubic") for name in ("x.gif", "y.gif"))
+    assert np.abs(animated.astype(int) - still.astype(int)).mean() < 4

@@ -1,0 +1,181 @@
+"""Statistics of a data set: lengths, modalities, sizes, duplicates, overlaps, and their plot."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine.errors import OutputError
+from train.data.dataset import Example, Split
+from train.data.inspect import MODALITIES, NO_MODALITY, inspect_dataset, lines
+from train.learning.plots import draw_dataset
+
+CT, MR, PET = "C0040405", "C0024485", "C0032743"
+
+
+def made(name: str, rows: list[tuple[str, str, tuple[str, ...]]], root: Path = Path()) -> Split:
+    return Split(name, [Example(i, root / f"{i}.png", text, cuis) for i, text, cuis in rows], Path(f"{name}.csv"))
+
+
+def words(*lengths: int) -> list[tuple[str, str, tuple[str, ...]]]:
+    return [(f"i{n}", " ".join(["w"] * length), ()) for n, length in enumerate(lengths)]
+
+
+def test_lengths_are_counted_in_words_and_tokens():
+    stats = inspect_dataset(
+        {"train": made("train", words(1, 2, 2, 9))}, images=False, count_tokens=lambda text: len(text.split()) + 2
+    )
+    found = stats["splits"]["train"]
+    assert found["words"] == {
+        "min": 1,
+        "median": 2.0,
+        "mean": 3.5,
+        "p95": 9,
+        "max": 9,
+        "counts": {"1": 1, "2": 2, "9": 1},
+    }
+    assert found["tokens"]["counts"] == {"3": 1, "4": 2, "11": 1}
+    assert json.loads(json.dumps(stats)) == stats
+    assert "  words a caption: 1 to 9, median 2, mean 3.5, 95 % have at most 9" in lines(stats)
+
+
+def test_the_95th_percentile_is_a_length_that_95_of_100_do_not_exceed():
+    stats = inspect_dataset({"train": made("train", words(*range(1, 101)))}, images=False)
+    assert stats["splits"]["train"]["words"]["p95"] == 95
+
+
+def test_modalities_come_from_concepts_and_never_from_captions():
+    rows = [
+        ("a", "one", (CT, "C0817096")),
+        ("a", "another caption of a", (CT, "C0817096")),
+        ("b", "two", (PET, CT)),
+        ("c", "MRI of the brain, C0024485", ("C0006104",)),
+        ("d", "a CT", ()),
+    ]
+    found = inspect_dataset({"train": made("train", rows)}, images=False)["splits"]["train"]
+    counts = {name: count for name, count in found["modalities"]["counts"].items() if count}
+    assert counts == {MODALITIES[CT]: 2, MODALITIES[PET]: 1, NO_MODALITY: 2}
+    assert (found["modalities"]["images"], found["modalities"]["several"]) == (4, 1)
+    assert found["modalities"]["with_concepts"] == 3
+    assert (found["images"], found["captions"]) == (4, 5)
+
+
+def test_sizes_and_modes_come_from_headers_and_what_has_none_is_named(tmp_path):
+    Image.new("RGB", (30, 10)).save(tmp_path / "a.png")
+    Image.new("L", (10, 20)).save(tmp_path / "b.png")
+    Image.new("L", (20, 60)).save(tmp_path / "c.png")
+    cut = (tmp_path / "c.png").read_bytes()[:60]  # its header is whole, its pixels are not
+    (tmp_path / "c.png").write_bytes(cut)
+    (tmp_path / "d.png").write_bytes(b"none")
+    os.mkfifo(tmp_path / "f.png")
+    rows = [(name, name, ()) for name in "abcdef"]
+    told: list[tuple[int, int]] = []
+    stats = inspect_dataset({"train": made("train", rows, tmp_path)}, progress=lambda *n: told.append(n))
+    sizes = stats["splits"]["train"]["sizes"]
+    assert sizes["width"] == {"min": 10, "median": 20, "max": 30}
+    assert sizes["height"] == {"min": 10, "median": 20, "max": 60}
+    assert sizes["modes"] == {"L": 2, "RGB": 1}
+    assert sizes["not_rgb"] == pytest.approx(2 / 3, abs=1e-4)
+    assert sizes["unread"] == {
+        "count": 3,
+        "first": [
+            ["d", "not an image, or damaged"],
+            ["e", "No such file or directory"],
+            ["f", "not a file, or too large"],
+        ],
+    }
+    assert told == [(6, 6)]
+    assert "  pixels: width 10 to 30, median 20; height 10 to 60, median 20; 66.7% not RGB (L 2, RGB 1)" in lines(stats)
+    assert any(line.startswith("  of unknown size: 3: d (not an image") for line in lines(stats))
+
+
+def test_duplicates_and_overlaps_are_counted_within_splits_and_between_them(tmp_path):
+    shades = {"a": 0, "b": 0, "c": 1, "v": 0, "w": 2, "x": 2}
+    for name, shade in shades.items():
+        Image.new("L", (2, 2), shade).save(tmp_path / f"{name}.png")
+    splits = {
+        "train": made("train", [("a", "one", ()), ("b", " one\n", ()), ("c", "two", ()), ("c", "three", ())], tmp_path),
+        "valid": made("valid", [("v", "two", ()), ("a", "four", ())], tmp_path),
+        "test": made("test", [("w", "five", ()), ("x", "six", ()), ("y", "", ()), ("z", "", ())], tmp_path),
+    }
+    stats = inspect_dataset(splits)
+    files, captions = stats["duplicates"]["files"], stats["duplicates"]["captions"]
+    assert files["within"] == {"train": 1, "valid": 1, "test": 1}
+    assert files["between"] == {"train and valid": 1}
+    assert files["first"] == [["train: a", "train: b", "valid: v", "valid: a"], ["test: w", "test: x"]]
+    assert captions["within"] == {"train": 1}
+    assert captions["between"] == {"train and valid": 1}
+    assert stats["overlaps"] == {
+        "train and valid": {"count": 1, "first": ["a"]},
+        "train and test": {"count": 0, "first": []},
+        "valid and test": {"count": 0, "first": []},
+    }
+    said = lines(stats)
+    assert "ids in train and valid: 1: a" in said
+    assert "ids in train and test: none" in said
+    assert "images with the same caption: 1 repeat an earlier one of train, 1 shared by train and valid; such as " in (
+        "\n".join(said)
+    )
+
+
+def test_a_split_without_examples_has_no_lengths():
+    stats = inspect_dataset({"train": made("train", [])}, images=False)
+    assert stats["splits"]["train"]["words"] is None
+    assert lines(stats)[0] == "train: 0 images, 0 captions (train.csv)"
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, stats: dict, out: Path) -> list[dict[str, list[str]]]:
+    """Return the texts of every panel of a plot that was drawn."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: list[dict[str, list[str]]] = []
+    close = plt.close
+
+    def keep(figure):
+        for axes in figure.axes:
+            legend = axes.get_legend()
+            panels.append(
+                {
+                    "title": [axes.get_title()],
+                    "axes": [axes.get_xlabel(), axes.get_ylabel()],
+                    "legend": [text.get_text() for text in legend.get_texts()] if legend else [],
+                    "bars": [text.get_text() for text in axes.texts],
+                }
+            )
+        close(figure)
+
+    monkeypatch.setattr(plt, "close", keep)
+    draw_dataset(stats, out)
+    return panels
+
+
+def test_the_plot_shows_lengths_and_modalities_and_says_what_it_cuts(tmp_path, monkeypatch):
+    rows = [(f"i{n}", " ".join(["w"] * (n % 30 + 1)), (CT,) if n % 2 else (MR,)) for n in range(300)]
+    splits = {"train": made("train", [*rows, ("long", "w " * 5000, ())]), "valid": made("valid", rows[:10])}
+    stats = inspect_dataset(splits, images=False, count_tokens=lambda text: len(text.split()) + 2)
+    panels = drawn(monkeypatch, stats, tmp_path / "plot.png")
+    assert [panel["title"][0] for panel in panels] == [
+        "Caption length in words",
+        "Caption length in tokens",
+        "Modality, from the concepts",
+    ]
+    assert "(1 of 311 captions are longer, up to 5000: not shown)" in panels[0]["axes"][0]
+    assert panels[0]["legend"] == ["train: 301 captions, median 16", "valid: 10 captions, median 5.5"]
+    assert sorted(panels[2]["bars"]) == sorted(["150", "150", "1", "5", "5", "0"])
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert plot.width > 1500
+
+
+def test_the_plot_leaves_out_what_is_unknown_and_cuts_nothing_it_can_show(tmp_path, monkeypatch):
+    stats = inspect_dataset({"train": made("train", words(1, 2, 3))}, images=False)
+    (panel,) = drawn(monkeypatch, stats, tmp_path / "plot.png")
+    assert panel["axes"] == ["words a caption", "% of the captions of the split"]
+    with pytest.raises(OutputError, match="cannot be written: No such file or directory"):
+        draw_dataset(stats, tmp_path / "nowhere" / "plot.png")

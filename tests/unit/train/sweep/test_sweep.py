@@ -1,0 +1,319 @@
+"""The sweep over numbers of beams: what it says is the engine's, and a sweep that was cut off goes on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.captioner import Captioner
+from engine.errors import BundleError, DataError, EngineError, UsageError
+from engine.inputs.tables import read_table
+from engine.scoring.base import Items, Setting
+from engine.scoring.profiles import make_metric
+from tests.helpers.tiny import make_checkpoint, random_pictures
+from train.data.dataset import Example, Split
+from train.sweep.sweep import Sweep, choose_images, spaced, sweep
+from train.sweep.table1 import PAPER, draw_examples, example_lines
+
+NAMES = [f"case_{i}" for i in range(6)]
+CAPTIONS = ["axial ct of the chest", "mri of the brain", "a large mass", "x-ray", "left lung, 3 cm", "plain view"]
+
+
+def make_data(directory: Path, split: str = "valid") -> Path:
+    """Six pictures; the first one has a second caption."""
+    (directory / split).mkdir(parents=True)
+    for name, picture in zip(NAMES, random_pictures(len(NAMES), seed=3), strict=True):
+        picture.save(directory / split / f"{name}.png")
+    rows = [*zip(NAMES, CAPTIONS, strict=True), (NAMES[0], "ct image showing a nodule")]
+    (directory / f"{split}_captions.csv").write_text("ID,Caption\n" + "".join(f'{n},"{c}"\n' for n, c in rows))
+    return directory
+
+
+@pytest.fixture
+def job(tmp_path, tiny_bundle) -> Sweep:
+    data = make_data(tmp_path / "data")
+    return Sweep(None, data, tmp_path / "out", beams=(3, 1), bundle=tiny_bundle, max_new_tokens=12, examples=0)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[int, list[str]]]:
+    """What the captioner is asked for: (beams, ids) a call."""
+    calls = []
+    caption = Captioner.caption
+
+    def counted(self, images, options, **given):
+        images = list(images)
+        calls.append((options.num_beams, [image.id for image in images]))
+        return caption(self, images, options, **given)
+
+    monkeypatch.setattr(Captioner, "caption", counted)
+    return calls
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_captions_and_scores_are_the_engines_own(job, tiny_captioner):
+    table = sweep(job, quiet)
+    assert [row["beams"] for row in table["rows"]] == [3, 1]
+    references = [(text,) for text in CAPTIONS]
+    references[0] = (CAPTIONS[0], "ct image showing a nodule")
+    said = {}
+    for row in table["rows"]:
+        options = tiny_captioner.bundle.options(num_beams=row["beams"], no_repeat_ngram_size=3, max_new_tokens=12)
+        files = [job.data / "valid" / f"{name}.png" for name in NAMES]
+        expected = {caption.id: caption.text for caption in tiny_captioner.caption(files, options)}
+        said[row["beams"]] = read_table(job.out / f"run_beams_{row['beams']}.csv").single()
+        assert list(said[row["beams"]].items()) == list(expected.items())
+        items = Items(NAMES, list(expected.values()), references)
+        for name in ("rouge1", "bleu1"):
+            metric = make_metric(name, Setting(), {})
+            assert row["scores"][name]["value"] == metric.measure(items).value
+            assert row["scores"][name]["signature"] == metric.signature()
+        assert row["distinct_captions"] == len(set(expected.values()))
+        assert row["images_per_s"] > 0
+    assert said[1] != said[3]  # else nothing above could tell one number of beams from another
+
+
+def test_a_metric_without_weights_is_shown_as_unavailable_in_all_three_tables(job):
+    table = sweep(job, quiet)
+    assert json.loads((job.out / "table1.json").read_text())["rows"] == table["rows"]
+    for row in csv.DictReader(io.StringIO((job.out / "table1.csv").read_text())):
+        assert row["bertscore"] == ""
+        assert row["bertscore_unavailable"].startswith("needs weights: --weights bertscore=DIR")
+        assert float(row["rouge1_low"]) <= float(row["rouge1"]) <= float(row["rouge1_high"])
+    ours = (job.out / "table1.md").read_text().split("## NOT comparable")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ours.splitlines() if line.startswith("|")]
+    assert cells[0] == ["Beam size", "ROUGE-1", "BERTScore", "BLEU-1", "images/s", "distinct captions"]
+    assert [(row[0], row[2]) for row in cells[2:]] == [("3", "unavailable"), ("1", "unavailable")]
+    assert "* BERTScore: unavailable: needs weights" in ours
+    assert table["rows"][0]["scores"]["bleu1"]["signature"] in ours
+    assert "|num_beams:K|no_repeat_ngram_size:3|" in ours
+
+
+def test_the_papers_table_is_set_apart_and_without_its_rows_of_ten_beams(job):
+    sweep(job, quiet)
+    paper = (job.out / "table1.md").read_text().split("## NOT comparable")[1]
+    assert "another task (ROCOv2 / ImageCLEF test data)" in paper
+    assert "| base | 5 | 0.2647 | 0.6596 | - |" in paper
+    assert "| large | 4 | 0.2745 | 0.6680 | 0.2955 |" in paper
+    assert {tuple(rows) for rows in PAPER.values()} == {(1, 3, 4, 5)}
+
+
+def test_what_is_there_is_not_captioned_again(job, asked):
+    first, notes = sweep(job, quiet), []
+    del asked[:]
+    assert sweep(job, notes.append) == first
+    assert asked == []
+    assert sum("not captioned again" in note for note in notes) == 2
+    sweep(replace(job, beams=(1, 2)), quiet)
+    assert [beams for beams, _ in asked] == [2]
+
+
+@pytest.mark.parametrize("what", ["an image", "an option", "the list", "the captions", "the note beside"])
+def test_a_run_of_something_else_is_captioned_again(job, asked, what):
+    job = replace(job, beams=(1,))
+    sweep(job, quiet)
+    before = read_table(job.out / "run_beams_1.csv").single()
+    if what == "an image":
+        random_pictures(1, seed=9)[0].save(job.data / "valid" / "case_2.png")
+    elif what == "an option":
+        job = replace(job, no_repeat_ngram=2)
+    elif what == "the list":
+        job = replace(job, limit=3)
+    elif what == "the captions":
+        (job.out / "run_beams_1.csv").write_text('ID,Caption\ncase_0,"of another kind"\n')
+    else:
+        (job.out / "run_beams_1.json").write_text("[")
+    del asked[:]
+    sweep(job, quiet)
+    assert [len(ids) for _, ids in asked] == [3 if what == "the list" else 6]
+    after = read_table(job.out / "run_beams_1.csv").single()
+    if what != "an option":
+        assert [name for name in after if after[name] != before[name]] == ["case_2"] * (what == "an image")
+
+
+def test_a_sweep_that_is_cut_off_within_a_number_of_beams_goes_on_there(job, asked, monkeypatch):
+    whole = sweep(replace(job, out=job.out.with_name("whole")), quiet)
+    counted = Captioner.caption
+
+    def cut(self, images, options, **given):
+        for i, caption in enumerate(counted(self, images, options, **given)):
+            if options.num_beams == 1 and i == 2:
+                raise KeyboardInterrupt
+            yield caption
+
+    monkeypatch.setattr(Captioner, "caption", cut)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(job, quiet)
+    assert not (job.out / "run_beams_1.csv").exists()
+    monkeypatch.setattr(Captioner, "caption", counted)
+    del asked[:]
+    table = sweep(job, quiet)
+    assert asked == [(1, NAMES[2:])]
+    assert [row["scores"] for row in table["rows"]] == [row["scores"] for row in whole["rows"]]
+    assert (job.out / "run_beams_1.csv").read_bytes() == (job.out.with_name("whole") / "run_beams_1.csv").read_bytes()
+
+
+def test_unreadable_images_are_named_and_no_run_is_written_until_they_are_mended(job, asked):
+    broken = job.data / "valid" / "case_4.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"1 of 6 images cannot be read \(\S*case_4\.png: not an image, or damaged\)"):
+        sweep(job, quiet)
+    assert not list(job.out.glob("run_beams_*.csv"))
+    broken.write_bytes(whole)
+    del asked[:]
+    sweep(job, quiet)
+    assert asked == [(3, ["case_4"]), (1, NAMES)]
+
+
+def test_an_image_that_changes_meanwhile_leaves_no_run(job, monkeypatch):
+    caption = Captioner.caption
+
+    def changing(self, images, options, **given):
+        yield from caption(self, images, options, **given)
+        random_pictures(1, seed=9)[0].save(job.data / "valid" / "case_2.png")
+
+    monkeypatch.setattr(Captioner, "caption", changing)
+    with pytest.raises(EngineError, match=r"1 images changed while the run was going on \(case_2\.png\)"):
+        sweep(job, quiet)
+    assert not list(job.out.glob("run_beams_*"))[1:]  # the journal alone
+
+
+def test_missing_images_stop_a_sweep_before_any_work(job, asked):
+    (job.data / "valid" / "case_1.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 6 images are missing \(case_1\)"):
+        sweep(job, quiet)
+    assert asked == []
+    assert not job.out.exists()
+
+
+def test_one_id_for_two_pictures_is_refused():
+    examples = [Example("a", Path("x/a.png"), "one"), Example("a", Path("y/b.png"), "two")]
+    with pytest.raises(DataError, match=r"a stands for two pictures, a\.png and b\.png"):
+        choose_images(Split("valid", examples, Path("captions.csv")), None)
+
+
+def test_the_test_split_stands_in_for_a_missing_validation_split_and_no_other_does(job, tmp_path):
+    notes = []
+    table = sweep(replace(job, data=make_data(tmp_path / "other", "test")), notes.append)
+    assert table["split"] == "test"
+    assert any("has no split valid: the sweep is made on its split test" in note for note in notes)
+    with pytest.raises(DataError, match="has no split train, only test: choose with --split"):
+        sweep(replace(job, data=tmp_path / "other", split="train"), quiet)
+    with pytest.raises(DataError, match="has no split valid or test, only train: choose with --split"):
+        sweep(replace(job, data=make_data(tmp_path / "third", "train")), quiet)
+
+
+def test_a_limit_takes_images_from_the_whole_of_the_split(job):
+    assert spaced(6, 3) == [0, 2, 4]
+    assert spaced(6, 5) == [0, 1, 2, 3, 4]
+    assert spaced(2, 9) == [0, 1]
+    table = sweep(replace(job, limit=3, beams=(1,)), quiet)
+    assert table["images"] == 3
+    assert list(read_table(job.out / "run_beams_1.csv").captions) == ["case_0", "case_2", "case_4"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beams": ()}, "needs a number of beams"),
+        ({"beams": (0,)}, "num_beams must be a whole number of at least 1"),
+        ({"beams": (1, 40)}, "40 beams are too many for a vocabulary"),
+        ({"max_new_tokens": 500}, "set --max-new-tokens"),
+        ({"metrics": ("rouge9",)}, "unknown metric 'rouge9'"),
+        ({"weights": {"bleurt": Path()}}, "--weights bleurt=... is for no metric of this sweep"),
+        ({"weights": {"bertscore": Path("nowhere")}}, "no folder with config.json"),
+        ({"image_size": 64}, "takes images of 32 x 32 px: leave --image-size 64 out"),
+        ({"bundle": None}, "--checkpoint DIR, or --bundle DIR"),
+        ({"examples": 51}, "change --examples"),
+        ({"limit": 0}, "at least one image"),
+        ({"out": Path(__file__)}, "is a file: name a directory"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_an_image_is_captioned(job, asked, change, message):
+    with pytest.raises(UsageError) as caught:
+        sweep(replace(job, **change), quiet)
+    assert message in str(caught.value)
+    assert asked == []
+
+
+def test_a_checkpoint_is_exported_once_and_again_when_its_weights_change(job, tiny_checkpoint, tmp_path, monkeypatch):
+    from export import bundle as exporter
+
+    exports, export = [], exporter.export_bundle
+
+    def counted(checkpoint, *given, **more):
+        exports.append(checkpoint)
+        return export(checkpoint, *given, **more)
+
+    monkeypatch.setattr(exporter, "export_bundle", counted)
+    job = replace(job, checkpoint=tiny_checkpoint, bundle=None, beams=(1,))
+    first = sweep(job, quiet)
+    assert sweep(job, quiet) == first
+    assert exports == [tiny_checkpoint]
+    assert first["checkpoint"]["sha256"] == exporter.checkpoint_sha256(tiny_checkpoint)
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    second = sweep(replace(job, checkpoint=other), quiet)
+    assert exports == [tiny_checkpoint, other]
+    assert second["bundle"] != first["bundle"]
+    with pytest.raises(UsageError, match="was not exported from"):
+        sweep(replace(job, bundle=job.out / "bundle"), quiet)
+
+
+def test_something_else_in_the_place_of_the_bundle_is_left_alone(job, tiny_checkpoint):
+    (job.out / "bundle").mkdir(parents=True)
+    (job.out / "bundle" / "thesis.txt").write_text("mine")
+    with pytest.raises(BundleError, match="exists and is more than a bundle"):
+        sweep(replace(job, checkpoint=tiny_checkpoint, bundle=None), quiet)
+    assert (job.out / "bundle" / "thesis.txt").read_text() == "mine"
+
+
+def test_two_sweeps_into_one_directory_are_one_too_many(job):
+    refused = []
+
+    def again(note: str) -> None:
+        if "captioned in" in note:
+            refused.append(True)
+            with pytest.raises(EngineError, match="is being written by process"):
+                sweep(job, quiet)
+
+    sweep(job, again)
+    assert refused == [True, True]
+
+
+def test_numbers_of_beams_that_say_the_same_share_a_line_and_control_characters_are_no_lines():
+    lines = example_lines("a", ("one\x07two",), {1: "x", 3: "y\u2028z\ud800", 4: "x"})
+    assert [text for text, _ in lines] == ["a", "reference: one two", "1, 4 beams: x", "3 beams: y z?"]
+
+
+def test_examples_show_captions_as_they_are(tmp_path):
+    """As a formula this dollar text would not parse and the drawing would fail; a glyph no font has, a control
+    character and an empty caption are drawn, too.
+    """
+    from engine.inputs.images import ImageFile
+
+    images = []
+    for name, picture in zip(("one $", "two"), random_pictures(2), strict=True):
+        picture.save(tmp_path / f"{name}.png")
+        images.append(ImageFile(name, tmp_path / f"{name}.png"))
+    texts = {1: ["costs $\\frac{1}{$ a day", ""], 4: ["\u4e00 \U0001f9e0 $x^$", "long " * 400]}
+    runs = {}
+    for beams, said in texts.items():
+        runs[beams] = tmp_path / f"{beams}.jsonl"
+        lines = [json.dumps({"id": image.id, "caption": text}) for image, text in zip(images, said, strict=True)]
+        runs[beams].write_text("\n".join(lines))
+    draw_examples(images, {"one $": ("$_$", "a \x07 bell"), "two": ("plain",)}, runs, tmp_path)
+    drawn = np.asarray(Image.open(tmp_path / "examples.png").convert("L"))
+    assert 750 < drawn.shape[1] < 1000
+    assert 350 < drawn.shape[0] < 600  # the long caption is cut, and its lines have room
+    assert (drawn[:, 300:] < 128).sum() > 2000  # there is text beside the pictures

@@ -1,0 +1,117 @@
+"""Recipes: the paper's schedule, and every setting by flag or file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.errors import UsageError
+from train.learning.trainer import stopped_falling
+from train.recipe import RECIPES, Recipe, load_recipe, parse_changes
+
+
+def rates_of_torch(scheduler_class, epochs, steps_per_epoch, each_step, rate, **settings):
+    """The learning rate of every optimiser step, by torch's own scheduler."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    scheduler = scheduler_class(optimizer, **settings)
+    rates = []
+    for _ in range(epochs):
+        for _ in range(steps_per_epoch):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if each_step:
+                scheduler.step()
+        if not each_step:
+            scheduler.step()
+    return rates
+
+
+def test_medblip_base_has_the_rates_of_the_papers_step_lr():
+    recipe = RECIPES["medblip-base"]
+    assert (recipe.epochs, recipe.learning_rate, recipe.image_size, recipe.max_tokens) == (15, 1e-5, 224, 200)
+    expected = rates_of_torch(
+        torch.optim.lr_scheduler.StepLR, recipe.epochs, 7, False, recipe.learning_rate, step_size=3, gamma=0.1
+    )
+    found = [recipe.learning_rate * recipe.learning_rate_factor(step, 7) for step in range(7 * recipe.epochs)]
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert len(set(expected)) == 5
+
+
+def test_one_cycle_has_the_rates_of_torchs():
+    recipe = Recipe(schedule="one-cycle", learning_rate=3e-4, epochs=4)
+    expected = rates_of_torch(
+        torch.optim.lr_scheduler.OneCycleLR, 4, 25, True, 3e-4, max_lr=3e-4, total_steps=100, pct_start=0.1
+    )
+    found = [3e-4 * recipe.learning_rate_factor(step, 25) for step in range(100)]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_medblip_large_stops_when_the_loss_stops_falling():
+    recipe = RECIPES["medblip-large"]
+    assert (recipe.epochs, recipe.patience) == (5, 1)
+    assert not stopped_falling([3.0, 2.5, 2.4], recipe.patience)
+    assert stopped_falling([3.0, 2.5, 2.5], recipe.patience)
+    assert not stopped_falling([3.0, 2.0, 2.5], 2)
+    assert stopped_falling([3.0, 2.0, 2.5, 2.1], 2)
+    assert not stopped_falling([3.0], 1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "device_batch", "expected"), [(1, 16, (16, 1)), (1, 4, (4, 4)), (8, 16, (2, 1)), (2, 4, (4, 2))]
+)
+def test_a_step_learns_from_the_same_number_of_captions_on_any_number_of_devices(world_size, device_batch, expected):
+    found = Recipe(batch_size=16, device_batch=device_batch).micro_batches(world_size)
+    assert found == expected
+    assert found[0] * found[1] * world_size == 16
+
+
+@pytest.mark.parametrize(("batch_size", "device_batch", "world_size"), [(16, 16, 3), (4, 4, 8), (24, 16, 1)])
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(batch_size, device_batch, world_size):
+    with pytest.raises(UsageError, match=f"batch_size {batch_size}"):
+        Recipe(batch_size=batch_size, device_batch=device_batch).micro_batches(world_size)
+
+
+def test_settings_come_from_the_recipe_then_the_file_then_flags(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: medblip-large\nlearning_rate: 3e-5\nfreeze: [vision, words]\neval_images: null\n")
+    recipe = load_recipe(
+        str(path), parse_changes(("epochs=2", "gradient-checkpointing=true", "reward=rouge1=1 cider=0.1"))
+    )
+    assert (recipe.name, recipe.patience, recipe.learning_rate, recipe.epochs) == ("mine", 1, 3e-5, 2)
+    assert recipe.freeze == ("vision", "words")
+    assert recipe.eval_images is None
+    assert recipe.gradient_checkpointing is True
+    assert recipe.rewards() == {"rouge1": 1.0, "cider": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rat": 1}, "unknown settings learning_rat"),
+        ({"learning_rate": "fast"}, "learning_rate cannot be 'fast'"),
+        ({"epochs": 1.5}, "epochs cannot be 1.5"),
+        ({"epochs": True}, "epochs cannot be True"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"schedule": "cosine"}, "schedule is 'cosine'"),
+        ({"freeze": "lungs"}, "freeze names 'lungs'"),
+        ({"gradient_checkpointing": "maybe"}, "gradient_checkpointing cannot be 'maybe'"),
+        ({"cache_features": True}, "cache_features needs a frozen vision tower"),
+        ({"reward": "rouge1=much"}, "reward 'rouge1=much' is not METRIC=WEIGHT"),
+        ({"augmentation": "flip"}, "augmentation is 'flip'"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(changes, message):
+    with pytest.raises(UsageError, match=message):
+        load_recipe("medblip-base", changes)
+
+
+@pytest.mark.parametrize("content", ["- a list\n", "{", "base: nothing\n"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"bad\.yaml"):
+        load_recipe(str(path))
+    with pytest.raises(UsageError, match="no recipe 'absent'"):
+        load_recipe("absent")
+    with pytest.raises(UsageError, match="give SETTING=VALUE"):
+        parse_changes(("epochs",))

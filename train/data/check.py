@@ -1,0 +1,114 @@
+"""What is wrong with the captioned images of a split, and the rest of it; knows nothing of layouts and models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from engine.errors import DataError, ImageError
+from engine.inputs.images import decode_image
+from train.data.dataset import Split
+from train.data.problems import Problems, is_empty
+
+Progress = Callable[[int, int], None]
+"""Told how many images of how many are done."""
+T = TypeVar("T")
+R = TypeVar("R")
+
+AT_ONCE = 512
+"""Images handed to the threads at a time: Ctrl-C and a full queue of 70,000 both wait for no more."""
+
+
+def check_split(
+    split: Split,
+    *,
+    decode: bool = True,
+    count_tokens: Callable[[str], int] | None = None,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Problems:
+    """Return what reading the split found, and what only its pictures and a tokenizer can tell.
+
+    With `decode` every picture is decoded once, in threads. `count_tokens` returns the length of a caption as the model
+    gets it, and `max_tokens` is what fits: both count [DEC] and [SEP]. Raises EngineError for trouble that is the
+    system's and not the picture's, such as too many open files.
+    """
+    lost = {name for name, _ in split.problems.missing}
+    files = {example.image: example.id for example in split.examples if example.id not in lost} if decode else {}
+    reasons = in_threads(_why_unreadable, list(files), progress)
+    unreadable = [(name, why) for name, why in zip(files.values(), reasons, strict=True) if why]
+    cut = []
+    if count_tokens is not None and max_tokens is not None:
+        for example in split.examples:
+            tokens = count_tokens(example.caption)
+            if tokens > max_tokens:
+                cut.append((example.id, f"{tokens} tokens where {max_tokens} fit"))
+    return replace(split.problems, unreadable=unreadable, cut=cut)
+
+
+def _why_unreadable(path: Path) -> str:
+    try:
+        decode_image(path)
+    except ImageError as error:
+        return error.reason
+    return ""
+
+
+def in_threads(work: Callable[[T], R], items: list[T], progress: Progress | None = None) -> Iterator[R]:
+    """Yield work(item) in the order of the items, computed in as many threads as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(items), AT_ONCE):
+            yield from pool.map(work, items[start : start + AT_ONCE])
+            if progress is not None:
+                progress(min(start + AT_ONCE, len(items)), len(items))
+
+
+def without(split: Split, problems: Problems) -> Split:
+    """Return the split minus missing images, unreadable images and empty captions; raise DataError if nothing is left.
+
+    Of an image with several captions only the empty ones go.
+    """
+    lost = {name for name, _ in (*problems.missing, *problems.unreadable)}
+    silent = {name for name, _ in problems.empty}
+    kept = [
+        example
+        for example in split.examples
+        if example.id not in lost and not (example.id in silent and is_empty(example.caption))
+    ]
+    if not kept:
+        raise DataError(f"{split.captions_file}: no usable example is left of split {split.name}: {_why(problems)}")
+    rest = replace(problems, missing=[], unreadable=[], empty=[])
+    return replace(split, examples=kept, problems=rest)
+
+
+def _why(problems: Problems) -> str:
+    return "; ".join(problems.fatal.lines(1)) or "it had none"
+
+
+def fingerprint(split: Split) -> str:
+    """Return a sha256 (hexadecimal) over ids, captions and image file sizes in bytes, in the order of the examples.
+
+    Pictures are not read, so that 70,000 of them take a second: one replaced by another of the same size goes unseen. A
+    missing file has the size -1. The order counts because training's shuffle starts from it; names of folders do not.
+    """
+    digest = hashlib.sha256()
+    sizes = _sizes(example.image for example in split.examples)
+    for example in split.examples:
+        digest.update(json.dumps([example.id, example.caption, sizes[example.image]]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _sizes(paths: Iterable[Path]) -> dict[Path, int]:
+    sizes = {}
+    for path in dict.fromkeys(paths):
+        try:
+            sizes[path] = path.stat().st_size
+        except OSError:
+            sizes[path] = -1
+    return sizes

@@ -1,0 +1,246 @@
+"""Captioned images of a data set directory, by split, whatever its layout; knows nothing of models.
+
+Layouts are told apart by what is there, split by split, in the order of LAYOUTS; a single table for all splits comes
+last. Ids are those of the captions, and the picture of an id is the file with that stem.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from engine.errors import DataError, UsageError
+from engine.inputs.images import EXTENSIONS, find_images
+from engine.inputs.tables import Table, read_table
+from train.data.layouts import LOOKED_FOR, SPLITS, Place, Source, find_source, find_table, read_concepts
+from train.data.parquet import CONCEPT_COLUMNS, Row, safe_name, split_concepts, unpack
+from train.data.problems import Problems, is_empty
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with one of its captions; `concepts` are UMLS CUIs where the data set has them."""
+
+    id: str
+    image: Path
+    caption: str
+    concepts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """The captioned images of one split ("train", "valid" or "test") in the order of its captions file.
+
+    `problems` is what reading found: missing images, empty captions, repeated ids, images without caption. An example
+    whose image is missing keeps a path where none is.
+    """
+
+    name: str
+    examples: list[Example]
+    captions_file: Path
+    problems: Problems = field(default_factory=Problems)
+
+
+def read_dataset(directory: Path, *, unpack_into: Path | None = None) -> dict[str, Split]:
+    """Return the splits of a data set directory: some of "train", "valid" and "test", in this order.
+
+    An image with several captions (COCO) gives an example for each. Pictures inside parquet files are written once to
+    `unpack_into`/<split>/ (`directory`/unpacked/<split>/ when None). Every folder is listed once and no picture opened.
+    Raises UsageError when there is no such directory, DataError when no layout fits, or when a file is not what it
+    seems, naming it.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is not a directory: wanted is the folder of a data set")
+    place = Place.of(directory)
+    reader = _Reader(place, unpack_into or directory / "unpacked")
+    for name in SPLITS:
+        source = find_source(place, name)
+        if source is not None:
+            reader.read(name, source)
+    if not reader.splits:
+        table = find_table(place)
+        if table is None:
+            raise DataError(f"{directory} is no data set of a known layout: looked for {LOOKED_FOR}")
+        reader.read_all(table)
+    return reader.finish()
+
+
+def hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Return (train, valid): the second takes about `fraction` of the ids, each with all of its captions.
+
+    An id is taken by a hash of itself and the seed alone, so that it stays where it is when images are added. Raises
+    UsageError for a fraction outside 0 to 1, DataError when one of the two would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise UsageError(f"the share to hold out lies between 0 and 1, not at {fraction}")
+    taken = {example.id for example in train.examples if _draw(example.id, seed) < fraction}
+    kept = [example for example in train.examples if example.id not in taken]
+    held = [example for example in train.examples if example.id in taken]
+    if not kept or not held:
+        raise DataError(
+            f"{train.captions_file}: a share of {fraction} of {len(train.examples)} captions leaves "
+            f"{len(kept)} for training and {len(held)} held out: choose another share or seed"
+        )
+    stays = replace(train.problems.select(lambda name: name not in taken), uncaptioned=train.problems.uncaptioned)
+    goes = train.problems.select(taken.__contains__)
+    return replace(train, examples=kept, problems=stays), replace(train, name="valid", examples=held, problems=goes)
+
+
+def _draw(name: str, seed: int) -> float:
+    """Return a number in [0, 1) that depends on nothing but the id and the seed."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:6], "big") / (1 << 48)
+
+
+class _Reader:
+    """Reads the sources of one directory; keeps the listings of its folders, which splits may share."""
+
+    def __init__(self, place: Place, unpack_into: Path) -> None:
+        self.splits: dict[str, Split] = {}
+        self._place = place
+        self._unpack_into = unpack_into
+        self._listings: dict[tuple[Path, bool], dict[str, Path]] = {}
+        self._used: dict[str, dict[str, Path]] = {}
+
+    def read(self, name: str, source: Source) -> None:
+        """Read the captions of one split and find their pictures."""
+        if source.parquet:
+            self._read_parquet(name, source)
+            return
+        concepts = read_concepts(source.concepts) if source.concepts else {}
+        rows = _rows(read_table(source.captions), concepts)
+        self._add(name, source, rows)
+
+    def read_all(self, source: Source) -> None:
+        """Read one table for all splits: by its column `split`, all for training without one."""
+        table = read_table(source.captions)
+        column = next((values for title, values in table.columns.items() if title.lower() == "split"), None)
+        by_split: dict[str, list[Row]] = {name: [] for name in SPLITS}
+        for row in _rows(table, {}):
+            value = "train" if column is None else column.get(row.id, "")
+            name = next((split for split, aliases in SPLITS.items() if value.strip().lower() in aliases), None)
+            if name is None:
+                raise DataError(f"{source.captions}: {row.id} has the split {value!r}: wanted are {', '.join(SPLITS)}")
+            by_split[name].append(row)
+        for name, rows in by_split.items():
+            if rows:
+                self._add(name, source, rows)
+
+    def finish(self) -> dict[str, Split]:
+        """Return the splits, with the pictures that none of them captions: each named once, at the first that could."""
+        used = {example.image for split in self.splits.values() for example in split.examples}
+        for name, listing in self._used.items():
+            left = [path for path in listing.values() if path not in used]
+            used.update(left)
+            found = [(os.path.relpath(path, self._place.directory), "") for path in left]
+            split = self.splits[name]
+            self.splits[name] = replace(split, problems=replace(split.problems, uncaptioned=found))
+        return self.splits
+
+    def _read_parquet(self, name: str, source: Source) -> None:
+        folder = self._unpack_into / name
+        rows = unpack(list(source.parquet), folder)
+        if not rows:
+            raise DataError(f"{source.captions} holds no captions")
+        present = set(os.listdir(folder))
+        reason = "no picture in the parquet file, or deleted after unpacking"
+        lost = {row.id: reason for row in rows if row.file is None or row.file.name not in present}
+        examples = [
+            Example(row.id, row.file or folder / f"{safe_name(row.id)}.jpg", row.caption, row.concepts) for row in rows
+        ]
+        self.splits[name] = Split(name, examples, source.captions, _problems(examples, lost, one_each=True))
+
+    def _add(self, name: str, source: Source, rows: list[Row]) -> None:
+        ids = list(dict.fromkeys(row.id for row in rows))
+        folder, listing, looked = self._choose_folder(source, ids)
+        examples, lost = [], {}
+        for row in rows:
+            image = _find(listing, row.id)
+            if image is None:
+                lost[row.id] = f"no such picture in {looked}"
+                image = folder / f"{safe_name(row.id)}.jpg"
+            examples.append(Example(row.id, image, row.caption, row.concepts))
+        self._used[name] = listing
+        self.splits[name] = Split(name, examples, source.captions, _problems(examples, lost, source.one_each))
+
+    def _choose_folder(self, source: Source, ids: list[str]) -> tuple[Path, dict[str, Path], str]:
+        """Return the folder of the pictures, its listing, and where was looked, in words.
+
+        The first folder with half of the pictures is it, else the one with most. A folder that cannot be used (two
+        pictures with one id) stops the run only when there is no other with any of the pictures.
+        """
+        best: tuple[int, Path, dict[str, Path]] = (0, source.folders[0][0], {})
+        looked, trouble = [], None
+        for folder, deep in source.folders:
+            try:
+                listing = self._list(folder, deep)
+            except UsageError as error:
+                trouble = trouble or error
+                continue
+            looked.append(self._shown(folder))
+            hits = sum(_find(listing, name) is not None for name in ids) if listing else 0
+            if hits > best[0]:
+                best = (hits, folder, listing)
+            if 2 * hits >= len(ids):
+                break
+        if best[0]:
+            return best[1], best[2], self._shown(best[1])
+        if trouble is not None:
+            raise DataError(f"{source.captions}: its pictures cannot be listed: {trouble}") from trouble
+        return best[1], {}, ", ".join(dict.fromkeys(looked)) or self._shown(self._place.directory)
+
+    def _shown(self, folder: Path) -> str:
+        return os.path.relpath(folder, self._place.directory) + "/" if folder != self._place.directory else f"{folder}/"
+
+    def _list(self, folder: Path, deep: bool) -> dict[str, Path]:
+        key = (folder, deep)
+        if key not in self._listings:
+            try:
+                images = find_images(folder, recursive=deep).images if _holds_pictures(folder, deep) else []
+            except OSError as error:
+                raise UsageError(f"{error.filename or folder} cannot be listed: {error.strerror}") from error
+            self._listings[key] = {image.id: image.path for image in images}
+        return self._listings[key]
+
+
+def _holds_pictures(folder: Path, deep: bool) -> bool:
+    """Return whether find_images, for which a folder without pictures is an error, will find one."""
+    for _, folders, files in os.walk(folder):
+        if any(Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".") for name in files):
+            return True
+        folders[:] = [name for name in folders if not name.startswith(".")] if deep else []
+    return False
+
+
+def _find(listing: dict[str, Path], name: str) -> Path | None:
+    """Return the picture of an id, which may also be written as a file name."""
+    path = listing.get(name)
+    if path is None and Path(name).suffix.lower() in EXTENSIONS:
+        path = listing.get(Path(name).stem)
+    return path
+
+
+def _rows(table: Table, concepts: dict[str, tuple[str, ...]]) -> list[Row]:
+    if not concepts:
+        columns = [values for title, values in table.columns.items() if title.lower() in CONCEPT_COLUMNS]
+        concepts = {name: tuple(split_concepts(value)) for values in columns[:1] for name, value in values.items()}
+    return [
+        Row(name, None, caption, concepts.get(name, ()))
+        for name, captions in table.captions.items()
+        for caption in captions
+    ]
+
+
+def _problems(examples: Iterable[Example], lost: dict[str, str], one_each: bool) -> Problems:
+    counts = Counter(example.id for example in examples)
+    empty = [
+        (example.id, "white space only" if example.caption else "no text")
+        for example in examples
+        if is_empty(example.caption)
+    ]
+    repeated = [(name, f"{count} captions") for name, count in counts.items() if count > 1] if one_each else []
+    return Problems(missing=list(lost.items()), empty=empty, repeated=repeated)

@@ -1,0 +1,251 @@
+"""Where a data set directory keeps captions, concepts and pictures of a split; reads file names and headers only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import DataError, UsageError
+from engine.inputs.images import EXTENSIONS
+from engine.inputs.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, MAX_FIELD_CHARS, read_text, shorten
+from train.data.parquet import CONCEPT_COLUMNS, split_concepts
+
+SPLITS = {
+    "train": ("train", "training"),
+    "valid": ("valid", "validation", "val", "dev"),
+    "test": ("test", "testing"),
+}
+"""Splits by our name, with the names others give them."""
+DELIMITED = (".csv", ".tsv", ".txt")
+TABLES = (*DELIMITED, ".jsonl", ".json")
+SINGLE = ("captions.csv", "pairs.jsonl", "metadata.csv", "metadata.jsonl", "captions.jsonl", "captions.tsv")
+METADATA = ("metadata.csv", "metadata.jsonl")
+LOOKED_FOR = (
+    "{split}_captions.csv and the like (ROCOv2, ImageCLEF), {split}-*.parquet, {split}/metadata.csv or .jsonl, "
+    "annotations/captions_{split}*.json (COCO), {split}/radiology/captions.txt (ROCO), {split}.jsonl, .csv, .tsv or "
+    f".json, pictures in {{split}}/ with a text file beside each, {', '.join(SINGLE)}, where split is train, valid or "
+    "test"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory's entries that are not hidden, sorted: names of its folders and of its files."""
+
+    directory: Path
+    folders: tuple[str, ...]
+    files: tuple[str, ...]
+
+    @classmethod
+    def of(cls, directory: Path) -> Place:
+        """List a directory, an empty one where there is none; raise UsageError when it cannot be listed."""
+        folders: list[str] = []
+        files: list[str] = []
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if not entry.name.startswith("."):
+                        (folders if entry.is_dir() else files).append(entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise UsageError(f"{directory} cannot be listed: {error.strerror}") from error
+        return cls(directory, tuple(sorted(folders)), tuple(sorted(files)))
+
+    def of_split(self, split: str) -> list[Path]:
+        """Return the folders of a split, those with the plainest names first: train before train_images."""
+        own = [name for name in self.folders if split_of(name) == split]
+        return [self.directory / name for name in sorted(own, key=lambda name: (len(name), name))]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the captions of a split are, and which folders may hold its pictures, with what is in them or without.
+
+    `one_each`: the layout has one caption an image. `parquet`: the files that hold pictures and captions, if they do.
+    """
+
+    captions: Path
+    folders: tuple[tuple[Path, bool], ...]
+    concepts: Path | None = None
+    one_each: bool = False
+    parquet: tuple[Path, ...] = ()
+
+
+def split_of(name: str) -> str | None:
+    """Return the split a file or folder is named after, None for none or several: train2017 is, trainval is not."""
+    words = {re.sub(r"\d+$", "", word) for word in re.split(r"[^a-z0-9]+", name.lower())}
+    found = [split for split, aliases in SPLITS.items() if words & set(aliases)]
+    return found[0] if len(found) == 1 else None
+
+
+def find_source(place: Place, split: str) -> Source | None:
+    """Return where a split is, None when no layout fits; raise DataError when two files could be meant."""
+    for layout in LAYOUTS:
+        source = layout(place, split)
+        if source is not None:
+            return source
+    return None
+
+
+def find_table(place: Place) -> Source | None:
+    """Return the one table (or folder of pictures and text files) of a directory without files for each split."""
+    name = next((name for name in SINGLE if name in place.files), None)
+    if name is not None:
+        return Source(place.directory / name, _picture_folders(place))
+    if _has_sidecars(place):
+        return Source(place.directory, ((place.directory, False),), one_each=True)
+    return None
+
+
+def _picture_folders(place: Place, split: str = "", first: tuple[Path, ...] = ()) -> tuple[tuple[Path, bool], ...]:
+    """Return the folders that may hold the pictures of a split; the directory itself comes last, flat and then deep."""
+    images = Place.of(place.directory / "images")
+    own = place.of_split(split) if split else []
+    folders = [*first, *(folder / "images" for folder in own), *own]
+    folders += [*(images.of_split(split) if split else []), images.directory]
+    return (*((folder, True) for folder in folders), (place.directory, False), (place.directory, True))
+
+
+def _parquet(place: Place, split: str) -> Source | None:
+    for here in (place, Place.of(place.directory / "data")):
+        files = [name for name in here.files if name.lower().endswith(".parquet") and split_of(name) == split]
+        if files:
+            paths = tuple(here.directory / name for name in files)
+            return Source(paths[0], (), one_each=True, parquet=paths)
+    return None
+
+
+def _captions_file(place: Place, split: str) -> Source | None:
+    """ROCOv2 and ImageCLEF: {split}_captions.csv and names like it, in the directory or in the split's folder."""
+    for here in (place, *map(Place.of, place.of_split(split))):
+        allowed = TABLES if here is place else (".csv", ".tsv")
+        named = [name for name in here.files if split_of(name) == split and name.lower().endswith(allowed)]
+        exact = [name for name in named if _is_exactly(name, split, ("captions", "caption"))]
+        loose = [name for name in named if "caption" in name.lower()]
+        labels = [name for name in named if _is_exactly(name, split, ("labels",))]
+        candidates = exact or [
+            name for name in loose or labels if not (name.lower().endswith(DELIMITED) and _is_concepts(here, name))
+        ]
+        if candidates:
+            captions = here.directory / _only(here, candidates, f"captions of {split}")
+            concepts = _concepts_file(here, split, captions.name)
+            return Source(captions, _picture_folders(place, split), concepts, captions.suffix.lower() in DELIMITED)
+    return None
+
+
+def _concepts_file(here: Place, split: str, captions: str) -> Path | None:
+    """Return {split}_concepts.csv, or else the one file whose name or header speaks of the split's concepts."""
+    named = [name for name in here.files if split_of(name) == split and name.lower().endswith(DELIMITED)]
+    named = [name for name in named if name != captions]
+    exact = [name for name in named if _is_exactly(name, split, ("concepts",))]
+    loose = [name for name in named if _speaks_of_concepts(name) or _is_concepts(here, name)]
+    candidates = exact or loose
+    return here.directory / _only(here, candidates, f"concepts of {split}") if candidates else None
+
+
+def _is_exactly(name: str, split: str, words: tuple[str, ...]) -> bool:
+    return Path(name).stem.lower() in {f"{alias}_{word}" for alias in SPLITS[split] for word in words}
+
+
+def _speaks_of_concepts(name: str) -> bool:
+    return any(word.startswith(("concept", "cui")) for word in re.split(r"[^a-z]+", name.lower()))
+
+
+def _is_concepts(here: Place, name: str) -> bool:
+    """Return whether a header names concepts and no captions: both tasks of ImageCLEF have a {split}_labels.csv."""
+    try:
+        with (here.directory / name).open("rb") as stream:
+            header = stream.readline(4096).decode("utf-8-sig", "replace").lower()
+    except OSError as error:
+        raise UsageError(f"{here.directory / name} cannot be read: {error.strerror}") from error
+    words = {word.strip("\" \r\n'") for word in re.split(r"[,\t|]", header)}
+    return bool(words & set(CONCEPT_COLUMNS)) and not words & set(CAPTION_COLUMNS)
+
+
+def _only(here: Place, names: list[str], what: str) -> str:
+    if len(names) > 1:
+        raise DataError(f"{here.directory} holds several files of {what}: {shorten(names)}: keep one, move the others")
+    return names[0]
+
+
+def _imagefolder(place: Place, split: str) -> Source | None:
+    for folder in place.of_split(split):
+        name = next((name for name in METADATA if (folder / name).is_file()), None)
+        if name is not None:
+            return Source(folder / name, _picture_folders(place, split, (folder,)), one_each=True)
+    return None
+
+
+def _coco(place: Place, split: str) -> Source | None:
+    here = Place.of(place.directory / "annotations")
+    names = [n for n in here.files if n.lower().endswith(".json") and "caption" in n.lower() and split_of(n) == split]
+    if not names:
+        return None
+    return Source(here.directory / _only(here, names, f"captions of {split}"), _picture_folders(place, split))
+
+
+def _roco(place: Place, split: str) -> Source | None:
+    for folder in place.of_split(split):
+        captions = folder / "radiology" / "captions.txt"
+        if captions.is_file():
+            return Source(captions, ((folder / "radiology" / "images", True),), one_each=True)
+    return None
+
+
+def _file_of_split(place: Place, split: str) -> Source | None:
+    wanted = [alias + suffix for alias in SPLITS[split] for suffix in TABLES if suffix != ".txt"]  # often mere ids
+    names = [name for name in place.files if name.lower() in wanted]
+    if not names:
+        return None
+    return Source(place.directory / _only(place, names, f"captions of {split}"), _picture_folders(place, split))
+
+
+def _sidecars(place: Place, split: str) -> Source | None:
+    for folder in place.of_split(split):
+        if _has_sidecars(Place.of(folder)):
+            return Source(folder, ((folder, False),), one_each=True)
+    return None
+
+
+def _has_sidecars(here: Place) -> bool:
+    pictures = {Path(name).stem for name in here.files if Path(name).suffix.lower() in EXTENSIONS}
+    return any(name.endswith(".txt") and Path(name).stem in pictures for name in here.files)
+
+
+LAYOUTS = (_parquet, _captions_file, _imagefolder, _coco, _roco, _file_of_split, _sidecars)
+"""In this order: pictures inside parquet first, what is told by the least (text files beside pictures) last."""
+
+
+def read_concepts(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read a table headed ID and CUIs, delimited by commas, TABs or bars; raise DataError naming file and line."""
+    rows = _table_rows(path)
+    header = [name.strip().lower() for name in next(rows, (0, []))[1]]
+    ids, cells = ([name for name in names if name in header] for names in (ID_COLUMNS, CONCEPT_COLUMNS))
+    if not ids or not cells:
+        raise DataError(f"{path} is no table of concepts: its header names no ID and CUIs")
+    place_of_id, place_of_concepts = header.index(ids[0]), header.index(cells[0])
+    concepts = {}
+    for number, row in rows:
+        if len(row) != len(header):
+            raise DataError(f"{path}, line {number}: {len(row)} columns where the header has {len(header)}")
+        concepts[row[place_of_id]] = tuple(split_concepts(row[place_of_concepts]))
+    return concepts
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and fields of every line of a delimited table that holds something."""
+    text = read_text(path)
+    header = text.partition("\n")[0]
+    delimiter = next((one for one in DELIMITERS if one in header), ",")
+    csv.field_size_limit(MAX_FIELD_CHARS)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        yield from ((reader.line_num, row) for row in reader if row)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from error

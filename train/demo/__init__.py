@@ -1,0 +1,1 @@
+"""The demo checkpoint, trained from packaged MRI volumes. Start at build.py."""

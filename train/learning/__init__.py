@@ -1,0 +1,1 @@
+"""One run of training: the loop, rewards, evaluation, and what is left in its directory."""

@@ -1,0 +1,98 @@
+"""What a model is worth after an epoch: its loss, and the scores of captions it generates, by the engine's own code.
+
+Shared among the processes of a distributed run. Knows nothing of optimisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+from transformers import BlipForConditionalGeneration
+
+from engine.bundle.tokenizer import detokenise
+from engine.options import DecodeOptions
+from engine.scoring.base import Items, Setting
+from engine.scoring.profiles import make_metric
+from export.reference.huggingface import Reference
+from export.reference.torch_backend import caption_live, captioning
+from train.data.batches import IGNORED, Collator, PixelSpec
+from train.data.dataset import Example
+from train.learning.processes import gather, process_place, share_of
+
+LOSS = "loss"
+
+
+def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Return the summed cross entropy of logits f32[B,L,V] and the labels i64[B,L] that come after each, f32[].
+
+    As BlipTextLMHeadModel.forward computes it (transformers 4.57), but summed, so that a mean over several batches
+    can be taken over their tokens.
+    """
+    predicted, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    return F.cross_entropy(predicted, targets, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Judges a model on `examples`. `metrics` are names of `engine score`; captions are decoded by `options`."""
+
+    reference: Reference
+    examples: Sequence[Example]
+    metrics: tuple[str, ...]
+    options: DecodeOptions
+    max_tokens: int
+    batch_size: int
+    setting: Setting = field(default_factory=Setting)
+
+    def evaluate(self) -> tuple[dict[str, float], list[tuple[str, str]]]:
+        """Return (loss and metrics by name, (id, caption) pairs) over all processes' shares.
+
+        The loss is the mean over tokens, without label smoothing. Of an image with several captions each counts for the
+        loss, and all are its references.
+        """
+        model, (rank, world_size) = self.reference.model, process_place()
+        mine = [self.examples[i] for i in share_of(len(self.examples), rank, world_size)]
+        with captioning(model):
+            sums = np.sum([*self._losses(model, mine), (0.0, 0)], axis=0)
+        loss, tokens = np.sum(gather([tuple(sums.tolist())]), axis=0)
+        references = references_by_id(self.examples)
+        ids = list(references)
+        pictures = {example.id: example.image for example in self.examples}
+        my_ids = [ids[i] for i in share_of(len(ids), rank, world_size)]
+        captions = dict(gather(list(self._captions(model, my_ids, pictures))))
+        items = Items(ids, [captions[one] for one in ids], [references[one] for one in ids])
+        found = {name: make_metric(name, self.setting, {}).measure(items).value for name in self.metrics}
+        return {LOSS: float(loss / max(1, tokens))} | found, [(one, captions[one]) for one in ids]
+
+    def _losses(self, model: BlipForConditionalGeneration, mine: Sequence[Example]) -> Iterator[tuple[float, int]]:
+        """Yield (summed loss, tokens) of batches."""
+        spec = PixelSpec.of(self.reference.image_processor)
+        collator = Collator(self.reference.tokenizer, model.config.text_config.bos_token_id, self.max_tokens)
+        with torch.inference_mode():
+            for start in range(0, len(mine), self.batch_size):
+                part = mine[start : start + self.batch_size]
+                items = [{"pixel_values": spec.normalise(spec.read(e.image)), "caption": e.caption} for e in part]
+                batch = {name: tensor.to(model.device) for name, tensor in collator(items).items()}
+                labels = batch.pop("labels")
+                yield sum_of_losses(model(**batch).logits, labels).item(), int((labels != IGNORED).sum())
+
+    def _captions(
+        self, model: BlipForConditionalGeneration, ids: Sequence[str], pictures: dict
+    ) -> Iterator[tuple[str, str]]:
+        spec = PixelSpec.of(self.reference.image_processor)
+        pixels: Iterator[tuple[str, NDArray[np.uint8]]] = ((one, spec.read(pictures[one])) for one in ids)
+        for one, hypotheses in caption_live(model, self.reference.image_processor, pixels, self.options):
+            yield one, detokenise(self.reference.tokenizer.decode(hypotheses[0].ids, skip_special_tokens=True))
+
+
+def references_by_id(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
+    """Return the captions of each image, in the order of first appearance."""
+    references: dict[str, tuple[str, ...]] = {}
+    for example in examples:
+        references[example.id] = (*references.get(example.id, ()), example.caption)
+    return references

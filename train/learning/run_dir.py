@@ -1,0 +1,137 @@
+"""What a run leaves behind: its record, its best models and its log; knows nothing of how models are trained."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+from engine.files.atomic import write_atomically
+from engine.files.lock import OutputLock
+from engine.files.run_files import write_run
+from export.bundle import generation_defaults
+from export.reference.huggingface import Reference
+from train.learning.evaluate import LOSS
+from train.recipe import Recipe
+
+EVALUATION = "evaluation.json"
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "pillow")
+WITHOUT_EFFECT = ("device_batch", "workers")
+"""Settings that change how the work is shared and no result, so that a run may go on with others."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The best epochs' models in `directory`, judged by the recipe's metric; everything is read from disk, so that a
+    resumed run knows of those before.
+    """
+
+    directory: Path
+    recipe: Recipe
+
+    def add(
+        self, epoch: int, metrics: dict[str, float], captions: Sequence[tuple[str, str]], reference: Reference
+    ) -> None:
+        """Keep a model as epoch_NN and point `best` to the best one; drop what is no longer among the best."""
+        target, half = self.directory / f"epoch_{epoch:02d}", self.directory / f".epoch_{epoch:02d}.tmp"
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        save_checkpoint(reference, half)
+        write_run(half / "valid.csv", captions)
+        (half / EVALUATION).write_text(json.dumps({"epoch": epoch, "metrics": metrics}) + "\n")
+        _remove(target)
+        half.replace(target)
+        ranked = self.ranked()
+        _point_to(self.directory.parent / "best", ranked[0][1])
+        for _, directory, _ in ranked[self.recipe.keep :]:
+            _remove(directory)
+
+    def ranked(self) -> list[tuple[int, Path, dict[str, float]]]:
+        """Return (epoch, directory, metrics), the best first, the earlier one of equals."""
+        found = []
+        for path in sorted(self.directory.glob("epoch_*")):
+            try:
+                content = json.loads((path / EVALUATION).read_text())
+            except (OSError, ValueError):
+                continue  # a power cut left it half written
+            found.append((content["epoch"], path, content["metrics"]))
+        metric = self.recipe.metric
+        sign = 1 if metric == LOSS else -1
+        return sorted(found, key=lambda entry: (sign * entry[2][metric], entry[0]))
+
+
+def save_checkpoint(reference: Reference, directory: Path) -> None:
+    """Write a plain Hugging Face directory: weights, configuration, tokenizer and image processor.
+
+    Saving the decoder alone, as the Trainer does with cached features, moves generation settings out of the
+    configuration into the decoder's generation_config, which BLIP loses on the way to disk: they are put back.
+    """
+    for name, value in generation_defaults(reference).items():
+        setattr(reference.model.config.text_config, name, value)
+    reference.model.save_pretrained(directory, safe_serialization=True)
+    reference.tokenizer.save_pretrained(directory)
+    reference.image_processor.save_pretrained(directory)
+
+
+def _remove(directory: Path) -> None:
+    """Delete a directory; cut off in the middle, nothing of it is left under its name."""
+    if directory.exists():
+        doomed = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        directory.replace(doomed)
+        shutil.rmtree(doomed)
+
+
+def _point_to(link: Path, target: Path) -> None:
+    new = link.with_name(f".{link.name}.tmp")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target.relative_to(link.parent))
+    new.replace(link)
+
+
+def write_log(out: Path, history: list[dict[str, Any]]) -> None:
+    """Write the Trainer's log and draw it."""
+    from train.learning.plots import draw_curves
+
+    write_atomically(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+    draw_curves(history, out / "curves.png")
+
+
+@contextmanager
+def locked(out: Path, rank: int) -> Iterator[None]:
+    """Let one run at a time work on a directory."""
+    if rank:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with OutputLock(out / "run.json"):
+        yield
+
+
+def claim(out: Path, recipe: Recipe, record: dict[str, Any]) -> None:
+    """Write run.json, or compare with the one that is there: a directory holds one run.
+
+    `record` says what the run is made of besides the recipe. Raises UsageError naming what differs.
+    """
+    settings = {name: value for name, value in recipe.settings().items() if name not in WITHOUT_EFFECT}
+    record = {"recipe": settings} | record
+    path = out / "run.json"
+    if not path.exists():
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        shared = {name: value for name, value in recipe.settings().items() if name in WITHOUT_EFFECT}
+        write_atomically(path, json.dumps(record | shared | {"versions": versions}, indent=1) + "\n")
+        return
+    found = json.loads(path.read_text())
+    changed = [name for name in record if name != "recipe" and found.get(name) != record[name]]
+    changed += [name for name, value in settings.items() if found.get("recipe", {}).get(name) != value]
+    if changed:
+        raise UsageError(
+            f"{out} holds another run, with another {', '.join(changed)}: choose another --out, or delete it to start "
+            "afresh"
+        )

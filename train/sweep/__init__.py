@@ -1,0 +1,1 @@
+"""The seed paper's Table 1 for any checkpoint. Start at sweep.py."""

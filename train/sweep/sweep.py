@@ -1,0 +1,326 @@
+"""The seed paper's Table 1 for any checkpoint: captions and scores of one split by number of beams.
+
+    OUT/bundle/            the exported checkpoint, unless a bundle is given
+    OUT/run_beams_K.csv    captions with K beams; run_beams_K.json says what they were made with
+    OUT/references.jsonl   what they are scored against, by `engine score` too
+    OUT/table1.md, .csv, .json and examples.png
+
+Knows nothing of decoding and metrics, which are the engine's, and of layouts of data sets (train/data/dataset.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.bundle.manifest import Bundle
+from engine.bundle.signature import run_signature
+from engine.captioner import Captioner
+from engine.errors import BundleError, DataError, UsageError
+from engine.files.atomic import file_sha256, write_atomically
+from engine.files.lock import OutputLock
+from engine.inputs.images import ImageFile
+from engine.inputs.tables import shorten
+from engine.options import DecodeOptions
+from engine.run.fingerprints import fingerprint, run_key
+from engine.run.job import Outputs
+from engine.run.pipeline import Progress, keep, open_record, write
+from engine.run.record import RunRecord
+from engine.run.source import LocalSource
+from engine.scoring.base import Setting
+from engine.scoring.neural import weights_folder
+from engine.scoring.profiles import make_metric
+from engine.scoring.score import Report, Request, score_run
+from train.data.dataset import Split, read_dataset
+from train.sweep.table1 import PAPER, REFERENCES, as_csv, as_markdown, draw_examples
+
+Say = Callable[[str], None]
+
+TELL_EVERY_S = 30.0
+MOST_EXAMPLES = 50
+"""A taller picture nears what a PNG is good for."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as it was asked for. One of `checkpoint` and `bundle` is needed; both must be of the same weights.
+
+    `image_size` is in px. `limit` takes that many images, evenly spaced. `weights` are folders for neural metrics.
+    """
+
+    checkpoint: Path | None
+    data: Path
+    out: Path
+    beams: tuple[int, ...] = (1, 3, 4, 5, 10)
+    split: str = "valid"
+    no_repeat_ngram: int = 3
+    max_new_tokens: int | None = None
+    image_size: int | None = None
+    bundle: Path | None = None
+    metrics: tuple[str, ...] = ("rouge1", "bertscore", "bleu1")
+    weights: dict[str, Path] = field(default_factory=dict)
+    limit: int | None = None
+    examples: int = 6
+    unpack_into: Path | None = None
+
+
+def sweep(job: Sweep, say: Say) -> dict[str, Any]:
+    """Caption and score a split with every number of beams, write the tables and return what table1.json holds.
+
+    Goes on where the same job was cut off. Raises UsageError, DataError (missing or unreadable images, too),
+    BundleError, CheckpointError or OutputError; a metric that is unavailable is reported, not raised.
+    """
+    setting = check_request(job)
+    split = choose_split(job, say)
+    images, references = choose_images(split, job.limit)
+    job.out.mkdir(parents=True, exist_ok=True)
+    with OutputLock(job.out / "table1.json") as lock:
+        if lock.note:
+            say(lock.note)
+        bundle = prepare_bundle(job, say)
+        runs = caption_runs(job, bundle, images, say)
+        lines = (json.dumps({"id": name, "captions": several}) for name, several in references.items())
+        write_atomically(job.out / REFERENCES, "\n".join(lines) + "\n")
+        rows = [score_row(job, run, images, setting, say) for run in runs]
+        table = {
+            "checkpoint": dict(bundle.checkpoint),
+            "bundle": bundle.digest,
+            "image_size": [bundle.image.height, bundle.image.width],
+            "data": str(job.data),
+            "split": split.name,
+            "images": len(images),
+            "references": sum(map(len, references.values())),
+            "metrics": list(dict.fromkeys(job.metrics)),
+            "rows": rows,
+            "paper_not_comparable": PAPER,
+        }
+        write_atomically(job.out / "table1.md", as_markdown(table))
+        write_atomically(job.out / "table1.csv", as_csv(table))
+        if job.examples:
+            shown = [images[place] for place in spaced(len(images), job.examples)]
+            draw_examples(shown, references, {row["beams"]: job.out / row["run"] for row in rows}, job.out)
+        write_atomically(job.out / "table1.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    return table
+
+
+def check_request(job: Sweep) -> Setting:
+    """Refuse, before any work is spent, what would fail hours later; return what the metrics need."""
+    if not job.beams or not job.metrics:
+        raise UsageError("a sweep needs a number of beams and a metric: --beams 1,3,4,5,10 --metrics rouge1,bleu1")
+    for beams in job.beams:
+        DecodeOptions(num_beams=beams, no_repeat_ngram_size=job.no_repeat_ngram, max_new_tokens=job.max_new_tokens)
+    if not 0 <= job.examples <= MOST_EXAMPLES:
+        raise UsageError(f"examples.png shows 0 to {MOST_EXAMPLES} images, not {job.examples}: change --examples")
+    if job.limit is not None and job.limit < 1:
+        raise UsageError(f"--limit takes at least one image, not {job.limit}")
+    if job.out.exists() and not job.out.is_dir():
+        raise UsageError(f"--out {job.out} is a file: name a directory")
+    setting = Setting(weights=job.weights)
+    for name in job.metrics:
+        make_metric(name, setting, {})
+    taken = {*job.metrics, *(["clipscore"] if "refclipscore" in job.metrics else [])}
+    for name in job.weights:
+        if name not in taken:
+            raise UsageError(f"--weights {name}=... is for no metric of this sweep: {', '.join(job.metrics)}")
+        weights_folder(setting, name, name)
+    return setting
+
+
+def choose_split(job: Sweep, say: Say) -> Split:
+    """Return the split to caption: the one asked for, `test` in place of a missing `valid`. Raises DataError."""
+    splits = read_dataset(job.data, unpack_into=job.unpack_into)
+    name = job.split
+    if name == "valid" and name not in splits and "test" in splits:
+        say(f"{job.data} has no split valid: the sweep is made on its split test")
+        name = "test"
+    if name not in splits:
+        wanted = "valid or test" if name == "valid" else name
+        raise DataError(f"{job.data} has no split {wanted}, only {', '.join(splits)}: choose with --split")
+    split = splits[name]
+    for line in split.problems.lines():
+        say(f"{name}: {line}")
+    return split
+
+
+def choose_images(split: Split, limit: int | None) -> tuple[list[ImageFile], dict[str, tuple[str, ...]]]:
+    """Return the images of a split, each once and in its order, and their references by id.
+
+    Raises DataError where files are missing, or one id has two of them.
+    """
+    files: dict[str, Path] = {}
+    references: dict[str, tuple[str, ...]] = {}
+    for example in split.examples:
+        if files.setdefault(example.id, example.image) != example.image:
+            raise DataError(
+                f"{split.captions_file}: {example.id} stands for two pictures, {files[example.id].name} and "
+                f"{example.image.name}: give each an id of its own"
+            )
+        references[example.id] = (*references.get(example.id, ()), example.caption)
+    ids = [list(files)[place] for place in spaced(len(files), limit or len(files))]
+    missing = [name for name in ids if not files[name].is_file()]
+    if missing:
+        raise DataError(
+            f"{split.captions_file}: {len(missing)} of {len(ids)} images are missing ({shorten(missing, 3)}): "
+            "add the files, or take their rows out"
+        )
+    return [ImageFile(name, files[name]) for name in ids], {name: references[name] for name in ids}
+
+
+def spaced(count: int, wanted: int) -> list[int]:
+    """Return `wanted` places of `count`, evenly spaced, or all: captions often come sorted by kind."""
+    return list(range(count)) if wanted >= count else [i * count // wanted for i in range(wanted)]
+
+
+def prepare_bundle(job: Sweep, say: Say) -> Bundle:
+    """Return the bundle given, or the one exported into `out` before if it is of this checkpoint, or export it."""
+    if job.checkpoint is None:
+        if job.bundle is None:
+            raise UsageError("a sweep needs a model: --checkpoint DIR, or --bundle DIR")
+        return _of_size(Bundle.load(job.bundle), job.image_size)
+    from export.bundle import ExportError, checkpoint_sha256, export_bundle
+    from export.checkpoints.load import processor_size
+
+    digest = checkpoint_sha256(job.checkpoint)
+    if job.bundle is not None:
+        bundle = _of_size(Bundle.load(job.bundle), job.image_size)
+        if bundle.checkpoint.get("sha256") != digest:
+            raise UsageError(f"{job.bundle} was not exported from {job.checkpoint}: leave one of the two out")
+        return bundle
+    out = job.out / "bundle"
+    if out.exists():
+        size = (job.image_size, job.image_size) if job.image_size else processor_size(job.checkpoint)
+        try:
+            bundle = Bundle.load(out)
+            if bundle.checkpoint.get("sha256") == digest and size in (None, (bundle.image.height, bundle.image.width)):
+                say(f"{out} is of this checkpoint: taken as it is")
+                return bundle
+            say(f"{out} is of another checkpoint or image size: exporting again")
+        except BundleError as error:
+            say(f"{error}: exporting again")
+    try:
+        return export_bundle(job.checkpoint, out, say, image_size=job.image_size)
+    except ExportError as error:
+        raise BundleError(str(error)) from error
+
+
+def _of_size(bundle: Bundle, size: int | None) -> Bundle:
+    found = (bundle.image.height, bundle.image.width)
+    if size is not None and found != (size, size):
+        raise UsageError(f"{bundle.path} takes images of {found[0]} x {found[1]} px: leave --image-size {size} out")
+    return bundle
+
+
+def caption_runs(job: Sweep, bundle: Bundle, images: list[ImageFile], say: Say) -> list[dict[str, Any]]:
+    """Caption the images with every number of beams, in the order given; return what is known of each run."""
+    captioner = Captioner.load(bundle.path)
+    given = {"no_repeat_ngram_size": job.no_repeat_ngram, "max_new_tokens": job.max_new_tokens}
+    options = [bundle.options(num_beams=k, num_return_sequences=1, **given) for k in dict.fromkeys(job.beams)]
+    for one in options:
+        captioner.search(one)  # what does not fit the bundle is refused before hours are spent on what does
+    return [caption_run(captioner, one, images, job.out, say) for one in options]
+
+
+def caption_run(
+    captioner: Captioner, options: DecodeOptions, images: list[ImageFile], out: Path, say: Say
+) -> dict[str, Any]:
+    """Caption the images into run_beams_K.csv, unless it is there and of the same bundle, options and images.
+
+    `images_per_s` includes reading; None when all captions come from the journal of a run that was cut off.
+    """
+    beams = options.num_beams
+    path = out / f"run_beams_{beams}.csv"
+    source = LocalSource(captioner)
+    signature = run_signature(source.bundle, source.backend_name, options)
+    made_with = f"{signature}|{source.environment}"
+    files = json.dumps([fingerprint(image.path) for image in images])
+    key = hashlib.sha256((run_key(images, made_with) + files).encode()).hexdigest()
+    known = _known_run(path, key)
+    if known is not None:
+        say(f"beams {beams}: {path.name} is there, of the same bundle, options and images: not captioned again")
+        return known
+
+    def tell(line: str) -> None:
+        say(f"beams {beams}: {line}")
+
+    outputs = Outputs(path)
+    with open_record(images, source, options, outputs, tell) as record:
+        seconds = keep(source.captions(options, record, tell), record, now_and_then(tell))
+        _check_failures(record)
+        write(record, outputs, options, tell)
+    new = len(record.captions) - record.resumed
+    speed = new / seconds if new else None
+    say(f"beams {beams}: {new} images captioned in {seconds:.1f} s")
+    run = {"beams": beams, "run": path.name, "signature": signature, "images_per_s": speed}
+    beside = run | {"key": key, "sha256": file_sha256(path)}
+    write_atomically(path.with_suffix(".json"), json.dumps(beside, indent=1) + "\n")
+    return run
+
+
+def now_and_then(tell: Say) -> Progress:
+    """Return a progress that is told in a line now and then: a sweep may write to a file for days."""
+
+    @contextmanager
+    def progress(length: int) -> Iterator[Callable[[int], None]]:
+        told = time.perf_counter()
+
+        def advance(done: int) -> None:
+            nonlocal told
+            if time.perf_counter() - told > TELL_EVERY_S:
+                told = time.perf_counter()
+                tell(f"{done} of {length} images")
+
+        yield advance
+
+    return progress
+
+
+def _check_failures(record: RunRecord) -> None:
+    if record.failures:
+        named = "; ".join(str(error) for error in record.failures[:3])
+        more = f"; and {len(record.failures) - 3} more" if len(record.failures) > 3 else ""
+        raise DataError(
+            f"{len(record.failures)} of {len(record.images)} images cannot be read ({named}{more}): mend them in "
+            "place and run the same command again, which captions only these"
+        )
+
+
+def _known_run(path: Path, key: str) -> dict[str, Any] | None:
+    """Return what is known of a finished run with this key whose captions are still those that were written."""
+    try:
+        known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if known["key"] == key and known["sha256"] == file_sha256(path):
+            return {name: known[name] for name in ("beams", "run", "signature", "images_per_s")}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # a file that is missing or damaged is none
+    return None
+
+
+def score_row(job: Sweep, run: dict[str, Any], images: list[ImageFile], setting: Setting, say: Say) -> dict[str, Any]:
+    """Score one run as `engine score` does; return its row of the table."""
+    folders = {image.path.parent for image in images}
+    is_listed = len(folders) == 1 and all(image.path.stem == image.id for image in images)
+    wants_images = is_listed and {"clipscore", "refclipscore"} & set(job.metrics)
+    request = Request(
+        job.out / run["run"],
+        job.out / REFERENCES,
+        images=folders.pop() if wants_images else None,
+        metrics=tuple(dict.fromkeys(job.metrics)),
+        setting=setting,
+    )
+    report = score_run(request, lambda line: say(f"beams {run['beams']}: {line}"))
+    return run | {"scores": _scores(report), "distinct_captions": len(set(report.items.candidates))}
+
+
+def _scores(report: Report) -> dict[str, dict[str, Any]]:
+    return {
+        score.name: {"unavailable": score.unavailable}
+        if score.unavailable
+        else {"value": score.value, "low": score.low, "high": score.high, "signature": score.signature}
+        for score in report.scores
+    }
