@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from engine.backends.plans import MODULES, build_plans, target_for
 from engine.backends.shapes import Bounds
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
+from engine.cli.group import OneLine
 from engine.errors import EngineError
 from engine.inputs.images import decode_image, find_images, read_image
 from engine.machine.info import collect_info
@@ -183,17 +183,7 @@ def summary(entry: dict[str, Any]) -> str:
     return f"as the CPU: {same}; PyTorch's: {golden[0]}/{golden[1]}; images/s: {speeds or 'not timed'}; {loads}"
 
 
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Turn what a user can cause into one line and exit code 1."""
-    try:
-        yield
-    except (EngineError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-
-
-@click.command()
+@click.command(cls=OneLine)
 @click.option("--bundle", "bundles", type=click.Path(path_type=Path), multiple=True, help="Several for precisions.")
 @click.option("--json", "out", type=click.Path(path_type=Path), required=True, help="Report to write.")
 @click.option("--backends", default=",".join(CHECKS), show_default=True)
@@ -207,31 +197,30 @@ def main(
     """Check backends, say the results and keep them."""
     chosen, numbers = tuple(backends.split(",")), [int(number) for number in rows.split(",") if number]
     paths = bundles or (Bundle.load().path,)
-    with errors_in_one_line():
-        if one is not None:
-            found = check_one(Bundle.load(paths[0]), one, images, numbers, out.parent / "plans")
-            out.write_text(json.dumps(found) + "\n")
-            return
-        unknown = set(chosen) - {"cpu", *CHECKS}
-        if unknown:
-            raise EngineError(f"--backends knows no {', '.join(sorted(unknown))}: there are cpu, {', '.join(CHECKS)}")
-        gpu = asdict(find_gpu("look at --backends cpu")) if set(chosen) - {"cpu"} else None
-        report: dict[str, Any] = {
-            "benchmark": "gpu_check",
-            "machine": describe_machine(),
-            "gpu": gpu,
-            "info": collect_info(),
-            "warning": clashing_runtimes(),
-            "entries": [],
-        }
-        for path in paths:
-            for entry in check_bundle(path, chosen, images, numbers, timeout_s):
-                report["entries"].append(entry)
-                out.write_text(json.dumps(report, indent=1) + "\n")  # after each: none is lost by the next
-                click.echo(f"{entry['backend']}, {entry['precision']}: {summary(entry)}", err=True)
-        click.echo(out)
-        if any("error" in entry for entry in report["entries"]):
-            sys.exit(1)
+    if one is not None:
+        found = check_one(Bundle.load(paths[0]), one, images, numbers, out.parent / "plans")
+        out.write_text(json.dumps(found) + "\n")
+        return
+    unknown = set(chosen) - {"cpu", *CHECKS}
+    if unknown:
+        raise EngineError(f"--backends knows no {', '.join(sorted(unknown))}: there are cpu, {', '.join(CHECKS)}")
+    gpu = asdict(find_gpu("look at --backends cpu")) if set(chosen) - {"cpu"} else None
+    report: dict[str, Any] = {
+        "benchmark": "gpu_check",
+        "machine": describe_machine(),
+        "gpu": gpu,
+        "info": collect_info(),
+        "warning": clashing_runtimes(),
+        "entries": [],
+    }
+    for path in paths:
+        for entry in check_bundle(path, chosen, images, numbers, timeout_s):
+            report["entries"].append(entry)
+            out.write_text(json.dumps(report, indent=1) + "\n")  # after each: none is lost by the next
+            click.echo(f"{entry['backend']}, {entry['precision']}: {summary(entry)}", err=True)
+    click.echo(out)
+    if any("error" in entry for entry in report["entries"]):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 First 500 images and then all, undisturbed, each in a process of its own: the last tenth must be as fast as the second,
 and memory what 500 images need. Then the same corpus with unreadable files mixed in, while the run is killed,
-terminated and starved of disk (benchmarks.survival.faults). The corpus is made on the spot. Exits with 1 when something does
+terminated and starved of disk (survival/faults.py). The corpus is made on the spot. Exits with 1 when something does
 not hold.
 """
 

@@ -1,4 +1,4 @@
-"""Every error the engine raises on purpose; each message says what, which file and what to do, in one line."""
+"""Every error raised on purpose, here and in export and train: what, which file and what to do, in one line."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ class DataError(EngineError):
 
 class BundleError(EngineError):
     """A bundle is incomplete, damaged or of another format."""
+
+
+class CheckpointError(EngineError):
+    """A checkpoint is not one that can be used; the message names the directory and the remedy."""
+
+
+class ExportError(EngineError):
+    """An export did not end in a bundle that says what PyTorch says."""
+
+
+class AssetError(EngineError):
+    """A package with data for the demo cannot be had, or holds something else."""
 
 
 class ImageError(EngineError):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
-
 from engine.backends import open_backend
 from engine.bundle.manifest import FORMAT, MANIFEST, Bundle
 from engine.captioner import Captioner
-from engine.files.atomic import file_sha256
+from engine.errors import CheckpointError, ExportError
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
 from engine.options import GENERATION_SETTINGS, Runtime, options_from
-from export.checkpoints.load import CheckpointError, ExportError
-from export.conversion import convert, write_manifest
+from export.conversion import convert
 from export.graphs.onnx_graphs import write_graphs
+from export.manifest import describe_checkpoint, write_manifest
 from export.reference.golden import record_golden
 from export.reference.huggingface import Reference, UncachedBackend, normalisation
 from export.reference.trace import explain
@@ -55,7 +51,8 @@ def export_bundle(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         draft = Path(temporary) / "bundle"
         draft.mkdir()
-        manifest = _manifest(reference, checkpoint)  # before optimum switches use_cache off in every config it meets
+        # before the graphs are written: optimum switches use_cache off in every config it meets
+        manifest = describe_checkpoint(reference, checkpoint)
         _write_files(reference, draft, say)
         write_manifest(draft, manifest)
         say("replaying the golden recordings")
@@ -139,56 +136,3 @@ def check_supported(reference: Reference, checkpoint: Path) -> None:
         raise CheckpointError(
             f"{checkpoint} asks for what the engine does not do ({listed}): remove it and export again"
         )
-
-
-def generation_defaults(reference: Reference) -> dict:
-    """Return the checkpoint's generation settings that differ from Hugging Face's own."""
-    return {
-        name: value
-        for name, value in reference.model.text_decoder.generation_config.to_diff_dict().items()
-        if name in GENERATION_SETTINGS and value is not None
-    }
-
-
-def _manifest(reference: Reference, checkpoint: Path) -> dict:
-    """Return everything but the files' sha256."""
-    model, processor = reference.model, reference.image_processor
-    text, vision = model.config.text_config, model.config.vision_config
-    _, mean, std = normalisation(reference.image_processor)
-    return {
-        "format": FORMAT,
-        "precision": "fp32",
-        "model": {
-            "num_layers": text.num_hidden_layers,
-            "num_heads": text.num_attention_heads,
-            "head_width": text.hidden_size // text.num_attention_heads,
-            "vocab_size": text.vocab_size,
-            "max_positions": text.max_position_embeddings,
-            "encoder_positions": (vision.image_size // vision.patch_size) ** 2 + 1,
-        },
-        "image": {
-            "height": vision.image_size,
-            "width": vision.image_size,
-            "resample": Image.Resampling(processor.resample).name.lower(),
-            "mean": mean,
-            "std": std,
-        },
-        "tokens": {"bos": text.bos_token_id, "eos": text.sep_token_id, "pad": text.pad_token_id},
-        "generation": generation_defaults(reference),
-        "clean_up_tokenization_spaces": bool(reference.tokenizer.clean_up_tokenization_spaces),
-        "checkpoint": {"name": checkpoint.resolve().name, "sha256": checkpoint_sha256(checkpoint)},
-        "restore": {  # what `python -m export.restore` needs and the engine does not read
-            "config": model.config.to_diff_dict(),
-            "image_processor": processor.to_dict(),
-            "tokenizer": {
-                name: reference.tokenizer.init_kwargs.get(name) for name in ("do_lower_case", "strip_accents")
-            },
-        },
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "optimum", "onnx")},
-    }
-
-
-def checkpoint_sha256(checkpoint: Path) -> str:
-    """Hash the sha256 of every weights file, in name order."""
-    digests = "".join(file_sha256(path) for path in sorted(checkpoint.glob("*.safetensors")))
-    return hashlib.sha256(digests.encode()).hexdigest()

@@ -19,11 +19,11 @@ import numpy as np
 from engine.backends import Backend, open_backend
 from engine.bundle.manifest import MANIFEST, Bundle
 from engine.captioner import Captioner
-from engine.files.atomic import file_sha256
+from engine.errors import ExportError
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
 from engine.options import Runtime, options_from
-from export.checkpoints.load import ExportError
 from export.graphs.onnx_graphs import write_graphs
+from export.manifest import write_manifest
 from export.precision import PrecisionReport, Saying, compare_sayings, encoder_error, forced_log_prob, summary
 from export.reference.huggingface import Reference, normalisation
 from export.reference.torch_backend import TorchBackend
@@ -66,13 +66,6 @@ def convert(reference: Reference, float32: Bundle, out: Path, precision: str, sa
     if failed:
         raise ExportError(f"{precision} scores captions too differently from float32: {failed}: export fp32")
     return out
-
-
-def write_manifest(draft: Path, manifest: dict) -> None:
-    """Write a bundle's manifest with the sha256 of every other file in its directory."""
-    files = {path.name: file_sha256(path) for path in sorted(draft.iterdir()) if path.name != MANIFEST}
-    text = json.dumps(manifest | {"files": files}, indent=1, sort_keys=True)
-    (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def _check_numbers(float32: Captioner, others: list[Backend], precision: str) -> float:

@@ -21,14 +21,15 @@ from PIL import Image
 
 from engine.captioner import Captioner
 from engine.captions import Alternative
+from engine.cli.group import OneLine
+from engine.cli.shared import PATH
 from engine.decoding.beam import Hypothesis
-from engine.errors import EngineError, ImageError, UsageError
+from engine.errors import CheckpointError, EngineError, ImageError, UsageError
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
-from export.bundle import checkpoint_sha256
 from export.checkpoints.hub import find_checkpoint
-from export.checkpoints.load import CheckpointError
+from export.manifest import checkpoint_sha256
 from export.reference.golden import golden_pictures
 from export.reference.huggingface import Reference, ReferenceCaption, UncachedBackend
 from export.reference.trace import (
@@ -185,10 +186,10 @@ def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
         raise click.BadParameter(f"{value!r} is not a list of numbers like 1,3,4") from error
 
 
-@click.command()
+@click.command(cls=OneLine)
 @click.option("--checkpoint", required=True, help="BLIP captioning checkpoint (safetensors): a folder, or a hub's id.")
-@click.option("--bundle", type=click.Path(path_type=Path), required=True)
-@click.option("--images", type=click.Path(path_type=Path), help="Directory of pictures; synthetic ones when absent.")
+@click.option("--bundle", type=PATH, required=True)
+@click.option("--images", type=PATH, help="Directory of pictures; synthetic ones when absent.")
 @click.option("--limit", type=click.IntRange(1), help="Use only the first N pictures.")
 @click.option("--beams", callback=_numbers, default="1,3,4,5,10", show_default=True)
 @click.option("--no-repeat-ngram", callback=_numbers, default="0,3", show_default=True)
@@ -196,37 +197,33 @@ def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
 @click.option("--prompt", help="Text every caption starts with.")
 @click.option("--image-size", type=click.IntRange(1), help="As given to `python -m export`.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Pictures a generate call.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON report to write.")
+@click.option("--out", type=PATH, required=True, help="JSON report to write.")
 def main(
     checkpoint, bundle, images, limit, beams, no_repeat_ngram, max_new_tokens, prompt, image_size, batch_size, out
 ) -> None:
     """Compare a bundle with Hugging Face generate, id for id."""
-    try:
-        check_outputs({"--out": out}, [])
-        checkpoint = find_checkpoint(checkpoint)
-        reference = Reference.load(checkpoint, image_size)
-        captioner = Captioner.load(bundle, backend="cpu")
-        _check_float32(captioner)
-        if captioner.bundle.checkpoint["sha256"] != checkpoint_sha256(checkpoint):
-            click.echo(f"note: {bundle} was exported from other weights files than {checkpoint} holds", err=True)
-        _check_same_shape(reference, captioner)
-        pictures = load_pictures(images, captioner.bundle.image.height, limit)
-        base = captioner.bundle.options(prompt=prompt, max_new_tokens=max_new_tokens)
-        reports = []
-        for count in beams:
-            for size in no_repeat_ngram:
-                options = replace(base, num_beams=count, no_repeat_ngram_size=size)
-                report = compare_setting(reference, captioner, pictures, options, batch_size)
-                reports.append(report)
-                click.echo(
-                    f"beams {count:2}, no-repeat {size}: {report.identical}/{report.images} identical, "
-                    f"{len(report.mismatches) - report.real} ties, {report.real} real, "
-                    f"{report.identical_text}/{report.identical} same text, "
-                    f"largest score difference {report.max_score_difference:.1e}"
-                )
-    except (CheckpointError, EngineError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(getattr(error, "exit_code", 1))
+    check_outputs({"--out": out}, [])
+    checkpoint = find_checkpoint(checkpoint)
+    reference = Reference.load(checkpoint, image_size)
+    captioner = Captioner.load(bundle, backend="cpu")
+    _check_float32(captioner)
+    if captioner.bundle.checkpoint["sha256"] != checkpoint_sha256(checkpoint):
+        click.echo(f"note: {bundle} was exported from other weights files than {checkpoint} holds", err=True)
+    _check_same_shape(reference, captioner)
+    pictures = load_pictures(images, captioner.bundle.image.height, limit)
+    base = captioner.bundle.options(prompt=prompt, max_new_tokens=max_new_tokens)
+    reports = []
+    for count in beams:
+        for size in no_repeat_ngram:
+            options = replace(base, num_beams=count, no_repeat_ngram_size=size)
+            report = compare_setting(reference, captioner, pictures, options, batch_size)
+            reports.append(report)
+            click.echo(
+                f"beams {count:2}, no-repeat {size}: {report.identical}/{report.images} identical, "
+                f"{len(report.mismatches) - report.real} ties, {report.real} real, "
+                f"{report.identical_text}/{report.identical} same text, "
+                f"largest score difference {report.max_score_difference:.1e}"
+            )
     passed = all(report.passed for report in reports)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")}
     document = {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
@@ -23,7 +22,9 @@ from numpy.typing import NDArray
 
 from engine.backends import Backend, StepInputs
 from engine.captioner import Captioner
-from engine.errors import EngineError, UsageError
+from engine.cli.group import OneLine
+from engine.cli.shared import PATH
+from engine.errors import UsageError
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import find_images, read_image
 from engine.options import DecodeOptions
@@ -183,41 +184,37 @@ def summary(report: PrecisionReport) -> str:
     )
 
 
-@click.command()
-@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="The bundle in question.")
-@click.option("--against", type=click.Path(path_type=Path), required=True, help="Its fp32 twin.")
-@click.option("--images", type=click.Path(path_type=Path), required=True, help="Directory of pictures.")
+@click.command(cls=OneLine)
+@click.option("--bundle", type=PATH, required=True, help="The bundle in question.")
+@click.option("--against", type=PATH, required=True, help="Its fp32 twin.")
+@click.option("--images", type=PATH, required=True, help="Directory of pictures.")
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--no-repeat-ngram", type=click.IntRange(0), default=3, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="All cores when absent.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON report to write.")
+@click.option("--out", type=PATH, required=True, help="JSON report to write.")
 def main(
     bundle: Path, against: Path, images: Path, beams: int, no_repeat_ngram: int, threads: int | None, out: Path
 ) -> None:
     """Compare a bundle's captions with those of its float32 twin."""
-    try:
-        check_outputs({"--out": out}, [])
-        float32, other = (Captioner.load(path, backend="cpu", threads=threads) for path in (against, bundle))
-        check_twins(float32, other)
-        options = replace(float32.bundle.options(), num_beams=beams, no_repeat_ngram_size=no_repeat_ngram)
-        report = compare_bundles(float32, other, images, options)
-        spec = float32.bundle.image
-        found = find_images(images).images[:ENCODED_PICTURES]
-        some = [read_image(i.path, spec.height, spec.width, spec.resample, frame=i.frame) for i in found]
-        error = encoder_error(float32.backend, other.backend, np.stack(some))
-        document = {
-            "bundle": other.bundle.digest,
-            "precision": other.bundle.precision,
-            "against": float32.bundle.digest,
-            "onnxruntime": importlib.metadata.version("onnxruntime"),
-            "encoder_error": error,
-            "share": report.share,
-            **asdict(report),
-        }
-        write_atomically(out, json.dumps(document, indent=1) + "\n")
-    except (EngineError, OSError) as failure:
-        click.echo(f"error: {failure}", err=True)
-        sys.exit(getattr(failure, "exit_code", 1))
+    check_outputs({"--out": out}, [])
+    float32, other = (Captioner.load(path, backend="cpu", threads=threads) for path in (against, bundle))
+    check_twins(float32, other)
+    options = replace(float32.bundle.options(), num_beams=beams, no_repeat_ngram_size=no_repeat_ngram)
+    report = compare_bundles(float32, other, images, options)
+    spec = float32.bundle.image
+    found = find_images(images).images[:ENCODED_PICTURES]
+    some = [read_image(i.path, spec.height, spec.width, spec.resample, frame=i.frame) for i in found]
+    error = encoder_error(float32.backend, other.backend, np.stack(some))
+    document = {
+        "bundle": other.bundle.digest,
+        "precision": other.bundle.precision,
+        "against": float32.bundle.digest,
+        "onnxruntime": importlib.metadata.version("onnxruntime"),
+        "encoder_error": error,
+        "share": report.share,
+        **asdict(report),
+    }
+    write_atomically(out, json.dumps(document, indent=1) + "\n")
     click.echo(f"{other.bundle.precision}: {summary(report)}; encoder off by {error:.1e} of its peak -> {out}")
 
 

@@ -8,7 +8,6 @@ So a sceptic who has only a bundle can run Hugging Face on the very same weights
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
@@ -18,6 +17,8 @@ from onnx import numpy_helper
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
 
 from engine.bundle.manifest import MANIFEST, Bundle
+from engine.cli.group import OneLine
+from engine.cli.shared import PATH
 from engine.errors import EngineError
 from export.graphs.onnx_graphs import FP16_SUFFIX
 
@@ -63,16 +64,12 @@ def _graph_weights(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-@click.command()
-@click.option("--bundle", type=click.Path(path_type=Path), required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.command(cls=OneLine)
+@click.option("--bundle", type=PATH, required=True)
+@click.option("--out", type=PATH, required=True)
 def main(bundle: Path, out: Path) -> None:
     """Write the checkpoint a bundle was exported from."""
-    try:
-        click.echo(restore_checkpoint(bundle, out))
-    except (EngineError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    click.echo(restore_checkpoint(bundle, out))
 
 
 if __name__ == "__main__":

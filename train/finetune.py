@@ -23,8 +23,8 @@ from engine.errors import DataError, UsageError
 from engine.options import DecodeOptions
 from engine.scoring.base import Setting
 from engine.scoring.profiles import make_metric
-from export.bundle import checkpoint_sha256
 from export.checkpoints.load import resize_position_table
+from export.manifest import checkpoint_sha256
 from export.reference.huggingface import Reference
 from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
 from train.data.check import check_split, fingerprint, without

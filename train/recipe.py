@@ -36,7 +36,7 @@ class Recipe:
     beams, or loss.
 
     With a `reward`, such as "rouge1=1 bertscore=1", the run is the second stage, self-critical sequence training
-    (train/learning/reward.py): `samples` captions an image are drawn and compared with the `baseline`, the `others` or the
+    (learning/reward.py): `samples` captions an image are drawn and compared with the `baseline`, the `others` or the
     `greedy` caption; `likelihood_share` of the loss stays what it was.
     """
 

@@ -24,15 +24,15 @@ from benchmarks.setting.machine import describe_machine
 from benchmarks.setting.workload import BUILD
 from engine.bundle.manifest import Bundle, demo_bundle
 from engine.bundle.tokenizer import detokenise
+from engine.cli.shared import say
 from engine.options import DecodeOptions, options_from
 from engine.scoring import bootstrap
 from engine.scoring.base import Items, Measured, Setting
 from engine.scoring.profiles import make_metric
-from export.bundle import generation_defaults
+from export.manifest import generation_defaults
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
 from export.restore import restore_checkpoint
-from train.__main__ import say
 from train.data.batches import PixelSpec
 from train.data.dataset import read_dataset
 from train.demo.assets import SMALL_BERT, fetch_assets

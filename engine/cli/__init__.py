@@ -1,4 +1,4 @@
-"""The command line: a module a group of commands; app.py holds the group, exit codes and `caption`."""
+"""The command line: a module a group of commands; app.py holds them together, group.py their exit codes."""
 
 from engine.cli.app import main
 

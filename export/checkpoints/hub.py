@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from export.checkpoints.load import CheckpointError
+from engine.errors import CheckpointError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 SAFE_FILES = ("*.safetensors", "*.json", "*.txt")

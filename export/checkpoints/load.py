@@ -9,15 +9,9 @@ from pathlib import Path
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 
+from engine.errors import CheckpointError
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-
-
-class CheckpointError(Exception):
-    """A checkpoint is not one this project can use; the message names the directory and the remedy."""
-
-
-class ExportError(Exception):
-    """An export did not end in a bundle that says what PyTorch says."""
 
 
 def load_checkpoint(directory: Path, image_size: int | None = None) -> BlipForConditionalGeneration:

@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 
 from engine.backends.prefix import PrefixBackend
+from engine.errors import CheckpointError
 from engine.options import DecodeOptions
-from export.checkpoints.load import CheckpointError, load_checkpoint
+from export.checkpoints.load import load_checkpoint
 
 
 @dataclass(frozen=True)

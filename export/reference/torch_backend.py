@@ -1,7 +1,7 @@
 """A live torch model as a backend of the decoding core: captions while a model is being trained, on its own device.
 
-The modules are those that become the graphs of a bundle (export/graphs/modules.py), so what is said here is what the bundle
-will say. Knows nothing of training.
+The modules are those that become the graphs of a bundle (export/graphs/modules.py), so what is said here is what the
+bundle will say. Knows nothing of training.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from engine.options import DecodeOptions, Runtime
 from export import conversion
 from export.__main__ import main as export_main
 from export.bundle import export_bundle
-from export.conversion import write_manifest
 from export.graphs.quantise import HEAD
+from export.manifest import write_manifest
 from export.parity import main as parity_main
 from export.precision import Saying, compare_sayings, encoder_error, forced_log_prob, main
 from export.restore import main as restore_main

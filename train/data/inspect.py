@@ -24,7 +24,7 @@ from engine.inputs import dicom
 from engine.inputs.images import FORMATS, MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image
 from train.data.check import Progress, check_split, in_threads
 from train.data.dataset import Example, Split, read_dataset
-from train.learning.plots import draw_dataset
+from train.data.plots import draw_dataset
 
 MODALITIES = {
     "C0040405": "X-ray computed tomography",

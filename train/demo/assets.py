@@ -16,9 +16,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-class AssetError(Exception):
-    """A package could not be fetched, or holds other bytes than the pinned ones."""
+from engine.errors import AssetError
 
 
 @dataclass(frozen=True)

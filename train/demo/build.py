@@ -18,7 +18,7 @@ from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGenera
 
 from engine.files.run_files import write_run
 from engine.options import options_from
-from export.bundle import generation_defaults
+from export.manifest import generation_defaults
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
 from train.data.batches import PixelSpec

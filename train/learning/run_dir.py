@@ -15,7 +15,7 @@ from engine.errors import UsageError
 from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
 from engine.files.run_files import write_run
-from export.bundle import generation_defaults
+from export.manifest import generation_defaults
 from export.reference.huggingface import Reference
 from train.learning.evaluate import LOSS
 from train.recipe import Recipe

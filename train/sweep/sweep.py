@@ -74,7 +74,7 @@ def sweep(job: Sweep, say: Say) -> dict[str, Any]:
     """Caption and score a split with every number of beams, write the tables and return what table1.json holds.
 
     Goes on where the same job was cut off. Raises UsageError, DataError (missing or unreadable images, too),
-    BundleError, CheckpointError or OutputError; a metric that is unavailable is reported, not raised.
+    BundleError, CheckpointError, ExportError or OutputError; a metric that is unavailable is reported, not raised.
     """
     setting = check_request(job)
     split = choose_split(job, say)
@@ -183,8 +183,9 @@ def prepare_bundle(job: Sweep, say: Say) -> Bundle:
         if job.bundle is None:
             raise UsageError("a sweep needs a model: --checkpoint DIR, or --bundle DIR")
         return _of_size(Bundle.load(job.bundle), job.image_size)
-    from export.bundle import ExportError, checkpoint_sha256, export_bundle
+    from export.bundle import export_bundle
     from export.checkpoints.load import processor_size
+    from export.manifest import checkpoint_sha256
 
     digest = checkpoint_sha256(job.checkpoint)
     if job.bundle is not None:
@@ -203,10 +204,7 @@ def prepare_bundle(job: Sweep, say: Say) -> Bundle:
             say(f"{out} is of another checkpoint or image size: exporting again")
         except BundleError as error:
             say(f"{error}: exporting again")
-    try:
-        return export_bundle(job.checkpoint, out, say, image_size=job.image_size)
-    except ExportError as error:
-        raise BundleError(str(error)) from error
+    return export_bundle(job.checkpoint, out, say, image_size=job.image_size)
 
 
 def _of_size(bundle: Bundle, size: int | None) -> Bundle:

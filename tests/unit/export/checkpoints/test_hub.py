@@ -8,8 +8,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from engine.errors import CheckpointError
 from export.checkpoints.hub import find_checkpoint
-from export.checkpoints.load import CheckpointError
 
 
 @pytest.fixture

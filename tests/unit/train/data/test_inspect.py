@@ -12,7 +12,7 @@ from PIL import Image
 from engine.errors import OutputError
 from train.data.dataset import Example, Split
 from train.data.inspect import MODALITIES, NO_MODALITY, inspect_dataset, lines
-from train.learning.plots import draw_dataset
+from train.data.plots import draw_dataset
 
 CT, MR, PET = "C0040405", "C0024485", "C0032743"
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 
-from export.checkpoints.load import CheckpointError, resize_position_table
+from engine.errors import AssetError, CheckpointError
+from export.checkpoints.load import resize_position_table
 from tests.helpers.tiny import make_tokenizer
 from train.data.batches import IGNORED, collate_captions
 from train.demo import assets
@@ -136,7 +137,7 @@ def test_assets_come_from_packages_lying_there_and_are_checked(tmp_path, monkeyp
     monkeypatch.setattr(assets, "PACKAGES", (package,))
     assert assets.fetch_assets(tmp_path)["x.txt"].read_bytes() == b"hello"
     (tmp_path / "x.txt").write_bytes(b"tampered")
-    with pytest.raises(assets.AssetError, match=r"x\.txt from package some-data has sha256"):
+    with pytest.raises(AssetError, match=r"x\.txt from package some-data has sha256"):
         assets.fetch_assets(tmp_path)
 
 
@@ -144,7 +145,7 @@ def test_a_package_that_cannot_be_had_says_what_to_put_where(tmp_path, monkeypat
     package = assets.Package("no-such-package-of-ours", "9.9", "none", {"x": "0"})
     monkeypatch.setattr(assets, "PACKAGES", (package,))
     monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(assets.AssetError, match=r"put a file named no_such_package_of_ours-9\.9-\*\.whl into"):
+    with pytest.raises(AssetError, match=r"put a file named no_such_package_of_ours-9\.9-\*\.whl into"):
         assets.fetch_assets(tmp_path)
 
 

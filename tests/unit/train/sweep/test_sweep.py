@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from engine.captioner import Captioner
-from engine.errors import BundleError, DataError, EngineError, UsageError
+from engine.errors import DataError, EngineError, ExportError, UsageError
 from engine.inputs.tables import read_table
 from engine.scoring.base import Items, Setting
 from engine.scoring.profiles import make_metric
+from export.manifest import checkpoint_sha256
 from tests.helpers.tiny import make_checkpoint, random_pictures
 from train.data.dataset import Example, Split
 from train.sweep.sweep import Sweep, choose_images, spaced, sweep
@@ -261,7 +262,7 @@ def test_a_checkpoint_is_exported_once_and_again_when_its_weights_change(job, ti
     first = sweep(job, quiet)
     assert sweep(job, quiet) == first
     assert exports == [tiny_checkpoint]
-    assert first["checkpoint"]["sha256"] == exporter.checkpoint_sha256(tiny_checkpoint)
+    assert first["checkpoint"]["sha256"] == checkpoint_sha256(tiny_checkpoint)
     other = make_checkpoint(tmp_path / "other", seed=1)
     second = sweep(replace(job, checkpoint=other), quiet)
     assert exports == [tiny_checkpoint, other]
@@ -273,7 +274,7 @@ def test_a_checkpoint_is_exported_once_and_again_when_its_weights_change(job, ti
 def test_something_else_in_the_place_of_the_bundle_is_left_alone(job, tiny_checkpoint):
     (job.out / "bundle").mkdir(parents=True)
     (job.out / "bundle" / "thesis.txt").write_text("mine")
-    with pytest.raises(BundleError, match="exists and is more than a bundle"):
+    with pytest.raises(ExportError, match="exists and is more than a bundle"):
         sweep(replace(job, checkpoint=tiny_checkpoint, bundle=None), quiet)
     assert (job.out / "bundle" / "thesis.txt").read_text() == "mine"
 

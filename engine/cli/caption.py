@@ -1,0 +1,88 @@
+"""`engine caption`: a directory of images in, run.csv out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import click
+
+from engine.cli.group import stop_on_sigterm
+from engine.cli.shared import SectionCommand, bundle_option, rows_option, say, takes
+from engine.errors import UsageError
+from engine.inputs.remote import Location
+from engine.options import DecodeOptions, Runtime, Workers
+from engine.run.job import Inputs, Outputs
+
+
+@click.command(cls=SectionCommand)
+@takes(inputs=Inputs, decoding=DecodeOptions)
+@bundle_option
+@takes(runtime=Runtime)
+@rows_option
+@takes(cluster=Workers, outputs=Outputs)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON summary as the last line.")
+def caption(
+    inputs: Inputs,
+    decoding: DecodeOptions,
+    bundle: Location | None,
+    runtime: Runtime,
+    rows: int | None,
+    cluster: Workers,
+    outputs: Outputs,
+    as_json: bool,
+) -> None:
+    """Caption a directory of images into a CSV file.
+
+    What is not given comes from the bundle's generation settings, then from Hugging Face's defaults.
+    """
+    from engine.run.pipeline import caption_directory
+
+    if "num_return_sequences" in decoding.given and outputs.n_best_out is None:
+        raise UsageError("--n-best needs --n-best-out, the file for the alternatives")
+    stop_on_sigterm()
+    summary = caption_directory(
+        inputs,
+        outputs,
+        bundle,
+        decoding,
+        rows=rows,
+        runtime=runtime,
+        workers=cluster,
+        say=say,
+        progress=_progress_bar,
+    )
+    new = summary.captions - summary.resumed
+    say(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {outputs.out}")
+    if summary.empty:
+        say(
+            f"{summary.empty} of all {summary.captions} captions are empty: the model ended at once, or no hypothesis "
+            "was left by the options"
+        )
+    say(summary.signature)
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+
+
+@contextmanager
+def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with images/s and the time left."""
+    start, shown = time.perf_counter(), 0
+
+    def speed(_: object) -> str:
+        return f"{shown / (time.perf_counter() - start):.2f} images/s"
+
+    with click.progressbar(
+        length=length, label="captioning", file=sys.stderr, show_pos=True, item_show_func=speed
+    ) as bar:
+
+        def tell(done: int) -> None:
+            nonlocal shown
+            bar.update(done - shown, done)
+            shown = done
+
+        yield tell

@@ -1,0 +1,66 @@
+"""Commands that turn everything a user can cause into one line on stderr and an exit code: these of the engine, and
+those of export, train and benchmarks.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from engine.cli.shared import say
+from engine.errors import EngineError, UsageError
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of a program stopped by Ctrl-C (128 + SIGINT) and by a plain kill (128 + SIGTERM)."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a run as cleanly as Ctrl-C does."""
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM stop this process as cleanly as Ctrl-C does."""
+
+    def stop(signum: int, frame: object) -> NoReturn:  # noqa: ARG001
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+class OneLine(click.Command):
+    """A command whose errors are one line each."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except EngineError as error:
+            _stop(_one_line(error), error.exit_code)
+        except click.UsageError as error:
+            _stop(error.format_message(), UsageError.exit_code)
+        except KeyboardInterrupt as error:
+            _stop("stopped", TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            # our own files are named when they cannot be written: a full disk without a name is what we print to
+            where = error.filename or ("standard output" if error.errno == errno.ENOSPC else None)
+            _stop(f"{error.strerror or error}{f': {where}' if where else ''}", EngineError.exit_code)
+
+
+class OneLineGroup(OneLine, click.Group):
+    """A group of commands whose errors are one line each."""
+
+
+def _one_line(error: EngineError) -> str:
+    """Return the words of an error; what a process of readers raises arrives with its traceback in front."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text
+
+
+def _stop(message: str, exit_code: int) -> NoReturn:
+    say(f"error: {message}")
+    sys.exit(exit_code)
