@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +25,11 @@ from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Scheduler
 from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.inputs.images import ImageFile, Picture, read_image
+from engine.inputs.read_ahead import read_ahead
 from engine.inputs.remote import Location, location
 from engine.options import DecodeOptions, Runtime
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
-A = TypeVar("A")
-B = TypeVar("B")
 
 REMEMBERED = 4096
 """Distinct images whose captions are kept for repeats: a few megabytes."""
@@ -103,15 +100,24 @@ class Captioner:
         rows: int | None,
         on_error: Callable[[ImageError], None] | None,
     ) -> Iterator[Caption]:
-        scheduler = self.scheduler(search, rows)
-        desk = _Desk()
-        readable = enumerate(self._read(enumerate(images), on_error))
-        arrivals = ((desk.arrive(index, name, pixels), pixels) for index, (name, pixels) in readable)
-        new = ((digest, pixels) for digest, pixels in arrivals if digest is not None)
-        for digest, hypotheses in scheduler.run(new):
-            desk.settle(digest, tuple(self._alternative(hypothesis) for hypothesis in hypotheses))
-            yield from desk.in_order()
-        yield from desk.in_order()
+        repeats, captions = _Repeats(), _InOrder()
+
+        def arrivals() -> Iterator[tuple[bytes, NDArray[np.uint8]] | None]:
+            """Yield what has to be decoded, None for pixels that were met before."""
+            for index, (name, pixels) in enumerate(self._read(enumerate(images), on_error)):
+                digest = _digest(pixels)
+                if (known := repeats.known(digest)) is not None:
+                    captions.add(index, Caption(name, known, latency_s=0.0))
+                    yield None
+                else:
+                    yield (digest, pixels) if repeats.wait(digest, index, name) else None
+
+        for closed in self.scheduler(search, rows).steps(arrivals()):
+            for digest, hypotheses in closed:
+                alternatives = tuple(self._alternative(hypothesis) for hypothesis in hypotheses)
+                for index, caption in repeats.resolve(digest, alternatives):
+                    captions.add(index, caption)
+            yield from captions.ready()
 
     def scheduler(self, search: Search, rows: int | None = None) -> Scheduler:
         """Return a scheduler with as many slots as `rows` beams need; None means what suits device and memory."""
@@ -137,7 +143,7 @@ class Captioner:
             except ImageError as error:
                 return name, error
 
-        for name, pixels in _ahead(read, sources, threads=READERS, window=4 * READERS):
+        for name, pixels in read_ahead(read, sources, threads=READERS, window=4 * READERS):
             if isinstance(pixels, np.ndarray):
                 yield name, pixels
             elif on_error is None:
@@ -207,41 +213,52 @@ def caption_within_memory(
             num_slots //= 2
 
 
-class _Desk:
-    """Takes images in and hands captions out in the same order; the same pixels are captioned once.
-
-    Captions are remembered for the last REMEMBERED distinct images, so that memory does not grow with the run.
-    """
+class _Repeats:
+    """Equal pixels are captioned once; the last REMEMBERED captions are kept, so that memory does not grow."""
 
     def __init__(self) -> None:
-        self._asking: dict[bytes, list[tuple[int, str, float]]] = {}
+        self._waiting: dict[bytes, list[tuple[int, str, float]]] = {}
         self._known: dict[bytes, tuple[Alternative, ...]] = {}
-        self._ready: dict[int, Caption] = {}
-        self._next = 0
 
-    def arrive(self, index: int, name: str, pixels: NDArray[np.uint8]) -> bytes | None:
-        """Take in image `index`; return the digest to caption it under, or None when nothing is left to do."""
-        digest = hashlib.blake2b(np.ascontiguousarray(pixels).reshape(-1).data, digest_size=16).digest()
-        if digest in self._known:
-            self._ready[index] = Caption(name, self._known[digest], latency_s=0.0)
-            return None
-        self._asking.setdefault(digest, []).append((index, name, time.perf_counter()))
-        return digest if len(self._asking[digest]) == 1 else None
+    def known(self, digest: bytes) -> tuple[Alternative, ...] | None:
+        """Return what was said of these pixels, None where nothing was."""
+        return self._known.get(digest)
 
-    def settle(self, digest: bytes, alternatives: tuple[Alternative, ...]) -> None:
-        """Note the caption of every image with these pixels."""
+    def wait(self, digest: bytes, index: int, name: str) -> bool:
+        """Let image `index` wait for the caption of these pixels; return whether it is the first that does."""
+        self._waiting.setdefault(digest, []).append((index, name, time.perf_counter()))
+        return len(self._waiting[digest]) == 1
+
+    def resolve(self, digest: bytes, alternatives: tuple[Alternative, ...]) -> Iterator[tuple[int, Caption]]:
+        """Yield the index and the caption of every image that waited for these pixels."""
         now = time.perf_counter()
-        for index, name, since in self._asking.pop(digest):
-            self._ready[index] = Caption(name, alternatives, latency_s=now - since)
         self._known[digest] = alternatives
         if len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]
+        for index, name, since in self._waiting.pop(digest):
+            yield index, Caption(name, alternatives, latency_s=now - since)
 
-    def in_order(self) -> Iterator[Caption]:
+
+class _InOrder:
+    """Hands out captions in the order of their images."""
+
+    def __init__(self) -> None:
+        self._early: dict[int, Caption] = {}
+        self._next = 0
+
+    def add(self, index: int, caption: Caption) -> None:
+        """Take in the caption of image `index`."""
+        self._early[index] = caption
+
+    def ready(self) -> Iterator[Caption]:
         """Yield the captions whose turn it is."""
-        while self._next in self._ready:
-            yield self._ready.pop(self._next)
+        while self._next in self._early:
+            yield self._early.pop(self._next)
             self._next += 1
+
+
+def _digest(pixels: NDArray[np.uint8]) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(pixels).reshape(-1).data, digest_size=16).digest()
 
 
 def _identify(number: int, source: ImageSource) -> tuple[str, Picture, int]:
@@ -249,18 +266,3 @@ def _identify(number: int, source: ImageSource) -> tuple[str, Picture, int]:
     if isinstance(source, ImageFile):
         return source.id, source.source, source.frame
     return (Path(source).stem if isinstance(source, Path | str) else str(number)), source, 0
-
-
-def _ahead(function: Callable[[A], B], items: Iterable[A], *, threads: int, window: int) -> Iterator[B]:
-    """Map in threads, in order, never more than `window` items ahead of the consumer."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        pending: deque[Future[B]] = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= window:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # whoever stops a run does not wait for a slow disk

@@ -23,6 +23,8 @@ Owner = TypeVar("Owner")
 
 SETTLE_EVERY = 8
 """Steps after which recent keys and values are folded into the settled ones (fewer copies of growing tensors)."""
+PULL_AT_MOST = 4
+"""Times encode_batch of images that are taken for one batch, where many need no decoding."""
 SHRINK_SHARE = 0.25
 """Share of empty slots from which, with no image waiting, they are given up."""
 
@@ -38,45 +40,73 @@ class Scheduler:
 
     def run(self, images: Iterable[tuple[Key, NDArray[np.uint8]]]) -> Iterator[tuple[Key, list[Hypothesis]]]:
         """Caption (key, pixels u8[height,width,3]) pairs; yield (key, hypotheses) of each the moment it closes."""
+        for closed in self.steps(images):
+            yield from closed
+
+    def steps(
+        self, images: Iterable[tuple[Key, NDArray[np.uint8]] | None]
+    ) -> Iterator[list[tuple[Key, list[Hypothesis]]]]:
+        """Like `run`, but yield after every step what closed in it, often nothing.
+
+        None among the images is one that needs no decoding: after many of these the caller gets its turn, too.
+        """
         waiting = self._encoded_ahead(iter(images))
         slots = _Slots(self.backend, self.search, self.num_slots)
         keys: dict[int, tuple[Key, int]] = {}
-        captions = _Gathered[Key](self.search)
+        captions = _CopiesOfImage[Key](self.search)
         arrivals = True
-        while True:
+        while arrivals or keys:
             for slot in slots.empty() if arrivals else ():
-                newcomer = next(waiting, None)
-                if newcomer is None:
+                try:
+                    newcomer = next(waiting)
+                except StopIteration:
                     arrivals = False
+                    break
+                if newcomer is None:
                     break
                 key, copy, encoded, image = newcomer
                 keys[slot] = key, copy
                 slots.admit(slot, encoded, image)
                 slots.draw_from(slot, key, copy)
-            if not keys:
-                return
             if not arrivals:
                 keys = slots.shrink(keys)
-            for slot in slots.step():
-                yield from captions.add(*keys.pop(slot), slots.beams.results(slot))
+            closed = slots.step() if keys else []
+            yield [found for slot in closed for found in captions.add(*keys.pop(slot), slots.beams.results(slot))]
 
     def decode(self, pixel_values: NDArray[np.uint8]) -> Iterator[tuple[int, list[Hypothesis]]]:
         """Caption images u8[N,height,width,3]; yield (index, hypotheses) as they close."""
         return self.run(enumerate(pixel_values))
 
     def _encoded_ahead(
-        self, images: Iterator[tuple[Key, NDArray[np.uint8]]]
-    ) -> Iterator[tuple[Key, int, Encoded, int]]:
-        """Encode in batches of encode_batch, as images are asked for; yield each as often as captions are drawn."""
+        self, images: Iterator[tuple[Key, NDArray[np.uint8]] | None]
+    ) -> Iterator[tuple[Key, int, Encoded, int] | None]:
+        """Encode in batches, as images are asked for; yield each as often as captions are drawn, None without any."""
         copies = self.search.sampling.copies if self.search.sampling else 1
-        while batch := list(itertools.islice(images, self.encode_batch)):
+        while pulled := self._pull(images):
+            batch = [image for image in pulled if image is not None]
+            if not batch:
+                yield None
+                continue
             encoded = self.backend.encode(np.stack([pixels for _, pixels in batch]))
             for i, (key, _) in enumerate(batch):
                 for copy in range(copies):
                     yield key, copy, encoded, i
 
+    def _pull(
+        self, images: Iterator[tuple[Key, NDArray[np.uint8]] | None]
+    ) -> list[tuple[Key, NDArray[np.uint8]] | None]:
+        """Take images until encode_batch of them have to be decoded, but no more than PULL_AT_MOST times as many."""
+        pulled: list[tuple[Key, NDArray[np.uint8]] | None] = []
+        missing = self.encode_batch
+        for image in itertools.islice(images, PULL_AT_MOST * self.encode_batch):
+            pulled.append(image)
+            missing -= image is not None
+            if not missing:
+                break
+        return pulled
 
-class _Gathered(Generic[Key]):
+
+class _CopiesOfImage(Generic[Key]):
     """Collects what an image's slots say: one of them as it is, several drawn captions by score."""
 
     def __init__(self, search: Search) -> None:
@@ -98,8 +128,8 @@ class _Gathered(Generic[Key]):
 class _Slots:
     """Beams, ancestry and caches of B slots, moving in step.
 
-    `fed` i64[B] counts the prompt tokens each slot has fed. A newcomer's prompt rides along in its own slot, K tokens a
-    step, so that prefill needs no pass of its own.
+    `prompt_fed` i64[B] counts the prompt tokens each slot has fed. A newcomer's prompt rides along in its own slot, K
+    tokens a step, so that prefill needs no pass of its own.
     """
 
     def __init__(self, backend: Backend, search: Search, num_slots: int) -> None:
@@ -108,7 +138,7 @@ class _Slots:
         self.cache = backend.allocate(num_slots)
         self.beams = Beams(search, num_slots)
         self.ancestry = Ancestry(num_slots, search.num_beams)
-        self.fed = np.zeros(num_slots, np.int64)
+        self.prompt_fed = np.zeros(num_slots, np.int64)
         self.generators: list[np.random.Generator | None] = [None] * num_slots
         self.steps_since_settled = 0
 
@@ -121,7 +151,7 @@ class _Slots:
         self.backend.admit(self.cache, slot, encoded, image)
         self.beams.start(np.array([slot]))
         self.ancestry.reset(np.array([slot]))
-        self.fed[slot] = 0
+        self.prompt_fed[slot] = 0
 
     def draw_from(self, slot: int, key: object, copy: int) -> None:
         """Give a newcomer's slot the random generator of its caption, if captions are drawn."""
@@ -132,7 +162,7 @@ class _Slots:
         """Give up empty slots when they are many; return `keys` {slot: owner} under the new slot numbers."""
         occupied = np.flatnonzero(~self.beams.closed)
         count = len(occupied)
-        if count > (1 - SHRINK_SHARE) * len(self.fed):
+        if count > (1 - SHRINK_SHARE) * len(self.prompt_fed):
             return keys
         keep = np.arange(count)
         keep[self.beams.closed[:count]] = occupied[occupied >= count]  # holes are filled from behind, the rest stays
@@ -142,23 +172,28 @@ class _Slots:
     def step(self) -> list[int]:
         """Feed every slot once and advance its beams; return the slots whose image closed."""
         if self.steps_since_settled == SETTLE_EVERY:
-            self._regroup(np.arange(len(self.fed)))
-        prefilling = (self.fed < len(self.search.prompt)) & ~self.beams.closed
+            self._regroup(np.arange(len(self.prompt_fed)))
+        prefilling = (self.prompt_fed < len(self.search.prompt)) & ~self.beams.closed
         inputs = self._inputs(prefilling)
         scores, ids = self.backend.step(self.cache, inputs)
         if self.search.sampling is not None:
             scores, ids = self._draw(scores, ids)
         self.steps_since_settled += 1
+        more_prompt = self._feed_prompt(prefilling)
         rows, tokens = np.divmod(ids, self.search.vocab_size)
-        was_closed = self.beams.closed.copy()
-        more_prompt = prefilling & (self.fed + self.search.num_beams < len(self.search.prompt))
-        self.fed += np.where(prefilling, self.search.num_beams, 0)
         parents = np.where(prefilling[:, None], 0, rows)  # every row of a prompt belongs to beam 0
+        was_closed = self.beams.closed.copy()
         chosen = self.beams.advance(scores, parents, tokens, ~more_prompt)
-        continued = np.take_along_axis(rows, chosen, 1)
-        continued[more_prompt] = self.search.num_beams - 1  # the last prompt token fed, which saw all the others
-        self.ancestry.choose(inputs.ancestry, continued)
+        parent_rows = np.take_along_axis(rows, chosen, 1)
+        parent_rows[more_prompt] = self.search.num_beams - 1  # the last prompt token fed, which saw all the others
+        self.ancestry.choose(inputs.ancestry, parent_rows)
         return np.flatnonzero(self.beams.closed & ~was_closed).tolist()
+
+    def _feed_prompt(self, prefilling: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Count K prompt tokens as fed in bool[B] `prefilling` slots; return those with more of the prompt to feed."""
+        fed = self.prompt_fed + np.where(prefilling, self.search.num_beams, 0)
+        self.prompt_fed = fed
+        return prefilling & (fed < len(self.search.prompt))
 
     def _draw(
         self, scores: NDArray[np.float32], ids: NDArray[np.int64]
@@ -167,7 +202,7 @@ class _Slots:
         any.
         """
         assert self.search.sampling is not None
-        drawing = ~self.beams.closed & (self.fed + 1 >= len(self.search.prompt))
+        drawing = ~self.beams.closed & (self.prompt_fed + 1 >= len(self.search.prompt))
         chosen = np.zeros(len(scores), np.int64)
         uniform = np.array([self.generators[slot].random() for slot in np.flatnonzero(drawing)])  # type: ignore[union-attr]
         # scores are sums along the caption: the difference to the likeliest word is all that counts
@@ -176,9 +211,9 @@ class _Slots:
 
     def _regroup(self, keep: NDArray[np.int64]) -> None:
         self.backend.regroup(self.cache, keep, self.ancestry.compact(keep))
-        if len(keep) < len(self.fed):
+        if len(keep) < len(self.prompt_fed):
             self.beams.keep(keep)
-            self.fed = self.fed[keep]
+            self.prompt_fed = self.prompt_fed[keep]
             self.generators = [self.generators[slot] for slot in keep]
         self.steps_since_settled = 0
 
@@ -188,19 +223,19 @@ class _Slots:
         input_ids = beams.last_tokens()
         positions = np.repeat(beams.lengths[:, None] - 1, num_beams, 1)
         scores = np.where(beams.closed[:, None], np.float32(-np.inf), beams.scores)
-        own = np.repeat(np.eye(num_beams, dtype=bool)[None], len(input_ids), 0)
+        own_tokens = np.repeat(np.eye(num_beams, dtype=bool)[None], len(input_ids), 0)
         if prefilling.any():
             last = len(self.search.prompt) - 1
-            at = self.fed[prefilling][:, None] + np.arange(num_beams)
+            at = self.prompt_fed[prefilling][:, None] + np.arange(num_beams)
             positions[prefilling] = np.minimum(at, last)
             input_ids[prefilling] = np.array(self.search.prompt)[positions[prefilling]]
             scores[prefilling] = np.where(at == last, np.float32(0), np.float32(-np.inf))
-            own[prefilling] |= np.tri(num_beams, dtype=bool) & (at <= last)[:, :, None]
+            own_tokens[prefilling] |= np.tri(num_beams, dtype=bool) & (at <= last)[:, :, None]
         return StepInputs(
             input_ids=input_ids,
             positions=positions,
             scores=scores,
             banned_ids=beams.banned_ids(),
-            ancestry=self.ancestry.feed(own),
+            ancestry=self.ancestry.feed(own_tokens),
             num_candidates=self.search.num_candidates,
         )

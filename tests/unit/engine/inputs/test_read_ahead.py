@@ -1,0 +1,47 @@
+"""Reading ahead: in order, bounded, and never in the way of a program that stops."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from engine.inputs.read_ahead import read_ahead
+
+
+def test_results_come_in_order_and_no_more_than_the_window_ahead():
+    asked = []
+
+    def slow_at_first(item: int) -> int:
+        time.sleep(0.02 if item == 0 else 0)
+        return item * item
+
+    def items():
+        for item in range(40):
+            asked.append(item)
+            yield item
+
+    for place, found in enumerate(read_ahead(slow_at_first, items(), threads=4, window=6)):
+        assert found == place * place
+        assert len(asked) <= place + 6
+    assert len(asked) == 40
+
+
+def test_what_goes_wrong_in_a_thread_reaches_the_consumer():
+    found = read_ahead(lambda item: 1 // item, [1, 0], threads=2, window=2)
+    with pytest.raises(ZeroDivisionError):
+        list(found)
+
+
+def test_a_program_that_stops_does_not_wait_for_a_disk_that_hangs():
+    program = (
+        "import time\nfrom engine.inputs.read_ahead import read_ahead\n"
+        "def read(item):\n    time.sleep(60 * item)\n    return item\n"
+        "for item in read_ahead(read, [0, 1, 1], threads=2, window=2):\n    raise KeyboardInterrupt"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert "KeyboardInterrupt" in done.stderr
+    assert time.perf_counter() - start < 20
