@@ -21,9 +21,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.speed.work import ModelWork, count_work
-from engine.backends.host import available_cores
 from engine.backends.providers import import_onnxruntime
 from engine.captioner import Captioner
+from engine.host import available_cores
 
 SHAPES = ((96, 768, 768), (144, 768, 3072), (144, 3072, 768), (394, 768, 3072), (1024, 1024, 1024), (2048, 2048, 2048))
 """Products (M, K, N) tried for the peak: a decoder's, an encoder's, and square ones."""

@@ -15,7 +15,6 @@ from PIL import Image
 
 from engine.backends import Backend, open_backend, require_backend
 from engine.backends.capacity import slots_for
-from engine.backends.host import available_cores
 from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer, detokenise
@@ -24,6 +23,7 @@ from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Scheduler
 from engine.errors import ImageError, OutOfMemoryError, UsageError
+from engine.host import available_cores
 from engine.inputs.images import ImageFile, Picture, read_image
 from engine.inputs.read_ahead import read_ahead
 from engine.inputs.remote import Location, location
@@ -34,14 +34,16 @@ ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
 REMEMBERED = 4096
 """Distinct images whose captions are kept for repeats: a few megabytes."""
 
-READERS = max(4, available_cores())
-"""Threads that decode images: Pillow releases the interpreter lock while it decodes and resizes."""
+FEWEST_READERS = 4
+"""Threads that decode images at least, else one a core: Pillow releases the interpreter lock meanwhile."""
 
 
 class Captioner:
     """A loaded bundle, ready to caption."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, threads: int | None = None) -> None:
+        """`threads` is how many cores are this captioner's; all of them when None."""
+        self._readers = max(FEWEST_READERS, threads or available_cores())
         self.bundle = bundle
         self.backend = backend
         self.tokenizer = CaptionTokenizer(bundle)
@@ -70,7 +72,7 @@ class Captioner:
         """Load a bundle for a runtime; see load."""
         runtime = replace(runtime, backend=require_backend(runtime.backend))  # what is missing is said at once
         checked = open_bundle(bundle)
-        return cls(checked, open_backend(checked, runtime))
+        return cls(checked, open_backend(checked, runtime), threads=runtime.threads)
 
     def caption(
         self,
@@ -143,7 +145,7 @@ class Captioner:
             except ImageError as error:
                 return name, error
 
-        for name, pixels in read_ahead(read, sources, threads=READERS, window=4 * READERS):
+        for name, pixels in read_ahead(read, sources, threads=self._readers, window=4 * self._readers):
             if isinstance(pixels, np.ndarray):
                 yield name, pixels
             elif on_error is None:

@@ -32,7 +32,6 @@ from benchmarks.setting.machine import describe_machine
 from benchmarks.setting.workload import MAX_NEW_TOKENS, Workload, prepare
 from benchmarks.survival.faults import engine_command
 from benchmarks.throughput import agreement_of, is_valid
-from engine.backends.host import available_cores
 from engine.captioner import READERS, Captioner
 from engine.captions import Caption
 from engine.cluster.driver import calm
@@ -40,6 +39,7 @@ from engine.cluster.messages import COLUMN, pack_captions, unpack_answer
 from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import ANSWERS
 from engine.files.atomic import file_sha256
+from engine.host import available_cores
 from engine.inputs.images import find_images, read_image
 from engine.run.job import Outputs
 from engine.run.record import RunRecord

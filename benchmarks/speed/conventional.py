@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from engine.backends.host import available_cores
 from engine.backends.providers import import_onnxruntime
 from engine.decoding.beam import Beams, Hypothesis, Search
+from engine.host import available_cores
 from export.graphs.modules import Graph
 from export.reference.huggingface import Reference
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.host import available_cores
 from engine.backends.ort import CPU_APPETITE
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import Appetite, StepInputs
+from engine.host import available_cores
 
 
 @dataclass

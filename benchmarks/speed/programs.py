@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.setting.workload import BUILD, Workload, read_pictures, read_pixels
-from engine.backends.host import available_cores
+from engine.host import available_cores
 from engine.machine.bench import peak_memory_gib
 from engine.options import DecodeOptions
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from engine.backends.host import available_memory
 from engine.bundle.manifest import ModelDims
 from engine.decoding.backend import Appetite
 from engine.decoding.beam import Search
 from engine.decoding.scheduler import SETTLE_EVERY
+from engine.host import available_memory
 
 MEMORY_SHARE = 0.25
 """Share of the available memory that keys and values may take."""

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.device import CudaDevice, Device, HostDevice
-from engine.backends.host import available_cores
 from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
 from engine.backends.shapes import gpu_appetite
 from engine.bundle.manifest import GRAPHS, Bundle
 from engine.decoding.backend import Appetite, StepInputs
 from engine.errors import BackendError, BundleError, OutOfMemoryError
+from engine.host import available_cores
 
 CPU_APPETITE = Appetite(rows=160, encode_batch=2)
 """Measured on 2 cores (benchmarks/LOG.md): more rows bring a few percent at most, larger batches miss the cache."""

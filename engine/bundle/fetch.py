@@ -7,19 +7,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from engine.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Bundle
 from engine.errors import BundleError
-from engine.files.atomic import file_sha256
 from engine.files.cache import cache_root
+from engine.files.lock import waiting_lock
 from engine.inputs.remote import Location, RemoteFile, RemoteFolder
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may both make the copy, and the last one stays
-    fcntl = None  # type: ignore[assignment]
 
 CHUNK_BYTES = 1 << 22
 
@@ -29,14 +23,20 @@ def open_bundle(location: Location | None = None) -> Bundle:
 
     Raises BundleError, see Bundle.load and fetch_bundle.
     """
-    return Bundle.load(fetch_bundle(location) if isinstance(location, RemoteFolder) else location)
+    if not isinstance(location, RemoteFolder):
+        return Bundle.load(location)
+    path = fetch_bundle(location)
+    try:
+        return Bundle.load(path)
+    except BundleError:  # a damaged copy is made again, once
+        return Bundle.load(fetch_bundle(location, anew=True))
 
 
-def fetch_bundle(folder: RemoteFolder) -> Path:
+def fetch_bundle(folder: RemoteFolder, *, anew: bool = False) -> Path:
     """Return a local copy of the bundle at a URI, made once however many processes of a node ask for it.
 
-    A copy that does not match its manifest any more is made again. Raises BundleError when there is no bundle or a file
-    is not the manifest's, EngineError when the storage does not answer.
+    Bundle.load checks its files. A copy that is not complete, or any with `anew`, is made again. Raises BundleError
+    when there is no bundle or a file is not the manifest's, EngineError when the storage does not answer.
     """
     try:
         manifest = folder.read(MANIFEST, most_bytes=MAX_MANIFEST_BYTES)
@@ -51,8 +51,8 @@ def fetch_bundle(folder: RemoteFolder) -> Path:
     target = cache_root() / "bundles" / hashlib.sha256(manifest).hexdigest()
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _alone(target.with_suffix(".lock")):
-            if not _is_whole(target, manifest, plain):
+        with waiting_lock(target.with_suffix(".lock")):
+            if anew or not _is_complete(target, manifest, plain):
                 _copy(folder, manifest, plain, target)
     except OSError as error:
         reason = error.strerror or error
@@ -60,21 +60,10 @@ def fetch_bundle(folder: RemoteFolder) -> Path:
     return target
 
 
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process of this node works on the same copy."""
-    with lock.open("w") as stream:
-        if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def _is_whole(target: Path, manifest: bytes, files: dict[str, str]) -> bool:
+def _is_complete(target: Path, manifest: bytes, files: dict[str, str]) -> bool:
     if not target.is_dir() or {entry.name for entry in target.iterdir()} != {MANIFEST, *files}:
         return False
-    return (target / MANIFEST).read_bytes() == manifest and all(
-        file_sha256(target / name) == digest for name, digest in files.items()
-    )
+    return (target / MANIFEST).read_bytes() == manifest
 
 
 def _copy(folder: RemoteFolder, manifest: bytes, files: dict[str, str], target: Path) -> None:

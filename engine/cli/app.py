@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import click
 
 from engine.cli import machine, report, scoring
@@ -14,6 +16,7 @@ from engine.version import __version__
 @click.version_option(__version__)
 def main() -> None:
     """Caption directories of images with BLIP: the words of Hugging Face, without torch."""
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # of pictures that are read nevertheless
 
 
 for _command in (

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from engine.backends.host import available_cores
 from engine.errors import EngineError, UsageError
+from engine.host import available_cores
 
 LOCAL, ANY = "local", "auto"
 """Addresses: a cluster of this machine's own, and whichever one runs on it."""

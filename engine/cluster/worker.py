@@ -11,7 +11,6 @@ from typing import Any
 
 from engine.backends import open_backend, require_backend
 from engine.backends.capacity import slots_for
-from engine.backends.host import available_memory
 from engine.bundle.fetch import open_bundle
 from engine.bundle.signature import environment
 from engine.captioner import Captioner
@@ -28,6 +27,7 @@ from engine.cluster.messages import (
 from engine.cluster.stream import CaptionStream
 from engine.decoding.beam import Search
 from engine.errors import BackendError, BundleError, EngineError, ImageError
+from engine.host import available_memory
 from engine.version import __version__
 
 ANSWERS = 8
@@ -116,7 +116,7 @@ class CaptionWorker:
         bundle = open_bundle(order.bundle)
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} is another bundle than here: copy it anew")
-        captioner = Captioner(bundle, open_backend(bundle, order.runtime))
+        captioner = Captioner(bundle, open_backend(bundle, order.runtime), threads=order.runtime.threads)
         search = captioner.search(order.options)
         rows = order.rows or self._fair_slots(captioner, search) * search.num_beams
         self._stream = CaptionStream(captioner, order.options, rows=rows)

@@ -333,7 +333,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 number += 1
                 flat = {name: value["path"] if isinstance(value, dict) else value for name, value in row.items()}
                 yield from _object_rows(path, number, {k: v for k, v in flat.items() if v is not None})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
 

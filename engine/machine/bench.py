@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine.backends.host import available_cores
 from engine.bundle.signature import run_signature
 from engine.captioner import Captioner, ImageSource
 from engine.errors import UsageError
+from engine.host import available_cores
 from engine.inputs.images import find_images
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends import BACKENDS, require_backend
-from engine.backends.host import available_cores
 from engine.backends.nvidia import clashing_runtimes
 from engine.bundle.manifest import Bundle
 from engine.errors import EngineError
+from engine.host import available_cores
 from engine.version import __version__
 
 EXTRAS = {

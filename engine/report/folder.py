@@ -12,6 +12,8 @@ from engine.version import __version__
 
 PAGE, MARK, THUMBNAILS = "index.html", "report.json", "thumbnails"
 """Names in the folder. The mark is written first: a folder that was cut off before its page is a report, too."""
+OWN_FILES = {MARK, f".{MARK}.tmp", f"{PAGE}.lock"}
+"""What a report that begins at the same time, or one that was killed before its mark, may have put there."""
 KIND = "engine report"
 
 
@@ -21,13 +23,15 @@ def open_folder(out: Path) -> None:
         raise UsageError(f"--out {out} is a file: name a folder for the report")
     if not out.exists() and not out.parent.is_dir():
         raise UsageError(f"--out {out}: {out.parent} does not exist, create it first")
-    if out.is_dir() and os.listdir(out) and not is_report(out):
+    others = set(os.listdir(out)) - OWN_FILES if out.is_dir() else set()
+    if others and not is_report(out):
         raise UsageError(f"--out {out} is a folder with other things in it: name a new one, or one of a report")
     try:
-        (out / THUMBNAILS).mkdir(parents=True, exist_ok=True)
+        out.mkdir(exist_ok=True)
+        write_atomically(out / MARK, json.dumps({"kind": KIND, "engine": __version__}) + "\n")
+        (out / THUMBNAILS).mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} cannot be made: {error.strerror}: choose another --out") from error
-    write_atomically(out / MARK, json.dumps({"kind": KIND, "engine": __version__}) + "\n")
 
 
 def is_report(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from engine.errors import ImageError, OutputError
+from engine.host import available_cores
 from engine.inputs.images import ImageFile, decode_image
 
 QUALITY = 82
@@ -62,7 +63,7 @@ def make_thumbnails(
         return name, True
 
     names: list[str | None] = []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(available_cores()) as threads:
         try:
             for name, is_new in threads.map(one, range(len(images))):
                 names.append(name)

@@ -17,7 +17,7 @@ from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
 from engine.run.job import Inputs, Outputs
 from engine.run.record import RunRecord
-from engine.run.source import Say, Source, open_source, require_source
+from engine.run.source import Say, Source, choose_runtime, open_source
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 """Given the number of images, a context whose value is told how many of them are done."""
@@ -61,7 +61,7 @@ def caption_directory(
 
     `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
     """
-    require_source(runtime, workers)  # before a large folder is listed: what is missing is said at once
+    runtime = choose_runtime(runtime, workers, say)  # before a large folder is listed: what is missing is said at once
     images = find(inputs, outputs, bundle, say)
     with (
         lock(outputs, say),

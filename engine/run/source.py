@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Protocol
 
 from engine.backends import require_backend
@@ -35,24 +36,27 @@ class Source(Protocol):
         ...
 
 
-def require_source(runtime: Runtime, workers: Workers) -> None:
-    """Raise an EngineError, in one sentence and at once, when something that is needed is missing here."""
-    if workers.address is None:
-        require_backend(runtime.backend)
-    else:
+def choose_runtime(runtime: Runtime, workers: Workers, say: Say) -> Runtime:
+    """Return the runtime with what `auto` means here, which `say` gets a note of; that of a cluster as it is.
+
+    Raises an EngineError, in one sentence and at once, when something that is needed is missing here.
+    """
+    if workers.address is not None:
         require_ray()
+        return runtime
+    name = require_backend(runtime.backend)
+    if runtime.backend == "auto":
+        say(f"backend: {name}")
+    return replace(runtime, backend=name)
 
 
 def open_source(
     bundle: Location | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
 ) -> AbstractContextManager[Source]:
-    """Load what captions a run; `say` gets a note of what `auto` chose. Raises an EngineError of the kind that fits."""
+    """Load what captions a run; `say` gets notes of a cluster. Raises an EngineError of the kind that fits."""
     if workers.address is not None:
         return open_cluster(bundle, asked, rows, runtime, workers, say)
-    source = LocalSource(Captioner.open(bundle, runtime), rows)
-    if runtime.backend == "auto":
-        say(f"backend: {source.backend_name}")
-    return nullcontext(source)
+    return nullcontext(LocalSource(Captioner.open(bundle, runtime), rows))
 
 
 class LocalSource:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,34 +40,50 @@ class ClipScore:
         """Return unit vectors f64[N,D] of the images and of the captions."""
         if items.images is None:
             raise UnavailableError("needs the images: --images DIR")
-        self._load()
-        image = self._in_batches(items.images, self._image_features)
-        return image, self._in_batches(items.candidates, self._text_features)
+        model = self._model()
+        return model.image_features(tuple(items.images)), model.text_features(tuple(items.candidates))
 
-    def _load(self) -> None:
-        torch, transformers = import_library("torch"), import_library("transformers")
-        directory = str(weights_folder(self._setting, "clipscore", WANTED))
-        self._torch = torch
-        self._device = self._setting.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def _model(self) -> _Clip:
+        directory = weights_folder(self._setting, "clipscore", WANTED)
+        return _load(str(directory), self._setting.device, self._setting.batch_size)
+
+
+class _Clip:
+    """The model, and the vectors of the pictures and captions it saw last: two metrics ask for the same."""
+
+    def __init__(self, directory: str, device: str | None, batch_size: int) -> None:
+        self._torch, transformers = import_library("torch"), import_library("transformers")
+        self._device = device or ("cuda" if self._torch.cuda.is_available() else "cpu")
+        self._batch_size = batch_size
         with quiet():
             self._model = transformers.CLIPModel.from_pretrained(directory).eval().to(self._device)
             self._processor = transformers.CLIPProcessor.from_pretrained(directory)
+        self._images: tuple[tuple[Any, ...], NDArray[np.float64]] | None = None
+
+    def image_features(self, paths: tuple[Any, ...]) -> NDArray[np.float64]:
+        """Return unit vectors f64[N,D] of pictures."""
+        if self._images is None or self._images[0] != paths:
+            self._images = paths, self._in_batches(paths, self._encode_images)
+        return self._images[1]
+
+    def text_features(self, captions: tuple[str, ...]) -> NDArray[np.float64]:
+        """Return unit vectors f64[N,D] of captions."""
+        return self._in_batches(captions, self._encode_texts)
 
     def _in_batches(self, values: Sequence[Any], features: Any) -> NDArray[np.float64]:
-        size = self._setting.batch_size
         parts = []
         with self._torch.inference_mode():
-            for start in range(0, len(values), size):
-                part = features(list(values[start : start + size])).double().cpu().numpy()
+            for start in range(0, len(values), self._batch_size):
+                part = features(list(values[start : start + self._batch_size])).double().cpu().numpy()
                 parts.append(part / np.linalg.norm(part, axis=1, keepdims=True))
         return np.concatenate(parts)
 
-    def _image_features(self, paths: list[Any]) -> Any:
+    def _encode_images(self, paths: list[Any]) -> Any:
         pictures = [decode_image(path) for path in paths]
         inputs = self._processor(images=pictures, return_tensors="pt").to(self._device)
         return self._model.get_image_features(**inputs)
 
-    def _text_features(self, captions: list[str]) -> Any:
+    def _encode_texts(self, captions: list[str]) -> Any:
         inputs = self._processor(
             text=[PREFIX + caption for caption in captions],
             padding=True,
@@ -77,6 +94,9 @@ class ClipScore:
         return self._model.get_text_features(**inputs)
 
 
+_load = lru_cache(maxsize=1)(_Clip)
+
+
 class RefClipScore(ClipScore):
     """Harmonic mean of CLIPScore and the best cosine of caption and reference (below 0 counted as 0)."""
 
@@ -85,7 +105,7 @@ class RefClipScore(ClipScore):
     def measure(self, items: Items) -> Measured:
         image, text = self._features(items)
         places = [i for i, several in enumerate(items.references) for _ in several]
-        references = self._in_batches(list(_flat(items.references)), self._text_features)
+        references = self._model().text_features(tuple(_flat(items.references)))
         closest = np.zeros(len(items))
         np.maximum.at(closest, places, (text[places] * references).sum(1))
         return mean(harmonic(clip_scores(image, text), closest))

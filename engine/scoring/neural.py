@@ -89,7 +89,7 @@ class BertScore:
 
     def _model(self, directory: Path) -> tuple[bool, int]:
         """Return whether these are the organisers' weights, and the layer to take."""
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = read_config(directory, self.name)
         is_official = all(config.get(name) == value for name, value in ORGANISERS_BERT.items())
         most = int(config.get("num_hidden_layers", 0))
         layer = self._layer or (ORGANISERS_LAYER if is_official else most)
@@ -148,6 +148,17 @@ def weights_folder(setting: Setting, name: str, wanted: str) -> Path:
     if not (directory / "config.json").is_file() or not _weight_file(directory):
         raise UsageError(f"--weights {name}={directory}: no folder with config.json and {' or '.join(WEIGHT_FILES)}")
     return directory
+
+
+def read_config(directory: Path, name: str) -> dict[str, Any]:
+    """Return the configuration of a metric's weights. Raises UsageError when it is none."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--weights {name}={directory}: config.json cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"--weights {name}={directory}: config.json is no JSON object")
+    return config
 
 
 def fingerprint(directory: Path) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,16 +125,43 @@ class Meteor:
         candidates = {i: [_one_line(text.candidates[i])] for i in ids}
         references = {i: [_one_line(one) for one in text.references[i]] for i in ids}
         with _java_on_path(), contextlib.redirect_stdout(io.StringIO()):
-            scorer = meteor.Meteor()
-            process = scorer.meteor_p
+            try:
+                scorer = meteor.Meteor()
+            except OSError as error:
+                raise UnavailableError(f"needs Java, which does not start: {error.strerror}") from error
             try:
                 value, per_image = scorer.compute_score(references, candidates)
+            except (OSError, ValueError) as error:
+                raise UnavailableError(f"Java ended early: {_last_words(scorer.meteor_p) or error}") from error
             finally:
-                del scorer  # ends the process and leaves its pipes open
-                process.stdout.close()
-                process.stderr.close()
+                _end(scorer)
         note = f"METEOR of the whole run, from summed counts, is {value:.6f}; not NLTK's METEOR, another scale"
         return mean(per_image, note)
+
+
+def _last_words(process: subprocess.Popen[bytes]) -> str:
+    """Return the first line that a process wrote to stderr, without waiting for more."""
+    process.kill()
+    process.wait()
+    assert process.stderr is not None
+    os.set_blocking(process.stderr.fileno(), False)
+    lines = (process.stderr.read() or b"").decode("utf-8", "replace").splitlines()
+    return lines[0][:200] if lines else ""
+
+
+def _end(scorer: Any) -> None:
+    """End METEOR's process, however far it came.
+
+    After an error its lock stays taken, and its __del__ would wait for that lock for ever.
+    """
+    process = scorer.meteor_p
+    process.kill()
+    process.wait()
+    if scorer.lock.locked():
+        scorer.lock.release()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        with contextlib.suppress(OSError):  # what was not sent cannot be any more
+            pipe.close()
 
 
 def _one_line(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from engine.errors import DataError, ImageError
+from engine.host import available_cores
 from engine.inputs.images import decode_image
 from train.data.dataset import Split
 from train.data.problems import Problems, is_empty
@@ -61,8 +61,8 @@ def _why_unreadable(path: Path) -> str:
 
 
 def in_threads(work: Callable[[T], R], items: list[T], progress: Progress | None = None) -> Iterator[R]:
-    """Yield work(item) in the order of the items, computed in as many threads as there are processors."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    """Yield work(item) in the order of the items, computed in as many threads as there are cores for this process."""
+    with ThreadPoolExecutor(available_cores()) as pool:
         for start in range(0, len(items), AT_ONCE):
             yield from pool.map(work, items[start : start + AT_ONCE])
             if progress is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from engine.backends.capacity import MEMORY_SHARE, slot_bytes, slots_for
-from engine.backends.host import available_memory
 from engine.bundle.manifest import ModelDims
 from engine.decoding.backend import Appetite
 from engine.decoding.beam import Search
+from engine.host import available_memory
 
 BASE = ModelDims(num_layers=12, num_heads=12, head_width=64, vocab_size=30524, max_positions=512, encoder_positions=197)
 APPETITE = Appetite(rows=256, encode_batch=2)
@@ -62,6 +62,6 @@ def test_the_tightest_group_above_this_process_counts_and_file_cache_does_not(tm
         (group / "memory.max").write_text(f"{limit}\n")
         (group / "memory.current").write_text("1000000000\n")
         (group / "memory.stat").write_text("anon 1\ninactive_file 500000000\n")
-    monkeypatch.setattr("engine.backends.host._memory_groups", lambda: [step, job, tmp_path])
-    monkeypatch.setattr("engine.backends.host._machine_memory", lambda: 1 << 40)
+    monkeypatch.setattr("engine.host._memory_groups", lambda: [step, job, tmp_path])
+    monkeypatch.setattr("engine.host._machine_memory", lambda: 1 << 40)
     assert available_memory() == 2_500_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import sys
@@ -79,6 +80,18 @@ def test_meteor_by_image_without_a_java_of_the_system(monkeypatch):
     low, high = bootstrap.interval(measured)
     assert low <= measured.value <= high
     np.testing.assert_allclose(measured.per_image, [0.235886, 0.365898, 1.0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("java", "reason"),
+    [("echo no Java here >&2; exit 1", "no Java here"), ("read line; echo no room >&2; kill -9 $$", "no room")],
+)
+def test_a_java_that_does_not_run_leaves_meteor_unavailable(java, reason, tmp_path, monkeypatch):
+    (tmp_path / "java").write_text(f"#!/bin/sh\n{java}\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(UnavailableError, match=reason):
+        Meteor().measure(items(["a brain"], ["a brain"]))
 
 
 def test_meteor_is_not_put_out_of_step_by_line_breaks_and_bars():
