@@ -12,6 +12,7 @@ from PIL import Image
 from engine.bundle.manifest import FORMAT, MANIFEST
 from engine.files.atomic import file_sha256
 from engine.options import GENERATION_SETTINGS
+from export.checkpoints.load import encoder_positions
 from export.reference.huggingface import Reference, normalisation
 
 
@@ -38,7 +39,7 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
             "head_width": text.hidden_size // text.num_attention_heads,
             "vocab_size": text.vocab_size,
             "max_positions": text.max_position_embeddings,
-            "encoder_positions": (vision.image_size // vision.patch_size) ** 2 + 1,
+            "encoder_positions": encoder_positions(vision),
         },
         "image": {
             "height": vision.image_size,

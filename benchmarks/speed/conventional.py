@@ -19,8 +19,10 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from engine.backends.providers import import_onnxruntime
+from engine.bundle.graphs import cache_names
 from engine.decoding.beam import Beams, Hypothesis, Search
 from engine.host import available_cores
+from export.checkpoints.load import encoder_positions
 from export.graphs.modules import Graph
 from export.reference.huggingface import Reference
 
@@ -85,11 +87,8 @@ def export_conventional(reference: Reference, out: Path) -> Path:
     config, size = reference.model.config, reference.model.config.vision_config.image_size
     layers, heads = config.text_config.num_hidden_layers, config.text_config.num_attention_heads
     width = config.text_config.hidden_size // heads
-    positions = (size // config.vision_config.patch_size) ** 2 + 1
-    names = {
-        part: [f"{part}.{kind}.{i}" for i in range(layers) for kind in ("key", "value")]
-        for part in ("cross", "past", "present")
-    }
+    positions = encoder_positions(config.vision_config)
+    names = {part: cache_names(layers, part) for part in ("cross", "past", "present")}
     axes = {
         "cross": {0: "rows"},
         "past": {0: "rows", 2: "past"},

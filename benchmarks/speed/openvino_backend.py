@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.ort import CPU_APPETITE
+from engine.bundle.graphs import GRAPHS, cache_names
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import Appetite, StepInputs
 from engine.host import available_cores
@@ -42,14 +43,13 @@ class OpenVinoBackend:
         }
         compiled = {
             graph: core.compile_model(core.read_model(bundle.path / f"{graph}.onnx"), "CPU", settings)
-            for graph in ("encoder", "decoder", "regroup")
+            for graph in GRAPHS
         }
         self._encoder = compiled["encoder"].create_infer_request()
         self._regroup = compiled["regroup"].create_infer_request()
         self._decoders = [compiled["decoder"].create_infer_request() for _ in range(2)]
-        layers = range(bundle.model.num_layers)
         self._names = {
-            part: [f"{part}.{kind}.{i}" for i in layers for kind in ("key", "value")]
+            part: cache_names(bundle.model.num_layers, part)
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
 

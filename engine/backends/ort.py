@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from engine.backends.device import CudaDevice, Device, HostDevice
 from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
 from engine.backends.shapes import gpu_appetite
-from engine.bundle.manifest import GRAPHS, Bundle
+from engine.bundle.graphs import (
+    CANDIDATES,
+    GRAPHS,
+    NUM_CANDIDATES,
+    STEP_INPUTS,
+    cache_names,
+    graph_inputs,
+    graph_outputs,
+)
+from engine.bundle.manifest import Bundle
 from engine.decoding.backend import Appetite, StepInputs
 from engine.errors import BackendError, BundleError, OutOfMemoryError
 from engine.host import available_cores
@@ -71,7 +80,7 @@ class OrtBackend:
         self._model = bundle.model
         threads = threads or available_cores()
         self._names = {
-            part: [f"{part}.{kind}.{i}" for i in range(bundle.model.num_layers) for kind in ("key", "value")]
+            part: cache_names(bundle.model.num_layers, part)
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
         # as they are: optimising runs parts of a graph, and these are not known to be the manifest's yet
@@ -95,22 +104,12 @@ class OrtBackend:
 
     def _check_graphs(self, bundle: Bundle, encoder: Any, decoder: Any, regroup: Any) -> None:
         """Refuse graphs that are not those of the manifest, before any is run. Raises BundleError."""
-        names, model, image = self._names, bundle.model, bundle.image
-        past = [*names["settled"], *names["recent"]]
-        step = ["input_ids", "positions", "scores", "banned_ids", "ancestry", "num_candidates"]
-        expected = {
-            "encoder": (encoder, ["pixel_values"], names["cross"]),
-            "decoder": (
-                decoder,
-                [*step, *names["cross"], *past],
-                ["candidate_scores", "candidate_ids", *names["extended"]],
-            ),
-            "regroup": (regroup, ["slots", "columns", *past], names["regrouped"]),
-        }
-        for graph, (session, inputs, outputs) in expected.items():
+        model, image = bundle.model, bundle.image
+        inputs, outputs = graph_inputs(model.num_layers), graph_outputs(model.num_layers)
+        for graph, session in zip(GRAPHS, (encoder, decoder, regroup), strict=True):
             for kind, wanted, found in (
-                ("inputs", inputs, session.get_inputs()),
-                ("outputs", outputs, session.get_outputs()),
+                ("inputs", inputs[graph], session.get_inputs()),
+                ("outputs", outputs[graph], session.get_outputs()),
             ):
                 other = sorted(set(wanted) ^ {entry.name for entry in found})
                 if other:
@@ -120,7 +119,7 @@ class OrtBackend:
                     )
                 _check_types(bundle, graph, found)
         keys = (model.num_heads, model.encoder_positions, model.head_width)
-        cross = (entry for entry in decoder.get_inputs() if entry.name in names["cross"])
+        cross = (entry for entry in decoder.get_inputs() if entry.name in self._names["cross"])
         for graph, entry, sizes in (
             ("encoder", encoder.get_inputs()[0], (image.height, image.width, 3)),
             *(("decoder", entry, keys) for entry in cross),
@@ -159,17 +158,12 @@ class OrtBackend:
             settled = cache.settled[0].shape()[2]
             self._bounds.refuse_beyond(OTHER_BACKEND, beams=rows, bans=bans, settled=settled)
         feed = {
-            "input_ids": self._value(inputs.input_ids),
-            "positions": self._value(inputs.positions),
-            "scores": self._value(inputs.scores),
-            "banned_ids": self._value(inputs.banned_ids),
-            "ancestry": self._value(inputs.ancestry),
-            "num_candidates": self._value(np.array([inputs.num_candidates], np.int64)),
+            **{name: self._value(getattr(inputs, name)) for name in STEP_INPUTS},
+            NUM_CANDIDATES: self._value(np.array([inputs.num_candidates], np.int64)),
             **self._named("settled", cache.settled),
             **self._named("recent", cache.recent),
         }
-        candidates = ["candidate_scores", "candidate_ids"]
-        scores, ids, *cache.recent = self._run(self._decoder, feed, candidates, self._names["extended"], cache)
+        scores, ids, *cache.recent = self._run(self._decoder, feed, [*CANDIDATES], self._names["extended"], cache)
         return scores.numpy(), ids.numpy()
 
     def regroup(self, cache: OrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64], recent: int = 0) -> None:
@@ -201,7 +195,7 @@ class OrtBackend:
         return [self._on_device(nothing)] * len(self._names["cross"])
 
     def _on_device(self, array: NDArray[Any]) -> Any:
-        with self._explained():
+        with self._ort_errors():
             return self._ort.OrtValue.ortvalue_from_numpy(array, self._device.name, 0)
 
     def _named(self, part: str, values: list[Any]) -> dict[str, Any]:
@@ -221,7 +215,7 @@ class OrtBackend:
         """Run a graph; return OrtValues, those `to_host` first. Cross keys and values of a `cache` are fed, too."""
         self._device.wait()  # for what was copied: ONNX Runtime works on a stream of its own
         binding, device = session.io_binding(), self._device.name
-        with self._explained():
+        with self._ort_errors():
             for name, value in feed.items():
                 binding.bind_ortvalue_input(name, value)
             if cache is not None:
@@ -236,7 +230,7 @@ class OrtBackend:
             return list(binding.get_outputs())
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _ort_errors(self) -> Iterator[None]:
         """Turn what ONNX Runtime raises into our errors."""
         try:
             yield

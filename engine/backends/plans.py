@@ -18,7 +18,8 @@ from typing import Any
 
 from engine.backends.nvidia import find_gpu
 from engine.backends.shapes import Bounds, Profile, profiles
-from engine.bundle.manifest import GRAPHS, Bundle
+from engine.bundle.graphs import GRAPHS
+from engine.bundle.manifest import Bundle
 from engine.errors import BackendError
 from engine.files.atomic import file_sha256, replace_file
 from engine.files.cache import cache_folder, refuse_strangers

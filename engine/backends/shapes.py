@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engine.bundle.graphs import NUM_CANDIDATES, cache_names
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import Appetite
 from engine.decoding.scheduler import SETTLE_EVERY
@@ -108,10 +109,7 @@ def rounded_up(size: int, smallest: int) -> int:
 def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, Profile]:
     """Return graph -> profile: every input with a dynamic size, smallest, usual and largest."""
     model, image = bundle.model, bundle.image
-    names = {
-        part: [f"{part}.{kind}.{i}" for i in range(model.num_layers) for kind in ("key", "value")]
-        for part in ("cross", "settled", "recent")
-    }
+    names = {part: cache_names(model.num_layers, part) for part in ("cross", "settled", "recent")}
 
     def keys(part: str, slots: Shape, positions: Shape) -> dict[str, Any]:
         three = tuple(
@@ -136,7 +134,7 @@ def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, Profile]:
             "scores": row,
             "banned_ids": tuple((*two, m) for two, m in zip(row, bans, strict=True)),
             "ancestry": tuple((*two, w) for two, w in zip(row, width, strict=True)),
-            "num_candidates": ((1,), (2 * bounds.beams,), (bounds.candidates,)),
+            NUM_CANDIDATES: ((1,), (2 * bounds.beams,), (bounds.candidates,)),
             **keys("cross", slots, (model.encoder_positions,) * 3),
             **keys("settled", slots, settled),
             **keys("recent", slots, recent),

@@ -30,18 +30,11 @@ from engine.backends.plans import (
     read_plan,
 )
 from engine.backends.shapes import Bounds, Shape, gpu_appetite
-from engine.bundle.manifest import GRAPHS, Bundle
+from engine.bundle.graphs import CANDIDATES, GRAPHS, NUM_CANDIDATES, STEP_INPUTS, cache_names
+from engine.bundle.manifest import Bundle
 from engine.decoding.backend import StepInputs
 from engine.errors import BackendError, OutOfMemoryError
 
-SMALL = {
-    "input_ids": np.int64,
-    "positions": np.int64,
-    "scores": np.float32,
-    "banned_ids": np.int64,
-    "ancestry": np.bool_,
-}
-"""Inputs that come from the host at every step."""
 OTHER_PLANS = "build plans for this search with `engine plan`, whose options are --beams, --max-new-tokens and --rows"
 
 
@@ -73,11 +66,11 @@ class TrtBackend:
         self._heads, self._width, self._places = model.num_heads, model.head_width, model.encoder_positions
         self._item_bytes = 2 if bundle.precision == "fp16" else 4
         self._names = {
-            part: [f"{part}.{kind}.{i}" for i in range(model.num_layers) for kind in ("key", "value")]
+            part: cache_names(model.num_layers, part)
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
-        other = ("num_candidates", "pixel_values", "slots", "columns", "candidate_scores", "candidate_ids")
-        small = (*SMALL, *other)
+        other = (NUM_CANDIDATES, "pixel_values", "slots", "columns", *CANDIDATES)
+        small = (*STEP_INPUTS, *other)
         self._small = {name: Region(device) for name in small}
         self._encoded = self._regions()
         self._count = np.zeros(1, np.int64)
@@ -132,14 +125,14 @@ class TrtBackend:
         bans = inputs.banned_ids.shape[2]
         self._bounds.refuse_beyond(OTHER_PLANS, beams=rows, candidates=count, settled=cache.num_settled, bans=bans)
         small: dict[str, NDArray[Any]] = {
-            name: np.ascontiguousarray(getattr(inputs, name), kind) for name, kind in SMALL.items()
+            name: np.ascontiguousarray(getattr(inputs, name), kind) for name, kind in STEP_INPUTS.items()
         }
         addresses = self._sent(small)
         self._count[0] = count
-        if "num_candidates" in self._graphs["decoder"].on_host:
-            addresses["num_candidates"] = self._count.ctypes.data
+        if NUM_CANDIDATES in self._graphs["decoder"].on_host:
+            addresses[NUM_CANDIDATES] = self._count.ctypes.data
         else:
-            addresses |= self._sent({"num_candidates": self._count})
+            addresses |= self._sent({NUM_CANDIDATES: self._count})
         scores, ids = np.empty((slots, count), np.float32), np.empty((slots, count), np.int64)
         for name, array in (("candidate_scores", scores), ("candidate_ids", ids)):
             addresses[name] = self._small[name].at_least(array.nbytes)

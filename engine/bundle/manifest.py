@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from engine.bundle.graphs import GRAPHS
 from engine.errors import BundleError, EngineError
 from engine.files.atomic import file_sha256
 from engine.options import DecodeOptions, options_from
@@ -21,7 +22,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8")
 """What weights and activations may be; scores and what is summed along a caption are float32 in all of them."""
-GRAPHS = ("encoder", "decoder", "regroup")
 REQUIRED_FILES = (*(f"{graph}.onnx" for graph in GRAPHS), "tokenizer.json", "golden.npz")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NUMBER = 10**7

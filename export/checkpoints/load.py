@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import BlipConfig, BlipForConditionalGeneration
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipVisionConfig
 
 from engine.errors import CheckpointError
 
@@ -92,6 +92,11 @@ def processor_size(directory: Path) -> tuple[int, int] | None:
     if not isinstance(size, dict) or not {"height", "width"} <= set(size):
         raise CheckpointError(f"{path} gives the size {size!r}: BLIP needs a height and a width in pixels")
     return int(size["height"]), int(size["width"])
+
+
+def encoder_positions(vision: BlipVisionConfig) -> int:
+    """Return the rows of the vision position table: one a patch, and the class row."""
+    return int((vision.image_size // vision.patch_size) ** 2 + 1)
 
 
 def resize_position_table(model: BlipForConditionalGeneration, image_size: int) -> None:

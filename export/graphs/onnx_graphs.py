@@ -13,6 +13,8 @@ from optimum.exporters.onnx import export as optimum_export
 from optimum.exporters.onnx.base import OnnxConfig
 from transformers import BlipForConditionalGeneration
 
+from engine.bundle.graphs import cache_names
+from export.checkpoints.load import encoder_positions
 from export.graphs.modules import DecoderStep, Encoder, Graph, Regroup
 from export.graphs.quantise import kept_float32, quantise
 
@@ -34,11 +36,11 @@ class GraphConfig(OnnxConfig):
         self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
         self.width = text.hidden_size // self.heads
         self.size = vision.image_size
-        self.encoder_positions = (vision.image_size // vision.patch_size) ** 2 + 1
+        self.encoder_positions = encoder_positions(vision)
         self.cache_type = blip.dtype
 
     def cache_names(self, part: str) -> list[str]:
-        return [f"{part}.{kind}.{i}" for i in range(self.layers) for kind in ("key", "value")]
+        return cache_names(self.layers, part)
 
     def cache_axes(self, part: str, images: str, positions: str | None) -> dict[str, dict[int, str]]:
         axes = {0: images} | ({2: positions} if positions else {})

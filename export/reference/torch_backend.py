@@ -21,6 +21,7 @@ from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Key, Scheduler
 from engine.options import DecodeOptions
+from export.checkpoints.load import encoder_positions
 from export.graphs.modules import DecoderStep, Encoder
 from export.reference.huggingface import normalisation
 
@@ -64,7 +65,7 @@ class TorchBackend:
         """See Backend.allocate."""
         text, vision = self._config.text_config, self._config.vision_config
         heads, width = text.num_attention_heads, text.hidden_size // text.num_attention_heads
-        places = (vision.image_size // vision.patch_size) ** 2 + 1
+        places = encoder_positions(vision)
 
         def fresh(length: int) -> list[Tensor]:
             count = 2 * text.num_hidden_layers

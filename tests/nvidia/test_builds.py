@@ -15,8 +15,10 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from engine.backends import plans
 from engine.backends.shapes import Bounds, profiles
+from engine.bundle.graphs import GRAPHS
 from engine.bundle.manifest import Bundle, ModelDims, TokenIds
 from engine.errors import BackendError
+from export.checkpoints.load import encoder_positions
 from export.graphs.onnx_graphs import write_graphs
 from export.reference.huggingface import Reference, normalisation
 from export.restore import restore_checkpoint
@@ -24,7 +26,6 @@ from tests.helpers.tiny import make_checkpoint
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 Linux and Windows only")
 
-GRAPHS = ("encoder", "decoder", "regroup")
 A100 = "8.0"
 SHAPES = {
     "base": ({"hidden_size": 768, "num_attention_heads": 12}, {"hidden_size": 768, "num_attention_heads": 12}),
@@ -62,7 +63,7 @@ def graphs_of(checkpoint: Path, out: Path, precision: str) -> Bundle:
         head_width=text.hidden_size // text.num_attention_heads,
         vocab_size=text.vocab_size,
         max_positions=text.max_position_embeddings,
-        encoder_positions=(vision.image_size // vision.patch_size) ** 2 + 1,
+        encoder_positions=encoder_positions(vision),
     )
     image = replace(Bundle.load().image, height=vision.image_size, width=vision.image_size)
     tokens = TokenIds(text.bos_token_id, text.sep_token_id, text.pad_token_id)

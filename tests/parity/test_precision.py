@@ -16,6 +16,7 @@ from onnx import TensorProto
 from transformers import BlipForConditionalGeneration
 
 from engine.backends import open_backend
+from engine.bundle.graphs import GRAPHS
 from engine.bundle.manifest import Bundle
 from engine.bundle.signature import run_signature
 from engine.captioner import Captioner
@@ -33,7 +34,6 @@ from export.precision import Saying, compare_sayings, encoder_error, forced_log_
 from export.restore import main as restore_main
 from tests.helpers.tiny import random_pictures
 
-GRAPHS = ("encoder", "decoder", "regroup")
 OPTIONS = DecodeOptions(num_beams=4, no_repeat_ngram_size=3)
 LEAST_IDENTICAL = {"fp16": 57, "int8": 41}
 """Of 60 pictures. The tiny model's random words are close rivals: of three seeds fp16 kept 59, 60 and 60, int8 45, 57
