@@ -24,7 +24,7 @@ import click
 from benchmarks.roofline import measure_matmul
 from benchmarks.setting.machine import describe_machine
 from benchmarks.setting.workload import MAX_NEW_TOKENS, Workload, prepare, read_pictures, read_pixels
-from benchmarks.speed.programs import BATCHED, PROGRAMS, Ids, Setting, Timing, Worker
+from benchmarks.speed.programs import BATCHED, PROGRAMS, Comparison, Ids, Timing, Worker
 from benchmarks.speed.work import ModelWork, count_work
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
@@ -63,7 +63,7 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
     """Measure, compare, and keep the record."""
     workload = prepare(name, images)
     options = workload.options(beams, forced_tokens=forced_tokens)
-    setting = Setting(workload, options, rows, threads)
+    setting = Comparison(workload, options, rows, threads)
     workers = {program: Worker(program, setting) for program in dict.fromkeys(("engine", *programs))}
     chosen = {program: _best_batch(worker, batches, images) for program, worker in workers.items()}
     timings = _take_turns(workers, chosen, images, repeats)

@@ -123,9 +123,9 @@ class Captioner:
 
     def scheduler(self, search: Search, rows: int | None = None) -> Scheduler:
         """Return a scheduler with as many slots as `rows` beams need; None means what suits device and memory."""
-        appetite = self.backend.appetite
-        num_slots = slots_for(search, self.bundle.model, appetite, rows=rows)
-        return Scheduler(self.backend, search, num_slots=num_slots, encode_batch=appetite.encode_batch)
+        batch_sizes = self.backend.batch_sizes
+        num_slots = slots_for(search, self.bundle.model, batch_sizes, rows=rows)
+        return Scheduler(self.backend, search, num_slots=num_slots, encode_batch=batch_sizes.encode_batch)
 
     def search(self, options: DecodeOptions) -> Search:
         """Resolve options over this bundle's settings; raise UsageError where they do not fit it."""

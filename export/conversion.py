@@ -24,7 +24,7 @@ from engine.machine.verify import UNRECORDED, Golden, replay, verify
 from engine.options import Runtime, options_from
 from export.graphs.onnx_graphs import write_graphs
 from export.manifest import write_manifest
-from export.precision import PrecisionReport, Saying, compare_sayings, encoder_error, forced_log_prob, summary
+from export.precision import PrecisionReport, ScoredCaption, compare_captions, encoder_error, forced_log_prob, summary
 from export.reference.huggingface import Reference, normalisation
 from export.reference.torch_backend import TorchBackend
 
@@ -96,10 +96,10 @@ def _settle_differences(float32: Captioner, ours: Captioner, say: Callable[[str]
     reports = []
     for setting, options in enumerate(golden.settings):
         theirs, found = (
-            [Saying(best.ids, best.score) for best in replay(captioner, golden, setting)]
+            [ScoredCaption(best.ids, best.score) for best in replay(captioner, golden, setting)]
             for captioner in (float32, ours)
         )
-        report = compare_sayings(float32, options_from({}, options), pictures, theirs, found)
+        report = compare_captions(float32, options_from({}, options), pictures, theirs, found)
         say(f"{', '.join(f'{key} {value}' for key, value in options.items())}: {summary(report)}")
         for i, (expected, other) in enumerate(zip(theirs, found, strict=True)):
             if expected.ids != other.ids:

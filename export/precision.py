@@ -34,7 +34,7 @@ ENCODED_PICTURES = 8
 
 
 @dataclass(frozen=True)
-class Saying:
+class ScoredCaption:
     """One picture's caption by one bundle: ids (prompt and end included) and score."""
 
     ids: tuple[int, ...]
@@ -113,12 +113,12 @@ def forced_log_prob(
     return total
 
 
-def compare_sayings(
+def compare_captions(
     float32: Captioner,
     options: DecodeOptions,
     pictures: Iterable[tuple[str, NDArray[np.uint8]]],
-    theirs: Iterable[Saying],
-    others: Iterable[Saying],
+    theirs: Iterable[ScoredCaption],
+    others: Iterable[ScoredCaption],
 ) -> PrecisionReport:
     """Compare the float32 bundle's captions (`theirs`) of (name, u8[height,width,3]) with another bundle's."""
     prompt_length, vocab_size, count = len(float32.search(options).prompt), float32.bundle.model.vocab_size, 0
@@ -151,14 +151,14 @@ def compare_bundles(float32: Captioner, other: Captioner, directory: Path, optio
     if not images:
         raise UsageError(f"{directory} holds no images")
     sayings = [
-        [Saying(caption.ids, caption.score) for caption in captioner.caption(images, options)]
+        [ScoredCaption(caption.ids, caption.score) for caption in captioner.caption(images, options)]
         for captioner in (float32, other)
     ]
     pictures = (
         (image.path.name, read_image(image.path, spec.height, spec.width, spec.resample, frame=image.frame))
         for image in images
     )
-    return compare_sayings(float32, options, pictures, *sayings)
+    return compare_captions(float32, options, pictures, *sayings)
 
 
 def check_twins(float32: Captioner, other: Captioner) -> None:

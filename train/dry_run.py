@@ -21,7 +21,7 @@ from train.data.batches import PixelSpec
 from train.data.dataset import Split
 from train.finetune import Job, load_reference, make_trainer, prepare_data, signatures
 from train.learning.evaluate import sum_of_losses
-from train.learning.processes import process_place
+from train.learning.processes import rank_and_world_size
 from train.learning.reward import repeating
 from train.recipe import Recipe
 
@@ -33,7 +33,7 @@ GIB = float(1 << 30)
 def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dict[str, Any]:
     """Return what a run will be; with `trial`, take TRIAL_STEPS optimiser steps (the model is thrown away)."""
     recipe = job.recipe
-    if process_place()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         raise UsageError("--dry-run looks at one process: run it without torchrun")
     signatures(job)
     reference = load_reference(job.checkpoint, recipe)

@@ -21,18 +21,18 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from engine.errors import DataError, UsageError
 from engine.options import DecodeOptions
-from engine.scoring.base import Setting
+from engine.scoring.base import MetricInputs
 from engine.scoring.profiles import make_metric
 from export.checkpoints.load import resize_position_table
 from export.manifest import checkpoint_sha256
 from export.reference.huggingface import Reference
 from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
-from train.data.check import check_split, fingerprint, without
+from train.data.check import check_split, drop_unusable, fingerprint
 from train.data.dataset import Example, Split, hold_out, read_dataset
 from train.learning.evaluate import LOSS, Evaluator
-from train.learning.processes import first_for_all, process_place
+from train.learning.processes import on_first_process, rank_and_world_size
 from train.learning.reward import RewardedPictures, RewardTrainer, make_reward
-from train.learning.run_dir import Kept, claim, locked, write_log
+from train.learning.run_dir import BestModels, locked, write_log, write_or_compare_record
 from train.learning.trainer import CaptionTrainer, newest_whole
 from train.recipe import Recipe
 
@@ -64,17 +64,17 @@ def finetune(job: Job, say: Say) -> dict[str, Any]:
     Raises UsageError, DataError (bad images without allow_missing), CheckpointError, or ImageError when a file
     vanishes during training.
     """
-    rank, world_size = process_place()
+    rank, world_size = rank_and_world_size()
     say = say if rank == 0 else (lambda _: None)
     recipe = job.recipe
     device_batch, accumulated = recipe.micro_batches(world_size)
     set_seed(recipe.seed)
     measured_by = signatures(job)
     reference = load_reference(job.checkpoint, recipe)
-    splits = first_for_all(lambda: prepare_data(job, reference, say))
+    splits = on_first_process(lambda: prepare_data(job, reference, say))
     with locked(job.out, rank):
-        resume_from = first_for_all(lambda: _begin(job, splits, measured_by, say))
-        kept = Kept(job.out / "models", recipe)
+        resume_from = on_first_process(lambda: _begin(job, splits, measured_by, say))
+        kept = BestModels(job.out / "models", recipe)
         evaluator = make_evaluator(job, reference, splits["valid"].examples)
 
         def judge(epoch: int) -> dict[str, float]:
@@ -130,7 +130,7 @@ def prepare_data(job: Job, reference: Reference, say: Say) -> dict[str, Split]:
         for line in problems.lines():
             say(f"{name}: {line}")
         bad += [f"{name}: {line}" for line in problems.fatal.lines()]
-        splits[name] = without(splits[name], problems)
+        splits[name] = drop_unusable(splits[name], problems)
     if bad and not job.allow_missing:
         raise DataError(f"{job.data}: {'; '.join(bad)}: mend the files, or leave these out with --allow-missing")
     return splits
@@ -139,12 +139,12 @@ def prepare_data(job: Job, reference: Reference, say: Say) -> dict[str, Split]:
 def signatures(job: Job) -> dict[str, str]:
     """Return how each metric of the evaluation and the reward is measured; raise EngineError where one cannot be."""
     names = [*evaluation_metrics(job.recipe), *job.recipe.rewards()]
-    return {name: make_metric(name, Setting(weights=job.weights or {}), {}).signature() for name in names}
+    return {name: make_metric(name, MetricInputs(weights=job.weights or {}), {}).signature() for name in names}
 
 
 def _begin(job: Job, splits: dict[str, Split], measured_by: dict[str, str], say: Say) -> Path | None:
     """Claim the run directory; return the state of training to go on from, or None."""
-    claim(job.out, job.recipe, made_of(job, splits) | {"metrics": measured_by})
+    write_or_compare_record(job.out, job.recipe, run_identity(job, splits) | {"metrics": measured_by})
     (job.out / "checkpoints").mkdir(parents=True, exist_ok=True)
     newest = newest_whole(job.out / "checkpoints", say)
     if newest is not None:
@@ -152,7 +152,7 @@ def _begin(job: Job, splits: dict[str, Split], measured_by: dict[str, str], say:
     return newest
 
 
-def made_of(job: Job, splits: dict[str, Split]) -> dict[str, Any]:
+def run_identity(job: Job, splits: dict[str, Split]) -> dict[str, Any]:
     """Return what decides a run besides its recipe."""
     data = {name: {"captions": len(splits[name].examples), "sha256": fingerprint(splits[name])} for name in SPLITS}
     return {"checkpoint": checkpoint_sha256(job.checkpoint), "data": data}
@@ -166,7 +166,7 @@ def make_evaluator(job: Job, reference: Reference, examples: Sequence[Example]) 
         step = len(ids) / recipe.eval_images
         chosen = {ids[int(i * step)] for i in range(recipe.eval_images)}
         examples = [example for example in examples if example.id in chosen]
-    setting, options = Setting(weights=job.weights or {}), evaluation_options(recipe)
+    setting, options = MetricInputs(weights=job.weights or {}), evaluation_options(recipe)
     metrics = evaluation_metrics(recipe)
     return Evaluator(reference, examples, metrics, options, recipe.max_tokens, recipe.device_batch, setting)
 
@@ -208,7 +208,7 @@ def make_trainer(
         dataset = Features(encode_images(reference, examples, say), [example.caption for example in examples])
     elif recipe.reward:
         dataset = RewardedPictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
-        reward = make_reward(recipe.rewards(), Setting(weights=job.weights or {}), examples)
+        reward = make_reward(recipe.rewards(), MetricInputs(weights=job.weights or {}), examples)
         kind = partial(RewardTrainer, reference=reference, reward=reward, greedy=evaluation_options(recipe))
     else:
         dataset = Pictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
@@ -286,7 +286,7 @@ def encode_images(reference: Reference, examples: Sequence[Example], say: Say, *
     return features.clone() if features.is_inference() else features
 
 
-def _summary(job: Job, kept: Kept, trainer: CaptionTrainer, seconds: float) -> dict[str, Any]:
+def _summary(job: Job, kept: BestModels, trainer: CaptionTrainer, seconds: float) -> dict[str, Any]:
     ranked = kept.ranked()
     return {
         "steps": trainer.state.global_step,

@@ -34,10 +34,10 @@ from benchmarks.survival.faults import engine_command
 from benchmarks.throughput import agreement_of, is_valid
 from engine.captioner import READERS, Captioner
 from engine.captions import Caption
-from engine.cluster.driver import calm
+from engine.cluster.driver import configure_ray_data
 from engine.cluster.messages import COLUMN, pack_captions, unpack_answer
 from engine.cluster.session import LOCAL, cluster
-from engine.cluster.worker import ANSWERS
+from engine.cluster.worker import MESSAGES_PER_BLOCK
 from engine.files.atomic import file_sha256
 from engine.host import available_cores
 from engine.inputs.images import find_images, read_image
@@ -129,7 +129,7 @@ def measure_stages(workload: Workload, beams: int) -> Stages:
     with _Timer() as captioned:
         spoken = list(captioner.caption(pixels, options))
     captions = [replace(caption, id=image.id) for caption, image in zip(spoken, images, strict=True)]
-    group = max(1, len(captions) // ANSWERS)
+    group = max(1, len(captions) // MESSAGES_PER_BLOCK)
     messages = [pack_captions(captions[start : start + group]) for start in range(0, len(captions), group)]
     with tempfile.TemporaryDirectory() as work:
         out = Path(work, "run.csv")
@@ -181,9 +181,11 @@ def _measure_ray(message: str) -> tuple[float, float, float]:
     import pyarrow as pa
 
     with cluster(LOCAL) as ray:
-        calm(ray.data.DataContext.get_current())
+        configure_ray_data(ray.data.DataContext.get_current())
         with _Timer() as sent:
-            blocks = ray.data.from_arrow([pa.table({COLUMN: [ANSWERS]}) for _ in range(MESSAGES // ANSWERS)])
+            blocks = ray.data.from_arrow(
+                [pa.table({COLUMN: [MESSAGES_PER_BLOCK]}) for _ in range(MESSAGES // MESSAGES_PER_BLOCK)]
+            )
         answers = blocks.map_batches(
             Echo,
             fn_constructor_args=(message,),
@@ -200,8 +202,8 @@ def _measure_ray(message: str) -> tuple[float, float, float]:
         start, stamps = time.perf_counter(), []
         for table in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
             stamps += [time.perf_counter()] * len(table)
-    assert len(stamps) == MESSAGES // ANSWERS * ANSWERS
-    return stamps[0] - start, sent.seconds * ANSWERS / MESSAGES, (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+    assert len(stamps) == MESSAGES // MESSAGES_PER_BLOCK * MESSAGES_PER_BLOCK
+    return stamps[0] - start, sent.seconds * MESSAGES_PER_BLOCK / MESSAGES, (stamps[-1] - stamps[0]) / (len(stamps) - 1)
 
 
 class _Timer:

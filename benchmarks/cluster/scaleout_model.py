@@ -11,7 +11,7 @@ import heapq
 from dataclasses import dataclass
 
 from engine.cluster.driver import block_size
-from engine.cluster.worker import ANSWERS
+from engine.cluster.worker import MESSAGES_PER_BLOCK
 
 BUSY = 0.9
 """Share of the time from which on somebody counts as the bottleneck."""
@@ -66,7 +66,7 @@ def simulate(stages: Stages, images: int, actors: int) -> Outcome:
     arrivals: list[tuple[float, int]] = []
     for count in sizes:
         begun = free_at[0]
-        group = -(-count // ANSWERS)
+        group = -(-count // MESSAGES_PER_BLOCK)
         for done in range(0, count, group):
             answered = min(group, count - done)
             arrivals.append((begun + (done + answered) * stages.image_s, answered))

@@ -105,14 +105,14 @@ def measure_page(browser: Any, page: Path) -> dict[str, Any]:
 def main(images: int, work: Path, out: Path) -> None:
     """Make a report twice (all thumbnails new, then none), open it, and write a record."""
     from engine.report.build import build_report
-    from engine.report.gather import Request
+    from engine.report.gather import ReportRequest
 
     folder = write_corpus(work / "images", images, Path("examples/images"))
     inputs = write_inputs(work, [image.id for image in find_images(folder).images])
     record: dict[str, Any] = {"benchmark": "report_page", "machine": describe_machine(), "images": images}
     for name in ("first_s", "again_s"):
         start = time.perf_counter()
-        request = Request(images=folder, out=work / "report", **inputs)
+        request = ReportRequest(images=folder, out=work / "report", **inputs)
         build_report(request, say=click.echo, progress=lambda _: nullcontext(lambda: None))
         record[f"making_{name}"] = round(time.perf_counter() - start, 1)
     record["page_MB"] = round((work / "report" / "index.html").stat().st_size / 1e6, 1)

@@ -22,7 +22,7 @@ from engine.captions import Caption
 from engine.files.run_files import write_n_best
 from engine.options import DecodeOptions
 from engine.scoring import bootstrap
-from engine.scoring.base import Items, Measured, Setting
+from engine.scoring.base import Items, Measured, MetricInputs
 from engine.scoring.profiles import make_metric
 from engine.scoring.rerank import read_n_best, rerank_candidates
 from train.demo.assets import SMALL_BERT, fetch_assets
@@ -53,7 +53,7 @@ def main(pairs: Path, samples: int, temperature: float, top_p: float, seed: int)
     ids = [path.stem for path in pictures]
     bert = BUILD.parent / "small-bert"
     fetch_assets(bert, SMALL_BERT)
-    setting = Setting(weights={"bertscore": bert})
+    setting = MetricInputs(weights={"bertscore": bert})
     captioner = Captioner.load(backend="cpu")
     drawing = DecodeOptions(
         do_sample=True,

@@ -27,7 +27,7 @@ from engine.bundle.tokenizer import detokenise
 from engine.cli.shared import say
 from engine.options import DecodeOptions, options_from
 from engine.scoring import bootstrap
-from engine.scoring.base import Items, Measured, Setting
+from engine.scoring.base import Items, Measured, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.manifest import generation_defaults
 from export.reference.huggingface import Reference
@@ -94,7 +94,7 @@ def captions_of(reference: Reference, folder: Path, pairs: Sequence[Pair], optio
 
 
 def judge(
-    checkpoint: Path, folder: Path, learnt: Sequence[Pair], held_out: Sequence[Pair], job: Job, setting: Setting
+    checkpoint: Path, folder: Path, learnt: Sequence[Pair], held_out: Sequence[Pair], job: Job, setting: MetricInputs
 ) -> Judged:
     """Measure one checkpoint: rewards as the training counts them, held-out captions with its own beams."""
     reference = Reference.load(checkpoint)
@@ -149,7 +149,7 @@ def main(
     """Train, measure and keep the record."""
     bert = BUILD.parent / "small-bert"
     fetch_assets(bert, SMALL_BERT)
-    setting = Setting(weights={"bertscore": bert})
+    setting = MetricInputs(weights={"bertscore": bert})
     pairs, folder = demo_pairs(work), work / "pairs"
     if decoder_epochs is None:
         checkpoint = restore_checkpoint(demo_bundle(), out / "start")

@@ -18,7 +18,7 @@ from benchmarks.quality.detokenise import make_caption
 from benchmarks.setting.corpus import CHALLENGE_SIZE
 from engine.files.run_files import write_run
 from engine.scoring.files import write_report
-from engine.scoring.score import Request, score_run
+from engine.scoring.score import ScoreRequest, score_run
 
 
 @click.command()
@@ -31,7 +31,7 @@ def main(captions: int) -> None:
         for path in (run, references):
             write_run(path, ((f"ID{i}", make_caption(chance)) for i in range(captions)))
         start = time.perf_counter()
-        report = score_run(Request(run, references), lambda line: click.echo(line, err=True))
+        report = score_run(ScoreRequest(run, references), lambda line: click.echo(line, err=True))
         write_report(report, Path(work, "scores.json"), Path(work, "per_image.csv"))
         seconds = time.perf_counter() - start
     parts = {score.name: round(score.seconds, 2) for score in report.scores}

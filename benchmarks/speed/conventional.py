@@ -23,13 +23,13 @@ from engine.bundle.graphs import cache_names
 from engine.decoding.beam import Beams, Hypothesis, Search
 from engine.host import available_cores
 from export.checkpoints.load import encoder_positions
-from export.graphs.modules import Graph
+from export.graphs.modules import ExportedModule
 from export.reference.huggingface import Reference
 
 OPSET = 18
 
 
-class StepWithPast(Graph):
+class StepWithPast(ExportedModule):
     """One token a row over its own past; every weight and operation as in transformers' BlipTextLMHeadModel."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, cross: list[Tensor], past: list[Tensor]) -> Any:

@@ -19,7 +19,7 @@ from benchmarks.setting.corpus import CHALLENGE_SIZE
 from benchmarks.setting.machine import describe_machine
 from benchmarks.speed.work import ModelWork, Work
 from engine.bundle.manifest import MANIFEST, Bundle
-from engine.decoding.backend import Appetite, StepInputs
+from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.beam import Search
 from engine.decoding.scheduler import Scheduler
 from engine.inputs.images import read_image
@@ -117,7 +117,7 @@ class NullBackend:
     name = "null"
 
     def __init__(self, rows: int, vocab_size: int, tokens: int, eos: int) -> None:
-        self.appetite = Appetite(rows=rows, encode_batch=16)
+        self.batch_sizes = BatchSizes(rows=rows, encode_batch=16)
         self._vocab_size, self._tokens, self._eos = vocab_size, tokens, eos
         self._rng = np.random.default_rng(0)
 

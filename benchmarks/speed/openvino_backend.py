@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.ort import CPU_APPETITE
+from engine.backends.ort import CPU_BATCH_SIZES
 from engine.bundle.graphs import GRAPHS, cache_names
 from engine.bundle.manifest import Bundle
-from engine.decoding.backend import Appetite, StepInputs
+from engine.decoding.backend import BatchSizes, StepInputs
 from engine.host import available_cores
 
 
@@ -28,7 +28,7 @@ class OpenVinoBackend:
     """Two requests of the decoder take turns, so that one's outputs can be the other's inputs without a copy."""
 
     name = "openvino"
-    appetite: Appetite = CPU_APPETITE
+    batch_sizes: BatchSizes = CPU_BATCH_SIZES
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         import openvino

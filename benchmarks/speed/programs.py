@@ -26,7 +26,7 @@ Caption = Callable[[int, int], Ids]
 
 
 @dataclass(frozen=True)
-class Setting:
+class Comparison:
     """What all programs of one measurement share."""
 
     workload: Workload
@@ -44,7 +44,7 @@ class Timing:
     peak_gib: float | None
 
 
-def engine(setting: Setting) -> Caption:
+def engine(setting: Comparison) -> Caption:
     """Our engine on ONNX Runtime."""
     from engine.captioner import Captioner
 
@@ -52,7 +52,7 @@ def engine(setting: Setting) -> Caption:
     return _through_scheduler(captioner, setting)
 
 
-def openvino(setting: Setting) -> Caption:
+def openvino(setting: Comparison) -> Caption:
     """Our graphs and scheduler on OpenVINO."""
     from benchmarks.speed.openvino_backend import OpenVinoBackend
     from engine.bundle.manifest import Bundle
@@ -62,7 +62,7 @@ def openvino(setting: Setting) -> Caption:
     return _through_scheduler(Captioner(bundle, OpenVinoBackend(bundle, setting.threads)), setting)
 
 
-def _through_scheduler(captioner: Any, setting: Setting) -> Caption:
+def _through_scheduler(captioner: Any, setting: Comparison) -> Caption:
     pixels = read_pixels(setting.workload, captioner.bundle)
     scheduler = captioner.scheduler(captioner.search(setting.options), setting.rows)
 
@@ -73,7 +73,7 @@ def _through_scheduler(captioner: Any, setting: Setting) -> Caption:
     return caption
 
 
-def generate(setting: Setting) -> Caption:
+def generate(setting: Comparison) -> Caption:
     """Hugging Face generate, asked for nothing but ids."""
     import torch
 
@@ -92,7 +92,7 @@ def generate(setting: Setting) -> Caption:
     return caption
 
 
-def conventional(setting: Setting) -> Caption:
+def conventional(setting: Comparison) -> Caption:
     """The usual ONNX loop; see benchmarks.speed.conventional."""
     from benchmarks.speed.conventional import Conventional, export_conventional
     from engine.captioner import Captioner
@@ -115,7 +115,7 @@ def conventional(setting: Setting) -> Caption:
     return caption
 
 
-PROGRAMS: dict[str, Callable[[Setting], Caption]] = {
+PROGRAMS: dict[str, Callable[[Comparison], Caption]] = {
     "engine": engine,
     "generate": generate,
     "conventional": conventional,
@@ -128,7 +128,7 @@ BATCHED = ("generate", "conventional")
 class Worker:
     """A program in a process of its own; idle until asked."""
 
-    def __init__(self, name: str, setting: Setting) -> None:
+    def __init__(self, name: str, setting: Comparison) -> None:
         """Start the process and load the program. Raises RuntimeError with the child's reason when it cannot."""
         context = multiprocessing.get_context("spawn")
         self.name = name
@@ -167,7 +167,7 @@ def forget_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _serve(name: str, setting: Setting, connection: Connection) -> None:
+def _serve(name: str, setting: Comparison, connection: Connection) -> None:
     try:
         start = time.perf_counter()
         caption = PROGRAMS[name](setting)

@@ -18,12 +18,14 @@ def require_backend(name: str) -> str:
     """
     Runtime(name)  # refuses an unknown one
     if name == "trt":
-        from engine.backends.trt import require
+        from engine.backends.trt import require_tensorrt
+
+        require_tensorrt()
     else:
-        from engine.backends.providers import choose, require
+        from engine.backends.providers import choose, require_provider
 
         name = choose(name)
-    require(name)
+        require_provider(name)
     return name
 
 
@@ -37,12 +39,12 @@ def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
         from engine.backends.ort import OrtBackend
 
         return OrtBackend(bundle, name, threads=runtime.threads)
-    from engine.backends.buckets import Bucketed
+    from engine.backends.buckets import PaddedBackend
 
     if name == "trt":
         from engine.backends.trt import TrtBackend
 
-        return Bucketed(TrtBackend.load(bundle, runtime.plans, uses_cuda_graphs=runtime.cuda_graphs))
+        return PaddedBackend(TrtBackend.load(bundle, runtime.plans, uses_cuda_graphs=runtime.cuda_graphs))
     from engine.backends.ort import OrtBackend
 
-    return Bucketed(OrtBackend(bundle, name, threads=runtime.threads))
+    return PaddedBackend(OrtBackend(bundle, name, threads=runtime.threads))

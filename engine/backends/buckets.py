@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.shapes import FEWEST_BANS, FEWEST_SETTLED, FILLER, rounded_up
-from engine.decoding.backend import Appetite, Backend, Cache, Encoded, StepInputs
+from engine.backends.shapes import FEWEST_BANS, FEWEST_SETTLED, FILLER, bucket_size
+from engine.decoding.backend import Backend, BatchSizes, Cache, Encoded, StepInputs
 
 NEVER = -1e9
 """Instead of -inf for whole rows: where all candidates are -inf, TopK of some GPU libraries gives chance ids."""
@@ -45,17 +45,17 @@ class PaddedCache:
     padded_settled: int
 
 
-class Bucketed:
+class PaddedBackend:
     """Implements Backend on top of another one.
 
-    Slots, settled positions and bans are padded to sizes of `rounded_up`; recent positions grow by T a step and need
+    Slots, settled positions and bans are padded to sizes of `bucket_size`; recent positions grow by T a step and need
     no padding beyond FILLER. Settled positions are padded in front, slots and bans behind.
     """
 
     def __init__(self, inner: FillableBackend) -> None:
         self.inner = inner
         self.name: str = inner.name
-        self.appetite: Appetite = inner.appetite
+        self.batch_sizes: BatchSizes = inner.batch_sizes
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> Encoded:
         """See Backend.encode."""
@@ -63,7 +63,7 @@ class Bucketed:
 
     def allocate(self, num_slots: int) -> PaddedCache:
         """See Backend.allocate."""
-        padded = rounded_up(num_slots, 1)
+        padded = bucket_size(num_slots, 1)
         return PaddedCache(self.inner.allocate(padded, FEWEST_SETTLED, FILLER), num_slots, padded, 0, FEWEST_SETTLED)
 
     def admit(self, cache: PaddedCache, slot: int, encoded: Encoded, image: int) -> None:
@@ -79,7 +79,7 @@ class Bucketed:
         ancestry[:slots, :, front : front + cache.settled] = inputs.ancestry[:, :, : cache.settled]
         ancestry[:slots, :, cache.padded_settled + FILLER :] = inputs.ancestry[:, :, cache.settled :]
         bans = inputs.banned_ids
-        repeats = rounded_up(bans.shape[2], FEWEST_BANS) - bans.shape[2]
+        repeats = bucket_size(bans.shape[2], FEWEST_BANS) - bans.shape[2]
         bans = np.concatenate([bans, np.repeat(bans[:, :, :1], repeats, 2)], 2)
         scores, ids = self.inner.step(
             cache.inner,
@@ -97,8 +97,8 @@ class Bucketed:
     def regroup(self, cache: PaddedCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""
         kept, settled = columns.shape
-        padded_slots = min(cache.padded_slots, rounded_up(kept, 1))
-        padded_settled = rounded_up(settled, FEWEST_SETTLED)
+        padded_slots = min(cache.padded_slots, bucket_size(kept, 1))
+        padded_settled = bucket_size(settled, FEWEST_SETTLED)
         front = cache.padded_settled - cache.settled
         moved = np.where(columns < cache.settled, columns + front, columns + front + FILLER)
         places = np.zeros((padded_slots, padded_settled), np.int64)

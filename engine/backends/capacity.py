@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.bundle.manifest import ModelDims
-from engine.decoding.backend import Appetite
+from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Search
 from engine.decoding.scheduler import SETTLE_EVERY
 from engine.host import available_memory
@@ -15,7 +15,12 @@ COPIES = 3
 
 
 def slots_for(
-    search: Search, model: ModelDims, appetite: Appetite, *, rows: int | None = None, memory_bytes: int | None = None
+    search: Search,
+    model: ModelDims,
+    batch_sizes: BatchSizes,
+    *,
+    rows: int | None = None,
+    memory_bytes: int | None = None,
 ) -> int:
     """Return the number of slots B for about `rows` beams side by side.
 
@@ -24,10 +29,10 @@ def slots_for(
     """
     if rows is not None:
         return max(1, rows // search.num_beams)
-    memory_bytes = appetite.memory_bytes if memory_bytes is None else memory_bytes
+    memory_bytes = batch_sizes.memory_bytes if memory_bytes is None else memory_bytes
     memory_bytes = available_memory() if memory_bytes is None else memory_bytes
-    affordable = int(MEMORY_SHARE * memory_bytes) // slot_bytes(search, model, appetite.item_bytes)
-    return max(1, min(appetite.rows // search.num_beams, affordable, appetite.slots or affordable))
+    affordable = int(MEMORY_SHARE * memory_bytes) // slot_bytes(search, model, batch_sizes.item_bytes)
+    return max(1, min(batch_sizes.rows // search.num_beams, affordable, batch_sizes.slots or affordable))
 
 
 def slot_bytes(search: Search, model: ModelDims, item_bytes: int = 4) -> int:

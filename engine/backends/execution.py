@@ -33,7 +33,7 @@ class Region:
 
 
 @dataclass
-class Graph:
+class PlanRunner:
     """One plan, ready to run on a device.
 
     With `capturing` what runs twice in the same way is captured and replayed: TensorRT wants an ordinary run before a

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.backends.device import CudaDevice, Device, HostDevice
 from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
-from engine.backends.shapes import gpu_appetite
+from engine.backends.shapes import gpu_batch_sizes
 from engine.bundle.graphs import (
     CANDIDATES,
     GRAPHS,
@@ -28,11 +28,11 @@ from engine.bundle.graphs import (
     graph_outputs,
 )
 from engine.bundle.manifest import Bundle
-from engine.decoding.backend import Appetite, StepInputs
+from engine.decoding.backend import BatchSizes, StepInputs
 from engine.errors import BackendError, BundleError, OutOfMemoryError
 from engine.host import available_cores
 
-CPU_APPETITE = Appetite(rows=160, encode_batch=2)
+CPU_BATCH_SIZES = BatchSizes(rows=160, encode_batch=2)
 """Measured on 2 cores (benchmarks/LOG.md): more rows bring a few percent at most, larger batches miss the cache."""
 
 FLOAT32_ALWAYS = ("scores", "candidate_scores")
@@ -74,9 +74,9 @@ class OrtBackend:
             os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider has no option for it, and float32 means float32
         self._ort = import_libraries(name)
         self._device: Device = HostDevice() if KINDS[name].device == "cpu" else CudaDevice()
-        self.appetite = CPU_APPETITE
+        self.batch_sizes = CPU_BATCH_SIZES
         if self._device.name != "cpu":
-            self.appetite = gpu_appetite(bundle, self._device.free_bytes(), self._bounds)
+            self.batch_sizes = gpu_batch_sizes(bundle, self._device.free_bytes(), self._bounds)
         self._model = bundle.model
         threads = threads or available_cores()
         self._names = {

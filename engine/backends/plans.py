@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends.nvidia import find_gpu
-from engine.backends.shapes import Bounds, Profile, profiles
+from engine.backends.shapes import Bounds, ShapeRange, profiles
 from engine.bundle.graphs import GRAPHS
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError
 from engine.files.atomic import file_sha256, replace_file
-from engine.files.cache import cache_folder, refuse_strangers
+from engine.files.cache import cache_folder, require_private
 from engine.files.lock import OutputLock
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -30,7 +30,7 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 PORTABLE = "tensorrt-rtx"
 """The builder that needs no GPU, and whose plans run on every GPU of a compute capability."""
 ANY_GPU = "any"
-OWN = 0o600
+PRIVATE_MODE = 0o600
 """Nobody else may read or write what will be executed."""
 OLDEST = (10, 12)
 """TensorRT: older ones do not type networks strongly in every operator used here."""
@@ -117,7 +117,7 @@ def build_plans(
     another process is building there.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    refuse_strangers(folder)
+    require_private(folder)
     paths = []
     with OutputLock(folder):
         for graph in graphs:
@@ -128,10 +128,10 @@ def build_plans(
                 say(f"building {path}")
                 timings = folder / f"timings-{target.version}-{target.compute_capability}.cache"
                 plan = build_plan(bundle, graph, bounds, target, timings)
-                replace_file(path, plan, mode=OWN)
+                replace_file(path, plan, mode=PRIVATE_MODE)
                 kept = key | {"plan_sha256": hashlib.sha256(plan).hexdigest()}
                 note = json.dumps(kept, indent=1, sort_keys=True) + "\n"
-                replace_file(path.with_suffix(".json"), note.encode(), mode=OWN)
+                replace_file(path.with_suffix(".json"), note.encode(), mode=PRIVATE_MODE)
             paths.append(path)
     return paths
 
@@ -161,7 +161,7 @@ def build_plan(bundle: Bundle, graph: str, bounds: Bounds, target: Target, timin
 
 
 def build_network(
-    trt: Any, path: Path, profile: Profile, compute_capability: str, timings: Path | None = None
+    trt: Any, path: Path, profile: ShapeRange, compute_capability: str, timings: Path | None = None
 ) -> bytes:
     """Parse an ONNX file strongly typed, and build it for `profile`; see build_plan."""
     logger = make_logger(trt)
@@ -193,7 +193,7 @@ def build_network(
         raise BackendError(f"{path} cannot be built: {logger.last()}")
     kept = config.get_timing_cache() if timings is not None else None
     if timings is not None and kept is not None:
-        replace_file(timings, bytes(kept.serialize()), mode=OWN)
+        replace_file(timings, bytes(kept.serialize()), mode=PRIVATE_MODE)
     return bytes(plan)
 
 
@@ -218,7 +218,7 @@ def read_plan(folder: Path, bundle: Bundle, graph: str, here: Callable[[str], Ta
     if not path.is_file() or not note.is_file():
         raise BackendError(f"{folder} has no plan of the {graph}: make it with `engine plan --bundle {bundle.path}`")
     for one in (folder, path, note):
-        refuse_strangers(one)
+        require_private(one)
     try:
         kept = json.loads(note.read_text(encoding="utf-8"))
         bounds = Bounds(**kept["bounds"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.decoding.backend import Appetite, StepInputs
+from engine.decoding.backend import BatchSizes, StepInputs
 
 
 @dataclass
@@ -44,7 +44,7 @@ class PrefixBackend(ABC):
     """Implements Backend on top of `log_probs`."""
 
     name = "prefix"
-    appetite = Appetite(rows=32, encode_batch=4)
+    batch_sizes = BatchSizes(rows=32, encode_batch=4)
 
     @abstractmethod
     def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:

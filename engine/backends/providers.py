@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.backends.device import CudaDevice
 from engine.backends.nvidia import clashing_runtimes, find_gpu
-from engine.backends.shapes import Bounds, Profile, profiles
+from engine.backends.shapes import Bounds, ShapeRange, profiles
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError
 from engine.files.cache import cache_folder
@@ -73,7 +73,7 @@ def import_onnxruntime(extra: str) -> Any:
 
 
 def import_libraries(name: str) -> Any:
-    """Import onnxruntime and load what a backend's providers link, for which a driver must be there; see `require`."""
+    """Import onnxruntime and load what a backend's providers link, for which a driver must be there."""
     ort = import_onnxruntime(name)
     if KINDS[name].device != "cpu":
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
@@ -88,14 +88,14 @@ def choose(name: str) -> str:
     if name != "auto":
         return name
     try:
-        require("cuda")
+        require_provider("cuda")
         CudaDevice()
     except BackendError:
         return "cpu"
     return "cuda"
 
 
-def require(name: str) -> None:
+def require_provider(name: str) -> None:
     """Raise BackendError, in one sentence, where the backend `name` cannot work on this machine.
 
     Quick, and asks the driver before anything of NVIDIA's is imported.
@@ -146,7 +146,7 @@ def providers_for(name: str, bundle: Bundle, graph: str, bounds: Bounds | None =
     return chosen
 
 
-def profile_options(profile: Profile) -> dict[str, str]:
+def profile_options(profile: ShapeRange) -> dict[str, str]:
     """Write a profile as TensorRT's provider wants it: name:AxBxC,name:AxB."""
     texts = []
     for which in range(3):

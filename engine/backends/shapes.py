@@ -10,12 +10,12 @@ from typing import Any
 
 from engine.bundle.graphs import NUM_CANDIDATES, cache_names
 from engine.bundle.manifest import Bundle
-from engine.decoding.backend import Appetite
+from engine.decoding.backend import BatchSizes
 from engine.decoding.scheduler import SETTLE_EVERY
 from engine.errors import BackendError
 
 Shape = tuple[int, ...]
-Profile = dict[str, tuple[Shape, Shape, Shape]]
+ShapeRange = dict[str, tuple[Shape, Shape, Shape]]
 """Input name -> smallest, usual and largest shape; of num_candidates the values instead."""
 
 FEWEST_SETTLED, FEWEST_BANS = 16, 4
@@ -57,10 +57,10 @@ class Bounds:
         longest = min(bundle.model.max_positions, options.max_total_length(1) + PROMPT_MARGIN)
         slots = max(1, rows // options.num_beams)
         return cls(
-            slots=rounded_up(slots, 1),
+            slots=bucket_size(slots, 1),
             beams=options.num_beams,
-            settled=rounded_up(longest * options.num_beams, FEWEST_SETTLED),
-            bans=rounded_up(longest, FEWEST_BANS),
+            settled=bucket_size(longest * options.num_beams, FEWEST_SETTLED),
+            bans=bucket_size(longest, FEWEST_BANS),
         )
 
     @property
@@ -85,9 +85,9 @@ class Bounds:
         return asdict(self)
 
 
-def gpu_appetite(bundle: Bundle, free_bytes: int | None, bounds: Bounds | None = None) -> Appetite:
+def gpu_batch_sizes(bundle: Bundle, free_bytes: int | None, bounds: Bounds | None = None) -> BatchSizes:
     """Return what suits a GPU with `free_bytes`, within `bounds` where there are some. A guess that has never run."""
-    return Appetite(
+    return BatchSizes(
         rows=bounds.slots * bounds.beams if bounds else ROWS,
         encode_batch=bounds.encode_batch if bounds else ENCODE_BATCH,
         slots=bounds.slots if bounds else None,
@@ -96,7 +96,7 @@ def gpu_appetite(bundle: Bundle, free_bytes: int | None, bounds: Bounds | None =
     )
 
 
-def rounded_up(size: int, smallest: int) -> int:
+def bucket_size(size: int, smallest: int) -> int:
     """Return the next of the sizes smallest, 1.5, 2, 3, 4, 6, 8 ... times it: a third is wasted at most."""
     step = smallest
     while step < size:
@@ -106,7 +106,7 @@ def rounded_up(size: int, smallest: int) -> int:
     return step
 
 
-def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, Profile]:
+def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, ShapeRange]:
     """Return graph -> profile: every input with a dynamic size, smallest, usual and largest."""
     model, image = bundle.model, bundle.image
     names = {part: cache_names(model.num_layers, part) for part in ("cross", "settled", "recent")}

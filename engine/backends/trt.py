@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.device import CapturingDevice, CudaDevice
-from engine.backends.execution import Graph, Region
+from engine.backends.execution import PlanRunner, Region
 from engine.backends.nvidia import find_gpu
 from engine.backends.plans import (
     MODULES,
@@ -29,7 +29,7 @@ from engine.backends.plans import (
     make_logger,
     read_plan,
 )
-from engine.backends.shapes import Bounds, Shape, gpu_appetite
+from engine.backends.shapes import Bounds, Shape, gpu_batch_sizes
 from engine.bundle.graphs import CANDIDATES, GRAPHS, NUM_CANDIDATES, STEP_INPUTS, cache_names
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import StepInputs
@@ -59,9 +59,11 @@ class TrtBackend:
 
     name = "trt"
 
-    def __init__(self, bundle: Bundle, graphs: Mapping[str, Graph], bounds: Bounds, device: CapturingDevice) -> None:
+    def __init__(
+        self, bundle: Bundle, graphs: Mapping[str, PlanRunner], bounds: Bounds, device: CapturingDevice
+    ) -> None:
         model = bundle.model
-        self.appetite = gpu_appetite(bundle, device.free_bytes(), bounds)
+        self.batch_sizes = gpu_batch_sizes(bundle, device.free_bytes(), bounds)
         self._graphs, self._bounds, self._device = graphs, bounds, device
         self._heads, self._width, self._places = model.num_heads, model.head_width, model.encoder_positions
         self._item_bytes = 2 if bundle.precision == "fp16" else 4
@@ -93,7 +95,7 @@ class TrtBackend:
         graphs = {}
         for graph, plan in plans.items():
             new_context, on_host = _loaded(plan, folder, bundle, graph)
-            graphs[graph] = Graph(new_context, device, on_host, uses_cuda_graphs and graph == "decoder")
+            graphs[graph] = PlanRunner(new_context, device, on_host, uses_cuda_graphs and graph == "decoder")
         return cls(bundle, graphs, plans["decoder"].bounds, device)
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Region]:
@@ -199,7 +201,7 @@ class TrtBackend:
         }
 
 
-def require(name: str) -> None:  # noqa: ARG001
+def require_tensorrt() -> None:
     """Raise BackendError, in one sentence, where plans cannot run on this machine."""
     find_gpu()
     builders = [builder for builder in MODULES if _is_installed(builder)]

@@ -28,7 +28,7 @@ MAX_NUMBER = 10**7
 """No size or id of a captioning model comes near it."""
 MAX_LAYERS = 1000
 """Neither does a number of layers or heads come near this."""
-FEW = ("num_layers", "num_heads")
+SMALL_NUMBERS = ("num_layers", "num_heads")
 RESAMPLE_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Names of Pillow's filters."""
 
@@ -104,9 +104,9 @@ class Bundle:
             bundle = cls(
                 path=path,
                 digest=digest,
-                model=_build(ModelDims, manifest["model"]),
-                image=_build(ImageSpec, manifest["image"]),
-                tokens=_build(TokenIds, manifest["tokens"]),
+                model=_dataclass_from_json(ModelDims, manifest["model"]),
+                image=_dataclass_from_json(ImageSpec, manifest["image"]),
+                tokens=_dataclass_from_json(TokenIds, manifest["tokens"]),
                 precision=str(manifest["precision"]),
                 generation=dict(manifest["generation"]),
                 checkpoint=dict(manifest["checkpoint"]),
@@ -173,7 +173,7 @@ def _file_problems(path: Path, files: object) -> list[str]:
     return problems
 
 
-def _build(kind: type[T], values: Mapping[str, Any]) -> T:
+def _dataclass_from_json(kind: type[T], values: Mapping[str, Any]) -> T:
     """Build a dataclass from JSON, with lists as tuples; unknown, missing, negative or absurd values are errors."""
     wanted = {entry.name: entry.type for entry in fields(kind)}  # type: ignore[arg-type]
     if set(values) != set(wanted):
@@ -182,7 +182,7 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
     for name, value in built.items():
         lowest = 0 if kind is TokenIds else 1
         fits = {
-            "int": type(value) is int and lowest <= value <= (MAX_LAYERS if name in FEW else MAX_NUMBER),
+            "int": type(value) is int and lowest <= value <= (MAX_LAYERS if name in SMALL_NUMBERS else MAX_NUMBER),
             "str": value in RESAMPLE_FILTERS,
             "tuple[float, ...]": isinstance(value, tuple) and [type(v) in (int, float) for v in value] == [True] * 3,
         }

@@ -35,9 +35,9 @@ def report(**given: Any) -> None:
     filter and step through.
     """
     from engine.report.build import build_report
-    from engine.report.gather import Request
+    from engine.report.gather import ReportRequest
 
-    summary = build_report(Request(**given), say=say, progress=_progress_bar)
+    summary = build_report(ReportRequest(**given), say=say, progress=_progress_bar)
     say(summary.signature)
     say(f"{summary.images} images, {summary.thumbnails_made} new thumbnails -> {summary.page}")
 

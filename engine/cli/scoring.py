@@ -31,7 +31,7 @@ def _parse_names(context: click.Context, parameter: click.Parameter, value: str 
     return tuple(name.strip() for name in (value or "").split(",") if name.strip())
 
 
-OF_SCORING = ("metrics", "weights", "plugin", "device", "batch-size", "bertscore-layer")
+MEASURING = ("metrics", "weights", "plugin", "device", "batch-size", "bertscore-layer")
 """Options of measuring, which values of --per-image need no more."""
 
 
@@ -62,10 +62,10 @@ def metric_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _setting(weights: dict[str, str], plugins: dict[str, str], device: str | None, batch_size: int) -> Any:
-    from engine.scoring.base import Setting
+    from engine.scoring.base import MetricInputs
 
     folders = {name: Path(folder) for name, folder in weights.items()}
-    return Setting(weights=folders, plugins=plugins, device=device, batch_size=batch_size)
+    return MetricInputs(weights=folders, plugins=plugins, device=device, batch_size=batch_size)
 
 
 @click.group(invoke_without_command=True)
@@ -110,14 +110,14 @@ def score(
         raise UsageError("score needs --run, --references and --out")
     from engine.files.atomic import check_outputs
     from engine.scoring.files import write_report
-    from engine.scoring.score import Request, score_run
+    from engine.scoring.score import ScoreRequest, score_run
 
     outputs = {"--out": out} | ({"--per-image": per_image} if per_image else {})
     check_outputs(outputs, [run, references, *([given["labels"]] if given["labels"] else [])])
     if given["labels"] and not given["group_by"]:
         raise UsageError("--labels needs --by, the column to break the scores down by")
     setting = _setting(weights, plugins, device, batch_size)
-    report = score_run(Request(run, references, setting=setting, **given), say)
+    report = score_run(ScoreRequest(run, references, setting=setting, **given), say)
     write_report(report, out, per_image)
     for line in _summary(report):
         click.echo(line)
@@ -163,7 +163,7 @@ def _summary(report: Any) -> list[str]:
 @metric_options
 def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: Any) -> None:
     """Compare two runs by the paired bootstrap: SECOND minus FIRST, with 95 % intervals (fixed seed)."""
-    idle = set(_options_given(click.get_current_context())) & {f"--{name}" for name in OF_SCORING}
+    idle = set(_options_given(click.get_current_context())) & {f"--{name}" for name in MEASURING}
     if idle and given["references"] is None:
         raise UsageError(f"{', '.join(sorted(idle))}: only with --references, where runs are scored first")
     from dataclasses import asdict
@@ -204,12 +204,12 @@ def _measured(
 ) -> tuple[list[str], dict[str, Any]]:
     """Return sorted ids and what was measured: of a file of --per-image, or of a run that is scored now."""
     from engine.scoring.files import how_measured, in_order_of_ids, read_per_image
-    from engine.scoring.score import Request, score_run
+    from engine.scoring.score import ScoreRequest, score_run
 
     if references is None:
         return in_order_of_ids(*read_per_image(path))
     setting = _setting(weights, plugins, device, batch_size)
-    request = Request(path, references, metrics=metrics, bertscore_layer=bertscore_layer, setting=setting)
+    request = ScoreRequest(path, references, metrics=metrics, bertscore_layer=bertscore_layer, setting=setting)
     report = score_run(request, say)
     how = {score.name: how_measured(score.signature, report.items) for score in report.scores}
     return in_order_of_ids(report.items.ids, {f"{name}@{how[name]}": found for name, found in report.measured.items()})

@@ -15,7 +15,7 @@ from engine.captioner import Todo, search_for
 from engine.captions import Caption
 from engine.cluster.messages import COLUMN, WorkOrder, pack_images, unpack_answer
 from engine.cluster.session import LOCAL, cluster
-from engine.cluster.worker import Attempts, CaptionWorker, Node, look_around
+from engine.cluster.worker import AttemptCounter, CaptionWorker, NodeFacts, inspect_node
 from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile
 from engine.inputs.remote import Location
@@ -27,9 +27,9 @@ MOST_IN_BLOCK = 512
 """Images in a block at most: what a killed worker has to do again."""
 BLOCKS_PER_ACTOR = 4
 """Blocks a worker gets at least, so that slow ones leave some to fast ones."""
-AT_ONCE = 2
+BLOCKS_IN_FLIGHT = 2
 """Blocks a worker has at a time: when one ends, images of the other fill its slots."""
-DEAD_BEGINNERS = 10
+MAX_LOADING_DEATHS = 10
 """Workers that may die one after another while they load."""
 
 
@@ -39,7 +39,7 @@ def block_size(images: int, actors: int) -> int:
 
 
 @dataclass(frozen=True)
-class Team:
+class WorkerPlan:
     """`actors` workers with `cpus` CPUs and `gpus` GPUs (0 or 1) each, at most `peers` of them on a node."""
 
     actors: int
@@ -64,7 +64,7 @@ def open_cluster(
         node = _ask_a_node(ray, runtime.backend, min(gpus, 1))
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = 0 if node.backend == "cpu" else gpus
-        team = plan_team(resources, gpus, actors=workers.actors, threads=runtime.threads)
+        team = plan_workers(resources, gpus, actors=workers.actors, threads=runtime.threads)
         say(f"backend: {node.backend}, {team}")
         order = WorkOrder(
             bundle=location.absolute() if isinstance(location, Path) else location,
@@ -78,9 +78,9 @@ def open_cluster(
         yield ClusterSource(ray, bundle, order, team)
 
 
-def _ask_a_node(ray: Any, backend: str, gpus: int) -> Node:
+def _ask_a_node(ray: Any, backend: str, gpus: int) -> NodeFacts:
     try:
-        node: Node = ray.get(ray.remote(num_cpus=0, num_gpus=gpus)(look_around).remote(backend))
+        node: NodeFacts = ray.get(ray.remote(num_cpus=0, num_gpus=gpus)(inspect_node).remote(backend))
     except ray.exceptions.RayError as error:
         raise EngineError(
             f"a node cannot run the engine ({_first_line(error)}): install blip-caption-engine, as it is here, on all"
@@ -90,7 +90,7 @@ def _ask_a_node(ray: Any, backend: str, gpus: int) -> Node:
     return node
 
 
-def plan_team(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None, threads: int | None) -> Team:
+def plan_workers(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None, threads: int | None) -> WorkerPlan:
     """Return one worker a GPU, where there are `gpus` of them; on CPUs as many as there is room for with `threads` CPUs
     each, by default a node's.
 
@@ -105,7 +105,7 @@ def plan_team(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None
                 f"the Ray cluster has room for {sum(fitting)} workers with a GPU and {cpus} CPUs: ask for fewer "
                 "--ray-actors or --threads"
             )
-        return Team(actors or sum(fitting), cpus, 1, min(actors or sum(fitting), max(fitting)))
+        return WorkerPlan(actors or sum(fitting), cpus, 1, min(actors or sum(fitting), max(fitting)))
     if not cores:
         raise EngineError("the Ray cluster has no CPUs: start its nodes with some (ray start --num-cpus)")
     cpus = threads or min(cores)
@@ -116,13 +116,13 @@ def plan_team(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None
         raise UsageError(
             f"the Ray cluster has room for {room} workers with {cpus} CPUs: ask for fewer --ray-actors or --threads"
         )
-    return Team(actors or room, cpus, 0, min(actors or room, max(cores) // cpus))
+    return WorkerPlan(actors or room, cpus, 0, min(actors or room, max(cores) // cpus))
 
 
 class ClusterSource:
     """A team of workers, started when captions are asked for."""
 
-    def __init__(self, ray: Any, bundle: Bundle, order: WorkOrder, team: Team) -> None:
+    def __init__(self, ray: Any, bundle: Bundle, order: WorkOrder, team: WorkerPlan) -> None:
         self.bundle = bundle
         self.backend_name = order.runtime.backend
         self.environment = order.environment.rpartition("|engine:")[0]
@@ -154,16 +154,16 @@ class ClusterSource:
         ray, team = self._ray, self._team
         size = block_size(len(images), team.actors)
         blocks = [images[start : start + size] for start in range(0, len(images), size)]
-        calm(ray.data.DataContext.get_current())
+        configure_ray_data(ray.data.DataContext.get_current())
         answers = ray.data.from_arrow([pa.table({COLUMN: [pack_images(block)]}) for block in blocks]).map_batches(
             CaptionWorker,
-            fn_constructor_args=(self._order, lasting(ray, Attempts)),
+            fn_constructor_args=(self._order, start_restarting_actor(ray, AttemptCounter)),
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 size=min(team.actors, len(blocks)),
-                max_tasks_in_flight_per_actor=AT_ONCE,
-                max_concurrent_calls_per_actor=AT_ONCE,
+                max_tasks_in_flight_per_actor=BLOCKS_IN_FLIGHT,
+                max_concurrent_calls_per_actor=BLOCKS_IN_FLIGHT,
                 enable_true_multi_threading=True,
             ),
             num_cpus=team.cpus,
@@ -180,7 +180,7 @@ class ClusterSource:
             raise _cluster_failed(error) from error
 
 
-def lasting(ray: Any, kind: type) -> Any:
+def start_restarting_actor(ray: Any, kind: type) -> Any:
     """Start an actor that is started anew wherever its process or node dies; what it knew is gone then."""
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(kind).remote()
 
@@ -191,12 +191,12 @@ def _cluster_failed(error: Exception) -> EngineError:
     )
 
 
-def calm(context: Any) -> None:
+def configure_ray_data(context: Any) -> None:
     """Let Ray Data hand on every message at once, without progress bars; workers may die while they load."""
     context.target_max_block_size = 1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_consecutive_actor_init_deaths = DEAD_BEGINNERS
+    context.max_consecutive_actor_init_deaths = MAX_LOADING_DEATHS
 
 
 def _first_line(error: Exception) -> str:

@@ -15,9 +15,9 @@ from engine.errors import ImageError
 from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions
 
-Said = Caption | ImageError | str | BaseException
+StreamItem = Caption | ImageError | str | BaseException
 """What comes back: a caption, an image that cannot be read, a note for the user, or what went wrong."""
-Outbox = SimpleQueue[Said]
+Outbox = SimpleQueue[StreamItem]
 
 
 class CaptionStream:
@@ -80,6 +80,6 @@ class CaptionStream:
         place = next(name for name, (image, _) in self._open.items() if str(image.source) == error.path)
         self._open.pop(place)[1].put(error)
 
-    def _tell_all(self, said: Said) -> None:
+    def _tell_all(self, said: StreamItem) -> None:
         for outbox in {id(outbox): outbox for _, outbox in self._open.values()}.values():
             outbox.put(said)

@@ -30,7 +30,7 @@ from engine.errors import BackendError, BundleError, EngineError, ImageError
 from engine.host import available_memory
 from engine.version import __version__
 
-ANSWERS = 8
+MESSAGES_PER_BLOCK = 8
 """Messages a block is answered in: what a killed worker or driver loses at most, against what a message costs. Always
 after the same images: Ray drops from a repeated block as many messages as have arrived before."""
 
@@ -39,7 +39,7 @@ MOST_ATTEMPTS = 10
 """Times a block is begun before the run gives up: where an image kills workers, Ray would replace them for ever."""
 
 
-class Attempts:
+class AttemptCounter:
     """An actor that counts how often each block was begun."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Attempts:
         return self._begun[block]
 
 
-def give_up(block: str) -> str:
+def too_many_attempts(block: str) -> str:
     """Return the answer to a block that has killed too many workers."""
     images = unpack_images(block)
     return pack_error(
@@ -63,7 +63,7 @@ def give_up(block: str) -> str:
 
 
 @dataclass(frozen=True)
-class Node:
+class NodeFacts:
     """What decides captions on a node. `error` says, in one sentence, what is missing there."""
 
     backend: str = ""
@@ -72,13 +72,13 @@ class Node:
     exit_code: int = 1
 
 
-def look_around(backend: str) -> Node:
+def inspect_node(backend: str) -> NodeFacts:
     """Return what `backend` means on this node, and its packages."""
     try:
         name = require_backend(backend)
-        return Node(name, _versions(name))
+        return NodeFacts(name, _versions(name))
     except EngineError as error:
-        return Node(error=f"{error} (on the node {platform.node()})", exit_code=error.exit_code)
+        return NodeFacts(error=f"{error} (on the node {platform.node()})", exit_code=error.exit_code)
 
 
 def _versions(backend: str) -> str:
@@ -94,7 +94,7 @@ class CaptionWorker:
     def __init__(self, order: WorkOrder, attempts: Any) -> None:
         """What goes wrong here is the answer to every block: an error inside a constructor would not arrive whole.
 
-        `attempts` is the handle of an actor Attempts.
+        `attempts` is the handle of an actor AttemptCounter.
         """
         self._order = order
         self._attempts = attempts
@@ -123,10 +123,10 @@ class CaptionWorker:
 
     def _fair_slots(self, captioner: Captioner, search: Search) -> int:
         """Return how many images side by side suit the device, and the memory that workers of a node share."""
-        appetite, memory = captioner.backend.appetite, None
-        if appetite.memory_bytes is None:  # a GPU knows its own, which no other worker shares
+        batch_sizes, memory = captioner.backend.batch_sizes, None
+        if batch_sizes.memory_bytes is None:  # a GPU knows its own, which no other worker shares
             memory = available_memory() // self._order.peers
-        return slots_for(search, captioner.bundle.model, appetite, memory_bytes=memory)
+        return slots_for(search, captioner.bundle.model, batch_sizes, memory_bytes=memory)
 
     def __call__(self, blocks: Any) -> Iterator[Any]:
         """Answer a table with blocks of images."""
@@ -135,7 +135,7 @@ class CaptionWorker:
 
         for block in blocks[COLUMN].to_pylist():
             begun = ray.get(self._attempts.begin.remote(hashlib.sha256(block.encode()).hexdigest()))
-            for answer in self._answers(block) if begun <= MOST_ATTEMPTS else [give_up(block)]:
+            for answer in self._answers(block) if begun <= MOST_ATTEMPTS else [too_many_attempts(block)]:
                 yield pa.table({COLUMN: [answer]})
 
     def _answers(self, block: str) -> Iterator[str]:
@@ -155,7 +155,7 @@ class CaptionWorker:
                     failures[ids[said.path]] = said.reason + self._where
                 else:
                     notes.append(said)
-                if len(ready) == -(-len(images) // ANSWERS):
+                if len(ready) == -(-len(images) // MESSAGES_PER_BLOCK):
                     yield pack_captions(ready)
                     ready = []
         except EngineError as error:

@@ -45,7 +45,7 @@ class StepInputs:
 
 
 @dataclass(frozen=True)
-class Appetite:
+class BatchSizes:
     """What keeps a device busy: beams decoded side by side, and images encoded at once; at most `slots` images.
 
     `memory_bytes` is what the device has for keys and values of `item_bytes` each; None means the host's free memory.
@@ -62,7 +62,7 @@ class Backend(Protocol):
     """Runs the three graphs of a bundle. Keys and values stay with it, behind `Encoded` and `Cache`."""
 
     name: str
-    appetite: Appetite
+    batch_sizes: BatchSizes
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> Encoded:
         """Encode images u8[N,height,width,3] into their cross-attention keys and values, good until the next call."""

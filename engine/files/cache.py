@@ -20,11 +20,11 @@ def cache_folder(digest: str, name: str) -> Path:
     """
     folder = cache_root() / digest[:16] / name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    refuse_strangers(folder)
+    require_private(folder)
     return folder
 
 
-def refuse_strangers(path: Path) -> None:
+def require_private(path: Path) -> None:
     """Raise BackendError unless a folder or file belongs to this user and nobody else may write into it."""
     status = path.stat()
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):

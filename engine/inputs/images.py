@@ -17,7 +17,7 @@ from PIL import Image
 from engine.errors import DataError, EngineError, ImageError, UsageError
 from engine.inputs import dicom
 from engine.inputs.remote import Location, RemoteFile, RemoteFolder
-from engine.inputs.tables import read_ids, shorten
+from engine.inputs.tables import join_some, read_ids
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}) | dicom.EXTENSIONS
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -139,7 +139,7 @@ def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[Image
     by_id = {image.id: image for image in images}
     missing = [i for i in ids if i not in by_id]
     if missing:
-        raise DataError(f"{manifest} lists {len(missing)} ids without an image: {shorten(missing)}")
+        raise DataError(f"{manifest} lists {len(missing)} ids without an image: {join_some(missing)}")
     return [by_id[i] for i in ids]
 
 

@@ -43,11 +43,11 @@ class Table:
         """Return the captions of a run, one an id; raise DataError naming an id that has several."""
         several = [name for name, captions in self.captions.items() if len(captions) != 1]
         if several:
-            raise DataError(f"{self.path} has more than one caption for {shorten(several)}: a run has one an image")
+            raise DataError(f"{self.path} has more than one caption for {join_some(several)}: a run has one an image")
         return {name: captions[0] for name, captions in self.captions.items()}
 
 
-def under_ids_of(references: Table, found: Mapping[str, T]) -> dict[str, T]:
+def by_reference_id(references: Table, found: Mapping[str, T]) -> dict[str, T]:
     """Return what is known by id under the ids of `references`, where these know the given ones only as aliases."""
     if found.keys() & references.captions.keys() or not found.keys() & references.aliases.keys():
         return dict(found)
@@ -89,7 +89,7 @@ def read_ids(path: Path) -> list[str]:
         raise DataError(f"{path} lists no ids")
     repeated = sorted(name for name, count in Counter(ids).items() if count > 1)
     if repeated:
-        raise DataError(f"{path} lists ids more than once: {shorten(repeated)}")
+        raise DataError(f"{path} lists ids more than once: {join_some(repeated)}")
     return ids
 
 
@@ -139,7 +139,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: byte {error.start} is not UTF-8") from error
 
 
-def shorten(names: list[str], most: int = 10) -> str:
+def join_some(names: list[str], most: int = 10) -> str:
     """Join names for a message."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -171,12 +171,12 @@ def _quoting(text: str, delimiter: str) -> Literal[0, 3]:
     return csv.QUOTE_MINIMAL if delimiter == "," or text.startswith('"') else csv.QUOTE_NONE
 
 
-Row = tuple[int, str, str, Mapping[str, str]]
+CaptionRow = tuple[int, str, str, Mapping[str, str]]
 """Line (or record) number, id or file name, caption, further columns. A file name is told by FILE in front."""
 FILE = "\0"
 
 
-def _collect(path: Path, rows: Iterable[Row]) -> Table:
+def _collect(path: Path, rows: Iterable[CaptionRow]) -> Table:
     captions: dict[str, list[str]] = {}
     files: dict[str, str] = {}
     table = Table(path)
@@ -198,7 +198,7 @@ def _collect(path: Path, rows: Iterable[Row]) -> Table:
     return table
 
 
-def _delimited_rows(path: Path, text: str) -> Iterator[Row]:
+def _delimited_rows(path: Path, text: str) -> Iterator[CaptionRow]:
     lines = text.split("\n")
     delimiter, is_headed = _layout(path, [line.rstrip("\r") for line in lines])
     csv.field_size_limit(MAX_FIELD_CHARS)
@@ -283,13 +283,13 @@ def _read_json(path: Path, content: Any) -> Table:
     return _collect(path, (row for i, entry in enumerate(content, 1) for row in _object_rows(path, i, entry)))
 
 
-def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
+def _jsonl_rows(path: Path, text: str) -> Iterator[CaptionRow]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield from _object_rows(path, number, json.loads(line))
 
 
-def _object_rows(path: Path, number: int, entry: Any) -> Iterator[Row]:
+def _object_rows(path: Path, number: int, entry: Any) -> Iterator[CaptionRow]:
     """Yield the captions of one JSON object: an id, and a caption, several, or the best of our own n-best lists."""
     if not isinstance(entry, dict):
         raise DataError(f"{path}, line {number}: not an object with an id and a caption")
@@ -312,7 +312,7 @@ def _object_rows(path: Path, number: int, entry: Any) -> Iterator[Row]:
     yield from ((number, name, caption, further) for caption in captions)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[CaptionRow]:
     """Read everything but pictures: of a column that holds them, the file name beside the bytes."""
     try:
         import pyarrow

@@ -10,9 +10,9 @@ from pathlib import Path
 from engine.errors import UsageError
 from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
-from engine.inputs.tables import shorten
+from engine.inputs.tables import join_some
 from engine.report.folder import PAGE, THUMBNAILS, open_folder
-from engine.report.gather import Content, Request, gather
+from engine.report.gather import Content, ReportRequest, gather
 from engine.report.page import page_signature, render
 from engine.report.thumbnails import Thumbnails, make_thumbnails, remove_stale
 
@@ -21,7 +21,7 @@ Progress = Callable[[int], AbstractContextManager[Callable[[], None]]]
 
 
 @dataclass(frozen=True)
-class Summary:
+class ReportSummary:
     """What was written, for the command's last lines."""
 
     page: Path
@@ -30,7 +30,7 @@ class Summary:
     signature: str
 
 
-def build_report(request: Request, *, say: Callable[[str], None], progress: Progress) -> Summary:
+def build_report(request: ReportRequest, *, say: Callable[[str], None], progress: Progress) -> ReportSummary:
     """Write a report; `say` gets one line for each thing that is missing or cannot be read.
 
     The page replaces an earlier one when it is whole, and only then are the earlier one's thumbnails removed. Raises
@@ -49,7 +49,7 @@ def build_report(request: Request, *, say: Callable[[str], None], progress: Prog
             say(line)
         write_atomically(page, render(content, thumbnails, notes=notes, signatures=request.signatures))
         remove_stale(folder, set(thumbnails.names))
-    return Summary(page, len(content.ids), thumbnails.made, page_signature(content))
+    return ReportSummary(page, len(content.ids), thumbnails.made, page_signature(content))
 
 
 def _unreadable(content: Content, thumbnails: Thumbnails) -> list[str]:
@@ -59,4 +59,4 @@ def _unreadable(content: Content, thumbnails: Thumbnails) -> list[str]:
     for place, reason in thumbnails.unreadable.items():
         image = content.images[place]
         told.append(f"{image.path.name if image else content.ids[place]} ({reason})")
-    return [f"{len(told)} images cannot be read and have a placeholder: {shorten(told)}"]
+    return [f"{len(told)} images cannot be read and have a placeholder: {join_some(told)}"]

@@ -12,7 +12,7 @@ from typing import TypeVar
 from engine.errors import DataError, UsageError
 from engine.files.atomic import file_sha256
 from engine.inputs.images import ImageFile, find_images
-from engine.inputs.tables import read_columns, read_table, shorten, under_ids_of
+from engine.inputs.tables import by_reference_id, join_some, read_columns, read_table
 from engine.report.scores import Comparison, ScoreColumn, compare_scores, read_scores
 from engine.scoring.rerank import Candidate, read_n_best
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Request:
+class ReportRequest:
     """What a report is to show, as it was asked for; `against` is the run to compare with."""
 
     run: Path
@@ -90,14 +90,14 @@ class Content:
     notes: list[str] = field(default_factory=list)
 
 
-def gather(request: Request) -> Content:
+def gather(request: ReportRequest) -> Content:
     """Read all inputs. Raises EngineError for a file that cannot be read or shares no id with the run."""
     notes: list[str] = []
     tables = {role: read_table(path) for role, path in request.files().items() if role in TABLES}
     references = tables.get("references")
 
     def by_id(found: Mapping[str, T]) -> dict[str, T]:
-        return dict(found) if references is None else under_ids_of(references, found)
+        return dict(found) if references is None else by_reference_id(references, found)
 
     said = by_id(tables["run"].single())
     ids = list(said)
@@ -168,9 +168,9 @@ def matched(run: Path, ids: Iterable[str], path: Path, found: Iterable[str]) -> 
         raise DataError(f"{run} and {path} have no id in common ({first}): give files of the same images")
     lines = []
     if missing:
-        lines.append(f"{path} lacks {len(missing)} of {len(wanted)} ids of {run}: {shorten(missing)}")
+        lines.append(f"{path} lacks {len(missing)} of {len(wanted)} ids of {run}: {join_some(missing)}")
     if extra:
-        lines.append(f"{path} has {len(extra)} ids that {run} has not, which are not shown: {shorten(extra)}")
+        lines.append(f"{path} has {len(extra)} ids that {run} has not, which are not shown: {join_some(extra)}")
     return lines
 
 

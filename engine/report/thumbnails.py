@@ -21,7 +21,7 @@ from engine.host import available_cores
 from engine.inputs.images import ImageFile, decode_image
 
 QUALITY = 82
-MAKING = 1
+THUMBNAIL_VERSION = 1
 """Raise it when thumbnails are made in another way, so that old ones are not taken for fresh."""
 NAME = re.compile(r"\.?[0-9a-f]{24}\.jpg(\.tmp)?")
 """What a thumbnail, or one half written, may be called: nothing else in the folder is ever removed."""
@@ -84,7 +84,15 @@ def thumbnail_name(image: ImageFile, size_px: int) -> str:
         status = image.path.stat()
     except OSError as error:
         raise ImageError(str(image.path), error.strerror or str(error)) from error
-    parts = (os.fsencode(image.path.name), image.frame, size_px, status.st_size, status.st_mtime_ns, QUALITY, MAKING)
+    parts = (
+        os.fsencode(image.path.name),
+        image.frame,
+        size_px,
+        status.st_size,
+        status.st_mtime_ns,
+        QUALITY,
+        THUMBNAIL_VERSION,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24] + ".jpg"
 
 

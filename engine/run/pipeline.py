@@ -24,7 +24,7 @@ Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """How a run went. `resumed` of the captions come from an earlier run that was cut off, `empty` ones have no word.
 
     `seconds` is captioning; without loading the bundle in this process, but with starting the workers of a cluster.
@@ -52,7 +52,7 @@ def caption_directory(
     workers: Workers = Workers(),
     say: Say,
     progress: Progress,
-) -> Summary:
+) -> RunSummary:
     """Caption every image of a directory into `outputs.out`; that file appears only when the whole run has succeeded.
 
     `asked` lies over the settings of `bundle` (the embedded demo when None). `rows` is how many beams are decoded side
@@ -70,7 +70,7 @@ def caption_directory(
     ):
         seconds = keep(source.captions(options, record, say), record, progress)
         write(record, outputs, options, say)
-    return Summary(
+    return RunSummary(
         images=len(images),
         captions=len(record.captions),
         resumed=record.resumed,

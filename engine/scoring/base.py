@@ -65,7 +65,7 @@ def mean(per_image: Sequence[float] | NDArray[np.float64], note: str = "") -> Me
 
 
 @dataclass(frozen=True)
-class Setting:
+class MetricInputs:
     """What metrics may need: folders of weights by metric name, commands of plug-ins, torch device and batch size."""
 
     weights: dict[str, Path] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.inputs.images import decode_image
-from engine.scoring.base import Items, Measured, Setting, UnavailableError, library, mean
+from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, library, mean
 from engine.scoring.neural import fingerprint, import_library, quiet, weights_folder
 
 WANTED = "openai/clip-vit-base-patch32"
@@ -25,7 +25,7 @@ class ClipScore:
 
     name = "clipscore"
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: MetricInputs) -> None:
         self._setting = setting
 
     def signature(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.errors import UsageError
 from engine.inputs.tables import Table, read_columns
-from engine.scoring.base import Items, Measured, Setting
+from engine.scoring.base import Items, Measured, MetricInputs
 from engine.scoring.preprocess import preprocess
 from engine.scoring.profiles import make_metric
 
@@ -46,7 +46,7 @@ def baseline_scores(items: Items, names: Sequence[str]) -> dict[str, Any]:
     """Return the constant caption and what the metrics `names` give it."""
     caption = constant_caption(items)
     constant = Items(items.ids, [caption] * len(items), items.references)
-    values = {name: round(make_metric(name, Setting(), {}).measure(constant).value, 6) for name in names}
+    values = {name: round(make_metric(name, MetricInputs(), {}).measure(constant).value, 6) for name in names}
     return {"caption": caption, **values}
 
 

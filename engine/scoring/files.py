@@ -18,18 +18,18 @@ from engine.errors import EngineError
 from engine.files.atomic import file_sha256, write_atomically
 from engine.scoring.base import Items, Measured
 from engine.scoring.overlap import COMBINE
-from engine.scoring.score import Report
+from engine.scoring.score import ScoreReport
 from engine.version import __version__
 
 
-def write_report(report: Report, out: Path, per_image: Path | None) -> None:
+def write_report(report: ScoreReport, out: Path, per_image: Path | None) -> None:
     """Write scores.json, and the values of every image with what compare needs as CSV. Raises OutputError."""
     write_atomically(out, json.dumps(as_json(report), indent=1, ensure_ascii=False) + "\n")
     if per_image is not None:
         write_atomically(per_image, per_image_csv(report))
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: ScoreReport) -> dict[str, Any]:
     """Return the report as JSON: the organisers' keys on top, everything else under `details`."""
     request = report.request
     details = {
@@ -51,7 +51,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {**report.organisers, "details": details}
 
 
-def per_image_csv(report: Report) -> str:
+def per_image_csv(report: ScoreReport) -> str:
     """Return one row an image: ID, a column `metric@how` a metric, and counts of corpus metrics as `metric:0`, ..."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")

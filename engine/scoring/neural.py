@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.errors import UsageError
 from engine.files.atomic import file_sha256
-from engine.scoring.base import Items, Measured, Setting, UnavailableError, library, mean, settle_empty
+from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, library, mean, settle_empty
 from engine.scoring.preprocess import SIGNATURE
 
 EXTRA = "pip install 'blip-caption-engine[score-neural]', or '.[score-neural]' in a checkout"
@@ -44,7 +44,7 @@ class BertScore:
 
     name = "bertscore"
 
-    def __init__(self, setting: Setting, *, idf: bool = False, layer: int | None = None) -> None:
+    def __init__(self, setting: MetricInputs, *, idf: bool = False, layer: int | None = None) -> None:
         self._setting = setting
         self._idf = idf
         self._layer = layer
@@ -106,7 +106,7 @@ class Bleurt:
     name = "bleurt"
     wanted = "lucadiliello/BLEURT-20-D12"
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: MetricInputs) -> None:
         self._setting = setting
 
     def signature(self) -> str:
@@ -140,7 +140,7 @@ class Bleurt:
         return mean(best)
 
 
-def weights_folder(setting: Setting, name: str, wanted: str) -> Path:
+def weights_folder(setting: MetricInputs, name: str, wanted: str) -> Path:
     """Return the folder of a metric's weights. Raises UnavailableError without one, UsageError when it is none."""
     directory = setting.weights.get(name)
     if directory is None:

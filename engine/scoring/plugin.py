@@ -22,7 +22,7 @@ import subprocess
 from typing import Any
 
 from engine.errors import EngineError
-from engine.scoring.base import Items, Measured, Setting, UnavailableError, mean
+from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, mean
 
 CONTRACT = 1
 NEEDS = {
@@ -38,7 +38,7 @@ NEEDS = {
 class Plugin:
     """A metric that a command of the user's computes; mean over images."""
 
-    def __init__(self, name: str, setting: Setting) -> None:
+    def __init__(self, name: str, setting: MetricInputs) -> None:
         self.name = name
         self._setting = setting
         self._said = ""

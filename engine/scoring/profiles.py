@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import UsageError
-from engine.scoring.base import Metric, Setting
+from engine.scoring.base import Metric, MetricInputs
 from engine.scoring.clip import ClipScore, RefClipScore
 from engine.scoring.neural import BertScore, Bleurt
 from engine.scoring.overlap import Bleu1, Cider, Meteor, Rouge1
 from engine.scoring.plugin import NEEDS, Plugin
 
-BUILT_IN: dict[str, Callable[[Setting, Mapping[str, Any]], Metric]] = {
+BUILT_IN: dict[str, Callable[[MetricInputs, Mapping[str, Any]], Metric]] = {
     "bertscore": lambda setting, options: BertScore(
         setting, idf=bool(options.get("idf")), layer=options.get("bertscore_layer")
     ),
@@ -60,7 +60,7 @@ IMAGECLEF_2025 = Profile(
 PROFILES = {"imageclef2024": IMAGECLEF_2024, "imageclef2025": IMAGECLEF_2025, "imageclef2026": IMAGECLEF_2025}
 
 
-def make_metric(name: str, setting: Setting, options: Mapping[str, Any]) -> Metric:
+def make_metric(name: str, setting: MetricInputs, options: Mapping[str, Any]) -> Metric:
     """Return a metric by name: built in, or a plug-in. Raises UsageError for a name that is neither."""
     if name in setting.plugins or name in NEEDS:
         return Plugin(name, setting)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError, UsageError
-from engine.inputs.tables import read_text, shorten
-from engine.scoring.base import Items, Setting, UnavailableError
+from engine.inputs.tables import join_some, read_text
+from engine.scoring.base import Items, MetricInputs, UnavailableError
 from engine.scoring.profiles import make_metric
 
 NO_UTILITIES = ("cider", "clipscore", "refclipscore")
@@ -52,7 +52,7 @@ def read_n_best(files: Sequence[Path]) -> dict[str, list[Candidate]]:
         first = first or seen
         if first != seen:
             others = sorted(first ^ seen)
-            raise DataError(f"{file} and {files[0]} differ in {len(others)} ids: {shorten(others)}")
+            raise DataError(f"{file} and {files[0]} differ in {len(others)} ids: {join_some(others)}")
     if not shares:
         raise DataError(f"{files[0]} holds no candidates")
     return {name: [Candidate(text, share) for text, share in mine.items()] for name, mine in shares.items()}
@@ -61,7 +61,7 @@ def read_n_best(files: Sequence[Path]) -> dict[str, list[Candidate]]:
 def rerank_candidates(
     candidates: Mapping[str, Sequence[Candidate]],
     utility: str,
-    setting: Setting,
+    setting: MetricInputs,
     *,
     uniform: bool = False,
     options: Mapping[str, Any] | None = None,

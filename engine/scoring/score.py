@@ -10,15 +10,15 @@ from typing import Any
 
 from engine.errors import DataError
 from engine.inputs.images import find_images
-from engine.inputs.tables import Table, read_table, shorten, under_ids_of
-from engine.scoring.base import Items, Measured, Setting, UnavailableError
+from engine.inputs.tables import Table, by_reference_id, join_some, read_table
+from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError
 from engine.scoring.bootstrap import interval
 from engine.scoring.describe import baseline_scores, describe, group_places, scores_by_group
 from engine.scoring.profiles import CHEAP, PROFILES, Profile, make_metric, organisers_names
 
 
 @dataclass(frozen=True)
-class Request:
+class ScoreRequest:
     """What is to be scored, as it was asked for. `group_by` is a column of `labels`, or of the references without
     them.
     """
@@ -32,7 +32,7 @@ class Request:
     labels: Path | None = None
     group_by: str | None = None
     bertscore_layer: int | None = None
-    setting: Setting = field(default_factory=Setting)
+    setting: MetricInputs = field(default_factory=MetricInputs)
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Report:
+class ScoreReport:
     """Everything a reader of a score should see. `measured` holds the values by image of the scores that are there."""
 
-    request: Request
+    request: ScoreRequest
     items: Items
     scores: list[Score]
     measured: Mapping[str, Measured]
@@ -64,7 +64,7 @@ class Report:
     notes: list[str]
 
 
-def score_run(request: Request, say: Callable[[str], None]) -> Report:
+def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
     """Score a run file. Raises DataError where the files do not fit each other; an absent metric is reported, not
     raised.
     """
@@ -95,7 +95,7 @@ def score_run(request: Request, say: Callable[[str], None]) -> Report:
         scores.append(Score(name, result.value, low, high, metric.signature(), result.note, seconds=seconds))
         say(f"{name}: {result.value:.4f} [{low:.4f}, {high:.4f}] in {seconds:.1f} s")
     values = {name: result.value for name, result in measured.items()}
-    return Report(
+    return ScoreReport(
         request=request,
         items=items,
         scores=scores,
@@ -113,7 +113,7 @@ def match(run: Table, references: Table, images: Path | None = None, *, recursiv
 
     Raises DataError naming the ids that are in one file only, or without an image where images are given.
     """
-    said, expected = under_ids_of(references, run.single()), references.captions
+    said, expected = by_reference_id(references, run.single()), references.captions
     if not set(said) & set(expected):
         first = f"{next(iter(said))} against {next(iter(expected))}"
         raise DataError(
@@ -121,22 +121,22 @@ def match(run: Table, references: Table, images: Path | None = None, *, recursiv
         )
     missing = [name for name in expected if name not in said]
     if missing:
-        raise DataError(f"{run.path} lacks {len(missing)} ids of {references.path}: {shorten(missing)}")
+        raise DataError(f"{run.path} lacks {len(missing)} ids of {references.path}: {join_some(missing)}")
     extra = [name for name in said if name not in expected]
     if extra:
-        raise DataError(f"{run.path} has {len(extra)} ids that {references.path} has not: {shorten(extra)}")
+        raise DataError(f"{run.path} has {len(extra)} ids that {references.path} has not: {join_some(extra)}")
     ids = list(said)
     paths = None
     if images is not None:
         files = {image.id: image.path for image in find_images(images, recursive=recursive).images}
         without = [name for name in ids if name not in files]
         if without:
-            raise DataError(f"{images} lacks the images of {len(without)} ids: {shorten(without)}")
+            raise DataError(f"{images} lacks the images of {len(without)} ids: {join_some(without)}")
         paths = [files[name] for name in ids]
     return Items(ids, [said[name] for name in ids], [expected[name] for name in ids], paths)
 
 
-def refuse_unused(setting: Setting, names: Sequence[str]) -> None:
+def refuse_unused(setting: MetricInputs, names: Sequence[str]) -> None:
     """Raise DataError for weights or a plug-in that no metric of this run takes: a typing mistake, most likely."""
     taken = {*names, *(["clipscore"] if "refclipscore" in names else [])}
     for option, given in (("--weights", setting.weights), ("--plugin", setting.plugins)):

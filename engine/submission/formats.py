@@ -18,7 +18,7 @@ from typing import Literal
 from engine.errors import DataError, EngineError, UsageError
 from engine.files.atomic import replace_file
 from engine.files.run_files import CONTROL, format_row
-from engine.inputs.tables import shorten
+from engine.inputs.tables import join_some
 
 MEMBER = "submission.csv"
 """The only file in the archive of 2025 and 2026."""
@@ -56,10 +56,10 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
         raise UsageError(f"{name} takes {wanted}, not {out.name}")
     missing = [one for one in ids if one not in captions]
     if missing:
-        raise DataError(f"the run lacks {len(missing)} ids of the manifest: {shorten(missing)}")
+        raise DataError(f"the run lacks {len(missing)} ids of the manifest: {join_some(missing)}")
     extra = sorted(set(captions) - set(ids))
     if extra:
-        raise DataError(f"the run has {len(extra)} ids that the manifest has not: {shorten(extra)}")
+        raise DataError(f"the run has {len(extra)} ids that the manifest has not: {join_some(extra)}")
     content = "".join(_row(one, captions[one], form) for one in ids).encode("utf-8")
     content = b"ID,Caption\n" + content if form.is_headed else content
     replace_file(out, _archive(content) if form.is_zip else content)
@@ -138,7 +138,7 @@ def _check_ids(found: Sequence[str], ids: Sequence[str]) -> list[str]:
         ("ids are missing", [one for one in ids if one not in counts]),
     ):
         if names:
-            problems.append(f"{len(names)} {what}: {shorten(names)}")
+            problems.append(f"{len(names)} {what}: {join_some(names)}")
     if not problems and list(found) != list(ids):
         place = next(i for i, (a, b) in enumerate(zip(found, ids, strict=True)) if a != b)
         problems.append(f"other order than the manifest: row {place + 1} is {found[place]} instead of {ids[place]}")
@@ -166,7 +166,7 @@ def _read(path: Path, form: Format) -> bytes:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if [member.filename for member in members] != [MEMBER]:
-            names = shorten([member.filename for member in members])
+            names = join_some([member.filename for member in members])
             raise ValueError(f"the archive holds {names or 'nothing'} instead of {MEMBER} alone")
         if members[0].file_size > MAX_BYTES:
             raise ValueError(f"{MEMBER} is larger than {MAX_BYTES} bytes")

@@ -17,7 +17,7 @@ MASKED = -1e4
 """Added to attention scores outside a beam's own past; exp(MASKED) is 0, and float16 holds it."""
 
 
-class Graph(PreTrainedModel):
+class ExportedModule(PreTrainedModel):
     """Base of the exported modules: optimum wants a PreTrainedModel with a config."""
 
     config_class = BlipConfig
@@ -36,7 +36,7 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-class Encoder(Graph):
+class Encoder(ExportedModule):
     """Pixels to the cross-attention keys and values of every decoder layer, once an image."""
 
     def __init__(self, blip: BlipForConditionalGeneration, rescale: float, mean: list[float], std: list[float]) -> None:
@@ -75,7 +75,7 @@ class Encoder(Graph):
         return vision.post_layernorm(x)
 
 
-class DecoderStep(Graph):
+class DecoderStep(ExportedModule):
     """One step of the text decoder: T tokens an image, attention over a tree-shaped cache, selection of candidates."""
 
     def forward(
@@ -167,7 +167,7 @@ class TopK(torch.autograd.Function):
         return g.op("TopK", x, count, axis_i=-1, outputs=2)
 
 
-class Regroup(Graph):
+class Regroup(ExportedModule):
     """Fold recent keys and values into the settled ones, keeping chosen slots and positions; no weights."""
 
     def forward(

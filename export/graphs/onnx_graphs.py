@@ -15,7 +15,7 @@ from transformers import BlipForConditionalGeneration
 
 from engine.bundle.graphs import cache_names
 from export.checkpoints.load import encoder_positions
-from export.graphs.modules import DecoderStep, Encoder, Graph, Regroup
+from export.graphs.modules import DecoderStep, Encoder, ExportedModule, Regroup
 from export.graphs.quantise import kept_float32, quantise
 
 OPSET = 18
@@ -153,7 +153,7 @@ def write_graphs(
     They have the model's own type, float32 or float16; of a float32 model `is_int8` makes the dense layers int8.
     `normalisation` is export.reference.huggingface.normalisation.
     """
-    graphs: tuple[tuple[str, Graph, GraphConfig], ...] = (
+    graphs: tuple[tuple[str, ExportedModule, GraphConfig], ...] = (
         ("encoder", Encoder(blip, *normalisation), EncoderConfig(blip)),
         ("decoder", DecoderStep(blip), DecoderConfig(blip)),
         ("regroup", Regroup(blip), RegroupConfig(blip)),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipImageProcessor
 
-from engine.decoding.backend import Appetite, StepInputs
+from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Key, Scheduler
@@ -25,8 +25,8 @@ from export.checkpoints.load import encoder_positions
 from export.graphs.modules import DecoderStep, Encoder
 from export.reference.huggingface import normalisation
 
-CPU_APPETITE = Appetite(rows=96, encode_batch=4)
-GPU_APPETITE = Appetite(rows=512, encode_batch=32)
+CPU_APPETITE = BatchSizes(rows=96, encode_batch=4)
+GPU_APPETITE = BatchSizes(rows=512, encode_batch=32)
 """A guess that has never run: no GPU was at hand."""
 
 
@@ -54,7 +54,7 @@ class TorchBackend:
         self._encoder = Encoder(model, *normalisation(processor)).to(self._device)
         self._decoder = DecoderStep(model)
         self._config = model.config
-        self.appetite = CPU_APPETITE if self._device.type == "cpu" else GPU_APPETITE
+        self.batch_sizes = CPU_APPETITE if self._device.type == "cpu" else GPU_APPETITE
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Tensor]:
         """See Backend.encode."""
@@ -142,6 +142,8 @@ def caption_live(
     Exhaust it before the weights change: the model is in eval mode until then.
     """
     backend, search = TorchBackend(model, processor), search_of(model, options)
-    slots = max(1, backend.appetite.rows // search.num_beams)
+    slots = max(1, backend.batch_sizes.rows // search.num_beams)
     with captioning(model):
-        yield from Scheduler(backend, search, num_slots=slots, encode_batch=backend.appetite.encode_batch).run(images)
+        yield from Scheduler(backend, search, num_slots=slots, encode_batch=backend.batch_sizes.encode_batch).run(
+            images
+        )

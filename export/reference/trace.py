@@ -53,7 +53,7 @@ class Trace:
 
     def __init__(self, backend: Backend, search: Search, picture: NDArray[np.uint8]) -> None:
         """Decode `picture` u8[height,width,3]; `steps` and the best caption's `ids` tell how it went."""
-        self.backend, self.appetite = backend, backend.appetite
+        self.backend, self.batch_sizes = backend, backend.batch_sizes
         self.steps: list[Step] = []
         self._vocab_size = search.vocab_size
         ((_, hypotheses),) = Scheduler(self, search, num_slots=1).decode(picture[None])

@@ -15,7 +15,7 @@ from benchmarks.pages.report_page import measure_page, write_inputs
 from engine.cli.app import main
 from engine.files.run_files import write_run
 from engine.inputs.images import find_images
-from engine.report.gather import Request, gather
+from engine.report.gather import ReportRequest, gather
 from engine.report.page import render
 from engine.report.thumbnails import Thumbnails
 from tests.helpers.tiny import random_pictures
@@ -391,7 +391,7 @@ def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture.save(work / "report" / "thumbnails" / f"{i}.jpg")
     random_pictures(1)[0].save(work / "images" / "ID_00000.png")
     ids = [f"ID_{i:05d}" for i in range(17_237)]
-    content = gather(Request(images=work / "images", out=work / "report", **write_inputs(work, ids)))
+    content = gather(ReportRequest(images=work / "images", out=work / "report", **write_inputs(work, ids)))
     assert len(find_images(work / "images").images) == 1
     thumbnails = Thumbnails([f"{i % 16}.jpg" for i in range(len(ids))], {}, 0)
     path = work / "report" / "index.html"

@@ -138,7 +138,9 @@ def test_workers_and_their_counter_killed_the_run_is_the_same_byte_for_byte(
         target = 0
         while len(killed) < 4 and not ended.is_set():
             time.sleep(0.01)
-            alive = [pid for pid in actors(b"Attempts" if len(killed) == 1 else b"CaptionWorker") if pid not in killed]
+            alive = [
+                pid for pid in actors(b"AttemptCounter" if len(killed) == 1 else b"CaptionWorker") if pid not in killed
+            ]
             if alive and records(journal) > target:
                 killed.append(chance.choice(alive))
                 os.kill(killed[-1], signal.SIGKILL)

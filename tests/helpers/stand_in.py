@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 
 from engine.backends.device import HostDevice
-from engine.backends.execution import Graph
+from engine.backends.execution import PlanRunner
 from engine.backends.shapes import Bounds
 from engine.backends.trt import TrtBackend
 from engine.bundle.manifest import Bundle
@@ -104,5 +104,5 @@ def stand_in_backend(bundle: Bundle, bounds: Bounds, *, uses_cuda_graphs: bool =
     graphs = {}
     for graph in ("encoder", "decoder", "regroup"):
         new_context = partial(Context, bundle.path / f"{graph}.onnx", device)
-        graphs[graph] = Graph(new_context, device, frozenset(["num_candidates"]), uses_cuda_graphs)
+        graphs[graph] = PlanRunner(new_context, device, frozenset(["num_candidates"]), uses_cuda_graphs)
     return TrtBackend(bundle, graphs, bounds, device)

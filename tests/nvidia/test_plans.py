@@ -268,19 +268,19 @@ def test_both_runtimes_installed_is_a_trap_that_is_named(monkeypatch):
     )
     for name in ("cuda", "tensorrt"):
         with pytest.raises(BackendError, match="overwrite each other"):
-            providers.require(name)
-    providers.require("cpu")
+            providers.require_provider(name)
+    providers.require_provider("cpu")
 
 
 @pytest.mark.usefixtures("with_gpu")
 def test_what_is_missing_is_named_with_its_extra(monkeypatch):
     with pytest.raises(BackendError, match=r"\[cuda\]"):
-        providers.require("cuda")
+        providers.require_provider("cuda")
     with pytest.raises(BackendError, match=r"tensorrt.*\[tensorrt\]"):
-        providers.require("tensorrt")
+        providers.require_provider("tensorrt")
     monkeypatch.setitem(plans.MODULES, PORTABLE, "no_such_module")
     with pytest.raises(BackendError, match=r"\[trt\]"):
-        trt.require("trt")
+        trt.require_tensorrt()
     with pytest.raises(BackendError, match=r"\[rtx\]"):
         plans.import_builder(PORTABLE)
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.backends.buckets import Bucketed
+from engine.backends.buckets import PaddedBackend
 from engine.backends.ort import OrtBackend
-from engine.backends.shapes import Bounds, profiles, rounded_up
+from engine.backends.shapes import Bounds, bucket_size, profiles
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.decoding.backend import StepInputs
@@ -59,7 +59,7 @@ class Watching:
     """Notes the shapes a backend is run with."""
 
     def __init__(self, inner) -> None:
-        self._inner, self.name, self.appetite, self.shapes = inner, inner.name, inner.appetite, set()
+        self._inner, self.name, self.batch_sizes, self.shapes = inner, inner.name, inner.batch_sizes, set()
 
     def __getattr__(self, name: str):
         return getattr(self._inner, name)
@@ -75,11 +75,11 @@ def test_padded_shapes_change_no_caption_and_are_few(name, bundle, tiny_captione
     options = SEARCHES[name]
     expected = captions(bundle, tiny_captioner.backend, options)
     watching = Watching(OrtBackend(bundle, "cpu", threads=1))
-    assert_same(captions(bundle, Bucketed(watching), options), expected)
+    assert_same(captions(bundle, PaddedBackend(watching), options), expected)
     slots, _, bans, settled, recent = (set(sizes) for sizes in zip(*watching.shapes, strict=True))
-    assert all(size == rounded_up(size, 1) for size in slots)
-    assert all(size == rounded_up(size, 4) for size in bans)
-    assert all(size == rounded_up(size, 16) for size in settled)
+    assert all(size == bucket_size(size, 1) for size in slots)
+    assert all(size == bucket_size(size, 4) for size in bans)
+    assert all(size == bucket_size(size, 16) for size in settled)
     assert len(recent) <= 8
     assert min(*slots, *bans, *settled, *recent) > 0
 
@@ -91,9 +91,9 @@ def test_plans_say_what_the_graphs_say(name, uses_cuda_graphs, bundle, tiny_capt
     bounds = Bounds.of(bundle, beams=options.num_beams, max_new_tokens=45, rows=40)
     backend = stand_in_backend(bundle, bounds, uses_cuda_graphs=uses_cuda_graphs)
     expected = captions(bundle, tiny_captioner.backend, options)
-    assert_same(captions(bundle, Bucketed(backend), options), expected)
+    assert_same(captions(bundle, PaddedBackend(backend), options), expected)
     few = 2 * options.num_beams  # a long run in little company, where shapes and addresses come again
-    assert_same(captions(bundle, Bucketed(backend), options, rows=few), expected)
+    assert_same(captions(bundle, PaddedBackend(backend), options, rows=few), expected)
     captured = backend._graphs["decoder"].captured
     assert bool(captured) == uses_cuda_graphs
     if uses_cuda_graphs:
@@ -104,7 +104,7 @@ def test_plans_in_half_precision(fp16_bundle):
     options = SEARCHES["4 beams, ban"]
     expected = captions(fp16_bundle, OrtBackend(fp16_bundle, "cpu", threads=1), options)
     backend = stand_in_backend(fp16_bundle, Bounds.of(fp16_bundle, beams=4, max_new_tokens=30, rows=40))
-    found = captions(fp16_bundle, Bucketed(backend), options)
+    found = captions(fp16_bundle, PaddedBackend(backend), options)
     assert [several[0][0] for several in found] == [several[0][0] for several in expected]
 
 
@@ -112,7 +112,7 @@ def test_every_shape_lies_within_the_profile_it_was_built_for(bundle):
     options = SEARCHES["4 beams, ban"]
     bounds = Bounds.of(bundle, beams=4, max_new_tokens=30, rows=20)
     backend = stand_in_backend(bundle, bounds)
-    captions(bundle, Bucketed(backend), options)
+    captions(bundle, PaddedBackend(backend), options)
     for graph, profile in profiles(bundle, bounds).items():
         runs = backend._graphs[graph].contexts[0].runs
         assert runs
@@ -134,24 +134,24 @@ def test_every_shape_lies_within_the_profile_it_was_built_for(bundle):
     ],
 )
 def test_searches_beyond_the_plans_are_refused(built_for, asked, bundle):
-    backend = Bucketed(stand_in_backend(bundle, Bounds.of(bundle, **built_for)))
+    backend = PaddedBackend(stand_in_backend(bundle, Bounds.of(bundle, **built_for)))
     with pytest.raises(BackendError, match=r"at most \d+ .* `engine plan`"):
         captions(bundle, backend, DecodeOptions(**asked), rows=40)
 
 
 def test_without_a_wish_no_more_images_are_decoded_than_the_plans_take(bundle):
-    backend = Bucketed(stand_in_backend(bundle, Bounds.of(bundle, beams=4, rows=12)))
+    backend = PaddedBackend(stand_in_backend(bundle, Bounds.of(bundle, beams=4, rows=12)))
     captioner = Captioner(bundle, backend)
     assert captioner.scheduler(captioner.search(DecodeOptions(max_new_tokens=10))).num_slots == 3
 
 
 def test_memory_is_given_back_with_its_cache(bundle):
     backend = stand_in_backend(bundle, Bounds.of(bundle, beams=1, rows=4))
-    captions(bundle, Bucketed(backend), DecodeOptions(max_new_tokens=10), rows=4)
+    captions(bundle, PaddedBackend(backend), DecodeOptions(max_new_tokens=10), rows=4)
     gc.collect()
     held = len(backend._device._owned)
     for _ in range(2):
-        captions(bundle, Bucketed(backend), DecodeOptions(max_new_tokens=10), rows=4)
+        captions(bundle, PaddedBackend(backend), DecodeOptions(max_new_tokens=10), rows=4)
         gc.collect()
         assert len(backend._device._owned) == held
 
@@ -168,5 +168,5 @@ def test_padding_that_is_looked_at_would_be_noticed(bundle, tiny_captioner, monk
         return real(self, cache, replace(inputs, ancestry=ancestry))
 
     monkeypatch.setattr(OrtBackend, "step", careless)
-    found = captions(bundle, Bucketed(OrtBackend(bundle, "cpu", threads=1)), options)
+    found = captions(bundle, PaddedBackend(OrtBackend(bundle, "cpu", threads=1)), options)
     assert [several[0][0] for several in found] != [several[0][0] for several in expected]

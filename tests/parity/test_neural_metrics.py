@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from engine.errors import UsageError
-from engine.scoring.base import Items, Setting
+from engine.scoring.base import Items, MetricInputs
 from engine.scoring.clip import ClipScore, RefClipScore
 from engine.scoring.neural import BertScore, Bleurt
 from engine.scoring.preprocess import preprocess
@@ -32,8 +32,8 @@ def test_a_path_with_t5_in_it_is_not_taken_for_a_t5_model(tmp_path):
     folder = tmp_path / "part5" / "bert"
     folder.parent.mkdir()
     folder.symlink_to(MINILM.absolute())
-    here = BertScore(Setting(weights={"bertscore": folder})).measure(ITEMS)
-    there = BertScore(Setting(weights={"bertscore": MINILM})).measure(ITEMS)
+    here = BertScore(MetricInputs(weights={"bertscore": folder})).measure(ITEMS)
+    there = BertScore(MetricInputs(weights={"bertscore": MINILM})).measure(ITEMS)
     np.testing.assert_array_equal(here.per_image, there.per_image)
 
 
@@ -42,7 +42,7 @@ def test_a_path_with_t5_in_it_is_not_taken_for_a_t5_model(tmp_path):
 def test_bertscore_is_bert_scores_own(idf, layer):
     from bert_score import BERTScorer
 
-    metric = BertScore(Setting(weights={"bertscore": MINILM}), idf=idf, layer=layer)
+    metric = BertScore(MetricInputs(weights={"bertscore": MINILM}), idf=idf, layer=layer)
     found = metric.measure(ITEMS)
     references = [[preprocess(one) for one in several] for several in REFERENCES]
     scorer = BERTScorer(
@@ -84,7 +84,7 @@ def test_idf_weights_are_those_of_the_paper():
 
 def test_a_layer_the_model_has_not_is_refused():
     with pytest.raises(UsageError, match="has layers 1 to 6"):
-        BertScore(Setting(weights={"bertscore": MINILM}), layer=40).measure(ITEMS)
+        BertScore(MetricInputs(weights={"bertscore": MINILM}), layer=40).measure(ITEMS)
 
 
 def test_bleurt_takes_the_best_reference(tmp_path):
@@ -96,7 +96,7 @@ def test_bleurt_takes_the_best_reference(tmp_path):
     )
     BleurtForSequenceClassification(config).save_pretrained(tmp_path)
     make_tokenizer(tmp_path).save_pretrained(tmp_path)
-    metric = Bleurt(Setting(weights={"bleurt": tmp_path}))
+    metric = Bleurt(MetricInputs(weights={"bleurt": tmp_path}))
     found = metric.measure(ITEMS)
     one, other = (metric.measure(Items(["4"], ["..."], [(reference,)])).value for reference in REFERENCES[4])
     assert found.per_image[4] == pytest.approx(max(one, other), abs=1e-5)
@@ -140,7 +140,7 @@ def test_clipscore_is_a_scaled_cosine_of_the_models_features(clip_folder, tmp_pa
         picture.save(tmp_path / f"{i}.png")
         paths.append(tmp_path / f"{i}.png")
     items = Items(ITEMS.ids, CANDIDATES, REFERENCES, paths)
-    setting = Setting(weights={"clipscore": clip_folder}, batch_size=2)
+    setting = MetricInputs(weights={"clipscore": clip_folder}, batch_size=2)
     found = ClipScore(setting).measure(items)
     model = CLIPModel.from_pretrained(clip_folder).eval()
 

@@ -30,7 +30,7 @@ from export.bundle import export_bundle
 from export.graphs.quantise import HEAD
 from export.manifest import write_manifest
 from export.parity import main as parity_main
-from export.precision import Saying, compare_sayings, encoder_error, forced_log_prob, main
+from export.precision import ScoredCaption, compare_captions, encoder_error, forced_log_prob, main
 from export.restore import main as restore_main
 from tests.helpers.tiny import random_pictures
 
@@ -238,8 +238,8 @@ def test_a_difference_says_where_and_how_much_worse(tiny_captioner):
     ).decode(picture[None])
 
     def report(other: Hypothesis):
-        sayings = ([Saying(h.ids, h.score)] for h in (first, other))
-        return compare_sayings(tiny_captioner, OPTIONS, [("x", picture)], *sayings)
+        sayings = ([ScoredCaption(h.ids, h.score)] for h in (first, other))
+        return compare_captions(tiny_captioner, OPTIONS, [("x", picture)], *sayings)
 
     (difference,) = report(second).differences
     assert first.ids[: difference.position] == second.ids[: difference.position]

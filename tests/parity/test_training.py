@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TrainerState
 
 from engine.options import DecodeOptions
-from engine.scoring.base import Items, Setting
+from engine.scoring.base import Items, MetricInputs
 from engine.scoring.overlap import Cider
 from export.reference.huggingface import Reference
 from tests.helpers.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, random_pictures
@@ -29,9 +29,9 @@ from train.learning.reward import (
     CorpusCider,
     Reward,
     log_probs,
+    merge_equal,
     pad,
     repeating,
-    summed,
 )
 from train.learning.trainer import WHOLE, CaptionTrainer, in_order, newest_whole, seal
 from train.recipe import Recipe
@@ -150,7 +150,7 @@ def test_an_epoch_is_judged_as_engine_score_would(tiny_checkpoint, examples):
     reference = Reference.load(tiny_checkpoint)
     options = DecodeOptions(max_new_tokens=10)
     twice = [*examples, Example("p0", examples[0].image, "a second caption")]
-    evaluator = Evaluator(reference, twice, ("rouge1", "bleu1"), options, 30, 4, Setting())
+    evaluator = Evaluator(reference, twice, ("rouge1", "bleu1"), options, 30, 4, MetricInputs())
     metrics, captions = evaluator.evaluate()
     assert [one for one, _ in captions] == [f"p{i}" for i in range(6)]
     assert references_by_id(twice)["p0"] == (CAPTIONS[0], "a second caption")
@@ -230,10 +230,10 @@ def test_cider_of_a_few_captions_weighs_words_by_the_whole_corpus():
 
 def test_a_reward_is_the_weighted_sum_of_its_metrics():
     references = [("axial ct of the chest",), ("mri of the brain",)]
-    reward = Reward({"rouge1": 2.0, "cider": 0.5}, Setting(), references)
+    reward = Reward({"rouge1": 2.0, "cider": 0.5}, MetricInputs(), references)
     candidates = ["axial ct of the chest", "a chest"]
-    rouge = Reward({"rouge1": 1.0}, Setting(), references)(candidates, references)
-    cider = Reward({"cider": 1.0}, Setting(), references)(candidates, references)
+    rouge = Reward({"rouge1": 1.0}, MetricInputs(), references)(candidates, references)
+    cider = Reward({"cider": 1.0}, MetricInputs(), references)(candidates, references)
     np.testing.assert_allclose(reward(candidates, references), 2 * rouge + 0.5 * cider)
     assert rouge.tolist() == [1.0, 0.0]
 
@@ -273,5 +273,5 @@ def test_advantages_are_over_the_greedy_caption_or_over_the_others():
 
 
 def test_equal_captions_are_one_and_those_without_advantage_none():
-    assert summed([(1, 2), (1, 3), (1, 2), (1, 4)], [0.5, 0.25, 0.25, 0.0]) == {(1, 2): 0.75, (1, 3): 0.25}
-    assert summed([(1, 2), (1, 2)], [0.1, -0.1]) == {}
+    assert merge_equal([(1, 2), (1, 3), (1, 2), (1, 4)], [0.5, 0.25, 0.25, 0.0]) == {(1, 2): 0.75, (1, 3): 0.25}
+    assert merge_equal([(1, 2), (1, 2)], [0.1, -0.1]) == {}

@@ -22,7 +22,7 @@ from train.data.dataset import Example
 IGNORED = -100
 """Label that torch's cross entropy skips (torch.nn.CrossEntropyLoss, ignore_index)."""
 
-Place = tuple[int, int]
+EpochIndex = tuple[int, int]
 """An epoch and an index into the data set; an index past its end is a blank, which no loss sees."""
 
 
@@ -67,14 +67,14 @@ class Pictures(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, place: Place) -> Item:
+    def __getitem__(self, place: EpochIndex) -> Item:
         """Return pixel_values f32[3,size,size] and the caption, None for a blank. Raises ImageError."""
         pixels, caption = self.pixels(place)
         if caption is None:
             return {"pixel_values": torch.zeros(3, self.spec.size, self.spec.size), "caption": None}
         return {"pixel_values": self.spec.normalise(pixels), "caption": caption}
 
-    def pixels(self, place: Place) -> tuple[NDArray[np.uint8], str | None]:
+    def pixels(self, place: EpochIndex) -> tuple[NDArray[np.uint8], str | None]:
         """Return u8[size,size,3] and the caption; zeros and None for a blank. Raises ImageError."""
         epoch, index = place
         if index >= len(self.examples):
@@ -95,7 +95,7 @@ class Features(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.captions)
 
-    def __getitem__(self, place: Place) -> Item:
+    def __getitem__(self, place: EpochIndex) -> Item:
         """Return encoder_hidden_states f32[S,D] and the caption, None for a blank."""
         _, index = place
         if index >= len(self.captions):
@@ -103,7 +103,7 @@ class Features(Dataset[Item]):
         return {"encoder_hidden_states": self.features[index].float(), "caption": self.captions[index]}
 
 
-class EpochOrder(Sampler[Place]):
+class EpochOrder(Sampler[EpochIndex]):
     """Every index once an epoch, in an order that only the seed and the epoch decide; blanks fill the last batch.
 
     So a resumed run sees the same batches, and processes that share a batch need neither drop nor repeat an image to
@@ -121,7 +121,7 @@ class EpochOrder(Sampler[Place]):
     def __len__(self) -> int:
         return self.padded
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[EpochIndex]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
         yield from ((self.epoch, int(index)) for index in order)
         yield from ((self.epoch, index) for index in range(self.count, self.padded))

@@ -69,7 +69,7 @@ def in_threads(work: Callable[[T], R], items: list[T], progress: Progress | None
                 progress(min(start + AT_ONCE, len(items)), len(items))
 
 
-def without(split: Split, problems: Problems) -> Split:
+def drop_unusable(split: Split, problems: Problems) -> Split:
     """Return the split minus missing images, unreadable images and empty captions; raise DataError if nothing is left.
 
     Of an image with several captions only the empty ones go.

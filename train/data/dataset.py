@@ -16,8 +16,8 @@ from pathlib import Path
 from engine.errors import DataError, UsageError
 from engine.inputs.images import EXTENSIONS, find_images
 from engine.inputs.tables import Table, read_table
-from train.data.layouts import LOOKED_FOR, SPLITS, Place, Source, find_source, find_table, read_concepts
-from train.data.parquet import CONCEPT_COLUMNS, Row, safe_name, split_concepts, unpack
+from train.data.layouts import LOOKED_FOR, SPLITS, Listing, SplitFiles, find_source, find_table, read_concepts
+from train.data.parquet import CONCEPT_COLUMNS, ParquetRow, safe_name, split_concepts, unpack
 from train.data.problems import Problems, is_empty
 
 
@@ -55,7 +55,7 @@ def read_dataset(directory: Path, *, unpack_into: Path | None = None) -> dict[st
     """
     if not directory.is_dir():
         raise UsageError(f"{directory} is not a directory: wanted is the folder of a data set")
-    place = Place.of(directory)
+    place = Listing.of(directory)
     reader = _Reader(place, unpack_into or directory / "unpacked")
     for name in SPLITS:
         source = find_source(place, name)
@@ -99,14 +99,14 @@ def _draw(name: str, seed: int) -> float:
 class _Reader:
     """Reads the sources of one directory; keeps the listings of its folders, which splits may share."""
 
-    def __init__(self, place: Place, unpack_into: Path) -> None:
+    def __init__(self, place: Listing, unpack_into: Path) -> None:
         self.splits: dict[str, Split] = {}
         self._place = place
         self._unpack_into = unpack_into
         self._listings: dict[tuple[Path, bool], dict[str, Path]] = {}
         self._used: dict[str, dict[str, Path]] = {}
 
-    def read(self, name: str, source: Source) -> None:
+    def read(self, name: str, source: SplitFiles) -> None:
         """Read the captions of one split and find their pictures."""
         if source.parquet:
             self._read_parquet(name, source)
@@ -115,11 +115,11 @@ class _Reader:
         rows = _rows(read_table(source.captions), concepts)
         self._add(name, source, rows)
 
-    def read_all(self, source: Source) -> None:
+    def read_all(self, source: SplitFiles) -> None:
         """Read one table for all splits: by its column `split`, all for training without one."""
         table = read_table(source.captions)
         column = next((values for title, values in table.columns.items() if title.lower() == "split"), None)
-        by_split: dict[str, list[Row]] = {name: [] for name in SPLITS}
+        by_split: dict[str, list[ParquetRow]] = {name: [] for name in SPLITS}
         for row in _rows(table, {}):
             value = "train" if column is None else column.get(row.id, "")
             name = next((split for split, aliases in SPLITS.items() if value.strip().lower() in aliases), None)
@@ -141,7 +141,7 @@ class _Reader:
             self.splits[name] = replace(split, problems=replace(split.problems, uncaptioned=found))
         return self.splits
 
-    def _read_parquet(self, name: str, source: Source) -> None:
+    def _read_parquet(self, name: str, source: SplitFiles) -> None:
         folder = self._unpack_into / name
         rows = unpack(list(source.parquet), folder)
         if not rows:
@@ -154,7 +154,7 @@ class _Reader:
         ]
         self.splits[name] = Split(name, examples, source.captions, _problems(examples, lost, one_each=True))
 
-    def _add(self, name: str, source: Source, rows: list[Row]) -> None:
+    def _add(self, name: str, source: SplitFiles, rows: list[ParquetRow]) -> None:
         ids = list(dict.fromkeys(row.id for row in rows))
         folder, listing, looked = self._choose_folder(source, ids)
         examples, lost = [], {}
@@ -167,7 +167,7 @@ class _Reader:
         self._used[name] = listing
         self.splits[name] = Split(name, examples, source.captions, _problems(examples, lost, source.one_each))
 
-    def _choose_folder(self, source: Source, ids: list[str]) -> tuple[Path, dict[str, Path], str]:
+    def _choose_folder(self, source: SplitFiles, ids: list[str]) -> tuple[Path, dict[str, Path], str]:
         """Return the folder of the pictures, its listing, and where was looked, in words.
 
         The first folder with half of the pictures is it, else the one with most. A folder that cannot be used (two
@@ -224,12 +224,12 @@ def _find(listing: dict[str, Path], name: str) -> Path | None:
     return path
 
 
-def _rows(table: Table, concepts: dict[str, tuple[str, ...]]) -> list[Row]:
+def _rows(table: Table, concepts: dict[str, tuple[str, ...]]) -> list[ParquetRow]:
     if not concepts:
         columns = [values for title, values in table.columns.items() if title.lower() in CONCEPT_COLUMNS]
         concepts = {name: tuple(split_concepts(value)) for values in columns[:1] for name, value in values.items()}
     return [
-        Row(name, None, caption, concepts.get(name, ()))
+        ParquetRow(name, None, caption, concepts.get(name, ()))
         for name, captions in table.captions.items()
         for caption in captions
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine.errors import DataError, UsageError
 from engine.inputs.images import EXTENSIONS
-from engine.inputs.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, MAX_FIELD_CHARS, read_text, shorten
+from engine.inputs.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, MAX_FIELD_CHARS, join_some, read_text
 from train.data.parquet import CONCEPT_COLUMNS, split_concepts
 
 SPLITS = {
@@ -34,7 +34,7 @@ LOOKED_FOR = (
 
 
 @dataclass(frozen=True)
-class Place:
+class Listing:
     """A directory's entries that are not hidden, sorted: names of its folders and of its files."""
 
     directory: Path
@@ -42,7 +42,7 @@ class Place:
     files: tuple[str, ...]
 
     @classmethod
-    def of(cls, directory: Path) -> Place:
+    def of(cls, directory: Path) -> Listing:
         """List a directory, an empty one where there is none; raise UsageError when it cannot be listed."""
         folders: list[str] = []
         files: list[str] = []
@@ -64,7 +64,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Source:
+class SplitFiles:
     """Where the captions of a split are, and which folders may hold its pictures, with what is in them or without.
 
     `one_each`: the layout has one caption an image. `parquet`: the files that hold pictures and captions, if they do.
@@ -84,7 +84,7 @@ def split_of(name: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def find_source(place: Place, split: str) -> Source | None:
+def find_source(place: Listing, split: str) -> SplitFiles | None:
     """Return where a split is, None when no layout fits; raise DataError when two files could be meant."""
     for layout in LAYOUTS:
         source = layout(place, split)
@@ -93,37 +93,37 @@ def find_source(place: Place, split: str) -> Source | None:
     return None
 
 
-def find_table(place: Place) -> Source | None:
+def find_table(place: Listing) -> SplitFiles | None:
     """Return the one table (or folder of pictures and text files) of a directory without files for each split."""
     name = next((name for name in SINGLE if name in place.files), None)
     if name is not None:
-        return Source(place.directory / name, _picture_folders(place))
+        return SplitFiles(place.directory / name, _picture_folders(place))
     if _has_sidecars(place):
-        return Source(place.directory, ((place.directory, False),), one_each=True)
+        return SplitFiles(place.directory, ((place.directory, False),), one_each=True)
     return None
 
 
-def _picture_folders(place: Place, split: str = "", first: tuple[Path, ...] = ()) -> tuple[tuple[Path, bool], ...]:
+def _picture_folders(place: Listing, split: str = "", first: tuple[Path, ...] = ()) -> tuple[tuple[Path, bool], ...]:
     """Return the folders that may hold the pictures of a split; the directory itself comes last, flat and then deep."""
-    images = Place.of(place.directory / "images")
+    images = Listing.of(place.directory / "images")
     own = place.of_split(split) if split else []
     folders = [*first, *(folder / "images" for folder in own), *own]
     folders += [*(images.of_split(split) if split else []), images.directory]
     return (*((folder, True) for folder in folders), (place.directory, False), (place.directory, True))
 
 
-def _parquet(place: Place, split: str) -> Source | None:
-    for here in (place, Place.of(place.directory / "data")):
+def _parquet(place: Listing, split: str) -> SplitFiles | None:
+    for here in (place, Listing.of(place.directory / "data")):
         files = [name for name in here.files if name.lower().endswith(".parquet") and split_of(name) == split]
         if files:
             paths = tuple(here.directory / name for name in files)
-            return Source(paths[0], (), one_each=True, parquet=paths)
+            return SplitFiles(paths[0], (), one_each=True, parquet=paths)
     return None
 
 
-def _captions_file(place: Place, split: str) -> Source | None:
+def _captions_file(place: Listing, split: str) -> SplitFiles | None:
     """ROCOv2 and ImageCLEF: {split}_captions.csv and names like it, in the directory or in the split's folder."""
-    for here in (place, *map(Place.of, place.of_split(split))):
+    for here in (place, *map(Listing.of, place.of_split(split))):
         allowed = TABLES if here is place else (".csv", ".tsv")
         named = [name for name in here.files if split_of(name) == split and name.lower().endswith(allowed)]
         exact = [name for name in named if _is_exactly(name, split, ("captions", "caption"))]
@@ -135,11 +135,11 @@ def _captions_file(place: Place, split: str) -> Source | None:
         if candidates:
             captions = here.directory / _only(here, candidates, f"captions of {split}")
             concepts = _concepts_file(here, split, captions.name)
-            return Source(captions, _picture_folders(place, split), concepts, captions.suffix.lower() in DELIMITED)
+            return SplitFiles(captions, _picture_folders(place, split), concepts, captions.suffix.lower() in DELIMITED)
     return None
 
 
-def _concepts_file(here: Place, split: str, captions: str) -> Path | None:
+def _concepts_file(here: Listing, split: str, captions: str) -> Path | None:
     """Return {split}_concepts.csv, or else the one file whose name or header speaks of the split's concepts."""
     named = [name for name in here.files if split_of(name) == split and name.lower().endswith(DELIMITED)]
     named = [name for name in named if name != captions]
@@ -157,7 +157,7 @@ def _speaks_of_concepts(name: str) -> bool:
     return any(word.startswith(("concept", "cui")) for word in re.split(r"[^a-z]+", name.lower()))
 
 
-def _is_concepts(here: Place, name: str) -> bool:
+def _is_concepts(here: Listing, name: str) -> bool:
     """Return whether a header names concepts and no captions: both tasks of ImageCLEF have a {split}_labels.csv."""
     try:
         with (here.directory / name).open("rb") as stream:
@@ -168,52 +168,54 @@ def _is_concepts(here: Place, name: str) -> bool:
     return bool(words & set(CONCEPT_COLUMNS)) and not words & set(CAPTION_COLUMNS)
 
 
-def _only(here: Place, names: list[str], what: str) -> str:
+def _only(here: Listing, names: list[str], what: str) -> str:
     if len(names) > 1:
-        raise DataError(f"{here.directory} holds several files of {what}: {shorten(names)}: keep one, move the others")
+        raise DataError(
+            f"{here.directory} holds several files of {what}: {join_some(names)}: keep one, move the others"
+        )
     return names[0]
 
 
-def _imagefolder(place: Place, split: str) -> Source | None:
+def _imagefolder(place: Listing, split: str) -> SplitFiles | None:
     for folder in place.of_split(split):
         name = next((name for name in METADATA if (folder / name).is_file()), None)
         if name is not None:
-            return Source(folder / name, _picture_folders(place, split, (folder,)), one_each=True)
+            return SplitFiles(folder / name, _picture_folders(place, split, (folder,)), one_each=True)
     return None
 
 
-def _coco(place: Place, split: str) -> Source | None:
-    here = Place.of(place.directory / "annotations")
+def _coco(place: Listing, split: str) -> SplitFiles | None:
+    here = Listing.of(place.directory / "annotations")
     names = [n for n in here.files if n.lower().endswith(".json") and "caption" in n.lower() and split_of(n) == split]
     if not names:
         return None
-    return Source(here.directory / _only(here, names, f"captions of {split}"), _picture_folders(place, split))
+    return SplitFiles(here.directory / _only(here, names, f"captions of {split}"), _picture_folders(place, split))
 
 
-def _roco(place: Place, split: str) -> Source | None:
+def _roco(place: Listing, split: str) -> SplitFiles | None:
     for folder in place.of_split(split):
         captions = folder / "radiology" / "captions.txt"
         if captions.is_file():
-            return Source(captions, ((folder / "radiology" / "images", True),), one_each=True)
+            return SplitFiles(captions, ((folder / "radiology" / "images", True),), one_each=True)
     return None
 
 
-def _file_of_split(place: Place, split: str) -> Source | None:
+def _file_of_split(place: Listing, split: str) -> SplitFiles | None:
     wanted = [alias + suffix for alias in SPLITS[split] for suffix in TABLES if suffix != ".txt"]  # often mere ids
     names = [name for name in place.files if name.lower() in wanted]
     if not names:
         return None
-    return Source(place.directory / _only(place, names, f"captions of {split}"), _picture_folders(place, split))
+    return SplitFiles(place.directory / _only(place, names, f"captions of {split}"), _picture_folders(place, split))
 
 
-def _sidecars(place: Place, split: str) -> Source | None:
+def _sidecars(place: Listing, split: str) -> SplitFiles | None:
     for folder in place.of_split(split):
-        if _has_sidecars(Place.of(folder)):
-            return Source(folder, ((folder, False),), one_each=True)
+        if _has_sidecars(Listing.of(folder)):
+            return SplitFiles(folder, ((folder, False),), one_each=True)
     return None
 
 
-def _has_sidecars(here: Place) -> bool:
+def _has_sidecars(here: Listing) -> bool:
     pictures = {Path(name).stem for name in here.files if Path(name).suffix.lower() in EXTENSIONS}
     return any(name.endswith(".txt") and Path(name).stem in pictures for name in here.files)
 

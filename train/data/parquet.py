@@ -25,7 +25,7 @@ SIGNATURES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b
 
 
 @dataclass(frozen=True)
-class Row:
+class ParquetRow:
     """One row: `file` is the picture's path, None where the row had none; `caption` is empty where it was null."""
 
     id: str
@@ -34,7 +34,7 @@ class Row:
     concepts: tuple[str, ...]
 
 
-def unpack(files: list[Path], into: Path) -> list[Row]:
+def unpack(files: list[Path], into: Path) -> list[ParquetRow]:
     """Write the pictures of parquet files as files into the folder `into`, unless they are there; return the rows.
 
     Wanted are a column of pictures (a struct of bytes and path) and captions, also image_id and cui where they are.
@@ -84,7 +84,7 @@ def _describe(file: Path) -> list[Any]:
     return [file.name, status.st_size, status.st_mtime_ns]
 
 
-def _read_index(folder: Path, made_of: list[list[Any]]) -> list[Row] | None:
+def _read_index(folder: Path, made_of: list[list[Any]]) -> list[ParquetRow] | None:
     """Return the rows of a folder that was unpacked from these files, None where there is none."""
     try:
         header, *lines = (folder / INDEX).read_text("utf-8").splitlines()
@@ -93,7 +93,7 @@ def _read_index(folder: Path, made_of: list[list[Any]]) -> list[Row] | None:
         rows = [json.loads(line) for line in lines]
         # Only the last part of a path counts: the folder may come with the data set, from a stranger.
         return [
-            Row(
+            ParquetRow(
                 str(row["id"]),
                 folder / Path(row["file"]).name if row["file"] else None,
                 str(row["caption"]),

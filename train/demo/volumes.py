@@ -67,7 +67,7 @@ BRAIN = "skull-stripped T1-weighted MR image of the brain"
 
 
 @dataclass(frozen=True)
-class Source:
+class Volume:
     """One volume and how to cut it: every `every`-th slice of each variant, the first variant untouched."""
 
     volume: str
@@ -79,10 +79,10 @@ class Source:
 
 
 SOURCES = (
-    Source("colin27", "ch2.nii.gz", HEAD, "train", variants=8, every=2),
-    Source("colin27bet", "ch2bet.nii.gz", BRAIN, "train", variants=12, every=2),
-    Source("icbm09c", "mni_icbm152_t1_tal_nlin_asym_09c_brain.nii.gz", BRAIN, "valid", every=4),
-    Source("icbm09a", "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz", BRAIN, "test"),
+    Volume("colin27", "ch2.nii.gz", HEAD, "train", variants=8, every=2),
+    Volume("colin27bet", "ch2bet.nii.gz", BRAIN, "train", variants=12, every=2),
+    Volume("icbm09c", "mni_icbm152_t1_tal_nlin_asym_09c_brain.nii.gz", BRAIN, "valid", every=4),
+    Volume("icbm09a", "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz", BRAIN, "test"),
 )
 
 

@@ -16,13 +16,13 @@ from transformers import BlipForConditionalGeneration
 
 from engine.bundle.tokenizer import detokenise
 from engine.options import DecodeOptions
-from engine.scoring.base import Items, Setting
+from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live, captioning
 from train.data.batches import IGNORED, Collator, PixelSpec
 from train.data.dataset import Example
-from train.learning.processes import gather, process_place, share_of
+from train.learning.processes import gather, rank_and_world_size, share_of
 
 LOSS = "loss"
 
@@ -47,7 +47,7 @@ class Evaluator:
     options: DecodeOptions
     max_tokens: int
     batch_size: int
-    setting: Setting = field(default_factory=Setting)
+    setting: MetricInputs = field(default_factory=MetricInputs)
 
     def evaluate(self) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """Return (loss and metrics by name, (id, caption) pairs) over all processes' shares.
@@ -55,7 +55,7 @@ class Evaluator:
         The loss is the mean over tokens, without label smoothing. Of an image with several captions each counts for the
         loss, and all are its references.
         """
-        model, (rank, world_size) = self.reference.model, process_place()
+        model, (rank, world_size) = self.reference.model, rank_and_world_size()
         mine = [self.examples[i] for i in share_of(len(self.examples), rank, world_size)]
         with captioning(model):
             sums = np.sum([*self._losses(model, mine), (0.0, 0)], axis=0)

@@ -17,7 +17,7 @@ PATIENCE = timedelta(hours=6)
 """How long processes wait for the first one, which unpacks and decodes all images before training starts."""
 
 
-def process_place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Return (rank, number of processes), as torchrun tells them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -27,12 +27,12 @@ def share_of(total: int, rank: int, world_size: int) -> range:
     return range(rank, total, world_size)
 
 
-def first_for_all(work: Callable[[], T]) -> T:
+def on_first_process(work: Callable[[], T]) -> T:
     """Let the first process do some work and return its result in all of them.
 
     An error ends the first process only; torchrun ends the others.
     """
-    rank, world_size = process_place()
+    rank, world_size = rank_and_world_size()
     if world_size == 1:
         return work()
     _connect()
@@ -43,7 +43,7 @@ def first_for_all(work: Callable[[], T]) -> T:
 
 def gather(values: list[T]) -> list[T]:
     """Return what all processes hold, one after the other."""
-    _, world_size = process_place()
+    _, world_size = rank_and_world_size()
     if world_size == 1:
         return values
     _connect()

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from engine.bundle.tokenizer import detokenise
 from engine.decoding.beam import Hypothesis
 from engine.options import DecodeOptions
-from engine.scoring.base import Items, Measured, Setting
+from engine.scoring.base import Items, Measured, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
-from train.data.batches import Item, Pictures, PixelSpec, Place
+from train.data.batches import EpochIndex, Item, Pictures, PixelSpec
 from train.data.dataset import Example
 from train.learning.evaluate import references_by_id, sum_of_losses
 from train.learning.trainer import CaptionTrainer
@@ -33,7 +33,9 @@ SAMPLED_WORDS = 100
 NOTHING = 1e-9
 """An advantage below it is rounding."""
 PADDING = -1
-BLANK = -1
+"""Stands behind the ids of shorter sequences."""
+BLANK_INDEX = -1
+"""Stands where an epoch is filled up and has no example."""
 
 
 class Reward:
@@ -42,7 +44,9 @@ class Reward:
     CIDEr weighs words by their frequency in the training references, not by that in a batch.
     """
 
-    def __init__(self, weights: Mapping[str, float], setting: Setting, references: Sequence[tuple[str, ...]]) -> None:
+    def __init__(
+        self, weights: Mapping[str, float], setting: MetricInputs, references: Sequence[tuple[str, ...]]
+    ) -> None:
         self._parts = [
             (weight, CorpusCider(references) if name == "cider" else make_metric(name, setting, {}))
             for name, weight in weights.items()
@@ -84,10 +88,10 @@ class CorpusCider:
 class RewardedPictures(Pictures):
     """Images as the decoding core takes them, u8[size,size,3], with the captions that the likelihood is kept for."""
 
-    def __getitem__(self, place: Place) -> Item:
-        """Return pixels, place i64[2] (epoch and index, BLANK for a blank) and the caption."""
+    def __getitem__(self, place: EpochIndex) -> Item:
+        """Return pixels, place i64[2] (epoch and index, BLANK_INDEX for a blank) and the caption."""
         pixels, caption = self.pixels(place)
-        place = (place[0], BLANK) if caption is None else place
+        place = (place[0], BLANK_INDEX) if caption is None else place
         return {"pixels": torch.tensor(pixels), "place": torch.tensor(place), "caption": caption}
 
 
@@ -114,7 +118,7 @@ class RewardTrainer(CaptionTrainer):
         Summed over a caption's tokens, averaged over the drawn captions of a full step: blanks weigh nothing.
         """
         places = inputs["place"].tolist()
-        filled = [i for i, (_, index) in enumerate(places) if index != BLANK]
+        filled = [i for i, (_, index) in enumerate(places) if index != BLANK_INDEX]
         pixels = inputs["pixels"].cpu().numpy()
         drawn = self._roll_out([(tuple(places[i]), pixels[i]) for i in filled])
         if not any(drawn):  # nothing to learn, but every process calls its model
@@ -170,7 +174,7 @@ class RewardTrainer(CaptionTrainer):
         self._seen += list(zip(rewards[:, :-1].mean(1).tolist(), rewards[:, -1].tolist(), strict=True))
         advantages = BASELINES[self.recipe.baseline](rewards)
         return [
-            summed([hypothesis.ids for hypothesis in several[place]], row)
+            merge_equal([hypothesis.ids for hypothesis in several[place]], row)
             for (place, _), row in zip(images, advantages.tolist(), strict=True)
         ]
 
@@ -178,22 +182,22 @@ class RewardTrainer(CaptionTrainer):
         return detokenise(self._reference.tokenizer.decode(hypothesis.ids, skip_special_tokens=True))
 
 
-def beyond_greedy(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+def advantage_over_greedy(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the advantages f64[N,S] of S drawn captions over the greedy one, the last of rewards f64[N,S+1]."""
     return rewards[:, :-1] - rewards[:, -1:]
 
 
-def beyond_others(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+def advantage_over_others(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the advantages f64[N,S] of each of S drawn captions over the mean of the other drawn ones of its image."""
     drawn = rewards[:, :-1]
     return drawn - (drawn.sum(1, keepdims=True) - drawn) / (drawn.shape[1] - 1)
 
 
-BASELINES = {"greedy": beyond_greedy, "others": beyond_others}
+BASELINES = {"greedy": advantage_over_greedy, "others": advantage_over_others}
 """What a reward is compared with, by the recipe's name for it."""
 
 
-def summed(drawn: Sequence[tuple[int, ...]], advantages: Sequence[float]) -> dict[tuple[int, ...], float]:
+def merge_equal(drawn: Sequence[tuple[int, ...]], advantages: Sequence[float]) -> dict[tuple[int, ...], float]:
     """Add up the advantages of equal captions, and leave out those that come to nothing."""
     sums: dict[tuple[int, ...], float] = {}
     for ids, advantage in zip(drawn, advantages, strict=True):
@@ -245,6 +249,6 @@ def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.where(targets != PADDING, rows.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0], 0.0).sum(1)
 
 
-def make_reward(weights: Mapping[str, float], setting: Setting, examples: Sequence[Example]) -> Reward:
+def make_reward(weights: Mapping[str, float], setting: MetricInputs, examples: Sequence[Example]) -> Reward:
     """Return the reward of a recipe, its CIDEr fitted to the training captions."""
     return Reward(weights, setting, list(references_by_id(examples).values()))

@@ -27,7 +27,7 @@ WITHOUT_EFFECT = ("device_batch", "workers")
 
 
 @dataclass(frozen=True)
-class Kept:
+class BestModels:
     """The best epochs' models in `directory`, judged by the recipe's metric; everything is read from disk, so that a
     resumed run knows of those before.
     """
@@ -114,7 +114,7 @@ def locked(out: Path, rank: int) -> Iterator[None]:
         yield
 
 
-def claim(out: Path, recipe: Recipe, record: dict[str, Any]) -> None:
+def write_or_compare_record(out: Path, recipe: Recipe, record: dict[str, Any]) -> None:
     """Write run.json, or compare with the one that is there: a directory holds one run.
 
     `record` says what the run is made of besides the recipe. Raises UsageError naming what differs.

@@ -33,7 +33,7 @@ Judge = Callable[[int], dict[str, float]]
 """Evaluates the model as it is after `epoch` epochs and keeps what is worth keeping; returns metrics by name."""
 
 
-class Teller(TrainerCallback):
+class LogPrinter(TrainerCallback):
     """Tells the user what the Trainer logs, one line each, on stderr where its own printer would use stdout."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -49,7 +49,7 @@ class Teller(TrainerCallback):
             self._say(f"{at}: loss {logs['loss']:.4f}{rewards}, learning rate {logs['learning_rate']:.3g}")
 
 
-class EpochEnds(TrainerCallback):
+class SaveAfterEvaluation(TrainerCallback):
     """Saves and logs at the end of every epoch; saves only after the evaluation, which a resumed run would not make up
     for.
     """
@@ -75,11 +75,11 @@ class CaptionTrainer(Trainer):
     ) -> None:
         super().__init__(**given)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Teller(say))
+        self.add_callback(LogPrinter(say))
         self.recipe, self.order, self._judge = recipe, order, judge
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the targets of a whole step for us
         self.steps_per_epoch = order.padded // recipe.batch_size
-        self.add_callback(EpochEnds(self.steps_per_epoch))
+        self.add_callback(SaveAfterEvaluation(self.steps_per_epoch))
 
     def _inner_training_loop(self, batch_size: int | None = None, **given: Any) -> Any:  # noqa: ARG002
         """Take the batch size of this call: the Trainer would take that of the checkpoint it goes on from."""

@@ -26,17 +26,17 @@ from engine.errors import BundleError, DataError, UsageError
 from engine.files.atomic import file_sha256, write_atomically
 from engine.files.lock import OutputLock
 from engine.inputs.images import ImageFile
-from engine.inputs.tables import shorten
+from engine.inputs.tables import join_some
 from engine.options import DecodeOptions
 from engine.run.fingerprints import fingerprint, run_key
 from engine.run.job import Outputs
 from engine.run.pipeline import Progress, keep, open_record, write
 from engine.run.record import RunRecord
 from engine.run.source import LocalSource
-from engine.scoring.base import Setting
+from engine.scoring.base import MetricInputs
 from engine.scoring.neural import weights_folder
 from engine.scoring.profiles import make_metric
-from engine.scoring.score import Report, Request, score_run
+from engine.scoring.score import ScoreReport, ScoreRequest, score_run
 from train.data.dataset import Split, read_dataset
 from train.sweep.table1 import PAPER, REFERENCES, as_csv, as_markdown, draw_examples
 
@@ -109,7 +109,7 @@ def sweep(job: Sweep, say: Say) -> dict[str, Any]:
     return table
 
 
-def check_request(job: Sweep) -> Setting:
+def check_request(job: Sweep) -> MetricInputs:
     """Refuse, before any work is spent, what would fail hours later; return what the metrics need."""
     if not job.beams or not job.metrics:
         raise UsageError("a sweep needs a number of beams and a metric: --beams 1,3,4,5,10 --metrics rouge1,bleu1")
@@ -121,7 +121,7 @@ def check_request(job: Sweep) -> Setting:
         raise UsageError(f"--limit takes at least one image, not {job.limit}")
     if job.out.exists() and not job.out.is_dir():
         raise UsageError(f"--out {job.out} is a file: name a directory")
-    setting = Setting(weights=job.weights)
+    setting = MetricInputs(weights=job.weights)
     for name in job.metrics:
         make_metric(name, setting, {})
     taken = {*job.metrics, *(["clipscore"] if "refclipscore" in job.metrics else [])}
@@ -166,7 +166,7 @@ def choose_images(split: Split, limit: int | None) -> tuple[list[ImageFile], dic
     missing = [name for name in ids if not files[name].is_file()]
     if missing:
         raise DataError(
-            f"{split.captions_file}: {len(missing)} of {len(ids)} images are missing ({shorten(missing, 3)}): "
+            f"{split.captions_file}: {len(missing)} of {len(ids)} images are missing ({join_some(missing, 3)}): "
             "add the files, or take their rows out"
         )
     return [ImageFile(name, files[name]) for name in ids], {name: references[name] for name in ids}
@@ -299,12 +299,14 @@ def _known_run(path: Path, key: str) -> dict[str, Any] | None:
     return None
 
 
-def score_row(job: Sweep, run: dict[str, Any], images: list[ImageFile], setting: Setting, say: Say) -> dict[str, Any]:
+def score_row(
+    job: Sweep, run: dict[str, Any], images: list[ImageFile], setting: MetricInputs, say: Say
+) -> dict[str, Any]:
     """Score one run as `engine score` does; return its row of the table."""
     folders = {image.path.parent for image in images}
     is_listed = len(folders) == 1 and all(image.path.stem == image.id for image in images)
     wants_images = is_listed and {"clipscore", "refclipscore"} & set(job.metrics)
-    request = Request(
+    request = ScoreRequest(
         job.out / run["run"],
         job.out / REFERENCES,
         images=folders.pop() if wants_images else None,
@@ -315,7 +317,7 @@ def score_row(job: Sweep, run: dict[str, Any], images: list[ImageFile], setting:
     return run | {"scores": _scores(report), "distinct_captions": len(set(report.items.candidates))}
 
 
-def _scores(report: Report) -> dict[str, dict[str, Any]]:
+def _scores(report: ScoreReport) -> dict[str, dict[str, Any]]:
     return {
         score.name: {"unavailable": score.unavailable}
         if score.unavailable

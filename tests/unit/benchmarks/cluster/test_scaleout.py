@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.cluster.scaleout_model import Stages, simulate
 from engine.cluster.driver import BLOCKS_PER_ACTOR, MOST_IN_BLOCK, block_size
-from engine.cluster.worker import ANSWERS
+from engine.cluster.worker import MESSAGES_PER_BLOCK
 
 FREE = Stages(read_s=0, caption_s=1, start_s=0, list_s=0, write_s=0, block_s=0, message_s=0, record_s=0)
 
@@ -22,7 +22,7 @@ def test_workers_that_never_wait_share_the_work(actors):
 
 def test_a_driver_that_takes_as_long_as_a_worker_bounds_many():
     outcome = simulate(replace(FREE, record_s=1), 1024, 64)
-    first = block_size(1024, 64) / ANSWERS  # nothing to record before the first message
+    first = block_size(1024, 64) / MESSAGES_PER_BLOCK  # nothing to record before the first message
     assert outcome.seconds == pytest.approx(1024 + max(1, first))
     assert outcome.bottleneck == "driver: messages and journal"
 

@@ -6,12 +6,12 @@ import pytest
 
 from engine.backends.capacity import MEMORY_SHARE, slot_bytes, slots_for
 from engine.bundle.manifest import ModelDims
-from engine.decoding.backend import Appetite
+from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Search
 from engine.host import available_memory
 
 BASE = ModelDims(num_layers=12, num_heads=12, head_width=64, vocab_size=30524, max_positions=512, encoder_positions=197)
-APPETITE = Appetite(rows=256, encode_batch=2)
+APPETITE = BatchSizes(rows=256, encode_batch=2)
 
 
 def search(num_beams: int, max_length: int = 65) -> Search:

@@ -18,7 +18,7 @@ from engine.cli.app import main
 from engine.cli.scoring import FORMAT_NAMES, PROFILE_NAMES
 from engine.errors import DataError, EngineError
 from engine.scoring import bootstrap
-from engine.scoring.base import Items, Measured, Setting, UnavailableError, mean
+from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, mean
 from engine.scoring.clip import clip_scores, harmonic
 from engine.scoring.describe import constant_caption, describe
 from engine.scoring.overlap import Bleu1, Cider, Meteor, Rouge1
@@ -272,8 +272,8 @@ def test_the_constant_caption_knows_only_what_is_frequent():
 PLUGIN = Path("examples/plugins/term_f1.py").absolute()
 
 
-def plugin(command: str) -> Setting:
-    return Setting(plugins={"umls_f1": command})
+def plugin(command: str) -> MetricInputs:
+    return MetricInputs(plugins={"umls_f1": command})
 
 
 def test_a_plugin_runs_in_its_own_interpreter(tmp_path):
@@ -321,12 +321,12 @@ def test_a_plugin_that_is_not_there_is_named():
 @pytest.mark.parametrize("name", ["clinicalbleurt", "medbertscore", "similarity", "umls_f1", "alignscore"])
 def test_what_is_not_built_in_says_what_it_needs(name):
     with pytest.raises(UnavailableError, match=f"--plugin {name}=COMMAND"):
-        make_metric(name, Setting(), {}).measure(WORKED)
+        make_metric(name, MetricInputs(), {}).measure(WORKED)
 
 
 @pytest.mark.parametrize("name", ["bertscore", "bleurt", "clipscore", "refclipscore"])
 def test_metrics_without_weights_say_which(name):
-    metric = make_metric(name, Setting(), {})
+    metric = make_metric(name, MetricInputs(), {})
     with_images = Items(WORKED.ids, WORKED.candidates, WORKED.references, [Path("x")] * 3)
     with pytest.raises(UnavailableError, match="needs weights: --weights "):
         metric.measure(with_images)
@@ -525,8 +525,8 @@ def test_candidates_count_by_their_probability_and_equal_ones_together(tmp_path)
     )
     candidates = read_n_best([tmp_path / "n.jsonl"])
     assert sum(one.share for one in candidates["a"]) == pytest.approx(1.0)
-    assert rerank_candidates(candidates, "rouge1", Setting()) == {"a": "x"}
-    assert rerank_candidates(candidates, "rouge1", Setting(), uniform=True) == {"a": "y z"}
+    assert rerank_candidates(candidates, "rouge1", MetricInputs()) == {"a": "x"}
+    assert rerank_candidates(candidates, "rouge1", MetricInputs(), uniform=True) == {"a": "y z"}
     hypotheses = [{"text": "x", "sum_log_prob": -1}] * 3 + [{"text": "y", "sum_log_prob": -2}]
     (tmp_path / "drawn.jsonl").write_text(json.dumps({"id": "a", "drawn": True, "hypotheses": hypotheses}) + "\n")
     drawn = {one.text: one.share for one in read_n_best([tmp_path / "drawn.jsonl"])["a"]}

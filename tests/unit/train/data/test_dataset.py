@@ -16,7 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from engine.errors import DataError, OutputError, UsageError
-from train.data.check import check_split, fingerprint, without
+from train.data.check import check_split, drop_unusable, fingerprint
 from train.data.dataset import Example, Split, hold_out, read_dataset
 from train.data.layouts import split_of
 from train.data.problems import Problems
@@ -465,21 +465,21 @@ def test_fatal_problems_can_be_left_out(tmp_path):
     problems = check_split(split)
     assert bool(problems.fatal)
     assert not replace(problems, missing=[], unreadable=[], empty=[]).fatal
-    rest = without(split, problems)
+    rest = drop_unusable(split, problems)
     assert [e.id for e in rest.examples] == ["good", "better", "twice", "twice"]
     assert not rest.problems.fatal
     assert rest.problems.repeated == problems.repeated
     assert not check_split(rest).fatal
     only_blank = replace(split, examples=[e for e in split.examples if e.id == "blank"])
     with pytest.raises(DataError, match=r"train_captions\.csv: no usable example is left of split train: 1 missing"):
-        without(only_blank, problems)
+        drop_unusable(only_blank, problems)
 
 
 def test_of_several_captions_only_the_empty_one_is_left_out(tmp_path):
     picture(tmp_path / "a.jpg")
     write(tmp_path / "train.jsonl", '{"image": "a.jpg", "captions": ["one", "", "two"]}\n')
     split = read_dataset(tmp_path)["train"]
-    assert [e.caption for e in without(split, split.problems).examples] == ["one", "two"]
+    assert [e.caption for e in drop_unusable(split, split.problems).examples] == ["one", "two"]
 
 
 def test_pictures_that_are_all_missing_are_told_with_where_was_looked(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from engine.captioner import Captioner
 from engine.errors import DataError, EngineError, ExportError, UsageError
 from engine.inputs.tables import read_table
-from engine.scoring.base import Items, Setting
+from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.manifest import checkpoint_sha256
 from tests.helpers.tiny import make_checkpoint, random_pictures
@@ -76,7 +76,7 @@ def test_captions_and_scores_are_the_engines_own(job, tiny_captioner):
         assert list(said[row["beams"]].items()) == list(expected.items())
         items = Items(NAMES, list(expected.values()), references)
         for name in ("rouge1", "bleu1"):
-            metric = make_metric(name, Setting(), {})
+            metric = make_metric(name, MetricInputs(), {})
             assert row["scores"][name]["value"] == metric.measure(items).value
             assert row["scores"][name]["signature"] == metric.signature()
         assert row["distinct_captions"] == len(set(expected.values()))
