@@ -6,7 +6,7 @@ import warnings
 
 import click
 
-from engine.cli import machine, report, scoring
+from engine.cli import machine, report, scoring, submission
 from engine.cli.caption import caption
 from engine.cli.group import OneLineGroup
 from engine.version import __version__
@@ -22,7 +22,8 @@ def main() -> None:
 for _command in (
     caption,
     *(machine.verify, machine.bench, machine.plan, machine.info),
-    *(scoring.score, scoring.rerank, scoring.submit, scoring.check),
+    *(scoring.score, scoring.rerank),
+    *(submission.submit, submission.check),
     report.report,
 ):
     main.add_command(_command)

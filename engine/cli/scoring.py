@@ -1,4 +1,4 @@
-"""The commands around a finished run: score, compare, rerank, submit, check; see app.py for the others."""
+"""The commands that score a finished run: score, compare, rerank; see app.py for the others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 import click
 
 from engine.cli.shared import PATH, say
-from engine.errors import EngineError, UsageError
+from engine.errors import UsageError
 
-FORMAT_NAMES = ("imageclef2022", "imageclef2023", "imageclef2024", "imageclef2025", "imageclef2026")
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 PROFILE_NAMES = ("imageclef2024", "imageclef2025", "imageclef2026")
 
@@ -237,42 +236,3 @@ def rerank(files: tuple[Path, ...], out: Path, utility: str, uniform: bool, **gi
     write_run(out, chosen.items())
     moved = sum(chosen[name] != several[0].text for name, several in candidates.items())
     say(f"{len(chosen)} captions, {moved} of them another than the first candidate -> {out}")
-
-
-@click.command()
-@click.option("--run", type=PATH, required=True, help="run.csv, or captions in another layout.")
-@click.option("--manifest", type=PATH, required=True, help="File of the ids, in the order wanted.")
-@click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
-@click.option("--out", type=PATH, required=True, help="submission.csv, or submission.zip for 2025 and 2026.")
-def submit(run: Path, manifest: Path, form: str, out: Path) -> None:
-    """Write a run as a submission, then read the file back and check it."""
-    from engine.files.atomic import check_outputs
-    from engine.inputs.tables import read_ids, read_table
-    from engine.submission.formats import write_submission
-
-    check_outputs({"--out": out}, [run, manifest])
-    ids = read_ids(manifest)
-    for note in write_submission(read_table(run).single(), ids, form, out):
-        say(note)
-    say(f"{len(ids)} captions -> {out}, read back and checked as {form}")
-
-
-@click.command()
-@click.argument("file", type=PATH)
-@click.option("--manifest", type=PATH, required=True, help="File of the ids, in the order wanted.")
-@click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
-def check(file: Path, manifest: Path, form: str) -> None:
-    """Check any submission file as the organisers' checker does; exit 1 when it would be refused."""
-    from engine.inputs.tables import read_ids
-    from engine.submission.formats import check_submission
-
-    if not file.is_file():
-        raise UsageError(f"{file} is not a file")
-    ids = read_ids(manifest)
-    verdict = check_submission(file, ids, form)
-    for line in verdict.warnings[:10]:
-        say(f"allowed, but unwise: {line}")
-    if verdict.errors:
-        more = f" (and {len(verdict.errors) - 1} more)" if len(verdict.errors) > 1 else ""
-        raise EngineError(f"{file} is no {form} submission: {verdict.errors[0]}{more}")
-    say(f"{file}: {len(ids)} captions, a right {form} submission")

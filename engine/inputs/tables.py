@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from engine.errors import DataError, UsageError
 
@@ -98,14 +98,11 @@ def read_columns(path: Path) -> dict[str, dict[str, str]]:
 
     It has a header, and commas, TABs or bars. Raises DataError naming the file and the line.
     """
-    csv.field_size_limit(MAX_FIELD_CHARS)
     text = read_text(path)
     header_line = text.partition("\n")[0]
     found = [delimiter for delimiter in DELIMITERS if delimiter in header_line]
     delimiter = next((d for d in found if _heads_ids(header_line.split(d)[0])), (found or ",")[0])
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, quoting=_quoting(text, delimiter), strict=True
-    )
+    reader = read_delimited(text, delimiter)
     columns: dict[str, dict[str, str]] = {}
     try:
         header = [name.strip() for name in next(reader, ())]
@@ -155,20 +152,20 @@ def _ids(text: str) -> list[str]:
     for delimiter in DELIMITERS:
         names = [name.strip() for name in header.split(delimiter)]
         if len(names) > 1 and names[0] in ID_COLUMNS:
-            rows = csv.reader(
-                io.StringIO(text, newline=""), delimiter=delimiter, quoting=_quoting(text, delimiter), strict=True
-            )
-            return [_stem(names[0], row[0]) for row in rows if row][1:]
+            return [_stem(names[0], row[0]) for row in read_delimited(text, delimiter) if row][1:]
     bare = [name.strip('"') if name.startswith('"') and name.endswith('"') else name for name in lines]
     return [name for name in bare[header in ID_COLUMNS :] if name]
 
 
-def _quoting(text: str, delimiter: str) -> Literal[0, 3]:
-    """Only commas come with quotes: a bar or a TAB ends an id, and a quotation mark is part of the caption.
+def read_delimited(text: str, delimiter: str) -> Any:
+    """Return a reader of the rows of a table; it raises csv.Error, and its line_num is the line of the last row.
 
-    Where the header itself is quoted, a program wrote the quotes for all columns.
+    Only commas come with quotes: a bar or a TAB ends an id, and a quotation mark is part of the caption. Where the
+    header itself is quoted, a program wrote the quotes for all columns.
     """
-    return csv.QUOTE_MINIMAL if delimiter == "," or text.startswith('"') else csv.QUOTE_NONE
+    csv.field_size_limit(MAX_FIELD_CHARS)
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," or text.startswith('"') else csv.QUOTE_NONE
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
 
 
 CaptionRow = tuple[int, str, str, Mapping[str, str]]
@@ -201,9 +198,7 @@ def _collect(path: Path, rows: Iterable[CaptionRow]) -> Table:
 def _delimited_rows(path: Path, text: str) -> Iterator[CaptionRow]:
     lines = text.split("\n")
     delimiter, is_headed = _layout(path, [line.rstrip("\r") for line in lines])
-    csv.field_size_limit(MAX_FIELD_CHARS)
-    quoting = _quoting(text, delimiter)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    reader = read_delimited(text, delimiter)
     names: list[str] = []
     try:
         for row in reader:

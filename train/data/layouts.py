@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from engine.errors import DataError, UsageError
 from engine.inputs.images import EXTENSIONS
-from engine.inputs.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, MAX_FIELD_CHARS, join_some, read_text
+from engine.inputs.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, join_some, read_delimited, read_text
 from train.data.parquet import CONCEPT_COLUMNS, split_concepts
 
 SPLITS = {
@@ -245,8 +244,7 @@ def _table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     text = read_text(path)
     header = text.partition("\n")[0]
     delimiter = next((one for one in DELIMITERS if one in header), ",")
-    csv.field_size_limit(MAX_FIELD_CHARS)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = read_delimited(text, delimiter)
     try:
         yield from ((reader.line_num, row) for row in reader if row)
     except csv.Error as error:

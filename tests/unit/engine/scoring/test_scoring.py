@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.cli.app import main
-from engine.cli.scoring import FORMAT_NAMES, PROFILE_NAMES
+from engine.cli.scoring import PROFILE_NAMES
+from engine.cli.submission import FORMAT_NAMES
 from engine.errors import DataError, EngineError
 from engine.scoring import bootstrap
 from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, mean
