@@ -164,8 +164,13 @@ def read_delimited(text: str, delimiter: str) -> Any:
     header itself is quoted, a program wrote the quotes for all columns.
     """
     csv.field_size_limit(MAX_FIELD_CHARS)
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," or text.startswith('"') else csv.QUOTE_NONE
-    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    is_quoted = delimiter == "," or text.startswith('"')
+    return csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE,
+        strict=True,
+    )
 
 
 CaptionRow = tuple[int, str, str, Mapping[str, str]]
