@@ -86,22 +86,20 @@ def finetune(
     **flags: Any,
 ) -> None:
     """Fine-tune BLIP on captioned images; under torchrun, on as many devices as it starts processes."""
+    from engine.scoring.base import MetricInputs
     from export.checkpoints.hub import find_checkpoint
     from train.dry_run import plan_run
-    from train.finetune import Job
+    from train.finetune import DataInputs, Job
     from train.finetune import finetune as run
     from train.recipe import load_recipe, parse_changes
 
     given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
     job = Job(
         checkpoint=find_checkpoint(model),
-        data=data,
+        data=DataInputs(data, allow_missing, check_images, unpack_into),
         out=out,
         recipe=load_recipe(recipe, given),
-        allow_missing=allow_missing,
-        decode_images=check_images,
-        unpack_into=unpack_into,
-        weights=parse_weights(weights),
+        metrics=MetricInputs(weights=parse_weights(weights)),
     )
     summary = plan_run(job, say) if dry_run else run(job, say)
     if summary:

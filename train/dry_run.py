@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from engine.errors import UsageError
 from export.reference.huggingface import Reference
 from train.data.batches import PixelSpec
 from train.data.dataset import Split
-from train.finetune import Job, load_reference, make_trainer, prepare_data, signatures
+from train.finetune import Job, prepare_data, signatures
 from train.learning.evaluate import sum_of_losses
 from train.learning.processes import rank_and_world_size
 from train.learning.reward import repeating
+from train.learning.setup import load_reference, make_trainer
 from train.recipe import Recipe
 
 A100_GIB = 40.0
@@ -35,9 +35,9 @@ def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dic
     recipe = job.recipe
     if rank_and_world_size()[1] > 1:
         raise UsageError("--dry-run looks at one process: run it without torchrun")
-    signatures(job)
+    signatures(recipe, job.metrics)
     reference = load_reference(job.checkpoint, recipe)
-    splits = prepare_data(job, reference, say)
+    splits = prepare_data(job.data, recipe, reference, say)
     device_batch, accumulated = recipe.micro_batches(1)
     steps = -(-len(splits["train"].examples) // recipe.batch_size)
     parameters = list(reference.model.parameters())
@@ -113,7 +113,7 @@ def _kept_for_backward(
     ids = torch.arange(images * copies * length).reshape(images * copies, length) % vocabulary
     model.train()
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, repeating(model.vision_model, copies), torch.autocast("cpu", torch.bfloat16):
+    with hooks, repeating(model.vision_model, [copies]), torch.autocast("cpu", torch.bfloat16):
         outputs = model(
             pixel_values=torch.zeros(images, 3, spec.size, spec.size),
             input_ids=ids,
@@ -129,8 +129,10 @@ def _trial(
 ) -> dict[str, Any]:
     """Take two optimiser steps on the first images of the data and report losses and seconds."""
     with tempfile.TemporaryDirectory() as directory:
-        trial = replace(job, out=Path(directory), max_steps=TRIAL_STEPS)
-        trainer = make_trainer(trial, reference, splits, lambda _: {}, batches, say)
+        out = Path(directory)
+        trainer = make_trainer(
+            job.recipe, reference, splits, lambda _: {}, batches, job.metrics, out, say, max_steps=TRIAL_STEPS
+        )
         trainer.args.logging_steps = trainer.state.logging_steps = 1
         start = time.perf_counter()
         trainer.train()

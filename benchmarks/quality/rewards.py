@@ -38,8 +38,9 @@ from train.data.dataset import read_dataset
 from train.demo.assets import SMALL_BERT, fetch_assets
 from train.demo.build import STAGES, demo_pairs, initial_checkpoint
 from train.demo.volumes import Pair
-from train.finetune import Job, evaluation_options, finetune
+from train.finetune import DataInputs, Job, finetune
 from train.learning.reward import SAMPLED_WORDS, make_reward
+from train.learning.setup import evaluation_options
 from train.recipe import load_recipe, parse_changes
 
 RESULTS = Path("benchmarks/results")
@@ -80,7 +81,7 @@ def write_subset(everything: Sequence[Pair], folder: Path, out: Path, count: int
 def begun_demo(work: Path, out: Path, epochs: int) -> Path:
     """Train the first stage of the demo alone, with so many epochs of its own schedule; return the checkpoint."""
     recipe = load_recipe(STAGES[0], {"epochs": epochs})
-    finetune(Job(initial_checkpoint(work), work / "pairs", out, recipe), say)
+    finetune(Job(initial_checkpoint(work), DataInputs(work / "pairs"), out, recipe), say)
     return out / "best"
 
 
@@ -98,7 +99,7 @@ def judge(
 ) -> Judged:
     """Measure one checkpoint: rewards as the training counts them, held-out captions with its own beams."""
     reference = Reference.load(checkpoint)
-    reward = make_reward(job.recipe.rewards(), setting, read_dataset(job.data)["train"].examples)
+    reward = make_reward(job.recipe.rewards(), setting, read_dataset(job.data.directory)["train"].examples)
     options = options_from(generation_defaults(reference), {})
     truth = [(pair.caption,) for pair in learnt]
 
@@ -159,7 +160,7 @@ def main(
     learnt = spread(chosen, judged)
     held_out = [pair for pair in pairs if pair.split == "test"]
     recipe = load_recipe("scst", parse_changes(changes))
-    job = Job(checkpoint, out / "data", out / "run", recipe, weights=setting.weights)
+    job = Job(checkpoint, DataInputs(out / "data"), out / "run", recipe, setting)
     before = judge(checkpoint, folder, learnt, held_out, job, setting)
     say(f"before: greedy {before.greedy_reward.value:.4f}, drawn {before.drawn_reward.value:.4f}")
     summary = finetune(job, say)

@@ -25,7 +25,7 @@ from train.data.batches import PixelSpec
 from train.demo.assets import fetch_assets
 from train.demo.initial_weights import init_text_from_bert, init_vision_from_dinov2, round_to_fp16
 from train.demo.volumes import PLANES, REGIONS, Pair, read_pairs, write_pairs
-from train.finetune import Job, finetune
+from train.finetune import DataInputs, Job, finetune
 from train.learning.run_dir import save_checkpoint
 from train.recipe import load_recipe
 
@@ -51,7 +51,7 @@ def build_demo(out: Path, work: Path, say: Callable[[str], None], *, seed: int =
     say(f"{len(pairs)} slices in {pairs_dir}")
     checkpoint = initial_checkpoint(work, seed)
     for name in STAGES:
-        job = Job(checkpoint, pairs_dir, work / name, load_recipe(name, {"seed": seed}))
+        job = Job(checkpoint, DataInputs(pairs_dir), work / name, load_recipe(name, {"seed": seed}))
         say(f"{name}: {finetune(job, say)['best']}")
         checkpoint = job.out / "best"
     reference = Reference.load(checkpoint)

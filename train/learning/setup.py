@@ -1,0 +1,164 @@
+"""Put together what a run of training needs: the model in training shape, the Trainer, its arguments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from engine.errors import UsageError
+from engine.options import DecodeOptions
+from engine.scoring.base import MetricInputs
+from export.checkpoints.load import resize_position_table
+from export.reference.huggingface import Reference
+from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
+from train.data.dataset import Example, Split
+from train.learning.reward import RewardedPictures, RewardTrainer, make_reward
+from train.learning.trainer import CaptionTrainer
+from train.recipe import Recipe
+
+Say = Callable[[str], None]
+WORDS = ("word_embeddings", "position_embeddings", "embeddings.LayerNorm")
+NGRAM = 3
+"""The paper's n-gram ban."""
+
+
+def load_reference(checkpoint: Path, recipe: Recipe) -> Reference:
+    """Load a checkpoint in training shape: position table resized, parts frozen as the recipe says."""
+    reference = Reference.load(checkpoint, recipe.image_size)
+    model = reference.model
+    if recipe.image_size is None:
+        resize_position_table(model, model.config.vision_config.image_size)  # checks that they agree
+    for name, parameter in model.named_parameters():
+        is_vision = name.startswith("vision_model.")
+        is_frozen = (
+            ("vision" in recipe.freeze and is_vision)
+            or ("words" in recipe.freeze and not is_vision and any(part in name for part in WORDS))
+            or ("all-but-cross" in recipe.freeze and "crossattention" not in name)
+        )
+        parameter.requires_grad_(not is_frozen)
+    return reference
+
+
+def make_trainer(
+    recipe: Recipe,
+    reference: Reference,
+    splits: dict[str, Split],
+    judge: Callable[[int], dict[str, float]],
+    batches: tuple[int, int],
+    metrics: MetricInputs,
+    out: Path,
+    say: Say,
+    *,
+    max_steps: int | None = None,
+) -> CaptionTrainer:
+    """Put model, data and the recipe into a Trainer that writes into `out`.
+
+    `batches` are captions a process takes at once and how often they add up to a step, `metrics` what a reward's
+    metrics need; `max_steps` is for trials, which keep nothing.
+    """
+    model = reference.model
+    examples = splits["train"].examples
+    spec = PixelSpec.of(reference.image_processor)
+    order = EpochOrder(len(examples), recipe.batch_size, recipe.seed)
+    args = training_arguments(recipe, batches, order.padded // recipe.batch_size, out, max_steps, say)
+    model.to(args.device)  # all of it, also where only the decoder is trained
+    trained: PreTrainedModel = model
+    dataset: Pictures | Features | RewardedPictures
+    kind: Callable[..., CaptionTrainer] = CaptionTrainer
+    if recipe.cache_features:
+        trained = model.text_decoder  # the only part that learns, and all that its inputs need
+        dataset = Features(encode_images(reference, examples, say), [example.caption for example in examples])
+    elif recipe.reward:
+        dataset = RewardedPictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
+        reward = make_reward(recipe.rewards(), metrics, examples)
+        kind = partial(RewardTrainer, reference=reference, reward=reward, greedy=evaluation_options(recipe))
+    else:
+        dataset = Pictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
+    return kind(
+        recipe=recipe,
+        order=order,
+        judge=judge,
+        say=say,
+        model=trained,
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=Pictures(splits["valid"].examples, spec),
+        data_collator=Collator(reference.tokenizer, model.config.text_config.bos_token_id, recipe.max_tokens),
+    )
+
+
+def training_arguments(
+    recipe: Recipe, batches: tuple[int, int], steps_per_epoch: int, out: Path, max_steps: int | None, say: Say
+) -> TrainingArguments:
+    """Translate a recipe for Hugging Face's Trainer. Raises UsageError for a precision this machine has not."""
+    device_batch, accumulated = batches
+    every = {"save_strategy": "steps", "save_steps": recipe.save_steps} if recipe.save_steps else {}
+    is_trial = max_steps is not None
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise UsageError("precision fp16 needs a GPU: take bf16 or fp32 on a CPU")
+    if recipe.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UsageError("precision bf16 needs an NVIDIA GPU of Ampere or later: take fp16")
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=device_batch,
+        gradient_accumulation_steps=accumulated,
+        num_train_epochs=recipe.epochs,
+        max_steps=max_steps or -1,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        eval_strategy="no" if is_trial else "epoch",
+        **({"save_strategy": "no"} if is_trial else every or {"save_strategy": "epoch"}),
+        disable_tqdm=True,
+        logging_strategy="steps",
+        logging_steps=max(1, steps_per_epoch // 20),
+        logging_nan_inf_filter=False,
+        report_to=[] if is_trial else ["tensorboard"],
+        logging_dir=str(out / "tensorboard"),
+        seed=recipe.seed,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they never change, and a process may call its model more often than another
+        use_cpu=not torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:  # else one process would share every batch among them and take a larger one
+        say(f"one of {arguments.n_gpu} GPUs is used: start with torchrun --nproc_per_node {arguments.n_gpu} for all")
+        arguments._n_gpu = 1
+    return arguments
+
+
+def encode_images(reference: Reference, examples: Sequence[Example], say: Say, *, batch_size: int = 16) -> torch.Tensor:
+    """Run the frozen vision tower over images; return features f16[N,S,D]."""
+    spec, features = PixelSpec.of(reference.image_processor), None
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for i in range(0, len(examples), batch_size):
+            pixels = torch.stack([spec.normalise(spec.read(one.image)) for one in examples[i : i + batch_size]])
+            encoded = reference.model.vision_model(pixel_values=pixels.to(reference.model.device))[0]
+            if features is None:  # one allocation: at full size two copies would not fit
+                features = torch.empty(len(examples), *encoded.shape[1:], dtype=torch.float16)
+            features[i : i + len(encoded)] = encoded.cpu()
+    assert features is not None
+    say(f"encoded {len(examples)} images in {time.perf_counter() - start:.0f} s")
+    return features.clone() if features.is_inference() else features
+
+
+def evaluation_options(recipe: Recipe) -> DecodeOptions:
+    """Return how validation images are captioned, and the baseline of a reward."""
+    return DecodeOptions(
+        num_beams=recipe.eval_beams,
+        max_new_tokens=recipe.eval_max_new_tokens,
+        no_repeat_ngram_size=NGRAM,
+    )
