@@ -11,7 +11,7 @@ from typing import Any
 from engine.errors import DataError
 from engine.inputs.images import find_images
 from engine.inputs.tables import Table, by_reference_id, join_some, read_table
-from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError
+from engine.scoring.base import Items, Measured, Metric, MetricInputs, UnavailableError
 from engine.scoring.bootstrap import interval
 from engine.scoring.describe import baseline_scores, describe, group_places, scores_by_group
 from engine.scoring.profiles import CHEAP, PROFILES, Profile, make_metric, organisers_names
@@ -79,6 +79,25 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
     refuse_unused(request.setting, names)
     metrics = {name: make_metric(name, request.setting, options) for name in names}
 
+    scores, measured = measure(metrics, items, say)
+    values = {name: result.value for name, result in measured.items()}
+    return ScoreReport(
+        request=request,
+        items=items,
+        scores=scores,
+        measured=measured,
+        organisers=organisers_names(Profile(names, keys=profile.keys, averages=profile.averages), values),
+        description=describe(items),
+        baseline=baseline_scores(items, [name for name in CHEAP if name in measured]),
+        groups=scores_by_group(groups_of, measured),
+        notes=notes,
+    )
+
+
+def measure(
+    metrics: Mapping[str, Metric], items: Items, say: Callable[[str], None]
+) -> tuple[list[Score], dict[str, Measured]]:
+    """Measure by every metric; return their answers, and the values by image of those that have one."""
     scores: list[Score] = []
     measured: dict[str, Measured] = {}
     for name, metric in metrics.items():
@@ -94,18 +113,7 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
         measured[name] = result
         scores.append(Score(name, result.value, low, high, metric.signature(), result.note, seconds=seconds))
         say(f"{name}: {result.value:.4f} [{low:.4f}, {high:.4f}] in {seconds:.1f} s")
-    values = {name: result.value for name, result in measured.items()}
-    return ScoreReport(
-        request=request,
-        items=items,
-        scores=scores,
-        measured=measured,
-        organisers=organisers_names(Profile(names, keys=profile.keys, averages=profile.averages), values),
-        description=describe(items),
-        baseline=baseline_scores(items, [name for name in CHEAP if name in measured]),
-        groups=scores_by_group(groups_of, measured),
-        notes=notes,
-    )
+    return scores, measured
 
 
 def match(run: Table, references: Table, images: Path | None = None, *, recursive: bool = False) -> Items:
