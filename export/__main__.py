@@ -19,7 +19,7 @@ from engine.cli.shared import PATH, say
 def main(checkpoint: str, out: Path, precision: str, image_size: int | None) -> None:
     """Export a checkpoint to a bundle, and check that the bundle says what PyTorch says."""
     from export.bundle import export_bundle
-    from export.checkpoints.hub import find_checkpoint
+    from export.checkpoints.find import find_checkpoint
 
     bundle = export_bundle(find_checkpoint(checkpoint), out, say, precision=precision, image_size=image_size)
     size_mb = sum(path.stat().st_size for path in out.iterdir()) / 1e6

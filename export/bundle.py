@@ -127,8 +127,6 @@ def check_supported(reference: Reference, checkpoint: Path) -> None:
         for name, value in settings.items()
         if name not in GENERATION_SETTINGS + WITHOUT_EFFECT and value is not None
     }
-    if not reference.image_processor.do_resize:
-        unknown["do_resize"] = False
     if getattr(text, "position_embedding_type", "absolute") != "absolute":
         unknown["position_embedding_type"] = text.position_embedding_type
     if unknown:

@@ -12,6 +12,7 @@ from PIL import Image
 from engine.bundle.manifest import FORMAT, MANIFEST
 from engine.files.atomic import file_sha256
 from engine.options import GENERATION_SETTINGS
+from export.checkpoints.files import weight_files
 from export.checkpoints.load import encoder_positions
 from export.reference.huggingface import Reference, normalisation
 
@@ -65,7 +66,7 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
 
 def checkpoint_sha256(checkpoint: Path) -> str:
     """Hash the sha256 of every weights file, in name order."""
-    digests = "".join(file_sha256(path) for path in sorted(checkpoint.glob("*.safetensors")))
+    digests = "".join(file_sha256(path) for path in weight_files(checkpoint))
     return hashlib.sha256(digests.encode()).hexdigest()
 
 

@@ -28,7 +28,7 @@ from engine.errors import CheckpointError, EngineError, ImageError, UsageError
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
-from export.checkpoints.hub import find_checkpoint
+from export.checkpoints.find import find_checkpoint
 from export.manifest import checkpoint_sha256
 from export.reference.golden import golden_pictures
 from export.reference.huggingface import Reference, ReferenceCaption, UncachedBackend

@@ -87,7 +87,7 @@ def finetune(
 ) -> None:
     """Fine-tune BLIP on captioned images; under torchrun, on as many devices as it starts processes."""
     from engine.scoring.base import MetricInputs
-    from export.checkpoints.hub import find_checkpoint
+    from export.checkpoints.find import find_checkpoint
     from train.dry_run import plan_run
     from train.finetune import DataInputs, Job
     from train.finetune import finetune as run

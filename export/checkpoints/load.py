@@ -2,96 +2,139 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipVisionConfig
 
 from engine.errors import CheckpointError
+from export.checkpoints.files import read_json, read_weights, weight_files
+from export.checkpoints.processor import read_processor
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+PREFIXES = ("_orig_mod.", "module.", "model.")
+"""What torch.compile, DataParallel and trainers put in front of every name."""
+NO_WEIGHTS = (".position_ids",)
+"""Ends of names that older releases saved and that are counted, not learned."""
+HEAD, WORDS = "text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"
+TIED = {HEAD: WORDS, "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias"}
+"""One tensor under two names, where tie_word_embeddings is set, as in every published checkpoint."""
+OTHER_HEADS = {
+    "itm_head.": "an image-text matching (retrieval) checkpoint",
+    "text_encoder.": "a question answering or retrieval checkpoint",
+    "text_projection.": "a retrieval checkpoint",
+}
+"""Names of BLIP's other models, which caption nothing."""
 
 
 def load_checkpoint(directory: Path, image_size: int | None = None) -> BlipForConditionalGeneration:
-    """Load a BLIP captioning checkpoint (safetensors, Hugging Face layout) in float32, in eval mode.
+    """Load a BLIP captioning checkpoint (Hugging Face layout, safetensors or pickled weights) in float32, in eval mode.
 
     With `image_size` (px) the position table is resized to it first. Raises CheckpointError when the directory
-    is not a BLIP captioning checkpoint, holds only pickled weights, or its image processor, its
+    is not a BLIP captioning checkpoint, holds no weights that can be read safely, or its image processor, its
     config.image_size and its position table disagree (a 384 px table fed 224 px images silently uses its first
     197 rows in Hugging Face: wrong geometry, no error).
     """
-    config = _read_config(directory)
-    if not list(directory.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-        found = f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights"
-        raise CheckpointError(
-            f"{directory} holds {found}: save the model with safe_serialization=True, pickles are never loaded"
-        )
-    try:
-        model, report = BlipForConditionalGeneration.from_pretrained(
-            directory, use_safetensors=True, local_files_only=True, output_loading_info=True, dtype=torch.float32
-        )
-    except Exception as error:
-        raise CheckpointError(f"cannot load {directory}: {' '.join(str(error).split())[:300]}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise CheckpointError(
-            f"{directory} lacks {len(missing)} weights of BlipForConditionalGeneration ({missing[0]}, ...): "
-            "is it a BLIP captioning checkpoint?"
-        )
-    model.eval()
+    config = read_config(directory)
+    weights = clean_names(read_weights(weight_files(directory)), directory)
+    model = build_model(config, weights, directory)
     if image_size is not None:
         resize_position_table(model, image_size)
-    elif (size := processor_size(directory)) not in (None, (config.vision_config.image_size,) * 2):
-        rows = model.vision_model.embeddings.position_embedding.shape[1]
+        return model
+    processor = read_processor(directory)
+    if processor.file is not None and processor.size != (config.vision_config.image_size,) * 2:
+        rows, height, width = model.vision_model.embeddings.position_embedding.shape[1], *processor.size
         raise CheckpointError(
-            f"{directory}: preprocessor_config.json makes {size[0]}x{size[1]} px images, but the position table "
-            f"({rows} rows) is for {config.vision_config.image_size} px: pass --image-size {size[0]} to resize it"
+            f"{directory}: {processor.file.name} makes {height}x{width} px images, but the position table "
+            f"({rows} rows) is for {config.vision_config.image_size} px: pass --image-size {height} to resize it"
         )
     return model
 
 
-def _read_config(directory: Path) -> BlipConfig:
+def read_config(directory: Path) -> BlipConfig:
+    """Read config.json. Raises CheckpointError when it is not of a BLIP captioning checkpoint."""
     path = directory / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{directory} is not a checkpoint: it has no config.json")
-    raw = _read_json(path)
+        raise CheckpointError(f"{directory} is not a checkpoint: {_what_it_is(directory)}")
+    raw = read_json(path)
     architectures = raw.get("architectures") or []
     if raw.get("model_type") != "blip" or (architectures and "BlipForConditionalGeneration" not in architectures):
         raise CheckpointError(
             f"{directory} is not a BLIP captioning checkpoint: model_type {raw.get('model_type')!r}, architectures "
             f"{architectures}; expected 'blip' and BlipForConditionalGeneration"
         )
-    if not raw.get("text_config", {}).get("is_decoder", True):
+    for part in ("text_config", "vision_config"):
+        if raw.get(part) is not None and not isinstance(raw[part], dict):
+            raise CheckpointError(f"{path}: {part} is not a JSON object")
+    text = raw.get("text_config") or {}
+    if not text.get("is_decoder", True):
         raise CheckpointError(f"{path}: text_config.is_decoder is false, so the text model cannot look at an image")
     if "auto_map" in raw:
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
-    return BlipConfig.from_dict(raw)
+    return BlipConfig.from_dict({name: value for name, value in raw.items() if value is not None})
 
 
-def _read_json(path: Path) -> dict:
+def _what_it_is(directory: Path) -> str:
+    """Say why a folder without config.json is none, and what to do."""
+    if (directory / "adapter_config.json").is_file():
+        base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+        return (
+            f"it is an adapter (LoRA or the like) of {base}: load it with peft, call merge_and_unload() and save the "
+            "whole model"
+        )
+    originals = sorted(path.name for pattern in ("*.pth", "*.pt") for path in directory.glob(pattern))
+    if originals:
+        return f"it has no config.json; a file of BLIP's first authors is given itself: {directory / originals[0]}"
+    return "it has no config.json"
+
+
+def clean_names(weights: Mapping[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
+    """Return weights under Hugging Face's names, in float32: prefixes of wrappers and old buffers are taken away."""
+    named = dict(weights)
+    while (prefix := _common_prefix(named)) is not None:
+        named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
+    for start, what in OTHER_HEADS.items():
+        if any(name.startswith(start) for name in named):
+            raise CheckpointError(f"{source} is {what} of BLIP, which captions nothing: take a captioning checkpoint")
+    return {name: tensor.float() for name, tensor in named.items() if not name.endswith(NO_WEIGHTS)}
+
+
+def _common_prefix(names: Iterable[str]) -> str | None:
+    return next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
+
+
+def build_model(config: BlipConfig, weights: dict[str, torch.Tensor], source: Path) -> BlipForConditionalGeneration:
+    """Return the model of a configuration with these weights. Raises CheckpointError where they do not fit."""
+    tied = config.text_config.tie_word_embeddings
+    for copy, original in TIED.items() if tied else ():
+        if copy in weights and original in weights and not torch.equal(weights[copy], weights[original]):
+            raise CheckpointError(
+                f"{source}: {copy} differs from {original}, and tie_word_embeddings says that they are one: set it to "
+                "false in text_config, or remove one of the two"
+            )
+        if original not in weights and copy in weights:
+            weights[original] = weights[copy]
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return content
-
-
-def processor_size(directory: Path) -> tuple[int, int] | None:
-    """Return the (height, width) in px of preprocessor_config.json, or None when there is no such file."""
-    path = directory / "preprocessor_config.json"
-    if not path.is_file():
-        return None
-    size = _read_json(path).get("size", {"height": 384, "width": 384})
-    if isinstance(size, int):
-        return size, size
-    if not isinstance(size, dict) or not {"height", "width"} <= set(size):
-        raise CheckpointError(f"{path} gives the size {size!r}: BLIP needs a height and a width in pixels")
-    return int(size["height"]), int(size["width"])
+        model = BlipForConditionalGeneration(config)
+    except Exception as error:
+        raise CheckpointError(f"cannot load {source}: {' '.join(str(error).split())[:300]}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            raise CheckpointError(
+                f"{source}: {name} has the sizes {tuple(tensor.shape)}, config.json makes them {shapes[name]}"
+            )
+    missing = sorted(set(shapes) - set(weights) - (set(TIED) if tied else set()))
+    missing = [name for name in missing if not name.endswith(NO_WEIGHTS)]
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} weights of BlipForConditionalGeneration ({missing[0]}, ...): "
+            "is it a BLIP captioning checkpoint?"
+        )
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name in shapes}, strict=False)
+    model.tie_weights()
+    return model.eval()
 
 
 def encoder_positions(vision: BlipVisionConfig) -> int:

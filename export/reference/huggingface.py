@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
+from transformers import BlipForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 
 from engine.backends.prefix import PrefixBackend
-from engine.errors import CheckpointError
 from engine.options import DecodeOptions
 from export.checkpoints.load import load_checkpoint
+from export.checkpoints.processor import read_processor
+from export.checkpoints.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,10 @@ class Reference:
     def load(cls, checkpoint: Path, image_size: int | None = None) -> Reference:
         """Load a checkpoint directory; raise CheckpointError where load_checkpoint would, or without a tokenizer."""
         model = load_checkpoint(checkpoint, image_size)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, use_fast=True)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{checkpoint} has no usable tokenizer ({reason}): add tokenizer.json") from error
-        if (checkpoint / "preprocessor_config.json").is_file():
-            processor = BlipImageProcessor.from_pretrained(checkpoint, local_files_only=True)
-        else:
-            processor = BlipImageProcessor()
+        processor = read_processor(checkpoint).build()
         size = model.config.vision_config.image_size
         processor.size = {"height": size, "width": size}
-        for name in ("image_mean", "image_std"):
-            value = getattr(processor, name)
-            setattr(processor, name, [float(value)] * 3 if isinstance(value, int | float) else list(value))
-        return cls(model, processor, tokenizer)
+        return cls(model, processor, read_tokenizer(checkpoint))
 
     def pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
         """Return what the processor makes of RGB pictures: f32[B,3,height,width]."""

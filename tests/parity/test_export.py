@@ -234,8 +234,11 @@ def test_the_position_table_is_resized_as_hugging_face_interpolates_it(tiny_chec
         ),
         (lambda d: edit_json(d / "config.json", auto_map={"AutoModel": "evil.py"}), "custom code"),
         (lambda d: (d / "model.safetensors").unlink(), "no weights"),
-        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pickled weights"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 100), "cannot load"),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "tf_model.h5"),
+            "can be read, only tf_model.h5",
+        ),
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors cannot be read"),
         (
             lambda d: edit_json(d / "preprocessor_config.json", size={"height": 16, "width": 16}),
             "pass --image-size 16",
@@ -245,7 +248,7 @@ def test_the_position_table_is_resized_as_hugging_face_interpolates_it(tiny_chec
                 d / "config.json",
                 vision_config=json.loads((d / "config.json").read_text())["vision_config"] | {"image_size": 64},
             ),
-            "cannot load",
+            "position_embedding has the sizes (1, 17, 24), config.json makes them (1, 65, 24)",
         ),
         (lambda d: [(d / n).unlink() for n in ("tokenizer.json", "vocab.txt")], "no usable tokenizer"),
     ],

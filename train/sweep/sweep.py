@@ -184,7 +184,7 @@ def prepare_bundle(job: Sweep, say: Say) -> Bundle:
             raise UsageError("a sweep needs a model: --checkpoint DIR, or --bundle DIR")
         return _of_size(Bundle.load(job.bundle), job.image_size)
     from export.bundle import export_bundle
-    from export.checkpoints.load import processor_size
+    from export.checkpoints.processor import read_processor
     from export.manifest import checkpoint_sha256
 
     digest = checkpoint_sha256(job.checkpoint)
@@ -195,7 +195,9 @@ def prepare_bundle(job: Sweep, say: Say) -> Bundle:
         return bundle
     out = job.out / "bundle"
     if out.exists():
-        size = (job.image_size, job.image_size) if job.image_size else processor_size(job.checkpoint)
+        processor = read_processor(job.checkpoint)
+        own = None if processor.file is None else processor.size
+        size = (job.image_size, job.image_size) if job.image_size else own
         try:
             bundle = Bundle.load(out)
             if bundle.checkpoint.get("sha256") == digest and size in (None, (bundle.image.height, bundle.image.width)):

@@ -1,0 +1,117 @@
+"""Checkpoints by name: folders before hubs; the hub's own client against a hub on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from export.checkpoints.find import find_checkpoint
+from tests.helpers.hub import Hub, loopback_hub
+
+BASE = (
+    *(".gitattributes", "README.md", "config.json", "preprocessor_config.json", "pytorch_model.bin"),
+    *("special_tokens_map.json", "tf_model.h5", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+)
+"""The files of Salesforce/blip-image-captioning-base; -large has model.safetensors, too."""
+Find = Callable[..., str]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with loopback_hub() as served:
+        for name, files in {
+            "Salesforce/blip-image-captioning-base": BASE,
+            "Salesforce/blip-image-captioning-large": (*BASE, "model.safetensors"),
+            "salesforce/originals": ("README.md", "model_base_caption_capfilt_large.pth", "evil.py"),
+        }.items():
+            folder = tmp_path / "served" / name.replace("/", "--")
+            folder.mkdir(parents=True)
+            for file in files:
+                (folder / file).write_bytes(f"{name} {file}\n".encode() * 500)
+            served.repositories[name] = folder
+        yield served
+
+
+@pytest.fixture
+def find(hub: Hub, tmp_path: Path) -> Find:
+    """Ask in a process of its own: the hub's client reads its environment when it is imported."""
+
+    def ask(name: str, endpoint: str | None = None) -> str:
+        code = (
+            "import sys\nfrom engine.errors import CheckpointError\n"
+            "from export.checkpoints.find import find_checkpoint\n"
+            "try:\n    print(find_checkpoint(sys.argv[1]))\n"
+            "except CheckpointError as error:\n    print('refused:', error)"
+        )
+        environment = os.environ | {
+            "HF_ENDPOINT": endpoint or hub.endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_ETAG_TIMEOUT": "3",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code, name], capture_output=True, text=True, env=environment, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return ask
+
+
+def test_a_folder_comes_before_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "best").mkdir(parents=True)
+    for name in ("runs/best", "/nowhere/best", "./runs/other", "../runs/x", "best", "a/b/c"):
+        assert find_checkpoint(name) == Path(name)
+
+
+def test_pickled_weights_are_fetched_only_where_there_are_no_others_and_code_never(hub, find):
+    base = Path(find("Salesforce/blip-image-captioning-base"))
+    assert sorted(path.name for path in base.iterdir()) == sorted(
+        name for name in BASE if name.endswith((".json", ".txt", "pytorch_model.bin"))
+    )
+    large = Path(find("Salesforce/blip-image-captioning-large@main"))
+    assert (large / "model.safetensors").is_file()
+    assert not (large / "pytorch_model.bin").exists()
+    hub.asked.clear()
+    assert Path(find("Salesforce/blip-image-captioning-base")) == base
+    assert hub.asked == [], "what is cached is not fetched again"
+    assert Path(find("Salesforce/blip-image-captioning-base", "http://127.0.0.1:9")) == base, "without a network"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nobody/nothing", "there is no such repository, or it is private: check the name, or set HF_TOKEN"),
+        ("Salesforce/blip-image-captioning-base@v9", "has no revision v9: look at its page"),
+        ("salesforce/gated", "it is gated: ask for access on its page, then set HF_TOKEN"),
+        ("salesforce/originals", "model_base_caption_capfilt_large.pth): fetch a .pth file"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_line_that_says_what_to_do(name, sentence, hub, find):
+    hub.gated.add("salesforce/gated")
+    (line,) = find(name).splitlines()
+    assert line.startswith(f"refused: {name} ")
+    assert sentence in line
+
+
+def test_without_a_network_and_a_cache_it_says_so(find):
+    (line,) = find("Salesforce/blip-image-captioning-base", "http://127.0.0.1:9").splitlines()
+    assert "it cannot be reached, and nothing of it is cached: give the folder of a checkpoint" in line
+
+
+def test_a_download_that_is_cut_off_goes_on(hub, find):
+    hub.cut.add("pytorch_model.bin")
+    first = find("Salesforce/blip-image-captioning-base")
+    folder = Path(first if not first.startswith("refused") else find("Salesforce/blip-image-captioning-base"))
+    served = hub.repositories["Salesforce/blip-image-captioning-base"]
+    assert (folder / "pytorch_model.bin").read_bytes() == (served / "pytorch_model.bin").read_bytes()
+    assert json.dumps(hub.asked).count("pytorch_model.bin from") > 1, "it was fetched in one piece"
+    assert not first.startswith("refused") or "run the same command again" in first

@@ -1,0 +1,246 @@
+"""Checkpoints as people have them: pickled, wrapped, in halves, by transformers 5, by BLIP's first authors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BlipConfig, BlipForConditionalGeneration
+
+from engine.errors import CheckpointError
+from export.checkpoints.files import weight_files
+from export.checkpoints.find import find_checkpoint
+from export.checkpoints.load import HEAD, WORDS, load_checkpoint
+from export.checkpoints.original import HEAD_WIDTH
+from export.checkpoints.processor import read_processor
+from export.checkpoints.tokenizer import read_tokenizer
+from export.manifest import checkpoint_sha256
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def weights(tiny_checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(tiny_checkpoint / "model.safetensors")
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def assert_same_model(checkpoint: Path, tiny_checkpoint: Path) -> None:
+    found, expected = load_checkpoint(checkpoint).state_dict(), load_checkpoint(tiny_checkpoint).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def shard(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    names = sorted(weights)
+    parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, some in parts.items():
+        torch.save({name: weights[name] for name in some}, folder / file)
+    places = {name: file for file, some in parts.items() for name in some}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda folder, weights: torch.save(weights, folder / "pytorch_model.bin"),
+        lambda folder, weights: torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False),
+        lambda folder, weights: torch.save({"state_dict": weights, "epoch": 3}, folder / "pytorch_model.bin"),
+        lambda folder, weights: torch.save(
+            {f"_orig_mod.module.{name}": tensor for name, tensor in weights.items()}, folder / "pytorch_model.bin"
+        ),
+        lambda folder, weights: torch.save(
+            weights | {"text_decoder.bert.embeddings.position_ids": torch.arange(64)[None]},
+            folder / "pytorch_model.bin",
+        ),
+        lambda folder, weights: torch.save(weights | {HEAD: weights[WORDS].clone()}, folder / "pytorch_model.bin"),
+        shard,
+        lambda folder, weights: save_file(
+            {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}, folder / "model.safetensors"
+        ),
+    ],
+    ids=["zip", "legacy", "wrapped", "prefixes", "position_ids", "copy of the head", "shards", "safe with a prefix"],
+)
+def test_weights_load_however_they_were_saved(save, checkpoint, weights, tiny_checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    save(checkpoint, weights)
+    assert_same_model(checkpoint, tiny_checkpoint)
+    assert len(checkpoint_sha256(checkpoint)) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_loaded_as_float32(dtype, checkpoint, weights):
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({name: tensor.to(dtype) for name, tensor in weights.items()}, checkpoint / "pytorch_model.bin")
+    found = load_checkpoint(checkpoint).state_dict()
+    assert all(torch.equal(found[name], weights[name].to(dtype).float()) for name in weights)
+
+
+def test_safetensors_win_and_a_pickle_beside_them_is_not_even_opened(checkpoint, tiny_checkpoint):
+    (checkpoint / "pytorch_model.bin").write_bytes(b"never read")
+    assert weight_files(checkpoint) == [checkpoint / "model.safetensors"]
+    assert_same_model(checkpoint, tiny_checkpoint)
+
+
+class Evil:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_malicious_pickle_is_refused_and_runs_nothing(is_zip, checkpoint, weights, tmp_path):
+    (checkpoint / "model.safetensors").unlink()
+    mark = tmp_path / "ran"
+    torch.save(
+        weights | {"x": Evil(f"touch {mark}")},
+        checkpoint / "pytorch_model.bin",
+        _use_new_zipfile_serialization=is_zip,
+    )
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is refused: it asks to load (posix|os|nt)\.system"):
+        load_checkpoint(checkpoint)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda d: (d / "pytorch_model.bin").write_bytes(b"x" * 99), "pytorch_model.bin (cannot be read|is refused)"),
+        (lambda d: torch.save([1, 2], d / "pytorch_model.bin"), "pytorch_model.bin holds list, not weights by name"),
+        (lambda d: torch.save({}, d / "pytorch_model.bin"), r"lacks \d+ weights of BlipForConditionalGeneration"),
+        (lambda d: (d / "pytorch_model.bin.index.json").write_text("{}"), "names no weights"),
+        (
+            lambda d: (d / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "gone.bin"}}'),
+            "names files that are missing: gone.bin",
+        ),
+        (
+            lambda d: (
+                (d / "config.json").unlink()
+                or (d / "adapter_config.json").write_text(
+                    '{"peft_type": "LORA", "base_model_name_or_path": "Salesforce/blip-image-captioning-base"}'
+                )
+            ),
+            "is an adapter .* of Salesforce/blip-image-captioning-base: .* merge_and_unload",
+        ),
+        (
+            lambda d: (d / "config.json").unlink() or (d / "model_base_caption_capfilt_large.pth").touch(),
+            "a file of BLIP's first authors is given itself: .*capfilt_large.pth",
+        ),
+    ],
+)
+def test_what_is_no_checkpoint_is_one_line_with_a_remedy(damage, sentence, checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    damage(checkpoint)
+    with pytest.raises(CheckpointError, match=sentence) as found:
+        load_checkpoint(checkpoint)
+    assert "\n" not in str(found.value)
+
+
+def test_a_head_that_differs_from_the_words_it_is_tied_to_is_refused(checkpoint, weights):
+    save_file(weights | {HEAD: weights[WORDS] + 1}, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tie_word_embeddings says that they are one"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("itm_head.weight", "an image-text matching"), ("text_encoder.pooler.weight", "a question answering")],
+)
+def test_blips_other_models_are_named(name, what, checkpoint, weights):
+    save_file(weights | {name: torch.zeros(2)}, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"is {what} .*checkpoint of BLIP, which captions nothing"):
+        load_checkpoint(checkpoint)
+
+
+def test_configurations_as_they_lie_about(checkpoint, tiny_checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["text_config"]["encoder_hidden_size"]
+    (checkpoint / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(config | {"_commit_hash": None}).encode())
+    assert_same_model(checkpoint, tiny_checkpoint)
+    edit = config | {"text_config": None}
+    (checkpoint / "config.json").write_text(json.dumps(edit))
+    with pytest.raises(CheckpointError, match=r"config\.json makes them"):  # BLIP base's sizes, not this one's
+        load_checkpoint(checkpoint)
+
+
+def test_the_image_processor_is_read_from_the_file_of_transformers_5(checkpoint):
+    own = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    own |= {"image_mean": [0.5, 0.4, 0.3], "image_std": 0.5, "crop_size": None, "data_format": "channels_first"}
+    (checkpoint / "processor_config.json").write_text(json.dumps({"image_processor": own}))
+    with pytest.raises(CheckpointError, match="differ in image_mean, image_std: remove the wrong one"):
+        read_processor(checkpoint)
+    (checkpoint / "preprocessor_config.json").unlink()
+    found = read_processor(checkpoint)
+    assert found.values["image_mean"] == [0.5, 0.4, 0.3]
+    assert found.values["image_std"] == [0.5] * 3
+    edit_json(checkpoint / "processor_config.json", image_processor=own | {"size": {"height": 48, "width": 48}})
+    with pytest.raises(CheckpointError, match=r"processor_config\.json makes 48x48 px images, .* pass --image-size 48"):
+        load_checkpoint(checkpoint)
+    edit_json(checkpoint / "processor_config.json", image_processor=own | {"do_center_crop": True, "do_pad": False})
+    with pytest.raises(CheckpointError, match="what is not done to images here \\(do_center_crop=True\\)"):
+        read_processor(checkpoint)
+
+
+def test_a_tokenizer_of_transformers_5_needs_nothing_but_tokenizer_json(checkpoint, tiny_checkpoint):
+    before = read_tokenizer(tiny_checkpoint)
+    for name in ("vocab.txt", "special_tokens_map.json", "added_tokens.json"):
+        (checkpoint / name).unlink(missing_ok=True)
+    edit_json(checkpoint / "tokenizer_config.json", extra_special_tokens=["[ENC]"], tokenizer_class="TokenizersBackend")
+    after = read_tokenizer(checkpoint)
+    text = "axial ct of the chest, showing a mass"
+    assert after(text)["input_ids"] == before(text)["input_ids"]
+    assert after.decode(before(text)["input_ids"], skip_special_tokens=True) == before.decode(
+        before(text)["input_ids"], skip_special_tokens=True
+    )
+
+
+ORIGINAL = (
+    ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+    ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
+    ("vision_model.embeddings.patch_embedding.", "visual_encoder.patch_embed.proj."),
+    ("vision_model.post_layernorm.", "visual_encoder.norm."),
+    ("vision_model.encoder.layers.", "visual_encoder.blocks."),
+    (".layer_norm", ".norm"),
+    (".self_attn.projection.", ".attn.proj."),
+    (".self_attn.qkv.", ".attn.qkv."),
+)
+
+
+def test_a_file_of_the_first_authors_is_the_model_that_it_was_made_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HEAD_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1}
+    config = BlipConfig(
+        vision_config=sizes | {"image_size": 32, "patch_size": 16},
+        text_config=sizes | {"vocab_size": 30524, "encoder_hidden_size": HEAD_WIDTH, "max_position_embeddings": 40},
+    )
+    expected = BlipForConditionalGeneration(config).state_dict()
+    theirs = {}
+    for name, tensor in expected.items():
+        for ours, original in ORIGINAL:
+            name = name.replace(ours, original) if not name.startswith("text_decoder.") else name
+        theirs[name] = tensor.half() if name.endswith("class_embedding") else tensor
+    file = tmp_path / "model_base_caption.pth"
+    torch.save({"model": theirs | {"text_decoder.bert.embeddings.position_ids": torch.arange(40)[None]}}, file)
+    folder = find_checkpoint(str(file))
+    found = load_checkpoint(folder)
+    assert found.config.vision_config.image_size == 32
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+    assert read_tokenizer(folder).convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [30522, 30523]
+    assert find_checkpoint(str(file)) == folder
+    torch.save({"model": theirs | {"text_encoder.x": torch.zeros(1)}}, tmp_path / "model_base_vqa.pth")
+    with pytest.raises(CheckpointError, match="a question answering or retrieval checkpoint of BLIP"):
+        find_checkpoint(str(tmp_path / "model_base_vqa.pth"))
