@@ -51,8 +51,13 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
         },
         "tokens": {"bos": text.bos_token_id, "eos": text.sep_token_id, "pad": text.pad_token_id},
         "generation": generation_defaults(reference),
+        "generation_from": dict.fromkeys(generation_defaults(reference), "text_config of config.json"),
         "clean_up_tokenization_spaces": bool(reference.tokenizer.clean_up_tokenization_spaces),
-        "checkpoint": {"name": checkpoint.resolve().name, "sha256": checkpoint_sha256(checkpoint)},
+        "checkpoint": {
+            "name": checkpoint.resolve().name,
+            "sha256": checkpoint_sha256(checkpoint),
+            "files": {path.name: file_sha256(path) for path in weight_files(checkpoint)},
+        },
         "restore": {  # what `python -m export.restore` needs and the engine does not read
             "config": model.config.to_diff_dict(),
             "image_processor": processor.to_dict(),

@@ -36,6 +36,7 @@ from export.reference.trace import (
     TIE_ABSOLUTE,
     TIE_RELATIVE,
     Divergence,
+    caption_gap,
     closest_candidates,
     closest_words,
     summed_log_prob,
@@ -131,7 +132,8 @@ def judge(
     pixels = read_image(picture, spec.height, spec.width, spec.resample)
     divergence, mine, theirs = trace_both(captioner, backend, pixels, options)
     if not divergence.is_tie:
-        return "real", divergence
+        alike = caption_gap(backend, captioner.search(options), pixels, ours.ids, alone.ids)
+        return ("tie", alike) if alike.is_tie and alone.ids != ours.ids else ("real", divergence)
     if theirs.ids == alone.ids != mine.ids and mine.ids == ours.ids:
         return "tie", divergence
     prompt_length = len(captioner.search(options).prompt)

@@ -71,7 +71,10 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle. `digest` is the sha256 of the manifest, which holds that of every other file: `files`."""
+    """A checked bundle. `digest` is the sha256 of the manifest, which holds that of every other file: `files`.
+
+    `generation_from` says where in the checkpoint each of the `generation` settings stood.
+    """
 
     path: Path
     digest: str
@@ -80,6 +83,7 @@ class Bundle:
     tokens: TokenIds
     precision: str
     generation: Mapping[str, Any] = field(default_factory=dict)
+    generation_from: Mapping[str, str] = field(default_factory=dict)
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
@@ -109,6 +113,7 @@ class Bundle:
                 tokens=_dataclass_from_json(TokenIds, manifest["tokens"]),
                 precision=str(manifest["precision"]),
                 generation=dict(manifest["generation"]),
+                generation_from=dict(manifest.get("generation_from", {})),  # bundles of before have none
                 checkpoint=dict(manifest["checkpoint"]),
                 versions=dict(manifest["versions"]),
                 files=dict(manifest["files"]),

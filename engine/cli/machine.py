@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from engine.cli.shared import PATH, SectionCommand, bundle_option, rows_option, say, takes
+from engine.cli.shared import LOCATION, PATH, SectionCommand, bundle_option, rows_option, say, takes
 from engine.errors import EngineError
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime
@@ -110,12 +110,14 @@ def plan(
 
 
 @click.command()
+@click.option("--bundle", type=LOCATION, help="Also show what this bundle was made from, and its settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-def info(as_json: bool) -> None:
+def info(bundle: Location | None, as_json: bool) -> None:
     """Show versions, backends and what is missing."""
-    from engine.machine.info import collect_info
+    from engine.bundle.fetch import open_bundle
+    from engine.machine.info import collect_info, describe_bundle
 
-    facts = collect_info()
+    facts = collect_info() | (describe_bundle(open_bundle(bundle)) if bundle is not None else {})
     if as_json:
         click.echo(json.dumps(facts))
         return

@@ -13,6 +13,7 @@ from engine.backends.nvidia import clashing_runtimes
 from engine.bundle.manifest import Bundle
 from engine.errors import EngineError
 from engine.host import available_cores
+from engine.options import DECODE_OPTIONS, GENERATION_SETTINGS
 from engine.version import __version__
 
 EXTRAS = {
@@ -26,6 +27,7 @@ EXTRAS = {
 VNNI = {"avx512_vnni", "avx_vnni"}
 """Linux's names of the instructions that multiply 8-bit integers faster than float32; one of them is enough."""
 CPUINFO = Path("/proc/cpuinfo")
+NOT_NOTED = "not noted by the release that exported it"
 PACKAGES = (
     *("numpy", "pillow", "tokenizers", "click", "onnxruntime", "onnxruntime-gpu"),
     *("tensorrt", "tensorrt-rtx", "cuda-bindings"),
@@ -44,6 +46,30 @@ def collect_info() -> dict[str, Any]:
         "extras": _extras(),
         "demo_bundle": _demo_bundle(),
         **_int8(),
+    }
+
+
+def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Return what a bundle was made from, what it does to images, and where each generation setting comes from."""
+    image, checkpoint = bundle.image, bundle.checkpoint
+    settings = {
+        name: f"{getattr(bundle.options(), name)} ({bundle.generation_from.get(name, NOT_NOTED)})"
+        if name in bundle.generation
+        else f"{DECODE_OPTIONS[name][0].default} (Hugging Face's default)"
+        for name in GENERATION_SETTINGS
+    }
+    files = ", ".join(f"{name} {digest[:12]}" for name, digest in checkpoint.get("files", {}).items())
+    return {
+        "bundle": {
+            "path": str(bundle.path),
+            "digest": bundle.digest,
+            "precision": bundle.precision,
+            "image": f"{image.height} x {image.width} px, {image.resample}, mean {image.mean}, std {image.std}",
+            "checkpoint": checkpoint.get("name", NOT_NOTED),
+            "weights": files or f"sha256 {str(checkpoint.get('sha256', NOT_NOTED))[:12]}",
+            "versions": ", ".join(f"{name} {version}" for name, version in bundle.versions.items()),
+        },
+        "generation": settings,
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,10 +95,35 @@ def explain(
 ) -> Divergence:
     """Trace both searches over one picture u8[height,width,3] and say why they ended in `ours` and `theirs`.
 
-    It is a tie only where the scores say so and both traces end in those very captions.
+    It is a tie where the scores say so and both traces end in those very captions, or where the reference scores these
+    two captions alike: then one of the programs took another turn with its caches than it takes here without.
     """
     divergence, my_trace, their_trace = trace_both(captioner, reference, pixels, options)
-    return replace(divergence, is_tie=divergence.is_tie and (my_trace.ids, their_trace.ids) == (ours, theirs))
+    if divergence.is_tie and (my_trace.ids, their_trace.ids) == (ours, theirs):
+        return divergence
+    return caption_gap(reference, captioner.search(options), pixels, ours, theirs)
+
+
+def caption_gap(
+    reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ours: Ids, theirs: Ids
+) -> Divergence:
+    """Return how far apart the reference scores two captions of one picture, and whether that is a tie.
+
+    Of beams their scores count (Hypothesis.score), of greedy captions the two words where they part.
+    """
+    prompt = len(search.prompt)
+    step = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    if search.num_beams == 1:
+        (row,) = reference.log_probs(pixels, [ours[:step]])
+        words = [float(row[ids[step]]) if step < len(ids) else -np.inf for ids in (ours, theirs)]
+        gap, scale = abs(words[0] - words[1]), float(np.ptp(row))
+        return Divergence(step - prompt, gap, gap <= TIE_ABSOLUTE + TIE_RELATIVE * scale)
+    sums = [summed_log_prob(reference, pixels, ids, prompt) for ids in (ours, theirs)]
+    scores = [
+        total / (len(ids) - prompt) ** search.length_penalty for total, ids in zip(sums, (ours, theirs), strict=True)
+    ]
+    gap = abs(scores[0] - scores[1])
+    return Divergence(step - prompt, gap, gap <= TIE_ABSOLUTE * max(1.0, abs(scores[0])))
 
 
 def trace_both(
