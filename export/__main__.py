@@ -12,16 +12,23 @@ from engine.cli.shared import PATH, say
 
 
 @click.command(cls=OneLine)
-@click.option("--checkpoint", required=True, help="BLIP captioning checkpoint (safetensors): a folder, or a hub's id.")
+@click.option(
+    "--checkpoint",
+    required=True,
+    help="BLIP captioning checkpoint: a folder, a hub's id, a .pth file.",
+)
 @click.option("--out", type=PATH, required=True, help="Bundle directory to write.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
 @click.option("--image-size", type=click.IntRange(1), help="Resize the position table to this many pixels first.")
-def main(checkpoint: str, out: Path, precision: str, image_size: int | None) -> None:
+@click.option("--exporter", type=click.Choice(["torch", "optimum"]), default="torch", show_default=True)
+def main(checkpoint: str, out: Path, precision: str, image_size: int | None, exporter: str) -> None:
     """Export a checkpoint to a bundle, and check that the bundle says what PyTorch says."""
     from export.bundle import export_bundle
     from export.checkpoints.find import find_checkpoint
 
-    bundle = export_bundle(find_checkpoint(checkpoint), out, say, precision=precision, image_size=image_size)
+    bundle = export_bundle(
+        find_checkpoint(checkpoint), out, say, precision=precision, image_size=image_size, exporter=exporter
+    )
     size_mb = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     click.echo(f"{out}: {bundle.precision}, {size_mb:.1f} MB, {bundle.digest[:12]}")
 

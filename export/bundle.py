@@ -36,6 +36,7 @@ def export_bundle(
     *,
     precision: str = "fp32",
     image_size: int | None = None,
+    exporter: str = "torch",
 ) -> Bundle:
     """Export a BLIP captioning checkpoint and return the bundle, after replaying its golden recordings.
 
@@ -53,7 +54,7 @@ def export_bundle(
         draft.mkdir()
         # before the graphs are written: optimum switches use_cache off in every config it meets
         manifest = describe_checkpoint(reference, checkpoint)
-        _write_files(reference, draft, say)
+        _write_files(reference, draft, exporter, say)
         write_manifest(draft, manifest)
         say("replaying the golden recordings")
         _settle_ties(reference, draft, say)
@@ -63,7 +64,7 @@ def export_bundle(
         if failed:
             raise ExportError(f"{checkpoint}: the graphs do not say what PyTorch says: {failed}")
         if precision != "fp32":
-            draft = convert(reference, bundle, Path(temporary) / precision, precision, say)
+            draft = convert(reference, bundle, Path(temporary) / precision, precision, exporter, say)
         if out.exists():
             out.replace(Path(temporary) / "replaced")
         draft.replace(out)
@@ -107,7 +108,7 @@ def _is_replaceable(out: Path) -> bool:
         return False
 
 
-def _write_files(reference: Reference, out: Path, say: Callable[[str], None]) -> None:
+def _write_files(reference: Reference, out: Path, exporter: str, say: Callable[[str], None]) -> None:
     say("recording golden outputs")
     record_golden(reference).save(out / "golden.npz")
     tokenizer = reference.tokenizer.backend_tokenizer
@@ -115,7 +116,7 @@ def _write_files(reference: Reference, out: Path, say: Callable[[str], None]) ->
     tokenizer.no_truncation()
     tokenizer.save(str(out / "tokenizer.json"))
     say("exporting graphs")
-    write_graphs(reference.model, out, normalisation(reference.image_processor))
+    write_graphs(reference.model, out, normalisation(reference.image_processor), exporter=exporter)
 
 
 def check_supported(reference: Reference, checkpoint: Path) -> None:

@@ -35,7 +35,9 @@ fp16: it is off by 0.008 with every operator rounded; roundings add up like a ra
 three times that; 0.25 with one scale for all of a weight, and then a fifth of the captions change."""
 
 
-def convert(reference: Reference, float32: Bundle, out: Path, precision: str, say: Callable[[str], None]) -> Path:
+def convert(
+    reference: Reference, float32: Bundle, out: Path, precision: str, exporter: str, say: Callable[[str], None]
+) -> Path:
     """Write the bundle of `precision` ("fp16" or "int8") for a float32 one into the new directory `out`; return it.
 
     Raises ExportError where the encoder is off by more than ENCODER_BOUND, a number overflows, or `verify` fails.
@@ -46,7 +48,7 @@ def convert(reference: Reference, float32: Bundle, out: Path, precision: str, sa
     manifest = json.loads((float32.path / MANIFEST).read_text(encoding="utf-8")) | {"precision": precision}
     say(f"exporting graphs in {precision}")
     model = copy.deepcopy(reference.model).half() if precision == "fp16" else reference.model
-    write_graphs(model, out, normalisation(reference.image_processor), is_int8=precision == "int8")
+    write_graphs(model, out, normalisation(reference.image_processor), is_int8=precision == "int8", exporter=exporter)
     write_manifest(out, manifest)
     ours, theirs = Captioner.load(out, backend="cpu"), Captioner(float32, open_backend(float32, Runtime("cpu")))
     say(f"comparing {precision} with float32 on the golden pictures")

@@ -65,7 +65,7 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
                 name: reference.tokenizer.init_kwargs.get(name) for name in ("do_lower_case", "strip_accents")
             },
         },
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "optimum", "onnx")},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx")},
     }
 
 

@@ -1,144 +1,22 @@
-"""Turn the three modules into ONNX files through optimum's exporter; knows the graphs' names and dynamic axes."""
+"""Write the three graphs of a bundle: exported, in half or 8 bits, checked, with their weights beside them."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper, numpy_helper
-from optimum.exporters.onnx import export as optimum_export
-from optimum.exporters.onnx.base import OnnxConfig
 from transformers import BlipForConditionalGeneration
 
-from engine.bundle.graphs import cache_names
-from export.checkpoints.load import encoder_positions
+from export.graphs.exporters import EXPORTERS
 from export.graphs.modules import DecoderStep, Encoder, ExportedModule, Regroup
 from export.graphs.quantise import kept_float32, quantise
+from export.graphs.specs import DecoderSpec, EncoderSpec, GraphSpec, RegroupSpec
 
-OPSET = 18
 FP16_SUFFIX = ".fp16"
 MIN_FP16_ELEMENTS = 1024
 """Smaller tensors stay float32: nothing is gained, and scalars keep their type."""
-
-
-class GraphConfig(OnnxConfig):
-    """What optimum needs to know of one graph; subclasses give the names, axes and example inputs."""
-
-    NORMALIZED_CONFIG_CLASS = staticmethod(lambda config, **_: config)
-    DEFAULT_ONNX_OPSET = OPSET
-
-    def __init__(self, blip: BlipForConditionalGeneration) -> None:
-        super().__init__(blip.config, task="feature-extraction")
-        text, vision = blip.config.text_config, blip.config.vision_config
-        self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
-        self.width = text.hidden_size // self.heads
-        self.size = vision.image_size
-        self.encoder_positions = encoder_positions(vision)
-        self.cache_type = blip.dtype
-
-    def cache_names(self, part: str) -> list[str]:
-        return cache_names(self.layers, part)
-
-    def cache_axes(self, part: str, images: str, positions: str | None) -> dict[str, dict[int, str]]:
-        axes = {0: images} | ({2: positions} if positions else {})
-        return dict.fromkeys(self.cache_names(part), axes)
-
-    def cache(self, images: int, positions: int) -> list[torch.Tensor]:
-        shape = (images, self.heads, positions, self.width)
-        return [torch.randn(shape, dtype=self.cache_type) for _ in range(2 * self.layers)]
-
-    def generate_dummy_inputs(self, framework: str = "pt", **_: object) -> dict:
-        """Example inputs for tracing: every dynamic axis has its own length, so that none is frozen by accident."""
-        assert framework == "pt", framework
-        return self.examples()
-
-    def examples(self) -> dict:
-        raise AssertionError("each graph gives its own")
-
-
-class EncoderConfig(GraphConfig):
-    """encoder.onnx: pixels u8[B,height,width,3] -> cross keys and values."""
-
-    @property
-    def inputs(self) -> dict[str, dict[int, str]]:
-        return {"pixel_values": {0: "images"}}
-
-    @property
-    def outputs(self) -> dict[str, dict[int, str]]:
-        return self.cache_axes("cross", "images", None)
-
-    def examples(self) -> dict:
-        return {"pixel_values": torch.randint(0, 256, (2, self.size, self.size, 3), dtype=torch.uint8)}
-
-
-class DecoderConfig(GraphConfig):
-    """decoder.onnx: one step, prefill included."""
-
-    @property
-    def inputs(self) -> dict[str, dict[int, str]]:
-        rows = {0: "images", 1: "rows"}
-        return {
-            "input_ids": rows,
-            "positions": rows,
-            "scores": rows,
-            "banned_ids": rows | {2: "bans"},
-            "ancestry": rows | {2: "positions"},
-            "num_candidates": {},
-            **self.cache_axes("cross", "images", None),
-            **self.cache_axes("settled", "images", "settled"),
-            **self.cache_axes("recent", "images", "recent"),
-        }
-
-    @property
-    def outputs(self) -> dict[str, dict[int, str]]:
-        candidates = {0: "images", 1: "candidates"}
-        return {
-            "candidate_scores": candidates,
-            "candidate_ids": candidates,
-            **self.cache_axes("extended", "images", "recent + rows"),
-        }
-
-    def examples(self) -> dict:
-        images, rows, settled, recent = 2, 3, 5, 4
-        return {
-            "input_ids": torch.randint(1, 9, (images, rows)),
-            "positions": torch.full((images, rows), 7),
-            "scores": torch.zeros(images, rows),
-            "banned_ids": torch.full((images, rows, 2), -1),
-            "ancestry": torch.ones(images, rows, settled + recent + rows, dtype=torch.bool),
-            "num_candidates": torch.tensor([6]),
-            "cross": self.cache(images, self.encoder_positions),
-            "settled": self.cache(images, settled),
-            "recent": self.cache(images, recent),
-        }
-
-
-class RegroupConfig(GraphConfig):
-    """regroup.onnx: recent positions settled, slots and positions kept."""
-
-    @property
-    def inputs(self) -> dict[str, dict[int, str]]:
-        return {
-            "slots": {0: "kept"},
-            "columns": {0: "kept", 1: "kept positions"},
-            **self.cache_axes("settled", "slots", "settled"),
-            **self.cache_axes("recent", "slots", "recent"),
-        }
-
-    @property
-    def outputs(self) -> dict[str, dict[int, str]]:
-        return self.cache_axes("regrouped", "kept", "kept positions")
-
-    def examples(self) -> dict:
-        return {
-            "slots": torch.tensor([0, 2]),
-            "columns": torch.zeros(2, 4, dtype=torch.long),
-            "settled": self.cache(3, 5),
-            "recent": self.cache(3, 2),
-        }
 
 
 def write_graphs(
@@ -147,24 +25,21 @@ def write_graphs(
     normalisation: tuple[float, list[float], list[float]],
     *,
     is_int8: bool = False,
+    exporter: str = "torch",
 ) -> None:
     """Write encoder.onnx, decoder.onnx and regroup.onnx with their weights beside them into `out`.
 
     They have the model's own type, float32 or float16; of a float32 model `is_int8` makes the dense layers int8.
-    `normalisation` is export.reference.huggingface.normalisation.
+    `normalisation` is export.reference.huggingface.normalisation, `exporter` one of EXPORTERS.
     """
-    graphs: tuple[tuple[str, ExportedModule, GraphConfig], ...] = (
-        ("encoder", Encoder(blip, *normalisation), EncoderConfig(blip)),
-        ("decoder", DecoderStep(blip), DecoderConfig(blip)),
-        ("regroup", Regroup(blip), RegroupConfig(blip)),
+    graphs: tuple[tuple[str, ExportedModule, GraphSpec], ...] = (
+        ("encoder", Encoder(blip, *normalisation), EncoderSpec(blip)),
+        ("decoder", DecoderStep(blip), DecoderSpec(blip)),
+        ("regroup", Regroup(blip), RegroupSpec(blip)),
     )
-    for name, module, config in graphs:
+    for name, module, spec in graphs:
         path = out / f"{name}.onnx"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch deprecates its TorchScript exporter, which optimum uses
-            optimum_export(
-                module.eval(), config, path, opset=OPSET, do_constant_folding=False, disable_dynamic_axes_fix=True
-            )
+        EXPORTERS[exporter](module, spec, path)
         model = onnx.load(str(path))
         for stray in out.glob(f"{name}.onnx?data"):
             stray.unlink()
