@@ -14,12 +14,13 @@ import click
 import onnx
 import torch
 from onnx import numpy_helper
-from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 
 from engine.bundle.manifest import MANIFEST, Bundle
 from engine.cli.group import OneLine
 from engine.cli.shared import PATH
 from engine.errors import EngineError
+from export.checkpoints.releases import BlipImageProcessor
 from export.graphs.onnx_graphs import FP16_SUFFIX
 
 

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 
 from benchmarks.setting.corpus import write_corpus
 from engine.bundle.manifest import Bundle, demo_bundle
 from engine.inputs.images import decode_image, find_images, read_image
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
+from export.checkpoints.releases import BlipImageProcessor
 from export.restore import restore_checkpoint
 
 BUILD = Path("build/workload")

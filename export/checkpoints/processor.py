@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import BlipImageProcessor
-
 from engine.errors import CheckpointError
 from export.checkpoints.files import read_json
+from export.checkpoints.releases import BlipImageProcessor
 
 OWN_FILE, NESTING_FILE = "preprocessor_config.json", "processor_config.json"
 """transformers 4 writes the first; 5 writes the second alone, with the image processor nested in it."""

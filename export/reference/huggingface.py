@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import BlipForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
+from transformers import BlipForConditionalGeneration, PreTrainedTokenizerFast
 
 from engine.backends.prefix import PrefixBackend
 from engine.options import DecodeOptions
 from export.checkpoints.load import load_checkpoint
 from export.checkpoints.processor import read_processor
+from export.checkpoints.releases import BlipImageProcessor
 from export.checkpoints.tokenizer import read_tokenizer
 
 

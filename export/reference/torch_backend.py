@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BlipForConditionalGeneration, BlipImageProcessor
+from transformers import BlipForConditionalGeneration
 
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.beam import Hypothesis, Search
@@ -22,6 +22,7 @@ from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Key, Scheduler
 from engine.options import DecodeOptions
 from export.checkpoints.load import encoder_positions
+from export.checkpoints.releases import BlipImageProcessor
 from export.graphs.modules import DecoderStep, Encoder
 from export.reference.huggingface import normalisation
 

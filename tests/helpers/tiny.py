@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
+
+from export.checkpoints.releases import BlipImageProcessor, word_pieces
 
 WORDS = [
     "a",
@@ -78,7 +80,7 @@ def make_tokenizer(directory: Path) -> BertTokenizerFast:
     """Return a WordPiece tokenizer of SPECIAL + WORDS, then [DEC] and [ENC]."""
     vocabulary = directory / "vocab.txt"
     vocabulary.write_text("\n".join(SPECIAL + WORDS) + "\n")
-    tokenizer = BertTokenizerFast(vocab_file=str(vocabulary), do_lower_case=True)
+    tokenizer = word_pieces(vocabulary, do_lower_case=True)
     vocabulary.unlink()
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     return tokenizer

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
-from transformers import BlipImageProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from engine.inputs.images import read_image
+from export.checkpoints.releases import BlipImageProcessor
 from train.data.augment import AUGMENTATIONS
 from train.data.dataset import Example
 

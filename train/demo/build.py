@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+from transformers import BlipConfig, BlipForConditionalGeneration
 
 from engine.files.run_files import write_run
 from engine.options import options_from
+from export.checkpoints.releases import BlipImageProcessor, word_pieces
 from export.manifest import generation_defaults
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
@@ -79,7 +80,7 @@ def initial_checkpoint(work: Path, seed: int = 0) -> Path:
 
 def _initial_reference(assets: dict[str, Path], seed: int) -> Reference:
     torch.manual_seed(seed)
-    tokenizer = BertTokenizerFast(vocab_file=str(assets["vocab.txt"]), do_lower_case=True)
+    tokenizer = word_pieces(assets["vocab.txt"], do_lower_case=True)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = BlipImageProcessor(size=size, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from engine.errors import UsageError
 from engine.options import DecodeOptions
 from engine.scoring.base import MetricInputs
 from export.checkpoints.load import resize_position_table
+from export.checkpoints.releases import IS_5
 from export.reference.huggingface import Reference
 from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
 from train.data.dataset import Example, Split
@@ -103,6 +105,9 @@ def training_arguments(
         raise UsageError("precision fp16 needs a GPU: take bf16 or fp32 on a CPU")
     if recipe.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UsageError("precision bf16 needs an NVIDIA GPU of Ampere or later: take fp16")
+    logs = {} if IS_5 else {"logging_dir": str(out / "tensorboard")}
+    if IS_5:  # where it reads it from since the argument is gone
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         per_device_train_batch_size=device_batch,
@@ -123,7 +128,7 @@ def training_arguments(
         logging_steps=max(1, steps_per_epoch // 20),
         logging_nan_inf_filter=False,
         report_to=[] if is_trial else ["tensorboard"],
-        logging_dir=str(out / "tensorboard"),
+        **logs,
         seed=recipe.seed,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
