@@ -199,7 +199,11 @@ class DecodeOptions:
 
     def in_force(self) -> dict[str, Any]:
         """Return the options that decide the captions by name: not those of drawing where captions are searched for."""
-        values = {name: getattr(self, name) for name in DECODE_OPTIONS if self.do_sample or name not in SAMPLING}
+        return {name: value for name, value in self.values().items() if self.do_sample or name not in SAMPLING}
+
+    def values(self) -> dict[str, Any]:
+        """Return every option that has a value, by name."""
+        values = {name: getattr(self, name) for name in DECODE_OPTIONS}
         return {name: value for name, value in values.items() if value is not None}
 
     def max_total_length(self, prompt_length: int) -> int:

@@ -105,7 +105,7 @@ def compare_setting(
         verdict, divergence = judge(reference, captioner, pictures[name], options, mine.best)
         mismatches.append(Mismatch(name, list(mine.ids), list(expected.ids), divergence.step, divergence.gap, verdict))
     return SettingReport(
-        options=options.in_force(),
+        options=options.values(),
         images=len(names),
         identical=len(names) - len(mismatches),
         identical_text=same_text,

@@ -136,7 +136,7 @@ def compare_captions(
         )
         differences.append(Difference(name, list(expected.ids), list(found.ids), position, own - other))
     return PrecisionReport(
-        options=options.in_force(),
+        options=options.values(),
         images=count,
         identical=len(drifts),
         mean_score_drift=float(np.mean(drifts or [0.0])),
