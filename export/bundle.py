@@ -13,6 +13,7 @@ from engine.captioner import Captioner
 from engine.errors import CheckpointError, ExportError
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
 from engine.options import GENERATION_SETTINGS, Runtime, options_from
+from export.checkpoints.generation import ignored_settings
 from export.conversion import convert
 from export.graphs.onnx_graphs import write_graphs
 from export.manifest import describe_checkpoint, write_manifest
@@ -48,6 +49,8 @@ def export_bundle(
         raise ExportError(f"{out} exists and is more than a bundle: choose another --out")
     reference = Reference.load(checkpoint, image_size)
     check_supported(reference, checkpoint)
+    for line in ignored_settings(checkpoint):
+        say(f"note: {line}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         draft = Path(temporary) / "bundle"

@@ -49,7 +49,8 @@ def _fetch(name: str, repository: str, revision: str | None) -> Path:
     except HfHubHTTPError:
         raise  # the hub answered, and said no
     except Exception:  # no connection
-        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        patterns = list(SAFE_FILES)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=True))
     weights = SAFE_FILES if any(file.endswith(".safetensors") for file in names) else (*SAFE_FILES, *PICKLED_FILES)
     if not any(file.endswith((".safetensors", ".bin")) for file in names):
         others = [file for file in names if file.endswith((".pth", ".pt", ".h5", ".msgpack"))]

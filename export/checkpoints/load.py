@@ -11,6 +11,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipVisionCon
 
 from engine.errors import CheckpointError
 from export.checkpoints.files import read_json, read_weights, weight_files
+from export.checkpoints.generation import apply_settings
 from export.checkpoints.processor import read_processor
 
 PREFIXES = ("_orig_mod.", "module.", "model.")
@@ -39,6 +40,7 @@ def load_checkpoint(directory: Path, image_size: int | None = None) -> BlipForCo
     config = read_config(directory)
     weights = clean_names(read_weights(weight_files(directory)), directory)
     model = build_model(config, weights, directory)
+    apply_settings(model, directory)
     if image_size is not None:
         resize_position_table(model, image_size)
         return model

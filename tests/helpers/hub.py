@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+JSON = {"Content-Type": "application/json"}
+
 
 @dataclass
 class Hub:
@@ -55,9 +57,16 @@ def loopback_hub() -> Iterator[Hub]:
             if len(rest) > 1 and rest[1] not in ("main", commit):
                 return self.refuse(404, "RevisionNotFound")
             if is_api:
-                files = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
+                paths = sorted(folder.iterdir())
+                if rest[:1] == ["tree"]:  # asked for by the client from release 1 on
+                    tree = [
+                        {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": commit}
+                        for path in paths
+                    ]
+                    return self.send(200, json.dumps(tree).encode(), JSON, with_body=with_body)
+                files = [{"rfilename": path.name} for path in paths]
                 body = json.dumps({"id": name, "sha": commit, "siblings": files, "tags": [], "private": False}).encode()
-                return self.send(200, body, {"Content-Type": "application/json"}, with_body=with_body)
+                return self.send(200, body, JSON, with_body=with_body)
             path = folder / rest[-1]
             if not path.is_file():
                 return self.refuse(404, "EntryNotFound")

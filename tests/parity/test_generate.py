@@ -82,7 +82,6 @@ def test_the_grid_is_worth_its_time(pictures, tiny_captioner):
     assert len({len(i) for i in ids}) >= 5
 
 
-@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")  # transformers 5, where no length is given
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"max_length": 9}, {"min_length": 12, "max_length": 16}])
 @pytest.mark.parametrize("prompt", PROMPT)
 def test_lengths_count_as_in_generate(options, prompt, pictures, pixel_values, tiny_captioner, tiny_reference):
