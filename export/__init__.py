@@ -1,1 +1,1 @@
-"""From a BLIP checkpoint to a bundle, in torch and optimum; the only place that knows both sides."""
+"""From a BLIP checkpoint to a bundle, in torch; the only place that knows both sides."""

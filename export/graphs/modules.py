@@ -18,7 +18,7 @@ MASKED = -1e4
 
 
 class ExportedModule(PreTrainedModel):
-    """Base of the exported modules: optimum wants a PreTrainedModel with a config."""
+    """Base of the exported modules; optimum's exporter wants a PreTrainedModel with a config."""
 
     config_class = BlipConfig
 

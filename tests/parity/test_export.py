@@ -21,6 +21,7 @@ from export import bundle as export_module
 from export.__main__ import main
 from export.bundle import export_bundle
 from export.checkpoints.load import load_checkpoint
+from export.checkpoints.releases import IS_5
 from export.reference.huggingface import Reference
 from export.reference.trace import Divergence
 from export.restore import restore_checkpoint
@@ -261,6 +262,15 @@ def test_unusable_checkpoints_get_one_clear_error_and_leave_nothing_behind(damag
     assert len(errors) == 1, result.output
     assert sentence in errors[0]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.skipif(IS_5, reason="optimum's exporter needs transformers 4")
+def test_both_exporters_write_the_same_bytes(tiny_checkpoint, tiny_bundle, tmp_path):
+    bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", lambda _: None, exporter="optimum")
+    names = [name for name in bundle.files if ".onnx" in name]
+    assert len(names) == 5
+    for name in names:
+        assert (bundle.path / name).read_bytes() == (tiny_bundle / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("manifest", [None, '{"name": "my web app"}', '{"format": 1, "files": {}}'])
