@@ -15,6 +15,8 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """Return the fast tokenizer of a checkpoint. Raises CheckpointError without a usable one."""
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise CheckpointError(f"{directory} has no usable tokenizer: add tokenizer.json")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, use_fast=True)
     except Exception as error:

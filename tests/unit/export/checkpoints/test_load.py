@@ -207,6 +207,15 @@ def test_a_tokenizer_of_transformers_5_needs_nothing_but_tokenizer_json(checkpoi
     )
 
 
+def test_a_vocabulary_of_word_pieces_is_a_tokenizer_too(checkpoint, tiny_checkpoint):
+    before = read_tokenizer(tiny_checkpoint)
+    words = sorted(before.get_vocab(), key=before.get_vocab().__getitem__)
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "vocab.txt").write_text("\n".join(words) + "\n")
+    text = "axial ct of the chest, showing a mass"
+    assert read_tokenizer(checkpoint)(text)["input_ids"] == before(text)["input_ids"]
+
+
 ORIGINAL = (
     ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
     ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
