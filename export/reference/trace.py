@@ -95,11 +95,12 @@ def explain(
 ) -> Divergence:
     """Trace both searches over one picture u8[height,width,3] and say why they ended in `ours` and `theirs`.
 
-    It is a tie where the scores say so and both traces end in those very captions, or where the reference scores these
-    two captions alike: then one of the programs took another turn with its caches than it takes here without.
+    It is a tie where the scores say so and both traces end in those very captions. Where one does not, its program took
+    another turn with its caches than it takes here without; then it is a tie if the reference scores the two captions
+    alike. A candidate that one side scores wrongly is never a tie.
     """
     divergence, my_trace, their_trace = trace_both(captioner, reference, pixels, options)
-    if divergence.is_tie and (my_trace.ids, their_trace.ids) == (ours, theirs):
+    if not divergence.is_tie or (my_trace.ids, their_trace.ids) == (ours, theirs):
         return divergence
     return caption_gap(reference, captioner.search(options), pixels, ours, theirs)
 

@@ -14,6 +14,7 @@ from engine.options import DecodeOptions
 from export.parity import SettingReport, judge, main
 from export.reference.huggingface import Reference, ReferenceCaption
 from export.reference.trace import Trace
+from export.reference.trace import explain as why
 from tests.helpers.tiny import make_checkpoint, random_pictures
 
 
@@ -123,6 +124,20 @@ def test_another_turn_beside_other_pictures_needs_a_tie_and_a_right_score(
     beside_others = replace(mine.best, ids=(mine.ids[0], 8), sum_log_prob=-1.0 - gap + score_error)
     found, _ = judge(tiny_reference, tiny_captioner, picture, options, beside_others)
     assert found == verdict
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize(("gap", "is_tie"), [(1e-7, True), (1e-2, False)])
+def test_captions_that_the_reference_scores_alike_tie(gap, is_tie, num_beams, tiny_captioner, monkeypatch):
+    """Both searches say word 7 here, but `generate` said word 8 with its caches, `gap` behind."""
+    words = Words(tiny_captioner.bundle.model.vocab_size, {7: -1.0, 8: -1.0 - gap})
+    monkeypatch.setattr(tiny_captioner, "backend", words)
+    options, pixels = DecodeOptions(num_beams=num_beams, max_new_tokens=1), np.zeros((32, 32, 3), np.uint8)
+    ours = Trace(words, tiny_captioner.search(options), pixels).ids
+    assert ours[1] == 7
+    found = why(tiny_captioner, words, pixels, options, ours=ours, theirs=(ours[0], 8))
+    assert found.is_tie == is_tie
+    assert found.gap == pytest.approx(gap, rel=0.6)
 
 
 def test_a_caption_no_trace_ends_in_is_real(tiny_captioner, tiny_reference, monkeypatch):
