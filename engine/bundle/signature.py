@@ -15,7 +15,17 @@ BUILDERS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")
 
 
 def run_signature(bundle: Bundle, backend: str, options: DecodeOptions) -> str:
-    """Return `name:value` pairs joined by `|`: engine, bundle digest, precision, backend, every option in force."""
+    """Return `name:value` pairs joined by `|`: engine, bundle digest, precision, backend, every option in force, and
+    Pillow's release.
+
+    Pillow 13 resizes pictures that are narrower and taller than the model's size otherwise than 12 did, so a caption of
+    one may differ from that of the same bundle elsewhere (tests/unit/engine/inputs/test_pixels.py).
+    """
+    return f"{settings_line(bundle, backend, options)}|pillow:{version('pillow')}"
+
+
+def settings_line(bundle: Bundle, backend: str, options: DecodeOptions) -> str:
+    """Return the signature without packages; with `environment` it tells one journal from another."""
     parts = {"engine": __version__, "bundle": bundle.digest[:12], "precision": bundle.precision, "backend": backend}
     return "|".join(f"{name}:{value}" for name, value in (parts | options.in_force()).items())
 

@@ -14,7 +14,7 @@ from engine.bundle.manifest import Bundle
 from engine.errors import EngineError
 from engine.host import available_cores
 from engine.options import DECODE_OPTIONS, GENERATION_SETTINGS
-from engine.version import __version__
+from engine.version import COMPARED_WITH, __version__
 
 EXTRAS = {
     "dicom": ("pydicom",),
@@ -38,6 +38,7 @@ def collect_info() -> dict[str, Any]:
     """Return versions, cores, the state of every backend (`ready`, or what is missing) and of the demo bundle."""
     return {
         "engine": __version__,
+        "same_ids_as": f"generate of transformers {' and '.join(COMPARED_WITH)}",
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cores": available_cores(),

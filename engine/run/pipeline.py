@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.bundle.signature import run_signature
+from engine.bundle.signature import run_signature, settings_line
 from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
@@ -113,7 +113,7 @@ def open_record(
     images: list[ImageFile], source: Source, options: DecodeOptions, outputs: Outputs, say: Say
 ) -> Iterator[RunRecord]:
     """Open the record of a run; say what an earlier run left, and what this one leaves if it is stopped."""
-    made_with = f"{run_signature(source.bundle, source.backend_name, options)}|{source.environment}"
+    made_with = f"{settings_line(source.bundle, source.backend_name, options)}|{source.environment}"
     with RunRecord(images, outputs.out, made_with, resume=outputs.resume) as record:
         if record.set_aside:
             say(

@@ -18,13 +18,23 @@ PICKLED_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 def find_checkpoint(name: str) -> Path:
     """Return the directory of a checkpoint: a path that is there, or a hub's id, `owner/name` or `owner/name@revision`.
 
-    A file of BLIP's first authors is converted, see convert_original. A hub's files are kept in huggingface_hub's own
-    cache; HF_TOKEN opens private ones. What is neither there nor looks like an id is returned as it is. Raises
-    CheckpointError where the hub does not give it.
+    A file of BLIP's first authors is converted (convert_original), an adapter is merged into its base (merge_adapter).
+    A hub's files are kept in huggingface_hub's own cache; HF_TOKEN opens private ones. What is neither there nor looks
+    like an id is returned as it is. Raises CheckpointError where the hub does not give it.
     """
+    found = _find(name)
+    if (found / "adapter_config.json").is_file():
+        from export.checkpoints.adapter import base_of, is_adapter, merge_adapter  # needs torch, which a hub does not
+
+        if is_adapter(found):
+            return merge_adapter(found, _find(base_of(found)))
+    return found
+
+
+def _find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
-        from export.checkpoints.original import convert_original  # needs torch, which a hub does not
+        from export.checkpoints.original import convert_original  # needs torch, too
 
         return convert_original(path)
     repository, _, revision = name.partition("@")

@@ -80,11 +80,7 @@ def read_config(directory: Path) -> BlipConfig:
 def _what_it_is(directory: Path) -> str:
     """Say why a folder without config.json is none, and what to do."""
     if (directory / "adapter_config.json").is_file():
-        base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-        return (
-            f"it is an adapter (LoRA or the like) of {base}: load it with peft, call merge_and_unload() and save the "
-            "whole model"
-        )
+        return "it is an adapter (LoRA or the like), and a base must be a whole model"
     originals = sorted(path.name for pattern in ("*.pth", "*.pt") for path in directory.glob(pattern))
     if originals:
         return f"it has no config.json; a file of BLIP's first authors is given itself: {directory / originals[0]}"

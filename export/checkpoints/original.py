@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from transformers import BlipConfig
 from engine.bundle.manifest import demo_bundle
 from engine.errors import CheckpointError
 from engine.files.atomic import file_sha256
-from engine.files.cache import cache_root
+from export.checkpoints.converted import kept_or_made
 from export.checkpoints.files import SAFE, read_pickle
 from export.checkpoints.load import clean_names
 from export.checkpoints.processor import OWN_FILE, SETTINGS
@@ -45,29 +44,23 @@ def convert_original(file: Path) -> Path:
 
     Raises CheckpointError for a file that cannot be read safely, is of another task, or has other sizes than BLIP's.
     """
-    folder = cache_root() / "converted" / f"{file.stem}-{file_sha256(file)[:12]}"
-    if (folder / SAFE).is_file():
-        return folder
+    return kept_or_made(f"{file.stem}-{file_sha256(file)[:12]}", lambda draft: _convert(file, draft))
+
+
+def _convert(file: Path, draft: Path) -> None:
     weights = {_renamed(name): tensor for name, tensor in clean_names(read_pickle(file), file).items()}
     wanted = ("vision_model.embeddings.class_embedding", "text_decoder.bert.embeddings.word_embeddings.weight")
     if any(name not in weights for name in wanted):
         raise CheckpointError(f"{file} is no captioning checkpoint of BLIP: it has no visual_encoder and text_decoder")
     weights = {name: one for name, one in weights.items() if name.startswith(("vision_model.", "text_decoder."))}
-    config = _config(weights, file)
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished") as temporary:
-        draft = Path(temporary) / "checkpoint"
-        draft.mkdir()
-        config.save_pretrained(draft)
-        save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, draft / SAFE)
-        size = config.vision_config.image_size
-        processor = SETTINGS | {"size": {"height": size, "width": size}, "image_processor_type": "BlipImageProcessor"}
-        (draft / OWN_FILE).write_text(json.dumps(processor, indent=1) + "\n")
-        shutil.copy(demo_bundle() / "tokenizer.json", draft)  # bert-base-uncased with [DEC] and [ENC], as theirs
-        (draft / "tokenizer_config.json").write_text(json.dumps(TOKENIZER, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-    return folder
+    config = read_sizes(weights, file)
+    config.save_pretrained(draft)
+    save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, draft / SAFE)
+    size = config.vision_config.image_size
+    processor = SETTINGS | {"size": {"height": size, "width": size}, "image_processor_type": "BlipImageProcessor"}
+    (draft / OWN_FILE).write_text(json.dumps(processor, indent=1) + "\n")
+    shutil.copy(demo_bundle() / "tokenizer.json", draft)  # bert-base-uncased with [DEC] and [ENC], as theirs
+    (draft / "tokenizer_config.json").write_text(json.dumps(TOKENIZER, indent=1) + "\n")
 
 
 TOKENIZER = {
@@ -91,7 +84,7 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _config(weights: dict[str, torch.Tensor], file: Path) -> BlipConfig:
+def read_sizes(weights: dict[str, torch.Tensor], file: Path) -> BlipConfig:
     """Read the sizes off the tensors; what these do not tell is BLIP's own and the default of BlipConfig."""
     table = weights["vision_model.embeddings.position_embedding"]
     patches = weights["vision_model.embeddings.patch_embedding.weight"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from engine.report.page import SCRIPTS, STYLES
+from engine.version import COMPARED_WITH
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +59,17 @@ def test_neither_runtime_is_a_base_dependency(wheel):
     required = [line for line in wheel.read(metadata).decode().splitlines() if line.startswith("Requires-Dist")]
     assert not [line for line in required if "onnxruntime" in line and "extra ==" not in line]
     assert not [line for line in required if "torch" in line and "extra ==" not in line]
+
+
+def test_the_releases_of_transformers_that_are_named_are_those_the_tests_run_on():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    pins = [
+        one.removeprefix("transformers==")
+        for group in ("export", "next")
+        for one in groups[group]
+        if "transformers==" in one
+    ]
+    assert pins == list(COMPARED_WITH)
 
 
 def test_no_tracked_file_but_the_demo_bundle_is_larger_than_a_megabyte():

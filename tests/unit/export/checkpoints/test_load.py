@@ -16,7 +16,7 @@ from engine.errors import CheckpointError
 from export.checkpoints.files import weight_files
 from export.checkpoints.find import find_checkpoint
 from export.checkpoints.load import HEAD, WORDS, load_checkpoint
-from export.checkpoints.original import HEAD_WIDTH
+from export.checkpoints.original import HEAD_WIDTH, read_sizes
 from export.checkpoints.processor import read_processor
 from export.checkpoints.tokenizer import read_tokenizer
 from export.manifest import checkpoint_sha256
@@ -133,7 +133,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(is_zip, checkpoint, weig
                     '{"peft_type": "LORA", "base_model_name_or_path": "Salesforce/blip-image-captioning-base"}'
                 )
             ),
-            "is an adapter .* of Salesforce/blip-image-captioning-base: .* merge_and_unload",
+            "is not a checkpoint: it is an adapter .*, and a base must be a whole model",
         ),
         (
             lambda d: (d / "config.json").unlink() or (d / "model_base_caption_capfilt_large.pth").touch(),
@@ -226,6 +226,28 @@ ORIGINAL = (
     (".self_attn.projection.", ".attn.proj."),
     (".self_attn.qkv.", ".attn.qkv."),
 )
+
+
+@pytest.mark.parametrize(("width", "layers"), [(768, 12), (1024, 24)], ids=["base", "large"])
+def test_the_sizes_of_the_first_authors_files_are_read_off_their_tensors(width, layers):
+    """Names and shapes alone, as a file of base or large has them; transformers' own model of these sizes is asked."""
+    config = BlipConfig(
+        vision_config={
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // 64,
+            "image_size": 384,
+        },
+        text_config={"vocab_size": 30524, "encoder_hidden_size": width},
+    )
+    with torch.device("meta"):
+        shapes = BlipForConditionalGeneration(config).state_dict()
+    found = read_sizes(shapes, Path("model.pth"))
+    assert found.vision_config.num_attention_heads == config.vision_config.num_attention_heads
+    with torch.device("meta"):
+        rebuilt = BlipForConditionalGeneration(found).state_dict()
+    assert {name: one.shape for name, one in rebuilt.items()} == {name: one.shape for name, one in shapes.items()}
 
 
 def test_a_file_of_the_first_authors_is_the_model_that_it_was_made_from(tmp_path, monkeypatch):
