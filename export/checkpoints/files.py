@@ -91,7 +91,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             "weights alone, as safetensors"
         ) from error
     except Exception as error:  # what a damaged file makes torch raise is of many kinds
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or "it is empty or cut off"
         raise CheckpointError(f"{path} cannot be read as a file of torch.save: {reason}: fetch it again") from error
     while isinstance(content, Mapping) and len(content) <= MOST_WRAPPERS:
         inner = next(
