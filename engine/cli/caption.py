@@ -11,7 +11,6 @@ from dataclasses import asdict
 
 import click
 
-from engine.cli.group import stop_on_sigterm
 from engine.cli.shared import SectionCommand, bundle_option, rows_option, say, takes
 from engine.errors import UsageError
 from engine.inputs.remote import Location
@@ -44,7 +43,6 @@ def caption(
 
     if "num_return_sequences" in decoding.given and outputs.n_best_out is None:
         raise UsageError("--n-best needs --n-best-out, the file for the alternatives")
-    stop_on_sigterm()
     summary = caption_directory(
         inputs,
         outputs,

@@ -5,34 +5,23 @@ those of export, train and benchmarks.
 from __future__ import annotations
 
 import errno
-import signal
 import sys
 from typing import Any, NoReturn
 
 import click
 
 from engine.cli.shared import say
+from engine.cli.signals import INTERRUPTED, STOPPED, TERMINATED, Terminated, end, end_on_signals
 from engine.errors import EngineError, UsageError
-
-INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes of a program stopped by Ctrl-C (128 + SIGINT) and by a plain kill (128 + SIGTERM)."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a run as cleanly as Ctrl-C does."""
-
-
-def stop_on_sigterm() -> None:
-    """Let SIGTERM stop this process as cleanly as Ctrl-C does."""
-
-    def stop(signum: int, frame: object) -> NoReturn:  # noqa: ARG001
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, stop)
 
 
 class OneLine(click.Command):
     """A command whose errors are one line each."""
+
+    def main(self, args: Any = None, *more: Any, **named: Any) -> Any:
+        if args is None:  # it is what this process was started for
+            end_on_signals()
+        return super().main(args, *more, **named)
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -42,7 +31,8 @@ class OneLine(click.Command):
         except click.UsageError as error:
             _stop(error.format_message(), UsageError.exit_code)
         except KeyboardInterrupt as error:
-            _stop("stopped", TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
+            say(STOPPED)
+            end(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise

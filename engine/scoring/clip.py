@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.inputs.images import decode_image
 from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, library, mean
-from engine.scoring.neural import fingerprint, import_library, quiet, weights_folder
+from engine.scoring.neural import fingerprint, import_library, quiet, weights_folder, whole
 
 WANTED = "openai/clip-vit-base-patch32"
 PREFIX = "A photo depicts "
@@ -55,8 +56,9 @@ class _Clip:
         self._torch, transformers = import_library("torch"), import_library("transformers")
         self._device = device or ("cuda" if self._torch.cuda.is_available() else "cpu")
         self._batch_size = batch_size
-        with quiet():
+        with whole(Path(directory)):
             self._model = transformers.CLIPModel.from_pretrained(directory).eval().to(self._device)
+        with quiet():
             self._processor = transformers.CLIPProcessor.from_pretrained(directory)
         self._images: tuple[tuple[Any, ...], NDArray[np.float64]] | None = None
 

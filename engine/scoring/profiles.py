@@ -9,8 +9,9 @@ from typing import Any
 from engine.errors import UsageError
 from engine.scoring.base import Metric, MetricInputs
 from engine.scoring.clip import ClipScore, RefClipScore
+from engine.scoring.meteor import Meteor
 from engine.scoring.neural import BertScore, Bleurt
-from engine.scoring.overlap import Bleu1, Cider, Meteor, Rouge1
+from engine.scoring.overlap import Bleu1, Cider, Rouge1
 from engine.scoring.plugin import NEEDS, Plugin
 
 BUILT_IN: dict[str, Callable[[MetricInputs, Mapping[str, Any]], Metric]] = {

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.errors import DataError
+from engine.errors import DataError, EngineError
 from engine.inputs.images import find_images
 from engine.inputs.tables import Table, by_reference_id, join_some, read_table
-from engine.scoring.base import Items, Measured, Metric, MetricInputs, UnavailableError
+from engine.scoring.base import Items, Measured, Metric, MetricInputs
 from engine.scoring.bootstrap import interval
 from engine.scoring.describe import baseline_scores, describe, group_places, scores_by_group
-from engine.scoring.profiles import CHEAP, PROFILES, Profile, make_metric, organisers_names
+from engine.scoring.neural import check_weights
+from engine.scoring.profiles import BUILT_IN, CHEAP, PROFILES, Profile, make_metric, organisers_names
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,13 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
     options = dict(profile.options) | {"bertscore_layer": request.bertscore_layer}
     references = read_table(request.references)
     items = match(read_table(request.run), references, request.images, recursive=request.recursive)
-    notes = _notes(references)
+    notes = _notes(references, items)
     groups_of = group_places(request.group_by, request.labels, references, items)
 
     refuse_unused(request.setting, names)
+    for name, folder in request.setting.weights.items():
+        if name in BUILT_IN and name not in request.setting.plugins:
+            check_weights(name, folder)
     metrics = {name: make_metric(name, request.setting, options) for name in names}
 
     scores, measured = measure(metrics, items, say)
@@ -97,23 +101,34 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
 def measure(
     metrics: Mapping[str, Metric], items: Items, say: Callable[[str], None]
 ) -> tuple[list[Score], dict[str, Measured]]:
-    """Measure by every metric; return their answers, and the values by image of those that have one."""
+    """Measure by every metric; return their answers, and the values by image of those that have one.
+
+    A metric that fails, in whatever way, is unavailable: it takes no other one with it.
+    """
     scores: list[Score] = []
     measured: dict[str, Measured] = {}
     for name, metric in metrics.items():
         start = time.perf_counter()
         try:
             result = metric.measure(items)
-        except UnavailableError as error:
-            scores.append(Score(name, unavailable=str(error)))
-            say(f"{name}: unavailable: {error}")
+            signature, (low, high) = metric.signature(), interval(result)
+        except Exception as error:  # libraries, weights and strangers' commands fail in ways of their own
+            scores.append(Score(name, unavailable=(reason := _first_line(error))))
+            say(f"{name}: unavailable: {reason}")
             continue
         seconds = time.perf_counter() - start
-        low, high = interval(result)
         measured[name] = result
-        scores.append(Score(name, result.value, low, high, metric.signature(), result.note, seconds=seconds))
+        scores.append(Score(name, result.value, low, high, signature, result.note, seconds=seconds))
         say(f"{name}: {result.value:.4f} [{low:.4f}, {high:.4f}] in {seconds:.1f} s")
     return scores, measured
+
+
+def _first_line(error: Exception) -> str:
+    """Return an error in one line: our own words as they are, a library's with the kind of error in front."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+    if isinstance(error, EngineError):
+        return line
+    return f"it failed: {type(error).__name__}{f': {line}' if line else ''}"
 
 
 def match(run: Table, references: Table, images: Path | None = None, *, recursive: bool = False) -> Items:
@@ -153,7 +168,13 @@ def refuse_unused(setting: MetricInputs, names: Sequence[str]) -> None:
             raise DataError(f"{option} {unused[0]}=... is for no metric of this run: {', '.join(names)}")
 
 
-def _notes(references: Table) -> list[str]:
+def _notes(references: Table, items: Items) -> list[str]:
+    notes = []
     several = sum(len(captions) > 1 for captions in references.captions.values())
-    how = "the best of them counts, for BLEU the nearest in length, for CIDEr their mean"
-    return [f"{several} images have several references: {how}"] if several else []
+    if several:
+        how = "the best of them counts, for BLEU the nearest in length, for CIDEr their mean"
+        notes.append(f"{several} images have several references: {how}")
+    empty = sum(not any(one.strip() for one in several) for several in items.references)
+    if empty:
+        notes.append(f"{empty} references are empty: an empty caption scores 1 there in most metrics, any other 0")
+    return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from engine.errors import UsageError
-from engine.scoring.base import Items, MetricInputs
+from engine.scoring.base import Items, MetricInputs, UnavailableError
 from engine.scoring.clip import ClipScore, RefClipScore
 from engine.scoring.neural import BertScore, Bleurt
 from engine.scoring.preprocess import preprocess
@@ -162,3 +163,42 @@ def test_clipscore_is_a_scaled_cosine_of_the_models_features(clip_folder, tmp_pa
     np.testing.assert_allclose(
         referenced.per_image, np.where(a + b > 0, 2 * a * b / np.maximum(a + b, 1e-9), 0), atol=1e-5
     )
+
+
+def folder_of(tmp_path: Path, config: dict, tokenizer_limit: int | None, positions: int) -> Path:
+    """Write a random BERT with few positions, and a tokenizer that knows another limit or none."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=positions, **config)).save_pretrained(
+        tmp_path
+    )
+    make_tokenizer(tmp_path).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("model_max_length", None)
+    path.write_text(json.dumps(settings | ({"model_max_length": tokenizer_limit} if tokenizer_limit else {})))
+    return tmp_path
+
+
+@pytest.mark.parametrize("limit", [None, 512])
+def test_captions_longer_than_the_model_are_cut_and_counted(limit, tmp_path):
+    metric = BertScore(MetricInputs(weights={"bertscore": folder_of(tmp_path, {}, limit, positions=16)}))
+    long = "chest x-ray " * 40
+    found = metric.measure(Items(["a", "b"], [long, "x"], [("chest x-ray",), ("x",)]))
+    assert np.isfinite(found.per_image).all()
+    assert found.note == "1 texts are longer than the model's 16 tokens: what is beyond was not looked at"
+
+
+def test_weights_of_another_model_are_no_metric(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = folder_of(tmp_path, {}, 512, positions=64)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.layer.1.")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnavailableError, match=r"are of another model: \d+ parts are missing \(encoder\.layer\.1"):
+        BertScore(MetricInputs(weights={"bertscore": folder})).measure(ITEMS)
+    with pytest.raises(UnavailableError, match="are of another model"):
+        Bleurt(MetricInputs(weights={"bleurt": folder})).measure(ITEMS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import sys
@@ -17,15 +16,16 @@ from click.testing import CliRunner, Result
 from engine.cli.app import main
 from engine.cli.scoring import PROFILE_NAMES
 from engine.cli.submission import FORMAT_NAMES
-from engine.errors import DataError, EngineError
+from engine.errors import DataError, EngineError, UsageError
 from engine.scoring import bootstrap
 from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, mean
 from engine.scoring.clip import clip_scores, harmonic
 from engine.scoring.describe import constant_caption, describe
-from engine.scoring.overlap import Bleu1, Cider, Meteor, Rouge1
+from engine.scoring.overlap import Bleu1, Cider, Rouge1
 from engine.scoring.plugin import Plugin
 from engine.scoring.preprocess import preprocess
 from engine.scoring.profiles import PROFILES, make_metric, organisers_names
+from engine.scoring.score import ScoreRequest, measure, score_run
 from engine.submission.formats import FORMATS
 
 REFERENCES = [
@@ -73,31 +73,6 @@ def test_bleu_1_of_the_run_and_of_its_images():
 
 def test_cider_by_image():
     np.testing.assert_allclose(Cider().measure(WORKED).per_image, [1.653513, 2.988529, 10.0], atol=1e-6)
-
-
-def test_meteor_by_image_without_a_java_of_the_system(monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda _: None)
-    measured = Meteor().measure(WORKED)
-    low, high = bootstrap.interval(measured)
-    assert low <= measured.value <= high
-    np.testing.assert_allclose(measured.per_image, [0.235886, 0.365898, 1.0], atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("java", "reason"),
-    [("echo no Java here >&2; exit 1", "no Java here"), ("read line; echo no room >&2; kill -9 $$", "no room")],
-)
-def test_a_java_that_does_not_run_leaves_meteor_unavailable(java, reason, tmp_path, monkeypatch):
-    (tmp_path / "java").write_text(f"#!/bin/sh\n{java}\n")
-    (tmp_path / "java").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(UnavailableError, match=reason):
-        Meteor().measure(items(["a brain"], ["a brain"]))
-
-
-def test_meteor_is_not_put_out_of_step_by_line_breaks_and_bars():
-    odd = items(["a\nb ||| c", "chest xray showing cardiomegaly"], ["a b c", "chest xray showing cardiomegaly"])
-    assert Meteor().measure(odd).per_image[1] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -556,3 +531,50 @@ def test_n_best_files_that_are_none(content, sentence, tmp_path):
     (tmp_path / "n.jsonl").write_text(content)
     with pytest.raises(DataError, match=sentence):
         read_n_best([tmp_path / "n.jsonl"])
+
+
+class Failing:
+    """A metric whose library fails."""
+
+    def __init__(self, error: Exception, *, signs: bool = True) -> None:
+        self.name, self._error, self._signs = "failing", error, signs
+
+    def signature(self) -> str:
+        return "failing"
+
+    def measure(self, _: Items):
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OverflowError("int too big to convert\nmore"), "it failed: OverflowError: int too big to convert"),
+        (IndexError(), "it failed: IndexError"),
+        (MemoryError("no room"), "it failed: MemoryError: no room"),
+        (UsageError("--weights x: no folder"), "--weights x: no folder"),
+    ],
+)
+def test_a_metric_that_fails_takes_no_other_with_it(error, reason):
+    said = []
+    scores, measured = measure({"failing": Failing(error), "rouge1": Rouge1()}, WORKED, said.append)
+    assert [score.unavailable for score in scores] == [reason, ""]
+    assert list(measured) == ["rouge1"]
+    assert said[0] == f"failing: unavailable: {reason}"
+
+
+def test_metrics_say_where_they_say_nothing():
+    greek = items(["ακτινογραφία θώρακος", "ct"], ["ακτινογραφία θώρακος", "ct"])
+    assert Rouge1().measure(greek).note == (
+        "1 of 2 references hold no token that rouge-score knows, [a-z0-9]+: they say nothing"
+    )
+    assert "; 1 of 1 images have no word that another image lacks" in Cider().measure(items(["a b"], ["a b"])).note
+    assert "whatever is said" not in Cider().measure(WORKED).note
+
+
+def test_empty_references_are_counted(tmp_path):
+    (tmp_path / "run.csv").write_text("ID,Caption\na,x\nb,\n")
+    (tmp_path / "references.csv").write_text("ID,Caption\na,\nb,\n")
+    report = score_run(ScoreRequest(tmp_path / "run.csv", tmp_path / "references.csv", metrics=("rouge1",)), print)
+    assert report.notes == ["2 references are empty: an empty caption scores 1 there in most metrics, any other 0"]
+    assert report.scores[0].value == 0.5

@@ -1,0 +1,133 @@
+"""Ctrl-C and SIGTERM end a command within a second, whatever a library holds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.cli.signals import INTERRUPTED, TERMINATED
+
+PROGRAM = """
+import ctypes, subprocess, sys, threading, time
+import click
+from engine.cli.group import OneLine
+
+class Stuck:
+    lock = threading.Lock()
+    def __del__(self):
+        self.lock.acquire()
+
+def swallow():
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+
+def native():
+    poll = ctypes.CDLL(None).poll
+    while True:
+        poll(None, 0, 60_000)
+
+def thread():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    time.sleep(60)
+
+def destructor():
+    Stuck.lock.acquire()
+    global stuck
+    stuck = Stuck()
+    time.sleep(60)
+
+def child():
+    subprocess.run(["sh", "-c", "trap '' INT TERM; sleep 60 & echo $!; wait"])
+
+@click.command(cls=OneLine)
+@click.argument("what")
+def main(what):
+    print("ready", flush=True)
+    globals()[what]()
+
+main()
+"""
+
+
+def start(arguments: list[str], **more) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **more,
+    )
+
+
+def stop(process: subprocess.Popen[str], sent: signal.Signals) -> tuple[float, str]:
+    """Send a signal; return the seconds to its end, and what it said. A busy machine gets a second for its own part."""
+    began = time.monotonic()
+    process.send_signal(sent)
+    try:
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    return time.monotonic() - began, errors
+
+
+@pytest.mark.parametrize("what", ["swallow", "native", "thread", "destructor", "child"])
+def test_a_command_ends_whatever_it_waits_for(what):
+    sent, expected = (signal.SIGTERM, TERMINATED) if what in ("native", "child") else (signal.SIGINT, INTERRUPTED)
+    process = start([sys.executable, "-c", PROGRAM, what])
+    assert process.stdout.readline() == "ready\n"
+    below = int(process.stdout.readline()) if what == "child" else None
+    time.sleep(0.2)
+    seconds, errors = stop(process, sent)
+    assert process.returncode == expected, errors
+    assert "error: stopped" in errors
+    assert "Traceback" not in errors
+    assert seconds < 2
+    if below is not None:
+        for _ in range(50):
+            if not is_running(below):
+                break
+            time.sleep(0.05)
+        assert not is_running(below)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("wait_s", [0.6, 2.0, 4.0])
+def test_a_score_is_interrupted_at_any_time_and_nothing_is_left_alive(wait_s, tmp_path):
+    (tmp_path / "run.csv").write_text('ID,Caption\na,"chest x-ray with a mass"\nb,"axial ct"\n')
+    command = ["-m", "engine", "score", "--run", "run.csv", "--references", "run.csv", "--metrics", "meteor"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = start(
+        [sys.executable, *command, "--out", "s.json"], cwd=tmp_path, env=environment, start_new_session=True
+    )
+    time.sleep(wait_s)
+    seconds, errors = stop(process, signal.SIGINT)
+    if process.returncode == -signal.SIGINT:
+        pytest.skip("not begun yet: this machine is busy")
+    assert process.returncode == INTERRUPTED, errors
+    assert seconds < 2
+    time.sleep(0.2)
+    left = [path for path in Path("/proc").glob("[0-9]*/stat") if session_of(path) == process.pid]
+    assert not left
+
+
+def session_of(stat: Path) -> int:
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[3])
+    except (OSError, IndexError):
+        return -1
