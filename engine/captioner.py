@@ -25,6 +25,7 @@ from engine.decoding.scheduler import Scheduler
 from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
 from engine.inputs.images import ImageFile, Picture, read_image
+from engine.inputs.kinds import cut_suffix
 from engine.inputs.read_ahead import read_ahead
 from engine.inputs.remote import Location, location
 from engine.options import DecodeOptions, Runtime
@@ -267,4 +268,4 @@ def _identify(number: int, source: ImageSource) -> tuple[str, Picture, int]:
     """Return an image's id, what to read and its frame: the file's stem, or its running number without a file."""
     if isinstance(source, ImageFile):
         return source.id, source.source, source.frame
-    return (Path(source).stem if isinstance(source, Path | str) else str(number)), source, 0
+    return (cut_suffix(Path(source).name) if isinstance(source, Path | str) else str(number)), source, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -10,8 +11,25 @@ UNKNOWN_MEMORY = 4 << 30
 
 
 def available_cores() -> int:
-    """Return how many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many CPU cores this process may use: those it is bound to, and no more than its container's quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(bound, _cpu_quota())))
+
+
+def _cpu_quota() -> float:
+    """Return the cores that control groups allow (cpu.max of version 2, cpu.cfs_* of 1); infinite without a limit."""
+    quotas = [math.inf]
+    for group in _groups("cpu"):
+        try:
+            if (group / "cpu.max").is_file():
+                quota, period = (group / "cpu.max").read_text().split()
+            else:
+                quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if quota.strip() not in ("max", "-1"):
+                quotas.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return min(quotas)
 
 
 def available_memory() -> int:
@@ -39,7 +57,7 @@ def _group_memory() -> int:
     given up when memory is asked for.
     """
     left = [1 << 62]
-    for group in _memory_groups():
+    for group in _groups("memory"):
         for limit, used, cache in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -53,17 +71,23 @@ def _group_memory() -> int:
     return min(left)
 
 
-def _memory_groups() -> list[Path]:
-    """List the directories of this process's memory control groups, versions 2 and 1, from its own up to the root."""
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def _groups(controller: str) -> list[Path]:
+    """List the directories of this process's control groups of a controller, from its own up to the root.
+
+    Of version 2 there is one tree; of version 1 one for each controller, or for some together (`cpu,cpuacct`).
+    """
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = OWN_CGROUP.read_text().splitlines()
     except OSError:
         return []
     groups = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            root = Path("/sys/fs/cgroup") / controllers
+        if controllers == "" or controller in controllers.split(","):
+            root = CGROUPS / controllers
             own = root / path.lstrip("/")
             groups += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
     return groups

@@ -20,11 +20,13 @@ FORMAT_NAMES = ("imageclef2022", "imageclef2023", "imageclef2024", "imageclef202
 def submit(run: Path, manifest: Path, form: str, out: Path) -> None:
     """Write a run as a submission, then read the file back and check it."""
     from engine.files.atomic import check_outputs
-    from engine.inputs.tables import read_ids, read_table
-    from engine.submission.formats import write_submission
+    from engine.inputs.tables import read_table
+    from engine.submission.formats import manifest_ids, write_submission
 
     check_outputs({"--out": out}, [run, manifest])
-    ids = read_ids(manifest)
+    ids, notes = manifest_ids(manifest)
+    for note in notes:
+        say(f"note: {note}")
     for note in write_submission(read_table(run).single(), ids, form, out):
         say(note)
     say(f"{len(ids)} captions -> {out}, read back and checked as {form}")
@@ -36,12 +38,13 @@ def submit(run: Path, manifest: Path, form: str, out: Path) -> None:
 @click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
 def check(file: Path, manifest: Path, form: str) -> None:
     """Check any submission file as the organisers' checker does; exit 1 when it would be refused."""
-    from engine.inputs.tables import read_ids
-    from engine.submission.formats import check_submission
+    from engine.submission.formats import check_submission, manifest_ids
 
     if not file.is_file():
         raise UsageError(f"{file} is not a file")
-    ids = read_ids(manifest)
+    ids, notes = manifest_ids(manifest)
+    for note in notes:
+        say(f"note: {note}")
     verdict = check_submission(file, ids, form)
     for line in verdict.warnings[:10]:
         say(f"allowed, but unwise: {line}")

@@ -15,8 +15,6 @@ from PIL import Image
 
 from engine.errors import EngineError
 
-EXTENSIONS = frozenset({".dcm", ".dicom"})
-
 MAX_PIXELS = 40_000_000
 """Of one frame; a mammogram has 20 million."""
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
 from collections.abc import Iterable
@@ -16,11 +17,24 @@ from PIL import Image
 
 from engine.errors import DataError, EngineError, ImageError, UsageError
 from engine.inputs import dicom
+from engine.inputs.ids import Ids, join_some
+from engine.inputs.kinds import (
+    DECODED,
+    DICOM,
+    HAS_HEIF,
+    HEAD_BYTES,
+    HEIC,
+    LITTER,
+    NEVER,
+    SUFFIXES,
+    count_kinds,
+    cut_suffix,
+    kind_of,
+)
 from engine.inputs.remote import Location, RemoteFile, RemoteFolder
-from engine.inputs.tables import join_some, read_ids
+from engine.inputs.tables import read_ids
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}) | dicom.EXTENSIONS
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "HEIF")
 """Decoders Pillow may use, whatever a file calls itself: a small surface for files from strangers."""
 
 SYSTEM_TROUBLE = (
@@ -37,7 +51,7 @@ RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One input: its id (the file name without extension), its path, and which frame of a DICOM file is meant.
+    """One input: its id (the file name without a picture's suffix), its path, and which frame of a DICOM file is meant.
 
     With `folder`, a URI, `path` is the path inside it.
     """
@@ -61,33 +75,69 @@ class FoundImages:
     ignored: list[str]
 
 
-def find_images(directory: Location, *, recursive: bool = False, dicom_frame: int = 0) -> FoundImages:
-    """List the images directly inside `directory`, by extension, sorted by file name.
+class RepeatedIdError(UsageError):
+    """Two images share an id: their names alone do not tell them apart."""
+
+
+def find_images(
+    directory: Location, *, recursive: bool = False, dicom_frame: int = 0, ids: str = "stem"
+) -> FoundImages:
+    """List the images directly inside `directory`, sorted by file name: by suffix, here also by their first bytes.
 
     With `recursive`, those of its folders too, sorted by their path inside `directory`; links to folders are not
-    followed. Raises UsageError when there is no such directory, no image in it, or two images share an id, and
-    EngineError when there are DICOM files and nothing to read them.
+    followed. An id is the file's name without suffix, or with `ids="path"` its path inside `directory` without suffix.
+    Raises UsageError when there is no such directory or no image in it, RepeatedIdError when two images share an id,
+    and EngineError when there are DICOM files and nothing to read them.
     """
     if isinstance(directory, RemoteFolder):
         names, taken = _names_at(directory, recursive)
-        images = [ImageFile(Path(n).stem, Path(n), dicom_frame, directory) for n in taken]
+        images = [ImageFile(_id(n, ids), Path(n), dicom_frame, directory) for n in taken]
     else:
         if not directory.is_dir():
             raise UsageError(f"{directory} is not a directory: give the folder that holds the images")
         names = sorted(_names_below(directory) if recursive else os.listdir(directory))
         taken = [n for n in names if _is_candidate(directory / n)]
-        images = [ImageFile(Path(n).stem, directory / n, dicom_frame) for n in taken]
+        images = [ImageFile(_id(n, ids), directory / n, dicom_frame) for n in taken]
+    ignored = sorted(set(names) - set(taken))
     if not images:
         hint = "" if recursive else "; --recursive looks into its folders"
-        raise UsageError(f"{directory} holds no images ({', '.join(sorted(EXTENSIONS))}){hint}")
+        there = f", but {describe_ignored(ignored)}" if ignored else ""
+        raise UsageError(f"{directory} holds no images{there}{hint}")
     by_id: dict[str, str] = {}
     for image, name in zip(images, taken, strict=True):
         if image.id in by_id:
-            raise UsageError(f"{directory} holds two images with the id {image.id!r}: {by_id[image.id]} and {name}")
+            raise RepeatedIdError(
+                f"{directory} holds two images with the id {image.id!r}: {by_id[image.id]} and {name}"
+                f"{'' if ids == 'path' else '; --ids path makes ids of paths'}"
+            )
         by_id[image.id] = name
-    if any(_is_dicom(image.path) for image in images):
+    if any(is_dicom(image.path) for image in images if image.folder is None or image.path.suffix.lower() in DICOM):
         dicom.require_pydicom()
-    return FoundImages(images, sorted(set(names) - set(taken)))
+    return FoundImages(images, ignored)
+
+
+def _id(name: str, ids: str) -> str:
+    path = Path(name)
+    return cut_suffix(path.as_posix() if ids == "path" else path.name)
+
+
+def find_images_of(
+    ids: Iterable[str], directory: Location, *, recursive: bool = False, dicom_frame: int = 0
+) -> dict[str, ImageFile]:
+    """Return the images of these ids, by id: the reverse of find_images. Ids with a `/` were made of paths."""
+    wanted = list(ids)
+    how = "path" if any("/" in name for name in wanted) else "stem"
+    found = find_images(directory, recursive=recursive, dicom_frame=dicom_frame, ids=how).images
+    by_id = {image.id: image for image in found}
+    known = Ids(by_id)
+    return {name: by_id[one] for name in wanted if (one := known.find(name)) is not None}
+
+
+def describe_ignored(names: list[str]) -> str:
+    """Return what was left aside, by kind and count, with a remedy where there is one."""
+    heic = any(Path(name).suffix.lower() in HEIC - SUFFIXES for name in names)
+    remedy = " (HEIC needs the extra [heic], or convert it to JPEG)" if heic else ""
+    return count_kinds(names) + remedy
 
 
 def _names_at(folder: RemoteFolder, recursive: bool) -> tuple[list[str], list[str]]:
@@ -95,19 +145,19 @@ def _names_at(folder: RemoteFolder, recursive: bool) -> tuple[list[str], list[st
     found = folder.list(recursive=recursive)
     if recursive:  # hidden folders are not entered, and the others are no entries of their own
         found = {name: stamp for name, stamp in found.items() if stamp and not _is_hidden(Path(name).parent)}
-    taken = [n for n, stamp in found.items() if stamp and Path(n).suffix.lower() in EXTENSIONS]
+    taken = [n for n, stamp in found.items() if stamp and Path(n).suffix.lower() in SUFFIXES]
     return sorted(found), sorted(n for n in taken if not Path(n).name.startswith("."))
 
 
 def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return any(part.startswith(".") or part.lower() in LITTER for part in path.parts)
 
 
 def _names_below(directory: Path) -> list[str]:
     """Return everything below a directory by its path inside: files, and folders that are not entered."""
     names: list[str] = []
     for folder, folders, files in os.walk(directory, onerror=_raise):
-        entered = [name for name in folders if not name.startswith(".") and not Path(folder, name).is_symlink()]
+        entered = [name for name in folders if not _is_hidden(Path(name)) and not Path(folder, name).is_symlink()]
         left = set(folders) - set(entered)
         names += [os.path.relpath(os.path.join(folder, name), directory) for name in (*files, *left)]  # noqa: PTH118
         folders[:] = entered
@@ -119,15 +169,28 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _is_candidate(path: Path) -> bool:
-    """Return whether a directory entry is taken for an image: by extension, a file or a link, and not hidden."""
-    if path.suffix.lower() not in EXTENSIONS or path.name.startswith("."):
+    """Return whether an entry is taken for an image: a file or a link, not hidden, by suffix or by first bytes."""
+    suffix = path.suffix.lower()
+    if path.name.startswith(".") or suffix in NEVER | HEIC - SUFFIXES:
         return False
-    mode = os.lstat(path).st_mode  # a link is taken whatever it leads to: reading it will tell
-    return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
+    mode = os.lstat(path).st_mode
+    if suffix in SUFFIXES:  # a link is taken whatever it leads to: reading it will tell
+        return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
+    return stat.S_ISREG(mode) and _kind(path) in DECODED
 
 
-def _is_dicom(path: Path | RemoteFile) -> bool:
-    return path.suffix.lower() in dicom.EXTENSIONS
+def _kind(path: Path) -> str | None:
+    try:
+        with _open_file(path) as stream:
+            return kind_of(stream.read(HEAD_BYTES))
+    except (OSError, ValueError):
+        return None
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file is DICOM: by suffix, else by its first bytes."""
+    suffix = path.suffix.lower()
+    return suffix in DICOM or (suffix not in SUFFIXES and _kind(path) == "DICOM")
 
 
 def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[ImageFile]:
@@ -137,10 +200,13 @@ def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[Image
     """
     ids = read_ids(manifest)
     by_id = {image.id: image for image in images}
-    missing = [i for i in ids if i not in by_id]
+    known = Ids(by_id)
+    found = known.find_all(ids, manifest)
+    missing = [name for name in ids if name not in found]
     if missing:
-        raise DataError(f"{manifest} lists {len(missing)} ids without an image: {join_some(missing)}")
-    return [by_id[i] for i in ids]
+        hint = known.hint(missing[0])
+        raise DataError(f"{manifest} lists {len(missing)} ids without an image: {join_some(missing)}{hint}")
+    return [by_id[found[name]] for name in ids]
 
 
 def read_image(source: Picture, height: int, width: int, resample: str, *, frame: int = 0) -> NDArray[np.uint8]:
@@ -164,9 +230,13 @@ def decode_image(source: Picture, *, frame: int = 0) -> Image.Image:
             return Image.fromarray(source).convert("RGB")
         file = Path(source) if isinstance(source, str) else source
         with _open_file(file) as stream:
-            if _is_dicom(file):
+            kind = kind_of(stream.read(HEAD_BYTES))
+            stream.seek(0)
+            if kind == "DICOM" or (kind is None and file.suffix.lower() in DICOM):
                 return dicom.read_dicom(stream, frame)
-            picture = Image.open(stream, formats=FORMATS)
+            if kind is not None and kind not in DECODED:
+                raise ImageError(name, NOT_DECODED.format(kind=kind, remedy=REMEDIES.get(kind, "")))
+            picture = Image.open(stream, formats=picture_formats())
             _refuse_bomb(picture)
             return picture.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -186,6 +256,21 @@ def decode_image(source: Picture, *, frame: int = 0) -> Image.Image:
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         reason = "not an image, or damaged" if "cannot identify" in reason else reason
         raise ImageError(name, " ".join(reason.split())) from error
+
+
+NOT_DECODED = "{kind}, which is not decoded: {remedy}convert it to JPEG or PNG"
+REMEDIES = {"HEIC": "install the extra [heic], or "}
+
+
+@functools.lru_cache(maxsize=1)
+def picture_formats() -> tuple[str, ...]:
+    """Return those of FORMATS that this Pillow has."""
+    Image.init()
+    if HAS_HEIF:
+        import pi_heif
+
+        pi_heif.register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _open_file(path: Path | RemoteFile) -> IO[bytes]:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +17,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import DataError, UsageError
+from engine.inputs.ids import Ids, join_some, spelled
+from engine.inputs.kinds import cut_suffix, image_id
 
 T = TypeVar("T")
 
-DELIMITERS = ",\t|"
-FILE_COLUMNS = ("file_name", "filename", "image")
+DELIMITERS = ",\t|;"
+FILE_COLUMNS = ("file_name", "filename", "image", "image_name")
 ID_COLUMNS = ("id", "image_id", "imageid", *FILE_COLUMNS)
-CAPTION_COLUMNS = ("caption", "captions", "text", "description")
+CAPTION_COLUMNS = ("caption", "captions", "text", "description", "comment")
 MAX_FIELD_CHARS = 1 << 20
 """No caption comes near it; the csv module's own limit is smaller than some report texts."""
 
@@ -48,10 +51,9 @@ class Table:
 
 
 def by_reference_id(references: Table, found: Mapping[str, T]) -> dict[str, T]:
-    """Return what is known by id under the ids of `references`, where these know the given ones only as aliases."""
-    if found.keys() & references.captions.keys() or not found.keys() & references.aliases.keys():
-        return dict(found)
-    return {references.aliases.get(name, name): value for name, value in found.items()}
+    """Return what is known by id under the ids of `references`, however these write them (Ids)."""
+    ids = Ids(references.captions, references.aliases).find_all(found, references.path)
+    return {ids.get(name, name): value for name, value in found.items()}
 
 
 def read_table(path: Path) -> Table:
@@ -94,14 +96,17 @@ def read_ids(path: Path) -> list[str]:
 
 
 def read_columns(path: Path) -> dict[str, dict[str, str]]:
-    """Read a table of anything about images, ids or file names in its first column: {column: {id: value}}.
+    """Read a table of anything about images: {column: {id: value}}.
+
+    Ids or file names stand in the column that is headed so, else in the first. A column without a name is the index
+    that pandas writes, and is left out.
 
     It has a header, and commas, TABs or bars. Raises DataError naming the file and the line.
     """
     text = read_text(path)
     header_line = text.partition("\n")[0]
     found = [delimiter for delimiter in DELIMITERS if delimiter in header_line]
-    delimiter = next((d for d in found if _heads_ids(header_line.split(d)[0])), (found or ",")[0])
+    delimiter = next((d for d in found if any(map(_heads_ids, header_line.split(d)))), (found or ",")[0])
     reader = read_delimited(text, delimiter)
     columns: dict[str, dict[str, str]] = {}
     try:
@@ -110,35 +115,45 @@ def read_columns(path: Path) -> dict[str, dict[str, str]]:
             raise DataError(f"{path} is no table: its header has no column beside the ids, with a comma, TAB or bar")
         if len(set(header)) < len(header):
             raise DataError(f"{path} has two columns of one name: {', '.join(header)}")
-        columns = {name: {} for name in header[1:]}
+        place = next((i for i, name in enumerate(header) if _heads_ids(name)), 0)
+        others = [i for i, name in enumerate(header) if i != place and name and not name.startswith("Unnamed: ")]
+        if not others:
+            raise DataError(f"{path} is no table: its header has no column beside the ids")
+        columns = {header[i]: {} for i in others}
         for row in filter(None, reader):
             if len(row) != len(header):
                 raise DataError(
                     f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}"
                 )
-            name = _stem(header[0], row[0])
-            if name in columns[header[1]]:
+            name = _stem(header[place], row[place])
+            if name in columns[header[others[0]]]:
                 raise DataError(f"{path}, line {reader.line_num}: {name} is there twice")
-            for column, value in zip(header[1:], row[1:], strict=True):
-                columns[column][name] = value
+            for i in others:
+                columns[header[i]][name] = row[i]
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
     return columns
 
 
 def read_text(path: Path) -> str:
-    """Return a UTF-8 file, with or without byte order mark, line ends as they are; raise DataError naming it."""
+    """Return the text of a file, line ends as they are: UTF-8, or UTF-16 where a byte order mark says so.
+
+    Raises DataError naming it for any other encoding.
+    """
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} cannot be read: byte {error.start} is not UTF-8") from error
-
-
-def join_some(names: list[str], most: int = 10) -> str:
-    """Join names for a message."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        what = "UTF-16" if encoding == "utf-16" else "UTF-8"
+        hint = "" if what == "UTF-16" else " (saved by Excel? choose `CSV UTF-8` there)"
+        raise DataError(f"{path} cannot be read: byte {error.start} is not {what}{hint}") from error
+    if "\0" in text[:4096]:
+        raise DataError(f"{path} holds bytes of zero: is it UTF-16 without a byte order mark? save it as UTF-8")
+    return text
 
 
 def _heads_ids(name: str) -> bool:
@@ -146,13 +161,15 @@ def _heads_ids(name: str) -> bool:
 
 
 def _ids(text: str) -> list[str]:
-    """Return the first column of a table whose header begins with a name of ids, else the lines as they are."""
+    """Return the column of a table whose header has a name of ids, else the lines as they are."""
     lines = [line.rstrip("\r") for line in text.split("\n")]
     header = lines[0].lower().replace('"', "")
     for delimiter in DELIMITERS:
         names = [name.strip() for name in header.split(delimiter)]
-        if len(names) > 1 and names[0] in ID_COLUMNS:
-            return [_stem(names[0], row[0]) for row in read_delimited(text, delimiter) if row][1:]
+        place = next((names.index(name) for name in ID_COLUMNS if name in names), None)
+        if len(names) > 1 and place is not None:
+            rows = [row for row in read_delimited(text, delimiter) if len(row) > place]
+            return [_stem(names[place], row[place]) for row in rows][1:]
     bare = [name.strip('"') if name.startswith('"') and name.endswith('"') else name for name in lines]
     return [name for name in bare[header in ID_COLUMNS :] if name]
 
@@ -160,11 +177,11 @@ def _ids(text: str) -> list[str]:
 def read_delimited(text: str, delimiter: str) -> Any:
     """Return a reader of the rows of a table; it raises csv.Error, and its line_num is the line of the last row.
 
-    Only commas come with quotes: a bar or a TAB ends an id, and a quotation mark is part of the caption. Where the
-    header itself is quoted, a program wrote the quotes for all columns.
+    Only commas and semicolons come with quotes: a bar or a TAB ends an id, and a quotation mark is part of the caption.
+    Where the header itself is quoted, a program wrote the quotes for all columns.
     """
     csv.field_size_limit(MAX_FIELD_CHARS)
-    is_quoted = delimiter == "," or text.startswith('"')
+    is_quoted = delimiter in ",;" or text.startswith('"')
     return csv.reader(
         io.StringIO(text, newline=""),
         delimiter=delimiter,
@@ -180,13 +197,11 @@ FILE = "\0"
 
 def _collect(path: Path, rows: Iterable[CaptionRow]) -> Table:
     captions: dict[str, list[str]] = {}
-    files: dict[str, str] = {}
     table = Table(path)
-    for number, name, caption, columns in rows:
-        if name.startswith(FILE):
-            file, name = name, Path(name.removeprefix(FILE)).stem
-            if files.setdefault(name, file) != file:
-                raise DataError(f"{path}, line {number}: two files with the id {name}")
+    listed = list(rows)
+    ids = _ids_of_files(name for _, name, _, _ in listed)
+    for number, name, caption, columns in listed:
+        name = ids.get(name, name)
         if not name:
             raise DataError(f"{path}, line {number}: an empty id")
         if any("\ud800" <= character <= "\udfff" for character in caption):
@@ -200,6 +215,22 @@ def _collect(path: Path, rows: Iterable[CaptionRow]) -> Table:
     return table
 
 
+def _ids_of_files(names: Iterable[str]) -> dict[str, str]:
+    """Return the ids of names that are files: those of a column of files, and all where each has a picture's suffix.
+
+    The id is the last part of the path without suffix; where two files would have one id, the whole path without it.
+    """
+    known = dict.fromkeys(names)
+    bare = [name.removeprefix(FILE) for name in known]
+    if not all(spelled(name) != name and cut_suffix(name.partition("#")[0]) != name for name in bare):
+        known = {name: None for name in known if name.startswith(FILE)}
+    files = {name: re.sub(r"#\d+$", "", name.removeprefix(FILE)) for name in known if name != FILE}
+    ids = {name: image_id(file) for name, file in files.items()}
+    if len(set(ids.values())) < len(set(files.values())):
+        ids = {name: spelled(file) for name, file in files.items()}
+    return ids | dict.fromkeys([FILE] if FILE in known else [], "")
+
+
 def _delimited_rows(path: Path, text: str) -> Iterator[CaptionRow]:
     lines = text.split("\n")
     delimiter, is_headed = _layout(path, [line.rstrip("\r") for line in lines])
@@ -210,6 +241,7 @@ def _delimited_rows(path: Path, text: str) -> Iterator[CaptionRow]:
             number = reader.line_num
             if not row:
                 continue
+            row = [cell.removeprefix(" ") for cell in row] if delimiter == "|" and is_headed else row
             if is_headed and not names:
                 names = [name.strip() for name in row]
                 place_of_id, place_of_caption = _place(names, ID_COLUMNS), _place(names, CAPTION_COLUMNS)
@@ -224,7 +256,11 @@ def _delimited_rows(path: Path, text: str) -> Iterator[CaptionRow]:
                     f"{path}, line {number}: {len(row)} columns where the header has {len(names)}; "
                     "a caption that holds the delimiter must be quoted"
                 )
-            further = {names[i]: value for i, value in enumerate(row) if i not in (place_of_id, place_of_caption)}
+            further = {
+                names[i]: value
+                for i, value in enumerate(row)
+                if i not in (place_of_id, place_of_caption) and names[i] and not names[i].startswith("Unnamed: ")
+            }
             yield number, _named(names[place_of_id], row[place_of_id]), row[place_of_caption], further
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
@@ -254,8 +290,8 @@ def _place(names: list[str], wanted: tuple[str, ...]) -> int:
 
 
 def _stem(column: str, value: str) -> str:
-    """Return the id of a row of a manifest: a file name without folder and extension where the column holds them."""
-    return Path(value).stem if column.lower() in FILE_COLUMNS else value
+    """Return the id of a row of a manifest: a file name without folder and suffix where the column holds them."""
+    return image_id(value) if column.lower() in FILE_COLUMNS else value
 
 
 def _named(column: str, value: str) -> str:
@@ -274,7 +310,7 @@ def _read_json(path: Path, content: Any) -> Table:
             for entry in content["annotations"]
         ]
         table = _collect(path, (row for i, entry in enumerate(rows, 1) for row in _object_rows(path, i, entry)))
-        table.aliases = {number: Path(file).stem for number, file in files.items()}
+        table.aliases = {number: image_id(file) for number, file in files.items()}
         return table
     if isinstance(content, dict):
         content = [{"id": name, "caption": caption} for name, caption in content.items()]
@@ -294,7 +330,7 @@ def _object_rows(path: Path, number: int, entry: Any) -> Iterator[CaptionRow]:
     if not isinstance(entry, dict):
         raise DataError(f"{path}, line {number}: not an object with an id and a caption")
     lowered = {str(key).lower(): key for key in entry}
-    key = next((lowered[name] for name in ("image_id", *ID_COLUMNS) if name in lowered), None)
+    key = next((lowered[name] for name in _id_columns(lowered, entry) if name in lowered), None)
     if key is None:
         raise DataError(f"{path}, line {number}: no id")
     name = _named(str(key), str(entry[key]))
@@ -310,6 +346,17 @@ def _object_rows(path: Path, number: int, entry: Any) -> Iterator[CaptionRow]:
         if k not in (key, found, "hypotheses") and not isinstance(v, dict)
     }
     yield from ((number, name, caption, further) for caption in captions)
+
+
+def _id_columns(lowered: Mapping[str, str], entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys that may hold an id, the best first: a path to a picture tells more than a number beside it.
+
+    BLIP's and LAVIS' annotation files have both, and name the picture by `image`.
+    """
+    image = entry.get(lowered.get("image", ""))
+    if isinstance(image, str) and cut_suffix(image) != image:
+        return ("image", "image_id", *ID_COLUMNS)
+    return ("image_id", *ID_COLUMNS)
 
 
 def _parquet_rows(path: Path) -> Iterator[CaptionRow]:
@@ -342,6 +389,6 @@ def _read_folder(path: Path) -> Table:
         if (path / name).exists():
             return read_table(path / name)
     names = sorted(os.listdir(path))
-    pictures = {Path(name).stem for name in names if not name.endswith(".txt")}
-    texts = [name for name in names if name.endswith(".txt") and Path(name).stem in pictures]
-    return _collect(path, ((1, Path(name).stem, read_text(path / name).strip(), {}) for name in texts))
+    pictures = {cut_suffix(name) for name in names if not name.endswith(".txt")}
+    texts = [name for name in names if name.endswith(".txt") and name.removesuffix(".txt") in pictures]
+    return _collect(path, ((1, name.removesuffix(".txt"), read_text(path / name).strip(), {}) for name in texts))

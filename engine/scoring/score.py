@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError, EngineError
-from engine.inputs.images import find_images
-from engine.inputs.tables import Table, by_reference_id, join_some, read_table
+from engine.inputs.ids import join_some
+from engine.inputs.images import find_images_of
+from engine.inputs.tables import Table, by_reference_id, read_table
 from engine.scoring.base import Items, Measured, Metric, MetricInputs
 from engine.scoring.bootstrap import interval
 from engine.scoring.describe import baseline_scores, describe, group_places, scores_by_group
@@ -151,7 +152,7 @@ def match(run: Table, references: Table, images: Path | None = None, *, recursiv
     ids = list(said)
     paths = None
     if images is not None:
-        files = {image.id: image.path for image in find_images(images, recursive=recursive).images}
+        files = {name: image.path for name, image in find_images_of(ids, images, recursive=recursive).items()}
         without = [name for name in ids if name not in files]
         if without:
             raise DataError(f"{images} lacks the images of {len(without)} ids: {join_some(without)}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import lzma
+import re
 import zipfile
 import zlib
 from collections import Counter
@@ -18,7 +19,9 @@ from typing import Literal
 from engine.errors import DataError, EngineError, UsageError
 from engine.files.atomic import replace_file
 from engine.files.run_files import CONTROL, format_row
-from engine.inputs.tables import join_some
+from engine.inputs.ids import Ids, join_some
+from engine.inputs.kinds import cut_suffix, image_id
+from engine.inputs.tables import read_ids
 
 MEMBER = "submission.csv"
 """The only file in the archive of 2025 and 2026."""
@@ -44,6 +47,28 @@ FORMATS = {
 }
 
 
+def manifest_ids(manifest: Path) -> tuple[list[str], list[str]]:
+    """Return the ids of a submission in their order, and notes on what is odd about their list.
+
+    A list of files (`ls`) stands for their ids. The organisers' list is in the order of its numbers, and their checker
+    takes no other order, while `ls` puts 10 before 2.
+    """
+    ids, notes = read_ids(manifest), []
+    if all(cut_suffix(one) != one for one in ids):
+        ids = [image_id(one) for one in ids]
+        notes.append(f"{manifest} lists files: ids are their names without suffix")
+    numbers = [re.fullmatch(r"(.*?)(\d+)", one) for one in ids]
+    pairs = [(one[1], int(one[2])) for one in numbers if one is not None]
+    if len(pairs) == len(ids) and len({prefix for prefix, _ in pairs}) == 1:
+        row = next((i for i in range(1, len(pairs)) if pairs[i][1] < pairs[i - 1][1]), None)
+        if row is not None:
+            notes.append(
+                f"{manifest} is not in numeric order: row {row + 1} is {ids[row]}, after {ids[row - 1]}; the "
+                "organisers' checker takes no order but that of their own list (sort -V sorts by numbers)"
+            )
+    return ids, notes
+
+
 def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str, out: Path) -> list[str]:
     """Write captions of `ids`, in that order, as the format `name`; read the file back, check it, and return notes.
 
@@ -54,6 +79,10 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
     if form.is_zip != (out.suffix.lower() == ".zip"):
         wanted = "an archive: name it submission.zip" if form.is_zip else "a plain file: name it submission.csv"
         raise UsageError(f"{name} takes {wanted}, not {out.name}")
+    found = Ids(captions).find_all(ids, out)
+    captions = {name: captions[one] for name, one in found.items()} | {
+        name: caption for name, caption in captions.items() if name not in found.values()
+    }
     missing = [one for one in ids if one not in captions]
     if missing:
         raise DataError(f"the run lacks {len(missing)} ids of the manifest: {join_some(missing)}")

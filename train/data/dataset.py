@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
-from engine.inputs.images import EXTENSIONS, find_images
+from engine.inputs.ids import Ids
+from engine.inputs.images import RepeatedIdError, find_images
+from engine.inputs.kinds import SUFFIXES
 from engine.inputs.tables import Table, read_table
 from train.data.layouts import LOOKED_FOR, SPLITS, Listing, SplitFiles, find_source, find_table, read_concepts
 from train.data.parquet import CONCEPT_COLUMNS, ParquetRow, safe_name, split_concepts, unpack
@@ -103,8 +105,8 @@ class _Reader:
         self.splits: dict[str, Split] = {}
         self._place = place
         self._unpack_into = unpack_into
-        self._listings: dict[tuple[Path, bool], dict[str, Path]] = {}
-        self._used: dict[str, dict[str, Path]] = {}
+        self._listings: dict[tuple[Path, bool], _Pictures] = {}
+        self._used: dict[str, _Pictures] = {}
 
     def read(self, name: str, source: SplitFiles) -> None:
         """Read the captions of one split and find their pictures."""
@@ -134,7 +136,7 @@ class _Reader:
         """Return the splits, with the pictures that none of them captions: each named once, at the first that could."""
         used = {example.image for split in self.splits.values() for example in split.examples}
         for name, listing in self._used.items():
-            left = [path for path in listing.values() if path not in used]
+            left = [path for path in listing.by_id.values() if path not in used]
             used.update(left)
             found = [(os.path.relpath(path, self._place.directory), "") for path in left]
             split = self.splits[name]
@@ -159,7 +161,7 @@ class _Reader:
         folder, listing, looked = self._choose_folder(source, ids)
         examples, lost = [], {}
         for row in rows:
-            image = _find(listing, row.id)
+            image = listing.find(row.id)
             if image is None:
                 lost[row.id] = f"no such picture in {looked}"
                 image = folder / f"{safe_name(row.id)}.jpg"
@@ -167,13 +169,13 @@ class _Reader:
         self._used[name] = listing
         self.splits[name] = Split(name, examples, source.captions, _problems(examples, lost, source.one_each))
 
-    def _choose_folder(self, source: SplitFiles, ids: list[str]) -> tuple[Path, dict[str, Path], str]:
+    def _choose_folder(self, source: SplitFiles, ids: list[str]) -> tuple[Path, _Pictures, str]:
         """Return the folder of the pictures, its listing, and where was looked, in words.
 
         The first folder with half of the pictures is it, else the one with most. A folder that cannot be used (two
         pictures with one id) stops the run only when there is no other with any of the pictures.
         """
-        best: tuple[int, Path, dict[str, Path]] = (0, source.folders[0][0], {})
+        best: tuple[int, Path, _Pictures] = (0, source.folders[0][0], _Pictures({}))
         looked, trouble = [], None
         for folder, deep in source.folders:
             try:
@@ -181,8 +183,9 @@ class _Reader:
             except UsageError as error:
                 trouble = trouble or error
                 continue
+            trouble = trouble or listing.trouble
             looked.append(self._shown(folder))
-            hits = sum(_find(listing, name) is not None for name in ids) if listing else 0
+            hits = sum(listing.find(name) is not None for name in ids)
             if hits > best[0]:
                 best = (hits, folder, listing)
             if 2 * hits >= len(ids):
@@ -191,37 +194,52 @@ class _Reader:
             return best[1], best[2], self._shown(best[1])
         if trouble is not None:
             raise DataError(f"{source.captions}: its pictures cannot be listed: {trouble}") from trouble
-        return best[1], {}, ", ".join(dict.fromkeys(looked)) or self._shown(self._place.directory)
+        return best[1], _Pictures({}), ", ".join(dict.fromkeys(looked)) or self._shown(self._place.directory)
 
     def _shown(self, folder: Path) -> str:
         return os.path.relpath(folder, self._place.directory) + "/" if folder != self._place.directory else f"{folder}/"
 
-    def _list(self, folder: Path, deep: bool) -> dict[str, Path]:
+    def _list(self, folder: Path, deep: bool) -> _Pictures:
         key = (folder, deep)
         if key not in self._listings:
             try:
-                images = find_images(folder, recursive=deep).images if _holds_pictures(folder, deep) else []
+                self._listings[key] = _pictures(folder, deep)
             except OSError as error:
                 raise UsageError(f"{error.filename or folder} cannot be listed: {error.strerror}") from error
-            self._listings[key] = {image.id: image.path for image in images}
         return self._listings[key]
 
 
 def _holds_pictures(folder: Path, deep: bool) -> bool:
     """Return whether find_images, for which a folder without pictures is an error, will find one."""
     for _, folders, files in os.walk(folder):
-        if any(Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".") for name in files):
+        if any(Path(name).suffix.lower() in SUFFIXES and not name.startswith(".") for name in files):
             return True
         folders[:] = [name for name in folders if not name.startswith(".")] if deep else []
     return False
 
 
-def _find(listing: dict[str, Path], name: str) -> Path | None:
-    """Return the picture of an id, which may also be written as a file name."""
-    path = listing.get(name)
-    if path is None and Path(name).suffix.lower() in EXTENSIONS:
-        path = listing.get(Path(name).stem)
-    return path
+class _Pictures:
+    """The pictures of a folder by id, found as Ids finds them; `trouble` is why names alone do not tell them apart."""
+
+    def __init__(self, by_id: dict[str, Path], trouble: UsageError | None = None) -> None:
+        self.by_id, self.trouble, self._ids = by_id, trouble, Ids(by_id)
+
+    def find(self, name: str) -> Path | None:
+        """Return the picture of an id, which may also be written as a file name, with folders or without."""
+        found = self._ids.find(name)
+        return None if found is None else self.by_id[found]
+
+
+def _pictures(folder: Path, deep: bool) -> _Pictures:
+    """List a folder; where two pictures have one name (cat/1.png, dog/1.png) their ids are paths."""
+    if not _holds_pictures(folder, deep):
+        return _Pictures({})
+    trouble = None
+    try:
+        images = find_images(folder, recursive=deep).images
+    except RepeatedIdError as error:
+        images, trouble = find_images(folder, recursive=deep, ids="path").images, error
+    return _Pictures({image.id: image.path for image in images}, trouble)
 
 
 def _rows(table: Table, concepts: dict[str, tuple[str, ...]]) -> list[ParquetRow]:

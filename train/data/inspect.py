@@ -20,8 +20,7 @@ from PIL import Image
 
 from engine.errors import EngineError, ImageError
 from engine.files.atomic import write_atomically
-from engine.inputs import dicom
-from engine.inputs.images import FORMATS, MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image
+from engine.inputs.images import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, is_dicom, picture_formats
 from train.data.check import Progress, check_split, in_threads
 from train.data.dataset import Example, Split, read_dataset
 from train.data.plots import draw_dataset
@@ -216,10 +215,10 @@ def _read_header(path: Path) -> _Picture:
             return _Picture(reason="not a file, or too large")  # opening a pipe would wait for its writer
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if path.suffix.lower() in dicom.EXTENSIONS:
+            if is_dicom(path):
                 return _Picture(*decode_image(path).size, "DICOM", digest)
             stream.seek(0)
-            with Image.open(stream, formats=FORMATS) as picture:
+            with Image.open(stream, formats=picture_formats()) as picture:
                 return _Picture(*picture.size, picture.mode, digest)
     except ImageError as error:
         return _Picture(reason=error.reason)

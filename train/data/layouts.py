@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
-from engine.inputs.images import EXTENSIONS
-from engine.inputs.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, join_some, read_delimited, read_text
+from engine.inputs.ids import join_some
+from engine.inputs.kinds import SUFFIXES, cut_suffix
+from engine.inputs.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, read_delimited, read_text
 from train.data.parquet import CONCEPT_COLUMNS, split_concepts
 
 SPLITS = {
@@ -215,8 +216,8 @@ def _sidecars(place: Listing, split: str) -> SplitFiles | None:
 
 
 def _has_sidecars(here: Listing) -> bool:
-    pictures = {Path(name).stem for name in here.files if Path(name).suffix.lower() in EXTENSIONS}
-    return any(name.endswith(".txt") and Path(name).stem in pictures for name in here.files)
+    pictures = {cut_suffix(name) for name in here.files if Path(name).suffix.lower() in SUFFIXES}
+    return any(name.endswith(".txt") and name.removesuffix(".txt") in pictures for name in here.files)
 
 
 LAYOUTS = (_parquet, _captions_file, _imagefolder, _coco, _roco, _file_of_split, _sidecars)

@@ -14,12 +14,12 @@ from typing import Any
 
 from engine.errors import DataError, OutputError, UsageError
 from engine.files.lock import OutputLock
-from engine.inputs.images import EXTENSIONS
+from engine.inputs.kinds import SUFFIXES, image_id
 
 INDEX = "index.jsonl"
 """Rows of an unpacked folder. Its first line names the parquet files it was made of; written last, it is the marker."""
 ROWS_AT_ONCE = 64
-CAPTION_COLUMNS = ("caption", "text")
+CAPTION_COLUMNS = ("caption", "captions", "text")
 CONCEPT_COLUMNS = ("cui", "cuis", "concepts")
 SIGNATURES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"), (b"RIFF", ".webp"))
 
@@ -147,26 +147,57 @@ def _rows(files: list[Path], prefix: str) -> Iterator[tuple[str, bytes | None, s
         try:
             with parquet.ParquetFile(path) as file:
                 names = _columns(path, file.schema_arrow)
-                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[name for name in names if name]):
+                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names.wanted):
                     for row in batch.to_pylist():
                         number += 1
-                        yield _row(row, names, f"{prefix}_{number:08d}")
+                        yield from _row(row, names, f"{prefix}_{number:08d}")
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise DataError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
 
 
 def _row(
-    row: dict[str, Any], names: tuple[str, str, str, str], fallback: str
-) -> tuple[str, bytes | None, str, str, list[str]]:
-    """Take one row apart; a row without an id is called by its picture's file name, or by `fallback`."""
-    picture, identity, caption, concepts = (row.get(name) for name in names)
+    row: dict[str, Any], names: _Columns, fallback: str
+) -> Iterator[tuple[str, bytes | None, str, str, list[str]]]:
+    """Take one row apart, a caption at a time; without an id it is called by its picture's file name, or `fallback`."""
+    picture, identity, concepts = row.get(names.picture), row.get(names.identity), row.get(names.concepts)
     content, label = (picture or {}).get("bytes"), str((picture or {}).get("path") or "")
-    name = ("" if identity is None else str(identity)) or Path(label).stem or fallback
-    return name, content, _suffix(label, content or b""), str(caption or ""), split_concepts(concepts)
+    name = ("" if identity is None else str(identity)) or image_id(label) or fallback
+    captions: list[str | None] = []
+    for column in names.captions:
+        value = row.get(column)
+        captions += value if isinstance(value, list) else [value]
+    kept = [caption for caption in captions if caption] or [""]
+    for caption in kept:
+        yield name, content, _suffix(label, content or b""), str(caption), split_concepts(concepts)
 
 
-def _columns(path: Path, schema: Any) -> tuple[str, str, str, str]:
-    """Return the names of the columns of pictures, ids, captions and concepts; ids and concepts may be ''."""
+@dataclass(frozen=True)
+class _Columns:
+    """Names of columns; those of ids and concepts may be ''. There are several of captions where they are numbered."""
+
+    picture: str
+    identity: str
+    captions: tuple[str, ...]
+    concepts: str
+
+    @property
+    def wanted(self) -> list[str]:
+        return [name for name in (self.picture, self.identity, *self.captions, self.concepts) if name]
+
+
+def _require_text(path: Path, entry: Any) -> None:
+    """Raise DataError for a column of captions that holds neither text nor lists of text."""
+    import pyarrow
+
+    kind = entry.type
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        kind = kind.value_type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)):
+        raise DataError(f"{path}: the column {entry.name} holds {entry.type}, not captions: text, or lists of text")
+
+
+def _columns(path: Path, schema: Any) -> _Columns:
+    """Return the columns that count. Raises DataError where pictures or captions are missing, or captions no text."""
     import pyarrow
 
     lowered = {entry.name.lower(): entry.name for entry in schema}
@@ -175,7 +206,8 @@ def _columns(path: Path, schema: Any) -> tuple[str, str, str, str]:
         for entry in schema
         if pyarrow.types.is_struct(entry.type) and entry.type.get_field_index("bytes") >= 0
     ]
-    captions = [lowered[name] for name in CAPTION_COLUMNS if name in lowered]
+    captions = [lowered[name] for name in CAPTION_COLUMNS if name in lowered][:1]
+    captions = captions or [entry.name for entry in schema if re.fullmatch(r"captions?_?\d+", entry.name.lower())]
     if not pictures or not captions:
         raise DataError(
             f"{path} has no {'captions' if pictures else 'pictures'}: wanted are a column of pictures "
@@ -183,7 +215,10 @@ def _columns(path: Path, schema: Any) -> tuple[str, str, str, str]:
         )
     identity = next((lowered[name] for name in ("image_id", "id") if name in lowered), "")
     concepts = next((lowered[name] for name in CONCEPT_COLUMNS if name in lowered), "")
-    return pictures[0], identity, captions[0], concepts
+    for entry in schema:
+        if entry.name in captions:
+            _require_text(path, entry)
+    return _Columns(pictures[0], identity, tuple(captions), concepts)
 
 
 def split_concepts(value: Any) -> list[str]:
@@ -198,7 +233,5 @@ def _suffix(label: str, content: bytes) -> str:
     """Return the extension of a picture's own name, else that of its first bytes."""
     suffix = Path(label).suffix.lower()
     return (
-        suffix
-        if suffix in EXTENSIONS
-        else next((ext for start, ext in SIGNATURES if content.startswith(start)), ".jpg")
+        suffix if suffix in SUFFIXES else next((ext for start, ext in SIGNATURES if content.startswith(start)), ".jpg")
     )

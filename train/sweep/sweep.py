@@ -25,8 +25,8 @@ from engine.captioner import Captioner
 from engine.errors import BundleError, DataError, UsageError
 from engine.files.atomic import file_sha256, write_atomically
 from engine.files.lock import OutputLock
+from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile
-from engine.inputs.tables import join_some
 from engine.options import DecodeOptions
 from engine.run.fingerprints import fingerprint, run_key
 from engine.run.job import Outputs

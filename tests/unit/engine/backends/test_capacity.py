@@ -62,6 +62,6 @@ def test_the_tightest_group_above_this_process_counts_and_file_cache_does_not(tm
         (group / "memory.max").write_text(f"{limit}\n")
         (group / "memory.current").write_text("1000000000\n")
         (group / "memory.stat").write_text("anon 1\ninactive_file 500000000\n")
-    monkeypatch.setattr("engine.host._memory_groups", lambda: [step, job, tmp_path])
+    monkeypatch.setattr("engine.host._groups", lambda _: [step, job, tmp_path])
     monkeypatch.setattr("engine.host._machine_memory", lambda: 1 << 40)
     assert available_memory() == 2_500_000_000

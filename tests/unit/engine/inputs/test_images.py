@@ -9,7 +9,14 @@ import pytest
 from PIL import Image
 
 from engine.errors import DataError, ImageError
-from engine.inputs.images import find_images, order_by_manifest, read_image
+from engine.inputs.images import (
+    RepeatedIdError,
+    describe_ignored,
+    find_images,
+    find_images_of,
+    order_by_manifest,
+    read_image,
+)
 from tests.helpers.tiny import random_pictures
 
 
@@ -77,8 +84,8 @@ def test_files_pictures_and_arrays_give_the_same_bytes(tmp_path):
 
 
 def test_a_format_outside_the_list_is_not_decoded(tmp_path):
-    random_pictures(1)[0].save(tmp_path / "x.ppm")
-    (tmp_path / "x.ppm").rename(tmp_path / "x.png")
+    random_pictures(1)[0].save(tmp_path / "x.sgi")
+    (tmp_path / "x.sgi").rename(tmp_path / "x.png")
     with pytest.raises(ImageError, match=r"x\.png: not an image, or damaged"):
         read_image(tmp_path / "x.png", 32, 32, "bicubic")
 
@@ -124,3 +131,51 @@ def test_an_animation_is_read_by_its_first_frame(tmp_path):
     first.save(tmp_path / "y.gif")
     animated, still = (read_image(tmp_path / name, 16, 16, "bicubic") for name in ("x.gif", "y.gif"))
     assert np.abs(animated.astype(int) - still.astype(int)).mean() < 4
+
+
+def test_pictures_are_known_by_content_where_the_name_does_not_tell(tmp_path):
+    picture = random_pictures(1)[0]
+    for name, form in {
+        "a.jpg": "JPEG",
+        "b.jfif": "JPEG",
+        "c.jpe": "JPEG",
+        "IM-0001": "PNG",
+        "1.2.840.1": "JPEG",
+        "d.avif": "AVIF",
+        "e.jp2": "JPEG2000",
+        "f.ppm": "PPM",
+        "g.jpg": "AVIF",
+    }.items():
+        picture.save(tmp_path / name, form)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "Thumbs.db").write_bytes(b"x")
+    (tmp_path / "strange").write_bytes(b"no picture")
+    (tmp_path / "h.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 200)
+    found = find_images(tmp_path)
+    assert [image.id for image in found.images] == ["1.2.840.1", "IM-0001", "a", "b", "c", "d", "e", "f", "g"]
+    assert describe_ignored(found.ignored).startswith("1 .db, 1 .heic, 1 .txt, 1 without a suffix")
+    for image in found.images:
+        assert read_image(image.path, 32, 32, "bicubic").shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [(b"\0\0\0\x18ftypheic", "HEIC"), (b"\xff\x0a", "JPEG XL"), (b"8BPS", "Photoshop")],
+)
+def test_what_is_not_decoded_is_named_for_what_it_is(head, kind, tmp_path):
+    (tmp_path / "x.jpg").write_bytes(head + b"\0" * 200)
+    with pytest.raises(ImageError, match=f"{kind}, which is not decoded: .*convert it to JPEG or PNG"):
+        read_image(tmp_path / "x.jpg", 32, 32, "bicubic")
+
+
+def test_names_that_repeat_in_folders_become_ids_by_their_paths(tmp_path):
+    for name in ("s1/0001.png", "s2/0001.png", "__MACOSX/0001.png", "@eaDir/0001.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        random_pictures(1)[0].save(tmp_path / name)
+    with pytest.raises(RepeatedIdError, match="--ids path makes ids of paths"):
+        find_images(tmp_path, recursive=True)
+    images = find_images(tmp_path, recursive=True, ids="path").images
+    assert [image.id for image in images] == ["s1/0001", "s2/0001"]
+    assert list(find_images_of(["s2/0001"], tmp_path, recursive=True)) == ["s2/0001"]
+    (tmp_path / "ids.txt").write_text("s2\\0001.png\n")
+    assert [image.id for image in order_by_manifest(images, tmp_path / "ids.txt")] == ["s2/0001"]

@@ -10,6 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from engine.errors import DataError, UsageError
+from engine.inputs.ids import Ids
 from engine.inputs.tables import read_ids, read_table
 
 EXPECTED = {"a1": ("CT, axial view",), "b 2": ("NA",), "003": ("null",)}
@@ -23,6 +24,18 @@ LAYOUTS = {
     "tab_2023.csv": "ID\tCaption\na1\tCT, axial view\nb 2\tNA\n003\tnull\n",
     "roco_captions.txt": "a1\t CT, axial view\nb 2\t NA\n003\t null\n",
     "folder.csv": 'file_name,caption\nx/a1.jpg,"CT, axial view"\nb 2.png,NA\n003.jpg,null\n',
+    "semicolon.csv": "ID;Caption\na1;CT, axial view\nb 2;NA\n003;null\n",
+    "pandas.csv": ',ID,Caption\n0,a1,"CT, axial view"\n1,b 2,NA\n2,003,null\n',
+    "windows.csv": 'file_name,caption\nx\\a1.jpg,"CT, axial view"\nx\\b 2.jfif,NA\nx\\003.AVIF,null\n',
+    "names.tsv": "a1.jpg\tCT, axial view\nb 2.png\tNA\n003.jpg\tnull\n",
+    "flickr30k.csv": "image_name| comment_number| comment\na1.jpg| 0| CT, axial view\nb 2.jpg| 0| NA\n003.jpg| 0| null",
+    "flickr8k.token.txt": "a1.jpg#0\tCT, axial view\nb 2.jpg#0\tNA\n003.jpg#1\tnull\n",
+    "blip.json": json.dumps(
+        [
+            {"image_id": f"coco_{i}", "image": f"val2014/{k}.jpg", "caption": v}
+            for i, (k, (v,)) in enumerate(EXPECTED.items())
+        ]
+    ),
     "lines.jsonl": "\n".join(json.dumps({"id": k, "caption": v}) for k, (v,) in EXPECTED.items()),
     "n_best.jsonl": "\n".join(
         json.dumps({"id": k, "hypotheses": [{"text": v}, {"text": "other"}]}) for k, (v,) in EXPECTED.items()
@@ -141,7 +154,6 @@ def test_several_references_and_further_columns(tmp_path):
         ("x.json", b'{"annotations": [3]}', "no known layout"),
         ("x.jsonl", b'{"id": "a", "hypotheses": ["x"]}', "no known layout"),
         ("x.jsonl", b'{"id": "a", "caption": "x\\ud800"}', "half a character"),
-        ("x.csv", b"file_name,caption\na/1.jpg,x\nb/1.jpg,y\n", "line 3: two files with the id 1"),
         ("x.parquet", b"PAR1", "cannot be read as parquet"),
     ],
 )
@@ -159,3 +171,41 @@ def test_ids_are_never_parsed_sorted_or_padded(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"nowhere\.csv cannot be read: No such file"):
         read_table(Path(tmp_path / "nowhere.csv"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_utf_16_is_read_where_a_byte_order_mark_says_so(encoding, tmp_path):
+    (tmp_path / "x.csv").write_bytes("ID,Caption\na,Schädel\n".encode(encoding))
+    assert read_table(tmp_path / "x.csv").captions == {"a": ("Schädel",)}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("ID;Caption\na;Schädel\n".encode("cp1252"), "byte 16 is not UTF-8 .*CSV UTF-8"),
+        ("ID,Caption\na,x\n".encode("utf-16-le"), "UTF-16 without a byte order mark"),
+    ],
+)
+def test_other_encodings_are_named(content, sentence, tmp_path):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(DataError, match=sentence):
+        read_table(tmp_path / "x.csv")
+
+
+def test_several_captions_of_a_file_are_one_images(tmp_path):
+    (tmp_path / "t.txt").write_text("a.jpg#0\tone\na.jpg#1\ttwo\n")
+    assert read_table(tmp_path / "t.txt").captions == {"a": ("one", "two")}
+
+
+def test_files_of_one_name_in_two_folders_keep_their_folders(tmp_path):
+    (tmp_path / "x.csv").write_text("file_name,caption\ncat/1.png,a cat\ndog\\1.png,a dog\n")
+    assert read_table(tmp_path / "x.csv").captions == {"cat/1": ("a cat",), "dog/1": ("a dog",)}
+
+
+@pytest.mark.parametrize(
+    "content", ["a.png\nb.v2.jpg\n", ",ID,Caption\n0,a,\n1,b.v2,\n", "file_name;x\np/a.png;1\np/b.v2.jpg;2\n"]
+)
+def test_manifests_as_people_make_them(content, tmp_path):
+    (tmp_path / "ids").write_text(content)
+    names = read_ids(tmp_path / "ids")
+    assert [Ids(["a", "b.v2"]).find(name) for name in names] == ["a", "b.v2"]

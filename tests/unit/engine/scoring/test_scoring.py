@@ -389,7 +389,7 @@ def test_scores_are_broken_down_by_a_column(files):
         ("ID,Caption\n0,a\n1,b\n2,c\n3,d\n", None, "has 1 ids that"),
         ("ID,Caption\n0,a\n0,b\n1,c\n2,d\n", None, "more than one caption for 0"),
         ("ID,Caption\nx,a\n", None, "references of another split?"),
-        ("ID;Caption\n0;a\n", None, "is no table of captions"),
+        ("ID#Caption\n0#a\n", None, "is no table of captions"),
         ("", None, "is no table of captions"),
         (None, "ID,Caption\n", "holds no captions"),
         (None, "ID,Caption\n0,a,b\n", "line 2: 3 columns"),

@@ -1,0 +1,83 @@
+"""Ids of pictures, however people write them: the one rule of runs, references, manifests and data sets."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from engine.errors import DataError
+from engine.inputs.kinds import cut_suffix, image_id
+
+
+class Ids:
+    """Known ids. A name finds its id as it is; else by Unicode form, separators and suffix; else by its last part."""
+
+    def __init__(self, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
+        self._known = set(known)
+        self._aliases = aliases or {}
+        self._spelled = _unique((spelled(name), name) for name in self._known)
+        self._last = _unique((image_id(spelled(name)), name) for name in self._known)
+
+    def find(self, name: str) -> str | None:
+        """Return the id that a name means, None where there is none, or more than one."""
+        if name in self._known:
+            return name
+        if name in self._aliases and self._aliases[name] in self._known:
+            return self._aliases[name]
+        return self._spelled.get(spelled(name)) or self._last.get(image_id(spelled(name)))
+
+    def find_all(self, names: Iterable[str], source: Path) -> dict[str, str]:
+        """Return the ids of the names that mean one. Raises DataError where two names of `source` mean the same."""
+        found: dict[str, str] = {}
+        names_of: dict[str, str] = {}
+        for name in names:
+            one = self.find(name)
+            if one is None:
+                continue
+            if names_of.setdefault(one, name) != name:
+                raise DataError(f"{source}: {shown(names_of[one])} and {shown(name)} are two names of {shown(one)}")
+            found[name] = one
+        return found
+
+    def hint(self, name: str) -> str:
+        """Return in words how a name that was not found differs from a known id that looks the same; else nothing."""
+        bare = _letters(name)
+        near = next((known for known in sorted(self._known) if _letters(known) == bare), None)
+        return f" (there is {shown(near)}, not {shown(name)})" if near is not None else ""
+
+
+def spelled(name: str) -> str:
+    """Return a name in one spelling: composed characters, `/` between folders, no `./` before, no picture's suffix."""
+    text = unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
+    bare = re.sub(r"#\d+$", "", text)
+    return cut_suffix(bare) if cut_suffix(bare) != bare else cut_suffix(text)
+
+
+def shown(name: str) -> str:
+    """Return a name as a message shows it: escaped where the eye would not see all of it."""
+    is_plain = name == unicodedata.normalize("NFC", name) == name.strip() and name.isprintable()
+    return name if is_plain else ascii(name)
+
+
+def join_some(names: Iterable[str], most: int = 10) -> str:
+    """Join names for a message."""
+    listed = list(names)
+    return ", ".join(map(shown, listed[:most])) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return {spelling: id} of the spellings that only one id has."""
+    found: dict[str, str] = {}
+    twice = set()
+    for spelling, name in pairs:
+        if found.setdefault(spelling, name) != name:
+            twice.add(spelling)
+    return {spelling: name for spelling, name in found.items() if spelling not in twice}
+
+
+def _letters(name: str) -> str:
+    """Return a name without what the eye passes over: case, white space, marks that print nothing."""
+    text = unicodedata.normalize("NFKC", spelled(name)).casefold()
+    return "".join(one for one in text if one.isprintable() and not one.isspace())

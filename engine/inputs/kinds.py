@@ -1,0 +1,114 @@
+"""What a file is: by its name where that tells, else by its first bytes; and the id that its name stands for."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo"})
+"""Every name that JPEG has; .mpo holds several, of which the first counts."""
+JPEG_2000 = frozenset({".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"})
+OTHERS = frozenset(
+    {".bmp", ".dib", ".gif", ".png", ".apng", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm", ".pbm", ".pnm"}
+)
+HEIC = frozenset({".heic", ".heif", ".hif"})
+DICOM = frozenset({".dcm", ".dicom", ".ima"})
+HAS_HEIF = find_spec("pi_heif") is not None
+"""Whether the extra `heic` is installed; without it such files are left aside, by name."""
+SUFFIXES = JPEG | JPEG_2000 | OTHERS | DICOM | (HEIC if HAS_HEIF else frozenset())
+"""Suffixes, in lower case, of files that are taken for images."""
+NEVER = frozenset(
+    {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".pdf", ".npy", ".npz", ".parquet", ".arrow"}
+    | {".zip", ".tar", ".gz", ".db", ".ini", ".log", ".py", ".yaml", ".yml", ".journal", ".lock", ".caption"}
+)
+"""Suffixes of files beside pictures, which are not opened to see what they are."""
+LITTER = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "@recycle", "system volume information"})
+"""Folders that file servers and archives leave behind, in lower case: previews and deleted files are in them."""
+HEAD_BYTES = 144
+"""Of a file that are read to tell its kind; a DICOM file has its mark at 128."""
+
+DECODED = frozenset({"JPEG", "PNG", "GIF", "BMP", "TIFF", "WebP", "AVIF", "JPEG 2000", "PPM", "DICOM"}) | (
+    {"HEIC"} if HAS_HEIF else set()
+)
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"8BPS", "Photoshop"),
+    (b"%PDF", "PDF"),
+)
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"heis"), "HEIC")
+_REPRESENTATIONS = (
+    b"AE AS AT CS DA DS DT FL FD IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
+)
+"""DICOM PS3.5, 6.2: the two letters behind a tag."""
+
+
+def kind_of(head: bytes) -> str | None:
+    """Return the kind of a file by its first HEAD_BYTES, None for no picture that is known."""
+    if head[128:132] == b"DICM" or _begins_with_tags(head):
+        return "DICOM"
+    if head[4:8] == b"ftyp":
+        return (
+            _BRANDS.get(head[8:12])
+            or next((k for b, k in _BRANDS.items() if b in head[16:HEAD_BYTES]), None)
+            or ("HEIC" if head[8:12] in (b"mif1", b"msf1") else None)
+        )
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    if head[:2] == b"BM" and len(head) > 18 and struct.unpack("<I", head[14:18])[0] in (12, 40, 52, 56, 64, 108, 124):
+        return "BMP"
+    if re.match(rb"P[1-6][ \t\r\n]", head):
+        return "PPM"
+    return next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
+
+
+def _begins_with_tags(head: bytes) -> bool:
+    """Return whether a file begins with DICOM's tags at once: without preamble, or without the header of PS3.10."""
+    if len(head) < 16:
+        return False
+    group, element, length = struct.unpack("<HHI", head[:8])
+    if group not in (0x0002, 0x0008) or element > 0x0100:
+        return False
+    return head[4:6] in _REPRESENTATIONS or (group == 8 and element in (0, 1, 5, 8) and length <= 128)
+
+
+def cut_suffix(name: str) -> str:
+    """Return a file name without its suffix, where that is one of pictures: 1.2.840 and scan.v2 are whole ids."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and stem and f".{suffix.lower()}" in SUFFIXES | HEIC else name
+
+
+def image_id(name: str) -> str:
+    """Return the id of a picture as tables name it: without folders (of POSIX or Windows), suffix and `#n`.
+
+    `x.jpg#0` is how Flickr's tables count the captions of a picture.
+    """
+    last = re.split(r"[/\\]", name)[-1]
+    bare = re.sub(r"#\d+$", "", last)
+    return cut_suffix(bare) if bare != last and cut_suffix(bare) != bare else cut_suffix(last)
+
+
+def count_kinds(names: Iterable[str]) -> str:
+    """Return how many files there are of each suffix, in words: `3 .heic, 1 .txt`."""
+    suffixes = Counter(_shown_suffix(name) for name in names)
+    return ", ".join(
+        f"{count} {suffix}" for suffix, count in sorted(suffixes.items(), key=lambda one: (-one[1], one[0]))
+    )
+
+
+def _shown_suffix(name: str) -> str:
+    last = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    if last.startswith("."):
+        return "hidden"
+    suffix = f".{last.rpartition('.')[2].lower()}" if "." in last else ""
+    return suffix if re.fullmatch(r"\.[a-z0-9_]{1,8}", suffix) else "without a suffix"
