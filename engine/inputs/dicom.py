@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import EngineError
+from engine.inputs.kinds import HEAD_BYTES, kind_of
 
 MAX_PIXELS = 40_000_000
 """Of one frame; a mammogram has 20 million."""
@@ -70,7 +71,10 @@ def read_dicom(stream: IO[bytes], frame: int = 0) -> Image.Image:
 
 
 def _read(pydicom: Any, stream: IO[bytes], frame: int) -> Image.Image:
-    header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=TAGS)
+    head = stream.read(HEAD_BYTES)
+    stream.seek(0)
+    is_bare = head[128:132] != b"DICM" and kind_of(head) == "DICOM"  # tags at once, as old programs write them
+    header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=TAGS, force=is_bare)
     frames = int(header.get("NumberOfFrames") or 1)
     if "Rows" not in header or "Columns" not in header:
         raise _RefusedError("a DICOM file without a picture")
@@ -100,12 +104,19 @@ def _read(pydicom: Any, stream: IO[bytes], frame: int) -> Image.Image:
 def _stored_values(pydicom: Any, header: Any, stream: IO[bytes], frame: int) -> NDArray[Any]:
     """Return one frame, [rows,columns] or, with YBR turned into RGB, [rows,columns,3]."""
     stream.seek(0)
-    syntax = header.file_meta.get("TransferSyntaxUID")
+    syntax, pixels = header.file_meta.get("TransferSyntaxUID"), stream
+    if syntax is None:  # without the header of PS3.10 pixels are plain, in the encoding of the tags
+        pixels = pydicom.dcmread(stream, force=True)
+        is_implicit, is_little = pixels.original_encoding
+        uids = pydicom.uid
+        plain = uids.ImplicitVRLittleEndian if is_implicit else uids.ExplicitVRLittleEndian
+        syntax = plain if is_little else uids.ExplicitVRBigEndian
+        pixels.file_meta.TransferSyntaxUID = syntax
     name = syntax.name if syntax is not None and not syntax.is_private else "an unnamed encoding"
     if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
         raise _RefusedError("deflated as a whole, which may hide a decompression bomb: write it in another encoding")
     try:
-        stored: NDArray[Any] = pydicom.pixels.pixel_array(stream, index=frame)  # the other frames are not read
+        stored: NDArray[Any] = pydicom.pixels.pixel_array(pixels, index=frame)  # the other frames are not read
     except (MemoryError, OSError):
         raise
     except Exception as error:  # each decoder meets damage in its own way

@@ -79,7 +79,10 @@ def _begins_with_tags(head: bytes) -> bool:
     group, element, length = struct.unpack("<HHI", head[:8])
     if group not in (0x0002, 0x0008) or element > 0x0100:
         return False
-    return head[4:6] in _REPRESENTATIONS or (group == 8 and element in (0, 1, 5, 8) and length <= 128)
+    if head[4:6] in _REPRESENTATIONS:
+        return True
+    following = head[8 + length : 10 + length] if length <= HEAD_BYTES else b""
+    return group == 8 and length % 2 == 0 and following in (b"\x08\0", b"\x10\0")  # an implicit tag, and the next one
 
 
 def cut_suffix(name: str) -> str:

@@ -197,6 +197,7 @@ def test_images_that_cannot_be_learned_from_stop_a_run_unless_they_are_left_out(
         (["--recipe", "absent"], "there is no recipe 'absent'"),
         (["--set", "epoch=3"], "unknown settings epoch"),
         (["--image-size", "30"], "not a multiple of the patch size"),
+        (["--set", "max_tokens=65"], "max_tokens 65: the decoder of"),
         (["--set", "metric=rouge"], "unknown metric 'rouge'"),
         (["--set", "metric=bertscore"], "needs weights: --weights bertscore=DIR"),
         (["--recipe", "scst"], "needs weights: --weights bertscore=DIR"),

@@ -27,7 +27,8 @@ SINGLE = ("captions.csv", "pairs.jsonl", "metadata.csv", "metadata.jsonl", "capt
 METADATA = ("metadata.csv", "metadata.jsonl")
 LOOKED_FOR = (
     "{split}_captions.csv and the like (ROCOv2, ImageCLEF), {split}-*.parquet, {split}/metadata.csv or .jsonl, "
-    "annotations/captions_{split}*.json (COCO), {split}/radiology/captions.txt (ROCO), {split}.jsonl, .csv, .tsv or "
+    "default/{split}/*.parquet, annotations/captions_{split}*.json or {split}.json (COCO, VizWiz), "
+    "*_karpathy_{split}.json (BLIP, LAVIS), {split}/radiology/captions.txt (ROCO), {split}.jsonl, .csv, .tsv or "
     f".json, pictures in {{split}}/ with a text file beside each, {', '.join(SINGLE)}, where split is train, valid or "
     "test"
 )
@@ -117,7 +118,12 @@ def _parquet(place: Listing, split: str) -> SplitFiles | None:
         files = [name for name in here.files if name.lower().endswith(".parquet") and split_of(name) == split]
         if files:
             paths = tuple(here.directory / name for name in files)
-            return SplitFiles(paths[0], (), one_each=True, parquet=paths)
+            return SplitFiles(paths[0], (), parquet=paths)
+    for here in (place, Listing.of(place.directory / "default")):  # as the hub converts data sets: default/train/
+        for folder in here.of_split(split):
+            paths = tuple(sorted(folder.glob("*.parquet")))
+            if paths:
+                return SplitFiles(paths[0], (), parquet=paths)
     return None
 
 
@@ -185,11 +191,15 @@ def _imagefolder(place: Listing, split: str) -> SplitFiles | None:
 
 
 def _coco(place: Listing, split: str) -> SplitFiles | None:
-    here = Listing.of(place.directory / "annotations")
-    names = [n for n in here.files if n.lower().endswith(".json") and "caption" in n.lower() and split_of(n) == split]
-    if not names:
-        return None
-    return SplitFiles(here.directory / _only(here, names, f"captions of {split}"), _picture_folders(place, split))
+    """COCO, VizWiz (annotations/train.json), and the files that BLIP and LAVIS ship (coco_karpathy_train.json)."""
+    for here, words in ((Listing.of(place.directory / "annotations"), ("caption", "karpathy")), (place, ("karpathy",))):
+        of_split = [name for name in here.files if name.lower().endswith(".json") and split_of(name) == split]
+        plain = [name for name in of_split if here is not place and Path(name).stem.lower() in SPLITS[split]]
+        names = [name for name in of_split if any(word in name.lower() for word in words)] or plain
+        if names:
+            captions = here.directory / _only(here, names, f"captions of {split}")
+            return SplitFiles(captions, _picture_folders(place, split))
+    return None
 
 
 def _roco(place: Listing, split: str) -> SplitFiles | None:

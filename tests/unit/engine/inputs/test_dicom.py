@@ -233,3 +233,30 @@ def test_one_picture_in_two_encodings_is_one_picture(name, other):
 def test_content_decides_over_a_pictures_stream():
     with pytest.raises(ValueError, match="not a DICOM file"):
         dicom.read_dicom(io.BytesIO(b"x" * 500))
+
+
+@pytest.mark.parametrize("name", ["IM-0001-0001", "1.2.840.113619.2.55.3", "x.IMA", "y.dcm"])
+@pytest.mark.parametrize("form", ["whole", "without preamble", "without header", "implicit"])
+def test_dicom_is_known_by_its_bytes_whatever_it_is_called(form, name, tmp_path):
+    frames = np.array([[[0, 100, 200, 250], [1, 2, 3, 4]]], np.uint8)
+    tags = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "Modality": "OT", "WindowCenter": 128, "WindowWidth": 256}
+    whole = make_dicom(tmp_path / "whole", frames, **tags)
+    content = whole.read_bytes()
+    file = tmp_path / "in" / name
+    file.parent.mkdir()
+    if form == "without preamble":
+        content = content[132:]
+    elif form == "without header":
+        length = int.from_bytes(content[140:144], "little")
+        content = content[144 + length :]
+    elif form == "implicit":
+        header = pydicom.dcmread(whole)
+        stream = io.BytesIO()
+        writer = pydicom.filebase.DicomIO(stream)
+        writer.is_little_endian, writer.is_implicit_VR = True, True
+        pydicom.filewriter.write_dataset(writer, Dataset({element.tag: element for element in header}))
+        content = stream.getvalue()
+    file.write_bytes(content)
+    (image,) = find_images(file.parent).images
+    assert image.id == name.removesuffix(".IMA").removesuffix(".dcm")
+    assert grey(file) == grey(whole)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from engine.cli.app import main
 from engine.errors import DataError, UsageError
-from engine.submission.formats import FORMATS, MEMBER, Verdict, check_submission, write_submission
+from engine.submission.formats import FORMATS, MEMBER, Verdict, check_submission, manifest_ids, write_submission
 
 IDS = ["ID2", "ID1", "ID03"]
 GOOD = "ID,Caption\nID2,a\nID1,b\nID03,c\n"
@@ -172,3 +172,19 @@ def test_the_commands(tmp_path):
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
     assert "other order than the manifest: row 1 is ID2 instead of ID1" in line
+
+
+def test_a_manifest_of_files_out_of_numeric_order_is_noted(tmp_path):
+    (tmp_path / "ids.txt").write_text("test_0.jpg\ntest_1.jpg\ntest_10.jpg\ntest_2.jpg\n")
+    ids, notes = manifest_ids(tmp_path / "ids.txt")
+    assert ids == ["test_0", "test_1", "test_10", "test_2"]
+    assert "lists files" in notes[0]
+    assert "not in numeric order: row 4 is test_2, after test_10" in notes[1]
+    (tmp_path / "ids.txt").write_text("test_0\ntest_2\ntest_10\n")
+    assert manifest_ids(tmp_path / "ids.txt") == (["test_0", "test_2", "test_10"], [])
+
+
+def test_a_run_whose_ids_are_written_otherwise_still_fits(tmp_path):
+    out = tmp_path / "submission.csv"
+    assert write_submission({"a": "x", "folder/b": "y"}, ["a.png", "b"], "imageclef2023", out) == []
+    assert out.read_text() == 'ID,Caption\na.png,"x"\nb,"y"\n'

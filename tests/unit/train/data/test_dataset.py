@@ -586,3 +586,58 @@ def test_the_fingerprint_follows_ids_captions_order_and_sizes_and_no_folder(tmp_
 def test_reading_and_checking_data_sets_needs_no_torch():
     code = "import sys, train.data.inspect, train.data.check, train.data.dataset; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_column_of_lists_has_several_captions_a_picture(tmp_path):
+    columns = {"image": [{"bytes": png(1), "path": "0.png"}], "captions": [["a dog", "the dog"]]}
+    write_parquet(tmp_path / "default/train/0000.parquet", columns)
+    examples = read_dataset(tmp_path)["train"].examples
+    assert [example.caption for example in examples] == ["a dog", "the dog"]
+    assert len({example.image for example in examples}) == 1
+
+
+def test_numbered_columns_are_several_captions(tmp_path):
+    columns = {"image": [{"bytes": png(1), "path": "0.png"}], "caption_0": ["a dog"], "caption_1": ["the dog"]}
+    write_parquet(tmp_path / "train-0.parquet", columns)
+    assert [example.caption for example in read_dataset(tmp_path)["train"].examples] == ["a dog", "the dog"]
+
+
+@pytest.mark.parametrize("value", [{"raw": "a dog"}, 7])
+def test_a_column_that_holds_no_text_is_named(value, tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", {"image": [{"bytes": png(1), "path": "0.png"}], "caption": [value]})
+    with pytest.raises(DataError, match=r"the column caption holds .*, not captions"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train.json", "coco_karpathy_train.json", "annotations/coco_karpathy_train.json"])
+def test_blips_own_annotation_files(name, tmp_path):
+    picture(tmp_path / "val2014/COCO_val2014_000000522418.jpg")
+    path = "val2014/COCO_val2014_000000522418.jpg"
+    write(tmp_path / name, json.dumps([{"caption": "A woman", "image": path, "image_id": "coco_522418"}]))
+    split = read_dataset(tmp_path)["train"]
+    assert [(example.caption, example.image.name) for example in split.examples] == [("A woman", path[8:])]
+    assert not split.problems.missing
+
+
+def test_vizwiz(tmp_path):
+    picture(tmp_path / "train/VizWiz_train_00000000.jpg")
+    content = {
+        "images": [{"id": 0, "file_name": "VizWiz_train_00000000.jpg"}],
+        "annotations": [{"image_id": 0, "caption": "a leaf"}],
+    }
+    write(tmp_path / "annotations/train.json", json.dumps(content))
+    split = read_dataset(tmp_path)["train"]
+    assert [example.id for example in split.examples] == ["VizWiz_train_00000000"]
+    assert not split.problems.missing
+
+
+def test_pictures_of_one_name_in_class_folders_are_found_by_their_paths(tmp_path):
+    for name in ("cat/1.png", "dog/1.png"):
+        picture(tmp_path / name)
+    write(tmp_path / "metadata.csv", "file_name,text\ncat/1.png,a cat\ndog/1.png,a dog\n")
+    split = read_dataset(tmp_path)["train"]
+    assert [(e.id, e.caption, e.image.parent.name) for e in split.examples] == [
+        ("cat/1", "a cat", "cat"),
+        ("dog/1", "a dog", "dog"),
+    ]
+    assert not split.problems.missing
