@@ -25,7 +25,8 @@ Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run went. `resumed` of the captions come from an earlier run that was cut off, `empty` ones have no word.
+    """How a run went. `resumed` of the captions come from an earlier run that was cut off, `empty` ones have no word;
+    `left_aside` are entries of the directory that were not taken for images.
 
     `seconds` is captioning; without loading the bundle in this process, but with starting the workers of a cluster.
     """
@@ -39,6 +40,7 @@ class RunSummary:
     images_per_s: float
     out: str
     signature: str
+    left_aside: list[str]
 
 
 def caption_directory(
@@ -62,7 +64,7 @@ def caption_directory(
     `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
     """
     runtime = choose_runtime(runtime, workers, say)  # before a large folder is listed: what is missing is said at once
-    images = find(inputs, outputs, bundle, say)
+    images, left_aside = find(inputs, outputs, bundle, say)
     with (
         lock(outputs, say),
         open_source(bundle, asked, rows, runtime, workers, say) as source,
@@ -80,11 +82,15 @@ def caption_directory(
         images_per_s=(len(record.captions) - record.resumed) / seconds,
         out=str(outputs.out),
         signature=run_signature(source.bundle, source.backend_name, options),
+        left_aside=left_aside,
     )
 
 
-def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) -> list[ImageFile]:
-    """Return the images to caption, in order. Raises UsageError where there are none, or an output would harm them."""
+def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) -> tuple[list[ImageFile], list[str]]:
+    """Return the images to caption, in order, and the names of what was left aside.
+
+    Raises UsageError where there are no images, or an output would harm them.
+    """
     found = find_images(inputs.directory, recursive=inputs.recursive, dicom_frame=inputs.dicom_frame, ids=inputs.ids)
     images = order_by_manifest(found.images, inputs.manifest) if inputs.manifest else found.images
     manifest = [inputs.manifest] if inputs.manifest else []
@@ -94,7 +100,7 @@ def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) ->
             raise UsageError(f"{flag} {path} would lie inside the bundle: choose another place")
     if found.ignored:
         say(f"left aside in {inputs.directory}: {describe_ignored(found.ignored)}")
-    return images
+    return images, found.ignored
 
 
 @contextmanager

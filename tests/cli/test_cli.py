@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -52,8 +53,18 @@ def test_json_summary_is_the_last_line_and_names_everything_that_decided_the_run
     )
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["images"] == summary["captions"] == 5
-    for part in ("engine:", "bundle:", "precision:fp32", "backend:cpu", "num_beams:2"):
+    assert summary["left_aside"] == []
+    for part in ("engine:", "bundle:", "precision:fp32", "backend:cpu", "num_beams:2", "pillow:"):
         assert part in summary["signature"]
+
+
+def test_what_is_left_aside_is_counted_by_kind_and_listed(image_dir, tiny_bundle, tmp_path):
+    folder = Path(shutil.copytree(image_dir, tmp_path / "in"))
+    (folder / "notes.txt").touch()
+    (folder / "x.heic").touch()
+    result = run("caption", "--input", folder, "--bundle", tiny_bundle, "--out", tmp_path / "r.csv", "--json")
+    assert f"left aside in {folder}: 1 .heic, 1 .txt" in result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["left_aside"] == ["notes.txt", "x.heic"]
 
 
 def test_n_best_lists_alternatives_best_first(image_dir, tiny_bundle, tmp_path):
