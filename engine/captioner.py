@@ -45,6 +45,8 @@ class Captioner:
     def __init__(self, bundle: Bundle, backend: Backend, *, threads: int | None = None) -> None:
         """`threads` is how many cores are this captioner's; all of them when None."""
         self._readers = max(FEWEST_READERS, threads or available_cores())
+        self.clipped: list[str] = []
+        """Names of the pictures read so far that have more than 8 bits a channel."""
         self.bundle = bundle
         self.backend = backend
         self.tokenizer = CaptionTokenizer(bundle)
@@ -142,7 +144,8 @@ class Captioner:
             number, source = numbered
             name, content, frame = _identify(number, source)
             try:
-                return name, read_image(content, spec.height, spec.width, spec.resample, frame=frame)
+                pixels = read_image(content, spec.height, spec.width, spec.resample, frame=frame, clipped=self.clipped)
+                return name, pixels
             except ImageError as error:
                 return name, error
 

@@ -126,6 +126,7 @@ class ClusterSource:
         self.bundle = bundle
         self.backend_name = order.runtime.backend
         self.environment = order.environment.rpartition("|engine:")[0]
+        self.clipped: list[str] = []
         self._ray, self._order, self._team = ray, order, team
 
     def resolve(self, asked: DecodeOptions) -> DecodeOptions:

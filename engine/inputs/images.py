@@ -209,19 +209,23 @@ def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[Image
     return [by_id[found[name]] for name in ids]
 
 
-def read_image(source: Picture, height: int, width: int, resample: str, *, frame: int = 0) -> NDArray[np.uint8]:
+def read_image(
+    source: Picture, height: int, width: int, resample: str, *, frame: int = 0, clipped: list[str] | None = None
+) -> NDArray[np.uint8]:
     """Return RGB bytes u8[height,width,3] of a file, a Pillow image or an array u8[h,w,3].
 
     The steps are those of Hugging Face's slow BlipImageProcessor (transformers 4.57): convert to RGB, then
     resize to exactly height x width px with Pillow's filter, ignoring the aspect ratio and EXIF rotation. Of an
-    animation the first frame counts, of a DICOM file frame number `frame`.
+    animation the first frame counts, of a DICOM file frame number `frame`. The name of a picture with more than 8 bits
+    a channel, whose values beyond 0 to 255 are lost, is added to `clipped`.
     Raises ImageError naming the file, EngineError when the system has no more file handles.
     """
-    return np.asarray(decode_image(source, frame=frame).resize((width, height), RESAMPLING[resample]))
+    picture = decode_image(source, frame=frame, clipped=clipped)
+    return np.asarray(picture.resize((width, height), RESAMPLING[resample]))
 
 
-def decode_image(source: Picture, *, frame: int = 0) -> Image.Image:
-    """Return a file, a Pillow image or an array u8[h,w,3] as an RGB picture; for `frame` and errors see read_image."""
+def decode_image(source: Picture, *, frame: int = 0, clipped: list[str] | None = None) -> Image.Image:
+    """Return a file, a Pillow image or an array u8[h,w,3] as an RGB picture; see read_image for the rest."""
     name = str(source) if isinstance(source, Path | str | RemoteFile) else "image"
     try:
         if isinstance(source, Image.Image):
@@ -238,6 +242,8 @@ def decode_image(source: Picture, *, frame: int = 0) -> Image.Image:
                 raise ImageError(name, NOT_DECODED.format(kind=kind, remedy=REMEDIES.get(kind, "")))
             picture = Image.open(stream, formats=picture_formats())
             _refuse_bomb(picture)
+            if clipped is not None and (picture.mode in ("I", "F") or picture.mode.startswith("I;")):
+                clipped.append(name)
             return picture.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(name, f"larger than {Image.MAX_IMAGE_PIXELS} pixels, refused: a decompression bomb?") from None

@@ -12,6 +12,7 @@ from engine.bundle.signature import run_signature, settings_line
 from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
+from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile, describe_ignored, find_images, order_by_manifest
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
@@ -71,6 +72,11 @@ def caption_directory(
         open_record(images, source, options := source.resolve(asked), outputs, say) as record,
     ):
         seconds = keep(source.captions(options, record, say), record, progress)
+        if clipped := sorted(set(source.clipped)):
+            say(
+                f"{len(clipped)} pictures have more than 8 bits a channel and are read as Hugging Face's processor "
+                f"reads them, values above 255 white: {join_some(clipped, 3)}"
+            )
         write(record, outputs, options, say)
     return RunSummary(
         images=len(images),

@@ -21,11 +21,15 @@ Say = Callable[[str], None]
 
 
 class Source(Protocol):
-    """Captions made with `bundle` on `backend_name`; `environment` says with which packages."""
+    """Captions made with `bundle` on `backend_name`; `environment` says with which packages.
+
+    `clipped` grows by the pictures that have more than 8 bits a channel; the workers of a cluster do not tell theirs.
+    """
 
     bundle: Bundle
     backend_name: str
     environment: str
+    clipped: list[str]
 
     def resolve(self, asked: DecodeOptions) -> DecodeOptions:
         """Return what is asked laid over the bundle's settings. Raises UsageError where it does not fit the bundle."""
@@ -67,6 +71,7 @@ class LocalSource:
         self.bundle = captioner.bundle
         self.backend_name = captioner.backend.name
         self.environment = environment(self.backend_name)
+        self.clipped = captioner.clipped
 
     def resolve(self, asked: DecodeOptions) -> DecodeOptions:
         options = asked.over(self.bundle.generation)

@@ -74,11 +74,10 @@ class _Java:
             self._send(" ||| ".join(["EVAL", *counts]))
             return [float(self._answer()) for _ in pairs], float(self._answer())
         except (OSError, ValueError) as error:
-            self._process.kill()
-            code = self._process.wait()
-            raise UnavailableError(
-                f"Java ended early: {self._last_words() or str(error) or f'exit code {code}'}"
-            ) from error
+            code = self._exit_code()
+            said = "" if isinstance(error, OSError) else str(error)  # a broken pipe says nothing of why
+            reason = self._last_words() or said or f"exit code {code}"
+            raise UnavailableError(f"Java ended early: {reason}") from error
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -91,6 +90,12 @@ class _Java:
         if not line:
             raise ValueError("")
         return line.decode("utf-8", "replace").strip()
+
+    def _exit_code(self) -> int:
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(1.0)
+        self._process.kill()
+        return self._process.wait()
 
     def _last_words(self) -> str:
         """Return the first line it wrote to stderr, but for what Java says about its environment."""

@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from engine.bundle.manifest import Bundle
 from engine.cli.app import main
@@ -65,6 +67,19 @@ def test_what_is_left_aside_is_counted_by_kind_and_listed(image_dir, tiny_bundle
     result = run("caption", "--input", folder, "--bundle", tiny_bundle, "--out", tmp_path / "r.csv", "--json")
     assert f"left aside in {folder}: 1 .heic, 1 .txt" in result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["left_aside"] == ["notes.txt", "x.heic"]
+
+
+def test_pictures_of_more_than_8_bits_are_told(image_dir, tiny_bundle, tmp_path):
+    folder = Path(shutil.copytree(image_dir, tmp_path / "in"))
+    grey = np.linspace(0, 1, 4096, dtype=np.float32).reshape(64, 64)
+    Image.fromarray(grey).save(folder / "f.tif")
+    Image.fromarray((grey * 4095).astype(np.uint16)).save(folder / "x.png")
+    result = run("caption", "--input", folder, "--bundle", tiny_bundle, "--out", tmp_path / "r.csv")
+    assert result.exit_code == 0
+    assert "2 pictures have more than 8 bits a channel" in result.stderr
+    assert "f.tif" in result.stderr
+    again = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "r2.csv")
+    assert "more than 8 bits" not in again.stderr
 
 
 def test_n_best_lists_alternatives_best_first(image_dir, tiny_bundle, tmp_path):
