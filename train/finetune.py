@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from engine.errors import DataError
+from engine.errors import DataError, UsageError
 from engine.scoring.base import MetricInputs
 from engine.scoring.profiles import make_metric
 from export.manifest import checkpoint_sha256
@@ -94,13 +94,19 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, say: Sa
         splits["train"], splits["valid"] = hold_out(splits["train"], recipe.valid_share, recipe.seed)
         say(f"no validation split: {len(splits['valid'].examples)} captions held out of training")
     bad = []
+    positions = reference.model.config.text_config.max_position_embeddings
     for name in SPLITS:
         problems = check_split(
             splits[name],
             decode=data.decode_images,
             count_tokens=lambda text: len(reference.tokenizer(text)["input_ids"]),
-            max_tokens=recipe.max_tokens,
+            max_tokens=min(recipe.max_tokens, positions),
         )
+        if recipe.max_tokens > positions and problems.cut:
+            raise UsageError(
+                f"max_tokens {recipe.max_tokens}: the checkpoint has {positions} positions, and {len(problems.cut)} "
+                f"captions of {name} are longer: --set max_tokens={positions} cuts them"
+            )
         for line in problems.lines():
             say(f"{name}: {line}")
         bad += [f"{name}: {line}" for line in problems.fatal.lines()]

@@ -312,11 +312,40 @@ def _read_json(path: Path, content: Any) -> Table:
         table = _collect(path, (row for i, entry in enumerate(rows, 1) for row in _object_rows(path, i, entry)))
         table.aliases = {number: image_id(file) for number, file in files.items()}
         return table
+    if isinstance(content, dict) and (entries := _entries_by_split(content)) is not None:
+        return _collect(path, (row for i, one in enumerate(entries, 1) for row in _object_rows(path, i, one)))
     if isinstance(content, dict):
         content = [{"id": name, "caption": caption} for name, caption in content.items()]
     if not isinstance(content, list):
         raise DataError(f"{path} is neither COCO captions nor a list or an object of captions")
     return _collect(path, (row for i, entry in enumerate(content, 1) for row in _object_rows(path, i, entry)))
+
+
+def _entries_by_split(content: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the pictures of files that hold all splits, one object each, None for another layout.
+
+    Karpathy's dataset_coco.json has images with sentences; R2Gen's annotation.json has a list a split, whose reports go
+    with one picture or several.
+    """
+    images = content.get("images")
+    if isinstance(images, list) and images and all(isinstance(one, dict) and "sentences" in one for one in images):
+        return [
+            {
+                "file_name": "/".join(filter(None, (one.get("filepath"), one["filename"]))),
+                "caption": [sentence["raw"] for sentence in one["sentences"]],
+                "split": one.get("split", ""),
+            }
+            for one in images
+        ]
+    reports = [one for part in content.values() if isinstance(part, list) for one in part]
+    if reports and all(isinstance(one, dict) and {"report", "image_path"} <= set(one) for one in reports):
+        return [
+            {"file_name": picture, "caption": one["report"], "split": str(one.get("split") or split)}
+            for split, part in content.items()
+            for one in part
+            for picture in (one["image_path"] if isinstance(one["image_path"], list) else [one["image_path"]])
+        ]
+    return None
 
 
 def _jsonl_rows(path: Path, text: str) -> Iterator[CaptionRow]:

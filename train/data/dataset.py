@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -114,8 +114,8 @@ class _Reader:
             self._read_parquet(name, source)
             return
         concepts = read_concepts(source.concepts) if source.concepts else {}
-        rows = _rows(read_table(source.captions), concepts)
-        self._add(name, source, rows)
+        table = read_table(source.captions)
+        self._add(name, source, _rows(table, concepts), table.columns.get("name"))
 
     def read_all(self, source: SplitFiles) -> None:
         """Read one table for all splits: by its column `split`, all for training without one."""
@@ -156,12 +156,17 @@ class _Reader:
         ]
         self.splits[name] = Split(name, examples, source.captions, _problems(examples, lost, one_each=True))
 
-    def _add(self, name: str, source: SplitFiles, rows: list[ParquetRow]) -> None:
+    def _add(
+        self, name: str, source: SplitFiles, rows: list[ParquetRow], names: Mapping[str, str] | None = None
+    ) -> None:
+        """Add a split; `names` are what pictures are called where that is not their id."""
         ids = list(dict.fromkeys(row.id for row in rows))
         folder, listing, looked = self._choose_folder(source, ids)
+        if names and not any(listing.find(one) for one in ids):
+            folder, listing, looked = self._choose_folder(source, [names[one] for one in ids if one in names])
         examples, lost = [], {}
         for row in rows:
-            image = listing.find(row.id)
+            image = listing.find(row.id) or listing.find((names or {}).get(row.id, row.id))
             if image is None:
                 lost[row.id] = f"no such picture in {looked}"
                 image = folder / f"{safe_name(row.id)}.jpg"

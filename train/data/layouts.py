@@ -16,7 +16,7 @@ from engine.inputs.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, read_d
 from train.data.parquet import CONCEPT_COLUMNS, split_concepts
 
 SPLITS = {
-    "train": ("train", "training"),
+    "train": ("train", "training", "restval"),
     "valid": ("valid", "validation", "val", "dev"),
     "test": ("test", "testing"),
 }
@@ -29,7 +29,8 @@ LOOKED_FOR = (
     "{split}_captions.csv and the like (ROCOv2, ImageCLEF), {split}-*.parquet, {split}/metadata.csv or .jsonl, "
     "default/{split}/*.parquet, annotations/captions_{split}*.json or {split}.json (COCO, VizWiz), "
     "*_karpathy_{split}.json (BLIP, LAVIS), {split}/radiology/captions.txt (ROCO), {split}.jsonl, .csv, .tsv or "
-    f".json, pictures in {{split}}/ with a text file beside each, {', '.join(SINGLE)}, where split is train, valid or "
+    f".json, pictures in {{split}}/ with a text file beside each, dataset_*.json (Karpathy), annotation.json "
+    f"(R2Gen), {', '.join(SINGLE)}, where split is train, valid or "
     "test"
 )
 
@@ -96,7 +97,8 @@ def find_source(place: Listing, split: str) -> SplitFiles | None:
 
 def find_table(place: Listing) -> SplitFiles | None:
     """Return the one table (or folder of pictures and text files) of a directory without files for each split."""
-    name = next((name for name in SINGLE if name in place.files), None)
+    known = [name for name in place.files if re.fullmatch(r"(dataset_\w+|annotation)\.json", name)]
+    name = next((name for name in (*SINGLE, *known) if name in place.files), None)
     if name is not None:
         return SplitFiles(place.directory / name, _picture_folders(place))
     if _has_sidecars(place):
@@ -204,7 +206,8 @@ def _coco(place: Listing, split: str) -> SplitFiles | None:
 
 def _roco(place: Listing, split: str) -> SplitFiles | None:
     for folder in place.of_split(split):
-        captions = folder / "radiology" / "captions.txt"
+        tables = sorted((folder / "radiology").glob("*data.csv"))  # Kaggle's copy: its pictures have names of their own
+        captions = tables[0] if tables else folder / "radiology" / "captions.txt"
         if captions.is_file():
             return SplitFiles(captions, ((folder / "radiology" / "images", True),), one_each=True)
     return None

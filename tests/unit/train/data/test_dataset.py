@@ -641,3 +641,52 @@ def test_pictures_of_one_name_in_class_folders_are_found_by_their_paths(tmp_path
         ("dog/1", "a dog", "dog"),
     ]
     assert not split.problems.missing
+
+
+def test_karpathys_file_has_all_splits(tmp_path):
+    images = [
+        {
+            "filename": f"{name}.jpg",
+            "filepath": "val2014",
+            "split": split,
+            "sentences": [{"raw": "A b."}, {"raw": "C."}],
+        }
+        for name, split in (("a", "train"), ("b", "restval"), ("c", "val"), ("d", "test"))
+    ]
+    for name in "abcd":
+        picture(tmp_path / "val2014" / f"{name}.jpg")
+    write(tmp_path / "dataset_coco.json", json.dumps({"images": images, "dataset": "coco"}))
+    splits = read_dataset(tmp_path)
+    assert {name: [(e.id, e.caption) for e in split.examples] for name, split in splits.items()} == {
+        "train": [("a", "A b."), ("a", "C."), ("b", "A b."), ("b", "C.")],
+        "valid": [("c", "A b."), ("c", "C.")],
+        "test": [("d", "A b."), ("d", "C.")],
+    }
+    assert not splits["train"].problems.missing
+
+
+def test_r2gens_file_has_a_report_for_each_picture(tmp_path):
+    reports = {
+        "train": [{"id": "x", "report": "normal heart", "image_path": ["x/0.png", "x/1.png"], "split": "train"}],
+        "val": [{"id": "y", "report": "a mass", "image_path": ["y/0.png"], "split": "val"}],
+        "test": [],
+    }
+    for name in ("x/0", "x/1", "y/0"):
+        picture(tmp_path / "images" / f"{name}.png")
+    write(tmp_path / "annotation.json", json.dumps(reports))
+    splits = read_dataset(tmp_path)
+    assert seen(splits, tmp_path) == {
+        "train": [("x/0", "images/x/0.png", "normal heart"), ("x/1", "images/x/1.png", "normal heart")],
+        "valid": [("y/0", "images/y/0.png", "a mass")],
+    }
+
+
+@pytest.mark.parametrize("named", ["PMC1_g002.jpg", "ROCO_00002.jpg"])
+def test_kaggles_roco_leads_from_ids_to_names(named, tmp_path):
+    radiology = tmp_path / "train" / "radiology"
+    picture(radiology / "images" / named)
+    write(radiology / "captions.txt", "ROCO_00002\t axial ct\n")
+    write(radiology / "traindata.csv", "id,name,caption\nROCO_00002,PMC1_g002.jpg, axial ct\n")
+    split = read_dataset(tmp_path)["train"]
+    assert [(e.id, e.image.name) for e in split.examples] == [("ROCO_00002", named)]
+    assert not split.problems.missing
