@@ -61,7 +61,7 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "truncated WEBP": (".webp", _write(encoded("WEBP")[:-100]), "decoder"),
     "truncated TIFF": (".tif", _write(encoded("TIFF")[:200]), ""),
     "decompression bomb": (".png", _write(_bomb()), "a decompression bomb?"),
-    "a format that is not decoded": (".jpg", _write(encoded("PPM")), "not an image, or damaged"),
+    "a format that is not decoded": (".jpg", _write(encoded("SGI")), "not an image, or damaged"),
     "loop of links": (".jpg", lambda path: path.symlink_to(path.name), "symbolic links"),
     "link to nowhere": (".jpg", lambda path: path.symlink_to("nowhere"), "No such file"),
     "link to a folder": (".jpg", lambda path: path.symlink_to("."), "a folder, a pipe or a device"),
