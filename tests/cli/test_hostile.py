@@ -147,7 +147,7 @@ def test_folders_pipes_and_other_files_are_left_aside_and_counted(run, image_dir
     (image_dir / "notes.txt").touch()
     result = run()
     assert result.exit_code == 0, result.output
-    assert "3 other entries of" in result.stderr
+    assert ": 2 .jpg, 1 .txt" in result.stderr
     assert len(captions(tmp_path / "run.csv")) == 2
 
 
@@ -168,7 +168,7 @@ def test_folders_are_entered_when_asked_for(run, image_dir, tmp_path):
     result = run("--recursive")
     assert result.exit_code == 0, result.output
     assert list(captions(tmp_path / "run.csv")) == ["deep", "good 0", "good 1"]
-    assert "2 other entries of" in result.stderr
+    assert ": 1 hidden, 1 without a suffix" in result.stderr
     random_pictures(1)[0].save(image_dir / "b" / "good 0.jpg")
     result = run("--recursive")
     assert result.exit_code == 2
