@@ -88,7 +88,7 @@ def _watch(receiver: socket.socket, sender: socket.socket) -> None:  # noqa: ARG
     codes = {int(signal.SIGINT): INTERRUPTED, int(signal.SIGTERM): TERMINATED}
     while True:
         number = receiver.recv(1)[0]
-        if number in codes and signal.getsignal(number) not in (signal.SIG_IGN, None):
+        if number in codes:
             time.sleep(GRACE_S)
             with contextlib.suppress(OSError):
                 os.write(2, f"{STOPPED}\n".encode())

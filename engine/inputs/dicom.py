@@ -106,7 +106,7 @@ def _stored_values(pydicom: Any, header: Any, stream: IO[bytes], frame: int) -> 
     stream.seek(0)
     syntax, pixels = header.file_meta.get("TransferSyntaxUID"), stream
     if syntax is None:  # without the header of PS3.10 pixels are plain, in the encoding of the tags
-        pixels = pydicom.dcmread(stream, force=True)
+        pixels = pydicom.dcmread(stream, specific_tags=[*TAGS, "PixelData"], force=True)
         is_implicit, is_little = pixels.original_encoding
         uids = pydicom.uid
         plain = uids.ImplicitVRLittleEndian if is_implicit else uids.ExplicitVRLittleEndian

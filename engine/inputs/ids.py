@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from engine.errors import DataError
-from engine.inputs.kinds import cut_suffix, image_id
+from engine.inputs.kinds import cut_caption_number, image_id
 
 
 class Ids:
@@ -28,7 +27,7 @@ class Ids:
             return self._aliases[name]
         return self._spelled.get(spelled(name)) or self._last.get(image_id(spelled(name)))
 
-    def find_all(self, names: Iterable[str], source: Path) -> dict[str, str]:
+    def find_all(self, names: Iterable[str], source: Path | str) -> dict[str, str]:
         """Return the ids of the names that mean one. Raises DataError where two names of `source` mean the same."""
         found: dict[str, str] = {}
         names_of: dict[str, str] = {}
@@ -51,8 +50,7 @@ class Ids:
 def spelled(name: str) -> str:
     """Return a name in one spelling: composed characters, `/` between folders, no `./` before, no picture's suffix."""
     text = unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
-    bare = re.sub(r"#\d+$", "", text)
-    return cut_suffix(bare) if cut_suffix(bare) != bare else cut_suffix(text)
+    return cut_caption_number(text)
 
 
 def shown(name: str) -> str:

@@ -92,11 +92,13 @@ def find_images(
     if isinstance(directory, RemoteFolder):
         names, taken = _names_at(directory, recursive)
         images = [ImageFile(_id(n, ids), Path(n), dicom_frame, directory) for n in taken]
+        kinds = {_kind_by_suffix(Path(n).suffix.lower()) for n in taken}
     else:
         if not directory.is_dir():
             raise UsageError(f"{directory} is not a directory: give the folder that holds the images")
         names = sorted(_names_below(directory) if recursive else os.listdir(directory))
-        taken = [n for n in names if _is_candidate(directory / n)]
+        kind_taken = {n: kind for n in names if (kind := _kind_taken(directory / n)) is not None}
+        taken, kinds = list(kind_taken), set(kind_taken.values())
         images = [ImageFile(_id(n, ids), directory / n, dicom_frame) for n in taken]
     ignored = sorted(set(names) - set(taken))
     if not images:
@@ -111,7 +113,7 @@ def find_images(
                 f"{'' if ids == 'path' else '; --ids path makes ids of paths'}"
             )
         by_id[image.id] = name
-    if any(is_dicom(image.path) for image in images if image.folder is None or image.path.suffix.lower() in DICOM):
+    if "DICOM" in kinds:
         dicom.require_pydicom()
     return FoundImages(images, ignored)
 
@@ -168,15 +170,20 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _is_candidate(path: Path) -> bool:
-    """Return whether an entry is taken for an image: a file or a link, not hidden, by suffix or by first bytes."""
+def _kind_taken(path: Path) -> str | None:
+    """Return the kind of an entry that is taken for an image: a file or link, not hidden, by suffix or first bytes."""
     suffix = path.suffix.lower()
     if path.name.startswith(".") or suffix in NEVER | HEIC - SUFFIXES:
-        return False
+        return None
     mode = os.lstat(path).st_mode
     if suffix in SUFFIXES:  # a link is taken whatever it leads to: reading it will tell
-        return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
-    return stat.S_ISREG(mode) and _kind(path) in DECODED
+        return _kind_by_suffix(suffix) if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else None
+    kind = _kind(path) if stat.S_ISREG(mode) else None
+    return kind if kind in DECODED else None
+
+
+def _kind_by_suffix(suffix: str) -> str:
+    return "DICOM" if suffix in DICOM else "picture"
 
 
 def _kind(path: Path) -> str | None:

@@ -92,13 +92,14 @@ def cut_suffix(name: str) -> str:
 
 
 def image_id(name: str) -> str:
-    """Return the id of a picture as tables name it: without folders (of POSIX or Windows), suffix and `#n`.
+    """Return the id of a picture as tables name it: without folders (of POSIX or Windows), suffix and `#n`."""
+    return cut_caption_number(re.split(r"[/\\]", name)[-1])
 
-    `x.jpg#0` is how Flickr's tables count the captions of a picture.
-    """
-    last = re.split(r"[/\\]", name)[-1]
-    bare = re.sub(r"#\d+$", "", last)
-    return cut_suffix(bare) if bare != last and cut_suffix(bare) != bare else cut_suffix(last)
+
+def cut_caption_number(name: str) -> str:
+    """Return a name without suffix, and without the `#0` by which Flickr's tables count the captions of `x.jpg#0`."""
+    bare = re.sub(r"#\d+$", "", name)
+    return cut_suffix(bare) if cut_suffix(bare) != bare else cut_suffix(name)
 
 
 def count_kinds(names: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,11 @@ class Table:
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def ids(self) -> Ids:
+        """The ids, to be found however they are written; asked for once the table is read."""
+        return Ids(self.captions, self.aliases)
+
     def single(self) -> dict[str, str]:
         """Return the captions of a run, one an id; raise DataError naming an id that has several."""
         several = [name for name, captions in self.captions.items() if len(captions) != 1]
@@ -52,7 +58,7 @@ class Table:
 
 def by_reference_id(references: Table, found: Mapping[str, T]) -> dict[str, T]:
     """Return what is known by id under the ids of `references`, however these write them (Ids)."""
-    ids = Ids(references.captions, references.aliases).find_all(found, references.path)
+    ids = references.ids.find_all(found, references.path)
     return {ids.get(name, name): value for name, value in found.items()}
 
 

@@ -79,10 +79,10 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
     if form.is_zip != (out.suffix.lower() == ".zip"):
         wanted = "an archive: name it submission.zip" if form.is_zip else "a plain file: name it submission.csv"
         raise UsageError(f"{name} takes {wanted}, not {out.name}")
-    found = Ids(captions).find_all(ids, out)
-    captions = {name: captions[one] for name, one in found.items()} | {
-        name: caption for name, caption in captions.items() if name not in found.values()
-    }
+    found = Ids(captions).find_all(ids, "the manifest")
+    meant = set(found.values())
+    others = {name: caption for name, caption in captions.items() if name not in meant}
+    captions = others | {name: captions[one] for name, one in found.items()}
     missing = [one for one in ids if one not in captions]
     if missing:
         raise DataError(f"the run lacks {len(missing)} ids of the manifest: {join_some(missing)}")

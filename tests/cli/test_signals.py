@@ -117,9 +117,7 @@ def test_a_score_is_interrupted_at_any_time_and_nothing_is_left_alive(wait_s, tm
     )
     time.sleep(wait_s)
     seconds, errors = stop(process, signal.SIGINT)
-    if process.returncode == -signal.SIGINT:
-        pytest.skip("not begun yet: this machine is busy")
-    assert process.returncode == INTERRUPTED, errors
+    assert process.returncode in (INTERRUPTED, -signal.SIGINT), errors  # the second: Python itself had not begun
     assert seconds < 2
     time.sleep(0.2)
     left = [path for path in Path("/proc").glob("[0-9]*/stat") if session_of(path) == process.pid]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.errors import DataError
 from engine.inputs.ids import Ids, join_some, shown
-from engine.inputs.kinds import SUFFIXES, cut_suffix, image_id
+from engine.inputs.kinds import SUFFIXES, image_id
 
 NAMES = st.text(
     st.characters(codec="utf-8", exclude_characters="/\\#\0\n\r", exclude_categories=("Cs",)), min_size=1
@@ -65,4 +65,3 @@ def test_messages_show_what_the_eye_does_not_see():
     assert join_some(["a ", "b"]) == "'a ', b"
     assert Ids(["scan 1"]).hint("scan\u00a01 x") == ""
     assert Ids(["scan1"]).hint("scan1\u200b") == " (there is scan1, not 'scan1\\u200b')"
-    assert cut_suffix("a") == "a"

@@ -536,8 +536,8 @@ def test_n_best_files_that_are_none(content, sentence, tmp_path):
 class Failing:
     """A metric whose library fails."""
 
-    def __init__(self, error: Exception, *, signs: bool = True) -> None:
-        self.name, self._error, self._signs = "failing", error, signs
+    def __init__(self, error: Exception) -> None:
+        self.name, self._error = "failing", error
 
     def signature(self) -> str:
         return "failing"
