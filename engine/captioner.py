@@ -46,7 +46,7 @@ class Captioner:
         """`threads` is how many cores are this captioner's; all of them when None."""
         self._readers = max(FEWEST_READERS, threads or available_cores())
         self.clipped: list[str] = []
-        """Names of the pictures read so far that have more than 8 bits a channel."""
+        """Names of the pictures read so far of whose more than 8 bits a channel only values up to 255 were kept."""
         self.bundle = bundle
         self.backend = backend
         self.tokenizer = CaptionTokenizer(bundle)
@@ -142,10 +142,9 @@ class Captioner:
 
         def read(numbered: tuple[int, ImageSource]) -> tuple[str, NDArray[np.uint8] | ImageError]:
             number, source = numbered
-            name, content, frame = _identify(number, source)
+            name, content, how = _identify(number, source)
             try:
-                pixels = read_image(content, spec.height, spec.width, spec.resample, frame=frame, clipped=self.clipped)
-                return name, pixels
+                return name, read_image(content, spec.height, spec.width, spec.resample, clipped=self.clipped, **how)
             except ImageError as error:
                 return name, error
 
@@ -267,8 +266,8 @@ def _digest(pixels: NDArray[np.uint8]) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(pixels).reshape(-1).data, digest_size=16).digest()
 
 
-def _identify(number: int, source: ImageSource) -> tuple[str, Picture, int]:
-    """Return an image's id, what to read and its frame: the file's stem, or its running number without a file."""
+def _identify(number: int, source: ImageSource) -> tuple[str, Picture, dict[str, Any]]:
+    """Return an image's id (the file's stem, or its running number without a file), what to read, and how."""
     if isinstance(source, ImageFile):
-        return source.id, source.source, source.frame
-    return (cut_suffix(Path(source).name) if isinstance(source, Path | str) else str(number)), source, 0
+        return source.id, source.source, {"frame": source.frame, "depth": source.depth}
+    return (cut_suffix(Path(source).name) if isinstance(source, Path | str) else str(number)), source, {}

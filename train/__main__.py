@@ -14,6 +14,8 @@ import click
 from engine.cli.group import OneLineGroup
 from engine.cli.shared import PATH, say
 from engine.errors import EngineError, UsageError
+from engine.inputs.depth import CLIP
+from engine.inputs.depth import HELP as DEPTH_HELP
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -27,6 +29,7 @@ def recipe_options(command: Command) -> Command:
         click.option("--batch-size", type=click.IntRange(1), help="Captions an optimiser step learns from."),
         click.option("--device-batch", type=click.IntRange(1), help="Of these, how many a process takes at once."),
         click.option("--image-size", type=click.IntRange(1), help="px; the position table is resized to it."),
+        click.option("--high-bit-depth", help=DEPTH_HELP),
         click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"])),
         click.option("--seed", type=click.IntRange(0)),
     ):
@@ -143,14 +146,23 @@ def sweep(beams: str, metrics: str, weights: tuple[str, ...], **given: Any) -> N
 @main.command()
 @click.option("--model", type=PATH, help="Checkpoint whose tokenizer counts tokens; words are counted without it.")
 @click.option("--out", type=PATH, required=True, help="Directory for inspect.json and the plots.")
+@click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)
 @data_options
 def inspect(
-    data: Path, model: Path | None, out: Path, allow_missing: bool, check_images: bool, unpack_into: Path | None
+    data: Path,
+    model: Path | None,
+    out: Path,
+    high_bit_depth: str,
+    allow_missing: bool,
+    check_images: bool,
+    unpack_into: Path | None,
 ) -> None:
     """Look at a data set before training: caption lengths, modalities, image sizes, duplicates, overlap, problems."""
     from train.data.inspect import inspect_directory
 
-    is_sound = inspect_directory(data, out, say, model=model, decode=check_images, unpack_into=unpack_into)
+    is_sound = inspect_directory(
+        data, out, say, model=model, decode=check_images, unpack_into=unpack_into, high_bit_depth=high_bit_depth
+    )
     if not is_sound and not allow_missing:
         sys.exit(1)
 

@@ -50,7 +50,7 @@ def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dic
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "image_size": reference.model.config.vision_config.image_size,
-        "memory_gib": memory(reference.model, recipe, PixelSpec.of(reference.image_processor)),
+        "memory_gib": memory(reference.model, recipe, PixelSpec.of(reference.image_processor, recipe.high_bit_depth)),
     }
     if trial:
         plan["trial"] = _trial(job, reference, splits, (device_batch, accumulated), say)

@@ -99,6 +99,7 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, say: Sa
         problems = check_split(
             splits[name],
             decode=data.decode_images,
+            depth=recipe.high_bit_depth,
             count_tokens=lambda text: len(reference.tokenizer(text)["input_ids"]),
             max_tokens=min(recipe.max_tokens, positions),
         )
@@ -151,7 +152,16 @@ def make_judge(
         chosen = {ids[int(i * step)] for i in range(recipe.eval_images)}
         examples = [example for example in examples if example.id in chosen]
     metrics, options = evaluation_metrics(recipe), evaluation_options(recipe)
-    evaluator = Evaluator(reference, examples, metrics, options, recipe.max_tokens, recipe.device_batch, job.metrics)
+    evaluator = Evaluator(
+        reference,
+        examples,
+        metrics,
+        options,
+        recipe.max_tokens,
+        recipe.device_batch,
+        job.metrics,
+        recipe.high_bit_depth,
+    )
 
     def judge(epoch: int) -> dict[str, float]:
         found, captions = evaluator.evaluate()

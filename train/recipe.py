@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from engine.errors import UsageError
+from engine.inputs.depth import CLIP, window_of
 from train.data.augment import AUGMENTATIONS
 
 SCHEDULES = ("step", "constant", "one-cycle")
@@ -33,7 +34,8 @@ class Recipe:
     parts that stay as they are: vision (the tower), words (word and position embeddings), or all-but-cross (everything
     but cross-attention). With a frozen vision tower and no augmentation, `cache_features` encodes every image once.
     `metric` is what the best epoch is chosen by: a metric of `engine score` over captions generated with `eval_beams`
-    beams, or loss.
+    beams, or loss. `high_bit_depth` is how pictures of more than 8 bits are read, and `engine caption` has to be told
+    the same (engine/inputs/depth.py).
 
     With a `reward`, such as "rouge1=1 bertscore=1", the run is the second stage, self-critical sequence training
     (learning/reward.py): `samples` captions an image are drawn and compared with the `baseline`, the `others` or the
@@ -52,6 +54,7 @@ class Recipe:
     device_batch: int = 16
     max_tokens: int = 200
     image_size: int | None = 224
+    high_bit_depth: str = CLIP
     label_smoothing: float = 0.0
     freeze: tuple[str, ...] = ()
     cache_features: bool = False
@@ -108,6 +111,7 @@ class Recipe:
             "cache_features trains the decoder alone, which knows no gradient_checkpointing",
         )
         self.rewards()
+        window_of(self.high_bit_depth)
         refuse(0 < self.valid_share < 1, "valid_share must be between 0 and 1")
         refuse(self.max_tokens >= 3, "max_tokens must be at least 3: [DEC], a word and [SEP]")
         refuse(

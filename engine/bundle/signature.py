@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from engine.bundle.manifest import Bundle
+from engine.inputs.depth import CLIP
 from engine.options import DecodeOptions
 from engine.version import __version__
 
@@ -14,14 +15,15 @@ BUILDERS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")
 """Packages whose release counts, too, where TensorRT runs the graphs."""
 
 
-def run_signature(bundle: Bundle, backend: str, options: DecodeOptions) -> str:
-    """Return `name:value` pairs joined by `|`: engine, bundle digest, precision, backend, every option in force, and
-    Pillow's release.
+def run_signature(bundle: Bundle, backend: str, options: DecodeOptions, high_bit_depth: str = CLIP) -> str:
+    """Return `name:value` pairs joined by `|`: engine, bundle digest, precision, backend, every option in force, how
+    more than 8 bits a channel were read where that is not Hugging Face's way, and Pillow's release.
 
     Pillow 13 resizes pictures that are narrower and taller than the model's size otherwise than 12 did, so a caption of
     one may differ from that of the same bundle elsewhere (tests/unit/engine/inputs/test_pixels.py).
     """
-    return f"{settings_line(bundle, backend, options)}|pillow:{version('pillow')}"
+    depth = "" if high_bit_depth == CLIP else f"|high_bit_depth:{high_bit_depth}"
+    return f"{settings_line(bundle, backend, options)}{depth}|pillow:{version('pillow')}"
 
 
 def settings_line(bundle: Bundle, backend: str, options: DecodeOptions) -> str:

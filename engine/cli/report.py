@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from engine.cli.shared import PATH, say
+from engine.inputs.depth import CLIP
+from engine.inputs.depth import HELP as DEPTH_HELP
 
 
 @click.command()
@@ -27,6 +29,7 @@ from engine.cli.shared import PATH, say
 @click.option("--signature", "signatures", multiple=True, help="A line of `caption` or `score` to show; several.")
 @click.option("--recursive", is_flag=True, help="Look for images in the folders of the directory, too.")
 @click.option("--dicom-frame", type=click.IntRange(0), default=0, help="Frame of DICOM files, counted from 0.")
+@click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)
 @click.option("--thumbnail-px", type=click.IntRange(32, 2048), default=320, show_default=True)
 def report(**given: Any) -> None:
     """Make a page to look at a run: open index.html of --out in any browser, no server needed.

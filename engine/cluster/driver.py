@@ -142,6 +142,7 @@ class ClusterSource:
             for answer in map(unpack_answer, self._answers(missing)):
                 for name, reason in answer.failures.items():
                     todo.fail(ImageError(paths[name], reason))
+                self.clipped += answer.clipped
                 if answer.note:
                     say(answer.note)
                 yield from (caption for caption in answer.captions if not todo.has(caption.id))

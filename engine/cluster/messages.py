@@ -42,7 +42,7 @@ def pack_images(images: list[ImageFile]) -> str:
     """Return a message with images to caption; paths are absolute, workers run elsewhere."""
     return json.dumps(
         [
-            [i.id, str(i.path.absolute() if i.folder is None else i.path), i.frame, i.folder and i.folder.uri]
+            [i.id, str(i.path.absolute() if i.folder is None else i.path), i.frame, i.folder and i.folder.uri, i.depth]
             for i in images
         ]
     )
@@ -51,8 +51,8 @@ def pack_images(images: list[ImageFile]) -> str:
 def unpack_images(message: str) -> list[ImageFile]:
     """Return the images of a message."""
     return [
-        ImageFile(name, Path(path), frame, RemoteFolder(uri) if uri else None)
-        for name, path, frame, uri in json.loads(message)
+        ImageFile(name, Path(path), frame, RemoteFolder(uri) if uri else None, depth)
+        for name, path, frame, uri, depth in json.loads(message)
     ]
 
 
@@ -64,6 +64,11 @@ def pack_captions(captions: list[Caption]) -> str:
 def pack_failures(failures: Mapping[str, str]) -> str:
     """Return a message with images that cannot be read: id -> reason."""
     return json.dumps({"failures": dict(failures)})
+
+
+def pack_clipped(names: list[str]) -> str:
+    """Return a message with names of pictures that have more than 8 bits a channel, of which 8 were kept."""
+    return json.dumps({"clipped": names})
 
 
 def pack_note(note: str) -> str:
@@ -78,10 +83,13 @@ def pack_error(error: EngineError, where: str = "") -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker said: captions, images it cannot read (id -> reason), and a line for the user."""
+    """What a worker said: captions, images it cannot read (id -> reason), names of clipped pictures, and a line for the
+    user.
+    """
 
     captions: tuple[Caption, ...] = ()
     failures: Mapping[str, str] = field(default_factory=dict)
+    clipped: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -98,4 +106,6 @@ def unpack_answer(message: str) -> Answer:
         )
         for entry in content.get("captions", ())
     )
-    return Answer(tuple(captions), content.get("failures", {}), content.get("note", ""))
+    return Answer(
+        tuple(captions), content.get("failures", {}), tuple(content.get("clipped", ())), content.get("note", "")
+    )

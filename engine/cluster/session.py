@@ -74,6 +74,11 @@ def _connect(ray: Any, address: str) -> None:
             **(mine if address == LOCAL else {}),
         )
     except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if type(error.__cause__).__name__ == "AuthenticationError":
+            raise EngineError(
+                f"the Ray cluster at {address} wants a token: set RAY_AUTH_MODE=token, with the token in "
+                "~/.ray/auth_token or RAY_AUTH_TOKEN"
+            ) from error
         what = "no Ray cluster could be started here" if address == LOCAL else f"no Ray cluster answers at {address}"
         hint = "" if address == LOCAL else ": `ray start --head` starts one, --ray alone a local one"
         raise EngineError(f"{what}: {' '.join(str(error).split())[:300]}{hint}") from error

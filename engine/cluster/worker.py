@@ -19,6 +19,7 @@ from engine.cluster.messages import (
     COLUMN,
     WorkOrder,
     pack_captions,
+    pack_clipped,
     pack_error,
     pack_failures,
     pack_note,
@@ -119,6 +120,7 @@ class CaptionWorker:
         captioner = Captioner(bundle, open_backend(bundle, order.runtime), threads=order.runtime.threads)
         search = captioner.search(order.options)
         rows = order.rows or self._fair_slots(captioner, search) * search.num_beams
+        self._clipped = captioner.clipped
         self._stream = CaptionStream(captioner, order.options, rows=rows)
 
     def _fair_slots(self, captioner: Captioner, search: Search) -> int:
@@ -164,4 +166,7 @@ class CaptionWorker:
         yield pack_captions(ready)
         if failures:
             yield pack_failures(failures)
+        if clipped := self._clipped[:]:  # those of another block that goes on meanwhile may be among them
+            del self._clipped[: len(clipped)]
+            yield pack_clipped(clipped)
         yield from map(pack_note, notes)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from engine.errors import DataError, EngineError, ImageError, UsageError
 from engine.inputs import dicom
+from engine.inputs.depth import CLIP, as_rgb, is_deep
 from engine.inputs.ids import Ids, join_some
 from engine.inputs.kinds import (
     DECODED,
@@ -53,13 +54,14 @@ RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 class ImageFile:
     """One input: its id (the file name without a picture's suffix), its path, and which frame of a DICOM file is meant.
 
-    With `folder`, a URI, `path` is the path inside it.
+    With `folder`, a URI, `path` is the path inside it. `depth` is how more than 8 bits a channel are read (depth.py).
     """
 
     id: str
     path: Path
     frame: int = 0
     folder: RemoteFolder | None = None
+    depth: str = CLIP
 
     @property
     def source(self) -> Path | RemoteFile:
@@ -80,7 +82,7 @@ class RepeatedIdError(UsageError):
 
 
 def find_images(
-    directory: Location, *, recursive: bool = False, dicom_frame: int = 0, ids: str = "stem"
+    directory: Location, *, recursive: bool = False, dicom_frame: int = 0, ids: str = "stem", depth: str = CLIP
 ) -> FoundImages:
     """List the images directly inside `directory`, sorted by file name: by suffix, here also by their first bytes.
 
@@ -91,7 +93,7 @@ def find_images(
     """
     if isinstance(directory, RemoteFolder):
         names, taken = _names_at(directory, recursive)
-        images = [ImageFile(_id(n, ids), Path(n), dicom_frame, directory) for n in taken]
+        images = [ImageFile(_id(n, ids), Path(n), dicom_frame, directory, depth) for n in taken]
         kinds = {_kind_by_suffix(Path(n).suffix.lower()) for n in taken}
     else:
         if not directory.is_dir():
@@ -99,7 +101,7 @@ def find_images(
         names = sorted(_names_below(directory) if recursive else os.listdir(directory))
         kind_taken = {n: kind for n in names if (kind := _kind_taken(directory / n)) is not None}
         taken, kinds = list(kind_taken), set(kind_taken.values())
-        images = [ImageFile(_id(n, ids), directory / n, dicom_frame) for n in taken]
+        images = [ImageFile(_id(n, ids), directory / n, dicom_frame, depth=depth) for n in taken]
     ignored = sorted(set(names) - set(taken))
     if not images:
         hint = "" if recursive else "; --recursive looks into its folders"
@@ -124,12 +126,12 @@ def _id(name: str, ids: str) -> str:
 
 
 def find_images_of(
-    ids: Iterable[str], directory: Location, *, recursive: bool = False, dicom_frame: int = 0
+    ids: Iterable[str], directory: Location, *, recursive: bool = False, dicom_frame: int = 0, depth: str = CLIP
 ) -> dict[str, ImageFile]:
     """Return the images of these ids, by id: the reverse of find_images. Ids with a `/` were made of paths."""
     wanted = list(ids)
     how = "path" if any("/" in name for name in wanted) else "stem"
-    found = find_images(directory, recursive=recursive, dicom_frame=dicom_frame, ids=how).images
+    found = find_images(directory, recursive=recursive, dicom_frame=dicom_frame, ids=how, depth=depth).images
     by_id = {image.id: image for image in found}
     known = Ids(by_id)
     return {name: by_id[one] for name in wanted if (one := known.find(name)) is not None}
@@ -217,26 +219,35 @@ def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[Image
 
 
 def read_image(
-    source: Picture, height: int, width: int, resample: str, *, frame: int = 0, clipped: list[str] | None = None
+    source: Picture,
+    height: int,
+    width: int,
+    resample: str,
+    *,
+    frame: int = 0,
+    depth: str = CLIP,
+    clipped: list[str] | None = None,
 ) -> NDArray[np.uint8]:
     """Return RGB bytes u8[height,width,3] of a file, a Pillow image or an array u8[h,w,3].
 
     The steps are those of Hugging Face's slow BlipImageProcessor (transformers 4.57): convert to RGB, then
     resize to exactly height x width px with Pillow's filter, ignoring the aspect ratio and EXIF rotation. Of an
-    animation the first frame counts, of a DICOM file frame number `frame`. The name of a picture with more than 8 bits
-    a channel, whose values beyond 0 to 255 are lost, is added to `clipped`.
+    animation the first frame counts, of a DICOM file frame number `frame`. More than 8 bits a channel are read as
+    `depth` says (depth.py); where that is CLIP, values beyond 0 to 255 are lost and the name is added to `clipped`.
     Raises ImageError naming the file, EngineError when the system has no more file handles.
     """
-    picture = decode_image(source, frame=frame, clipped=clipped)
+    picture = decode_image(source, frame=frame, depth=depth, clipped=clipped)
     return np.asarray(picture.resize((width, height), RESAMPLING[resample]))
 
 
-def decode_image(source: Picture, *, frame: int = 0, clipped: list[str] | None = None) -> Image.Image:
+def decode_image(
+    source: Picture, *, frame: int = 0, depth: str = CLIP, clipped: list[str] | None = None
+) -> Image.Image:
     """Return a file, a Pillow image or an array u8[h,w,3] as an RGB picture; see read_image for the rest."""
     name = str(source) if isinstance(source, Path | str | RemoteFile) else "image"
     try:
         if isinstance(source, Image.Image):
-            return source.convert("RGB")
+            return as_rgb(source, depth)
         if isinstance(source, np.ndarray):
             return Image.fromarray(source).convert("RGB")
         file = Path(source) if isinstance(source, str) else source
@@ -249,9 +260,9 @@ def decode_image(source: Picture, *, frame: int = 0, clipped: list[str] | None =
                 raise ImageError(name, NOT_DECODED.format(kind=kind, remedy=REMEDIES.get(kind, "")))
             picture = Image.open(stream, formats=picture_formats())
             _refuse_bomb(picture)
-            if clipped is not None and (picture.mode in ("I", "F") or picture.mode.startswith("I;")):
+            if clipped is not None and depth == CLIP and is_deep(picture):
                 clipped.append(name)
-            return picture.convert("RGB")
+            return as_rgb(picture, depth)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(name, f"larger than {Image.MAX_IMAGE_PIXELS} pixels, refused: a decompression bomb?") from None
     except EngineError:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from engine.errors import DataError, UsageError
 from engine.files.atomic import file_sha256
+from engine.inputs.depth import CLIP
 from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile, find_images_of
 from engine.inputs.tables import by_reference_id, read_columns, read_table
@@ -36,6 +37,7 @@ class ReportRequest:
     signatures: tuple[str, ...] = ()
     recursive: bool = False
     dicom_frame: int = 0
+    high_bit_depth: str = CLIP
     thumbnail_px: int = 320
 
     def files(self) -> dict[str, Path]:
@@ -116,7 +118,13 @@ def gather(request: ReportRequest) -> Content:
         candidates = [found.get(name, []) for name in ids]
     if not request.images.is_dir():
         raise UsageError(f"{request.images} is not a directory: --images takes the folder that holds the images")
-    images = find_images_of(ids, request.images, recursive=request.recursive, dicom_frame=request.dicom_frame)
+    images = find_images_of(
+        ids,
+        request.images,
+        recursive=request.recursive,
+        dicom_frame=request.dicom_frame,
+        depth=request.high_bit_depth,
+    )
     notes += matched(request.run, ids, request.images, images)
     scores: list[ScoreColumn] = []
     for run, path in enumerate((request.scores, request.against_scores)):

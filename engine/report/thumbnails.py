@@ -87,6 +87,7 @@ def thumbnail_name(image: ImageFile, size_px: int) -> str:
     parts = (
         os.fsencode(image.path.name),
         image.frame,
+        image.depth,
         size_px,
         status.st_size,
         status.st_mtime_ns,
@@ -105,7 +106,7 @@ def remove_stale(folder: Path, kept: Collection[str | None]) -> None:
 
 def _write(target: Path, image: ImageFile, size_px: int) -> None:
     """Write one thumbnail, not to be seen before it is whole."""
-    picture = decode_image(image.path, frame=image.frame)
+    picture = decode_image(image.path, frame=image.frame, depth=image.depth)
     picture.thumbnail((size_px, size_px), Image.Resampling.LANCZOS, reducing_gap=2.0)
     temporary = target.with_name(f".{target.name}.tmp")
     try:

@@ -15,7 +15,7 @@ def run_key(images: Sequence[ImageFile], made_with: str) -> str:
     digest = hashlib.sha256(made_with.encode("utf-8", "surrogateescape"))
     for image in images:
         place = str(image.path.absolute() if image.folder is None else image.source)
-        digest.update(json.dumps([image.id, place, image.frame]).encode("ascii"))
+        digest.update(json.dumps([image.id, place, image.frame, image.depth]).encode("ascii"))
     return digest.hexdigest()
 
 

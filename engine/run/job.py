@@ -7,6 +7,8 @@ from pathlib import Path
 
 from engine.files.atomic import check_outputs
 from engine.files.lock import lock_path
+from engine.inputs.depth import CLIP, window_of
+from engine.inputs.depth import HELP as DEPTH_HELP
 from engine.inputs.remote import Location
 from engine.options import declared, option
 from engine.run.journal import journal_path
@@ -26,6 +28,10 @@ class Inputs:
         choices={"stem": "stem", "path": "path"},
     )
     dicom_frame: int = option(0, "--dicom-frame", "Frame of DICOM files, counted from 0.", least=0)
+    high_bit_depth: str = option(CLIP, "--high-bit-depth", DEPTH_HELP)
+
+    def __post_init__(self) -> None:
+        window_of(self.high_bit_depth)  # refuses what is neither a word nor a window
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def caption_directory(
         if clipped := sorted(set(source.clipped)):
             say(
                 f"{len(clipped)} pictures have more than 8 bits a channel and are read as Hugging Face's processor "
-                f"reads them, values above 255 white: {join_some(clipped, 3)}"
+                f"reads them, values above 255 white: {join_some(clipped, 3)}; --high-bit-depth scale keeps their range"
             )
         write(record, outputs, options, say)
     return RunSummary(
@@ -87,7 +87,7 @@ def caption_directory(
         seconds=seconds,
         images_per_s=(len(record.captions) - record.resumed) / seconds,
         out=str(outputs.out),
-        signature=run_signature(source.bundle, source.backend_name, options),
+        signature=run_signature(source.bundle, source.backend_name, options, inputs.high_bit_depth),
         left_aside=left_aside,
     )
 
@@ -97,7 +97,13 @@ def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) ->
 
     Raises UsageError where there are no images, or an output would harm them.
     """
-    found = find_images(inputs.directory, recursive=inputs.recursive, dicom_frame=inputs.dicom_frame, ids=inputs.ids)
+    found = find_images(
+        inputs.directory,
+        recursive=inputs.recursive,
+        dicom_frame=inputs.dicom_frame,
+        ids=inputs.ids,
+        depth=inputs.high_bit_depth,
+    )
     images = order_by_manifest(found.images, inputs.manifest) if inputs.manifest else found.images
     manifest = [inputs.manifest] if inputs.manifest else []
     outputs.check([image.path for image in found.images if image.folder is None] + manifest)

@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 class Source(Protocol):
     """Captions made with `bundle` on `backend_name`; `environment` says with which packages.
 
-    `clipped` grows by the pictures that have more than 8 bits a channel; the workers of a cluster do not tell theirs.
+    `clipped` grows by the pictures of whose more than 8 bits a channel only values up to 255 are kept.
     """
 
     bundle: Bundle

@@ -80,6 +80,15 @@ def test_pictures_of_more_than_8_bits_are_told(image_dir, tiny_bundle, tmp_path)
     assert "f.tif" in result.stderr
     again = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "r2.csv")
     assert "more than 8 bits" not in again.stderr
+    scaled = run(
+        *("caption", "--input", folder, "--bundle", tiny_bundle, "--out", tmp_path / "r3.csv"),
+        *("--high-bit-depth", "scale", "--json"),
+    )
+    assert "more than 8 bits" not in scaled.stderr
+    assert "|high_bit_depth:scale|" in json.loads(scaled.stdout.splitlines()[-1])["signature"]
+    assert "high_bit_depth" not in result.stdout
+    refused = run("caption", "--input", folder, "--out", tmp_path / "r4.csv", "--high-bit-depth", "9,1")
+    assert refused.exit_code == 2
 
 
 def test_n_best_lists_alternatives_best_first(image_dir, tiny_bundle, tmp_path):

@@ -14,11 +14,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
 
 from engine.cli.app import main
+from engine.cluster.session import _connect
+from engine.errors import EngineError
 from engine.run.journal import read_journal
 from tests.cli.test_resume import command, wait_for_records
 from tests.helpers.tiny import random_pictures
@@ -50,11 +53,17 @@ def undisturbed(image_dir, tiny_bundle, tmp_path_factory) -> bytes:
 
 @pytest.fixture(scope="module")
 def two_cores() -> Iterator[None]:
-    """A local cluster that the runs of these tests share: starting one takes seconds."""
+    """A local cluster that the runs of these tests share: starting one takes seconds.
+
+    It stands behind proxies that do not answer, as in a hospital's network: nothing of it may ask them.
+    """
     from engine.cluster.session import LOCAL, cluster
 
-    with cluster(LOCAL):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            patch.setenv(name, "http://192.0.2.1:3128")
+        with cluster(LOCAL):
+            yield
 
 
 def caption(image_dir: Path | str, bundle: Path | str, out: Path, *more: str) -> Result:
@@ -223,6 +232,18 @@ def test_without_ray_one_sentence_names_the_extra(image_dir, tiny_bundle, tmp_pa
     result = caption(image_dir, tiny_bundle, tmp_path / "run.csv")
     assert result.exit_code == 1
     assert result.stderr == "error: --ray needs the package ray (No module named 'ray'): install the extra [ray]\n"
+
+
+def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there():
+    class AuthenticationError(Exception):
+        pass
+
+    def refuse(**_):
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379") from AuthenticationError("missing")
+
+    fake = SimpleNamespace(init=refuse, exceptions=SimpleNamespace(RayError=RuntimeError))
+    with pytest.raises(EngineError, match=r"10.0.0.1:6379 wants a token: set RAY_AUTH_MODE=token, .*ray/auth_token"):
+        _connect(fake, "10.0.0.1:6379")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from engine.inputs.depth import CLIP
 from engine.inputs.images import read_image
 from export.checkpoints.releases import BlipImageProcessor
 from train.data.augment import AUGMENTATIONS
@@ -29,24 +30,27 @@ EpochIndex = tuple[int, int]
 
 @dataclass(frozen=True)
 class PixelSpec:
-    """What an image becomes: its size in px, Pillow's filter by name, and the processor's normalisation."""
+    """What an image becomes: its size in px, Pillow's filter by name, the processor's normalisation, and how more than
+    8 bits a channel are read (engine/inputs/depth.py).
+    """
 
     size: int
     resample: str
     rescale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    depth: str = CLIP
 
     @classmethod
-    def of(cls, processor: BlipImageProcessor) -> PixelSpec:
+    def of(cls, processor: BlipImageProcessor, depth: str = CLIP) -> PixelSpec:
         """Take over a slow image processor's settings."""
         resample = Image.Resampling(processor.resample).name.lower()
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        return cls(processor.size["height"], resample, processor.rescale_factor, mean, std)
+        return cls(processor.size["height"], resample, processor.rescale_factor, mean, std, depth)
 
     def read(self, source: object) -> NDArray[np.uint8]:
         """Return u8[size,size,3]; see engine.inputs.images.read_image."""
-        return read_image(source, self.size, self.size, self.resample)  # type: ignore[arg-type]
+        return read_image(source, self.size, self.size, self.resample, depth=self.depth)  # type: ignore[arg-type]
 
     def normalise(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
         """Return f32[3,size,size] of u8[size,size,3], as BlipImageProcessor computes it."""

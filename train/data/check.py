@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from engine.errors import DataError, ImageError
 from engine.host import available_cores
+from engine.inputs.depth import CLIP
 from engine.inputs.images import decode_image
 from train.data.dataset import Split
 from train.data.problems import Problems, is_empty
@@ -21,6 +23,7 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 R = TypeVar("R")
 
+CLIPPED = "values above 255 become white; high_bit_depth scale keeps their range"
 AT_ONCE = 512
 """Images handed to the threads at a time: Ctrl-C and a full queue of 70,000 both wait for no more."""
 
@@ -29,19 +32,21 @@ def check_split(
     split: Split,
     *,
     decode: bool = True,
+    depth: str = CLIP,
     count_tokens: Callable[[str], int] | None = None,
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Problems:
     """Return what reading the split found, and what only its pictures and a tokenizer can tell.
 
-    With `decode` every picture is decoded once, in threads. `count_tokens` returns the length of a caption as the model
-    gets it, and `max_tokens` is what fits: both count [DEC] and [SEP]. Raises EngineError for trouble that is the
-    system's and not the picture's, such as too many open files.
+    With `decode` every picture is decoded once, in threads, as `depth` says (engine/inputs/depth.py). `count_tokens`
+    returns the length of a caption as the model gets it, and `max_tokens` is what fits: both count [DEC] and [SEP].
+    Raises EngineError for trouble that is the system's and not the picture's, such as too many open files.
     """
     lost = {name for name, _ in split.problems.missing}
     files = {example.image: example.id for example in split.examples if example.id not in lost} if decode else {}
-    reasons = in_threads(_why_unreadable, list(files), progress)
+    clipped: list[str] = []
+    reasons = in_threads(partial(_why_unreadable, depth=depth, clipped=clipped), list(files), progress)
     unreadable = [(name, why) for name, why in zip(files.values(), reasons, strict=True) if why]
     cut = []
     if count_tokens is not None and max_tokens is not None:
@@ -49,12 +54,14 @@ def check_split(
             tokens = count_tokens(example.caption)
             if tokens > max_tokens:
                 cut.append((example.id, f"{tokens} tokens where {max_tokens} fit"))
-    return replace(split.problems, unreadable=unreadable, cut=cut)
+    return replace(
+        split.problems, unreadable=unreadable, cut=cut, clipped=sorted((files[Path(p)], CLIPPED) for p in clipped)
+    )
 
 
-def _why_unreadable(path: Path) -> str:
+def _why_unreadable(path: Path, *, depth: str, clipped: list[str]) -> str:
     try:
-        decode_image(path)
+        decode_image(path, depth=depth, clipped=clipped)
     except ImageError as error:
         return error.reason
     return ""

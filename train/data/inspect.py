@@ -20,6 +20,7 @@ from PIL import Image
 
 from engine.errors import EngineError, ImageError
 from engine.files.atomic import write_atomically
+from engine.inputs.depth import CLIP, window_of
 from engine.inputs.images import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, is_dicom, picture_formats
 from train.data.check import Progress, check_split, in_threads
 from train.data.dataset import Example, Split, read_dataset
@@ -87,11 +88,13 @@ def inspect_directory(
     decode: bool = True,
     unpack_into: Path | None = None,
     max_tokens: int = 200,
+    high_bit_depth: str = CLIP,
 ) -> bool:
     """Describe a data set on the terminal, in out/inspect.json and out/inspect.png; return whether all of it is usable.
 
     With `model`, a checkpoint, its tokenizer counts tokens, and captions beyond `max_tokens` are listed.
     """
+    window_of(high_bit_depth)
     count_tokens = None
     if model is not None:
         from transformers import AutoTokenizer
@@ -101,7 +104,7 @@ def inspect_directory(
     splits = read_dataset(data, unpack_into=unpack_into)
     stats = inspect_dataset(splits, count_tokens=count_tokens)
     found = {
-        name: check_split(split, decode=decode, count_tokens=count_tokens, max_tokens=max_tokens)
+        name: check_split(split, decode=decode, depth=high_bit_depth, count_tokens=count_tokens, max_tokens=max_tokens)
         for name, split in splits.items()
     }
     stats["problems"] = {name: asdict(problems) for name, problems in found.items()}

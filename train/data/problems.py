@@ -15,6 +15,7 @@ NOUNS = {
     "uncaptioned": ("image without caption", "images without caption"),
     "repeated": ("id with several captions", "ids with several captions"),
     "cut": ("caption that will be cut", "captions that will be cut"),
+    "clipped": ("image of more than 8 bits a channel", "images of more than 8 bits a channel"),
 }
 FATAL = ("missing", "unreadable", "empty")
 
@@ -25,7 +26,8 @@ class Problems:
 
     missing: captioned, but there is no file. unreadable: the file is no picture, or damaged. empty: a caption without
     a visible character. uncaptioned: a picture beside the others that no caption names. repeated: an id with several
-    captions where the layout has one each. cut: a caption with more tokens than fit.
+    captions where the layout has one each. cut: a caption with more tokens than fit. clipped: a picture of more than
+    8 bits a channel, of which only values up to 255 are kept.
     """
 
     missing: list[Finding] = field(default_factory=list)
@@ -34,6 +36,7 @@ class Problems:
     uncaptioned: list[Finding] = field(default_factory=list)
     repeated: list[Finding] = field(default_factory=list)
     cut: list[Finding] = field(default_factory=list)
+    clipped: list[Finding] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in NOUNS)

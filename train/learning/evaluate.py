@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import BlipForConditionalGeneration
 
 from engine.bundle.tokenizer import detokenise
+from engine.inputs.depth import CLIP
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
@@ -39,7 +40,9 @@ def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Judges a model on `examples`. `metrics` are names of `engine score`; captions are decoded by `options`."""
+    """Judges a model on `examples`. `metrics` are names of `engine score`; captions are decoded by `options`, pictures
+    read as `high_bit_depth` says.
+    """
 
     reference: Reference
     examples: Sequence[Example]
@@ -48,6 +51,7 @@ class Evaluator:
     max_tokens: int
     batch_size: int
     setting: MetricInputs = field(default_factory=MetricInputs)
+    high_bit_depth: str = CLIP
 
     def evaluate(self) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """Return (loss and metrics by name, (id, caption) pairs) over all processes' shares.
@@ -71,7 +75,7 @@ class Evaluator:
 
     def _losses(self, model: BlipForConditionalGeneration, mine: Sequence[Example]) -> Iterator[tuple[float, int]]:
         """Yield (summed loss, tokens) of batches."""
-        spec = PixelSpec.of(self.reference.image_processor)
+        spec = PixelSpec.of(self.reference.image_processor, self.high_bit_depth)
         collator = Collator(self.reference.tokenizer, model.config.text_config.bos_token_id, self.max_tokens)
         with torch.inference_mode():
             for start in range(0, len(mine), self.batch_size):
@@ -84,7 +88,7 @@ class Evaluator:
     def _captions(
         self, model: BlipForConditionalGeneration, ids: Sequence[str], pictures: dict
     ) -> Iterator[tuple[str, str]]:
-        spec = PixelSpec.of(self.reference.image_processor)
+        spec = PixelSpec.of(self.reference.image_processor, self.high_bit_depth)
         pixels: Iterator[tuple[str, NDArray[np.uint8]]] = ((one, spec.read(pictures[one])) for one in ids)
         for one, hypotheses in caption_live(model, self.reference.image_processor, pixels, self.options):
             yield one, detokenise(self.reference.tokenizer.decode(hypotheses[0].ids, skip_special_tokens=True))

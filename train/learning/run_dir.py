@@ -129,7 +129,8 @@ def write_or_compare_record(out: Path, recipe: Recipe, record: dict[str, Any]) -
         return
     found = json.loads(path.read_text())
     changed = [name for name in record if name != "recipe" and found.get(name) != record[name]]
-    changed += [name for name, value in settings.items() if found.get("recipe", {}).get(name) != value]
+    earlier = Recipe().settings() | found.get("recipe", {})  # a setting that came later was at its default
+    changed += [name for name, value in settings.items() if earlier.get(name) != value]
     if changed:
         raise UsageError(
             f"{out} holds another run, with another {', '.join(changed)}: choose another --out, or delete it to start "

@@ -65,7 +65,7 @@ def make_trainer(
     """
     model = reference.model
     examples = splits["train"].examples
-    spec = PixelSpec.of(reference.image_processor)
+    spec = PixelSpec.of(reference.image_processor, recipe.high_bit_depth)
     order = EpochOrder(len(examples), recipe.batch_size, recipe.seed)
     args = training_arguments(recipe, batches, order.padded // recipe.batch_size, out, max_steps, say)
     model.to(args.device)  # all of it, also where only the decoder is trained
@@ -74,7 +74,7 @@ def make_trainer(
     kind: Callable[..., CaptionTrainer] = CaptionTrainer
     if recipe.cache_features:
         trained = model.text_decoder  # the only part that learns, and all that its inputs need
-        dataset = Features(encode_images(reference, examples, say), [example.caption for example in examples])
+        dataset = Features(encode_images(reference, examples, spec, say), [example.caption for example in examples])
     elif recipe.reward:
         dataset = RewardedPictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
         reward = make_reward(recipe.rewards(), metrics, examples)
@@ -144,9 +144,11 @@ def training_arguments(
     return arguments
 
 
-def encode_images(reference: Reference, examples: Sequence[Example], say: Say, *, batch_size: int = 16) -> torch.Tensor:
+def encode_images(
+    reference: Reference, examples: Sequence[Example], spec: PixelSpec, say: Say, *, batch_size: int = 16
+) -> torch.Tensor:
     """Run the frozen vision tower over images; return features f16[N,S,D]."""
-    spec, features = PixelSpec.of(reference.image_processor), None
+    features = None
     start = time.perf_counter()
     with torch.inference_mode():
         for i in range(0, len(examples), batch_size):

@@ -11,6 +11,7 @@ from engine.captions import Alternative, Caption
 from engine.cluster.driver import WorkerPlan, plan_workers
 from engine.cluster.messages import (
     pack_captions,
+    pack_clipped,
     pack_error,
     pack_failures,
     pack_images,
@@ -34,9 +35,10 @@ def test_messages_come_back_as_they_were():
     (back,) = unpack_answer(pack_captions([CAPTION])).captions
     assert (back, back.latency_s) == (CAPTION, 0.1 + 0.2)
     assert unpack_answer(pack_failures({"x": "truncated"})).failures == {"x": "truncated"}
+    assert unpack_answer(pack_clipped(["x.png"])).clipped == ("x.png",)
     assert unpack_answer(pack_note("less memory")).note == "less memory"
     images = [
-        ImageFile("odd", Path("/images/\udcff.png"), 2),
+        ImageFile("odd", Path("/images/\udcff.png"), 2, depth="0,4095"),
         ImageFile("far", Path("a/b.png"), 0, RemoteFolder("s3://b/c")),
     ]
     assert unpack_images(pack_images(images)) == images

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -444,6 +445,16 @@ def test_every_problem_has_its_category(tmp_path):
         "1 id with several captions: twice (2 captions)",
         "1 caption that will be cut: better (6 tokens where 5 fit)",
     ]
+
+
+def test_images_of_more_than_8_bits_are_named_unless_they_are_scaled(tmp_path):
+    Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "deep.png")
+    split = Split("train", [Example("deep", tmp_path / "deep.png", "a scan")], tmp_path)
+    assert check_split(split).lines() == [
+        "1 image of more than 8 bits a channel: deep (values above 255 become white; high_bit_depth scale keeps their "
+        "range)"
+    ]
+    assert not check_split(split, depth="scale")
 
 
 def test_what_is_not_asked_for_is_not_checked(tmp_path):
