@@ -17,6 +17,7 @@ from PIL import Image
 
 from engine.errors import DataError, EngineError, ImageError, UsageError
 from engine.inputs import dicom
+from engine.inputs.delimited import read_ids
 from engine.inputs.depth import CLIP, as_rgb, is_deep
 from engine.inputs.ids import Ids, join_some
 from engine.inputs.kinds import (
@@ -33,7 +34,6 @@ from engine.inputs.kinds import (
     kind_of,
 )
 from engine.inputs.remote import Location, RemoteFile, RemoteFolder
-from engine.inputs.tables import read_ids
 
 FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "HEIF")
 """Decoders Pillow may use, whatever a file calls itself: a small surface for files from strangers."""

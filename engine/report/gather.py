@@ -11,10 +11,11 @@ from typing import TypeVar
 
 from engine.errors import DataError, UsageError
 from engine.files.atomic import file_sha256
+from engine.inputs.delimited import read_columns
 from engine.inputs.depth import CLIP
 from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile, find_images_of
-from engine.inputs.tables import by_reference_id, read_columns, read_table
+from engine.inputs.tables import by_reference_id, read_table
 from engine.report.scores import Comparison, ScoreColumn, compare_scores, read_scores
 from engine.scoring.rerank import Candidate, read_n_best
 

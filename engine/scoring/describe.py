@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UsageError
-from engine.inputs.tables import Table, read_columns
+from engine.inputs.delimited import read_columns
+from engine.inputs.tables import Table
 from engine.scoring.base import Items, Measured, MetricInputs
 from engine.scoring.preprocess import preprocess
 from engine.scoring.profiles import make_metric

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError, UsageError
+from engine.inputs.delimited import read_text
 from engine.inputs.ids import join_some
-from engine.inputs.tables import read_text
 from engine.scoring.base import Items, MetricInputs, UnavailableError
 from engine.scoring.profiles import make_metric
 

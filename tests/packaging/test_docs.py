@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from engine.inputs.delimited import CAPTION_COLUMNS, ID_COLUMNS
 from engine.inputs.kinds import HEIC, SUFFIXES
-from engine.inputs.tables import CAPTION_COLUMNS, ID_COLUMNS
 
 PAGE = (Path(__file__).parents[2] / "docs/files.md").read_text()
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
+from engine.inputs.delimited import read_ids
 from engine.inputs.ids import Ids
 from engine.inputs.images import RepeatedIdError, find_images
 from engine.inputs.kinds import SUFFIXES
 from engine.inputs.tables import Table, read_table
 from train.data.layouts import LOOKED_FOR, SPLITS, Listing, SplitFiles, find_source, find_table, read_concepts
+from train.data.nearest import describe_unknown
 from train.data.parquet import CONCEPT_COLUMNS, ParquetRow, safe_name, split_concepts, unpack
 from train.data.problems import Problems, is_empty
 
@@ -66,7 +68,9 @@ def read_dataset(directory: Path, *, unpack_into: Path | None = None) -> dict[st
     if not reader.splits:
         table = find_table(place)
         if table is None:
-            raise DataError(f"{directory} is no data set of a known layout: looked for {LOOKED_FOR}")
+            raise DataError(
+                f"{directory} is no data set of a known layout: {describe_unknown(place)}. Looked for {LOOKED_FOR}"
+            )
         reader.read_all(table)
     return reader.finish()
 
@@ -118,11 +122,19 @@ class _Reader:
         self._add(name, source, _rows(table, concepts), table.columns.get("name"))
 
     def read_all(self, source: SplitFiles) -> None:
-        """Read one table for all splits: by its column `split`, all for training without one."""
+        """Read one table for all splits: by lists of ids, by its column `split`, all for training without either.
+
+        With lists, what none of them names belongs to no split.
+        """
         table = read_table(source.captions)
         column = next((values for title, values in table.columns.items() if title.lower() == "split"), None)
+        if source.lists:
+            named = {split: table.ids.find_all(read_ids(path), path).values() for split, path in source.lists}
+            column = {name: split for split, ids in named.items() for name in ids}
         by_split: dict[str, list[ParquetRow]] = {name: [] for name in SPLITS}
         for row in _rows(table, {}):
+            if source.lists and row.id not in (column or {}):
+                continue
             value = "train" if column is None else column.get(row.id, "")
             name = next((split for split, aliases in SPLITS.items() if value.strip().lower() in aliases), None)
             if name is None:
@@ -154,7 +166,8 @@ class _Reader:
         examples = [
             Example(row.id, row.file or folder / f"{safe_name(row.id)}.jpg", row.caption, row.concepts) for row in rows
         ]
-        self.splits[name] = Split(name, examples, source.captions, _problems(examples, lost, one_each=True))
+        problems = _problems(examples, lost, one_each=False)  # several captions of one picture are no trouble here
+        self.splits[name] = Split(name, examples, source.captions, replace(problems, repeated=_shared_ids(examples)))
 
     def _add(
         self, name: str, source: SplitFiles, rows: list[ParquetRow], names: Mapping[str, str] | None = None
@@ -256,6 +269,14 @@ def _rows(table: Table, concepts: dict[str, tuple[str, ...]]) -> list[ParquetRow
         for name, captions in table.captions.items()
         for caption in captions
     ]
+
+
+def _shared_ids(examples: Iterable[Example]) -> list[tuple[str, str]]:
+    """Return the ids under which several pictures stand."""
+    pictures: dict[str, set[Path]] = {}
+    for example in examples:
+        pictures.setdefault(example.id, set()).add(example.image)
+    return [(name, f"of {len(several)} pictures") for name, several in pictures.items() if len(several) > 1]
 
 
 def _problems(examples: Iterable[Example], lost: dict[str, str], one_each: bool) -> Problems:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
+from engine.inputs.delimited import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, read_delimited, read_text
 from engine.inputs.ids import join_some
-from engine.inputs.kinds import SUFFIXES, cut_suffix
-from engine.inputs.tables import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, read_delimited, read_text
+from engine.inputs.tables import METADATA, find_sidecars
 from train.data.parquet import CONCEPT_COLUMNS, split_concepts
 
 SPLITS = {
@@ -23,15 +23,18 @@ SPLITS = {
 """Splits by our name, with the names others give them."""
 DELIMITED = (".csv", ".tsv", ".txt")
 TABLES = (*DELIMITED, ".jsonl", ".json")
-SINGLE = ("captions.csv", "pairs.jsonl", "metadata.csv", "metadata.jsonl", "captions.jsonl", "captions.tsv")
-METADATA = ("metadata.csv", "metadata.jsonl")
+SINGLE = ("captions.csv", "pairs.jsonl", *METADATA, "captions.jsonl", "captions.tsv", "captions.txt", "results.csv")
+KNOWN = (
+    r"dataset_(?!dict|info)\w+\.json|annotation\.json|"
+    r"flickr_annotations_\w+\.csv|(Flickr8k|results_20130124)\.token(\.txt)?"
+)
+"""Names of one table for all splits under which data sets are shipped: Karpathy's, R2Gen, Flickr's."""
 LOOKED_FOR = (
     "{split}_captions.csv and the like (ROCOv2, ImageCLEF), {split}-*.parquet, {split}/metadata.csv or .jsonl, "
     "default/{split}/*.parquet, annotations/captions_{split}*.json or {split}.json (COCO, VizWiz), "
     "*_karpathy_{split}.json (BLIP, LAVIS), {split}/radiology/captions.txt (ROCO), {split}.jsonl, .csv, .tsv or "
-    f".json, pictures in {{split}}/ with a text file beside each, dataset_*.json (Karpathy), annotation.json "
-    f"(R2Gen), {', '.join(SINGLE)}, where split is train, valid or "
-    "test"
+    "{split}.json, pictures in {split}/ with a text file beside each, dataset_*.json (Karpathy), annotation.json "
+    f"(R2Gen), Flickr8k.token.txt, {', '.join(SINGLE)}, where split is train, valid or test"
 )
 
 
@@ -70,6 +73,7 @@ class SplitFiles:
     """Where the captions of a split are, and which folders may hold its pictures, with what is in them or without.
 
     `one_each`: the layout has one caption an image. `parquet`: the files that hold pictures and captions, if they do.
+    `lists`: the ids of each split, where one table holds all.
     """
 
     captions: Path
@@ -77,6 +81,7 @@ class SplitFiles:
     concepts: Path | None = None
     one_each: bool = False
     parquet: tuple[Path, ...] = ()
+    lists: tuple[tuple[str, Path], ...] = ()
 
 
 def split_of(name: str) -> str | None:
@@ -97,13 +102,20 @@ def find_source(place: Listing, split: str) -> SplitFiles | None:
 
 def find_table(place: Listing) -> SplitFiles | None:
     """Return the one table (or folder of pictures and text files) of a directory without files for each split."""
-    known = [name for name in place.files if re.fullmatch(r"(dataset_\w+|annotation)\.json", name)]
-    name = next((name for name in (*SINGLE, *known) if name in place.files), None)
-    if name is not None:
-        return SplitFiles(place.directory / name, _picture_folders(place))
-    if _has_sidecars(place):
-        return SplitFiles(place.directory, ((place.directory, False),), one_each=True)
+    for here in (place, *(Listing.of(place.directory / name) for name in place.folders if "text" in name.lower())):
+        known = [name for name in here.files if re.fullmatch(KNOWN, name)]
+        name = next((name for name in (*known, *SINGLE) if name in here.files), None)
+        if name is not None:
+            return SplitFiles(here.directory / name, _picture_folders(place), lists=_split_lists(here))
+    if find_sidecars(place.directory):
+        return _beside_pictures(place.directory)
     return None
+
+
+def _split_lists(here: Listing) -> tuple[tuple[str, Path], ...]:
+    """Return Flickr8k's lists of pictures by split: Flickr_8k.trainImages.txt and names like it."""
+    named = {name: re.fullmatch(r"(?i).*?\b(train|val|dev|test)Images\.txt", name) for name in here.files}
+    return tuple((split_of(match[1]) or "", here.directory / name) for name, match in named.items() if match)
 
 
 def _picture_folders(place: Listing, split: str = "", first: tuple[Path, ...] = ()) -> tuple[tuple[Path, bool], ...]:
@@ -123,7 +135,7 @@ def _parquet(place: Listing, split: str) -> SplitFiles | None:
             return SplitFiles(paths[0], (), parquet=paths)
     for here in (place, Listing.of(place.directory / "default")):  # as the hub converts data sets: default/train/
         for folder in here.of_split(split):
-            paths = tuple(sorted(folder.glob("*.parquet")))
+            paths = tuple(sorted(path for path in folder.glob("*.parquet") if path.name not in METADATA))
             if paths:
                 return SplitFiles(paths[0], (), parquet=paths)
     return None
@@ -223,14 +235,13 @@ def _file_of_split(place: Listing, split: str) -> SplitFiles | None:
 
 def _sidecars(place: Listing, split: str) -> SplitFiles | None:
     for folder in place.of_split(split):
-        if _has_sidecars(Listing.of(folder)):
-            return SplitFiles(folder, ((folder, False),), one_each=True)
+        if find_sidecars(folder):
+            return _beside_pictures(folder)
     return None
 
 
-def _has_sidecars(here: Listing) -> bool:
-    pictures = {cut_suffix(name) for name in here.files if Path(name).suffix.lower() in SUFFIXES}
-    return any(name.endswith(".txt") and name.removesuffix(".txt") in pictures for name in here.files)
+def _beside_pictures(folder: Path) -> SplitFiles:
+    return SplitFiles(folder, ((folder, False), (folder, True)), one_each=True)
 
 
 LAYOUTS = (_parquet, _captions_file, _imagefolder, _coco, _roco, _file_of_split, _sidecars)

@@ -10,8 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from engine.errors import DataError, UsageError
+from engine.inputs.delimited import read_ids
 from engine.inputs.ids import Ids
-from engine.inputs.tables import read_ids, read_table
+from engine.inputs.tables import read_table
 
 EXPECTED = {"a1": ("CT, axial view",), "b 2": ("NA",), "003": ("null",)}
 

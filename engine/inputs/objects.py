@@ -1,0 +1,128 @@
+"""Rows of captions from JSON, JSON lines and parquet; knows nothing of delimited tables and scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import DataError, UsageError
+from engine.inputs.delimited import CAPTION_COLUMNS, ID_COLUMNS, CaptionRow, named
+from engine.inputs.kinds import cut_suffix, image_id
+
+
+def json_rows(path: Path, content: Any) -> tuple[Iterator[CaptionRow], dict[str, str]]:
+    """Return the rows of a JSON file, and other names of its images with their ids; see Table.
+
+    It holds COCO captions or results, all splits at once (Karpathy, R2Gen), a list of objects, or {id: caption}.
+    """
+    aliases: dict[str, str] = {}
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        files = {str(image["id"]): str(image["file_name"]) for image in content.get("images") or []}
+        aliases = {number: image_id(file) for number, file in files.items()}
+        content = [
+            {"file_name": files[str(entry["image_id"])], "caption": entry["caption"]}
+            if str(entry["image_id"]) in files
+            else {"image_id": entry["image_id"], "caption": entry["caption"]}
+            for entry in content["annotations"]
+        ]
+    elif isinstance(content, dict) and (entries := _entries_by_split(content)) is not None:
+        content = entries
+    elif isinstance(content, dict):
+        content = [{"id": name, "caption": caption} for name, caption in content.items()]
+    if not isinstance(content, list):
+        raise DataError(f"{path} is neither COCO captions nor a list or an object of captions")
+    return (row for number, entry in enumerate(content, 1) for row in _object_rows(path, number, entry)), aliases
+
+
+def _entries_by_split(content: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the pictures of files that hold all splits, one object each, None for another layout.
+
+    Karpathy's dataset_coco.json has images with sentences; R2Gen's annotation.json has a list a split, whose reports go
+    with one picture or several.
+    """
+    images = content.get("images")
+    if isinstance(images, list) and images and all(isinstance(one, dict) and "sentences" in one for one in images):
+        return [
+            {
+                "file_name": "/".join(filter(None, (one.get("filepath"), one["filename"]))),
+                "caption": [sentence["raw"] for sentence in one["sentences"]],
+                "split": one.get("split", ""),
+            }
+            for one in images
+        ]
+    reports = [one for part in content.values() if isinstance(part, list) for one in part]
+    if reports and all(isinstance(one, dict) and {"report", "image_path"} <= set(one) for one in reports):
+        return [
+            {"file_name": picture, "caption": one["report"], "split": str(one.get("split") or split)}
+            for split, part in content.items()
+            for one in part
+            for picture in (one["image_path"] if isinstance(one["image_path"], list) else [one["image_path"]])
+        ]
+    return None
+
+
+def jsonl_rows(path: Path, text: str) -> Iterator[CaptionRow]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield from _object_rows(path, number, json.loads(line))
+
+
+def parquet_rows(path: Path) -> Iterator[CaptionRow]:
+    """Read everything but pictures: of a column that holds them, the file name beside the bytes."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UsageError(f"{path}: parquet needs pyarrow ({error}): pip install pyarrow") from error
+    try:
+        file = parquet.ParquetFile(path)
+        columns = []
+        for entry in file.schema_arrow:
+            if pyarrow.types.is_struct(entry.type):
+                columns += [f"{entry.name}.path"] * (entry.type.get_field_index("path") >= 0)
+            elif not pyarrow.types.is_binary(entry.type) and not pyarrow.types.is_large_binary(entry.type):
+                columns.append(entry.name)
+        number = 0
+        for batch in file.iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                flat = {name: value["path"] if isinstance(value, dict) else value for name, value in row.items()}
+                yield from _object_rows(path, number, {k: v for k, v in flat.items() if v is not None})
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _object_rows(path: Path, number: int, entry: Any) -> Iterator[CaptionRow]:
+    """Yield the captions of one JSON object: an id, and a caption, several, or the best of our own n-best lists."""
+    if not isinstance(entry, dict):
+        raise DataError(f"{path}, line {number}: not an object with an id and a caption")
+    lowered = {str(key).lower(): key for key in entry}
+    key = next((lowered[name] for name in _id_columns(lowered, entry) if name in lowered), None)
+    if key is None:
+        raise DataError(f"{path}, line {number}: no id")
+    name = named(str(key), str(entry[key]))
+    hypotheses = entry.get("hypotheses")
+    found = next((lowered[column] for column in CAPTION_COLUMNS if column in lowered), None)
+    value: Any = [hypotheses[0]["text"]] if hypotheses else entry[found] if found is not None else None
+    captions: list[Any] = value if isinstance(value, list) else [value]
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        raise DataError(f"{path}, line {number}: no caption for {name}")
+    further = {
+        str(k): ";".join(map(str, v)) if isinstance(v, list) else str(v)
+        for k, v in entry.items()
+        if k not in (key, found, "hypotheses") and not isinstance(v, dict)
+    }
+    yield from ((number, name, caption, further) for caption in captions)
+
+
+def _id_columns(lowered: Mapping[str, str], entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys that may hold an id, the best first: a path to a picture tells more than a number beside it.
+
+    BLIP's and LAVIS' annotation files have both, and name the picture by `image`.
+    """
+    image = entry.get(lowered.get("image", ""))
+    if isinstance(image, str) and cut_suffix(image) != image:
+        return ("image", "image_id", *ID_COLUMNS)
+    return ("image_id", *ID_COLUMNS)
