@@ -72,13 +72,14 @@ recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a s
 	    --columns build/recipe/timings.csv --out build/recipe/report
 
 SMOKE := build/smoke
+EXAMPLES ?= examples
 train-smoke: restore  ## fine-tune the demo checkpoint on the example pairs, export, caption, score, check parity
-	$(FULL)/bin/python -m train finetune --recipe smoke --model $(DEMO)/restored --data examples --out $(SMOKE)/run
+	$(FULL)/bin/python -m train finetune --recipe smoke --model $(DEMO)/restored --data $(EXAMPLES) --out $(SMOKE)/run
 	$(FULL)/bin/python -m export --checkpoint $(SMOKE)/run/best --out $(SMOKE)/bundle
-	$(FULL)/bin/engine caption --bundle $(SMOKE)/bundle --input examples/images --beams $(BEAMS) --out $(SMOKE)/run.csv
-	$(FULL)/bin/engine score --run $(SMOKE)/run.csv --references examples/captions.csv --out $(SMOKE)/scores.json
+	$(FULL)/bin/engine caption --bundle $(SMOKE)/bundle --input $(EXAMPLES)/images --beams $(BEAMS) --out $(SMOKE)/run.csv
+	$(FULL)/bin/engine score --run $(SMOKE)/run.csv --references $(EXAMPLES)/captions.csv --out $(SMOKE)/scores.json
 	$(FULL)/bin/python -m export.parity --checkpoint $(SMOKE)/run/best --bundle $(SMOKE)/bundle \
-	    --images examples/images --beams 1,4 --out $(SMOKE)/parity.json
+	    --images $(EXAMPLES)/images --beams 1,4 --out $(SMOKE)/parity.json
 
 restore: $(FULL)/.ready
 	$(FULL)/bin/python -m export.restore --bundle engine/assets/demo --out $(DEMO)/restored
