@@ -109,8 +109,7 @@ class Captioner:
 
         def arrivals() -> Iterator[tuple[bytes, NDArray[np.uint8]] | None]:
             """Yield what has to be decoded, None for pixels that were met before."""
-            for index, (name, pixels) in enumerate(self._read(enumerate(images), on_error)):
-                digest = _digest(pixels)
+            for index, (name, pixels, digest) in enumerate(self._read(enumerate(images), on_error)):
                 if (known := repeats.known(digest)) is not None:
                     captions.add(index, Caption(name, known, latency_s=0.0))
                     yield None
@@ -127,8 +126,15 @@ class Captioner:
     def scheduler(self, search: Search, rows: int | None = None) -> Scheduler:
         """Return a scheduler with as many slots as `rows` beams need; None means what suits device and memory."""
         batch_sizes = self.backend.batch_sizes
-        num_slots = slots_for(search, self.bundle.model, batch_sizes, rows=rows)
-        return Scheduler(self.backend, search, num_slots=num_slots, encode_batch=batch_sizes.encode_batch)
+        slots = slots_for(search, self.bundle.model, batch_sizes, rows=rows)
+        sets = min(slots, batch_sizes.sets)
+        return Scheduler(
+            self.backend,
+            search,
+            num_slots=-(-slots // sets),
+            num_sets=sets,
+            encode_batch=batch_sizes.encode_batch,
+        )
 
     def search(self, options: DecodeOptions) -> Search:
         """Resolve options over this bundle's settings; raise UsageError where they do not fit it."""
@@ -136,21 +142,22 @@ class Captioner:
 
     def _read(
         self, sources: Iterable[tuple[int, ImageSource]], on_error: Callable[[ImageError], None] | None
-    ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-        """Yield (id, pixels u8[height,width,3]) of the readable images, decoded ahead in threads."""
+    ) -> Iterator[tuple[str, NDArray[np.uint8], bytes]]:
+        """Yield id, pixels u8[height,width,3] and their digest of the readable images, made ahead in threads."""
         spec = self.bundle.image
 
-        def read(numbered: tuple[int, ImageSource]) -> tuple[str, NDArray[np.uint8] | ImageError]:
+        def read(numbered: tuple[int, ImageSource]) -> tuple[str, NDArray[np.uint8] | ImageError, bytes]:
             number, source = numbered
             name, content, how = _identify(number, source)
             try:
-                return name, read_image(content, spec.height, spec.width, spec.resample, clipped=self.clipped, **how)
+                pixels = read_image(content, spec.height, spec.width, spec.resample, clipped=self.clipped, **how)
             except ImageError as error:
-                return name, error
+                return name, error, b""
+            return name, pixels, _digest(pixels)
 
-        for name, pixels in read_ahead(read, sources, threads=self._readers, window=4 * self._readers):
+        for name, pixels, digest in read_ahead(read, sources, threads=self._readers, window=4 * self._readers):
             if isinstance(pixels, np.ndarray):
-                yield name, pixels
+                yield name, pixels, digest
             elif on_error is None:
                 raise pixels
             else:
@@ -204,7 +211,7 @@ def caption_within_memory(
     Unreadable images go to `on_error`.
     """
     search = captioner.search(options)
-    num_slots = captioner.scheduler(search, rows).num_slots
+    num_slots = captioner.scheduler(search, rows).side_by_side
     while True:
         try:
             yield from captioner.caption(remaining(), options, rows=num_slots * search.num_beams, on_error=on_error)
@@ -263,7 +270,7 @@ class _InOrder:
 
 
 def _digest(pixels: NDArray[np.uint8]) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(pixels).reshape(-1).data, digest_size=16).digest()
+    return hashlib.sha256(np.ascontiguousarray(pixels).reshape(-1).data).digest()  # without the interpreter lock
 
 
 def _identify(number: int, source: ImageSource) -> tuple[str, Picture, dict[str, Any]]:

@@ -44,6 +44,10 @@ class Device(Protocol):
         """Copy within the device."""
         ...
 
+    def copy_blocks(self, target: tuple[int, int], source: tuple[int, int], size_bytes: int, count: int) -> None:
+        """Copy `count` blocks; target and source are (address of the first, bytes from one to the next)."""
+        ...
+
     def upload(self, target: int, array: NDArray[Any]) -> None:
         """Copy a contiguous array to the device."""
         ...
@@ -96,6 +100,10 @@ class HostDevice:
         """See Device.copy."""
         ctypes.memmove(target, source, size_bytes)
 
+    def copy_blocks(self, target: tuple[int, int], source: tuple[int, int], size_bytes: int, count: int) -> None:
+        """See Device.copy_blocks."""
+        _blocks(*target, size_bytes, count)[:] = _blocks(*source, size_bytes, count)
+
     def upload(self, target: int, array: NDArray[Any]) -> None:
         """See Device.upload."""
         ctypes.memmove(target, array.ctypes.data, array.nbytes)
@@ -106,6 +114,13 @@ class HostDevice:
 
     def wait(self) -> None:
         """See Device.wait."""
+
+
+def _blocks(address: int, pitch: int, size_bytes: int, count: int) -> NDArray[np.uint8]:
+    """Return blocks of the host's memory as u8[count,size_bytes]."""
+    span = (count - 1) * pitch + size_bytes
+    memory = np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(address))
+    return np.lib.stride_tricks.as_strided(memory, (count, size_bytes), (pitch, 1))
 
 
 class CudaDevice:
@@ -147,6 +162,11 @@ class CudaDevice:
     def copy(self, target: int, source: int, size_bytes: int) -> None:
         """See Device.copy."""
         self._move(target, source, size_bytes, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
+
+    def copy_blocks(self, target: tuple[int, int], source: tuple[int, int], size_bytes: int, count: int) -> None:
+        """See Device.copy_blocks."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call(self._runtime.cudaMemcpy2DAsync(*target, *source, size_bytes, count, kind, self._stream))
 
     def upload(self, target: int, array: NDArray[Any]) -> None:
         """See Device.upload."""

@@ -11,8 +11,10 @@ from engine.backends.device import CapturingDevice, Device
 from engine.backends.shapes import Shape
 from engine.errors import BackendError
 
-MOST_CAPTURED = 16
-"""Captured steps: each keeps a context, and a context its scratch memory."""
+MOST_CAPTURED = 32
+"""Captured steps: each keeps a context, and a context its scratch memory. Two sets of slots in two halves of their
+memory run through some 8 shapes.
+"""
 
 
 class Region:

@@ -43,6 +43,8 @@ OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of me
 """What ONNX Runtime's message holds, in lower case, when memory is short; it has no error code for that."""
 STOP_SPINNING = ("session.force_spinning_stop", "1")
 """Threads of one graph would else spin on the cores the next graph needs: 8 to 20 % of a run (benchmarks/LOG.md)."""
+Places = dict[str, tuple[Any, tuple[int, ...]]]
+"""Input -> memory on the device, and the shape of what is fed of it."""
 OTHER_BACKEND = "give fewer --beams, --rows or --max-new-tokens, or take --backend cuda or trt"
 
 
@@ -51,13 +53,14 @@ class OrtCache:
     """Keys and values of B slots, a pair (keys, values) a layer in each flat list of 2L OrtValues on the device.
 
     cross: [B0,H,S,d], B0 >= B slots of which the first B are in use; `admit` overwrites them in place.
-    settled [B,H,F,d] and recent [B,H,R,d].
+    settled [B,H,F,d] and recent [B,H,R,d]; with `fixed_recent`, R, recent is [B0,H,R,d] like cross.
     """
 
     num_slots: int
     cross: list[Any]
     settled: list[Any]
     recent: list[Any]
+    fixed_recent: int | None = None
 
 
 class OrtBackend:
@@ -139,20 +142,28 @@ class OrtBackend:
                 raise BundleError(f"the encoder gives {value.shape()} where its manifest says {shape}: export it again")
         return encoded
 
-    def allocate(self, num_slots: int, settled: int = 0, recent: int = 0) -> OrtCache:
+    def allocate(self, num_slots: int, settled: int = 0) -> OrtCache:
         """See FillableBackend.allocate."""
         if self._bounds is not None:
             self._bounds.refuse_beyond(OTHER_BACKEND, slots=num_slots)
         cross = [self._on_device(np.zeros((num_slots, *self._slot_shape), self._dtype)) for _ in self._names["cross"]]
-        return OrtCache(num_slots, cross, self._zeros(num_slots, settled), self._zeros(num_slots, recent))
+        return OrtCache(num_slots, cross, self._zeros(num_slots, settled), self._zeros(num_slots, 0))
+
+    def set_recent(self, cache: OrtCache, recent: int) -> None:
+        """See FillableBackend.set_recent."""
+        shape = (cache.num_slots, self._model.num_heads, recent, self._model.head_width)
+        cache.recent = [self._on_device(np.zeros(shape, self._dtype)) for _ in self._names["recent"]]
+        cache.fixed_recent = recent
 
     def admit(self, cache: OrtCache, slot: int, encoded: list[Any], image: int) -> None:
         """See Backend.admit."""
         for place, new in zip(cache.cross, encoded, strict=True):
             self._copy_slot(place.data_ptr(), slot, new.data_ptr(), image)
 
-    def step(self, cache: OrtCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """See Backend.step."""
+    def step(
+        self, cache: OrtCache, inputs: StepInputs, at: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See FillableBackend.step."""
         if self._bounds is not None:
             rows, bans = inputs.banned_ids.shape[1:]
             settled = cache.settled[0].shape()[2]
@@ -161,24 +172,45 @@ class OrtBackend:
             **{name: self._value(getattr(inputs, name)) for name in STEP_INPUTS},
             NUM_CANDIDATES: self._value(np.array([inputs.num_candidates], np.int64)),
             **self._named("settled", cache.settled),
-            **self._named("recent", cache.recent),
+            **self._growing(cache),
         }
-        scores, ids, *cache.recent = self._run(self._decoder, feed, [*CANDIDATES], self._names["extended"], cache)
+        places = self._cross_places(cache) | self._recent_places(cache)
+        scores, ids, *extended = self._run(self._decoder, feed, [*CANDIDATES], self._names["extended"], places)
+        if at is None:
+            cache.recent = extended
+        else:
+            self._keep_newest(cache, extended, at, inputs.input_ids.shape[1])
         return scores.numpy(), ids.numpy()
 
-    def regroup(self, cache: OrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64], recent: int = 0) -> None:
+    def _keep_newest(self, cache: OrtCache, extended: list[Any], at: int, count: int) -> None:
+        """Copy the last `count` positions of [B,H,R+count,d] into recent places [B0,H,R,d] from `at` on."""
+        assert cache.fixed_recent is not None
+        position = self._model.head_width * np.dtype(self._dtype).itemsize
+        recent, grown = cache.fixed_recent * position, (cache.fixed_recent + count) * position
+        for place, new in zip(cache.recent, extended, strict=True):
+            self._device.copy_blocks(
+                (place.data_ptr() + at * position, recent),
+                (new.data_ptr() + recent, grown),
+                count * position,
+                cache.num_slots * self._model.num_heads,
+            )
+
+    def regroup(
+        self, cache: OrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64], *, keep_recent: bool = False
+    ) -> None:
         """See FillableBackend.regroup."""
         if columns.size:
             feed = {
                 "slots": self._value(slots),
                 "columns": self._value(columns),
                 **self._named("settled", cache.settled),
-                **self._named("recent", cache.recent),
+                **self._growing(cache),
             }
-            cache.settled = self._run(self._regroup, feed, [], self._names["regrouped"])
+            cache.settled = self._run(self._regroup, feed, [], self._names["regrouped"], self._recent_places(cache))
         else:
             cache.settled = self._zeros(len(slots), 0)
-        cache.recent = self._zeros(len(slots), recent)
+        if not keep_recent:
+            cache.recent = self._zeros(len(slots), 0)
         for slot, source in enumerate(slots.tolist()):
             if slot != source:
                 for place in cache.cross:
@@ -204,29 +236,38 @@ class OrtBackend:
     def _value(self, array: NDArray[Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
+    def _cross_places(self, cache: OrtCache) -> Places:
+        shape = (cache.num_slots, *self._slot_shape)
+        return {name: (value, shape) for name, value in self._named("cross", cache.cross).items()}
+
+    def _growing(self, cache: OrtCache) -> dict[str, Any]:
+        """Return recent keys and values where they grow with every step."""
+        return self._named("recent", cache.recent) if cache.fixed_recent is None else {}
+
+    def _recent_places(self, cache: OrtCache) -> Places:
+        """Return recent keys and values where they stay in place."""
+        if cache.fixed_recent is None:
+            return {}
+        shape = (cache.num_slots, self._model.num_heads, cache.fixed_recent, self._model.head_width)
+        return {name: (value, shape) for name, value in self._named("recent", cache.recent).items()}
+
     def _run(
-        self,
-        session: Any,
-        feed: dict[str, Any],
-        to_host: list[str],
-        on_device: list[str],
-        cache: OrtCache | None = None,
+        self, session: Any, feed: dict[str, Any], to_host: list[str], on_device: list[str], places: Places | None = None
     ) -> list[Any]:
-        """Run a graph; return OrtValues, those `to_host` first. Cross keys and values of a `cache` are fed, too."""
+        """Run a graph; return OrtValues, those `to_host` first. Of `places` only the first slots are fed."""
         self._device.wait()  # for what was copied: ONNX Runtime works on a stream of its own
         binding, device = session.io_binding(), self._device.name
         with self._ort_errors():
             for name, value in feed.items():
                 binding.bind_ortvalue_input(name, value)
-            if cache is not None:
-                shape = (cache.num_slots, *self._slot_shape)
-                for name, value in self._named("cross", cache.cross).items():
-                    binding.bind_input(name, device, 0, self._dtype, shape, value.data_ptr())
+            for name, (value, shape) in (places or {}).items():
+                binding.bind_input(name, device, 0, self._dtype, shape, value.data_ptr())
             for name in to_host:
                 binding.bind_output(name, "cpu")
             for name in on_device:
                 binding.bind_output(name, device)
             session.run_with_iobinding(binding)
+            binding.clear_binding_inputs()  # outputs keep the binding alive, and it would keep the old keys
             return list(binding.get_outputs())
 
     @contextmanager

@@ -18,11 +18,12 @@ Shape = tuple[int, ...]
 ShapeRange = dict[str, tuple[Shape, Shape, Shape]]
 """Input name -> smallest, usual and largest shape; of num_candidates the values instead."""
 
-FEWEST_SETTLED, FEWEST_BANS = 16, 4
-FILLER = 1
-"""Recent positions nobody looks at, in front of the others: TensorRT takes no empty tensor."""
+FEWEST_SETTLED, FEWEST_BANS = 64, 8
+"""Settled positions of 256 images at 4 beams soon reach the first; smaller sizes would be shapes for a few steps."""
 ROWS = 1024
-"""Beams side by side on a GPU: a guess, none was at hand."""
+"""Beams of a set on a GPU: a guess, none was at hand."""
+SETS = 2
+"""Sets that take turns there."""
 ENCODE_BATCH = 16
 """Images encoded at once there, likewise."""
 PROMPT_MARGIN = 16
@@ -57,7 +58,7 @@ class Bounds:
         longest = min(bundle.model.max_positions, options.max_total_length(1) + PROMPT_MARGIN)
         slots = max(1, rows // options.num_beams)
         return cls(
-            slots=bucket_size(slots, 1),
+            slots=slots,
             beams=options.num_beams,
             settled=bucket_size(longest * options.num_beams, FEWEST_SETTLED),
             bans=bucket_size(longest, FEWEST_BANS),
@@ -65,8 +66,8 @@ class Bounds:
 
     @property
     def recent(self) -> int:
-        """R at most, before a step."""
-        return FILLER + (SETTLE_EVERY - 1) * self.beams
+        """R at most: as many as a step can have, see PaddedBackend."""
+        return SETTLE_EVERY * self.beams
 
     @property
     def candidates(self) -> int:
@@ -88,9 +89,10 @@ class Bounds:
 def gpu_batch_sizes(bundle: Bundle, free_bytes: int | None, bounds: Bounds | None = None) -> BatchSizes:
     """Return what suits a GPU with `free_bytes`, within `bounds` where there are some. A guess that has never run."""
     return BatchSizes(
-        rows=bounds.slots * bounds.beams if bounds else ROWS,
+        rows=SETS * (bounds.slots * bounds.beams if bounds else ROWS),
         encode_batch=bounds.encode_batch if bounds else ENCODE_BATCH,
-        slots=bounds.slots if bounds else None,
+        slots=SETS * bounds.slots if bounds else None,
+        sets=SETS,
         memory_bytes=free_bytes,
         item_bytes=2 if bundle.precision == "fp16" else 4,
     )
@@ -120,11 +122,10 @@ def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, ShapeRange]:
     slots = (1, bounds.slots, bounds.slots)
     rows = (1, bounds.beams, bounds.beams)
     settled = (FEWEST_SETTLED, min(4 * FEWEST_SETTLED, bounds.settled), bounds.settled)
-    recent = (FILLER, (FILLER + bounds.recent) // 2, bounds.recent)
-    bans = (1, FEWEST_BANS, bounds.bans)
+    recent = (SETTLE_EVERY, bounds.recent, bounds.recent)
+    bans = (FEWEST_BANS, FEWEST_BANS, bounds.bans)
     width = tuple(sum(three) for three in zip(settled, recent, rows, strict=True))
     row = tuple(zip(slots, rows, strict=True))
-    grown = (FILLER, recent[1] + bounds.beams, bounds.recent + bounds.beams)
     encoded = (1, bounds.encode_batch, bounds.encode_batch)
     return {
         "encoder": {"pixel_values": tuple((n, image.height, image.width, 3) for n in encoded)},
@@ -143,6 +144,6 @@ def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, ShapeRange]:
             "slots": tuple((size,) for size in slots),
             "columns": tuple(zip(slots, settled, strict=True)),
             **keys("settled", slots, settled),
-            **keys("recent", slots, grown),
+            **keys("recent", slots, recent),
         },
     }

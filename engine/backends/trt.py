@@ -1,7 +1,7 @@
 """Plans of `engine plan` as a backend: TensorRT itself, without ONNX Runtime.
 
-Caches live on the GPU in memory of their own, and steps write where the next ones read: keys and values are never
-copied but when they are settled. Has never run on a GPU; the tests run it on the host, with a stand-in for TensorRT's
+Caches live on the GPU in memory of their own, at the same addresses in every step, so that few captured graphs replay
+them all. Has never run on a GPU; the tests run it on the host, with a stand-in for TensorRT's
 runtime that computes what a plan would.
 """
 
@@ -29,7 +29,7 @@ from engine.backends.plans import (
     make_logger,
     read_plan,
 )
-from engine.backends.shapes import Bounds, Shape, gpu_batch_sizes
+from engine.backends.shapes import FEWEST_SETTLED, Bounds, Shape, gpu_batch_sizes
 from engine.bundle.graphs import CANDIDATES, GRAPHS, NUM_CANDIDATES, STEP_INPUTS, cache_names
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import StepInputs
@@ -41,7 +41,7 @@ OTHER_PLANS = "build plans for this search with `engine plan`, whose options are
 @dataclass
 class TrtCache:
     """Addresses of the keys and values of B slots, 2L in each list: cross [B0,H,S,d] with the first B in use, settled
-    [B,H,F,d], recent [B,H,R,d]; `spare_*` is where the next ones are written.
+    [B,H,F,d], recent [B0,H,R,d]; `spare_settled` is where the next ones are written.
     """
 
     num_slots: int
@@ -51,7 +51,6 @@ class TrtCache:
     settled: list[Region]
     recent: list[Region]
     spare_settled: list[Region]
-    spare_recent: list[Region]
 
 
 class TrtBackend:
@@ -75,6 +74,8 @@ class TrtBackend:
         small = (*STEP_INPUTS, *other)
         self._small = {name: Region(device) for name in small}
         self._encoded = self._regions()
+        self._extended = self._regions()
+        """[B,H,R+T,d], of which the T new positions are kept: for all caches, since one step comes after another."""
         self._count = np.zeros(1, np.int64)
         """num_candidates, which TensorRT reads on the host: it decides shapes."""
 
@@ -107,22 +108,32 @@ class TrtBackend:
         self._graphs["encoder"].run({"pixel_values": pixel_values.shape}, addresses)
         return self._encoded
 
-    def allocate(self, num_slots: int, settled: int = 0, recent: int = 0) -> TrtCache:
+    def allocate(self, num_slots: int, settled: int = 0) -> TrtCache:
         """See FillableBackend.allocate."""
         self._bounds.refuse_beyond(OTHER_PLANS, slots=num_slots)
-        parts = [self._regions() for _ in range(5)]
-        for regions, positions in zip(parts, (self._places, settled, recent, settled, recent), strict=True):
+        parts = [self._regions() for _ in range(4)]
+        usual = min(2 * FEWEST_SETTLED, self._bounds.settled)  # at once: captured graphs know addresses
+        for regions, positions in zip(parts, (self._places, usual, 0, usual), strict=True):
             for region in regions:
                 region.at_least(self._bytes(num_slots, positions))
-        return TrtCache(num_slots, settled, recent, *parts)
+        return TrtCache(num_slots, settled, 0, *parts)
+
+    def set_recent(self, cache: TrtCache, recent: int) -> None:
+        """See FillableBackend.set_recent."""
+        for region in cache.recent:
+            region.at_least(self._bytes(cache.num_slots, recent))
+        cache.num_recent = recent
 
     def admit(self, cache: TrtCache, slot: int, encoded: list[Region], image: int) -> None:
         """See Backend.admit."""
         for place, new in zip(cache.cross, encoded, strict=True):
             self._copy_slot(place, slot, new, image)
 
-    def step(self, cache: TrtCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """See Backend.step."""
+    def step(
+        self, cache: TrtCache, inputs: StepInputs, at: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See FillableBackend.step; `at` must be given: recent positions do not grow here."""
+        assert at is not None
         slots, rows, count = *inputs.input_ids.shape, inputs.num_candidates
         bans = inputs.banned_ids.shape[2]
         self._bounds.refuse_beyond(OTHER_PLANS, beams=rows, candidates=count, settled=cache.num_settled, bans=bans)
@@ -142,17 +153,27 @@ class TrtBackend:
         addresses |= self._addresses("cross", cache.cross, slots, self._places)
         addresses |= self._addresses("settled", cache.settled, slots, cache.num_settled)
         addresses |= self._addresses("recent", cache.recent, slots, cache.num_recent)
-        addresses |= self._addresses("extended", cache.spare_recent, slots, grown)
+        addresses |= self._addresses("extended", self._extended, slots, grown)
         shapes: dict[str, Shape] = {name: array.shape for name, array in small.items()}
         shapes |= dict.fromkeys(self._names["cross"], (slots, self._heads, self._places, self._width))
         self._graphs["decoder"].run(shapes | self._past_shapes(cache), addresses, (count,))
+        position = self._width * self._item_bytes
+        for place, new in zip(cache.recent, self._extended, strict=True):
+            self._device.copy_blocks(
+                (place.address + at * position, cache.num_recent * position),
+                (new.address + cache.num_recent * position, grown * position),
+                rows * position,
+                slots * self._heads,
+            )
         self._device.download(scores, addresses["candidate_scores"])
         self._device.download(ids, addresses["candidate_ids"])
-        cache.recent, cache.spare_recent, cache.num_recent = cache.spare_recent, cache.recent, grown
         return scores, ids
 
-    def regroup(self, cache: TrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64], recent: int = 0) -> None:
-        """See FillableBackend.regroup. The `recent` positions it leaves are old ones."""
+    def regroup(
+        self, cache: TrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64], *, keep_recent: bool = False
+    ) -> None:
+        """See FillableBackend.regroup; the recent positions stay."""
+        assert keep_recent
         kept, settled = columns.shape
         self._bounds.refuse_beyond(OTHER_PLANS, settled=settled)
         small = {"slots": np.ascontiguousarray(slots), "columns": np.ascontiguousarray(columns)}
@@ -167,7 +188,7 @@ class TrtBackend:
                 for place in cache.cross:
                     self._copy_slot(place, slot, place, source)
         cache.settled, cache.spare_settled = cache.spare_settled, cache.settled
-        cache.num_slots, cache.num_settled, cache.num_recent = kept, settled, recent
+        cache.num_slots, cache.num_settled = kept, settled
 
     def _regions(self) -> list[Region]:
         return [Region(self._device) for _ in self._names["cross"]]

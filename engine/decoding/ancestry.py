@@ -35,7 +35,9 @@ class Ancestry:
 
     def choose(self, fed: NDArray[np.bool_], rows: NDArray[np.int64]) -> None:
         """Continue beam k of slot b from row `rows[b,k]` (i64[B,K]) of the step whose mask was `fed`."""
-        self.mask = np.take_along_axis(fed, rows[:, :, None], 1)
+        slots, beams, width = fed.shape
+        places = np.arange(slots)[:, None] * beams + rows
+        self.mask = fed.reshape(slots * beams, width)[places]  # whole rows at a time
 
     def compact(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
         """Keep `slots` i64[B'] and only positions some beam descends from; return `columns` i64[B',W'].
@@ -47,9 +49,11 @@ class Ancestry:
         alive = mask.any(1)
         count = alive.sum(1)
         width = int(count.max(initial=0))
-        order = np.argsort(alive, axis=1, kind="stable")  # dead positions first, living ones in order
-        columns = order[:, alive.shape[1] - width :]
-        valid = np.arange(width) >= width - count[:, None]
-        columns = np.where(valid, columns, 0)
-        self.mask = np.take_along_axis(mask, columns[:, None, :], 2) & valid[:, None, :]
+        slot, position = np.nonzero(alive)
+        first = np.cumsum(count) - count
+        place = np.arange(len(slot)) - first[slot] + (width - count)[slot]
+        columns = np.zeros((len(slots), width), np.int64)
+        columns[slot, place] = position
+        self.mask = np.zeros((len(slots), mask.shape[1], width), bool)
+        self.mask[slot, :, place] = mask[slot, :, position]
         return columns

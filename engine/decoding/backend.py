@@ -48,12 +48,15 @@ class StepInputs:
 class BatchSizes:
     """What keeps a device busy: beams decoded side by side, and images encoded at once; at most `slots` images.
 
-    `memory_bytes` is what the device has for keys and values of `item_bytes` each; None means the host's free memory.
+    They are divided into `sets` that take turns, so that the device works on one while the host chooses beams for
+    another. `memory_bytes` is what the device has for keys and values of `item_bytes` each; None means the host's free
+    memory.
     """
 
     rows: int
     encode_batch: int
     slots: int | None = None
+    sets: int = 1
     memory_bytes: int | None = None
     item_bytes: int = 4
 

@@ -12,22 +12,24 @@ from numpy.typing import NDArray
 NOT_BANNED = -1
 
 
-def repeated_ngram_bans(tokens: NDArray[np.int64], lengths: NDArray[np.int64], ngram_size: int) -> NDArray[np.int64]:
-    """Return i64[B,K,W]: for each beam the ids that would complete an n-gram it already holds, else NOT_BANNED.
+def repeated_ngrams(
+    tokens: NDArray[np.int64], lengths: NDArray[np.int64], ngram_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the bans of B x K beams as two lists i64[N]: the row b * K + k, ascending, and an id it may not take.
 
-    tokens i64[B,K,W'] hold lengths i64[B] valid ids each, prompt and [DEC] included; both count.
+    An id is banned that would complete an n-gram the beam already holds. tokens i64[B,K,W'] hold lengths i64[B] valid
+    ids each, prompt and [DEC] included; both count. Nearly all rows have none, so that a list is what is quick.
     """
-    width = int(lengths.max())
-    if ngram_size == 0 or width < ngram_size:
-        return np.full((*tokens.shape[:2], 0), NOT_BANNED, np.int64)
-    windows = width - ngram_size + 1
-    repeats = np.broadcast_to(np.arange(windows) + ngram_size <= lengths[:, None], (len(tokens), windows))
-    repeats = np.repeat(repeats[:, None], tokens.shape[1], 1)
+    slots, beams, _ = tokens.shape
+    windows = int(lengths.max(initial=0)) - ngram_size + 1
+    if ngram_size == 0 or windows < 1:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    repeats = np.broadcast_to((np.arange(windows) + ngram_size <= lengths[:, None])[:, None], (slots, beams, windows))
     for j in range(ngram_size - 1):
-        at = np.maximum(lengths - ngram_size + 1 + j, 0)[:, None, None]
-        suffix = np.take_along_axis(tokens, np.broadcast_to(at, (*tokens.shape[:2], 1)), 2)
-        repeats = repeats & (tokens[:, :, j : j + windows] == suffix)
-    return np.where(repeats, tokens[:, :, ngram_size - 1 : width], NOT_BANNED)
+        last = tokens[np.arange(slots), :, np.maximum(lengths - ngram_size + 1 + j, 0)]
+        repeats = repeats & (tokens[:, :, j : j + windows] == last[:, :, None])
+    rows, places = np.nonzero(repeats.reshape(slots * beams, windows))
+    return rows, tokens[rows // beams, rows % beams, places + ngram_size - 1]
 
 
 def banned_ids(
@@ -37,11 +39,18 @@ def banned_ids(
 
     `eos` is banned in rows whose length is below min_length.
     """
-    bans = repeated_ngram_bans(tokens, lengths, ngram_size)
-    too_short = np.where(lengths < min_length, eos, NOT_BANNED)
-    too_short = np.broadcast_to(too_short[:, None, None], (*tokens.shape[:2], 1))
-    bans = np.concatenate([bans, too_short], 2)
-    bans = -np.sort(-bans, 2)  # bans first, NOT_BANNED last
-    most = max(1, int((bans != NOT_BANNED).sum(2).max()))
-    bans = bans[:, :, :most]
-    return np.where(bans == NOT_BANNED, bans[:, :, :1], bans)
+    slots, beams, _ = tokens.shape
+    rows, ids = repeated_ngrams(tokens, lengths, ngram_size)
+    if short := np.flatnonzero(lengths < min_length).tolist():
+        ends = (np.array(short)[:, None] * beams + np.arange(beams)).ravel()
+        rows, ids = np.concatenate([rows, ends]), np.concatenate([ids, np.full(len(ends), eos)])
+        order = np.argsort(rows, kind="stable")
+        rows, ids = rows[order], ids[order]
+    counts = np.bincount(rows, minlength=slots * beams)
+    most = max(1, int(counts.max(initial=0)))
+    bans = np.full((slots * beams, most), NOT_BANNED, np.int64)
+    if len(rows):
+        first = np.cumsum(counts) - counts
+        bans[rows] = ids[first[rows]][:, None]  # a row with bans is filled up with its first
+        bans[rows, np.arange(len(rows)) - first[rows]] = ids
+    return bans.reshape(slots, beams, most)

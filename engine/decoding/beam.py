@@ -124,8 +124,7 @@ class Beams:
 
     def last_tokens(self) -> NDArray[np.int64]:
         """Return i64[B,K], the id each running beam ends in."""
-        at = np.broadcast_to((self.lengths - 1)[:, None, None], (*self.tokens.shape[:2], 1))
-        return np.take_along_axis(self.tokens, at, 2)[:, :, 0]
+        return self.tokens[np.arange(len(self.lengths)), :, self.lengths - 1]
 
     def advance(
         self,
@@ -172,12 +171,12 @@ class Beams:
     def _run_on(self, candidates: _Candidates, chosen: NDArray[np.int64], moving: NDArray[np.bool_]) -> None:
         """Replace the running beams of moving slots by the `chosen` candidates i64[B,K]; `lengths` grow by one."""
         slots = np.flatnonzero(moving)
-        chosen = chosen[slots]
-        parents = np.take_along_axis(candidates.parents[slots], chosen, 1)
-        moved = np.take_along_axis(self.tokens[slots], parents[:, :, None], 1)
-        moved[np.arange(len(slots)), :, self.lengths[slots]] = np.take_along_axis(candidates.tokens[slots], chosen, 1)
-        self.tokens[slots] = moved
-        self.scores[slots] = np.take_along_axis(candidates.scores[slots], chosen, 1)
+        of_slot, chosen = slots[:, None], chosen[slots]
+        width = int(self.lengths.max()) + 1
+        moved = self.tokens[of_slot, candidates.parents[of_slot, chosen], :width]  # whole rows, as far as they are used
+        moved[np.arange(len(slots)), :, self.lengths[slots]] = candidates.tokens[of_slot, chosen]
+        self.tokens[slots, :, :width] = moved
+        self.scores[slots] = candidates.scores[of_slot, chosen]
         self.lengths += moving
 
     def _add_hypotheses(self, candidates: _Candidates, ending: NDArray[np.bool_]) -> None:
@@ -194,15 +193,18 @@ class Beams:
             best = np.ones((len(image), 1), np.int64)
         else:
             best = np.argsort(-merged, axis=1, kind="stable")[:, :beams]
-        new_tokens = np.take_along_axis(self.tokens[image], parents[image][:, :, None], 1)
-        new_tokens[np.arange(len(image)), :, self.lengths[image]] = tokens[image]
+        of_image = image[:, None]
+        kept = self._hypothesis_tokens[of_image, np.minimum(best, beams - 1)]
+        where, place = np.nonzero(best >= beams)  # of these the candidates take the place
+        newest = best[where, place] - beams
+        kept[where, place] = self.tokens[image[where], parents[image[where], newest]]
+        kept[where, place, self.lengths[image[where]]] = tokens[image[where], newest]
+        self._hypothesis_tokens[image] = kept
         new_lengths = np.broadcast_to(self.lengths[image, None] + 1, new_scores.shape)
 
         def keep(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
             return np.take_along_axis(np.concatenate([old[image], new], 1), best, 1)
 
-        all_tokens = np.concatenate([self._hypothesis_tokens[image], new_tokens], 1)
-        self._hypothesis_tokens[image] = np.take_along_axis(all_tokens, best[:, :, None], 1)
         self._hypothesis_lengths[image] = keep(self._hypothesis_lengths, new_lengths)
         self._hypothesis_sums[image] = keep(self._hypothesis_sums, scores[image])
         self._finished[image] = keep(self._finished, ending[image])

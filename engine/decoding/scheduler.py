@@ -7,7 +7,9 @@ takes its slot. Knows nothing of files, pixels' origin or text.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -16,10 +18,10 @@ from numpy.typing import NDArray
 from engine.decoding.ancestry import Ancestry
 from engine.decoding.backend import Backend, Encoded, StepInputs
 from engine.decoding.beam import Beams, Hypothesis, Search
+from engine.decoding.device import DeviceQueue, Later
 from engine.decoding.sampling import draw, generator
 
 Key = TypeVar("Key")
-Owner = TypeVar("Owner")
 
 SETTLE_EVERY = 8
 """Steps after which recent keys and values are folded into the settled ones (fewer copies of growing tensors)."""
@@ -30,13 +32,32 @@ SHRINK_SHARE = 0.25
 
 
 class Scheduler:
-    """Decodes any number of images with one backend and one search, `num_slots` of them side by side."""
+    """Decodes any number of images with one search, in sets of `num_slots` slots.
 
-    def __init__(self, backend: Backend, search: Search, *, num_slots: int, encode_batch: int = 4) -> None:
-        self.backend = backend
+    With several sets the device works on one of them while beams are chosen for another. Each set belongs to a backend,
+    in turn where there are several.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        search: Search,
+        *,
+        num_slots: int,
+        encode_batch: int = 4,
+        num_sets: int = 1,
+        more_backends: Sequence[Backend] = (),
+    ) -> None:
+        self.backends = (backend, *more_backends)
         self.search = search
         self.num_slots = num_slots
         self.encode_batch = encode_batch
+        self.num_sets = num_sets
+
+    @property
+    def side_by_side(self) -> int:
+        """Images that are decoded at a time."""
+        return self.num_sets * self.num_slots
 
     def run(self, images: Iterable[tuple[Key, NDArray[np.uint8]]]) -> Iterator[tuple[Key, list[Hypothesis]]]:
         """Caption (key, pixels u8[height,width,3]) pairs; yield (key, hypotheses) of each the moment it closes."""
@@ -50,55 +71,58 @@ class Scheduler:
 
         None among the images is one that needs no decoding: after many of these the caller gets its turn, too.
         """
-        waiting = self._encoded_ahead(iter(images))
-        slots = _Slots(self.backend, self.search, self.num_slots)
-        keys: dict[int, tuple[Key, int]] = {}
         captions = _CopiesOfImage[Key](self.search)
-        arrivals = True
-        while arrivals or keys:
-            for slot in slots.empty() if arrivals else ():
-                try:
-                    newcomer = next(waiting)
-                except StopIteration:
-                    arrivals = False
-                    break
-                if newcomer is None:
-                    break
-                key, copy, encoded, image = newcomer
-                keys[slot] = key, copy
-                slots.admit(slot, encoded, image)
-                slots.draw_from(slot, key, copy)
-            if not arrivals:
-                keys = slots.shrink(keys)
-            closed = slots.step() if keys else []
-            yield [found for slot in closed for found in captions.add(*keys.pop(slot), slots.beams.results(slot))]
+        with ExitStack() as held:
+            devices = [
+                held.enter_context(DeviceQueue(backend, in_thread=self.num_sets > 1)) for backend in self.backends
+            ]
+            newcomers = _Newcomers(iter(images), self.encode_batch, copies=captions.copies)
+            sets: list[_Slots[Key]] = []
+            while newcomers.may_come or any(slots.owners for slots in sets):
+                if newcomers.may_come and len(sets) < self.num_sets:  # a small run needs no second set
+                    sets.append(_Slots(devices[len(sets) % len(devices)], self.search, self.num_slots))
+                for slots in sets:
+                    closed = slots.finish_step()
+                    yield [found for owner, hypotheses in closed for found in captions.add(*owner, hypotheses)]
+                    slots.fill(newcomers)
+                    slots.begin_step()
 
     def decode(self, pixel_values: NDArray[np.uint8]) -> Iterator[tuple[int, list[Hypothesis]]]:
         """Caption images u8[N,height,width,3]; yield (index, hypotheses) as they close."""
         return self.run(enumerate(pixel_values))
 
-    def _encoded_ahead(
-        self, images: Iterator[tuple[Key, NDArray[np.uint8]] | None]
-    ) -> Iterator[tuple[Key, int, Encoded, int] | None]:
-        """Encode in batches, as images are asked for; yield each as often as captions are drawn, None without any."""
-        copies = self.search.sampling.copies if self.search.sampling else 1
-        while pulled := self._pull(images):
+
+class _Newcomers(Generic[Key]):
+    """Images that wait for a slot, encoded in batches as they are asked for; `may_come` until there are no more."""
+
+    def __init__(
+        self, images: Iterator[tuple[Key, NDArray[np.uint8]] | None], encode_batch: int, *, copies: int
+    ) -> None:
+        self._images, self._encode_batch, self._copies = images, encode_batch, copies
+        self._waiting: deque[tuple[tuple[Key, int], Later[Encoded], int]] = deque()
+        self.may_come = True
+
+    def next(self, device: DeviceQueue) -> tuple[tuple[Key, int], Later[Encoded], int] | None:
+        """Return an owner (key and number of the copy), a batch that `device` encodes, and the image's place in it.
+
+        Each image comes as often as captions of it are drawn. None means there are no more, or many needed no decoding.
+        """
+        if not self._waiting:
+            pulled = self._pull()
+            self.may_come = bool(pulled)
             batch = [image for image in pulled if image is not None]
             if not batch:
-                yield None
-                continue
-            encoded = self.backend.encode(np.stack([pixels for _, pixels in batch]))
-            for i, (key, _) in enumerate(batch):
-                for copy in range(copies):
-                    yield key, copy, encoded, i
+                return None
+            encoded = device.encode(np.stack([pixels for _, pixels in batch]))
+            for place, (key, _) in enumerate(batch):
+                self._waiting += [((key, copy), encoded, place) for copy in range(self._copies)]
+        return self._waiting.popleft()
 
-    def _pull(
-        self, images: Iterator[tuple[Key, NDArray[np.uint8]] | None]
-    ) -> list[tuple[Key, NDArray[np.uint8]] | None]:
+    def _pull(self) -> list[tuple[Key, NDArray[np.uint8]] | None]:
         """Take images until encode_batch of them have to be decoded, but no more than PULL_AT_MOST times as many."""
         pulled: list[tuple[Key, NDArray[np.uint8]] | None] = []
-        missing = self.encode_batch
-        for image in itertools.islice(images, PULL_AT_MOST * self.encode_batch):
+        missing = self._encode_batch
+        for image in itertools.islice(self._images, PULL_AT_MOST * self._encode_batch):
             pulled.append(image)
             missing -= image is not None
             if not missing:
@@ -110,84 +134,101 @@ class _CopiesOfImage(Generic[Key]):
     """Collects what an image's slots say: one of them as it is, several drawn captions by score."""
 
     def __init__(self, search: Search) -> None:
-        self._copies = search.sampling.copies if search.sampling else 1
+        self.copies = search.sampling.copies if search.sampling else 1
         self._found: dict[Key, list[tuple[int, Hypothesis]]] = {}
 
     def add(self, key: Key, copy: int, hypotheses: list[Hypothesis]) -> Iterator[tuple[Key, list[Hypothesis]]]:
         """Take in one slot's hypotheses; yield the image's when they are all there."""
-        if self._copies == 1:
+        if self.copies == 1:
             yield key, hypotheses
             return
         found = self._found.setdefault(key, [])
         found.append((copy, hypotheses[0]))
-        if len(found) == self._copies:
+        if len(found) == self.copies:
             del self._found[key]
             yield key, [one for _, one in sorted(found, key=lambda entry: (-entry[1].score, entry[0]))]
 
 
-class _Slots:
-    """Beams, ancestry and caches of B slots, moving in step.
+class _Slots(Generic[Key]):
+    """Beams, ancestry and caches of B slots, moving in step; `owners` are the images in them, and which copy.
 
     `prompt_fed` i64[B] counts the prompt tokens each slot has fed. A newcomer's prompt rides along in its own slot, K
     tokens a step, so that prefill needs no pass of its own.
     """
 
-    def __init__(self, backend: Backend, search: Search, num_slots: int) -> None:
-        self.backend = backend
+    def __init__(self, device: DeviceQueue, search: Search, num_slots: int) -> None:
+        self.device = device
         self.search = search
-        self.cache = backend.allocate(num_slots)
+        self.owners: dict[int, tuple[Key, int]] = {}
+        self.cache = device.allocate(num_slots)
         self.beams = Beams(search, num_slots)
         self.ancestry = Ancestry(num_slots, search.num_beams)
         self.prompt_fed = np.zeros(num_slots, np.int64)
         self.generators: list[np.random.Generator | None] = [None] * num_slots
         self.steps_since_settled = 0
+        self._begun: tuple[StepInputs, Later[tuple[NDArray[np.float32], NDArray[np.int64]]]] | None = None
 
-    def empty(self) -> list[int]:
-        """Return the slots without an image to decode."""
-        return np.flatnonzero(self.beams.closed).tolist()
+    def fill(self, newcomers: _Newcomers[Key]) -> None:
+        """Put newcomers into the empty slots; give slots up where none will come any more."""
+        for slot in np.flatnonzero(self.beams.closed).tolist() if newcomers.may_come else ():
+            newcomer = newcomers.next(self.device)
+            if newcomer is None:
+                break
+            owner, encoded, image = newcomer
+            self.owners[slot] = owner
+            self.device.admit(self.cache, slot, encoded, image)
+            self.beams.start(np.array([slot]))
+            self.ancestry.reset(np.array([slot]))
+            self.prompt_fed[slot] = 0
+            if self.search.sampling is not None:  # a caption that is drawn has a random generator of its own
+                self.generators[slot] = generator(self.search.sampling.seed, *owner)
+        if not newcomers.may_come:
+            self._shrink()
 
-    def admit(self, slot: int, encoded: Encoded, image: int) -> None:
-        """Put a newcomer into an empty slot."""
-        self.backend.admit(self.cache, slot, encoded, image)
-        self.beams.start(np.array([slot]))
-        self.ancestry.reset(np.array([slot]))
-        self.prompt_fed[slot] = 0
-
-    def draw_from(self, slot: int, key: object, copy: int) -> None:
-        """Give a newcomer's slot the random generator of its caption, if captions are drawn."""
-        if self.search.sampling is not None:
-            self.generators[slot] = generator(self.search.sampling.seed, key, copy)
-
-    def shrink(self, keys: dict[int, Owner]) -> dict[int, Owner]:
-        """Give up empty slots when they are many; return `keys` {slot: owner} under the new slot numbers."""
+    def _shrink(self) -> None:
+        """Give up empty slots when they are many; the others may get new numbers."""
         occupied = np.flatnonzero(~self.beams.closed)
         count = len(occupied)
-        if count > (1 - SHRINK_SHARE) * len(self.prompt_fed):
-            return keys
+        if not count or count > (1 - SHRINK_SHARE) * len(self.prompt_fed):
+            return
         keep = np.arange(count)
         keep[self.beams.closed[:count]] = occupied[occupied >= count]  # holes are filled from behind, the rest stays
         self._regroup(keep)
-        return {new: keys[old] for new, old in enumerate(keep.tolist())}
+        self.owners = {new: self.owners[old] for new, old in enumerate(keep.tolist())}
 
-    def step(self) -> list[int]:
-        """Feed every slot once and advance its beams; return the slots whose image closed."""
+    def begin_step(self) -> None:
+        """Feed every slot once, where any holds an image."""
+        if not self.owners:
+            return
         if self.steps_since_settled == SETTLE_EVERY:
             self._regroup(np.arange(len(self.prompt_fed)))
-        prefilling = (self.prompt_fed < len(self.search.prompt)) & ~self.beams.closed
-        inputs = self._inputs(prefilling)
-        scores, ids = self.backend.step(self.cache, inputs)
+        inputs = self._inputs(self._prefilling())
+        self._begun = inputs, self.device.step(self.cache, inputs)
+
+    def finish_step(self) -> list[tuple[tuple[Key, int], list[Hypothesis]]]:
+        """Wait for the step that was begun and advance the beams; return owner and hypotheses of images that closed."""
+        if self._begun is None:
+            return []
+        (inputs, later), self._begun = self._begun, None
+        scores, ids = later.wait()
         if self.search.sampling is not None:
             scores, ids = self._draw(scores, ids)
         self.steps_since_settled += 1
+        prefilling = self._prefilling()
         more_prompt = self._feed_prompt(prefilling)
         rows, tokens = np.divmod(ids, self.search.vocab_size)
         parents = np.where(prefilling[:, None], 0, rows)  # every row of a prompt belongs to beam 0
         was_closed = self.beams.closed.copy()
         chosen = self.beams.advance(scores, parents, tokens, ~more_prompt)
-        parent_rows = np.take_along_axis(rows, chosen, 1)
+        parent_rows = rows[np.arange(len(rows))[:, None], chosen]
         parent_rows[more_prompt] = self.search.num_beams - 1  # the last prompt token fed, which saw all the others
         self.ancestry.choose(inputs.ancestry, parent_rows)
-        return np.flatnonzero(self.beams.closed & ~was_closed).tolist()
+        closed = np.flatnonzero(self.beams.closed & ~was_closed).tolist()
+        return [(self.owners.pop(slot), self.beams.results(slot)) for slot in closed]
+
+    def _prefilling(self) -> NDArray[np.bool_]:
+        """Return bool[B]: which slots have more of the prompt to feed."""
+        return (self.prompt_fed < len(self.search.prompt)) & ~self.beams.closed
 
     def _feed_prompt(self, prefilling: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Count K prompt tokens as fed in bool[B] `prefilling` slots; return those with more of the prompt to feed."""
@@ -210,7 +251,7 @@ class _Slots:
         return np.take_along_axis(scores, chosen[:, None], 1), np.take_along_axis(ids, chosen[:, None], 1)
 
     def _regroup(self, keep: NDArray[np.int64]) -> None:
-        self.backend.regroup(self.cache, keep, self.ancestry.compact(keep))
+        self.device.regroup(self.cache, keep, self.ancestry.compact(keep))
         if len(keep) < len(self.prompt_fed):
             self.beams.keep(keep)
             self.prompt_fed = self.prompt_fed[keep]

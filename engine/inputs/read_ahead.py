@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from itertools import count
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -17,30 +16,43 @@ def read_ahead(function: Callable[[A], B], items: Iterable[A], *, threads: int, 
     """Yield function(item) in order, computed in threads, never more than `window` items ahead of the consumer.
 
     The threads are daemons: a program that is stopped does not wait for a disk that hangs, as it would for those of
-    concurrent.futures.
+    concurrent.futures. Two queues do for all items: a future for each costs the consumer as much as choosing its beams.
     """
-    asked: SimpleQueue[tuple[Future[B], A] | None] = SimpleQueue()
+    asked: SimpleQueue[tuple[int, A] | None] = SimpleQueue()
+    done: SimpleQueue[tuple[int, B | None, BaseException | None]] = SimpleQueue()
+    early: dict[int, tuple[B | None, BaseException | None]] = {}
     stopped = threading.Event()
 
     def work() -> None:
         while (task := asked.get()) is not None and not stopped.is_set():
-            future, item = task
+            place, item = task
             try:
-                future.set_result(function(item))
+                done.put((place, function(item), None))
             except BaseException as error:  # the consumer raises it
-                future.set_exception(error)
+                done.put((place, None, error))
+
+    def result(place: int) -> B:
+        while place not in early:
+            finished, value, error = done.get()
+            early[finished] = value, error
+        value, error = early.pop(place)
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
 
     for _ in range(threads):
         threading.Thread(target=work, name="read ahead", daemon=True).start()
-    pending: deque[Future[B]] = deque()
+    places, sent = count(), 0
     try:
         for item in items:
-            pending.append(Future())
-            asked.put((pending[-1], item))
-            if len(pending) >= window:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            asked.put((sent, item))
+            sent += 1
+            if sent >= window:
+                yield result(next(places))
+        for place in places:
+            if place == sent:
+                break
+            yield result(place)
     finally:
         stopped.set()
         for _ in range(threads):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,7 +79,7 @@ class RunRecord:
                 "id": caption.id,
                 "file": self._fingerprints[caption.id],
                 "latency_s": caption.latency_s,
-                "alternatives": [asdict(alternative) for alternative in caption.alternatives],
+                "alternatives": [vars(alternative) for alternative in caption.alternatives],
             }
         )
         self.captions[caption.id] = caption

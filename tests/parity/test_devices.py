@@ -8,12 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.host import INSTANT
+from benchmarks.speed.host_worker import Device as Words
+from benchmarks.speed.host_worker import pictures
 from engine.backends.buckets import PaddedBackend
 from engine.backends.ort import OrtBackend
-from engine.backends.shapes import Bounds, bucket_size, profiles
+from engine.backends.shapes import FEWEST_BANS, FEWEST_SETTLED, Bounds, bucket_size, profiles
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
-from engine.decoding.backend import StepInputs
+from engine.decoding.backend import BatchSizes, StepInputs
+from engine.decoding.beam import Search
+from engine.decoding.scheduler import Scheduler
 from engine.errors import BackendError
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
@@ -29,6 +34,18 @@ SEARCHES = {
     "least length": DecodeOptions(num_beams=2, min_new_tokens=20, max_new_tokens=40, no_repeat_ngram_size=1),
     "drawn": DecodeOptions(do_sample=True, num_return_sequences=3, top_k=40, seed=5, max_new_tokens=20),
 }
+SEARCH = Search(
+    prompt=(30522,),
+    num_beams=4,
+    max_length=64,
+    min_length=0,
+    length_penalty=1.0,
+    early_stopping=False,
+    no_repeat_ngram_size=3,
+    num_return_sequences=1,
+    eos=102,
+    vocab_size=30524,
+)
 TOLERANCE = 1e-4
 """Float32 sums in other shapes round otherwise; measured 2e-6 on the tiny model."""
 
@@ -64,10 +81,10 @@ class Watching:
     def __getattr__(self, name: str):
         return getattr(self._inner, name)
 
-    def step(self, cache, inputs: StepInputs):
+    def step(self, cache, inputs: StepInputs, at: int):
         past = (cache.settled[0].shape()[2], cache.recent[0].shape()[2])
         self.shapes.add((*inputs.banned_ids.shape, *past))
-        return self._inner.step(cache, inputs)
+        return self._inner.step(cache, inputs, at)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -77,11 +94,24 @@ def test_padded_shapes_change_no_caption_and_are_few(name, bundle, tiny_captione
     watching = Watching(OrtBackend(bundle, "cpu", threads=1))
     assert_same(captions(bundle, PaddedBackend(watching), options), expected)
     slots, _, bans, settled, recent = (set(sizes) for sizes in zip(*watching.shapes, strict=True))
-    assert all(size == bucket_size(size, 1) for size in slots)
-    assert all(size == bucket_size(size, 4) for size in bans)
-    assert all(size == bucket_size(size, 16) for size in settled)
-    assert len(recent) <= 8
-    assert min(*slots, *bans, *settled, *recent) > 0
+    assert all(size == bucket_size(size, FEWEST_BANS) for size in bans)
+    assert all(size == bucket_size(size, FEWEST_SETTLED) for size in settled)
+    assert recent == {8 * options.num_beams}
+    assert len(slots) <= 3
+    assert len(watching.shapes) <= 8
+
+
+def test_two_thousand_images_are_few_shapes_and_no_slot_is_paid_for_in_vain():
+    for beams in (1, 3, 4, 5, 10):
+        slots = 1024 // beams
+        device = Words(BatchSizes(rows=2048, encode_batch=16, sets=2), 30524, 102, beams, INSTANT)
+        backend = PaddedBackend(device)
+        search = replace(SEARCH, num_beams=beams)
+        scheduler = Scheduler(backend, search, num_slots=slots, num_sets=2, encode_batch=16)
+        found = dict(scheduler.run(enumerate(pictures(2000, 8, 8))))
+        assert len(found) == 2000
+        assert len(backend.shapes) <= 8, sorted(backend.shapes)
+        assert {shape[0] for shape in backend.shapes} <= {slots, -(-slots // 4), -(-slots // 16)}
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -162,10 +192,10 @@ def test_padding_that_is_looked_at_would_be_noticed(bundle, tiny_captioner, monk
     expected = captions(bundle, tiny_captioner.backend, options)
     real = OrtBackend.step
 
-    def careless(self, cache, inputs):
+    def careless(self, cache, inputs, at):
         ancestry = inputs.ancestry.copy()
         ancestry[:, :, 0] = True
-        return real(self, cache, replace(inputs, ancestry=ancestry))
+        return real(self, cache, replace(inputs, ancestry=ancestry), at)
 
     monkeypatch.setattr(OrtBackend, "step", careless)
     found = captions(bundle, PaddedBackend(OrtBackend(bundle, "cpu", threads=1)), options)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.decoding.bans import NOT_BANNED, banned_ids, repeated_ngram_bans
+from engine.decoding.bans import NOT_BANNED, banned_ids, repeated_ngrams
 
 
 def plain_bans(ids: list[int], size: int) -> set[int]:
@@ -29,9 +29,12 @@ def test_bans_equal_the_plain_rule_for_every_length_and_size(sequences, size):
     tokens = np.full((len(sequences), 1, 14), 2)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[0, : len(sequence)] = sequence
-    bans = repeated_ngram_bans(tokens, lengths, size)
-    for row, sequence in zip(bans, sequences, strict=True):
-        assert {i for i in row[0].tolist() if i != NOT_BANNED} == plain_bans(sequence, size)
+    rows, ids = repeated_ngrams(tokens, lengths, size)
+    assert rows.tolist() == sorted(rows.tolist())
+    bans = banned_ids(tokens, lengths, ngram_size=size, min_length=0, eos=9)
+    for i, sequence in enumerate(sequences):
+        assert set(ids[rows == i].tolist()) == plain_bans(sequence, size)
+        assert set(bans[i, 0].tolist()) == (plain_bans(sequence, size) or {NOT_BANNED})
 
 
 def test_a_row_with_bans_is_filled_with_its_own_and_a_row_without_holds_none():
@@ -39,6 +42,12 @@ def test_a_row_with_bans_is_filled_with_its_own_and_a_row_without_holds_none():
     bans = banned_ids(tokens, np.array([5]), ngram_size=2, min_length=0, eos=9)
     assert set(bans[0, 0].tolist()) == {6}
     assert set(bans[0, 1].tolist()) == {NOT_BANNED}
+
+
+def test_a_short_row_with_repeats_has_both_kinds_of_bans():
+    tokens = np.array([[[5, 6, 5, 6, 5], [1, 2, 3, 4, 5]], [[5, 5, 0, 0, 0], [1, 2, 0, 0, 0]]])
+    bans = banned_ids(tokens, np.array([5, 2]), ngram_size=2, min_length=3, eos=9)
+    assert [[set(row.tolist()) for row in slot] for slot in bans] == [[{6}, {NOT_BANNED}], [{5, 9}, {9}]]
 
 
 @pytest.mark.parametrize(("min_length", "banned"), [(0, False), (5, False), (6, True)])

@@ -1,0 +1,118 @@
+"""A backend behind a queue: its calls are done in order, beside what the host does meanwhile.
+
+Only the result of a step is waited for. Knows nothing of beams.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.decoding.backend import Backend, Cache, Encoded, StepInputs
+
+T = TypeVar("T")
+SWITCH_S = 5e-4
+"""Seconds after which a thread that computes lets another go on. With Python's own 5 ms a device that is done waits for
+the host that long before it gets its next step."""
+
+
+class Later(Generic[T]):
+    """What a queued call will return."""
+
+    def __init__(self) -> None:
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def settle(self, value: T | None, error: BaseException | None = None) -> None:
+        """Say what the call returned, or what it raised."""
+        self._value, self._error = value, error
+        self._done.release()
+
+    def wait(self) -> T:
+        """Return the value once it is there; raise what the call raised."""
+        with self._done:
+            if self._error is not None:
+                raise self._error
+            value: T = self._value
+            return value
+
+
+class DeviceQueue:
+    """The calls of a Backend, done in order by a thread of their own, or at once where `in_thread` is false.
+
+    A context manager. After a call has failed none is done any more, and each says the same error; of those that return
+    nothing, the next step says it.
+    """
+
+    def __init__(self, backend: Backend, *, in_thread: bool) -> None:
+        self.backend = backend
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="device", daemon=True) if in_thread else None
+
+    def __enter__(self) -> DeviceQueue:
+        if self._thread is not None:
+            self._switch_s = sys.getswitchinterval()
+            sys.setswitchinterval(min(SWITCH_S, self._switch_s))
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._error = self._error or value  # what is still queued is not worth doing then
+            self._calls.put(None)
+            self._thread.join()
+            sys.setswitchinterval(self._switch_s)
+
+    def encode(self, pixel_values: NDArray[np.uint8]) -> Later[Encoded]:
+        """See Backend.encode."""
+        return self._put(partial(self.backend.encode, pixel_values))
+
+    def allocate(self, num_slots: int) -> Cache:
+        """See Backend.allocate; this one is waited for."""
+        return self._put(partial(self.backend.allocate, num_slots)).wait()
+
+    def admit(self, cache: Cache, slot: int, encoded: Later[Encoded], image: int) -> None:
+        """See Backend.admit. What was encoded in another queue is waited for."""
+        self._put(lambda: self.backend.admit(cache, slot, encoded.wait(), image))
+
+    def step(self, cache: Cache, inputs: StepInputs) -> Later[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """See Backend.step."""
+        return self._put(partial(self.backend.step, cache, inputs))
+
+    def regroup(self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """See Backend.regroup."""
+        self._put(partial(self.backend.regroup, cache, slots, columns))
+
+    def _put(self, call: Callable[[], T]) -> Later[T]:
+        later: Later[T] = Later()
+        if self._thread is None:
+            later.settle(call())
+        else:
+            self._calls.put(partial(self._do, call, later))
+        return later
+
+    def _do(self, call: Callable[[], T], later: Later[T]) -> None:
+        try:
+            if self._error is None:
+                later.settle(call())
+                return
+        except BaseException as error:  # whoever waits raises it
+            self._error = error
+        later.settle(None, self._error)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()

@@ -1,0 +1,95 @@
+"""Sets of slots that take turns behind a queue: the same captions, work side by side, and no error that is lost."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.decoding.device import DeviceQueue
+from engine.decoding.scheduler import Scheduler
+from tests.unit.engine.decoding.test_beam import SEARCH, TableBackend, pixels
+
+IMAGES = range(23)
+
+
+def decode(backend, num_sets=1, num_slots=3, **more):
+    search = replace(SEARCH, num_beams=3, no_repeat_ngram_size=2)
+    scheduler = Scheduler(backend, search, num_slots=num_slots, encode_batch=2, num_sets=num_sets, **more)
+    return dict(scheduler.decode(pixels(*IMAGES)))
+
+
+def test_any_number_of_sets_and_backends_says_the_same():
+    expected = decode(TableBackend(3))
+    assert sorted(expected) == list(IMAGES)
+    for num_sets, num_slots in ((2, 3), (3, 2), (2, 40)):
+        assert decode(TableBackend(3), num_sets, num_slots) == expected
+    backends = [TableBackend(3) for _ in range(3)]
+    assert decode(backends[0], 3, 2, more_backends=backends[1:]) == expected
+    assert all(backend.steps for backend in backends)
+
+
+def test_a_small_run_makes_no_second_set():
+    class Counting(TableBackend):
+        allocated = 0
+
+        def allocate(self, num_slots):
+            self.allocated += 1
+            return super().allocate(num_slots)
+
+    backend = Counting(3)
+    decode(backend, num_sets=2, num_slots=30)
+    assert backend.allocated == 1
+
+
+def test_the_device_works_on_one_set_while_the_host_goes_on_with_the_other():
+    handed_on, met = threading.Event(), []
+
+    class Patient(TableBackend):
+        def step(self, cache, inputs):
+            if self.steps == 3:  # a step of one set waits for the host to hand on what came of the other
+                handed_on.clear()
+                met.append(handed_on.wait(timeout=20))
+            return super().step(cache, inputs)
+
+    scheduler = Scheduler(Patient(3), SEARCH, num_slots=3, encode_batch=2, num_sets=2)
+    for _ in scheduler.steps(enumerate(pixels(*IMAGES))):
+        handed_on.set()
+    assert met == [True]
+
+
+@pytest.mark.parametrize("call", ["encode", "allocate", "admit", "step", "regroup"])
+@pytest.mark.parametrize("num_sets", [1, 2])
+def test_what_a_call_raises_reaches_the_caller_and_the_thread_ends(call, num_sets):
+    def fail(*_):
+        raise MemoryError("short")
+
+    failing = TableBackend(3)
+    setattr(failing, call, fail)
+    interval, threads = sys.getswitchinterval(), threading.active_count()
+    with pytest.raises(MemoryError, match="short"):
+        decode(failing, num_sets)
+    assert threading.active_count() == threads
+    assert sys.getswitchinterval() == interval
+
+
+def test_nothing_is_done_after_an_error():
+    done = []
+
+    class Noting(TableBackend):
+        def admit(self, *arguments):
+            done.append(arguments)
+
+        def encode(self, _):
+            raise ValueError("damaged")
+
+    with DeviceQueue(Noting(0), in_thread=True) as device:
+        later = device.encode(np.zeros((1, 1, 1, 3), np.uint8))
+        device.admit(None, 0, later, 0)
+        for call in (later, device.step(None, None)):
+            with pytest.raises(ValueError, match="damaged"):
+                call.wait()
+    assert done == []
