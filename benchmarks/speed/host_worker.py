@@ -29,6 +29,7 @@ SHORTEST, ENDS = 14, 0.09
 STAGES = {
     "digest": ("engine.captioner", "_digest"),
     "text": ("engine.captioner:Captioner", "_alternative"),
+    "texts": ("engine.bundle.tokenizer:CaptionTokenizer", "decode_all"),
     "inputs": ("engine.decoding.scheduler:_Slots", "_inputs"),
     "bans": ("engine.decoding.beam:Beams", "banned_ids"),
     "advance": ("engine.decoding.beam:Beams", "advance"),
@@ -49,7 +50,7 @@ class Device:
     name = "cpu"
 
     def __init__(self, batch_sizes: Any, vocab_size: int, eos: int, beams: int, times: dict[str, float]) -> None:
-        self.batch_sizes = batch_sizes
+        self.batch_sizes = self.appetite = batch_sizes
         self._vocab_size, self._times = vocab_size, times
         self.busy_s = self.own_s = 0.0
         self.shapes: Counter[tuple[int, ...]] = Counter()
@@ -125,10 +126,11 @@ def timed(spent: dict[str, float]) -> None:
 
 
 def pictures(count: int, height: int, width: int) -> Iterator[NDArray[np.uint8]]:
-    """Yield distinct pictures u8[height,width,3]."""
+    """Yield distinct pictures u8[height,width,3], each good until many others have come: they share memory."""
     base = np.random.default_rng(1).integers(0, 255, (height, width, 3), np.uint8)
+    pool = [base.copy() for _ in range(min(count, 512))]
     for number in range(count):
-        picture = base.copy()
+        picture = pool[number % len(pool)]
         picture[0, 0], picture[0, 1, 0] = (number & 255, number >> 8 & 255, number >> 16), number % 251
         yield picture
 
@@ -137,14 +139,13 @@ def main() -> None:
     """Read the order, a JSON object, and print what was measured."""
     order = json.loads(sys.argv[1])
     from engine.captioner import Captioner
-    from engine.decoding.backend import BatchSizes
 
     try:
         from engine.bundle.fetch import open_bundle
-    except ImportError:
-        from engine.bundle import Bundle  # type: ignore[attr-defined]
-
-        open_bundle = Bundle.load
+        from engine.decoding.backend import BatchSizes
+    except ImportError:  # as it was at 084ae4d
+        base, bundles = importlib.import_module("engine.backends.base"), importlib.import_module("engine.bundle")
+        BatchSizes, open_bundle = base.Appetite, bundles.Bundle.load  # noqa: N806
     bundle = open_bundle(None)
     options = bundle.options(num_beams=order["beams"])
     sizes = {"rows": order["rows"], "encode_batch": order["encode_batch"], "memory_bytes": 1 << 40}

@@ -17,18 +17,19 @@ CLEAN_UP = (
 )
 """Replacements in order (transformers 4.57, PreTrainedTokenizerBase.clean_up_tokenization)."""
 
-DETOKENISE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\s+([,;:!?%)\]])", r"\1"),
-        (r"\s+\.(?!\d)", "."),
-        (r"([(\[])\s+", r"\1"),
-        (r"(?<=\w)\s*([-/])\s*(?=\w)", r"\1"),
-        (r"(?<=\d)\s*\.\s*(?=\d)", "."),
-        (r"(?<=\d)\s*,\s*(?=\d{3}\b)", ","),
-        (r"(?<=\w)\s*'\s*(?=(?:s|t|m|d|re|ve|ll)\b)", "'"),
+DETOKENISE: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
+    (marks, re.compile(pattern), replacement)
+    for marks, pattern, replacement in (
+        (",;:!?%)]", r"\s+([,;:!?%)\]])", r"\1"),
+        (".", r"\s+\.(?!\d)", "."),
+        ("([", r"([(\[])\s+", r"\1"),
+        ("-/", r"(?<=\w)\s*([-/])\s*(?=\w)", r"\1"),
+        (".", r"(?<=\d)\s*\.\s*(?=\d)", "."),
+        (",", r"(?<=\d)\s*,\s*(?=\d{3}\b)", ","),
+        ("'", r"(?<=\w)\s*'\s*(?=(?:s|t|m|d|re|ve|ll)\b)", "'"),
     )
 )
+"""Patterns, each with the marks of which one must stand in a text that it changes."""
 
 
 class CaptionTokenizer:
@@ -55,10 +56,15 @@ class CaptionTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the raw text, as transformers' tokenizer.decode(ids, skip_special_tokens=True) gives it."""
+        return self.decode_all([ids])[0]
+
+    def decode_all(self, several: Sequence[Sequence[int]]) -> list[str]:
+        """Return the raw texts of several captions, which takes less than one after the other."""
         tokens = self._bundle.tokens
-        words = [i for i in ids if i not in (tokens.bos, tokens.eos, tokens.pad)]
-        text: str = self._tokenizer.decode(words, skip_special_tokens=True)
-        return clean_up(text) if self._bundle.clean_up_tokenization_spaces else text
+        special = {tokens.bos, tokens.eos, tokens.pad}
+        words = [[i for i in ids if i not in special] for ids in several]
+        texts: list[str] = self._tokenizer.decode_batch(words, skip_special_tokens=True)
+        return [clean_up(text) for text in texts] if self._bundle.clean_up_tokenization_spaces else texts
 
 
 def clean_up(text: str) -> str:
@@ -73,6 +79,7 @@ def detokenise(text: str) -> str:
 
     The scorers delete punctuation without inserting a space, so a split hyphen turns one word into two.
     """
-    for pattern, replacement in DETOKENISE:
-        text = pattern.sub(replacement, text)
+    for marks, pattern, replacement in DETOKENISE:
+        if any(mark in text for mark in marks):
+            text = pattern.sub(replacement, text)
     return " ".join(text.split())

@@ -24,12 +24,18 @@ def repeated_ngrams(
     windows = int(lengths.max(initial=0)) - ngram_size + 1
     if ngram_size == 0 or windows < 1:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    repeats = np.broadcast_to((np.arange(windows) + ngram_size <= lengths[:, None])[:, None], (slots, beams, windows))
-    for j in range(ngram_size - 1):
-        last = tokens[np.arange(slots), :, np.maximum(lengths - ngram_size + 1 + j, 0)]
-        repeats = repeats & (tokens[:, :, j : j + windows] == last[:, :, None])
-    rows, places = np.nonzero(repeats.reshape(slots * beams, windows))
-    return rows, tokens[rows // beams, rows % beams, places + ngram_size - 1]
+    if ngram_size == 1:
+        repeats = np.ones((slots * beams, windows), bool)
+    else:  # where the last token stands elsewhere, too: few places, of which the rest is looked at one by one
+        newest = tokens[np.arange(slots), :, lengths - 1]
+        repeats = (tokens[:, :, ngram_size - 2 : ngram_size - 2 + windows] == newest[:, :, None]).reshape(-1, windows)
+    rows, places = np.divmod(np.flatnonzero(repeats), windows)
+    slot, beam = np.divmod(rows, beams)
+    is_same = places + ngram_size <= lengths[slot]
+    for j in range(ngram_size - 2):
+        is_same &= tokens[slot, beam, places + j] == tokens[slot, beam, lengths[slot] - ngram_size + 1 + j]
+    rows, slot, beam, places = rows[is_same], slot[is_same], beam[is_same], places[is_same]
+    return rows, tokens[slot, beam, places + ngram_size - 1]
 
 
 def banned_ids(

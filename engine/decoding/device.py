@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
@@ -76,9 +76,9 @@ class DeviceQueue:
             self._thread.join()
             sys.setswitchinterval(self._switch_s)
 
-    def encode(self, pixel_values: NDArray[np.uint8]) -> Later[Encoded]:
-        """See Backend.encode."""
-        return self._put(partial(self.backend.encode, pixel_values))
+    def encode(self, pictures: Sequence[NDArray[np.uint8]]) -> Later[Encoded]:
+        """See Backend.encode; pictures are u8[height,width,3] each."""
+        return self._put(lambda: self.backend.encode(np.stack(pictures)))
 
     def allocate(self, num_slots: int) -> Cache:
         """See Backend.allocate; this one is waited for."""

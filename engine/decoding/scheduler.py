@@ -113,7 +113,7 @@ class _Newcomers(Generic[Key]):
             batch = [image for image in pulled if image is not None]
             if not batch:
                 return None
-            encoded = device.encode(np.stack([pixels for _, pixels in batch]))
+            encoded = device.encode([pixels for _, pixels in batch])
             for place, (key, _) in enumerate(batch):
                 self._waiting += [((key, copy), encoded, place) for copy in range(self._copies)]
         return self._waiting.popleft()
@@ -170,6 +170,7 @@ class _Slots(Generic[Key]):
 
     def fill(self, newcomers: _Newcomers[Key]) -> None:
         """Put newcomers into the empty slots; give slots up where none will come any more."""
+        filled = []
         for slot in np.flatnonzero(self.beams.closed).tolist() if newcomers.may_come else ():
             newcomer = newcomers.next(self.device)
             if newcomer is None:
@@ -177,11 +178,13 @@ class _Slots(Generic[Key]):
             owner, encoded, image = newcomer
             self.owners[slot] = owner
             self.device.admit(self.cache, slot, encoded, image)
-            self.beams.start(np.array([slot]))
-            self.ancestry.reset(np.array([slot]))
-            self.prompt_fed[slot] = 0
             if self.search.sampling is not None:  # a caption that is drawn has a random generator of its own
                 self.generators[slot] = generator(self.search.sampling.seed, *owner)
+            filled.append(slot)
+        if filled:
+            self.beams.start(np.array(filled))
+            self.ancestry.reset(np.array(filled))
+            self.prompt_fed[filled] = 0
         if not newcomers.may_come:
             self._shrink()
 

@@ -236,6 +236,8 @@ def read_image(
     `depth` says (depth.py); where that is CLIP, values beyond 0 to 255 are lost and the name is added to `clipped`.
     Raises ImageError naming the file, EngineError when the system has no more file handles.
     """
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == (height, width, 3):
+        return source.copy()  # nothing to convert or to resize: Pillow would copy it four times
     picture = decode_image(source, frame=frame, depth=depth, clipped=clipped)
     return np.asarray(picture.resize((width, height), RESAMPLING[resample]))
 
