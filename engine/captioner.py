@@ -117,7 +117,8 @@ class Captioner:
                     yield (digest, pixels) if repeats.wait(digest, index, name) else None
 
         for closed in self.scheduler(search, rows).steps(arrivals()):
-            for digest, alternatives in self._in_words(closed):
+            for digest, hypotheses in closed:
+                alternatives = tuple(map(self._alternative, hypotheses))
                 for index, caption in repeats.resolve(digest, alternatives):
                     captions.add(index, caption)
             yield from captions.ready()
@@ -162,19 +163,9 @@ class Captioner:
             else:
                 on_error(pixels)
 
-    def _in_words(
-        self, closed: list[tuple[bytes, list[Hypothesis]]]
-    ) -> Iterator[tuple[bytes, tuple[Alternative, ...]]]:
-        """Yield the captions of images that closed in one step."""
-        raw = iter(self.tokenizer.decode_all([one.ids for _, hypotheses in closed for one in hypotheses]))
-        for digest, hypotheses in closed:
-            yield (
-                digest,
-                tuple(
-                    Alternative(detokenise(text), text, one.ids, one.sum_log_prob, one.score)
-                    for one, text in zip(hypotheses, raw, strict=False)
-                ),
-            )
+    def _alternative(self, hypothesis: Hypothesis) -> Alternative:
+        raw = self.tokenizer.decode(hypothesis.ids)
+        return Alternative(detokenise(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
 
 
 def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions) -> Search:

@@ -29,7 +29,6 @@ SHORTEST, ENDS = 14, 0.09
 STAGES = {
     "digest": ("engine.captioner", "_digest"),
     "text": ("engine.captioner:Captioner", "_alternative"),
-    "texts": ("engine.bundle.tokenizer:CaptionTokenizer", "decode_all"),
     "inputs": ("engine.decoding.scheduler:_Slots", "_inputs"),
     "bans": ("engine.decoding.beam:Beams", "banned_ids"),
     "advance": ("engine.decoding.beam:Beams", "advance"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import WordPiece
 
 from engine.bundle.manifest import Bundle
 from engine.errors import BundleError, UsageError
@@ -43,6 +44,9 @@ class CaptionTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._bundle = bundle
+        self._special = {bundle.tokens.bos, bundle.tokens.eos, bundle.tokens.pad}
+        is_joined = isinstance(self._tokenizer.decoder, WordPiece)
+        self._pieces = _Pieces(self._decoded, bundle.model.vocab_size) if is_joined else None
 
     def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
         """Return the ids decoding starts from: [DEC], then the prompt's own (BlipForConditionalGeneration.generate)."""
@@ -56,15 +60,39 @@ class CaptionTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the raw text, as transformers' tokenizer.decode(ids, skip_special_tokens=True) gives it."""
-        return self.decode_all([ids])[0]
+        words = [i for i in ids if i not in self._special]
+        text = self._pieces.first(words[0]) if words and self._pieces is not None else ""
+        if text and self._pieces is not None:
+            text += "".join([self._pieces[i] for i in words[1:]])
+        else:
+            text = self._decoded(words)
+        return clean_up(text) if self._bundle.clean_up_tokenization_spaces else text
 
-    def decode_all(self, several: Sequence[Sequence[int]]) -> list[str]:
-        """Return the raw texts of several captions, which takes less than one after the other."""
-        tokens = self._bundle.tokens
-        special = {tokens.bos, tokens.eos, tokens.pad}
-        words = [[i for i in ids if i not in special] for ids in several]
-        texts: list[str] = self._tokenizer.decode_batch(words, skip_special_tokens=True)
-        return [clean_up(text) for text in texts] if self._bundle.clean_up_tokenization_spaces else texts
+    def _decoded(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
+class _Pieces(dict[int, str]):
+    """What a WordPiece decoder adds for each token that is not the first; it joins these and no more.
+
+    The library is asked once for each token: asked for each caption, it takes as long as choosing the caption's beams.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], vocab_size: int) -> None:
+        self._decode = decode
+        self._before = next(token for token in range(vocab_size) if decode([token]))
+        self._firsts: dict[int, str] = {}
+
+    def first(self, token: int) -> str:
+        """Return what a token is at the beginning; nothing where it is special, and the next one is the first."""
+        if token not in self._firsts:
+            self._firsts[token] = self._decode([token])
+        return self._firsts[token]
+
+    def __missing__(self, token: int) -> str:
+        piece = self[token] = self._decode([self._before, token]).removeprefix(self._decode([self._before]))
+        return piece
 
 
 def clean_up(text: str) -> str:

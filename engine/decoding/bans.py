@@ -6,6 +6,8 @@ MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor). Knows nothing of s
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,33 +15,32 @@ NOT_BANNED = -1
 
 
 def repeated_ngrams(
-    tokens: NDArray[np.int64], lengths: NDArray[np.int64], ngram_size: int
+    tokens: NDArray[np.integer[Any]], lengths: NDArray[np.int64], ngram_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the bans of B x K beams as two lists i64[N]: the row b * K + k, ascending, and an id it may not take.
 
-    An id is banned that would complete an n-gram the beam already holds. tokens i64[B,K,W'] hold lengths i64[B] valid
+    An id is banned that would complete an n-gram the beam already holds. tokens i32[B,K,W'] hold lengths i64[B] valid
     ids each, prompt and [DEC] included; both count. Nearly all rows have none, so that a list is what is quick.
     """
-    slots, beams, _ = tokens.shape
-    windows = int(lengths.max(initial=0)) - ngram_size + 1
-    if ngram_size == 0 or windows < 1:
+    slots, beams, width = tokens.shape
+    if ngram_size == 0 or lengths.max(initial=0) < ngram_size:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     if ngram_size == 1:
-        repeats = np.ones((slots * beams, windows), bool)
+        repeats = np.ones(tokens.shape, bool)
     else:  # where the last token stands elsewhere, too: few places, of which the rest is looked at one by one
-        newest = tokens[np.arange(slots), :, lengths - 1]
-        repeats = (tokens[:, :, ngram_size - 2 : ngram_size - 2 + windows] == newest[:, :, None]).reshape(-1, windows)
-    rows, places = np.divmod(np.flatnonzero(repeats), windows)
+        repeats = tokens == tokens[np.arange(slots), :, lengths - 1][:, :, None]
+    rows, places = np.divmod(np.flatnonzero(repeats), width)
+    places -= max(0, ngram_size - 2)
     slot, beam = np.divmod(rows, beams)
-    is_same = places + ngram_size <= lengths[slot]
+    is_same = (places >= 0) & (places + ngram_size <= lengths[slot])
     for j in range(ngram_size - 2):
         is_same &= tokens[slot, beam, places + j] == tokens[slot, beam, lengths[slot] - ngram_size + 1 + j]
     rows, slot, beam, places = rows[is_same], slot[is_same], beam[is_same], places[is_same]
-    return rows, tokens[slot, beam, places + ngram_size - 1]
+    return rows, tokens[slot, beam, places + ngram_size - 1].astype(np.int64)
 
 
 def banned_ids(
-    tokens: NDArray[np.int64], lengths: NDArray[np.int64], *, ngram_size: int, min_length: int, eos: int
+    tokens: NDArray[np.integer[Any]], lengths: NDArray[np.int64], *, ngram_size: int, min_length: int, eos: int
 ) -> NDArray[np.int64]:
     """Return every ban of B x K beams as StepInputs.banned_ids wants them: i64[B,K,M], M at least 1.
 

@@ -7,7 +7,7 @@ calls; the arithmetic is float32 as there. Images never influence each other. Kn
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,16 +72,20 @@ class Hypothesis:
 class Beams:
     """State of the images in B slots.
 
-    tokens     i64[B,K,max_length]  running beams, best first; `lengths` i64[B] ids of each row are valid
+    tokens     i32[B,K,max_length]  running beams, best first; `lengths` i64[B] ids of each row are valid
     scores     f32[B,K]             their summed log-probabilities
     closed     bool[B]              whether the slot's image is finished (`results` may be read) or the slot is empty
+
+    Of the hypotheses only scores are kept best first; the rest of each stays where it was written, at the place that
+    `_hypothesis_places` i64[B,K] names, until another takes that place.
     """
 
     def __init__(self, search: Search, num_slots: int) -> None:
         """Make B closed slots; `start` opens them."""
         beams, width = search.num_beams, search.max_length
         self.search = search
-        self.tokens = np.full((num_slots, beams, width), search.eos, np.int64)
+        self.tokens = np.full((num_slots, beams, width), search.eos, np.int32)
+        self._next_tokens = self.tokens.copy()  # where a step writes them
         self.lengths = np.zeros(num_slots, np.int64)
         self.scores = np.zeros((num_slots, beams), np.float32)
         self.closed = np.ones(num_slots, bool)
@@ -90,6 +94,7 @@ class Beams:
         self._hypothesis_lengths = np.zeros((num_slots, beams), np.int64)
         self._hypothesis_sums = np.zeros((num_slots, beams), np.float32)
         self._hypothesis_scores = np.zeros((num_slots, beams), np.float32)
+        self._hypothesis_places = np.zeros((num_slots, beams), np.int64)
         self.start(np.arange(num_slots))
         self.closed[:] = True
 
@@ -110,6 +115,7 @@ class Beams:
         self._hypothesis_lengths[slots] = len(prompt) + 1
         self._hypothesis_sums[slots] = NEVER
         self._hypothesis_scores[slots] = NEVER
+        self._hypothesis_places[slots] = np.arange(self.search.num_beams)
 
     def banned_ids(self) -> NDArray[np.int64]:
         """Return i64[B,K,M], the ids each running beam may not take next (see StepInputs.banned_ids)."""
@@ -124,7 +130,7 @@ class Beams:
 
     def last_tokens(self) -> NDArray[np.int64]:
         """Return i64[B,K], the id each running beam ends in."""
-        return self.tokens[np.arange(len(self.lengths)), :, self.lengths - 1]
+        return self.tokens[np.arange(len(self.lengths)), :, self.lengths - 1].astype(np.int64)
 
     def advance(
         self,
@@ -172,10 +178,12 @@ class Beams:
         """Replace the running beams of moving slots by the `chosen` candidates i64[B,K]; `lengths` grow by one."""
         slots = np.flatnonzero(moving)
         of_slot, chosen = slots[:, None], chosen[slots]
-        width = int(self.lengths.max()) + 1
-        moved = self.tokens[of_slot, candidates.parents[of_slot, chosen], :width]  # whole rows, as far as they are used
-        moved[np.arange(len(slots)), :, self.lengths[slots]] = candidates.tokens[of_slot, chosen]
-        self.tokens[slots, :, :width] = moved
+        count, beams, width = self.tokens.shape
+        rows = np.arange(count * beams).reshape(count, beams)
+        rows[slots] = of_slot * beams + candidates.parents[of_slot, chosen]
+        self.tokens.reshape(-1, width).take(rows.ravel(), axis=0, out=self._next_tokens.reshape(-1, width), mode="clip")
+        self.tokens, self._next_tokens = self._next_tokens, self.tokens
+        self.tokens[slots, :, self.lengths[slots]] = candidates.tokens[of_slot, chosen]
         self.scores[slots] = candidates.scores[of_slot, chosen]
         self.lengths += moving
 
@@ -193,22 +201,22 @@ class Beams:
             best = np.ones((len(image), 1), np.int64)
         else:
             best = np.argsort(-merged, axis=1, kind="stable")[:, :beams]
-        of_image = image[:, None]
-        kept = self._hypothesis_tokens[of_image, np.minimum(best, beams - 1)]
-        where, place = np.nonzero(best >= beams)  # of these the candidates take the place
-        newest = best[where, place] - beams
-        kept[where, place] = self.tokens[image[where], parents[image[where], newest]]
-        kept[where, place, self.lengths[image[where]]] = tokens[image[where], newest]
-        self._hypothesis_tokens[image] = kept
-        new_lengths = np.broadcast_to(self.lengths[image, None] + 1, new_scores.shape)
-
-        def keep(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
-            return np.take_along_axis(np.concatenate([old[image], new], 1), best, 1)
-
-        self._hypothesis_lengths[image] = keep(self._hypothesis_lengths, new_lengths)
-        self._hypothesis_sums[image] = keep(self._hypothesis_sums, scores[image])
-        self._finished[image] = keep(self._finished, ending[image])
-        self._hypothesis_scores[image] = np.take_along_axis(merged, best, 1)
+        of_image = np.arange(len(image))[:, None]
+        places = self._hypothesis_places[image]
+        is_kept = np.zeros((len(image), beams + scores.shape[1]), bool)
+        is_kept[of_image, best] = True
+        freed = places[~is_kept[:, :beams]]  # row by row, in each as many as candidates that take a place
+        taking, rank = np.nonzero(best >= beams)
+        new_places = places[of_image, np.minimum(best, beams - 1)]
+        new_places[taking, rank] = freed
+        self._hypothesis_places[image] = new_places
+        self._hypothesis_scores[image] = merged[of_image, best]
+        slot, candidate = image[taking], best[taking, rank] - beams
+        self._hypothesis_tokens[slot, freed] = self.tokens[slot, parents[slot, candidate]]
+        self._hypothesis_tokens[slot, freed, self.lengths[slot]] = tokens[slot, candidate]
+        self._hypothesis_lengths[slot, freed] = self.lengths[slot] + 1
+        self._hypothesis_sums[slot, freed] = scores[slot, candidate]
+        self._finished[slot, freed] = ending[slot, candidate]
 
     def _can_improve(self) -> NDArray[np.bool_]:
         """Return bool[B]: whether running beams may still beat the worst hypothesis (_check_early_stop_heuristic)."""
@@ -234,13 +242,14 @@ class Beams:
     def results(self, slot: int) -> list[Hypothesis]:
         """Return the num_return_sequences best hypotheses of a closed slot's image, best first."""
         assert self.closed[slot]
+        best = enumerate(self._hypothesis_places[slot, : self.search.num_return_sequences].tolist())
         return [
             Hypothesis(
-                tuple(self._hypothesis_tokens[slot, k, : self._hypothesis_lengths[slot, k]].tolist()),
-                float(self._hypothesis_sums[slot, k]),
-                float(self._hypothesis_scores[slot, k]),
+                tuple(self._hypothesis_tokens[slot, place, : self._hypothesis_lengths[slot, place]].tolist()),
+                float(self._hypothesis_sums[slot, place]),
+                float(self._hypothesis_scores[slot, rank]),
             )
-            for k in range(self.search.num_return_sequences)
+            for rank, place in best
         ]
 
     def keep(self, slots: NDArray[np.int64]) -> None:

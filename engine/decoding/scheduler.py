@@ -267,8 +267,9 @@ class _Slots(Generic[Key]):
         input_ids = beams.last_tokens()
         positions = np.repeat(beams.lengths[:, None] - 1, num_beams, 1)
         scores = np.where(beams.closed[:, None], np.float32(-np.inf), beams.scores)
-        own_tokens = np.repeat(np.eye(num_beams, dtype=bool)[None], len(input_ids), 0)
+        own_tokens = np.broadcast_to(np.eye(num_beams, dtype=bool), (len(input_ids), num_beams, num_beams))
         if prefilling.any():
+            own_tokens = own_tokens.copy()
             last = len(self.search.prompt) - 1
             at = self.prompt_fed[prefilling][:, None] + np.arange(num_beams)
             positions[prefilling] = np.minimum(at, last)

@@ -6,11 +6,15 @@ import csv
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.bundle.tokenizer import clean_up, detokenise
+from engine.bundle.manifest import Bundle
+from engine.bundle.tokenizer import CaptionTokenizer, clean_up, detokenise
 from engine.files.run_files import format_row, write_run
+
+BUNDLE = Bundle.load()
+TOKENIZER = CaptionTokenizer(BUNDLE)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +34,15 @@ from engine.files.run_files import format_row, write_run
 )
 def test_detokenise_rejoins_what_wordpiece_splits(raw, expected):
     assert detokenise(raw) == expected
+
+
+@given(st.lists(st.integers(0, 30523), max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_captions_joined_from_pieces_are_what_the_library_decodes(ids):
+    """Special tokens anywhere, pieces of words first, punctuation, ids the tokenizer does not know."""
+    tokens = BUNDLE.tokens
+    words = [i for i in ids if i not in (tokens.bos, tokens.eos, tokens.pad)]
+    assert TOKENIZER.decode(ids) == clean_up(TOKENIZER._tokenizer.decode(words, skip_special_tokens=True))
 
 
 def test_clean_up_follows_transformers():

@@ -260,5 +260,6 @@ def test_a_slot_that_is_not_active_does_not_move():
     before = {name: value.copy() for name, value in vars(beams).items() if isinstance(value, np.ndarray)}
     scores = np.full((1, 4), -np.inf, np.float32)
     beams.advance(scores, np.zeros((1, 4), np.int64), np.zeros((1, 4), np.int64), np.array([False]))
+    del before["_next_tokens"]  # a place to write to
     for name, value in before.items():
         np.testing.assert_array_equal(getattr(beams, name), value)
