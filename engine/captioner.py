@@ -35,6 +35,8 @@ ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
 REMEMBERED = 4096
 """Distinct images whose captions are kept for repeats: a few megabytes."""
 
+AHEAD = 4
+"""Images read ahead for each reader, or for each one of a batch to encode, of which there are more on a GPU."""
 FEWEST_READERS = 4
 """Threads that decode images at least, else one a core: Pillow releases the interpreter lock meanwhile."""
 
@@ -155,7 +157,8 @@ class Captioner:
                 return name, error, b""
             return name, pixels, _digest(pixels)
 
-        for name, pixels, digest in read_ahead(read, sources, threads=self._readers, window=4 * self._readers):
+        window = AHEAD * max(self._readers, self.backend.batch_sizes.encode_batch)
+        for name, pixels, digest in read_ahead(read, sources, threads=self._readers, window=window):
             if isinstance(pixels, np.ndarray):
                 yield name, pixels, digest
             elif on_error is None:

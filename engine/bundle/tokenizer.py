@@ -18,8 +18,8 @@ CLEAN_UP = (
 )
 """Replacements in order (transformers 4.57, PreTrainedTokenizerBase.clean_up_tokenization)."""
 
-DETOKENISE: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
-    (marks, re.compile(pattern), replacement)
+DETOKENISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = tuple(
+    (frozenset(marks), re.compile(pattern), replacement)
     for marks, pattern, replacement in (
         (",;:!?%)]", r"\s+([,;:!?%)\]])", r"\1"),
         (".", r"\s+\.(?!\d)", "."),
@@ -107,7 +107,8 @@ def detokenise(text: str) -> str:
 
     The scorers delete punctuation without inserting a space, so a split hyphen turns one word into two.
     """
+    present = set(text)
     for marks, pattern, replacement in DETOKENISE:
-        if any(mark in text for mark in marks):
+        if not marks.isdisjoint(present):
             text = pattern.sub(replacement, text)
     return " ".join(text.split())

@@ -56,7 +56,7 @@ class DeviceQueue:
 
     def __init__(self, backend: Backend, *, in_thread: bool) -> None:
         self.backend = backend
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Callable[[], None], bool] | None] = SimpleQueue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="device", daemon=True) if in_thread else None
 
@@ -86,7 +86,7 @@ class DeviceQueue:
 
     def admit(self, cache: Cache, slot: int, encoded: Later[Encoded], image: int) -> None:
         """See Backend.admit. What was encoded in another queue is waited for."""
-        self._put(lambda: self.backend.admit(cache, slot, encoded.wait(), image))
+        self._send(lambda: self.backend.admit(cache, slot, encoded.wait(), image))
 
     def step(self, cache: Cache, inputs: StepInputs) -> Later[tuple[NDArray[np.float32], NDArray[np.int64]]]:
         """See Backend.step."""
@@ -94,25 +94,38 @@ class DeviceQueue:
 
     def regroup(self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""
-        self._put(partial(self.backend.regroup, cache, slots, columns))
+        self._send(partial(self.backend.regroup, cache, slots, columns))
 
     def _put(self, call: Callable[[], T]) -> Later[T]:
+        """Do a call whose result is asked for."""
         later: Later[T] = Later()
-        if self._thread is None:
-            later.settle(call())
-        else:
-            self._calls.put(partial(self._do, call, later))
+
+        def settle() -> None:
+            if self._error is not None:
+                later.settle(None, self._error)
+                return
+            try:
+                value = call()
+            except BaseException as error:
+                later.settle(None, error)
+                raise
+            later.settle(value)
+
+        self._send(settle, always=True)
         return later
 
-    def _do(self, call: Callable[[], T], later: Later[T]) -> None:
-        try:
-            if self._error is None:
-                later.settle(call())
-                return
-        except BaseException as error:  # whoever waits raises it
-            self._error = error
-        later.settle(None, self._error)
+    def _send(self, call: Callable[[], None], *, always: bool = False) -> None:
+        """Do a call that returns nothing; after an error only those that are done `always`."""
+        if self._thread is None:
+            call()
+        else:
+            self._calls.put((call, always))
 
     def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            call()
+        while (asked := self._calls.get()) is not None:
+            call, always = asked
+            try:
+                if always or self._error is None:
+                    call()
+            except BaseException as error:  # whoever waits for a result raises it
+                self._error = self._error or error

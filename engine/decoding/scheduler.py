@@ -177,7 +177,7 @@ class _Slots(Generic[Key]):
                 break
             owner, encoded, image = newcomer
             self.owners[slot] = owner
-            self.device.admit(self.cache, slot, encoded, image)
+            self.device.admit(self.cache, slot, encoded, image)  # before the next batch is encoded
             if self.search.sampling is not None:  # a caption that is drawn has a random generator of its own
                 self.generators[slot] = generator(self.search.sampling.seed, *owner)
             filled.append(slot)

@@ -32,6 +32,23 @@ def test_any_number_of_sets_and_backends_says_the_same():
     assert all(backend.steps for backend in backends)
 
 
+@pytest.mark.parametrize("num_sets", [1, 2])
+def test_what_is_encoded_is_admitted_before_the_next_batch(num_sets):
+    """Encoded pictures are good until the next call of encode: a GPU's backend has one place for them."""
+
+    class OnePlace(TableBackend):
+        place = np.zeros((2, 1, 1, 3), np.uint8)
+
+        def encode(self, pixel_values):
+            self.place[: len(pixel_values)] = pixel_values
+            return self.place
+
+        def admit(self, cache, slot, encoded, image):
+            super().admit(cache, slot, encoded.copy(), image)
+
+    assert decode(OnePlace(3), num_sets, 5) == decode(TableBackend(3))
+
+
 def test_a_small_run_makes_no_second_set():
     class Counting(TableBackend):
         allocated = 0
