@@ -37,7 +37,7 @@ class Ancestry:
         """Continue beam k of slot b from row `rows[b,k]` (i64[B,K]) of the step whose mask was `fed`."""
         slots, beams, width = fed.shape
         places = np.arange(slots)[:, None] * beams + rows
-        self.mask = fed.reshape(slots * beams, width)[places]  # whole rows at a time
+        self.mask = fed.reshape(-1, width).take(places.ravel(), axis=0).reshape(fed.shape)  # whole rows at a time
 
     def compact(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
         """Keep `slots` i64[B'] and only positions some beam descends from; return `columns` i64[B',W'].

@@ -229,8 +229,7 @@ class Beams:
         if search.early_stopping == "never" and search.length_penalty > 0:
             lengths = np.full_like(lengths, search.max_length)
         best = self.scores[:, 0] / self._length_term(lengths)
-        better: NDArray[np.bool_] = best > self._hypothesis_scores.min(1)
-        can_improve: NDArray[np.bool_] = np.logical_or(~full, better)
+        can_improve: NDArray[np.bool_] = ~full | (best > self._hypothesis_scores[:, -1])  # best first: the worst
         return can_improve
 
     def _length_term(self, lengths: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -5,7 +5,6 @@ Only the result of a step is waited for. Knows nothing of beams.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,9 +18,6 @@ from numpy.typing import NDArray
 from engine.decoding.backend import Backend, Cache, Encoded, StepInputs
 
 T = TypeVar("T")
-SWITCH_S = 5e-4
-"""Seconds after which a thread that computes lets another go on. With Python's own 5 ms a device that is done waits for
-the host that long before it gets its next step."""
 
 
 class Later(Generic[T]):
@@ -56,14 +52,13 @@ class DeviceQueue:
 
     def __init__(self, backend: Backend, *, in_thread: bool) -> None:
         self.backend = backend
-        self._calls: SimpleQueue[tuple[Callable[[], None], bool] | None] = SimpleQueue()
+        self._calls: SimpleQueue[list[tuple[Callable[[], None], bool]] | None] = SimpleQueue()
+        self._asked: list[tuple[Callable[[], None], bool]] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="device", daemon=True) if in_thread else None
 
     def __enter__(self) -> DeviceQueue:
         if self._thread is not None:
-            self._switch_s = sys.getswitchinterval()
-            sys.setswitchinterval(min(SWITCH_S, self._switch_s))
             self._thread.start()
         return self
 
@@ -74,15 +69,16 @@ class DeviceQueue:
             self._error = self._error or value  # what is still queued is not worth doing then
             self._calls.put(None)
             self._thread.join()
-            sys.setswitchinterval(self._switch_s)
 
     def encode(self, pictures: Sequence[NDArray[np.uint8]]) -> Later[Encoded]:
-        """See Backend.encode; pictures are u8[height,width,3] each."""
+        """See Backend.encode; pictures are u8[height,width,3] each. Begun with the next step, like all that follows."""
         return self._put(lambda: self.backend.encode(np.stack(pictures)))
 
     def allocate(self, num_slots: int) -> Cache:
         """See Backend.allocate; this one is waited for."""
-        return self._put(partial(self.backend.allocate, num_slots)).wait()
+        later = self._put(partial(self.backend.allocate, num_slots))
+        self._hand_over()
+        return later.wait()
 
     def admit(self, cache: Cache, slot: int, encoded: Later[Encoded], image: int) -> None:
         """See Backend.admit. What was encoded in another queue is waited for."""
@@ -90,7 +86,9 @@ class DeviceQueue:
 
     def step(self, cache: Cache, inputs: StepInputs) -> Later[tuple[NDArray[np.float32], NDArray[np.int64]]]:
         """See Backend.step."""
-        return self._put(partial(self.backend.step, cache, inputs))
+        later = self._put(partial(self.backend.step, cache, inputs))
+        self._hand_over()
+        return later
 
     def regroup(self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""
@@ -119,13 +117,19 @@ class DeviceQueue:
         if self._thread is None:
             call()
         else:
-            self._calls.put((call, always))
+            self._asked.append((call, always))
+
+    def _hand_over(self) -> None:
+        """Let the thread do what was asked; each time wakes it, which costs more than most of the calls."""
+        if self._thread is not None:
+            self._calls.put(self._asked)
+            self._asked = []
 
     def _work(self) -> None:
         while (asked := self._calls.get()) is not None:
-            call, always = asked
-            try:
-                if always or self._error is None:
-                    call()
-            except BaseException as error:  # whoever waits for a result raises it
-                self._error = self._error or error
+            for call, always in asked:
+                try:
+                    if always or self._error is None:
+                        call()
+                except BaseException as error:  # whoever waits for a result raises it
+                    self._error = self._error or error

@@ -266,16 +266,18 @@ class _Slots(Generic[Key]):
         beams, num_beams = self.beams, self.search.num_beams
         input_ids = beams.last_tokens()
         positions = np.repeat(beams.lengths[:, None] - 1, num_beams, 1)
-        scores = np.where(beams.closed[:, None], np.float32(-np.inf), beams.scores)
+        scores = beams.scores.copy()
+        scores[beams.closed] = -np.inf
         own_tokens = np.broadcast_to(np.eye(num_beams, dtype=bool), (len(input_ids), num_beams, num_beams))
-        if prefilling.any():
+        slots = np.flatnonzero(prefilling)
+        if len(slots):
             own_tokens = own_tokens.copy()
             last = len(self.search.prompt) - 1
-            at = self.prompt_fed[prefilling][:, None] + np.arange(num_beams)
-            positions[prefilling] = np.minimum(at, last)
-            input_ids[prefilling] = np.array(self.search.prompt)[positions[prefilling]]
-            scores[prefilling] = np.where(at == last, np.float32(0), np.float32(-np.inf))
-            own_tokens[prefilling] |= np.tri(num_beams, dtype=bool) & (at <= last)[:, :, None]
+            at = self.prompt_fed[slots, None] + np.arange(num_beams)
+            positions[slots] = fed = np.minimum(at, last)
+            input_ids[slots] = np.array(self.search.prompt)[fed]
+            scores[slots] = np.where(at == last, np.float32(0), np.float32(-np.inf))
+            own_tokens[slots] |= np.tri(num_beams, dtype=bool) & (at <= last)[:, :, None]
         return StepInputs(
             input_ids=input_ids,
             positions=positions,
