@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_check --bundle BUNDLE --json out.json
 
-Every backend runs in a process of its own, so that one that crashes is a line in the report. Its captions of 8
+First the machine itself (gpu_parts.py): driver, memory, host, kernels. Every part and every backend runs in a
+process of its own, so that one that crashes is a line in the report. A backend's captions of 8
 pictures, beams on and off, are held against the CPU's of the same bundle, PyTorch's golden answers are replayed, the
 session is opened twice (what is cached the first time should make the second quick), and pictures from memory are
 captioned with more and more beams side by side. A bundle of another precision is another --bundle.
@@ -25,6 +26,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.gpu_parts import PARTS
 from benchmarks.setting.corpus import make_picture
 from benchmarks.setting.machine import describe_machine
 from benchmarks.speed.gpu_floor import DEVICES, floor_s, model_work
@@ -47,6 +49,10 @@ PARITY_IMAGES = 8
 SEARCHES = {"greedy": {"num_beams": 1}, "4 beams, 3-gram ban": {"num_beams": 4, "no_repeat_ngram_size": 3}}
 TIMED = "4 beams, 3-gram ban"
 WITH_GRAPHS = "+graphs"
+WAVES = 8
+"""Images timed for each slot at least: in two waves most of the time is start and end."""
+KEPT_BYTES = 8192
+"""Of what a failed check wrote to standard error."""
 CHECKS = ("cuda", "tensorrt", "trt", "trt" + WITH_GRAPHS)
 """Backends, the last with captured CUDA graphs."""
 MOST_BEAMS = 4
@@ -88,12 +94,15 @@ def check_one(bundle: Bundle, check: str, images: int, rows: list[int], folder: 
     report["said"] = {search: say_all(captioner, pixels[:PARITY_IMAGES], search, None) for search in SEARCHES}
     report["speed"] = []
     for number in rows:
-        say_all(captioner, pixels[: max(1, number // 4)], TIMED, number)
+        slots = max(1, number // MOST_BEAMS)
+        count = max(images, WAVES * slots)
+        timed = pixels[np.arange(count) % len(pixels)]
+        say_all(captioner, timed[: 2 * slots], TIMED, number)  # newcomers in flight, too, before the clock starts
         start = time.perf_counter()
-        captions = say_all(captioner, pixels, TIMED, number)
+        captions = say_all(captioner, timed, TIMED, number)
         seconds = time.perf_counter() - start
-        tokens = sum(len(caption["ids"]) - 1 for caption in captions) / images
-        report["speed"].append({"rows": number, "images": images, "images_per_s": images / seconds, "tokens": tokens})
+        tokens = sum(len(caption["ids"]) - 1 for caption in captions) / count
+        report["speed"].append({"rows": number, "images": count, "images_per_s": count / seconds, "tokens": tokens})
     report["golden"] = [asdict(one) for one in verify(bundle, captioner.backend)]
     del captioner
     start = time.perf_counter()
@@ -123,12 +132,18 @@ def compare(mine: dict[str, Any], cpu: dict[str, Any]) -> dict[str, Any]:
     return compared
 
 
-def in_process(bundle: Path, backend: str, images: int, rows: list[int], timeout_s: float) -> dict[str, Any]:
-    """Run check_one in a process of its own; what went wrong there is an entry of the report."""
+def in_process(
+    bundle: Path, backend: str, images: int, rows: list[int], timeout_s: float, plans: Path | None = None
+) -> dict[str, Any]:
+    """Run check_one in a process of its own; what went wrong there is an entry of the report.
+
+    `plans` is where plans are built, or lie already.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "one.json"
         command = [sys.executable, "-m", "benchmarks.gpu_check", "--one", backend, "--bundle", str(bundle)]
         command += ["--json", str(out), "--images", str(images), "--rows", ",".join(map(str, rows))]
+        command += ["--plans", str(plans or Path(folder) / "plans")]
         failed = {"backend": backend, "bundle": str(bundle)}
         try:
             result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
@@ -136,8 +151,21 @@ def in_process(bundle: Path, backend: str, images: int, rows: list[int], timeout
             return failed | {"error": f"not done after {timeout_s:.0f} s"}
         if result.returncode or not out.exists():
             lines = result.stderr.strip().splitlines() or ["no message"]
-            return failed | {"error": lines[-1].removeprefix("error: "), "exit_code": result.returncode}
+            said = {"error": lines[-1].removeprefix("error: "), "stderr": result.stderr[-KEPT_BYTES:]}
+            return failed | said | {"exit_code": result.returncode}
         return json.loads(out.read_text())
+
+
+def run_part(name: str, timeout_s: float) -> dict[str, Any]:
+    """Run one of gpu_parts in a process of its own; what went wrong there is its result."""
+    command = [sys.executable, "-m", "benchmarks.gpu_parts", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {timeout_s:.0f} s"}
+    if done.returncode:
+        return {"error": f"ended with {done.returncode}", "stderr": done.stderr[-KEPT_BYTES:]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def check_bundle(path: Path, checks: tuple[str, ...], images: int, rows: list[int], timeout_s: float) -> Iterator[Any]:
@@ -150,13 +178,14 @@ def check_bundle(path: Path, checks: tuple[str, ...], images: int, rows: list[in
         return
     captioner = Captioner(bundle, open_backend(bundle, Runtime("cpu")))
     work = count_work(captioner, make_pixels(bundle, 2 * PARITY_IMAGES), options_of(bundle, TIMED))
-    for check in checks:
-        entry = named | in_process(path, check, images, rows, timeout_s)
-        if "error" not in entry:
-            entry["against_cpu"] = compare(entry, cpu)
-            entry["share_of_paper_floor"] = share_of_floor(entry, bundle, work)
-            del entry["said"]
-        yield entry
+    with tempfile.TemporaryDirectory() as plans:  # built once, for all checks of the backend trt
+        for check in checks:
+            entry = named | in_process(path, check, images, rows, timeout_s, Path(plans))
+            if "error" not in entry:
+                entry["against_cpu"] = compare(entry, cpu)
+                entry["share_of_paper_floor"] = share_of_floor(entry, bundle, work)
+                del entry["said"]
+            yield entry
 
 
 def share_of_floor(entry: dict[str, Any], bundle: Bundle, work: Work) -> float | None:
@@ -191,14 +220,22 @@ def summary(entry: dict[str, Any]) -> str:
 @click.option("--rows", default="64,256,1024", show_default=True, help="Beams side by side that are timed.")
 @click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one backend.")
 @click.option("--one", hidden=True, help="Run this backend here; what the others are started with.")
+@click.option("--plans", type=click.Path(path_type=Path), hidden=True, help="Of --one: where plans are built.")
 def main(
-    bundles: tuple[Path, ...], out: Path, backends: str, images: int, rows: str, timeout_s: float, one: str | None
+    bundles: tuple[Path, ...],
+    out: Path,
+    backends: str,
+    images: int,
+    rows: str,
+    timeout_s: float,
+    one: str | None,
+    plans: Path | None,
 ) -> None:
     """Check backends, say the results and keep them."""
     chosen, numbers = tuple(backends.split(",")), [int(number) for number in rows.split(",") if number]
     paths = bundles or (Bundle.load().path,)
     if one is not None:
-        found = check_one(Bundle.load(paths[0]), one, images, numbers, out.parent / "plans")
+        found = check_one(Bundle.load(paths[0]), one, images, numbers, plans or out.parent / "plans")
         out.write_text(json.dumps(found) + "\n")
         return
     unknown = set(chosen) - {"cpu", *CHECKS}
@@ -211,12 +248,17 @@ def main(
         "gpu": gpu,
         "info": collect_info(),
         "warning": clashing_runtimes(),
+        "parts": {},
         "entries": [],
     }
+    for part in PARTS if gpu else ():
+        report["parts"][part] = run_part(part, timeout_s)
+        out.write_text(json.dumps(report, indent=1) + "\n")  # after each: none is lost by the next
+        click.echo(f"{part}: {report['parts'][part].get('error', 'done')}", err=True)
     for path in paths:
         for entry in check_bundle(path, chosen, images, numbers, timeout_s):
             report["entries"].append(entry)
-            out.write_text(json.dumps(report, indent=1) + "\n")  # after each: none is lost by the next
+            out.write_text(json.dumps(report, indent=1) + "\n")
             click.echo(f"{entry['backend']}, {entry['precision']}: {summary(entry)}", err=True)
     click.echo(out)
     if any("error" in entry for entry in report["entries"]):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.backends import Backend, open_backend, require_backend
+from engine.backends import Backend, open_backends, require_backend
 from engine.backends.capacity import slots_for
 from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
@@ -44,13 +44,16 @@ FEWEST_READERS = 4
 class Captioner:
     """A loaded bundle, ready to caption."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, threads: int | None = None) -> None:
-        """`threads` is how many cores are this captioner's; all of them when None."""
+    def __init__(self, bundle: Bundle, backend: Backend, *more_backends: Backend, threads: int | None = None) -> None:
+        """`threads` is how many cores are this captioner's; all of them when None. With `more_backends`, all of the
+        same bundle, each decodes a set of the images.
+        """
         self._readers = max(FEWEST_READERS, threads or available_cores())
         self.clipped: list[str] = []
         """Names of the pictures read so far of whose more than 8 bits a channel only values up to 255 were kept."""
         self.bundle = bundle
         self.backend = backend
+        self._more_backends = more_backends
         self.tokenizer = CaptionTokenizer(bundle)
 
     @classmethod
@@ -60,16 +63,17 @@ class Captioner:
         *,
         backend: str = "auto",
         threads: int | None = None,
+        streams: int | None = None,
         plans: Path | str | None = None,
         cuda_graphs: bool = False,
     ) -> Captioner:
         """Load a bundle from a directory or a URI (the embedded demo when None), with `threads` CPU threads.
 
-        `plans` and `cuda_graphs` are for the backend `trt`. Raises BundleError, BackendError or UsageError; see
-        open_bundle and open_backend.
+        `streams` is for the backend `cpu`, `plans` and `cuda_graphs` are for `trt`. Raises BundleError, BackendError
+        or UsageError; see open_bundle and open_backends.
         """
         folder = None if plans is None else Path(plans)
-        runtime = Runtime(backend, threads=threads, plans=folder, cuda_graphs=cuda_graphs)
+        runtime = Runtime(backend, threads=threads, streams=streams, plans=folder, cuda_graphs=cuda_graphs)
         return cls.open(location(bundle) if isinstance(bundle, str) else bundle, runtime)
 
     @classmethod
@@ -77,7 +81,7 @@ class Captioner:
         """Load a bundle for a runtime; see load."""
         runtime = replace(runtime, backend=require_backend(runtime.backend))  # what is missing is said at once
         checked = open_bundle(bundle)
-        return cls(checked, open_backend(checked, runtime), threads=runtime.threads)
+        return cls(checked, *open_backends(checked, runtime), threads=runtime.threads)
 
     def caption(
         self,
@@ -127,7 +131,9 @@ class Captioner:
 
     def scheduler(self, search: Search, rows: int | None = None) -> Scheduler:
         """Return a scheduler with as many slots as `rows` beams need; None means what suits device and memory."""
-        batch_sizes = self.backend.batch_sizes
+        batch_sizes, streams = self.backend.batch_sizes, 1 + len(self._more_backends)
+        if streams > 1:
+            batch_sizes = replace(batch_sizes, rows=streams * batch_sizes.rows, sets=streams)
         slots = slots_for(search, self.bundle.model, batch_sizes, rows=rows)
         sets = min(slots, batch_sizes.sets)
         return Scheduler(
@@ -136,6 +142,7 @@ class Captioner:
             num_slots=-(-slots // sets),
             num_sets=sets,
             encode_batch=batch_sizes.encode_batch,
+            more_backends=self._more_backends,
         )
 
     def search(self, options: DecodeOptions) -> Search:

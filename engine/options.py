@@ -249,12 +249,23 @@ class Runtime:
 
     backend: str = option("auto", "--backend", f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}.")
     threads: int | None = option(None, "--threads", "CPU threads; all cores when absent.", least=1)
+    streams: int | None = option(
+        None,
+        "--streams",
+        "Of --backend cpu: sets of images decoded beside each other, each with a share of the threads; one where "
+        "cores are few.",
+        least=1,
+    )
     plans: Path | None = option(None, "--plans", "Of --backend trt: folder that `engine plan` wrote.")
     cuda_graphs: bool = option(False, "--cuda-graphs", "Of --backend trt: capture steps of one shape, replay them.")
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise UsageError(f"unknown backend {self.backend!r}: choose one of {', '.join(BACKENDS)}")
+        if self.streams is not None and self.backend not in ("auto", "cpu"):
+            raise UsageError(f"streams are for the backend cpu, not for {self.backend}: leave --streams out")
+        if self.streams and self.threads and self.streams > self.threads:
+            raise UsageError(f"{self.streams} streams cannot share {self.threads} threads: ask for fewer --streams")
         if self.backend != "trt" and (self.plans is not None or self.cuda_graphs):
             raise UsageError(
                 f"plans and CUDA graphs are for the backend trt, not for {self.backend}: leave these options out"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import Backend, Cache, Encoded, StepInputs
+from engine.errors import UsageError
+from engine.host import available_cores
 from engine.options import BACKENDS, Runtime
 
 DEFAULT = Runtime()
 
-__all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "open_backend", "require_backend"]
+__all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "open_backend", "open_backends", "require_backend"]
 
 
 def require_backend(name: str) -> str:
@@ -27,6 +31,28 @@ def require_backend(name: str) -> str:
         name = choose(name)
         require_provider(name)
     return name
+
+
+CORES_OF_A_STREAM = 8
+"""From twice as many on, a CPU is divided: small products do not get quicker with more threads. A guess: no machine of
+so many was at hand.
+"""
+
+
+def open_backends(bundle: Bundle, runtime: Runtime = DEFAULT) -> list[Backend]:
+    """Load the bundle's graphs once for each stream of `runtime`, on a CPU, with a share of its threads; else once.
+
+    Raises UsageError where streams were asked for and the backend is another; see open_backend for the rest.
+    """
+    name = require_backend(runtime.backend)
+    if name != "cpu":
+        if runtime.streams is not None:
+            raise UsageError(f"streams are for the backend cpu, not for {name}: leave --streams out")
+        return [open_backend(bundle, runtime)]
+    threads = runtime.threads or available_cores()
+    streams = min(threads, runtime.streams or max(1, threads // CORES_OF_A_STREAM))
+    shares = [threads // streams + (i < threads % streams) for i in range(streams)]
+    return [open_backend(bundle, replace(runtime, backend=name, threads=share, streams=None)) for share in shares]
 
 
 def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:

@@ -6,6 +6,7 @@ One interface, so that whatever moves keys and values about is written once and 
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from engine.errors import BackendError, OutOfMemoryError
 
 OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation."""
+GONE = (4, 709)
+"""cudaErrorCudartUnloading, cudaErrorContextIsDestroyed."""
 
 
 class Device(Protocol):
@@ -137,7 +140,8 @@ class CudaDevice:
                 f"cuda-bindings is not installed ({error}): pip install 'blip-caption-engine[cuda]', or [trt]"
             ) from error
         self._runtime = runtime
-        (self._stream,) = self._call(runtime.cudaStreamCreate())
+        # not tied to the legacy stream: whatever else in the process uses that would break a capture
+        (self._stream,) = self._call(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
 
     @property
     def stream(self) -> int:
@@ -157,7 +161,9 @@ class CudaDevice:
 
     def free(self, address: int) -> None:
         """See Device.free."""
-        self._call(self._runtime.cudaFree(address))
+        code, *_ = self._runtime.cudaFree(address)
+        if int(code) not in GONE:  # at the program's end the driver may have gone first
+            self._call((code,))
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
         """See Device.copy."""
@@ -184,11 +190,17 @@ class CudaDevice:
     def capture(self, queue_work: Callable[[], None]) -> Any:
         """See CapturingDevice.capture; a CUDA graph."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call(self._runtime.cudaStreamBeginCapture(self._stream, mode))
+        collects = gc.isenabled()
+        gc.disable()  # memory that is given back meanwhile would spoil the capture
         try:
-            queue_work()
+            self._call(self._runtime.cudaStreamBeginCapture(self._stream, mode))
+            try:
+                queue_work()
+            finally:
+                ended = self._runtime.cudaStreamEndCapture(self._stream)
         finally:
-            ended = self._runtime.cudaStreamEndCapture(self._stream)
+            if collects:
+                gc.enable()
         (graph,) = self._call(ended)
         (executable,) = self._call(self._runtime.cudaGraphInstantiate(graph, 0))
         self._call(self._runtime.cudaGraphDestroy(graph))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 from engine.backends.device import CapturingDevice, Device
 from engine.backends.shapes import Shape
-from engine.errors import BackendError
+from engine.errors import BackendError, OutOfMemoryError
 
 MOST_CAPTURED = 32
 """Captured steps: each keeps a context, and a context its scratch memory. Two sets of slots in two halves of their
@@ -48,6 +49,7 @@ class PlanRunner:
     capturing: bool = False
     captured: dict[Any, Any] = field(default_factory=dict)
     contexts: list[Any] = field(default_factory=list)
+    last_error: Callable[[], str] = lambda: "no reason given"
 
     def __post_init__(self) -> None:
         self.contexts.append(self.new_context())
@@ -68,18 +70,29 @@ class PlanRunner:
             self.captured[key] = None
         else:
             self.contexts.append(self.new_context())
-            self._queue(self.contexts[-1], shapes, addresses)
-            self.captured[key] = self.device.capture(lambda: self._execute(self.contexts[-1]))
+            self._queue(self.contexts[-1], shapes, addresses)  # does the step, whatever becomes of the capture
+            try:
+                self.captured[key] = self.device.capture(lambda: self._execute(self.contexts[-1]))
+            except OutOfMemoryError:
+                raise
+            except BackendError as error:
+                self.capturing = False
+                print(f"no more CUDA graphs are captured: {error}", file=sys.stderr)
 
     def _queue(self, context: Any, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise BackendError(f"TensorRT refuses {name} of {'x'.join(map(str, shape))}: run `engine plan` again")
+                sizes = "x".join(map(str, shape))
+                raise BackendError(f"TensorRT refuses {name} of {sizes} ({self.last_error()}): run `engine plan` again")
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
-                raise BackendError(f"TensorRT refuses the address of {name}: run `engine plan` again")
+                raise BackendError(
+                    f"TensorRT refuses the address of {name} ({self.last_error()}): run `engine plan` again"
+                )
         self._execute(context)
 
     def _execute(self, context: Any) -> None:
         if not context.execute_async_v3(self.device.stream):
-            raise BackendError("TensorRT could not run a plan: build it again with `engine plan`")
+            raise BackendError(
+                f"TensorRT could not run a plan ({self.last_error()}): build it again with `engine plan`"
+            )

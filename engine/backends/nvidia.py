@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.errors import BackendError
 
@@ -26,6 +27,8 @@ class Gpu:
     name: str
     compute_capability: str
     memory_bytes: int
+    driver_cuda: int = 0
+    """Newest CUDA release the driver runs: 13000 is 13.0 (cuDriverGetVersion)."""
 
 
 def find_gpu(otherwise: str = "use --backend cpu") -> Gpu:
@@ -41,6 +44,8 @@ def find_gpu(otherwise: str = "use --backend cpu") -> Gpu:
             f"or {otherwise}"
         ) from None
     _call(driver, "cuInit", 0)
+    newest = ctypes.c_int()
+    _call(driver, "cuDriverGetVersion", ctypes.byref(newest))
     count, device = ctypes.c_int(), ctypes.c_int()
     _call(driver, "cuDeviceGetCount", ctypes.byref(count))
     if count.value == 0:
@@ -54,15 +59,37 @@ def find_gpu(otherwise: str = "use --backend cpu") -> Gpu:
         value = ctypes.c_int()
         _call(driver, "cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
         version.append(str(value.value))
-    return Gpu(name.value.decode(errors="replace"), ".".join(version), memory.value)
+    return Gpu(name.value.decode(errors="replace"), ".".join(version), memory.value, newest.value)
+
+
+def refuse_old_driver(gpu: Gpu, package: str) -> None:
+    """Raise BackendError where the driver is older than the CUDA that a package of NVIDIA's runtime was built for.
+
+    onnxruntime-gpu has been built for CUDA 13 since 1.27, TensorRT's packages say it in their names.
+    """
+    try:
+        release = tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return
+    needed = 13000 if package != "onnxruntime-gpu" or release >= (1, 27) else 12000
+    if gpu.driver_cuda < needed:
+        raise BackendError(
+            f"the NVIDIA driver of {gpu.name} runs CUDA {gpu.driver_cuda // 1000}.{gpu.driver_cuda % 1000 // 10}, "
+            f"{package} {'.'.join(map(str, release))} needs {needed // 1000}.0: install a driver of r580 or later, "
+            "or the packages for CUDA 12 that the documentation names"
+        )
 
 
 def clashing_runtimes() -> str | None:
-    """Return a warning when both ONNX Runtime packages are installed, else None."""
+    """Return a warning when both ONNX Runtime packages are installed into one folder, else None."""
     try:
-        for package in RUNTIMES:
-            importlib.metadata.version(package)
+        places = {
+            Path(str(importlib.metadata.distribution(package).locate_file("onnxruntime"))).resolve()
+            for package in RUNTIMES
+        }
     except importlib.metadata.PackageNotFoundError:
+        return None
+    if len(places) > 1:  # the one that comes first on the path is the one that is used
         return None
     return (
         "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, then install "

@@ -5,7 +5,6 @@ Keys and values stay on the device, bound to the graphs by address; only candida
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,15 +72,14 @@ class OrtBackend:
         """
         self.name = name
         self._bounds = bounds_for(name, bundle)
-        if name == "tensorrt" and bundle.precision != "fp16":
-            os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider has no option for it, and float32 means float32
         self._ort = import_libraries(name)
         self._device: Device = HostDevice() if KINDS[name].device == "cpu" else CudaDevice()
         self.batch_sizes = CPU_BATCH_SIZES
         if self._device.name != "cpu":
             self.batch_sizes = gpu_batch_sizes(bundle, self._device.free_bytes(), self._bounds)
         self._model = bundle.model
-        threads = threads or available_cores()
+        is_host = self._device.name == "cpu"
+        threads = (threads or available_cores()) if is_host else 1  # beside a GPU the CPU only computes shapes
         self._names = {
             part: cache_names(bundle.model.num_layers, part)
             for part in ("cross", "settled", "recent", "extended", "regrouped")
@@ -101,7 +99,14 @@ class OrtBackend:
     ) -> list[Any]:
         """Open the encoder, the decoder and regroup."""
         return [
-            _open_session(self._ort, bundle.path / f"{graph}.onnx", chosen, threads, is_optimised=is_optimised)
+            _open_session(
+                self._ort,
+                bundle.path / f"{graph}.onnx",
+                chosen,
+                threads,
+                is_optimised=is_optimised,
+                has_patterns=self._device.name == "cpu" or graph == "encoder",
+            )
             for graph, chosen in providers.items()
         ]
 
@@ -294,11 +299,17 @@ def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:
             )
 
 
-def _open_session(ort: Any, path: Path, providers: list[Provider], threads: int, *, is_optimised: bool) -> Any:
-    """Load one graph and check that the provider asked for is the one in use (else ONNX Runtime only logs it)."""
+def _open_session(
+    ort: Any, path: Path, providers: list[Provider], threads: int, *, is_optimised: bool, has_patterns: bool
+) -> Any:
+    """Load one graph and check that the provider asked for is the one in use (else ONNX Runtime only logs it).
+
+    Without `has_patterns` memory is not planned for each combination of shapes: on a GPU each plan would be kept.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = LOG_ERRORS_ONLY
+    options.enable_mem_pattern = has_patterns
     options.add_session_config_entry(*STOP_SPINNING)
     if not is_optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -11,6 +11,8 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,8 +32,12 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 PORTABLE = "tensorrt-rtx"
 """The builder that needs no GPU, and whose plans run on every GPU of a compute capability."""
 ANY_GPU = "any"
+MANY_KINDS = "portable"
+"""Instead of a compute capability: PORTABLE's own choice of kinds, made where none is set. Never tried on a GPU."""
 PRIVATE_MODE = 0o600
 """Nobody else may read or write what will be executed."""
+LOG_VARIABLE = "ENGINE_TRT_LOG"
+"""Environment variable: with any value, everything the builder and its runtime say goes to standard error."""
 OLDEST = (10, 12)
 """TensorRT: older ones do not type networks strongly in every operator used here."""
 
@@ -84,6 +90,9 @@ def target_for(builder: str, compute_capability: str | None = None) -> Target:
             f"or take --builder {PORTABLE}"
         )
     if builder == PORTABLE:
+        module = import_builder(PORTABLE)
+        if _capability(module, gpu.compute_capability) is None:  # such as 9.0: a plan for many kinds may run there
+            return Target(PORTABLE, module.__version__, MANY_KINDS, ANY_GPU)
         return _portable(gpu.compute_capability)
     return Target(builder, import_builder(builder).__version__, gpu.compute_capability, gpu.name)
 
@@ -185,13 +194,13 @@ def build_network(
         config.num_compute_capabilities = 1
         config.set_compute_capability(capability, 0)
         timings = None  # ahead of time nothing is timed
-    elif timings is not None:
+    elif timings is not None and compute_capability != MANY_KINDS:
         known = timings.read_bytes() if timings.exists() else b""
         config.set_timing_cache(config.create_timing_cache(known), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BackendError(f"{path} cannot be built: {logger.last()}")
-    kept = config.get_timing_cache() if timings is not None else None
+    kept = config.get_timing_cache() if timings is not None and compute_capability != MANY_KINDS else None
     if timings is not None and kept is not None:
         replace_file(timings, bytes(kept.serialize()), mode=PRIVATE_MODE)
     return bytes(plan)
@@ -262,6 +271,8 @@ def make_logger(trt: Any) -> Any:
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
+            if os.environ.get(LOG_VARIABLE):
+                print(f"TensorRT {severity.name}: {message}", file=sys.stderr)
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
 

@@ -9,12 +9,13 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.backends.device import CudaDevice
-from engine.backends.nvidia import clashing_runtimes, find_gpu
+from engine.backends.nvidia import clashing_runtimes, find_gpu, refuse_old_driver
 from engine.backends.shapes import Bounds, ShapeRange, profiles
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError
@@ -37,8 +38,14 @@ class Kind:
     options: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-CUDA_OPTIONS = {"use_tf32": "0"}
-"""torch multiplies float32 without TF32, too."""
+CUDA_OPTIONS = {
+    "use_tf32": "0",
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "enable_skip_layer_norm_strict_mode": "1",
+}
+"""torch multiplies float32 without TF32, too. The convolution is not chosen by a stopwatch, which may choose another in
+the next run, and half precision sums layer norms in float32.
+"""
 WIDEST_BEAMS = 10
 """Beams the TensorRT provider is built for where a bundle's own search has fewer."""
 TENSORRT_OPTIONS = {
@@ -74,6 +81,8 @@ def import_onnxruntime(extra: str) -> Any:
 
 def import_libraries(name: str) -> Any:
     """Import onnxruntime and load what a backend's providers link, for which a driver must be there."""
+    if name == "tensorrt":  # its provider has no option for it, and cuBLAS asks when it is loaded
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     ort = import_onnxruntime(name)
     if KINDS[name].device != "cpu":
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
@@ -102,7 +111,7 @@ def require_provider(name: str) -> None:
     """
     kind = KINDS[name]
     if kind.device != "cpu":
-        find_gpu()
+        refuse_old_driver(find_gpu(), "onnxruntime-gpu")
         clash = clashing_runtimes()
         if clash:
             raise BackendError(clash)
@@ -124,7 +133,8 @@ def bounds_for(name: str, bundle: Bundle) -> Bounds | None:
     """Return what a backend is built for before it is known which searches will be run; None where anything goes."""
     if KINDS[name].providers[0] != TENSORRT:
         return None
-    return Bounds.of(bundle, beams=max(WIDEST_BEAMS, bundle.options().num_beams))
+    own = bundle.options().num_beams
+    return Bounds.of(bundle, beams=max(WIDEST_BEAMS, own), usual_beams=own)
 
 
 def providers_for(name: str, bundle: Bundle, graph: str, bounds: Bounds | None = None) -> list[Provider]:

@@ -36,7 +36,7 @@ MOST_DRAWN = 100
 class Bounds:
     """The largest sizes: B slots, T rows an image (its beams), F settled positions, M bans, N images encoded at once.
 
-    Recent positions and candidates follow from the beams.
+    Recent positions and candidates follow from the beams. `usual_beams` is what to be quick at, `beams` where None.
     """
 
     slots: int
@@ -44,24 +44,34 @@ class Bounds:
     settled: int
     bans: int
     encode_batch: int = ENCODE_BATCH
+    usual_beams: int | None = None
 
     @classmethod
     def of(
-        cls, bundle: Bundle, *, beams: int | None = None, max_new_tokens: int | None = None, rows: int = ROWS
+        cls,
+        bundle: Bundle,
+        *,
+        beams: int | None = None,
+        max_new_tokens: int | None = None,
+        rows: int = ROWS,
+        usual_beams: int | None = None,
     ) -> Bounds:
         """Return the bounds for one kind of search; what is not given comes from the bundle's generation settings.
+
+        There are as many slots as `rows` of `usual_beams` (of `beams` where None) make.
 
         Settled positions are at most every position of every beam, bans at most one an n-gram of a caption.
         """
         given = {"num_beams": beams, "max_new_tokens": max_new_tokens}
         options = bundle.options(**{name: value for name, value in given.items() if value is not None})
         longest = min(bundle.model.max_positions, options.max_total_length(1) + PROMPT_MARGIN)
-        slots = max(1, rows // options.num_beams)
+        slots = max(1, rows // (usual_beams or options.num_beams))
         return cls(
             slots=slots,
             beams=options.num_beams,
             settled=bucket_size(longest * options.num_beams, FEWEST_SETTLED),
             bans=bucket_size(longest, FEWEST_BANS),
+            usual_beams=usual_beams,
         )
 
     @property
@@ -89,7 +99,7 @@ class Bounds:
 def gpu_batch_sizes(bundle: Bundle, free_bytes: int | None, bounds: Bounds | None = None) -> BatchSizes:
     """Return what suits a GPU with `free_bytes`, within `bounds` where there are some. A guess that has never run."""
     return BatchSizes(
-        rows=SETS * (bounds.slots * bounds.beams if bounds else ROWS),
+        rows=SETS * (bounds.slots * (bounds.usual_beams or bounds.beams) if bounds else ROWS),
         encode_batch=bounds.encode_batch if bounds else ENCODE_BATCH,
         slots=SETS * bounds.slots if bounds else None,
         sets=SETS,
@@ -120,9 +130,10 @@ def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, ShapeRange]:
         return dict.fromkeys(names[part], three)
 
     slots = (1, bounds.slots, bounds.slots)
-    rows = (1, bounds.beams, bounds.beams)
+    usual_beams = bounds.usual_beams or bounds.beams
+    rows = (1, usual_beams, bounds.beams)
     settled = (FEWEST_SETTLED, min(4 * FEWEST_SETTLED, bounds.settled), bounds.settled)
-    recent = (SETTLE_EVERY, bounds.recent, bounds.recent)
+    recent = (SETTLE_EVERY, SETTLE_EVERY * usual_beams, bounds.recent)
     bans = (FEWEST_BANS, FEWEST_BANS, bounds.bans)
     width = tuple(sum(three) for three in zip(settled, recent, rows, strict=True))
     row = tuple(zip(slots, rows, strict=True))
@@ -135,7 +146,7 @@ def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, ShapeRange]:
             "scores": row,
             "banned_ids": tuple((*two, m) for two, m in zip(row, bans, strict=True)),
             "ancestry": tuple((*two, w) for two, w in zip(row, width, strict=True)),
-            NUM_CANDIDATES: ((1,), (2 * bounds.beams,), (bounds.candidates,)),
+            NUM_CANDIDATES: ((1,), (2 * usual_beams,), (bounds.candidates,)),
             **keys("cross", slots, (model.encoder_positions,) * 3),
             **keys("settled", slots, settled),
             **keys("recent", slots, recent),

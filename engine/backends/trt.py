@@ -76,7 +76,7 @@ class TrtBackend:
         self._encoded = self._regions()
         self._extended = self._regions()
         """[B,H,R+T,d], of which the T new positions are kept: for all caches, since one step comes after another."""
-        self._count = np.zeros(1, np.int64)
+        self._count = _aligned(1)
         """num_candidates, which TensorRT reads on the host: it decides shapes."""
 
     @classmethod
@@ -95,8 +95,9 @@ class TrtBackend:
         device = CudaDevice()
         graphs = {}
         for graph, plan in plans.items():
-            new_context, on_host = _loaded(plan, folder, bundle, graph)
-            graphs[graph] = PlanRunner(new_context, device, on_host, uses_cuda_graphs and graph == "decoder")
+            new_context, on_host, last_error = _loaded(plan, folder, bundle, graph)
+            is_captured = uses_cuda_graphs and graph == "decoder"
+            graphs[graph] = PlanRunner(new_context, device, on_host, is_captured, last_error=last_error)
         return cls(bundle, graphs, plans["decoder"].bounds, device)
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Region]:
@@ -235,8 +236,10 @@ def _is_installed(builder: str) -> bool:
     return importlib.util.find_spec(MODULES[builder]) is not None
 
 
-def _loaded(plan: Plan, folder: Path, bundle: Bundle, graph: str) -> tuple[Callable[[], Any], frozenset[str]]:
-    """Return what makes execution contexts, and the tensors they read on the host.
+def _loaded(
+    plan: Plan, folder: Path, bundle: Bundle, graph: str
+) -> tuple[Callable[[], Any], frozenset[str], Callable[[], str]]:
+    """Return what makes execution contexts, the tensors they read on the host, and what says the last error.
 
     A plan that TensorRT does not take is built once more.
     """
@@ -252,10 +255,29 @@ def _loaded(plan: Plan, folder: Path, bundle: Bundle, graph: str) -> tuple[Calla
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     on_host = frozenset(name for name in names if engine.get_tensor_location(name) == trt.TensorLocation.HOST)
 
+    settings = () if plan.target.builder != PORTABLE else (_whole_shapes(trt, engine),)
+
     def new_context() -> Any:
-        context = engine.create_execution_context()
+        context = engine.create_execution_context(*settings)
         if context is None:
             raise OutOfMemoryError(f"no room on the GPU for {folder / graph}.plan: {logger.last()}")
         return context
 
-    return new_context, on_host
+    return new_context, on_host, logger.last
+
+
+def _whole_shapes(trt: Any, engine: Any) -> Any:
+    """Return TensorRT-RTX's settings for contexts that take any shape as it is.
+
+    By default it compiles kernels for each new shape beside the run, which takes cores and rounds otherwise afterwards.
+    """
+    settings = engine.create_runtime_config()
+    settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
+    return settings
+
+
+def _aligned(count: int) -> NDArray[np.int64]:
+    """Return zeros i64[count] at an address that TensorRT takes: a multiple of 256 bytes."""
+    memory = np.zeros(8 * count + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    return memory[start : start + 8 * count].view(np.int64)

@@ -70,7 +70,9 @@ def open_cluster(
             bundle=location.absolute() if isinstance(location, Path) else location,
             digest=bundle.digest,
             environment=node.environment,
-            runtime=Runtime(node.backend, team.cpus, runtime.plans and runtime.plans.absolute(), runtime.cuda_graphs),
+            runtime=replace(
+                runtime, backend=node.backend, threads=team.cpus, plans=runtime.plans and runtime.plans.absolute()
+            ),
             peers=team.peers,
             num_nodes=len(resources),
             rows=rows,

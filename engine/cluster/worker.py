@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engine.backends import open_backend, require_backend
+from engine.backends import open_backends, require_backend
 from engine.backends.capacity import slots_for
 from engine.bundle.fetch import open_bundle
 from engine.bundle.signature import environment
@@ -117,7 +117,7 @@ class CaptionWorker:
         bundle = open_bundle(order.bundle)
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} is another bundle than here: copy it anew")
-        captioner = Captioner(bundle, open_backend(bundle, order.runtime), threads=order.runtime.threads)
+        captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
         search = captioner.search(order.options)
         rows = order.rows or self._fair_slots(captioner, search) * search.num_beams
         self._clipped = captioner.clipped

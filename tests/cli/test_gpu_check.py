@@ -7,10 +7,11 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_parts
 from benchmarks.gpu_check import compare, in_process, main
 from engine.backends.nvidia import Gpu
 from tests.helpers.gpu import missing_gpu
+from tests.helpers.stand_in import RecordingDevice
 
 
 def test_the_cpu_passes_its_own_check(tiny_bundle, tmp_path):
@@ -48,13 +49,39 @@ def test_a_backend_that_crashes_is_a_line_of_the_report(tiny_bundle, monkeypatch
     assert "failed" in gpu_check.summary(entry)
 
 
+def test_the_parts_before_any_model_work_on_this_machine():
+    found = gpu_parts.memory(RecordingDevice())
+    assert found.pop("too_much").startswith(("was given", "refused"))
+    assert found.pop("blocks_equal")
+    assert found.pop("replays_equal")
+    assert all(one == {"zero": True, "equal": True} for one in found.values())
+    assert len(found) == 3
+    times = gpu_parts.kernels("cpu", repeats=1)
+    assert len(times) == 10
+    assert all(ms > 0 for ms in times.values())
+
+
+def test_a_part_that_fails_says_why_and_leaves_the_others(monkeypatch):
+    def crash(command, **_):
+        return gpu_check.subprocess.CompletedProcess(command, 1, "", "x" * 20_000 + "the reason")
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", crash)
+    found = gpu_check.run_part("kernels", 10)
+    assert found["error"] == "ended with 1"
+    assert found["stderr"].endswith("the reason")
+    assert len(found["stderr"]) == gpu_check.KEPT_BYTES
+
+
 def test_a_backend_that_fails_leaves_the_others_results(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "find_gpu", lambda *_: Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30))
+    monkeypatch.setattr(gpu_check, "PARTS", {"probe": None})
     out = tmp_path / "out.json"
     arguments = ["--bundle", tiny_bundle, "--json", out, "--backends", "cuda,cpu", "--images", 8, "--rows", "8"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 1
-    failed, passed = json.loads(out.read_text())["entries"]
+    report = json.loads(out.read_text())
+    assert "no NVIDIA driver" in report["parts"]["probe"]["stderr"]
+    failed, passed = report["entries"]
     assert failed["error"].startswith("no NVIDIA driver")
     assert passed["against_cpu"]["greedy"]["identical"] == 8
     assert passed["share_of_paper_floor"] > 0

@@ -42,6 +42,12 @@ class RecordingDevice(HostDevice):
             self.recording = None
         return captured
 
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
+        if self.recording is not None:
+            self.recording.append(partial(super().copy, target, source, size_bytes))
+        else:
+            super().copy(target, source, size_bytes)
+
     def replay(self, captured: list[Callable[[], None]]) -> None:
         for work in captured:
             work()

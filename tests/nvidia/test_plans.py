@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 
 from engine.backends import nvidia, plans, providers, trt
+from engine.backends.execution import PlanRunner
 from engine.backends.ort import _open_session
 from engine.backends.plans import ANY_GPU, PORTABLE, Target, build_plans, read_plan
 from engine.backends.shapes import Bounds, profiles
@@ -18,6 +19,7 @@ from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, UsageError
 from engine.files.lock import OutputLock
 from tests.helpers.gpu import missing_gpu
+from tests.helpers.stand_in import RecordingDevice
 
 TARGET = Target(PORTABLE, "1.7.1", "8.0", ANY_GPU)
 
@@ -170,7 +172,11 @@ class Engine:
     def get_tensor_location(self, name: str) -> str:
         return "host" if name == "num_candidates" else "device"
 
-    def create_execution_context(self) -> str:
+    def create_runtime_config(self):
+        return types.SimpleNamespace()
+
+    def create_execution_context(self, settings) -> str:
+        assert settings.dynamic_shapes_kernel_specialization_strategy == "none"  # TensorRT-RTX's own default: lazy
         return "context"
 
 
@@ -188,7 +194,12 @@ def runtime_that_takes(accepted):
 
         def __init__(self) -> None: ...
 
-    return types.SimpleNamespace(Runtime=Runtime, ILogger=Logger, TensorLocation=types.SimpleNamespace(HOST="host"))
+    return types.SimpleNamespace(
+        Runtime=Runtime,
+        ILogger=Logger,
+        TensorLocation=types.SimpleNamespace(HOST="host"),
+        DynamicShapesKernelSpecializationStrategy=types.SimpleNamespace(NONE="none"),
+    )
 
 
 @pytest.mark.parametrize(("accepted", "rebuilt"), [(b"decoder 2", []), (b"decoder 4", ["decoder"])])
@@ -197,7 +208,7 @@ def test_a_plan_that_does_not_load_is_built_once_more(accepted, rebuilt, bundle,
     built[:] = built[:3]
     plan = read_plan(tmp_path, bundle, "decoder", here)
     monkeypatch.setattr(trt, "import_builder", lambda _: runtime_that_takes(lambda content: content == accepted))
-    new_context, on_host = trt._loaded(plan, tmp_path, bundle, "decoder")
+    new_context, on_host, _ = trt._loaded(plan, tmp_path, bundle, "decoder")
     assert new_context() == "context"
     assert on_host == {"num_candidates"}
     assert built[3:] == rebuilt
@@ -255,21 +266,99 @@ def test_tensorrts_provider_gets_profile_cache_and_precision(bundle, bounds, tmp
 @pytest.fixture
 def with_gpu(monkeypatch):
     """A driver that reports an A100, so that what is asked after it comes to light."""
-    gpu = nvidia.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30)
+    gpu = nvidia.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30, 13000)
     for module in (providers, plans, trt):
         monkeypatch.setattr(module, "find_gpu", lambda *_: gpu)
 
 
 @pytest.mark.usefixtures("with_gpu")
-def test_both_runtimes_installed_is_a_trap_that_is_named(monkeypatch):
-    real = importlib.metadata.version
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: "1.31" if name.startswith("onnxruntime") else real(name)
-    )
+def test_both_runtimes_in_one_folder_are_a_trap_that_is_named(monkeypatch, tmp_path):
+    """Where each has a folder of its own, as in an image that holds the CPU's, the first one is simply used."""
+    folders = {"onnxruntime": tmp_path / "one", "onnxruntime-gpu": tmp_path / "one"}
+
+    def distribution(name: str):
+        return types.SimpleNamespace(locate_file=lambda file: folders[name] / file, version="1.31.1")
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     for name in ("cuda", "tensorrt"):
         with pytest.raises(BackendError, match="overwrite each other"):
             providers.require_provider(name)
     providers.require_provider("cpu")
+    folders["onnxruntime-gpu"] = tmp_path / "other"
+    assert nvidia.clashing_runtimes() is None
+
+
+@pytest.mark.parametrize(
+    ("package", "release", "driver", "is_refused"),
+    [
+        ("onnxruntime-gpu", "1.31.1", 12040, True),
+        ("onnxruntime-gpu", "1.31.1", 13000, False),
+        ("onnxruntime-gpu", "1.26.0", 12040, False),
+        ("onnxruntime-gpu", "1.26.0", 11080, True),
+    ],
+)
+def test_a_driver_that_is_too_old_is_told_before_anything_is_loaded(package, release, driver, is_refused, monkeypatch):
+    monkeypatch.setattr(nvidia.importlib.metadata, "version", lambda _: release)
+    gpu = nvidia.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30, driver)
+    if is_refused:
+        with pytest.raises(BackendError, match=rf"runs CUDA {driver // 1000}\..*{package}.*newer|r580"):
+            nvidia.refuse_old_driver(gpu, package)
+    else:
+        nvidia.refuse_old_driver(gpu, package)
+
+
+def test_a_kind_of_gpu_the_portable_builder_has_no_name_for_gets_a_plan_for_many(monkeypatch):
+    monkeypatch.setattr(plans, "find_gpu", lambda *_: nvidia.Gpu("NVIDIA H100", "9.0", 80 << 30, 13000))
+    target = plans.target_for(PORTABLE)
+    assert (target.compute_capability, target.gpu) == ("portable", "any")
+    with pytest.raises(BackendError, match=r"does not build for 9\.0"):
+        plans.target_for(PORTABLE, "9.0")
+
+
+def test_a_capture_that_fails_ends_capturing_and_not_the_run(capsys):
+    class Device(RecordingDevice):
+        def capture(self, _):
+            raise BackendError("the GPU refuses: operation not permitted when stream is capturing")
+
+    done = []
+
+    class Context:
+        def set_input_shape(self, *_):
+            return True
+
+        set_tensor_address = set_input_shape
+
+        def execute_async_v3(self, _):
+            done.append(1)
+            return True
+
+    runner = PlanRunner(Context, Device(), capturing=True)
+    for _ in range(4):
+        runner.run({"x": (1,)}, {"x": 256})
+    assert len(done) == 4
+    assert capsys.readouterr().err.count("no more CUDA graphs are captured") == 1
+
+
+def test_what_tensorrt_said_is_in_the_error_and_all_of_it_on_request(monkeypatch, capsys):
+    class Context:
+        def execute_async_v3(self, _):
+            return False
+
+    runner = PlanRunner(Context, RecordingDevice(), last_error=lambda: "CUDA error 700")
+    with pytest.raises(BackendError, match=r"could not run a plan \(CUDA error 700\)"):
+        runner.run({}, {})
+    module = plans.import_builder(PORTABLE)
+    logger = plans.make_logger(module)
+    logger.log(module.ILogger.Severity.WARNING, "quiet")
+    monkeypatch.setenv(plans.LOG_VARIABLE, "1")
+    logger.log(module.ILogger.Severity.WARNING, "a hint")
+    assert capsys.readouterr().err == "TensorRT WARNING: a hint\n"
+
+
+def test_numbers_for_tensorrt_lie_where_it_takes_them():
+    numbers = trt._aligned(3)
+    assert numbers.ctypes.data % 256 == 0
+    assert numbers.tolist() == [0, 0, 0]
 
 
 @pytest.mark.usefixtures("with_gpu")
@@ -298,7 +387,7 @@ def test_a_provider_that_was_asked_for_and_not_got_is_an_error(bundle):
     )
     wanted = [(providers.CUDA, {}), (providers.CPU, {})]
     with pytest.raises(BackendError, match="fell back to CPUExecutionProvider"):
-        _open_session(runtime, bundle.path / "regroup.onnx", wanted, 1, is_optimised=True)
+        _open_session(runtime, bundle.path / "regroup.onnx", wanted, 1, is_optimised=True, has_patterns=True)
 
 
 def test_a_machine_without_a_driver_is_told_by_the_driver_library(monkeypatch):

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from engine import backends
+from engine.bundle.manifest import Bundle
+from engine.captioner import Captioner
+from engine.errors import UsageError
+from engine.options import DecodeOptions, Runtime
 from tests.helpers.tiny import random_pictures
 
 
@@ -33,3 +39,31 @@ def test_equal_images_are_captioned_once_and_handed_out_while_others_are_read(ti
     assert found[200].ids in alone
     assert len({caption.ids for place, caption in enumerate(found) if place != 200}) == 1
     assert np.array_equal([caption.latency_s == 0 for caption in found[300:]], [True] * 100)
+
+
+@pytest.mark.parametrize(("threads", "streams", "shares"), [(2, None, [2]), (16, None, [8, 8]), (5, 2, [3, 2])])
+def test_streams_share_the_threads(threads, streams, shares, tiny_bundle, monkeypatch):
+    opened = []
+    monkeypatch.setattr(backends, "open_backend", lambda _, runtime: opened.append(runtime.threads))
+    backends.open_backends(Bundle.load(tiny_bundle), Runtime("cpu", threads=threads, streams=streams))
+    assert opened == shares
+
+
+def test_several_streams_say_what_one_says(tiny_bundle):
+    pictures = random_pictures(19, seed=4)
+    one, three = (Captioner.load(str(tiny_bundle), backend="cpu", threads=3, streams=count) for count in (1, 3))
+    for given in ({"num_beams": 3, "no_repeat_ngram_size": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        expected, found = (
+            [(caption.id, caption.ids) for caption in captioner.caption(pictures, rows=12, max_new_tokens=12, **given)]
+            for captioner in (one, three)
+        )
+        assert found == expected
+    assert three.scheduler(three.search(DecodeOptions()), 12).num_sets == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [({"backend": "cuda"}, "for the backend cpu"), ({"threads": 2}, "2 threads")]
+)
+def test_streams_that_cannot_be_are_refused(wrong, said):
+    with pytest.raises(UsageError, match=said):
+        Runtime(**({"backend": "cpu", "streams": 4} | wrong))

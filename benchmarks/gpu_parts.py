@@ -1,0 +1,179 @@
+"""What benchmarks/gpu_check.py looks at before any model: the machine, its memory, its host, its kernels.
+
+    python -m benchmarks.gpu_parts PART
+
+Each part is a process of its own and prints one JSON object; one that fails leaves the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.host import DEVICES, measure, write_pictures
+from engine.backends.device import CapturingDevice, CudaDevice
+from engine.backends.nvidia import find_gpu
+from engine.errors import OutOfMemoryError
+from engine.inputs.images import read_image
+
+LIBRARIES = ("cudnn", "cublas", "nvinfer", "cudart")
+SIZES = (1, 303_000, 77_000_000)
+"""Bytes: one, an image's keys of a layer, those of 256."""
+TOO_MUCH = 1 << 40
+REPEATS = 50
+
+
+def probe() -> dict[str, Any]:
+    """Return the GPU, its driver, NVIDIA's libraries that the system knows, and the cores."""
+    tool = shutil.which("ldconfig") or "/sbin/ldconfig"
+    known = subprocess.run([tool, "-p"], capture_output=True, text=True, check=False).stdout
+    found = [line.strip() for line in known.splitlines() if any(name in line for name in LIBRARIES)]
+    return {"gpu": asdict(find_gpu()), "libraries": found, "cores": os.cpu_count()}
+
+
+def memory(device: CapturingDevice | None = None) -> dict[str, Any]:
+    """Move bytes to the device, within it and back, capture copies and replay them, and ask for too much."""
+    device = device or CudaDevice()
+    rng, found = np.random.default_rng(0), {}
+    for size in SIZES:
+        sent, back = rng.integers(0, 255, size, np.uint8), np.empty(size, np.uint8)
+        one, other = device.allocate(size), device.allocate(size)
+        device.download(back, one)
+        is_zero = not back.any()
+        device.upload(one, sent)
+        device.copy(other, one, size)
+        device.download(back, other)
+        found[f"{size}_bytes"] = {"zero": is_zero, "equal": bool((back == sent).all())}
+        device.free(one)
+        device.free(other)
+    found["blocks_equal"] = _blocks_are_equal(device)
+    found["replays_equal"] = _replays_are_equal(device)
+    try:
+        device.free(device.allocate(TOO_MUCH))
+        found["too_much"] = "was given"
+    except (OutOfMemoryError, MemoryError) as error:
+        found["too_much"] = f"refused: {error}"
+    return found
+
+
+def _blocks_are_equal(device: CapturingDevice) -> bool:
+    """Copy columns of a matrix u8[100,64] into another's, as a step's new keys are."""
+    matrix = np.random.default_rng(1).integers(1, 255, (100, 64), np.uint8)
+    source, target, back = device.allocate(6400), device.allocate(9600), np.empty((100, 96), np.uint8)
+    device.upload(source, matrix)
+    device.copy_blocks((target + 8, 96), (source + 16, 64), 24, 100)
+    device.download(back, target)
+    expected = np.zeros_like(back)
+    expected[:, 8:32] = matrix[:, 16:40]
+    return bool((back == expected).all())
+
+
+def _replays_are_equal(device: CapturingDevice) -> bool:
+    """Capture two copies and replay them three times, with other bytes each time."""
+    size = 4096
+    first, second, third = (device.allocate(size) for _ in range(3))
+    device.wait()
+
+    def work() -> None:
+        device.copy(second, first, size)
+        device.copy(third, second, size)
+
+    captured, is_equal = device.capture(work), True
+    for seed in range(3):
+        sent, back = np.random.default_rng(seed).integers(0, 255, size, np.uint8), np.empty(size, np.uint8)
+        device.upload(first, sent)
+        device.replay(captured)
+        device.download(back, third)
+        is_equal &= bool((back == sent).all())
+    return is_equal
+
+
+def host(images: int = 4096, files: int = 256) -> dict[str, Any]:
+    """Time the decoding core around a device that answers at once, JPEGs by threads, and digests."""
+    here = {"here": Path(__file__).parents[1]}
+    order = {"images": images, "sets": 2, "encode_batch": 16, "pictures": "", "rows": 1024}
+    found: dict[str, Any] = {"core": [measure(order | {"beams": beams}, "instant", here, 1) for beams in (1, 4, 10)]}
+    assert "instant" in DEVICES
+    with tempfile.TemporaryDirectory() as folder:
+        write_pictures(Path(folder), files)
+        paths = sorted(Path(folder).iterdir())
+        for threads in (1, 8, 16):
+            start = time.perf_counter()
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda path: read_image(path, 384, 384, "bicubic"), paths))
+            found[f"jpegs_per_s_{threads}_threads"] = round(files / (time.perf_counter() - start), 1)
+    pixels = np.zeros(224 * 224 * 3, np.uint8)
+    found["digest_ms"] = 1000 * _seconds(lambda: hashlib.sha256(pixels.data).digest())
+    return found
+
+
+def kernels(device: str = "cuda", repeats: int = REPEATS) -> dict[str, float]:
+    """Time, in ms, the products and selections of a step of BLIP-base, at sizes that tensor cores may like better."""
+    import torch
+
+    kind = torch.float16 if device == "cuda" else torch.float32
+    found = {}
+
+    def clock(name: str, call: Callable[[], Any]) -> None:
+        for _ in range(3):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        found[name] = 1000 * (time.perf_counter() - start) / repeats
+
+    rows = 1024 if device == "cuda" else 16
+    queries = torch.zeros(rows * 3, 4, 64, device=device, dtype=kind)
+    for places in (197, 200, 208):
+        keys = torch.zeros(rows * 3, 64, places, device=device, dtype=kind)
+        clock(f"attention over {places}", lambda keys=keys: torch.bmm(queries, keys))  # type: ignore[misc]
+    states = torch.zeros(rows, 768, device=device, dtype=kind)
+    for width in (768, 3072, 30_524, 30_528):
+        layer = torch.nn.Linear(768, width, device=device, dtype=kind)
+        clock(f"product with {width}", lambda layer=layer: layer(states))  # type: ignore[misc]
+    logits = torch.randn(rows, 30_524, device=device)
+    clock("topk of 30,524", lambda: torch.topk(logits, 8))
+    clock("log_softmax", lambda: torch.log_softmax(logits, 1))
+    block = torch.nn.TransformerEncoderLayer(768, 12, 3072, batch_first=True, device=device, dtype=kind).eval()
+    with torch.inference_mode():
+        for batch in (16, 32, 64) if device == "cuda" else (1,):
+            image = torch.zeros(batch, 197, 768, device=device, dtype=kind)
+            clock(f"vision block, batch {batch}", lambda image=image: block(image))  # type: ignore[misc]
+    return found
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    for _ in range(REPEATS):
+        call()
+    return (time.perf_counter() - start) / REPEATS
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"probe": probe, "memory": memory, "host": host, "kernels": kernels}
+"""In the order in which each tells what the next needs."""
+
+
+def main() -> None:
+    """Print what a part found."""
+    print(json.dumps(PARTS[sys.argv[1]]()))
+
+
+if __name__ == "__main__":
+    main()
