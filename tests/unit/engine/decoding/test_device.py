@@ -112,7 +112,7 @@ def test_nothing_is_done_after_an_error():
             raise ValueError("damaged")
 
     with DeviceQueue(Noting(0), in_thread=True) as device:
-        later = device.encode([np.zeros((1, 1, 3), np.uint8)])
+        later = device.encode(np.zeros((1, 1, 1, 3), np.uint8))
         device.admit(None, 0, later, 0)
         for call in (device.step(None, None), later):
             with pytest.raises(ValueError, match="damaged"):
