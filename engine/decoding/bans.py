@@ -22,13 +22,14 @@ def repeated_ngrams(
     An id is banned that would complete an n-gram the beam already holds. tokens i32[B,K,W'] hold lengths i64[B] valid
     ids each, prompt and [DEC] included; both count. Nearly all rows have none, so that a list is what is quick.
     """
-    slots, beams, width = tokens.shape
-    if ngram_size == 0 or lengths.max(initial=0) < ngram_size:
+    slots, beams, _ = tokens.shape
+    width = int(lengths.max(initial=0))
+    if ngram_size == 0 or width < ngram_size:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     if ngram_size == 1:
-        repeats = np.ones(tokens.shape, bool)
+        repeats = np.ones((slots, beams, width), bool)
     else:  # where the last token stands elsewhere, too: few places, of which the rest is looked at one by one
-        repeats = tokens == tokens[np.arange(slots), :, lengths - 1][:, :, None]
+        repeats = tokens[:, :, :width] == tokens[np.arange(slots), :, lengths - 1][:, :, None]
     rows, places = np.divmod(np.flatnonzero(repeats), width)
     places -= max(0, ngram_size - 2)
     slot, beam = np.divmod(rows, beams)

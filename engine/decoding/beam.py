@@ -6,7 +6,7 @@ calls; the arithmetic is float32 as there. Images never influence each other. Kn
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,7 +21,8 @@ NEVER = np.float32(-1e9)
 
 def _ruled_out(where: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Return f32: NEVER where true, else 0, to be added to scores."""
-    return np.where(where, NEVER, np.float32(0))
+    ruled_out: NDArray[np.float32] = NEVER * where
+    return ruled_out
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Beams:
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Hits among the first K become hypotheses, the K best others run on."""
         beams = self.search.num_beams
-        running = replace(candidates, scores=candidates.scores + _ruled_out(hits))
+        running = _Candidates(candidates.scores + _ruled_out(hits), candidates.parents, candidates.tokens)
         chosen = np.argsort(-running.scores, axis=1, kind="stable")[:, :beams]
         best_rank = np.arange(hits.shape[1]) < beams
         self._add_hypotheses(candidates, hits & best_rank & moving[:, None])

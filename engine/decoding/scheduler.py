@@ -220,7 +220,8 @@ class _Slots(Generic[Key]):
         prefilling = self._prefilling()
         more_prompt = self._feed_prompt(prefilling)
         rows, tokens = np.divmod(ids, self.search.vocab_size)
-        parents = np.where(prefilling[:, None], 0, rows)  # every row of a prompt belongs to beam 0
+        parents = rows.copy()
+        parents[prefilling] = 0  # every row of a prompt belongs to beam 0
         was_closed = self.beams.closed.copy()
         chosen = self.beams.advance(scores, parents, tokens, ~more_prompt)
         parent_rows = rows[np.arange(len(rows))[:, None], chosen]
