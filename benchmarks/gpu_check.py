@@ -1,12 +1,13 @@
-"""Five minutes for whoever has a GPU: what works there, with the same words, and how fast.
+"""For whoever has a GPU: what works there, with the same words, and how fast.
 
     python -m benchmarks.gpu_check --bundle BUNDLE --json out.json
 
-First the machine itself (gpu_parts.py): driver, memory, host, kernels. Every part and every backend runs in a
-process of its own, so that one that crashes is a line in the report. A backend's captions of 8
-pictures, beams on and off, are held against the CPU's of the same bundle, PyTorch's golden answers are replayed, the
-session is opened twice (what is cached the first time should make the second quick), and pictures from memory are
-captioned with more and more beams side by side. A bundle of another precision is another --bundle.
+First the machine itself (gpu_parts.py): driver, memory, host, kernels. Then backends: their captions of 8 pictures,
+beams on and off, are held against the CPU's of the same bundle, PyTorch's golden answers are replayed, the session is
+opened twice (what is cached the first time should make the second quick), and pictures from memory are captioned with
+more and more beams side by side. Where one works, a profile, two processes side by side and the whole challenge follow
+(gpu_runs.py), with the last bundle. All of it in processes of their own, so that one that crashes is a line in the
+report. A bundle of another precision is another --bundle.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_parts import FIRST
+from benchmarks.gpu_runs import LAST
 from benchmarks.setting.corpus import make_picture
 from benchmarks.setting.machine import describe_machine
 from benchmarks.speed.gpu_floor import DEVICES, floor_s, model_work
@@ -156,9 +158,10 @@ def in_process(
         return json.loads(out.read_text())
 
 
-def run_part(name: str, timeout_s: float) -> dict[str, Any]:
-    """Run one of gpu_parts in a process of its own; what went wrong there is its result."""
-    command = [sys.executable, "-m", "benchmarks.gpu_parts", name]
+def run_part(name: str, timeout_s: float, *given: str) -> dict[str, Any]:
+    """Run one of gpu_parts, or with arguments of gpu_runs, in a process of its own; a failure is its result."""
+    module = "benchmarks.gpu_runs" if given else "benchmarks.gpu_parts"
+    command = [sys.executable, "-m", module, name, *given]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -251,15 +254,22 @@ def main(
         "parts": {},
         "entries": [],
     }
-    for part in PARTS if gpu else ():
-        report["parts"][part] = run_part(part, timeout_s)
+
+    def keep_part(part: str, *given: str) -> None:
+        report["parts"][part] = run_part(part, timeout_s, *given)
         out.write_text(json.dumps(report, indent=1) + "\n")  # after each: none is lost by the next
         click.echo(f"{part}: {report['parts'][part].get('error', 'done')}", err=True)
+
+    for part in FIRST if gpu else ():
+        keep_part(part)
     for path in paths:
         for entry in check_bundle(path, chosen, images, numbers, timeout_s):
             report["entries"].append(entry)
             out.write_text(json.dumps(report, indent=1) + "\n")
             click.echo(f"{entry['backend']}, {entry['precision']}: {summary(entry)}", err=True)
+    working = [entry["backend"] for entry in report["entries"] if "error" not in entry and entry["backend"] != "cpu"]
+    for part in LAST if gpu and working else ():
+        keep_part(part, str(paths[-1]), working[0].removesuffix(WITH_GRAPHS))
     click.echo(out)
     if any("error" in entry for entry in report["entries"]):
         sys.exit(1)

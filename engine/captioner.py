@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer, detokenise
 from engine.captions import Alternative, Caption
+from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Scheduler
@@ -54,6 +56,7 @@ class Captioner:
         self.bundle = bundle
         self.backend = backend
         self._more_backends = more_backends
+        self._is_running = False
         self.tokenizer = CaptionTokenizer(bundle)
 
     @classmethod
@@ -97,7 +100,8 @@ class Captioner:
         What `options` or keywords (num_beams=4) give lies over the bundle's settings, and these over Hugging Face's
         defaults, as on the command line. `rows` is how many beams are decoded side by side; None means what suits the
         device, the bundle and the memory. An unreadable image raises ImageError, or is passed to `on_error` and left
-        out. Options that do not fit the bundle raise UsageError at once, not at the first caption.
+        out. Options that do not fit the bundle raise UsageError at once, not at the first caption. On a GPU, or with
+        streams, one such iteration at a time: the device works ahead of what is read.
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             raise UsageError("caption takes several images: put a single one into a list")
@@ -122,18 +126,28 @@ class Captioner:
                 else:
                     yield (digest, pixels) if repeats.wait(digest, index, name) else None
 
-        for closed in self.scheduler(search, rows).steps(arrivals()):
-            for digest, hypotheses in closed:
-                alternatives = tuple(map(self._alternative, hypotheses))
-                for index, caption in repeats.resolve(digest, alternatives):
-                    captions.add(index, caption)
-            yield from captions.ready()
+        if self._is_running and self.batch_sizes.sets > 1:
+            raise UsageError("this captioner is captioning already: read those captions to their end first")
+        self._is_running = True
+        try:
+            for closed in self.scheduler(search, rows).steps(arrivals()):
+                for digest, hypotheses in closed:
+                    alternatives = tuple(map(self._alternative, hypotheses))
+                    for index, caption in repeats.resolve(digest, alternatives):
+                        captions.add(index, caption)
+                yield from captions.ready()
+        finally:
+            self._is_running = False
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """What keeps all backends of this captioner busy."""
+        sizes, streams = self.backend.batch_sizes, 1 + len(self._more_backends)
+        return sizes if streams == 1 else replace(sizes, rows=streams * sizes.rows, sets=streams)
 
     def scheduler(self, search: Search, rows: int | None = None) -> Scheduler:
         """Return a scheduler with as many slots as `rows` beams need; None means what suits device and memory."""
-        batch_sizes, streams = self.backend.batch_sizes, 1 + len(self._more_backends)
-        if streams > 1:
-            batch_sizes = replace(batch_sizes, rows=streams * batch_sizes.rows, sets=streams)
+        batch_sizes = self.batch_sizes
         slots = slots_for(search, self.bundle.model, batch_sizes, rows=rows)
         sets = min(slots, batch_sizes.sets)
         return Scheduler(
@@ -223,6 +237,7 @@ def caption_within_memory(
     search = captioner.search(options)
     num_slots = captioner.scheduler(search, rows).side_by_side
     while True:
+        gc.collect()  # an error holds on to the frames it came through, and these to the keys that did not fit
         try:
             yield from captioner.caption(remaining(), options, rows=num_slots * search.num_beams, on_error=on_error)
             return

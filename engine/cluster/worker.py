@@ -6,6 +6,7 @@ import hashlib
 import platform
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,7 @@ class CaptionWorker:
 
     def _fair_slots(self, captioner: Captioner, search: Search) -> int:
         """Return how many images side by side suit the device, and the memory that workers of a node share."""
-        batch_sizes, memory = captioner.backend.batch_sizes, None
+        batch_sizes, memory = captioner.batch_sizes, None
         if batch_sizes.memory_bytes is None:  # a GPU knows its own, which no other worker shares
             memory = available_memory() // self._order.peers
         return slots_for(search, captioner.bundle.model, batch_sizes, memory_bytes=memory)
@@ -166,7 +167,10 @@ class CaptionWorker:
         yield pack_captions(ready)
         if failures:
             yield pack_failures(failures)
-        if clipped := self._clipped[:]:  # those of another block that goes on meanwhile may be among them
-            del self._clipped[: len(clipped)]
+        clipped = []
+        with suppress(IndexError):
+            while True:  # one by one: another block goes on meanwhile, and some may be its own
+                clipped.append(self._clipped.pop())
+        if clipped:
             yield pack_clipped(clipped)
         yield from map(pack_note, notes)

@@ -46,8 +46,8 @@ class Later(Generic[T]):
 class DeviceQueue:
     """The calls of a Backend, done in order by a thread of their own, or at once where `in_thread` is false.
 
-    A context manager. After a call has failed none is done any more, and each says the same error; of those that return
-    nothing, the next step says it.
+    A context manager. Of its own thread no call is done any more once one has failed, and each says the same error; of
+    those that return nothing, the next step says it. Without a thread each call says its own.
     """
 
     def __init__(self, backend: Backend, *, in_thread: bool) -> None:
@@ -68,7 +68,9 @@ class DeviceQueue:
         if self._thread is not None:
             self._error = self._error or value  # what is still queued is not worth doing then
             self._calls.put(None)
-            self._thread.join()
+            if self._thread is not threading.current_thread():  # which may be the one that collects garbage
+                self._thread.join()
+            self._error = None  # it knows the frames it came through, and these all keys and values
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> Later[Encoded]:
         """See Backend.encode. Begun with the next step, like admit and regroup."""
@@ -97,6 +99,9 @@ class DeviceQueue:
     def _put(self, call: Callable[[], T]) -> Later[T]:
         """Do a call whose result is asked for."""
         later: Later[T] = Later()
+        if self._thread is None:
+            later.settle(call())
+            return later
 
         def settle() -> None:
             if self._error is not None:

@@ -255,6 +255,7 @@ class _Slots(Generic[Key]):
         return np.take_along_axis(scores, chosen[:, None], 1), np.take_along_axis(ids, chosen[:, None], 1)
 
     def _regroup(self, keep: NDArray[np.int64]) -> None:
+        self.ancestry.reset(np.flatnonzero(self.beams.closed))  # empty slots are fed, too, and need none of it
         self.device.regroup(self.cache, keep, self.ancestry.compact(keep))
         if len(keep) < len(self.prompt_fed):
             self.beams.keep(keep)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-
-import numpy as np
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from engine.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CLIP, SCALE = "clip", "scale"
 """As Hugging Face's processor reads them, values above 255 white; or each picture's own range made 0 to 255."""
@@ -26,6 +27,9 @@ def as_rgb(picture: Image.Image, depth: str = CLIP) -> Image.Image:
     With a window of values LOW to HIGH, v becomes round(255 (v - LOW) / (HIGH - LOW)), held between 0 and 255; SCALE
     takes the picture's least and greatest value, and makes a picture of one value black. What is not a number is black.
     """
+    import numpy as np  # here, since the command line reads this file for its help
+    from PIL import Image
+
     if depth == CLIP or not is_deep(picture):
         return picture.convert("RGB")
     values = np.asarray(picture, np.float64)

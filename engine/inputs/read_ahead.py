@@ -37,7 +37,10 @@ def read_ahead(function: Callable[[A], B], items: Iterable[A], *, threads: int, 
             early[finished] = value, error
         value, error = early.pop(place)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # which would know this frame, and with it all that the consumer holds
         return value  # type: ignore[return-value]
 
     for _ in range(threads):

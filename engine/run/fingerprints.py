@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.inputs.depth import CLIP
 from engine.inputs.images import ImageFile
 
 
@@ -15,7 +16,8 @@ def run_key(images: Sequence[ImageFile], made_with: str) -> str:
     digest = hashlib.sha256(made_with.encode("utf-8", "surrogateescape"))
     for image in images:
         place = str(image.path.absolute() if image.folder is None else image.source)
-        digest.update(json.dumps([image.id, place, image.frame, image.depth]).encode("ascii"))
+        depth = [] if image.depth == CLIP else [image.depth]  # journals of earlier versions know none
+        digest.update(json.dumps([image.id, place, image.frame, *depth]).encode("ascii"))
     return digest.hexdigest()
 
 

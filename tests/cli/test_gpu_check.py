@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import gpu_check, gpu_parts
+from benchmarks import gpu_check, gpu_parts, gpu_runs
 from benchmarks.gpu_check import compare, in_process, main
 from engine.backends.nvidia import Gpu
 from tests.helpers.gpu import missing_gpu
@@ -61,6 +61,18 @@ def test_the_parts_before_any_model_work_on_this_machine():
     assert all(ms > 0 for ms in times.values())
 
 
+def test_the_parts_after_the_backends_work_on_the_cpu(tiny_bundle):
+    found = gpu_runs.profile(tiny_bundle, "cpu", 6)
+    assert list(found["nodes_by_provider"]) == ["CPUExecutionProvider"]
+    assert found["memcpy_nodes"] == 0
+    assert len(found["slowest_ms"]) == 10
+    sides = gpu_runs.side_by_side(tiny_bundle, "cpu", 8)
+    assert all(images_per_s > 0 for images_per_s in sides.values())
+    whole = gpu_runs.minute(tiny_bundle, "cpu", 24)
+    assert whole["same_after_kill_9"]
+    assert whole["images_per_s"] > 0
+
+
 def test_a_part_that_fails_says_why_and_leaves_the_others(monkeypatch):
     def crash(command, **_):
         return gpu_check.subprocess.CompletedProcess(command, 1, "", "x" * 20_000 + "the reason")
@@ -74,7 +86,7 @@ def test_a_part_that_fails_says_why_and_leaves_the_others(monkeypatch):
 
 def test_a_backend_that_fails_leaves_the_others_results(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "find_gpu", lambda *_: Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30))
-    monkeypatch.setattr(gpu_check, "PARTS", {"probe": None})
+    monkeypatch.setattr(gpu_check, "FIRST", {"probe": None})
     out = tmp_path / "out.json"
     arguments = ["--bundle", tiny_bundle, "--json", out, "--backends", "cuda,cpu", "--images", 8, "--rows", "8"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -67,3 +67,14 @@ def test_several_streams_say_what_one_says(tiny_bundle):
 def test_streams_that_cannot_be_are_refused(wrong, said):
     with pytest.raises(UsageError, match=said):
         Runtime(**({"backend": "cpu", "streams": 4} | wrong))
+
+
+def test_with_streams_one_iteration_at_a_time(tiny_bundle):
+    captioner = Captioner.load(str(tiny_bundle), backend="cpu", threads=2, streams=2)
+    pictures = random_pictures(9, seed=5)
+    first = captioner.caption(pictures, rows=2)
+    next(first)
+    with pytest.raises(UsageError, match="captioning already"):
+        next(captioner.caption(pictures, rows=2))
+    first.close()
+    assert len(list(captioner.caption(pictures, rows=2))) == 9

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -118,3 +120,56 @@ def test_nothing_is_done_after_an_error():
             with pytest.raises(ValueError, match="damaged"):
                 call.wait()
     assert done == []
+
+
+@pytest.mark.parametrize("num_sets", [1, 2])
+def test_slots_that_stay_empty_make_no_cache_grow(num_sets):
+    """Mostly repeated pictures: one newcomer in a batch, which takes the first slot; the others are fed for nothing."""
+    widths = []
+
+    class Watching(TableBackend):
+        def regroup(self, cache, slots, columns):
+            widths.append(columns.shape[1])
+            super().regroup(cache, slots, columns)
+
+    def images():
+        for number in range(200):
+            yield number, pixels(number)[0]
+            yield from [None] * 23
+
+    search = replace(SEARCH, num_beams=2)
+    scheduler = Scheduler(Watching(3), search, num_slots=12, encode_batch=2, num_sets=num_sets)
+    found = [key for closed in scheduler.steps(images()) for key, _ in closed]
+    assert sorted(found) == list(range(200))
+    assert len(widths) > 5
+    assert max(widths) <= search.num_beams * (search.max_length + 8)
+
+
+@pytest.mark.parametrize("num_sets", [1, 2])
+@pytest.mark.parametrize("end", ["error", "closed early"])
+def test_what_ended_early_keeps_no_cache(num_sets, end):
+    kept = []
+
+    class Failing(TableBackend):
+        def allocate(self, num_slots):
+            cache = super().allocate(num_slots)
+            kept.append(weakref.ref(cache))
+            return cache
+
+        def step(self, cache, inputs):
+            if end == "error" and self.steps == 5:
+                raise MemoryError("short")
+            return super().step(cache, inputs)
+
+    scheduler = Scheduler(Failing(3), SEARCH, num_slots=4, encode_batch=2, num_sets=num_sets)
+    steps = scheduler.steps(enumerate(pixels(*IMAGES)))
+    try:
+        for _, _ in zip(range(12), steps, strict=False):
+            pass
+    except MemoryError:
+        pass
+    steps.close()
+    del steps, scheduler
+    gc.collect()
+    assert kept
+    assert not any(reference() for reference in kept)

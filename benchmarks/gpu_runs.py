@@ -1,0 +1,148 @@
+"""What benchmarks/gpu_check.py runs with a backend that works: a profile, two processes side by side, the challenge.
+
+    python -m benchmarks.gpu_runs RUN BUNDLE BACKEND [IMAGES]
+
+An empty BUNDLE is the demo. Each is a process of its own and prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.setting.corpus import CHALLENGE_SIZE, write_corpus
+from benchmarks.speed.host_worker import pictures
+from engine.backends.plans import PORTABLE, build_plan, import_builder, make_logger, target_for
+from engine.backends.shapes import Bounds
+from engine.bundle.manifest import Bundle
+from engine.captioner import Captioner
+
+EXAMPLES = Path("examples/images")
+
+
+def profile(bundle: Path | None = None, backend: str = "cuda", images: int = 64) -> dict[str, Any]:
+    """Profile a few steps with ONNX Runtime: nodes by provider, copies to and from the device, slowest operators."""
+    import onnxruntime
+
+    plain = onnxruntime.SessionOptions
+    with tempfile.TemporaryDirectory() as folder:
+
+        class Profiled(plain):  # type: ignore[misc, valid-type]
+            def __init__(self) -> None:
+                super().__init__()
+                self.enable_profiling = True
+                self.profile_file_prefix = str(Path(folder) / "profile")
+
+        onnxruntime.SessionOptions = Profiled
+        try:
+            captioner = Captioner.load(bundle, backend=backend)
+            made = list(pictures(images, captioner.bundle.image.height, captioner.bundle.image.width))
+            list(captioner.caption(made, num_beams=4))
+            del captioner
+            gc.collect()  # sessions write what they noted when they end
+        finally:
+            onnxruntime.SessionOptions = plain
+        events = [event for path in Path(folder).glob("profile*") for event in json.loads(path.read_text())]
+    nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    spent: Counter[str] = Counter()
+    for event in nodes:
+        spent[f"{event['args']['op_name']} ({event['args'].get('provider', '?')})"] += event["dur"]
+    return {
+        "nodes_by_provider": dict(Counter(event["args"].get("provider", "?") for event in nodes)),
+        "memcpy_nodes": sum(event["args"]["op_name"].startswith("Memcpy") for event in nodes),
+        "slowest_ms": {name: duration / 1000 for name, duration in spent.most_common(10)},
+    }
+
+
+def side_by_side(bundle: Path | None = None, backend: str = "cuda", images: int = 1024) -> dict[str, Any]:
+    """Caption half of the pictures in each of two processes at a time, against all of them in one."""
+    found = {}
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "benchmarks.gpu_runs", "alone", str(bundle or ""), backend]
+        started = [
+            subprocess.Popen([*command, str(images // processes)], stdout=subprocess.PIPE, text=True)
+            for _ in range(processes)
+        ]
+        seconds = [json.loads(one.communicate()[0].splitlines()[-1])["seconds"] for one in started]
+        found[f"{processes}_processes_images_per_s"] = images / max(seconds)
+    return found
+
+
+def alone(bundle: Path | None = None, backend: str = "cuda", images: int = 1024) -> dict[str, Any]:
+    """Time pictures from memory, once the model has been loaded and has captioned some."""
+    captioner = Captioner.load(bundle, backend=backend)
+    height, width = captioner.bundle.image.height, captioner.bundle.image.width
+    list(captioner.caption(list(pictures(min(images, 64), height, width)), num_beams=4))
+    start = time.perf_counter()
+    count = sum(1 for _ in captioner.caption(pictures(images, height, width), num_beams=4))
+    return {"images": count, "seconds": time.perf_counter() - start}
+
+
+def minute(bundle: Path | None = None, backend: str = "cuda", images: int = CHALLENGE_SIZE) -> dict[str, Any]:
+    """Caption a directory of JPEGs as users do, then once more, killed at half: the same run.csv, byte for byte?"""
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = write_corpus(Path(folder) / "corpus", images, EXAMPLES)
+        command = [sys.executable, "-m", "engine", "caption", "--input", str(corpus), "--backend", backend]
+        command += ["--beams", "4", "--no-repeat-ngram", "3", *(["--bundle", str(bundle)] if bundle else [])]
+        whole, cut = Path(folder) / "whole.csv", Path(folder) / "cut.csv"
+        start = time.perf_counter()
+        subprocess.run([*command, "--out", str(whole), "--timings-out", f"{folder}/timings.csv"], check=True)
+        seconds = time.perf_counter() - start
+        journal = cut.with_name("cut.csv.journal")
+        killed = subprocess.Popen([*command, "--out", str(cut)])
+        while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > images // 2):
+            time.sleep(0.05)
+        killed.kill()
+        killed.wait()
+        subprocess.run([*command, "--out", str(cut)], check=True)
+        same = whole.read_bytes() == cut.read_bytes()
+    return {"images": images, "seconds": seconds, "images_per_s": images / seconds, "same_after_kill_9": same}
+
+
+def portable(bundle: Path | None = None, _: str = "") -> dict[str, Any]:
+    """Build a plan with TensorRT-RTX for this machine's GPU, and ask its runtime whether it is valid here."""
+    loaded = Bundle.load(bundle)
+    target = target_for(PORTABLE)
+    trt = import_builder(PORTABLE)
+    start = time.perf_counter()
+    plan = build_plan(loaded, "decoder", Bounds.of(loaded, beams=4), target)
+    built_s = time.perf_counter() - start
+    logger = make_logger(trt)
+    runtime = trt.Runtime(logger)
+    validity, diagnostics = runtime.get_engine_validity(plan)
+    engine = runtime.deserialize_cuda_engine(plan)
+    return {
+        "target": asdict(target),
+        "build_s": built_s,
+        "validity": str(validity),
+        "diagnostics": int(diagnostics),
+        "loads": engine is not None or logger.last(),
+    }
+
+
+LAST: dict[str, Callable[..., dict[str, Any]]] = {
+    "profile": profile,
+    "side_by_side": side_by_side,
+    "minute": minute,
+    "portable": portable,
+}
+
+
+def main() -> None:
+    """Print what a run found."""
+    name, bundle, backend, *images = sys.argv[1:]
+    run = (LAST | {"alone": alone})[name]
+    print(json.dumps(run(Path(bundle) if bundle else None, backend, *map(int, images))))
+
+
+if __name__ == "__main__":
+    main()
