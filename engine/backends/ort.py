@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.backends.device import CudaDevice, Device, HostDevice
 from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
+from engine.backends.sessions import check_graphs, open_session
 from engine.backends.shapes import gpu_batch_sizes
 from engine.bundle.graphs import (
     CANDIDATES,
@@ -23,8 +23,6 @@ from engine.bundle.graphs import (
     NUM_CANDIDATES,
     STEP_INPUTS,
     cache_names,
-    graph_inputs,
-    graph_outputs,
 )
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import BatchSizes, StepInputs
@@ -34,14 +32,8 @@ from engine.host import available_cores
 CPU_BATCH_SIZES = BatchSizes(rows=160, encode_batch=2)
 """Measured on 2 cores (benchmarks/LOG.md): more rows bring a few percent at most, larger batches miss the cache."""
 
-FLOAT32_ALWAYS = ("scores", "candidate_scores")
-"""Sums along captions, whatever the weights are; keys and values have the precision's own type."""
-
-LOG_ERRORS_ONLY = 3
 OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "available memory")
 """What ONNX Runtime's message holds, in lower case, when memory is short; it has no error code for that."""
-STOP_SPINNING = ("session.force_spinning_stop", "1")
-"""Threads of one graph would else spin on the cores the next graph needs: 8 to 20 % of a run (benchmarks/LOG.md)."""
 Places = dict[str, tuple[Any, tuple[int, ...]]]
 """Input -> memory on the device, and the shape of what is fed of it."""
 OTHER_BACKEND = "give fewer --beams, --rows or --max-new-tokens, or take --backend cuda or trt"
@@ -86,7 +78,7 @@ class OrtBackend:
         }
         # as they are: optimising runs parts of a graph, and these are not known to be the manifest's yet
         as_written: dict[str, list[Provider]] = {graph: [(CPU, {})] for graph in GRAPHS}
-        self._check_graphs(bundle, *self._open(bundle, threads, as_written, is_optimised=False))
+        check_graphs(bundle, *self._open(bundle, threads, as_written, is_optimised=False))
         chosen = {graph: providers_for(name, bundle, graph, self._bounds) for graph in GRAPHS}
         self._encoder, self._decoder, self._regroup = self._open(bundle, threads, chosen, is_optimised=True)
         self._dtype: type[np.float16] | type[np.float32] = np.float16 if bundle.precision == "fp16" else np.float32
@@ -99,7 +91,7 @@ class OrtBackend:
     ) -> list[Any]:
         """Open the encoder, the decoder and regroup."""
         return [
-            _open_session(
+            open_session(
                 self._ort,
                 bundle.path / f"{graph}.onnx",
                 chosen,
@@ -109,34 +101,6 @@ class OrtBackend:
             )
             for graph, chosen in providers.items()
         ]
-
-    def _check_graphs(self, bundle: Bundle, encoder: Any, decoder: Any, regroup: Any) -> None:
-        """Refuse graphs that are not those of the manifest, before any is run. Raises BundleError."""
-        model, image = bundle.model, bundle.image
-        inputs, outputs = graph_inputs(model.num_layers), graph_outputs(model.num_layers)
-        for graph, session in zip(GRAPHS, (encoder, decoder, regroup), strict=True):
-            for kind, wanted, found in (
-                ("inputs", inputs[graph], session.get_inputs()),
-                ("outputs", outputs[graph], session.get_outputs()),
-            ):
-                other = sorted(set(wanted) ^ {entry.name for entry in found})
-                if other:
-                    raise BundleError(
-                        f"{bundle.path / graph}.onnx does not have the {kind} of this engine's bundles "
-                        f"({', '.join(other[:3])}): export it again"
-                    )
-                _check_types(bundle, graph, found)
-        keys = (model.num_heads, model.encoder_positions, model.head_width)
-        cross = (entry for entry in decoder.get_inputs() if entry.name in self._names["cross"])
-        for graph, entry, sizes in (
-            ("encoder", encoder.get_inputs()[0], (image.height, image.width, 3)),
-            *(("decoder", entry, keys) for entry in cross),
-        ):
-            if tuple(entry.shape[1:]) != sizes:
-                raise BundleError(
-                    f"{bundle.path / graph}.onnx: {entry.name} has the sizes {tuple(entry.shape[1:])}, the manifest "
-                    f"says {sizes}: export it again"
-                )
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Any]:
         """See Backend.encode; 2L OrtValues [N,H,S,d] on the device."""
@@ -284,43 +248,3 @@ class OrtBackend:
             reason = " ".join(str(error).split())[:400]
             kind = OutOfMemoryError if any(sign in reason.lower() for sign in OUT_OF_MEMORY) else BackendError
             raise kind(f"the {self.name} backend failed: {reason}") from error
-
-
-def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:
-    """Refuse keys, values and scores of another type than the manifest's precision has. Raises BundleError."""
-    keys = "tensor(float16)" if bundle.precision == "fp16" else "tensor(float)"
-    for entry in entries:
-        is_key = "." in entry.name  # keys and values: cross.key.0 and so on
-        wanted = keys if is_key else "tensor(float)"
-        if (is_key or entry.name in FLOAT32_ALWAYS) and entry.type != wanted:
-            raise BundleError(
-                f"{bundle.path / graph}.onnx: {entry.name} is {entry.type}, {bundle.precision} of the manifest means "
-                f"{wanted}: export it again"
-            )
-
-
-def _open_session(
-    ort: Any, path: Path, providers: list[Provider], threads: int, *, is_optimised: bool, has_patterns: bool
-) -> Any:
-    """Load one graph and check that the provider asked for is the one in use (else ONNX Runtime only logs it).
-
-    Without `has_patterns` memory is not planned for each combination of shapes: on a GPU each plan would be kept.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = LOG_ERRORS_ONLY
-    options.enable_mem_pattern = has_patterns
-    options.add_session_config_entry(*STOP_SPINNING)
-    if not is_optimised:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:
-        raise BackendError(f"{path} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
-    wanted, _ = providers[0]
-    if session.get_providers()[0] != wanted:
-        raise BackendError(
-            f"{wanted} was asked for and ONNX Runtime fell back to {session.get_providers()[0]}: "
-            f"`engine info` says what is missing"
-        )
-    return session

@@ -12,8 +12,8 @@ import pytest
 
 from engine.backends import nvidia, plans, providers, trt
 from engine.backends.execution import PlanRunner
-from engine.backends.ort import _open_session
 from engine.backends.plans import ANY_GPU, PORTABLE, Target, build_plans, read_plan
+from engine.backends.sessions import open_session
 from engine.backends.shapes import Bounds, profiles
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, UsageError
@@ -387,7 +387,7 @@ def test_a_provider_that_was_asked_for_and_not_got_is_an_error(bundle):
     )
     wanted = [(providers.CUDA, {}), (providers.CPU, {})]
     with pytest.raises(BackendError, match="fell back to CPUExecutionProvider"):
-        _open_session(runtime, bundle.path / "regroup.onnx", wanted, 1, is_optimised=True, has_patterns=True)
+        open_session(runtime, bundle.path / "regroup.onnx", wanted, 1, is_optimised=True, has_patterns=True)
 
 
 def test_a_machine_without_a_driver_is_told_by_the_driver_library(monkeypatch):

@@ -1,0 +1,88 @@
+"""ONNX Runtime's sessions: opened with the provider that was asked for, and only of graphs that are the manifest's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.backends.providers import Provider
+from engine.bundle.graphs import GRAPHS, cache_names, graph_inputs, graph_outputs
+from engine.bundle.manifest import Bundle
+from engine.errors import BackendError, BundleError
+
+FLOAT32_ALWAYS = ("scores", "candidate_scores")
+"""Sums along captions, whatever the weights are; keys and values have the precision's own type."""
+
+LOG_ERRORS_ONLY = 3
+STOP_SPINNING = ("session.force_spinning_stop", "1")
+"""Threads of one graph would else spin on the cores the next graph needs: 8 to 20 % of a run (benchmarks/LOG.md)."""
+
+
+def check_graphs(bundle: Bundle, encoder: Any, decoder: Any, regroup: Any) -> None:
+    """Refuse graphs that are not those of the manifest, before any is run. Raises BundleError."""
+    model, image = bundle.model, bundle.image
+    inputs, outputs = graph_inputs(model.num_layers), graph_outputs(model.num_layers)
+    for graph, session in zip(GRAPHS, (encoder, decoder, regroup), strict=True):
+        for kind, wanted, found in (
+            ("inputs", inputs[graph], session.get_inputs()),
+            ("outputs", outputs[graph], session.get_outputs()),
+        ):
+            other = sorted(set(wanted) ^ {entry.name for entry in found})
+            if other:
+                raise BundleError(
+                    f"{bundle.path / graph}.onnx does not have the {kind} of this engine's bundles "
+                    f"({', '.join(other[:3])}): export it again"
+                )
+            _check_types(bundle, graph, found)
+    keys = (model.num_heads, model.encoder_positions, model.head_width)
+    names = cache_names(model.num_layers, "cross")
+    cross = (entry for entry in decoder.get_inputs() if entry.name in names)
+    for graph, entry, sizes in (
+        ("encoder", encoder.get_inputs()[0], (image.height, image.width, 3)),
+        *(("decoder", entry, keys) for entry in cross),
+    ):
+        if tuple(entry.shape[1:]) != sizes:
+            raise BundleError(
+                f"{bundle.path / graph}.onnx: {entry.name} has the sizes {tuple(entry.shape[1:])}, the manifest "
+                f"says {sizes}: export it again"
+            )
+
+
+def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:
+    """Refuse keys, values and scores of another type than the manifest's precision has. Raises BundleError."""
+    keys = "tensor(float16)" if bundle.precision == "fp16" else "tensor(float)"
+    for entry in entries:
+        is_key = "." in entry.name  # keys and values: cross.key.0 and so on
+        wanted = keys if is_key else "tensor(float)"
+        if (is_key or entry.name in FLOAT32_ALWAYS) and entry.type != wanted:
+            raise BundleError(
+                f"{bundle.path / graph}.onnx: {entry.name} is {entry.type}, {bundle.precision} of the manifest means "
+                f"{wanted}: export it again"
+            )
+
+
+def open_session(
+    ort: Any, path: Path, providers: list[Provider], threads: int, *, is_optimised: bool, has_patterns: bool
+) -> Any:
+    """Load one graph and check that the provider asked for is the one in use (else ONNX Runtime only logs it).
+
+    Without `has_patterns` memory is not planned for each combination of shapes: on a GPU each plan would be kept.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = LOG_ERRORS_ONLY
+    options.enable_mem_pattern = has_patterns
+    options.add_session_config_entry(*STOP_SPINNING)
+    if not is_optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
+        raise BackendError(f"{path} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    wanted, _ = providers[0]
+    if session.get_providers()[0] != wanted:
+        raise BackendError(
+            f"{wanted} was asked for and ONNX Runtime fell back to {session.get_providers()[0]}: "
+            f"`engine info` says what is missing"
+        )
+    return session
