@@ -41,7 +41,8 @@ from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.cli.group import OneLine
 from engine.errors import EngineError
-from engine.inputs.images import decode_image, find_images, read_image
+from engine.inputs.images import find_images
+from engine.inputs.pixels import decode_image, read_image
 from engine.machine.info import collect_info
 from engine.machine.verify import verify
 from engine.options import DecodeOptions, Runtime

@@ -27,7 +27,7 @@ from benchmarks.host import measure, write_pictures
 from engine.backends.device import CapturingDevice, CudaDevice
 from engine.backends.nvidia import find_gpu
 from engine.errors import OutOfMemoryError
-from engine.inputs.images import read_image
+from engine.inputs.pixels import read_image
 
 EXAMPLES = Path("examples/images")
 LIBRARIES = ("cudnn", "cublas", "nvinfer", "cudart")

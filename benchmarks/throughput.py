@@ -29,7 +29,7 @@ from benchmarks.speed.work import ModelWork, count_work
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis
-from engine.inputs.images import read_image
+from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from export.parity import judge
 from export.reference.huggingface import Reference, UncachedBackend

@@ -26,8 +26,9 @@ from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Scheduler
 from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
-from engine.inputs.images import ImageFile, Picture, read_image
+from engine.inputs.images import ImageFile
 from engine.inputs.kinds import cut_suffix
+from engine.inputs.pixels import Picture, read_image
 from engine.inputs.read_ahead import read_ahead
 from engine.inputs.remote import Location, location
 from engine.options import DecodeOptions, Runtime

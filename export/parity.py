@@ -26,7 +26,8 @@ from engine.cli.shared import PATH
 from engine.decoding.beam import Hypothesis
 from engine.errors import CheckpointError, EngineError, ImageError, UsageError
 from engine.files.atomic import check_outputs, write_atomically
-from engine.inputs.images import decode_image, find_images, read_image
+from engine.inputs.images import find_images
+from engine.inputs.pixels import decode_image, read_image
 from engine.options import DecodeOptions
 from export.checkpoints.find import find_checkpoint
 from export.manifest import checkpoint_sha256

@@ -26,7 +26,8 @@ from engine.cli.group import OneLine
 from engine.cli.shared import PATH
 from engine.errors import UsageError
 from engine.files.atomic import check_outputs, write_atomically
-from engine.inputs.images import find_images, read_image
+from engine.inputs.images import find_images
+from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 
 ENCODED_PICTURES = 8

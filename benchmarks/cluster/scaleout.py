@@ -40,7 +40,8 @@ from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import MESSAGES_PER_BLOCK
 from engine.files.atomic import file_sha256
 from engine.host import available_cores
-from engine.inputs.images import find_images, read_image
+from engine.inputs.images import find_images
+from engine.inputs.pixels import read_image
 from engine.run.job import Outputs
 from engine.run.record import RunRecord
 

@@ -15,7 +15,8 @@ import click
 import numpy as np
 from PIL import Image
 
-from engine.inputs.images import decode_image, find_images
+from engine.inputs.images import find_images
+from engine.inputs.pixels import decode_image
 
 CHALLENGE_SIZE = 17_237
 """Test images of ImageCLEFmedical Caption 2024."""

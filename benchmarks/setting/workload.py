@@ -22,7 +22,8 @@ from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGenera
 
 from benchmarks.setting.corpus import write_corpus
 from engine.bundle.manifest import Bundle, demo_bundle
-from engine.inputs.images import decode_image, find_images, read_image
+from engine.inputs.images import find_images
+from engine.inputs.pixels import decode_image, read_image
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.checkpoints.releases import BlipImageProcessor

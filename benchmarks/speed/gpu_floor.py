@@ -22,7 +22,7 @@ from engine.bundle.manifest import MANIFEST, Bundle
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.beam import Search
 from engine.decoding.scheduler import Scheduler
-from engine.inputs.images import read_image
+from engine.inputs.pixels import read_image
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import click
 
 from benchmarks.setting.corpus import CHALLENGE_SIZE
 from engine.captioner import Captioner
-from engine.inputs.images import find_images, read_image
+from engine.inputs.images import find_images
+from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from engine.run.job import Outputs
 from engine.run.record import RunRecord

@@ -18,7 +18,8 @@ from PIL import Image
 
 from engine.errors import ImageError, OutputError
 from engine.host import available_cores
-from engine.inputs.images import ImageFile, decode_image
+from engine.inputs.images import ImageFile
+from engine.inputs.pixels import decode_image
 
 QUALITY = 82
 THUMBNAIL_VERSION = 1

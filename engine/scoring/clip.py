@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.inputs.images import decode_image
+from engine.inputs.pixels import decode_image
 from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, library, mean
 from engine.scoring.neural import fingerprint, import_library, quiet, weights_folder, whole
 

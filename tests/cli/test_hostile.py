@@ -19,8 +19,8 @@ from PIL import Image
 from benchmarks.survival.hostile import UNREADABLE, UNUSUAL, write_unreadable
 from engine import captioner
 from engine.cli.app import main
-from engine.inputs import images
-from engine.inputs.images import read_image
+from engine.inputs import pixels
+from engine.inputs.pixels import read_image
 from tests.helpers.tiny import random_pictures
 
 
@@ -68,14 +68,14 @@ def test_what_cannot_be_read_is_named_and_no_run_is_written(kind, run, image_dir
 
 def test_a_file_nobody_may_read_is_named(run, image_dir, monkeypatch):
     """The system's refusal is staged: tests may run as root, who may read everything."""
-    opened = images._open_file
+    opened = pixels.open_file
 
     def refuse(path):
         if path.name == "good 0.png":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return opened(path)
 
-    monkeypatch.setattr(images, "_open_file", refuse)
+    monkeypatch.setattr(pixels, "open_file", refuse)
     assert f"{image_dir / 'good 0.png'}: Permission denied" in run().stderr
 
 
@@ -238,7 +238,7 @@ def test_too_few_file_handles_stop_the_run_instead_of_blaming_the_images(run, mo
     def none_left(*_):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("engine.inputs.images._open_file", none_left)
+    monkeypatch.setattr("engine.inputs.pixels.open_file", none_left)
     result = run()
     assert result.exit_code == 1
     assert "cannot be read: Too many open files: raise the limit (ulimit -n)" in result.stderr

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.decoding.scheduler import Scheduler
-from engine.inputs.images import read_image
+from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from export.checkpoints.releases import IS_5
 from tests.helpers.tiny import random_pictures

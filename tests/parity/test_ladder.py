@@ -9,7 +9,7 @@ from PIL import Image
 
 from engine.decoding.backend import StepInputs
 from engine.decoding.scheduler import Scheduler
-from engine.inputs.images import read_image
+from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from export.reference.huggingface import UncachedBackend
 from tests.helpers.tiny import IMAGE_SIZE, random_pictures

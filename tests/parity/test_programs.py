@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.speed.conventional import Conventional, export_conventional
 from engine.captioner import Captioner
-from engine.inputs.images import read_image
+from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from tests.helpers.tiny import random_pictures
 

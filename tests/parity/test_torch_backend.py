@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.inputs.images import read_image
+from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from export.reference.torch_backend import caption_live
 from tests.helpers.tiny import IMAGE_SIZE, random_pictures

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from engine.inputs.depth import CLIP
-from engine.inputs.images import read_image
+from engine.inputs.pixels import read_image
 from export.checkpoints.releases import BlipImageProcessor
 from train.data.augment import AUGMENTATIONS
 from train.data.dataset import Example
@@ -49,7 +49,7 @@ class PixelSpec:
         return cls(processor.size["height"], resample, processor.rescale_factor, mean, std, depth)
 
     def read(self, source: object) -> NDArray[np.uint8]:
-        """Return u8[size,size,3]; see engine.inputs.images.read_image."""
+        """Return u8[size,size,3]; see engine.inputs.pixels.read_image."""
         return read_image(source, self.size, self.size, self.resample, depth=self.depth)  # type: ignore[arg-type]
 
     def normalise(self, pixels: NDArray[np.uint8]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from engine.errors import DataError, ImageError
 from engine.host import available_cores
 from engine.inputs.depth import CLIP
-from engine.inputs.images import decode_image
+from engine.inputs.pixels import decode_image
 from train.data.dataset import Split
 from train.data.problems import Problems, is_empty
 

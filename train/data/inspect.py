@@ -21,7 +21,8 @@ from PIL import Image
 from engine.errors import EngineError, ImageError
 from engine.files.atomic import write_atomically
 from engine.inputs.depth import CLIP, window_of
-from engine.inputs.images import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, is_dicom, picture_formats
+from engine.inputs.images import is_dicom
+from engine.inputs.pixels import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, picture_formats
 from train.data.check import Progress, check_split, in_threads
 from train.data.dataset import Example, Split, read_dataset
 from train.data.plots import draw_dataset

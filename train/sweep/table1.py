@@ -15,7 +15,8 @@ from typing import Any
 
 from engine.files.atomic import replace_file
 from engine.files.run_files import CONTROL
-from engine.inputs.images import ImageFile, decode_image
+from engine.inputs.images import ImageFile
+from engine.inputs.pixels import decode_image
 from engine.inputs.tables import read_table
 
 PAPER: dict[str, dict[int, tuple[float, float, float | None]]] = {

@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples/images"
 
 
 def pixels(captioner, count):
-    from engine.inputs.images import read_image
+    from engine.inputs.pixels import read_image
 
     spec = captioner.bundle.image
     return np.stack([read_image(p, spec.height, spec.width, spec.resample) for p in random_pictures(count)])

@@ -8,7 +8,7 @@ from PIL import Image
 
 from engine.errors import UsageError
 from engine.inputs.depth import as_rgb, is_deep, window_of
-from engine.inputs.images import decode_image
+from engine.inputs.pixels import decode_image
 
 VALUES = np.array([[0, 100, 255], [256, 2048, 4095]])
 

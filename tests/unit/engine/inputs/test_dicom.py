@@ -14,7 +14,8 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from engine.errors import EngineError, ImageError
 from engine.inputs import dicom
-from engine.inputs.images import decode_image, find_images
+from engine.inputs.images import find_images
+from engine.inputs.pixels import decode_image
 
 
 def make_dicom(path: Path, frames: np.ndarray, **tags: object) -> Path:

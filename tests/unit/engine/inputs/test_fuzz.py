@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from benchmarks.survival.hostile import UNUSUAL, encoded
 from engine.bundle.manifest import Bundle
 from engine.errors import BundleError, DataError, ImageError
-from engine.inputs.images import ImageFile, order_by_manifest, read_image
+from engine.inputs.images import ImageFile, order_by_manifest
+from engine.inputs.pixels import read_image
 from engine.run.record import RunRecord
 
 DICOM = [path.read_bytes() for path in sorted(Path(pydicom.__file__).parent.glob("data/test_files/MR_small*.dcm"))[:4]]

@@ -9,14 +9,8 @@ import pytest
 from PIL import Image
 
 from engine.errors import DataError, ImageError
-from engine.inputs.images import (
-    RepeatedIdError,
-    describe_ignored,
-    find_images,
-    find_images_of,
-    order_by_manifest,
-    read_image,
-)
+from engine.inputs.images import RepeatedIdError, describe_ignored, find_images, find_images_of, order_by_manifest
+from engine.inputs.pixels import read_image
 from tests.helpers.tiny import random_pictures
 
 

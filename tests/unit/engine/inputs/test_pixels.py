@@ -13,7 +13,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from engine.inputs.images import read_image
+from engine.inputs.pixels import read_image
 
 SIZE = 224
 SAME = {

@@ -12,7 +12,8 @@ import engine.inputs.remote
 from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import MANIFEST
 from engine.errors import BundleError, EngineError, ImageError, UsageError
-from engine.inputs.images import ImageFile, decode_image, find_images
+from engine.inputs.images import ImageFile, find_images
+from engine.inputs.pixels import decode_image
 from engine.inputs.remote import RemoteFolder, location
 from engine.run.fingerprints import fingerprints
 from tests.helpers.tiny import random_pictures
