@@ -108,6 +108,7 @@ def measure(order: dict[str, Any], device: str, checkouts: dict[str, Path], repe
         entry[name] = {key: best[key] for key in ("seconds", "cpu_s", "tokens", "steps", "shapes", "peak_mib", "ids")}
         entry[name]["images_per_s"] = round(order["images"] / best["seconds"], 1)
         entry[name]["host_ms"] = round(1000 * (best["seconds"] - best["own_s"]) / order["images"], 4)
+        entry[name]["serial_ms"] = round(1000 * best["serial_s"] / order["images"], 4)
         entry[name] |= {"device_s": round(best["device_s"], 3), "asked_s": round(best["asked_s"], 3)}
     entry["stages_ms"] = staged["stages_ms"]
     if alone:

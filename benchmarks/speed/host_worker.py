@@ -164,15 +164,16 @@ def main() -> None:
     else:
         found = pictures(order["images"], image.height, image.width)
     digest, count, steps = hashlib.sha256(), 0, 0
-    cpu, start = time.process_time(), time.perf_counter()
+    cpu, serial, start = time.process_time(), time.thread_time(), time.perf_counter()
     for caption in captioner.caption(found, options):
         digest.update(json.dumps(caption.ids).encode())
         count, steps = count + 1, steps + len(caption.ids)
-    wall = time.perf_counter() - start
+    wall, serial = time.perf_counter() - start, time.thread_time() - serial
     report = {
         "images": count,
         "seconds": wall,
         "cpu_s": time.process_time() - cpu,
+        "serial_s": serial,
         "device_s": device.busy_s,
         "asked_s": device.asked_s,
         "own_s": device.own_s,
