@@ -62,20 +62,17 @@ def find_gpu(otherwise: str = "use --backend cpu") -> Gpu:
     return Gpu(name.value.decode(errors="replace"), ".".join(version), memory.value, newest.value)
 
 
-def refuse_old_driver(gpu: Gpu, package: str) -> None:
-    """Raise BackendError where the driver is older than the CUDA that a package of NVIDIA's runtime was built for.
-
-    onnxruntime-gpu has been built for CUDA 13 since 1.27, TensorRT's packages say it in their names.
-    """
+def refuse_old_driver(gpu: Gpu) -> None:
+    """Raise BackendError where the driver is older than the CUDA that onnxruntime-gpu was built for: 13 since 1.27."""
     try:
-        release = tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+        release = tuple(int(part) for part in importlib.metadata.version("onnxruntime-gpu").split(".")[:2])
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return
-    needed = 13000 if package != "onnxruntime-gpu" or release >= (1, 27) else 12000
+    needed = 13000 if release >= (1, 27) else 12000
     if gpu.driver_cuda < needed:
         raise BackendError(
             f"the NVIDIA driver of {gpu.name} runs CUDA {gpu.driver_cuda // 1000}.{gpu.driver_cuda % 1000 // 10}, "
-            f"{package} {'.'.join(map(str, release))} needs {needed // 1000}.0: install a driver of r580 or later, "
+            f"onnxruntime-gpu {'.'.join(map(str, release))} needs {needed // 1000}.0: install a driver of r580 or later, "
             "or the packages for CUDA 12 that the documentation names"
         )
 

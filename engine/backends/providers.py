@@ -111,7 +111,7 @@ def require_provider(name: str) -> None:
     """
     kind = KINDS[name]
     if kind.device != "cpu":
-        refuse_old_driver(find_gpu(), "onnxruntime-gpu")
+        refuse_old_driver(find_gpu())
         clash = clashing_runtimes()
         if clash:
             raise BackendError(clash)
