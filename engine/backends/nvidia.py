@@ -72,8 +72,8 @@ def refuse_old_driver(gpu: Gpu) -> None:
     if gpu.driver_cuda < needed:
         raise BackendError(
             f"the NVIDIA driver of {gpu.name} runs CUDA {gpu.driver_cuda // 1000}.{gpu.driver_cuda % 1000 // 10}, "
-            f"onnxruntime-gpu {'.'.join(map(str, release))} needs {needed // 1000}.0: install a driver of r580 or later, "
-            "or the packages for CUDA 12 that the documentation names"
+            f"onnxruntime-gpu {'.'.join(map(str, release))} needs {needed // 1000}.0: install a driver of r580 or "
+            "later, or the packages for CUDA 12 that the documentation names"
         )
 
 
