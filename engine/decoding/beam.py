@@ -105,14 +105,13 @@ class Beams:
         A place no hypothesis takes holds the prompt, ended at once, with the score NEVER: what HF returns there.
         """
         prompt = self.search.prompt
-        self.tokens[slots] = self.search.eos
-        self.tokens[slots, :, : len(prompt)] = prompt
+        self.tokens[slots, :, : len(prompt)] = prompt  # what lies beyond `lengths` is never looked at
         self.lengths[slots] = len(prompt)
         self.scores[slots] = NEVER
         self.scores[slots, 0] = 0.0
         self.closed[slots] = False
         self._finished[slots] = False
-        self._hypothesis_tokens[slots] = self.tokens[slots]
+        self._hypothesis_tokens[slots, :, : len(prompt) + 1] = (*prompt, self.search.eos)
         self._hypothesis_lengths[slots] = len(prompt) + 1
         self._hypothesis_sums[slots] = NEVER
         self._hypothesis_scores[slots] = NEVER
