@@ -6,7 +6,7 @@ Only the result of a step is waited for. Knows nothing of beams.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
@@ -72,9 +72,9 @@ class DeviceQueue:
                 self._thread.join()
             self._error = None  # it knows the frames it came through, and these all keys and values
 
-    def encode(self, images: Sequence[NDArray[np.uint8]]) -> Later[Encoded]:
-        """See Backend.encode; images u8[height,width,3]. Begun with the next step, like admit and regroup."""
-        return self._put(lambda: self.backend.encode(np.stack(images)))  # megabytes, copied beside the host's work
+    def encode(self, pixel_values: NDArray[np.uint8]) -> Later[Encoded]:
+        """See Backend.encode. Begun with the next step, like admit and regroup."""
+        return self._put(partial(self.backend.encode, pixel_values))
 
     def allocate(self, num_slots: int) -> Cache:
         """See Backend.allocate; this one is waited for."""

@@ -113,7 +113,7 @@ class _Newcomers(Generic[Key]):
             batch = [image for image in pulled if image is not None]
             if not batch:
                 return None
-            encoded = device.encode([pixels for _, pixels in batch])
+            encoded = device.encode(np.stack([pixels for _, pixels in batch]))
             for place, (key, _) in enumerate(batch):
                 self._waiting += [((key, copy), encoded, place) for copy in range(self._copies)]
         return self._waiting.popleft()
