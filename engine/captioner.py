@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +17,14 @@ from PIL import Image
 from engine.backends import Backend, open_backends, require_backend
 from engine.backends.capacity import slots_for
 from engine.bundle.fetch import open_bundle
+from engine.bundle.graphs import WITH_PENALTIES
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer, detokenise
 from engine.captions import Alternative, Caption
 from engine.decoding.backend import BatchSizes
-from engine.decoding.beam import Hypothesis, Search
+from engine.decoding.beam import Hypothesis, Search, Start
 from engine.decoding.resolve import resolve_search
-from engine.decoding.scheduler import Scheduler
+from engine.decoding.scheduler import Scheduler, Waiting
 from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
 from engine.inputs.images import ImageFile
@@ -93,39 +94,50 @@ class Captioner:
         options: DecodeOptions | None = None,
         *,
         rows: int | None = None,
+        prompts: Mapping[str, str] | None = None,
         on_error: Callable[[ImageError], None] | None = None,
         **given: Any,
     ) -> Iterator[Caption]:
         """Caption images (paths, ImageFiles, Pillow images, arrays u8[h,w,3]) and yield a Caption each, in order.
 
         What `options` or keywords (num_beams=4) give lies over the bundle's settings, and these over Hugging Face's
-        defaults, as on the command line. `rows` is how many beams are decoded side by side; None means what suits the
-        device, the bundle and the memory. An unreadable image raises ImageError, or is passed to `on_error` and left
-        out. Options that do not fit the bundle raise UsageError at once, not at the first caption. On a GPU, or with
+        defaults, as on the command line. `prompts` are the texts captions start with, by the ids of their images,
+        for all of them, instead of one for all. `rows` is how many beams are decoded side by side, None what suits
+        device, bundle and memory. An unreadable image raises ImageError, or is passed to `on_error` and left out.
+        Options that do not fit the bundle raise UsageError at once, not at the first caption. On a GPU, or with
         streams, one such iteration at a time: the device works ahead of what is read.
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             raise UsageError("caption takes several images: put a single one into a list")
-        search = self.search((options or DecodeOptions()).replace(**given))
-        return self._caption(images, search, rows, on_error)
+        options = (options or DecodeOptions()).replace(**given)
+        search = self.search(options)
+        starts = None if prompts is None else self.starts(options, prompts)
+        if starts:
+            search = replace(search, max_length=max(start.max_length for start in starts.values()))
+        return self._caption(images, search, starts, rows, on_error)
 
     def _caption(
         self,
         images: Iterable[ImageSource],
         search: Search,
+        starts: Mapping[str, Start] | None,
         rows: int | None,
         on_error: Callable[[ImageError], None] | None,
     ) -> Iterator[Caption]:
         repeats, captions = _Repeats(), _InOrder()
 
-        def arrivals() -> Iterator[tuple[bytes, NDArray[np.uint8]] | None]:
-            """Yield what has to be decoded, None for pixels that were met before."""
+        def arrivals() -> Iterator[Waiting[bytes] | None]:
+            """Yield what has to be decoded, None for what was met before: the same pixels with the same start."""
             for index, (name, pixels, digest) in enumerate(self._read(enumerate(images), on_error)):
-                if (known := repeats.known(digest)) is not None:
+                start = search.start if starts is None else starts.get(name)
+                if start is None:
+                    raise UsageError(f"no prompt is given for {name}: an empty one is none")
+                key = digest if start == search.start else digest + repr(start.prompt).encode()
+                if (known := repeats.known(key)) is not None:
                     captions.add(index, Caption(name, known, latency_s=0.0))
                     yield None
                 else:
-                    yield (digest, pixels) if repeats.wait(digest, index, name) else None
+                    yield Waiting(key, pixels, start) if repeats.wait(key, index, name) else None
 
         if self._is_running and self.batch_sizes.sets > 1:
             raise UsageError("this captioner is captioning already: read those captions to their end first")
@@ -164,6 +176,13 @@ class Captioner:
         """Resolve options over this bundle's settings; raise UsageError where they do not fit it."""
         return search_for(self.bundle, self.tokenizer, options)
 
+    def starts(self, options: DecodeOptions, prompts: Mapping[str, str]) -> dict[str, Start]:
+        """Return where the captions of images start, by id; raise UsageError for a prompt that does not fit."""
+        if options.prompt:
+            raise UsageError("a prompt for all images and prompts for each of them exclude each other: give one")
+        of_prompt = {prompt: self.search(options.replace(prompt=prompt)).start for prompt in set(prompts.values())}
+        return {name: of_prompt[prompt] for name, prompt in prompts.items()}
+
     def _read(
         self, sources: Iterable[tuple[int, ImageSource]], on_error: Callable[[ImageError], None] | None
     ) -> Iterator[tuple[str, NDArray[np.uint8], bytes]]:
@@ -196,9 +215,14 @@ class Captioner:
 def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions) -> Search:
     """Resolve options over a bundle's settings; raise UsageError where they do not fit it."""
     options = options.over(bundle.generation)
+    if options.repetition_penalty != 1.0 and bundle.format < WITH_PENALTIES:
+        raise UsageError(
+            f"{bundle.path} was exported before its decoder knew a repetition penalty: export its checkpoint again"
+        )
     return resolve_search(
         options,
         prompt=tokenizer.prompt_ids(options.prompt),
+        bad_words_ids=tokenizer.bad_words_ids(options.bad_words or ()),
         eos=bundle.tokens.eos,
         vocab_size=bundle.model.vocab_size,
         max_positions=bundle.model.max_positions,

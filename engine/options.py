@@ -1,15 +1,13 @@
-"""Options, each declared once: how captions are decoded, and how any dataclass of options says its flags and limits.
-
-Command line, checks, signature and the bundle's generation settings all read the declarations below.
-"""
+"""What a user may choose: how captions are decoded, what runs the graphs, and who does the work."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.declarations import as_tuples, declared, option
 from engine.errors import UsageError
 
 DEFAULT_NEW_TOKENS = 20
@@ -18,64 +16,13 @@ DEFAULT_NEW_TOKENS = 20
 MAX_LENGTH_PENALTY = 10
 """Beyond it a length of 512 tokens raised to the penalty nears the limits of float32."""
 
+MIN_PENALTY, MAX_PENALTY = 0.01, 100.0
+"""Hugging Face takes any number above 0; beyond these, words said before are certain or impossible."""
+
 MIN_TEMPERATURE = 0.01
 """Below it nothing but the likeliest word is left: that is greedy decoding."""
 MIN_TOP_P = 1e-9
 """Hugging Face takes any number above 0; one as small leaves the likeliest word alone, too."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """What is said of an option beside its type.
-
-    `flag` is its name on the command line, empty where it has none. Numbers lie between `least` and `most`; `choices`
-    are the values by their names on the command line. With `bare` the flag may stand without a value and means that;
-    `metavar` is how help shows the value. With `sampling` the option only counts where captions are drawn; without
-    `in_bundle` a bundle cannot carry it.
-    """
-
-    default: Any
-    flag: str
-    help: str
-    least: int | float | None = None
-    most: int | float | None = None
-    choices: Mapping[str, Any] | None = None
-    bare: str | None = None
-    metavar: str | None = None
-    sampling: bool = False
-    in_bundle: bool = True
-
-    def fits(self, value: Any, kind: str) -> bool:
-        """Return whether a value is of the type `kind` (the annotation) and within the limits."""
-        if value is None:
-            return "None" in kind
-        if self.choices is not None:
-            return any(value is one or (isinstance(one, str) and value == one) for one in self.choices.values())
-        types = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}[kind.split(" | ")[0]]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            return False
-        return not isinstance(value, int | float) or (
-            (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
-        )
-
-    def wanted(self, kind: str) -> str:
-        """Return in words what fits."""
-        if self.choices is not None:
-            return " or ".join([", ".join(list(self.choices)[:-1]), list(self.choices)[-1]])
-        words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
-        limits = [f"of at least {self.least}"] if self.least is not None else []
-        limits += [f"at most {self.most}"] if self.most is not None else []
-        return f"{words[kind.split(' | ')[0]]} {' and '.join(limits)}".rstrip()
-
-
-def option(default: Any = MISSING, flag: str = "", help: str = "", **more: Any) -> Any:  # noqa: A002
-    """Declare a field of a dataclass as an option; `more` are fields of Option. Without a default it is required."""
-    return field(default=default, metadata={"option": Option(default, flag, help, **more)})
-
-
-def declared(options: type) -> dict[str, tuple[Option, str]]:
-    """Return the declared options of a dataclass and their types as written, by the names of their fields."""
-    return {one.name: (one.metadata["option"], str(one.type)) for one in fields(options) if "option" in one.metadata}
 
 
 @dataclass(frozen=True)
@@ -85,11 +32,27 @@ class DecodeOptions:
     It knows which options were given: `over` lays these over a bundle's generation settings, and those over the
     defaults here, which are Hugging Face's. None is not given. With `do_sample`, `num_return_sequences` captions are
     drawn with one beam each. `max_length` and `min_length` count the prompt, `max_new_tokens` and `min_new_tokens` do
-    not and win where both are given.
+    not and win where both are given. `bad_words` are texts and win over `bad_words_ids`, which are what a checkpoint
+    holds; lists are taken for tuples.
     """
 
     num_beams: int = option(1, "--beams", "Beams; 1 is greedy.", least=1)
     no_repeat_ngram_size: int = option(0, "--no-repeat-ngram", "Never repeat an n-gram of this size; 0: off.", least=0)
+    repetition_penalty: float = option(
+        1.0,
+        "--repetition-penalty",
+        "Above 1 words said before, prompt included, lose.",
+        least=MIN_PENALTY,
+        most=MAX_PENALTY,
+    )
+    bad_words: tuple[str, ...] | None = option(
+        None, "--bad-words", "File of words or phrases, one a line, that no caption holds.", in_bundle=False
+    )
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = option(None)
+    suppress_tokens: tuple[int, ...] | None = option(
+        None, "--suppress-tokens", "Token ids no caption holds.", metavar="ID,ID"
+    )
+    begin_suppress_tokens: tuple[int, ...] | None = option(None)
     max_new_tokens: int | None = option(
         None, "--max-new-tokens", "Most tokens a caption may add to the prompt.", least=1
     )
@@ -157,6 +120,8 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         self.__dict__["given"] = self.__dict__.pop("_told")
+        for name in LISTS:
+            self.__dict__[name] = as_tuples(getattr(self, name))
         for name, (declaration, kind) in DECODE_OPTIONS.items():
             value = getattr(self, name)
             if not declaration.fits(value, kind):
@@ -182,6 +147,10 @@ class DecodeOptions:
         values = {name: getattr(self, name) for name in DECODE_OPTIONS} | given
         return DecodeOptions(**values, given=self.given | set(given))
 
+    def over_given(self, others: DecodeOptions) -> DecodeOptions:
+        """Return what is given here over what is given in `others`."""
+        return others.replace(**{name: getattr(self, name) for name in self.given})
+
     def over(self, defaults: Mapping[str, Any]) -> DecodeOptions:
         """Lay what is given over `defaults`, a bundle's generation settings, over our own; the result gives everything.
 
@@ -190,12 +159,22 @@ class DecodeOptions:
         given that would do nothing.
         """
         _refuse_unknown(defaults)
+        if self.bad_words is not None:  # they take the place of the bundle's
+            if self.bad_words_ids is not None:
+                raise UsageError("bad_words and bad_words_ids say the same thing: give one of them")
+            defaults = {name: value for name, value in defaults.items() if name != "bad_words_ids"}
         asked = {name: getattr(self, name) for name in self.given}
         options = DecodeOptions(**{**DEFAULTS, **defaults, **asked}, given=frozenset(DECODE_OPTIONS))
         idle = [name for name in DECODE_OPTIONS if name in self.given - {"do_sample"} and name in SAMPLING]
         if idle and not options.do_sample and self.given != options.given:
             raise UsageError(f"{', '.join(idle)}: only for drawn captions: add --sample --beams 1, or leave it out")
         return options
+
+    @property
+    def most_banned(self) -> int:
+        """Return how many ids can be banned in one place, but for repeated n-grams and the end."""
+        listed = (self.bad_words, self.bad_words_ids, self.suppress_tokens, self.begin_suppress_tokens)
+        return sum(len(ids) for ids in listed if ids)
 
     def in_force(self) -> dict[str, Any]:
         """Return the options that decide the captions by name: not those of drawing where captions are searched for."""
@@ -204,7 +183,7 @@ class DecodeOptions:
     def values(self) -> dict[str, Any]:
         """Return every option that has a value, by name."""
         values = {name: getattr(self, name) for name in DECODE_OPTIONS}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value not in (None, ())}
 
     def max_total_length(self, prompt_length: int) -> int:
         """Return the largest number of tokens a caption may have, prompt of `prompt_length` tokens included."""
@@ -219,6 +198,7 @@ class DecodeOptions:
 
 DECODE_OPTIONS = declared(DecodeOptions)
 DEFAULTS = {name: declaration.default for name, (declaration, _) in DECODE_OPTIONS.items()}
+LISTS = tuple(name for name, (_, kind) in DECODE_OPTIONS.items() if kind.startswith("tuple"))
 SAMPLING = tuple(name for name, (declaration, _) in DECODE_OPTIONS.items() if declaration.sampling)
 """Options that say nothing where captions are searched for."""
 GENERATION_SETTINGS = tuple(name for name, (declaration, _) in DECODE_OPTIONS.items() if declaration.in_bundle)

@@ -10,24 +10,16 @@ from pathlib import Path
 from engine.backends import open_backend
 from engine.bundle.manifest import FORMAT, MANIFEST, Bundle
 from engine.captioner import Captioner
-from engine.errors import CheckpointError, ExportError
+from engine.errors import ExportError
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
-from engine.options import GENERATION_SETTINGS, Runtime, options_from
-from export.checkpoints.generation import ignored_settings
+from engine.options import Runtime, options_from
+from export.checkpoints.generation import check_supported, ignored_settings
 from export.conversion import convert
 from export.graphs.onnx_graphs import write_graphs
 from export.manifest import describe_checkpoint, write_manifest
 from export.reference.golden import record_golden
 from export.reference.huggingface import Reference, UncachedBackend, normalisation
 from export.reference.trace import explain
-
-WITHOUT_EFFECT = (
-    # ids come from text_config, caching and bookkeeping change no caption, the rest only matters when sampling
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "transformers_version"),
-    *("_from_model_config", "return_dict_in_generate", "output_scores", "output_attentions", "output_hidden_states"),
-    *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-)
-"""Settings that may differ from Hugging Face's defaults without changing what `generate` says."""
 
 
 def export_bundle(
@@ -48,7 +40,7 @@ def export_bundle(
     if not _is_replaceable(out):
         raise ExportError(f"{out} exists and is more than a bundle: choose another --out")
     reference = Reference.load(checkpoint, image_size)
-    check_supported(reference, checkpoint)
+    check_supported(reference.model, checkpoint)
     for line in ignored_settings(checkpoint):
         say(f"note: {line}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,21 +112,3 @@ def _write_files(reference: Reference, out: Path, exporter: str, say: Callable[[
     tokenizer.save(str(out / "tokenizer.json"))
     say("exporting graphs")
     write_graphs(reference.model, out, normalisation(reference.image_processor), exporter=exporter)
-
-
-def check_supported(reference: Reference, checkpoint: Path) -> None:
-    """Raise CheckpointError for settings under which Hugging Face would caption in ways the engine cannot."""
-    text = reference.model.config.text_config
-    settings = reference.model.text_decoder.generation_config.to_diff_dict()
-    unknown = {
-        name: value
-        for name, value in settings.items()
-        if name not in GENERATION_SETTINGS + WITHOUT_EFFECT and value is not None
-    }
-    if getattr(text, "position_embedding_type", "absolute") != "absolute":
-        unknown["position_embedding_type"] = text.position_embedding_type
-    if unknown:
-        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
-        raise CheckpointError(
-            f"{checkpoint} asks for what the engine does not do ({listed}): remove it and export again"
-        )

@@ -136,14 +136,14 @@ def judge(
         return "real", divergence
     if theirs.ids == alone.ids != mine.ids and mine.ids == ours.ids:
         return "tie", divergence
-    prompt_length = len(captioner.search(options).prompt)
+    search = captioner.search(options)
     greedy = options.num_beams == 1
-    step, gap = closest_words(backend, pixels, alone.ids, prompt_length) if greedy else closest_candidates(theirs)
-    score = summed_log_prob(backend, pixels, ours.ids, prompt_length)
+    step, gap = closest_words(backend, search, pixels, alone.ids) if greedy else closest_candidates(theirs)
+    score = summed_log_prob(backend, search, pixels, ours.ids)
     scored_alike = abs(score - ours.sum_log_prob) <= SCORE_TOLERANCE * max(1.0, abs(score))
     is_tie = gap <= TIE_ABSOLUTE + TIE_RELATIVE * abs(score)
     if not is_tie and ours.ids != alone.ids:  # no candidates tie at one step, but the whole captions may
-        is_tie = caption_gap(backend, captioner.search(options), pixels, ours.ids, alone.ids).is_tie
+        is_tie = caption_gap(backend, search, pixels, ours.ids, alone.ids).is_tie
     return ("batch" if scored_alike and is_tie else "real"), Divergence(step, gap, is_tie)
 
 

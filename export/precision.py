@@ -103,7 +103,8 @@ def forced_log_prob(
             input_ids=np.array([[ids[place]]]),
             positions=np.array([[place]]),
             scores=np.zeros((1, 1), np.float32),
-            banned_ids=np.full((1, 1, 1), -1),
+            marked_ids=np.full((1, 1, 1), -1),
+            penalties=np.ones(2, np.float32),
             ancestry=np.ones((1, 1, place + 1), bool),
             num_candidates=vocab_size,
         )

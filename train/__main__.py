@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import click
 
 from engine.cli.group import OneLineGroup
-from engine.cli.shared import PATH, say
+from engine.cli.shared import PATH, SectionCommand, say, takes
 from engine.errors import EngineError, UsageError
 from engine.inputs.depth import CLIP
 from engine.inputs.depth import HELP as DEPTH_HELP
+from engine.options import SAMPLING, DecodeOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -109,7 +110,7 @@ def finetune(
         click.echo(json.dumps(summary))
 
 
-@main.command()
+@main.command(cls=SectionCommand)
 @click.option(
     "--checkpoint", type=PATH, help="BLIP captioning checkpoint (safetensors); exported once into OUT/bundle."
 )
@@ -120,24 +121,32 @@ def finetune(
 )
 @click.option("--beams", default="1,3,4,5,10", show_default=True, help="Numbers of beams, in the order to run them.")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True)
-@click.option("--no-repeat-ngram", type=click.IntRange(0), default=3, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(1), help="Longest caption; the checkpoint's own when absent.")
+@takes(decoding=DecodeOptions, leaving_out=("num_beams", "num_return_sequences", "do_sample", *SAMPLING))
 @click.option("--image-size", type=click.IntRange(1), help="px; the position table is resized to it for the export.")
 @click.option("--metrics", default="rouge1,bertscore,bleu1", show_default=True, help="Metrics of engine score.")
 @click.option("--weights", multiple=True, metavar="NAME=DIR", help="Folder with a neural metric's weights.")
 @click.option("--limit", type=click.IntRange(1), help="Caption only so many images, evenly spaced.")
 @click.option("--examples", type=click.IntRange(0, 50), default=6, show_default=True, help="Images in examples.png.")
 @click.option("--unpack-into", type=PATH, help="Where the pictures of parquet files are kept.")
-def sweep(beams: str, metrics: str, weights: tuple[str, ...], **given: Any) -> None:
-    """Caption and score a split with several numbers of beams: the seed paper's Table 1."""
-    from train.sweep.sweep import Sweep
+def sweep(beams: str, metrics: str, weights: tuple[str, ...], decoding: DecodeOptions, **given: Any) -> None:
+    """Caption and score a split with several numbers of beams: the seed paper's Table 1.
+
+    --no-repeat-ngram is 3 where it is not given; other settings come from the checkpoint.
+    """
+    from train.sweep.sweep import NO_REPEAT, Sweep
     from train.sweep.sweep import sweep as run
 
     try:
         numbers = tuple(int(one) for one in beams.split(","))
     except ValueError:
         raise UsageError(f"--beams {beams}: give whole numbers, separated by commas") from None
-    job = Sweep(beams=numbers, metrics=tuple(metrics.split(",")), weights=parse_weights(weights), **given)
+    job = Sweep(
+        beams=numbers,
+        metrics=tuple(metrics.split(",")),
+        weights=parse_weights(weights),
+        decoding=decoding.over_given(NO_REPEAT),
+        **given,
+    )
     table = run(job, say)
     click.echo((job.out / "table1.md").read_text(encoding="utf-8"), err=True)
     click.echo(json.dumps(table))

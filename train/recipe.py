@@ -15,6 +15,7 @@ import yaml
 
 from engine.errors import UsageError
 from engine.inputs.depth import CLIP, window_of
+from engine.options import DecodeOptions
 from train.data.augment import AUGMENTATIONS
 
 SCHEDULES = ("step", "constant", "one-cycle")
@@ -34,8 +35,8 @@ class Recipe:
     parts that stay as they are: vision (the tower), words (word and position embeddings), or all-but-cross (everything
     but cross-attention). With a frozen vision tower and no augmentation, `cache_features` encodes every image once.
     `metric` is what the best epoch is chosen by: a metric of `engine score` over captions generated with `eval_beams`
-    beams, or loss. `high_bit_depth` is how pictures of more than 8 bits are read, and `engine caption` has to be told
-    the same (engine/inputs/depth.py).
+    beams and the other `eval_` settings, or loss. `high_bit_depth` is how pictures of more than 8 bits are read, and
+    `engine caption` has to be told the same (engine/inputs/depth.py).
 
     With a `reward`, such as "rouge1=1 bertscore=1", the run is the second stage, self-critical sequence training
     (learning/reward.py): `samples` captions an image are drawn and compared with the `baseline`, the `others` or the
@@ -66,6 +67,9 @@ class Recipe:
     eval_images: int | None = 1000
     eval_beams: int = 1
     eval_max_new_tokens: int = 64
+    eval_min_new_tokens: int = 0
+    eval_length_penalty: float = 1.0
+    eval_repetition_penalty: float = 1.0
     keep: int = 3
     save_steps: int | None = None
     valid_share: float = 0.1
@@ -112,12 +116,23 @@ class Recipe:
         )
         self.rewards()
         window_of(self.high_bit_depth)
+        DecodeOptions(**self.eval_decoding())
         refuse(0 < self.valid_share < 1, "valid_share must be between 0 and 1")
         refuse(self.max_tokens >= 3, "max_tokens must be at least 3: [DEC], a word and [SEP]")
         refuse(
             not self.cache_features or ("vision" in self.freeze and self.augmentation == "none"),
             "cache_features needs a frozen vision tower and no augmentation: the features would be stale",
         )
+
+    def eval_decoding(self) -> dict[str, Any]:
+        """Return the decoding options of validation captions by Hugging Face's names."""
+        return {
+            "num_beams": self.eval_beams,
+            "max_new_tokens": self.eval_max_new_tokens,
+            "min_new_tokens": self.eval_min_new_tokens,
+            "length_penalty": self.eval_length_penalty,
+            "repetition_penalty": self.eval_repetition_penalty,
+        }
 
     def rewards(self) -> dict[str, float]:
         """Return {metric: weight} of the reward; raise UsageError where it is not made of NAME=WEIGHT."""

@@ -208,7 +208,7 @@ class Conventional:
         """Best continuations on the host, in the order of Hugging Face's operations."""
         search, images = self.search, len(beams.closed)
         log_probs = torch.log_softmax(logits, -1).view(images, search.num_beams, -1)
-        for image, beam, bans in _bans(beams.banned_ids()):
+        for image, beam, bans in _bans(beams.marked_ids()):
             log_probs[image, beam, bans] = float("-inf")
         totals = (log_probs + torch.from_numpy(beams.scores)[:, :, None]).flatten(1)
         scores, ids = torch.topk(totals, search.num_candidates)
@@ -226,7 +226,7 @@ class Conventional:
         return [entry.name for entry in session.get_outputs()]
 
 
-def _bans(banned_ids: NDArray[np.int64]) -> list[tuple[int, int, list[int]]]:
-    """List (image, beam, ids) of the rows that have bans."""
-    rows = np.argwhere(banned_ids[:, :, 0] >= 0) if banned_ids.size else []
-    return [(image, beam, banned_ids[image, beam].tolist()) for image, beam in rows]
+def _bans(marked_ids: NDArray[np.int64]) -> list[tuple[int, int, list[int]]]:
+    """List (image, beam, ids) of the rows that have bans; a repetition penalty this yardstick leaves out."""
+    rows = np.argwhere(marked_ids[:, :, 0] >= 0)
+    return [(image, beam, marked_ids[image, beam].tolist()) for image, beam in rows]

@@ -30,7 +30,7 @@ STAGES = {
     "digest": ("engine.captioner", "_digest"),
     "text": ("engine.captioner:Captioner", "_alternative"),
     "inputs": ("engine.decoding.scheduler:_Slots", "_inputs"),
-    "bans": ("engine.decoding.beam:Beams", "banned_ids"),
+    "bans": ("engine.decoding.beam:Beams", "marked_ids"),
     "advance": ("engine.decoding.beam:Beams", "advance"),
     "ancestry": ("engine.decoding.ancestry:Ancestry", "choose"),
     "compact": ("engine.decoding.ancestry:Ancestry", "compact"),
@@ -86,7 +86,8 @@ class Device:
         drawn = place % POOL
         ids = np.where((inputs.positions[:, :1] >= SHORTEST), self._ends[drawn], self._words[drawn])
         scores = inputs.scores[:, :1] + self._falls[drawn]
-        self.shapes[(*inputs.ancestry.shape, inputs.banned_ids.shape[2])] += 1
+        marks = inputs.marked_ids if hasattr(inputs, "marked_ids") else inputs.banned_ids  # as it was at 084ae4d
+        self.shapes[(*inputs.ancestry.shape, marks.shape[2])] += 1
         self._wait(start, self._times["step_s"] + self._times["row_s"] * inputs.input_ids.size)
         return scores, ids
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.ort import CPU_BATCH_SIZES
-from engine.bundle.graphs import GRAPHS, cache_names
+from engine.bundle.graphs import GRAPHS, cache_names, step_inputs
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.host import available_cores
@@ -48,6 +48,7 @@ class OpenVinoBackend:
         self._encoder = compiled["encoder"].create_infer_request()
         self._regroup = compiled["regroup"].create_infer_request()
         self._decoders = [compiled["decoder"].create_infer_request() for _ in range(2)]
+        self._step_inputs = step_inputs(bundle.format)
         self._names = {
             part: cache_names(bundle.model.num_layers, part)
             for part in ("cross", "settled", "recent", "extended", "regrouped")
@@ -75,11 +76,7 @@ class OpenVinoBackend:
         self._decoders.reverse()
         request = self._decoders[0]
         feed = {
-            "input_ids": inputs.input_ids,
-            "positions": inputs.positions,
-            "scores": inputs.scores,
-            "banned_ids": inputs.banned_ids,
-            "ancestry": inputs.ancestry,
+            **{name: getattr(inputs, field) for name, field in self._step_inputs.items()},
             "num_candidates": np.array([inputs.num_candidates], np.int64),
             **dict(zip(self._names["cross"], cache.cross, strict=True)),
             **dict(zip(self._names["settled"], cache.settled, strict=True)),

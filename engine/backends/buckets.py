@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.shapes import FEWEST_BANS, FEWEST_SETTLED, bucket_size
+from engine.backends.shapes import FEWEST_MARKS, FEWEST_SETTLED, bucket_size
 from engine.decoding.backend import Backend, BatchSizes, Cache, Encoded, StepInputs
 from engine.decoding.scheduler import SETTLE_EVERY
 
@@ -52,7 +52,7 @@ class FillableBackend(Backend, Protocol):
 @dataclass
 class PaddedCache:
     """The other backend's cache, and what is really in it: B of `padded_slots` slots, F of `padded_settled` positions,
-    R recent ones, M of `padded_bans` bans. What is padded never becomes less but for slots.
+    R recent ones, M of `padded_marks` marked ids. What is padded never becomes less but for slots.
     """
 
     inner: Cache
@@ -62,15 +62,15 @@ class PaddedCache:
     padded_settled: int
     recent: int
     padded_recent: int
-    padded_bans: int
+    padded_marks: int
     fewest_slots: int
 
 
 class PaddedBackend:
     """Implements Backend on top of another one.
 
-    Recent positions are as many as a step can ever have, settled positions and bans are padded to sizes of
-    `bucket_size`. Settled positions are padded in front, slots, recent positions and bans behind.
+    Recent positions are as many as a step can ever have, settled positions and marked ids are padded to sizes of
+    `bucket_size`. Settled positions are padded in front, slots, recent positions and marked ids behind.
     """
 
     def __init__(self, inner: FillableBackend) -> None:
@@ -78,7 +78,7 @@ class PaddedBackend:
         self.name: str = inner.name
         self.batch_sizes: BatchSizes = inner.batch_sizes
         self.shapes: set[tuple[int, ...]] = set()
-        """Of the steps so far: B, T, positions, bans, candidates."""
+        """Of the steps so far: B, T, positions, marked ids, candidates."""
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> Encoded:
         """See Backend.encode."""
@@ -96,7 +96,7 @@ class PaddedBackend:
             padded_settled=FEWEST_SETTLED,
             recent=0,
             padded_recent=SETTLE_EVERY,
-            padded_bans=FEWEST_BANS,
+            padded_marks=FEWEST_MARKS,
             fewest_slots=-(-num_slots // MOST_SHRUNK),
         )
 
@@ -116,17 +116,18 @@ class PaddedBackend:
         ancestry = np.zeros((cache.padded_slots, rows, own + rows), bool)
         ancestry[:slots, :, front : cache.padded_settled + cache.recent] = inputs.ancestry[:, :, :-rows]
         ancestry[:slots, :, own:] = inputs.ancestry[:, :, -rows:]
-        bans = inputs.banned_ids
-        cache.padded_bans = max(cache.padded_bans, bucket_size(bans.shape[2], FEWEST_BANS))
-        bans = np.concatenate([bans, np.repeat(bans[:, :, :1], cache.padded_bans - bans.shape[2], 2)], 2)
-        self.shapes.add((*ancestry.shape, cache.padded_bans, inputs.num_candidates))
+        marks = inputs.marked_ids
+        cache.padded_marks = max(cache.padded_marks, bucket_size(marks.shape[2], FEWEST_MARKS))
+        marks = np.concatenate([marks, np.repeat(marks[:, :, :1], cache.padded_marks - marks.shape[2], 2)], 2)
+        self.shapes.add((*ancestry.shape, cache.padded_marks, inputs.num_candidates))
         scores, ids = self.inner.step(
             cache.inner,
             StepInputs(
                 input_ids=_padded(inputs.input_ids, more, 0),
                 positions=_padded(inputs.positions, more, 0),
                 scores=_padded(np.maximum(inputs.scores, np.float32(NEVER)), more, NEVER),
-                banned_ids=_padded(bans, more, -1),
+                marked_ids=_padded(marks, more, -1),
+                penalties=inputs.penalties,
                 ancestry=ancestry,
                 num_candidates=inputs.num_candidates,
             ),

@@ -21,8 +21,8 @@ from engine.bundle.graphs import (
     CANDIDATES,
     GRAPHS,
     NUM_CANDIDATES,
-    STEP_INPUTS,
     cache_names,
+    step_inputs,
 )
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import BatchSizes, StepInputs
@@ -72,6 +72,7 @@ class OrtBackend:
         self._model = bundle.model
         is_host = self._device.name == "cpu"
         threads = (threads or available_cores()) if is_host else 1  # beside a GPU the CPU only computes shapes
+        self._step_inputs = step_inputs(bundle.format)
         self._names = {
             part: cache_names(bundle.model.num_layers, part)
             for part in ("cross", "settled", "recent", "extended", "regrouped")
@@ -134,11 +135,11 @@ class OrtBackend:
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See FillableBackend.step."""
         if self._bounds is not None:
-            rows, bans = inputs.banned_ids.shape[1:]
+            rows, marks = inputs.marked_ids.shape[1:]
             settled = cache.settled[0].shape()[2]
-            self._bounds.refuse_beyond(OTHER_BACKEND, beams=rows, bans=bans, settled=settled)
+            self._bounds.refuse_beyond(OTHER_BACKEND, beams=rows, marked_ids=marks, settled=settled)
         feed = {
-            **{name: self._value(getattr(inputs, name)) for name in STEP_INPUTS},
+            **{name: self._value(getattr(inputs, field)) for name, field in self._step_inputs.items()},
             NUM_CANDIDATES: self._value(np.array([inputs.num_candidates], np.int64)),
             **self._named("settled", cache.settled),
             **self._growing(cache),

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.decoding.backend import BatchSizes, StepInputs
+from engine.decoding.processors import process
 
 
 @dataclass
@@ -46,6 +47,10 @@ class PrefixBackend(ABC):
     name = "prefix"
     batch_sizes = BatchSizes(rows=32, encode_batch=4)
 
+    def logits(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
+        """Return f32[len(prefixes),V]: raw logits; where a backend has none, log-probabilities serve as such."""
+        return self.log_probs(image, prefixes)
+
     @abstractmethod
     def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
         """Return f32[len(prefixes),V]: the log-probabilities of the id after each prefix."""
@@ -63,7 +68,7 @@ class PrefixBackend(ABC):
         cache.pictures[slot] = encoded[image]
 
     def step(self, cache: PrefixCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """See Backend.step: log-probabilities, bans, + running scores, best C, written the plain way."""
+        """See Backend.step: log-probabilities, marks, + running scores, best C, written the plain way."""
         prefixes = cache.feed(inputs)
         all_scores = np.full((len(prefixes), inputs.num_candidates), -np.inf, np.float32)
         all_ids = np.zeros(all_scores.shape, np.int64)
@@ -71,8 +76,9 @@ class PrefixBackend(ABC):
             picture = cache.pictures[slot]
             assert picture is not None
             log_probs = self.log_probs(picture, prefixes[slot])
-            for row, banned in enumerate(inputs.banned_ids[slot]):
-                log_probs[row, banned[banned >= 0]] = -np.inf
+            on_logits = inputs.penalties[0] != 1
+            logits = self.logits(picture, prefixes[slot]) if on_logits else log_probs
+            log_probs = process(log_probs, logits, inputs.marked_ids[slot], inputs.penalties)
             totals = (log_probs + inputs.scores[slot][:, None]).ravel()
             best = np.argsort(-totals, kind="stable")[: inputs.num_candidates]
             all_scores[slot, : len(best)], all_ids[slot, : len(best)] = totals[best], best

@@ -21,7 +21,7 @@ STOP_SPINNING = ("session.force_spinning_stop", "1")
 def check_graphs(bundle: Bundle, encoder: Any, decoder: Any, regroup: Any) -> None:
     """Refuse graphs that are not those of the manifest, before any is run. Raises BundleError."""
     model, image = bundle.model, bundle.image
-    inputs, outputs = graph_inputs(model.num_layers), graph_outputs(model.num_layers)
+    inputs, outputs = graph_inputs(model.num_layers, bundle.format), graph_outputs(model.num_layers)
     for graph, session in zip(GRAPHS, (encoder, decoder, regroup), strict=True):
         for kind, wanted, found in (
             ("inputs", inputs[graph], session.get_inputs()),

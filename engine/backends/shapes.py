@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine.bundle.graphs import NUM_CANDIDATES, cache_names
+from engine.bundle.graphs import NUM_CANDIDATES, cache_names, step_inputs
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import BatchSizes
 from engine.decoding.scheduler import SETTLE_EVERY
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 ShapeRange = dict[str, tuple[Shape, Shape, Shape]]
 """Input name -> smallest, usual and largest shape; of num_candidates the values instead."""
 
-FEWEST_SETTLED, FEWEST_BANS = 64, 8
+FEWEST_SETTLED, FEWEST_MARKS = 64, 8
 """Settled positions of 256 images at 4 beams soon reach the first; smaller sizes would be shapes for a few steps."""
 ROWS = 1024
 """Beams of a set on a GPU: a guess, none was at hand."""
@@ -28,13 +28,16 @@ ENCODE_BATCH = 16
 """Images encoded at once there, likewise."""
 PROMPT_MARGIN = 16
 """Positions left for a prompt."""
+MARKS_MARGIN = 16
+"""Marked ids beyond a caption's own words: the end, and banned words."""
 MOST_DRAWN = 100
 """Words a caption can be drawn from (--top-k); TensorRT's TopK takes 3840 at most."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The largest sizes: B slots, T rows an image (its beams), F settled positions, M bans, N images encoded at once.
+    """The largest sizes: B slots, T rows an image (its beams), F settled positions, M marked ids, N images
+    encoded at once.
 
     Recent positions and candidates follow from the beams. `usual_beams` is what to be quick at, `beams` where None.
     """
@@ -42,7 +45,7 @@ class Bounds:
     slots: int
     beams: int
     settled: int
-    bans: int
+    marked_ids: int
     encode_batch: int = ENCODE_BATCH
     usual_beams: int | None = None
 
@@ -60,7 +63,8 @@ class Bounds:
 
         There are as many slots as `rows` of `usual_beams` (of `beams` where None) make.
 
-        Settled positions are at most every position of every beam, bans at most one an n-gram of a caption.
+        Settled positions are at most every position of every beam, marked ids every word of a caption and
+        what its generation settings ban, with a margin.
         """
         given = {"num_beams": beams, "max_new_tokens": max_new_tokens}
         options = bundle.options(**{name: value for name, value in given.items() if value is not None})
@@ -70,7 +74,7 @@ class Bounds:
             slots=slots,
             beams=options.num_beams,
             settled=bucket_size(longest * options.num_beams, FEWEST_SETTLED),
-            bans=bucket_size(longest, FEWEST_BANS),
+            marked_ids=bucket_size(longest + MARKS_MARGIN + options.most_banned, FEWEST_MARKS),
             usual_beams=usual_beams,
         )
 
@@ -134,18 +138,21 @@ def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, ShapeRange]:
     rows = (1, usual_beams, bounds.beams)
     settled = (FEWEST_SETTLED, min(4 * FEWEST_SETTLED, bounds.settled), bounds.settled)
     recent = (SETTLE_EVERY, SETTLE_EVERY * usual_beams, bounds.recent)
-    bans = (FEWEST_BANS, FEWEST_BANS, bounds.bans)
+    marks = (FEWEST_MARKS, FEWEST_MARKS, bounds.marked_ids)
     width = tuple(sum(three) for three in zip(settled, recent, rows, strict=True))
     row = tuple(zip(slots, rows, strict=True))
+    sizes: dict[str, tuple[Shape, ...]] = {
+        "input_ids": row,
+        "positions": row,
+        "scores": row,
+        "marked_ids": tuple((*two, m) for two, m in zip(row, marks, strict=True)),
+        "ancestry": tuple((*two, w) for two, w in zip(row, width, strict=True)),
+    }
     encoded = (1, bounds.encode_batch, bounds.encode_batch)
     return {
         "encoder": {"pixel_values": tuple((n, image.height, image.width, 3) for n in encoded)},
         "decoder": {
-            "input_ids": row,
-            "positions": row,
-            "scores": row,
-            "banned_ids": tuple((*two, m) for two, m in zip(row, bans, strict=True)),
-            "ancestry": tuple((*two, w) for two, w in zip(row, width, strict=True)),
+            **{name: sizes[field] for name, field in step_inputs(bundle.format).items() if field in sizes},
             NUM_CANDIDATES: ((1,), (2 * usual_beams,), (bounds.candidates,)),
             **keys("cross", slots, (model.encoder_positions,) * 3),
             **keys("settled", slots, settled),

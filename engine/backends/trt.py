@@ -30,7 +30,7 @@ from engine.backends.plans import (
     read_plan,
 )
 from engine.backends.shapes import FEWEST_SETTLED, Bounds, Shape, gpu_batch_sizes
-from engine.bundle.graphs import CANDIDATES, GRAPHS, NUM_CANDIDATES, STEP_INPUTS, cache_names
+from engine.bundle.graphs import CANDIDATES, GRAPHS, NUM_CANDIDATES, STEP_INPUTS, cache_names, step_inputs
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import StepInputs
 from engine.errors import BackendError, OutOfMemoryError
@@ -71,7 +71,8 @@ class TrtBackend:
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
         other = (NUM_CANDIDATES, "pixel_values", "slots", "columns", *CANDIDATES)
-        small = (*STEP_INPUTS, *other)
+        self._step_inputs = step_inputs(bundle.format)
+        small = (*self._step_inputs, *other)
         self._small = {name: Region(device) for name in small}
         self._encoded = self._regions()
         self._extended = self._regions()
@@ -136,10 +137,13 @@ class TrtBackend:
         """See FillableBackend.step; `at` must be given: recent positions do not grow here."""
         assert at is not None
         slots, rows, count = *inputs.input_ids.shape, inputs.num_candidates
-        bans = inputs.banned_ids.shape[2]
-        self._bounds.refuse_beyond(OTHER_PLANS, beams=rows, candidates=count, settled=cache.num_settled, bans=bans)
+        marks = inputs.marked_ids.shape[2]
+        self._bounds.refuse_beyond(
+            OTHER_PLANS, beams=rows, candidates=count, settled=cache.num_settled, marked_ids=marks
+        )
         small: dict[str, NDArray[Any]] = {
-            name: np.ascontiguousarray(getattr(inputs, name), kind) for name, kind in STEP_INPUTS.items()
+            name: np.ascontiguousarray(getattr(inputs, field), STEP_INPUTS[field])
+            for name, field in self._step_inputs.items()
         }
         addresses = self._sent(small)
         self._count[0] = count

@@ -10,10 +10,13 @@ STEP_INPUTS: dict[str, type[np.generic]] = {
     "input_ids": np.int64,
     "positions": np.int64,
     "scores": np.float32,
-    "banned_ids": np.int64,
+    "marked_ids": np.int64,
+    "penalties": np.float32,
     "ancestry": np.bool_,
 }
 """Inputs of the decoder that come from the host at every step, see engine.decoding.backend.StepInputs."""
+WITH_PENALTIES = 2
+"""The first format of bundles whose decoder knows penalties; before, marked ids are `banned_ids` and nothing else."""
 NUM_CANDIDATES = "num_candidates"
 CANDIDATES = ("candidate_scores", "candidate_ids")
 """Outputs of the decoder that go to the host."""
@@ -26,12 +29,19 @@ def cache_names(num_layers: int, part: str) -> list[str]:
     return [f"{part}.{kind}.{i}" for i in range(num_layers) for kind in ("key", "value")]
 
 
-def graph_inputs(num_layers: int) -> dict[str, list[str]]:
+def step_inputs(bundle_format: int) -> dict[str, str]:
+    """Return name of a decoder's input -> name of the field of StepInputs, for a format of bundles."""
+    if bundle_format >= WITH_PENALTIES:
+        return {name: name for name in STEP_INPUTS}
+    return {"banned_ids" if name == "marked_ids" else name: name for name in STEP_INPUTS if name != "penalties"}
+
+
+def graph_inputs(num_layers: int, bundle_format: int) -> dict[str, list[str]]:
     """Return graph -> the names of its inputs."""
     past = cache_names(num_layers, "settled") + cache_names(num_layers, "recent")
     return {
         "encoder": ["pixel_values"],
-        "decoder": [*STEP_INPUTS, NUM_CANDIDATES, *cache_names(num_layers, "cross"), *past],
+        "decoder": [*step_inputs(bundle_format), NUM_CANDIDATES, *cache_names(num_layers, "cross"), *past],
         "regroup": ["slots", "columns", *past],
     }
 

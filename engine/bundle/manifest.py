@@ -16,8 +16,10 @@ from engine.options import DecodeOptions, options_from
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2
 """Version of the bundle layout; raised whenever an older engine could not read a newer bundle correctly."""
+OLDER_FORMATS = (1,)
+"""Those that are read, too; what they cannot do is refused where it is asked for (graphs.WITH_PENALTIES)."""
 
 MANIFEST = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -88,6 +90,7 @@ class Bundle:
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     clean_up_tokenization_spaces: bool = True
+    format: int = FORMAT
 
     @classmethod
     def load(cls, path: Path | None = None) -> Bundle:
@@ -118,6 +121,7 @@ class Bundle:
                 versions=dict(manifest["versions"]),
                 files=dict(manifest["files"]),
                 clean_up_tokenization_spaces=bool(manifest["clean_up_tokenization_spaces"]),
+                format=manifest["format"],
             )
             bundle.options()
             if bundle.precision not in PRECISIONS:
@@ -151,9 +155,12 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
         manifest = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is not valid JSON ({str(error)[:200]}): export the bundle again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise BundleError(f"{file} has bundle format {found!r}, this engine reads {FORMAT}: export the bundle again")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(found) is not int or found not in (*OLDER_FORMATS, FORMAT):
+        raise BundleError(
+            f"{file} has bundle format {repr(found)[:40]}, this engine reads "
+            f"{' and '.join(map(str, (*OLDER_FORMATS, FORMAT)))}: export the bundle again"
+        )
     return manifest, hashlib.sha256(raw).hexdigest()
 
 

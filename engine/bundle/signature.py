@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib.metadata import PackageNotFoundError, version
 
 from engine.bundle.manifest import Bundle
 from engine.inputs.depth import CLIP
-from engine.options import DecodeOptions
+from engine.options import DEFAULTS, DecodeOptions
 from engine.version import __version__
 
 DECIDING_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "pydicom", "tokenizers")
 """Another release of these may round, resize or decode differently, and so change a caption."""
 BUILDERS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")
 """Packages whose release counts, too, where TensorRT runs the graphs."""
+
+LATER = ("repetition_penalty",)
+"""Options that came after the first journals: at their defaults they are left out, so that such runs still go on."""
 
 
 def run_signature(bundle: Bundle, backend: str, options: DecodeOptions, high_bit_depth: str = CLIP) -> str:
@@ -29,7 +33,15 @@ def run_signature(bundle: Bundle, backend: str, options: DecodeOptions, high_bit
 def settings_line(bundle: Bundle, backend: str, options: DecodeOptions) -> str:
     """Return the signature without packages; with `environment` it tells one journal from another."""
     parts = {"engine": __version__, "bundle": bundle.digest[:12], "precision": bundle.precision, "backend": backend}
-    return "|".join(f"{name}:{value}" for name, value in (parts | options.in_force()).items())
+    asked = {name: value for name, value in options.in_force().items() if value != DEFAULTS[name] or name not in LATER}
+    return "|".join(f"{name}:{_in_short(value)}" for name, value in (parts | asked).items())
+
+
+def _in_short(value: object) -> object:
+    """Return a value as it is, of a list only its length and the beginning of its sha256."""
+    if not isinstance(value, tuple):
+        return value
+    return f"{len(value)}:{hashlib.sha256(repr(value).encode()).hexdigest()[:12]}"
 
 
 def environment(backend: str) -> str:

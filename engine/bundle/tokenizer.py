@@ -44,19 +44,39 @@ class CaptionTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._bundle = bundle
+        self._unknown = getattr(self._tokenizer.model, "unk_token", None)
+        if self._unknown is not None:
+            self._unknown = self._tokenizer.token_to_id(self._unknown)
         self._special = {bundle.tokens.bos, bundle.tokens.eos, bundle.tokens.pad}
         is_joined = isinstance(self._tokenizer.decoder, WordPiece)
         self._pieces = _Pieces(self._decoded, bundle.model.vocab_size) if is_joined else None
 
     def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
         """Return the ids decoding starts from: [DEC], then the prompt's own (BlipForConditionalGeneration.generate)."""
-        if prompt and not prompt.isprintable():
-            raise UsageError(f"the prompt {prompt!r} holds characters that are no text")
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
-        special = {self._bundle.tokens.bos, self._bundle.tokens.eos, self._bundle.tokens.pad}
-        if special.intersection(ids):
-            raise UsageError(f"the prompt {prompt!r} spells a special token of the tokenizer")
-        return (self._bundle.tokens.bos, *ids)
+        return (self._bundle.tokens.bos, *(self._encoded(prompt, "the prompt") if prompt else ()))
+
+    def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the ids of words or phrases that no caption may hold, as they stand at the beginning of a word.
+
+        Hugging Face's `bad_words_ids` of `tokenizer(words, add_special_tokens=False)`. Raises UsageError for what the
+        vocabulary cannot spell.
+        """
+        found = []
+        for word in words:
+            ids = self._encoded(word, "the banned word")
+            if not ids or (self._unknown is not None and self._unknown in ids):
+                raise UsageError(f"the banned word {word!r} is none that this bundle could say: leave it out")
+            found.append(ids)
+        return tuple(found)
+
+    def _encoded(self, text: str, what: str) -> tuple[int, ...]:
+        """Return the ids of a text. Raises UsageError for control characters and special tokens."""
+        if not text.isprintable():
+            raise UsageError(f"{what} {text!r} holds characters that are no text")
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if self._special.intersection(ids):
+            raise UsageError(f"{what} {text!r} spells a special token of the tokenizer")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the raw text, as transformers' tokenizer.decode(ids, skip_special_tokens=True) gives it."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 import click
 
+from engine.declarations import Option, declared
 from engine.errors import UsageError
+from engine.inputs.delimited import read_text
 from engine.inputs.remote import Location, location
-from engine.options import DecodeOptions, Option, declared
+from engine.options import DecodeOptions
 
 PATH = click.Path(path_type=Path)
 
@@ -27,6 +29,30 @@ class LocationType(click.ParamType):  # type: ignore[type-arg]  # click before 8
 
 
 LOCATION = LocationType()
+
+
+class LinesType(click.ParamType):  # type: ignore[type-arg]
+    """A text file of one entry a line, read at once; blank lines are none."""
+
+    name = "file"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ARG002
+        if not isinstance(value, str):
+            return value  # type: ignore[return-value]
+        return tuple(text for line in read_text(Path(value)).splitlines() if (text := line.strip()))
+
+
+class NumbersType(click.ParamType):  # type: ignore[type-arg]
+    """Whole numbers, separated by commas."""
+
+    name = "numbers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if not isinstance(value, str):
+            return value  # type: ignore[return-value]
+        if not all(one.strip().isdecimal() for one in value.split(",")):
+            self.fail(f"{value!r} is not a list of whole numbers, as in 101,2003", param, ctx)
+        return tuple(int(one) for one in value.split(","))
 
 
 def say(line: str) -> None:
@@ -55,10 +81,11 @@ class SectionCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def takes(**parts: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(*, leaving_out: Collection[str] = (), **parts: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of dataclasses: `takes(runtime=Runtime)` passes it `runtime=Runtime(...)`.
 
-    Of DecodeOptions only what was given is passed on, for a bundle has a say in the rest.
+    Options whose fields are in `leaving_out` have no flag and keep their defaults. Of DecodeOptions only what was given
+    is passed on, for a bundle has a say in the rest.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,7 +98,7 @@ def takes(**parts: type) -> Callable[[Callable[..., None]], Callable[..., None]]
 
         for part, kind in reversed(parts.items()):
             for name, (declaration, written) in reversed(declared(kind).items()):
-                if declaration.flag:
+                if declaration.flag and name not in leaving_out:
                     settings = _click_settings(declaration, written, has_default=kind is not DecodeOptions)
                     add = click.option(
                         declaration.flag, f"{part}_{name}", cls=SectionOption, section=part.capitalize(), **settings
@@ -97,10 +124,20 @@ def _click_settings(declaration: Option, written: str, *, has_default: bool) -> 
     elif kind == "int":
         settings |= {"type": click.IntRange(declaration.least, declaration.most)}  # type: ignore[arg-type]  # int both
     else:
-        settings |= {"type": {"float": float, "str": str, "Path": PATH, "Location": LOCATION}[kind]}
+        settings |= {"type": _TYPES[kind]}
     if declaration.bare is not None:
         settings |= {"is_flag": False, "flag_value": declaration.bare}
     return settings | {"help": declaration.help, "metavar": declaration.metavar}
+
+
+_TYPES = {
+    "float": float,
+    "str": str,
+    "Path": PATH,
+    "Location": LOCATION,
+    "tuple[str, ...]": LinesType(),
+    "tuple[int, ...]": NumbersType(),
+}
 
 
 def _choose(choices: Mapping[str, Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:

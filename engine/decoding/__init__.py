@@ -1,1 +1,1 @@
-"""The decoding core, in numpy only: beams, bans, ancestry and the scheduler that owns the slots."""
+"""The decoding core, in numpy only: beams, logits processors, ancestry and the scheduler that owns the slots."""

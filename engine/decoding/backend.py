@@ -4,7 +4,7 @@ Shape letters:
   B  slots: images decoded side by side       K  beams an image
   T  tokens fed a slot in one step, K         P  length of the prompt
   H  attention heads        d  width of a head        L  decoder layers
-  S  encoder positions      V  vocabulary             M  width of the list of banned ids
+  S  encoder positions      V  vocabulary             M  width of the list of marked ids
   F  settled positions      R  recent positions       C  candidates kept an image
 """
 
@@ -30,8 +30,10 @@ class StepInputs:
     input_ids      i64[B,T]      tokens fed
     positions      i64[B,T]      their positions in the caption, 0 for [DEC]
     scores         f32[B,T]      running log-probability of each row; -inf for a row whose continuations nobody wants
-    banned_ids     i64[B,T,M]    ids whose log-probability becomes -inf; -1 throughout in a row without bans,
-                                 repeated ids (never -1) where a row has fewer than M
+    marked_ids     i64[B,T,M]    x >= 0: the log-probability of id x becomes -inf; x < -1: the row said id -2 - x
+                                 before, and the penalties apply; no id has two different marks, a row with fewer
+                                 than M repeats some; -1 throughout in a row without marks
+    penalties      f32[2]        repetition penalties on raw logits and on log-probabilities; 1 is none
     ancestry       bool[B,T,F+R+T]  which cached and fed positions are a row's own past, itself included
     num_candidates C             how many continuations to return for each slot
     """
@@ -39,7 +41,8 @@ class StepInputs:
     input_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     scores: NDArray[np.float32]
-    banned_ids: NDArray[np.int64]
+    marked_ids: NDArray[np.int64]
+    penalties: NDArray[np.float32]
     ancestry: NDArray[np.bool_]
     num_candidates: int
 

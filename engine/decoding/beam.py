@@ -6,13 +6,15 @@ calls; the arithmetic is float32 as there. Images never influence each other. Kn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.decoding.bans import banned_ids
+from engine.decoding.processors import Processors
 from engine.decoding.sampling import Sampling
 
 NEVER = np.float32(-1e9)
@@ -35,8 +37,17 @@ class _Candidates:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a caption starts, and its lengths as totals that include the prompt."""
+
+    prompt: tuple[int, ...]
+    max_length: int
+    min_length: int
+
+
+@dataclass(frozen=True)
 class Search:
-    """One search's settings, lengths resolved to totals that include the prompt."""
+    """One search's settings. Images may have starts of their own, no longer than `max_length`."""
 
     prompt: tuple[int, ...]
     num_beams: int
@@ -49,6 +60,34 @@ class Search:
     eos: int
     vocab_size: int
     sampling: Sampling | None = None
+    repetition_penalty: float = 1.0
+    suppressed: tuple[int, ...] = ()
+    begin_suppressed: tuple[int, ...] = ()
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
+
+    @cached_property
+    def start(self) -> Start:
+        """Where captions start that have no start of their own."""
+        return Start(self.prompt, self.max_length, self.min_length)
+
+    @cached_property
+    def processors(self) -> Processors:
+        """What marks ids before each step; see there."""
+        return Processors(
+            repetition_penalty=self.repetition_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+            suppressed=self.suppressed,
+            begin_suppressed=self.begin_suppressed,
+            banned_sequences=self.banned_sequences,
+        )
+
+    @cached_property
+    def penalties(self) -> NDArray[np.float32]:
+        """Return f32[2]: the repetition penalty on raw logits, where Hugging Face has it with one beam or drawn
+        captions, and on log-probabilities, where it has it in beam search.
+        """
+        on_logits = self.num_beams == 1
+        return np.array([self.repetition_penalty, 1.0] if on_logits else [1.0, self.repetition_penalty], np.float32)
 
     @property
     def num_candidates(self) -> int:
@@ -76,6 +115,7 @@ class Beams:
     tokens     i32[B,K,max_length]  running beams, best first; `lengths` i64[B] ids of each row are valid
     scores     f32[B,K]             their summed log-probabilities
     closed     bool[B]              whether the slot's image is finished (`results` may be read) or the slot is empty
+    prompt_lengths, max_lengths, min_lengths  i64[B]  each image's own Start
 
     Of the hypotheses only scores are kept best first; the rest of each stays where it was written, at the place that
     `_hypothesis_places` i64[B,K] names, until another takes that place.
@@ -90,6 +130,9 @@ class Beams:
         self.lengths = np.zeros(num_slots, np.int64)
         self.scores = np.zeros((num_slots, beams), np.float32)
         self.closed = np.ones(num_slots, bool)
+        self.prompt_lengths = np.zeros(num_slots, np.int64)
+        self.max_lengths = np.zeros(num_slots, np.int64)
+        self.min_lengths = np.zeros(num_slots, np.int64)
         self._finished = np.zeros((num_slots, beams), bool)
         self._hypothesis_tokens = self.tokens.copy()
         self._hypothesis_lengths = np.zeros((num_slots, beams), np.int64)
@@ -99,33 +142,39 @@ class Beams:
         self.start(np.arange(num_slots))
         self.closed[:] = True
 
-    def start(self, slots: NDArray[np.int64]) -> None:
-        """Open slots i64[N] for new images, at the prompt: beam 0 scores 0, the others are ruled out until they exist.
+    def start(self, slots: NDArray[np.int64], starts: Sequence[Start] | None = None) -> None:
+        """Open slots i64[N] for new images, at their prompts: beam 0 scores 0, the others are ruled out until they
+        exist. Without `starts` all have the search's own.
 
         A place no hypothesis takes holds the prompt, ended at once, with the score NEVER: what HF returns there.
         """
-        prompt = self.search.prompt
-        self.tokens[slots, :, : len(prompt)] = prompt  # what lies beyond `lengths` is never looked at
-        self.lengths[slots] = len(prompt)
+        starts = starts or [self.search.start]  # one is written into all slots
+        lengths = np.array([len(start.prompt) for start in starts])
+        ended = np.full((len(starts), lengths.max() + 1), self.search.eos)
+        for row, start in zip(ended, starts, strict=True):
+            row[: len(start.prompt)] = start.prompt
+        self.tokens[slots, :, : ended.shape[1]] = ended[:, None]  # what lies beyond `lengths` is never looked at
+        self.prompt_lengths[slots] = self.lengths[slots] = lengths
+        self.max_lengths[slots] = [start.max_length for start in starts]
+        self.min_lengths[slots] = [start.min_length for start in starts]
         self.scores[slots] = NEVER
         self.scores[slots, 0] = 0.0
         self.closed[slots] = False
         self._finished[slots] = False
-        self._hypothesis_tokens[slots, :, : len(prompt) + 1] = (*prompt, self.search.eos)
-        self._hypothesis_lengths[slots] = len(prompt) + 1
+        self._hypothesis_tokens[slots, :, : ended.shape[1]] = ended[:, None]
+        self._hypothesis_lengths[slots] = lengths[:, None] + 1
         self._hypothesis_sums[slots] = NEVER
         self._hypothesis_scores[slots] = NEVER
         self._hypothesis_places[slots] = np.arange(self.search.num_beams)
 
-    def banned_ids(self) -> NDArray[np.int64]:
-        """Return i64[B,K,M], the ids each running beam may not take next (see StepInputs.banned_ids)."""
-        search = self.search
-        return banned_ids(
+    def marked_ids(self) -> NDArray[np.int64]:
+        """Return i64[B,K,M]: the ids that each running beam may not take next, or said before."""
+        return self.search.processors.marked_ids(
             self.tokens,
             self.lengths,
-            ngram_size=search.no_repeat_ngram_size,
-            min_length=search.min_length,
-            eos=search.eos,
+            prompt_lengths=self.prompt_lengths,
+            min_lengths=self.min_lengths,
+            eos=self.search.eos,
         )
 
     def last_tokens(self) -> NDArray[np.int64]:
@@ -146,7 +195,7 @@ class Beams:
         running beam now is. Images closed by this step show in `closed`.
         """
         moving = active & ~self.closed
-        hits = (tokens == self.search.eos) | (self.lengths + 1 >= self.search.max_length)[:, None]
+        hits = (tokens == self.search.eos) | (self.lengths + 1 >= self.max_lengths)[:, None]
         candidates = _Candidates(scores, parents, tokens)
         advance = self._advance_greedy if self.search.num_beams == 1 else self._advance_beams
         chosen, closing = advance(candidates, hits, moving)
@@ -194,7 +243,7 @@ class Beams:
         if not len(image):
             return
         beams = self.search.num_beams
-        penalty = self._length_term(self.lengths[image] + 1)
+        penalty = self._length_term(self.lengths[image] + 1, self.prompt_lengths[image])
         new_scores = scores[image] / penalty[:, None] + _ruled_out(~ending[image])
         merged = np.concatenate([self._hypothesis_scores[image], new_scores], 1)
         if beams == 1:  # greedy: the one caption stands, whatever its score
@@ -227,14 +276,14 @@ class Beams:
             return still_filling
         lengths = self.lengths
         if search.early_stopping == "never" and search.length_penalty > 0:
-            lengths = np.full_like(lengths, search.max_length)
-        best = self.scores[:, 0] / self._length_term(lengths)
+            lengths = self.max_lengths
+        best = self.scores[:, 0] / self._length_term(lengths, self.prompt_lengths)
         can_improve: NDArray[np.bool_] = ~full | (best > self._hypothesis_scores[:, -1])  # best first: the worst
         return can_improve
 
-    def _length_term(self, lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _length_term(self, lengths: NDArray[np.int64], prompts: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return f32: (tokens without the prompt) ** length_penalty; 1 where there are none (slots not moving yet)."""
-        generated = np.maximum(lengths - len(self.search.prompt), 1).astype(np.float64)
+        generated = np.maximum(lengths - prompts, 1).astype(np.float64)
         term: NDArray[np.float32] = np.power(generated, self.search.length_penalty).astype(np.float32)
         return term
 

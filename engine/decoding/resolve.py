@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 from engine.decoding.beam import Search
 from engine.decoding.sampling import Sampling
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 
+T = TypeVar("T")
+
 
 def resolve_search(
-    options: DecodeOptions, *, prompt: tuple[int, ...], eos: int, vocab_size: int, max_positions: int
+    options: DecodeOptions,
+    *,
+    prompt: tuple[int, ...],
+    eos: int,
+    vocab_size: int,
+    max_positions: int,
+    bad_words_ids: tuple[tuple[int, ...], ...] = (),
 ) -> Search:
-    """Return the search of `options` behind the ids `prompt`; raise UsageError where the sizes do not allow it."""
+    """Return the search of `options` behind the ids `prompt`; raise UsageError where the sizes do not allow it.
+
+    `bad_words_ids` are those of options.bad_words, which are texts.
+    """
     most, least = options.max_total_length(len(prompt)), options.min_total_length(len(prompt))
     if not len(prompt) < most <= max_positions:
         raise UsageError(
@@ -22,6 +36,11 @@ def resolve_search(
         raise UsageError(f"captions of at least {least} and at most {most} tokens cannot be: mend the two limits")
     if 2 * options.num_beams > vocab_size:
         raise UsageError(f"{options.num_beams} beams are too many for a vocabulary of {vocab_size}")
+    bad_words_ids = options.bad_words_ids or bad_words_ids
+    banned = [(one,) for one in (*(options.suppress_tokens or ()), *(options.begin_suppress_tokens or ()))]
+    if beyond := {one for ids in (*bad_words_ids, *banned) for one in ids if one >= vocab_size}:
+        raise UsageError(f"token ids to leave out must be below {vocab_size}, the vocabulary's size, not {max(beyond)}")
+    words = [ids for ids in bad_words_ids if ids != (eos,)]  # which Hugging Face leaves out, too
     sampling = None
     if options.do_sample:
         top_k, copies = min(options.top_k, vocab_size), options.num_return_sequences
@@ -38,4 +57,12 @@ def resolve_search(
         eos=eos,
         vocab_size=vocab_size,
         sampling=sampling,
+        repetition_penalty=float(options.repetition_penalty),
+        suppressed=_distinct([*(options.suppress_tokens or ()), *(ids[0] for ids in words if len(ids) == 1)]),
+        begin_suppressed=_distinct(options.begin_suppress_tokens or ()),
+        banned_sequences=_distinct(ids for ids in words if len(ids) > 1),
     )
+
+
+def _distinct(values: Iterable[T]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(values))

@@ -10,14 +10,14 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.decoding.ancestry import Ancestry
 from engine.decoding.backend import Backend, Encoded, StepInputs
-from engine.decoding.beam import Beams, Hypothesis, Search
+from engine.decoding.beam import Beams, Hypothesis, Search, Start
 from engine.decoding.device import DeviceQueue, Later
 from engine.decoding.sampling import draw, generator
 
@@ -29,6 +29,14 @@ PULL_AT_MOST = 4
 """Times encode_batch of images that are taken for one batch, where many need no decoding."""
 SHRINK_SHARE = 0.25
 """Share of empty slots from which, with no image waiting, they are given up."""
+
+
+class Waiting(NamedTuple, Generic[Key]):
+    """An image to decode: whatever names it, pixels u8[height,width,3], and its own start (the search's where None)."""
+
+    key: Key
+    pixels: NDArray[np.uint8]
+    start: Start | None = None
 
 
 class Scheduler:
@@ -61,12 +69,10 @@ class Scheduler:
 
     def run(self, images: Iterable[tuple[Key, NDArray[np.uint8]]]) -> Iterator[tuple[Key, list[Hypothesis]]]:
         """Caption (key, pixels u8[height,width,3]) pairs; yield (key, hypotheses) of each the moment it closes."""
-        for closed in self.steps(images):
+        for closed in self.steps(Waiting(key, pixels) for key, pixels in images):
             yield from closed
 
-    def steps(
-        self, images: Iterable[tuple[Key, NDArray[np.uint8]] | None]
-    ) -> Iterator[list[tuple[Key, list[Hypothesis]]]]:
+    def steps(self, images: Iterable[Waiting[Key] | None]) -> Iterator[list[tuple[Key, list[Hypothesis]]]]:
         """Like `run`, but yield after every step what closed in it, often nothing.
 
         None among the images is one that needs no decoding: after many of these the caller gets its turn, too.
@@ -92,18 +98,25 @@ class Scheduler:
         return self.run(enumerate(pixel_values))
 
 
+class _Newcomer(NamedTuple, Generic[Key]):
+    """One copy of an image: its owner (key and number of the copy), start, batch, and place in the batch."""
+
+    owner: tuple[Key, int]
+    start: Start | None
+    encoded: Later[Encoded]
+    place: int
+
+
 class _Newcomers(Generic[Key]):
     """Images that wait for a slot, encoded in batches as they are asked for; `may_come` until there are no more."""
 
-    def __init__(
-        self, images: Iterator[tuple[Key, NDArray[np.uint8]] | None], encode_batch: int, *, copies: int
-    ) -> None:
+    def __init__(self, images: Iterator[Waiting[Key] | None], encode_batch: int, *, copies: int) -> None:
         self._images, self._encode_batch, self._copies = images, encode_batch, copies
-        self._waiting: deque[tuple[tuple[Key, int], Later[Encoded], int]] = deque()
+        self._waiting: deque[_Newcomer[Key]] = deque()
         self.may_come = True
 
-    def next(self, device: DeviceQueue) -> tuple[tuple[Key, int], Later[Encoded], int] | None:
-        """Return an owner (key and number of the copy), a batch that `device` encodes, and the image's place in it.
+    def next(self, device: DeviceQueue) -> _Newcomer[Key] | None:
+        """Return the next image, as part of a batch that `device` encodes.
 
         Each image comes as often as captions of it are drawn. None means there are no more, or many needed no decoding.
         """
@@ -113,14 +126,15 @@ class _Newcomers(Generic[Key]):
             batch = [image for image in pulled if image is not None]
             if not batch:
                 return None
-            encoded = device.encode(np.stack([pixels for _, pixels in batch]))
-            for place, (key, _) in enumerate(batch):
-                self._waiting += [((key, copy), encoded, place) for copy in range(self._copies)]
+            encoded = device.encode(np.stack([image.pixels for image in batch]))
+            for place, image in enumerate(batch):
+                owners = ((image.key, copy) for copy in range(self._copies))
+                self._waiting += [_Newcomer(owner, image.start, encoded, place) for owner in owners]
         return self._waiting.popleft()
 
-    def _pull(self) -> list[tuple[Key, NDArray[np.uint8]] | None]:
+    def _pull(self) -> list[Waiting[Key] | None]:
         """Take images until encode_batch of them have to be decoded, but no more than PULL_AT_MOST times as many."""
-        pulled: list[tuple[Key, NDArray[np.uint8]] | None] = []
+        pulled: list[Waiting[Key] | None] = []
         missing = self._encode_batch
         for image in itertools.islice(self._images, PULL_AT_MOST * self._encode_batch):
             pulled.append(image)
@@ -170,19 +184,19 @@ class _Slots(Generic[Key]):
 
     def fill(self, newcomers: _Newcomers[Key]) -> None:
         """Put newcomers into the empty slots; give slots up where none will come any more."""
-        filled = []
+        filled, starts = [], []
         for slot in np.flatnonzero(self.beams.closed).tolist() if newcomers.may_come else ():
             newcomer = newcomers.next(self.device)
             if newcomer is None:
                 break
-            owner, encoded, image = newcomer
-            self.owners[slot] = owner
-            self.device.admit(self.cache, slot, encoded, image)  # before the next batch is encoded
+            self.owners[slot] = newcomer.owner
+            self.device.admit(self.cache, slot, newcomer.encoded, newcomer.place)  # before the next batch is encoded
             if self.search.sampling is not None:  # a caption that is drawn has a random generator of its own
-                self.generators[slot] = generator(self.search.sampling.seed, *owner)
+                self.generators[slot] = generator(self.search.sampling.seed, *newcomer.owner)
             filled.append(slot)
+            starts.append(newcomer.start or self.search.start)
         if filled:
-            self.beams.start(np.array(filled))
+            self.beams.start(np.array(filled), starts)
             self.ancestry.reset(np.array(filled))
             self.prompt_fed[filled] = 0
         if not newcomers.may_come:
@@ -232,13 +246,13 @@ class _Slots(Generic[Key]):
 
     def _prefilling(self) -> NDArray[np.bool_]:
         """Return bool[B]: which slots have more of the prompt to feed."""
-        return (self.prompt_fed < len(self.search.prompt)) & ~self.beams.closed
+        return (self.prompt_fed < self.beams.prompt_lengths) & ~self.beams.closed
 
     def _feed_prompt(self, prefilling: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Count K prompt tokens as fed in bool[B] `prefilling` slots; return those with more of the prompt to feed."""
         fed = self.prompt_fed + np.where(prefilling, self.search.num_beams, 0)
         self.prompt_fed = fed
-        return prefilling & (fed < len(self.search.prompt))
+        return prefilling & (fed < self.beams.prompt_lengths)
 
     def _draw(
         self, scores: NDArray[np.float32], ids: NDArray[np.int64]
@@ -247,7 +261,7 @@ class _Slots(Generic[Key]):
         any.
         """
         assert self.search.sampling is not None
-        drawing = ~self.beams.closed & (self.prompt_fed + 1 >= len(self.search.prompt))
+        drawing = ~self.beams.closed & (self.prompt_fed + 1 >= self.beams.prompt_lengths)
         chosen = np.zeros(len(scores), np.int64)
         uniform = np.array([self.generators[slot].random() for slot in np.flatnonzero(drawing)])  # type: ignore[union-attr]
         # scores are sums along the caption: the difference to the likeliest word is all that counts
@@ -274,17 +288,18 @@ class _Slots(Generic[Key]):
         slots = np.flatnonzero(prefilling)
         if len(slots):
             own_tokens = own_tokens.copy()
-            last = len(self.search.prompt) - 1
+            last = beams.prompt_lengths[slots, None] - 1
             at = self.prompt_fed[slots, None] + np.arange(num_beams)
             positions[slots] = fed = np.minimum(at, last)
-            input_ids[slots] = np.array(self.search.prompt)[fed]
+            input_ids[slots] = beams.tokens[slots[:, None], 0, fed]
             scores[slots] = np.where(at == last, np.float32(0), np.float32(-np.inf))
             own_tokens[slots] |= np.tri(num_beams, dtype=bool) & (at <= last)[:, :, None]
         return StepInputs(
             input_ids=input_ids,
             positions=positions,
             scores=scores,
-            banned_ids=beams.banned_ids(),
+            marked_ids=beams.marked_ids(),
+            penalties=self.search.penalties,
             ancestry=self.ancestry.feed(own_tokens),
             num_candidates=self.search.num_candidates,
         )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.declarations import declared, option
 from engine.files.atomic import check_outputs
 from engine.files.lock import lock_path
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.depth import HELP as DEPTH_HELP
 from engine.inputs.remote import Location
-from engine.options import declared, option
 from engine.run.journal import journal_path
 
 

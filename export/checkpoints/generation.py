@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import BlipForConditionalGeneration
 
+from engine.errors import CheckpointError
+from engine.options import GENERATION_SETTINGS
 from export.checkpoints.files import read_json
 from export.checkpoints.releases import IS_5
 
@@ -42,6 +44,43 @@ DEFAULTS: dict[str, Any] = {
     "min_new_tokens": None,
 }
 """Generation settings that stand in a configuration, with their defaults (transformers 4.57, PretrainedConfig)."""
+
+
+WITHOUT_EFFECT = (
+    # ids come from text_config, caching and bookkeeping change no caption
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "low_memory"),
+    *("_from_model_config", "transformers_version", "return_dict_in_generate", "return_legacy_cache"),
+    *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+    *("disable_compile", "compile_config", "max_cache_len"),
+    # these count only when captions are drawn, and a checkpoint that asks for that is refused
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    # and these only beside a second model, which a checkpoint cannot bring
+    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_early_exit", "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind"),
+    "max_matching_ngram_size",
+)
+"""Settings that may differ from Hugging Face's defaults without changing what `generate` says."""
+
+
+def verdict(setting: str) -> str:
+    """Return what becomes of a field of GenerationConfig: "yes", "no effect", or "refused" where it is not neutral."""
+    if setting in GENERATION_SETTINGS:
+        return "yes"
+    return "no effect" if setting in WITHOUT_EFFECT else "refused"
+
+
+def check_supported(model: BlipForConditionalGeneration, checkpoint: Path) -> None:
+    """Raise CheckpointError for settings under which Hugging Face would caption in ways the engine cannot."""
+    text = model.config.text_config
+    settings = model.text_decoder.generation_config.to_diff_dict()
+    unknown = {name: value for name, value in settings.items() if verdict(name) == "refused" and value is not None}
+    if getattr(text, "position_embedding_type", "absolute") != "absolute":
+        unknown["position_embedding_type"] = text.position_embedding_type
+    if unknown:
+        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
+        raise CheckpointError(
+            f"{checkpoint} asks for what the engine does not do ({listed}): remove it and export again"
+        )
 
 
 def settings_of_text_config(directory: Path) -> dict[str, Any]:

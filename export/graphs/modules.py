@@ -83,7 +83,8 @@ class DecoderStep(ExportedModule):
         input_ids: Tensor,
         positions: Tensor,
         scores: Tensor,
-        banned_ids: Tensor,
+        marked_ids: Tensor,
+        penalties: Tensor,
         ancestry: Tensor,
         num_candidates: Tensor,
         cross: list[Tensor],
@@ -109,7 +110,8 @@ class DecoderStep(ExportedModule):
             x = self._cross_attention(layer.crossattention, x, cross[pair], batch)
             x = layer.output(layer.intermediate(x), x)
         logits = self.text_decoder.cls(x).view(batch, -1, self.config.text_config.vocab_size)
-        return (*self._select(logits, scores, banned_ids, num_candidates), *extended)
+        processed = self._process(logits.float(), marked_ids, penalties)
+        return (*self._select(processed, scores, num_candidates), *extended)
 
     def _split_heads(self, x: Tensor, batch: Tensor) -> Tensor:
         """f32[B*T,D] -> f32[B,H,T,d]."""
@@ -138,21 +140,34 @@ class DecoderStep(ExportedModule):
         return attention.output(self._merge_heads(weights @ cross[1]), x)
 
     @staticmethod
-    def _select(logits: Tensor, scores: Tensor, banned_ids: Tensor, num_candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Best continuations over the rows of each image: log_softmax, bans, + running scores, top C.
+    def _process(logits: Tensor, marked_ids: Tensor, penalties: Tensor) -> Tensor:
+        """Return log-probabilities f32[B,T,V] with the repetition penalty and bans of marked_ids i64[B,T,M].
 
-        Unused ban slots repeat an id with a penalty of -inf, or (rows without bans) hit id 0 with a penalty of 0, so
-        all writes to one place agree. The top C of each row are taken first: the best C over all rows are among them.
+        In Hugging Face the penalty is on raw logits where captions are greedy or drawn (log_softmax moves them all by
+        one number, so the change is added), on log-probabilities in beam search: penalties f32[2]; 1 is none, to the
+        last bit.
+        Marks of -1 (rows without any) write back what stands at id 0, so all writes to one place agree.
         """
-        log_probs = torch.log_softmax(logits.float(), -1)
-        index = banned_ids.clamp(min=0)
-        penalty = torch.where(banned_ids < 0, 0.0, float("-inf"))
-        log_probs = log_probs.scatter(2, index, log_probs.gather(2, index) + penalty)
+        log_probs = torch.log_softmax(logits, -1)
+        index = torch.where(marked_ids < 0, -2 - marked_ids, marked_ids).clamp(min=0)
+        raw, log_prob = logits.gather(2, index), log_probs.gather(2, index)
+        on_logits, on_log_probs = penalties[0], penalties[1]
+        said = log_prob + (torch.where(raw < 0, raw * on_logits, raw / on_logits) - raw)
+        said = torch.where(said < 0, said * on_log_probs, said / on_log_probs)
+        banned = torch.where(marked_ids < 0, log_prob, float("-inf"))
+        return log_probs.scatter(2, index, torch.where(marked_ids < -1, said, banned))
+
+    @staticmethod
+    def _select(log_probs: Tensor, scores: Tensor, num_candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Best continuations over the rows of each image: + running scores, top C.
+
+        The top C of each row are taken first: the best C over all rows are among them.
+        """
         row_scores, row_ids = TopK.apply(log_probs, num_candidates)
         totals = (row_scores + scores[:, :, None]).flatten(1)
         best_scores, best = TopK.apply(totals, num_candidates)
         row = torch.div(best, num_candidates, rounding_mode="trunc")
-        return best_scores, row * logits.shape[-1] + row_ids.flatten(1).gather(1, best)
+        return best_scores, row * log_probs.shape[-1] + row_ids.flatten(1).gather(1, best)
 
 
 class TopK(torch.autograd.Function):

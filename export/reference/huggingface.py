@@ -54,6 +54,12 @@ class Reference:
             return None
         return self.tokenizer(prompt, padding=False, truncation=False, return_tensors="pt")["input_ids"]
 
+    def bad_words_ids(self, options: DecodeOptions) -> list[list[int]] | None:
+        """Return generate's argument of that name: the tokenizer's ids of bad_words, or those given as ids."""
+        if options.bad_words:
+            return self.tokenizer(list(options.bad_words), add_special_tokens=False)["input_ids"]
+        return [list(ids) for ids in options.bad_words_ids or ()] or None
+
     def generate(
         self, pixel_values: torch.Tensor, options: DecodeOptions, *, with_scores: bool = True
     ) -> list[list[ReferenceCaption]]:
@@ -72,6 +78,7 @@ class Reference:
                 return_dict_in_generate=True,
                 output_scores=with_scores,
                 **generate_arguments(options),
+                bad_words_ids=self.bad_words_ids(options),
             )
         prompt_length = 1 if prompt is None else prompt.shape[1] - 1
         eos = self.model.config.text_config.sep_token_id
@@ -111,6 +118,9 @@ def generate_arguments(options: DecodeOptions) -> dict:
         "num_beams": options.num_beams,
         "no_repeat_ngram_size": options.no_repeat_ngram_size,
         "num_return_sequences": options.num_return_sequences,
+        "repetition_penalty": options.repetition_penalty,
+        "suppress_tokens": list(options.suppress_tokens or ()) or None,
+        "begin_suppress_tokens": list(options.begin_suppress_tokens or ()) or None,
     }
     if options.num_beams > 1:
         arguments |= {"length_penalty": options.length_penalty, "early_stopping": options.early_stopping}
@@ -148,6 +158,12 @@ class UncachedBackend(PrefixBackend):
             encoded = self._encode(image)
             rows = [torch.log_softmax(self._logits(encoded, prefix).float(), -1).numpy() for prefix in prefixes]
         return np.stack(rows)
+
+    def logits(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
+        """Return f32[len(prefixes),V] from an uncached pass over each prefix."""
+        with torch.inference_mode():
+            encoded = self._encode(image)
+            return np.stack([self._logits(encoded, prefix).float().numpy() for prefix in prefixes])
 
     def _encode(self, image: NDArray[np.uint8]) -> torch.Tensor:
         """Return the image's hidden states f32[1,S,D]; those of the last image are kept."""

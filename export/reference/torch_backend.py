@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BlipForConditionalGeneration
 
+from engine.bundle.graphs import STEP_INPUTS
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Key, Scheduler
+from engine.errors import UsageError
 from engine.options import DecodeOptions
 from export.checkpoints.load import encoder_positions
 from export.checkpoints.releases import BlipImageProcessor
@@ -83,7 +85,7 @@ class TorchBackend:
 
     def step(self, cache: TorchCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See Backend.step."""
-        fed = (inputs.input_ids, inputs.positions, inputs.scores, inputs.banned_ids, inputs.ancestry)
+        fed = (getattr(inputs, name) for name in STEP_INPUTS)
         with torch.inference_mode():
             scores, ids, *cache.recent = self._decoder(
                 *(torch.from_numpy(array).to(self._device) for array in fed),
@@ -108,6 +110,8 @@ class TorchBackend:
 
 def search_of(model: BlipForConditionalGeneration, options: DecodeOptions) -> Search:
     """Resolve options without a prompt for a model that has no bundle yet; captions end where its positions do."""
+    if options.bad_words:
+        raise UsageError("without a tokenizer banned words are taken as bad_words_ids only")
     text = model.config.text_config
     longest = text.max_position_embeddings
     if options.max_total_length(1) > longest:

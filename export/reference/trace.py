@@ -17,6 +17,7 @@ from engine.backends import Backend, StepInputs
 from engine.backends.prefix import PrefixBackend, PrefixCache
 from engine.captioner import Captioner
 from engine.decoding.beam import Search
+from engine.decoding.processors import penalised, process
 from engine.decoding.scheduler import Scheduler
 from engine.options import DecodeOptions
 
@@ -115,11 +116,11 @@ def caption_gap(
     prompt = len(search.prompt)
     step = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     if search.num_beams == 1:
-        (row,) = reference.log_probs(pixels, [ours[:step]])
+        (row,) = next_log_probs(reference, search, pixels, [ours[:step]])
         words = [float(row[ids[step]]) if step < len(ids) else -np.inf for ids in (ours, theirs)]
         gap, scale = abs(words[0] - words[1]), float(np.ptp(row))
         return Divergence(step - prompt, gap, gap <= TIE_ABSOLUTE + TIE_RELATIVE * scale)
-    sums = [summed_log_prob(reference, pixels, ids, prompt) for ids in (ours, theirs)]
+    sums = [summed_log_prob(reference, search, pixels, ids) for ids in (ours, theirs)]
     scores = [
         total / (len(ids) - prompt) ** search.length_penalty for total, ids in zip(sums, (ours, theirs), strict=True)
     ]
@@ -134,24 +135,42 @@ def trace_both(
     search = captioner.search(options)
 
     def score(ids: Ids) -> float:
-        return summed_log_prob(reference, pixels, ids, len(search.prompt))
+        return summed_log_prob(reference, search, pixels, ids)
 
     mine, theirs = Trace(captioner.backend, search, pixels), Trace(reference, search, pixels)
     spread = float(np.ptp(reference.log_probs(pixels, [search.prompt])[0]))
     return find_divergence(mine, theirs, score, spread), mine, theirs
 
 
-def summed_log_prob(reference: PrefixBackend, pixels: NDArray[np.uint8], ids: Ids, prompt_length: int) -> float:
+def next_log_probs(
+    reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], prefixes: list[Ids]
+) -> NDArray[np.float32]:
+    """Return the reference's log-probabilities f32[len(prefixes),V] with the search's repetition penalty, bans left
+    aside.
+    """
+    rows = reference.log_probs(pixels, prefixes)
+    if not search.processors.has_penalty:
+        return rows
+    said = [penalised(np.unique(prefix)) for prefix in prefixes]
+    logits = reference.logits(pixels, prefixes)
+    return np.concatenate(
+        [
+            process(row[None], raw[None], marks[None], search.penalties)
+            for row, raw, marks in zip(rows, logits, said, strict=True)
+        ]
+    )
+
+
+def summed_log_prob(reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ids: Ids) -> float:
     """Return the reference's summed log-probability of a caption's ids behind the prompt."""
-    rows = reference.log_probs(pixels, [ids[:i] for i in range(prompt_length, len(ids))])
-    return float(sum(row[i] for row, i in zip(rows, ids[prompt_length:], strict=True)))
+    prompt = len(search.prompt)
+    rows = next_log_probs(reference, search, pixels, [ids[:i] for i in range(prompt, len(ids))])
+    return float(sum(row[i] for row, i in zip(rows, ids[prompt:], strict=True)))
 
 
-def closest_words(
-    reference: PrefixBackend, pixels: NDArray[np.uint8], ids: Ids, prompt_length: int
-) -> tuple[int, float]:
+def closest_words(reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ids: Ids) -> tuple[int, float]:
     """Return (step, gap) where the two likeliest next ids of a greedy caption score most alike (bans left aside)."""
-    rows = reference.log_probs(pixels, [ids[:i] for i in range(prompt_length, len(ids))])
+    rows = next_log_probs(reference, search, pixels, [ids[:i] for i in range(len(search.prompt), len(ids))])
     best = -np.partition(-rows, 1, axis=1)[:, :2]
     gaps = best[:, 0] - best[:, 1]
     step = int(gaps.argmin())

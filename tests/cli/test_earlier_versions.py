@@ -8,10 +8,12 @@ import shutil
 import zlib
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from engine.bundle.manifest import Bundle
 from engine.cli.app import main
+from tests.helpers.earlier import bundle_of_084ae4d
 
 JOURNAL = Path(__file__).parents[1] / "data/run_of_084ae4d.journal"
 """Of `engine caption --beams 2 --rows 2 --n-best 2` on the first six example images, killed after three captions."""
@@ -50,13 +52,18 @@ def at_home(lines: list[bytes], images: list[Path]) -> bytes:
     return b"".join(b"%08x %s\n" % (zlib.crc32(body), body) for body in bodies)
 
 
-def test_a_journal_of_an_earlier_version_goes_on(tmp_path):
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    return bundle_of_084ae4d(tmp_path / "bundle")
+
+
+def test_a_journal_of_an_earlier_version_goes_on(tmp_path, bundle):
     (tmp_path / "images").mkdir()
     images = [Path(shutil.copy(image, tmp_path / "images")) for image in IMAGES]
     lines = JOURNAL.read_bytes().splitlines()
     (tmp_path / "run.csv.journal").write_bytes(at_home(lines, images))
     words = ["caption", "--input", str(tmp_path / "images"), "--beams", "2", "--rows", "2", "--n-best", "2"]
-    words += ["--n-best-out", str(tmp_path / "run.jsonl")]
+    words += ["--n-best-out", str(tmp_path / "run.jsonl"), "--bundle", str(bundle)]
     resumed = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "run.csv"), "--json"])
     assert resumed.exit_code == 0, resumed.stderr
     assert json.loads(resumed.stdout.splitlines()[-1])["resumed"] == len(lines) - 1 == 3
@@ -66,10 +73,9 @@ def test_a_journal_of_an_earlier_version_goes_on(tmp_path):
     assert (tmp_path / "run.csv").read_bytes() == (tmp_path / "anew.csv").read_bytes()
 
 
-def test_a_bundle_of_an_earlier_version_says_what_it_said():
-    bundle = Bundle.load()
-    assert bundle.digest.startswith("02ae885f201a"), "the embedded bundle is another: keep the old one for this test"
-    result = CliRunner().invoke(main, ["verify", "--backend", "cpu", "--json"])
+def test_a_bundle_of_an_earlier_version_says_what_it_said(bundle):
+    assert Bundle.load(bundle).digest.startswith("02ae885f201a")
+    result = CliRunner().invoke(main, ["verify", "--bundle", str(bundle), "--backend", "cpu", "--json"])
     assert result.exit_code == 0, result.stderr
     checks = json.loads(result.stdout)["checks"]
     assert checks

@@ -48,7 +48,12 @@ def test_all_but_one_example_get_their_plane_and_most_get_most_words(demo, capti
     assert sum(overlap) / len(overlap) > 0.85
 
 
-@pytest.mark.parametrize("options", [DecodeOptions(max_new_tokens=40).over({}), None])
+WINNER = DecodeOptions(
+    num_beams=3, repetition_penalty=2.5, length_penalty=2.0, min_new_tokens=8, max_new_tokens=64, bad_words=["the head"]
+)
+
+
+@pytest.mark.parametrize("options", [DecodeOptions(max_new_tokens=40).over({}), WINNER.over({}), None])
 def test_captions_equal_generate_on_the_restored_checkpoint(options, demo, tmp_path_factory):
     """Greedy, and the bundle's own defaults (4 beams, 3-gram ban)."""
     reference = Reference.load(restore_checkpoint(demo.bundle.path, tmp_path_factory.mktemp("restored")))

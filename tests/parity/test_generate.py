@@ -21,7 +21,7 @@ from engine.decoding.scheduler import Scheduler
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from export.checkpoints.releases import IS_5
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import SPECIAL, random_pictures
 
 BEAMS = (1, 2, 3, 4, 5, 10)
 NO_REPEAT = (0, 2, 3)
@@ -99,6 +99,74 @@ def test_captions_equal_generate(
     said[row] = digest.hexdigest()
     if IS_5:
         assert said[row] == json.loads(GRID_IDS.read_text())[row], "not what transformers 4.57.6 says"
+
+
+PENALTIES = (1.0, 1.2, 2.5)
+EOS = SPECIAL.index("[SEP]")
+BANS = {
+    "none": {},
+    "words": {"bad_words": ("the", "white arrow", "t2-weighted", "of the left")},
+    "ids": {
+        "bad_words_ids": ((6,), (12, 13), (7, 8, 9), (EOS,)),
+        "suppress_tokens": (10, 11),
+        "begin_suppress_tokens": (9, EOS),
+    },
+}
+
+
+@pytest.mark.parametrize("bans", BANS)
+@pytest.mark.parametrize("num_beams", [1, 3, 4])
+def test_penalties_and_bans_equal_generate(
+    num_beams, bans, pictures, pixel_values, tiny_captioner, tiny_reference, said
+):
+    """Greedy the penalty is on raw logits, with beams on log-probabilities; the words a prompt holds count."""
+    digest = hashlib.sha256()
+    plain = None
+    for penalty, ngram, prompt, least in itertools.product(PENALTIES, (0, 2), PROMPT, (None, 6)):
+        options = DecodeOptions(
+            num_beams=num_beams,
+            no_repeat_ngram_size=ngram,
+            prompt=prompt,
+            min_new_tokens=least,
+            max_new_tokens=MAX_NEW_TOKENS,
+            num_return_sequences=num_beams,
+            repetition_penalty=penalty,
+            **BANS[bans],
+        )
+        theirs = tiny_reference.generate(pixel_values, options)
+        found = [[one.ids for one in several] for several in theirs]
+        digest.update(json.dumps(found).encode())
+        if (penalty, ngram, least) == (1.0, 0, None):
+            plain = found
+        elif penalty == PENALTIES[-1]:
+            assert found != plain, "the penalty does nothing here"
+        ours = tiny_captioner.caption(pictures, options, rows=5 * num_beams)
+        for mine, expected in zip(ours, theirs, strict=True):
+            assert [a.ids for a in mine.alternatives] == [e.ids for e in expected], options
+            if num_beams > 1:
+                np.testing.assert_allclose(
+                    [a.score for a in mine.alternatives], [e.score for e in expected], atol=SCORE_TOLERANCE
+                )
+    said[row := f"{num_beams} beams, penalties, bans: {bans}"] = digest.hexdigest()
+    if IS_5:
+        assert said[row] == json.loads(GRID_IDS.read_text())[row], "not what transformers 4.57.6 says"
+
+
+@pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.3, "bad_words": ("the",)}])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_prompt_for_each_picture_equals_generate_one_at_a_time(
+    num_beams, more, pictures, tiny_captioner, tiny_reference
+):
+    texts = ("", "a", "a picture of the chest", "ct of the left upper lobe showing", "mri")
+    prompts = {str(i): texts[i % len(texts)] for i in range(len(pictures))}
+    options = DecodeOptions(
+        num_beams=num_beams, no_repeat_ngram_size=2, max_new_tokens=MAX_NEW_TOKENS, min_new_tokens=4, **more
+    )
+    ours = tiny_captioner.caption(pictures, options, rows=5 * num_beams, prompts=prompts)
+    for picture, mine in zip(pictures, ours, strict=True):
+        own = options.replace(prompt=prompts[mine.id] or None)
+        ((theirs, *_),) = tiny_reference.generate(tiny_reference.pixels([picture]), own)
+        assert mine.ids == theirs.ids, prompts[mine.id]
 
 
 def test_the_grid_is_worth_its_time(pictures, tiny_captioner):

@@ -93,7 +93,7 @@ def test_most_captions_are_those_of_float32(precision, captioners):
 def test_inputs_and_outputs_have_the_precisions_types(precision, keys, bundles):
     fixed = {"pixel_values": TensorProto.UINT8, "ancestry": TensorProto.BOOL}
     fixed |= dict.fromkeys(("scores", "candidate_scores"), TensorProto.FLOAT)
-    integers = ("input_ids", "positions", "banned_ids", "num_candidates", "candidate_ids", "slots", "columns")
+    integers = ("input_ids", "positions", "marked_ids", "num_candidates", "candidate_ids", "slots", "columns")
     fixed |= dict.fromkeys(integers, TensorProto.INT64)
     for part in GRAPHS:
         graph = onnx.load(bundles[precision] / f"{part}.onnx").graph

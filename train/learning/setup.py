@@ -164,8 +164,4 @@ def encode_images(
 
 def evaluation_options(recipe: Recipe) -> DecodeOptions:
     """Return how validation images are captioned, and the baseline of a reward."""
-    return DecodeOptions(
-        num_beams=recipe.eval_beams,
-        max_new_tokens=recipe.eval_max_new_tokens,
-        no_repeat_ngram_size=NGRAM,
-    )
+    return DecodeOptions(no_repeat_ngram_size=NGRAM, **recipe.eval_decoding())

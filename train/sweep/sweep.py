@@ -47,9 +47,14 @@ MOST_EXAMPLES = 50
 """A taller picture nears what a PNG is good for."""
 
 
+NO_REPEAT = DecodeOptions(no_repeat_ngram_size=3)
+"""The paper's decoding."""
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as it was asked for. One of `checkpoint` and `bundle` is needed; both must be of the same weights.
+    """A sweep as it was asked for. `decoding` lies over the bundle's settings. One of `checkpoint` and `bundle` is
+    needed; both must be of the same weights.
 
     `image_size` is in px. `limit` takes that many images, evenly spaced. `weights` are folders for neural metrics.
     """
@@ -59,8 +64,7 @@ class Sweep:
     out: Path
     beams: tuple[int, ...] = (1, 3, 4, 5, 10)
     split: str = "valid"
-    no_repeat_ngram: int = 3
-    max_new_tokens: int | None = None
+    decoding: DecodeOptions = NO_REPEAT
     image_size: int | None = None
     bundle: Path | None = None
     metrics: tuple[str, ...] = ("rouge1", "bertscore", "bleu1")
@@ -114,7 +118,7 @@ def check_request(job: Sweep) -> MetricInputs:
     if not job.beams or not job.metrics:
         raise UsageError("a sweep needs a number of beams and a metric: --beams 1,3,4,5,10 --metrics rouge1,bleu1")
     for beams in job.beams:
-        DecodeOptions(num_beams=beams, no_repeat_ngram_size=job.no_repeat_ngram, max_new_tokens=job.max_new_tokens)
+        job.decoding.replace(num_beams=beams)
     if not 0 <= job.examples <= MOST_EXAMPLES:
         raise UsageError(f"examples.png shows 0 to {MOST_EXAMPLES} images, not {job.examples}: change --examples")
     if job.limit is not None and job.limit < 1:
@@ -219,8 +223,8 @@ def _of_size(bundle: Bundle, size: int | None) -> Bundle:
 def caption_runs(job: Sweep, bundle: Bundle, images: list[ImageFile], say: Say) -> list[dict[str, Any]]:
     """Caption the images with every number of beams, in the order given; return what is known of each run."""
     captioner = Captioner.load(bundle.path)
-    given = {"no_repeat_ngram_size": job.no_repeat_ngram, "max_new_tokens": job.max_new_tokens}
-    options = [bundle.options(num_beams=k, num_return_sequences=1, **given) for k in dict.fromkeys(job.beams)]
+    asked = [job.decoding.replace(num_beams=k, num_return_sequences=1) for k in dict.fromkeys(job.beams)]
+    options = [one.over(bundle.generation) for one in asked]
     for one in options:
         captioner.search(one)  # what does not fit the bundle is refused before hours are spent on what does
     return [caption_run(captioner, one, images, job.out, say) for one in options]

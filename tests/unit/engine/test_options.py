@@ -71,6 +71,13 @@ def test_options_of_a_library_call_lie_over_the_bundles_as_on_the_command_line(d
         {"early_stopping": "sometimes"},
         {"early_stopping": 1},
         {"length_penalty": 11},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": float("inf")},
+        {"bad_words": "mass"},
+        {"bad_words_ids": [[7], []]},
+        {"bad_words_ids": [7]},
+        {"suppress_tokens": [1.5]},
+        {"begin_suppress_tokens": [-1]},
         {"num_beams": 1, "num_return_sequences": 2},
     ],
 )
@@ -90,6 +97,16 @@ def test_every_option_with_a_flag_is_on_the_command_line_with_its_help(name):
     else:
         assert (parameter.opts, parameter.help) == ([declaration.flag], declaration.help)
         assert parameter.default is None, "what a bundle may decide has no default on the command line"
+
+
+def test_banned_words_take_the_place_of_a_bundles_and_none_take_them_away():
+    bundle = {"bad_words_ids": [[7], [8, 9]], "suppress_tokens": [3]}
+    assert DecodeOptions().over(bundle).bad_words_ids == ((7,), (8, 9))
+    words = DecodeOptions(bad_words=["the mass"]).over(bundle)
+    assert (words.bad_words, words.bad_words_ids, words.suppress_tokens) == (("the mass",), None, (3,))
+    assert not {"bad_words", "bad_words_ids"} & set(DecodeOptions(bad_words=[]).over(bundle).in_force())
+    with pytest.raises(UsageError, match="give one of them"):
+        DecodeOptions(bad_words=["a"], bad_words_ids=[[7]]).over({})
 
 
 def test_where_and_how_a_bundle_runs_is_checked_at_once():

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.backends.prefix import PrefixBackend
-from engine.decoding.beam import Beams, Search
-from engine.decoding.scheduler import Scheduler
+from engine.decoding.beam import Beams, Search, Start
+from engine.decoding.scheduler import Scheduler, Waiting
 
 BOS, EOS = 3, 4
 VOCAB_SIZE = 5  # three words, [DEC] and [SEP]
@@ -153,6 +153,36 @@ def test_a_prompt_is_the_past_of_every_caption():
             assert best.ids[: len(prompt)] == prompt
             expected = sum(float(backend.row(3, best.ids[:i])[best.ids[i]]) for i in range(len(prompt), len(best.ids)))
             assert best.sum_log_prob == pytest.approx(expected, abs=1e-5)
+
+
+PROCESSORS = {
+    "repetition_penalty": st.sampled_from([1.0, 1.2, 2.5]),
+    "suppressed": st.sampled_from([(), (0,), (0, BOS)]),
+    "begin_suppressed": st.sampled_from([(), (EOS,), (1, 2)]),
+    "banned_sequences": st.sampled_from([(), ((1, 2),), ((0, 1), (2, 2, 0))]),
+    "no_repeat_ngram_size": st.integers(0, 2),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=8),
+    num_slots=st.integers(1, 5),
+    num_beams=st.integers(1, 4),
+    num_sets=st.integers(1, 2),
+    processors=st.fixed_dictionaries(PROCESSORS),
+)
+def test_images_with_prompts_of_their_own_say_what_they_say_alone(prompts, num_slots, num_beams, num_sets, processors):
+    backend = TableBackend(4)
+    alone = replace(SEARCH, num_beams=num_beams, num_return_sequences=num_beams, **processors)
+    starts = [Start((BOS, *prompt), len(prompt) + 5, len(prompt) + 2) for prompt in prompts]
+    search = replace(alone, max_length=max(start.max_length for start in starts))
+    waiting = [Waiting(i, pixels(i)[0], start) for i, start in enumerate(starts)]
+    scheduler = Scheduler(backend, search, num_slots=num_slots, encode_batch=2, num_sets=num_sets)
+    together = dict(found for closed in scheduler.steps(waiting) for found in closed)
+    for i, start in enumerate(starts):
+        own = replace(alone, prompt=start.prompt, max_length=start.max_length, min_length=start.min_length)
+        assert together[i] == decode(backend, own, i)[0]
 
 
 def test_an_image_leaves_the_step_it_closes_and_its_slot_is_taken_at_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import weakref
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine.decoding.device import DeviceQueue
-from engine.decoding.scheduler import Scheduler
+from engine.decoding.scheduler import Scheduler, Waiting
 from tests.unit.engine.decoding.test_beam import SEARCH, TableBackend, pixels
 
 IMAGES = range(23)
@@ -81,7 +82,7 @@ def test_the_device_works_on_one_set_while_the_host_goes_on_with_the_other():
         spent.update(device=0.0, host=0.0)
         scheduler = Scheduler(Slow(3), SEARCH, num_slots=4, encode_batch=2, num_sets=num_sets)
         start = time.perf_counter()
-        for _ in scheduler.steps(enumerate(pixels(*IMAGES))):
+        for _ in scheduler.steps(itertools.starmap(Waiting, enumerate(pixels(*IMAGES)))):
             work("host")
         return time.perf_counter() - start
 
@@ -134,7 +135,7 @@ def test_slots_that_stay_empty_make_no_cache_grow(num_sets):
 
     def images():
         for number in range(200):
-            yield number, pixels(number)[0]
+            yield Waiting(number, pixels(number)[0])
             yield from [None] * 23
 
     search = replace(SEARCH, num_beams=2)
@@ -162,7 +163,7 @@ def test_what_ended_early_keeps_no_cache(num_sets, end):
             return super().step(cache, inputs)
 
     scheduler = Scheduler(Failing(3), SEARCH, num_slots=4, encode_batch=2, num_sets=num_sets)
-    steps = scheduler.steps(enumerate(pixels(*IMAGES)))
+    steps = scheduler.steps(itertools.starmap(Waiting, enumerate(pixels(*IMAGES))))
     try:
         for _, _ in zip(range(12), steps, strict=False):
             pass

@@ -15,6 +15,7 @@ from PIL import Image
 from engine.captioner import Captioner
 from engine.errors import DataError, EngineError, ExportError, UsageError
 from engine.inputs.tables import read_table
+from engine.options import DecodeOptions
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.manifest import checkpoint_sha256
@@ -23,6 +24,7 @@ from train.data.dataset import Example, Split
 from train.sweep.sweep import Sweep, choose_images, spaced, sweep
 from train.sweep.table1 import PAPER, draw_examples, example_lines
 
+DECODING = DecodeOptions(no_repeat_ngram_size=3, max_new_tokens=12)
 NAMES = [f"case_{i}" for i in range(6)]
 CAPTIONS = ["axial ct of the chest", "mri of the brain", "a large mass", "x-ray", "left lung, 3 cm", "plain view"]
 
@@ -40,7 +42,7 @@ def make_data(directory: Path, split: str = "valid") -> Path:
 @pytest.fixture
 def job(tmp_path, tiny_bundle) -> Sweep:
     data = make_data(tmp_path / "data")
-    return Sweep(None, data, tmp_path / "out", beams=(3, 1), bundle=tiny_bundle, max_new_tokens=12, examples=0)
+    return Sweep(None, data, tmp_path / "out", beams=(3, 1), bundle=tiny_bundle, decoding=DECODING, examples=0)
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def test_a_run_of_something_else_is_captioned_again(job, asked, what):
     if what == "an image":
         random_pictures(1, seed=9)[0].save(job.data / "valid" / "case_2.png")
     elif what == "an option":
-        job = replace(job, no_repeat_ngram=2)
+        job = replace(job, decoding=DECODING.replace(no_repeat_ngram_size=2))
     elif what == "the list":
         job = replace(job, limit=3)
     elif what == "the captions":
@@ -230,7 +232,7 @@ def test_a_limit_takes_images_from_the_whole_of_the_split(job):
         ({"beams": ()}, "needs a number of beams"),
         ({"beams": (0,)}, "num_beams must be a whole number of at least 1"),
         ({"beams": (1, 40)}, "40 beams are too many for a vocabulary"),
-        ({"max_new_tokens": 500}, "set --max-new-tokens"),
+        ({"decoding": DecodeOptions(max_new_tokens=500)}, "set --max-new-tokens"),
         ({"metrics": ("rouge9",)}, "unknown metric 'rouge9'"),
         ({"weights": {"bleurt": Path()}}, "--weights bleurt=... is for no metric of this sweep"),
         ({"weights": {"bertscore": Path("nowhere")}}, "no folder with config.json"),

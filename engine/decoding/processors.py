@@ -1,0 +1,194 @@
+"""Hugging Face's logits processors as lists of marked ids: which a row may not take next, and which it said before.
+
+Source of the rules: transformers 4.57, generation/logits_process.py (RepetitionPenalty, NoRepeatNGram, NoBadWords,
+MinLength, MinNewTokensLength, SuppressTokens and SuppressTokensAtBegin), in the order of GenerationMixin's
+_get_logits_processor: the penalty comes first and bans overrule it. Knows nothing of scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NOT_MARKED = -1
+
+Tokens = NDArray[np.integer[Any]]
+Listed = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Bans of B x K beams as two lists i64[N]: the row b * K + k, and an id it may not take."""
+
+
+def penalised(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the marks of ids under the repetition penalty; its own inverse. A banned id's mark is the id itself."""
+    return -2 - ids
+
+
+@dataclass(frozen=True)
+class Processors:
+    """Which processors a search has. What is empty, 0 or 1.0 is off.
+
+    `suppressed` ids are banned everywhere, `begin_suppressed` ones right behind the prompt; of a `banned_sequences`
+    entry (two ids or more) the last is banned where the others stand just before.
+    """
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    suppressed: tuple[int, ...] = ()
+    begin_suppressed: tuple[int, ...] = ()
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether words that were said before are penalised."""
+        return self.repetition_penalty != 1.0
+
+    def marked_ids(
+        self,
+        tokens: Tokens,
+        lengths: NDArray[np.int64],
+        *,
+        prompt_lengths: NDArray[np.int64],
+        min_lengths: NDArray[np.int64],
+        eos: int,
+    ) -> NDArray[np.int64]:
+        """Return the marks of B x K beams as StepInputs.marked_ids wants them: i64[B,K,M], M at least 1.
+
+        tokens i32[B,K,W'] hold lengths i64[B] valid ids each, prompt and [DEC] included. `eos` is banned in rows
+        shorter than min_lengths i64[B].
+        """
+        slots, beams, _ = tokens.shape
+        listed = [repeated_ngrams(tokens, lengths, self.no_repeat_ngram_size)]
+        if len(short := np.flatnonzero(lengths < min_lengths)):
+            listed.append(_in_slots(short, beams, (eos,)))
+        if self.begin_suppressed and len(first := np.flatnonzero(lengths == prompt_lengths)):
+            listed.append(_in_slots(first, beams, self.begin_suppressed))
+        listed += completed_sequences(tokens, lengths, self.banned_sequences)
+        rows, ids = _merged(listed)
+        if not self.has_penalty and not self.suppressed:
+            return _table(rows, ids, slots * beams).reshape(slots, beams, -1)
+        always = np.array(self.suppressed, np.int64)
+        columns = [np.broadcast_to(always, (slots * beams, len(always)))]
+        if self.has_penalty:
+            said, is_listed = _said_before(tokens, lengths, (rows, ids), always)
+            columns.append(said)
+            rows, ids = rows[~is_listed], ids[~is_listed]
+        known = np.concatenate(columns, 1)
+        if len(rows):
+            table = _table(rows, ids, slots * beams)
+            table = np.where(table == NOT_MARKED, known[:, :1], table)  # whatever is no ban repeats a mark of the row
+            known = np.concatenate([known, table], 1)
+        return known.reshape(slots, beams, -1)
+
+
+def repeated_ngrams(tokens: Tokens, lengths: NDArray[np.int64], ngram_size: int) -> Listed:
+    """Return which ids would complete an n-gram that a beam already holds, rows in ascending order.
+
+    Prompt and [DEC] count. Nearly all rows have none, so that a list is what is quick.
+    """
+    slots, beams, _ = tokens.shape
+    width = int(lengths.max(initial=0))
+    if ngram_size == 0 or width < ngram_size:
+        return _NOTHING
+    if ngram_size == 1:
+        repeats = np.ones((slots, beams, width), bool)
+    else:  # where the last token stands elsewhere, too: few places, of which the rest is looked at one by one
+        repeats = tokens[:, :, :width] == tokens[np.arange(slots), :, lengths - 1][:, :, None]
+    rows, places = np.divmod(np.flatnonzero(repeats), width)
+    places -= max(0, ngram_size - 2)
+    slot, beam = np.divmod(rows, beams)
+    is_same = (places >= 0) & (places + ngram_size <= lengths[slot])
+    for j in range(ngram_size - 2):
+        is_same &= tokens[slot, beam, places + j] == tokens[slot, beam, lengths[slot] - ngram_size + 1 + j]
+    rows, slot, beam, places = rows[is_same], slot[is_same], beam[is_same], places[is_same]
+    return rows, tokens[slot, beam, places + ngram_size - 1].astype(np.int64)
+
+
+def completed_sequences(
+    tokens: Tokens, lengths: NDArray[np.int64], sequences: tuple[tuple[int, ...], ...]
+) -> list[Listed]:
+    """Return which ids would complete one of the sequences.
+
+    One of n ids counts only in rows of n ids and more, as in Hugging Face.
+    """
+    beams, listed = tokens.shape[1], []
+    for size, group in groupby(sorted(sequences, key=len), key=len):
+        same_size = np.array(list(group))
+        long_enough = np.flatnonzero(lengths >= size)
+        places = lengths[long_enough, None] - (size - 1) + np.arange(size - 1)
+        ends = tokens[long_enough[:, None], :, places].transpose(0, 2, 1).reshape(-1, 1, size - 1)
+        row, which = np.nonzero((ends == same_size[:, :-1]).all(2))
+        rows = (long_enough[:, None] * beams + np.arange(beams)).ravel()
+        listed.append((rows[row], same_size[which, -1]))
+    return listed
+
+
+_NOTHING: Listed = np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+
+def _in_slots(slots: NDArray[np.int64], beams: int, ids: tuple[int, ...]) -> Listed:
+    """Return these ids for all beams of these slots."""
+    rows = (slots[:, None] * beams + np.arange(beams)).ravel()
+    return np.repeat(rows, len(ids)), np.tile(np.array(ids, np.int64), len(rows))
+
+
+def _merged(listed: list[Listed]) -> Listed:
+    """Return one list, rows in ascending order."""
+    if len(listed) == 1:
+        return listed[0]
+    rows, ids = np.concatenate([rows for rows, _ in listed]), np.concatenate([ids for _, ids in listed])
+    order = np.argsort(rows, kind="stable")
+    return rows[order], ids[order]
+
+
+def _table(rows: NDArray[np.int64], ids: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
+    """Return lists, rows ascending, as i64[num_rows,M]; a row that has some is filled up with its first."""
+    counts = np.bincount(rows, minlength=num_rows)
+    table = np.full((num_rows, max(1, int(counts.max(initial=0)))), NOT_MARKED, np.int64)
+    if len(rows):
+        first = np.cumsum(counts) - counts
+        table[rows] = ids[first[rows]][:, None]
+        table[rows, np.arange(len(rows)) - first[rows]] = ids
+    return table
+
+
+def _said_before(
+    tokens: Tokens, lengths: NDArray[np.int64], banned: Listed, always: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the marks i64[B*K,W'] of what each row holds, and which of the N `banned` pairs stand there, bool[N].
+
+    Held ids are penalised, or banned where that is listed or in `always`: the graph writes all marks of a row at once,
+    in no order, so one id must not have two. As wide as the longest caption, for each width is a shape of its own.
+    """
+    slots, beams, width = tokens.shape
+    rows, ids = banned
+    past = tokens.astype(np.int64).reshape(slots * beams, width)
+    beyond = np.arange(width) >= np.repeat(lengths, beams)[:, None]
+    past = np.where(beyond, past[:, :1], past)
+    is_banned = np.isin(past, always) if len(always) else np.zeros(past.shape, bool)
+    is_same = past[rows] == ids[:, None]
+    listed, place = np.nonzero(is_same)
+    is_banned[rows[listed], place] = True
+    return np.where(is_banned, past, penalised(past)), is_same.any(1)
+
+
+def process(
+    log_probs: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    marked_ids: NDArray[np.int64],
+    penalties: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Return f32[N,V] log-probabilities with the marks i64[N,M] of each row applied: what the decoder's graph does.
+
+    penalties f32[2] are that on raw logits f32[N,V], whose change is added, and that on log-probabilities.
+    """
+    processed = log_probs.copy()
+    for row, marks in enumerate(marked_ids):
+        said = penalised(marks[marks < NOT_MARKED])
+        raw, now = logits[row, said], log_probs[row, said]
+        now = now + (np.where(raw < 0, raw * penalties[0], raw / penalties[0]) - raw)
+        processed[row, said] = np.where(now < 0, now * penalties[1], now / penalties[1])
+        processed[row, marks[marks >= 0]] = -np.inf
+    return processed

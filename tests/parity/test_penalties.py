@@ -1,0 +1,137 @@
+"""Penalties, banned words and prompts of a picture's own from the command line, and bundles of before they existed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from engine.bundle.manifest import Bundle
+from engine.captioner import Captioner
+from engine.cli import main
+from engine.errors import UsageError
+from tests.helpers.earlier import bundle_of_084ae4d
+from tests.helpers.tiny import random_pictures
+
+WINNER = (
+    "--beams",
+    3,
+    "--repetition-penalty",
+    2.5,
+    "--length-penalty",
+    2,
+    "--min-new-tokens",
+    8,
+    "--max-new-tokens",
+    64,
+)
+"""How the winner of ImageCLEF 2026 decodes."""
+
+
+def caption(*arguments):
+    return CliRunner().invoke(main, ["caption", *map(str, arguments)])
+
+
+def rows_of(run: Path) -> list[list[str]]:
+    with run.open(newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, picture in enumerate(random_pictures(5)):
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def older_bundle(tmp_path_factory) -> Path:
+    return bundle_of_084ae4d(tmp_path_factory.mktemp("older") / "bundle")
+
+
+def test_the_winners_settings_run_from_the_command_line(tmp_path):
+    out = tmp_path / "run.csv"
+    result = caption("--input", "examples/images", "--out", out, "--n-best-out", tmp_path / "run.jsonl", *WINNER)
+    assert result.exit_code == 0, result.output
+    assert "repetition_penalty:2.5" in result.stderr
+    found = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    plain = Captioner.load().caption(sorted(Path("examples/images").iterdir())[:2], num_beams=3, length_penalty=2.0)
+    assert all(mine["hypotheses"][0]["score"] < one.score for mine, one in zip(found, plain, strict=False))
+    assert len(rows_of(out)) == len(found) > 2
+
+
+def test_banned_words_come_from_a_file(pictures, tiny_bundle, tiny_captioner, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("the\n\nwhite arrow\n")
+    arguments = ("--bundle", tiny_bundle, "--input", pictures, "--beams", 2, "--out", tmp_path / "run.csv")
+    result = caption(*arguments, "--bad-words", words)
+    assert result.exit_code == 0, result.output
+    assert "bad_words:2:" in result.stderr
+    expected = tiny_captioner.caption(sorted(pictures.iterdir()), num_beams=2, bad_words=["the", "white arrow"])
+    found = [text for _, text in rows_of(tmp_path / "run.csv")]
+    assert found == [one.text for one in expected]
+    assert not any("the" in text.split() for text in found)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--repetition-penalty", 0, "repetition_penalty must be a number of at least 0.01"),
+        ("--repetition-penalty", "nan", "repetition_penalty must be a number"),
+        ("--suppress-tokens", "7;8", "'7;8' is not a list of whole numbers"),
+        ("--suppress-tokens", 99999, "must be below 66, the vocabulary's size, not 99999"),
+        ("--bad-words", "nowhere.txt", "nowhere.txt cannot be read"),
+        ("--bad-words", "zebra\n", "the banned word 'zebra' is none that this bundle could say"),
+        ("--bad-words", "[SEP]\n", "spells a special token"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(option, value, sentence, pictures, tiny_bundle, tmp_path):
+    if str(value).endswith("\n"):
+        (tmp_path / "words.txt").write_text(value)
+        value = tmp_path / "words.txt"
+    out = tmp_path / "run.csv"
+    result = caption("--bundle", tiny_bundle, "--input", pictures, "--out", out, option, value)
+    assert result.exit_code == 2
+    assert sentence in result.stderr.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_a_bundle_of_before_captions_as_before_and_bans_but_knows_no_penalty(older_bundle):
+    older, newer = Captioner.load(older_bundle), Captioner.load()
+    assert (older.bundle.format, newer.bundle.format) == (1, 2)
+    files = sorted(Path("examples/images").iterdir())[:3]
+    for given in ({"num_beams": 4}, {"num_beams": 1}, {"num_beams": 3, "bad_words": ["brain", "the left"]}):
+        found, expected = (
+            [(one.ids, one.score) for one in captioner.caption(files, **given)] for captioner in (older, newer)
+        )
+        assert found == expected
+    with pytest.raises(
+        UsageError, match="exported before its decoder knew a repetition penalty: export its checkpoint"
+    ):
+        older.caption(files, repetition_penalty=1.2)
+
+
+def test_prompts_of_each_picture_are_checked_at_once(tiny_captioner):
+    pictures = random_pictures(2)
+    with pytest.raises(UsageError, match="spells a special token"):
+        tiny_captioner.caption(pictures, prompts={"0": "a", "1": "[SEP]"})
+    with pytest.raises(UsageError, match="exclude each other"):
+        tiny_captioner.caption(pictures, prompts={"0": "a", "1": "the"}, prompt="mri")
+    with pytest.raises(UsageError, match="no prompt is given for 1"):
+        list(tiny_captioner.caption(pictures, prompts={"0": "a"}))
+
+
+def test_equal_pictures_with_different_prompts_have_captions_of_their_own(tiny_captioner):
+    (picture,) = random_pictures(1)
+    found = list(tiny_captioner.caption([picture] * 3, prompts={"0": "a", "1": "mri of", "2": "a"}, num_beams=2))
+    assert found[0].ids == found[2].ids != found[1].ids
+    assert found[1].text.startswith("mri of")
+    for one, prompt in zip(found, ("a", "mri of", "a"), strict=True):
+        ((alone),) = tiny_captioner.caption([picture], num_beams=2, prompt=prompt)
+        assert one.ids == alone.ids
+    assert Bundle.load(tiny_captioner.bundle.path).format == 2
