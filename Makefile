@@ -14,7 +14,7 @@ OUT ?= run.csv
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
-.PHONY: all caption test test-next lint parity fuzz golden bench soak plots recipe train-smoke demo restore help clean
+.PHONY: all caption test test-next lint parity fuzz golden bench soak plots figures docs recipe train-smoke demo restore help clean
 
 all: lint test  ## lint and test
 
@@ -55,6 +55,14 @@ soak: $(FULL)/.ready  ## caption 17,237 generated images: does it slow down, doe
 
 plots: $(FULL)/.ready  ## draw the records of benchmarks/results
 	$(FULL)/bin/python -m benchmarks.plots
+
+figures: $(FULL)/.ready  ## write the tables of README.md and docs/ anew, from records and commands
+	$(FULL)/bin/python -m benchmarks.figures
+	$(FULL)/bin/python -m docs.scripts.reference
+
+docs: $(FULL)/.ready  ## build the documentation as a site in build/site; anything that does not fit is an error
+	$(FULL)/bin/python -m mkdocs build --strict --quiet
+	@echo "the site: build/site/index.html"
 
 recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a small proxy), a checked submission, a report
 	@mkdir -p build/recipe
