@@ -64,7 +64,7 @@ figures: $(FULL)/.ready  ## write the tables of README.md and docs/ anew, from r
 
 docs: $(FULL)/.ready  ## build the documentation as a site in build/site; anything that does not fit is an error
 	$(FULL)/bin/python -m mkdocs build --strict --quiet
-	@echo "the site: build/site/index.html"
+	@echo "the site: build/site/index.html; with its search: python3 -m http.server --directory build/site"
 
 recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a small proxy), a checked submission, a report
 	@mkdir -p build/recipe

@@ -35,7 +35,7 @@ quietly() {
 }
 
 install() {
-    quietly "$folder/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@"
+    quietly "$folder/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off --retries 2 "$@"
 }
 
 explain() {

@@ -57,7 +57,7 @@ def _written(one: click.Option) -> str:
     if one.is_flag or one.count:
         return " / ".join([*one.opts, *one.secondary_opts])
     if isinstance(one.type, click.Choice):
-        return f"{one.opts[0]} {' | '.join(one.type.choices)}"
+        return f"{one.opts[0]} {{{','.join(one.type.choices)}}}"
     kind = one.metavar or {"integer": "N", "integer range": "N", "float": "X"}.get(one.type.name, one.type.name.upper())
     return f"{one.opts[0]} {kind}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def test_options_that_do_not_exist_are_noticed(folder):
         run_block(Block(Path("page.md"), 1, "sh", "engine caption --input no/where --out run.csv", None), folder)
     with pytest.raises(AssertionError, match="there is no make nothing"):
         check_options("make nothing")
+
+
+def test_the_captions_that_are_shown_are_the_demo_models(tmp_path):
+    """Lines such as `colin27_axial_082,"axial ...`, perhaps cut off by an ellipsis."""
+    shown = {line for page in PAGES for line in re.findall(r'^colin27\w+,".+$', page.read_text("utf-8"), re.MULTILINE)}
+    assert len(shown) >= 3
+    (tmp_path / "ids.txt").write_text("".join(f"{name}\n" for name in sorted({line.split(",")[0] for line in shown})))
+    images = ROOT / "examples/images"
+    _engine(f"caption --input {images} --manifest {tmp_path}/ids.txt --beams 4 --out {tmp_path}/run.csv")
+    rows = (tmp_path / "run.csv").read_text(encoding="utf-8").splitlines()
+    for line in shown:
+        assert any(row.startswith(line.removesuffix("...").rstrip()) for row in rows), line
 
 
 @pytest.mark.parametrize("block", [block for page in PAGES for block in blocks(page, "python")], ids=str)
