@@ -19,7 +19,7 @@ from tests.docs.pages import Block, words_of
 
 SHELL = re.compile(r"[|&;<>$`(]|^\. |^\w+=")
 """What only a shell understands."""
-SMALL = {"train sweep": "--examples 2 --max-new-tokens 5"}
+SMALL = {"train sweep": "--examples 2 --max-new-tokens 5", "export.parity": "--beams 1,3"}
 """Options behind those of a page, so that what takes days with real data takes seconds with ours."""
 
 
