@@ -1,5 +1,5 @@
 # Two environments: a lean one that captions (no torch), and a full one that trains, exports and tests.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 LEAN := build/venv-lean
 FULL := build/venv-full
 # transformers 5, with as little as its tests need: parity must hold on both.
@@ -14,18 +14,20 @@ OUT ?= run.csv
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
-.PHONY: all caption test test-next lint parity fuzz golden bench soak plots recipe train-smoke demo restore help clean
+.PHONY: all caption test test-next lint parity fuzz golden bench soak plots figures docs recipe train-smoke demo restore help clean
 
 all: lint test  ## lint and test
 
-caption: $(LEAN)/.ready  ## caption the example images into run.csv (lean environment, no torch)
+caption: $(LEAN)/.ready  ## caption the example images into run.csv (lean environment, no torch; a minute)
+	@echo "captioning $(IMAGES): some seconds"
 	$(LEAN)/bin/engine caption --input $(IMAGES) --beams $(BEAMS) --out $(OUT)
 	@echo; head -n 6 $(OUT)
 
 test: lint $(NEXT)/.ready  ## set up everything, lint, and run all tests, those against transformers 5 in a short form
+	@echo "running all tests: about 20 minutes on 2 cores"
 	$(FULL)/bin/python -m pytest
 	$(NEXT)/bin/python -m pytest tests/parity/test_releases.py tests/unit/export \
-	    tests/parity/test_generate.py -k "not equal_generate or equal_generate and (1-0 or 3-3-None)"
+	    tests/parity/test_generate.py -k "not equal_generate or penalties and ids or equal_generate and (1-0 or 3-3-None)"
 
 test-next: $(NEXT)/.ready  ## the parity grid and the export's tests on the newest transformers 5
 	$(NEXT)/bin/python -m pytest tests/parity/test_releases.py tests/unit/export tests/parity/test_generate.py \
@@ -55,6 +57,14 @@ soak: $(FULL)/.ready  ## caption 17,237 generated images: does it slow down, doe
 
 plots: $(FULL)/.ready  ## draw the records of benchmarks/results
 	$(FULL)/bin/python -m benchmarks.plots
+
+figures: $(FULL)/.ready  ## write the tables of README.md and docs/ anew, from records and commands
+	$(FULL)/bin/python -m benchmarks.figures
+	$(FULL)/bin/python -m docs.scripts.reference
+
+docs: $(FULL)/.ready  ## build the documentation as a site in build/site; anything that does not fit is an error
+	$(FULL)/bin/python -m mkdocs build --strict --quiet
+	@echo "the site: build/site/index.html; with its search: python3 -m http.server --directory build/site"
 
 recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a small proxy), a checked submission, a report
 	@mkdir -p build/recipe
@@ -95,16 +105,15 @@ clean:  ## remove environments and everything built
 	rm -rf build run.csv
 
 $(LEAN)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(LEAN)
-	$(LEAN)/bin/python -m pip install --quiet --upgrade pip
-	$(LEAN)/bin/python -m pip install --quiet --editable '.[cpu]'
+	@tools/environment.sh "$(PYTHON)" $(@D) "some 50 MB to fetch, less than a minute" --editable '.[cpu]'
 	@touch $@
 
-$(FULL)/.ready $(NEXT)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet '$(TORCH)' || { \
-	    echo "no $(TORCH) in your package index: installing its default build of torch instead"; \
-	    $(@D)/bin/python -m pip install --quiet torch==$(TORCH_VERSION); }
-	$(@D)/bin/python -m pip install --quiet --editable '.[cpu]' $(if $(findstring next,$@),--group next,--group test --group lint)
+$(FULL)/.ready: pyproject.toml
+	@tools/environment.sh "$(PYTHON)" $(@D) "torch and all that the tests need, gigabytes to fetch, some minutes" \
+	    --torch '$(TORCH)' torch==$(TORCH_VERSION) --editable '.[cpu]' --group test --group lint
+	@touch $@
+
+$(NEXT)/.ready: pyproject.toml
+	@tools/environment.sh "$(PYTHON)" $(@D) "torch and transformers 5, a gigabyte to fetch, some minutes" \
+	    --torch '$(TORCH)' torch==$(TORCH_VERSION) --editable '.[cpu]' --group next
 	@touch $@

@@ -27,6 +27,7 @@ from benchmarks.setting.corpus import CHALLENGE_SIZE, write_corpus
 from benchmarks.setting.machine import describe_machine
 from benchmarks.setting.workload import BUILD, EXAMPLES
 from benchmarks.survival.faults import compare_runs, engine_command, mix_in_unreadable, resident_bytes, run_disturbed
+from engine.bundle.manifest import Bundle
 from engine.machine.bench import peak_memory_gib
 from engine.options import DecodeOptions
 from engine.run.job import Inputs, Outputs
@@ -160,6 +161,7 @@ def main(
     record = {
         "benchmark": "soak",
         "machine": describe_machine(),
+        "bundle": Bundle.load().digest[:12],
         "setting": {"images": images, "beams": beams, "no_repeat_ngram": NGRAM, "most_new_tokens": MAX_NEW_TOKENS}
         | {"workload": "demo", "kills": kills, "terms": terms, "full_disks": full_disks, "hostile": hostile},
         "undisturbed": undisturbed,

@@ -32,7 +32,8 @@ from benchmarks.setting.machine import describe_machine
 from benchmarks.setting.workload import MAX_NEW_TOKENS, Workload, prepare
 from benchmarks.survival.faults import engine_command
 from benchmarks.throughput import agreement_of, is_valid
-from engine.captioner import READERS, Captioner
+from engine.bundle.manifest import Bundle
+from engine.captioner import FEWEST_READERS, Captioner
 from engine.captions import Caption
 from engine.cluster.driver import configure_ray_data
 from engine.cluster.messages import COLUMN, pack_captions, unpack_answer
@@ -154,7 +155,7 @@ def measure_stages(workload: Workload, beams: int) -> Stages:
         block_s=block_s,
         message_s=message_s,
         record_s=recorded.seconds / count,
-        readers=READERS,
+        readers=FEWEST_READERS,
     )
 
 
@@ -258,6 +259,7 @@ def main(images: int, name: str, beams: int, rounds: int, caption_s: float | Non
     record = {
         "benchmark": "scaleout",
         "machine": describe_machine(),
+        "bundle": Bundle.load(many.bundle).digest[:12],
         "setting": {"images": images, "beams": beams, "rounds": rounds, "no_repeat_ngram": NGRAM}
         | {"most_new_tokens": many.max_new_tokens, "workload": name, "caption_s": caption_s},
         **compared,

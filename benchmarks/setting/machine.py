@@ -1,15 +1,16 @@
-"""What a benchmark ran on; printed with every number."""
+"""What a benchmark ran on, and when; printed with every number."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+from datetime import date
 from pathlib import Path
 
 
 def describe_machine() -> dict[str, object]:
-    """Return processor, cores, Python and the versions that decide a result."""
+    """Return the date, processor, cores, Python and the versions that decide a result."""
     versions = {}
     for name in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"):
         try:
@@ -17,7 +18,8 @@ def describe_machine() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             continue
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": _processor(), "cores": cores, "python": platform.python_version(), "versions": versions}
+    found = {"processor": _processor(), "cores": cores, "python": platform.python_version(), "versions": versions}
+    return {"date": date.today().isoformat()} | found
 
 
 def _processor() -> str:

@@ -43,6 +43,7 @@ def main(name: str, images: int, beams: int, rows: tuple[int, ...], repeats: int
         "benchmark": "rows",
         "workload": name,
         "machine": describe_machine(),
+        "bundle": captioner.bundle.digest[:12],
         "beams": beams,
         "images": images,
         "repeats": repeats,

@@ -9,13 +9,28 @@ import click
 from engine.cli import machine, report, scoring, submission
 from engine.cli.caption import caption
 from engine.cli.group import OneLineGroup
+from engine.errors import UsageError
 from engine.version import __version__
 
+FIRST_STEPS = """\
+engine captions folders of images with a BLIP model. Begin with these:
 
-@click.group(cls=OneLineGroup, context_settings={"help_option_names": ["-h", "--help"]})
+  engine caption --input FOLDER --out run.csv             caption images; --bundle DIR is your own model
+  engine report --run run.csv --images FOLDER --out page  look at the captions in a browser
+  engine info                                             what is installed, what is missing, and why
+
+engine --help lists all commands, engine COMMAND --help the options of one."""
+"""What `engine` alone prints."""
+
+
+@click.group(cls=OneLineGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Caption directories of images with BLIP: the words of Hugging Face, without torch."""
+    if context.invoked_subcommand is None:
+        click.echo(FIRST_STEPS, err=True)
+        context.exit(UsageError.exit_code)
     warnings.filterwarnings("ignore", module=r"PIL\b")  # of pictures that are read nevertheless
 
 

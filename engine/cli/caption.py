@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 
 import click
@@ -52,7 +52,7 @@ def caption(
         runtime=runtime,
         workers=cluster,
         say=say,
-        progress=_progress_bar,
+        progress=_progress_bar if bundle is not None else _progress_of_demo,
     )
     new = summary.captions - summary.resumed
     say(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {outputs.out}")
@@ -64,6 +64,14 @@ def caption(
     say(summary.signature)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
+
+
+def _progress_of_demo(length: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Say, when nothing stands in the way of captioning any more, what the embedded demo does not know."""
+    say(
+        "note: no --bundle is given: this is the embedded demo model, which knows T1-weighted head MRI and nothing else"
+    )
+    return _progress_bar(length)
 
 
 @contextmanager

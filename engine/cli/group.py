@@ -14,6 +14,9 @@ from engine.cli.shared import say
 from engine.cli.signals import INTERRUPTED, STOPPED, TERMINATED, Terminated, end, end_on_signals
 from engine.errors import EngineError, UsageError
 
+LONGEST_SUMMARY = 1000
+"""Characters: none is as long, so that none is cut off."""
+
 
 class OneLine(click.Command):
     """A command whose errors are one line each."""
@@ -41,7 +44,16 @@ class OneLine(click.Command):
             _stop(f"{error.strerror or error}{f': {where}' if where else ''}", EngineError.exit_code)
 
 
-class OneLineGroup(OneLine, click.Group):
+class Group(click.Group):
+    """A group whose list of commands shows their summaries whole."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = [(name, self.commands[name]) for name in self.list_commands(context)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(limit=LONGEST_SUMMARY)) for name, one in commands])
+
+
+class OneLineGroup(OneLine, Group):
     """A group of commands whose errors are one line each."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from engine.cli.group import Group
 from engine.cli.shared import PATH, say
 from engine.errors import UsageError
 
@@ -67,7 +68,7 @@ def _setting(weights: dict[str, str], plugins: dict[str, str], device: str | Non
     return MetricInputs(weights=folders, plugins=plugins, device=device, batch_size=batch_size)
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option("--run", type=PATH, help="run.csv, or captions in another layout.")
 @click.option("--references", type=PATH, help="Reference captions: CSV, TSV, JSON, JSONL, parquet or a folder.")
 @click.option("--profile", type=click.Choice(PROFILE_NAMES), help="The metrics of a challenge, under its names.")

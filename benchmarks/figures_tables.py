@@ -1,0 +1,311 @@
+"""The tables of figures.py: which records each is made of, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]
+
+PROGRAMS = {"generate": "`generate`", "conventional": "the usual ONNX loop", "openvino": "our graphs on OpenVINO"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Names of records, and what makes Markdown of them. Without `needs_bundle` no bundle took part; with `as_above`
+    the records are those of the table before.
+    """
+
+    records: tuple[str, ...]
+    make: Callable[..., str]
+    needs_bundle: bool = True
+    as_above: bool = False
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _beams(count: int) -> str:
+    return "greedy" if count == 1 else f"{count} beams"
+
+
+def _name(record: Record) -> str:
+    return f"{record['workload']}, {_beams(record['setting']['beams'])}"
+
+
+def _times(record: Record, program: str) -> str:
+    row = record["programs"][program]
+    return f"{row['seconds_per_image']:.3f} ({row['times_engine']:.1f} x)"
+
+
+def _readme_speed(*records: Record) -> str:
+    ratios = [record["programs"]["generate"]["times_engine"] for record in records]
+    loops = [record["programs"]["conventional"]["times_engine"] for record in records]
+    rows = [
+        [
+            _name(record),
+            f"**{record['programs']['engine']['seconds_per_image']:.3f}**",
+            _times(record, "generate"),
+            _times(record, "conventional"),
+            f"{record['programs']['engine']['peak_gib']:.1f}, {record['programs']['conventional']['peak_gib']:.1f} GiB",
+        ]
+        for record in records
+    ]
+    return (
+        f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as `generate` on a CPU, and {min(loops):.1f} to "
+        f"{max(loops):.1f} times as the usual ONNX loop.\n"
+        "Seconds an image, from pixels in memory to token ids, float32, 3-gram ban. Each program has its best batch "
+        "size.\n\n" + _table(["model", "engine", "`generate`", "usual ONNX loop", "memory: engine, loop"], rows)
+    )
+
+
+def _agreement(record: Record) -> str:
+    images = record["setting"]["images"]
+    parts = []
+    for found in record["agreement"].values():
+        explained = [
+            f"{found[kind]} {word}" for kind, word in (("tie", "a tie"), ("batch", "its batch")) if found[kind]
+        ]
+        note = f" ({', '.join(explained)})" if explained else ""
+        parts.append(f"{found['identical']} of {images}{note}")
+    return "all the same" if set(parts) == {f"{images} of {images}"} else "; ".join(parts)
+
+
+def _speed(*records: Record) -> str:
+    rows = []
+    for record in records:
+        batch, roofline = record["batch"], record["roofline"]
+        rows.append(
+            [
+                f"{_name(record)}, {record['setting']['images']} images",
+                f"{record['programs']['engine']['seconds_per_image']:.3f}",
+                f"{_times(record, 'generate')}, batch {batch['generate']}",
+                f"{_times(record, 'conventional')}, batch {batch['conventional']}",
+                _times(record, "openvino"),
+                _agreement(record),
+                f"{roofline['share']:.0%}",
+            ]
+        )
+    header = [
+        "workload",
+        "engine, s an image",
+        *PROGRAMS.values(),
+        "captions like the engine's",
+        "of the roofline",
+    ]
+    return _table(header, rows)
+
+
+def _memory(*records: Record) -> str:
+    rows = [[_name(r), *(f"{r['programs'][p]['peak_gib']:.2f}" for p in ("engine", *PROGRAMS))] for r in records]
+    return _table(["peak memory, GiB", "engine", *PROGRAMS.values()], rows)
+
+
+def _products(*records: Record) -> str:
+    rows = [
+        [
+            _name(record),
+            f"{record['roofline']['matmul_gflops']['torch']:.0f}",
+            f"{record['roofline']['matmul_gflops']['onnxruntime']:.0f}",
+            f"{record['roofline']['achieved_gflops']:.0f}",
+        ]
+        for record in records
+    ]
+    return _table(["GFLOP/s", "torch's matrix product", "ONNX Runtime's", "useful work of the engine"], rows)
+
+
+def _lengths(*records: Record) -> str:
+    rows = [
+        [
+            record["setting"]["forced_tokens"],
+            f"{record['programs']['engine']['seconds_per_image']:.3f}",
+            _times(record, "generate"),
+            _times(record, "conventional"),
+            _agreement(record),
+        ]
+        for record in records
+    ]
+    header = ["new tokens of every caption", "engine, s an image", "`generate`", "usual ONNX loop", "captions"]
+    return _table(header, rows)
+
+
+def _rows(record: Record) -> str:
+    speeds = record["images_per_s"]
+    return _table(["rows side by side", *speeds], [["images/s", *(f"{speed:.1f}" for speed in speeds.values())]])
+
+
+def _soak(record: Record) -> str:
+    calm, disturbed, setting = record["undisturbed"], record["disturbed"], record["setting"]
+    growth = calm["peak_gib"] / calm["peak_gib_of_500"] - 1
+    survived = "nothing lost, nothing twice, the same bytes" if not disturbed["problems"] else disturbed["problems"]
+    return _table(
+        ["what", "figure"],
+        [
+            ["undisturbed", f"{setting['images']:,} images, {calm['images_per_s']:.1f} images/s"],
+            ["does it slow down?", f"the last tenth is {calm['last_over_second_tenth']:.2f} x as fast as the second"],
+            ["does memory grow?", f"peak {calm['peak_gib']:.2f} GiB, {growth:.0%} above a run of 500"],
+            [
+                f"through {setting['kills']} `kill -9`, {setting['terms']} SIGTERM, {setting['full_disks']} full "
+                f"disks, {disturbed['unreadable']} unreadable files",
+                survived,
+            ],
+        ],
+    )
+
+
+def _faults(*records: Record) -> str:
+    rows = []
+    for record in records:
+        setting, disturbed = record["setting"], record["disturbed"]
+        kinds = {"kills": "`kill -9`", "terms": "SIGTERM", "full_disks": "full disks"}
+        what = ", ".join(f"{setting[key]} {word}" for key, word in kinds.items() if setting[key])
+        outcome = "nothing lost, nothing twice, the same bytes" if disturbed["passed"] else disturbed["problems"]
+        rows.append([what, f"{disturbed['images']}, {disturbed['unreadable']} of them unreadable", outcome])
+    return _table(["faults", "images", "outcome"], rows)
+
+
+def _page(record: Record) -> str:
+    def spread(values: list[float]) -> str:
+        return f"{min(values):.2f} to {max(values):.2f} s"
+
+    runs = record["runs"]
+    frames = {kind: max(run[kind]["slowest_frame_s"] for run in runs) for kind in ("reading", "flicking", "dragging")}
+    gaps = sum(run[kind]["gaps"] for run in runs for kind in frames)
+    return _table(
+        ["what", "figure"],
+        [
+            [
+                "making it, all thumbnails new; none new",
+                f"{record['making_first_s']:.1f} s; {record['making_again_s']:.1f} s",
+            ],
+            ["page; thumbnails", f"{record['page_MB']:.1f} MB; {record['thumbnails_MB']} MB"],
+            ["until something is painted", spread([run["first_paint_s"] for run in runs])],
+            ["until the first rows are there", spread([run["first_rows_s"] for run in runs])],
+            ["slowest frame: reading, flicking, dragging", ", ".join(f"{one:.2f} s" for one in frames.values())],
+            ["places without a row while scrolling", gaps],
+            [
+                "a first search; another order",
+                f"{spread([r['search_s'] for r in runs])}; {spread([r['sort_s'] for r in runs])}",
+            ],
+        ],
+    )
+
+
+def _cluster(*records: Record) -> str:
+    rows = []
+    for record in records:
+        alone = record["ways"]["one process"]
+        for way, found in record["ways"].items():
+            rows.append(
+                [
+                    f"{record['setting']['workload']}: {way}",
+                    f"{found['image_s']:.3f} ({found['image_s'] / alone['image_s']:.2f} x)",
+                    f"{found['fixed_s']:.1f}",
+                    ", ".join(f"{wall:.0f}" for wall in found["wall_s"][-1]),
+                ]
+            )
+    images = records[0]["setting"]["images"]
+    return _table(["", "s an image", "starting, s", f"{images} images in all, s"], rows)
+
+
+def _simulated(record: Record) -> str:
+    chosen = [one for one in record["simulated"] if one["actors"] in (1, 8, 64, 256, 512, 1024)]
+    rows = [
+        [
+            f"{one['images']:,}",
+            one["actors"],
+            f"{one['images_per_s']:.1f}",
+            one["bottleneck"],
+            f"{one['worker_busy']:.0%}",
+        ]
+        for one in chosen
+    ]
+    return _table(["images", "workers", "images/s", "what is in the way", "workers are busy"], rows)
+
+
+def _host(record: Record) -> str:
+    rows = [
+        [
+            _beams(one["beams"]),
+            *(f"{one[checkout]['images_per_s']:,.0f}" for checkout in ("here", "there")),
+            f"{one['ratio']:.2f} x",
+        ]
+        for one in record["measured"]
+    ]
+    return _table(["a device that answers at once", "images/s", "images/s of 084ae4d", "ratio"], rows)
+
+
+def _devices(*records: Record) -> str:
+    rows = [
+        [
+            f"{record['device'].upper()}, {_beams(one['beams'])}",
+            f"{one['here']['seconds']:.1f}",
+            f"{one['here']['device_s']:.1f}",
+            f"{one['host_s']:.1f}",
+            f"{one['over_slower']:.3f} x",
+        ]
+        for record in records
+        for one in record["measured"]
+    ]
+    images = records[0]["measured"][0]["images"]
+    header = [f"{images:,} images", "s in all", "the device, s", "the host alone, s", "over the slower of the two"]
+    return _table(header, rows)
+
+
+def _difference(found: Record, digits: int = 4) -> str:
+    return f"{found['difference']:+.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+
+
+def _consensus(record: Record) -> str:
+    metrics = {"rouge1": "ROUGE-1", "bertscore": "BERTScore (proxy)", "bleu1": "BLEU-1", "cider": "CIDEr-D"}
+    rows = [
+        [name, *(f"{found[m]['value']:.4f}" if name == "best beam" else _difference(found[m]) for m in metrics)]
+        for name, found in record["runs"].items()
+    ]
+    return _table(["chosen among", *metrics.values()], rows)
+
+
+def _rewards(*records: Record) -> str:
+    rows = []
+    for record in records:
+        learnt = record.get("slices learnt from") or record["training slices"]
+        slices = "slices that no gradient had seen" if learnt.get("head") == "valid" else "training slices"
+        recipe = record["recipe"]
+        how = [f"baseline {recipe.get('baseline', 'greedy')}"]
+        how += [f"augmentation {recipe['augmentation']}"] if recipe["augmentation"] != "none" else []
+        how.append(f"frozen: {', '.join(recipe['freeze'])}")
+        rows.append(
+            [
+                f"{learnt['images']} {slices}; {'; '.join(how)}",
+                _difference(learnt["reward of greedy captions"]),
+                _difference(learnt["reward of drawn captions"]),
+                _difference(record["held-out volume"]["rouge1"]),
+                _difference(record["held-out volume"]["bertscore"]),
+            ]
+        )
+    header = ["learnt from", "reward, greedy", "reward, drawn", "held-out ROUGE-1", "held-out BERTScore (proxy)"]
+    return _table(header, rows)
+
+
+BASE = ("base_1beams", "base_4beams", "base_10beams")
+TABLES = {
+    "readme speed": Table((*BASE, "large_4beams"), _readme_speed),
+    "speed": Table((*BASE, "large_4beams", "demo_4beams"), _speed),
+    "memory": Table((*BASE, "large_4beams", "demo_4beams"), _memory, as_above=True),
+    "products": Table((*BASE, "large_4beams", "demo_4beams"), _products, as_above=True),
+    "lengths": Table(("base_4beams_10tokens", "base_4beams_20tokens", "base_4beams_40tokens"), _lengths),
+    "rows": Table(("rows_demo_4beams",), _rows),
+    "soak": Table(("soak_17237",), _soak),
+    "faults": Table(("soak_300_kill", "soak_300_term", "soak_300_disk"), _faults),
+    "page": Table(("report_page",), _page, needs_bundle=False),
+    "cluster": Table(("scaleout_demo", "scaleout_base"), _cluster),
+    "simulated cluster": Table(("scaleout_demo",), _simulated),
+    "host": Table(("host_instant_against",), _host, needs_bundle=False),
+    "devices": Table(("host_a100", "host_h100"), _devices, needs_bundle=False),
+    "consensus": Table(("consensus",), _consensus),
+    "rewards": Table(("rewards_greedy", "rewards_augmented", "rewards_train", "rewards_valid"), _rewards),
+}

@@ -1,0 +1,60 @@
+"""What a newcomer sees first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from engine.cli.app import main
+from tests.helpers.tiny import random_pictures
+from train.__main__ import main as train
+
+NOTE = "the embedded demo model, which knows T1-weighted head MRI and nothing else"
+
+
+def run(*arguments: object) -> click.testing.Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_engine_alone_shows_three_commands_and_where_the_others_are():
+    shown = run()
+    assert shown.exit_code == 2
+    assert shown.stdout == ""
+    assert [line.split()[1] for line in shown.stderr.splitlines() if line.startswith("  engine ")] == [
+        *("caption", "report", "info")
+    ]
+    assert "engine --help" in shown.stderr
+    assert run("--version").exit_code == 0
+
+
+@pytest.mark.parametrize(("group", "words"), [(main, []), (main, ["score"]), (train, [])])
+def test_no_summary_is_cut_off(group, words):
+    shown = CliRunner().invoke(group, [*words, "--help"], terminal_width=60)
+    assert shown.exit_code == 0
+    assert "..." not in shown.output.partition("Commands:")[2]
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    (tmp_path / "images").mkdir()
+    random_pictures(1)[0].save(tmp_path / "images/a.png")
+    return tmp_path / "images"
+
+
+def test_captions_of_the_demo_model_are_told_to_be_that(images, tiny_bundle, tmp_path):
+    demo = run("caption", "--input", images, "--beams", 1, "--max-new-tokens", 2, "--out", tmp_path / "demo.csv")
+    assert demo.exit_code == 0, demo.output
+    assert NOTE in demo.stderr
+    own = run("caption", "--input", images, "--bundle", tiny_bundle, "--out", tmp_path / "own.csv")
+    assert NOTE not in own.stderr
+
+
+def test_an_error_without_a_bundle_stays_one_line(tmp_path):
+    failed = run("caption", "--input", tmp_path / "nowhere", "--out", tmp_path / "run.csv")
+    assert failed.exit_code == 2
+    assert [line for line in failed.stderr.splitlines() if line != "backend: cpu"] == [
+        f"error: {tmp_path}/nowhere is not a directory: give the folder that holds the images"
+    ]

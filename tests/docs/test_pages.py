@@ -1,0 +1,149 @@
+"""The pages hold together: bounds, links, tables that are what records and commands say, a site that builds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from benchmarks import figures
+from benchmarks.figures import PAGES, RESULTS, ROOT
+from docs.scripts import reference
+from engine import errors
+from engine.cli.app import main as engine
+from engine.inputs.images import RepeatedIdError
+from engine.scoring.base import UnavailableError
+from tests.docs.pages import LINKING, anchors, links, name_of, without_code
+from train.__main__ import main as train
+
+README = ROOT / "README.md"
+FIGURES = r"^<!-- figures: (.+?) -->$"
+MOST_LINES, MOST_WORDS, WIDTH = 150, 1200, 120
+
+
+def test_a_newcomer_finishes_the_readme():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    assert len(text.split()) <= MOST_WORDS
+    assert max(len(line) for line in text.splitlines()) <= WIDTH
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_are_short_enough_to_read_in_the_repository(page):
+    own = re.sub(r"<!-- (options|figures): .*?<!-- end -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    long = [line for line in own.splitlines() if len(line) > WIDTH and not line.startswith(("|", "colin27", "engine:"))]
+    assert not long
+
+
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
+def test_links_and_anchors_lead_somewhere(page):
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), target
+        assert other.is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in anchors(other), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_are_named_exist(page):
+    """Paths of this repository in `code`; other paths there are examples."""
+    rooms = r"(?:engine|export|train|benchmarks|tests|docs|examples)/[\w./-]+"
+    for name in re.findall(rf"`({rooms})`", without_code(page)):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_are_those_of_the_records(page):
+    assert figures.render(page) == page.read_text(encoding="utf-8"), "stale: run `make figures`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_option_tables_are_those_of_the_commands(page):
+    assert reference.render(page) == page.read_text(encoding="utf-8"), "stale: run `make figures`"
+
+
+def test_every_table_of_figures_is_shown():
+    shown = {name for page in PAGES for name in re.findall(FIGURES, page.read_text("utf-8"), re.MULTILINE)}
+    assert shown == set(figures.TABLES)
+
+
+def test_another_record_makes_a_table_stale(tmp_path):
+    folder = Path(shutil.copytree(RESULTS, tmp_path / "results"))
+    record = json.loads((folder / "base_4beams.json").read_text())
+    record["programs"]["engine"]["seconds_per_image"] = 0.4321
+    (folder / "base_4beams.json").write_text(json.dumps(record))
+    text = figures.render(README, folder)
+    assert "**0.432**" in text
+    assert text != README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("bundle", "shown"),
+    [
+        ("0" * 64, "an earlier demo bundle, 000000000000"),
+        (None, "a demo bundle that was not recorded"),
+        ("present", "the embedded demo bundle "),
+    ],
+)
+def test_a_record_of_another_bundle_is_shown_as_such(bundle, shown, tmp_path):
+    folder = Path(shutil.copytree(RESULTS, tmp_path / "results"))
+    record = json.loads((folder / "rows_demo_4beams.json").read_text())
+    present = figures.Bundle.load().digest
+    record["bundle"] = present if bundle == "present" else bundle
+    (folder / "rows_demo_4beams.json").write_text(json.dumps(record))
+    text = figures.figures("rows", ROOT / "docs/measurements.md", folder)
+    assert shown in " ".join(text.split())
+    assert present[:12] in text
+
+
+def commands(group: click.Group, name: str) -> list[str]:
+    """Return every command of a group as it is typed."""
+    found = []
+    for word, command in group.commands.items():
+        found.append(f"{name} {word}")
+        if isinstance(command, click.Group):
+            found += commands(command, found[-1])
+    return found
+
+
+def test_every_command_has_its_table():
+    page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    wanted = [*commands(engine, "engine"), *commands(train, "python -m train"), "python -m export"]
+    assert sorted(re.findall(r"<!-- options: (.+?) -->", page)) == sorted(wanted)
+    assert set(wanted) <= set(re.findall(r"^## (.+)$", page, re.MULTILINE))
+
+
+def test_every_section_of_caption_is_explained():
+    page = (ROOT / "docs/captioning.md").read_text(encoding="utf-8")
+    sections = {getattr(one, "section", "Other") for one in engine.commands["caption"].params}
+    for section in sections - {"Decoding"}:
+        assert f"<!-- options: engine caption / {section} -->" in page
+    assert "<!-- options: decoding -->" in page
+
+
+def test_every_error_has_its_remedy():
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    own = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.EngineError)]
+    for kind in (*own, RepeatedIdError, UnavailableError):
+        assert re.search(rf"^\| `{kind.__name__}` \| {kind.exit_code} \|", page, re.MULTILINE), kind.__name__
+
+
+def test_the_site_builds_strictly(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the dependency group docs, which `make test` installs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site/python.html").read_text(encoding="utf-8")
+    assert "max_new_tokens" in page
+    assert "https://fonts" not in page
+    assert (tmp_path / "site/benchmarks/LOG.html").exists()
