@@ -48,17 +48,23 @@ class DecodeOptions:
     bad_words: tuple[str, ...] | None = option(
         None, "--bad-words", "File of words or phrases, one a line, that no caption holds.", in_bundle=False
     )
-    bad_words_ids: tuple[tuple[int, ...], ...] | None = option(None)
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = option(
+        None, help="The same as token ids; for bundles and Python."
+    )
     suppress_tokens: tuple[int, ...] | None = option(
         None, "--suppress-tokens", "Token ids no caption holds.", metavar="ID,ID"
     )
-    begin_suppress_tokens: tuple[int, ...] | None = option(None)
+    begin_suppress_tokens: tuple[int, ...] | None = option(
+        None, help="Token ids no caption begins with, behind the prompt; for bundles and Python."
+    )
     max_new_tokens: int | None = option(
         None, "--max-new-tokens", "Most tokens a caption may add to the prompt.", least=1
     )
-    max_length: int | None = option(None, least=2)
+    max_length: int | None = option(
+        None, help="Most tokens of a caption, prompt included; for bundles and Python.", least=2
+    )
     min_new_tokens: int | None = option(None, "--min-new-tokens", "Fewest tokens before a caption may end.", least=0)
-    min_length: int = option(0, least=0)
+    min_length: int = option(0, help="Fewest tokens of a caption, prompt included; for bundles and Python.", least=0)
     length_penalty: float = option(
         1.0,
         "--length-penalty",

@@ -77,10 +77,6 @@ def _default(one: click.Option) -> str:
 
 def decoding() -> str:
     """Return Hugging Face's names of the decoding options, with option, default and meaning."""
-    meaning = {
-        "max_length": "Most tokens of a caption, prompt included; for bundles and Python.",
-        "min_length": "Fewest tokens of a caption, prompt included; for bundles and Python.",
-    }
     rows = []
     for name, (option, _) in DECODE_OPTIONS.items():
         default = DEFAULTS[name]
@@ -88,7 +84,7 @@ def decoding() -> str:
         if name == "max_new_tokens":
             shown = f"`{DEFAULT_NEW_TOKENS}`, where `max_length` is not given either"
         flag = f"`{option.flag}`" if option.flag else ""
-        rows.append([f"`{name}`", flag, shown, option.help or meaning[name]])
+        rows.append([f"`{name}`", flag, shown, option.help])
     return table(["Hugging Face's name", "option", "default", "meaning"], rows)
 
 
