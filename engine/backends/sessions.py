@@ -10,8 +10,8 @@ from engine.bundle.graphs import GRAPHS, cache_names, graph_inputs, graph_output
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, BundleError
 
-FLOAT32_ALWAYS = ("scores", "candidate_scores")
-"""Sums along captions, whatever the weights are; keys and values have the precision's own type."""
+FLOAT32_ALWAYS = ("scores", "penalties", "candidate_scores")
+"""What scores are made of, whatever the weights are; keys and values have the precision's own type."""
 
 LOG_ERRORS_ONLY = 3
 STOP_SPINNING = ("session.force_spinning_stop", "1")

@@ -61,6 +61,7 @@ def test_a_row_and_a_position_cost_what_torch_counts(tiny_checkpoint, tiny_refer
             torch.zeros(1, rows, dtype=torch.long),
             torch.zeros(1, rows),
             torch.full((1, rows, 1), -1),
+            torch.ones(2),
             torch.ones(1, rows, cached + rows, dtype=torch.bool),
             torch.tensor([2]),
             config.cache(1, config.encoder_positions),
