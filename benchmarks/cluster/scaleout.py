@@ -35,7 +35,6 @@ from benchmarks.throughput import agreement_of, is_valid
 from engine.captioner import READERS, Captioner
 from engine.captions import Caption
 from engine.cluster.driver import configure_ray_data
-from engine.cluster.messages import COLUMN, pack_captions, unpack_answer
 from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import MESSAGES_PER_BLOCK
 from engine.files.atomic import file_sha256
@@ -44,6 +43,7 @@ from engine.inputs.images import find_images
 from engine.inputs.pixels import read_image
 from engine.run.job import Outputs
 from engine.run.record import RunRecord
+from engine.workers.messages import COLUMN, pack_captions, unpack_answer
 
 RECORDS = Path("benchmarks/results")
 NGRAM = 3

@@ -16,7 +16,11 @@ from engine.bundle.fetch import open_bundle
 from engine.bundle.signature import environment
 from engine.captioner import Captioner
 from engine.captions import Caption
-from engine.cluster.messages import (
+from engine.decoding.beam import Search
+from engine.errors import BackendError, BundleError, EngineError, ImageError
+from engine.host import available_memory
+from engine.version import __version__
+from engine.workers.messages import (
     COLUMN,
     WorkOrder,
     pack_captions,
@@ -26,11 +30,7 @@ from engine.cluster.messages import (
     pack_note,
     unpack_images,
 )
-from engine.cluster.stream import CaptionStream
-from engine.decoding.beam import Search
-from engine.errors import BackendError, BundleError, EngineError, ImageError
-from engine.host import available_memory
-from engine.version import __version__
+from engine.workers.stream import CaptionStream
 
 MESSAGES_PER_BLOCK = 8
 """Messages a block is answered in: what a killed worker or driver loses at most, against what a message costs. Always
