@@ -32,7 +32,7 @@ from benchmarks.setting.machine import describe_machine
 from benchmarks.setting.workload import MAX_NEW_TOKENS, Workload, prepare
 from benchmarks.survival.faults import engine_command
 from benchmarks.throughput import agreement_of, is_valid
-from engine.captioner import READERS, Captioner
+from engine.captioner import FEWEST_READERS, Captioner
 from engine.captions import Caption
 from engine.cluster.driver import configure_ray_data
 from engine.cluster.session import LOCAL, cluster
@@ -154,7 +154,7 @@ def measure_stages(workload: Workload, beams: int) -> Stages:
         block_s=block_s,
         message_s=message_s,
         record_s=recorded.seconds / count,
-        readers=READERS,
+        readers=max(FEWEST_READERS, available_cores()),
     )
 
 
