@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.captions import Alternative, Caption
-from engine.errors import EngineError, ImageError, OutOfMemoryError, UsageError
+from engine.errors import EngineError, OutOfMemoryError, UsageError
 from engine.inputs.images import ImageFile, find_images
 from engine.inputs.remote import RemoteFolder
 from engine.workers.messages import (
@@ -21,7 +21,7 @@ from engine.workers.messages import (
     unpack_answer,
     unpack_images,
 )
-from engine.workers.stream import CaptionStream
+from engine.workers.stream import CaptionStream, Unreadable
 from tests.helpers.tiny import random_pictures
 
 CAPTION = Caption(
@@ -80,8 +80,8 @@ def test_callers_at_one_time_get_their_own_images_in_order(images, tiny_captione
         said = [answer for answer in answers[caller] if isinstance(answer, Caption)]
         assert [caption.id for caption in said] == [i.id for i in images[caller::3] if i.id != "05"]
         assert all(caption.text == expected[caption.id] for caption in said)
-    assert [str(a) for caller in range(3) for a in answers[caller] if isinstance(a, ImageError)] == [
-        f"{images[5].path}: not an image, or damaged"
+    assert [(a.id, str(a.error)) for caller in range(3) for a in answers[caller] if isinstance(a, Unreadable)] == [
+        ("05", f"{images[5].path}: not an image, or damaged")
     ]
 
 
@@ -99,7 +99,7 @@ def test_short_of_memory_a_stream_says_so_and_loses_nothing(images, tiny_caption
     assert sorted(answer.id for answer in said if isinstance(answer, Caption)) == [
         image.id for image in images if image.id != "05"
     ]
-    assert len([answer for answer in said if isinstance(answer, ImageError)]) == 1
+    assert len([answer for answer in said if isinstance(answer, Unreadable)]) == 1
 
 
 def test_an_error_reaches_its_caller_and_the_next_one_is_served(images, tiny_captioner, monkeypatch):
