@@ -18,6 +18,7 @@ from engine.workers.messages import (
     pack_failures,
     pack_images,
     pack_note,
+    pack_ready,
     unpack_answer,
     unpack_images,
 )
@@ -35,6 +36,7 @@ def test_messages_come_back_as_they_were():
     assert unpack_answer(pack_failures({"x": "truncated"})).failures == {"x": "truncated"}
     assert unpack_answer(pack_clipped(["x.png"])).clipped == ("x.png",)
     assert unpack_answer(pack_note("less memory")).note == "less memory"
+    assert unpack_answer(pack_ready(48)).wants == 48
     images = [
         ImageFile("odd", Path("/images/\udcff.png"), 2, depth="0,4095"),
         ImageFile("far", Path("a/b.png"), 0, RemoteFolder("s3://b/c")),
