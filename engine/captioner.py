@@ -158,6 +158,11 @@ class Captioner:
         sizes, streams = self.backend.batch_sizes, 1 + len(self._more_backends)
         return sizes if streams == 1 else replace(sizes, rows=streams * sizes.rows, sets=streams)
 
+    @property
+    def images_ahead(self) -> int:
+        """How many images are read before they are decoded, at most."""
+        return AHEAD * max(self._readers, self.backend.batch_sizes.encode_batch)
+
     def scheduler(self, search: Search, rows: int | None = None) -> Scheduler:
         """Return a scheduler with as many slots as `rows` beams need; None means what suits device and memory."""
         batch_sizes = self.batch_sizes
@@ -198,8 +203,7 @@ class Captioner:
                 return name, error, b""
             return name, pixels, _digest(pixels)
 
-        window = AHEAD * max(self._readers, self.backend.batch_sizes.encode_batch)
-        for name, pixels, digest in read_ahead(read, sources, threads=self._readers, window=window):
+        for name, pixels, digest in read_ahead(read, sources, threads=self._readers, window=self.images_ahead):
             if isinstance(pixels, np.ndarray):
                 yield name, pixels, digest
             elif on_error is None:

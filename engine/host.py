@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from pathlib import Path
 
+CPUS = Path("/sys/devices/system/cpu")
 UNKNOWN_MEMORY = 4 << 30
 """Bytes taken as available where the system does not say."""
 
@@ -14,6 +16,28 @@ def available_cores() -> int:
     """Return how many CPU cores this process may use: those it is bound to, and no more than its container's quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(bound, _cpu_quota())))
+
+
+def core_shares(count: int) -> list[frozenset[int]]:
+    """Divide the cores this process is bound to among `count` workers; those of a socket, and the threads of one core,
+    stay together. Shares are empty where there are fewer cores, or the system binds no process to some.
+    """
+    cores = sorted(os.sched_getaffinity(0), key=_position) if hasattr(os, "sched_setaffinity") else []
+    if len(cores) < count:
+        return [frozenset()] * count
+    bounds = [-(-len(cores) * place // count) for place in range(count + 1)]
+    return [frozenset(cores[first:end]) for first, end in itertools.pairwise(bounds)]
+
+
+def _position(core: int) -> tuple[int, ...]:
+    """Return socket, die, physical core and number of what the system calls a core."""
+    position = []
+    for name in ("physical_package_id", "die_id", "core_id"):
+        try:
+            position.append(int((CPUS / f"cpu{core}/topology/{name}").read_text()))
+        except (OSError, ValueError):
+            position.append(0)
+    return (*position, core)
 
 
 def _cpu_quota() -> float:

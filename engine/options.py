@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,8 +261,8 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Workers:
-    """Where captions come from: this process, or `actors` workers of the Ray cluster at `address`. UsageError for
-    workers of none.
+    """Where captions come from: this process, `processes` workers of this machine or one on each of its `devices`, or
+    `actors` workers of the Ray cluster at `address`. UsageError for workers of none, and of two kinds.
     """
 
     address: str | None = option(
@@ -274,7 +275,25 @@ class Workers:
     actors: int | None = option(
         None, "--ray-actors", "Workers of --ray; one a GPU, or one per --threads CPUs.", least=1
     )
+    processes: int | None = option(
+        None, "--processes", "Of --backend cpu: worker processes, each with a share of cores and threads.", least=1
+    )
+    devices: str | None = option(None, "--devices", "GPUs with a worker process each: cuda:0,cuda:1.", metavar="GPUS")
 
     def __post_init__(self) -> None:
         if self.address is None and self.actors is not None:
             raise UsageError("--ray-actors is how many workers --ray has: give both, or neither")
+        if self.address is not None and (self.processes, self.devices) != (None, None):
+            raise UsageError("--ray has workers of its own, see --ray-actors: leave --processes and --devices out")
+        if self.processes is not None and self.devices is not None:
+            raise UsageError("--devices is one worker process a GPU: leave --processes out")
+        if len(set(self.gpus)) < len(self.gpus):
+            raise UsageError(f"--devices {self.devices} names a GPU twice: name each once")
+
+    @property
+    def gpus(self) -> list[int]:
+        """The numbers of `devices`. Raises UsageError for what are none."""
+        names = [] if self.devices is None else [name.strip() for name in self.devices.split(",")]
+        if not all(re.fullmatch("cuda:[0-9]{1,4}", name) for name in names):
+            raise UsageError(f"--devices takes GPUs of this machine, cuda:0,cuda:1, not {self.devices!r}")
+        return [int(name.removeprefix("cuda:")) for name in names]

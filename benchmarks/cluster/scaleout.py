@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from engine.cluster.messages import COLUMN, pack_captions, unpack_answer
 
 from benchmarks.cluster.scaleout_model import BUSY, Outcome, Stages, simulate
 from benchmarks.setting.corpus import CHALLENGE_SIZE
@@ -36,7 +37,6 @@ from engine.bundle.manifest import Bundle
 from engine.captioner import FEWEST_READERS, Captioner
 from engine.captions import Caption
 from engine.cluster.driver import configure_ray_data
-from engine.cluster.messages import COLUMN, pack_captions, unpack_answer
 from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import MESSAGES_PER_BLOCK
 from engine.files.atomic import file_sha256

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import BackendError
 
 DRIVER = "libcuda.so.1"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""Variable of the environment: the GPUs a process sees, which it counts from 0."""
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 """CUdevice_attribute of the CUDA driver API."""
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
@@ -36,20 +39,9 @@ def find_gpu(otherwise: str = "use --backend cpu") -> Gpu:
 
     Raises BackendError with what is missing, driver, permission or device, and `otherwise`, what to do without it.
     """
-    try:
-        driver = ctypes.CDLL(DRIVER)
-    except OSError:
-        raise BackendError(
-            f"no NVIDIA driver on this machine ({DRIVER} cannot be loaded): start a container with access to the GPU, "
-            f"or {otherwise}"
-        ) from None
-    _call(driver, "cuInit", 0)
-    newest = ctypes.c_int()
+    driver, _ = _open_driver(otherwise)
+    newest, device = ctypes.c_int(), ctypes.c_int()
     _call(driver, "cuDriverGetVersion", ctypes.byref(newest))
-    count, device = ctypes.c_int(), ctypes.c_int()
-    _call(driver, "cuDeviceGetCount", ctypes.byref(count))
-    if count.value == 0:
-        raise BackendError(f"the NVIDIA driver sees no GPU: look at CUDA_VISIBLE_DEVICES, or {otherwise}")
     _call(driver, "cuDeviceGet", ctypes.byref(device), 0)
     name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
     _call(driver, "cuDeviceGetName", name, len(name), device)
@@ -60,6 +52,30 @@ def find_gpu(otherwise: str = "use --backend cpu") -> Gpu:
         _call(driver, "cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
         version.append(str(value.value))
     return Gpu(name.value.decode(errors="replace"), ".".join(version), memory.value, newest.value)
+
+
+def visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls each GPU that this process sees, in order. Raises as find_gpu does."""
+    _, count = _open_driver("leave --devices out")
+    listed = os.environ.get(VISIBLE)
+    return [name.strip() for name in listed.split(",")][:count] if listed else list(map(str, range(count)))
+
+
+def _open_driver(otherwise: str) -> tuple[ctypes.CDLL, int]:
+    """Return the driver, and how many GPUs it shows to this process: at least one."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        raise BackendError(
+            f"no NVIDIA driver on this machine ({DRIVER} cannot be loaded): start a container with access to the GPU, "
+            f"or {otherwise}"
+        ) from None
+    _call(driver, "cuInit", 0)
+    count = ctypes.c_int()
+    _call(driver, "cuDeviceGetCount", ctypes.byref(count))
+    if count.value == 0:
+        raise BackendError(f"the NVIDIA driver sees no GPU: look at {VISIBLE}, or {otherwise}")
+    return driver, count.value
 
 
 def refuse_old_driver(gpu: Gpu) -> None:

@@ -23,7 +23,7 @@ from engine.run.job import Inputs, Outputs
 @bundle_option
 @takes(runtime=Runtime)
 @rows_option
-@takes(cluster=Workers, outputs=Outputs)
+@takes(workers=Workers, outputs=Outputs)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary as the last line.")
 def caption(
     inputs: Inputs,
@@ -31,7 +31,7 @@ def caption(
     bundle: Location | None,
     runtime: Runtime,
     rows: int | None,
-    cluster: Workers,
+    workers: Workers,
     outputs: Outputs,
     as_json: bool,
 ) -> None:
@@ -50,7 +50,7 @@ def caption(
         decoding,
         rows=rows,
         runtime=runtime,
-        workers=cluster,
+        workers=workers,
         say=say,
         progress=_progress_bar if bundle is not None else _progress_of_demo,
     )

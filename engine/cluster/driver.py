@@ -13,13 +13,13 @@ from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captioner import Todo, search_for
 from engine.captions import Caption
-from engine.cluster.messages import COLUMN, WorkOrder, pack_images, unpack_answer
 from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import AttemptCounter, CaptionWorker, NodeFacts, inspect_node
 from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
+from engine.workers.messages import COLUMN, WorkOrder, pack_images, unpack_answer
 
 Say = Callable[[str], None]
 

@@ -6,17 +6,15 @@ import hashlib
 import platform
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from engine.backends import open_backends, require_backend
-from engine.backends.capacity import slots_for
-from engine.bundle.fetch import open_bundle
+from engine.backends import require_backend
 from engine.bundle.signature import environment
-from engine.captioner import Captioner
 from engine.captions import Caption
-from engine.cluster.messages import (
+from engine.errors import BackendError, EngineError
+from engine.version import __version__
+from engine.workers.messages import (
     COLUMN,
     WorkOrder,
     pack_captions,
@@ -26,11 +24,7 @@ from engine.cluster.messages import (
     pack_note,
     unpack_images,
 )
-from engine.cluster.stream import CaptionStream
-from engine.decoding.beam import Search
-from engine.errors import BackendError, BundleError, EngineError, ImageError
-from engine.host import available_memory
-from engine.version import __version__
+from engine.workers.stream import CaptionStream, Unreadable
 
 MESSAGES_PER_BLOCK = 8
 """Messages a block is answered in: what a killed worker or driver loses at most, against what a message costs. Always
@@ -115,21 +109,7 @@ class CaptionWorker:
                 f"{platform.node()} has other packages ({found}) than the first node ({order.environment}): install "
                 "the same everywhere"
             )
-        bundle = open_bundle(order.bundle)
-        if bundle.digest != order.digest:
-            raise BundleError(f"{order.bundle} is another bundle than here: copy it anew")
-        captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
-        search = captioner.search(order.options)
-        rows = order.rows or self._fair_slots(captioner, search) * search.num_beams
-        self._clipped = captioner.clipped
-        self._stream = CaptionStream(captioner, order.options, rows=rows)
-
-    def _fair_slots(self, captioner: Captioner, search: Search) -> int:
-        """Return how many images side by side suit the device, and the memory that workers of a node share."""
-        batch_sizes, memory = captioner.batch_sizes, None
-        if batch_sizes.memory_bytes is None:  # a GPU knows its own, which no other worker shares
-            memory = available_memory() // self._order.peers
-        return slots_for(search, captioner.bundle.model, batch_sizes, memory_bytes=memory)
+        self._stream = CaptionStream.open(order)
 
     def __call__(self, blocks: Any) -> Iterator[Any]:
         """Answer a table with blocks of images."""
@@ -149,13 +129,12 @@ class CaptionWorker:
         ready: list[Caption] = []
         failures: dict[str, str] = {}
         notes: list[str] = []
-        ids = {str(image.source): image.id for image in images}
         try:
             for said in self._stream.caption(images):
                 if isinstance(said, Caption):
                     ready.append(said)
-                elif isinstance(said, ImageError):
-                    failures[ids[said.path]] = said.reason + self._where
+                elif isinstance(said, Unreadable):
+                    failures[said.id] = said.error.reason + self._where
                 else:
                     notes.append(said)
                 if len(ready) == -(-len(images) // MESSAGES_PER_BLOCK):
@@ -167,10 +146,6 @@ class CaptionWorker:
         yield pack_captions(ready)
         if failures:
             yield pack_failures(failures)
-        clipped = []
-        with suppress(IndexError):
-            while True:  # one by one: another block goes on meanwhile, and some may be its own
-                clipped.append(self._clipped.pop())
-        if clipped:
+        if clipped := self._stream.take_clipped():  # another block goes on meanwhile: some may be its own
             yield pack_clipped(clipped)
         yield from map(pack_note, notes)

@@ -29,7 +29,7 @@ class RunSummary:
     """How a run went. `resumed` of the captions come from an earlier run that was cut off, `empty` ones have no word;
     `left_aside` are entries of the directory that were not taken for images.
 
-    `seconds` is captioning; without loading the bundle in this process, but with starting the workers of a cluster.
+    `seconds` is captioning; without loading the bundle in this process, but with starting workers elsewhere.
     """
 
     images: int

@@ -1,4 +1,4 @@
-"""Where captions come from: this process, or the workers of a cluster; the rest of a run is the same."""
+"""Where captions come from: this process, others beside it, or a cluster; the rest of a run is the same."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from engine.cluster.driver import open_cluster
 from engine.cluster.session import require_ray
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
+from engine.processes.driver import open_processes
+from engine.processes.shares import shares_of
 
 Say = Callable[[str], None]
 
@@ -48,18 +50,22 @@ def choose_runtime(runtime: Runtime, workers: Workers, say: Say) -> Runtime:
     if workers.address is not None:
         require_ray()
         return runtime
-    name = require_backend(runtime.backend)
+    wanted = "cuda" if workers.devices is not None and runtime.backend == "auto" else runtime.backend
+    chosen = replace(runtime, backend=require_backend(wanted))
+    shares_of(chosen, workers)
     if runtime.backend == "auto":
-        say(f"backend: {name}")
-    return replace(runtime, backend=name)
+        say(f"backend: {chosen.backend}")
+    return chosen
 
 
 def open_source(
     bundle: Location | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
 ) -> AbstractContextManager[Source]:
-    """Load what captions a run; `say` gets notes of a cluster. Raises an EngineError of the kind that fits."""
+    """Load what captions a run; `say` gets notes of its workers. Raises an EngineError of the kind that fits."""
     if workers.address is not None:
         return open_cluster(bundle, asked, rows, runtime, workers, say)
+    if shares := shares_of(runtime, workers):
+        return open_processes(bundle, asked, rows, runtime, shares, say)
     return nullcontext(LocalSource(Captioner.open(bundle, runtime), rows))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import contextlib
 import os
 import random
 import re
@@ -24,6 +23,7 @@ from engine.cluster.session import _connect
 from engine.errors import EngineError
 from engine.run.journal import read_journal
 from tests.cli.test_resume import command, wait_for_records
+from tests.helpers.processes import children, is_running
 from tests.helpers.tiny import random_pictures
 
 ray = pytest.importorskip("ray", reason="ray is not installed: it comes with the extra [ray]")
@@ -69,21 +69,6 @@ def two_cores() -> Iterator[None]:
 def caption(image_dir: Path | str, bundle: Path | str, out: Path, *more: str) -> Result:
     arguments = command(image_dir, bundle, out, "--ray", "--ray-actors", "2", *more)[3:]
     return CliRunner().invoke(main, arguments, catch_exceptions=False)
-
-
-def children(parent: int) -> dict[int, bytes]:
-    """Return {process: command line} of everything below a process."""
-    parents, lines = {}, {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(entry.name)
-            parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            lines[pid] = (entry / "cmdline").read_bytes()
-    below, found = {parent}, set()
-    while below:
-        below = {pid for pid, above in parents.items() if above in below}
-        found |= below
-    return {pid: lines[pid] for pid in found}
 
 
 def actors(kind: bytes = b"CaptionWorker") -> list[int]:
@@ -181,14 +166,6 @@ def test_a_run_begun_alone_goes_on_with_a_cluster_that_it_joins(image_dir, tiny_
     assert f"{kept} captions of an earlier run are taken from" in result.stderr
     assert not re.findall(r".*(?:\.py|\.cc):\d+.*", result.stderr), "Ray's own talk is heard"
     assert out.read_bytes() == undisturbed
-
-
-def is_running(pid: int) -> bool:
-    """Return whether a process is there and not just waiting to be buried by its parent."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, tmp_path, undisturbed):

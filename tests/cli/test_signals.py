@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.cli.signals import INTERRUPTED, TERMINATED
+from tests.helpers.processes import is_running
 
 PROGRAM = """
 import ctypes, subprocess, sys, threading, time
@@ -98,13 +99,6 @@ def test_a_command_ends_whatever_it_waits_for(what):
                 break
             time.sleep(0.05)
         assert not is_running(below)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("wait_s", [0.6, 2.0, 4.0])

@@ -1,4 +1,4 @@
-"""What a container allows this process."""
+"""What a container allows this process, and how its cores are divided."""
 
 from __future__ import annotations
 
@@ -28,3 +28,28 @@ def test_cores_are_those_of_the_containers_quota(files, own, cores, tmp_path, mo
     monkeypatch.setattr(host, "OWN_CGROUP", tmp_path / "own")
     monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     assert host.available_cores() == cores
+
+
+SIBLINGS = {0: (0, 0), 1: (1, 0), 2: (0, 1), 3: (1, 1), 4: (0, 0), 5: (1, 0), 6: (0, 1), 7: (1, 1)}
+"""Socket and physical core of a machine with two sockets of two cores, each of two threads, as Linux counts them."""
+
+
+@pytest.mark.parametrize(
+    ("count", "shares"),
+    [
+        (2, [{0, 4, 2, 6}, {1, 5, 3, 7}]),
+        (4, [{0, 4}, {2, 6}, {1, 5}, {3, 7}]),
+        (3, [{0, 4, 2}, {6, 1, 5}, {3, 7}]),
+        (9, [set()] * 9),
+    ],
+)
+def test_workers_get_neighbouring_cores(count, shares, tmp_path, monkeypatch):
+    for number, (socket, core) in SIBLINGS.items():
+        topology = tmp_path / f"cpu{number}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text(f"{socket}\n")
+        (topology / "core_id").write_text(f"{core}\n")
+    monkeypatch.setattr(host, "CPUS", tmp_path)
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(SIBLINGS), raising=False)
+    monkeypatch.setattr(host.os, "sched_setaffinity", lambda *_: None, raising=False)
+    assert host.core_shares(count) == shares

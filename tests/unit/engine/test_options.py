@@ -116,3 +116,13 @@ def test_where_and_how_a_bundle_runs_is_checked_at_once():
         Runtime("cpu", cuda_graphs=True)
     with pytest.raises(UsageError, match="--ray-actors is how many workers --ray has"):
         Workers(actors=2)
+    with pytest.raises(UsageError, match="--ray has workers of its own, see --ray-actors: leave --processes"):
+        Workers("local", processes=2)
+    with pytest.raises(UsageError, match="--devices is one worker process a GPU: leave --processes out"):
+        Workers(processes=2, devices="cuda:0")
+    with pytest.raises(UsageError, match="--devices cuda:0, cuda:00 names a GPU twice"):
+        Workers(devices="cuda:0, cuda:00")
+    for none in ("gpu", "cuda", "0,1", "cuda:0,", "cuda:-1", "cpu", ""):
+        with pytest.raises(UsageError, match=r"--devices takes GPUs of this machine, cuda:0,cuda:1, not '"):
+            Workers(devices=none)
+    assert Workers(devices="cuda:0, cuda:3").gpus == [0, 3]

@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 
 from engine.captions import Alternative, Caption
-from engine.cluster.driver import WorkerPlan, plan_workers
-from engine.cluster.messages import (
+from engine.errors import EngineError, OutOfMemoryError, UsageError
+from engine.inputs.images import ImageFile, find_images
+from engine.inputs.remote import RemoteFolder
+from engine.workers.messages import (
     pack_captions,
     pack_clipped,
     pack_error,
     pack_failures,
     pack_images,
     pack_note,
+    pack_ready,
     unpack_answer,
     unpack_images,
 )
-from engine.cluster.stream import CaptionStream
-from engine.cluster.worker import MOST_ATTEMPTS, AttemptCounter, too_many_attempts
-from engine.errors import EngineError, ImageError, OutOfMemoryError, UsageError
-from engine.inputs.images import ImageFile, find_images
-from engine.inputs.remote import RemoteFolder
+from engine.workers.stream import CaptionStream, Unreadable
 from tests.helpers.tiny import random_pictures
 
 CAPTION = Caption(
@@ -37,6 +36,7 @@ def test_messages_come_back_as_they_were():
     assert unpack_answer(pack_failures({"x": "truncated"})).failures == {"x": "truncated"}
     assert unpack_answer(pack_clipped(["x.png"])).clipped == ("x.png",)
     assert unpack_answer(pack_note("less memory")).note == "less memory"
+    assert unpack_answer(pack_ready(48)).wants == 48
     images = [
         ImageFile("odd", Path("/images/\udcff.png"), 2, depth="0,4095"),
         ImageFile("far", Path("a/b.png"), 0, RemoteFolder("s3://b/c")),
@@ -52,47 +52,6 @@ def test_an_error_keeps_its_words_and_exit_code(error, code):
     assert caught.value.exit_code == code
     with pytest.raises(EngineError, match=r"^no \(on the node far\)$"):
         unpack_answer(pack_error(error, " (on the node far)"))
-
-
-def test_a_block_that_kills_workers_is_named():
-    attempts = AttemptCounter()
-    assert [attempts.begin("one") for _ in range(MOST_ATTEMPTS)][-1] == MOST_ATTEMPTS
-    assert attempts.begin("other") == 1
-    with pytest.raises(EngineError, match=r"died at the images /i/a.png to /i/b.png"):
-        unpack_answer(
-            too_many_attempts(pack_images([ImageFile("a", Path("/i/a.png")), ImageFile("b", Path("/i/b.png"))]))
-        )
-
-
-ONE, TWO, EIGHT = {"CPU": 2.0}, [{"CPU": 16.0}, {"CPU": 8.0}], [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 8.0}]
-
-
-@pytest.mark.parametrize(
-    ("nodes", "gpus", "actors", "threads", "team"),
-    [
-        ([ONE], 0, None, None, WorkerPlan(1, 2, 0, 1)),
-        ([ONE], 0, 2, None, WorkerPlan(2, 1, 0, 2)),
-        ([ONE], 0, None, 1, WorkerPlan(2, 1, 0, 2)),
-        (TWO, 0, None, None, WorkerPlan(3, 8, 0, 2)),
-        (TWO, 0, 6, None, WorkerPlan(6, 4, 0, 4)),
-        (EIGHT, 8, None, None, WorkerPlan(8, 1, 1, 8)),
-        (EIGHT, 8, 2, 4, WorkerPlan(2, 4, 1, 2)),
-        (EIGHT, 8, None, 16, WorkerPlan(4, 16, 1, 4)),
-    ],
-)
-def test_workers_are_as_many_as_there_is_room_for(nodes, gpus, actors, threads, team):
-    assert plan_workers(nodes, gpus, actors=actors, threads=threads) == team
-
-
-def test_more_workers_than_there_is_room_for_are_refused():
-    with pytest.raises(UsageError, match="room for 2 workers with 1 CPUs"):
-        plan_workers([ONE], 0, actors=3, threads=None)
-    with pytest.raises(UsageError, match="room for 8 workers with a GPU and 1 CPUs"):
-        plan_workers(EIGHT, 8, actors=9, threads=None)
-    with pytest.raises(UsageError, match="room for 0 workers with a GPU and 1 CPUs"):
-        plan_workers([{"GPU": 4.0}], 4, actors=None, threads=None)
-    with pytest.raises(EngineError, match="has no CPUs"):
-        plan_workers([{"memory": 1.0}], 0, actors=None, threads=None)
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +82,8 @@ def test_callers_at_one_time_get_their_own_images_in_order(images, tiny_captione
         said = [answer for answer in answers[caller] if isinstance(answer, Caption)]
         assert [caption.id for caption in said] == [i.id for i in images[caller::3] if i.id != "05"]
         assert all(caption.text == expected[caption.id] for caption in said)
-    assert [str(a) for caller in range(3) for a in answers[caller] if isinstance(a, ImageError)] == [
-        f"{images[5].path}: not an image, or damaged"
+    assert [(a.id, str(a.error)) for caller in range(3) for a in answers[caller] if isinstance(a, Unreadable)] == [
+        ("05", f"{images[5].path}: not an image, or damaged")
     ]
 
 
@@ -142,7 +101,7 @@ def test_short_of_memory_a_stream_says_so_and_loses_nothing(images, tiny_caption
     assert sorted(answer.id for answer in said if isinstance(answer, Caption)) == [
         image.id for image in images if image.id != "05"
     ]
-    assert len([answer for answer in said if isinstance(answer, ImageError)]) == 1
+    assert len([answer for answer in said if isinstance(answer, Unreadable)]) == 1
 
 
 def test_an_error_reaches_its_caller_and_the_next_one_is_served(images, tiny_captioner, monkeypatch):

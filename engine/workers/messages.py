@@ -71,6 +71,11 @@ def pack_clipped(names: list[str]) -> str:
     return json.dumps({"clipped": names})
 
 
+def pack_ready(wants: int) -> str:
+    """Return a message of a worker that has loaded and may hold `wants` images at a time."""
+    return json.dumps({"wants": wants})
+
+
 def pack_note(note: str) -> str:
     """Return a message with a line for the user."""
     return json.dumps({"note": note})
@@ -83,14 +88,15 @@ def pack_error(error: EngineError, where: str = "") -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker said: captions, images it cannot read (id -> reason), names of clipped pictures, and a line for the
-    user.
+    """What a worker said: captions, images it cannot read (id -> reason), names of clipped pictures, a line for the
+    user, and how many images it wants at a time.
     """
 
     captions: tuple[Caption, ...] = ()
     failures: Mapping[str, str] = field(default_factory=dict)
     clipped: tuple[str, ...] = ()
     note: str = ""
+    wants: int = 0
 
 
 def unpack_answer(message: str) -> Answer:
@@ -107,5 +113,9 @@ def unpack_answer(message: str) -> Answer:
         for entry in content.get("captions", ())
     )
     return Answer(
-        tuple(captions), content.get("failures", {}), tuple(content.get("clipped", ())), content.get("note", "")
+        tuple(captions),
+        content.get("failures", {}),
+        tuple(content.get("clipped", ())),
+        content.get("note", ""),
+        content.get("wants", 0),
     )

@@ -1,0 +1,157 @@
+"""Captions from worker processes of this machine; one that dies is replaced, and its images are done again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from queue import SimpleQueue
+
+from engine.bundle.fetch import open_bundle
+from engine.bundle.manifest import Bundle
+from engine.bundle.signature import environment
+from engine.bundle.tokenizer import CaptionTokenizer
+from engine.captioner import Todo, search_for
+from engine.captions import Caption
+from engine.errors import BackendError, ImageError
+from engine.inputs.remote import Location
+from engine.options import DecodeOptions, Runtime
+from engine.processes.child import Child
+from engine.processes.handout import HandOut
+from engine.processes.shares import Share
+from engine.workers.messages import Answer, WorkOrder, unpack_answer
+
+Say = Callable[[str], None]
+
+EXIT_S = 1.0
+"""Seconds for a process that has closed its output to end by itself, so that its exit code is its own."""
+MOST_DEATHS = 5
+"""Times a worker may die one after another, without an image answered between, before it is not replaced any more."""
+
+
+@contextmanager
+def open_processes(
+    location: Location | None,
+    asked: DecodeOptions,
+    rows: int | None,
+    runtime: Runtime,
+    shares: Sequence[Share],
+    say: Say,
+) -> Iterator[ProcessSource]:
+    """Check bundle and options, which processes start for only then; `say` gets how many there will be. All of them
+    have ended when this is left.
+    """
+    bundle = open_bundle(location)
+    search_for(bundle, CaptionTokenizer(bundle), asked)
+    say(describe(shares))
+    order = WorkOrder(
+        bundle=bundle.path.absolute(),
+        digest=bundle.digest,
+        environment=environment(runtime.backend),
+        runtime=runtime,
+        peers=len(shares),
+        rows=rows,
+    )
+    source = ProcessSource(bundle, order, shares)
+    try:
+        yield source
+    finally:
+        source.end()
+
+
+def describe(shares: Sequence[Share]) -> str:
+    """Return in words who will work."""
+    who = f"{len(shares)} worker processes" if len(shares) > 1 else "a worker process"
+    if all(share.device for share in shares):
+        return f"{who} on {', '.join(share.device for share in shares)}"
+    return f"{who} with {sum(share.threads for share in shares)} threads in all"
+
+
+class ProcessSource:
+    """Worker processes, started when captions are asked for."""
+
+    def __init__(self, bundle: Bundle, order: WorkOrder, shares: Sequence[Share]) -> None:
+        self.bundle = bundle
+        self.backend_name = order.runtime.backend
+        self.environment = order.environment
+        self.clipped: list[str] = []
+        self._order, self._shares = order, shares
+        self._children: dict[int, Child] = {}
+        self._deaths: Counter[int] = Counter()
+        self._events: SimpleQueue[tuple[Child, bytes]]
+
+    def resolve(self, asked: DecodeOptions) -> DecodeOptions:
+        return asked.over(self.bundle.generation)
+
+    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+        """See Source. An image that its worker dies of, alone, too, is one that cannot be read."""
+        images = list(todo.remaining())
+        places = range(min(len(self._shares), len(images)))
+        self._order = replace(self._order, options=options, peers=len(places))
+        self._events = SimpleQueue()
+        handout = HandOut(images, len(places))
+        for place in places:
+            self._start(place)
+        while handout.unanswered:
+            child, line = self._events.get()
+            if line:
+                answer = unpack_answer(line.decode("ascii"))
+                self._take_in(child, answer, handout, todo, say)
+                self._give(child, handout)
+                yield from answer.captions
+            else:
+                self._replace(child, handout, todo, say)
+                for other in self._children.values():  # what it held may be for others, which wait for nothing else
+                    self._give(other, handout)
+        self.end()
+
+    def end(self) -> None:
+        """Kill all workers: what they still do is for nobody."""
+        while self._children:
+            self._children.popitem()[1].end()
+
+    def _start(self, place: int) -> None:
+        share = self._shares[place]
+        order = replace(self._order, runtime=replace(self._order.runtime, threads=share.threads))
+        self._children[place] = Child(place, share, order, self._events)
+
+    def _take_in(self, child: Child, answer: Answer, handout: HandOut, todo: Todo, say: Say) -> None:
+        child.wants = answer.wants or child.wants
+        self.clipped += answer.clipped
+        if answer.note:
+            say(answer.note)
+        for name, reason in answer.failures.items():
+            todo.fail(ImageError(str(handout.answer(child.place, name).source), reason))
+        for caption in answer.captions:
+            handout.answer(child.place, caption.id)
+        if answer.captions or answer.failures:
+            del self._deaths[child.place]
+
+    def _give(self, child: Child, handout: HandOut) -> None:
+        if child.wants and (images := handout.give(child.place, child.wants)):
+            child.ask(images)
+
+    def _replace(self, child: Child, handout: HandOut, todo: Todo, say: Say) -> None:
+        """Bury a worker and start another in its place. Raises BackendError when none is left."""
+        place = child.place
+        del self._children[place]
+        how = child.end(patience_s=EXIT_S)
+        again, given_up = handout.died(place)
+        if given_up is not None:
+            todo.fail(ImageError(str(given_up.source), f"the process that was to caption it died each time ({how})"))
+        held = f": its {len(again)} images are done again" if again else ""
+        say(f"worker process {child.pid} died ({how}){held if given_up is None else f' of {given_up.source}'}")
+        if not handout.unanswered:
+            return
+        self._deaths[place] += 1
+        if self._deaths[place] < MOST_DEATHS:
+            self._start(place)
+            return
+        handout.workers -= 1
+        if not handout.workers:
+            raise BackendError(
+                f"no worker process lives, the last ones died {MOST_DEATHS} times in a row ({how}): is memory short? "
+                "Fewer --processes or --rows need less"
+            )
+        say(f"it died {MOST_DEATHS} times in a row: going on with {handout.workers} worker processes")

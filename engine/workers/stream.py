@@ -1,0 +1,150 @@
+"""One captioner that several callers feed at once, so that its slots stay full from one block to the next.
+
+A scheduler that is given a block at a time runs empty at the end of each. Knows nothing of how callers are reached.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from engine.backends import open_backends
+from engine.backends.capacity import slots_for
+from engine.bundle.fetch import open_bundle
+from engine.captioner import Captioner, caption_within_memory
+from engine.captions import Caption
+from engine.decoding.beam import Search
+from engine.errors import BundleError, ImageError
+from engine.host import available_memory
+from engine.inputs.images import ImageFile
+from engine.options import DecodeOptions
+from engine.workers.messages import WorkOrder
+
+TURNS_AHEAD = 4
+"""Images that are asked for at a time to keep each slot busy: captions come in order, and a long one holds up others
+that are ready."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """The image `id` cannot be read."""
+
+    id: str
+    error: ImageError
+
+
+StreamItem = Caption | Unreadable | str | BaseException
+"""What comes back: a caption, an image that cannot be read, a note for the user, or what went wrong."""
+Outbox = SimpleQueue[StreamItem]
+
+
+class CaptionStream:
+    """A thread that captions whatever is asked of it, in that order; `rows` beams side by side."""
+
+    def __init__(self, captioner: Captioner, options: DecodeOptions, *, rows: int) -> None:
+        self._captioner, self._options, self._rows = captioner, options, rows
+        side_by_side = captioner.scheduler(captioner.search(options), rows).side_by_side
+        self.wants = captioner.images_ahead + TURNS_AHEAD * side_by_side
+        """Images that callers may ask for at a time; with many fewer slots run empty."""
+        self._inbox: SimpleQueue[tuple[ImageFile, Outbox]] = SimpleQueue()
+        self._open: dict[str, tuple[ImageFile, Outbox]] = {}
+        threading.Thread(target=self._serve, name="captions", daemon=True).start()
+
+    @classmethod
+    def open(cls, order: WorkOrder) -> CaptionStream:
+        """Load the bundle of an order, with as many images side by side as suit the device, and the memory that
+        workers of a node share.
+
+        Raises BundleError where the bundle is not the order's, and as open_bundle and open_backends do.
+        """
+        bundle = open_bundle(order.bundle)
+        if bundle.digest != order.digest:
+            raise BundleError(f"{order.bundle} is another bundle than here: copy it anew")
+        captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
+        search = captioner.search(order.options)
+        rows = order.rows or _fair_slots(captioner, search, order.peers) * search.num_beams
+        return cls(captioner, order.options, rows=rows)
+
+    def ask(self, images: Sequence[ImageFile], outbox: Outbox) -> None:
+        """Ask for captions; `outbox` gets a Caption or Unreadable of each image, captions in the order of the images,
+        notes, and at most one error, after which nothing of these images comes any more.
+
+        No two images that are asked for at one time may have the same id.
+        """
+        for image in images:
+            self._inbox.put((image, outbox))
+
+    def caption(self, images: Sequence[ImageFile]) -> Iterator[Caption | Unreadable | str]:
+        """Yield a Caption or Unreadable of each image, captions in the order of the images, and notes.
+
+        No two images that are asked for at one time may have the same id. Raises the EngineError that the captioner
+        met, after which other images may still be asked for.
+        """
+        outbox: Outbox = SimpleQueue()
+        self.ask(images, outbox)
+        missing = len(images)
+        while missing:
+            said = outbox.get()
+            if isinstance(said, BaseException):
+                raise said
+            missing -= not isinstance(said, str)
+            yield said
+
+    def take_clipped(self) -> list[str]:
+        """Return the pictures met since the last call of whose more than 8 bits a channel only values up to 255 were
+        kept.
+        """
+        clipped = []
+        with suppress(IndexError):
+            while True:  # one by one: others are added meanwhile
+                clipped.append(self._captioner.clipped.pop())
+        return clipped
+
+    def _serve(self) -> None:
+        while True:
+            self._take(self._inbox.get())
+            try:
+                for caption in caption_within_memory(
+                    self._captioner,
+                    self._options,
+                    self._arrivals,
+                    on_error=self._fail,
+                    rows=self._rows,
+                    say=self._tell_all,
+                ):
+                    self._open.pop(caption.id)[1].put(caption)
+            except BaseException as error:  # whoever asked raises it
+                self._tell_all(error)
+                self._open.clear()
+
+    def _arrivals(self) -> Iterator[ImageFile]:
+        """Yield what is asked and not answered, and then whatever comes in until nothing waits."""
+        yield from [image for image, _ in self._open.values()]
+        while True:
+            try:
+                yield self._take(self._inbox.get_nowait())
+            except Empty:
+                return
+
+    def _take(self, asked: tuple[ImageFile, Outbox]) -> ImageFile:
+        self._open[asked[0].id] = asked
+        return asked[0]
+
+    def _fail(self, error: ImageError) -> None:
+        name = next(name for name, (image, _) in self._open.items() if str(image.source) == error.path)
+        self._open.pop(name)[1].put(Unreadable(name, error))
+
+    def _tell_all(self, said: StreamItem) -> None:
+        for outbox in {id(outbox): outbox for _, outbox in self._open.values()}.values():
+            outbox.put(said)
+
+
+def _fair_slots(captioner: Captioner, search: Search, peers: int) -> int:
+    """Return how many images side by side suit the device, and a share of the memory that `peers` workers have."""
+    batch_sizes, memory = captioner.batch_sizes, None
+    if batch_sizes.memory_bytes is None:  # a GPU knows its own, which no other worker shares
+        memory = available_memory() // peers
+    return slots_for(search, captioner.bundle.model, batch_sizes, memory_bytes=memory)

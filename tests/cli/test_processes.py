@@ -1,0 +1,276 @@
+"""Runs with worker processes of this machine: the single process's run.csv, whatever dies, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from engine.cli.app import main
+from engine.errors import UsageError
+from engine.host import available_cores
+from engine.processes import child, driver, shares
+from engine.run import source
+from engine.run.record import RunRecord
+from tests.cli.test_resume import command, wait_for_records
+from tests.helpers.processes import children, is_running
+from tests.helpers.tiny import random_pictures
+
+pytestmark = pytest.mark.skipif(available_cores() < 2, reason="two worker processes want two cores")
+IMAGES = 120
+TWO = ("--threads", "2", "--processes", "2")
+SLOW = ("--rows", "3")
+"""One image at a time: long enough to be disturbed."""
+
+
+@pytest.fixture(scope="module")
+def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("processes") / "images"
+    directory.mkdir()
+    for i, picture in enumerate(random_pictures(IMAGES)):
+        picture.save(directory / f"image_{i:03d}.png")
+    (directory / "twin.png").write_bytes((directory / "image_007.png").read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_dir, tiny_bundle, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    result = caption(image_dir, tiny_bundle, folder / "run.csv", *n_best(folder))
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def n_best(folder: Path) -> list[str]:
+    return ["--n-best", "2", "--n-best-out", str(folder / "run.jsonl")]
+
+
+def caption(image_dir: Path, bundle: Path, out: Path, *more: str) -> Result:
+    return CliRunner().invoke(main, command(image_dir, bundle, out, *more)[3:], catch_exceptions=False)
+
+
+def without_scores(path: Path) -> list[tuple]:
+    lines = map(json.loads, path.read_text().splitlines())
+    return [(line["id"], *((one["ids"], one["text"]) for one in line["hypotheses"])) for line in lines]
+
+
+def scores(path: Path) -> list[float]:
+    return [one["score"] for line in path.read_text().splitlines() for one in json.loads(line)["hypotheses"]]
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[child.Child]:
+    """The worker processes, as they are started."""
+    found: list[child.Child] = []
+
+    class Noted(child.Child):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            found.append(self)
+
+    monkeypatch.setattr(driver, "Child", Noted)
+    return found
+
+
+def worker_that(preparation: str) -> str:
+    """Return a program for worker processes that does something first."""
+    return child.PROGRAM.replace("from engine", f"{preparation}; from engine")
+
+
+def test_two_processes_say_what_one_says(image_dir, tiny_bundle, tmp_path, undisturbed, started):
+    result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", *TWO, *n_best(tmp_path))
+    assert result.exit_code == 0, result.stderr
+    assert "2 worker processes with 2 threads in all" in result.stderr
+    assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes()
+    assert without_scores(tmp_path / "run.jsonl") == without_scores(undisturbed / "run.jsonl")
+    np.testing.assert_allclose(scores(tmp_path / "run.jsonl"), scores(undisturbed / "run.jsonl"), atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.jsonl"]
+    assert len(started) == 2
+    assert not any(is_running(one.pid) for one in started)
+
+
+def test_what_cannot_be_read_and_what_is_clipped_is_told(image_dir, tiny_bundle, tmp_path, undisturbed):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in image_dir.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "zz_broken.png").write_bytes(b"no picture")
+    refused = caption(folder, tiny_bundle, tmp_path / "run.csv", *TWO)
+    assert refused.exit_code == 1
+    assert f"unreadable: {folder}/zz_broken.png: not an image, or damaged" in refused.stderr
+    assert "1 of 122 images cannot be read and no run was written" in refused.stderr
+    alone = caption(folder, tiny_bundle, tmp_path / "run.csv", "--allow-missing")
+    assert "121 captions of an earlier run are taken from" in alone.stderr
+    assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes() + b'zz_broken,""\n'
+    (folder / "zz_broken.png").unlink()
+    Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(folder / "deep.png")
+    clipped = caption(folder, tiny_bundle, tmp_path / "run.csv", *TWO)
+    assert "1 pictures have more than 8 bits a channel" in clipped.stderr
+
+
+def test_killed_workers_images_are_done_again(image_dir, tiny_bundle, tmp_path, undisturbed, started, monkeypatch):
+    add = RunRecord.add
+    bound: list[set[int]] = []
+
+    def add_and_kill(record: RunRecord, made) -> None:
+        add(record, made)
+        if len(record.captions) in (10, 30, 60):
+            bound.extend(os.sched_getaffinity(one.pid) for one in started[:2] if len(bound) < 2)
+            os.kill(started[-1].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(RunRecord, "add", add_and_kill)
+    result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", *TWO, *SLOW)
+    assert result.exit_code == 0, result.stderr
+    assert len(started) == 5
+    assert result.stderr.count("died (SIGKILL)") == 3
+    assert "images are done again" in result.stderr
+    assert not bound[0] & bound[1], "the workers have cores of their own"
+    assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes()
+    assert not any(is_running(one.pid) for one in started)
+
+
+POISON = (
+    "import os, engine.captioner as c; read = c.read_image; "
+    "c.read_image = lambda what, *more, **named: os.kill(os.getpid(), 9) if 'poison' in str(what) "
+    "else read(what, *more, **named)"
+)
+
+
+def test_a_picture_that_kills_its_workers_is_one_that_cannot_be_read(
+    image_dir, tiny_bundle, tmp_path, undisturbed, started, monkeypatch
+):
+    monkeypatch.setattr(child, "PROGRAM", worker_that(POISON))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in image_dir.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "zz_poison.png").symlink_to(image_dir / "image_000.png")
+    result = caption(folder, tiny_bundle, tmp_path / "run.csv", *TWO, "--allow-missing")
+    assert result.exit_code == 0, result.stderr
+    assert f"unreadable: {folder}/zz_poison.png: the process that was to caption it died each time" in result.stderr
+    assert 3 <= len(started) <= 4, "it kills two workers, and the second is not missed where it was the last image"
+    assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes() + b'zz_poison,""\n'
+
+
+@pytest.mark.parametrize(
+    ("preparation", "exit_code", "said", "starts"),
+    [
+        ("import os; os._exit(3)", 1, "no worker process lives, the last ones died 5 times in a row (exit code 3)", 10),
+        (
+            "import engine.workers.stream as s; s.open_backends = lambda *_: s.missing",
+            1,
+            "error: a worker process failed: AttributeError: module 'engine.workers.stream' has no attribute 'missing'",
+            2,
+        ),
+        (
+            "import engine.errors as e, engine.workers.stream as s; "
+            "s.open_backends = lambda *_: (_ for _ in ()).throw(e.UsageError('of no use'))",
+            2,
+            "error: of no use",
+            2,
+        ),
+    ],
+)
+def test_what_goes_wrong_in_workers_ends_the_run_in_one_line(
+    image_dir, tiny_bundle, tmp_path, started, monkeypatch, preparation, exit_code, said, starts
+):
+    monkeypatch.setattr(child, "PROGRAM", worker_that(preparation))
+    result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", *TWO)
+    assert result.exit_code == exit_code
+    assert said in result.stderr.splitlines()[-1]
+    assert len(started) == starts
+    assert list(tmp_path.iterdir()) == []
+    assert not any(is_running(one.pid) for one in started)
+
+
+@pytest.mark.parametrize(
+    ("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_however_a_run_ends_no_process_is_left_and_it_goes_on_alone(
+    image_dir, tiny_bundle, tmp_path, undisturbed, sent, exit_code
+):
+    out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
+    process = subprocess.Popen(
+        command(image_dir, tiny_bundle, out, *TWO, *SLOW),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    wait_for_records(journal, 5, process)
+    below = children(process.pid)
+    workers = [pid for pid in below if pid != process.pid]
+    assert len(workers) == 2
+    began = time.monotonic()
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal does it: all that were started along get it, too
+    else:
+        process.send_signal(sent)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == exit_code, errors
+    assert "Traceback" not in errors
+    while any(map(is_running, below)):
+        assert time.monotonic() - began < 3, "a worker process lives on"
+        time.sleep(0.02)
+    again = caption(image_dir, tiny_bundle, out)
+    assert "captions of an earlier run are taken from" in again.stderr
+    assert out.read_bytes() == (undisturbed / "run.csv").read_bytes()
+
+
+def test_each_worker_sees_the_gpu_that_is_its_own(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch):
+    """No GPU is here: its workers run on the CPU, which must not show in anything but their environment."""
+    monkeypatch.setattr(source, "require_backend", lambda name: name)
+    monkeypatch.setattr(shares, "visible_gpus", lambda: ["5", "GPU-3f"])
+    host_backend = (
+        f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, 'saw ' + os.environ['CUDA_VISIBLE_DEVICES']).touch(); "
+        "import engine.workers.stream as s; from engine.backends.ort import OrtBackend; "
+        "s.open_backends = lambda bundle, runtime: [OrtBackend(bundle, threads=runtime.threads)]"
+    )
+    monkeypatch.setattr(child, "PROGRAM", worker_that(host_backend))
+    result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", "--devices", "cuda:1,cuda:0")
+    assert result.exit_code == 0, result.stderr
+    assert "backend: cuda\n2 worker processes on cuda:1, cuda:0\n" in result.stderr
+    assert "|backend:cuda|" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "saw 5", "saw GPU-3f"]
+    assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--processes", "2", "--threads", "1"], "2 processes cannot share 1 threads: ask for fewer --processes"),
+        (["--processes", "2", "--threads", "2", "--streams", "2"], "2 streams cannot share 1 threads"),
+        (["--processes", "2", "--ray"], "--ray has workers of its own"),
+        (["--devices", "gpu"], "--devices takes GPUs of this machine, cuda:0,cuda:1, not 'gpu'"),
+        (["--devices", "cuda:0,cuda:0"], "names a GPU twice"),
+        (["--devices", "cuda:0", "--backend", "cpu"], "which the backend cpu does not use"),
+        ([*TWO, "--beams", "2", "--n-best", "3", "--n-best-out", "build/n.jsonl"], "need at least as many beams"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(image_dir, tiny_bundle, tmp_path, started, options, said):
+    arguments = ["caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv", *options]
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == UsageError.exit_code
+    assert said in result.stderr.splitlines()[-1]
+    assert not started
+
+
+def test_the_workers_are_found_where_the_packages_are_not(image_dir, tiny_bundle, tmp_path, undisturbed):
+    """The packages are where this process found them, which is not always where a new Python looks."""
+    root = Path(__file__).parents[2]
+    program = f"import sys; sys.path.insert(0, {str(root)!r}); from engine.cli.app import main; main()"
+    arguments = [sys.executable, "-c", program, *command(image_dir, tiny_bundle, tmp_path / "run.csv", *TWO)[3:]]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes()

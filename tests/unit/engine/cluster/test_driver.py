@@ -1,0 +1,54 @@
+"""How many workers a cluster gets, and when one block of images has killed enough of them; without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.cluster.driver import WorkerPlan, plan_workers
+from engine.cluster.worker import MOST_ATTEMPTS, AttemptCounter, too_many_attempts
+from engine.errors import EngineError, UsageError
+from engine.inputs.images import ImageFile
+from engine.workers.messages import pack_images, unpack_answer
+
+
+def test_a_block_that_kills_workers_is_named():
+    attempts = AttemptCounter()
+    assert [attempts.begin("one") for _ in range(MOST_ATTEMPTS)][-1] == MOST_ATTEMPTS
+    assert attempts.begin("other") == 1
+    with pytest.raises(EngineError, match=r"died at the images /i/a.png to /i/b.png"):
+        unpack_answer(
+            too_many_attempts(pack_images([ImageFile("a", Path("/i/a.png")), ImageFile("b", Path("/i/b.png"))]))
+        )
+
+
+ONE, TWO, EIGHT = {"CPU": 2.0}, [{"CPU": 16.0}, {"CPU": 8.0}], [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 8.0}]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "actors", "threads", "team"),
+    [
+        ([ONE], 0, None, None, WorkerPlan(1, 2, 0, 1)),
+        ([ONE], 0, 2, None, WorkerPlan(2, 1, 0, 2)),
+        ([ONE], 0, None, 1, WorkerPlan(2, 1, 0, 2)),
+        (TWO, 0, None, None, WorkerPlan(3, 8, 0, 2)),
+        (TWO, 0, 6, None, WorkerPlan(6, 4, 0, 4)),
+        (EIGHT, 8, None, None, WorkerPlan(8, 1, 1, 8)),
+        (EIGHT, 8, 2, 4, WorkerPlan(2, 4, 1, 2)),
+        (EIGHT, 8, None, 16, WorkerPlan(4, 16, 1, 4)),
+    ],
+)
+def test_workers_are_as_many_as_there_is_room_for(nodes, gpus, actors, threads, team):
+    assert plan_workers(nodes, gpus, actors=actors, threads=threads) == team
+
+
+def test_more_workers_than_there_is_room_for_are_refused():
+    with pytest.raises(UsageError, match="room for 2 workers with 1 CPUs"):
+        plan_workers([ONE], 0, actors=3, threads=None)
+    with pytest.raises(UsageError, match="room for 8 workers with a GPU and 1 CPUs"):
+        plan_workers(EIGHT, 8, actors=9, threads=None)
+    with pytest.raises(UsageError, match="room for 0 workers with a GPU and 1 CPUs"):
+        plan_workers([{"GPU": 4.0}], 4, actors=None, threads=None)
+    with pytest.raises(EngineError, match="has no CPUs"):
+        plan_workers([{"memory": 1.0}], 0, actors=None, threads=None)

@@ -1,0 +1,71 @@
+"""What each worker process has, on machines that are not this one."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from engine.backends import nvidia
+from engine.errors import UsageError
+from engine.options import Runtime, Workers
+from engine.processes import shares
+from engine.processes.driver import describe
+from engine.processes.shares import Share, shares_of
+
+FOUR = (frozenset({0, 1}), frozenset({2, 3}))
+
+
+@pytest.fixture(autouse=True)
+def _five_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "available_cores", lambda: 5)
+    monkeypatch.setattr(shares, "core_shares", lambda count: list(FOUR[:count]))
+
+
+def test_processes_share_cores_and_threads():
+    assert shares_of(Runtime("cpu"), Workers(processes=2)) == [Share(3, FOUR[0]), Share(2, FOUR[1])]
+    assert shares_of(Runtime("cpu", threads=2), Workers(processes=2)) == [Share(1, FOUR[0]), Share(1, FOUR[1])]
+    assert shares_of(Runtime("cpu"), Workers()) == []
+    assert describe(shares_of(Runtime("cpu"), Workers(processes=2))) == "2 worker processes with 5 threads in all"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "workers", "said"),
+    [
+        (Runtime("cuda"), Workers(processes=2), "are for the backend cpu, not for cuda"),
+        (Runtime("cpu"), Workers(devices="cuda:0"), "--devices are GPUs, which the backend cpu does not use"),
+        (Runtime("cpu"), Workers(processes=6), "6 processes cannot share 5 cores: ask for fewer --processes"),
+        (Runtime("cpu", threads=1), Workers(processes=2), "2 processes cannot share 1 threads"),
+        (Runtime("trt"), Workers(devices="cuda:1,cuda:2"), "no cuda:2, only cuda:0, cuda:1"),
+    ],
+)
+def test_what_cannot_be_is_refused(runtime, workers, said, monkeypatch):
+    monkeypatch.setattr(shares, "visible_gpus", lambda: ["0", "1"])
+    with pytest.raises(UsageError, match=said):
+        shares_of(runtime, workers)
+
+
+class Driver:
+    """Stands in for NVIDIA's driver with three GPUs, as far as they are counted."""
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return flags
+
+    def cuDeviceGetCount(self, count) -> int:  # noqa: N802
+        count._obj.value = 3
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [(None, ["0", "2"]), ("5, GPU-3f,7", ["5", "7"]), ("5,6,7,-1,8", ["5", "7"])]
+)
+def test_a_worker_sees_the_gpu_that_is_meant_here_and_no_other(visible, seen, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver())
+    if visible is None:
+        monkeypatch.delenv(nvidia.VISIBLE, raising=False)
+    else:
+        monkeypatch.setenv(nvidia.VISIBLE, visible)
+    first, second = shares_of(Runtime("cuda"), Workers(devices="cuda:0,cuda:2"))
+    assert [first.environment, second.environment] == [{nvidia.VISIBLE: name} for name in seen]
+    assert (first.threads, second.threads, first.cores) == (3, 2, frozenset())
+    assert describe([first, second]) == "2 worker processes on cuda:0, cuda:2"
