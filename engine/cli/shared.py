@@ -97,7 +97,8 @@ def _click_settings(declaration: Option, written: str, *, has_default: bool) -> 
     elif kind == "int":
         settings |= {"type": click.IntRange(declaration.least, declaration.most)}  # type: ignore[arg-type]  # int both
     else:
-        settings |= {"type": {"float": float, "str": str, "Path": PATH, "Location": LOCATION}[kind]}
+        types = {"float": float, "str": str, "Path": PATH, "Location": LOCATION, "tuple[Location, ...]": LOCATION}
+        settings |= {"type": types[kind], "multiple": kind.startswith("tuple")}
     if declaration.bare is not None:
         settings |= {"is_flag": False, "flag_value": declaration.bare}
     return settings | {"help": declaration.help, "metavar": declaration.metavar}

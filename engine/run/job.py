@@ -16,11 +16,15 @@ from engine.run.journal import journal_path
 
 @dataclass(frozen=True)
 class Inputs:
-    """The images of a run: those of a directory, all of them or those of a manifest."""
+    """The images of a run: those of all `places` (engine/inputs/paths.py), all of them or those of a manifest."""
 
-    directory: Location = option(flag="--input", help="Directory or URI of images (DICOM: extra `dicom`).")
+    places: tuple[Location, ...] = option(
+        flag="--input",
+        help="Directory or URI of images, a picture, a quoted pattern, a .txt list of paths, or - for paths on "
+        "standard input; may be given several times (DICOM: extra `dicom`).",
+    )
     manifest: Path | None = option(None, "--manifest", "File of ids: caption only these, in this order.")
-    recursive: bool = option(False, "--recursive", "Look for images in the folders of the directory, too.")
+    recursive: bool = option(False, "--recursive", "Look for images in the folders of directories, too.")
     ids: str = option(
         "stem",
         "--ids",
