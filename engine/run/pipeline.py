@@ -133,15 +133,20 @@ def open_record(
 ) -> Iterator[RunRecord]:
     """Open the record of a run; say what an earlier run left, and what this one leaves if it is stopped."""
     made_with = f"{settings_line(source.bundle, source.backend_name, options)}|{source.environment}"
-    with RunRecord(images, outputs.out, made_with, resume=outputs.resume) as record:
+    with RunRecord(images, outputs.out, made_with, resume=outputs.resume, update=outputs.update) as record:
         if record.set_aside:
+            other = "other options or packages" if record.update else "other options, images or packages"
             say(
-                "the journal of an earlier run with another bundle, other options, images or packages, or one that is "
+                f"the journal of an earlier run with another bundle, {other}, or one that is "
                 f"damaged or unwanted, was moved to {record.set_aside}: starting afresh"
             )
         if record.resumed:
             say(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
-        if record.not_reused:
+        if record.update:
+            if record.earlier:
+                left = len(images) - record.resumed
+                say(f"{left} of {len(images)} pictures are to be captioned: new, changed, or not reached before")
+        elif record.not_reused:
             say(
                 f"{record.not_reused} more are there, but their image has changed or their record is damaged: "
                 "once again"
