@@ -124,7 +124,7 @@ def _click_settings(declaration: Option, written: str, *, has_default: bool) -> 
     elif kind == "int":
         settings |= {"type": click.IntRange(declaration.least, declaration.most)}  # type: ignore[arg-type]  # int both
     else:
-        settings |= {"type": _TYPES[kind]}
+        settings |= {"type": _TYPES[kind], "multiple": kind == "tuple[Location, ...]"}
     if declaration.bare is not None:
         settings |= {"is_flag": False, "flag_value": declaration.bare}
     return settings | {"help": declaration.help, "metavar": declaration.metavar}
@@ -135,6 +135,7 @@ _TYPES = {
     "str": str,
     "Path": PATH,
     "Location": LOCATION,
+    "tuple[Location, ...]": LOCATION,
     "tuple[str, ...]": LinesType(),
     "tuple[int, ...]": NumbersType(),
 }

@@ -35,6 +35,7 @@ class ImageFile:
     """One input: its id (the file name without a picture's suffix), its path, and which frame of a DICOM file is meant.
 
     With `folder`, a URI, `path` is the path inside it. `depth` is how more than 8 bits a channel are read (depth.py).
+    `root` is the folder that ids by path are relative to; its own folder when None.
     """
 
     id: str
@@ -42,19 +43,28 @@ class ImageFile:
     frame: int = 0
     folder: RemoteFolder | None = None
     depth: str = CLIP
+    root: Path | None = None
 
     @property
     def source(self) -> Path | RemoteFile:
         """Where its bytes are."""
         return self.path if self.folder is None else RemoteFile(self.folder, self.path.as_posix())
 
+    @property
+    def inside(self) -> Path:
+        """Its path relative to its root; where it lies elsewhere, its whole path without the `/` it begins with."""
+        return self.path if self.folder is not None else path_inside(self.path, self.root)
+
 
 @dataclass(frozen=True)
 class FoundImages:
-    """The images of a directory in the order of their names, and the names of what was left aside."""
+    """The images of a directory in the order of their names, the names of what was left aside, and whether any image
+    is DICOM.
+    """
 
     images: list[ImageFile]
     ignored: list[str]
+    has_dicom: bool = False
 
 
 class RepeatedIdError(UsageError):
@@ -71,38 +81,76 @@ def find_images(
     Raises UsageError when there is no such directory or no image in it, RepeatedIdError when two images share an id,
     and EngineError when there are DICOM files and nothing to read them.
     """
+    found = images_in(directory, recursive=recursive, dicom_frame=dicom_frame, ids=ids, depth=depth)
+    refuse_repeated(found.images, f"{directory} holds", "" if ids == "path" else "; --ids path makes ids of paths")
+    if found.has_dicom:
+        dicom.require_pydicom()
+    return found
+
+
+def images_in(
+    directory: Location,
+    *,
+    recursive: bool = False,
+    dicom_frame: int = 0,
+    ids: str = "stem",
+    depth: str = CLIP,
+    root: Path | None = None,
+) -> FoundImages:
+    """Return the images of one directory, see find_images, before anything is said of their ids.
+
+    With `root`, ids by path are relative to that folder.
+    """
     if isinstance(directory, RemoteFolder):
         names, taken = _names_at(directory, recursive)
-        images = [ImageFile(_id(n, ids), Path(n), dicom_frame, directory, depth) for n in taken]
+        images = [ImageFile(id_of(Path(n), ids), Path(n), dicom_frame, directory, depth) for n in taken]
         kinds = {_kind_by_suffix(Path(n).suffix.lower()) for n in taken}
     else:
         if not directory.is_dir():
             raise UsageError(f"{directory} is not a directory: give the folder that holds the images")
         names = sorted(_names_below(directory) if recursive else os.listdir(directory))
-        kind_taken = {n: kind for n in names if (kind := _kind_taken(directory / n)) is not None}
-        taken, kinds = list(kind_taken), set(kind_taken.values())
-        images = [ImageFile(_id(n, ids), directory / n, dicom_frame, depth=depth) for n in taken]
+        kind_of_taken = {n: kind for n in names if (kind := kind_taken(directory / n)) is not None}
+        taken, kinds = list(kind_of_taken), set(kind_of_taken.values())
+        root = directory if root is None else root
+        images = [local_image(directory / n, root, dicom_frame=dicom_frame, ids=ids, depth=depth) for n in taken]
     ignored = sorted(set(names) - set(taken))
     if not images:
         hint = "" if recursive else "; --recursive looks into its folders"
         there = f", but {describe_ignored(ignored)}" if ignored else ""
         raise UsageError(f"{directory} holds no images{there}{hint}")
-    by_id: dict[str, str] = {}
-    for image, name in zip(images, taken, strict=True):
-        if image.id in by_id:
-            raise RepeatedIdError(
-                f"{directory} holds two images with the id {image.id!r}: {by_id[image.id]} and {name}"
-                f"{'' if ids == 'path' else '; --ids path makes ids of paths'}"
-            )
-        by_id[image.id] = name
-    if "DICOM" in kinds:
-        dicom.require_pydicom()
-    return FoundImages(images, ignored)
+    return FoundImages(images, ignored, "DICOM" in kinds)
 
 
-def _id(name: str, ids: str) -> str:
-    path = Path(name)
-    return cut_suffix(path.as_posix() if ids == "path" else path.name)
+def local_image(path: Path, root: Path, *, dicom_frame: int = 0, ids: str = "stem", depth: str = CLIP) -> ImageFile:
+    """Return the image at a path, with the id that it has by `ids`."""
+    return ImageFile(id_of(path_inside(path, root), ids), path, dicom_frame, depth=depth, root=root)
+
+
+def path_inside(path: Path, root: Path | None) -> Path:
+    """Return ImageFile.inside of a path."""
+    if root is None:
+        return Path(path.name)
+    if path.is_relative_to(root) and ".." not in path.parts:
+        return path.relative_to(root)
+    whole, above = Path(os.path.abspath(path)), Path(os.path.abspath(root))  # noqa: PTH100 (resolve follows links)
+    return whole.relative_to(above) if whole.is_relative_to(above) else whole.relative_to(whole.anchor)
+
+
+def id_of(inside: Path, ids: str) -> str:
+    """Return the id of an image by its path inside its root."""
+    return cut_suffix(inside.as_posix() if ids == "path" else inside.name)
+
+
+def refuse_repeated(images: Iterable[ImageFile], holds: str, hint: str, *, whole_paths: bool = False) -> None:
+    """Raise RepeatedIdError where two images share an id; `holds` says who has them, `hint` what to do.
+
+    They are shown by their paths inside their root, or with `whole_paths` as they were found.
+    """
+    by_id: dict[str, ImageFile] = {}
+    for image in images:
+        if (other := by_id.setdefault(image.id, image)) is not image:
+            first, second = ((i.source if whole_paths else i.inside) for i in (other, image))
+            raise RepeatedIdError(f"{holds} two images with the id {image.id!r}: {first} and {second}{hint}")
 
 
 def find_images_of(
@@ -119,21 +167,26 @@ def find_images_of(
 
 def describe_ignored(names: list[str]) -> str:
     """Return what was left aside, by kind and count, with a remedy where there is one."""
+    return count_kinds(names) + remedy_for(names)
+
+
+def remedy_for(names: Iterable[str]) -> str:
+    """Return in words what makes files readable that are not, where that is known."""
     heic = any(Path(name).suffix.lower() in HEIC - SUFFIXES for name in names)
-    remedy = " (HEIC needs the extra [heic], or convert it to JPEG)" if heic else ""
-    return count_kinds(names) + remedy
+    return " (HEIC needs the extra [heic], or convert it to JPEG)" if heic else ""
 
 
 def _names_at(folder: RemoteFolder, recursive: bool) -> tuple[list[str], list[str]]:
     """Return the names of everything in a remote folder, and of those taken for images, both sorted."""
     found = folder.list(recursive=recursive)
     if recursive:  # hidden folders are not entered, and the others are no entries of their own
-        found = {name: stamp for name, stamp in found.items() if stamp and not _is_hidden(Path(name).parent)}
+        found = {name: stamp for name, stamp in found.items() if stamp and not is_hidden(Path(name).parent)}
     taken = [n for n, stamp in found.items() if stamp and Path(n).suffix.lower() in SUFFIXES]
     return sorted(found), sorted(n for n in taken if not Path(n).name.startswith("."))
 
 
-def _is_hidden(path: Path) -> bool:
+def is_hidden(path: Path) -> bool:
+    """Return whether a part of a path is hidden, or a folder that file servers and archives leave behind."""
     return any(part.startswith(".") or part.lower() in LITTER for part in path.parts)
 
 
@@ -141,7 +194,7 @@ def _names_below(directory: Path) -> list[str]:
     """Return everything below a directory by its path inside: files, and folders that are not entered."""
     names: list[str] = []
     for folder, folders, files in os.walk(directory, onerror=_raise):
-        entered = [name for name in folders if not _is_hidden(Path(name)) and not Path(folder, name).is_symlink()]
+        entered = [name for name in folders if not is_hidden(Path(name)) and not Path(folder, name).is_symlink()]
         left = set(folders) - set(entered)
         names += [os.path.relpath(os.path.join(folder, name), directory) for name in (*files, *left)]  # noqa: PTH118
         folders[:] = entered
@@ -152,7 +205,7 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _kind_taken(path: Path) -> str | None:
+def kind_taken(path: Path) -> str | None:
     """Return the kind of an entry that is taken for an image: a file or link, not hidden, by suffix or first bytes."""
     suffix = path.suffix.lower()
     if path.name.startswith(".") or suffix in NEVER | HEIC - SUFFIXES:
@@ -161,6 +214,19 @@ def _kind_taken(path: Path) -> str | None:
     if suffix in SUFFIXES:  # a link is taken whatever it leads to: reading it will tell
         return _kind_by_suffix(suffix) if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else None
     kind = _kind(path) if stat.S_ISREG(mode) else None
+    return kind if kind in DECODED else None
+
+
+def kind_named(path: Path) -> str | None:
+    """Return the kind of a file that is named as a picture: by suffix or first bytes, None for anything else.
+
+    Hidden files and links count, too; what is or leads to a folder, a pipe or a device is never opened.
+    """
+    suffix = path.suffix.lower()
+    mode = os.lstat(path).st_mode
+    if suffix in SUFFIXES:  # a link is taken whatever it leads to: reading it will tell
+        return _kind_by_suffix(suffix) if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else None
+    kind = _kind(path) if path.is_file() else None
     return kind if kind in DECODED else None
 
 

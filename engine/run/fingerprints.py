@@ -21,6 +21,12 @@ def run_key(images: Sequence[ImageFile], made_with: str) -> str:
     return digest.hexdigest()
 
 
+def settings_key(images: Sequence[ImageFile], made_with: str) -> str:
+    """Return the sha256 of what captions are made with and how the images are read, whatever images these are."""
+    how = sorted({(image.frame, image.depth) for image in images})
+    return hashlib.sha256(f"{made_with}|{json.dumps(how)}".encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def fingerprints(images: Sequence[ImageFile]) -> dict[str, list[int] | None]:
     """Return the fingerprint of every image by its id; those at a URI are listed, for size and time of change alone."""
     folders = {image.folder for image in images if image.folder is not None}

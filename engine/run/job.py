@@ -11,16 +11,20 @@ from engine.files.lock import lock_path
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.depth import HELP as DEPTH_HELP
 from engine.inputs.remote import Location
-from engine.run.journal import journal_path
+from engine.run.journal import journal_path, update_path
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The images of a run: those of a directory, all of them or those of a manifest."""
+    """The images of a run: those of all `places` (engine/inputs/paths.py), all of them or those of a manifest."""
 
-    directory: Location = option(flag="--input", help="Directory or URI of images (DICOM: extra `dicom`).")
+    places: tuple[Location, ...] = option(
+        flag="--input",
+        help="Directory or URI of images, a picture, a quoted pattern, a .txt list of paths, or - for paths on "
+        "standard input; may be given several times (DICOM: extra `dicom`).",
+    )
     manifest: Path | None = option(None, "--manifest", "File of ids: caption only these, in this order.")
-    recursive: bool = option(False, "--recursive", "Look for images in the folders of the directory, too.")
+    recursive: bool = option(False, "--recursive", "Look for images in the folders of directories, too.")
     ids: str = option(
         "stem",
         "--ids",
@@ -44,6 +48,11 @@ class Outputs:
     raw_text: bool = option(False, "--raw-text", "Write the text as Hugging Face decodes it, not detokenised.")
     allow_missing: bool = option(False, "--allow-missing", "Write an empty caption for images that cannot be read.")
     resume: bool = option(True, "--resume/--no-resume", "Go on where the same command was cut off; on by default.")
+    update: bool = option(
+        False,
+        "--update",
+        "Keep the captions beside --out: the same command captions only pictures that are new or changed.",
+    )
 
     def files(self) -> dict[str, Path]:
         """Return the files that will be written, by their options."""
@@ -54,7 +63,8 @@ class Outputs:
         """Refuse outputs that cannot be written or would destroy an input, see check_outputs. Raises UsageError."""
         outputs = self.files()
         locks = {f"the lock of {flag}": lock_path(path) for flag, path in outputs.items()}
-        check_outputs(outputs | {"the journal of --out": journal_path(self.out)} | locks, inputs)
+        journal = update_path(self.out) if self.update else journal_path(self.out)
+        check_outputs(outputs | {"the journal of --out": journal} | locks, inputs)
 
 
 _FILES = {name: declaration.flag for name, (declaration, kind) in declared(Outputs).items() if "Path" in kind}

@@ -1,8 +1,9 @@
 """The journal beside run.csv: every caption when its turn has come, so that a run that was cut off goes on.
 
 A text file, one record a line: crc32 of the rest in hexadecimal, a space, JSON. The first record holds the key of the
-run (bundle, options, list of images); the others a caption each. A last line that is torn is cut off when the file is
-opened again, one that does not match its checksum is passed over, and these images are captioned again.
+run (bundle, options and, without --update, the list of images); the others a caption each. A last line that is torn is
+cut off when the file is opened again, one that does not match its checksum is passed over, and these images are
+captioned again.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.errors import OutputError
+from engine.files.atomic import replace_file
 
 FORMAT = 1
 SYNC_EVERY_S = 5.0
@@ -31,6 +33,12 @@ def journal_path(out: Path) -> Path:
     """Return where the journal of the run that will be `out` lies: beside the file that a link leads to."""
     target = Path(os.path.realpath(out))
     return target.with_name(target.name + ".journal")
+
+
+def update_path(out: Path) -> Path:
+    """Return where --update keeps the captions of `out`: not in the journal, which goes with an ordinary run."""
+    target = Path(os.path.realpath(out))
+    return target.with_name(target.name + ".update.journal")
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
@@ -63,7 +71,7 @@ class Journal:
         A journal of another run, or any without `resume`, is moved aside. Raises OutputError when the file cannot be
         opened or written.
         """
-        self.path = path
+        self.path, self._key = path, key
         self.set_aside: Path | None = None
         self.records: list[dict[str, Any]] = []
         self.damaged = 0
@@ -78,8 +86,12 @@ class Journal:
             raise OutputError(f"{path} cannot be opened: {error.strerror}: the journal lies beside --out") from error
         self._header_end = 0
         if self._end == 0:
-            self._write({"journal": FORMAT, "key": key})
+            self._write(self._header)
             self._header_end = self._end
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        return {"journal": FORMAT, "key": self._key}
 
     @property
     def is_empty(self) -> bool:
@@ -132,6 +144,13 @@ class Journal:
     def delete(self) -> None:
         """Delete the file, still open: the run is complete."""
         self.path.unlink(missing_ok=True)
+
+    def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Let the file, still open, hold these records alone: the run is complete, and they stay for the next.
+
+        Raises OutputError and leaves the file as it was.
+        """
+        replace_file(self.path, b"".join(map(encode_record, (self._header, *records))))
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int, int]:

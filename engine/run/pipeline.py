@@ -13,7 +13,8 @@ from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
 from engine.inputs.ids import join_some
-from engine.inputs.images import ImageFile, describe_ignored, find_images, order_by_manifest
+from engine.inputs.images import ImageFile, describe_ignored, order_by_manifest
+from engine.inputs.paths import find_inputs
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
 from engine.run.job import Inputs, Outputs
@@ -27,7 +28,7 @@ Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 @dataclass(frozen=True)
 class RunSummary:
     """How a run went. `resumed` of the captions come from an earlier run that was cut off, `empty` ones have no word;
-    `left_aside` are entries of the directory that were not taken for images.
+    `left_aside` are entries of the inputs that were not taken for images.
 
     `seconds` is captioning; without loading the bundle in this process, but with starting workers elsewhere.
     """
@@ -56,7 +57,7 @@ def caption_directory(
     say: Say,
     progress: Progress,
 ) -> RunSummary:
-    """Caption every image of a directory into `outputs.out`; that file appears only when the whole run has succeeded.
+    """Caption every image of the inputs into `outputs.out`; that file appears only when the whole run has succeeded.
 
     `asked` lies over the settings of `bundle` (the embedded demo when None). `rows` is how many beams are decoded side
     by side, None for what suits device and memory. Until the end every caption is kept in a journal beside the output,
@@ -97,8 +98,8 @@ def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) ->
 
     Raises UsageError where there are no images, or an output would harm them.
     """
-    found = find_images(
-        inputs.directory,
+    found = find_inputs(
+        inputs.places,
         recursive=inputs.recursive,
         dicom_frame=inputs.dicom_frame,
         ids=inputs.ids,
@@ -106,13 +107,13 @@ def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) ->
     )
     images = order_by_manifest(found.images, inputs.manifest) if inputs.manifest else found.images
     manifest = [inputs.manifest] if inputs.manifest else []
-    outputs.check([image.path for image in found.images if image.folder is None] + manifest)
+    outputs.check([image.path for image in found.images if image.folder is None] + found.lists + manifest)
     for flag, path in outputs.files().items():
         if isinstance(bundle, Path) and path.resolve().parent == bundle.resolve():
             raise UsageError(f"{flag} {path} would lie inside the bundle: choose another place")
-    if found.ignored:
-        say(f"left aside in {inputs.directory}: {describe_ignored(found.ignored)}")
-    return images, found.ignored
+    for place, names in found.left_aside.items():
+        say(f"left aside in {place}: {describe_ignored(names)}")
+    return images, [name for names in found.left_aside.values() for name in names]
 
 
 @contextmanager
@@ -132,15 +133,20 @@ def open_record(
 ) -> Iterator[RunRecord]:
     """Open the record of a run; say what an earlier run left, and what this one leaves if it is stopped."""
     made_with = f"{settings_line(source.bundle, source.backend_name, options)}|{source.environment}"
-    with RunRecord(images, outputs.out, made_with, resume=outputs.resume) as record:
+    with RunRecord(images, outputs.out, made_with, resume=outputs.resume, update=outputs.update) as record:
         if record.set_aside:
+            other = "other options or packages" if record.update else "other options, images or packages"
             say(
-                "the journal of an earlier run with another bundle, other options, images or packages, or one that is "
+                f"the journal of an earlier run with another bundle, {other}, or one that is "
                 f"damaged or unwanted, was moved to {record.set_aside}: starting afresh"
             )
         if record.resumed:
             say(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
-        if record.not_reused:
+        if record.update:
+            if record.earlier:
+                left = len(images) - record.resumed
+                say(f"{left} of {len(images)} pictures are to be captioned: new, changed, or not reached before")
+        elif record.not_reused:
             say(
                 f"{record.not_reused} more are there, but their image has changed or their record is damaged: "
                 "once again"

@@ -2,47 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from engine.captions import Alternative, Caption
+from engine.captions import Caption
 from engine.errors import EngineError, ImageError
 from engine.files.run_files import write_n_best, write_run, write_timings
 from engine.inputs.images import ImageFile
-from engine.run.fingerprints import fingerprints, run_key
+from engine.run.fingerprints import fingerprints, run_key, settings_key
 from engine.run.job import Outputs
-from engine.run.journal import Journal, journal_path
+from engine.run.journal import Journal, journal_path, update_path
+from engine.run.recall import KnownPictures, encode_caption, encode_update, recall_by_id
 
 
 class RunRecord:
     """Captions and failures of the images of one run, kept in a journal beside `out` until the run is complete.
 
     A context manager: leaving it closes the journal, which stays on disk if it holds captions and nothing was written.
+    With `update` it stays then, too, for the next such run: its captions go by their pictures, not by a list of images.
     """
 
-    def __init__(self, images: Sequence[ImageFile], out: Path, made_with: str, *, resume: bool = True) -> None:
-        """Open the journal of this run; `resumed` of its captions are taken, `not_reused` are not: their image
-        has changed or their record is damaged.
+    def __init__(
+        self, images: Sequence[ImageFile], out: Path, made_with: str, *, resume: bool = True, update: bool = False
+    ) -> None:
+        """Open the journal of this run; `resumed` captions are taken from its `earlier` records, `not_reused` are not:
+        their image has changed or is no more, or they are damaged.
 
         `made_with` says what besides the images decides the captions: signature and versions. Without `resume`, or
-        when the journal is of another bundle, option or list of images, it is set aside (`set_aside` names where).
-        Raises OutputError.
+        when the journal is of another bundle or option, or without `update` of another list of images, it is set aside
+        (`set_aside` names where). Raises OutputError.
         """
         self.images = images
+        self.update = update
         self.same_command = "the same command" if resume else "the same command without --no-resume"
         """What goes on from the journal, in words for the user."""
-        self.captions: dict[str, Caption] = {}
         self._failed: dict[str, ImageError] = {}
         self._fingerprints = fingerprints(images)
-        self.journal_path = journal_path(out)
-        self._journal = Journal(self.journal_path, run_key(images, made_with), resume=resume)
+        self.journal_path = update_path(out) if update else journal_path(out)
+        key = settings_key(images, made_with) if update else run_key(images, made_with)
+        self._journal = Journal(self.journal_path, key, resume=resume)
         self.set_aside = self._journal.set_aside
-        for record in self._journal.records:
-            self._recall(record)
+        self._known = KnownPictures(self._journal.records) if update else None
+        self.captions = (
+            recall_by_id(self._journal.records, self._fingerprints)
+            if self._known is None
+            else self._known.recall(images, self._fingerprints)
+        )
+        self._images = {image.id: image for image in images}
+        self.earlier = len(self._journal.records)
         self.resumed = len(self.captions)
-        self.not_reused = len(self._journal.records) + self._journal.damaged - self.resumed
+        self.not_reused = self.earlier + self._journal.damaged - self.resumed
 
     def __enter__(self) -> RunRecord:
         return self
@@ -74,13 +84,11 @@ class RunRecord:
 
     def add(self, caption: Caption) -> None:
         """Note a caption. Raises OutputError when the journal cannot be written."""
+        stamp = self._fingerprints[caption.id]
         self._journal.append(
-            {
-                "id": caption.id,
-                "file": self._fingerprints[caption.id],
-                "latency_s": caption.latency_s,
-                "alternatives": [vars(alternative) for alternative in caption.alternatives],
-            }
+            encode_caption(caption, stamp)
+            if self._known is None
+            else encode_update(self._images[caption.id], caption, stamp)
         )
         self.captions[caption.id] = caption
 
@@ -104,6 +112,8 @@ class RunRecord:
 
         Its caption may be of either, and a run that goes on from the journal would make it again.
         """
+        if self._known is not None:  # before the look at the files: a digest is of the bytes that were captioned, then
+            self._known.learn_digests(image for image in self.images if image.id in self.captions)
         current = fingerprints([image for image in self.images if image.id in self.captions])
         changed = [
             image.path.name
@@ -120,7 +130,7 @@ class RunRecord:
     def write(self, outputs: Outputs, *, drawn: bool = False) -> None:
         """Write run.csv in the order of the images, empty captions for failures, and the other files where wanted.
 
-        The journal is deleted only then.
+        The journal is deleted only then; with `update` it keeps what was written.
         """
         if outputs.n_best_out is not None:
             captions = (self.captions[image.id] for image in self.images if image.id in self.captions)
@@ -128,7 +138,13 @@ class RunRecord:
         if outputs.timings_out is not None:
             write_timings(outputs.timings_out, ((image.id, self._latency_s(image.id)) for image in self.images))
         write_run(outputs.out, ((image.id, self._text(image.id, outputs.raw_text)) for image in self.images))
-        self._journal.delete()
+        if self._known is None:
+            self._journal.delete()
+            return
+        captioned = [image for image in self.images if image.id in self.captions]
+        self._journal.replace(
+            self._known.encode(image, self.captions[image.id], self._fingerprints[image.id]) for image in captioned
+        )
 
     def _latency_s(self, image_id: str) -> float | None:
         caption = self.captions.get(image_id)
@@ -139,27 +155,3 @@ class RunRecord:
         if caption is None:
             return ""
         return caption.raw_text if raw_text else caption.text
-
-    def _recall(self, record: Mapping[str, Any]) -> None:
-        """Take a caption out of the journal, unless its image has changed since; a malformed one is done again."""
-        try:
-            image_id = record["id"]
-            current = self._fingerprints.get(image_id)
-            if current is None or current != record["file"]:
-                return
-            alternatives = tuple(
-                Alternative(
-                    text=str(entry["text"]),
-                    raw_text=str(entry["raw_text"]),
-                    ids=tuple(int(token) for token in entry["ids"]),
-                    sum_log_prob=float(entry["sum_log_prob"]),
-                    score=float(entry["score"]),
-                )
-                for entry in record["alternatives"]
-            )
-            latency_s = record.get("latency_s")  # journals of an earlier version have none
-            latency_s = None if latency_s is None else float(latency_s)
-        except (KeyError, TypeError, ValueError):
-            return
-        if alternatives:
-            self.captions[image_id] = Caption(image_id, alternatives, latency_s)

@@ -174,11 +174,32 @@ def test_unreadable_images_are_all_listed_and_nothing_is_written(image_dir, tiny
     assert [i for i, text in captions.items() if not text] == ["IMG 1", "IMG 2", "note"]
 
 
+def test_folders_pictures_patterns_and_lists_are_one_run(image_dir, tiny_bundle, tmp_path):
+    for name in ("more", "others"):
+        (tmp_path / name).mkdir()
+    for i, picture in enumerate(random_pictures(4, seed=1)):
+        picture.save(tmp_path / ("others" if i < 2 else "more") / f"x{i}.png")
+    (tmp_path / "list.txt").write_text("more/x3.png\n")
+    inputs = (image_dir, tmp_path / "more/x2.png", tmp_path / "others/x*.png", tmp_path / "list.txt", "-")
+    (tmp_path / "y.png").write_bytes((image_dir / "IMG 0.png").read_bytes())
+    arguments = ["caption", "--bundle", tiny_bundle, "--out", tmp_path / "run.csv"]
+    arguments += [part for one in inputs for part in ("--input", one)]
+    result = CliRunner().invoke(main, list(map(str, arguments)), input=f"{tmp_path / 'y.png'}\n")
+    assert result.exit_code == 0, result.output
+    captions = dict(read_run(tmp_path / "run.csv")[1:])
+    assert list(captions) == [*(f"IMG {i}" for i in range(5)), "x2", "x0", "x1", "x3", "y"]
+    assert captions["y"] == captions["IMG 0"]
+    refused = run("caption", "--input", tmp_path / "list.txt", "--out", tmp_path / "list.txt")
+    assert refused.exit_code == 2
+    assert "would overwrite the input" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "sentence"),
     [
         (["--input", "{tmp}/nowhere"], 2, "nowhere is not a directory"),
         (["--input", "{tmp}/empty"], 2, "holds no images"),
+        (["--input", "{tmp}/images/*.tif"], 2, "nothing matches"),
         (["--beams", "0"], 2, "Invalid value for '--beams': 0 is not in the range"),
         (["--beams", "four"], 2, "Invalid value for '--beams'"),
         (["--colour", "red"], 2, "No such option"),

@@ -6,6 +6,7 @@ import builtins
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,29 @@ def test_a_run_begun_alone_goes_on_with_a_cluster_that_it_joins(image_dir, tiny_
     assert f"{kept} captions of an earlier run are taken from" in result.stderr
     assert not re.findall(r".*(?:\.py|\.cc):\d+.*", result.stderr), "Ray's own talk is heard"
     assert out.read_bytes() == undisturbed
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_workers_caption_what_is_new_in_the_folders_of_one_process(image_dir, tiny_bundle, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    paths = sorted(image_dir.iterdir())[:24]
+    for path in paths[:16]:
+        shutil.copy(path, folders[0])
+    out, more = tmp_path / "run.csv", ("--input", str(folders[1] / "*.png"), "--update")
+    shutil.copy(paths[16], folders[1])
+    alone = command(folders[0], tiny_bundle, out, *more)[3:]
+    assert CliRunner().invoke(main, alone).exit_code == 0
+    for path in paths[17:]:
+        shutil.copy(path, folders[1])
+    result = caption(folders[0], tiny_bundle, out, *more)
+    assert result.exit_code == 0, result.stderr
+    assert "17 captions of an earlier run are taken from" in result.stderr
+    assert "7 of 24 pictures are to be captioned" in result.stderr
+    scratch = command(folders[0], tiny_bundle, tmp_path / "scratch.csv", *more[:2])[3:]
+    assert CliRunner().invoke(main, scratch).exit_code == 0
+    assert out.read_bytes() == (tmp_path / "scratch.csv").read_bytes()
 
 
 def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, tmp_path, undisturbed):

@@ -1,0 +1,152 @@
+"""What --input names: folders, pictures, patterns, lists of paths, standard input."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from engine.errors import DataError, EngineError, UsageError
+from engine.inputs.images import RepeatedIdError, find_images
+from engine.inputs.paths import STDIN, find_inputs
+from tests.helpers.datasets import picture
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with pictures in a, b and b/deep, and files beside them."""
+    for name in ("a/1.png", "a/2.jpg", "b/3.png", "b/deep/4.png", "b/.hidden/5.png"):
+        picture(tmp_path / name)
+    (tmp_path / "a/notes.md").touch()
+    (tmp_path / "b/2.txt").write_text("a caption, no list")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def found(*places: str | Path, **how) -> list[str]:
+    return [str(image.path) for image in find_inputs([Path(place) for place in places], **how).images]
+
+
+def ids(*places: str | Path, **how) -> list[str]:
+    return [image.id for image in find_inputs([Path(place) for place in places], **how).images]
+
+
+@pytest.mark.usefixtures("here")
+def test_one_folder_is_read_as_ever():
+    for how in ({}, {"recursive": True, "ids": "path"}):
+        alone, several = find_images(Path("b"), **how), find_inputs([Path("b")], **how)
+        assert several.images == alone.images
+        assert several.left_aside == {"b": alone.ignored}
+
+
+@pytest.mark.usefixtures("here")
+def test_inputs_come_in_the_order_they_are_named():
+    assert found("b", "a/2.jpg", "a/1.png") == ["b/3.png", "a/2.jpg", "a/1.png"]
+    assert find_inputs([Path("b"), Path("a")]).left_aside == {
+        "b": ["b/.hidden", "b/2.txt", "b/deep"],
+        "a": ["a/notes.md"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a/*", ["a/1.png", "a/2.jpg"]),
+        ("?/[0-9].png", ["a/1.png", "b/3.png"]),
+        ("**/*.png", ["a/1.png", "b/3.png", "b/deep/4.png"]),
+        ("b/**", ["b/3.png", "b/deep/4.png"]),
+        ("b/.hid*/*", ["b/.hidden/5.png"]),
+        ("*/deep/*.png", ["b/deep/4.png"]),
+    ],
+)
+def test_a_pattern_is_the_pictures_that_it_matches(here, pattern, expected):
+    assert found(pattern) == expected
+    assert found(here / pattern) == [str(here / name) for name in expected]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_pattern_enters_folders_that_it_matches_only_when_asked_to():
+    assert found("b*/*") == ["b/3.png"]
+    assert find_inputs([Path("b*/*")]).left_aside == {"b*/*": ["b/2.txt", "b/deep"]}
+    assert found("b*/*", recursive=True) == ["b/3.png", "b/deep/4.png"]
+    with pytest.raises(UsageError, match=r"\[ab\] matches no images, but 2 without a suffix; --recursive looks into"):
+        find_inputs([Path("[ab]")])
+
+
+def test_a_pattern_follows_no_link_to_a_folder(here):
+    (here / "b/loop").symlink_to("..")
+    assert found("**/*.png") == ["a/1.png", "b/3.png", "b/deep/4.png"]
+    assert found("b/*/*.png") == ["b/deep/4.png"]
+    assert found("b/loop/a/*.png") == ["b/loop/a/1.png"], "what is written out is meant"
+
+
+def test_a_name_with_the_characters_of_a_pattern_is_itself_where_it_exists(here):
+    picture(here / "a/[12].png")
+    assert found("a/[12].png") == ["a/[12].png"]
+    picture(here / "[x]/6.png")
+    assert found("[x]/*.png") == ["[x]/6.png"]
+
+
+def test_a_list_is_relative_to_its_folder_and_keeps_its_order(here):
+    (here / "b/list.txt").write_bytes(b"\xef\xbb\xbf3.png\r\n\r\n../a/2.jpg\n" + os.fsencode(here / "a/1.png"))
+    assert [Path(p).resolve() for p in found("b/list.txt")] == [here / n for n in ("b/3.png", "a/2.jpg", "a/1.png")]
+    assert find_inputs([Path("b/list.txt")]).lists == [Path("b/list.txt")]
+    (here / "b/list.txt").write_text("deep\n3.png\n", encoding="utf-16")
+    assert found("b/list.txt") == ["b/deep/4.png", "b/3.png"]
+
+
+@pytest.mark.parametrize("between", ["\n", "\0"])
+def test_paths_on_standard_input_are_relative_to_the_working_directory(here, monkeypatch, between):
+    odd = "a/line\nbreak.png" if between == "\0" else "a/\udcff *.png"
+    picture(here / "a/x.png").rename(here / odd)
+    said = between.join(["b/3.png", odd, ""]).encode("utf-8", "surrogateescape")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(said)))
+    assert found(STDIN) == ["b/3.png", odd]
+
+
+@pytest.mark.parametrize(
+    ("places", "sentence"),
+    [
+        (["nowhere"], "nowhere is not a directory, a picture or a list of paths: nothing is there"),
+        (["a/*.tif"], r"nothing matches a/\*\.tif"),
+        (["nowhere/*.png"], "nothing matches nowhere"),
+        (["a/notes.md"], "notes.md is no picture that can be read$"),
+        (["a/x.heic"], "HEIC needs the extra"),
+        (["pipe.png"], "pipe.png is no picture"),
+        (["pipe"], "pipe is no picture"),
+        (["a", "a/1.png"], "a/1.png is named twice by the inputs"),
+        (["b/empty.txt"], "empty.txt lists no paths"),
+        (
+            ["b/list.txt"],
+            r"list.txt, line 3: gone.png is not there \(and 1 more\): paths are relative to its folder b$",
+        ),
+        (["b/links.txt"], "links.txt, line 2: b/2.txt is no picture"),
+        ([], "there is no input"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(here, places, sentence):
+    os.mkfifo("pipe")
+    os.mkfifo("pipe.png")
+    (here / "a/x.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 200)
+    (here / "b/empty.txt").write_text("\n\n")
+    (here / "b/list.txt").write_text("3.png\n\ngone.png\nlost\n")
+    (here / "b/links.txt").write_text("3.png\n2.txt\n")
+    with pytest.raises((UsageError, DataError), match=sentence) as raised:
+        find_inputs([Path(place) for place in places])
+    assert "\n" not in str(raised.value)
+    assert isinstance(raised.value, EngineError)
+
+
+def test_ids_of_all_inputs_differ_and_paths_are_relative_to_each(here):
+    picture(here / "b/1.png")
+    with pytest.raises(RepeatedIdError, match=r"hold two images with the id '1': a/1.png and b/1.png; --ids"):
+        find_inputs([Path("a"), Path("b")])
+    with pytest.raises(RepeatedIdError, match="ids are paths relative to each --input"):
+        find_inputs([Path("a"), Path("b")], ids="path")
+    assert ids("?/1.png", ids="path") == ["a/1", "b/1"]
+    assert ids("a/1.png", "b/1.png", ids="path") == ["a/1", "b/1"]
+    (here / "b/list.txt").write_text("1.png\n../a/1.png\n")
+    assert ids("b/list.txt", ids="path") == ["1", (here / "a/1").as_posix().lstrip("/")]
