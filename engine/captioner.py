@@ -110,10 +110,7 @@ class Captioner:
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             raise UsageError("caption takes several images: put a single one into a list")
         options = (options or DecodeOptions()).replace(**given)
-        search = self.search(options)
-        starts = None if prompts is None else self.starts(options, prompts)
-        if starts:
-            search = replace(search, max_length=max(start.max_length for start in starts.values()))
+        search, starts = self.searches(options, prompts)
         return self._caption(images, search, starts, rows, on_error)
 
     def _caption(
@@ -181,12 +178,14 @@ class Captioner:
         """Resolve options over this bundle's settings; raise UsageError where they do not fit it."""
         return search_for(self.bundle, self.tokenizer, options)
 
-    def starts(self, options: DecodeOptions, prompts: Mapping[str, str]) -> dict[str, Start]:
-        """Return where the captions of images start, by id; raise UsageError for a prompt that does not fit."""
-        if options.prompt:
-            raise UsageError("a prompt for all images and prompts for each of them exclude each other: give one")
-        of_prompt = {prompt: self.search(options.replace(prompt=prompt)).start for prompt in set(prompts.values())}
-        return {name: of_prompt[prompt] for name, prompt in prompts.items()}
+    def searches(
+        self, options: DecodeOptions, prompts: Mapping[str, str] | None
+    ) -> tuple[Search, dict[str, Start] | None]:
+        """Return the search that has room for all images, and where their captions start, by id (None: all alike).
+
+        Raises UsageError for options or a prompt that do not fit the bundle.
+        """
+        return searches_for(self.bundle, self.tokenizer, options, prompts)
 
     def _read(
         self, sources: Iterable[tuple[int, ImageSource]], on_error: Callable[[ImageError], None] | None
@@ -233,11 +232,32 @@ def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptio
     )
 
 
+def searches_for(
+    bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions, prompts: Mapping[str, str] | None
+) -> tuple[Search, dict[str, Start] | None]:
+    """See Captioner.searches."""
+    if not prompts:
+        return search_for(bundle, tokenizer, options), None
+    if options.prompt:
+        raise UsageError("a prompt for all images and prompts for each of them exclude each other: give one")
+    of_prompt = {
+        prompt: search_for(bundle, tokenizer, options.replace(prompt=prompt))
+        for prompt in sorted(set(prompts.values()))
+    }
+    search = max(of_prompt.values(), key=lambda one: one.max_length)
+    return search, {name: of_prompt[prompt].start for name, prompt in prompts.items()}
+
+
 class Todo(Protocol):
     """Images that wait for captions."""
 
     def remaining(self) -> Iterator[ImageFile]:
         """Yield the images that have neither a caption nor failed."""
+        ...
+
+    @property
+    def prompts(self) -> Mapping[str, str] | None:
+        """The text each image's caption starts with, by id; None where they have one in common, or none."""
         ...
 
     def has(self, image_id: str) -> bool:
@@ -254,6 +274,7 @@ def caption_within_memory(
     options: DecodeOptions,
     remaining: Callable[[], Iterable[ImageFile]],
     *,
+    prompts: Mapping[str, str] | None,
     on_error: Callable[[ImageError], None],
     rows: int | None,
     say: Callable[[str], None],
@@ -263,12 +284,13 @@ def caption_within_memory(
     `remaining` is asked again then, and must leave out what has been yielded; `say` gets a note of it before.
     Unreadable images go to `on_error`.
     """
-    search = captioner.search(options)
+    search, _ = captioner.searches(options, prompts)
     num_slots = captioner.scheduler(search, rows).side_by_side
     while True:
         gc.collect()  # an error holds on to the frames it came through, and these to the keys that did not fit
         try:
-            yield from captioner.caption(remaining(), options, rows=num_slots * search.num_beams, on_error=on_error)
+            rows = num_slots * search.num_beams
+            yield from captioner.caption(remaining(), options, rows=rows, prompts=prompts, on_error=on_error)
             return
         except (OutOfMemoryError, MemoryError) as error:
             if num_slots == 1:

@@ -11,7 +11,7 @@ from typing import Any
 from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import Todo, search_for
+from engine.captioner import Todo, search_for, searches_for
 from engine.captions import Caption
 from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import AttemptCounter, CaptionWorker, NodeFacts, inspect_node
@@ -58,7 +58,7 @@ def open_cluster(
 ) -> Iterator[ClusterSource]:
     """Connect to a cluster, and ask a node what the backend is there; `say` gets how many workers there will be."""
     bundle = open_bundle(location)  # a damaged bundle or a wrong option is found before a cluster starts
-    search_for(bundle, CaptionTokenizer(bundle), asked)
+    search_for(bundle, tokenizer := CaptionTokenizer(bundle), asked)
     with cluster(workers.address or LOCAL) as ray:
         gpus = 0 if runtime.backend == "cpu" else int(ray.cluster_resources().get("GPU", 0))
         node = _ask_a_node(ray, runtime.backend, min(gpus, 1))
@@ -77,7 +77,7 @@ def open_cluster(
             num_nodes=len(resources),
             rows=rows,
         )
-        yield ClusterSource(ray, bundle, order, team)
+        yield ClusterSource(ray, bundle, tokenizer, order, team)
 
 
 def _ask_a_node(ray: Any, backend: str, gpus: int) -> NodeFacts:
@@ -124,21 +124,26 @@ def plan_workers(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | N
 class ClusterSource:
     """A team of workers, started when captions are asked for."""
 
-    def __init__(self, ray: Any, bundle: Bundle, order: WorkOrder, team: WorkerPlan) -> None:
+    def __init__(
+        self, ray: Any, bundle: Bundle, tokenizer: CaptionTokenizer, order: WorkOrder, team: WorkerPlan
+    ) -> None:
         self.bundle = bundle
+        self._tokenizer = tokenizer
         self.backend_name = order.runtime.backend
         self.environment = order.environment.rpartition("|engine:")[0]
         self.clipped: list[str] = []
         self._ray, self._order, self._team = ray, order, team
 
-    def resolve(self, asked: DecodeOptions) -> DecodeOptions:
-        return asked.over(self.bundle.generation)
+    def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
+        options = asked.over(self.bundle.generation)
+        searches_for(self.bundle, self._tokenizer, options, prompts)
+        return options
 
     def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
         """See Source. A worker that dies is replaced and its block done again; what is nevertheless missing in the end
         goes out once more.
         """
-        self._order = replace(self._order, options=options)
+        self._order = replace(self._order, options=options, prompts=todo.prompts)
         while missing := list(todo.remaining()):
             paths = {image.id: str(image.source) for image in missing}
             for answer in map(unpack_answer, self._answers(missing)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
@@ -12,7 +12,7 @@ from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
 from engine.bundle.signature import environment
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import Todo, search_for
+from engine.captioner import Todo, search_for, searches_for
 from engine.captions import Caption
 from engine.errors import BackendError, ImageError
 from engine.inputs.remote import Location
@@ -43,7 +43,7 @@ def open_processes(
     have ended when this is left.
     """
     bundle = open_bundle(location)
-    search_for(bundle, CaptionTokenizer(bundle), asked)
+    search_for(bundle, tokenizer := CaptionTokenizer(bundle), asked)
     say(describe(shares))
     order = WorkOrder(
         bundle=bundle.path.absolute(),
@@ -53,7 +53,7 @@ def open_processes(
         peers=len(shares),
         rows=rows,
     )
-    source = ProcessSource(bundle, order, shares)
+    source = ProcessSource(bundle, tokenizer, order, shares)
     try:
         yield source
     finally:
@@ -71,8 +71,9 @@ def describe(shares: Sequence[Share]) -> str:
 class ProcessSource:
     """Worker processes, started when captions are asked for."""
 
-    def __init__(self, bundle: Bundle, order: WorkOrder, shares: Sequence[Share]) -> None:
+    def __init__(self, bundle: Bundle, tokenizer: CaptionTokenizer, order: WorkOrder, shares: Sequence[Share]) -> None:
         self.bundle = bundle
+        self._tokenizer = tokenizer
         self.backend_name = order.runtime.backend
         self.environment = order.environment
         self.clipped: list[str] = []
@@ -81,14 +82,16 @@ class ProcessSource:
         self._deaths: Counter[int] = Counter()
         self._events: SimpleQueue[tuple[Child, bytes]]
 
-    def resolve(self, asked: DecodeOptions) -> DecodeOptions:
-        return asked.over(self.bundle.generation)
+    def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
+        options = asked.over(self.bundle.generation)
+        searches_for(self.bundle, self._tokenizer, options, prompts)
+        return options
 
     def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
         """See Source. An image that its worker dies of, alone, too, is one that cannot be read."""
         images = list(todo.remaining())
         places = range(min(len(self._shares), len(images)))
-        self._order = replace(self._order, options=options, peers=len(places))
+        self._order = replace(self._order, options=options, prompts=todo.prompts, peers=len(places))
         self._events = SimpleQueue()
         handout = HandOut(images, len(places))
         for place in places:

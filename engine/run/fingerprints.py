@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.inputs.depth import CLIP
 from engine.inputs.images import ImageFile
 
 
-def run_key(images: Sequence[ImageFile], made_with: str) -> str:
-    """Return the sha256 that tells runs apart: what captions are made with, and the images in their order."""
+def run_key(images: Sequence[ImageFile], made_with: str, prompts: Mapping[str, str] | None = None) -> str:
+    """Return the sha256 that tells runs apart: what captions are made with, and the images in their order, with their
+    prompts by id.
+    """
     digest = hashlib.sha256(made_with.encode("utf-8", "surrogateescape"))
     for image in images:
         place = str(image.path.absolute() if image.folder is None else image.source)
-        depth = [] if image.depth == CLIP else [image.depth]  # journals of earlier versions know none
-        digest.update(json.dumps([image.id, place, image.frame, *depth]).encode("ascii"))
+        depth = [] if image.depth == CLIP else [image.depth]  # journals of earlier versions know none, nor prompts
+        prompt = [] if prompts is None else [{"prompt": prompts[image.id]}]
+        digest.update(json.dumps([image.id, place, image.frame, *depth, *prompt]).encode("ascii"))
     return digest.hexdigest()
 
 

@@ -31,6 +31,9 @@ class Inputs:
         "Ids of images: `stem`, the file name without suffix, or `path`, with the folders inside --input.",
         choices={"stem": "stem", "path": "path"},
     )
+    prompts: Path | None = option(
+        None, "--prompts", "Table ID,prompt: a text each caption starts with, instead of one --prompt for all."
+    )
     dicom_frame: int = option(0, "--dicom-frame", "Frame of DICOM files, counted from 0.", least=0)
     high_bit_depth: str = option(CLIP, "--high-bit-depth", DEPTH_HELP)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from engine.files.lock import OutputLock
 from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile, describe_ignored, order_by_manifest
 from engine.inputs.paths import find_inputs
+from engine.inputs.prompts import read_prompts
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
 from engine.run.job import Inputs, Outputs
@@ -67,10 +68,11 @@ def caption_directory(
     """
     runtime = choose_runtime(runtime, workers, say)  # before a large folder is listed: what is missing is said at once
     images, left_aside = find(inputs, outputs, bundle, say)
+    prompts = read_prompts(inputs.prompts, [image.id for image in images]) if inputs.prompts else None
     with (
         lock(outputs, say),
         open_source(bundle, asked, rows, runtime, workers, say) as source,
-        open_record(images, source, options := source.resolve(asked), outputs, say) as record,
+        open_record(images, source, options := source.resolve(asked, prompts), outputs, say, prompts) as record,
     ):
         seconds = keep(source.captions(options, record, say), record, progress)
         if clipped := sorted(set(source.clipped)):
@@ -106,8 +108,8 @@ def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) ->
         depth=inputs.high_bit_depth,
     )
     images = order_by_manifest(found.images, inputs.manifest) if inputs.manifest else found.images
-    manifest = [inputs.manifest] if inputs.manifest else []
-    outputs.check([image.path for image in found.images if image.folder is None] + found.lists + manifest)
+    tables = [table for table in (inputs.manifest, inputs.prompts) if table]
+    outputs.check([image.path for image in found.images if image.folder is None] + found.lists + tables)
     for flag, path in outputs.files().items():
         if isinstance(bundle, Path) and path.resolve().parent == bundle.resolve():
             raise UsageError(f"{flag} {path} would lie inside the bundle: choose another place")
@@ -129,11 +131,18 @@ def lock(outputs: Outputs, say: Say) -> Iterator[None]:
 
 @contextmanager
 def open_record(
-    images: list[ImageFile], source: Source, options: DecodeOptions, outputs: Outputs, say: Say
+    images: list[ImageFile],
+    source: Source,
+    options: DecodeOptions,
+    outputs: Outputs,
+    say: Say,
+    prompts: Mapping[str, str] | None = None,
 ) -> Iterator[RunRecord]:
     """Open the record of a run; say what an earlier run left, and what this one leaves if it is stopped."""
     made_with = f"{settings_line(source.bundle, source.backend_name, options)}|{source.environment}"
-    with RunRecord(images, outputs.out, made_with, resume=outputs.resume, update=outputs.update) as record:
+    with RunRecord(
+        images, outputs.out, made_with, prompts=prompts, resume=outputs.resume, update=outputs.update
+    ) as record:
         if record.set_aside:
             other = "other options or packages" if record.update else "other options, images or packages"
             say(

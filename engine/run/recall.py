@@ -72,10 +72,11 @@ class KnownPictures:
     A file with the same fingerprint at the same place has the same bytes: times of change cannot be set back, and the
     journal of a run that was cut off goes by no more. Where that differs, a file was touched, copied or renamed,
     perhaps: then its sha256 tells, and only files of a size that is known are read for it. Pictures at a URI have no
-    digests.
+    digests. `prompts` are those of the images by their ids, where they have some: another one makes another caption.
     """
 
-    def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, records: Iterable[Mapping[str, Any]], prompts: Mapping[str, str]) -> None:
+        self._prompts = prompts
         self._by_stamp: dict[tuple[str, str], Mapping[str, Any]] = {}
         self._by_digest: dict[tuple[str, str], Mapping[str, Any]] = {}
         self._sizes: set[int] = set()
@@ -95,6 +96,8 @@ class KnownPictures:
         for image in images:
             stamp = stamps[image.id]
             record = self._by_stamp.get((place_of(image), str(stamp)))
+            if record is not None and record.get("prompt") != self._prompts.get(image.id):
+                continue
             if record is not None and (caption := decode_caption(record, image.id)) is not None:
                 captions[image.id] = caption
                 if isinstance(digest := record.get("sha256"), str):
@@ -104,7 +107,9 @@ class KnownPictures:
         self.learn_digests(others)
         for image in others:
             known = self._by_digest.get((self.digests.get(image.id, ""), _suffix(place_of(image))))
-            if known is not None and (caption := decode_caption(known, image.id)) is not None:
+            if known is None or known.get("prompt") != self._prompts.get(image.id):
+                continue
+            if (caption := decode_caption(known, image.id)) is not None:
                 captions[image.id] = caption
         return captions
 
@@ -120,12 +125,12 @@ class KnownPictures:
     def encode(self, image: ImageFile, caption: Caption, stamp: list[int] | None) -> dict[str, Any]:
         """Return a record with the digest of its picture, of which it must be sure that these bytes were captioned."""
         digest = self.digests.get(image.id)
-        return encode_update(image, caption, stamp) | ({} if digest is None else {"sha256": digest})
+        return self.encode_new(image, caption, stamp) | ({} if digest is None else {"sha256": digest})
 
-
-def encode_update(image: ImageFile, caption: Caption, stamp: list[int] | None) -> dict[str, Any]:
-    """Return a record that KnownPictures finds by the place and the fingerprint of its picture."""
-    return encode_caption(caption, stamp) | {"place": place_of(image)}
+    def encode_new(self, image: ImageFile, caption: Caption, stamp: list[int] | None) -> dict[str, Any]:
+        """Return a record that is found by the place and the fingerprint of its picture."""
+        prompt = {"prompt": self._prompts[image.id]} if image.id in self._prompts else {}
+        return encode_caption(caption, stamp) | {"place": place_of(image)} | prompt
 
 
 def digest_of(path: Path) -> str | None:

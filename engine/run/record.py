@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -13,7 +13,7 @@ from engine.inputs.images import ImageFile
 from engine.run.fingerprints import fingerprints, run_key, settings_key
 from engine.run.job import Outputs
 from engine.run.journal import Journal, journal_path, update_path
-from engine.run.recall import KnownPictures, encode_caption, encode_update, recall_by_id
+from engine.run.recall import KnownPictures, encode_caption, recall_by_id
 
 
 class RunRecord:
@@ -24,26 +24,34 @@ class RunRecord:
     """
 
     def __init__(
-        self, images: Sequence[ImageFile], out: Path, made_with: str, *, resume: bool = True, update: bool = False
+        self,
+        images: Sequence[ImageFile],
+        out: Path,
+        made_with: str,
+        *,
+        prompts: Mapping[str, str] | None = None,
+        resume: bool = True,
+        update: bool = False,
     ) -> None:
         """Open the journal of this run; `resumed` captions are taken from its `earlier` records, `not_reused` are not:
         their image has changed or is no more, or they are damaged.
 
-        `made_with` says what besides the images decides the captions: signature and versions. Without `resume`, or
-        when the journal is of another bundle or option, or without `update` of another list of images, it is set aside
-        (`set_aside` names where). Raises OutputError.
+        `made_with` says what besides the images and their `prompts` decides the captions: signature and versions.
+        Without `resume`, or when the journal is of another bundle or option, or without `update` of another list of
+        images, it is set aside (`set_aside` names where). Raises OutputError.
         """
         self.images = images
+        self.prompts = prompts
         self.update = update
         self.same_command = "the same command" if resume else "the same command without --no-resume"
         """What goes on from the journal, in words for the user."""
         self._failed: dict[str, ImageError] = {}
         self._fingerprints = fingerprints(images)
         self.journal_path = update_path(out) if update else journal_path(out)
-        key = settings_key(images, made_with) if update else run_key(images, made_with)
+        key = settings_key(images, made_with) if update else run_key(images, made_with, prompts)
         self._journal = Journal(self.journal_path, key, resume=resume)
         self.set_aside = self._journal.set_aside
-        self._known = KnownPictures(self._journal.records) if update else None
+        self._known = KnownPictures(self._journal.records, prompts or {}) if update else None
         self.captions = (
             recall_by_id(self._journal.records, self._fingerprints)
             if self._known is None
@@ -88,7 +96,7 @@ class RunRecord:
         self._journal.append(
             encode_caption(caption, stamp)
             if self._known is None
-            else encode_update(self._images[caption.id], caption, stamp)
+            else self._known.encode_new(self._images[caption.id], caption, stamp)
         )
         self.captions[caption.id] = caption
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
@@ -33,8 +33,10 @@ class Source(Protocol):
     environment: str
     clipped: list[str]
 
-    def resolve(self, asked: DecodeOptions) -> DecodeOptions:
-        """Return what is asked laid over the bundle's settings. Raises UsageError where it does not fit the bundle."""
+    def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
+        """Return what is asked laid over the bundle's settings. Raises UsageError where it, or one of the images'
+        prompts, does not fit the bundle.
+        """
         ...
 
     def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
@@ -79,12 +81,18 @@ class LocalSource:
         self.environment = environment(self.backend_name)
         self.clipped = captioner.clipped
 
-    def resolve(self, asked: DecodeOptions) -> DecodeOptions:
+    def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
         options = asked.over(self.bundle.generation)
-        self._captioner.search(options)
+        self._captioner.searches(options, prompts)
         return options
 
     def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
         return caption_within_memory(
-            self._captioner, options, todo.remaining, on_error=todo.fail, rows=self._rows, say=say
+            self._captioner,
+            options,
+            todo.remaining,
+            prompts=todo.prompts,
+            on_error=todo.fail,
+            rows=self._rows,
+            say=say,
         )

@@ -36,6 +36,7 @@ class WorkOrder:
     num_nodes: int = 1
     rows: int | None = None
     options: DecodeOptions = field(default_factory=DecodeOptions)
+    prompts: Mapping[str, str] | None = None
 
 
 def pack_images(images: list[ImageFile]) -> str:

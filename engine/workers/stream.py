@@ -6,7 +6,7 @@ A scheduler that is given a block at a time runs empty at the end of each. Knows
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -44,9 +44,12 @@ Outbox = SimpleQueue[StreamItem]
 class CaptionStream:
     """A thread that captions whatever is asked of it, in that order; `rows` beams side by side."""
 
-    def __init__(self, captioner: Captioner, options: DecodeOptions, *, rows: int) -> None:
-        self._captioner, self._options, self._rows = captioner, options, rows
-        side_by_side = captioner.scheduler(captioner.search(options), rows).side_by_side
+    def __init__(
+        self, captioner: Captioner, options: DecodeOptions, *, rows: int, prompts: Mapping[str, str] | None = None
+    ) -> None:
+        self._captioner, self._options, self._rows, self._prompts = captioner, options, rows, prompts
+        search, _ = captioner.searches(options, prompts)
+        side_by_side = captioner.scheduler(search, rows).side_by_side
         self.wants = captioner.images_ahead + TURNS_AHEAD * side_by_side
         """Images that callers may ask for at a time; with many fewer slots run empty."""
         self._inbox: SimpleQueue[tuple[ImageFile, Outbox]] = SimpleQueue()
@@ -64,9 +67,9 @@ class CaptionStream:
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} is another bundle than here: copy it anew")
         captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
-        search = captioner.search(order.options)
+        search, _ = captioner.searches(order.options, order.prompts)
         rows = order.rows or _fair_slots(captioner, search, order.peers) * search.num_beams
-        return cls(captioner, order.options, rows=rows)
+        return cls(captioner, order.options, rows=rows, prompts=order.prompts)
 
     def ask(self, images: Sequence[ImageFile], outbox: Outbox) -> None:
         """Ask for captions; `outbox` gets a Caption or Unreadable of each image, captions in the order of the images,
@@ -111,6 +114,7 @@ class CaptionStream:
                     self._captioner,
                     self._options,
                     self._arrivals,
+                    prompts=self._prompts,
                     on_error=self._fail,
                     rows=self._rows,
                     say=self._tell_all,

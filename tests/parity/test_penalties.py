@@ -126,6 +126,58 @@ def test_prompts_of_each_picture_are_checked_at_once(tiny_captioner):
         list(tiny_captioner.caption(pictures, prompts={"0": "a"}))
 
 
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    table = tmp_path / "prompts.csv"
+    table.write_text("ID,prompt\n0,mri of the brain\n1,\n2.png,a\n3,ct of the\n4,a\n")
+    return table
+
+
+def test_a_table_of_prompts_from_the_command_line(pictures, prompts, tiny_bundle, tmp_path):
+    """The same bytes from one process and from two; only the pictures whose prompt has changed are captioned again."""
+    given = ("--bundle", tiny_bundle, "--input", pictures, "--beams", 2, "--max-new-tokens", 9)
+    run, other = tmp_path / "run.csv", tmp_path / "other.csv"
+    result = caption(*given, "--prompts", prompts, "--out", run, "--update")
+    assert result.exit_code == 0, result.output
+    expected = {}
+    for name, prompt in (("0", "mri of the brain"), ("1", None), ("2", "a"), ("3", "ct of the"), ("4", "a")):
+        alone = caption(
+            *given[:3], pictures / f"{name}.png", *given[4:], "--out", other, *(("--prompt", prompt) if prompt else ())
+        )
+        assert alone.exit_code == 0, alone.output
+        expected[name] = rows_of(other)[0][1]
+    assert dict(rows_of(run)) == expected
+    result = caption(*given, "--prompts", prompts, "--out", other, "--processes", 2, "--threads", 2)
+    assert result.exit_code == 0, result.output
+    assert other.read_bytes() == run.read_bytes()
+    prompts.write_text(prompts.read_text().replace("ct of the", "mri"))
+    result = caption(*given, "--prompts", prompts, "--out", run, "--update", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert (summary["captions"], summary["resumed"]) == (5, 4)
+    assert {name for name, text in rows_of(run) if text != expected[name]} == {"3"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "sentence"),
+    [
+        ("0,a\n", (), "prompts.csv has no prompt for 4 of 5 images (1, 2, 3 and 1 more): add their rows"),
+        ("".join(f"{i},[SEP]\n" for i in range(5)), (), "'[SEP]' spells a special token"),
+        ("".join(f"{i},a\n" for i in range(5)), ("--prompt", "mri"), "exclude each other: give one"),
+        ("".join(f"{i},{'a ' * 60}\n" for i in range(5)), (), "does not fit: this bundle takes"),
+    ],
+)
+def test_a_table_of_prompts_that_does_not_fit_is_refused(
+    rows, more, sentence, pictures, prompts, tiny_bundle, tmp_path
+):
+    prompts.write_text("ID,prompt\n" + rows)
+    out = tmp_path / "run.csv"
+    result = caption("--bundle", tiny_bundle, "--input", pictures, "--out", out, "--prompts", prompts, *more)
+    assert result.exit_code in (1, 2)
+    assert sentence in result.stderr.splitlines()[-1]
+    assert not out.exists()
+
+
 def test_equal_pictures_with_different_prompts_have_captions_of_their_own(tiny_captioner):
     (picture,) = random_pictures(1)
     found = list(tiny_captioner.caption([picture] * 3, prompts={"0": "a", "1": "mri of", "2": "a"}, num_beams=2))
