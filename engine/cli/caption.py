@@ -12,6 +12,7 @@ from dataclasses import asdict
 import click
 
 from engine.cli.shared import SectionCommand, bundle_option, rows_option, say, takes
+from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
@@ -40,22 +41,29 @@ def caption(
     What is not given comes from the bundle's generation settings, then from Hugging Face's defaults.
     """
     from engine.run.pipeline import caption_directory
+    from engine.run.rows import ReaderGoneError
 
+    if as_json and outputs.is_stream:
+        raise UsageError("--json and --out - both write to standard output: leave one of them out")
     if "num_return_sequences" in decoding.given and outputs.n_best_out is None:
         raise UsageError("--n-best needs --n-best-out, the file for the alternatives")
-    summary = caption_directory(
-        inputs,
-        outputs,
-        bundle,
-        decoding,
-        rows=rows,
-        runtime=runtime,
-        workers=cluster,
-        say=say,
-        progress=_progress_bar,
-    )
+    try:
+        summary = caption_directory(
+            inputs,
+            outputs,
+            bundle,
+            decoding,
+            rows=rows,
+            runtime=runtime,
+            workers=cluster,
+            say=say,
+            progress=_no_bar if outputs.is_stream and sys.stdout.isatty() else _progress_bar,
+        )
+    except ReaderGoneError:
+        end(BROKEN_PIPE)
+    where = "standard output" if outputs.is_stream else outputs.out
     new = summary.captions - summary.resumed
-    say(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {outputs.out}")
+    say(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {where}")
     if summary.empty:
         say(
             f"{summary.empty} of all {summary.captions} captions are empty: the model ended at once, or no hypothesis "
@@ -64,6 +72,12 @@ def caption(
     say(summary.signature)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
+
+
+@contextmanager
+def _no_bar(length: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001
+    """Nothing, where captions themselves appear on the terminal."""
+    yield lambda _: None
 
 
 @contextmanager
