@@ -221,7 +221,8 @@ def options_from(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Decod
 def _refuse_unknown(names: Iterable[str]) -> None:
     unknown = set(names) - set(DECODE_OPTIONS)
     if unknown:
-        raise UsageError(f"unknown decoding options: {', '.join(sorted(unknown))}")
+        listed = " ".join(", ".join(sorted(unknown)).split())[:200]  # a bundle's names, line breaks and all
+        raise UsageError(f"unknown decoding options: {listed}")
 
 
 BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "trt")

@@ -45,6 +45,7 @@ from engine.inputs.images import find_images
 from engine.inputs.pixels import read_image
 from engine.run.job import Outputs
 from engine.run.record import RunRecord
+from engine.run.rows import rows_of
 
 RECORDS = Path("benchmarks/results")
 NGRAM = 3
@@ -143,7 +144,7 @@ def measure_stages(workload: Workload, beams: int) -> Stages:
                     record.add(caption)
             with _Timer() as written:
                 record.check_unchanged()
-                record.write(Outputs(out))
+                record.write(Outputs(out), rows_of(record, Outputs(out)))
     start_s, block_s, message_s = _measure_ray(messages[0])
     count = len(images)
     return Stages(

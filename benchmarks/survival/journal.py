@@ -19,6 +19,7 @@ from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from engine.run.job import Outputs
 from engine.run.record import RunRecord
+from engine.run.rows import rows_of
 
 
 @click.command()
@@ -48,7 +49,7 @@ def main(images: int, beams: int) -> None:
             assert record.resumed == images
         reopened = time.perf_counter() - start
         start = time.perf_counter()
-        record.write(Outputs(out))
+        record.write(Outputs(out), rows_of(record, Outputs(out)))
         closed = time.perf_counter() - start
     report = {
         "benchmark": "journal",

@@ -1,6 +1,6 @@
 """What `--update` costs when a folder has changed a little, and whether run.csv is that of a run from scratch.
 
-    python -m benchmarks.update --images 17237 --changed 0.01
+    python -m benchmarks.survival.update --images 17237 --changed 0.01
 
 A first run, one with nothing changed, and one with a share of the pictures changed, as a user types them, with the demo
 bundle; then one from scratch of the changed folder, whose run.csv must be the same bytes. The record goes to

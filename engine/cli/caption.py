@@ -12,6 +12,7 @@ from dataclasses import asdict
 import click
 
 from engine.cli.shared import SectionCommand, bundle_option, rows_option, say, takes
+from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
@@ -40,22 +41,32 @@ def caption(
     What is not given comes from the bundle's generation settings, then from Hugging Face's defaults.
     """
     from engine.run.pipeline import caption_directory
+    from engine.run.rows import ReaderGoneError
 
+    if as_json and outputs.is_stream:
+        raise UsageError("--json and --out - both write to standard output: leave one of them out")
     if "num_return_sequences" in decoding.given and outputs.n_best_out is None:
         raise UsageError("--n-best needs --n-best-out, the file for the alternatives")
-    summary = caption_directory(
-        inputs,
-        outputs,
-        bundle,
-        decoding,
-        rows=rows,
-        runtime=runtime,
-        workers=workers,
-        say=say,
-        progress=_progress_bar if bundle is not None else _progress_of_demo,
-    )
+    progress = _progress_bar if bundle is not None else _progress_of_demo
+    if outputs.is_stream and sys.stdout.isatty():
+        progress = _no_bar
+    try:
+        summary = caption_directory(
+            inputs,
+            outputs,
+            bundle,
+            decoding,
+            rows=rows,
+            runtime=runtime,
+            workers=workers,
+            say=say,
+            progress=progress,
+        )
+    except ReaderGoneError:
+        end(BROKEN_PIPE)
+    where = "standard output" if outputs.is_stream else outputs.out
     new = summary.captions - summary.resumed
-    say(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {outputs.out}")
+    say(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {where}")
     if summary.empty:
         say(
             f"{summary.empty} of all {summary.captions} captions are empty: the model ended at once, or no hypothesis "
@@ -72,6 +83,12 @@ def _progress_of_demo(length: int) -> AbstractContextManager[Callable[[int], Non
         "note: no --bundle is given: this is the embedded demo model, which knows T1-weighted head MRI and nothing else"
     )
     return _progress_bar(length)
+
+
+@contextmanager
+def _no_bar(length: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001
+    """Nothing, where captions themselves appear on the terminal."""
+    yield lambda _: None
 
 
 @contextmanager

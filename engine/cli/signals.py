@@ -19,6 +19,8 @@ from typing import NoReturn
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a program stopped by Ctrl-C (128 + SIGINT) and by a plain kill (128 + SIGTERM)."""
+BROKEN_PIPE = 141
+"""Of one whose reader has gone (128 + SIGPIPE), as shells show it of `yes | head`."""
 GRACE_S = 0.7
 """Seconds for the polite way: journals and locks are closed in milliseconds."""
 STOPPED = "error: stopped"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from engine.errors import OutputError, UsageError
+
+LONGEST_NAME = 255
+"""Bytes of a file name, on every usual file system."""
 
 
 def check_outputs(outputs: Mapping[str, Path], kept: Iterable[Path]) -> None:
@@ -36,26 +40,35 @@ def write_atomically(path: Path, text: str) -> None:
     replace_file(path, text.encode("utf-8", "surrogateescape"))
 
 
-def replace_file(path: Path, content: bytes, *, mode: int | None = None) -> None:
+def replace_file(path: Path, content: bytes, *, mode: int | None = None, follow: bool = True) -> None:
     """Write under a temporary name, then replace `path` (a link's target, keeping its permissions unless `mode` is
-    given).
+    given). Without `follow` a link is replaced itself.
 
     Raises OutputError and leaves nothing behind.
     """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.tmp")  # a killed run's is overwritten by the next
+    target = Path(os.path.realpath(path)) if follow else path
+    temporary = _temporary(target)
     try:
-        with temporary.open("wb") as stream:
+        temporary.unlink(missing_ok=True)  # a killed run's, or a link that somebody put there: it is never followed
+        with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        if mode is not None or target.exists():
+        if mode is not None or (target.exists() and not target.is_symlink()):
             temporary.chmod(target.stat().st_mode & 0o777 if mode is None else mode)
         temporary.replace(target)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}: make room, or choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    """Return a name beside a file, the same at every call; that of a long name is shorter, or it would be too long."""
+    name = os.fsencode(target.name)
+    whole = len(name) <= LONGEST_NAME - len("..tmp") or len(name) > LONGEST_NAME
+    return target.with_name(f".{target.name if whole else hashlib.sha256(name).hexdigest()[:32]}.tmp")
 
 
 def file_sha256(path: Path) -> str:

@@ -40,6 +40,24 @@ def waiting_lock(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """The same for a folder, in which nothing is written for it."""
+    if fcntl is None:
+        yield
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (*NO_LOCKS, errno.EBADF):  # NFS locks only what is open for writing
+                raise
+        yield
+    finally:
+        os.close(file)
+
+
 class OutputLock:
     """Holds `<out>.lock` while a run works on `out`; as a context manager.
 

@@ -13,7 +13,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,27 @@ class Journal:
         Raises OutputError and leaves the file as it was.
         """
         replace_file(self.path, b"".join(map(encode_record, (self._header, *records))))
+
+
+class NoJournal:
+    """Stands for the journal of a run that writes to standard output, beside which nothing can be kept."""
+
+    set_aside: Path | None = None
+    records: Sequence[dict[str, Any]] = ()
+    damaged = 0
+    is_empty = True
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Keep nothing."""
+
+    def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Keep nothing."""
+
+    def delete(self) -> None:
+        """Delete nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int, int]:

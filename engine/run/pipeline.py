@@ -20,6 +20,8 @@ from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
 from engine.run.job import Inputs, Outputs
 from engine.run.record import RunRecord
+from engine.run.rows import RowStream, rows_of, text_of
+from engine.run.sidecars import check_sidecars, sidecar_paths, write_sidecars
 from engine.run.source import Say, Source, choose_runtime, open_source
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
@@ -74,7 +76,8 @@ def caption_directory(
         open_source(bundle, asked, rows, runtime, workers, say) as source,
         open_record(images, source, options := source.resolve(asked, prompts), outputs, say, prompts) as record,
     ):
-        seconds = keep(source.captions(options, record, say), record, progress)
+        stream = RowStream(record, outputs) if outputs.is_stream else None
+        seconds = keep(source.captions(options, record, say), record, progress, stream)
         if clipped := sorted(set(source.clipped)):
             say(
                 f"{len(clipped)} pictures have more than 8 bits a channel and are read as Hugging Face's processor "
@@ -109,13 +112,27 @@ def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) ->
     )
     images = order_by_manifest(found.images, inputs.manifest) if inputs.manifest else found.images
     tables = [table for table in (inputs.manifest, inputs.prompts) if table]
-    outputs.check([image.path for image in found.images if image.folder is None] + found.lists + tables)
-    for flag, path in outputs.files().items():
-        if isinstance(bundle, Path) and path.resolve().parent == bundle.resolve():
-            raise UsageError(f"{flag} {path} would lie inside the bundle: choose another place")
+    kept = [image.path for image in found.images if image.folder is None] + found.lists + tables
+    check(outputs, images, kept, bundle)
     for place, names in found.left_aside.items():
         say(f"left aside in {place}: {describe_ignored(names)}")
     return images, [name for names in found.left_aside.values() for name in names]
+
+
+def check(outputs: Outputs, images: list[ImageFile], kept: list[Path], bundle: Location | None) -> None:
+    """Raise UsageError where an output cannot be written or would harm a file that is `kept`, or the bundle."""
+    outputs.check(kept)
+    folders = {f"{flag} {path}": path.parent for flag, path in outputs.files().items()}
+    if outputs.sidecar_dir is not None:
+        folders[f"--sidecar-dir {outputs.sidecar_dir}"] = outputs.sidecar_dir
+    for what, folder in folders.items():
+        if isinstance(bundle, Path) and folder.resolve() == bundle.resolve():
+            raise UsageError(f"{what} would lie inside the bundle: choose another place")
+    if outputs.sidecar is not None:
+        own = outputs.files() | ({} if outputs.journal is None else {"the journal": outputs.journal})
+        taken = {path: f"the input {path}" for path in kept} | {path: f"{flag} {path}" for flag, path in own.items()}
+        paths = sidecar_paths(images, outputs.sidecar_dir)
+        check_sidecars(paths, outputs.sidecar, outputs.sidecar_dir, taken)
 
 
 @contextmanager
@@ -140,9 +157,8 @@ def open_record(
 ) -> Iterator[RunRecord]:
     """Open the record of a run; say what an earlier run left, and what this one leaves if it is stopped."""
     made_with = f"{settings_line(source.bundle, source.backend_name, options)}|{source.environment}"
-    with RunRecord(
-        images, outputs.out, made_with, prompts=prompts, resume=outputs.resume, update=outputs.update
-    ) as record:
+    out = None if outputs.is_stream else outputs.out
+    with RunRecord(images, out, made_with, prompts=prompts, resume=outputs.resume, update=outputs.update) as record:
         if record.set_aside:
             other = "other options or packages" if record.update else "other options, images or packages"
             say(
@@ -163,19 +179,23 @@ def open_record(
         try:
             yield record
         except BaseException:
-            if record.captions:
+            if record.captions and record.journal_path is not None:
                 kept = f"{len(record.captions)} captions are kept in {record.journal_path}"
                 say(f"{kept}: {record.same_command} goes on from there")
             raise
 
 
-def keep(captions: Iterable[Caption], record: RunRecord, progress: Progress) -> float:
-    """Note every caption as it is made; return the seconds that all of them took."""
+def keep(captions: Iterable[Caption], record: RunRecord, progress: Progress, stream: RowStream | None = None) -> float:
+    """Note every caption as it is made, in `stream`, too; return the seconds that all of them took."""
     start = time.perf_counter()
     with progress(len(record.images) - record.resumed) as tell:
         for caption in captions:
             record.add(caption)
+            if stream is not None:
+                stream.advance()
             tell(record.done)
+        if stream is not None:  # images that failed behind the last caption
+            stream.advance()
         tell(record.done)
     return time.perf_counter() - start
 
@@ -186,4 +206,10 @@ def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, say: Say)
         say(f"unreadable: {failure}")
     record.check_complete(allow_missing=outputs.allow_missing)
     record.check_unchanged()
-    record.write(outputs, drawn=options.do_sample)
+    if outputs.sidecar is not None:
+        captioned = [image for image in record.images if image.id in record.captions]
+        texts = {image.id: text_of(record.captions[image.id], outputs) for image in captioned}
+        paths = sidecar_paths(captioned, outputs.sidecar_dir)
+        written, left = write_sidecars(texts, paths, outputs.sidecar, outputs.sidecar_dir)
+        say(f"sidecars: {written} written, {left} left as they were")
+    record.write(outputs, rows_of(record, outputs), drawn=options.do_sample)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from engine.captions import Caption
 from engine.errors import EngineError, ImageError
-from engine.files.run_files import write_n_best, write_run, write_timings
+from engine.files.run_files import Row, write_json_lines, write_n_best, write_run, write_timings
 from engine.inputs.images import ImageFile
 from engine.run.fingerprints import fingerprints, run_key, settings_key
 from engine.run.job import Outputs
-from engine.run.journal import Journal, journal_path, update_path
+from engine.run.journal import Journal, NoJournal, journal_path, update_path
 from engine.run.recall import KnownPictures, encode_caption, recall_by_id
 
 
@@ -26,7 +26,7 @@ class RunRecord:
     def __init__(
         self,
         images: Sequence[ImageFile],
-        out: Path,
+        out: Path | None,
         made_with: str,
         *,
         prompts: Mapping[str, str] | None = None,
@@ -38,7 +38,7 @@ class RunRecord:
 
         `made_with` says what besides the images and their `prompts` decides the captions: signature and versions.
         Without `resume`, or when the journal is of another bundle or option, or without `update` of another list of
-        images, it is set aside (`set_aside` names where). Raises OutputError.
+        images, it is set aside (`set_aside` names where). Without `out` nothing is kept. Raises OutputError.
         """
         self.images = images
         self.prompts = prompts
@@ -47,9 +47,12 @@ class RunRecord:
         """What goes on from the journal, in words for the user."""
         self._failed: dict[str, ImageError] = {}
         self._fingerprints = fingerprints(images)
-        self.journal_path = update_path(out) if update else journal_path(out)
-        key = settings_key(images, made_with) if update else run_key(images, made_with, prompts)
-        self._journal = Journal(self.journal_path, key, resume=resume)
+        self.journal_path: Path | None = None
+        self._journal: Journal | NoJournal = NoJournal()
+        if out is not None:
+            self.journal_path = update_path(out) if update else journal_path(out)
+            key = settings_key(images, made_with) if update else run_key(images, made_with, prompts)
+            self._journal = Journal(self.journal_path, key, resume=resume)
         self.set_aside = self._journal.set_aside
         self._known = KnownPictures(self._journal.records, prompts or {}) if update else None
         self.captions = (
@@ -80,6 +83,10 @@ class RunRecord:
         """Return whether an image has its caption."""
         return image_id in self.captions
 
+    def failure(self, image: ImageFile) -> ImageError | None:
+        """Return why an image cannot be read, None where it can or was not tried yet."""
+        return self._failed.get(str(image.source))
+
     @property
     def failures(self) -> list[ImageError]:
         """What failed, in the order of the images."""
@@ -108,7 +115,13 @@ class RunRecord:
         """Raise EngineError when images failed, unless that is allowed and some did not."""
         count = len(self._failed)
         if count and count == len(self.images):
-            raise EngineError("not one image could be read and nothing was written")
+            written = "" if self.journal_path is None else " and nothing was written"
+            raise EngineError(f"not one image could be read{written}")
+        if count and not allow_missing and self.journal_path is None:
+            raise EngineError(
+                f"{count} of {len(self.images)} images cannot be read and have no caption: mend them, or pass "
+                "--allow-missing for empty captions"
+            )
         if count and not allow_missing:
             raise EngineError(
                 f"{count} of {len(self.images)} images cannot be read and no run was written: mend them in place and "
@@ -129,14 +142,19 @@ class RunRecord:
             if current.get(image.id) not in (None, self._fingerprints[image.id])
         ]
         if changed:
+            named = f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
+            what = f"{len(changed)} images changed while the run was going on ({named})"
+            if self.journal_path is None:
+                raise EngineError(f"{what}: their captions may be of what they were or of what they are")
             raise EngineError(
-                f"{len(changed)} images changed while the run was going on ({', '.join(changed[:3])}"
-                f"{', ...' if len(changed) > 3 else ''}) and no run was written: run {self.same_command} again, "
-                "which captions only these"
+                f"{what} and no run was written: run {self.same_command} again, which captions only these"
             )
+        if self._known is not None:
+            for name in (name for name, stamp in current.items() if stamp is None):
+                self._known.digests.pop(name, None)  # it is gone, and may have changed before
 
-    def write(self, outputs: Outputs, *, drawn: bool = False) -> None:
-        """Write run.csv in the order of the images, empty captions for failures, and the other files where wanted.
+    def write(self, outputs: Outputs, rows: Iterable[Row], *, drawn: bool = False) -> None:
+        """Write the rows into `out`, unless it is standard output, and before them the other files where wanted.
 
         The journal is deleted only then; with `update` it keeps what was written.
         """
@@ -145,7 +163,10 @@ class RunRecord:
             write_n_best(outputs.n_best_out, captions, drawn=drawn)
         if outputs.timings_out is not None:
             write_timings(outputs.timings_out, ((image.id, self._latency_s(image.id)) for image in self.images))
-        write_run(outputs.out, ((image.id, self._text(image.id, outputs.raw_text)) for image in self.images))
+        if outputs.jsonl and not outputs.is_stream:
+            write_json_lines(outputs.out, rows)
+        elif not outputs.is_stream:
+            write_run(outputs.out, ((row.id, row.text or "") for row in rows))
         if self._known is None:
             self._journal.delete()
             return
@@ -157,9 +178,3 @@ class RunRecord:
     def _latency_s(self, image_id: str) -> float | None:
         caption = self.captions.get(image_id)
         return None if caption is None else caption.latency_s
-
-    def _text(self, image_id: str, raw_text: bool) -> str:
-        caption = self.captions.get(image_id)
-        if caption is None:
-            return ""
-        return caption.raw_text if raw_text else caption.text

@@ -19,6 +19,7 @@ from engine.inputs.images import ImageFile
 from engine.run.job import Outputs
 from engine.run.journal import Journal, decode_record, encode_record, read_journal
 from engine.run.record import RunRecord
+from engine.run.rows import rows_of
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -197,13 +198,13 @@ def test_the_journal_goes_when_the_run_is_written_and_stays_when_it_is_not(tmp_p
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     with RunRecord(images[:1], out, "signature") as record:
         record.add(caption(images[0].id))
-        record.write(Outputs(out))
+        record.write(Outputs(out), rows_of(record, Outputs(out)))
     assert out.exists()
     assert not journal.exists()
     with RunRecord(images[:1], out, "signature") as record:
         record.add(caption(images[0].id))
         with pytest.raises(OutputError):
-            record.write(Outputs(tmp_path / "missing" / "run.csv"))
+            record.write(Outputs(tmp_path / "missing" / "run.csv"), [])
     assert journal.exists()
 
 
