@@ -70,7 +70,7 @@ def caption_directory(
     with (
         lock(outputs, say),
         open_source(bundle, asked, rows, runtime, workers, say) as source,
-        open_record(images, source, options := source.resolve(asked), outputs, say) as record,
+        open_record(images, source, options := source.resolve(asked), runtime, outputs, say) as record,
     ):
         seconds = keep(source.captions(options, record, say), record, progress)
         if clipped := sorted(set(source.clipped)):
@@ -88,7 +88,9 @@ def caption_directory(
         seconds=seconds,
         images_per_s=(len(record.captions) - record.resumed) / seconds,
         out=str(outputs.out),
-        signature=run_signature(source.bundle, source.backend_name, options, inputs.high_bit_depth),
+        signature=run_signature(
+            source.bundle, source.backend_name, options, inputs.high_bit_depth, runtime.cpu_precision
+        ),
         left_aside=left_aside,
     )
 
@@ -129,10 +131,11 @@ def lock(outputs: Outputs, say: Say) -> Iterator[None]:
 
 @contextmanager
 def open_record(
-    images: list[ImageFile], source: Source, options: DecodeOptions, outputs: Outputs, say: Say
+    images: list[ImageFile], source: Source, options: DecodeOptions, runtime: Runtime, outputs: Outputs, say: Say
 ) -> Iterator[RunRecord]:
     """Open the record of a run; say what an earlier run left, and what this one leaves if it is stopped."""
-    made_with = f"{settings_line(source.bundle, source.backend_name, options)}|{source.environment}"
+    settings = settings_line(source.bundle, source.backend_name, options, runtime.cpu_precision)
+    made_with = f"{settings}|{source.environment}"
     with RunRecord(images, outputs.out, made_with, resume=outputs.resume, update=outputs.update) as record:
         if record.set_aside:
             other = "other options or packages" if record.update else "other options, images or packages"
