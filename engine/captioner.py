@@ -69,22 +69,32 @@ class Captioner:
         backend: str = "auto",
         threads: int | None = None,
         streams: int | None = None,
+        cpu_precision: str = "fp32",
         plans: Path | str | None = None,
         cuda_graphs: bool = False,
     ) -> Captioner:
         """Load a bundle from a directory or a URI (the embedded demo when None), with `threads` CPU threads.
 
-        `streams` is for the backend `cpu`, `plans` and `cuda_graphs` are for `trt`. Raises BundleError, BackendError
-        or UsageError; see open_bundle and open_backends.
+        `streams` is for the backend `cpu`, `cpu_precision` (fp32 or bf16, which is not parity) for `cpu` and
+        `openvino`, `plans` and `cuda_graphs` are for `trt`. Raises BundleError, BackendError or UsageError; see
+        open_bundle and open_backends.
         """
         folder = None if plans is None else Path(plans)
-        runtime = Runtime(backend, threads=threads, streams=streams, plans=folder, cuda_graphs=cuda_graphs)
+        runtime = Runtime(
+            backend,
+            threads=threads,
+            streams=streams,
+            cpu_precision=cpu_precision,
+            plans=folder,
+            cuda_graphs=cuda_graphs,
+        )
         return cls.open(location(bundle) if isinstance(bundle, str) else bundle, runtime)
 
     @classmethod
     def open(cls, bundle: Location | None, runtime: Runtime) -> Captioner:
         """Load a bundle for a runtime; see load."""
-        runtime = replace(runtime, backend=require_backend(runtime.backend))  # what is missing is said at once
+        name = require_backend(runtime.backend, runtime.cpu_precision)  # what is missing is said at once
+        runtime = replace(runtime, backend=name)
         checked = open_bundle(bundle)
         return cls(checked, *open_backends(checked, runtime), threads=runtime.threads)
 

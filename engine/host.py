@@ -5,11 +5,40 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
 UNKNOWN_MEMORY = 4 << 30
 """Bytes taken as available where the system does not say."""
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A processor by Linux's names: its model, empty where unknown, and its instructions."""
+
+    name: str
+    flags: frozenset[str]
+
+    @property
+    def is_x86(self) -> bool:
+        """Return whether it is known to be one: all have this flag, and no other family does."""
+        return "fpu" in self.flags
+
+
+def processor() -> Processor:
+    """Return what the system says of the first processor; nothing where it does not say (only Linux does)."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return Processor("", frozenset())
+    first: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        first.setdefault(name.strip(), value.strip())
+    flags = first.get("flags") or first.get("Features") or ""  # on x86 and on ARM
+    return Processor(first.get("model name", ""), frozenset(flags.split()))
 
 
 def available_cores() -> int:

@@ -225,8 +225,9 @@ def _refuse_unknown(names: Iterable[str]) -> None:
         raise UsageError(f"unknown decoding options: {listed}")
 
 
-BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "trt")
-"""ONNX Runtime with the provider of that name, or (trt) TensorRT itself with plans made by `engine plan`."""
+BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "trt")
+"""ONNX Runtime with the provider of that name, OpenVINO, or (trt) TensorRT itself with plans made by `engine plan`."""
+CPU_BACKENDS = ("cpu", "openvino")
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,12 @@ class Runtime:
         "cores are few.",
         least=1,
     )
+    cpu_precision: str = option(
+        "fp32",
+        "--cpu-precision",
+        "Of --backend cpu and openvino: bf16 rounds products where the processor has instructions for it; not parity.",
+        choices={"fp32": "fp32", "bf16": "bf16"},
+    )
     plans: Path | None = option(None, "--plans", "Of --backend trt: folder that `engine plan` wrote.")
     cuda_graphs: bool = option(False, "--cuda-graphs", "Of --backend trt: capture steps of one shape, replay them.")
 
@@ -252,6 +259,13 @@ class Runtime:
             raise UsageError(f"unknown backend {self.backend!r}: choose one of {', '.join(BACKENDS)}")
         if self.streams is not None and self.backend not in ("auto", "cpu"):
             raise UsageError(f"streams are for the backend cpu, not for {self.backend}: leave --streams out")
+        if self.cpu_precision not in ("fp32", "bf16"):
+            raise UsageError(f"cpu_precision must be fp32 or bf16, not {self.cpu_precision!r}")
+        if self.cpu_precision != "fp32" and self.backend not in ("auto", *CPU_BACKENDS):
+            raise UsageError(
+                f"{self.cpu_precision} is for the backends {' and '.join(CPU_BACKENDS)}, not for {self.backend}: leave "
+                "--cpu-precision out"
+            )
         if self.streams and self.threads and self.streams > self.threads:
             raise UsageError(f"{self.streams} streams cannot share {self.threads} threads: ask for fewer --streams")
         if self.backend != "trt" and (self.plans is not None or self.cuda_graphs):
@@ -277,7 +291,10 @@ class Workers:
         None, "--ray-actors", "Workers of --ray; one a GPU, or one per --threads CPUs.", least=1
     )
     processes: int | None = option(
-        None, "--processes", "Of --backend cpu: worker processes, each with a share of cores and threads.", least=1
+        None,
+        "--processes",
+        "Of --backend cpu and openvino: worker processes, each with a share of cores and threads.",
+        least=1,
     )
     devices: str | None = option(None, "--devices", "GPUs with a worker process each: cuda:0,cuda:1.", metavar="GPUS")
 

@@ -1,6 +1,8 @@
-"""What a bundle of another precision says otherwise than its float32 twin, both on ONNX Runtime's CPU provider.
+"""What a bundle of another precision says otherwise than its float32 twin on ONNX Runtime's CPU provider.
 
     python -m export.precision --bundle FP16 --against FP32 --images DIR --beams 4 --out report.json
+
+The same of a float32 bundle whose products a CPU rounds: `--bundle FP32 --backend openvino --cpu-precision bf16`.
 
 Rounded weights change scores, and where two captions score nearly alike they change the caption. Every caption that
 differs is listed with its gap: how much less the float32 bundle thinks of the other caption than of its own. Knows
@@ -28,8 +30,9 @@ from engine.errors import UsageError
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import find_images
 from engine.inputs.pixels import read_image
-from engine.options import DecodeOptions
+from engine.options import CPU_BACKENDS, DecodeOptions
 
+PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino"}
 ENCODED_PICTURES = 8
 """So many pictures' encoder outputs are compared in a report; captions are of all."""
 
@@ -193,13 +196,24 @@ def summary(report: PrecisionReport) -> str:
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--no-repeat-ngram", type=click.IntRange(0), default=3, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="All cores when absent.")
+@click.option("--backend", type=click.Choice(CPU_BACKENDS), default="cpu", show_default=True, help="Runs --bundle.")
+@click.option("--cpu-precision", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Of --backend.")
 @click.option("--out", type=PATH, required=True, help="JSON report to write.")
 def main(
-    bundle: Path, against: Path, images: Path, beams: int, no_repeat_ngram: int, threads: int | None, out: Path
+    bundle: Path,
+    against: Path,
+    images: Path,
+    beams: int,
+    no_repeat_ngram: int,
+    threads: int | None,
+    backend: str,
+    cpu_precision: str,
+    out: Path,
 ) -> None:
     """Compare a bundle's captions with those of its float32 twin."""
     check_outputs({"--out": out}, [])
-    float32, other = (Captioner.load(path, backend="cpu", threads=threads) for path in (against, bundle))
+    float32 = Captioner.load(against, backend="cpu", threads=threads)
+    other = Captioner.load(bundle, backend=backend, threads=threads, cpu_precision=cpu_precision)
     check_twins(float32, other)
     options = replace(float32.bundle.options(), num_beams=beams, no_repeat_ngram_size=no_repeat_ngram)
     report = compare_bundles(float32, other, images, options)
@@ -211,13 +225,16 @@ def main(
         "bundle": other.bundle.digest,
         "precision": other.bundle.precision,
         "against": float32.bundle.digest,
-        "onnxruntime": importlib.metadata.version("onnxruntime"),
+        "backend": backend,
+        "cpu_precision": cpu_precision,
+        **{name: importlib.metadata.version(name) for name in dict.fromkeys(("onnxruntime", PACKAGES[backend]))},
         "encoder_error": error,
         "share": report.share,
         **asdict(report),
     }
     write_atomically(out, json.dumps(document, indent=1) + "\n")
-    click.echo(f"{other.bundle.precision}: {summary(report)}; encoder off by {error:.1e} of its peak -> {out}")
+    rounded = other.bundle.precision if cpu_precision == "fp32" else f"{cpu_precision} on {backend}"
+    click.echo(f"{rounded}: {summary(report)}; encoder off by {error:.1e} of its peak -> {out}")
 
 
 if __name__ == "__main__":

@@ -46,23 +46,18 @@ class Timing:
 
 def engine(setting: Comparison) -> Caption:
     """Our engine on ONNX Runtime."""
-    from engine.captioner import Captioner
-
-    captioner = Captioner.load(setting.workload.bundle, backend="cpu", threads=setting.threads)
-    return _through_scheduler(captioner, setting)
+    return _engine_on("cpu", setting)
 
 
 def openvino(setting: Comparison) -> Caption:
-    """Our graphs and scheduler on OpenVINO."""
-    from benchmarks.speed.openvino_backend import OpenVinoBackend
-    from engine.bundle.manifest import Bundle
+    """Our engine on OpenVINO."""
+    return _engine_on("openvino", setting)
+
+
+def _engine_on(backend: str, setting: Comparison) -> Caption:
     from engine.captioner import Captioner
 
-    bundle = Bundle.load(setting.workload.bundle)
-    return _through_scheduler(Captioner(bundle, OpenVinoBackend(bundle, setting.threads)), setting)
-
-
-def _through_scheduler(captioner: Any, setting: Comparison) -> Caption:
+    captioner = Captioner.load(setting.workload.bundle, backend=backend, threads=setting.threads)
     pixels = read_pixels(setting.workload, captioner.bundle)
     scheduler = captioner.scheduler(captioner.search(setting.options), setting.rows)
 

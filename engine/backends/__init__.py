@@ -15,21 +15,29 @@ DEFAULT = Runtime()
 __all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "open_backend", "open_backends", "require_backend"]
 
 
-def require_backend(name: str) -> str:
+def require_backend(name: str, cpu_precision: str = "fp32") -> str:
     """Return the name of the backend that `name` means here: only `auto` may choose.
 
-    Raises UsageError for an unknown name, BackendError, in one sentence and at once, when something is missing.
+    Raises UsageError for an unknown name, BackendError, in one sentence and at once, when something is missing, were it
+    only the processor's instructions for `cpu_precision`.
     """
-    Runtime(name)  # refuses an unknown one
-    if name == "trt":
+    Runtime(name, cpu_precision=cpu_precision)  # refuses an unknown one
+    if name == "openvino":
+        from engine.backends.compiled import require_openvino
+
+        require_openvino(cpu_precision)
+    elif name == "trt":
         from engine.backends.trt import require_tensorrt
 
         require_tensorrt()
     else:
-        from engine.backends.providers import choose, require_provider
+        from engine.backends.providers import choose, require_cpu_precision, require_provider
 
         name = choose(name)
         require_provider(name)
+        Runtime(name, cpu_precision=cpu_precision)  # `auto` may have become a GPU
+        if name == "cpu":
+            require_cpu_precision(cpu_precision)
     return name
 
 
@@ -44,7 +52,7 @@ def open_backends(bundle: Bundle, runtime: Runtime = DEFAULT) -> list[Backend]:
 
     Raises UsageError where streams were asked for and the backend is another; see open_backend for the rest.
     """
-    name = require_backend(runtime.backend)
+    name = require_backend(runtime.backend, runtime.cpu_precision)
     if name != "cpu":
         if runtime.streams is not None:
             raise UsageError(f"streams are for the backend cpu, not for {name}: leave --streams out")
@@ -60,11 +68,15 @@ def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
 
     Raises as require_backend does, and BundleError or BackendError where graphs or plans are not the bundle's.
     """
-    name = require_backend(runtime.backend)
+    name = require_backend(runtime.backend, runtime.cpu_precision)
     if name == "cpu":
         from engine.backends.ort import OrtBackend
 
-        return OrtBackend(bundle, name, threads=runtime.threads)
+        return OrtBackend(bundle, name, threads=runtime.threads, cpu_precision=runtime.cpu_precision)
+    if name == "openvino":
+        from engine.backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend(bundle, threads=runtime.threads, cpu_precision=runtime.cpu_precision)
     from engine.backends.buckets import PaddedBackend
 
     if name == "trt":

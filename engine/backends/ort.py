@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.backends.device import CudaDevice, Device, HostDevice
 from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
-from engine.backends.sessions import check_graphs, open_session
+from engine.backends.sessions import check_graphs, open_session, refuse_rounded_twice
 from engine.backends.shapes import gpu_batch_sizes
 from engine.bundle.graphs import (
     CANDIDATES,
@@ -57,11 +57,15 @@ class OrtCache:
 class OrtBackend:
     """The bundle's graphs in three ONNX Runtime sessions."""
 
-    def __init__(self, bundle: Bundle, name: str = "cpu", *, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, name: str = "cpu", *, threads: int | None = None, cpu_precision: str = "fp32"
+    ) -> None:
         """Load the graphs. Raises BackendError when ONNX Runtime or the wanted provider is not there.
 
-        Ask providers.require first: a GPU's absence is found out there.
+        Ask require_backend first: a GPU's absence is found out there, and that of instructions for bf16.
         """
+        refuse_rounded_twice(bundle, cpu_precision)
+        self._is_bf16 = cpu_precision == "bf16"
         self.name = name
         self._bounds = bounds_for(name, bundle)
         self._ort = import_libraries(name)
@@ -98,6 +102,7 @@ class OrtBackend:
                 chosen,
                 threads,
                 is_optimised=is_optimised,
+                is_bf16=self._is_bf16,
                 has_patterns=self._device.name == "cpu" or graph == "encoder",
             )
             for graph, chosen in providers.items()

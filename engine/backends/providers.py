@@ -20,6 +20,7 @@ from engine.backends.shapes import Bounds, ShapeRange, profiles
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError
 from engine.files.cache import cache_folder
+from engine.host import processor
 
 Provider = tuple[str, dict[str, str]]
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -57,6 +58,8 @@ TENSORRT_OPTIONS = {
     "trt_op_types_to_exclude": "LogSoftmax,TopK,ScatterElements",
     "trt_min_subgraph_size": "50",
 }
+ARM_BF16 = "bf16"
+"""Linux's name of the instructions that ONNX Runtime's fast math takes."""
 KINDS: dict[str, Kind] = {
     "cpu": Kind((CPU,), device="cpu"),
     "cuda": Kind((CUDA, CPU), options={CUDA: CUDA_OPTIONS}),
@@ -126,6 +129,15 @@ def require_provider(name: str) -> None:
         raise BackendError(
             f"backend {name} needs ONNX Runtime's {wanted}, and the one installed has only {', '.join(available)}: "
             f"pip uninstall onnxruntime, then pip install 'blip-caption-engine[{name}]'"
+        )
+
+
+def require_cpu_precision(cpu_precision: str) -> None:
+    """Raise BackendError where ONNX Runtime cannot multiply so here: it has bf16 on ARM and Linux alone."""
+    if cpu_precision == "bf16" and ARM_BF16 not in processor().flags:
+        raise BackendError(
+            "ONNX Runtime multiplies bf16 on ARM processors with instructions for it alone, and this is none: take "
+            "--backend openvino, or leave --cpu-precision out"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from engine.backends.providers import Provider
 from engine.bundle.graphs import GRAPHS, cache_names, graph_inputs, graph_outputs
 from engine.bundle.manifest import Bundle
-from engine.errors import BackendError, BundleError
+from engine.errors import BackendError, BundleError, UsageError
 
 FLOAT32_ALWAYS = ("scores", "penalties", "candidate_scores")
 """What scores are made of, whatever the weights are; keys and values have the precision's own type."""
@@ -16,6 +16,15 @@ FLOAT32_ALWAYS = ("scores", "penalties", "candidate_scores")
 LOG_ERRORS_ONLY = 3
 STOP_SPINNING = ("session.force_spinning_stop", "1")
 """Threads of one graph would else spin on the cores the next graph needs: 8 to 20 % of a run (benchmarks/LOG.md)."""
+BF16_ON_ARM = ("mlas.enable_gemm_fastmath_arm64_bfloat16", "1")
+
+
+def refuse_rounded_twice(bundle: Bundle, cpu_precision: str) -> None:
+    """Raise UsageError for bf16 of a bundle whose weights are rounded already."""
+    if cpu_precision != "fp32" and bundle.precision != "fp32":
+        raise UsageError(
+            f"{bundle.path} is {bundle.precision}: --cpu-precision {cpu_precision} is for fp32 bundles, leave it out"
+        )
 
 
 def check_graphs(bundle: Bundle, encoder: Any, decoder: Any, regroup: Any) -> None:
@@ -62,17 +71,27 @@ def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:
 
 
 def open_session(
-    ort: Any, path: Path, providers: list[Provider], threads: int, *, is_optimised: bool, has_patterns: bool
+    ort: Any,
+    path: Path,
+    providers: list[Provider],
+    threads: int,
+    *,
+    is_optimised: bool,
+    has_patterns: bool,
+    is_bf16: bool = False,
 ) -> Any:
     """Load one graph and check that the provider asked for is the one in use (else ONNX Runtime only logs it).
 
-    Without `has_patterns` memory is not planned for each combination of shapes: on a GPU each plan would be kept.
+    Without `has_patterns` memory is not planned for each combination of shapes: on a GPU each plan would be kept. With
+    `is_bf16` an ARM processor rounds what it multiplies; others take no notice.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = LOG_ERRORS_ONLY
     options.enable_mem_pattern = has_patterns
     options.add_session_config_entry(*STOP_SPINNING)
+    if is_bf16:
+        options.add_session_config_entry(*BF16_ON_ARM)
     if not is_optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

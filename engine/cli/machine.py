@@ -46,7 +46,7 @@ def bench(
 
 @click.command()
 @bundle_option
-@takes(runtime=Runtime)
+@takes(runtime=Runtime, leaving_out=("cpu_precision",))
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON line.")
 def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
     """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""

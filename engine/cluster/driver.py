@@ -18,7 +18,7 @@ from engine.cluster.worker import AttemptCounter, CaptionWorker, NodeFacts, insp
 from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile
 from engine.inputs.remote import Location
-from engine.options import DecodeOptions, Runtime, Workers
+from engine.options import CPU_BACKENDS, DecodeOptions, Runtime, Workers
 from engine.workers.messages import COLUMN, WorkOrder, pack_images, unpack_answer
 
 Say = Callable[[str], None]
@@ -60,10 +60,10 @@ def open_cluster(
     bundle = open_bundle(location)  # a damaged bundle or a wrong option is found before a cluster starts
     search_for(bundle, tokenizer := CaptionTokenizer(bundle), asked)
     with cluster(workers.address or LOCAL) as ray:
-        gpus = 0 if runtime.backend == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+        gpus = 0 if runtime.backend in CPU_BACKENDS else int(ray.cluster_resources().get("GPU", 0))
         node = _ask_a_node(ray, runtime.backend, min(gpus, 1))
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = 0 if node.backend == "cpu" else gpus
+        gpus = 0 if node.backend in CPU_BACKENDS else gpus
         team = plan_workers(resources, gpus, actors=workers.actors, threads=runtime.threads)
         say(f"backend: {node.backend}, {team}")
         order = WorkOrder(

@@ -86,7 +86,7 @@ def measure_speed(
         side_by_side=min(len(images), captioner.scheduler(search, rows).side_by_side),
         peak_gib=peak_memory_gib(),
         cores=available_cores(),
-        signature=run_signature(captioner.bundle, captioner.backend.name, options),
+        signature=run_signature(captioner.bundle, captioner.backend.name, options, cpu_precision=runtime.cpu_precision),
     )
 
 

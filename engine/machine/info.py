@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-from pathlib import Path
 from typing import Any
 
 from engine.backends import BACKENDS, require_backend
 from engine.backends.nvidia import clashing_runtimes
 from engine.bundle.manifest import Bundle
 from engine.errors import EngineError
-from engine.host import available_cores
+from engine.host import available_cores, processor
 from engine.options import DECODE_OPTIONS, GENERATION_SETTINGS
 from engine.version import COMPARED_WITH, __version__
 
@@ -27,10 +26,13 @@ EXTRAS = {
 """Extra -> the packages it brings."""
 VNNI = {"avx512_vnni", "avx_vnni"}
 """Linux's names of the instructions that multiply 8-bit integers faster than float32; one of them is enough."""
-CPUINFO = Path("/proc/cpuinfo")
+BF16 = {"amx_bf16": "openvino", "avx512_bf16": "openvino", "bf16": "cpu"}
+"""Linux's names of the instructions that multiply bf16, and the backend that takes them: the last are ARM's."""
+TOLD = (*("avx2", "avx512f"), *sorted(VNNI), "amx_int8", *BF16)
+"""Instructions that decide speed here."""
 NOT_NOTED = "not noted by the release that exported it"
 PACKAGES = (
-    *("numpy", "pillow", "tokenizers", "click", "onnxruntime", "onnxruntime-gpu"),
+    *("numpy", "pillow", "tokenizers", "click", "onnxruntime", "onnxruntime-gpu", "openvino"),
     *("tensorrt", "tensorrt-rtx", "cuda-bindings"),
 )
 
@@ -42,12 +44,14 @@ def collect_info() -> dict[str, Any]:
         "same_ids_as": f"generate of transformers {' and '.join(COMPARED_WITH)}",
         "python": sys.version.split()[0],
         "platform": platform.platform(),
+        "processor": _processor(),
         "cores": available_cores(),
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": _backends(),
         "extras": _extras(),
         "demo_bundle": _demo_bundle(),
         **_int8(),
+        **_bf16(),
     }
 
 
@@ -102,16 +106,29 @@ def _backends() -> dict[str, str]:
     return states | ({"warning": clash} if clash else {})
 
 
+def _processor() -> str:
+    here = processor()
+    told = [flag for flag in TOLD if flag in here.flags]
+    return f"{here.name or platform.machine()}{': ' if told else ''}{', '.join(told)}"
+
+
 def _int8() -> dict[str, str]:
     """Return a line on int8 bundles where this processor is known to lack VNNI, nothing elsewhere."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return {}
-    flags = [set(line.partition(":")[2].split()) for line in lines if line.partition(":")[0].strip() == "flags"]
-    if not flags or flags[0] & VNNI:
+    here = processor()
+    if not here.is_x86 or here.flags & VNNI:
         return {}
     return {"int8": "this processor has no VNNI: int8 bundles are smaller here, but not faster than fp32"}
+
+
+def _bf16() -> dict[str, str]:
+    """Return a line on --cpu-precision bf16, nothing where the system does not say what the processor can do."""
+    flags = processor().flags
+    if not flags:
+        return {}
+    backends = [backend for flag, backend in BF16.items() if flag in flags]
+    if not backends:
+        return {"bf16": "this processor has no instructions for it: leave --cpu-precision out"}
+    return {"bf16": f"--backend {backends[0]} --cpu-precision bf16 is for this processor; not parity"}
 
 
 def _demo_bundle() -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from engine.backends.nvidia import VISIBLE, visible_gpus
 from engine.errors import UsageError
 from engine.host import available_cores, core_shares
-from engine.options import Runtime, Workers
+from engine.options import CPU_BACKENDS, Runtime, Workers
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ def shares_of(runtime: Runtime, workers: Workers) -> list[Share]:
         return _on_gpus(runtime, workers)
     if workers.processes is None:
         return []
-    if runtime.backend != "cpu":
+    if runtime.backend not in CPU_BACKENDS:
         raise UsageError(
-            f"--processes are for the backend cpu, not for {runtime.backend}: add --backend cpu, or name GPUs with "
-            "--devices"
+            f"--processes are for the backends cpu and openvino, not for {runtime.backend}: add --backend cpu, or name "
+            "GPUs with --devices"
         )
     count, threads = workers.processes, runtime.threads or available_cores()
     if count > threads:
@@ -47,8 +47,8 @@ def shares_of(runtime: Runtime, workers: Workers) -> list[Share]:
 
 def _on_gpus(runtime: Runtime, workers: Workers) -> list[Share]:
     """Return a share for each GPU. The worker sees no other, so that its first one is the one that is meant."""
-    if runtime.backend == "cpu":
-        raise UsageError("--devices are GPUs, which the backend cpu does not use: leave one of them out")
+    if runtime.backend in CPU_BACKENDS:
+        raise UsageError(f"--devices are GPUs, which the backend {runtime.backend} does not use: leave one of them out")
     gpus = visible_gpus()
     missing = [number for number in workers.gpus if number >= len(gpus)]
     if missing:

@@ -74,7 +74,9 @@ def caption_directory(
     with (
         lock(outputs, say),
         open_source(bundle, asked, rows, runtime, workers, say) as source,
-        open_record(images, source, options := source.resolve(asked, prompts), outputs, say, prompts) as record,
+        open_record(
+            images, source, options := source.resolve(asked, prompts), outputs, say, runtime=runtime, prompts=prompts
+        ) as record,
     ):
         stream = RowStream(record, outputs) if outputs.is_stream else None
         seconds = keep(source.captions(options, record, say), record, progress, stream)
@@ -93,7 +95,9 @@ def caption_directory(
         seconds=seconds,
         images_per_s=(len(record.captions) - record.resumed) / seconds,
         out=str(outputs.out),
-        signature=run_signature(source.bundle, source.backend_name, options, inputs.high_bit_depth),
+        signature=run_signature(
+            source.bundle, source.backend_name, options, inputs.high_bit_depth, runtime.cpu_precision
+        ),
         left_aside=left_aside,
     )
 
@@ -153,10 +157,13 @@ def open_record(
     options: DecodeOptions,
     outputs: Outputs,
     say: Say,
+    *,
+    runtime: Runtime = Runtime(),
     prompts: Mapping[str, str] | None = None,
 ) -> Iterator[RunRecord]:
     """Open the record of a run; say what an earlier run left, and what this one leaves if it is stopped."""
-    made_with = f"{settings_line(source.bundle, source.backend_name, options)}|{source.environment}"
+    settings = settings_line(source.bundle, source.backend_name, options, runtime.cpu_precision)
+    made_with = f"{settings}|{source.environment}"
     out = None if outputs.is_stream else outputs.out
     with RunRecord(images, out, made_with, prompts=prompts, resume=outputs.resume, update=outputs.update) as record:
         if record.set_aside:

@@ -53,7 +53,7 @@ def choose_runtime(runtime: Runtime, workers: Workers, say: Say) -> Runtime:
         require_ray()
         return runtime
     wanted = "cuda" if workers.devices is not None and runtime.backend == "auto" else runtime.backend
-    chosen = replace(runtime, backend=require_backend(wanted))
+    chosen = replace(runtime, backend=require_backend(wanted, runtime.cpu_precision))
     shares_of(chosen, workers)
     if runtime.backend == "auto":
         say(f"backend: {chosen.backend}")

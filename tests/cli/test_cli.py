@@ -277,7 +277,7 @@ def test_info_says_int8_is_no_faster_only_where_the_processor_is_known_to_lack_v
 ):
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
-    monkeypatch.setattr("engine.machine.info.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("engine.host.CPUINFO", tmp_path / "cpuinfo")
     facts = json.loads(run("info", "--json").stdout)
     assert ("no VNNI" in facts.get("int8", "")) == ("int8" in facts) == is_said
 

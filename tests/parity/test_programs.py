@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from benchmarks.speed.conventional import Conventional, export_conventional
-from engine.captioner import Captioner
-from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from tests.helpers.tiny import random_pictures
 
@@ -37,18 +34,6 @@ def test_the_usual_onnx_loop(tiny_captioner, tiny_reference, conventional_graphs
     program = Conventional(conventional_graphs, tiny_captioner.search(options), threads=1)
     found = program.caption(tiny_reference.pixels(pictures).numpy())
     assert [hypothesis.ids for hypothesis in found] == engine_ids(tiny_captioner, pictures, options)
-
-
-@pytest.mark.parametrize("options", SETTINGS)
-def test_our_graphs_on_openvino(tiny_captioner, pictures, options):
-    from benchmarks.speed.openvino_backend import OpenVinoBackend
-
-    bundle = tiny_captioner.bundle
-    other = Captioner(bundle, OpenVinoBackend(bundle, threads=1))
-    spec = bundle.image
-    pixels = np.stack([read_image(p, spec.height, spec.width, spec.resample) for p in pictures])
-    found = dict(other.scheduler(other.search(options), rows=3 * options.num_beams).decode(pixels))
-    assert [found[i][0].ids for i in range(len(pictures))] == engine_ids(tiny_captioner, pictures, options)
 
 
 @pytest.mark.parametrize("options", SETTINGS)

@@ -11,7 +11,7 @@ import pytest
 
 from engine.captioner import Captioner
 from engine.errors import UsageError
-from engine.options import DECODE_OPTIONS, DecodeOptions, Runtime, Workers, options_from
+from engine.options import BACKENDS, DECODE_OPTIONS, DecodeOptions, Runtime, Workers, options_from
 
 
 def test_given_options_beat_the_bundles_which_beat_the_engines():
@@ -110,10 +110,14 @@ def test_banned_words_take_the_place_of_a_bundles_and_none_take_them_away():
 
 
 def test_where_and_how_a_bundle_runs_is_checked_at_once():
-    with pytest.raises(UsageError, match="unknown backend 'gpu': choose one of auto, cpu, cuda, tensorrt, trt"):
+    with pytest.raises(UsageError, match=f"unknown backend 'gpu': choose one of {', '.join(BACKENDS)}"):
         Runtime("gpu")
     with pytest.raises(UsageError, match="plans and CUDA graphs are for the backend trt, not for cpu"):
         Runtime("cpu", cuda_graphs=True)
+    with pytest.raises(UsageError, match="bf16 is for the backends cpu and openvino, not for trt"):
+        Runtime("trt", cpu_precision="bf16")
+    with pytest.raises(UsageError, match="cpu_precision must be fp32 or bf16, not 'fp8'"):
+        Runtime("cpu", cpu_precision="fp8")
     with pytest.raises(UsageError, match="--ray-actors is how many workers --ray has"):
         Workers(actors=2)
     with pytest.raises(UsageError, match="--ray has workers of its own, see --ray-actors: leave --processes"):

@@ -17,9 +17,10 @@ from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, BundleError, EngineError
 from engine.files.atomic import file_sha256
 from engine.machine.verify import verify
-from engine.options import Runtime
+from engine.options import CPU_BACKENDS, Runtime
 
 IMAGE = {"height": 32, "width": 32, "resample": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+CPU = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
 
 @pytest.fixture
@@ -131,12 +132,13 @@ def point_outside(location: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+@CPU
 @pytest.mark.parametrize("location", ["../secret.bin", "{tmp}/secret.bin", "/dev/zero", "nowhere.bin"])
-def test_weights_outside_the_bundle_are_not_read(location, bundle_copy, tmp_path):
+def test_weights_outside_the_bundle_are_not_read(backend, location, bundle_copy, tmp_path):
     (tmp_path / "secret.bin").write_bytes(bytes(1 << 20))
     rewrite_graph(bundle_copy, "decoder", point_outside(location.format(tmp=tmp_path)))
     with pytest.raises(BackendError, match=r"decoder\.onnx cannot be loaded"):
-        open_backend(Bundle.load(bundle_copy), Runtime("cpu"))
+        open_backend(Bundle.load(bundle_copy), Runtime(backend))
 
 
 def rename_input(model: onnx.ModelProto) -> None:
@@ -154,6 +156,7 @@ def other_size(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 48
 
 
+@CPU
 @pytest.mark.parametrize(
     ("graph", "change", "sentence"),
     [
@@ -164,12 +167,13 @@ def other_size(model: onnx.ModelProto) -> None:
         ("encoder", other_size, "encoder.onnx"),
     ],
 )
-def test_graphs_that_are_not_the_manifests_are_refused_before_they_run(graph, change, sentence, bundle_copy):
+def test_graphs_that_are_not_the_manifests_are_refused_before_they_run(backend, graph, change, sentence, bundle_copy):
     rewrite_graph(bundle_copy, graph, change)
     with pytest.raises(EngineError, match=re.escape(sentence)):
-        open_backend(Bundle.load(bundle_copy), Runtime("cpu"))
+        open_backend(Bundle.load(bundle_copy), Runtime(backend))
 
 
+@CPU
 @pytest.mark.parametrize(
     "absurd",
     [
@@ -180,11 +184,11 @@ def test_graphs_that_are_not_the_manifests_are_refused_before_they_run(graph, ch
         {"encoder_positions": 10**6},
     ],
 )
-def test_sizes_the_graphs_do_not_have_are_refused_before_memory_is_asked_for(absurd, bundle_copy):
+def test_sizes_the_graphs_do_not_have_are_refused_before_memory_is_asked_for(backend, absurd, bundle_copy):
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     edit_manifest(bundle_copy, model=manifest["model"] | absurd)
     with pytest.raises(BundleError, match="export it again"):
-        open_backend(Bundle.load(bundle_copy), Runtime("cpu"))
+        open_backend(Bundle.load(bundle_copy), Runtime(backend))
 
 
 def test_hidden_files_are_not_overlooked(bundle_copy):
@@ -193,7 +197,8 @@ def test_hidden_files_are_not_overlooked(bundle_copy):
         Bundle.load(bundle_copy)
 
 
-def test_an_absurd_picture_size_is_refused(bundle_copy):
+@CPU
+def test_an_absurd_picture_size_is_refused(backend, bundle_copy):
     edit_manifest(bundle_copy, image=IMAGE | {"height": 10**6, "width": 10**6})
     with pytest.raises(BundleError, match=r"pixel_values has the sizes \(32, 32, 3\)"):
-        open_backend(Bundle.load(bundle_copy), Runtime("cpu"))
+        open_backend(Bundle.load(bundle_copy), Runtime(backend))

@@ -32,8 +32,9 @@ def test_processes_share_cores_and_threads():
 @pytest.mark.parametrize(
     ("runtime", "workers", "said"),
     [
-        (Runtime("cuda"), Workers(processes=2), "are for the backend cpu, not for cuda"),
+        (Runtime("cuda"), Workers(processes=2), "are for the backends cpu and openvino, not for cuda"),
         (Runtime("cpu"), Workers(devices="cuda:0"), "--devices are GPUs, which the backend cpu does not use"),
+        (Runtime("openvino"), Workers(devices="cuda:0"), "--devices are GPUs, which the backend openvino does not use"),
         (Runtime("cpu"), Workers(processes=6), "6 processes cannot share 5 cores: ask for fewer --processes"),
         (Runtime("cpu", threads=1), Workers(processes=2), "2 processes cannot share 1 threads"),
         (Runtime("trt"), Workers(devices="cuda:1,cuda:2"), "no cuda:2, only cuda:0, cuda:1"),

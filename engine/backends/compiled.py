@@ -1,0 +1,264 @@
+"""Graphs compiled by OpenVINO: read and checked as a stranger's, then compiled, or taken from what was compiled before.
+
+What is kept is the compiled graph without its weights, half a megabyte or so; these come from the bundle, whose hashes
+were checked. It is keyed by bundle, release, processor and precision, and kept only where it was seen to give the same
+numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.ort import OUT_OF_MEMORY as ORT_OUT_OF_MEMORY
+from engine.backends.sessions import check_graphs
+from engine.bundle.graphs import GRAPHS
+from engine.bundle.manifest import Bundle
+from engine.errors import BackendError, EngineError, OutOfMemoryError, UsageError
+from engine.files.atomic import replace_file
+from engine.files.cache import cache_folder, require_private
+from engine.files.lock import OutputLock
+from engine.host import processor
+
+NAME = "openvino"
+OLDEST = (2026, 4)
+"""Release: of older ones nobody has seen that they refuse weights outside the bundle."""
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+"""Precision -> OpenVINO's word. It must be said: by itself OpenVINO takes bf16 where the processor has it."""
+OUT_OF_MEMORY = (*ORT_OUT_OF_MEMORY, "can't allocate")
+"""What OpenVINO's message holds, in lower case, when memory is short."""
+DIGEST_CHARACTERS = 64
+PRIVATE_MODE = 0o600
+"""Nobody else may read or write what decides how a graph is run."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output in ONNX Runtime's words; None is a size that is not fixed."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    type: str
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Inputs and outputs of a graph, for check_graphs."""
+
+    inputs: list[Port]
+    outputs: list[Port]
+
+    @classmethod
+    def of(cls, model: Any) -> Ports:
+        """Return those of an OpenVINO model."""
+        return cls([_port(one) for one in model.inputs], [_port(one) for one in model.outputs])
+
+    def get_inputs(self) -> list[Port]:
+        return self.inputs
+
+    def get_outputs(self) -> list[Port]:
+        return self.outputs
+
+
+TYPES = {"f32": "tensor(float)", "f16": "tensor(float16)"}
+
+
+def _port(one: Any) -> Port:
+    shape = one.partial_shape
+    sizes = () if shape.rank.is_dynamic else tuple(d.get_length() if d.is_static else None for d in shape)
+    kind = one.element_type.get_type_name()
+    return Port(one.any_name, sizes, TYPES.get(kind, f"tensor({kind})"))
+
+
+def import_openvino() -> Any:
+    """Import openvino, or raise BackendError naming the extra that brings it."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError(
+            f"openvino is not installed ({error}): pip install 'blip-caption-engine[openvino]', or '.[openvino]' in a "
+            "checkout"
+        ) from error
+    release = openvino.__version__.partition("-")[0]
+    if tuple(map(int, release.split(".")[:2])) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        raise BackendError(f"OpenVINO {release} is too old: pip install 'openvino>={wanted}'")
+    return openvino
+
+
+def require_openvino(cpu_precision: str = "fp32") -> None:
+    """Raise BackendError, in one sentence, where OpenVINO or the instructions for bf16 are missing."""
+    openvino = import_openvino()
+    if cpu_precision == "bf16":
+        can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if "BF16" not in can:
+            raise BackendError(
+                "this processor has no instructions for bf16 (AVX512_BF16 or AMX), where it would only be slower: "
+                "leave --cpu-precision out"
+            )
+
+
+@contextmanager
+def openvino_errors(what: str) -> Iterator[None]:
+    """Turn what OpenVINO raises into our errors, `what` being the beginning of the sentence."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        is_short = isinstance(error, MemoryError) or any(sign in reason.lower() for sign in OUT_OF_MEMORY)
+        raise (OutOfMemoryError if is_short else BackendError)(f"{what}: {reason}") from error
+
+
+def compile_graphs(bundle: Bundle, threads: int, cpu_precision: str) -> dict[str, Any]:
+    """Return graph -> OpenVINO's compiled model of it, for `threads` threads.
+
+    Raises BundleError for graphs that are not the manifest's, before any is compiled, and BackendError for one that
+    OpenVINO refuses.
+    """
+    openvino = import_openvino()
+    models = {graph: _read(bundle.path / f"{graph}.onnx") for graph in GRAPHS}
+    encoder, decoder, regroup = (Ports.of(model) for model in models.values())
+    check_graphs(bundle, encoder, decoder, regroup)
+    store = Store(openvino, bundle, threads, cpu_precision)
+    return {graph: store.take(graph, model) for graph, model in models.items()}
+
+
+def _read(path: Path) -> Any:
+    """Read an ONNX file, and nothing else by that name: OpenVINO would look at the content and take other formats."""
+    from openvino.frontend import FrontEndManager
+
+    with openvino_errors(f"{path} cannot be loaded"):
+        reader = FrontEndManager().load_by_framework("onnx")
+        return reader.convert(reader.load(str(path)))
+
+
+class Store:
+    """Compiles the graphs of one bundle, and keeps what was compiled in the user's cache folder.
+
+    A file there that is damaged, or a folder that cannot be used, is a line on standard error and costs time, no run.
+    """
+
+    def __init__(self, openvino: Any, bundle: Bundle, threads: int, cpu_precision: str) -> None:
+        self._ov, self._bundle = openvino, bundle
+        self._core = openvino.Core()
+        self._settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": HINTS[cpu_precision],
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # nor are activations rounded to 8 bits beside int8 weights
+            "ENABLE_CPU_PINNING": False,  # two processes would be bound to the same cores
+            "CACHE_MODE": "OPTIMIZE_SIZE",  # exported without weights
+        }
+        name = self._core.get_property("CPU", "FULL_DEVICE_NAME")
+        self._key = f"{openvino.__version__}|{name}|{sorted(processor().flags)}|{cpu_precision}"
+
+    def take(self, graph: str, model: Any) -> Any:
+        """Return the compiled model of a graph: the kept one, or a new one, which is kept then."""
+        weights = f"{graph}.onnx.data"
+        path = self._path(graph) if weights in self._bundle.files else None  # regroup has none, and is quick
+        if path is not None and (kept := self._kept(path, graph)) is not None:
+            return kept
+        with openvino_errors(f"{self._bundle.path / graph}.onnx cannot be compiled"):
+            compiled = self._core.compile_model(model, "CPU", self._settings)
+        if path is not None:
+            self._keep(path, graph, compiled)
+        return compiled
+
+    def _path(self, graph: str) -> Path | None:
+        """Return where a compiled graph is kept, None where that cannot be."""
+        try:
+            folder = cache_folder(self._bundle.digest, NAME)
+        except (OSError, RuntimeError, EngineError) as error:  # no home, a full disk, a folder open to others
+            _note(f"compiled graphs are not kept: {error}")
+            return None
+        return folder / f"{graph}-{hashlib.sha256(self._key.encode()).hexdigest()[:16]}.blob"
+
+    def _kept(self, path: Path, graph: str) -> Any:
+        """Return the compiled graph that `path` holds, None where there is none or it is damaged."""
+        if not path.exists():
+            return None
+        try:
+            require_private(path)
+            content = path.read_bytes()
+            digest, compiled = content[:DIGEST_CHARACTERS], content[DIGEST_CHARACTERS:]
+            if digest != self._digest(graph, compiled):
+                raise BackendError("its content does not match its checksum")
+            return self._import(compiled, graph)
+        except (OSError, EngineError) as error:
+            _note(f"{path} cannot be used, its graph is compiled again: {error}")
+            return None
+
+    def _keep(self, path: Path, graph: str, compiled: Any) -> None:
+        """Keep a compiled graph if it says the same when it is read back."""
+        try:
+            with openvino_errors("OpenVINO cannot write it"):
+                stream = BytesIO()
+                compiled.export_model(stream)
+            content = stream.getvalue()
+            if not self._agree(graph, compiled, self._import(content, graph)):
+                return
+            with OutputLock(path):
+                replace_file(path, self._digest(graph, content) + content, mode=PRIVATE_MODE)
+        except UsageError:
+            return  # another process is just writing it
+        except EngineError as error:
+            _note(f"the compiled {graph} is not kept: {error}")
+
+    def _digest(self, graph: str, compiled: bytes) -> bytes:
+        """Return the checksum of what is kept, which no other graph, bundle, release or processor has."""
+        key = f"{self._bundle.digest}|{graph}|{self._key}"
+        return hashlib.sha256(key.encode() + compiled).hexdigest().encode()
+
+    def _import(self, compiled: bytes, graph: str) -> Any:
+        weights = {"WEIGHTS_PATH": str(self._bundle.path / f"{graph}.onnx.data")}
+        with openvino_errors("OpenVINO cannot read it"):
+            return self._core.import_model(BytesIO(compiled), "CPU", self._settings | weights)
+
+    def _agree(self, graph: str, *compiled: Any) -> bool:
+        """Return whether compiled models give the same numbers, bit for bit, for inputs drawn at random."""
+        feed = probe(self._bundle, graph, [one.any_name for one in compiled[0].inputs])
+        first, second = (model(feed, share_inputs=True).to_dict() for model in compiled)
+        return all(
+            np.array_equal(one, other, equal_nan=True)
+            for one, other in zip(first.values(), second.values(), strict=True)
+        )
+
+
+def probe(bundle: Bundle, graph: str, names: list[str]) -> dict[str, NDArray[Any]]:
+    """Return inputs of the encoder or the decoder: random pixels, or two beams of one image with random keys."""
+    rng, model = np.random.default_rng(0), bundle.model
+    if graph == "encoder":
+        return {"pixel_values": rng.integers(0, 256, (1, bundle.image.height, bundle.image.width, 3), np.uint8)}
+    rows, settled, recent = 2, 3, 2
+    feed: dict[str, NDArray[Any]] = {
+        "input_ids": rng.integers(0, model.vocab_size, (1, rows)),
+        "positions": rng.integers(0, min(4, model.max_positions), (1, rows)),
+        "scores": np.zeros((1, rows), np.float32),
+        "ancestry": np.ones((1, rows, settled + recent + rows), bool),
+        "penalties": np.array([1.5, 1.5], np.float32),
+        "num_candidates": np.array([2 * rows]),
+    }
+    marks = rng.integers(0, model.vocab_size, (1, rows, 3))
+    feed |= {"marked_ids": marks, "banned_ids": marks}
+    dtype = np.float16 if bundle.precision == "fp16" else np.float32
+    for name in names:
+        if "." in name:
+            positions = {"cross": model.encoder_positions, "settled": settled, "recent": recent}[name.partition(".")[0]]
+            feed[name] = rng.standard_normal((1, model.num_heads, positions, model.head_width)).astype(dtype)
+    return {name: feed[name] for name in names}
+
+
+def _note(line: str) -> None:
+    print(" ".join(line.split()), file=sys.stderr)

@@ -1,0 +1,152 @@
+"""OpenVINO as a backend, on CPUs. Keys and values are numpy arrays and the memory of two requests in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.compiled import NAME, compile_graphs, import_openvino, openvino_errors
+from engine.backends.ort import CPU_BATCH_SIZES
+from engine.backends.sessions import refuse_rounded_twice
+from engine.bundle.graphs import CANDIDATES, NUM_CANDIDATES, cache_names, step_inputs
+from engine.bundle.manifest import Bundle
+from engine.decoding.backend import BatchSizes, StepInputs
+from engine.errors import BundleError
+from engine.host import available_cores
+
+FAILED = f"the {NAME} backend failed"
+
+
+@dataclass
+class OpenVinoCache:
+    """Keys and values of B slots, a pair (keys, values) a layer in each flat list of 2L.
+
+    cross: arrays [B,H,S,d]; settled [B,H,F,d] and recent [B,H,R,d] are OpenVINO's tensors. Of the two `requests` of
+    the decoder one reads the keys that the other wrote, and they change places; they are this cache's own, so that
+    caches may take turns.
+    """
+
+    cross: list[NDArray[Any]]
+    settled: list[Any]
+    recent: list[Any]
+    requests: list[Any]
+
+
+class OpenVinoBackend:
+    """The bundle's graphs, compiled by OpenVINO for the CPU."""
+
+    name = NAME
+    batch_sizes: BatchSizes = CPU_BATCH_SIZES
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, cpu_precision: str = "fp32") -> None:
+        """Load the graphs. With `cpu_precision` bf16 products are rounded, and captions may differ from generate's.
+
+        Raises BackendError where OpenVINO is missing, BundleError for graphs that are not the manifest's, UsageError
+        for bf16 of a bundle that is rounded already.
+        """
+        refuse_rounded_twice(bundle, cpu_precision)
+        self._ov = import_openvino()
+        self._model = bundle.model
+        self._dtype = np.float16 if bundle.precision == "fp16" else np.float32
+        compiled = compile_graphs(bundle, threads or available_cores(), cpu_precision)
+        self._decoder = compiled["decoder"]
+        self._encoder = compiled["encoder"].create_infer_request()
+        self._regroup = compiled["regroup"].create_infer_request()
+        self._step_inputs = step_inputs(bundle.format)
+        self._names = {
+            part: cache_names(bundle.model.num_layers, part)
+            for part in ("cross", "settled", "recent", "extended", "regrouped")
+        }
+
+    def encode(self, pixel_values: NDArray[np.uint8]) -> list[NDArray[Any]]:
+        """See Backend.encode; 2L arrays [N,H,S,d]."""
+        self._infer(self._encoder, {"pixel_values": self._tensor(pixel_values)})
+        # copied: another iteration over the same captioner may encode before these have found their slots
+        encoded = [self._encoder.get_tensor(name).data.copy() for name in self._names["cross"]]
+        shape = self._cross_shape(len(pixel_values))
+        for value in encoded:
+            if value.shape != shape:
+                raise BundleError(f"the encoder gives {value.shape} where its manifest says {shape}: export it again")
+        return encoded
+
+    def allocate(self, num_slots: int) -> OpenVinoCache:
+        """See Backend.allocate."""
+        cross = [np.zeros(self._cross_shape(num_slots), self._dtype) for _ in self._names["cross"]]
+        with openvino_errors(FAILED):
+            requests = [self._decoder.create_infer_request() for _ in range(2)]
+        return OpenVinoCache(cross, self._nothing(num_slots), self._nothing(num_slots), requests)
+
+    def admit(self, cache: OpenVinoCache, slot: int, encoded: list[NDArray[Any]], image: int) -> None:
+        """See Backend.admit."""
+        for place, new in zip(cache.cross, encoded, strict=True):
+            place[slot] = new[image]
+
+    def step(self, cache: OpenVinoCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See Backend.step."""
+        cache.requests.reverse()
+        request = cache.requests[0]
+        feed = {
+            **{name: self._tensor(getattr(inputs, field)) for name, field in self._step_inputs.items()},
+            NUM_CANDIDATES: self._tensor(np.array([inputs.num_candidates], np.int64)),
+            **self._named("cross", [self._tensor(keys) for keys in cache.cross]),
+            **self._named("settled", cache.settled),
+            **self._named("recent", cache.recent),
+        }
+        self._infer(request, feed)
+        cache.recent = [request.get_tensor(name) for name in self._names["extended"]]
+        scores, ids = (request.get_tensor(name).data.copy() for name in CANDIDATES)
+        return scores, ids
+
+    def regroup(self, cache: OpenVinoCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """See Backend.regroup."""
+        if columns.size:
+            feed = {
+                "slots": self._tensor(slots),
+                "columns": self._tensor(columns),
+                **self._named("settled", cache.settled),
+                **self._named("recent", cache.recent),
+            }
+            self._infer(self._regroup, feed)
+            kept = (self._regroup.get_tensor(name).data.copy() for name in self._names["regrouped"])
+            cache.settled = [self._tensor(keys) for keys in kept]
+        else:
+            cache.settled = self._nothing(len(slots))
+        cache.recent = self._nothing(len(slots))
+        if len(slots) < len(cache.cross[0]):
+            cache.cross = keep_in_place(cache.cross, slots)
+
+    def _cross_shape(self, num_slots: int) -> tuple[int, ...]:
+        return (num_slots, self._model.num_heads, self._model.encoder_positions, self._model.head_width)
+
+    def _nothing(self, num_slots: int) -> list[Any]:
+        """Return keys and values of no position: one tensor for all layers."""
+        shape = (num_slots, self._model.num_heads, 0, self._model.head_width)
+        return [self._tensor(np.zeros(shape, self._dtype))] * len(self._names["cross"])
+
+    def _tensor(self, array: NDArray[Any]) -> Any:
+        """Return OpenVINO's view of an array, which it keeps alive; only one without items is copied."""
+        array = np.ascontiguousarray(array)
+        return self._ov.Tensor(array, shared_memory=array.size > 0)
+
+    def _named(self, part: str, values: list[Any]) -> dict[str, Any]:
+        return dict(zip(self._names[part], values, strict=True))
+
+    def _infer(self, request: Any, feed: dict[str, Any]) -> None:
+        with openvino_errors(FAILED):
+            for name, tensor in feed.items():
+                request.set_tensor(name, tensor)
+            request.infer()
+
+
+def keep_in_place(arrays: list[NDArray[Any]], slots: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """Keep the slots i64[B'] (as in Backend.regroup) of arrays [B,...]: survivors from behind move into the holes.
+
+    Returns views [B',...] of the same memory: fresh memory would cost more than the copies (benchmarks/LOG.md).
+    """
+    moved = np.flatnonzero(slots != np.arange(len(slots)))
+    for array in arrays:
+        array[moved] = array[slots[moved]]
+    return [array[: len(slots)] for array in arrays]

@@ -1,0 +1,419 @@
+"""The backend openvino: generate's captions, what is compiled once and kept, and bf16, which is not parity."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+from click.testing import CliRunner
+
+from engine.backends import open_backend
+from engine.backends.compiled import openvino_errors
+from engine.backends.openvino import OpenVinoBackend
+from engine.bundle.manifest import Bundle
+from engine.captioner import Captioner
+from engine.cli.app import main
+from engine.errors import BackendError, OutOfMemoryError, UsageError
+from engine.files.atomic import file_sha256
+from engine.machine.verify import verify
+from engine.options import DecodeOptions, Runtime
+from export.bundle import export_bundle
+from export.precision import encoder_error
+from export.precision import main as precision_main
+from tests.helpers.earlier import bundle_of_084ae4d
+from tests.helpers.tiny import random_pictures
+
+IMAGES = 17
+SCORE_TOLERANCE = 1e-4
+"""As in test_generate.py; measured 2e-6."""
+SETTINGS = {
+    "greedy": {"no_repeat_ngram_size": 2},
+    "greedy, penalty": {"repetition_penalty": 2.5, "prompt": "a picture of the chest"},
+    "3 beams, prompt": {"num_beams": 3, "prompt": "a picture of the chest", "no_repeat_ngram_size": 3},
+    "4 beams": {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": 2.0, "early_stopping": True},
+    "4 beams, at least 6": {"num_beams": 4, "min_new_tokens": 6, "length_penalty": 0.6, "early_stopping": "never"},
+    "3 beams, penalty, words": {"num_beams": 3, "repetition_penalty": 1.2, "bad_words": ("the", "white arrow")},
+    "10 beams": {"num_beams": 10, "no_repeat_ngram_size": 2},
+}
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """A cache of this module's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_bundle) -> Captioner:
+    return Captioner.load(str(tiny_bundle), backend="openvino", threads=1)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return random_pictures(IMAGES)
+
+
+@pytest.fixture(scope="module")
+def pixel_values(pictures, tiny_reference):
+    return tiny_reference.pixels(pictures)
+
+
+def ids(captioner: Captioner, pictures, rows=20, **given):
+    return [c.ids for c in captioner.caption(pictures, rows=rows, max_new_tokens=14, **given)]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_captions_equal_generate(name, captioner, pictures, pixel_values, tiny_reference):
+    num_beams = SETTINGS[name].get("num_beams", 1)
+    options = DecodeOptions(**SETTINGS[name], max_new_tokens=14, num_return_sequences=num_beams)
+    theirs = tiny_reference.generate(pixel_values, options)
+    for slots in (IMAGES, 5, 1):
+        count = 3 if slots == 1 else IMAGES
+        ours = captioner.caption(pictures[:count], options, rows=slots * num_beams)
+        for mine, expected in zip(ours, theirs[:count], strict=True):
+            assert [a.ids for a in mine.alternatives] == [e.ids for e in expected]
+            if num_beams > 1:
+                np.testing.assert_allclose(
+                    [a.score for a in mine.alternatives], [e.score for e in expected], atol=SCORE_TOLERANCE
+                )
+
+
+def test_a_prompt_for_each_picture_and_drawn_captions_are_those_of_onnx_runtime(captioner, tiny_captioner, pictures):
+    prompts = {str(i): ("", "a", "ct of the left upper lobe showing")[i % 3] for i in range(IMAGES)}
+    for given in (
+        {"num_beams": 3, "prompts": prompts},
+        {"do_sample": True, "num_return_sequences": 3, "top_k": 40, "seed": 5},
+    ):
+        assert ids(captioner, pictures, **given) == ids(tiny_captioner, pictures, **given)
+
+
+def test_pytorchs_answers_are_replayed(captioner, tmp_path):
+    assert all(check.passed for check in verify(captioner.bundle, captioner.backend))
+    earlier = Bundle.load(bundle_of_084ae4d(tmp_path / "bundle"))  # of format 1
+    assert all(check.passed for check in verify(earlier, open_backend(earlier, Runtime("openvino"))))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_rounded_bundles_run_too(precision, tiny_checkpoint, tmp_path):
+    bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", lambda _: None, precision=precision)
+    assert all(check.passed for check in verify(bundle, open_backend(bundle, Runtime("openvino", threads=1))))
+    with pytest.raises(UsageError, match=f"is {precision}: --cpu-precision bf16 is for fp32 bundles"):
+        OpenVinoBackend(bundle, cpu_precision="bf16")
+
+
+def test_iterations_that_take_turns_do_not_disturb_each_other(captioner, pictures):
+    """Each has keys of its own: a request that both used would hand one the other's."""
+    expected = ids(captioner, pictures, num_beams=3), ids(captioner, pictures[::-1], num_beams=4)
+    first, second = (
+        captioner.caption(some, rows=8, max_new_tokens=14, num_beams=beams)
+        for some, beams in ((pictures, 3), (pictures[::-1], 4))
+    )
+    found = [(one.ids, other.ids) for one, other in zip(first, second, strict=True)]
+    assert tuple(zip(*found, strict=True)) == tuple(map(tuple, expected))
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[str]:
+    """The graphs that are compiled from now on, by their first input."""
+    names = []
+    compile_model = openvino.Core.compile_model
+
+    def watched(core, model, *more):
+        names.append(model.inputs[0].any_name)
+        return compile_model(core, model, *more)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", watched)
+    return names
+
+
+def blobs(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.blob"))
+
+
+def test_compiled_graphs_are_kept_and_taken_and_say_the_same(fresh, compiled, tiny_bundle, pictures, captioner):
+    bundle, expected = Bundle.load(tiny_bundle), ids(captioner, pictures, num_beams=4)
+    assert ids(Captioner(bundle, OpenVinoBackend(bundle)), pictures, num_beams=4) == expected
+    assert len(compiled) == 3
+    assert [path.name.partition("-")[0] for path in blobs(fresh)] == ["decoder", "encoder"]
+    assert [path.parent.parent.name for path in blobs(fresh)] == [bundle.digest[:16]] * 2
+    assert {path.stat().st_mode & 0o777 for path in blobs(fresh)} == {0o600}
+    assert sum(path.stat().st_size for path in blobs(fresh)) < 1 << 21
+    del compiled[:]
+    assert ids(Captioner(bundle, OpenVinoBackend(bundle)), pictures, num_beams=4) == expected
+    assert compiled == ["slots"], "regroup has no weights, and is quick"
+    del compiled[:]
+    OpenVinoBackend(bundle, cpu_precision="bf16")
+    assert len(compiled) == 3
+    assert len(blobs(fresh)) == 4
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def turn_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path: Path) -> None:
+    shutil.copyfile(next(other for other in path.parent.glob("*.blob") if other != path), path)
+
+
+def open_to_others(path: Path) -> None:
+    path.chmod(0o666)
+
+
+DAMAGE = [shorten, turn_a_bit, swap, open_to_others, lambda path: path.write_bytes(b"")]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_a_line_and_is_made_again(damage, fresh, compiled, tiny_bundle, capfd):
+    bundle = Bundle.load(tiny_bundle)
+    OpenVinoBackend(bundle)
+    decoder, _ = blobs(fresh)
+    damage(decoder)
+    capfd.readouterr()
+    backend = OpenVinoBackend(bundle)
+    assert all(check.passed for check in verify(bundle, backend))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{decoder} cannot be used, its graph is compiled again: ")
+    del compiled[:]
+    OpenVinoBackend(bundle)
+    assert compiled == ["slots"]
+    assert capfd.readouterr().err == ""
+
+
+def test_without_a_place_to_keep_them_graphs_are_compiled_and_it_is_said(tiny_bundle, tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    bundle = Bundle.load(tiny_bundle)
+    backend = OpenVinoBackend(bundle)
+    assert all(check.passed for check in verify(bundle, backend))
+    assert "compiled graphs are not kept: " in capfd.readouterr().err
+
+
+def test_a_graph_that_says_something_else_when_read_back_is_not_kept(fresh, bundle_copy):
+    """OpenVINO is told one file of weights: where others were meant, numbers differ, and so much is asked."""
+    for graph in ("encoder", "decoder"):
+        path = bundle_copy / f"{graph}.onnx"
+        model = onnx.load(str(path), load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = "elsewhere.bin" if entry.key == "location" and graph == "decoder" else entry.value
+        path.write_bytes(model.SerializeToString())
+    weights = bundle_copy / "decoder.onnx.data"
+    shutil.copyfile(weights, bundle_copy / "elsewhere.bin")
+    weights.write_bytes(bytes(weights.stat().st_size))
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    manifest["files"] = {path.name: file_sha256(path) for path in bundle_copy.iterdir() if path.name != "manifest.json"}
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    bundle = Bundle.load(bundle_copy)
+    for _ in range(2):
+        backend = OpenVinoBackend(bundle)
+        assert all(check.passed for check in verify(bundle, backend))
+        assert [path.name.partition("-")[0] for path in blobs(fresh)] == ["encoder"]
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def test_another_format_under_the_name_of_a_graph_is_refused(bundle_copy):
+    """OpenVINO would read its own format, or TensorFlow's, whatever the file is called."""
+    model = openvino.Core().read_model(bundle_copy / "regroup.onnx")
+    openvino.serialize(model, bundle_copy / "x.xml", bundle_copy / "regroup.bin")
+    (bundle_copy / "x.xml").rename(bundle_copy / "regroup.onnx")
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    for name in ("regroup.onnx", "regroup.bin"):
+        manifest["files"][name] = file_sha256(bundle_copy / name)
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BackendError, match=r"regroup\.onnx cannot be loaded: .") as raised:
+        open_backend(Bundle.load(bundle_copy), Runtime("openvino"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("[CPU] Subgraph node with name '/a' can't\nallocate dummy"), OutOfMemoryError),
+        (MemoryError(), OutOfMemoryError),
+        (RuntimeError("std::bad_alloc"), OutOfMemoryError),
+        (RuntimeError("Check 'x' failed\n\n at y"), BackendError),
+    ],
+)
+def test_what_openvino_raises_is_one_line_of_ours(error, kind):
+    with pytest.raises(BackendError, match="decoder failed: ") as raised, openvino_errors("decoder failed"):
+        raise error
+    assert type(raised.value) is kind
+    assert "\n" not in str(raised.value)
+
+
+def test_an_older_openvino_is_refused(monkeypatch):
+    monkeypatch.setattr(openvino, "__version__", "2025.4.1-12345-abc")
+    with pytest.raises(BackendError, match=r"OpenVINO 2025\.4\.1 is too old: pip install 'openvino>=2026\.4'"):
+        open_backend(Bundle.load(), Runtime("openvino"))
+
+
+def test_streams_are_not_for_openvino():
+    with pytest.raises(UsageError, match="streams are for the backend cpu, not for openvino: leave --streams out"):
+        Runtime("openvino", streams=2)
+
+
+@pytest.fixture(scope="module")
+def image_dir(tmp_path_factory, pictures) -> Path:
+    directory = tmp_path_factory.mktemp("images")
+    for i, picture in enumerate(pictures):
+        picture.save(directory / f"{i:02}.png")
+    return directory
+
+
+def run(image_dir: Path, bundle: Path, out: Path, *more: object):
+    words = ["caption", "--input", image_dir, "--bundle", bundle, "--out", out, "--beams", 3, "--rows", 6, *more]
+    return CliRunner().invoke(main, [*map(str, words), "--json"])
+
+
+def test_a_run_that_was_cut_off_goes_on_and_one_of_another_backend_does_not(
+    image_dir, tiny_bundle, tmp_path, monkeypatch
+):
+    out, step, steps = tmp_path / "run.csv", OpenVinoBackend.step, []
+
+    def dies(backend, cache, inputs):
+        steps.append(1)
+        if len(steps) > 40:
+            raise KeyboardInterrupt
+        return step(backend, cache, inputs)
+
+    whole = run(image_dir, tiny_bundle, tmp_path / "whole.csv", "--backend", "cpu")
+    assert whole.exit_code == 0, whole.output
+    monkeypatch.setattr(OpenVinoBackend, "step", dies)
+    cut = run(image_dir, tiny_bundle, out, "--backend", "openvino")
+    assert cut.exit_code == 130, cut.output
+    monkeypatch.undo()
+    resumed = run(image_dir, tiny_bundle, out, "--backend", "openvino")
+    assert resumed.exit_code == 0, resumed.output
+    summary = json.loads(resumed.stdout.splitlines()[-1])
+    assert 0 < summary["resumed"] < IMAGES
+    assert "|backend:openvino|" in summary["signature"]
+    assert "cpu_precision" not in summary["signature"]
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    out.unlink()
+    steps.clear()
+    monkeypatch.setattr(OpenVinoBackend, "step", dies)
+    assert run(image_dir, tiny_bundle, out, "--backend", "openvino").exit_code == 130
+    afresh = run(image_dir, tiny_bundle, out, "--backend", "cpu")
+    assert "was moved to" in afresh.stderr
+    assert json.loads(afresh.stdout.splitlines()[-1])["resumed"] == 0
+
+
+def test_worker_processes_that_compile_at_once_say_the_same(image_dir, tiny_bundle, tmp_path, fresh):
+    whole = run(image_dir, tiny_bundle, tmp_path / "whole.csv", "--backend", "cpu")
+    assert whole.exit_code == 0, whole.output
+    for _ in range(2):  # with nothing kept, and with what the first ones kept
+        out = tmp_path / "run.csv"
+        shared = run(image_dir, tiny_bundle, out, "--backend", "openvino", "--processes", 2, "--threads", 2)
+        assert shared.exit_code == 0, shared.output
+        assert "cannot be used" not in shared.stderr
+        assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+        assert len(blobs(fresh)) == 2
+
+
+def test_another_release_of_openvino_decides_a_journal_of_its_own_alone():
+    from engine.bundle.signature import environment
+
+    assert f"openvino:{openvino.__version__.partition('-')[0]}" in environment("openvino")
+    assert "openvino" not in environment("cpu")
+
+
+def test_bf16_rounds_and_says_so(captioner, pictures):
+    """Asked for at the class, for processors without it: there OpenVINO may multiply float32 all the same."""
+    bundle = captioner.bundle
+    rounded = OpenVinoBackend(bundle, threads=1, cpu_precision="bf16")
+    pixels = np.stack([np.asarray(picture.resize((32, 32))) for picture in pictures])
+    error = encoder_error(captioner.backend, rounded, pixels)
+    assert error < 0.05
+    if HAS_BF16:
+        assert error > 1e-3, "nothing was rounded"
+    said = ids(Captioner(bundle, rounded), pictures, num_beams=4)
+    same = sum(one == other for one, other in zip(said, ids(captioner, pictures, num_beams=4), strict=True))
+    assert same > IMAGES // 2
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this processor has no instructions for bf16")
+def test_a_run_in_bf16_is_labelled_and_reported(image_dir, tiny_bundle, tmp_path):
+    rounded = ("--backend", "openvino", "--cpu-precision", "bf16")
+    result = run(image_dir, tiny_bundle, tmp_path / "run.csv", *rounded)
+    assert result.exit_code == 0, result.output
+    assert "|cpu_precision:bf16 (not parity)|" in json.loads(result.stdout.splitlines()[-1])["signature"]
+    words = ["--bundle", tiny_bundle, "--against", tiny_bundle, "--images", image_dir, "--out", tmp_path / "out.json"]
+    compared = CliRunner().invoke(precision_main, [*map(str, words), *rounded])
+    assert compared.exit_code == 0, compared.output
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["backend"], report["cpu_precision"], report["precision"]) == ("openvino", "bf16", "fp32")
+    assert report["identical"] + len(report["differences"]) == IMAGES
+    assert 1e-3 < report["encoder_error"] < 0.05
+    assert 0 < report["max_score_drift"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("backend", "sentence"),
+    [
+        ("openvino", "this processor has no instructions for bf16 (AVX512_BF16 or AMX)"),
+        ("cpu", "ONNX Runtime multiplies bf16 on ARM processors with instructions for it alone"),
+        ("auto", "take --backend openvino, or leave --cpu-precision out"),
+    ],
+)
+def test_bf16_is_refused_in_one_line_where_the_processor_has_none(
+    backend, sentence, image_dir, tiny_bundle, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
+    result = run(image_dir, tiny_bundle, tmp_path / "run.csv", "--backend", backend, "--cpu-precision", "bf16")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert re.search(re.escape(sentence), line)
+    assert not list(tmp_path.glob("run.csv*"))
+
+
+def test_on_arm_onnx_runtime_gets_its_fast_math(tiny_bundle, tmp_path, monkeypatch):
+    """What it does there cannot be seen on x86, where the setting is without effect."""
+    import onnxruntime
+
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    monkeypatch.setattr("engine.host.CPUINFO", tmp_path / "cpuinfo")
+    seen, session = [], onnxruntime.InferenceSession
+
+    def watched(path, options, **more):
+        try:
+            seen.append(options.get_session_config_entry("mlas.enable_gemm_fastmath_arm64_bfloat16"))
+        except RuntimeError:
+            seen.append("")
+        return session(path, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    bundle = Bundle.load(tiny_bundle)
+    open_backend(bundle, Runtime("cpu", threads=1, cpu_precision="bf16"))
+    assert set(seen) == {"1"}
+    seen.clear()
+    open_backend(bundle, Runtime("cpu", threads=1))
+    assert set(seen) == {""}
+    info = CliRunner().invoke(main, ["info", "--json"])
+    assert json.loads(info.stdout)["bf16"] == "--backend cpu --cpu-precision bf16 is for this processor; not parity"
