@@ -36,6 +36,7 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}
 """Precision -> OpenVINO's word. It must be said: by itself OpenVINO takes bf16 where the processor has it."""
 OUT_OF_MEMORY = (*ORT_OUT_OF_MEMORY, "can't allocate")
 """What OpenVINO's message holds, in lower case, when memory is short."""
+TELEMETRY = "openvino_telemetry"
 DIGEST_CHARACTERS = 64
 PRIVATE_MODE = 0o600
 """Nobody else may read or write what decides how a graph is run."""
@@ -82,7 +83,8 @@ def _port(one: Any) -> Port:
 def import_openvino() -> Any:
     """Import openvino, or raise BackendError naming the extra that brings it."""
     try:
-        import openvino
+        with _without_telemetry():
+            import openvino
     except ImportError as error:
         raise BackendError(
             f"openvino is not installed ({error}): pip install 'blip-caption-engine[openvino]', or '.[openvino]' in a "
@@ -93,6 +95,22 @@ def import_openvino() -> Any:
         wanted = ".".join(map(str, OLDEST))
         raise BackendError(f"OpenVINO {release} is too old: pip install 'openvino>={wanted}'")
     return openvino
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Hide OpenVINO's telemetry from its import, as if it were not installed.
+
+    It would report the import to Google Analytics, from a forked process that hangs where threads run already.
+    """
+    known = sys.modules.get(TELEMETRY)
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[TELEMETRY]
+        if known is not None:
+            sys.modules[TELEMETRY] = known
 
 
 def require_openvino(cpu_precision: str = "fp32") -> None:

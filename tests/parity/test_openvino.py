@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 from click.testing import CliRunner
 
 from engine.backends import open_backend
-from engine.backends.compiled import openvino_errors
+from engine.backends.compiled import import_openvino, openvino_errors
 from engine.backends.openvino import OpenVinoBackend
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
@@ -41,6 +43,7 @@ SETTINGS = {
     "3 beams, penalty, words": {"num_beams": 3, "repetition_penalty": 1.2, "bad_words": ("the", "white arrow")},
     "10 beams": {"num_beams": 10, "no_repeat_ngram_size": 2},
 }
+openvino = import_openvino()
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -323,6 +326,18 @@ def test_a_run_that_was_cut_off_goes_on_and_one_of_another_backend_does_not(
     afresh = run(image_dir, tiny_bundle, out, "--backend", "cpu")
     assert "was moved to" in afresh.stderr
     assert json.loads(afresh.stdout.splitlines()[-1])["resumed"] == 0
+
+
+def test_openvino_reports_to_nobody(tmp_path):
+    """Its import would tell Google Analytics, and leaves an identifier in the home folder."""
+    said = "import sys; from engine.backends import require_backend; require_backend('openvino')"
+    listed = f"{said}; print([name for name in sys.modules if 'telemetry' in name and '_stub' not in name])"
+    done = subprocess.run(
+        [sys.executable, "-c", listed], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "openvino_telemetry" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_worker_processes_that_compile_at_once_say_the_same(image_dir, tiny_bundle, tmp_path, fresh):
