@@ -24,6 +24,7 @@ from export.manifest import checkpoint_sha256
 from export.reference.huggingface import Reference
 from train.data.check import check_split, drop_unusable, fingerprint
 from train.data.dataset import Example, Split, hold_out, read_dataset
+from train.data.prompts import check_fit
 from train.learning.evaluate import LOSS, Evaluator
 from train.learning.processes import on_first_process, rank_and_world_size
 from train.learning.run_dir import BestModels, locked, write_log, write_or_compare_record
@@ -96,6 +97,9 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, say: Sa
     bad = []
     positions = reference.model.config.text_config.max_position_embeddings
     for name in SPLITS:
+        check_fit(
+            splits[name].examples, splits[name].captions_file, reference.tokenizer, min(recipe.max_tokens, positions)
+        )
         problems = check_split(
             splits[name],
             decode=data.decode_images,
@@ -112,6 +116,8 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, say: Sa
             say(f"{name}: {line}")
         bad += [f"{name}: {line}" for line in problems.fatal.lines()]
         splits[name] = drop_unusable(splits[name], problems)
+        if with_prompt := sum(bool(example.prompt) for example in splits[name].examples):
+            say(f"{name}: {with_prompt} of {len(splits[name].examples)} captions start from a prompt of their image")
     if bad and not data.allow_missing:
         raise DataError(f"{data.directory}: {'; '.join(bad)}: mend the files, or leave these out with --allow-missing")
     return splits

@@ -22,9 +22,12 @@ def json_rows(path: Path, content: Any) -> tuple[Iterator[CaptionRow], dict[str,
         files = {str(image["id"]): str(image["file_name"]) for image in content.get("images") or []}
         aliases = {number: image_id(file) for number, file in files.items()}
         content = [
-            {"file_name": files[str(entry["image_id"])], "caption": entry["caption"]}
-            if str(entry["image_id"]) in files
-            else {"image_id": entry["image_id"], "caption": entry["caption"]}
+            (
+                {"file_name": files[str(entry["image_id"])]}
+                if str(entry["image_id"]) in files
+                else {"image_id": entry["image_id"]}
+            )
+            | {"caption": entry["caption"], "prompt": entry.get("prompt")}
             for entry in content["annotations"]
         ]
     elif isinstance(content, dict) and (entries := _entries_by_split(content)) is not None:
@@ -112,7 +115,7 @@ def _object_rows(path: Path, number: int, entry: Any) -> Iterator[CaptionRow]:
     further = {
         str(k): ";".join(map(str, v)) if isinstance(v, list) else str(v)
         for k, v in entry.items()
-        if k not in (key, found, "hypotheses") and not isinstance(v, dict)
+        if k not in (key, found, "hypotheses") and v is not None and not isinstance(v, dict)
     }
     yield from ((number, name, caption, further) for caption in captions)
 

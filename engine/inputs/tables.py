@@ -32,12 +32,14 @@ SIDECARS = (".txt", ".caption")
 class Table:
     """Captions by id in the order of the file, one or several an id, and further columns by id (text as it is).
 
+    A column that is not the same in all rows of an id has the last row's value, and `varying` names such an id.
     `aliases` leads from other names of the images to their ids: COCO numbers pictures beside naming their files.
     """
 
     path: Path
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    varying: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -88,6 +90,7 @@ def read_table(path: Path) -> Table:
 def _collect(path: Path, rows: Iterable[CaptionRow], aliases: dict[str, str] | None = None) -> Table:
     captions: dict[str, list[str]] = {}
     table = Table(path, aliases=aliases or {})
+    first: dict[str, Mapping[str, str]] = {}
     listed = list(rows)
     ids = _ids_of_files(name for _, name, _, _ in listed)
     for number, name, caption, columns in listed:
@@ -99,6 +102,9 @@ def _collect(path: Path, rows: Iterable[CaptionRow], aliases: dict[str, str] | N
         captions.setdefault(name, []).append(caption)
         for column, value in columns.items():
             table.columns.setdefault(column, {})[name] = value
+        if (earlier := first.setdefault(name, columns)) != columns:
+            differing = [one for one in {**earlier, **columns} if earlier.get(one) != columns.get(one)]
+            table.varying |= {column: name for column in differing if column not in table.varying}
     if not captions:
         raise DataError(f"{path} holds no captions")
     table.captions = {name: tuple(several) for name, several in captions.items()}

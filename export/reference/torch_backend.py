@@ -6,7 +6,7 @@ bundle will say. Knows nothing of training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ from engine.bundle.graphs import STEP_INPUTS
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.resolve import resolve_search
-from engine.decoding.scheduler import Key, Scheduler
+from engine.decoding.scheduler import Key, Scheduler, Waiting
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 from export.checkpoints.load import encoder_positions
@@ -108,17 +108,19 @@ class TorchBackend:
             cache.recent = [old[rows, :, :0] for old in cache.recent]
 
 
-def search_of(model: BlipForConditionalGeneration, options: DecodeOptions) -> Search:
-    """Resolve options without a prompt for a model that has no bundle yet; captions end where its positions do."""
+def search_of(model: BlipForConditionalGeneration, options: DecodeOptions, prompt: tuple[int, ...] = ()) -> Search:
+    """Resolve options for a model that has no bundle yet, behind [DEC] and the ids `prompt`; captions end where its
+    positions do.
+    """
     if options.bad_words:
         raise UsageError("without a tokenizer banned words are taken as bad_words_ids only")
     text = model.config.text_config
     longest = text.max_position_embeddings
-    if options.max_total_length(1) > longest:
-        options = replace(options, max_new_tokens=longest - 1)
+    if options.max_total_length(1 + len(prompt)) > longest > 1 + len(prompt):
+        options = replace(options, max_new_tokens=longest - 1 - len(prompt))
     return resolve_search(
         options,
-        prompt=(text.bos_token_id,),
+        prompt=(text.bos_token_id, *prompt),
         eos=text.sep_token_id,
         vocab_size=text.vocab_size,
         max_positions=longest,
@@ -141,14 +143,19 @@ def caption_live(
     processor: BlipImageProcessor,
     images: Iterable[tuple[Key, NDArray[np.uint8]]],
     options: DecodeOptions,
+    prompts: Mapping[Key, tuple[int, ...]] | None = None,
 ) -> Iterator[tuple[Key, list[Hypothesis]]]:
     """Caption (key, pixels u8[height,width,3]) with the weights as they are now; yield as Scheduler.run does.
 
-    Exhaust it before the weights change: the model is in eval mode until then.
+    `prompts` are ids that the captions of some images start with behind [DEC], which the hypotheses include. Exhaust it
+    before the weights change: the model is in eval mode until then.
     """
     backend, search = TorchBackend(model, processor), search_of(model, options)
+    starts = {prompt: search_of(model, options, prompt).start for prompt in {(), *(prompts or {}).values()}}
+    search = replace(search, max_length=max(start.max_length for start in starts.values()))
     slots = max(1, backend.batch_sizes.rows // search.num_beams)
+    scheduler = Scheduler(backend, search, num_slots=slots, encode_batch=backend.batch_sizes.encode_batch)
+    waiting = (Waiting(key, pixels, starts[(prompts or {}).get(key, ())]) for key, pixels in images)
     with captioning(model):
-        yield from Scheduler(backend, search, num_slots=slots, encode_batch=backend.batch_sizes.encode_batch).run(
-            images
-        )
+        for closed in scheduler.steps(waiting):
+            yield from closed

@@ -49,6 +49,35 @@ def test_a_live_model_draws_what_its_bundle_draws(tiny_reference, tiny_captioner
     assert len({one.ids for several in live.values() for one in several}) > len(PICTURES)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_live_model_starts_each_caption_from_its_own_prompt(tiny_reference, beams):
+    """Side by side, of different lengths and in the last case none, as Hugging Face says it of one image at a time."""
+    options = DecodeOptions(num_beams=beams, max_new_tokens=12, no_repeat_ngram_size=2)
+    texts = ["axial ct of the", "mri", ""] * 3
+    ids = {
+        i: tuple(tiny_reference.tokenizer(text, add_special_tokens=False)["input_ids"]) for i, text in enumerate(texts)
+    }
+    given = {i: one for i, one in ids.items() if one}
+    images = enumerate(pixels(tiny_reference))
+    found = dict(caption_live(tiny_reference.model, tiny_reference.image_processor, images, options, given))
+    for i, (picture, text) in enumerate(zip(PICTURES, texts, strict=True)):
+        asked = options.replace(prompt=text or None)
+        ((best,),) = tiny_reference.generate(tiny_reference.pixels([picture]), asked)
+        assert found[i][0].ids == best.ids
+        assert found[i][0].ids[1 : 1 + len(ids[i])] == ids[i]
+
+
+def test_a_caption_behind_a_long_prompt_ends_where_the_positions_do(tiny_reference):
+    places = tiny_reference.model.config.text_config.max_position_embeddings
+    prompt = tuple(range(10, 20)) * 6
+    options = DecodeOptions(
+        max_new_tokens=40, min_new_tokens=1, suppress_tokens=(tiny_reference.tokenizer.sep_token_id,)
+    )
+    images = enumerate(pixels(tiny_reference)[:2])
+    found = dict(caption_live(tiny_reference.model, tiny_reference.image_processor, images, options, {0: prompt}))
+    assert [len(found[i][0].ids) for i in (0, 1)] == [places, 41]
+
+
 def test_the_model_is_left_in_the_mode_it_was_in(tiny_reference):
     model = tiny_reference.model
     model.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import torch
 from PIL import Image
 from transformers import TrainerState
 
+from engine.bundle.tokenizer import detokenise
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.overlap import Cider
+from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from tests.helpers.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, random_pictures
 from train import recipe
@@ -73,6 +76,43 @@ def test_neither_padding_nor_cls_nor_a_blank_ever_enters_the_loss(tokenizer):
     torch.testing.assert_close(logits.grad, expected)
     assert total.item() == pytest.approx(by_hand, rel=1e-5)
     assert int((batch["labels"] != IGNORED).sum()) == len(words)  # what the Trainer divides by
+
+
+def test_a_prompt_is_told_and_never_learned(tokenizer):
+    captions, prompts = ["ct of a mass", "mri", None, "a large mass"], ["axial", "", "", "chest x - ray:"]
+    batch = collate_captions(tokenizer, captions, tokenizer.bos_token_id, 8, prompts)
+
+    def ids(text):
+        return [
+            {"D": tokenizer.bos_token_id, "S": tokenizer.sep_token_id, "P": tokenizer.pad_token_id, "_": IGNORED}.get(
+                one, tokenizer.convert_tokens_to_ids(one)
+            )
+            for one in text.split()
+        ]
+
+    assert batch["input_ids"].tolist() == [
+        ids("D axial ct of a mass S P"),
+        ids("D mri S P P P P P"),
+        ids("D S P P P P P P"),
+        ids("D chest x - ray : a S"),  # cut behind the prompt, to 8 tokens in all
+    ]
+    assert batch["labels"].tolist() == [
+        ids("_ _ ct of a mass S _"),
+        ids("_ mri S _ _ _ _ _"),
+        ids("_ _ _ _ _ _ _ _"),
+        ids("_ _ _ _ _ _ a S"),
+    ]
+    assert batch["attention_mask"].tolist() == [[1] * n + [0] * (8 - n) for n in (7, 3, 2, 8)]
+
+
+def test_without_prompts_a_batch_is_the_tokenizers_own(tokenizer):
+    captions = [*CAPTIONS, "", "a large mass " * 5]
+    theirs = tokenizer(captions, padding=True, truncation=True, max_length=12, return_tensors="pt")
+    for prompts in ((), ("",) * len(captions)):
+        ours = collate_captions(tokenizer, captions, tokenizer.bos_token_id, 12, prompts)
+        assert torch.equal(ours["input_ids"][:, 1:], theirs["input_ids"][:, 1:])
+        assert torch.equal(ours["attention_mask"], theirs["attention_mask"])
+        assert {tensor.dtype for tensor in ours.values()} == {torch.int64}
 
 
 def test_the_loss_is_hugging_faces_where_its_targets_are_ours(tiny_reference):
@@ -137,7 +177,7 @@ def test_features_and_pictures_make_the_same_batches(tiny_reference, examples):
         encoded = reference.model.vision_model(
             pixel_values=torch.stack([pictures[(0, i)]["pixel_values"] for i in range(6)])
         )[0]
-        features = Features(encoded.half(), [example.caption for example in examples])
+        features = Features(encoded.half(), examples)
         other = collate([features[(0, i)] for i in (4, 0, 6)])
         labels = batch.pop("labels")
         assert torch.equal(other.pop("labels"), labels)
@@ -168,6 +208,33 @@ def test_an_epoch_is_judged_as_engine_score_would(tiny_checkpoint, examples):
             tokens += count
     assert metrics["loss"] == pytest.approx(losses / tokens, rel=1e-5)
     assert set(metrics) == {"loss", "rouge1", "bleu1"}
+
+
+def test_captions_of_an_epoch_start_from_prompts_that_no_metric_sees(tiny_checkpoint, examples):
+    """The loss is that of the captions behind their prompts, and what is generated is scored without them."""
+    reference = Reference.load(tiny_checkpoint)
+    options = DecodeOptions(max_new_tokens=10)
+    prompts = ["axial ct", "", "mri of the brain"] * 2
+    prompted = [replace(one, prompt=prompt) for one, prompt in zip(examples, prompts, strict=True)]
+    metrics, captions = Evaluator(reference, prompted, ("rouge1",), options, 30, 4, MetricInputs()).evaluate()
+    losses = tokens = 0
+    said = []
+    for example in prompted:
+        pixels = reference.pixels([Image.open(example.image).convert("RGB")])
+        ((best,),) = reference.generate(pixels, options.replace(prompt=example.prompt or None))
+        words = reference.tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        said.append(detokenise(reference.tokenizer.decode(best.ids[1 + len(words) :], skip_special_tokens=True)))
+        targets = reference.tokenizer(example.caption)["input_ids"][1:]
+        ids = torch.tensor([[reference.tokenizer.bos_token_id, *words, *targets]])
+        with torch.inference_mode():
+            rows = torch.log_softmax(reference.model(pixel_values=pixels, input_ids=ids).logits[0], -1)
+        losses -= sum(rows[len(words) + i, one].item() for i, one in enumerate(targets))
+        tokens += len(targets)
+    assert captions == [(one.id, text) for one, text in zip(prompted, said, strict=True)]
+    assert metrics["loss"] == pytest.approx(losses / tokens, rel=1e-5)
+    items = Items([one.id for one in prompted], said, [(one.caption,) for one in prompted])
+    assert metrics["rouge1"] == make_metric("rouge1", MetricInputs(), {}).measure(items).value
+    assert said != [text for _, text in Evaluator(reference, examples, (), options, 30, 4).evaluate()[1]]
 
 
 def test_a_checkpoint_cut_off_while_it_was_saved_is_passed_over(tmp_path):
@@ -217,6 +284,15 @@ def test_log_probabilities_of_drawn_captions_leave_padding_out():
     rows = torch.log_softmax(logits, -1)
     expected = torch.stack([rows[0, 0, 2] + rows[0, 1, 3], rows[1, 0, 4]])
     torch.testing.assert_close(log_probs(logits, ids), expected)
+
+
+def test_log_probabilities_of_drawn_captions_leave_their_prompts_out():
+    ids = pad([(1, 2, 3, 4), (1, 4, 5)], "cpu")
+    logits = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
+    rows = torch.log_softmax(logits, -1)
+    expected = torch.stack([rows[0, 2, 4], rows[1, 0, 4] + rows[1, 1, 5]])
+    torch.testing.assert_close(log_probs(logits, ids, [3, 1]), expected)
+    torch.testing.assert_close(log_probs(logits, ids, [1, 1]), log_probs(logits, ids))
 
 
 def test_cider_of_a_few_captions_weighs_words_by_the_whole_corpus():

@@ -20,6 +20,7 @@ from engine.inputs.pixels import read_image
 from export.checkpoints.releases import BlipImageProcessor
 from train.data.augment import AUGMENTATIONS
 from train.data.dataset import Example
+from train.data.prompts import prompt_ids
 
 IGNORED = -100
 """Label that torch's cross entropy skips (torch.nn.CrossEntropyLoss, ignore_index)."""
@@ -60,6 +61,8 @@ class PixelSpec:
 
 
 Item = dict[str, torch.Tensor | str | None]
+TEXTS = ("caption", "prompt")
+"""What an item holds beside tensors: a caption, None for a blank, and the prompt in front of it, which may be empty."""
 
 
 class Pictures(Dataset[Item]):
@@ -73,14 +76,14 @@ class Pictures(Dataset[Item]):
         return len(self.examples)
 
     def __getitem__(self, place: EpochIndex) -> Item:
-        """Return pixel_values f32[3,size,size] and the caption, None for a blank. Raises ImageError."""
-        pixels, caption = self.pixels(place)
-        if caption is None:
-            return {"pixel_values": torch.zeros(3, self.spec.size, self.spec.size), "caption": None}
-        return {"pixel_values": self.spec.normalise(pixels), "caption": caption}
+        """Return pixel_values f32[3,size,size], caption and prompt, TEXTS. Raises ImageError."""
+        pixels, example = self.pixels(place)
+        if example is None:
+            return {"pixel_values": torch.zeros(3, self.spec.size, self.spec.size)} | texts_of(None)
+        return {"pixel_values": self.spec.normalise(pixels)} | texts_of(example)
 
-    def pixels(self, place: EpochIndex) -> tuple[NDArray[np.uint8], str | None]:
-        """Return u8[size,size,3] and the caption; zeros and None for a blank. Raises ImageError."""
+    def pixels(self, place: EpochIndex) -> tuple[NDArray[np.uint8], Example | None]:
+        """Return u8[size,size,3] and the example; zeros and None for a blank. Raises ImageError."""
         epoch, index = place
         if index >= len(self.examples):
             return np.zeros((self.spec.size, self.spec.size, 3), np.uint8), None
@@ -88,24 +91,30 @@ class Pictures(Dataset[Item]):
         pixels = self.spec.read(example.image)
         if self._augment is not None:
             pixels = self._augment(pixels, np.random.default_rng([self.seed, epoch, index]))
-        return pixels, example.caption
+        return pixels, example
 
 
 class Features(Dataset[Item]):
-    """Pairs of a frozen encoder's output f16[N,S,D], kept in memory, and captions."""
+    """A frozen encoder's output f16[N,S,D], kept in memory, with the examples it is of."""
 
-    def __init__(self, features: torch.Tensor, captions: Sequence[str]) -> None:
-        self.features, self.captions = features, captions
+    def __init__(self, features: torch.Tensor, examples: Sequence[Example]) -> None:
+        self.features, self.examples = features, examples
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.examples)
 
     def __getitem__(self, place: EpochIndex) -> Item:
-        """Return encoder_hidden_states f32[S,D] and the caption, None for a blank."""
+        """Return encoder_hidden_states f32[S,D], caption and prompt, TEXTS."""
         _, index = place
-        if index >= len(self.captions):
-            return {"encoder_hidden_states": torch.zeros_like(self.features[0]).float(), "caption": None}
-        return {"encoder_hidden_states": self.features[index].float(), "caption": self.captions[index]}
+        if index >= len(self.examples):
+            return {"encoder_hidden_states": torch.zeros_like(self.features[0]).float()} | texts_of(None)
+        return {"encoder_hidden_states": self.features[index].float()} | texts_of(self.examples[index])
+
+
+def texts_of(example: Example | None) -> Item:
+    """Return TEXTS of an example, of a blank for None."""
+    caption, prompt = (None, "") if example is None else (example.caption, example.prompt)
+    return {"caption": caption, "prompt": prompt}
 
 
 class EpochOrder(Sampler[EpochIndex]):
@@ -133,9 +142,16 @@ class EpochOrder(Sampler[EpochIndex]):
 
 
 def collate_captions(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str | None], bos_token_id: int, max_tokens: int = 200
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[str | None],
+    bos_token_id: int,
+    max_tokens: int = 200,
+    prompts: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Tokenise captions into input_ids, attention_mask and labels, each i64[B,L]; None is a blank without targets.
+
+    With `prompts`, one a caption or '', a row is [DEC] prompt caption [SEP], as captions are generated behind prompts;
+    of a longer one than `max_tokens` the caption is cut. A prompt is told, not learned: its labels are IGNORED.
 
     Two traps of Hugging Face's BLIP are avoided here: sequences from the processor start with [CLS] while
     generation starts with [DEC] (`bos_token_id`), and its loss does not mask padding; so the first id is [DEC], and
@@ -143,12 +159,21 @@ def collate_captions(
     IGNORED, too, which makes the labels that count as many as the terms of the loss.
     """
     texts = [caption or "" for caption in captions]
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
-    input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-    input_ids[:, 0] = bos_token_id
-    labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
-    labels[:, 0] = IGNORED
-    labels[[caption is None for caption in captions]] = IGNORED
+    before = [prompt_ids(tokenizer, prompt) for prompt in prompts] or [()] * len(texts)
+    rows = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    rows = [
+        [bos_token_id, *ids, *row[1:-1][: max_tokens - 2 - len(ids)], row[-1]]
+        for ids, row in zip(before, rows, strict=True)
+    ]
+    input_ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for i, (ids, row, caption) in enumerate(zip(before, rows, captions, strict=True)):
+        input_ids[i, : len(row)] = torch.tensor(row)
+        attention_mask[i, : len(row)] = 1
+        if caption is not None:
+            told = 1 + len(ids)
+            labels[i, told : len(row)] = input_ids[i, told : len(row)]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
@@ -165,7 +190,7 @@ class Collator:
         stacked = {
             name: torch.stack([item[name] for item in items])  # type: ignore[misc]
             for name in items[0]
-            if name != "caption"
+            if name not in TEXTS
         }
-        captions = [item["caption"] for item in items]
-        return stacked | collate_captions(self.tokenizer, captions, self.bos_token_id, self.max_tokens)  # type: ignore[arg-type]
+        captions, prompts = ([item[name] for item in items] for name in TEXTS)
+        return stacked | collate_captions(self.tokenizer, captions, self.bos_token_id, self.max_tokens, prompts)  # type: ignore[arg-type]

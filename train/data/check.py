@@ -40,7 +40,8 @@ def check_split(
     """Return what reading the split found, and what only its pictures and a tokenizer can tell.
 
     With `decode` every picture is decoded once, in threads, as `depth` says (engine/inputs/depth.py). `count_tokens`
-    returns the length of a caption as the model gets it, and `max_tokens` is what fits: both count [DEC] and [SEP].
+    returns the length of a caption as the model gets it, its prompt in front, and `max_tokens` is what fits: both count
+    [DEC] and [SEP].
     Raises EngineError for trouble that is the system's and not the picture's, such as too many open files.
     """
     lost = {name for name, _ in split.problems.missing}
@@ -51,7 +52,7 @@ def check_split(
     cut = []
     if count_tokens is not None and max_tokens is not None:
         for example in split.examples:
-            tokens = count_tokens(example.caption)
+            tokens = count_tokens(example.text)
             if tokens > max_tokens:
                 cut.append((example.id, f"{tokens} tokens where {max_tokens} fit"))
     return replace(
@@ -99,7 +100,8 @@ def _why(problems: Problems) -> str:
 
 
 def fingerprint(split: Split) -> str:
-    """Return a sha256 (hexadecimal) over ids, captions and image file sizes in bytes, in the order of the examples.
+    """Return a sha256 (hexadecimal) over ids, captions, image file sizes in bytes and prompts where there are any, in
+    the order of the examples.
 
     Pictures are not read, so that 70,000 of them take a second: one replaced by another of the same size goes unseen. A
     missing file has the size -1. The order counts because training's shuffle starts from it; names of folders do not.
@@ -107,7 +109,8 @@ def fingerprint(split: Split) -> str:
     digest = hashlib.sha256()
     sizes = _sizes(example.image for example in split.examples)
     for example in split.examples:
-        digest.update(json.dumps([example.id, example.caption, sizes[example.image]]).encode() + b"\n")
+        prompt = [example.prompt] if example.prompt else []
+        digest.update(json.dumps([example.id, example.caption, sizes[example.image], *prompt]).encode() + b"\n")
     return digest.hexdigest()
 
 

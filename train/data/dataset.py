@@ -18,21 +18,31 @@ from engine.inputs.delimited import read_ids
 from engine.inputs.ids import Ids
 from engine.inputs.images import RepeatedIdError, find_images
 from engine.inputs.kinds import SUFFIXES
-from engine.inputs.tables import Table, read_table
+from engine.inputs.tables import read_table
 from train.data.layouts import LOOKED_FOR, SPLITS, Listing, SplitFiles, find_source, find_table, read_concepts
 from train.data.nearest import describe_unknown
-from train.data.parquet import CONCEPT_COLUMNS, ParquetRow, safe_name, split_concepts, unpack
+from train.data.parquet import ParquetRow, safe_name, unpack
 from train.data.problems import Problems, is_empty
+from train.data.rows import check_prompts, rows_of
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image with one of its captions; `concepts` are UMLS CUIs where the data set has them."""
+    """One image with one of its captions; `concepts` are UMLS CUIs where the data set has them.
+
+    `prompt` is what its captions start with, in front of `caption` and no part of it; empty where there is none.
+    """
 
     id: str
     image: Path
     caption: str
     concepts: tuple[str, ...] = ()
+    prompt: str = ""
+
+    @property
+    def text(self) -> str:
+        """The prompt and the caption: all that a model is shown."""
+        return f"{self.prompt} {self.caption}" if self.prompt else self.caption
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,9 @@ class Split:
 def read_dataset(directory: Path, *, unpack_into: Path | None = None) -> dict[str, Split]:
     """Return the splits of a data set directory: some of "train", "valid" and "test", in this order.
 
-    An image with several captions (COCO) gives an example for each. Pictures inside parquet files are written once to
-    `unpack_into`/<split>/ (`directory`/unpacked/<split>/ when None). Every folder is listed once and no picture opened.
+    An image with several captions (COCO) gives an example for each; they share its prompt. Pictures inside parquet
+    files are written once to `unpack_into`/<split>/ (`directory`/unpacked/<split>/ when None). Every folder is listed
+    once and no picture opened.
     Raises UsageError when there is no such directory, DataError when no layout fits, or when a file is not what it
     seems, naming it.
     """
@@ -119,7 +130,7 @@ class _Reader:
             return
         concepts = read_concepts(source.concepts) if source.concepts else {}
         table = read_table(source.captions)
-        self._add(name, source, _rows(table, concepts), table.columns.get("name"))
+        self._add(name, source, rows_of(table, concepts), table.columns.get("name"))
 
     def read_all(self, source: SplitFiles) -> None:
         """Read one table for all splits: by lists of ids, by its column `split`, all for training without either.
@@ -132,7 +143,7 @@ class _Reader:
             named = {split: table.ids.find_all(read_ids(path), path).values() for split, path in source.lists}
             column = {name: split for split, ids in named.items() for name in ids}
         by_split: dict[str, list[ParquetRow]] = {name: [] for name in SPLITS}
-        for row in _rows(table, {}):
+        for row in rows_of(table, {}):
             if source.lists and row.id not in (column or {}):
                 continue
             value = "train" if column is None else column.get(row.id, "")
@@ -163,9 +174,8 @@ class _Reader:
         present = set(os.listdir(folder))
         reason = "no picture in the parquet file, or deleted after unpacking"
         lost = {row.id: reason for row in rows if row.file is None or row.file.name not in present}
-        examples = [
-            Example(row.id, row.file or folder / f"{safe_name(row.id)}.jpg", row.caption, row.concepts) for row in rows
-        ]
+        examples = [_example(row, row.file or folder / f"{safe_name(row.id)}.jpg") for row in rows]
+        check_prompts(rows, source.captions)
         problems = _problems(examples, lost, one_each=False)  # several captions of one picture are no trouble here
         self.splits[name] = Split(name, examples, source.captions, replace(problems, repeated=_shared_ids(examples)))
 
@@ -183,7 +193,8 @@ class _Reader:
             if image is None:
                 lost[row.id] = f"no such picture in {looked}"
                 image = folder / f"{safe_name(row.id)}.jpg"
-            examples.append(Example(row.id, image, row.caption, row.concepts))
+            examples.append(_example(row, image))
+        check_prompts(rows, source.captions)
         self._used[name] = listing
         self.splits[name] = Split(name, examples, source.captions, _problems(examples, lost, source.one_each))
 
@@ -260,15 +271,8 @@ def _pictures(folder: Path, deep: bool) -> _Pictures:
     return _Pictures({image.id: image.path for image in images}, trouble)
 
 
-def _rows(table: Table, concepts: dict[str, tuple[str, ...]]) -> list[ParquetRow]:
-    if not concepts:
-        columns = [values for title, values in table.columns.items() if title.lower() in CONCEPT_COLUMNS]
-        concepts = {name: tuple(split_concepts(value)) for values in columns[:1] for name, value in values.items()}
-    return [
-        ParquetRow(name, None, caption, concepts.get(name, ()))
-        for name, captions in table.captions.items()
-        for caption in captions
-    ]
+def _example(row: ParquetRow, image: Path) -> Example:
+    return Example(row.id, image, row.caption, row.concepts, row.prompt if row.prompt.strip() else "")
 
 
 def _shared_ids(examples: Iterable[Example]) -> list[tuple[str, str]]:

@@ -63,10 +63,10 @@ def inspect_dataset(
 ) -> Stats:
     """Return statistics of the splits that json can write.
 
-    `count_tokens` adds lengths in tokens. With `images` every file is read once, in threads, for the size in its header
-    and the sha256 of its bytes; only DICOM is decoded. "duplicates" counts images with the same bytes, and others with
-    the same caption, within splits and between them; "overlaps" counts ids that two splits share. Raises EngineError
-    for trouble of the system, such as too many open files.
+    `count_tokens` adds lengths in tokens, prompts included. With `images` every file is read once, in threads, for the
+    size in its header and the sha256 of its bytes; only DICOM is decoded. "duplicates" counts images with the same
+    bytes, and others with the same caption, within splits and between them; "overlaps" counts ids that two splits
+    share. Raises EngineError for trouble of the system, such as too many open files.
     """
     paths = list(dict.fromkeys(e.image for split in splits.values() for e in split.examples)) if images else []
     pictures = dict(zip(paths, in_threads(_read_header, paths, progress), strict=True))
@@ -127,8 +127,9 @@ def _describe(split: Split, count_tokens: Callable[[str], int] | None, pictures:
         "captions_file": str(split.captions_file),
         "images": len({example.id for example in split.examples}),
         "captions": len(captions),
+        "prompts": sum(bool(example.prompt) for example in split.examples),
         "words": _lengths(len(caption.split()) for caption in captions),
-        "tokens": _lengths(map(count_tokens, captions)) if count_tokens is not None else None,
+        "tokens": _lengths(count_tokens(one.text) for one in split.examples) if count_tokens is not None else None,
         "modalities": _modalities(split.examples),
     }
     files = {example.image: example.id for example in split.examples}
@@ -248,6 +249,8 @@ def lines(stats: Stats) -> list[str]:
                     f"  {unit} a caption: {span['min']} to {span['max']}, median {span['median']:g}, "
                     f"mean {span['mean']:.1f}, 95 % have at most {span['p95']}"
                 )
+        if found["prompts"]:
+            out.append(f"  prompts: {found['prompts']} of {found['captions']} captions have one; tokens count it")
         out += [f"  {line}" for line in (*_modality_lines(found), *_size_lines(found["sizes"]))]
     for kind, noun in (("files", "images with the same bytes"), ("captions", "images with the same caption")):
         out.append(f"{noun}: {_repeat_line(stats['duplicates'][kind])}")

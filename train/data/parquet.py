@@ -8,13 +8,15 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import DataError, OutputError, UsageError
 from engine.files.lock import OutputLock
 from engine.inputs.kinds import HEAD_BYTES, SUFFIXES, image_id, kind_of
+from engine.inputs.prompts import PROMPT
 
 INDEX = "index.jsonl"
 """Rows of an unpacked folder. Its first line names the parquet files it was made of; written last, it is the marker."""
@@ -27,18 +29,20 @@ SUFFIX_OF = {"PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WebP": ".webp", "TIFF
 
 @dataclass(frozen=True)
 class ParquetRow:
-    """One row: `file` is the picture's path, None where the row had none; `caption` is empty where it was null."""
+    """One row: `file` is the picture's path, None where the row had none; texts are empty where they were null."""
 
     id: str
     file: Path | None
     caption: str
     concepts: tuple[str, ...]
+    prompt: str = ""
 
 
 def unpack(files: list[Path], into: Path) -> list[ParquetRow]:
     """Write the pictures of parquet files as files into the folder `into`, unless they are there; return the rows.
 
-    Wanted are a column of pictures (a struct of bytes and path) and captions, also image_id and cui where they are.
+    Wanted are a column of pictures (a struct of bytes and path) and captions, also image_id, cui and prompt where they
+    are.
     A few rows are in memory at a time. The work is done in a folder beside, renamed at its end: what was cut off is
     unpacked again, and so are parquet files that changed. Ids come from strangers and name no path: see `safe_name`.
     Raises DataError naming the file, UsageError when pyarrow is missing or another process unpacks, OutputError when
@@ -77,12 +81,17 @@ def safe_name(name: str) -> str:
 
 
 def _describe(file: Path) -> list[Any]:
-    """Return what tells whether a file is still the one that was unpacked: name, bytes, time of change in ns."""
+    """Return what tells whether a file is still the one that was unpacked: name, bytes, time of change in ns.
+
+    Also whether it has prompts: folders that an earlier version unpacked lack them.
+    """
     try:
         status = file.stat()
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
-    return [file.name, status.st_size, status.st_mtime_ns]
+    with _opened(file) as opened:
+        has_prompts = any(name.lower() == PROMPT for name in opened.schema_arrow.names)
+    return [file.name, status.st_size, status.st_mtime_ns, *([PROMPT] if has_prompts else [])]
 
 
 def _read_index(folder: Path, made_of: list[list[Any]]) -> list[ParquetRow] | None:
@@ -99,6 +108,7 @@ def _read_index(folder: Path, made_of: list[list[Any]]) -> list[ParquetRow] | No
                 folder / Path(row["file"]).name if row["file"] else None,
                 str(row["caption"]),
                 tuple(map(str, row["cui"])),
+                str(row.get("prompt", "")),
             )
             for row in rows
         ]
@@ -111,17 +121,18 @@ def _write(files: list[Path], made_of: list[list[Any]], folder: Path, prefix: st
     taken: set[str] = set()
     with (folder / (INDEX + ".partial")).open("w", encoding="utf-8", newline="\n") as index:
         index.write(json.dumps(made_of) + "\n")
-        for name, picture, suffix, caption, concepts in _rows(files, prefix):
+        for row in _rows(files, prefix):
             file = None
-            if picture is not None:
-                digest = hashlib.sha256(picture).digest()
-                pictures = written.setdefault(name, [])
+            if row.picture is not None:
+                digest = hashlib.sha256(row.picture).digest()
+                pictures = written.setdefault(row.id, [])
                 file = next((known for known_digest, known in pictures if known_digest == digest), None)
                 if file is None:  # an id may come twice, with different pictures: each gets a file of its own
-                    file = _free_name(name, len(pictures), suffix, taken)
-                    (folder / file).write_bytes(picture)
+                    file = _free_name(row.id, len(pictures), row.suffix, taken)
+                    (folder / file).write_bytes(row.picture)
                     pictures.append((digest, file))
-            index.write(json.dumps({"id": name, "file": file, "caption": caption, "cui": concepts}) + "\n")
+            entry = {"id": row.id, "file": file, "caption": row.caption, "cui": row.concepts}
+            index.write(json.dumps(entry | ({"prompt": row.prompt} if row.prompt else {})) + "\n")
         index.flush()
         os.fsync(index.fileno())
     (folder / (INDEX + ".partial")).rename(folder / INDEX)
@@ -136,29 +147,45 @@ def _free_name(name: str, number: int, suffix: str, taken: set[str]) -> str:
     return stem + suffix
 
 
-def _rows(files: list[Path], prefix: str) -> Iterator[tuple[str, bytes | None, str, str, list[str]]]:
-    """Yield id, bytes of the picture, extension, caption and concepts of every row."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a parquet file as pyarrow has it. Raises DataError naming the file, UsageError without pyarrow."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UsageError(f"{files[0]}: parquet needs pyarrow ({error}): pip install pyarrow") from error
+        raise UsageError(f"{path}: parquet needs pyarrow ({error}): pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield file
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+class _Cells(NamedTuple):
+    """What is wanted of a row: `picture` are the bytes of an image file, None without one, `suffix` its extension."""
+
+    id: str
+    picture: bytes | None
+    suffix: str
+    caption: str
+    concepts: list[str]
+    prompt: str
+
+
+def _rows(files: list[Path], prefix: str) -> Iterator[_Cells]:
+    """Yield every row, one for each of its captions."""
     number = 0
     for path in files:
-        try:
-            with parquet.ParquetFile(path) as file:
-                names = _columns(path, file.schema_arrow)
-                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names.wanted):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield from _row(row, names, f"{prefix}_{number:08d}")
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise DataError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
+        with _opened(path) as file:
+            names = _columns(path, file.schema_arrow)
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names.wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield from _row(row, names, f"{prefix}_{number:08d}")
 
 
-def _row(
-    row: dict[str, Any], names: _Columns, fallback: str
-) -> Iterator[tuple[str, bytes | None, str, str, list[str]]]:
+def _row(row: dict[str, Any], names: _Columns, fallback: str) -> Iterator[_Cells]:
     """Take one row apart, a caption at a time; without an id it is called by its picture's file name, or `fallback`."""
     picture, identity, concepts = row.get(names.picture), row.get(names.identity), row.get(names.concepts)
     content, label = (picture or {}).get("bytes"), str((picture or {}).get("path") or "")
@@ -168,33 +195,38 @@ def _row(
         value = row.get(column)
         captions += value if isinstance(value, list) else [value]
     kept = [caption for caption in captions if caption] or [""]
+    prompt = str(row.get(names.prompt) or "")
     for caption in kept:
-        yield name, content, _suffix(label, content or b""), str(caption), split_concepts(concepts)
+        yield _Cells(name, content, _suffix(label, content or b""), str(caption), split_concepts(concepts), prompt)
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Names of columns; those of ids and concepts may be ''. There are several of captions where they are numbered."""
+    """Names of columns; those of ids, concepts and prompts may be ''. There are several of captions where they are
+    numbered.
+    """
 
     picture: str
     identity: str
     captions: tuple[str, ...]
     concepts: str
+    prompt: str
 
     @property
     def wanted(self) -> list[str]:
-        return [name for name in (self.picture, self.identity, *self.captions, self.concepts) if name]
+        return [name for name in (self.picture, self.identity, *self.captions, self.concepts, self.prompt) if name]
 
 
 def _require_text(path: Path, entry: Any) -> None:
-    """Raise DataError for a column of captions that holds neither text nor lists of text."""
+    """Raise DataError for a column that does not hold text, nor lists of text where it is one of captions."""
     import pyarrow
 
-    kind = entry.type
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+    kind, is_prompt = entry.type, entry.name.lower() == PROMPT
+    if not is_prompt and (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
         kind = kind.value_type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)):
-        raise DataError(f"{path}: the column {entry.name} holds {entry.type}, not captions: text, or lists of text")
+        wanted = "prompts: text" if is_prompt else "captions: text, or lists of text"
+        raise DataError(f"{path}: the column {entry.name} holds {entry.type}, not {wanted}")
 
 
 def _columns(path: Path, schema: Any) -> _Columns:
@@ -216,10 +248,11 @@ def _columns(path: Path, schema: Any) -> _Columns:
         )
     identity = next((lowered[name] for name in ("image_id", "id") if name in lowered), "")
     concepts = next((lowered[name] for name in CONCEPT_COLUMNS if name in lowered), "")
+    prompt = lowered.get(PROMPT, "")
     for entry in schema:
-        if entry.name in captions:
+        if entry.name in (*captions, prompt):
             _require_text(path, entry)
-    return _Columns(pictures[0], identity, tuple(captions), concepts)
+    return _Columns(pictures[0], identity, tuple(captions), concepts, prompt)
 
 
 def split_concepts(value: Any) -> list[str]:

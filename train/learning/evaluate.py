@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
-from transformers import BlipForConditionalGeneration
+from transformers import BlipForConditionalGeneration, PreTrainedTokenizerBase
 
 from engine.bundle.tokenizer import detokenise
 from engine.inputs.depth import CLIP
@@ -21,8 +21,9 @@ from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live, captioning
-from train.data.batches import IGNORED, Collator, PixelSpec
+from train.data.batches import IGNORED, Collator, PixelSpec, texts_of
 from train.data.dataset import Example
+from train.data.prompts import prompt_ids
 from train.learning.processes import gather, rank_and_world_size, share_of
 
 LOSS = "loss"
@@ -66,9 +67,9 @@ class Evaluator:
         loss, tokens = np.sum(gather([tuple(sums.tolist())]), axis=0)
         references = references_by_id(self.examples)
         ids = list(references)
-        pictures = {example.id: example.image for example in self.examples}
+        by_id = {example.id: example for example in self.examples}
         my_ids = [ids[i] for i in share_of(len(ids), rank, world_size)]
-        captions = dict(gather(list(self._captions(model, my_ids, pictures))))
+        captions = dict(gather(list(self._captions(model, [by_id[one] for one in my_ids]))))
         items = Items(ids, [captions[one] for one in ids], [references[one] for one in ids])
         found = {name: make_metric(name, self.setting, {}).measure(items).value for name in self.metrics}
         return {LOSS: float(loss / max(1, tokens))} | found, [(one, captions[one]) for one in ids]
@@ -80,18 +81,25 @@ class Evaluator:
         with torch.inference_mode():
             for start in range(0, len(mine), self.batch_size):
                 part = mine[start : start + self.batch_size]
-                items = [{"pixel_values": spec.normalise(spec.read(e.image)), "caption": e.caption} for e in part]
+                items = [{"pixel_values": spec.normalise(spec.read(e.image))} | texts_of(e) for e in part]
                 batch = {name: tensor.to(model.device) for name, tensor in collator(items).items()}
                 labels = batch.pop("labels")
                 yield sum_of_losses(model(**batch).logits, labels).item(), int((labels != IGNORED).sum())
 
-    def _captions(
-        self, model: BlipForConditionalGeneration, ids: Sequence[str], pictures: dict
-    ) -> Iterator[tuple[str, str]]:
-        spec = PixelSpec.of(self.reference.image_processor, self.high_bit_depth)
-        pixels: Iterator[tuple[str, NDArray[np.uint8]]] = ((one, spec.read(pictures[one])) for one in ids)
-        for one, hypotheses in caption_live(model, self.reference.image_processor, pixels, self.options):
-            yield one, detokenise(self.reference.tokenizer.decode(hypotheses[0].ids, skip_special_tokens=True))
+    def _captions(self, model: BlipForConditionalGeneration, examples: Sequence[Example]) -> Iterator[tuple[str, str]]:
+        """Yield (id, caption) of images, each caption as what follows the image's prompt."""
+        spec, tokenizer = PixelSpec.of(self.reference.image_processor, self.high_bit_depth), self.reference.tokenizer
+        pixels: Iterator[tuple[str, NDArray[np.uint8]]] = ((one.id, spec.read(one.image)) for one in examples)
+        prompts = {one.id: prompt_ids(tokenizer, one.prompt) for one in examples}
+        for one, hypotheses in caption_live(model, self.reference.image_processor, pixels, self.options, prompts):
+            yield one, text_behind(tokenizer, hypotheses[0].ids, prompts[one])
+
+
+def text_behind(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt: Sequence[int]) -> str:
+    """Return a caption's text from its ids, [DEC] and the ids of its prompt included: what follows the prompt, which
+    no reference holds and no metric may count.
+    """
+    return detokenise(tokenizer.decode(ids[1 + len(prompt) :], skip_special_tokens=True))
 
 
 def references_by_id(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:

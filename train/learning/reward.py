@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.bundle.tokenizer import detokenise
 from engine.decoding.beam import Hypothesis
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, Measured, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
-from train.data.batches import EpochIndex, Item, Pictures, PixelSpec
+from train.data.batches import EpochIndex, Item, Pictures, PixelSpec, texts_of
 from train.data.dataset import Example
-from train.learning.evaluate import references_by_id, sum_of_losses
+from train.data.prompts import prompt_ids
+from train.learning.evaluate import references_by_id, sum_of_losses, text_behind
 from train.learning.trainer import CaptionTrainer
 
 SAMPLED_WORDS = 100
@@ -89,10 +89,10 @@ class RewardedPictures(Pictures):
     """Images as the decoding core takes them, u8[size,size,3], with the captions that the likelihood is kept for."""
 
     def __getitem__(self, place: EpochIndex) -> Item:
-        """Return pixels, place i64[2] (epoch and index, BLANK_INDEX for a blank) and the caption."""
-        pixels, caption = self.pixels(place)
-        place = (place[0], BLANK_INDEX) if caption is None else place
-        return {"pixels": torch.tensor(pixels), "place": torch.tensor(place), "caption": caption}
+        """Return pixels, place i64[2] (epoch and index, BLANK_INDEX for a blank), caption and prompt."""
+        pixels, example = self.pixels(place)
+        place = (place[0], BLANK_INDEX) if example is None else place
+        return {"pixels": torch.tensor(pixels), "place": torch.tensor(place)} | texts_of(example)
 
 
 class RewardTrainer(CaptionTrainer):
@@ -115,7 +115,8 @@ class RewardTrainer(CaptionTrainer):
     ) -> Any:
         """Return the loss of one batch: minus the log-probability of drawn captions, weighted by their advantage.
 
-        Summed over a caption's tokens, averaged over the drawn captions of a full step: blanks weigh nothing.
+        Summed over a caption's tokens behind its prompt, averaged over the drawn captions of a full step: blanks weigh
+        nothing.
         """
         places = inputs["place"].tolist()
         filled = [i for i, (_, index) in enumerate(places) if index != BLANK_INDEX]
@@ -127,9 +128,11 @@ class RewardTrainer(CaptionTrainer):
         ids = pad([one for several in drawn for one in several], self.args.device)
         advantages = [advantage for several in drawn for advantage in several.values()]
         weights = torch.tensor(advantages, device=self.args.device, dtype=torch.float32)
+        started = zip(filled or [0], drawn, strict=True)
+        told = [1 + len(self._prompt(places[i][1])) for i, several in started for _ in several]
         with repeating(self._reference.model.vision_model, [len(several) for several in drawn]):
             logits = model(pixel_values=normal, **_without_padding(ids)).logits
-        loss = -(weights * log_probs(logits, ids)).sum() / (self.recipe.batch_size * self.recipe.samples)
+        loss = -(weights * log_probs(logits, ids, told)).sum() / (self.recipe.batch_size * self.recipe.samples)
         share = self.recipe.likelihood_share
         if share and num_items_in_batch is not None and filled:
             kept = {name: inputs[name][filled] for name in ("input_ids", "attention_mask")}
@@ -149,6 +152,10 @@ class RewardTrainer(CaptionTrainer):
     def _greedy_start(self) -> int:
         return int(self._reference.model.config.text_config.bos_token_id)
 
+    def _prompt(self, index: int) -> tuple[int, ...]:
+        """Return the ids of an example's prompt, none for a blank."""
+        return () if index == BLANK_INDEX else prompt_ids(self._reference.tokenizer, self._examples[index].prompt)
+
     def _roll_out(self, images: list[tuple[tuple[int, int], NDArray[np.uint8]]]) -> list[dict[tuple[int, ...], float]]:
         """Return of each image the ids of its drawn captions with their advantages; equal ones are one with the sum of
         theirs, and those without any are left out: what a model is sure of costs nothing.
@@ -163,12 +170,13 @@ class RewardTrainer(CaptionTrainer):
             max_new_tokens=self._greedy.max_new_tokens,
         )
         decode = (self._reference.model, self._reference.image_processor, images)
-        greedy: dict[Any, list[Hypothesis]] = dict(caption_live(*decode, self._greedy))
-        several: dict[Any, list[Hypothesis]] = dict(caption_live(*decode, sampling))
+        prompts = {place: self._prompt(place[1]) for place, _ in images}
+        greedy: dict[Any, list[Hypothesis]] = dict(caption_live(*decode, self._greedy, prompts))
+        several: dict[Any, list[Hypothesis]] = dict(caption_live(*decode, sampling, prompts))
         candidates, references = [], []
         for place, _ in images:
             one = [*several[place], greedy[place][0]]
-            candidates += [self._text(hypothesis) for hypothesis in one]
+            candidates += [text_behind(self._reference.tokenizer, hypothesis.ids, prompts[place]) for hypothesis in one]
             references += [self._references[self._examples[place[1]].id]] * len(one)
         rewards = self._reward(candidates, references).reshape(len(images), -1)
         self._seen += list(zip(rewards[:, :-1].mean(1).tolist(), rewards[:, -1].tolist(), strict=True))
@@ -177,9 +185,6 @@ class RewardTrainer(CaptionTrainer):
             merge_equal([hypothesis.ids for hypothesis in several[place]], row)
             for (place, _), row in zip(images, advantages.tolist(), strict=True)
         ]
-
-    def _text(self, hypothesis: Hypothesis) -> str:
-        return detokenise(self._reference.tokenizer.decode(hypothesis.ids, skip_special_tokens=True))
 
 
 def advantage_over_greedy(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -234,8 +239,9 @@ def _without_padding(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids.clamp(min=0), "attention_mask": (ids != PADDING).long()}
 
 
-def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return the summed log-probability of each sequence i64[N,L] behind its first id, f32[N], of logits f32[N,L,V].
+def log_probs(logits: torch.Tensor, ids: torch.Tensor, told: Sequence[int] | None = None) -> torch.Tensor:
+    """Return the summed log-probability of each sequence i64[N,L] behind its first `told` ids ([DEC] and the prompt;
+    [DEC] alone when None), f32[N], of logits f32[N,L,V].
 
     Of the distribution that was drawn from: the likeliest SAMPLED_WORDS alone. Only then do advantages of one sign pull
     nothing towards words that are never drawn.
@@ -246,7 +252,11 @@ def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         keep = (logits >= least).scatter(2, targets.clamp(min=0)[:, :, None], True)
         logits = logits.masked_fill(~keep, float("-inf"))
     rows = torch.log_softmax(logits, -1)
-    return torch.where(targets != PADDING, rows.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0], 0.0).sum(1)
+    counted = targets != PADDING
+    if told is not None:
+        places = torch.arange(1, ids.shape[1], device=ids.device)
+        counted &= places >= torch.tensor(told, device=ids.device)[:, None]
+    return torch.where(counted, rows.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0], 0.0).sum(1)
 
 
 def make_reward(weights: Mapping[str, float], setting: MetricInputs, examples: Sequence[Example]) -> Reward:

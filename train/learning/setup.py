@@ -74,7 +74,7 @@ def make_trainer(
     kind: Callable[..., CaptionTrainer] = CaptionTrainer
     if recipe.cache_features:
         trained = model.text_decoder  # the only part that learns, and all that its inputs need
-        dataset = Features(encode_images(reference, examples, spec, say), [example.caption for example in examples])
+        dataset = Features(encode_images(reference, examples, spec, say), examples)
     elif recipe.reward:
         dataset = RewardedPictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
         reward = make_reward(recipe.rewards(), metrics, examples)

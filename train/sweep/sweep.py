@@ -32,12 +32,12 @@ from engine.run.fingerprints import fingerprint, run_key
 from engine.run.job import Outputs
 from engine.run.pipeline import Progress, keep, open_record, write
 from engine.run.record import RunRecord
-from engine.run.source import LocalSource
 from engine.scoring.base import MetricInputs
 from engine.scoring.neural import weights_folder
 from engine.scoring.profiles import make_metric
 from engine.scoring.score import ScoreReport, ScoreRequest, score_run
 from train.data.dataset import Split, read_dataset
+from train.sweep.prompted import PromptedSource
 from train.sweep.table1 import PAPER, REFERENCES, as_csv, as_markdown, draw_examples
 
 Say = Callable[[str], None]
@@ -83,12 +83,15 @@ def sweep(job: Sweep, say: Say) -> dict[str, Any]:
     setting = check_request(job)
     split = choose_split(job, say)
     images, references = choose_images(split, job.limit)
+    prompts = prompts_of(split, images)
+    if prompts is not None:
+        say(f"{sum(map(bool, prompts.values()))} of {len(images)} images have a prompt: scored is what follows it")
     job.out.mkdir(parents=True, exist_ok=True)
     with OutputLock(job.out / "table1.json") as lock:
         if lock.note:
             say(lock.note)
         bundle = prepare_bundle(job, say)
-        runs = caption_runs(job, bundle, images, say)
+        runs = caption_runs(job, bundle, images, prompts, say)
         lines = (json.dumps({"id": name, "captions": several}) for name, several in references.items())
         write_atomically(job.out / REFERENCES, "\n".join(lines) + "\n")
         rows = [score_row(job, run, images, setting, say) for run in runs]
@@ -176,6 +179,13 @@ def choose_images(split: Split, limit: int | None) -> tuple[list[ImageFile], dic
     return [ImageFile(name, files[name]) for name in ids], {name: references[name] for name in ids}
 
 
+def prompts_of(split: Split, images: list[ImageFile]) -> dict[str, str] | None:
+    """Return what the captions of the images start with by id, None where none of them has a prompt."""
+    prompts = {example.id: example.prompt for example in split.examples if example.prompt}
+    found = {image.id: prompts.get(image.id, "") for image in images}
+    return found if any(found.values()) else None
+
+
 def spaced(count: int, wanted: int) -> list[int]:
     """Return `wanted` places of `count`, evenly spaced, or all: captions often come sorted by kind."""
     return list(range(count)) if wanted >= count else [i * count // wanted for i in range(wanted)]
@@ -220,27 +230,36 @@ def _of_size(bundle: Bundle, size: int | None) -> Bundle:
     return bundle
 
 
-def caption_runs(job: Sweep, bundle: Bundle, images: list[ImageFile], say: Say) -> list[dict[str, Any]]:
+def caption_runs(
+    job: Sweep, bundle: Bundle, images: list[ImageFile], prompts: dict[str, str] | None, say: Say
+) -> list[dict[str, Any]]:
     """Caption the images with every number of beams, in the order given; return what is known of each run."""
     captioner = Captioner.load(bundle.path)
     asked = [job.decoding.replace(num_beams=k, num_return_sequences=1) for k in dict.fromkeys(job.beams)]
     options = [one.over(bundle.generation) for one in asked]
     for one in options:
-        captioner.search(one)  # what does not fit the bundle is refused before hours are spent on what does
-    return [caption_run(captioner, one, images, job.out, say) for one in options]
+        captioner.searches(one, prompts)  # what does not fit is refused before hours are spent on what does
+    return [caption_run(PromptedSource(captioner), one, images, prompts, job.out, say) for one in options]
 
 
 def caption_run(
-    captioner: Captioner, options: DecodeOptions, images: list[ImageFile], out: Path, say: Say
+    source: PromptedSource,
+    options: DecodeOptions,
+    images: list[ImageFile],
+    prompts: dict[str, str] | None,
+    out: Path,
+    say: Say,
 ) -> dict[str, Any]:
-    """Caption the images into run_beams_K.csv, unless it is there and of the same bundle, options and images.
+    """Caption the images into run_beams_K.csv, unless it is there and of the same bundle, options, prompts and images.
 
     `images_per_s` includes reading; None when all captions come from the journal of a run that was cut off.
     """
     beams = options.num_beams
     path = out / f"run_beams_{beams}.csv"
-    source = LocalSource(captioner)
     signature = run_signature(source.bundle, source.backend_name, options)
+    if prompts is not None:
+        digest = hashlib.sha256(json.dumps(sorted(prompts.items())).encode()).hexdigest()
+        signature += f"|prompts:{sum(map(bool, prompts.values()))}:{digest[:12]}"
     made_with = f"{signature}|{source.environment}"
     files = json.dumps([fingerprint(image.path) for image in images])
     key = hashlib.sha256((run_key(images, made_with) + files).encode()).hexdigest()
@@ -253,7 +272,7 @@ def caption_run(
         say(f"beams {beams}: {line}")
 
     outputs = Outputs(path)
-    with open_record(images, source, options, outputs, tell) as record:
+    with open_record(images, source, options, outputs, tell, prompts) as record:
         seconds = keep(source.captions(options, record, tell), record, now_and_then(tell))
         _check_failures(record)
         write(record, outputs, options, tell)

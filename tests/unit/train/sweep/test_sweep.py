@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.bundle.tokenizer import detokenise
 from engine.captioner import Captioner
 from engine.errors import DataError, EngineError, ExportError, UsageError
+from engine.inputs.images import ImageFile
 from engine.inputs.tables import read_table
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, MetricInputs
@@ -84,6 +86,50 @@ def test_captions_and_scores_are_the_engines_own(job, tiny_captioner):
         assert row["distinct_captions"] == len(set(expected.values()))
         assert row["images_per_s"] > 0
     assert said[1] != said[3]  # else nothing above could tell one number of beams from another
+
+
+def test_captions_start_from_the_prompts_of_the_split_and_are_scored_without(job, asked, tiny_captioner):
+    """Other prompts are another run, also for what a journal kept."""
+    prompts = dict(zip(NAMES, ["axial ct of", "", "mri showing", "axial ct of", "", "a"], strict=True))
+    rows = [f'{name},"{text}",{prompts[name]}' for name, text in zip(NAMES, CAPTIONS, strict=True)]
+    (job.data / "valid_captions.csv").write_text("\n".join(["ID,Caption,prompt", *rows]) + "\n")
+    notes = []
+    job = replace(job, beams=(3,))
+    (row,) = sweep(job, notes.append)["rows"]
+    assert "4 of 6 images have a prompt: scored is what follows it" in notes
+    options = tiny_captioner.bundle.options(num_beams=3, no_repeat_ngram_size=3, max_new_tokens=12)
+    files = [ImageFile(name, job.data / "valid" / f"{name}.png") for name in NAMES]
+    expected = {}
+    for caption in tiny_captioner.caption(files, options, prompts=prompts):
+        told = len(tiny_captioner.tokenizer.prompt_ids(prompts[caption.id]))
+        expected[caption.id] = detokenise(tiny_captioner.tokenizer.decode(caption.ids[told:]))
+        assert caption.text.startswith(prompts[caption.id])
+    assert read_table(job.out / "run_beams_3.csv").single() == expected
+    items = Items(NAMES, list(expected.values()), [(text,) for text in CAPTIONS])
+    assert row["scores"]["rouge1"]["value"] == make_metric("rouge1", MetricInputs(), {}).measure(items).value
+    assert "|prompts:4:" in row["signature"]
+    del asked[:]
+    sweep(job, quiet)
+    assert asked == []
+    (job.data / "valid_captions.csv").write_text("\n".join(["ID,Caption,prompt", *rows[:-1], f"{rows[-1]} ct"]) + "\n")
+    sweep(job, quiet)
+    assert asked == [(3, NAMES)]
+    with pytest.raises(UsageError, match="exclude each other"):
+        sweep(replace(job, decoding=DECODING.replace(prompt="mri")), quiet)
+
+
+def test_a_sweep_that_is_cut_off_takes_no_caption_of_other_prompts(job, asked):
+    job, broken = replace(job, beams=(1,)), job.data / "valid" / "case_4.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+    for prompt in ("mri of", "ct of"):
+        rows = (f'{name},"{text}",{prompt}' for name, text in zip(NAMES, CAPTIONS, strict=True))
+        (job.data / "valid_captions.csv").write_text("\n".join(["ID,Caption,prompt", *rows]) + "\n")
+        with pytest.raises(DataError, match="cannot be read"):
+            sweep(job, quiet)
+    broken.write_bytes(whole)
+    sweep(job, quiet)
+    assert asked == [(1, NAMES), (1, NAMES), (1, ["case_4"])]
 
 
 def test_a_metric_without_weights_is_shown_as_unavailable_in_all_three_tables(job):
@@ -303,8 +349,6 @@ def test_examples_show_captions_as_they_are(tmp_path):
     """As a formula this dollar text would not parse and the drawing would fail; a glyph no font has, a control
     character and an empty caption are drawn, too.
     """
-    from engine.inputs.images import ImageFile
-
     images = []
     for name, picture in zip(("one $", "two"), random_pictures(2), strict=True):
         picture.save(tmp_path / f"{name}.png")
