@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 RESULTS = Path("benchmarks/results")
 NAMES = {
     "engine": "engine",
-    "openvino": "engine's graphs and scheduler on OpenVINO",
+    "openvino": "engine on OpenVINO",
     "conventional": "usual ONNX loop",
     "generate": "Hugging Face generate",
 }
