@@ -272,7 +272,7 @@ def caption_run(
         say(f"beams {beams}: {line}")
 
     outputs = Outputs(path)
-    with open_record(images, source, options, outputs, tell, prompts) as record:
+    with open_record(images, source, options, outputs, tell, prompts=prompts) as record:
         seconds = keep(source.captions(options, record, tell), record, now_and_then(tell))
         _check_failures(record)
         write(record, outputs, options, tell)
