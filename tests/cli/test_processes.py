@@ -229,7 +229,7 @@ def test_however_a_run_ends_no_process_is_left_and_it_goes_on_alone(
 
 def test_each_worker_sees_the_gpu_that_is_its_own(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch):
     """No GPU is here: its workers run on the CPU, which must not show in anything but their environment."""
-    monkeypatch.setattr(source, "require_backend", lambda name: name)
+    monkeypatch.setattr(source, "require_backend", lambda name, *_: name)
     monkeypatch.setattr(shares, "visible_gpus", lambda: ["5", "GPU-3f"])
     host_backend = (
         f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, 'saw ' + os.environ['CUDA_VISIBLE_DEVICES']).touch(); "
