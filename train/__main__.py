@@ -153,6 +153,20 @@ def sweep(beams: str, metrics: str, weights: tuple[str, ...], decoding: DecodeOp
 
 
 @main.command()
+@click.argument("run", type=PATH)
+@click.argument("epochs", type=click.IntRange(1), nargs=-1)
+@click.option("--last", type=click.IntRange(2), metavar="N", help="The last N epochs of the run.")
+@click.option("--best", type=click.IntRange(2), metavar="N", help="The N best of the epochs that were kept.")
+@click.option("--out", type=PATH, required=True, help="New directory for the checkpoint.")
+def average(run: Path, epochs: tuple[int, ...], last: int | None, best: int | None, out: Path) -> None:
+    """Average the weights of epochs of a run: those named, or all that were kept."""
+    from train.learning.average import Choice
+    from train.learning.average import average as write_average
+
+    click.echo(json.dumps(write_average(run, Choice(last, best, epochs), out, say)))
+
+
+@main.command()
 @click.option("--model", type=PATH, help="Checkpoint whose tokenizer counts tokens; words are counted without it.")
 @click.option("--out", type=PATH, required=True, help="Directory for inspect.json and the plots.")
 @click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)

@@ -47,7 +47,7 @@ def options_of(command: click.Command, section: str = "") -> str:
     rows = []
     for one in command.params:
         if not section and isinstance(one, click.Argument):
-            rows.append([f"`{one.make_metavar(context)}`", "required", ""])
+            rows.append([f"`{one.make_metavar(context)}`", "required" if one.required else "", ""])
         elif isinstance(one, click.Option) and section in ("", getattr(one, "section", "Other")):
             rows.append([f"`{_written(one)}`", _default(one), one.help or ""])
     return table(["option", "default", "what it does"], rows)
