@@ -69,9 +69,9 @@ def memory(model: BlipForConditionalGeneration, recipe: Recipe, spec: PixelSpec)
     """Estimate what a process needs on a GPU in mixed precision, in GiB, for captions of max_tokens tokens.
 
     Weights in float32 with gradients and AdamW's two moments for those that are trained (16 bytes a trained
-    parameter), their half-precision copies (2 bytes), and what autograd keeps for the backward pass, measured here
-    under bfloat16 autocast for one and two images; float16 keeps the same number of bytes. Not
-    counted: the CUDA context, the allocator's slack and workspaces.
+    parameter, 20 with a moving average), their half-precision copies (2 bytes), and what autograd keeps for the
+    backward pass, measured here under bfloat16 autocast for one and two images; float16 keeps the same number of bytes.
+    Not counted: the CUDA context, the allocator's slack and workspaces.
     """
     parameters = list(model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
@@ -81,7 +81,7 @@ def memory(model: BlipForConditionalGeneration, recipe: Recipe, spec: PixelSpec)
         model.gradient_checkpointing_enable({"use_reentrant": False})
     one, two = (_kept_for_backward(model, spec, recipe.max_tokens, count, copies) for count in (1, 2))
     device_batch, _ = recipe.micro_batches(1)
-    weights = (total * (4 + 2) + trained * 12) / GIB
+    weights = (total * (4 + 2) + trained * (16 if recipe.ema else 12)) / GIB
     activations = device_batch * (two - one) / GIB  # what one image adds: half-precision weights are in both
     return {
         "weights_gradients_moments": round(weights, 2),

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from engine.errors import EngineError
 from train.data.batches import EpochOrder
+from train.learning.ema import MovingAverage
 from train.learning.evaluate import LOSS, sum_of_losses
 from train.recipe import Recipe
 
@@ -67,8 +69,21 @@ class SaveAfterEvaluation(TrainerCallback):
         control.should_save = args.save_strategy != SaveStrategy.NO
 
 
+class AverageAfterStep(TrainerCallback):
+    """Takes the weights of every step into their moving average, before they are evaluated or saved."""
+
+    def __init__(self, moving_average: MovingAverage) -> None:
+        self._average = moving_average
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """See TrainerCallback."""
+        self._average.update()
+
+
 class CaptionTrainer(Trainer):
     """Trains a BlipForConditionalGeneration, or its text decoder alone on features; see Recipe for the settings."""
+
+    moving_average: MovingAverage | None = None
 
     def __init__(
         self, *, recipe: Recipe, order: EpochOrder, judge: Judge, say: Callable[[str], None], **given: Any
@@ -80,6 +95,9 @@ class CaptionTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the targets of a whole step for us
         self.steps_per_epoch = order.padded // recipe.batch_size
         self.add_callback(SaveAfterEvaluation(self.steps_per_epoch))
+        if recipe.ema:
+            self.moving_average = MovingAverage(self.model, recipe.ema)
+            self.add_callback(AverageAfterStep(self.moving_average))
 
     def _inner_training_loop(self, batch_size: int | None = None, **given: Any) -> Any:  # noqa: ARG002
         """Take the batch size of this call: the Trainer would take that of the checkpoint it goes on from."""
@@ -127,8 +145,9 @@ class CaptionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Judge the model as it is, and tell the callbacks."""
-        metrics = self._judge(round(self.state.epoch or 0))
+        """Judge the model as it is, or its moving average where the recipe has one, and tell the callbacks."""
+        with self.moving_average.applied() if self.moving_average is not None else nullcontext():
+            metrics = self._judge(round(self.state.epoch or 0))
         logged = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(logged)
         if not math.isfinite(metrics[LOSS]):
@@ -153,6 +172,8 @@ class CaptionTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if self.has_converged():
                 return
+            if self.moving_average is not None:
+                self.moving_average.load(checkpoint)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -161,7 +182,10 @@ class CaptionTrainer(Trainer):
             torch.distributed.barrier()
         if self.args.should_save:
             directory = Path(self.args.output_dir)
-            seal(directory / f"checkpoint-{self.state.global_step}")
+            newest = directory / f"checkpoint-{self.state.global_step}"
+            if self.moving_average is not None:
+                self.moving_average.save(newest)
+            seal(newest)
             for old in in_order(directory)[:-KEPT_STATES]:  # only now that the new one is whole
                 shutil.rmtree(old)
 

@@ -92,6 +92,8 @@ def test_settings_come_from_the_recipe_then_the_file_then_flags(tmp_path):
         ({"epochs": 1.5}, "epochs cannot be 1.5"),
         ({"epochs": True}, "epochs cannot be True"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"ema": 1}, "ema must be at least 0 and below 1"),
+        ({"ema": -0.1}, "ema must be at least 0 and below 1"),
         ({"schedule": "cosine"}, "schedule is 'cosine'"),
         ({"freeze": "lungs"}, "freeze names 'lungs'"),
         ({"gradient_checkpointing": "maybe"}, "gradient_checkpointing cannot be 'maybe'"),
