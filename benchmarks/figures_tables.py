@@ -157,6 +157,29 @@ def _soak(record: Record) -> str:
     )
 
 
+def _update(record: Record) -> str:
+    runs, setting = record["runs"], record["setting"]
+    names = {
+        "first": f"the first run, {setting['images']:,} images",
+        "nothing_changed": "again, with nothing changed",
+        "some_changed": f"again, with {setting['changed']} images changed",
+        "scratch": "what is there then, from scratch",
+    }
+    scratch = runs["scratch"]["seconds"]
+    rows = [
+        [
+            what,
+            f"{runs[name]['captioned']:,}",
+            f"{runs[name]['seconds']:,.1f}",
+            f"{runs[name]['seconds'] / scratch:.2%}",
+        ]
+        for name, what in names.items()
+    ]
+    same = "the same bytes" if record["same_as_from_scratch"] else "OTHER BYTES"
+    rows.append(["only listing the folder, looking at each file", "", f"{record['listing_s']:.1f}", ""])
+    return _table([f"{_beams(setting['beams'])}; run.csv: {same}", "captioned", "s in all", "of from scratch"], rows)
+
+
 def _faults(*records: Record) -> str:
     rows = []
     for record in records:
@@ -269,6 +292,22 @@ def _consensus(record: Record) -> str:
     return _table(["chosen among", *metrics.values()], rows)
 
 
+def _averages(record: Record) -> str:
+    first = next(iter(record["runs"]))
+    rows = []
+    for name, found in record["runs"].items():
+        row = [name]
+        for split, metric in AVERAGES:
+            one = found[split][metric]
+            row.append(f"{one['value']:.4f}" if name == first else _difference(one))
+        rows.append(row)
+    splits, metrics = (
+        {"valid": "validation", "test": "held-out"},
+        {"rouge1": "ROUGE-1", "bertscore": "BERTScore (proxy)"},
+    )
+    return _table(["weights", *(f"{splits[split]} {metrics[metric]}" for split, metric in AVERAGES)], rows)
+
+
 def _rewards(*records: Record) -> str:
     rows = []
     for record in records:
@@ -291,6 +330,7 @@ def _rewards(*records: Record) -> str:
     return _table(header, rows)
 
 
+AVERAGES = (("valid", "rouge1"), ("test", "rouge1"), ("test", "bertscore"))
 BASE = ("base_1beams", "base_4beams", "base_10beams")
 TABLES = {
     "readme speed": Table((*BASE, "large_4beams"), _readme_speed),
@@ -306,6 +346,7 @@ TABLES = {
     "simulated cluster": Table(("scaleout_demo",), _simulated),
     "host": Table(("host_instant_against",), _host, needs_bundle=False),
     "devices": Table(("host_a100", "host_h100"), _devices, needs_bundle=False),
+    "update": Table(("update_17237",), _update),
     "consensus": Table(("consensus",), _consensus),
     "rewards": Table(("rewards_greedy", "rewards_augmented", "rewards_train", "rewards_valid"), _rewards),
 }

@@ -1,6 +1,6 @@
 """What `--update` costs when a folder has changed a little, and whether run.csv is that of a run from scratch.
 
-    python -m benchmarks.survival.update --images 17237 --changed 0.01
+    python -m benchmarks.update --images 17237 --changed 0.01
 
 A first run, one with nothing changed, and one with a share of the pictures changed, as a user types them, with the demo
 bundle; then one from scratch of the changed folder, whose run.csv must be the same bytes. The record goes to
@@ -24,6 +24,7 @@ from benchmarks.setting.corpus import CHALLENGE_SIZE, write_corpus
 from benchmarks.setting.machine import describe_machine
 from benchmarks.setting.workload import BUILD, EXAMPLES
 from benchmarks.survival.faults import engine_command
+from engine.bundle.manifest import Bundle
 from engine.files.atomic import file_sha256
 from engine.inputs.paths import find_inputs
 from engine.run.fingerprints import fingerprints
@@ -100,6 +101,7 @@ def main(images: int, changed: float, beams: int, seed: int, out: Path | None) -
     record = {
         "benchmark": "update",
         "machine": describe_machine(),
+        "bundle": Bundle.load().digest[:12],
         "setting": {"images": images, "changed": count, "beams": beams, "no_repeat_ngram": NGRAM, "workload": "demo"},
         "runs": runs,
         "listing_s": round(listing_s(folder), 3),
