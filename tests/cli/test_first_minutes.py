@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -12,6 +15,7 @@ from engine.cli.app import main
 from tests.helpers.tiny import random_pictures
 from train.__main__ import main as train
 
+CACHES = ("XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_DATA_HOME")
 NOTE = "the embedded demo model, which knows T1-weighted head MRI and nothing else"
 
 
@@ -50,6 +54,16 @@ def test_captions_of_the_demo_model_are_told_to_be_that(images, tiny_bundle, tmp
     assert NOTE in demo.stderr
     own = run("caption", "--input", images, "--bundle", tiny_bundle, "--out", tmp_path / "own.csv")
     assert NOTE not in own.stderr
+
+
+def test_captioning_keeps_no_number_of_the_machine_and_reports_to_nobody(images, tiny_bundle, tmp_path):
+    """ONNX Runtime would, which shows in the cache folder."""
+    home, arguments = tmp_path / "home", ("caption", "--input", images, "--bundle", tiny_bundle)
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", *CACHES)}
+    command = [sys.executable, "-m", "engine", *arguments, "--backend", "cpu", "--out", tmp_path / "run.csv"]
+    subprocess.run([str(part) for part in command], env=environment | {"HOME": str(home)}, check=True)
+    assert list(home.rglob("*")) == []
 
 
 def test_an_error_without_a_bundle_stays_one_line(tmp_path):
