@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,14 +15,12 @@ from PIL import Image
 
 from engine.backends import Backend, open_backends, require_backend
 from engine.backends.capacity import slots_for
-from engine.bundle.fetch import open_bundle
-from engine.bundle.graphs import WITH_PENALTIES
+from engine.bundle.ensemble import BundlePlace, open_place, place_of
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer, detokenise
 from engine.captions import Alternative, Caption
 from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Hypothesis, Search, Start
-from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Scheduler, Waiting
 from engine.errors import ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
@@ -33,11 +30,10 @@ from engine.inputs.pixels import Picture, read_image
 from engine.inputs.read_ahead import read_ahead
 from engine.inputs.remote import Location, location
 from engine.options import DecodeOptions, Runtime
+from engine.repeats import InOrder, Repeats
+from engine.searches import search_for, searches_for
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
-
-REMEMBERED = 4096
-"""Distinct images whose captions are kept for repeats: a few megabytes."""
 
 AHEAD = 4
 """Images read ahead for each reader, or for each one of a batch to encode, of which there are more on a GPU."""
@@ -64,8 +60,9 @@ class Captioner:
     @classmethod
     def load(
         cls,
-        bundle: Location | str | None = None,
+        bundle: Location | str | Sequence[Location | str] | None = None,
         *,
+        weights: Sequence[float] = (),
         backend: str = "auto",
         threads: int | None = None,
         streams: int | None = None,
@@ -75,6 +72,7 @@ class Captioner:
     ) -> Captioner:
         """Load a bundle from a directory or a URI (the embedded demo when None), with `threads` CPU threads.
 
+        Several bundles caption together: in each step the mean of their log-probabilities counts, by `weights`.
         `streams` is for the backend `cpu`, `cpu_precision` (fp32 or bf16, which is not parity) for `cpu` and
         `openvino`, `plans` and `cuda_graphs` are for `trt`. Raises BundleError, BackendError or UsageError; see
         open_bundle and open_backends.
@@ -88,14 +86,16 @@ class Captioner:
             plans=folder,
             cuda_graphs=cuda_graphs,
         )
-        return cls.open(location(bundle) if isinstance(bundle, str) else bundle, runtime)
+        several = [] if bundle is None else [bundle] if isinstance(bundle, Location | str) else bundle
+        places = [location(one) if isinstance(one, str) else one for one in several]
+        return cls.open(place_of(places, weights), runtime)
 
     @classmethod
-    def open(cls, bundle: Location | None, runtime: Runtime) -> Captioner:
-        """Load a bundle for a runtime; see load."""
+    def open(cls, bundle: BundlePlace | None, runtime: Runtime) -> Captioner:
+        """Load a bundle, or several that caption together, for a runtime; see load."""
         name = require_backend(runtime.backend, runtime.cpu_precision)  # what is missing is said at once
         runtime = replace(runtime, backend=name)
-        checked = open_bundle(bundle)
+        checked = open_place(bundle)
         return cls(checked, *open_backends(checked, runtime), threads=runtime.threads)
 
     def caption(
@@ -131,7 +131,7 @@ class Captioner:
         rows: int | None,
         on_error: Callable[[ImageError], None] | None,
     ) -> Iterator[Caption]:
-        repeats, captions = _Repeats(), _InOrder()
+        repeats, captions = Repeats(), InOrder()
 
         def arrivals() -> Iterator[Waiting[bytes] | None]:
             """Yield what has to be decoded, None for what was met before: the same pixels with the same start."""
@@ -173,7 +173,7 @@ class Captioner:
     def scheduler(self, search: Search, rows: int | None = None) -> Scheduler:
         """Return a scheduler with as many slots as `rows` beams need; None means what suits device and memory."""
         batch_sizes = self.batch_sizes
-        slots = slots_for(search, self.bundle.model, batch_sizes, rows=rows)
+        slots = slots_for(search, self.bundle.models, batch_sizes, rows=rows)
         sets = min(slots, batch_sizes.sets)
         return Scheduler(
             self.backend,
@@ -191,10 +191,7 @@ class Captioner:
     def searches(
         self, options: DecodeOptions, prompts: Mapping[str, str] | None
     ) -> tuple[Search, dict[str, Start] | None]:
-        """Return the search that has room for all images, and where their captions start, by id (None: all alike).
-
-        Raises UsageError for options or a prompt that do not fit the bundle.
-        """
+        """See searches_for."""
         return searches_for(self.bundle, self.tokenizer, options, prompts)
 
     def _read(
@@ -223,39 +220,6 @@ class Captioner:
     def _alternative(self, hypothesis: Hypothesis) -> Alternative:
         raw = self.tokenizer.decode(hypothesis.ids)
         return Alternative(detokenise(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
-
-
-def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions) -> Search:
-    """Resolve options over a bundle's settings; raise UsageError where they do not fit it."""
-    options = options.over(bundle.generation)
-    if options.repetition_penalty != 1.0 and bundle.format < WITH_PENALTIES:
-        raise UsageError(
-            f"{bundle.path} was exported before its decoder knew a repetition penalty: export its checkpoint again"
-        )
-    return resolve_search(
-        options,
-        prompt=tokenizer.prompt_ids(options.prompt),
-        bad_words_ids=tokenizer.bad_words_ids(options.bad_words or ()),
-        eos=bundle.tokens.eos,
-        vocab_size=bundle.model.vocab_size,
-        max_positions=bundle.model.max_positions,
-    )
-
-
-def searches_for(
-    bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions, prompts: Mapping[str, str] | None
-) -> tuple[Search, dict[str, Start] | None]:
-    """See Captioner.searches."""
-    if not prompts:
-        return search_for(bundle, tokenizer, options), None
-    if options.prompt:
-        raise UsageError("a prompt for all images and prompts for each of them exclude each other: give one")
-    of_prompt = {
-        prompt: search_for(bundle, tokenizer, options.replace(prompt=prompt))
-        for prompt in sorted(set(prompts.values()))
-    }
-    search = max(of_prompt.values(), key=lambda one: one.max_length)
-    return search, {name: of_prompt[prompt].start for name, prompt in prompts.items()}
 
 
 class Todo(Protocol):
@@ -309,50 +273,6 @@ def caption_within_memory(
                 ) from error
             say(f"memory is short with {num_slots} images side by side: going on with {num_slots // 2}")
             num_slots //= 2
-
-
-class _Repeats:
-    """Equal pixels are captioned once; the last REMEMBERED captions are kept, so that memory does not grow."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[bytes, list[tuple[int, str, float]]] = {}
-        self._known: dict[bytes, tuple[Alternative, ...]] = {}
-
-    def known(self, digest: bytes) -> tuple[Alternative, ...] | None:
-        """Return what was said of these pixels, None where nothing was."""
-        return self._known.get(digest)
-
-    def wait(self, digest: bytes, index: int, name: str) -> bool:
-        """Let image `index` wait for the caption of these pixels; return whether it is the first that does."""
-        self._waiting.setdefault(digest, []).append((index, name, time.perf_counter()))
-        return len(self._waiting[digest]) == 1
-
-    def resolve(self, digest: bytes, alternatives: tuple[Alternative, ...]) -> Iterator[tuple[int, Caption]]:
-        """Yield the index and the caption of every image that waited for these pixels."""
-        now = time.perf_counter()
-        self._known[digest] = alternatives
-        if len(self._known) > REMEMBERED:
-            del self._known[next(iter(self._known))]
-        for index, name, since in self._waiting.pop(digest):
-            yield index, Caption(name, alternatives, latency_s=now - since)
-
-
-class _InOrder:
-    """Hands out captions in the order of their images."""
-
-    def __init__(self) -> None:
-        self._early: dict[int, Caption] = {}
-        self._next = 0
-
-    def add(self, index: int, caption: Caption) -> None:
-        """Take in the caption of image `index`."""
-        self._early[index] = caption
-
-    def ready(self) -> Iterator[Caption]:
-        """Yield the captions whose turn it is."""
-        while self._next in self._early:
-            yield self._early.pop(self._next)
-            self._next += 1
 
 
 def _digest(pixels: NDArray[np.uint8]) -> bytes:

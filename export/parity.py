@@ -19,6 +19,8 @@ from pathlib import Path
 import click
 from PIL import Image
 
+from engine.bundle.ensemble import place_of
+from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.captions import Alternative
 from engine.cli.group import OneLine
@@ -28,9 +30,10 @@ from engine.errors import CheckpointError, EngineError, ImageError, UsageError
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image, read_image
-from engine.options import DecodeOptions
+from engine.options import DecodeOptions, Runtime
 from export.checkpoints.find import find_checkpoint
 from export.manifest import checkpoint_sha256
+from export.reference.ensemble import ensemble
 from export.reference.golden import golden_pictures
 from export.reference.huggingface import Reference, ReferenceCaption, UncachedBackend
 from export.reference.trace import (
@@ -162,9 +165,8 @@ def load_pictures(directory: Path | None, size: int, limit: int | None) -> dict[
     return pictures
 
 
-def _check_float32(captioner: Captioner) -> None:
+def _check_float32(bundle: Bundle) -> None:
     """Other precisions say something else now and then, and that is neither a tie nor a fault."""
-    bundle = captioner.bundle
     if bundle.precision != "fp32":
         raise UsageError(
             f"{bundle.path} is {bundle.precision}, and parity is id for id in float32 only: compare it with its "
@@ -172,15 +174,13 @@ def _check_float32(captioner: Captioner) -> None:
         )
 
 
-def _check_same_shape(reference: Reference, captioner: Captioner) -> None:
-    text, model = reference.model.config.text_config, captioner.bundle.model
+def _check_same_shape(reference: Reference, bundle: Bundle) -> None:
+    text, model = reference.model.config.text_config, bundle.model
     sizes = {"layers": (text.num_hidden_layers, model.num_layers), "vocabulary": (text.vocab_size, model.vocab_size)}
-    sizes["image size"] = (reference.model.config.vision_config.image_size, captioner.bundle.image.height)
+    sizes["image size"] = (reference.model.config.vision_config.image_size, bundle.image.height)
     for name, (theirs, ours) in sizes.items():
         if theirs != ours:
-            raise CheckpointError(
-                f"{captioner.bundle.path} is of another model: {name} {ours}, the checkpoint's {theirs}"
-            )
+            raise CheckpointError(f"{bundle.path} is of another model: {name} {ours}, the checkpoint's {theirs}")
 
 
 def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
@@ -191,8 +191,18 @@ def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
 
 
 @click.command(cls=OneLine)
-@click.option("--checkpoint", required=True, help="BLIP captioning checkpoint (safetensors): a folder, or a hub's id.")
-@click.option("--bundle", type=PATH, required=True)
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    required=True,
+    multiple=True,
+    help="BLIP captioning checkpoint (safetensors): a folder, or a hub's id. Of several bundles each one's, in their "
+    "order.",
+)
+@click.option(
+    "--bundle", "bundles", type=PATH, required=True, multiple=True, help="Bundle; several ones caption together."
+)
+@click.option("--bundle-weight", "weights", type=float, multiple=True, help="As in `engine caption`.")
 @click.option("--images", type=PATH, help="Directory of pictures; synthetic ones when absent.")
 @click.option("--limit", type=click.IntRange(1), help="Use only the first N pictures.")
 @click.option("--beams", callback=_numbers, default="1,3,4,5,10", show_default=True)
@@ -203,17 +213,33 @@ def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Pictures a generate call.")
 @click.option("--out", type=PATH, required=True, help="JSON report to write.")
 def main(
-    checkpoint, bundle, images, limit, beams, no_repeat_ngram, max_new_tokens, prompt, image_size, batch_size, out
+    checkpoints,
+    bundles,
+    weights,
+    images,
+    limit,
+    beams,
+    no_repeat_ngram,
+    max_new_tokens,
+    prompt,
+    image_size,
+    batch_size,
+    out,
 ) -> None:
     """Compare a bundle with Hugging Face generate, id for id."""
     check_outputs({"--out": out}, [])
-    checkpoint = find_checkpoint(checkpoint)
-    reference = Reference.load(checkpoint, image_size)
-    captioner = Captioner.load(bundle, backend="cpu")
-    _check_float32(captioner)
-    if captioner.bundle.checkpoint["sha256"] != checkpoint_sha256(checkpoint):
-        click.echo(f"note: {bundle} was exported from other weights files than {checkpoint} holds", err=True)
-    _check_same_shape(reference, captioner)
+    if len(checkpoints) != len(bundles):
+        raise UsageError(f"{len(checkpoints)} checkpoints and {len(bundles)} bundles: give one --checkpoint for each")
+    checkpoints = [find_checkpoint(checkpoint) for checkpoint in checkpoints]
+    captioner = Captioner.open(place_of(bundles, weights), Runtime("cpu"))
+    references = []
+    for checkpoint, bundle in zip(checkpoints, captioner.bundle.members or (captioner.bundle,), strict=True):
+        references.append(Reference.load(checkpoint, image_size))
+        _check_float32(bundle)
+        if bundle.checkpoint["sha256"] != checkpoint_sha256(checkpoint):
+            click.echo(f"note: {bundle.path} was exported from other weights files than {checkpoint} holds", err=True)
+        _check_same_shape(references[-1], bundle)
+    reference = ensemble(references, captioner.bundle.weights) if len(references) > 1 else references[0]
     pictures = load_pictures(images, captioner.bundle.image.height, limit)
     base = captioner.bundle.options(prompt=prompt, max_new_tokens=max_new_tokens)
     reports = []
@@ -231,7 +257,7 @@ def main(
     passed = all(report.passed for report in reports)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")}
     document = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": " + ".join(map(str, checkpoints)),
         "bundle": captioner.bundle.digest,
         "versions": versions,
         "tie_gap": {"absolute": TIE_ABSOLUTE, "relative": TIE_RELATIVE},

@@ -41,6 +41,7 @@ def require_backend(name: str, cpu_precision: str = "fp32") -> str:
     return name
 
 
+OF_ENSEMBLES = ("cpu", "cuda")
 CORES_OF_A_STREAM = 8
 """From twice as many on, a CPU is divided: small products do not get quicker with more threads. A guess: no machine of
 so many was at hand.
@@ -69,6 +70,8 @@ def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
     Raises as require_backend does, and BundleError or BackendError where graphs or plans are not the bundle's.
     """
     name = require_backend(runtime.backend, runtime.cpu_precision)
+    if bundle.members:
+        return _open_ensemble(bundle, name, runtime)
     if name == "cpu":
         from engine.backends.ort import OrtBackend
 
@@ -86,3 +89,15 @@ def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
     from engine.backends.ort import OrtBackend
 
     return PaddedBackend(OrtBackend(bundle, name, threads=runtime.threads))
+
+
+def _open_ensemble(bundle: Bundle, name: str, runtime: Runtime) -> Backend:
+    if name not in OF_ENSEMBLES:
+        raise UsageError(
+            f"several bundles caption together on {' and '.join(OF_ENSEMBLES)}, not on {name}: choose another --backend"
+        )
+    from engine.backends.buckets import PaddedBackend
+    from engine.backends.ensemble import EnsembleBackend
+
+    backend = EnsembleBackend(bundle, name, threads=runtime.threads, cpu_precision=runtime.cpu_precision)
+    return backend if name == "cpu" else PaddedBackend(backend)

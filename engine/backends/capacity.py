@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.bundle.manifest import ModelDims
 from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Search
@@ -16,13 +18,13 @@ COPIES = 3
 
 def slots_for(
     search: Search,
-    model: ModelDims,
+    models: Sequence[ModelDims],
     batch_sizes: BatchSizes,
     *,
     rows: int | None = None,
     memory_bytes: int | None = None,
 ) -> int:
-    """Return the number of slots B for about `rows` beams side by side.
+    """Return the number of slots B for about `rows` beams side by side, in each of which all `models` keep keys.
 
     `rows` None means as many as the device likes, bounded by MEMORY_SHARE of `memory_bytes` (None: what is
     available now, on the device or on the host). An explicit `rows` is taken at its word.
@@ -31,7 +33,8 @@ def slots_for(
         return max(1, rows // search.num_beams)
     memory_bytes = batch_sizes.memory_bytes if memory_bytes is None else memory_bytes
     memory_bytes = available_memory() if memory_bytes is None else memory_bytes
-    affordable = int(MEMORY_SHARE * memory_bytes) // slot_bytes(search, model, batch_sizes.item_bytes)
+    a_slot = sum(slot_bytes(search, model, batch_sizes.item_bytes) for model in models)
+    affordable = int(MEMORY_SHARE * memory_bytes) // a_slot
     return max(1, min(batch_sizes.rows // search.num_beams, affordable, batch_sizes.slots or affordable))
 
 

@@ -146,8 +146,7 @@ def compile_graphs(bundle: Bundle, threads: int, cpu_precision: str) -> dict[str
     """
     openvino = import_openvino()
     models = {graph: _read(bundle.path / f"{graph}.onnx") for graph in GRAPHS}
-    encoder, decoder, regroup = (Ports.of(model) for model in models.values())
-    check_graphs(bundle, encoder, decoder, regroup)
+    check_graphs(bundle, {graph: Ports.of(model) for graph, model in models.items()})
     store = Store(openvino, bundle, threads, cpu_precision)
     return {graph: store.take(graph, model) for graph, model in models.items()}
 

@@ -19,7 +19,8 @@ from engine.backends.sessions import check_graphs, open_session, refuse_rounded_
 from engine.backends.shapes import gpu_batch_sizes
 from engine.bundle.graphs import (
     CANDIDATES,
-    GRAPHS,
+    FED,
+    LOG_PROBS,
     NUM_CANDIDATES,
     cache_names,
     step_inputs,
@@ -55,10 +56,19 @@ class OrtCache:
 
 
 class OrtBackend:
-    """The bundle's graphs in three ONNX Runtime sessions."""
+    """The bundle's graphs in three ONNX Runtime sessions.
+
+    With `decoder` log_probs a step ends at the log-probabilities, and `log_probs` stands in for `step`.
+    """
 
     def __init__(
-        self, bundle: Bundle, name: str = "cpu", *, threads: int | None = None, cpu_precision: str = "fp32"
+        self,
+        bundle: Bundle,
+        name: str = "cpu",
+        *,
+        threads: int | None = None,
+        cpu_precision: str = "fp32",
+        decoder: str = "decoder",
     ) -> None:
         """Load the graphs. Raises BackendError when ONNX Runtime or the wanted provider is not there.
 
@@ -76,16 +86,20 @@ class OrtBackend:
         self._model = bundle.model
         is_host = self._device.name == "cpu"
         threads = (threads or available_cores()) if is_host else 1  # beside a GPU the CPU only computes shapes
-        self._step_inputs = step_inputs(bundle.format)
+        self._step_inputs = {
+            name: field for name, field in step_inputs(bundle.format).items() if decoder != LOG_PROBS or field in FED
+        }
+        graphs = ("encoder", decoder, "regroup")
         self._names = {
             part: cache_names(bundle.model.num_layers, part)
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
         # as they are: optimising runs parts of a graph, and these are not known to be the manifest's yet
-        as_written: dict[str, list[Provider]] = {graph: [(CPU, {})] for graph in GRAPHS}
-        check_graphs(bundle, *self._open(bundle, threads, as_written, is_optimised=False))
-        chosen = {graph: providers_for(name, bundle, graph, self._bounds) for graph in GRAPHS}
-        self._encoder, self._decoder, self._regroup = self._open(bundle, threads, chosen, is_optimised=True)
+        as_written: dict[str, list[Provider]] = {graph: [(CPU, {})] for graph in graphs}
+        check_graphs(bundle, self._open(bundle, threads, as_written, is_optimised=False))
+        chosen = {graph: providers_for(name, bundle, graph, self._bounds) for graph in graphs}
+        sessions = self._open(bundle, threads, chosen, is_optimised=True)
+        self._encoder, self._decoder, self._regroup = sessions.values()
         self._dtype: type[np.float16] | type[np.float32] = np.float16 if bundle.precision == "fp16" else np.float32
         model = bundle.model
         self._slot_shape = (model.num_heads, model.encoder_positions, model.head_width)
@@ -93,10 +107,10 @@ class OrtBackend:
 
     def _open(
         self, bundle: Bundle, threads: int, providers: dict[str, list[Provider]], *, is_optimised: bool
-    ) -> list[Any]:
+    ) -> dict[str, Any]:
         """Open the encoder, the decoder and regroup."""
-        return [
-            open_session(
+        return {
+            graph: open_session(
                 self._ort,
                 bundle.path / f"{graph}.onnx",
                 chosen,
@@ -106,7 +120,7 @@ class OrtBackend:
                 has_patterns=self._device.name == "cpu" or graph == "encoder",
             )
             for graph, chosen in providers.items()
-        ]
+        }
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Any]:
         """See Backend.encode; 2L OrtValues [N,H,S,d] on the device."""
@@ -143,19 +157,33 @@ class OrtBackend:
             rows, marks = inputs.marked_ids.shape[1:]
             settled = cache.settled[0].shape()[2]
             self._bounds.refuse_beyond(OTHER_BACKEND, beams=rows, marked_ids=marks, settled=settled)
+        count = {NUM_CANDIDATES: self._value(np.array([inputs.num_candidates], np.int64))}
+        scores, ids = self._decode(cache, inputs, count, [*CANDIDATES], at)
+        return scores, ids
+
+    def log_probs(self, cache: OrtCache, inputs: StepInputs, at: int | None = None) -> NDArray[np.float32]:
+        """Do a step up to the log-probabilities f32[B,T,V]; what candidates are chosen by is not looked at."""
+        (found,) = self._decode(cache, inputs, {}, [LOG_PROBS], at)
+        return found
+
+    def _decode(
+        self, cache: OrtCache, inputs: StepInputs, more: dict[str, Any], to_host: list[str], at: int | None
+    ) -> list[NDArray[Any]]:
+        """Run the decoder, which extends the recent keys and values, and return the outputs `to_host`."""
         feed = {
             **{name: self._value(getattr(inputs, field)) for name, field in self._step_inputs.items()},
-            NUM_CANDIDATES: self._value(np.array([inputs.num_candidates], np.int64)),
+            **more,
             **self._named("settled", cache.settled),
             **self._growing(cache),
         }
         places = self._cross_places(cache) | self._recent_places(cache)
-        scores, ids, *extended = self._run(self._decoder, feed, [*CANDIDATES], self._names["extended"], places)
+        found = self._run(self._decoder, feed, to_host, self._names["extended"], places)
+        extended = found[len(to_host) :]
         if at is None:
             cache.recent = extended
         else:
             self._keep_newest(cache, extended, at, inputs.input_ids.shape[1])
-        return scores.numpy(), ids.numpy()
+        return [value.numpy() for value in found[: len(to_host)]]
 
     def _keep_newest(self, cache: OrtCache, extended: list[Any], at: int, count: int) -> None:
         """Copy the last `count` positions of [B,H,R+count,d] into recent places [B0,H,R,d] from `at` on."""

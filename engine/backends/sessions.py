@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.backends.providers import Provider
-from engine.bundle.graphs import GRAPHS, cache_names, graph_inputs, graph_outputs
+from engine.bundle.graphs import LOG_PROBS, cache_names, graph_inputs, graph_outputs
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, BundleError, UsageError
 
-FLOAT32_ALWAYS = ("scores", "penalties", "candidate_scores")
+FLOAT32_ALWAYS = ("scores", "penalties", "candidate_scores", LOG_PROBS)
 """What scores are made of, whatever the weights are; keys and values have the precision's own type."""
 
 LOG_ERRORS_ONLY = 3
@@ -27,11 +28,11 @@ def refuse_rounded_twice(bundle: Bundle, cpu_precision: str) -> None:
         )
 
 
-def check_graphs(bundle: Bundle, encoder: Any, decoder: Any, regroup: Any) -> None:
-    """Refuse graphs that are not those of the manifest, before any is run. Raises BundleError."""
+def check_graphs(bundle: Bundle, sessions: Mapping[str, Any]) -> None:
+    """Refuse graphs, by their names, that are not those of the manifest, before any is run. Raises BundleError."""
     model, image = bundle.model, bundle.image
     inputs, outputs = graph_inputs(model.num_layers, bundle.format), graph_outputs(model.num_layers)
-    for graph, session in zip(GRAPHS, (encoder, decoder, regroup), strict=True):
+    for graph, session in sessions.items():
         for kind, wanted, found in (
             ("inputs", inputs[graph], session.get_inputs()),
             ("outputs", outputs[graph], session.get_outputs()),
@@ -44,17 +45,15 @@ def check_graphs(bundle: Bundle, encoder: Any, decoder: Any, regroup: Any) -> No
                 )
             _check_types(bundle, graph, found)
     keys = (model.num_heads, model.encoder_positions, model.head_width)
-    names = cache_names(model.num_layers, "cross")
-    cross = (entry for entry in decoder.get_inputs() if entry.name in names)
-    for graph, entry, sizes in (
-        ("encoder", encoder.get_inputs()[0], (image.height, image.width, 3)),
-        *(("decoder", entry, keys) for entry in cross),
-    ):
-        if tuple(entry.shape[1:]) != sizes:
-            raise BundleError(
-                f"{bundle.path / graph}.onnx: {entry.name} has the sizes {tuple(entry.shape[1:])}, the manifest "
-                f"says {sizes}: export it again"
-            )
+    fixed = dict.fromkeys(cache_names(model.num_layers, "cross"), keys)
+    fixed["pixel_values"] = (image.height, image.width, 3)
+    for graph, session in sessions.items():
+        for entry in session.get_inputs():
+            if entry.name in fixed and tuple(entry.shape[1:]) != fixed[entry.name]:
+                raise BundleError(
+                    f"{bundle.path / graph}.onnx: {entry.name} has the sizes {tuple(entry.shape[1:])}, the manifest "
+                    f"says {fixed[entry.name]}: export it again"
+                )
 
 
 def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:

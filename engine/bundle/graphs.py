@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 GRAPHS = ("encoder", "decoder", "regroup")
+LOG_PROBS, CHOICE = "log_probs", "choice"
+"""The decoder in two graphs, for bundles that caption together: up to the log-probabilities, and from them on."""
+HALVES = (LOG_PROBS, CHOICE)
 
 STEP_INPUTS: dict[str, type[np.generic]] = {
     "input_ids": np.int64,
@@ -17,6 +20,8 @@ STEP_INPUTS: dict[str, type[np.generic]] = {
 """Inputs of the decoder that come from the host at every step, see engine.decoding.backend.StepInputs."""
 WITH_PENALTIES = 2
 """The first format of bundles whose decoder knows penalties; before, marked ids are `banned_ids` and nothing else."""
+FED, CHOSEN_BY = ("input_ids", "positions", "ancestry"), ("scores", "marked_ids", "penalties")
+"""Of these inputs, those that log-probabilities depend on, and those that candidates are chosen by."""
 NUM_CANDIDATES = "num_candidates"
 CANDIDATES = ("candidate_scores", "candidate_ids")
 """Outputs of the decoder that go to the host."""
@@ -39,10 +44,13 @@ def step_inputs(bundle_format: int) -> dict[str, str]:
 def graph_inputs(num_layers: int, bundle_format: int) -> dict[str, list[str]]:
     """Return graph -> the names of its inputs."""
     past = cache_names(num_layers, "settled") + cache_names(num_layers, "recent")
+    keys = [*cache_names(num_layers, "cross"), *past]
     return {
         "encoder": ["pixel_values"],
-        "decoder": [*step_inputs(bundle_format), NUM_CANDIDATES, *cache_names(num_layers, "cross"), *past],
+        "decoder": [*step_inputs(bundle_format), NUM_CANDIDATES, *keys],
         "regroup": ["slots", "columns", *past],
+        LOG_PROBS: [*FED, *keys],
+        CHOICE: [LOG_PROBS, *CHOSEN_BY, NUM_CANDIDATES],
     }
 
 
@@ -52,4 +60,6 @@ def graph_outputs(num_layers: int) -> dict[str, list[str]]:
         "encoder": cache_names(num_layers, "cross"),
         "decoder": [*CANDIDATES, *cache_names(num_layers, "extended")],
         "regroup": cache_names(num_layers, "regrouped"),
+        LOG_PROBS: [LOG_PROBS, *cache_names(num_layers, "extended")],
+        CHOICE: [*CANDIDATES],
     }

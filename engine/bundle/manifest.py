@@ -31,6 +31,7 @@ MAX_NUMBER = 10**7
 MAX_LAYERS = 1000
 """Neither does a number of layers or heads come near this."""
 SMALL_NUMBERS = ("num_layers", "num_heads")
+SHORT_DIGEST = 12
 RESAMPLE_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Names of Pillow's filters."""
 
@@ -75,7 +76,8 @@ class TokenIds:
 class Bundle:
     """A checked bundle. `digest` is the sha256 of the manifest, which holds that of every other file: `files`.
 
-    `generation_from` says where in the checkpoint each of the `generation` settings stood.
+    `generation_from` says where in the checkpoint each of the `generation` settings stood. An ensemble is its first
+    bundle with all of them as `members` and the `weights` of each (engine/bundle/ensemble.py).
     """
 
     path: Path
@@ -91,6 +93,23 @@ class Bundle:
     files: Mapping[str, str] = field(default_factory=dict)
     clean_up_tokenization_spaces: bool = True
     format: int = FORMAT
+    members: tuple[Bundle, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def models(self) -> tuple[ModelDims, ...]:
+        """Sizes of all models that run: one, or an ensemble's."""
+        return tuple(member.model for member in self.members) or (self.model,)
+
+    @property
+    def short_digest(self) -> str:
+        """The beginning of the digest; of an ensemble those of its bundles, with their weights where these differ."""
+        if not self.members:
+            return self.digest[:SHORT_DIGEST]
+        factors = [f"{weight!r}*" if len(set(self.weights)) > 1 else "" for weight in self.weights]
+        return "+".join(
+            f"{factor}{one.digest[:SHORT_DIGEST]}" for factor, one in zip(factors, self.members, strict=True)
+        )
 
     @classmethod
     def load(cls, path: Path | None = None) -> Bundle:

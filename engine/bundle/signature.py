@@ -40,7 +40,7 @@ def run_signature(
 
 def settings_line(bundle: Bundle, backend: str, options: DecodeOptions, cpu_precision: str = "fp32") -> str:
     """Return the signature without packages; with `environment` it tells one journal from another."""
-    parts = {"engine": __version__, "bundle": bundle.digest[:12], "precision": bundle.precision, "backend": backend}
+    parts = {"engine": __version__, "bundle": bundle.short_digest, "precision": bundle.precision, "backend": backend}
     if cpu_precision != "fp32":  # left out else, so that journals of earlier versions go on
         parts["cpu_precision"] = f"{cpu_precision} (not parity)"
     asked = {name: value for name, value in options.in_force().items() if value != DEFAULTS[name] or name not in LATER}

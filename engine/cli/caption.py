@@ -8,20 +8,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from engine.cli.shared import SectionCommand, bundle_option, rows_option, say, takes
+from engine.cli.shared import SectionCommand, bundles_option, rows_option, say, takes
 from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
-from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
 from engine.run.job import Inputs, Outputs
+
+if TYPE_CHECKING:  # it would load numpy, which the help does without
+    from engine.bundle.ensemble import BundlePlace
 
 
 @click.command(cls=SectionCommand)
 @takes(inputs=Inputs, decoding=DecodeOptions)
-@bundle_option
+@bundles_option
 @takes(runtime=Runtime)
 @rows_option
 @takes(workers=Workers, outputs=Outputs)
@@ -29,7 +32,7 @@ from engine.run.job import Inputs, Outputs
 def caption(
     inputs: Inputs,
     decoding: DecodeOptions,
-    bundle: Location | None,
+    bundle: BundlePlace | None,
     runtime: Runtime,
     rows: int | None,
     workers: Workers,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from engine.cli.shared import LOCATION, PATH, SectionCommand, bundle_option, rows_option, say, takes
+from engine.cli.shared import LOCATION, PATH, SectionCommand, bundle_option, bundles_option, rows_option, say, takes
 from engine.errors import EngineError
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime
+
+if TYPE_CHECKING:  # it would load numpy, which the help does without
+    from engine.bundle.ensemble import BundlePlace
 
 
 @click.command(cls=SectionCommand)
@@ -19,7 +23,7 @@ from engine.options import DecodeOptions, Runtime
 @click.option("--recursive", is_flag=True, help="Look for images in the folders of the directory, too.")
 @click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Images to caption.")
 @takes(decoding=DecodeOptions)
-@bundle_option
+@bundles_option
 @takes(runtime=Runtime)
 @rows_option
 def bench(
@@ -27,7 +31,7 @@ def bench(
     recursive: bool,
     images: int,
     decoding: DecodeOptions,
-    bundle: Location | None,
+    bundle: BundlePlace | None,
     runtime: Runtime,
     rows: int | None,
 ) -> None:

@@ -160,6 +160,32 @@ bundle_option = click.option(
     section="Runtime",
     help="Exported bundle, or its URI; the embedded demo when absent.",
 )
+
+
+def bundles_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `bundle`, one or several that caption together."""
+
+    @functools.wraps(command)
+    def call(bundles: tuple[Location, ...], weights: tuple[float, ...], **values: Any) -> None:
+        from engine.bundle.ensemble import place_of
+
+        command(bundle=place_of(bundles, weights), **values)
+
+    section: dict[str, Any] = {"cls": SectionOption, "section": "Runtime", "multiple": True}
+    several = click.option(
+        "--bundle",
+        "bundles",
+        type=LOCATION,
+        help="Exported bundle, or its URI; the embedded demo when absent. Several bundles with one vocabulary caption "
+        "together: in each step the mean of their log-probabilities counts.",
+        **section,
+    )
+    weight = click.option(
+        "--bundle-weight", "weights", type=float, help="Weight in that mean, one for each --bundle.", **section
+    )
+    return several(weight(call))
+
+
 rows_option = click.option(
     "--rows",
     default="auto",

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from engine.bundle.fetch import open_bundle
+from engine.bundle.ensemble import BundlePlace, absolute, open_place
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import Todo, search_for, searches_for
+from engine.captioner import Todo
 from engine.captions import Caption
 from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import AttemptCounter, CaptionWorker, NodeFacts, inspect_node
 from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile
-from engine.inputs.remote import Location
 from engine.options import CPU_BACKENDS, DecodeOptions, Runtime, Workers
+from engine.searches import search_for, searches_for
 from engine.workers.messages import COLUMN, WorkOrder, pack_images, unpack_answer
 
 Say = Callable[[str], None]
@@ -54,10 +53,10 @@ class WorkerPlan:
 
 @contextmanager
 def open_cluster(
-    location: Location | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
+    place: BundlePlace | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
 ) -> Iterator[ClusterSource]:
     """Connect to a cluster, and ask a node what the backend is there; `say` gets how many workers there will be."""
-    bundle = open_bundle(location)  # a damaged bundle or a wrong option is found before a cluster starts
+    bundle = open_place(place)  # a damaged bundle or a wrong option is found before a cluster starts
     search_for(bundle, tokenizer := CaptionTokenizer(bundle), asked)
     with cluster(workers.address or LOCAL) as ray:
         gpus = 0 if runtime.backend in CPU_BACKENDS else int(ray.cluster_resources().get("GPU", 0))
@@ -67,7 +66,7 @@ def open_cluster(
         team = plan_workers(resources, gpus, actors=workers.actors, threads=runtime.threads)
         say(f"backend: {node.backend}, {team}")
         order = WorkOrder(
-            bundle=location.absolute() if isinstance(location, Path) else location,
+            bundle=absolute(place),
             digest=bundle.digest,
             environment=node.environment,
             runtime=replace(

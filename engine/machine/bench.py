@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from engine.bundle.ensemble import BundlePlace
 from engine.bundle.signature import run_signature
 from engine.captioner import Captioner, ImageSource
 from engine.errors import UsageError
 from engine.host import available_cores
 from engine.inputs.images import find_images
-from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime
 
 WARM_UP = 64
@@ -58,7 +58,7 @@ def images_to_measure(directory: Path | None, count: int, *, recursive: bool = F
 
 
 def measure_speed(
-    bundle: Location | None,
+    bundle: BundlePlace | None,
     images: Sequence[ImageSource],
     asked: DecodeOptions,
     runtime: Runtime,

@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
 
-from engine.bundle.fetch import open_bundle
+from engine.bundle.ensemble import BundlePlace, open_place, where_read
 from engine.bundle.manifest import Bundle
 from engine.bundle.signature import environment
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import Todo, search_for, searches_for
+from engine.captioner import Todo
 from engine.captions import Caption
 from engine.errors import BackendError, ImageError
-from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime
 from engine.processes.child import Child
 from engine.processes.handout import HandOut
 from engine.processes.shares import Share
+from engine.searches import search_for, searches_for
 from engine.workers.messages import Answer, WorkOrder, unpack_answer
 
 Say = Callable[[str], None]
@@ -32,7 +32,7 @@ MOST_DEATHS = 5
 
 @contextmanager
 def open_processes(
-    location: Location | None,
+    place: BundlePlace | None,
     asked: DecodeOptions,
     rows: int | None,
     runtime: Runtime,
@@ -42,11 +42,11 @@ def open_processes(
     """Check bundle and options, which processes start for only then; `say` gets how many there will be. All of them
     have ended when this is left.
     """
-    bundle = open_bundle(location)
+    bundle = open_place(place)
     search_for(bundle, tokenizer := CaptionTokenizer(bundle), asked)
     say(describe(shares))
     order = WorkOrder(
-        bundle=bundle.path.absolute(),
+        bundle=where_read(place, bundle),
         digest=bundle.digest,
         environment=environment(runtime.backend),
         runtime=runtime,

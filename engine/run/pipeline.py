@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.bundle.ensemble import BundlePlace, folders_of
 from engine.bundle.signature import run_signature, settings_line
 from engine.captions import Caption
 from engine.errors import UsageError
@@ -16,7 +17,6 @@ from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile, describe_ignored, order_by_manifest
 from engine.inputs.paths import find_inputs
 from engine.inputs.prompts import read_prompts
-from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
 from engine.run.job import Inputs, Outputs
 from engine.run.record import RunRecord
@@ -51,7 +51,7 @@ class RunSummary:
 def caption_directory(
     inputs: Inputs,
     outputs: Outputs,
-    bundle: Location | None = None,
+    bundle: BundlePlace | None = None,
     asked: DecodeOptions = DecodeOptions(),
     *,
     rows: int | None = None,
@@ -102,7 +102,7 @@ def caption_directory(
     )
 
 
-def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) -> tuple[list[ImageFile], list[str]]:
+def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, say: Say) -> tuple[list[ImageFile], list[str]]:
     """Return the images to caption, in order, and the names of what was left aside.
 
     Raises UsageError where there are no images, or an output would harm them.
@@ -123,14 +123,14 @@ def find(inputs: Inputs, outputs: Outputs, bundle: Location | None, say: Say) ->
     return images, [name for names in found.left_aside.values() for name in names]
 
 
-def check(outputs: Outputs, images: list[ImageFile], kept: list[Path], bundle: Location | None) -> None:
+def check(outputs: Outputs, images: list[ImageFile], kept: list[Path], bundle: BundlePlace | None) -> None:
     """Raise UsageError where an output cannot be written or would harm a file that is `kept`, or the bundle."""
     outputs.check(kept)
     folders = {f"{flag} {path}": path.parent for flag, path in outputs.files().items()}
     if outputs.sidecar_dir is not None:
         folders[f"--sidecar-dir {outputs.sidecar_dir}"] = outputs.sidecar_dir
     for what, folder in folders.items():
-        if isinstance(bundle, Path) and folder.resolve() == bundle.resolve():
+        if folder.resolve() in [one.resolve() for one in folders_of(bundle)]:
             raise UsageError(f"{what} would lie inside the bundle: choose another place")
     if outputs.sidecar is not None:
         own = outputs.files() | ({} if outputs.journal is None else {"the journal": outputs.journal})

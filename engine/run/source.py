@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Protocol
 
 from engine.backends import require_backend
+from engine.bundle.ensemble import BundlePlace
 from engine.bundle.manifest import Bundle
 from engine.bundle.signature import environment
 from engine.captioner import Captioner, Todo, caption_within_memory
 from engine.captions import Caption
 from engine.cluster.driver import open_cluster
 from engine.cluster.session import require_ray
-from engine.inputs.remote import Location
 from engine.options import DecodeOptions, Runtime, Workers
 from engine.processes.driver import open_processes
 from engine.processes.shares import shares_of
@@ -61,7 +61,7 @@ def choose_runtime(runtime: Runtime, workers: Workers, say: Say) -> Runtime:
 
 
 def open_source(
-    bundle: Location | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
+    bundle: BundlePlace | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
 ) -> AbstractContextManager[Source]:
     """Load what captions a run; `say` gets notes of its workers. Raises an EngineError of the kind that fits."""
     if workers.address is not None:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from engine.bundle.ensemble import BundlePlace
 from engine.captions import Alternative, Caption
 from engine.errors import EngineError, UsageError
 from engine.inputs.images import ImageFile
-from engine.inputs.remote import Location, RemoteFolder
+from engine.inputs.remote import RemoteFolder
 from engine.options import DecodeOptions, Runtime
 
 COLUMN = "message"
@@ -28,7 +29,7 @@ class WorkOrder:
     `num_nodes`, what a worker cannot read or do names its node.
     """
 
-    bundle: Location | None
+    bundle: BundlePlace | None
     digest: str
     environment: str
     runtime: Runtime

@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 
 from engine.backends import open_backends
 from engine.backends.capacity import slots_for
-from engine.bundle.fetch import open_bundle
+from engine.bundle.ensemble import open_place
 from engine.captioner import Captioner, caption_within_memory
 from engine.captions import Caption
 from engine.decoding.beam import Search
@@ -63,7 +63,7 @@ class CaptionStream:
 
         Raises BundleError where the bundle is not the order's, and as open_bundle and open_backends do.
         """
-        bundle = open_bundle(order.bundle)
+        bundle = open_place(order.bundle)
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} is another bundle than here: copy it anew")
         captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
@@ -151,4 +151,4 @@ def _fair_slots(captioner: Captioner, search: Search, peers: int) -> int:
     batch_sizes, memory = captioner.batch_sizes, None
     if batch_sizes.memory_bytes is None:  # a GPU knows its own, which no other worker shares
         memory = available_memory() // peers
-    return slots_for(search, captioner.bundle.model, batch_sizes, memory_bytes=memory)
+    return slots_for(search, captioner.bundle.models, batch_sizes, memory_bytes=memory)

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import BlipForConditionalGeneration
 
 from export.graphs.exporters import EXPORTERS
+from export.graphs.halves import write_halves
 from export.graphs.modules import DecoderStep, Encoder, ExportedModule, Regroup
 from export.graphs.quantise import kept_float32, quantise
 from export.graphs.specs import DecoderSpec, EncoderSpec, GraphSpec, RegroupSpec
@@ -27,7 +28,8 @@ def write_graphs(
     is_int8: bool = False,
     exporter: str = "torch",
 ) -> None:
-    """Write encoder.onnx, decoder.onnx and regroup.onnx with their weights beside them into `out`.
+    """Write encoder.onnx, decoder.onnx and regroup.onnx with their weights beside them into `out`, and the decoder in
+    halves.
 
     They have the model's own type, float32 or float16; of a float32 model `is_int8` makes the dense layers int8.
     `normalisation` is export.reference.huggingface.normalisation, `exporter` one of EXPORTERS.
@@ -48,6 +50,8 @@ def write_graphs(
         _check_operators(model, name)
         _store_exact_weights_as_fp16(model)
         _save(model, path)
+    text = blip.config.text_config
+    write_halves(out, text.num_hidden_layers, text.vocab_size)
 
 
 def _check_operators(model: onnx.ModelProto, name: str) -> None:

@@ -20,23 +20,23 @@ def search(num_beams: int, max_length: int = 65) -> Search:
 
 @pytest.mark.parametrize(("num_beams", "slots"), [(1, 256), (4, 64), (10, 25), (300, 1)])
 def test_with_plenty_of_memory_the_device_decides(num_beams, slots):
-    assert slots_for(search(num_beams), BASE, APPETITE, memory_bytes=1 << 40) == slots
+    assert slots_for(search(num_beams), [BASE], APPETITE, memory_bytes=1 << 40) == slots
 
 
 def test_keys_and_values_stay_within_their_share_of_the_memory():
     memory = 4 << 30
-    slots = slots_for(search(4), BASE, APPETITE, memory_bytes=memory)
+    slots = slots_for(search(4), [BASE], APPETITE, memory_bytes=memory)
     assert 1 < slots < 64
     assert slots * slot_bytes(search(4), BASE) <= MEMORY_SHARE * memory < (slots + 1) * slot_bytes(search(4), BASE)
 
 
 def test_one_image_is_decoded_however_little_memory_there_is():
-    assert slots_for(search(10), BASE, APPETITE, memory_bytes=0) == 1
+    assert slots_for(search(10), [BASE], APPETITE, memory_bytes=0) == 1
 
 
 def test_rows_that_are_asked_for_are_taken_at_their_word():
-    assert slots_for(search(4), BASE, APPETITE, rows=2000, memory_bytes=1) == 500
-    assert slots_for(search(4), BASE, APPETITE, rows=3, memory_bytes=1) == 1
+    assert slots_for(search(4), [BASE], APPETITE, rows=2000, memory_bytes=1) == 500
+    assert slots_for(search(4), [BASE], APPETITE, rows=3, memory_bytes=1) == 1
 
 
 def test_cross_attention_keys_of_base_take_14_5_mb_a_slot():

@@ -1,0 +1,110 @@
+"""Several bundles as one backend: each computes its log-probabilities, and candidates are chosen by their mean."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.ort import OrtBackend, OrtCache
+from engine.backends.providers import CPU, import_libraries
+from engine.backends.sessions import check_graphs, open_session
+from engine.bundle.ensemble import shares
+from engine.bundle.graphs import CANDIDATES, CHOICE, CHOSEN_BY, LOG_PROBS, NUM_CANDIDATES
+from engine.bundle.manifest import Bundle
+from engine.decoding.backend import BatchSizes, StepInputs
+from engine.errors import BackendError, BundleError
+from engine.host import available_cores
+
+
+class EnsembleBackend:
+    """The bundles of an ensemble, each with keys and values of its own. Implements FillableBackend.
+
+    The mean f32[B,T,V] = sum of weight * log-probabilities is summed in the order of the bundles and takes the place of
+    logits: what follows (log_softmax, penalties, bans, the best of each picture) is the first bundle's own graph, on
+    the CPU. An encoded batch and a cache are lists, with one of each bundle.
+    """
+
+    def __init__(
+        self, bundle: Bundle, name: str = "cpu", *, threads: int | None = None, cpu_precision: str = "fp32"
+    ) -> None:
+        """Load the graphs of all members. Raises as OrtBackend does."""
+        self.name = name
+        self._weights = [np.float32(weight) for weight in shares(bundle.weights)]
+        self._members = [
+            OrtBackend(member, name, threads=threads, cpu_precision=cpu_precision, decoder=LOG_PROBS)
+            for member in bundle.members
+        ]
+        self._vocab_size = bundle.model.vocab_size
+        self.batch_sizes: BatchSizes = smallest([member.batch_sizes for member in self._members])
+        first, ort = bundle.members[0], import_libraries(name)
+        path, threads = first.path / f"{CHOICE}.onnx", threads or available_cores()
+        as_written = open_session(ort, path, [(CPU, {})], threads, is_optimised=False, has_patterns=True)
+        check_graphs(first, {CHOICE: as_written})
+        self._choice = open_session(ort, path, [(CPU, {})], threads, is_optimised=True, has_patterns=True)
+
+    def encode(self, pixel_values: NDArray[np.uint8]) -> list[list[Any]]:
+        """See Backend.encode."""
+        return [member.encode(pixel_values) for member in self._members]
+
+    def allocate(self, num_slots: int, settled: int = 0) -> list[OrtCache]:
+        """See FillableBackend.allocate."""
+        return [member.allocate(num_slots, settled) for member in self._members]
+
+    def set_recent(self, cache: list[OrtCache], recent: int) -> None:
+        """See FillableBackend.set_recent."""
+        for member, own in zip(self._members, cache, strict=True):
+            member.set_recent(own, recent)
+
+    def admit(self, cache: list[OrtCache], slot: int, encoded: list[list[Any]], image: int) -> None:
+        """See Backend.admit."""
+        for member, own, values in zip(self._members, cache, encoded, strict=True):
+            member.admit(own, slot, values, image)
+
+    def step(
+        self, cache: list[OrtCache], inputs: StepInputs, at: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See FillableBackend.step."""
+        shape = (*inputs.input_ids.shape, self._vocab_size)
+        mean = np.zeros(shape, np.float32)
+        for member, own, weight in zip(self._members, cache, self._weights, strict=True):
+            log_probs = member.log_probs(own, inputs, at)
+            if log_probs.shape != shape:
+                raise BundleError(f"a decoder gives {log_probs.shape} where {shape} is wanted: export its bundle again")
+            np.multiply(log_probs, weight, out=log_probs)
+            mean += log_probs
+        feed = {name: np.ascontiguousarray(getattr(inputs, name)) for name in CHOSEN_BY}
+        feed |= {LOG_PROBS: mean, NUM_CANDIDATES: np.array([inputs.num_candidates], np.int64)}
+        try:
+            scores, ids = self._choice.run([*CANDIDATES], feed)
+        except Exception as error:
+            raise BackendError(f"the {self.name} backend failed: {' '.join(str(error).split())[:400]}") from error
+        return scores, ids
+
+    def regroup(
+        self,
+        cache: list[OrtCache],
+        slots: NDArray[np.int64],
+        columns: NDArray[np.int64],
+        *,
+        keep_recent: bool = False,
+    ) -> None:
+        """See FillableBackend.regroup."""
+        for member, own in zip(self._members, cache, strict=True):
+            member.regroup(own, slots, columns, keep_recent=keep_recent)
+
+
+def smallest(sizes: list[BatchSizes]) -> BatchSizes:
+    """Return what suits all of several backends of one device: the fewest of each, and the least free memory."""
+    first = min(sizes, key=lambda one: one.rows)
+    slots = [one.slots for one in sizes if one.slots is not None]
+    memory = [one.memory_bytes for one in sizes if one.memory_bytes is not None]
+    return replace(
+        first,
+        encode_batch=min(one.encode_batch for one in sizes),
+        slots=min(slots, default=None),
+        memory_bytes=min(memory, default=None),
+        item_bytes=max(one.item_bytes for one in sizes),
+    )

@@ -1,0 +1,176 @@
+"""Several bundles that caption together say what generate says of a model whose logits are their mean."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from engine.backends.buckets import PaddedBackend
+from engine.backends.ensemble import EnsembleBackend
+from engine.bundle.ensemble import Ensemble, combine, open_place
+from engine.bundle.manifest import Bundle
+from engine.captioner import Captioner
+from engine.cli import main
+from engine.errors import BundleError, UsageError
+from engine.options import DecodeOptions
+from export.bundle import export_bundle
+from export.parity import main as parity
+from export.reference.ensemble import ensemble
+from export.reference.huggingface import Reference
+from tests.helpers.tiny import make_checkpoint, random_pictures
+
+WEIGHTS = (1.0, 0.5)
+SHAPE = {"text": {"num_hidden_layers": 3}, "vision": {"hidden_size": 36, "num_attention_heads": 3}}
+"""Of the second model: other sizes than the first's."""
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory) -> Path:
+    text = SHAPE["text"] | {"encoder_hidden_size": SHAPE["vision"]["hidden_size"]}
+    return make_checkpoint(tmp_path_factory.mktemp("other") / "checkpoint", seed=1, text=text, vision=SHAPE["vision"])
+
+
+@pytest.fixture(scope="module")
+def other_bundle(other_checkpoint) -> Path:
+    export_bundle(other_checkpoint, other_checkpoint.parent / "bundle", lambda _: None)
+    return other_checkpoint.parent / "bundle"
+
+
+@pytest.fixture(scope="module")
+def both(tiny_bundle, other_bundle) -> Captioner:
+    return Captioner.load([tiny_bundle, str(other_bundle)], weights=WEIGHTS, backend="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_reference, other_checkpoint, both) -> Reference:
+    return ensemble([tiny_reference, Reference.load(other_checkpoint)], both.bundle.weights)
+
+
+SETTINGS = [
+    {"num_beams": 1},
+    {"num_beams": 1, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    {"num_beams": 4, "no_repeat_ngram_size": 3},
+    {"num_beams": 3, "repetition_penalty": 2.5, "length_penalty": 2.0, "min_new_tokens": 8},
+    {"num_beams": 5, "num_return_sequences": 5, "early_stopping": True, "prompt": "axial ct of the"},
+    {"num_beams": 2, "suppress_tokens": (9, 10), "bad_words": ("white arrow",)},
+]
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=lambda given: ",".join(f"{k}={v}" for k, v in given.items()))
+def test_ids_and_scores_are_those_of_generate_on_the_mean(given, both, reference):
+    options = both.bundle.options(**{"max_new_tokens": 24} | given)
+    pictures = random_pictures(6)
+    theirs = reference.generate(reference.pixels(pictures), options)
+    ours = list(both.caption(pictures, options, rows=3 * options.num_beams))
+    assert [[one.ids for one in found.alternatives] for found in ours] == [[one.ids for one in o] for o in theirs]
+    if options.num_beams > 1:
+        scores = [one.score for found in ours for one in found.alternatives]
+        assert scores == pytest.approx([one.score for several in theirs for one in several], abs=1e-5)
+
+
+def test_together_they_say_what_neither_says_alone(both, tiny_captioner, other_bundle):
+    """Else the tests above would pass with one of them left out."""
+    pictures, other = random_pictures(6), Captioner.load(other_bundle, backend="cpu", threads=1)
+    runs = [[one.ids for one in c.caption(pictures, num_beams=4)] for c in (both, tiny_captioner, other)]
+    assert all(len({runs[i][n] for i in range(3)}) > 1 for n in range(6))
+    assert all(runs[0] != run for run in runs[1:])
+
+
+def test_weights_decide(tiny_bundle, other_bundle, tiny_captioner):
+    pictures = random_pictures(6)
+    nearly = Captioner.load([tiny_bundle, other_bundle], weights=(1, 1e-9), backend="cpu", threads=1)
+    alone = [one.ids for one in tiny_captioner.caption(pictures, num_beams=4)]
+    assert [one.ids for one in nearly.caption(pictures, num_beams=4)] == alone
+
+
+def test_padded_shapes_as_on_a_gpu_change_nothing(both):
+    padded = Captioner(both.bundle, PaddedBackend(EnsembleBackend(both.bundle, threads=1)))
+    pictures, options = random_pictures(9), DecodeOptions(num_beams=3, no_repeat_ngram_size=2, max_new_tokens=30)
+    found, expected = ([one.ids for one in c.caption(pictures, options, rows=12)] for c in (padded, both))
+    assert found == expected
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, picture in enumerate(random_pictures(5)):
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+def caption(*arguments):
+    return CliRunner().invoke(main, ["caption", *map(str, arguments)])
+
+
+def test_the_command_line_takes_several_bundles_also_in_processes(pictures, tiny_bundle, other_bundle, both, tmp_path):
+    bundles = ("--bundle", tiny_bundle, "--bundle", other_bundle, "--bundle-weight", 1, "--bundle-weight", 0.5)
+    common = (*bundles, "--input", pictures, "--beams", 3, "--max-new-tokens", 12)
+    result = caption(*common, "--out", tmp_path / "run.csv")
+    assert result.exit_code == 0, result.output
+    first, second = (Bundle.load(path).digest[:12] for path in (tiny_bundle, other_bundle))
+    assert f"bundle:1.0*{first}+0.5*{second}|" in result.stderr
+    expected = both.caption(sorted(pictures.iterdir()), num_beams=3, max_new_tokens=12)
+    lines = ["ID,Caption", *(f"{one.id},{one.text}" for one in expected)]
+    assert (tmp_path / "run.csv").read_text().replace('"', "").splitlines() == lines
+    again = caption(*common, "--processes", 2, "--out", tmp_path / "again.csv")
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "run.csv").read_bytes()
+
+
+def test_parity_is_shown_from_the_command_line(tiny_checkpoint, tiny_bundle, other_checkpoint, other_bundle, tmp_path):
+    pairs = ["--checkpoint", tiny_checkpoint, "--bundle", tiny_bundle]
+    pairs += ["--checkpoint", other_checkpoint, "--bundle", other_bundle]
+    more = ["--beams", 3, "--no-repeat-ngram", 3, "--max-new-tokens", 20, "--out", tmp_path / "parity.json"]
+    result = CliRunner().invoke(parity, [*map(str, pairs), *map(str, more)])
+    assert result.exit_code == 0, result.output
+    (setting,) = json.loads((tmp_path / "parity.json").read_text())["settings"]
+    assert setting["identical"] == setting["images"] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("--bundle", "A", "--bundle", "A"), "a bundle is given twice: give it once"),
+        (("--bundle", "A", "--bundle", "B", "--bundle-weight", 1), "2 bundles and 1 weights"),
+        (("--bundle", "A", "--bundle", "B", "--bundle-weight", 1, "--bundle-weight", 0), "must be a number above 0"),
+        (("--bundle", "A", "--bundle", "B", "--bundle-weight", 1, "--bundle-weight", "nan"), "must be a number above"),
+        (("--bundle", "A", "--bundle-weight", 1), "bundles caption together from two on"),
+        (("--bundle", "A", "--bundle", "DEMO"), "has a tokenizer of its own"),
+        (("--bundle", "A", "--bundle", "B", "--backend", "openvino"), "caption together on cpu and cuda, not on"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(given, sentence, pictures, tiny_bundle, other_bundle, tmp_path):
+    names = {"A": tiny_bundle, "B": other_bundle, "DEMO": "engine/assets/demo"}
+    arguments = [names.get(one, one) for one in given]
+    result = caption(*arguments, "--input", pictures, "--out", tmp_path / "run.csv")
+    assert result.exit_code != 0
+    assert sentence in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run.csv").exists()
+
+
+def test_a_bundle_of_before_says_that_it_must_be_exported_again(tiny_bundle, other_bundle, tmp_path):
+    older = tmp_path / "older"
+    older.mkdir()
+    manifest = json.loads((other_bundle / "manifest.json").read_text())
+    for graph in ("log_probs.onnx", "choice.onnx"):
+        del manifest["files"][graph]
+    for name in manifest["files"]:
+        (older / name).hardlink_to(other_bundle / name)
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="was exported before bundles could caption together"):
+        open_place(Ensemble((tiny_bundle, older)))
+    assert [*Captioner.load(older, backend="cpu", threads=1).caption(random_pictures(1))]
+
+
+def test_bundles_of_other_pictures_are_refused(tiny_captioner):
+    bundle = tiny_captioner.bundle
+    for what, image in (("an image size", {"height": 64}), ("a way of resizing", {"resample": "lanczos"})):
+        with pytest.raises(BundleError, match=f"has {what} of its own"):
+            combine([bundle, replace(bundle, image=replace(bundle.image, **image))], (1.0, 1.0))
+    with pytest.raises(UsageError, match="from two on"):
+        Captioner.load([], weights=[1.0])
