@@ -17,6 +17,7 @@ from engine.errors import EngineError, UsageError
 from engine.inputs.depth import CLIP
 from engine.inputs.depth import HELP as DEPTH_HELP
 from engine.options import SAMPLING, DecodeOptions
+from train.sweep.settings import Tuning
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -128,14 +129,22 @@ def finetune(
 @click.option("--limit", type=click.IntRange(1), help="Caption only so many images, evenly spaced.")
 @click.option("--examples", type=click.IntRange(0, 50), default=6, show_default=True, help="Images in examples.png.")
 @click.option("--unpack-into", type=PATH, help="Where the pictures of parquet files are kept.")
-def sweep(beams: str, metrics: str, weights: tuple[str, ...], decoding: DecodeOptions, **given: Any) -> None:
+@takes(tuning=Tuning)
+def sweep(
+    beams: str, metrics: str, weights: tuple[str, ...], decoding: DecodeOptions, tuning: Tuning, **given: Any
+) -> None:
     """Caption and score a split with several numbers of beams: the seed paper's Table 1.
 
-    --no-repeat-ngram is 3 where it is not given; other settings come from the checkpoint.
+    --no-repeat-ngram is 3 where it is not given; other settings come from the checkpoint. With --tune decoding
+    settings are chosen instead, and all that are not given come from the checkpoint.
     """
     from train.sweep.sweep import NO_REPEAT, Sweep
     from train.sweep.sweep import sweep as run
+    from train.sweep.tune import tune
 
+    source = click.get_current_context().get_parameter_source("examples")
+    if tuning.tune and source is click.core.ParameterSource.COMMANDLINE:
+        raise UsageError("--examples is for a table by number of beams: leave it out with --tune")
     try:
         numbers = tuple(int(one) for one in beams.split(","))
     except ValueError:
@@ -144,12 +153,12 @@ def sweep(beams: str, metrics: str, weights: tuple[str, ...], decoding: DecodeOp
         beams=numbers,
         metrics=tuple(metrics.split(",")),
         weights=parse_weights(weights),
-        decoding=decoding.over_given(NO_REPEAT),
+        decoding=decoding if tuning.tune else decoding.over_given(NO_REPEAT),
         **given,
     )
-    table = run(job, say)
-    click.echo((job.out / "table1.md").read_text(encoding="utf-8"), err=True)
-    click.echo(json.dumps(table))
+    page, result = ("tuned.md", tune(job, tuning, say)) if tuning.tune else ("table1.md", run(job, say))
+    click.echo((job.out / page).read_text(encoding="utf-8"), err=True)
+    click.echo(json.dumps(result))
 
 
 @main.command()

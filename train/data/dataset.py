@@ -94,7 +94,7 @@ def hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """
     if not 0 < fraction < 1:
         raise UsageError(f"the share to hold out lies between 0 and 1, not at {fraction}")
-    taken = {example.id for example in train.examples if _draw(example.id, seed) < fraction}
+    taken = {example.id for example in train.examples if draw(example.id, seed) < fraction}
     kept = [example for example in train.examples if example.id not in taken]
     held = [example for example in train.examples if example.id in taken]
     if not kept or not held:
@@ -107,7 +107,7 @@ def hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return replace(train, examples=kept, problems=stays), replace(train, name="valid", examples=held, problems=goes)
 
 
-def _draw(name: str, seed: int) -> float:
+def draw(name: str, seed: int) -> float:
     """Return a number in [0, 1) that depends on nothing but the id and the seed."""
     digest = hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6], "big") / (1 << 48)

@@ -1,4 +1,4 @@
-"""One run of a sweep: a split captioned with one number of beams, unless its run is there. Knows nothing of scores."""
+"""One run of a sweep: images captioned with one setting, unless their run is there. Knows nothing of scores."""
 
 from __future__ import annotations
 
@@ -31,15 +31,14 @@ def caption_run(
     options: DecodeOptions,
     images: list[ImageFile],
     prompts: dict[str, str] | None,
-    out: Path,
+    path: Path,
     say: Say,
 ) -> dict[str, Any]:
-    """Caption the images into run_beams_K.csv, unless it is there and of the same bundle, options, prompts and images.
+    """Caption the images into the CSV file `path`, unless it is there and of the same bundle, options, prompts and
+    images; a JSON file of that name says so. Return what is known of the run.
 
     `images_per_s` includes reading; None when all captions come from the journal of a run that was cut off.
     """
-    beams = options.num_beams
-    path = out / f"run_beams_{beams}.csv"
     signature = run_signature(source.bundle, source.backend_name, options)
     if prompts is not None:
         digest = hashlib.sha256(json.dumps(sorted(prompts.items())).encode()).hexdigest()
@@ -49,21 +48,18 @@ def caption_run(
     key = hashlib.sha256((run_key(images, made_with) + files).encode()).hexdigest()
     known = _known_run(path, key)
     if known is not None:
-        say(f"beams {beams}: {path.name} is there, of the same bundle, options and images: not captioned again")
+        say(f"{path.name} is there, of the same bundle, options and images: not captioned again")
         return known
 
-    def tell(line: str) -> None:
-        say(f"beams {beams}: {line}")
-
     outputs = Outputs(path)
-    with open_record(images, source, options, outputs, tell, prompts=prompts) as record:
-        seconds = keep(source.captions(options, record, tell), record, now_and_then(tell))
+    with open_record(images, source, options, outputs, say, prompts=prompts) as record:
+        seconds = keep(source.captions(options, record, say), record, now_and_then(say))
         _check_failures(record)
-        write(record, outputs, options, tell)
+        write(record, outputs, options, say)
     new = len(record.captions) - record.resumed
     speed = new / seconds if new else None
-    say(f"beams {beams}: {new} images captioned in {seconds:.1f} s")
-    run = {"beams": beams, "run": path.name, "signature": signature, "images_per_s": speed}
+    say(f"{new} images captioned in {seconds:.1f} s")
+    run = {"beams": options.num_beams, "run": path.name, "signature": signature, "images_per_s": speed}
     beside = run | {"key": key, "sha256": file_sha256(path)}
     write_atomically(path.with_suffix(".json"), json.dumps(beside, indent=1) + "\n")
     return run

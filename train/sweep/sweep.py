@@ -5,30 +5,29 @@
     OUT/references.jsonl   what they are scored against, by `engine score` too
     OUT/table1.md, .csv, .json and examples.png
 
-Knows nothing of decoding and metrics, which are the engine's, and of layouts of data sets (train/data/dataset.py).
-"""
+Knows nothing X"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
-from engine.errors import BundleError, DataError, UsageError
+from engine.errors import BundleError, UsageError
 from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
-from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions
 from engine.scoring.base import MetricInputs
 from engine.scoring.neural import weights_folder
 from engine.scoring.profiles import make_metric
 from engine.scoring.score import ScoreReport, ScoreRequest, score_run
-from train.data.dataset import Split, read_dataset
+from train.sweep.images import choose_images, choose_split, prompts_of, spaced
 from train.sweep.prompted import PromptedSource
 from train.sweep.runs import caption_run
 from train.sweep.table1 import PAPER, REFERENCES, as_csv, as_markdown, draw_examples
@@ -73,19 +72,15 @@ def sweep(job: Sweep, say: Say) -> dict[str, Any]:
     BundleError, CheckpointError, ExportError or OutputError; a metric that is unavailable is reported, not raised.
     """
     setting = check_request(job)
-    split = choose_split(job, say)
+    split = choose_split(job.data, job.split, job.unpack_into, say)
     images, references = choose_images(split, job.limit)
     prompts = prompts_of(split, images)
     if prompts is not None:
         say(f"{sum(map(bool, prompts.values()))} of {len(images)} images have a prompt: scored is what follows it")
-    job.out.mkdir(parents=True, exist_ok=True)
-    with OutputLock(job.out / "table1.json") as lock:
-        if lock.note:
-            say(lock.note)
+    with hold(job.out, say):
         bundle = prepare_bundle(job, say)
         runs = caption_runs(job, bundle, images, prompts, say)
-        lines = (json.dumps({"id": name, "captions": several}) for name, several in references.items())
-        write_atomically(job.out / REFERENCES, "\n".join(lines) + "\n")
+        write_references(job.out / REFERENCES, references)
         rows = [score_row(job, run, images, setting, say) for run in runs]
         table = {
             "checkpoint": dict(bundle.checkpoint),
@@ -106,6 +101,22 @@ def sweep(job: Sweep, say: Say) -> dict[str, Any]:
             draw_examples(shown, references, {row["beams"]: job.out / row["run"] for row in rows}, job.out)
         write_atomically(job.out / "table1.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     return table
+
+
+@contextmanager
+def hold(out: Path, say: Say) -> Iterator[None]:
+    """Make the directory of a sweep, and hold it for this one alone. Raises UsageError while another works there."""
+    out.mkdir(parents=True, exist_ok=True)
+    with OutputLock(out / "table1.json") as lock:
+        if lock.note:
+            say(lock.note)
+        yield
+
+
+def write_references(path: Path, references: Mapping[str, tuple[str, ...]]) -> None:
+    """Write references as JSON lines, as `engine score` reads them."""
+    lines = (json.dumps({"id": name, "captions": several}) for name, several in references.items())
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def check_request(job: Sweep) -> MetricInputs:
@@ -129,58 +140,6 @@ def check_request(job: Sweep) -> MetricInputs:
             raise UsageError(f"--weights {name}=... is for no metric of this sweep: {', '.join(job.metrics)}")
         weights_folder(setting, name, name)
     return setting
-
-
-def choose_split(job: Sweep, say: Say) -> Split:
-    """Return the split to caption: the one asked for, `test` in place of a missing `valid`. Raises DataError."""
-    splits = read_dataset(job.data, unpack_into=job.unpack_into)
-    name = job.split
-    if name == "valid" and name not in splits and "test" in splits:
-        say(f"{job.data} has no split valid: the sweep is made on its split test")
-        name = "test"
-    if name not in splits:
-        wanted = "valid or test" if name == "valid" else name
-        raise DataError(f"{job.data} has no split {wanted}, only {', '.join(splits)}: choose with --split")
-    split = splits[name]
-    for line in split.problems.lines():
-        say(f"{name}: {line}")
-    return split
-
-
-def choose_images(split: Split, limit: int | None) -> tuple[list[ImageFile], dict[str, tuple[str, ...]]]:
-    """Return the images of a split, each once and in its order, and their references by id.
-
-    Raises DataError where files are missing, or one id has two of them.
-    """
-    files: dict[str, Path] = {}
-    references: dict[str, tuple[str, ...]] = {}
-    for example in split.examples:
-        if files.setdefault(example.id, example.image) != example.image:
-            raise DataError(
-                f"{split.captions_file}: {example.id} stands for two pictures, {files[example.id].name} and "
-                f"{example.image.name}: give each an id of its own"
-            )
-        references[example.id] = (*references.get(example.id, ()), example.caption)
-    ids = [list(files)[place] for place in spaced(len(files), limit or len(files))]
-    missing = [name for name in ids if not files[name].is_file()]
-    if missing:
-        raise DataError(
-            f"{split.captions_file}: {len(missing)} of {len(ids)} images are missing ({join_some(missing, 3)}): "
-            "add the files, or take their rows out"
-        )
-    return [ImageFile(name, files[name]) for name in ids], {name: references[name] for name in ids}
-
-
-def prompts_of(split: Split, images: list[ImageFile]) -> dict[str, str] | None:
-    """Return what the captions of the images start with by id, None where none of them has a prompt."""
-    prompts = {example.id: example.prompt for example in split.examples if example.prompt}
-    found = {image.id: prompts.get(image.id, "") for image in images}
-    return found if any(found.values()) else None
-
-
-def spaced(count: int, wanted: int) -> list[int]:
-    """Return `wanted` places of `count`, evenly spaced, or all: captions often come sorted by kind."""
-    return list(range(count)) if wanted >= count else [i * count // wanted for i in range(wanted)]
 
 
 def prepare_bundle(job: Sweep, say: Say) -> Bundle:
@@ -231,24 +190,36 @@ def caption_runs(
     options = [one.over(bundle.generation) for one in asked]
     for one in options:
         captioner.searches(one, prompts)  # what does not fit is refused before hours are spent on what does
-    return [caption_run(PromptedSource(captioner), one, images, prompts, job.out, say) for one in options]
+    runs = []
+    for one in options:
+        path = job.out / f"run_beams_{one.num_beams}.csv"
+        tell = prefixed(f"beams {one.num_beams}", say)
+        runs.append(caption_run(PromptedSource(captioner), one, images, prompts, path, tell))
+    return runs
+
+
+def prefixed(what: str, say: Say) -> Say:
+    """Return a `say` whose lines begin with what they are about."""
+    return lambda line: say(f"{what}: {line}")
+
+
+def score_request(
+    run: Path, references: Path, images: list[ImageFile], metrics: tuple[str, ...], setting: MetricInputs
+) -> ScoreRequest:
+    """Return what `engine score` would be asked for a run of these images."""
+    folders = {image.path.parent for image in images}
+    is_listed = len(folders) == 1 and all(image.path.stem == image.id for image in images)
+    wants_images = is_listed and {"clipscore", "refclipscore"} & set(metrics)
+    folder = folders.pop() if wants_images else None
+    return ScoreRequest(run, references, images=folder, metrics=tuple(dict.fromkeys(metrics)), setting=setting)
 
 
 def score_row(
     job: Sweep, run: dict[str, Any], images: list[ImageFile], setting: MetricInputs, say: Say
 ) -> dict[str, Any]:
     """Score one run as `engine score` does; return its row of the table."""
-    folders = {image.path.parent for image in images}
-    is_listed = len(folders) == 1 and all(image.path.stem == image.id for image in images)
-    wants_images = is_listed and {"clipscore", "refclipscore"} & set(job.metrics)
-    request = ScoreRequest(
-        job.out / run["run"],
-        job.out / REFERENCES,
-        images=folders.pop() if wants_images else None,
-        metrics=tuple(dict.fromkeys(job.metrics)),
-        setting=setting,
-    )
-    report = score_run(request, lambda line: say(f"beams {run['beams']}: {line}"))
+    request = score_request(job.out / run["run"], job.out / REFERENCES, images, job.metrics, setting)
+    report = score_run(request, prefixed(f"beams {run['beams']}", say))
     return run | {"scores": _scores(report), "distinct_captions": len(set(report.items.candidates))}
 
 

@@ -50,7 +50,7 @@ def as_markdown(table: dict[str, Any]) -> str:
     titles = [TITLES.get(name, name) for name in metrics]
     name, (height, width) = table["checkpoint"].get("name", "a bundle"), table["image_size"]
     lines = [f"# {name}, split {table['split']}, by number of beams", ""]
-    lines += _markdown_rows(
+    lines += markdown_rows(
         ["Beam size", *titles, "images/s", "distinct captions"],
         [
             [
@@ -98,11 +98,12 @@ def _paper_lines() -> list[str]:
         "model, other data. `-` is not known to us. The paper's rows of 10 beams repeat the greedy ones to six digits",
         "for both models, a copying slip, and are left out.",
         "",
-        *_markdown_rows(["Model (paper)", "Beam size", "ROUGE", "BERTScore", "BLEU"], rows),
+        *markdown_rows(["Model (paper)", "Beam size", "ROUGE", "BERTScore", "BLEU"], rows),
     ]
 
 
-def _markdown_rows(header: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_rows(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 

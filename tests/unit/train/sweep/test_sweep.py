@@ -23,7 +23,8 @@ from engine.scoring.profiles import make_metric
 from export.manifest import checkpoint_sha256
 from tests.helpers.tiny import make_checkpoint, random_pictures
 from train.data.dataset import Example, Split
-from train.sweep.sweep import Sweep, choose_images, spaced, sweep
+from train.sweep.images import choose_images, spaced
+from train.sweep.sweep import Sweep, sweep
 from train.sweep.table1 import PAPER, draw_examples, example_lines
 
 DECODING = DecodeOptions(no_repeat_ngram_size=3, max_new_tokens=12)
