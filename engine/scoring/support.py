@@ -20,8 +20,9 @@ from engine.scoring.overlap import Rouge1
 from engine.scoring.preprocess import preprocess
 from engine.scoring.rerank import Candidate, Support, weights_of
 
-POOL = 100
-"""Captions an image that a utility is computed with: all of a training set would be millions of pairs a run."""
+POOL = 4
+"""Captions that another utility than ROUGE-1 is computed with, for each that may vote: all of a training set would be
+billions of pairs a run."""
 WORD = re.compile(r"[a-z0-9]+")
 """A word, as ROUGE-1 has it."""
 
@@ -67,13 +68,13 @@ class SupportCaptions:
     ) -> Support:
         """Return what may vote for each image that has several candidates.
 
-        That is the POOL captions of the largest expected ROUGE-1 with the candidates, the earliest of equal ones, among
-        which the utility finds the `nearest`; where ROUGE-1 is the utility, these themselves. Left out are captions
-        that share no word with a candidate, and those that no picture but the image itself has, by its id. Raises
-        UsageError for numbers that Support refuses.
+        That is the `nearest` captions of the largest expected ROUGE-1 with the candidates, the earliest of equal ones;
+        for another utility POOL times as many, among which it finds the `nearest`. Left out are captions that share no
+        word with a candidate, and those that no picture but the image itself has, by its id. Raises UsageError for
+        numbers that Support refuses.
         """
         support = Support({}, nearest, share)
-        most = nearest if isinstance(utility, Rouge1) else max(nearest, POOL)
+        most = nearest if isinstance(utility, Rouge1) else POOL * nearest
         near = {
             name: self._find(name, several, weights_of(several, uniform=uniform), most)
             for name, several in candidates.items()

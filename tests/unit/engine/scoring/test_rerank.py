@@ -215,7 +215,7 @@ def test_another_utility_chooses_among_what_rouge_1_finds():
     it is 0.95 * 2/5 + 0.05 = 0.43 and 0.95 * 6/13 + 0.05 * 2/10 = 0.45: the long one would choose the long candidate.
     """
     training = {"short": ("ct",), "long": ("ct of the big old aorta wall here now",)}
-    training |= {f"t{i}": (f"head {i} {i}",) for i in range(2 * POOL)}
+    training |= {f"t{i}": (f"head {i} {i}",) for i in range(9)}
     captions = SupportCaptions(Table("training.csv", training))
     candidates = {"a": [Candidate("ct of the head", 0.95), Candidate("ct", 0.05)], "b": [Candidate("ct", 1.0)]}
     support = captions.near(candidates, Bleu1(), nearest=1, share=0.9)
