@@ -119,6 +119,7 @@ def caption_all(
     first, *further = captioners
     sampling = DecodeOptions(
         do_sample=True,
+        num_beams=1,
         num_return_sequences=drawing["samples"],
         temperature=drawing["temperature"],
         top_p=drawing["top_p"],
