@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -289,7 +290,16 @@ def _consensus(record: Record) -> str:
         [name, *(f"{found[m]['value']:.4f}" if name == "best beam" else _difference(found[m]) for m in metrics)]
         for name, found in record["runs"].items()
     ]
-    return _table(["chosen among", *metrics.values()], rows)
+    table = _table(["chosen among", *metrics.values()], rows)
+    remarks = []
+    if further := record.get("further_bundles"):
+        remarks.append(f"Several bundles: that of the other rows and {', '.join(further)}, each with the same share.")
+    if support := record["setting"].get("support"):
+        remarks.append(
+            f"Support: {support['captions']:,} captions of the training head; the {support['nearest']} nearest have "
+            f"{support['share']:.0%} of the vote."
+        )
+    return "\n\n".join([table, *([textwrap.fill(" ".join(remarks), 120)] if remarks else [])])
 
 
 def _averages(record: Record) -> str:

@@ -1,6 +1,7 @@
-"""Does consensus help? The demo's held-out volume, best beam against minimum Bayes risk over beams and drawn captions.
+"""Does consensus help? The demo's held-out volume, best beam against minimum Bayes risk over beams and drawn captions,
+over the beams of several bundles, and with the captions of the training head as support.
 
-    python -m benchmarks.consensus --pairs build/demo/pairs
+    python -m benchmarks.consensus --pairs build/demo/pairs --bundle OTHER
 
 The pairs are the slices that `make demo` cuts; BERTScore is measured with all-MiniLM-L6-v2, a proxy for the
 organisers' model.
@@ -9,27 +10,34 @@ organisers' model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from benchmarks.quality.rewards import spread
 from benchmarks.setting.machine import describe_machine
 from benchmarks.setting.workload import BUILD
 from engine.captioner import Captioner
 from engine.captions import Caption
+from engine.errors import UsageError
 from engine.files.run_files import write_n_best
+from engine.inputs.tables import Table
 from engine.options import DecodeOptions
 from engine.scoring import bootstrap
 from engine.scoring.base import Items, Measured, MetricInputs
 from engine.scoring.profiles import make_metric
-from engine.scoring.rerank import read_n_best, rerank_candidates
+from engine.scoring.rerank import make_utility, read_n_best, rerank_candidates
+from engine.scoring.support import SupportCaptions
 from train.demo.assets import SMALL_BERT, fetch_assets
 from train.demo.volumes import read_pairs
 
-RESULTS = Path("benchmarks/results")
+RECORD = Path("benchmarks/results/consensus.json")
 METRICS = ("rouge1", "bleu1", "cider", "bertscore")
+UTILITIES = ("rouge1", "bertscore")
+SUPPORT = {"nearest": 8, "share": 0.5}
+"""The defaults of `engine rerank`."""
 BEAMS = DecodeOptions(num_beams=4, no_repeat_ngram_size=3, max_new_tokens=64, num_return_sequences=4)
 
 
@@ -42,37 +50,27 @@ def candidates_of(captioner: Captioner, pictures: Iterable[Path], options: Decod
 
 @click.command()
 @click.option("--pairs", type=click.Path(path_type=Path), default=Path("build/demo/pairs"), show_default=True)
+@click.option("--bundle", "others", type=click.Path(path_type=Path), multiple=True, help="Beside the demo; several.")
+@click.option("--images", type=click.IntRange(1), help="So many held-out slices, evenly spaced; all when absent.")
 @click.option("--samples", type=click.IntRange(2), default=16, show_default=True)
 @click.option("--temperature", type=float, default=0.8, show_default=True)
 @click.option("--top-p", type=float, default=0.95, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(pairs: Path, samples: int, temperature: float, top_p: float, seed: int) -> None:
+@click.option("--out", type=click.Path(path_type=Path), default=RECORD, show_default=True)
+def main(pairs: Path, others: tuple[Path, ...], images: int | None, out: Path, **drawing: Any) -> None:
     """Measure and keep the record."""
-    held_out = [pair for pair in read_pairs(pairs) if pair.split == "test"]
+    everything = read_pairs(pairs)
+    held_out = [pair for pair in everything if pair.split == "test"]
+    held_out = spread(held_out, images or len(held_out))
+    training = SupportCaptions(Table(pairs, {p.image: (p.caption,) for p in everything if p.split == "train"}))
     pictures = [pairs / pair.image for pair in held_out]
-    ids = [path.stem for path in pictures]
     bert = BUILD.parent / "small-bert"
     fetch_assets(bert, SMALL_BERT)
     setting = MetricInputs(weights={"bertscore": bert})
-    captioner = Captioner.load(backend="cpu")
-    drawing = DecodeOptions(
-        do_sample=True,
-        num_return_sequences=samples,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        max_new_tokens=64,
-        no_repeat_ngram_size=3,
-    )
-    work = BUILD / "consensus"
-    work.mkdir(parents=True, exist_ok=True)
-    beams = candidates_of(captioner, pictures, BEAMS, work / "beams.jsonl")
-    drawn = candidates_of(captioner, pictures, drawing, work / "drawn.jsonl")
-    best = {name: several[0].text for name, several in read_n_best([beams]).items()}
-    runs: dict[str, dict[str, str]] = {"best beam": best}
-    for name, files in (("beams", [beams]), ("drawn", [drawn]), ("beams and drawn", [beams, drawn])):
-        for utility in ("rouge1", "bertscore"):
-            runs[f"{name}, by {utility}"] = rerank_candidates(read_n_best(files), utility, setting)
+    captioners = load_bundles(others)
+    candidates, best = caption_all(captioners, pictures, drawing)
+    runs = best | rerank_all(candidates, setting, training)
+    ids = [path.stem for path in pictures]
     references = [(pair.caption,) for pair in held_out]
     measured = {
         name: {
@@ -81,17 +79,82 @@ def main(pairs: Path, samples: int, temperature: float, top_p: float, seed: int)
         }
         for name, run in runs.items()
     }
+    first, *further = captioners
     record = {
         "benchmark": "consensus",
         "machine": describe_machine(),
-        "setting": {"images": len(ids), "samples": samples, "temperature": temperature, "top_p": top_p, "seed": seed},
-        "bundle": captioner.bundle.digest[:12],
+        "setting": {"images": len(ids), **drawing, "support": {"captions": len(training), **SUPPORT}},
+        "bundle": first,
+        "further_bundles": further,
         "runs": {name: _row(found, measured["best beam"]) for name, found in measured.items()},
-        "other_than_best_beam": {name: sum(run[one] != best[one] for one in ids) for name, run in runs.items()},
+        "other_than_best_beam": {
+            name: sum(run[one] != best["best beam"][one] for one in ids) for name, run in runs.items()
+        },
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "consensus.json").write_text(json.dumps(record, indent=1) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
     click.echo(json.dumps(record))
+
+
+def load_bundles(others: Sequence[Path]) -> dict[str, Captioner]:
+    """Return the demo and other bundles by the first 12 digits of their digests. Raises UsageError for one twice."""
+    captioners: dict[str, Captioner] = {}
+    for path in (None, *others):
+        captioner = Captioner.load(path, backend="cpu")
+        if captioners.setdefault(captioner.bundle.digest[:12], captioner) is not captioner:
+            raise UsageError(f"--bundle {path}: it is the demo, or there twice")
+    return captioners
+
+
+def caption_all(
+    captioners: dict[str, Captioner], pictures: Sequence[Path], drawing: dict[str, Any]
+) -> tuple[dict[str, list[Path]], dict[str, dict[str, str]]]:
+    """Caption pictures with every bundle; return the sets of n-best files to choose among, and the best beams."""
+    work = BUILD / "consensus"
+    work.mkdir(parents=True, exist_ok=True)
+    beams = {
+        digest: candidates_of(captioner, pictures, BEAMS, work / f"beams_{digest}.jsonl")
+        for digest, captioner in captioners.items()
+    }
+    first, *further = captioners
+    sampling = DecodeOptions(
+        do_sample=True,
+        num_beams=1,
+        num_return_sequences=drawing["samples"],
+        temperature=drawing["temperature"],
+        top_p=drawing["top_p"],
+        seed=drawing["seed"],
+        max_new_tokens=64,
+        no_repeat_ngram_size=3,
+    )
+    drawn = candidates_of(captioners[first], pictures, sampling, work / "drawn.jsonl")
+    sets = {"beams": [beams[first]], "drawn": [drawn], "beams and drawn": [beams[first], drawn]}
+    if further:
+        sets[f"beams of {len(beams)} bundles"] = list(beams.values())
+    best = {f"best beam of {digest}": best_of(beams[digest]) for digest in further}
+    return sets, {"best beam": best_of(beams[first])} | best
+
+
+def best_of(beams: Path) -> dict[str, str]:
+    """Return the first candidate of every image."""
+    return {name: several[0].text for name, several in read_n_best([beams]).items()}
+
+
+def rerank_all(
+    sets: dict[str, list[Path]], setting: MetricInputs, training: SupportCaptions
+) -> dict[str, dict[str, str]]:
+    """Return the captions that are chosen among each set by each utility, then the same with support."""
+    alone: dict[str, dict[str, str]] = {}
+    supported: dict[str, dict[str, str]] = {}
+    for name, files in sets.items():
+        candidates = read_n_best(files)
+        for utility in UTILITIES:
+            alone[f"{name}, by {utility}"] = rerank_candidates(candidates, utility, setting)
+            support = training.near(candidates, make_utility(utility, setting), **SUPPORT)
+            supported[f"{name} with support, by {utility}"] = rerank_candidates(
+                candidates, utility, setting, support=support
+            )
+    return alone | supported
 
 
 def _row(found: dict[str, Measured], base: dict[str, Measured]) -> dict[str, Any]:

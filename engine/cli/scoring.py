@@ -220,20 +220,74 @@ def _measured(
 @click.option("--out", type=PATH, required=True, help="CSV file to write: ID,Caption.")
 @click.option("--utility", default="rouge1", show_default=True, help="Metric two captions are compared with.")
 @click.option("--uniform", is_flag=True, help="Let all candidates count the same, not by their probability.")
+@click.option(
+    "--share",
+    "shares",
+    type=float,
+    multiple=True,
+    help="How much a file of --n-best counts: once for each, in their order. All alike when absent.",
+)
+@click.option(
+    "--support", "support_file", type=PATH, help="Training captions: the nearest to the candidates vote, too."
+)
+@click.option("--nearest", type=click.IntRange(1), default=8, show_default=True, help="Of --support: how many vote.")
+@click.option(
+    "--support-share", type=float, default=0.5, show_default=True, help="Of --support: its share of the vote; 0 is off."
+)
 @metric_options
-def rerank(files: tuple[Path, ...], out: Path, utility: str, uniform: bool, **given: Any) -> None:
+def rerank(
+    files: tuple[Path, ...],
+    out: Path,
+    utility: str,
+    uniform: bool,
+    shares: tuple[float, ...],
+    support_file: Path | None,
+    nearest: int,
+    support_share: float,
+    **given: Any,
+) -> None:
     """Choose of each image's candidates the one the others agree with most (minimum Bayes risk)."""
     from engine.files.atomic import check_outputs
     from engine.files.run_files import write_run
-    from engine.scoring.rerank import read_n_best, rerank_candidates
+    from engine.scoring.rerank import make_utility, read_n_best, rerank_candidates
     from engine.scoring.score import refuse_unused
 
-    check_outputs({"--out": out}, files)
-    layer = given.pop("bertscore_layer")
+    _refuse_idle(uniform, support_file)
+    check_outputs({"--out": out}, [*files, *([support_file] if support_file else [])])
+    options = {"bertscore_layer": given.pop("bertscore_layer")}
     setting = _setting(**given)
     refuse_unused(setting, [utility])
-    candidates = read_n_best(files)
-    chosen = rerank_candidates(candidates, utility, setting, uniform=uniform, options={"bertscore_layer": layer})
+    candidates = read_n_best(files, shares)
+    support, voted = None, ""
+    if support_file is not None:
+        metric = make_utility(utility, setting, options)
+        how = {"nearest": nearest, "share": support_share, "uniform": uniform}
+        support, voted = _read_support(support_file, candidates, metric, **how)
+    chosen = rerank_candidates(candidates, utility, setting, uniform=uniform, options=options, support=support)
     write_run(out, chosen.items())
     moved = sum(chosen[name] != several[0].text for name, several in candidates.items())
-    say(f"{len(chosen)} captions, {moved} of them another than the first candidate -> {out}")
+    say(f"{len(chosen)} captions, {moved} of them another than the first candidate{voted} -> {out}")
+
+
+def _read_support(path: Path, candidates: Any, metric: Any, **how: Any) -> tuple[Any, str]:
+    """Return the support that a file of captions gives to candidates, and that in words."""
+    from engine.inputs.tables import read_table
+    from engine.scoring.support import SupportCaptions
+
+    captions = SupportCaptions(read_table(path))
+    support = captions.near(candidates, metric, **how)
+    if not support.share:
+        return support, ""
+    without = sum(not several for several in support.near.values())
+    remark = f" (none of them near for {without} images)" if without else ""
+    return support, f", with the support of {len(captions)} distinct captions{remark}"
+
+
+def _refuse_idle(uniform: bool, support_file: Path | None) -> None:
+    """Raise UsageError for options of rerank that would do nothing."""
+    given = _options_given(click.get_current_context())
+    if uniform and "--share" in given:
+        raise UsageError("--share does nothing beside --uniform, by which all candidates count the same")
+    idle = [name for name in given if name in ("--nearest", "--support-share")]
+    if idle and support_file is None:
+        raise UsageError(f"{', '.join(idle)}: only with --support, a file of the captions that may vote")

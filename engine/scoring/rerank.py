@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError, UsageError
 from engine.inputs.delimited import read_text
 from engine.inputs.ids import join_some
-from engine.scoring.base import Items, MetricInputs, UnavailableError
+from engine.scoring.base import Items, Metric, MetricInputs, UnavailableError
 from engine.scoring.profiles import make_metric
 
 NO_UTILITIES = ("cider", "clipscore", "refclipscore")
@@ -28,15 +29,49 @@ class Candidate:
     share: float
 
 
-def read_n_best(files: Sequence[Path]) -> dict[str, list[Candidate]]:
-    """Read n-best files; each file's candidates of an image share 1 / number of files between them.
+@dataclass(frozen=True)
+class Support:
+    """Captions that vote beside the candidates and cannot be chosen: for each image the `nearest` of those in `near`,
+    all alike, with `share` of the whole vote, 0 (off) up to, and without, 1. Raises UsageError for other numbers.
+    """
+
+    near: Mapping[str, Sequence[str]]
+    nearest: int
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise UsageError(f"--support-share {self.share:g}: takes a number from 0 to below 1")
+        if self.nearest < 1:
+            raise UsageError(f"--nearest {self.nearest}: takes a whole number of at least 1")
+
+    def join(
+        self, gains: Sequence[float], weights: Sequence[float], utilities: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """Return the gains of N candidates with the vote of an image's support.
+
+        `gains` and `weights` are the sums over the candidates as references and what these were weighted with;
+        `utilities` holds for each candidate its utility with each caption of `near`.
+        """
+        places = range(len(utilities[0]))
+        expected = [sum(weight * row[i] for weight, row in zip(weights, utilities, strict=True)) for i in places]
+        nearest = sorted(places, key=lambda i: -expected[i])[: self.nearest]
+        votes = [sum(row[i] for i in nearest) / len(nearest) for row in utilities]
+        total = sum(weights)
+        return [(1 - self.share) * gain / total + self.share * vote for gain, vote in zip(gains, votes, strict=True)]
+
+
+def read_n_best(files: Sequence[Path], shares_of_files: Sequence[float] = ()) -> dict[str, list[Candidate]]:
+    """Read n-best files; each file's candidates of an image share 1 / number of files between them, or the file's part
+    of the sum of `shares_of_files`, one number a file.
 
     Found ones share by their probability; drawn ones, which come as often as they are probable, each alike. Equal texts
-    become one candidate. Raises DataError naming file and line, or ids that are not in every file.
+    become one candidate. Raises UsageError for shares that are none, DataError naming file and line, or ids that are
+    not in every file.
     """
     shares: dict[str, dict[str, float]] = {}
     first: set[str] = set()
-    for file in files:
+    for file, parts in zip(files, _parts(shares_of_files or [1.0] * len(files), len(files)), strict=True):
         seen: set[str] = set()
         for number, line in enumerate(read_text(file).split("\n"), 1):
             if not line.strip():
@@ -49,7 +84,7 @@ def read_n_best(files: Sequence[Path]) -> dict[str, list[Candidate]]:
             weights = [1.0 if is_drawn else math.exp(log_prob - best) for _, log_prob in hypotheses]
             mine = shares.setdefault(name, {})
             for (text, _), weight in zip(hypotheses, weights, strict=True):
-                mine[text] = mine.get(text, 0.0) + weight / sum(weights) / len(files)
+                mine[text] = mine.get(text, 0.0) + weight / sum(weights) / parts
         first = first or seen
         if first != seen:
             others = sorted(first ^ seen)
@@ -59,6 +94,19 @@ def read_n_best(files: Sequence[Path]) -> dict[str, list[Candidate]]:
     return {name: [Candidate(text, share) for text, share in mine.items()] for name, mine in shares.items()}
 
 
+def make_utility(name: str, setting: MetricInputs, options: Mapping[str, Any] | None = None) -> Metric:
+    """Return the metric that two captions are compared with. Raises UsageError for one that cannot do that."""
+    metric = make_metric(name, setting, dict(options or {}))
+    if name in NO_UTILITIES:
+        raise UsageError(f"{name} looks at the image or at the whole run: rerank compares two captions")
+    return metric
+
+
+def weights_of(candidates: Sequence[Candidate], *, uniform: bool) -> list[float]:
+    """Return what each candidate of an image counts: its share, or 1."""
+    return [1.0 if uniform else one.share for one in candidates]
+
+
 def rerank_candidates(
     candidates: Mapping[str, Sequence[Candidate]],
     utility: str,
@@ -66,20 +114,21 @@ def rerank_candidates(
     *,
     uniform: bool = False,
     options: Mapping[str, Any] | None = None,
+    support: Support | None = None,
 ) -> dict[str, str]:
     """Return for each image the candidate of the largest expected utility, the earliest of equal ones.
 
-    The expectation is over the candidates as references, by their shares (all the same with `uniform`). Raises
-    UnavailableError or UsageError as the metric does.
+    The expectation is over the candidates as references, by their shares (all the same with `uniform`), and over the
+    captions of `support` by its share. Raises UnavailableError or UsageError as the metric does.
     """
-    metric = make_metric(utility, setting, dict(options or {}))
-    if utility in NO_UTILITIES:
-        raise UsageError(f"{utility} looks at the image or at the whole run: rerank compares two captions")
+    metric = make_utility(utility, setting, options)
+    near = support.near if support is not None and support.share else {}
     chosen = {name: several[0].text for name, several in candidates.items()}
     open_ = [name for name, several in candidates.items() if len(several) > 1]
     for start in range(0, len(open_), CHUNK):
         names = open_[start : start + CHUNK]
-        pairs = [(one.text, other.text) for name in names for one in candidates[name] for other in candidates[name]]
+        references = {name: [*(one.text for one in candidates[name]), *near.get(name, ())] for name in names}
+        pairs = [(one.text, other) for name in names for one in candidates[name] for other in references[name]]
         items = Items([str(i) for i in range(len(pairs))], [one for one, _ in pairs], [(other,) for _, other in pairs])
         try:
             values = iter(metric.measure(items).per_image)
@@ -87,10 +136,23 @@ def rerank_candidates(
             raise UnavailableError(f"{utility}: {error}") from error
         for name in names:
             several = candidates[name]
-            weights = [1.0 if uniform else one.share for one in several]
-            gains = [sum(weight * next(values) for weight in weights) for _ in several]
+            weights = weights_of(several, uniform=uniform)
+            rows = [list(islice(values, len(references[name]))) for _ in several]
+            gains = [sum(weight * value for weight, value in zip(weights, row, strict=False)) for row in rows]
+            if support is not None and near.get(name):
+                gains = support.join(gains, weights, [row[len(several) :] for row in rows])
             chosen[name] = several[max(range(len(several)), key=gains.__getitem__)].text
     return chosen
+
+
+def _parts(shares: Sequence[float], files: int) -> list[float]:
+    """Return by what the candidates of each file are divided: the sum of all shares over the file's own."""
+    listed = ", ".join(f"{share:g}" for share in shares)
+    if len(shares) != files:
+        raise UsageError(f"--share {listed}: {len(shares)} for {files} files of --n-best: give one a file, in order")
+    if not all(share > 0 for share in shares) or not all(math.isfinite(sum(shares) / share) for share in shares):
+        raise UsageError(f"--share {listed}: takes finite numbers above 0")
+    return [sum(shares) / share for share in shares]
 
 
 def _parse(file: Path, number: int, line: str) -> tuple[str, list[tuple[str, float]], bool]:
