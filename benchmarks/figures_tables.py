@@ -294,6 +294,8 @@ def _consensus(record: Record) -> str:
     remarks = []
     if further := record.get("further_bundles"):
         remarks.append(f"Several bundles: that of the other rows and {', '.join(further)}, each with the same share.")
+    if together := record.get("together"):
+        remarks.append(f"One search: log-probabilities of {together} averaged; the first has the weights of the demo.")
     if support := record["setting"].get("support"):
         remarks.append(
             f"Support: {support['captions']:,} captions of the training head; the {support['nearest']} nearest have "

@@ -1,10 +1,11 @@
 """Does consensus help? The demo's held-out volume, best beam against minimum Bayes risk over beams and drawn captions,
-over the beams of several bundles, and with the captions of the training head as support.
+over the beams of several bundles, and with the captions of the training head as support; and what several bundles say
+in one search.
 
-    python -m benchmarks.consensus --pairs build/demo/pairs --bundle OTHER
+    python -m benchmarks.consensus --pairs build/demo/pairs --bundle OTHER --together DEMO --together OTHER
 
 The pairs are the slices that `make demo` cuts; BERTScore is measured with all-MiniLM-L6-v2, a proxy for the
-organisers' model.
+organisers' model. DEMO is the demo's checkpoint exported anew: the embedded bundle cannot caption together with others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import click
 
+from benchmarks.quality.differences import difference_row, measure_all, small_bert
 from benchmarks.quality.rewards import spread
 from benchmarks.setting.machine import describe_machine
 from benchmarks.setting.workload import BUILD
@@ -25,16 +27,12 @@ from engine.errors import UsageError
 from engine.files.run_files import write_n_best
 from engine.inputs.tables import Table
 from engine.options import DecodeOptions
-from engine.scoring import bootstrap
-from engine.scoring.base import Items, Measured, MetricInputs
-from engine.scoring.profiles import make_metric
+from engine.scoring.base import MetricInputs
 from engine.scoring.rerank import make_utility, read_n_best, rerank_candidates
 from engine.scoring.support import SupportCaptions
-from train.demo.assets import SMALL_BERT, fetch_assets
 from train.demo.volumes import read_pairs
 
 RECORD = Path("benchmarks/results/consensus.json")
-METRICS = ("rouge1", "bleu1", "cider", "bertscore")
 UTILITIES = ("rouge1", "bertscore")
 SUPPORT = {"nearest": 8, "share": 0.5}
 """The defaults of `engine rerank`."""
@@ -51,44 +49,43 @@ def candidates_of(captioner: Captioner, pictures: Iterable[Path], options: Decod
 @click.command()
 @click.option("--pairs", type=click.Path(path_type=Path), default=Path("build/demo/pairs"), show_default=True)
 @click.option("--bundle", "others", type=click.Path(path_type=Path), multiple=True, help="Beside the demo; several.")
+@click.option("--together", type=click.Path(path_type=Path), multiple=True, help="Bundles for one search.")
 @click.option("--images", type=click.IntRange(1), help="So many held-out slices, evenly spaced; all when absent.")
 @click.option("--samples", type=click.IntRange(2), default=16, show_default=True)
 @click.option("--temperature", type=float, default=0.8, show_default=True)
 @click.option("--top-p", type=float, default=0.95, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=RECORD, show_default=True)
-def main(pairs: Path, others: tuple[Path, ...], images: int | None, out: Path, **drawing: Any) -> None:
+def main(
+    pairs: Path, others: tuple[Path, ...], together: tuple[Path, ...], images: int | None, out: Path, **drawing: Any
+) -> None:
     """Measure and keep the record."""
     everything = read_pairs(pairs)
     held_out = [pair for pair in everything if pair.split == "test"]
     held_out = spread(held_out, images or len(held_out))
     training = SupportCaptions(Table(pairs, {p.image: (p.caption,) for p in everything if p.split == "train"}))
     pictures = [pairs / pair.image for pair in held_out]
-    bert = BUILD.parent / "small-bert"
-    fetch_assets(bert, SMALL_BERT)
-    setting = MetricInputs(weights={"bertscore": bert})
+    setting = small_bert()
     captioners = load_bundles(others)
     candidates, best = caption_all(captioners, pictures, drawing)
     runs = best | rerank_all(candidates, setting, training)
-    ids = [path.stem for path in pictures]
-    references = [(pair.caption,) for pair in held_out]
-    measured = {
-        name: {
-            metric: make_metric(metric, setting, {}).measure(Items(ids, [run[one] for one in ids], references))
-            for metric in METRICS
-        }
-        for name, run in runs.items()
-    }
+    if together:
+        mean = Captioner.load(together, backend="cpu")
+        captions = mean.caption(pictures, BEAMS.replace(num_return_sequences=1))
+        runs[f"one search of {len(together)} bundles"] = {one.id: one.text for one in captions}
+    references = {path.stem: pair.caption for path, pair in zip(pictures, held_out, strict=True)}
+    measured = {name: measure_all(run, references, setting) for name, run in runs.items()}
     first, *further = captioners
     record = {
         "benchmark": "consensus",
         "machine": describe_machine(),
-        "setting": {"images": len(ids), **drawing, "support": {"captions": len(training), **SUPPORT}},
+        "setting": {"images": len(references), **drawing, "support": {"captions": len(training), **SUPPORT}},
         "bundle": first,
         "further_bundles": further,
-        "runs": {name: _row(found, measured["best beam"]) for name, found in measured.items()},
+        "together": mean.bundle.short_digest if together else None,
+        "runs": {name: difference_row(found, measured["best beam"]) for name, found in measured.items()},
         "other_than_best_beam": {
-            name: sum(run[one] != best["best beam"][one] for one in ids) for name, run in runs.items()
+            name: sum(run[one] != best["best beam"][one] for one in references) for name, run in runs.items()
         },
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -155,20 +152,6 @@ def rerank_all(
                 candidates, utility, setting, support=support
             )
     return alone | supported
-
-
-def _row(found: dict[str, Measured], base: dict[str, Measured]) -> dict[str, Any]:
-    """Return each metric's value, and its difference to the best beam with the 95 % interval."""
-    row = {}
-    for metric, measured in found.items():
-        difference = bootstrap.compare(base[metric], measured)
-        row[metric] = {
-            "value": round(measured.value, 4),
-            "difference": round(difference.difference, 4),
-            "low": round(difference.low, 4),
-            "high": round(difference.high, 4),
-        }
-    return row
 
 
 if __name__ == "__main__":
