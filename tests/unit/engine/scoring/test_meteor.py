@@ -12,7 +12,7 @@ import pytest
 from engine.scoring import bootstrap
 from engine.scoring.base import UnavailableError
 from engine.scoring.meteor import ENGLISH, Meteor, _environment, _java
-from tests.unit.engine.scoring.test_scoring import WORKED, items
+from tests.helpers.worked import WORKED, items
 
 EXPECTED = [0.235886, 0.365898, 1.0]
 """Of WORKED, by pycocoevalcap's own wrapper in an English locale."""

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.cli.app import main
-from engine.errors import UsageError
+from engine.errors import DataError, UsageError
 from engine.inputs.tables import Table
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.overlap import Bleu1, Rouge1
@@ -229,3 +229,61 @@ def test_another_utility_chooses_among_what_rouge_1_finds():
 def test_numbers_of_a_support_are_checked_from_python_too():
     with pytest.raises(UsageError, match="--nearest 0"):
         Support({}, nearest=0, share=0.5)
+
+
+def test_rerank_takes_what_the_others_agree_with(tmp_path):
+    lists = {
+        "a": [("ct of the head", -1.0), ("mri of the brain", -1.1), ("mri of the brain now", -1.2)],
+        "b": [("only one", -3.0)],
+    }
+    lines = [
+        json.dumps({"id": k, "hypotheses": [{"text": t, "sum_log_prob": s} for t, s in several]})
+        for k, several in lists.items()
+    ]
+    (tmp_path / "n.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = ["rerank", "--n-best", tmp_path / "n.jsonl", "--out", tmp_path / "run.csv"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run.csv").read_text() == 'ID,Caption\na,"mri of the brain"\nb,"only one"\n'
+    assert "2 captions, 1 of them another" in result.stderr
+
+
+def test_candidates_count_by_their_probability_and_equal_ones_together(tmp_path):
+    from engine.scoring.rerank import read_n_best, rerank_candidates
+
+    (tmp_path / "n.jsonl").write_text(
+        '{"id": "a", "hypotheses": [{"text": "x", "sum_log_prob": -0.1}, {"text": "y z", "sum_log_prob": -9},'
+        ' {"text": "y", "sum_log_prob": -9}]}\n'
+    )
+    candidates = read_n_best([tmp_path / "n.jsonl"])
+    assert sum(one.share for one in candidates["a"]) == pytest.approx(1.0)
+    assert rerank_candidates(candidates, "rouge1", MetricInputs()) == {"a": "x"}
+    assert rerank_candidates(candidates, "rouge1", MetricInputs(), uniform=True) == {"a": "y z"}
+    hypotheses = [{"text": "x", "sum_log_prob": -1}] * 3 + [{"text": "y", "sum_log_prob": -2}]
+    (tmp_path / "drawn.jsonl").write_text(json.dumps({"id": "a", "drawn": True, "hypotheses": hypotheses}) + "\n")
+    drawn = {one.text: one.share for one in read_n_best([tmp_path / "drawn.jsonl"])["a"]}
+    assert drawn == {"x": 0.75, "y": 0.25}, "a drawn caption counts as often as it was drawn"
+    (tmp_path / "more.jsonl").write_text((tmp_path / "n.jsonl").read_text().replace('"a"', '"b"'))
+    for files in (("n", "more"), ("more", "n")):
+        with pytest.raises(DataError, match="differ in 2 ids: a, b"):
+            read_n_best([tmp_path / f"{name}.jsonl" for name in files])
+    two = read_n_best([tmp_path / "n.jsonl", tmp_path / "n.jsonl"])
+    assert [one.share for one in two["a"]] == pytest.approx([one.share for one in candidates["a"]])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "holds no candidates"),
+        ("{}\n", "line 1: not a line of --n-best-out"),
+        ('{"id": "a", "hypotheses": []}\n', "line 1: no candidates"),
+        ('{"id": "a", "hypotheses": [{"text": "x", "sum_log_prob": "nan"}]}\n', "without a finite sum_log_prob"),
+        ('{"id": "a", "hypotheses": [{"text": "x", "sum_log_prob": 0}]}\n' * 2, "line 2: a is there twice"),
+    ],
+)
+def test_n_best_files_that_are_none(content, sentence, tmp_path):
+    from engine.scoring.rerank import read_n_best
+
+    (tmp_path / "n.jsonl").write_text(content)
+    with pytest.raises(DataError, match=sentence):
+        read_n_best([tmp_path / "n.jsonl"])

@@ -1,0 +1,224 @@
+"""Metrics against worked values, against the libraries they come from, and against each other."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+from engine.scoring import bootstrap
+from engine.scoring.base import Items, mean
+from engine.scoring.clip import clip_scores, harmonic
+from engine.scoring.describe import constant_caption, describe
+from engine.scoring.overlap import Bleu1, Cider, Rouge1
+from engine.scoring.preprocess import preprocess
+from engine.scoring.profiles import PROFILES, organisers_names
+from tests.helpers.worked import WORKED, items
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("CT: 3 mm nodule (arrow), T2-weighted.", "ct number mm nodule arrow tnumberweighted"),
+        ("Size 3.5 × 2.1 cm (L3–L4).", "size numbernumber × numbernumber cm lnumber–lnumber"),
+        ("contrast - enhanced image ( white arrow ).", "contrast  enhanced image  white arrow "),
+        ("...", ""),
+        ("12", "number"),
+        ("A\tB\nC  D", "a\tb\nc  d"),
+    ],
+)
+def test_preprocessing_is_the_organisers(raw, expected):
+    assert preprocess(raw) == expected
+
+
+def test_bleu_1_of_the_run_and_of_its_images():
+    measured = Bleu1().measure(WORKED)
+    assert measured.value == pytest.approx(11 / 21, abs=1e-6)
+    assert measured.per_image.mean() == pytest.approx(0.609524, abs=1e-6)
+    assert "0.609524" in measured.note
+    assert measured.combine(measured.counts.sum(0)) == pytest.approx(measured.value, abs=1e-9)
+
+
+def test_cider_by_image():
+    np.testing.assert_allclose(Cider().measure(WORKED).per_image, [1.653513, 2.988529, 10.0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reference", "expected"),
+    [
+        ("sagittal t2 - weighted mri of the thoracic spine.", "Early sagittal T2-weighted MRI.", 1 / 3),
+        ("sagittal t2-weighted mri of the thoracic spine.", "Early sagittal T2-weighted MRI.", 6 / 11),
+        ("CT shows 35 cm mass", "CT shows 3.5 cm mass", 0.8),
+        ("", "", 1.0),
+        ("", "a", 0.0),
+        ("a", "", 0.0),
+        ("...", "...", 0.0),
+    ],
+)
+def test_rouge_1(candidate, reference, expected):
+    assert Rouge1().measure(items([candidate], [reference])).value == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_best_of_several_references_counts():
+    assert Rouge1().measure(items(["a b"], [("c d", "a b")])).value == 1.0
+
+
+def test_clipscore_and_refclipscore():
+    image, text = np.array([[1.0, 0.0]]), np.array([[0.33, np.sqrt(1 - 0.33**2)]])
+    score = clip_scores(image, text)
+    assert score[0] == pytest.approx(0.825, abs=1e-6)
+    assert harmonic(score, np.array([0.8]))[0] == pytest.approx(0.812308, abs=1e-6)
+    assert clip_scores(image, -text)[0] == 0.0
+    assert harmonic(np.zeros(1), np.zeros(1))[0] == 0.0
+
+
+def test_the_averages_of_2026():
+    values = dict(
+        zip(
+            ("bertscore", "rouge1", "similarity", "bleurt", "umls_f1", "alignscore"),
+            (0.6250, 0.3234, 1.0104, 0.3555, 0.2160, 0.1287),
+            strict=True,
+        )
+    )
+    found = organisers_names(PROFILES["imageclef2026"], values)
+    assert list(found) == [
+        "score",
+        "score_secondary",
+        "overall",
+        "bert",
+        "rouge",
+        "similarity",
+        "bleurt",
+        "medcat",
+        "align",
+    ]
+    assert found["score"] == pytest.approx(0.5786, abs=5e-5)
+    assert found["score_secondary"] == pytest.approx(0.1724, abs=5e-5)
+    assert found["overall"] == pytest.approx(0.3755, abs=5e-5)
+    without = organisers_names(PROFILES["imageclef2026"], values | {"bleurt": None})
+    assert without["score"] is None
+    assert without["overall"] is None
+    assert without["score_secondary"] is not None
+
+
+WORDS = [
+    "ct",
+    "mri",
+    "of",
+    "the",
+    "chest",
+    "showing",
+    "mass",
+    "in",
+    "left",
+    "lobe",
+    "arrow",
+    "t2-weighted",
+    "3.5",
+    "(white)",
+]
+
+
+def generated(count: int, seed: int = 0) -> Items:
+    chance = random.Random(seed)
+
+    def caption() -> str:
+        return " ".join(chance.choices(WORDS, k=chance.randint(1, 25)))
+
+    references = [caption() for _ in range(count)]
+    candidates = []
+    for reference in references:
+        words = reference.split()
+        kept = [word for word in words if chance.random() < 0.7] + chance.choices(WORDS, k=chance.randint(0, 4))
+        candidates.append(" ".join(kept) or "a")
+    return items(candidates, references)
+
+
+def test_two_thousand_pairs_agree_with_other_libraries():
+    from collections import Counter
+
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider as CocoCider
+    from sacrebleu.metrics import BLEU
+
+    pairs = generated(2000)
+    text = pairs.preprocessed()
+    bleu = Bleu1().measure(pairs).value
+    other = BLEU(max_ngram_order=1, tokenize="none", smooth_method="none")
+    theirs = other.corpus_score(list(text.candidates), [[several[0] for several in text.references]]).score / 100
+    assert bleu == pytest.approx(theirs, abs=1e-6)
+    gts = {i: list(several) for i, several in enumerate(text.references)}
+    res = {i: [candidate] for i, candidate in enumerate(text.candidates)}
+    value, per_image = Bleu(1).compute_score(gts, res, verbose=0)
+    assert bleu == pytest.approx(value[0], abs=1e-9)
+    value, per_image = CocoCider().compute_score(gts, res)
+    measured = Cider().measure(pairs)
+    assert measured.value == pytest.approx(value, abs=1e-9)
+    np.testing.assert_allclose(measured.per_image, per_image, atol=1e-9)
+
+    def overlap(candidate: str, reference: str) -> float:
+        a, b = (Counter(part.split()) for part in (candidate, reference))
+        shared = (a & b).total()
+        return 2 * shared / (a.total() + b.total())
+
+    by_hand = [overlap(c, r[0]) for c, r in zip(text.candidates, text.references, strict=True)]
+    np.testing.assert_allclose(Rouge1().measure(pairs).per_image, by_hand, atol=1e-9)
+
+
+def test_a_challenge_sized_run_is_scored_quickly():
+    """17,237 captions in a minute on 2 cores is the promise; a tenth of them here, with room for a busy machine."""
+    pairs = generated(1724)
+    start = time.perf_counter()
+    for metric in (Rouge1(), Bleu1(), Cider()):
+        bootstrap.interval(metric.measure(pairs))
+    assert time.perf_counter() - start < 12
+
+
+def test_an_interval_holds_the_value_and_narrows_with_the_images():
+    few, many = (Rouge1().measure(generated(count)) for count in (50, 800))
+    widths = []
+    for measured in (few, many):
+        low, high = bootstrap.interval(measured)
+        assert low < measured.value < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+
+
+def test_comparison_finds_a_difference_and_only_where_there_is_one():
+    rng = np.random.default_rng(0)
+    base = rng.random(400)
+    noise = rng.normal(0, 0.05, 400)
+    better = bootstrap.compare(mean(base), mean(base + noise + 0.03))
+    assert better.difference == pytest.approx(0.03 + noise.mean())
+    assert better.low > 0
+    assert better.p < 0.01
+    same = bootstrap.compare(mean(base), mean(base + rng.normal(0, 0.05, 400) * 0))
+    assert (same.difference, same.wins, same.losses, same.ties) == (0.0, 0, 0, 400)
+    assert same.p == 1.0
+    corpus = Bleu1().measure(generated(200))
+    assert bootstrap.compare(corpus, corpus).difference == 0.0
+
+
+def test_a_corpus_metric_is_resampled_by_its_counts():
+    whole = generated(100)
+    half = Items(whole.ids[:50], whole.candidates[:50], whole.references[:50])
+    corpus = Bleu1().measure(whole)
+    assert corpus.resampled(np.arange(100)) == pytest.approx(corpus.value, abs=1e-9)
+    assert corpus.resampled(np.arange(50)) == pytest.approx(Bleu1().measure(half).value, abs=1e-9)
+
+
+def test_the_constant_caption_knows_only_what_is_frequent():
+    found = items(["x"] * 3, ["ct of the chest", "ct of the head", "ct"])
+    assert constant_caption(found) == "ct of the chest"
+    assert describe(found)["unique_ratio"] == round(1 / 3, 4)
+
+
+def test_metrics_say_where_they_say_nothing():
+    greek = items(["ακτινογραφία θώρακος", "ct"], ["ακτινογραφία θώρακος", "ct"])
+    assert Rouge1().measure(greek).note == (
+        "1 of 2 references hold no token that rouge-score knows, [a-z0-9]+: they say nothing"
+    )
+    assert "; 1 of 1 images have no word that another image lacks" in Cider().measure(items(["a b"], ["a b"])).note
+    assert "whatever is said" not in Cider().measure(WORKED).note

@@ -1,0 +1,79 @@
+"""Metrics that are not built in: plug-ins, and those that need weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import EngineError
+from engine.scoring.base import Items, MetricInputs, UnavailableError
+from engine.scoring.plugin import Plugin
+from engine.scoring.profiles import make_metric
+from tests.helpers.worked import WORKED, items
+
+PLUGIN = Path("examples/plugins/term_f1.py").absolute()
+
+
+def plugin(command: str) -> MetricInputs:
+    return MetricInputs(plugins={"umls_f1": command})
+
+
+def test_a_plugin_runs_in_its_own_interpreter(tmp_path):
+    (tmp_path / "terms.txt").write_text("cardiomegaly\nchest xray\nwhite arrow\n")
+    metric = Plugin("umls_f1", plugin(f"{sys.executable} -I {PLUGIN} {tmp_path / 'terms.txt'}"))
+    measured = metric.measure(WORKED)
+    assert measured.per_image.tolist() == [1.0, 1.0, 1.0]
+    worse = metric.measure(items(["chest xray", "white arrow, nothing"], ["chest xray, cardiomegaly", "cardiomegaly"]))
+    assert worse.per_image.tolist() == pytest.approx([2 / 3, 0.0])
+    assert metric.signature().startswith("umls_f1|plugin:terms:3")
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("", "gave no score for 3 images, 0 among them"),
+        ('print(\'{"id": "9", "score": 1}\')', "gave no score"),
+        ('for i in \'01233\': print(\'{"id": "%s", "score": 1}\' % i)', "line 5 of its answer: 3 is there twice"),
+        ('for i in \'0123\': print(\'{"id": "%s", "score": 1}\' % i)', "gave a score for 3, which is not in the run"),
+        ("print('hello')", "line 1 of its answer is not of the contract"),
+        ('print(\'{"id": "0", "score": NaN}\')', "has no finite score"),
+        ("raise SystemExit(3)", "ended with exit code 3"),
+        ('print(\'{"id": 0, "score": 1}\')', "is no text"),
+    ],
+)
+def test_a_plugin_that_breaks_the_contract_is_an_error(code, sentence, tmp_path):
+    (tmp_path / "x.py").write_text("import sys; sys.stdin.read()\n" + code)
+    with pytest.raises(EngineError, match=sentence):
+        Plugin("umls_f1", plugin(f"{sys.executable} {tmp_path / 'x.py'}")).measure(WORKED)
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"), [("python 'a", "a command that is not one"), (" ", "an empty command")]
+)
+def test_a_plugin_command_that_is_none(command, sentence):
+    with pytest.raises(EngineError, match=sentence):
+        Plugin("umls_f1", plugin(command)).measure(WORKED)
+
+
+def test_a_plugin_that_is_not_there_is_named():
+    with pytest.raises(EngineError, match="cannot be started: No such file"):
+        Plugin("umls_f1", plugin("/nowhere/at-all")).measure(WORKED)
+
+
+@pytest.mark.parametrize("name", ["clinicalbleurt", "medbertscore", "similarity", "umls_f1", "alignscore"])
+def test_what_is_not_built_in_says_what_it_needs(name):
+    with pytest.raises(UnavailableError, match=f"--plugin {name}=COMMAND"):
+        make_metric(name, MetricInputs(), {}).measure(WORKED)
+
+
+@pytest.mark.parametrize("name", ["bertscore", "bleurt", "clipscore", "refclipscore"])
+def test_metrics_without_weights_say_which(name):
+    metric = make_metric(name, MetricInputs(), {})
+    with_images = Items(WORKED.ids, WORKED.candidates, WORKED.references, [Path("x")] * 3)
+    with pytest.raises(UnavailableError, match="needs weights: --weights "):
+        metric.measure(with_images)
+
+
+# The command

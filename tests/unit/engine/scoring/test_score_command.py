@@ -1,0 +1,225 @@
+"""`engine score` and `score compare`: what they print, keep and refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from engine.cli.app import main
+from engine.cli.scoring import PROFILE_NAMES
+from engine.cli.submission import FORMAT_NAMES
+from engine.errors import UsageError
+from engine.scoring.base import Items, Measured
+from engine.scoring.overlap import Rouge1
+from engine.scoring.profiles import PROFILES
+from engine.scoring.score import ScoreRequest, measure, score_run
+from engine.submission.formats import FORMATS
+from tests.helpers.worked import CANDIDATES, REFERENCES, WORKED
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    rows = [f'{i},"{c}"' for i, c in enumerate(CANDIDATES)]
+    (tmp_path / "run.csv").write_text("ID,Caption\n" + "\n".join(rows) + "\n")
+    rows = [f"{i},{c},{m}" for i, (c, m) in enumerate(zip(REFERENCES, ("CT", "MR", "XR"), strict=True))]
+    (tmp_path / "references.csv").write_text("ID,Caption,Modality\n" + "\n".join(rows) + "\n")
+    return tmp_path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def score(folder: Path, *more: object) -> Result:
+    given = ("--run", folder / "run.csv", "--references", folder / "references.csv", "--out", folder / "scores.json")
+    return run("score", *given, *more)
+
+
+def test_score_writes_numbers_with_signatures(files):
+    result = score(files, "--per-image", files / "per_image.csv")
+    assert result.exit_code == 0, result.output
+    found = json.loads((files / "scores.json").read_text())
+    assert found["bleu1"] == pytest.approx(11 / 21, abs=1e-6)
+    details = found["details"]
+    assert "stemmer:no" in details["scores"]["rouge1"]["signature"]
+    assert details["description"]["unique_ratio"] == 1.0
+    assert set(details["constant_caption_baseline"]) == {"caption", "rouge1", "bleu1", "cider"}
+    header, *rows = (files / "per_image.csv").read_text().splitlines()
+    assert re.sub("@[0-9a-f]{8}", "@", header) == "ID,rouge1@,bleu1@,bleu1:0,bleu1:1,bleu1:2,bleu1:3,cider@"
+    assert len(rows) == 3
+
+
+def test_coco_results_meet_coco_annotations(files):
+    annotations = [{"image_id": 10 + i, "caption": c} for i, c in enumerate(REFERENCES)]
+    images = [{"id": 10 + i, "file_name": f"COCO_{i}.jpg"} for i in range(3)]
+    (files / "references.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    results = [{"image_id": 10 + i, "caption": c} for i, c in enumerate(CANDIDATES)]
+    (files / "run.json").write_text(json.dumps(results))
+    given = ("--run", files / "run.json", "--references", files / "references.json", "--out", files / "scores.json")
+    result = run("score", *given)
+    assert result.exit_code == 0, result.output
+    assert json.loads((files / "scores.json").read_text())["bleu1"] == pytest.approx(11 / 21, abs=1e-6)
+
+
+def test_a_profile_reports_what_it_cannot_measure(files):
+    result = score(files, "--profile", "imageclef2026")
+    assert result.exit_code == 0, result.output
+    found = json.loads((files / "scores.json").read_text())
+    assert list(found)[:3] == ["score", "score_secondary", "overall"]
+    assert found["rouge"] > 0
+    assert found["bert"] is None
+    assert found["score"] is None
+    assert "needs weights" in found["details"]["scores"]["bertscore"]["unavailable"]
+    assert result.stdout.count("unavailable: needs") == 5
+
+
+def test_scores_are_broken_down_by_a_column(files):
+    names = [f"i{n}" for n in range(12)]
+    lines = [f"{n},a caption,{'CT;MR' if i % 2 else 'CT'}" for i, n in enumerate(names)]
+    (files / "references.csv").write_text("ID,Caption,Modality\n" + "\n".join(lines) + "\n")
+    said = [f"{n},{'a caption' if i % 2 else 'nothing'}" for i, n in enumerate(names)]
+    (files / "run.csv").write_text("ID,Caption\n" + "\n".join(said) + "\n")
+    assert score(files, "--metrics", "rouge1", "--by", "Modality").exit_code == 0
+    groups = json.loads((files / "scores.json").read_text())["details"]["groups"]
+    assert groups["CT"] == {"images": 12, "rouge1": 0.5}
+    assert groups["MR"] == {"images": 6, "rouge1": 1.0}
+    result = score(files, "--by", "colour")
+    assert result.exit_code == 2
+    assert "has no column 'colour' but Modality" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("run_text", "references", "sentence"),
+    [
+        ("ID,Caption\n0,a\n1,b\n", None, "lacks 1 ids"),
+        ("ID,Caption\n0,a\n1,b\n2,c\n3,d\n", None, "has 1 ids that"),
+        ("ID,Caption\n0,a\n0,b\n1,c\n2,d\n", None, "more than one caption for 0"),
+        ("ID,Caption\nx,a\n", None, "references of another split?"),
+        ("ID#Caption\n0#a\n", None, "is no table of captions"),
+        ("", None, "is no table of captions"),
+        (None, "ID,Caption\n", "holds no captions"),
+        (None, "ID,Caption\n0,a,b\n", "line 2: 3 columns"),
+    ],
+)
+def test_files_that_do_not_fit_get_one_line(run_text, references, sentence, files):
+    if run_text is not None:
+        (files / "run.csv").write_text(run_text)
+    if references is not None:
+        (files / "references.csv").write_text(references)
+    result = score(files)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert sentence in line
+    assert not (files / "scores.json").exists()
+
+
+def test_unknown_metrics_and_wrong_pairs_are_refused(files):
+    assert "unknown metric 'rogue'" in score(files, "--metrics", "rogue").stderr
+    assert "--weights takes NAME=..." in score(files, "--weights", "bertscore").stderr
+    assert "score needs --run" in run("score").stderr
+    assert "--weights bert=... is for no metric of this run" in score(files, "--weights", "bert=/").stderr
+    assert "--labels needs --by" in score(files, "--labels", files / "references.csv").stderr
+    assert "no folder with config.json" in score(files, "--metrics", "bertscore", "--weights", "bertscore=/").stderr
+
+
+def test_two_runs_are_compared_by_file_or_by_what_was_kept_of_them(files):
+    (files / "better.csv").write_text("ID,Caption\n" + "".join(f'{i},"{c}"\n' for i, c in enumerate(REFERENCES)))
+    for name in ("run", "better"):
+        given = ("--run", files / f"{name}.csv", "--references", files / "references.csv")
+        assert run("score", *given, "--out", files / "x.json", "--per-image", files / f"{name}.pi").exit_code == 0
+    kept = run("score", "compare", files / "run.pi", files / "better.pi", "--json")
+    runs = run(
+        "score", "compare", files / "run.csv", files / "better.csv", "--references", files / "references.csv", "--json"
+    )
+    assert kept.exit_code == runs.exit_code == 0, kept.output + runs.output
+    found, again = json.loads(kept.stdout), json.loads(runs.stdout.splitlines()[-1])
+    for name, values in found.items():
+        assert values == pytest.approx(again[name], abs=1e-9)
+    assert found["rouge1"]["wins"] == 2
+    assert found["bleu1"]["difference"] == pytest.approx(1 - 11 / 21, abs=1e-6)
+    (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n")
+    assert "not of the same images" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+    (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n1,1.0\n2,1.0\n")
+    assert "no metric measured in one way" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+    assert "is no file of --per-image" in run("score", "compare", files / "run.csv", files / "better.csv").stderr
+    (files / "better.pi").write_text("ID,recall@12345678,recall:0\n0,1.0,2\n1,1.0,2\n2,1.0,2\n")
+    assert "holds counts of recall" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+
+
+def test_options_that_would_do_nothing_are_refused(files):
+    assert score(files, "--per-image", files / "run.pi").exit_code == 0
+    for arguments, said in (
+        (["score", "compare", "run.pi", "run.pi", "--metrics", "bleu1"], "--metrics: only with --references"),
+        (["score", "compare", "run.pi", "run.pi", "--weights", "bertscore=/x"], "--weights: only with --references"),
+        (["score", "--metrics", "bleu1", "compare", "run.pi", "run.pi"], "--metrics: give what is for `score compare`"),
+        (
+            ["rerank", "--n-best", "run.jsonl", "--out", "x.csv", "--weights", "bertscore=/x"],
+            "is for no metric of this",
+        ),
+    ):
+        result = run(*(files / word if word.startswith(("run.", "x.")) else word for word in arguments))
+        assert result.exit_code != 0
+        assert said in result.stderr
+
+
+def test_the_command_line_offers_every_profile_and_format():
+    assert set(PROFILE_NAMES) == set(PROFILES)
+    assert set(FORMAT_NAMES) == set(FORMATS)
+
+
+def test_measured_values_that_are_kept_are_read_back_exactly(files):
+    from engine.scoring.files import read_per_image
+
+    score(files, "--per-image", files / "per_image.csv")
+    ids, measured = read_per_image(files / "per_image.csv")
+    assert ids == ["0", "1", "2"]
+    rouge, bleu, _ = measured.values()
+    np.testing.assert_array_equal(rouge.per_image, Rouge1().measure(WORKED).per_image)
+    assert isinstance(bleu, Measured)
+    assert bleu.value == pytest.approx(11 / 21, abs=1e-9)
+
+
+# Consensus
+
+
+class Failing:
+    """A metric whose library fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.name, self._error = "failing", error
+
+    def signature(self) -> str:
+        return "failing"
+
+    def measure(self, _: Items):
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OverflowError("int too big to convert\nmore"), "it failed: OverflowError: int too big to convert"),
+        (IndexError(), "it failed: IndexError"),
+        (MemoryError("no room"), "it failed: MemoryError: no room"),
+        (UsageError("--weights x: no folder"), "--weights x: no folder"),
+    ],
+)
+def test_a_metric_that_fails_takes_no_other_with_it(error, reason):
+    said = []
+    scores, measured = measure({"failing": Failing(error), "rouge1": Rouge1()}, WORKED, said.append)
+    assert [score.unavailable for score in scores] == [reason, ""]
+    assert list(measured) == ["rouge1"]
+    assert said[0] == f"failing: unavailable: {reason}"
+
+
+def test_empty_references_are_counted(tmp_path):
+    (tmp_path / "run.csv").write_text("ID,Caption\na,x\nb,\n")
+    (tmp_path / "references.csv").write_text("ID,Caption\na,\nb,\n")
+    report = score_run(ScoreRequest(tmp_path / "run.csv", tmp_path / "references.csv", metrics=("rouge1",)), print)
+    assert report.notes == ["2 references are empty: an empty caption scores 1 there in most metrics, any other 0"]
+    assert report.scores[0].value == 0.5
