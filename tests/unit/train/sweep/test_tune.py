@@ -27,7 +27,7 @@ from train.data.dataset import read_dataset
 from train.sweep.halves import halve
 from train.sweep.settings import Tuning, flags_of, in_file_name
 from train.sweep.sweep import Sweep
-from train.sweep.tune import draw_halves, tune
+from train.sweep.tune import command, draw_halves, tune
 from train.sweep.tuned import as_markdown
 
 NAMES = [f"case_{i}" for i in range(9)]
@@ -309,6 +309,17 @@ def test_flags_say_what_is_given():
     )
     expected = "--beams 4 --bad-words FILE --suppress-tokens 3,5 --length-penalty 0.5 --early-stopping false --prompt"
     assert flags_of(options) == [*expected.split(), "a mri"]
+
+
+def test_prompts_of_the_split_are_those_of_its_halves_and_named_in_the_command(job, tiny_captioner):
+    prompts = {name: "ct of" if i % 2 else "" for i, name in enumerate(NAMES)}
+    table = (job.data / "valid_captions.csv").read_text().splitlines()
+    rows = [f"{row},{prompts[row.split(',')[0]]}" for row in table[1:]]
+    (job.data / "valid_captions.csv").write_text("\n".join(["ID,Caption,prompt", *rows]) + "\n")
+    halves = draw_halves(job, SHORT, read_dataset(job.data)["valid"])
+    assert [half.prompts for half in halves] == [{name: prompts[name] for name in ids} for ids in halve(NAMES, 0)]
+    line = command(tiny_captioner.bundle, DecodeOptions(num_beams=2), halves)
+    assert line.endswith(" --beams 2 --prompts PROMPTS --input IMAGES --out run.csv")
 
 
 def test_the_command_line_tunes_the_demo_and_the_line_it_prints_gives_the_captions_compared(tmp_path):
