@@ -14,7 +14,7 @@ OUT ?= run.csv
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
-.PHONY: all caption test test-next lint parity fuzz golden bench soak plots figures docs recipe train-smoke demo restore help clean
+.PHONY: all caption full test test-next lint parity fuzz golden bench soak plots figures docs recipe train-smoke demo restore help clean
 
 all: lint test  ## lint and test
 
@@ -22,6 +22,8 @@ caption: $(LEAN)/.ready  ## caption the example images into run.csv (lean enviro
 	@echo "captioning $(IMAGES): some seconds"
 	$(LEAN)/bin/engine caption --input $(IMAGES) --beams $(BEAMS) --out $(OUT)
 	@echo; head -n 6 $(OUT)
+
+full: $(FULL)/.ready  ## set up the full environment, for export and training: torch, some gigabytes
 
 test: lint $(NEXT)/.ready  ## set up everything, lint, and run all tests, those against transformers 5 in a short form
 	@echo "running all tests: about 20 minutes on 2 cores"
