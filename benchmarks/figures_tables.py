@@ -273,8 +273,8 @@ def _consensus(record: Record) -> str:
         remarks.append(f"Several bundles: that of the other rows and {', '.join(further)}, each with the same share.")
     if support := record["setting"].get("support"):
         remarks.append(
-            f"Support: {support['captions']:,} captions of the training head; the {support['nearest']} nearest have "
-            f"{support['share']:.0%} of the vote."
+            f"Support: {support['captions']:,} distinct captions of the training head; the {support['nearest']} "
+            f"nearest have {support['share']:.0%} of the vote."
         )
     return "\n\n".join([table, *([textwrap.fill(" ".join(remarks), 120)] if remarks else [])])
 
