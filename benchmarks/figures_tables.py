@@ -298,8 +298,8 @@ def _consensus(record: Record) -> str:
         remarks.append(f"One search: log-probabilities of {together} averaged; the first has the weights of the demo.")
     if support := record["setting"].get("support"):
         remarks.append(
-            f"Support: {support['captions']:,} captions of the training head; the {support['nearest']} nearest have "
-            f"{support['share']:.0%} of the vote."
+            f"Support: {support['captions']:,} distinct captions of the training head; the {support['nearest']} "
+            f"nearest have {support['share']:.0%} of the vote."
         )
     return "\n\n".join([table, *([textwrap.fill(" ".join(remarks), 120)] if remarks else [])])
 

@@ -115,7 +115,7 @@ def test_a_record_of_consensus_names_every_bundle_and_the_support(tmp_path):
     text = figures.figures("consensus", ROOT / "docs/measurements.md", folder)
     assert len(re.findall(r"^\| .+ of 2 bundles \| .*\[", text, re.MULTILINE)) == len(record["runs"]) // 2
     assert "0123456789ab" in text
-    assert "1,234 captions" in text
+    assert "1,234 distinct captions" in text
 
 
 def commands(group: click.Group, name: str) -> list[str]:
