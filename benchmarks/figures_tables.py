@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from benchmarks.quality import quality_tables
+from benchmarks.setting.markdown import table
 
 Record = dict[str, Any]
 
@@ -22,12 +24,6 @@ class Table:
     make: Callable[..., str]
     needs_bundle: bool = True
     as_above: bool = False
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    header = list(header)
-    lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _beams(count: int) -> str:
@@ -60,7 +56,7 @@ def _readme_speed(*records: Record) -> str:
         f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as `generate` on a CPU, and {min(loops):.1f} to "
         f"{max(loops):.1f} times as the usual ONNX loop.\n"
         "Seconds an image, from pixels in memory to token ids, float32, 3-gram ban. Each program has its best batch "
-        "size.\n\n" + _table(["model", "engine", "`generate`", "usual ONNX loop", "memory: engine, loop"], rows)
+        "size.\n\n" + table(["model", "engine", "`generate`", "usual ONNX loop", "memory: engine, loop"], rows)
     )
 
 
@@ -98,12 +94,12 @@ def _speed(*records: Record) -> str:
         "captions like the engine's",
         "of the roofline",
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _memory(*records: Record) -> str:
     rows = [[_name(r), *(f"{r['programs'][p]['peak_gib']:.2f}" for p in ("engine", *PROGRAMS))] for r in records]
-    return _table(["peak memory, GiB", "engine", *PROGRAMS.values()], rows)
+    return table(["peak memory, GiB", "engine", *PROGRAMS.values()], rows)
 
 
 def _products(*records: Record) -> str:
@@ -116,7 +112,7 @@ def _products(*records: Record) -> str:
         ]
         for record in records
     ]
-    return _table(["GFLOP/s", "torch's matrix product", "ONNX Runtime's", "useful work of the engine"], rows)
+    return table(["GFLOP/s", "torch's matrix product", "ONNX Runtime's", "useful work of the engine"], rows)
 
 
 def _lengths(*records: Record) -> str:
@@ -131,19 +127,19 @@ def _lengths(*records: Record) -> str:
         for record in records
     ]
     header = ["new tokens of every caption", "engine, s an image", "`generate`", "usual ONNX loop", "captions"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _rows(record: Record) -> str:
     speeds = record["images_per_s"]
-    return _table(["rows side by side", *speeds], [["images/s", *(f"{speed:.1f}" for speed in speeds.values())]])
+    return table(["rows side by side", *speeds], [["images/s", *(f"{speed:.1f}" for speed in speeds.values())]])
 
 
 def _soak(record: Record) -> str:
     calm, disturbed, setting = record["undisturbed"], record["disturbed"], record["setting"]
     growth = calm["peak_gib"] / calm["peak_gib_of_500"] - 1
     survived = "nothing lost, nothing twice, the same bytes" if not disturbed["problems"] else disturbed["problems"]
-    return _table(
+    return table(
         ["what", "figure"],
         [
             ["undisturbed", f"{setting['images']:,} images, {calm['images_per_s']:.1f} images/s"],
@@ -178,7 +174,7 @@ def _update(record: Record) -> str:
     ]
     same = "the same bytes" if record["same_as_from_scratch"] else "OTHER BYTES"
     rows.append(["only listing the folder, looking at each file", "", f"{record['listing_s']:.1f}", ""])
-    return _table([f"{_beams(setting['beams'])}; run.csv: {same}", "captioned", "s in all", "of from scratch"], rows)
+    return table([f"{_beams(setting['beams'])}; run.csv: {same}", "captioned", "s in all", "of from scratch"], rows)
 
 
 def _faults(*records: Record) -> str:
@@ -189,7 +185,7 @@ def _faults(*records: Record) -> str:
         what = ", ".join(f"{setting[key]} {word}" for key, word in kinds.items() if setting[key])
         outcome = "nothing lost, nothing twice, the same bytes" if disturbed["passed"] else disturbed["problems"]
         rows.append([what, f"{disturbed['images']}, {disturbed['unreadable']} of them unreadable", outcome])
-    return _table(["faults", "images", "outcome"], rows)
+    return table(["faults", "images", "outcome"], rows)
 
 
 def _page(record: Record) -> str:
@@ -199,7 +195,7 @@ def _page(record: Record) -> str:
     runs = record["runs"]
     frames = {kind: max(run[kind]["slowest_frame_s"] for run in runs) for kind in ("reading", "flicking", "dragging")}
     gaps = sum(run[kind]["gaps"] for run in runs for kind in frames)
-    return _table(
+    return table(
         ["what", "figure"],
         [
             [
@@ -233,7 +229,7 @@ def _cluster(*records: Record) -> str:
                 ]
             )
     images = records[0]["setting"]["images"]
-    return _table(["", "s an image", "starting, s", f"{images} images in all, s"], rows)
+    return table(["", "s an image", "starting, s", f"{images} images in all, s"], rows)
 
 
 def _simulated(record: Record) -> str:
@@ -248,7 +244,7 @@ def _simulated(record: Record) -> str:
         ]
         for one in chosen
     ]
-    return _table(["images", "workers", "images/s", "what is in the way", "workers are busy"], rows)
+    return table(["images", "workers", "images/s", "what is in the way", "workers are busy"], rows)
 
 
 def _host(record: Record) -> str:
@@ -260,7 +256,7 @@ def _host(record: Record) -> str:
         ]
         for one in record["measured"]
     ]
-    return _table(["a device that answers at once", "images/s", "images/s of 084ae4d", "ratio"], rows)
+    return table(["a device that answers at once", "images/s", "images/s of 084ae4d", "ratio"], rows)
 
 
 def _devices(*records: Record) -> str:
@@ -277,72 +273,9 @@ def _devices(*records: Record) -> str:
     ]
     images = records[0]["measured"][0]["images"]
     header = [f"{images:,} images", "s in all", "the device, s", "the host alone, s", "over the slower of the two"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
-def _difference(found: Record, digits: int = 4) -> str:
-    return f"{found['difference']:+.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
-
-
-def _consensus(record: Record) -> str:
-    metrics = {"rouge1": "ROUGE-1", "bertscore": "BERTScore (proxy)", "bleu1": "BLEU-1", "cider": "CIDEr-D"}
-    rows = [
-        [name, *(f"{found[m]['value']:.4f}" if name == "best beam" else _difference(found[m]) for m in metrics)]
-        for name, found in record["runs"].items()
-    ]
-    table = _table(["chosen among", *metrics.values()], rows)
-    remarks = []
-    if further := record.get("further_bundles"):
-        remarks.append(f"Several bundles: that of the other rows and {', '.join(further)}, each with the same share.")
-    if together := record.get("together"):
-        remarks.append(f"One search: log-probabilities of {together} averaged; the first has the weights of the demo.")
-    if support := record["setting"].get("support"):
-        remarks.append(
-            f"Support: {support['captions']:,} distinct captions of the training head; the {support['nearest']} "
-            f"nearest have {support['share']:.0%} of the vote."
-        )
-    return "\n\n".join([table, *([textwrap.fill(" ".join(remarks), 120)] if remarks else [])])
-
-
-def _averages(record: Record) -> str:
-    first = next(iter(record["runs"]))
-    rows = []
-    for name, found in record["runs"].items():
-        row = [name]
-        for split, metric in AVERAGES:
-            one = found[split][metric]
-            row.append(f"{one['value']:.4f}" if name == first else _difference(one))
-        rows.append(row)
-    splits, metrics = (
-        {"valid": "validation", "test": "held-out"},
-        {"rouge1": "ROUGE-1", "bertscore": "BERTScore (proxy)"},
-    )
-    return _table(["weights", *(f"{splits[split]} {metrics[metric]}" for split, metric in AVERAGES)], rows)
-
-
-def _rewards(*records: Record) -> str:
-    rows = []
-    for record in records:
-        learnt = record.get("slices learnt from") or record["training slices"]
-        slices = "slices that no gradient had seen" if learnt.get("head") == "valid" else "training slices"
-        recipe = record["recipe"]
-        how = [f"baseline {recipe.get('baseline', 'greedy')}"]
-        how += [f"augmentation {recipe['augmentation']}"] if recipe["augmentation"] != "none" else []
-        how.append(f"frozen: {', '.join(recipe['freeze'])}")
-        rows.append(
-            [
-                f"{learnt['images']} {slices}; {'; '.join(how)}",
-                _difference(learnt["reward of greedy captions"]),
-                _difference(learnt["reward of drawn captions"]),
-                _difference(record["held-out volume"]["rouge1"]),
-                _difference(record["held-out volume"]["bertscore"]),
-            ]
-        )
-    header = ["learnt from", "reward, greedy", "reward, drawn", "held-out ROUGE-1", "held-out BERTScore (proxy)"]
-    return _table(header, rows)
-
-
-AVERAGES = (("valid", "rouge1"), ("test", "rouge1"), ("test", "bertscore"))
 BASE = ("base_1beams", "base_4beams", "base_10beams")
 TABLES = {
     "readme speed": Table((*BASE, "large_4beams"), _readme_speed),
@@ -359,6 +292,8 @@ TABLES = {
     "host": Table(("host_instant_against",), _host, needs_bundle=False),
     "devices": Table(("host_a100", "host_h100"), _devices, needs_bundle=False),
     "update": Table(("update_17237",), _update),
-    "consensus": Table(("consensus",), _consensus),
-    "rewards": Table(("rewards_greedy", "rewards_augmented", "rewards_train", "rewards_valid"), _rewards),
+    "averages": Table(("averages",), quality_tables.averages, needs_bundle=False),
+    "tuned": Table(("tuned",), quality_tables.tuned),
+    "consensus": Table(("consensus",), quality_tables.consensus),
+    "rewards": Table(("rewards_greedy", "rewards_augmented", "rewards_train", "rewards_valid"), quality_tables.rewards),
 }

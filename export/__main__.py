@@ -18,9 +18,21 @@ from engine.cli.shared import PATH, say
     help="BLIP captioning checkpoint: a folder, a hub's id, a .pth file.",
 )
 @click.option("--out", type=PATH, required=True, help="Bundle directory to write.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="fp32 says what PyTorch says; the others are compared with it first.",
+)
 @click.option("--image-size", type=click.IntRange(1), help="Resize the position table to this many pixels first.")
-@click.option("--exporter", type=click.Choice(["torch", "optimum"]), default="torch", show_default=True)
+@click.option(
+    "--exporter",
+    type=click.Choice(["torch", "optimum"]),
+    default="torch",
+    show_default=True,
+    help="Who writes the ONNX files; both write the same bytes.",
+)
 def main(checkpoint: str, out: Path, precision: str, image_size: int | None, exporter: str) -> None:
     """Export a checkpoint to a bundle, and check that the bundle says what PyTorch says."""
     from export.bundle import export_bundle

@@ -34,6 +34,18 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def rounded_bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny checkpoint in fp16 and int8."""
+    from export.bundle import export_bundle
+
+    folder = tmp_path_factory.mktemp("rounded")
+    return {
+        name: export_bundle(tiny_checkpoint, folder / name, lambda _: None, precision=name).path
+        for name in ("fp16", "int8")
+    }
+
+
+@pytest.fixture(scope="session")
 def tiny_reference(tiny_checkpoint: Path):
     from export.reference.huggingface import Reference
 

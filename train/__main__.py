@@ -133,7 +133,7 @@ def finetune(
 def sweep(
     beams: str, metrics: str, weights: tuple[str, ...], decoding: DecodeOptions, tuning: Tuning, **given: Any
 ) -> None:
-    """Caption and score a split with several numbers of beams: the seed paper's Table 1.
+    """Caption and score a split with several numbers of beams: Table 1 of the MedBLIP paper.
 
     --no-repeat-ngram is 3 where it is not given; other settings come from the checkpoint. With --tune decoding
     settings are chosen instead, and all that are not given come from the checkpoint.

@@ -34,6 +34,7 @@ from train.demo.volumes import read_pairs
 
 RECORD = Path("benchmarks/results/consensus.json")
 UTILITIES = ("rouge1", "bertscore")
+"""By the second all the pairs of candidates take hours on two cores."""
 SUPPORT = {"nearest": 8, "share": 0.5}
 """The defaults of `engine rerank`."""
 BEAMS = DecodeOptions(num_beams=4, no_repeat_ngram_size=3, max_new_tokens=64, num_return_sequences=4)
@@ -51,13 +52,20 @@ def candidates_of(captioner: Captioner, pictures: Iterable[Path], options: Decod
 @click.option("--bundle", "others", type=click.Path(path_type=Path), multiple=True, help="Beside the demo; several.")
 @click.option("--together", type=click.Path(path_type=Path), multiple=True, help="Bundles for one search.")
 @click.option("--images", type=click.IntRange(1), help="So many held-out slices, evenly spaced; all when absent.")
+@click.option("--utility", "utilities", type=click.Choice(UTILITIES), multiple=True, default=UTILITIES)
 @click.option("--samples", type=click.IntRange(2), default=16, show_default=True)
 @click.option("--temperature", type=float, default=0.8, show_default=True)
 @click.option("--top-p", type=float, default=0.95, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=RECORD, show_default=True)
 def main(
-    pairs: Path, others: tuple[Path, ...], together: tuple[Path, ...], images: int | None, out: Path, **drawing: Any
+    pairs: Path,
+    others: tuple[Path, ...],
+    together: tuple[Path, ...],
+    images: int | None,
+    utilities: tuple[str, ...],
+    out: Path,
+    **drawing: Any,
 ) -> None:
     """Measure and keep the record."""
     everything = read_pairs(pairs)
@@ -68,7 +76,7 @@ def main(
     setting = small_bert()
     captioners = load_bundles(others)
     candidates, best = caption_all(captioners, pictures, drawing)
-    runs = best | rerank_all(candidates, setting, training)
+    runs = best | rerank_all(candidates, utilities, setting, training)
     if together:
         mean = Captioner.load(together, backend="cpu")
         captions = mean.caption(pictures, BEAMS.replace(num_return_sequences=1))
@@ -138,14 +146,14 @@ def best_of(beams: Path) -> dict[str, str]:
 
 
 def rerank_all(
-    sets: dict[str, list[Path]], setting: MetricInputs, training: SupportCaptions
+    sets: dict[str, list[Path]], utilities: Sequence[str], setting: MetricInputs, training: SupportCaptions
 ) -> dict[str, dict[str, str]]:
     """Return the captions that are chosen among each set by each utility, then the same with support."""
     alone: dict[str, dict[str, str]] = {}
     supported: dict[str, dict[str, str]] = {}
     for name, files in sets.items():
         candidates = read_n_best(files)
-        for utility in UTILITIES:
+        for utility in utilities:
             alone[f"{name}, by {utility}"] = rerank_candidates(candidates, utility, setting)
             support = training.near(candidates, make_utility(utility, setting), **SUPPORT)
             supported[f"{name} with support, by {utility}"] = rerank_candidates(

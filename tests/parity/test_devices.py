@@ -21,7 +21,6 @@ from engine.decoding.beam import Search
 from engine.decoding.scheduler import Scheduler
 from engine.errors import BackendError
 from engine.options import DecodeOptions
-from export.bundle import export_bundle
 from tests.helpers.stand_in import stand_in_backend
 from tests.helpers.tiny import random_pictures
 
@@ -56,9 +55,8 @@ def bundle(tiny_bundle) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def fp16_bundle(tiny_checkpoint, tmp_path_factory) -> Bundle:
-    out = tmp_path_factory.mktemp("devices") / "fp16"
-    return export_bundle(tiny_checkpoint, out, lambda _: None, precision="fp16")
+def fp16_bundle(rounded_bundles) -> Bundle:
+    return Bundle.load(rounded_bundles["fp16"])
 
 
 def captions(bundle: Bundle, backend, options: DecodeOptions, rows: int = 20):

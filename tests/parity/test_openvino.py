@@ -25,7 +25,6 @@ from engine.errors import BackendError, OutOfMemoryError, UsageError
 from engine.files.atomic import file_sha256
 from engine.machine.verify import verify
 from engine.options import DecodeOptions, Runtime
-from export.bundle import export_bundle
 from export.precision import encoder_error
 from export.precision import main as precision_main
 from tests.helpers.earlier import bundle_of_084ae4d
@@ -107,8 +106,8 @@ def test_pytorchs_answers_are_replayed(captioner, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_rounded_bundles_run_too(precision, tiny_checkpoint, tmp_path):
-    bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", lambda _: None, precision=precision)
+def test_rounded_bundles_run_too(precision, rounded_bundles):
+    bundle = Bundle.load(rounded_bundles[precision])
     assert all(check.passed for check in verify(bundle, open_backend(bundle, Runtime("openvino", threads=1))))
     with pytest.raises(UsageError, match=f"is {precision}: --cpu-precision bf16 is for fp32 bundles"):
         OpenVinoBackend(bundle, cpu_precision="bf16")

@@ -1,1 +1,1 @@
-"""The seed paper's Table 1 for any checkpoint. Start at sweep.py."""
+"""The MedBLIP paper's Table 1 for any checkpoint. Start at sweep.py."""

@@ -1,11 +1,12 @@
-"""The seed paper's Table 1 for any checkpoint: captions and scores of one split by number of beams.
+"""The MedBLIP paper's Table 1 for any checkpoint: captions and scores of one split by number of beams.
 
     OUT/bundle/            the exported checkpoint, unless a bundle is given
     OUT/run_beams_K.csv    captions with K beams; run_beams_K.json says what they were made with
     OUT/references.jsonl   what they are scored against, by `engine score` too
     OUT/table1.md, .csv, .json and examples.png
 
-Knows nothing X"""
+Knows nothing of decoding and metrics, which are the engine's, and of layouts of data sets (train/data/dataset.py).
+"""
 
 from __future__ import annotations
 
