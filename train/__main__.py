@@ -95,7 +95,7 @@ def finetune(
     from train.dry_run import plan_run
     from train.finetune import DataInputs, Job
     from train.finetune import finetune as run
-    from train.recipe import load_recipe, parse_changes
+    from train.recipes import load_recipe, parse_changes
 
     given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
     job = Job(

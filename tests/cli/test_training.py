@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
 from train.__main__ import main
-from train.recipe import RECIPES
+from train.recipes import RECIPES
 
 SETTINGS = ["--recipe", "smoke", "--epochs", "3", "--learning-rate", "5e-3"]
 
