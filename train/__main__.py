@@ -73,7 +73,7 @@ def main() -> None:
 @click.option("--model", required=True, help="BLIP captioning checkpoint to start from: a folder, or a hub's id.")
 @click.option("--out", type=PATH, required=True, help="Run directory; the same command goes on where it was cut off.")
 @click.option("--recipe", default="medblip-base", show_default=True, help="A named recipe, or a YAML file.")
-@click.option("--dry-run", is_flag=True, help="Print steps, learning rates and memory, take two steps, keep nothing.")
+@click.option("--dry-run", is_flag=True, help="Print steps, memory, hours and disk, take two steps, keep nothing.")
 @click.option("--weights", multiple=True, metavar="NAME=DIR", help="Folder with a neural metric's weights.")
 @recipe_options
 @data_options
@@ -96,7 +96,7 @@ def finetune(
     from train.dry_run import plan_run
     from train.finetune import DataInputs, Job
     from train.finetune import finetune as run
-    from train.recipe import load_recipe, parse_changes
+    from train.recipes import load_recipe, parse_changes
 
     given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
     job = Job(

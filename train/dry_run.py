@@ -1,4 +1,4 @@
-"""What a run will be, before a day is spent on it: steps, learning rates, memory, and two steps that really run.
+"""What a run will be, before a day is spent on it: steps, learning rates, memory, disk, hours; two steps really run.
 
 Knows nothing of run directories.
 """
@@ -8,26 +8,40 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BlipForConditionalGeneration
+from transformers import TrainerCallback
 
 from engine.errors import UsageError
 from export.reference.huggingface import Reference
 from train.data.batches import PixelSpec
 from train.data.dataset import Split
-from train.finetune import Job, prepare_data, signatures
-from train.learning.evaluate import sum_of_losses
+from train.estimates import GIB, disk, flop_of_step, memory, on_an_a100, rounded, tokens_of_batches
+from train.finetune import Job, make_evaluator, prepare_data, signatures
+from train.learning.evaluate import references_by_id
 from train.learning.processes import rank_and_world_size
-from train.learning.reward import repeating
 from train.learning.setup import load_reference, make_trainer
 from train.recipe import Recipe
 
-A100_GIB = 40.0
 TRIAL_STEPS = 2
-GIB = float(1 << 30)
+TRIAL_IMAGES = 8
+"""Validation images that are captioned in a trial."""
+
+
+class StepClock(TrainerCallback):
+    """Notes when each optimiser step ended, in seconds of time.perf_counter."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """See TrainerCallback."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
 
 
 def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dict[str, Any]:
@@ -38,23 +52,56 @@ def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dic
     signatures(recipe, job.metrics)
     reference = load_reference(job.checkpoint, recipe)
     splits = prepare_data(job.data, recipe, reference, say)
-    device_batch, accumulated = recipe.micro_batches(1)
+    batches = recipe.micro_batches(1)
     steps = -(-len(splits["train"].examples) // recipe.batch_size)
     parameters = list(reference.model.parameters())
+    tokens = tokens_of_batches(reference, splits["train"].examples, recipe)
     plan = {
         "captions": {name: len(split.examples) for name, split in splits.items()},
         "steps_per_epoch": steps,
         "steps": steps * recipe.epochs,
-        "batch": {"a_step": recipe.batch_size, "a_process_at_once": device_batch, "accumulated": accumulated},
+        "batch": {"a_step": recipe.batch_size, "a_process_at_once": batches[0], "accumulated": batches[1]},
+        "tokens_of_a_batch": rounded(tokens),
         "learning_rates": learning_rates(recipe, steps),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "image_size": reference.model.config.vision_config.image_size,
         "memory_gib": memory(reference.model, recipe, PixelSpec.of(reference.image_processor, recipe.high_bit_depth)),
+        "disk_gib": {name: rounded(size / GIB) for name, size in disk(reference.model, recipe).items()},
+        "a100_estimate": on_an_a100(flop_of_step(reference.model, recipe, round(tokens)), recipe, steps),
     }
     if trial:
-        plan["trial"] = _trial(job, reference, splits, (device_batch, accumulated), say)
+        plan["trial"], later = _trial(job, reference, splits, batches, say)
+        seconds_an_image, images = _trial_of_validation(job, reference, splits["valid"])
+        plan["this_machine"] = on_this_machine(recipe, steps, later, seconds_an_image, images)
+        say(in_words(plan))
     return plan
+
+
+def in_words(plan: dict[str, Any]) -> str:
+    """Return the estimates of a plan in a line."""
+    here = plan["this_machine"]
+    return (
+        f"on this machine: about {here['hours_an_epoch']:g} hours an epoch, {here['hours']:g} for all epochs (not "
+        f"counted: {', '.join(here['not_counted'])}); on disk: {plan['disk_gib']['most']:g} GiB at most"
+    )
+
+
+def on_this_machine(
+    recipe: Recipe, steps_per_epoch: int, seconds_a_step: float, seconds_an_image: float, images: int
+) -> dict[str, Any]:
+    """Return hours of an epoch and of a run, from measured seconds of a step and of a validation image."""
+    learning, validation = steps_per_epoch * seconds_a_step / 3600, images * seconds_an_image / 3600
+    encoding = ["encoding the images once"] if recipe.cache_features else []
+    return {
+        "seconds_a_step": rounded(seconds_a_step),
+        "seconds_a_validation_image": rounded(seconds_an_image),
+        "validation_images": images,
+        "hours_an_epoch": rounded(learning + validation),
+        "of_these_validation": rounded(validation),
+        "hours": rounded((learning + validation) * recipe.epochs),
+        "not_counted": ["checking the data", *encoding, "scoring validation captions", "writing to disk"],
+    }
 
 
 def learning_rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
@@ -65,77 +112,36 @@ def learning_rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
     ]
 
 
-def memory(model: BlipForConditionalGeneration, recipe: Recipe, spec: PixelSpec) -> dict[str, float]:
-    """Estimate what a process needs on a GPU in mixed precision, in GiB, for captions of max_tokens tokens.
-
-    Weights in float32 with gradients and AdamW's two moments for those that are trained (16 bytes a trained
-    parameter, 20 with a moving average), their half-precision copies (2 bytes), and what autograd keeps for the
-    backward pass, measured here under bfloat16 autocast for one and two images; float16 keeps the same number of bytes.
-    Not counted: the CUDA context, the allocator's slack and workspaces.
-    """
-    parameters = list(model.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    copies = recipe.samples if recipe.reward else 1
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    one, two = (_kept_for_backward(model, spec, recipe.max_tokens, count, copies) for count in (1, 2))
-    device_batch, _ = recipe.micro_batches(1)
-    weights = (total * (4 + 2) + trained * (16 if recipe.ema else 12)) / GIB
-    activations = device_batch * (two - one) / GIB  # what one image adds: half-precision weights are in both
-    return {
-        "weights_gradients_moments": round(weights, 2),
-        f"activations_of_{device_batch}": round(activations, 2),
-        "fp16_or_bf16": round(weights + activations, 2),
-        "a100": A100_GIB,
-    }
-
-
-def _kept_for_backward(
-    model: BlipForConditionalGeneration, spec: PixelSpec, tokens: int, images: int, copies: int
-) -> int:
-    """Return the bytes autograd saves for a batch with `copies` captions an image, parameters left out, shared storage
-    counted once.
-    """
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # a freed tensor's address would be used again
-        return tensor
-
-    vocabulary = model.config.text_config.vocab_size
-    length = min(tokens, model.config.text_config.max_position_embeddings)
-    ids = torch.arange(images * copies * length).reshape(images * copies, length) % vocabulary
-    model.train()
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, repeating(model.vision_model, [copies]), torch.autocast("cpu", torch.bfloat16):
-        outputs = model(
-            pixel_values=torch.zeros(images, 3, spec.size, spec.size),
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-        )
-        loss = sum_of_losses(outputs.logits, ids)
-    del outputs, loss
-    return sum(kept.values())
-
-
 def _trial(
     job: Job, reference: Reference, splits: dict[str, Split], batches: tuple[int, int], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Take two optimiser steps on the first images of the data and report losses and seconds."""
+) -> tuple[dict[str, Any], float]:
+    """Take two optimiser steps on the first images of the data; return losses and seconds, and the seconds of the last
+    step: the first ones pay for what happens once.
+    """
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory)
         trainer = make_trainer(
             job.recipe, reference, splits, lambda _: {}, batches, job.metrics, out, say, max_steps=TRIAL_STEPS
         )
         trainer.args.logging_steps = trainer.state.logging_steps = 1
+        clock = StepClock()
+        trainer.add_callback(clock)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": trainer.state.global_step, "losses": losses, "seconds_a_step": round(seconds / TRIAL_STEPS, 2)}
+    found = {"steps": trainer.state.global_step, "losses": losses, "seconds_a_step": round(seconds / TRIAL_STEPS, 2)}
+    return found, clock.ends[-1] - clock.ends[-2]
+
+
+def _trial_of_validation(job: Job, reference: Reference, split: Split) -> tuple[float, int]:
+    """Judge the model as it is by TRIAL_IMAGES images, without scores; return the seconds an image, and how many images
+    an epoch will be judged by.
+    """
+    evaluator = make_evaluator(job, reference, split.examples)
+    ids = list(references_by_id(evaluator.examples))
+    some = set(ids[:TRIAL_IMAGES])
+    few = [example for example in evaluator.examples if example.id in some]
+    start = time.perf_counter()
+    replace(evaluator, examples=few, metrics=()).evaluate()
+    return (time.perf_counter() - start) / len(some), len(ids)

@@ -148,26 +148,8 @@ def run_identity(job: Job, splits: dict[str, Split]) -> dict[str, Any]:
 def make_judge(
     job: Job, reference: Reference, examples: Sequence[Example], best: BestModels, rank: int, say: Say
 ) -> Callable[[int], dict[str, float]]:
-    """Return what is called after each epoch: it captions up to `eval_images` validation images, evenly spaced, and the
-    first process keeps the best models.
-    """
-    recipe = job.recipe
-    ids = list(dict.fromkeys(example.id for example in examples))
-    if recipe.eval_images is not None and len(ids) > recipe.eval_images:
-        step = len(ids) / recipe.eval_images
-        chosen = {ids[int(i * step)] for i in range(recipe.eval_images)}
-        examples = [example for example in examples if example.id in chosen]
-    metrics, options = evaluation_metrics(recipe), evaluation_options(recipe)
-    evaluator = Evaluator(
-        reference,
-        examples,
-        metrics,
-        options,
-        recipe.max_tokens,
-        recipe.device_batch,
-        job.metrics,
-        recipe.high_bit_depth,
-    )
+    """Return what is called after each epoch: it judges the model, and the first process keeps the best models."""
+    evaluator = make_evaluator(job, reference, examples)
 
     def judge(epoch: int) -> dict[str, float]:
         found, captions = evaluator.evaluate()
@@ -177,6 +159,27 @@ def make_judge(
         return found
 
     return judge
+
+
+def make_evaluator(job: Job, reference: Reference, examples: Sequence[Example]) -> Evaluator:
+    """Return what judges an epoch: by up to `eval_images` validation images, evenly spaced."""
+    recipe = job.recipe
+    ids = list(dict.fromkeys(example.id for example in examples))
+    if recipe.eval_images is not None and len(ids) > recipe.eval_images:
+        step = len(ids) / recipe.eval_images
+        chosen = {ids[int(i * step)] for i in range(recipe.eval_images)}
+        examples = [example for example in examples if example.id in chosen]
+    metrics, options = evaluation_metrics(recipe), evaluation_options(recipe)
+    return Evaluator(
+        reference,
+        examples,
+        metrics,
+        options,
+        recipe.max_tokens,
+        recipe.device_batch,
+        job.metrics,
+        recipe.high_bit_depth,
+    )
 
 
 def evaluation_metrics(recipe: Recipe) -> tuple[str, ...]:

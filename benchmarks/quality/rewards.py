@@ -41,7 +41,7 @@ from train.demo.volumes import Pair
 from train.finetune import DataInputs, Job, finetune
 from train.learning.reward import SAMPLED_WORDS, make_reward
 from train.learning.setup import evaluation_options
-from train.recipe import load_recipe, parse_changes
+from train.recipes import load_recipe, parse_changes
 
 RESULTS = Path("benchmarks/results")
 HEADS = ("train", "valid")

@@ -10,14 +10,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
 from train.__main__ import main
-from train.recipe import RECIPES
+from train.estimates import disk
+from train.learning.setup import load_reference
+from train.recipes import RECIPES
 
 SETTINGS = ["--recipe", "smoke", "--epochs", "3", "--learning-rate", "5e-3"]
 
@@ -159,7 +164,42 @@ def test_a_plan_has_the_papers_rates_and_keeps_nothing(checkpoint, data, tmp_pat
     assert plan["steps_per_epoch"] == -(-plan["captions"]["train"] // 16)
     assert plan["trial"]["steps"] == 2
     assert plan["memory_gib"]["a100"] == 40.0
+    here, trial = plan["this_machine"], plan["trial"]
+    assert 0 < here["seconds_a_step"] <= 2 * trial["seconds_a_step"] + 0.01
+    seconds = plan["steps_per_epoch"] * here["seconds_a_step"]
+    seconds += here["validation_images"] * here["seconds_a_validation_image"]
+    assert here["validation_images"] == plan["captions"]["valid"]
+    assert here["hours_an_epoch"] * 3600 == pytest.approx(seconds, rel=0.02)
+    assert here["hours"] == pytest.approx(15 * here["hours_an_epoch"], rel=0.02)
+    assert f"on this machine: about {here['hours_an_epoch']:g} hours an epoch" in done.stderr
+    assert plan["a100_estimate"]["hours"] > 0
+    assert plan["disk_gib"]["most"] > plan["disk_gib"]["models"] > 0
     assert not (tmp_path / "none").exists()
+
+
+def test_a_plan_says_how_much_disk_a_run_takes(undisturbed, checkpoint):
+    out, recipe = undisturbed[0], replace(RECIPES["smoke"], epochs=3)
+    estimate = disk(load_reference(checkpoint, recipe).model, recipe)
+
+    def size(pattern: str) -> int:
+        return sum(tensor.nbytes for path in out.glob(pattern) for tensor in load_file(path).values())
+
+    moments = 0
+    for path in out.glob("checkpoints/*/optimizer.pt"):
+        states = torch.load(path, weights_only=True)["state"].values()
+        moments += sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+    assert size("models/*/model.safetensors") == estimate["models"]
+    assert size("checkpoints/*/model.safetensors") + moments == estimate["states"]
+
+
+def test_a_plan_of_a_reward_says_what_it_does_not_count(checkpoint, data, tmp_path):
+    settings = ["--recipe", "scst", "--set", "reward=rouge1=1", "--batch-size", "4", "--dry-run"]
+    settings += ["--set", "workers=0", "--set", "samples=2", "--set", "eval_max_new_tokens=4"]
+    done = CliRunner().invoke(main, finetune(checkpoint, data, tmp_path / "none", *settings)[2:])
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert "drawing captions and scoring them" in plan["a100_estimate"]["not_counted"]
+    assert "drawing captions and scoring them" not in plan["this_machine"]["not_counted"]  # the trial really does it
 
 
 def test_rewards_are_logged_and_a_second_stage_starts_from_the_first(undisturbed, data, tmp_path):

@@ -28,7 +28,7 @@ from train.demo.initial_weights import init_text_from_bert, init_vision_from_din
 from train.demo.volumes import PLANES, REGIONS, Pair, read_pairs, write_pairs
 from train.finetune import DataInputs, Job, finetune
 from train.learning.run_dir import save_checkpoint
-from train.recipe import load_recipe
+from train.recipes import load_recipe
 
 STAGES = ("demo-decoder", "demo")
 """Recipes, one after the other."""
