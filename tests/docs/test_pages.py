@@ -110,10 +110,10 @@ def test_a_record_of_consensus_names_every_bundle_and_the_support(tmp_path):
     record = json.loads((folder / "consensus.json").read_text())
     record["further_bundles"] = ["0123456789ab"]
     record["setting"]["support"] = {"captions": 1234, "nearest": 8, "share": 0.5}
-    record["runs"] |= {f"{name} of 2 bundles": found for name, found in record["runs"].items()}
+    record["runs"] |= {f"{name}, twice": found for name, found in record["runs"].items()}
     (folder / "consensus.json").write_text(json.dumps(record))
     text = figures.figures("consensus", ROOT / "docs/measurements.md", folder)
-    assert len(re.findall(r"^\| .+ of 2 bundles \| .*\[", text, re.MULTILINE)) == len(record["runs"]) // 2
+    assert len(re.findall(r"^\| .+, twice \| .*\[", text, re.MULTILINE)) == len(record["runs"]) // 2
     assert "0123456789ab" in text
     assert "1,234 distinct captions" in text
 
