@@ -11,7 +11,7 @@ from benchmarks.setting.markdown import table
 
 Record = dict[str, Any]
 
-PROGRAMS = {"generate": "`generate`", "conventional": "the usual ONNX loop", "openvino": "our graphs on OpenVINO"}
+PROGRAMS = {"generate": "`generate`", "conventional": "the usual ONNX loop", "openvino": "the engine on OpenVINO"}
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,10 @@ def combine(bundles: Sequence[Bundle], weights: Sequence[float]) -> Bundle:
             )
     named = "|".join(f"{bundle.digest}:{weight!r}" for bundle, weight in zip(bundles, weights, strict=True))
     positions = min(bundle.model.max_positions for bundle in bundles)
+    precisions = [bundle.precision for bundle in bundles]
     return replace(
         first,
+        precision="+".join(precisions if len(set(precisions)) > 1 else precisions[:1]),
         digest=hashlib.sha256(named.encode()).hexdigest(),
         model=replace(first.model, max_positions=positions),
         members=tuple(bundles),

@@ -94,6 +94,14 @@ def test_padded_shapes_as_on_a_gpu_change_nothing(both):
     assert found == expected
 
 
+def test_precisions_may_differ_and_the_signature_names_them(tiny_bundle, rounded_bundles, tiny_captioner):
+    mixed = Captioner.load([tiny_bundle, *rounded_bundles.values()], weights=(8, 1, 1), backend="cpu", threads=1)
+    assert mixed.bundle.precision == "fp32+fp16+int8"
+    pictures = random_pictures(4)
+    found, alone = ([one.ids for one in c.caption(pictures, num_beams=3)] for c in (mixed, tiny_captioner))
+    assert found == alone  # all three are the same model
+
+
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     folder = tmp_path / "pictures"
