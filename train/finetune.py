@@ -75,7 +75,7 @@ def finetune(job: Job, say: Say) -> dict[str, Any]:
     splits = on_first_process(lambda: prepare_data(job.data, recipe, reference, say))
     with locked(job.out, rank):
         resume_from = on_first_process(lambda: begin(job, splits, measured_by, say))
-        best = BestModels(job.out / "models", recipe)
+        best = BestModels(job.out / "models", recipe, evaluation_options(recipe) if recipe.write_decoding else None)
         judge = make_judge(job, reference, splits["valid"].examples, best, rank, say)
         trainer = make_trainer(recipe, reference, splits, judge, batches, job.metrics, job.out, say)
         start = time.perf_counter()

@@ -29,12 +29,14 @@ class Recipe:
     but cross-attention). With a frozen vision tower and no augmentation, `cache_features` encodes every image once.
     With `ema` above 0 an exponential moving average of the weights with this decay is what is evaluated and kept
     (learning/ema.py). `metric` is what the best epoch is chosen by: a metric of `engine score` over captions generated
-    with `eval_beams` beams and the other `eval_` settings, or loss. `high_bit_depth` is how pictures of more than 8
-    bits are read, and `engine caption` has to be told the same (engine/inputs/depth.py).
+    with `eval_beams` beams and the other `eval_` settings, or loss. With `write_decoding` the kept models carry these
+    settings in place of the checkpoint's own, so that `generate` and an exported bundle caption as the validation did.
+    `high_bit_depth` is how pictures of more than 8 bits are read, and `engine caption` has to be told the same
+    (engine/inputs/depth.py).
 
     With a `reward`, such as "rouge1=1 bertscore=1", the run is the second stage, self-critical sequence training
     (learning/reward.py): `samples` captions an image are drawn and compared with the `baseline`, the `others` or the
-    `greedy` caption; `likelihood_share` of the loss stays what it was.
+    `greedy` caption, which is decoded by the `eval_` settings; `likelihood_share` of the loss stays what it was.
     """
 
     name: str = "medblip-base"
@@ -65,6 +67,8 @@ class Recipe:
     eval_min_new_tokens: int = 0
     eval_length_penalty: float = 1.0
     eval_repetition_penalty: float = 1.0
+    eval_no_repeat_ngram: int = 3
+    write_decoding: bool = False
     keep: int = 3
     save_steps: int | None = None
     valid_share: float = 0.1
@@ -128,6 +132,7 @@ class Recipe:
             "min_new_tokens": self.eval_min_new_tokens,
             "length_penalty": self.eval_length_penalty,
             "repetition_penalty": self.eval_repetition_penalty,
+            "no_repeat_ngram_size": self.eval_no_repeat_ngram,
         }
 
     def rewards(self) -> dict[str, float]:

@@ -15,6 +15,8 @@ from engine.errors import UsageError
 from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
 from engine.files.run_files import write_run
+from engine.options import GENERATION_SETTINGS, DecodeOptions
+from export.checkpoints.generation import DEFAULTS
 from export.manifest import generation_defaults
 from export.reference.huggingface import Reference
 from train.learning.evaluate import LOSS
@@ -29,11 +31,12 @@ WITHOUT_EFFECT = ("device_batch", "workers")
 @dataclass(frozen=True)
 class BestModels:
     """The best epochs' models in `directory`, judged by the recipe's metric; everything is read from disk, so that a
-    resumed run knows of those before.
+    resumed run knows of those before. With `decoding` they caption so by themselves, see save_checkpoint.
     """
 
     directory: Path
     recipe: Recipe
+    decoding: DecodeOptions | None = None
 
     def add(
         self, epoch: int, metrics: dict[str, float], captions: Sequence[tuple[str, str]], reference: Reference
@@ -42,7 +45,7 @@ class BestModels:
         target, half = self.directory / f"epoch_{epoch:02d}", self.directory / f".epoch_{epoch:02d}.tmp"
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
-        save_checkpoint(reference, half)
+        save_checkpoint(reference, half, self.decoding)
         write_run(half / "valid.csv", captions)
         (half / EVALUATION).write_text(json.dumps({"epoch": epoch, "metrics": metrics}) + "\n")
         _remove(target)
@@ -66,17 +69,54 @@ class BestModels:
         return sorted(found, key=lambda entry: (sign * entry[2][metric], entry[0]))
 
 
-def save_checkpoint(reference: Reference, directory: Path) -> None:
+def save_checkpoint(reference: Reference, directory: Path, decoding: DecodeOptions | None = None) -> None:
     """Write a plain Hugging Face directory: weights, configuration, tokenizer and image processor.
+
+    With `decoding` its generation settings are these and no others, in the text_config that BLIP's generate reads and
+    in generation_config.json for readers; without, they are those of the checkpoint that was loaded.
 
     Saving the decoder alone, as the Trainer does with cached features, moves generation settings out of the
     configuration into the decoder's generation_config, which BLIP loses on the way to disk: they are put back.
     """
-    for name, value in generation_defaults(reference).items():
-        setattr(reference.model.config.text_config, name, value)
-    reference.model.save_pretrained(directory, safe_serialization=True)
+    text = reference.model.config.text_config
+    if decoding is None:
+        for name, value in generation_defaults(reference).items():
+            setattr(text, name, value)
+        reference.model.save_pretrained(directory, safe_serialization=True)
+    else:
+        settings = generation_settings(decoding, text.max_position_embeddings)
+        with _set(text, settings), _set(reference.model.generation_config, settings):
+            reference.model.save_pretrained(directory, safe_serialization=True)
     reference.tokenizer.save_pretrained(directory)
     reference.image_processor.save_pretrained(directory)
+
+
+def generation_settings(decoding: DecodeOptions, positions: int) -> dict[str, Any]:
+    """Return every generation setting that a bundle carries, by Hugging Face's name: what is not given is at its
+    default there. Captions end where the model's `positions` do, as those of the validation.
+    """
+    settings = {name: DEFAULTS[name] for name in GENERATION_SETTINGS} | decoding.values()
+    settings = {name: settings[name] for name in GENERATION_SETTINGS}
+    if settings["max_new_tokens"] is not None:
+        settings["max_new_tokens"] = min(settings["max_new_tokens"], positions - 1)
+    settings["min_new_tokens"] = settings["min_new_tokens"] or None
+    if settings["num_beams"] == 1:
+        settings["length_penalty"] = DEFAULTS["length_penalty"]  # Hugging Face saves none that has no effect
+    return settings
+
+
+@contextmanager
+def _set(config: Any, settings: dict[str, Any]) -> Iterator[None]:
+    """Give a configuration other settings for a while."""
+    before = {name: vars(config)[name] for name in settings if name in vars(config)}
+    changed = {name: value for name, value in settings.items() if value is not None or name in before}
+    try:
+        vars(config).update(changed)
+        yield
+    finally:
+        for name in changed.keys() - before.keys():
+            del vars(config)[name]
+        vars(config).update(before)
 
 
 def _remove(directory: Path) -> None:

@@ -25,8 +25,6 @@ from train.recipe import Recipe
 
 Say = Callable[[str], None]
 WORDS = ("word_embeddings", "position_embeddings", "embeddings.LayerNorm")
-NGRAM = 3
-"""The paper's n-gram ban."""
 
 
 def load_reference(checkpoint: Path, recipe: Recipe) -> Reference:
@@ -164,4 +162,4 @@ def encode_images(
 
 def evaluation_options(recipe: Recipe) -> DecodeOptions:
     """Return how validation images are captioned, and the baseline of a reward."""
-    return DecodeOptions(no_repeat_ngram_size=NGRAM, **recipe.eval_decoding())
+    return DecodeOptions(**recipe.eval_decoding())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.errors import UsageError
+from tests.helpers.tiny import make_checkpoint
+from train.learning.setup import load_reference
 from train.learning.trainer import stopped_falling
 from train.recipe import Recipe
 from train.recipes import RECIPES, load_recipe, parse_changes
@@ -55,6 +58,41 @@ def test_medblip_large_stops_when_the_loss_stops_falling():
     assert not stopped_falling([3.0, 2.0, 2.5], 2)
     assert stopped_falling([3.0, 2.0, 2.5, 2.1], 2)
     assert not stopped_falling([3.0], 1)
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_recipes_of_the_published_image_size_are_the_papers_otherwise(size):
+    papers, ours = RECIPES[f"medblip-{size}"].settings(), RECIPES[f"medblip-{size}-384"].settings()
+    changed = {name: value for name, value in ours.items() if value != papers[name]}
+    assert changed == {"name": f"medblip-{size}-384", "image_size": 384, "precision": "bf16"}
+
+
+def test_a_published_position_table_stays_as_it_is_at_the_published_image_size(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", image_size=384, vision={"patch_size": 16})
+    name = "vision_model.embeddings.position_embedding"
+    published = load_file(checkpoint / "model.safetensors")[name]
+    assert published.shape[1] == 577
+    kept, resized = (
+        load_reference(checkpoint, RECIPES[recipe]).model.state_dict()[name]
+        for recipe in ("medblip-base-384", "medblip-base")
+    )
+    assert torch.equal(kept, published)
+    assert resized.shape[1] == 197
+
+
+@pytest.mark.parametrize(("name", "base"), [("medblip-2026", "medblip-base"), ("medblip-2026-scst", "scst")])
+def test_recipes_of_2026_are_two_stages_with_the_winners_decoding(name, base):
+    recipe, others = RECIPES[name], RECIPES[base].settings()
+    assert recipe.eval_decoding() == {
+        "num_beams": 3,
+        "repetition_penalty": 2.5,
+        "length_penalty": 2.0,
+        "min_new_tokens": 8,
+        "max_new_tokens": 64,
+        "no_repeat_ngram_size": 0,
+    }
+    changed = {setting for setting, value in recipe.settings().items() if value != others[setting]}
+    assert {one for one in changed if not one.startswith("eval_")} == {"name", "write_decoding"}
 
 
 @pytest.mark.parametrize(
