@@ -34,7 +34,7 @@ from train.demo.volumes import read_pairs
 
 RECORD = Path("benchmarks/results/consensus.json")
 UTILITIES = ("rouge1", "bertscore")
-"""By the second all the pairs of candidates take hours on two cores."""
+"""The second compares all pairs of candidates by a neural model, which is by far slower."""
 SUPPORT = {"nearest": 8, "share": 0.5}
 """The defaults of `engine rerank`."""
 BEAMS = DecodeOptions(num_beams=4, no_repeat_ngram_size=3, max_new_tokens=64, num_return_sequences=4)

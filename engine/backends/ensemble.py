@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.ort import OrtBackend, OrtCache
+from engine.backends.ort import OrtBackend, OrtCache, ort_errors
 from engine.backends.providers import CPU, import_libraries
 from engine.backends.sessions import check_graphs, open_session
 from engine.bundle.ensemble import shares
 from engine.bundle.graphs import CANDIDATES, CHOICE, CHOSEN_BY, LOG_PROBS, NUM_CANDIDATES
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import BatchSizes, StepInputs
-from engine.errors import BackendError, BundleError
+from engine.errors import BundleError
 from engine.host import available_cores
 
 
@@ -77,10 +77,8 @@ class EnsembleBackend:
             mean += log_probs
         feed = {name: np.ascontiguousarray(getattr(inputs, name)) for name in CHOSEN_BY}
         feed |= {LOG_PROBS: mean, NUM_CANDIDATES: np.array([inputs.num_candidates], np.int64)}
-        try:
+        with ort_errors(self.name):
             scores, ids = self._choice.run([*CANDIDATES], feed)
-        except Exception as error:
-            raise BackendError(f"the {self.name} backend failed: {' '.join(str(error).split())[:400]}") from error
         return scores, ids
 
     def regroup(

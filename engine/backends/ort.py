@@ -230,7 +230,7 @@ class OrtBackend:
         return [self._on_device(nothing)] * len(self._names["cross"])
 
     def _on_device(self, array: NDArray[Any]) -> Any:
-        with self._ort_errors():
+        with ort_errors(self.name):
             return self._ort.OrtValue.ortvalue_from_numpy(array, self._device.name, 0)
 
     def _named(self, part: str, values: list[Any]) -> dict[str, Any]:
@@ -260,7 +260,7 @@ class OrtBackend:
         """Run a graph; return OrtValues, those `to_host` first. Of `places` only the first slots are fed."""
         self._device.wait()  # for what was copied: ONNX Runtime works on a stream of its own
         binding, device = session.io_binding(), self._device.name
-        with self._ort_errors():
+        with ort_errors(self.name):
             for name, value in feed.items():
                 binding.bind_ortvalue_input(name, value)
             for name, (value, shape) in (places or {}).items():
@@ -273,12 +273,13 @@ class OrtBackend:
             binding.clear_binding_inputs()  # outputs keep the binding alive, and it would keep the old keys
             return list(binding.get_outputs())
 
-    @contextmanager
-    def _ort_errors(self) -> Iterator[None]:
-        """Turn what ONNX Runtime raises into our errors."""
-        try:
-            yield
-        except Exception as error:
-            reason = " ".join(str(error).split())[:400]
-            kind = OutOfMemoryError if any(sign in reason.lower() for sign in OUT_OF_MEMORY) else BackendError
-            raise kind(f"the {self.name} backend failed: {reason}") from error
+
+@contextmanager
+def ort_errors(name: str) -> Iterator[None]:
+    """Turn what ONNX Runtime raises for the backend `name` into our errors."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        kind = OutOfMemoryError if any(sign in reason.lower() for sign in OUT_OF_MEMORY) else BackendError
+        raise kind(f"the {name} backend failed: {reason}") from error

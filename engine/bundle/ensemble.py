@@ -39,7 +39,6 @@ class Ensemble:
             )
         if not all(0 < weight < math.inf for weight in self.weights):
             raise UsageError(f"a --bundle-weight must be a number above 0: {', '.join(map(str, self.weights))}")
-
         object.__setattr__(self, "weights", self.weights or (1.0,) * len(self.bundles))
 
     def __str__(self) -> str:

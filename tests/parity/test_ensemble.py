@@ -15,7 +15,7 @@ from engine.bundle.ensemble import Ensemble, combine, open_place
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.cli import main
-from engine.errors import BundleError, UsageError
+from engine.errors import BundleError, OutOfMemoryError, UsageError
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.parity import main as parity
@@ -85,6 +85,18 @@ def test_weights_decide(tiny_bundle, other_bundle, tiny_captioner):
     nearly = Captioner.load([tiny_bundle, other_bundle], weights=(1, 1e-9), backend="cpu", threads=1)
     alone = [one.ids for one in tiny_captioner.caption(pictures, num_beams=4)]
     assert [one.ids for one in nearly.caption(pictures, num_beams=4)] == alone
+
+
+def test_short_memory_while_choosing_is_told_as_such(both, monkeypatch):
+    """So that a run goes on with fewer pictures side by side."""
+
+    class Full:
+        def run(self, *_):
+            raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr(both.backend, "_choice", Full())
+    with pytest.raises(OutOfMemoryError, match="the cpu backend failed"):
+        list(both.caption(random_pictures(1)))
 
 
 def test_padded_shapes_as_on_a_gpu_change_nothing(both):
