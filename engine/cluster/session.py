@@ -47,6 +47,8 @@ def require_ray() -> Any:
 def cluster(address: str) -> Iterator[Any]:
     """Connect to the cluster at `address`, start one (LOCAL), or use the one this process is connected to already.
 
+    After an error the connection ends with the process: threads of Ray Data may still be at work then, and when one of
+    them meets a connection that was shut down, Ray ends the process on the spot, before the error is told.
     Raises UsageError for an address that is none, EngineError when nothing answers there.
     """
     ray = require_ray()
@@ -55,13 +57,11 @@ def cluster(address: str) -> Iterator[Any]:
         return
     if address not in (LOCAL, ANY):
         _check_reachable(address)
-    try:
-        with _own_signal_handlers(), _silent():
-            _connect(ray, address)
-        yield ray
-    finally:
-        with _own_signal_handlers():
-            ray.shutdown()
+    with _own_signal_handlers(), _silent():
+        _connect(ray, address)
+    yield ray
+    with _own_signal_handlers():
+        ray.shutdown()
 
 
 def _connect(ray: Any, address: str) -> None:

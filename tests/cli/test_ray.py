@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import os
 import random
 import re
@@ -20,7 +21,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.cli.app import main
-from engine.cluster.session import _connect
+from engine.cluster import session
+from engine.cluster.session import LOCAL, _connect, cluster
 from engine.errors import EngineError
 from engine.run.journal import read_journal
 from tests.cli.test_resume import command, wait_for_records
@@ -58,8 +60,6 @@ def two_cores() -> Iterator[None]:
 
     It stands behind proxies that do not answer, as in a hospital's network: nothing of it may ask them.
     """
-    from engine.cluster.session import LOCAL, cluster
-
     with pytest.MonkeyPatch.context() as patch:
         for name in ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
             patch.setenv(name, "http://192.0.2.1:3128")
@@ -219,6 +219,22 @@ def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, 
     again = subprocess.run(command(image_dir, tiny_bundle, out, *SLOW), check=True, capture_output=True, text=True)
     assert f"{len(ids)} captions of an earlier run are taken from" in again.stderr
     assert out.read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), EngineError("the cluster failed")])
+def test_after_an_error_the_connection_is_left_to_the_end_of_the_process(monkeypatch, error):
+    closed: list[bool] = []
+    fake = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=lambda **_: None,
+        shutdown=lambda: closed.append(True),
+        exceptions=ray.exceptions,
+    )
+    monkeypatch.setattr(session, "require_ray", lambda: fake)
+    with contextlib.suppress(type(error) if error else ()), cluster(LOCAL):
+        if error:
+            raise error
+    assert closed == ([] if error else [True])
 
 
 def test_without_ray_one_sentence_names_the_extra(image_dir, tiny_bundle, tmp_path, monkeypatch):
