@@ -45,7 +45,8 @@ from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image, read_image
 from engine.machine.info import collect_info
 from engine.machine.verify import verify
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
+from engine.runtime import Runtime
 
 EXAMPLES = Path("examples/images")
 PARITY_IMAGES = 8

@@ -179,7 +179,8 @@ def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, I
     reference, pictures = Reference.load(workload.checkpoint), read_pictures(workload)
     captioner = Captioner.load(workload.bundle, backend="cpu")
     backend, spec = UncachedBackend(reference), captioner.bundle.image
-    prompt_length = len(captioner.search(options).prompt)
+    search = captioner.search(options)
+    prompt_length = len(search.prompt)
     known: dict[int, str] = {}
     least: dict[int, float] = {}
 
@@ -191,7 +192,7 @@ def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, I
             return reference.caption_log_prob(picture, ids, prompt_length) / (len(ids) - prompt_length)
 
         if i not in known:
-            said = Hypothesis(mine, summed_log_prob(backend, pixels, mine, prompt_length), 0.0)
+            said = Hypothesis(mine, summed_log_prob(backend, search, pixels, mine), 0.0)
             known[i], _ = judge(reference, captioner, pictures[i], options, said)
             ((alone, *_),) = reference.generate(picture, options)
             least[i] = per_token(alone.ids) - NEAR

@@ -29,8 +29,9 @@ from engine.inputs.kinds import cut_suffix
 from engine.inputs.pixels import Picture, read_image
 from engine.inputs.read_ahead import read_ahead
 from engine.inputs.remote import Location, location
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
 from engine.repeats import InOrder, Repeats
+from engine.runtime import Runtime
 from engine.searches import search_for, searches_for
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]

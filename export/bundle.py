@@ -12,7 +12,8 @@ from engine.bundle.manifest import FORMAT, MANIFEST, Bundle
 from engine.captioner import Captioner
 from engine.errors import ExportError
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
-from engine.options import Runtime, options_from
+from engine.options import options_from
+from engine.runtime import Runtime
 from export.checkpoints.generation import check_supported, ignored_settings
 from export.conversion import convert
 from export.graphs.onnx_graphs import write_graphs

@@ -21,7 +21,8 @@ from engine.bundle.manifest import MANIFEST, Bundle
 from engine.captioner import Captioner
 from engine.errors import ExportError
 from engine.machine.verify import UNRECORDED, Golden, replay, verify
-from engine.options import Runtime, options_from
+from engine.options import options_from
+from engine.runtime import Runtime
 from export.graphs.onnx_graphs import write_graphs
 from export.manifest import write_manifest
 from export.precision import PrecisionReport, ScoredCaption, compare_captions, encoder_error, forced_log_prob, summary

@@ -30,7 +30,8 @@ from engine.errors import CheckpointError, EngineError, ImageError, UsageError
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image, read_image
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
+from engine.runtime import Runtime
 from export.checkpoints.find import find_checkpoint
 from export.manifest import checkpoint_sha256
 from export.reference.ensemble import ensemble

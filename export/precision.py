@@ -30,7 +30,8 @@ from engine.errors import UsageError
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import find_images
 from engine.inputs.pixels import read_image
-from engine.options import CPU_BACKENDS, DecodeOptions
+from engine.options import DecodeOptions
+from engine.runtime import CPU_BACKENDS
 
 PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino"}
 ENCODED_PICTURES = 8

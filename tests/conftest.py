@@ -11,7 +11,7 @@ import pytest
 from engine.backends import open_backend
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
-from engine.options import Runtime
+from engine.runtime import Runtime
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import onnxruntime before the engine does
 hypothesis.settings.register_profile("long", max_examples=5_000)

@@ -23,9 +23,11 @@ def describe_machine() -> dict[str, object]:
 
 
 def _processor() -> str:
+    """Return the processor's name, with the numbers of its kind: virtual machines often give a maker's name alone."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        if {"model name", "cpu family", "model"} <= facts.keys():
+            return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
     return platform.processor() or platform.machine()

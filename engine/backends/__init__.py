@@ -8,7 +8,7 @@ from engine.bundle.manifest import Bundle
 from engine.decoding.backend import Backend, Cache, Encoded, StepInputs
 from engine.errors import UsageError
 from engine.host import available_cores
-from engine.options import BACKENDS, Runtime
+from engine.runtime import BACKENDS, Runtime
 
 DEFAULT = Runtime()
 

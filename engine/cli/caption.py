@@ -15,8 +15,9 @@ import click
 from engine.cli.shared import SectionCommand, bundles_option, rows_option, say, takes
 from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
-from engine.options import DecodeOptions, Runtime, Workers
+from engine.options import DecodeOptions
 from engine.run.job import Inputs, Outputs
+from engine.runtime import Runtime, Workers
 
 if TYPE_CHECKING:  # it would load numpy, which the help does without
     from engine.bundle.ensemble import BundlePlace

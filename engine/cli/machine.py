@@ -12,7 +12,8 @@ import click
 from engine.cli.shared import LOCATION, PATH, SectionCommand, bundle_option, bundles_option, rows_option, say, takes
 from engine.errors import EngineError
 from engine.inputs.remote import Location
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
+from engine.runtime import Runtime
 
 if TYPE_CHECKING:  # it would load numpy, which the help does without
     from engine.bundle.ensemble import BundlePlace

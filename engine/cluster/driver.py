@@ -16,7 +16,8 @@ from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import AttemptCounter, CaptionWorker, NodeFacts, inspect_node
 from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile
-from engine.options import CPU_BACKENDS, DecodeOptions, Runtime, Workers
+from engine.options import DecodeOptions
+from engine.runtime import CPU_BACKENDS, Runtime, Workers
 from engine.searches import search_for, searches_for
 from engine.workers.messages import COLUMN, WorkOrder, pack_images, unpack_answer
 

@@ -18,7 +18,8 @@ from engine.captioner import Captioner, ImageSource
 from engine.errors import UsageError
 from engine.host import available_cores
 from engine.inputs.images import find_images
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
+from engine.runtime import Runtime
 
 WARM_UP = 64
 """Images captioned before the clock starts: enough to fill every slot, so that memory is allocated and threads run."""

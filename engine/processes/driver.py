@@ -15,10 +15,11 @@ from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captioner import Todo
 from engine.captions import Caption
 from engine.errors import BackendError, ImageError
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
 from engine.processes.child import Child
 from engine.processes.handout import HandOut
 from engine.processes.shares import Share
+from engine.runtime import Runtime
 from engine.searches import search_for, searches_for
 from engine.workers.messages import Answer, WorkOrder, unpack_answer
 

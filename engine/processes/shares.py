@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from engine.backends.nvidia import VISIBLE, visible_gpus
 from engine.errors import UsageError
 from engine.host import available_cores, core_shares
-from engine.options import CPU_BACKENDS, Runtime, Workers
+from engine.runtime import CPU_BACKENDS, Runtime, Workers
 
 
 @dataclass(frozen=True)

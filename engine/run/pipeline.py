@@ -17,12 +17,13 @@ from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile, describe_ignored, order_by_manifest
 from engine.inputs.paths import find_inputs
 from engine.inputs.prompts import read_prompts
-from engine.options import DecodeOptions, Runtime, Workers
+from engine.options import DecodeOptions
 from engine.run.job import Inputs, Outputs
 from engine.run.record import RunRecord
 from engine.run.rows import RowStream, rows_of, text_of
 from engine.run.sidecars import check_sidecars, sidecar_paths, write_sidecars
 from engine.run.source import Say, Source, choose_runtime, open_source
+from engine.runtime import Runtime, Workers
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 """Given the number of images, a context whose value is told how many of them are done."""

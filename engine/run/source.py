@@ -15,9 +15,10 @@ from engine.captioner import Captioner, Todo, caption_within_memory
 from engine.captions import Caption
 from engine.cluster.driver import open_cluster
 from engine.cluster.session import require_ray
-from engine.options import DecodeOptions, Runtime, Workers
+from engine.options import DecodeOptions
 from engine.processes.driver import open_processes
 from engine.processes.shares import shares_of
+from engine.runtime import Runtime, Workers
 
 Say = Callable[[str], None]
 

@@ -15,7 +15,8 @@ from engine.captions import Alternative, Caption
 from engine.errors import EngineError, UsageError
 from engine.inputs.images import ImageFile
 from engine.inputs.remote import RemoteFolder
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
+from engine.runtime import Runtime
 
 COLUMN = "message"
 """The one column of the tables: a message a row."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,3 +23,27 @@ def browser() -> Iterator[Any]:
                 raise
             pytest.skip(f"no browser: {error}")
         yield found
+
+
+@pytest.fixture
+def open_from_disk(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open a page; afterwards nothing may have been complained of, and nothing fetched from anywhere but disk."""
+    contexts, trouble = [], []
+
+    def opened(path: Path, *, width: int = 1440, theme: str = "light", anchor: str = "") -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("request", lambda request: request.url.startswith("file:") or trouble.append(request.url))
+        page.on("requestfailed", lambda request: trouble.append(request.url))
+        page.goto(path.as_uri() + anchor)
+        page.wait_for_selector("html[data-ready]")
+        return page
+
+    opened.trouble = trouble
+    yield opened
+    for context in contexts:
+        context.close()
+    assert trouble == []

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.pages.report_page import measure_page, write_inputs
 from engine.cli.app import main
 from engine.files.run_files import write_run
-from engine.inputs.images import find_images
-from engine.report.gather import ReportRequest, gather
-from engine.report.page import render
-from engine.report.thumbnails import Thumbnails
 from tests.helpers.tiny import random_pictures
 
 INJECTED = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -57,27 +53,8 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def open_page(browser: Any, page_path: Path) -> Iterator[Callable[..., Any]]:
-    """Open the page; afterwards nothing may have been complained of, and nothing fetched from anywhere but disk."""
-    contexts, trouble = [], []
-
-    def opened(*, path: Path = page_path, width: int = 1440, theme: str = "light", anchor: str = "") -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: trouble.append(message.text))
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on("request", lambda request: request.url.startswith("file:") or trouble.append(request.url))
-        page.on("requestfailed", lambda request: trouble.append(request.url))
-        page.goto(path.as_uri() + anchor)
-        page.wait_for_selector("html[data-ready]")
-        return page
-
-    opened.trouble = trouble
-    yield opened
-    for context in contexts:
-        context.close()
-    assert trouble == []
+def open_page(open_from_disk: Callable[..., Any], page_path: Path) -> Callable[..., Any]:
+    return functools.partial(open_from_disk, page_path)
 
 
 def shown(page: Any) -> list[str]:
@@ -124,7 +101,7 @@ def test_the_policy_stops_a_script_that_got_in_all_the_same(open_page):
     )
     assert blocked.startswith("script-src")
     assert page.evaluate("window.hacked") is None
-    assert "inline script violates" in open_page.trouble.pop()
+    assert "inline script violates" in open_page.func.trouble.pop()
 
 
 @pytest.mark.parametrize(
@@ -285,11 +262,11 @@ def test_words_differ_from_the_nearest_reference_case_and_punctuation_aside(
     assert found == [extra, lacking]
 
 
-def test_a_run_and_its_images_are_enough(open_page, page_path):
+def test_a_run_and_its_images_are_enough(open_from_disk, page_path):
     work = page_path.parents[1]
     words = ("report", "--run", work / "other.csv", "--images", work / "images", "--out", work / "least")
     assert CliRunner().invoke(main, [str(word) for word in words]).exit_code == 0
-    page = open_page(path=work / "least" / "index.html")
+    page = open_from_disk(work / "least" / "index.html")
     assert shown(page) == list(OTHER)
     assert page.locator("mark").count() == 0
     page.select_option("#sort", label="Words")
@@ -379,44 +356,3 @@ def test_the_theme_button_overrides_the_system(open_page):
     assert page.evaluate(colour) != dark
     page.click("#theme")
     assert page.evaluate(colour) == dark
-
-
-@pytest.fixture(scope="module")
-def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of a challenge's 17,237 images, two runs, four scores each and candidates; they share 16 pictures."""
-    work = tmp_path_factory.mktemp("large")
-    for folder in ("images", "report/thumbnails"):
-        (work / folder).mkdir(parents=True)
-    for i, picture in enumerate(random_pictures(16)):
-        picture.save(work / "report" / "thumbnails" / f"{i}.jpg")
-    random_pictures(1)[0].save(work / "images" / "ID_00000.png")
-    ids = [f"ID_{i:05d}" for i in range(17_237)]
-    content = gather(ReportRequest(images=work / "images", out=work / "report", **write_inputs(work, ids)))
-    assert len(find_images(work / "images").images) == 1
-    thumbnails = Thumbnails([f"{i % 16}.jpg" for i in range(len(ids))], {}, 0)
-    path = work / "report" / "index.html"
-    path.write_text(render(content, thumbnails, notes=content.notes))
-    return path
-
-
-def test_a_challenge_sized_run_appears_and_scrolls_without_gaps(browser, large_page):
-    measured = measure_page(browser, large_page)
-    print(json.dumps(measured))
-    for manner in ("reading", "flicking", "dragging"):
-        assert measured[manner]["gaps"] == 0
-        assert measured[manner]["most_rows"] < 40
-    assert measured["dragging"]["place"] > 1_000_000
-    assert measured["first_rows_s"] < 5, "2 s is the aim (python -m benchmarks.report_page); CI's cores are shared"
-
-
-def test_the_last_of_many_images_is_reached_by_keyboard(open_page, large_page):
-    page = open_page(path=large_page)
-    page.focus("#grid")
-    page.keyboard.press("End")
-    assert selected(page) == "ID_17236"
-    box = page.locator("#rows .row.selected").bounding_box()
-    assert box["y"] > 0
-    assert box["y"] + box["height"] <= 900 + 1  # pixels are rounded this far down
-    page.keyboard.press("PageUp")
-    assert selected(page) < "ID_17236"
-    assert page.locator("#rows .row").count() < 40

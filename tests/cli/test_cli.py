@@ -18,16 +18,12 @@ from PIL import Image
 
 from engine.bundle.manifest import Bundle
 from engine.cli.app import main
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import random_pictures, save_pictures
 
 
 @pytest.fixture
 def image_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "images"
-    directory.mkdir()
-    for i, picture in enumerate(random_pictures(5)):
-        picture.save(directory / f"IMG {i}.png")
-    return directory
+    return save_pictures(tmp_path / "images", 5, name="IMG {}.png")
 
 
 def run(*arguments: object) -> Result:

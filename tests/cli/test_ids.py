@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from engine.cli.app import main
 from engine.inputs.kinds import image_id
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import random_pictures, save_pictures
 
 CHARACTERS = st.characters(codec="utf-8", exclude_characters='/\\#\0"', exclude_categories=("Cs", "Cc", "Zl", "Zp"))
 NAMES = st.text(CHARACTERS, min_size=1, max_size=12).filter(
@@ -42,8 +42,7 @@ def rows(path: Path) -> list[list[str]]:
 def expected(tiny_bundle) -> dict[int, str]:
     """What each of the pictures is captioned when it has a plain name."""
     with tempfile.TemporaryDirectory() as folder:
-        for i, picture in enumerate(random_pictures(6)):
-            picture.save(Path(folder, f"{i}.png"))
+        save_pictures(Path(folder), 6)
         run("caption", "--input", folder, "--bundle", tiny_bundle, "--out", f"{folder}/run.csv")
         return {int(name): caption for name, caption in rows(Path(folder, "run.csv"))[1:]}
 

@@ -23,7 +23,7 @@ from engine.run import source
 from engine.run.record import RunRecord
 from tests.cli.test_resume import command, wait_for_records
 from tests.helpers.processes import children, is_running
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import save_pictures
 
 pytestmark = pytest.mark.skipif(available_cores() < 2, reason="two worker processes want two cores")
 IMAGES = 120
@@ -34,10 +34,7 @@ SLOW = ("--rows", "3")
 
 @pytest.fixture(scope="module")
 def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("processes") / "images"
-    directory.mkdir()
-    for i, picture in enumerate(random_pictures(IMAGES)):
-        picture.save(directory / f"image_{i:03d}.png")
+    directory = save_pictures(tmp_path_factory.mktemp("processes") / "images", IMAGES, name="image_{:03}.png")
     (directory / "twin.png").write_bytes((directory / "image_007.png").read_bytes())
     return directory
 

@@ -27,7 +27,7 @@ from engine.errors import EngineError
 from engine.run.journal import read_journal
 from tests.cli.test_resume import command, wait_for_records
 from tests.helpers.processes import children, is_running
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import save_pictures
 
 ray = pytest.importorskip("ray", reason="ray is not installed: it comes with the extra [ray]")
 
@@ -39,10 +39,7 @@ SLOW = ("--rows", "3")
 
 @pytest.fixture(scope="module")
 def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("ray") / "images"
-    directory.mkdir()
-    for i, picture in enumerate(random_pictures(IMAGES)):
-        picture.save(directory / f"image_{i:03d}.png")
+    directory = save_pictures(tmp_path_factory.mktemp("ray") / "images", IMAGES, name="image_{:03}.png")
     (directory / "twin.png").write_bytes((directory / "image_007.png").read_bytes())
     return directory
 

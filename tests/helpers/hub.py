@@ -26,86 +26,98 @@ class Hub:
     """Paths that were asked for, with the first byte of a range behind them."""
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Answers what huggingface_hub asks for: lists of files, and files from any byte on."""
+
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def answer(self, *, with_body: bool) -> None:
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        is_api = parts[:2] == ["api", "models"]
+        parts = parts[2:] if is_api else parts
+        name, rest = "/".join(parts[:2]), parts[2:]
+        folder = self.server.hub.repositories.get(name)
+        if name in self.server.hub.gated:
+            return self.refuse(403, "GatedRepo")
+        if folder is None:
+            return self.refuse(404, "RepoNotFound")
+        commit = hashlib.sha1(name.encode()).hexdigest()
+        if len(rest) > 1 and rest[1] not in ("main", commit):
+            return self.refuse(404, "RevisionNotFound")
+        if is_api:
+            listed = list_files(folder, name, commit, as_tree=rest[:1] == ["tree"])
+            return self.send(200, json.dumps(listed).encode(), JSON, with_body=with_body)
+        if not (folder / rest[-1]).is_file():
+            return self.refuse(404, "EntryNotFound")
+        return self.send_file(folder / rest[-1], commit, with_body=with_body)
+
+    def send_file(self, path: Path, commit: str, *, with_body: bool) -> None:
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
+        first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if with_body:
+            self.server.hub.asked.append(f"{path.name} from {first}")
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        self.send(206 if first else 200, content[first:], headers, with_body=with_body, name=path.name)
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code}, with_body=True)
+
+    def send(
+        self, status: int, body: bytes, headers: dict[str, str], *, with_body: bool, name: str | None = None
+    ) -> None:
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if not with_body or self.command == "HEAD":
+            return
+        if name in self.server.hub.cut:
+            self.server.hub.cut.remove(name)
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.wfile.write(body)
+
+
+class HubServer(ThreadingHTTPServer):
+    """A hub on a port of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.hub = Hub(f"http://127.0.0.1:{self.server_port}")
+
+
+def list_files(folder: Path, name: str, commit: str, *, as_tree: bool) -> object:
+    """Return the files of a repository as the hub's API lists them; as a tree for clients of release 1 and later."""
+    paths = sorted(folder.iterdir())
+    if as_tree:
+        return [{"type": "file", "path": path.name, "size": path.stat().st_size, "oid": commit} for path in paths]
+    siblings = [{"rfilename": path.name} for path in paths]
+    return {"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": False}
+
+
 @contextmanager
 def loopback_hub() -> Iterator[Hub]:
     """Serve a hub until the context is left."""
-    hub = Hub("")
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self.answer(with_body=False)
-
-        def do_GET(self) -> None:
-            self.answer(with_body=True)
-
-        def answer(self, *, with_body: bool) -> None:
-            parts = self.path.partition("?")[0].strip("/").split("/")
-            is_api = parts[:2] == ["api", "models"]
-            parts = parts[2:] if is_api else parts
-            name, rest = "/".join(parts[:2]), parts[2:]
-            folder = hub.repositories.get(name)
-            if name in hub.gated:
-                return self.refuse(403, "GatedRepo")
-            if folder is None:
-                return self.refuse(404, "RepoNotFound")
-            commit = hashlib.sha1(name.encode()).hexdigest()
-            if len(rest) > 1 and rest[1] not in ("main", commit):
-                return self.refuse(404, "RevisionNotFound")
-            if is_api:
-                paths = sorted(folder.iterdir())
-                if rest[:1] == ["tree"]:  # asked for by the client from release 1 on
-                    tree = [
-                        {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": commit}
-                        for path in paths
-                    ]
-                    return self.send(200, json.dumps(tree).encode(), JSON, with_body=with_body)
-                files = [{"rfilename": path.name} for path in paths]
-                body = json.dumps({"id": name, "sha": commit, "siblings": files, "tags": [], "private": False}).encode()
-                return self.send(200, body, JSON, with_body=with_body)
-            path = folder / rest[-1]
-            if not path.is_file():
-                return self.refuse(404, "EntryNotFound")
-            content = path.read_bytes()
-            digest = hashlib.sha256(content).hexdigest()
-            headers = {"X-Repo-Commit": commit, "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
-            first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
-            if with_body:
-                hub.asked.append(f"{path.name} from {first}")
-            if first:
-                headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-            return self.send(206 if first else 200, content[first:], headers, with_body=with_body, name=path.name)
-
-        def refuse(self, status: int, code: str) -> None:
-            self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code}, with_body=True)
-
-        def send(
-            self, status: int, body: bytes, headers: dict[str, str], *, with_body: bool, name: str | None = None
-        ) -> None:
-            self.send_response(status)
-            for key, value in (headers | {"Content-Length": str(len(body))}).items():
-                self.send_header(key, value)
-            self.end_headers()
-            if not with_body or self.command == "HEAD":
-                return
-            if name in hub.cut:
-                hub.cut.remove(name)
-                self.wfile.write(body[: len(body) // 2])
-                self.wfile.flush()
-                self.close_connection = True
-                self.connection.close()
-                return
-            self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    server = HubServer()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield hub
+        yield server.hub
     finally:
         server.shutdown()
         server.server_close()

@@ -145,3 +145,11 @@ def random_pictures(count: int, seed: int = 0, size: tuple[int, int] = (41, 37))
         blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         pictures.append(Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC))
     return pictures
+
+
+def save_pictures(folder: Path, count: int, *, seed: int = 0, name: str = "{}.png") -> Path:
+    """Write random_pictures under `name`, numbered from 0, into a folder, made where it is missing; return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(random_pictures(count, seed)):
+        picture.save(folder / name.format(i))
+    return folder

@@ -14,7 +14,7 @@ from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.errors import BackendError
 from engine.machine.verify import verify
-from engine.options import CPU_BACKENDS, Runtime
+from engine.runtime import CPU_BACKENDS, Runtime
 
 pytestmark = pytest.mark.gpu
 GPU_BACKENDS = [name for name in BACKENDS if name not in ("auto", *CPU_BACKENDS)]

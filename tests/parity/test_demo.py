@@ -12,7 +12,8 @@ from engine.backends import open_backend
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.machine.verify import verify
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
+from engine.runtime import Runtime
 from export.reference.huggingface import Reference
 from export.restore import restore_checkpoint
 

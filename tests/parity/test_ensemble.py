@@ -21,7 +21,7 @@ from export.bundle import export_bundle
 from export.parity import main as parity
 from export.reference.ensemble import ensemble
 from export.reference.huggingface import Reference
-from tests.helpers.tiny import make_checkpoint, random_pictures
+from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
 
 WEIGHTS = (1.0, 0.5)
 SHAPE = {"text": {"num_hidden_layers": 3}, "vision": {"hidden_size": 36, "num_attention_heads": 3}}
@@ -116,11 +116,7 @@ def test_precisions_may_differ_and_the_signature_names_them(tiny_bundle, rounded
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i, picture in enumerate(random_pictures(5)):
-        picture.save(folder / f"{i}.png")
-    return folder
+    return save_pictures(tmp_path / "pictures", 5)
 
 
 def caption(*arguments):

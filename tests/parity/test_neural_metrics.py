@@ -15,7 +15,7 @@ from engine.scoring.base import Items, MetricInputs, UnavailableError
 from engine.scoring.clip import ClipScore, RefClipScore
 from engine.scoring.neural import BertScore, Bleurt
 from engine.scoring.preprocess import preprocess
-from tests.helpers.tiny import make_tokenizer, random_pictures
+from tests.helpers.tiny import make_tokenizer, save_pictures
 from train.demo.assets import SMALL_BERT, fetch_assets
 
 MINILM = Path("build/small-bert")
@@ -136,10 +136,7 @@ def test_clipscore_is_a_scaled_cosine_of_the_models_features(clip_folder, tmp_pa
             return tokenizer(text, return_token_type_ids=False, **options)
 
     monkeypatch.setattr("transformers.CLIPProcessor.from_pretrained", lambda _: Processor())
-    paths = []
-    for i, picture in enumerate(random_pictures(5)):
-        picture.save(tmp_path / f"{i}.png")
-        paths.append(tmp_path / f"{i}.png")
+    paths = sorted(save_pictures(tmp_path, 5).glob("?.png"))
     items = Items(ITEMS.ids, CANDIDATES, REFERENCES, paths)
     setting = MetricInputs(weights={"clipscore": clip_folder}, batch_size=2)
     found = ClipScore(setting).measure(items)

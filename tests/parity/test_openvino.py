@@ -1,34 +1,32 @@
-"""The backend openvino: generate's captions, what is compiled once and kept, and bf16, which is not parity."""
+"""The backend openvino: generate's captions, and bf16, which is not parity. What it keeps: unit/engine/backends."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
 
 from engine.backends import open_backend
-from engine.backends.compiled import import_openvino, openvino_errors
+from engine.backends.compiled import import_openvino
 from engine.backends.openvino import OpenVinoBackend
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.cli.app import main
-from engine.errors import BackendError, OutOfMemoryError, UsageError
-from engine.files.atomic import file_sha256
+from engine.errors import UsageError
 from engine.machine.verify import verify
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
+from engine.runtime import Runtime
 from export.precision import encoder_error
 from export.precision import main as precision_main
 from tests.helpers.earlier import bundle_of_084ae4d
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import random_pictures, save_pictures
 
 IMAGES = 17
 SCORE_TOLERANCE = 1e-4
@@ -124,169 +122,14 @@ def test_iterations_that_take_turns_do_not_disturb_each_other(captioner, picture
     assert tuple(zip(*found, strict=True)) == tuple(map(tuple, expected))
 
 
-@pytest.fixture
-def fresh(tmp_path, monkeypatch) -> Path:
-    """An empty cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def compiled(monkeypatch) -> list[str]:
-    """The graphs that are compiled from now on, by their first input."""
-    names = []
-    compile_model = openvino.Core.compile_model
-
-    def watched(core, model, *more):
-        names.append(model.inputs[0].any_name)
-        return compile_model(core, model, *more)
-
-    monkeypatch.setattr(openvino.Core, "compile_model", watched)
-    return names
-
-
-def blobs(cache: Path) -> list[Path]:
-    return sorted(cache.rglob("*.blob"))
-
-
-def test_compiled_graphs_are_kept_and_taken_and_say_the_same(fresh, compiled, tiny_bundle, pictures, captioner):
-    bundle, expected = Bundle.load(tiny_bundle), ids(captioner, pictures, num_beams=4)
-    assert ids(Captioner(bundle, OpenVinoBackend(bundle)), pictures, num_beams=4) == expected
-    assert len(compiled) == 3
-    assert [path.name.partition("-")[0] for path in blobs(fresh)] == ["decoder", "encoder"]
-    assert [path.parent.parent.name for path in blobs(fresh)] == [bundle.digest[:16]] * 2
-    assert {path.stat().st_mode & 0o777 for path in blobs(fresh)} == {0o600}
-    assert sum(path.stat().st_size for path in blobs(fresh)) < 1 << 21
-    del compiled[:]
-    assert ids(Captioner(bundle, OpenVinoBackend(bundle)), pictures, num_beams=4) == expected
-    assert compiled == ["slots"], "regroup has no weights, and is quick"
-    del compiled[:]
-    OpenVinoBackend(bundle, cpu_precision="bf16")
-    assert len(compiled) == 3
-    assert len(blobs(fresh)) == 4
-
-
-def shorten(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def turn_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def swap(path: Path) -> None:
-    shutil.copyfile(next(other for other in path.parent.glob("*.blob") if other != path), path)
-
-
-def open_to_others(path: Path) -> None:
-    path.chmod(0o666)
-
-
-DAMAGE = [shorten, turn_a_bit, swap, open_to_others, lambda path: path.write_bytes(b"")]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_a_line_and_is_made_again(damage, fresh, compiled, tiny_bundle, capfd):
-    bundle = Bundle.load(tiny_bundle)
-    OpenVinoBackend(bundle)
-    decoder, _ = blobs(fresh)
-    damage(decoder)
-    capfd.readouterr()
-    backend = OpenVinoBackend(bundle)
-    assert all(check.passed for check in verify(bundle, backend))
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"{decoder} cannot be used, its graph is compiled again: ")
-    del compiled[:]
-    OpenVinoBackend(bundle)
-    assert compiled == ["slots"]
-    assert capfd.readouterr().err == ""
-
-
-def test_without_a_place_to_keep_them_graphs_are_compiled_and_it_is_said(tiny_bundle, tmp_path, monkeypatch, capfd):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    bundle = Bundle.load(tiny_bundle)
-    backend = OpenVinoBackend(bundle)
-    assert all(check.passed for check in verify(bundle, backend))
-    assert "compiled graphs are not kept: " in capfd.readouterr().err
-
-
-def test_a_graph_that_says_something_else_when_read_back_is_not_kept(fresh, bundle_copy):
-    """OpenVINO is told one file of weights: where others were meant, numbers differ, and so much is asked."""
-    for graph in ("encoder", "decoder"):
-        path = bundle_copy / f"{graph}.onnx"
-        model = onnx.load(str(path), load_external_data=False)
-        for tensor in model.graph.initializer:
-            for entry in tensor.external_data:
-                entry.value = "elsewhere.bin" if entry.key == "location" and graph == "decoder" else entry.value
-        path.write_bytes(model.SerializeToString())
-    weights = bundle_copy / "decoder.onnx.data"
-    shutil.copyfile(weights, bundle_copy / "elsewhere.bin")
-    weights.write_bytes(bytes(weights.stat().st_size))
-    manifest = json.loads((bundle_copy / "manifest.json").read_text())
-    manifest["files"] = {path.name: file_sha256(path) for path in bundle_copy.iterdir() if path.name != "manifest.json"}
-    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
-    bundle = Bundle.load(bundle_copy)
-    for _ in range(2):
-        backend = OpenVinoBackend(bundle)
-        assert all(check.passed for check in verify(bundle, backend))
-        assert [path.name.partition("-")[0] for path in blobs(fresh)] == ["encoder"]
-
-
-@pytest.fixture
-def bundle_copy(tiny_bundle, tmp_path) -> Path:
-    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-
-
-def test_another_format_under_the_name_of_a_graph_is_refused(bundle_copy):
-    """OpenVINO would read its own format, or TensorFlow's, whatever the file is called."""
-    model = openvino.Core().read_model(bundle_copy / "regroup.onnx")
-    openvino.serialize(model, bundle_copy / "x.xml", bundle_copy / "regroup.bin")
-    (bundle_copy / "x.xml").rename(bundle_copy / "regroup.onnx")
-    manifest = json.loads((bundle_copy / "manifest.json").read_text())
-    for name in ("regroup.onnx", "regroup.bin"):
-        manifest["files"][name] = file_sha256(bundle_copy / name)
-    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BackendError, match=r"regroup\.onnx cannot be loaded: .") as raised:
-        open_backend(Bundle.load(bundle_copy), Runtime("openvino"))
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (RuntimeError("[CPU] Subgraph node with name '/a' can't\nallocate dummy"), OutOfMemoryError),
-        (MemoryError(), OutOfMemoryError),
-        (RuntimeError("std::bad_alloc"), OutOfMemoryError),
-        (RuntimeError("Check 'x' failed\n\n at y"), BackendError),
-    ],
-)
-def test_what_openvino_raises_is_one_line_of_ours(error, kind):
-    with pytest.raises(BackendError, match="decoder failed: ") as raised, openvino_errors("decoder failed"):
-        raise error
-    assert type(raised.value) is kind
-    assert "\n" not in str(raised.value)
-
-
-def test_an_older_openvino_is_refused(monkeypatch):
-    monkeypatch.setattr(openvino, "__version__", "2025.4.1-12345-abc")
-    with pytest.raises(BackendError, match=r"OpenVINO 2025\.4\.1 is too old: pip install 'openvino>=2026\.4'"):
-        open_backend(Bundle.load(), Runtime("openvino"))
-
-
 def test_streams_are_not_for_openvino():
     with pytest.raises(UsageError, match="streams are for the backend cpu, not for openvino: leave --streams out"):
         Runtime("openvino", streams=2)
 
 
 @pytest.fixture(scope="module")
-def image_dir(tmp_path_factory, pictures) -> Path:
-    directory = tmp_path_factory.mktemp("images")
-    for i, picture in enumerate(pictures):
-        picture.save(directory / f"{i:02}.png")
-    return directory
+def image_dir(tmp_path_factory) -> Path:
+    return save_pictures(tmp_path_factory.mktemp("images"), IMAGES, name="{:02}.png")
 
 
 def run(image_dir: Path, bundle: Path, out: Path, *more: object):
@@ -337,18 +180,6 @@ def test_openvino_reports_to_nobody(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "openvino_telemetry" not in done.stdout
     assert list(tmp_path.iterdir()) == []
-
-
-def test_worker_processes_that_compile_at_once_say_the_same(image_dir, tiny_bundle, tmp_path, fresh):
-    whole = run(image_dir, tiny_bundle, tmp_path / "whole.csv", "--backend", "cpu")
-    assert whole.exit_code == 0, whole.output
-    for _ in range(2):  # with nothing kept, and with what the first ones kept
-        out = tmp_path / "run.csv"
-        shared = run(image_dir, tiny_bundle, out, "--backend", "openvino", "--processes", 2, "--threads", 2)
-        assert shared.exit_code == 0, shared.output
-        assert "cannot be used" not in shared.stderr
-        assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
-        assert len(blobs(fresh)) == 2
 
 
 def test_another_release_of_openvino_decides_a_journal_of_its_own_alone():

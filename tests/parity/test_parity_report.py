@@ -15,16 +15,12 @@ from export.parity import SettingReport, judge, main
 from export.reference.huggingface import Reference, ReferenceCaption
 from export.reference.trace import Trace
 from export.reference.trace import explain as why
-from tests.helpers.tiny import make_checkpoint, random_pictures
+from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
 
 
 @pytest.fixture
 def image_dir(tmp_path):
-    directory = tmp_path / "images"
-    directory.mkdir()
-    for i, picture in enumerate(random_pictures(6)):
-        picture.save(directory / f"{i}.png")
-    return directory
+    return save_pictures(tmp_path / "images", 6)
 
 
 def run_parity(checkpoint, bundle, image_dir, out):

@@ -14,7 +14,7 @@ from engine.captioner import Captioner
 from engine.cli import main
 from engine.errors import UsageError
 from tests.helpers.earlier import bundle_of_084ae4d
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import random_pictures, save_pictures
 
 WINNER = (
     "--beams",
@@ -42,11 +42,7 @@ def rows_of(run: Path) -> list[list[str]]:
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i, picture in enumerate(random_pictures(5)):
-        picture.save(folder / f"{i}.png")
-    return folder
+    return save_pictures(tmp_path / "pictures", 5)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from engine.captioner import Captioner
 from engine.cli.app import main as engine_main
 from engine.decoding.beam import Hypothesis
 from engine.machine.verify import Golden, verify
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
+from engine.runtime import Runtime
 from export import conversion
 from export.__main__ import main as export_main
 from export.graphs.quantise import HEAD
@@ -31,7 +32,7 @@ from export.manifest import write_manifest
 from export.parity import main as parity_main
 from export.precision import ScoredCaption, compare_captions, encoder_error, forced_log_prob, main
 from export.restore import main as restore_main
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import random_pictures, save_pictures
 
 OPTIONS = DecodeOptions(num_beams=4, no_repeat_ngram_size=3)
 LEAST_IDENTICAL = {"fp16": 57, "int8": 41}
@@ -55,11 +56,7 @@ def captioners(bundles, tiny_captioner) -> dict[str, Captioner]:
 
 @pytest.fixture
 def image_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "images"
-    directory.mkdir()
-    for i, picture in enumerate(random_pictures(24, seed=7)):
-        picture.save(directory / f"{i:02}.png")
-    return directory
+    return save_pictures(tmp_path / "images", 24, seed=7, name="{:02}.png")
 
 
 def graph_of(bundle: Path, part: str) -> onnx.GraphProto:

@@ -9,7 +9,8 @@ from engine import backends
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.errors import UsageError
-from engine.options import DecodeOptions, Runtime
+from engine.options import DecodeOptions
+from engine.runtime import Runtime
 from tests.helpers.tiny import random_pictures
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from engine.captioner import Captioner
 from engine.errors import UsageError
-from engine.options import BACKENDS, DECODE_OPTIONS, DecodeOptions, Runtime, Workers, options_from
+from engine.options import DECODE_OPTIONS, DecodeOptions, options_from
+from engine.runtime import BACKENDS, Runtime, Workers
 
 
 def test_given_options_beat_the_bundles_which_beat_the_engines():

@@ -17,7 +17,7 @@ from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, BundleError, EngineError
 from engine.files.atomic import file_sha256
 from engine.machine.verify import verify
-from engine.options import CPU_BACKENDS, Runtime
+from engine.runtime import CPU_BACKENDS, Runtime
 
 IMAGE = {"height": 32, "width": 32, "resample": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 CPU = pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -16,7 +16,7 @@ from engine.cli.app import main
 from engine.decoding.sampling import Sampling, draw, probabilities
 from engine.errors import UsageError
 from engine.options import DecodeOptions
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import random_pictures, save_pictures
 
 
 @given(
@@ -107,9 +107,7 @@ def test_what_cannot_be_drawn_is_refused(wrong):
 
 
 def test_the_command_draws_the_same_for_the_same_seed(tiny_bundle, tmp_path):
-    (tmp_path / "images").mkdir()
-    for i, picture in enumerate(random_pictures(4)):
-        picture.save(tmp_path / "images" / f"{i}.png")
+    save_pictures(tmp_path / "images", 4)
     found = []
     for name, rows in (("a", 2), ("b", 30)):
         arguments = [

@@ -8,10 +8,10 @@ import pytest
 
 from engine.backends import nvidia
 from engine.errors import UsageError
-from engine.options import Runtime, Workers
 from engine.processes import shares
 from engine.processes.driver import describe
 from engine.processes.shares import Share, shares_of
+from engine.runtime import Runtime, Workers
 
 FOUR = (frozenset({0, 1}), frozenset({2, 3}))
 

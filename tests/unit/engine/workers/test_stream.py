@@ -23,7 +23,7 @@ from engine.workers.messages import (
     unpack_images,
 )
 from engine.workers.stream import CaptionStream, Unreadable
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import save_pictures
 
 CAPTION = Caption(
     "a", (Alternative("A b.", "a b .", (3, 4), -0.1 - 0.2, float.fromhex("-0x1.fffffffffffffp-3")),), 0.1 + 0.2
@@ -56,9 +56,7 @@ def test_an_error_keeps_its_words_and_exit_code(error, code):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[ImageFile]:
-    directory = tmp_path_factory.mktemp("stream")
-    for i, picture in enumerate(random_pictures(24)):
-        picture.save(directory / f"{i:02d}.png")
+    directory = save_pictures(tmp_path_factory.mktemp("stream"), 24, name="{:02}.png")
     (directory / "05.png").write_bytes(b"no picture")
     return find_images(directory).images
 

@@ -1,0 +1,160 @@
+"""ONNX Runtime's providers for NVIDIA: what they are given, and what is refused where a part is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import types
+from dataclasses import replace
+
+import onnxruntime
+import pytest
+
+from engine.backends import nvidia, plans, providers, trt
+from engine.backends.plans import PORTABLE
+from engine.backends.sessions import open_session
+from engine.backends.shapes import Bounds, profiles
+from engine.bundle.manifest import Bundle
+from engine.errors import BackendError
+from tests.helpers.gpu import missing_gpu
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle.load()
+
+
+@pytest.fixture(scope="module")
+def bounds(bundle) -> Bounds:
+    return Bounds.of(bundle)
+
+
+# ONNX Runtime's providers, as data
+
+
+@pytest.mark.parametrize("name", providers.KINDS)
+@pytest.mark.parametrize("graph", plans.GRAPHS)
+def test_provider_options_are_strings(name, graph, bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    chosen = providers.providers_for(name, bundle, graph, providers.bounds_for(name, bundle))
+    assert [provider for provider, _ in chosen] == list(providers.KINDS[name].providers)
+    for _, options in chosen:
+        assert all(isinstance(key, str) and isinstance(value, str) for key, value in options.items())
+
+
+def test_tensorrts_provider_gets_profile_cache_and_precision(bundle, bounds, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (_, options), *_ = providers.providers_for("tensorrt", bundle, "decoder", bounds)
+    for kind in ("min", "opt", "max"):
+        shapes = dict(entry.rsplit(":", 1) for entry in options[f"trt_profile_{kind}_shapes"].split(","))
+        assert set(shapes) == set(profiles(bundle, bounds)["decoder"]) - {"num_candidates"}
+        assert all("0" not in shape.split("x") for shape in shapes.values())
+    assert shapes["ancestry"] == f"{bounds.slots}x{bounds.beams}x{bounds.settled + bounds.recent + bounds.beams}"
+    assert options["trt_fp16_enable"] == "0"
+    (_, half), *_ = providers.providers_for("tensorrt", replace(bundle, precision="fp16"), "decoder", bounds)
+    assert half["trt_fp16_enable"] == "1"
+    assert "TopK" in half["trt_op_types_to_exclude"]
+    folder = tmp_path / "blip-caption-engine" / bundle.digest[:16] / "onnxruntime-unknown-unknown"
+    assert options["trt_engine_cache_path"] == str(folder)
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+# refusals, without a GPU
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """A driver that reports an A100, so that what is asked after it comes to light."""
+    gpu = nvidia.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30, 13000)
+    for module in (providers, plans, trt):
+        monkeypatch.setattr(module, "find_gpu", lambda *_: gpu)
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_both_runtimes_in_one_folder_are_a_trap_that_is_named(monkeypatch, tmp_path):
+    """Where each has a folder of its own, as in an image that holds the CPU's, the first one is simply used."""
+    folders = {"onnxruntime": tmp_path / "one", "onnxruntime-gpu": tmp_path / "one"}
+
+    def distribution(name: str):
+        return types.SimpleNamespace(locate_file=lambda file: folders[name] / file, version="1.31.1")
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    for name in ("cuda", "tensorrt"):
+        with pytest.raises(BackendError, match="overwrite each other"):
+            providers.require_provider(name)
+    providers.require_provider("cpu")
+    folders["onnxruntime-gpu"] = tmp_path / "other"
+    assert nvidia.clashing_runtimes() is None
+
+
+@pytest.mark.parametrize(
+    ("release", "driver", "is_refused"),
+    [
+        ("1.31.1", 12040, True),
+        ("1.31.1", 13000, False),
+        ("1.26.0", 12040, False),
+        ("1.26.0", 11080, True),
+    ],
+)
+def test_a_driver_that_is_too_old_is_told_before_anything_is_loaded(release, driver, is_refused, monkeypatch):
+    monkeypatch.setattr(nvidia.importlib.metadata, "version", lambda _: release)
+    gpu = nvidia.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30, driver)
+    if is_refused:
+        with pytest.raises(
+            BackendError, match=rf"runs CUDA {driver // 1000}\..*onnxruntime-gpu {release[:4]} needs .* r580"
+        ):
+            nvidia.refuse_old_driver(gpu)
+    else:
+        nvidia.refuse_old_driver(gpu)
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_what_is_missing_is_named_with_its_extra(monkeypatch):
+    with pytest.raises(BackendError, match=r"\[cuda\]"):
+        providers.require_provider("cuda")
+    with pytest.raises(BackendError, match=r"tensorrt.*\[tensorrt\]"):
+        providers.require_provider("tensorrt")
+    monkeypatch.setitem(plans.MODULES, PORTABLE, "no_such_module")
+    with pytest.raises(BackendError, match=r"\[trt\]"):
+        trt.require_tensorrt()
+    with pytest.raises(BackendError, match=r"\[rtx\]"):
+        plans.import_builder(PORTABLE)
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_auto_takes_the_gpu_only_with_the_provider_for_it():
+    assert providers.choose("auto") == "cpu"  # this onnxruntime has no CUDA provider
+
+
+def test_a_provider_that_was_asked_for_and_not_got_is_an_error(bundle):
+    """ONNX Runtime goes on with the CPU and one line in a log, as its stand-in does here."""
+    session = types.SimpleNamespace(get_providers=lambda: [providers.CPU])
+    runtime = types.SimpleNamespace(
+        SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *_, **__: session
+    )
+    wanted = [(providers.CUDA, {}), (providers.CPU, {})]
+    with pytest.raises(BackendError, match="fell back to CPUExecutionProvider"):
+        open_session(runtime, bundle.path / "regroup.onnx", wanted, 1, is_optimised=True, has_patterns=True)
+
+
+def test_a_machine_without_a_driver_is_told_by_the_driver_library(monkeypatch):
+    if missing_gpu() is None:
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(nvidia, "DRIVER", "libcuda-that-is-not-there.so")
+    with pytest.raises(BackendError, match="no NVIDIA driver"):
+        nvidia.find_gpu()
+
+
+def test_a_driver_without_devices_and_one_that_fails_are_told_apart(monkeypatch):
+    class Driver:
+        def __init__(self, codes: dict[str, int]) -> None:
+            self._codes = codes
+
+        def __getattr__(self, name: str):
+            return lambda *_: self._codes.get(name, 0)
+
+    monkeypatch.setattr(nvidia.ctypes, "CDLL", lambda _: Driver({}))
+    with pytest.raises(BackendError, match="sees no GPU"):
+        nvidia.find_gpu()
+    monkeypatch.setattr(nvidia.ctypes, "CDLL", lambda _: Driver({"cuInit": 100}))
+    with pytest.raises(BackendError, match=r"cuInit.*100"):
+        nvidia.find_gpu()

@@ -1,0 +1,30 @@
+"""The speed benchmark voids itself when a program says something else without a reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.setting.workload import Workload
+from benchmarks.throughput import agreement_of, is_valid
+from engine.options import DecodeOptions
+from tests.helpers.tiny import save_pictures
+
+OPTIONS = DecodeOptions(num_beams=3, no_repeat_ngram_size=3, max_new_tokens=10).over({})
+IMAGES = 6
+
+
+@pytest.mark.parametrize("wrong", ["engine", "generate"])
+def test_a_caption_that_no_tie_explains_voids_the_measurement(
+    wrong, tiny_checkpoint, tiny_bundle, tiny_captioner, tmp_path
+):
+    pictures = save_pictures(tmp_path / "pictures", IMAGES, name="{:02}.png")
+    workload = Workload("tiny", tiny_checkpoint, tiny_bundle, pictures, 10)
+    said = [one.ids for one in tiny_captioner.caption(sorted(pictures.iterdir()), OPTIONS)]
+    agreed = {"tie": 0, "batch": 0, "real": 0}
+    counts = agreement_of(workload, OPTIONS, {"engine": said, "generate": list(said)})
+    assert counts == {"generate": {"identical": IMAGES, **agreed}}
+    assert is_valid(counts, IMAGES)
+    other = [*said[:-1], (*said[-1][:-2], said[-1][-2] + 1, said[-1][-1])]
+    counts = agreement_of(workload, OPTIONS, {"engine": said, "generate": said} | {wrong: other})
+    assert counts == {"generate": {"identical": IMAGES - 1, **agreed, "real": 1}}
+    assert not is_valid(counts, IMAGES)
