@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.backends import open_backend
+from engine.bundle.ensemble import on_halves
 from engine.bundle.manifest import FORMAT, MANIFEST, Bundle
 from engine.captioner import Captioner
 from engine.errors import ExportError
-from engine.machine.verify import UNRECORDED, Golden, replay, verify
+from engine.machine.verify import UNRECORDED, Golden, replay, same_on_halves, verify, verify_halves
 from engine.options import options_from
 from engine.runtime import Runtime
 from export.checkpoints.generation import check_supported, ignored_settings
@@ -56,8 +57,9 @@ def export_bundle(
         _settle_ties(reference, draft, say)
         write_manifest(draft, manifest)
         bundle = Bundle.load(draft)
-        failed = [check for check in verify(bundle, open_backend(bundle, Runtime("cpu"))) if not check.passed]
-        if failed:
+        runtime = Runtime("cpu")
+        checks = verify(bundle, open_backend(bundle, runtime)) + verify_halves(bundle, runtime)
+        if failed := [check for check in checks if not check.passed]:
             raise ExportError(f"{checkpoint}: the graphs do not say what PyTorch says: {failed}")
         if precision != "fp32":
             draft = convert(reference, bundle, Path(temporary) / precision, precision, exporter, say)
@@ -69,9 +71,13 @@ def export_bundle(
 
 def _settle_ties(reference: Reference, draft: Path, say: Callable[[str], None]) -> None:
     """Leave golden pictures out of a setting where the engine says otherwise only because two candidates tie."""
-    captioner, path = Captioner.load(draft, backend="cpu"), draft / "golden.npz"
-    golden = Golden.load(path)
-    for setting, options in enumerate(golden.settings):
+    whole, path = Captioner.load(draft, backend="cpu"), draft / "golden.npz"
+    golden, single = Golden.load(path), on_halves(whole.bundle)
+    todo = [(whole, setting) for setting in range(len(golden.settings))]
+    if single is not None:
+        halves = Captioner(single, open_backend(single, Runtime("cpu")))
+        todo += [(halves, setting) for setting in same_on_halves(golden)]
+    for captioner, setting in todo:
         found = replay(captioner, golden, setting)
         for i, theirs in enumerate(golden.expected(setting)):
             if theirs is None or found[i].ids == theirs:
@@ -80,7 +86,7 @@ def _settle_ties(reference: Reference, draft: Path, say: Callable[[str], None]) 
                 captioner,
                 UncachedBackend(reference),
                 golden.pixel_values[i],
-                options_from({}, options),
+                options_from({}, golden.settings[setting]),
                 ours=found[i].ids,
                 theirs=theirs,
             )

@@ -20,7 +20,7 @@ from engine.backends import Backend, open_backend
 from engine.bundle.manifest import MANIFEST, Bundle
 from engine.captioner import Captioner
 from engine.errors import ExportError
-from engine.machine.verify import UNRECORDED, Golden, replay, verify
+from engine.machine.verify import UNRECORDED, Golden, replay, verify, verify_halves
 from engine.options import options_from
 from engine.runtime import Runtime
 from export.graphs.onnx_graphs import write_graphs
@@ -65,8 +65,8 @@ def convert(
     }
     write_manifest(out, manifest)
     bundle = Bundle.load(out)
-    failed = [check for check in verify(bundle, ours.backend) if not check.passed]
-    if failed:
+    checks = verify(bundle, ours.backend) + verify_halves(bundle, Runtime("cpu"))
+    if failed := [check for check in checks if not check.passed]:
         raise ExportError(f"{precision} scores captions too differently from float32: {failed}: export fp32")
     return out
 

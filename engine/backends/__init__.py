@@ -12,7 +12,17 @@ from engine.runtime import BACKENDS, Runtime
 
 DEFAULT = Runtime()
 
-__all__ = ["BACKENDS", "Backend", "Cache", "Encoded", "StepInputs", "open_backend", "open_backends", "require_backend"]
+__all__ = [
+    "BACKENDS",
+    "OF_ENSEMBLES",
+    "Backend",
+    "Cache",
+    "Encoded",
+    "StepInputs",
+    "open_backend",
+    "open_backends",
+    "require_backend",
+]
 
 
 def require_backend(name: str, cpu_precision: str = "fp32") -> str:

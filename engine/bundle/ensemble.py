@@ -88,6 +88,13 @@ def open_place(place: BundlePlace | None = None) -> Bundle:
     return combine([open_bundle(one) for one in place.bundles], place.weights)
 
 
+def on_halves(bundle: Bundle) -> Bundle | None:
+    """Return a bundle as the only one of an ensemble: what it says beside others, to the same numbers. None where it
+    cannot caption together with others.
+    """
+    return combine([bundle], [1.0]) if all(f"{graph}.onnx" in bundle.files for graph in HALVES) else None
+
+
 def combine(bundles: Sequence[Bundle], weights: Sequence[float]) -> Bundle:
     """Return what bundles are together: the first one, with the others as its `members`, and a digest of its own.
 

@@ -58,11 +58,12 @@ def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
     from engine.backends import open_backend, require_backend
     from engine.bundle.fetch import open_bundle
     from engine.machine.verify import verify as replay
+    from engine.machine.verify import verify_halves
 
     require_backend(runtime.backend)  # before the bundle is hashed: what is missing is said at once
     loaded = open_bundle(bundle)
     backend = open_backend(loaded, runtime)
-    checks = replay(loaded, backend)
+    checks = replay(loaded, backend) + verify_halves(loaded, runtime)
     for check in checks:
         state = "ok  " if check.passed else "FAIL"
         click.echo(

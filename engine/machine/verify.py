@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends import Backend
+from engine.backends import OF_ENSEMBLES, Backend, open_backend, require_backend
+from engine.bundle.ensemble import on_halves
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis
 from engine.decoding.scheduler import Scheduler
 from engine.errors import BundleError
 from engine.options import options_from
+from engine.runtime import Runtime
 
 UNRECORDED = -1
 SCORE_TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.4}
@@ -88,6 +90,33 @@ def verify(bundle: Bundle, backend: Backend) -> list[Check]:
     """
     golden, captioner = Golden.load(bundle.path / "golden.npz"), Captioner(bundle, backend)
     return [_check(captioner, golden, setting) for setting in range(len(golden.settings))]
+
+
+def verify_halves(bundle: Bundle, runtime: Runtime) -> list[Check]:
+    """Replay the settings on the halves of the decoder, by which bundles caption together, as `verify` does.
+
+    Those that `same_on_halves` names. Returns no checks for a bundle without halves, and where `runtime` is no backend
+    of several bundles.
+    """
+    single = on_halves(bundle)
+    if single is None or require_backend(runtime.backend) not in OF_ENSEMBLES:
+        return []
+    golden, captioner = Golden.load(bundle.path / "golden.npz"), Captioner(single, open_backend(single, runtime))
+    checks = [_check(captioner, golden, number) for number in same_on_halves(golden)]
+    return [replace(check, setting=f"as one of several bundles: {check.setting}") for check in checks]
+
+
+def same_on_halves(golden: Golden) -> list[int]:
+    """Return the numbers of the settings under which one bundle says on its halves what it says by itself.
+
+    Greedy search with a repetition penalty is none: Hugging Face's divides logits by it, and here log-probabilities
+    take their place.
+    """
+    return [
+        number
+        for number, setting in enumerate(golden.settings)
+        if setting.get("num_beams", 1) > 1 or setting.get("repetition_penalty", 1.0) == 1.0
+    ]
 
 
 def replay(captioner: Captioner, golden: Golden, setting: int) -> list[Hypothesis]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -16,6 +18,7 @@ from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.cli import main
 from engine.errors import BundleError, OutOfMemoryError, UsageError
+from engine.files.atomic import file_sha256
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.parity import main as parity
@@ -117,6 +120,29 @@ def test_precisions_may_differ_and_the_signature_names_them(tiny_bundle, rounded
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     return save_pictures(tmp_path / "pictures", 5)
+
+
+def test_verify_replays_the_halves_too_and_notices_what_is_wrong_with_them(other_bundle, tmp_path):
+    bundle = Path(shutil.copytree(other_bundle, tmp_path / "bundle"))
+
+    def verified():
+        result = CliRunner().invoke(main, ["verify", "--bundle", str(bundle), "--json"])
+        checks = json.loads(result.stdout)["checks"]
+        halves = [one["passed"] for one in checks if one["setting"].startswith("as one of several bundles: ")]
+        return result.exit_code, [one["passed"] for one in checks[: -len(halves)]], halves
+
+    assert verified() == (0, [True] * 6, [True] * 5), "a greedy penalty divides logits, which halves do not know"
+    path = bundle / "choice.onnx"
+    graph = onnx.load(str(path))
+    mean = graph.graph.input[0].name
+    for node in graph.graph.node:
+        node.input[:] = ["turned" if name == mean else name for name in node.input]
+    graph.graph.node.insert(0, onnx.helper.make_node("Neg", [mean], ["turned"]))
+    path.write_bytes(graph.SerializeToString())
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][path.name] = file_sha256(path)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert verified() == (1, [True] * 6, [False] * 5)
 
 
 def caption(*arguments):
