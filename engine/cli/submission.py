@@ -51,4 +51,4 @@ def check(file: Path, manifest: Path, form: str) -> None:
     if verdict.errors:
         more = f" (and {len(verdict.errors) - 1} more)" if len(verdict.errors) > 1 else ""
         raise EngineError(f"{file} is no {form} submission: {verdict.errors[0]}{more}")
-    say(f"{file}: {len(ids)} captions, a right {form} submission")
+    say(f"{file}: {len(ids)} captions, a correct {form} submission")

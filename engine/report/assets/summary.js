@@ -78,6 +78,7 @@
       element.textContent = text;
       if (FOR_WIDE.includes(text)) element.className = "wide";
     }
+    if (Report.pairs.length) head.lastElementChild.className = "outcomes";
     const body = make("tbody", "", table);
     const plain = { kind: "number" };
     for (const column of Report.ours) {
