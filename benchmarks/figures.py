@@ -50,8 +50,9 @@ def figures(name: str, page: Path, folder: Path = RESULTS) -> str:
     """Return the table `name` with what its records were measured with, as it stands in `page`."""
     table = TABLES[name]
     records = {one: read_record(one, folder) for one in table.records}
+    others = [read_record(one, folder) for one in table.elsewhere]
     to_results = FROM_REPOSITORY if page.parent == ROOT else f"../{FROM_REPOSITORY}"
-    return f"\n{table.make(*records.values())}\n\n{_measured_with(table, records, to_results)}\n"
+    return f"\n{table.make(*records.values(), *others)}\n\n{_measured_with(table, records, to_results)}\n"
 
 
 def _measured_with(table: Table, records: dict[str, dict[str, Any]], to_results: str) -> str:

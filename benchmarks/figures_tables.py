@@ -2,150 +2,28 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality import quality_tables
 from benchmarks.setting.markdown import table
+from benchmarks.speed import speed_tables
 
 Record = dict[str, Any]
-
-PROGRAMS = {"generate": "`generate`", "conventional": "the usual ONNX loop", "openvino": "the engine on OpenVINO"}
 
 
 @dataclass(frozen=True)
 class Table:
     """Names of records, and what makes Markdown of them. Without `needs_bundle` no bundle took part; with `as_above`
-    the records are those of the table before.
+    the records are those of the table before. What `elsewhere` were measured with stands below another table.
     """
 
     records: tuple[str, ...]
     make: Callable[..., str]
     needs_bundle: bool = True
     as_above: bool = False
-
-
-def _beams(count: int) -> str:
-    return "greedy" if count == 1 else f"{count} beams"
-
-
-def _name(record: Record) -> str:
-    return f"{record['workload']}, {_beams(record['setting']['beams'])}"
-
-
-def _times(record: Record, program: str) -> str:
-    row = record["programs"][program]
-    return f"{row['seconds_per_image']:.3f} ({row['times_engine']:.1f} x)"
-
-
-def _range(records: Sequence[Record], program: str) -> str:
-    ratios = [record["programs"][program]["times_engine"] for record in records]
-    return f"{min(ratios):.1f} to {max(ratios):.1f} times"
-
-
-def _readme_speed(*everything: Record) -> str:
-    """The table of one processor, and a sentence on the last two records, of another one."""
-    records, others = everything[:-2], everything[-2:]
-    rows = [
-        [
-            _name(record),
-            f"**{record['programs']['engine']['seconds_per_image']:.3f}**",
-            _times(record, "generate"),
-            _times(record, "conventional"),
-            f"{record['programs']['engine']['peak_gib']:.1f}, {record['programs']['conventional']['peak_gib']:.1f} GiB",
-        ]
-        for record in records
-    ]
-    other = (
-        "It depends on the processor. On an older one, whose matrix products are slower, and about as fast in torch as "
-        f"in ONNX Runtime, base and large with 4 beams are {_range(others, 'generate')} as fast as `generate`, and "
-        f"{_range(others, 'conventional')} as the usual loop."
-    )
-    return (
-        f"{_range(everything, 'generate')} as fast as `generate` on a CPU, and {_range(everything, 'conventional')} as "
-        "the usual ONNX loop.\n"
-        "Seconds an image, from pixels in memory to token ids, float32, 3-gram ban. Each program has its best batch "
-        "size.\n\n"
-        + table(["model", "engine", "`generate`", "usual ONNX loop", "memory: engine, loop"], rows)
-        + f"\n\n{textwrap.fill(other, 120)}"
-    )
-
-
-def _agreement(record: Record) -> str:
-    images = record["setting"]["images"]
-    parts = []
-    for found in record["agreement"].values():
-        explained = [
-            f"{found[kind]} {word}" for kind, word in (("tie", "a tie"), ("batch", "its batch")) if found[kind]
-        ]
-        note = f" ({', '.join(explained)})" if explained else ""
-        parts.append(f"{found['identical']} of {images}{note}")
-    return "all the same" if set(parts) == {f"{images} of {images}"} else "; ".join(parts)
-
-
-def _speed(*records: Record) -> str:
-    rows = []
-    for record in records:
-        batch, roofline = record["batch"], record["roofline"]
-        rows.append(
-            [
-                f"{_name(record)}, {record['setting']['images']} images",
-                f"{record['programs']['engine']['seconds_per_image']:.3f}",
-                f"{_times(record, 'generate')}, batch {batch['generate']}",
-                f"{_times(record, 'conventional')}, batch {batch['conventional']}",
-                _times(record, "openvino"),
-                _agreement(record),
-                f"{roofline['share']:.0%}",
-            ]
-        )
-    header = [
-        "workload",
-        "engine, s an image",
-        *PROGRAMS.values(),
-        "captions like the engine's",
-        "of the roofline",
-    ]
-    return table(header, rows)
-
-
-def _memory(*records: Record) -> str:
-    rows = [[_name(r), *(f"{r['programs'][p]['peak_gib']:.2f}" for p in ("engine", *PROGRAMS))] for r in records]
-    return table(["peak memory, GiB", "engine", *PROGRAMS.values()], rows)
-
-
-def _products(*records: Record) -> str:
-    rows = [
-        [
-            _name(record),
-            f"{record['roofline']['matmul_gflops']['torch']:.0f}",
-            f"{record['roofline']['matmul_gflops']['onnxruntime']:.0f}",
-            f"{record['roofline']['achieved_gflops']:.0f}",
-        ]
-        for record in records
-    ]
-    return table(["GFLOP/s", "torch's matrix product", "ONNX Runtime's", "useful work of the engine"], rows)
-
-
-def _lengths(*records: Record) -> str:
-    rows = [
-        [
-            record["setting"]["forced_tokens"],
-            f"{record['programs']['engine']['seconds_per_image']:.3f}",
-            _times(record, "generate"),
-            _times(record, "conventional"),
-            _agreement(record),
-        ]
-        for record in records
-    ]
-    header = ["new tokens of every caption", "engine, s an image", "`generate`", "usual ONNX loop", "captions"]
-    return table(header, rows)
-
-
-def _rows(record: Record) -> str:
-    speeds = record["images_per_s"]
-    return table(["rows side by side", *speeds], [["images/s", *(f"{speed:.1f}" for speed in speeds.values())]])
+    elsewhere: tuple[str, ...] = ()
 
 
 def _soak(record: Record) -> str:
@@ -187,7 +65,9 @@ def _update(record: Record) -> str:
     ]
     same = "the same bytes" if record["same_as_from_scratch"] else "OTHER BYTES"
     rows.append(["only listing the folder, looking at each file", "", f"{record['listing_s']:.1f}", ""])
-    return table([f"{_beams(setting['beams'])}; run.csv: {same}", "captioned", "s in all", "of from scratch"], rows)
+    return table(
+        [f"{speed_tables.beams(setting['beams'])}; run.csv: {same}", "captioned", "s in all", "of from scratch"], rows
+    )
 
 
 def _faults(*records: Record) -> str:
@@ -263,7 +143,7 @@ def _simulated(record: Record) -> str:
 def _host(record: Record) -> str:
     rows = [
         [
-            _beams(one["beams"]),
+            speed_tables.beams(one["beams"]),
             *(f"{one[checkout]['images_per_s']:,.0f}" for checkout in ("here", "there")),
             f"{one['ratio']:.2f} x",
         ]
@@ -275,7 +155,7 @@ def _host(record: Record) -> str:
 def _devices(*records: Record) -> str:
     rows = [
         [
-            f"{record['device'].upper()}, {_beams(one['beams'])}",
+            f"{record['device'].upper()}, {speed_tables.beams(one['beams'])}",
             f"{one['here']['seconds']:.1f}",
             f"{one['here']['device_s']:.1f}",
             f"{one['host_s']:.1f}",
@@ -292,14 +172,14 @@ def _devices(*records: Record) -> str:
 BASE = ("base_1beams", "base_4beams", "base_10beams")
 ZEN4 = ("zen4/base_4beams", "zen4/large_4beams")
 TABLES = {
-    "readme speed": Table((*BASE, "large_4beams", *ZEN4), _readme_speed),
-    "speed": Table((*BASE, "large_4beams", "demo_4beams"), _speed),
-    "memory": Table((*BASE, "large_4beams", "demo_4beams"), _memory, as_above=True),
-    "products": Table((*BASE, "large_4beams", "demo_4beams"), _products, as_above=True),
-    "other processor": Table(ZEN4, _speed),
-    "products of the other": Table(ZEN4, _products, as_above=True),
-    "lengths": Table(("base_4beams_10tokens", "base_4beams_20tokens", "base_4beams_40tokens"), _lengths),
-    "rows": Table(("rows_demo_4beams",), _rows),
+    "readme speed": Table((*BASE, "large_4beams"), speed_tables.readme_speeds, elsewhere=ZEN4),
+    "speed": Table((*BASE, "large_4beams", "demo_4beams"), speed_tables.speeds),
+    "memory": Table((*BASE, "large_4beams", "demo_4beams"), speed_tables.memory, as_above=True),
+    "products": Table((*BASE, "large_4beams", "demo_4beams"), speed_tables.products, as_above=True),
+    "other processor": Table(ZEN4, speed_tables.speeds),
+    "products of the other": Table(ZEN4, speed_tables.products, as_above=True),
+    "lengths": Table(("base_4beams_10tokens", "base_4beams_20tokens", "base_4beams_40tokens"), speed_tables.by_length),
+    "rows": Table(("rows_demo_4beams",), speed_tables.by_rows),
     "soak": Table(("soak_17237",), _soak),
     "faults": Table(("soak_300_kill", "soak_300_term", "soak_300_disk"), _faults),
     "page": Table(("report_page",), _page, needs_bundle=False),
