@@ -11,23 +11,11 @@ import pytest
 from engine.backends import nvidia, plans, trt
 from engine.backends.execution import PlanRunner
 from engine.backends.plans import ANY_GPU, PORTABLE, Target, build_plans, read_plan
-from engine.backends.shapes import Bounds
-from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, UsageError
 from engine.files.lock import OutputLock
 from tests.helpers.stand_in import RecordingDevice
 
 TARGET = Target(PORTABLE, "1.7.1", "8.0", ANY_GPU)
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return Bundle.load()
-
-
-@pytest.fixture(scope="module")
-def bounds(bundle) -> Bounds:
-    return Bounds.of(bundle)
 
 
 @pytest.fixture

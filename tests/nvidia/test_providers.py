@@ -12,21 +12,9 @@ import pytest
 from engine.backends import nvidia, plans, providers, trt
 from engine.backends.plans import PORTABLE
 from engine.backends.sessions import open_session
-from engine.backends.shapes import Bounds, profiles
-from engine.bundle.manifest import Bundle
+from engine.backends.shapes import profiles
 from engine.errors import BackendError
 from tests.helpers.gpu import missing_gpu
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return Bundle.load()
-
-
-@pytest.fixture(scope="module")
-def bounds(bundle) -> Bounds:
-    return Bounds.of(bundle)
-
 
 # ONNX Runtime's providers, as data
 

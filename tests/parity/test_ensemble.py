@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from engine.backends.buckets import PaddedBackend
 from engine.backends.ensemble import EnsembleBackend
 from engine.bundle.ensemble import Ensemble, combine, open_place
+from engine.bundle.graphs import LOG_PROBS
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.cli import main
@@ -134,10 +135,9 @@ def test_verify_replays_the_halves_too_and_notices_what_is_wrong_with_them(other
     assert verified() == (0, [True] * 6, [True] * 5), "a greedy penalty divides logits, which halves do not know"
     path = bundle / "choice.onnx"
     graph = onnx.load(str(path))
-    mean = graph.graph.input[0].name
     for node in graph.graph.node:
-        node.input[:] = ["turned" if name == mean else name for name in node.input]
-    graph.graph.node.insert(0, onnx.helper.make_node("Neg", [mean], ["turned"]))
+        node.input[:] = ["turned" if name == LOG_PROBS else name for name in node.input]
+    graph.graph.node.insert(0, onnx.helper.make_node("Neg", [LOG_PROBS], ["turned"]))
     path.write_bytes(graph.SerializeToString())
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["files"][path.name] = file_sha256(path)
