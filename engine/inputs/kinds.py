@@ -85,6 +85,21 @@ def _begins_with_tags(head: bytes) -> bool:
     return group == 8 and length % 2 == 0 and following in (b"\x08\0", b"\x10\0")  # an implicit tag, and the next one
 
 
+def wrong_content(head: bytes) -> str | None:
+    """Return why a file is not what its name promises, judged by its first bytes; None if nothing is known.
+
+    Knows what stands in for a file after an incomplete clone or download: an empty file, a Git LFS pointer
+    (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md), an HTML page. Callers add the file's name in front.
+    """
+    if not head:
+        return "empty file: copy or download it again"
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a Git LFS pointer instead of the file: run `git lfs pull`"
+    if re.match(rb"\s*<(!doctype html|html|head)\b", head, re.IGNORECASE):
+        return "an HTML page instead of the file: the download failed"
+    return None
+
+
 def cut_suffix(name: str) -> str:
     """Return a file name without its suffix, where that is one of pictures: 1.2.840 and scan.v2 are whole ids."""
     stem, dot, suffix = name.rpartition(".")
