@@ -1,1 +1,1 @@
-"""The decoding core, in numpy only: beams, logits processors, ancestry and the scheduler that owns the slots."""
+"""The decoding core, numpy only: beam search, logits processors, the ancestry mask and the scheduler."""

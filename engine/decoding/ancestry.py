@@ -1,7 +1,8 @@
-"""Which cached positions are each beam's own past: a mask that replaces every reordering of keys and values.
+"""The ancestry mask: which cached positions belong to each beam's own past.
 
-A key stays where it was written. The cache of an image is thus a tree shared by its beams, and choosing beams
-only reindexes the small mask kept here. Knows nothing of scores or of what the cache holds.
+Hugging Face reorders the whole KV cache after every step, so that row k holds the past of beam k. Here a key stays
+where it was written. The cache of an image is a tree that its beams share, and choosing beams only reindexes this
+small boolean mask. This module does not depend on scores or on the content of the cache.
 """
 
 from __future__ import annotations
@@ -11,39 +12,42 @@ from numpy.typing import NDArray
 
 
 class Ancestry:
-    """Ancestry of B x K beams over W cached positions: `mask` bool[B,K,W]."""
+    """Ancestry of B x K beams over W cached positions: `mask` bool[B,K,W], true for positions in a beam's past."""
 
     def __init__(self, num_slots: int, num_beams: int) -> None:
-        """Start with nothing cached."""
+        """Start with an empty cache."""
         self.mask: NDArray[np.bool_] = np.zeros((num_slots, num_beams, 0), bool)
 
     @property
     def width(self) -> int:
-        """Cached positions, settled and recent."""
+        """Number of cached positions, folded (F) and recent (R) together."""
         return int(self.mask.shape[2])
 
     def feed(self, own: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return the mask bool[B,K,W+K] of a step that feeds K rows whose past among themselves is `own` bool[B,K,K].
+        """Return the mask bool[B,K,W+K] of a step that feeds K new tokens per slot.
 
-        Beams see only themselves there (the identity); prompt tokens fed together also see the ones before.
+        `own` bool[B,K,K] says which of the fed tokens see each other: the identity for beams, which never see one
+        another, and a lower triangle for prompt tokens that are fed together.
         """
         return np.concatenate([self.mask, own], 2)
 
     def reset(self, slots: NDArray[np.int64]) -> None:
-        """Forget the past of slots that hold a new image."""
+        """Clear the past of slots that now hold a new image."""
         self.mask[slots] = False
 
     def choose(self, fed: NDArray[np.bool_], rows: NDArray[np.int64]) -> None:
-        """Continue beam k of slot b from row `rows[b,k]` (i64[B,K]) of the step whose mask was `fed`."""
+        """Let beam k of slot b continue row `rows[b,k]` (i64[B,K]) of the step whose mask was `fed` bool[B,K,W+K]."""
         slots, beams, width = fed.shape
-        places = np.arange(slots)[:, None] * beams + rows
-        self.mask = fed.reshape(-1, width).take(places.ravel(), axis=0).reshape(fed.shape)  # whole rows at a time
+        flat_rows = np.arange(slots)[:, None] * beams + rows
+        # `take` on the flattened mask copies whole rows, which is several times faster than fancy indexing in 3-D
+        self.mask = fed.reshape(-1, width).take(flat_rows.ravel(), axis=0).reshape(fed.shape)
 
     def compact(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Keep `slots` i64[B'] and only positions some beam descends from; return `columns` i64[B',W'].
+        """Keep `slots` i64[B'] and, of each, the positions that some beam still descends from.
 
-        Slots are right-aligned: where one needs fewer than W' positions, its first ones repeat position 0 and
-        are masked out. A shared prefix is thereby stored once a slot.
+        Returns `columns` i64[B',W'], the old position of each kept one. Slots are right-aligned: a slot that needs
+        fewer than W' positions starts with repeats of position 0, which are masked out. Since beams share positions, a
+        common prefix is stored once per slot.
         """
         mask = self.mask[slots]
         alive = mask.any(1)
@@ -51,6 +55,7 @@ class Ancestry:
         width = int(count.max(initial=0))
         slot, position = np.nonzero(alive)
         first = np.cumsum(count) - count
+        # the n-th living position of a slot gets column n, plus the padding that right-aligns the slot
         place = np.arange(len(slot)) - first[slot] + (width - count)[slot]
         columns = np.zeros((len(slots), width), np.int64)
         columns[slot, place] = position

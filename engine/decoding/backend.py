@@ -1,11 +1,15 @@
-"""What a backend does for the decoding core, and the shape letters used everywhere; knows no runtime.
+"""The interface between the decoding core and a runtime, and the shape letters used in all docstrings.
 
 Shape letters:
-  B  slots: images decoded side by side       K  beams an image
-  T  tokens fed a slot in one step, K         P  length of the prompt
-  H  attention heads        d  width of a head        L  decoder layers
-  S  encoder positions      V  vocabulary             M  width of the list of marked ids
-  F  settled positions      R  recent positions       C  candidates kept an image
+  B  slots: images decoded in parallel        K  beams per image
+  T  tokens fed per slot in one step, T = K   P  length of the prompt
+  H  attention heads        d  size of a head         L  decoder layers
+  S  encoder positions      V  vocabulary size        M  width of the list of marked ids
+  F  folded positions       R  recent positions       C  candidates kept per image
+
+The KV cache of self-attention has two blocks. A step appends its keys and values to the `recent` block, which is
+small. Every few steps `regroup` folds the recent block into the large one, called `settled` in the graphs. Growing the
+large block at every step would copy it every time.
 """
 
 from __future__ import annotations
@@ -17,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Encoded = Any
-"""A backend's own handle on the cross-attention keys and values of a batch of images, not yet in a slot."""
+"""A backend's handle to the cross-attention keys and values of a batch of images that are not yet in a slot."""
 
 Cache = Any
-"""A backend's own handle on the keys and values of B slots; the decoding core only passes it around."""
+"""A backend's handle to the KV cache of B slots; the decoding core only passes it on."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,14 @@ class StepInputs:
 
     input_ids      i64[B,T]      tokens fed
     positions      i64[B,T]      their positions in the caption, 0 for [DEC]
-    scores         f32[B,T]      running log-probability of each row; -inf for a row whose continuations nobody wants
-    marked_ids     i64[B,T,M]    x >= 0: the log-probability of id x becomes -inf; x < -1: the row said id -2 - x
-                                 before, and the penalties apply; no id has two different marks, a row with fewer
-                                 than M repeats some; -1 throughout in a row without marks
-    penalties      f32[2]        repetition penalties on raw logits and on log-probabilities; 1 is none
-    ancestry       bool[B,T,F+R+T]  which cached and fed positions are a row's own past, itself included
-    num_candidates C             how many continuations to return for each slot
+    scores         f32[B,T]      summed log-probability of each row; -inf for a row whose continuations are not used
+    marked_ids     i64[B,T,M]    banned and penalised ids. x >= 0: id x gets the log-probability -inf. x < -1: id
+                                 -2 - x is already in the row's text, and the repetition penalty applies. No id has two
+                                 different marks. A row with fewer than M marks repeats some, a row without marks holds
+                                 -1 throughout
+    penalties      f32[2]        repetition penalties on raw logits and on log-probabilities; 1 is off
+    ancestry       bool[B,T,F+R+T]  which cached and fed positions belong to a row's past, itself included
+    num_candidates C             continuations to return per slot
     """
 
     input_ids: NDArray[np.int64]
@@ -49,11 +54,12 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """What keeps a device busy: beams decoded side by side, and images encoded at once; at most `slots` images.
+    """The batch sizes that keep a device busy.
 
-    They are divided into `sets` that take turns, so that the device works on one while the host chooses beams for
-    another. `memory_bytes` is what the device has for keys and values of `item_bytes` each; None means the host's free
-    memory.
+    `rows` beams are in flight at once, for at most `slots` images, and `encode_batch` images are encoded per call. The
+    slots are divided into `sets` that take turns: the device works on one set while the host chooses beams for
+    another. `memory_bytes` is the device's memory for the KV cache, in elements of `item_bytes`; None means the host's
+    free memory.
     """
 
     rows: int
@@ -65,13 +71,13 @@ class BatchSizes:
 
 
 class Backend(Protocol):
-    """Runs the three graphs of a bundle. Keys and values stay with it, behind `Encoded` and `Cache`."""
+    """Runs the three graphs of a bundle. Keys and values never leave it: callers hold `Encoded` and `Cache` handles."""
 
     name: str
     batch_sizes: BatchSizes
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> Encoded:
-        """Encode images u8[N,height,width,3] into their cross-attention keys and values, good until the next call."""
+        """Encode images u8[N,height,width,3] into cross-attention keys and values, valid until the next call."""
         ...
 
     def allocate(self, num_slots: int) -> Cache:
@@ -79,25 +85,25 @@ class Backend(Protocol):
         ...
 
     def admit(self, cache: Cache, slot: int, encoded: Encoded, image: int) -> None:
-        """Put image `image` of an encoded batch into a slot, whoever was there before.
+        """Put image number `image` of an encoded batch into a slot and overwrite the image that was there.
 
-        Self-attention positions stay as they are: the ancestry mask of the newcomer hides them.
+        Self-attention positions of the slot's former image stay in the cache: the ancestry mask hides them.
         """
         ...
 
     def step(self, cache: Cache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Feed T tokens a slot, append their keys and values to the recent ones in `cache`, and return the best
-        candidates: scores f32[B,C] in descending order and ids i64[B,C], an id being row * V + token.
+        """Feed T tokens per slot and append their keys and values to the recent block of `cache`.
+
+        Returns the best candidates of each slot: scores f32[B,C] in descending order and ids i64[B,C], where an id is
+        row * V + token.
         """
         ...
 
     def regroup(self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
-        """Keep the slots at `slots` i64[B'] and, of each, the positions `columns` i64[B',F'].
+        """Keep the slots at `slots` i64[B'] and, of each, the positions `columns` i64[B',F'], all folded (R = 0).
 
-        Slot i of the kept ones comes from its own place or from one that nobody moves to: slots[i] is i, or j > i with
-        slots[j] either j or not kept.
-
-        Positions count settled ones first, then recent ones; all that are kept become settled (R = 0). A
-        position may be named more than once, to fill up a row; the ancestry mask hides it.
+        Columns count folded positions first, then recent ones. A position may occur more than once to fill up a row;
+        the ancestry mask hides the repeats. Kept slot i is either old slot i or an old slot j > i, and in that case
+        no other slot moves to j: slots may be copied in place, in ascending order.
         """
         ...

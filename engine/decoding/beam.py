@@ -1,7 +1,8 @@
-"""Beam search for the images in B slots at once: running beams, hypotheses, and when Hugging Face closes an image.
+"""Beam search over the images in B slots: running beams, finished hypotheses, and the rule that closes an image.
 
-Source of every rule: transformers 4.57, generation/utils.py, GenerationMixin._beam_search and the functions it
-calls; the arithmetic is float32 as there. Images never influence each other. Knows nothing of models or caches.
+Source of every rule: transformers 4.57, generation/utils.py, GenerationMixin._beam_search and the functions it calls.
+The arithmetic is float32, as there, since a rounding difference can turn a tie. Images never influence each other.
+This module does not depend on models or caches.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from engine.decoding.processors import Processors
 from engine.decoding.sampling import Sampling
 
 NEVER = np.float32(-1e9)
-"""Added to a score to rule it out; finite, as in Hugging Face, so that sums stay ordered."""
+"""Added to a score to rule it out. Finite, as in Hugging Face, so that two ruled-out scores still have an order."""
 
 
 def _ruled_out(where: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Return f32: NEVER where true, else 0, to be added to scores."""
+    """Return f32, NEVER where true and 0 elsewhere, to be added to scores."""
     ruled_out: NDArray[np.float32] = NEVER * where
     return ruled_out
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The C best continuations of each slot: summed scores f32[B,C], beams continued i64[B,C], new ids i64[B,C]."""
+    """The C best continuations per slot: summed scores f32[B,C], continued beams i64[B,C], new ids i64[B,C]."""
 
     scores: NDArray[np.float32]
     parents: NDArray[np.int64]
@@ -38,7 +39,7 @@ class _Candidates:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a caption starts, and its lengths as totals that include the prompt."""
+    """The prompt of a caption, and its length limits as totals that include the prompt."""
 
     prompt: tuple[int, ...]
     max_length: int
@@ -47,7 +48,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Search:
-    """One search's settings. Images may have starts of their own, no longer than `max_length`."""
+    """The settings of one search. An image may have its own Start, whose length is at most `max_length`."""
 
     prompt: tuple[int, ...]
     num_beams: int
@@ -67,12 +68,12 @@ class Search:
 
     @cached_property
     def start(self) -> Start:
-        """Where captions start that have no start of their own."""
+        """The Start of images that have none of their own."""
         return Start(self.prompt, self.max_length, self.min_length)
 
     @cached_property
     def processors(self) -> Processors:
-        """What marks ids before each step; see there."""
+        """The logits processors of this search."""
         return Processors(
             repetition_penalty=self.repetition_penalty,
             no_repeat_ngram_size=self.no_repeat_ngram_size,
@@ -83,15 +84,18 @@ class Search:
 
     @cached_property
     def penalties(self) -> NDArray[np.float32]:
-        """Return f32[2]: the repetition penalty on raw logits, where Hugging Face has it with one beam or drawn
-        captions, and on log-probabilities, where it has it in beam search.
+        """Return f32[2], the repetition penalty on raw logits and on log-probabilities; 1 is off.
+
+        Hugging Face applies it to raw logits in greedy search and sampling, and to log-probabilities in beam search.
         """
         on_logits = self.num_beams == 1
         return np.array([self.repetition_penalty, 1.0] if on_logits else [1.0, self.repetition_penalty], np.float32)
 
     @property
     def num_candidates(self) -> int:
-        """Candidates an image and step: 2K, so that K run on even if K of them end; 1 when greedy, top_k when drawn."""
+        """Candidates per image and step: 2K, so that K can continue even if K of them end; 1 in greedy search, top_k
+        when sampling.
+        """
         if self.sampling is not None:
             return self.sampling.top_k
         return 1 if self.num_beams == 1 else 2 * self.num_beams
@@ -110,23 +114,24 @@ class Hypothesis:
 
 
 class Beams:
-    """State of the images in B slots.
+    """The search state of B slots.
 
-    tokens     i32[B,K,max_length]  running beams, best first; `lengths` i64[B] ids of each row are valid
+    tokens     i32[B,K,max_length]  running beams, best first; the first `lengths` i64[B] ids of each row are valid
     scores     f32[B,K]             their summed log-probabilities
-    closed     bool[B]              whether the slot's image is finished (`results` may be read) or the slot is empty
-    prompt_lengths, max_lengths, min_lengths  i64[B]  each image's own Start
+    closed     bool[B]              true if the slot's image is finished (`results` may be read) or the slot is empty
+    prompt_lengths, max_lengths, min_lengths  i64[B]  the Start of each image
 
-    Of the hypotheses only scores are kept best first; the rest of each stays where it was written, at the place that
-    `_hypothesis_places` i64[B,K] names, until another takes that place.
+    Only the scores of hypotheses are kept in order, best first. The tokens of a hypothesis stay in the row where they
+    were written (`_hypothesis_places` i64[B,K] maps rank to row) until a better hypothesis needs the row. So
+    sorting hypotheses moves no tokens.
     """
 
     def __init__(self, search: Search, num_slots: int) -> None:
-        """Make B closed slots; `start` opens them."""
+        """Create B closed slots; `start` opens them."""
         beams, width = search.num_beams, search.max_length
         self.search = search
         self.tokens = np.full((num_slots, beams, width), search.eos, np.int32)
-        self._next_tokens = self.tokens.copy()  # where a step writes them
+        self._next_tokens = self.tokens.copy()  # second buffer: a step reads one and writes the other
         self.lengths = np.zeros(num_slots, np.int64)
         self.scores = np.zeros((num_slots, beams), np.float32)
         self.closed = np.ones(num_slots, bool)
@@ -143,17 +148,18 @@ class Beams:
         self.closed[:] = True
 
     def start(self, slots: NDArray[np.int64], starts: Sequence[Start] | None = None) -> None:
-        """Open slots i64[N] for new images, at their prompts: beam 0 scores 0, the others are ruled out until they
-        exist. Without `starts` all have the search's own.
+        """Open slots i64[N] for new images, each with the prompt of its Start (default: the search's Start).
 
-        A place no hypothesis takes holds the prompt, ended at once, with the score NEVER: what HF returns there.
+        Beam 0 scores 0 and the others are ruled out: with K equal beams the first step would find every candidate K
+        times. A rank that no hypothesis ever takes holds the prompt followed by the end token, with the score NEVER,
+        which is what Hugging Face returns there.
         """
-        starts = starts or [self.search.start]  # one is written into all slots
+        starts = starts or [self.search.start]  # broadcasts over all slots
         lengths = np.array([len(start.prompt) for start in starts])
         ended = np.full((len(starts), lengths.max() + 1), self.search.eos)
         for row, start in zip(ended, starts, strict=True):
             row[: len(start.prompt)] = start.prompt
-        self.tokens[slots, :, : ended.shape[1]] = ended[:, None]  # what lies beyond `lengths` is never looked at
+        self.tokens[slots, :, : ended.shape[1]] = ended[:, None]  # ids after `lengths` are never read
         self.prompt_lengths[slots] = self.lengths[slots] = lengths
         self.max_lengths[slots] = [start.max_length for start in starts]
         self.min_lengths[slots] = [start.min_length for start in starts]
@@ -168,7 +174,7 @@ class Beams:
         self._hypothesis_places[slots] = np.arange(self.search.num_beams)
 
     def marked_ids(self) -> NDArray[np.int64]:
-        """Return i64[B,K,M]: the ids that each running beam may not take next, or said before."""
+        """Return i64[B,K,M], the banned and penalised ids of each running beam (see StepInputs.marked_ids)."""
         return self.search.processors.marked_ids(
             self.tokens,
             self.lengths,
@@ -178,7 +184,7 @@ class Beams:
         )
 
     def last_tokens(self) -> NDArray[np.int64]:
-        """Return i64[B,K], the id each running beam ends in."""
+        """Return i64[B,K], the last id of each running beam."""
         return self.tokens[np.arange(len(self.lengths)), :, self.lengths - 1].astype(np.int64)
 
     def advance(
@@ -188,13 +194,14 @@ class Beams:
         tokens: NDArray[np.int64],
         active: NDArray[np.bool_],
     ) -> NDArray[np.int64]:
-        """Take one step from the C best continuations of each image, in descending order of score.
+        """Advance the search by one step, given the C best continuations of each image in descending order of score.
 
-        scores f32[B,C] are summed log-probabilities, parents i64[B,C] the beam continued, tokens i64[B,C] the new
-        id. Only slots that are open and `active` bool[B] move. Returns i64[B,K]: which of the C candidates each
-        running beam now is. Images closed by this step show in `closed`.
+        scores f32[B,C] are summed log-probabilities, parents i64[B,C] the continued beams, tokens i64[B,C] the new
+        ids. Only slots that are open and `active` bool[B] move. Returns i64[B,K]: the candidate that each running
+        beam now is. Afterwards `closed` is true for images that this step finished.
         """
         moving = active & ~self.closed
+        # reaching the maximum length ends a caption like the end token does (HF's MaxLengthCriteria)
         hits = (tokens == self.search.eos) | (self.lengths + 1 >= self.max_lengths)[:, None]
         candidates = _Candidates(scores, parents, tokens)
         advance = self._advance_greedy if self.search.num_beams == 1 else self._advance_beams
@@ -205,7 +212,7 @@ class Beams:
     def _advance_greedy(
         self, candidates: _Candidates, hits: NDArray[np.bool_], moving: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """One beam: the best continuation is taken, and the caption ends where it hits (GenerationMixin._sample)."""
+        """Take the best continuation; the caption ends when it hits (GenerationMixin._sample)."""
         chosen = np.zeros((len(hits), 1), np.int64)
         self._add_hypotheses(candidates, hits & moving[:, None])
         self._run_on(candidates, chosen, moving)
@@ -214,22 +221,27 @@ class Beams:
     def _advance_beams(
         self, candidates: _Candidates, hits: NDArray[np.bool_], moving: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Hits among the first K become hypotheses, the K best others run on."""
+        """Turn hits among the K best candidates into hypotheses, and continue with the K best others."""
         beams = self.search.num_beams
+        # a hit stays in the list with NEVER added, so that K candidates are always left, as in HF
         running = _Candidates(candidates.scores + _ruled_out(hits), candidates.parents, candidates.tokens)
+        # stable: among equal scores the candidate that came first wins
         chosen = np.argsort(-running.scores, axis=1, kind="stable")[:, :beams]
+        # a hit ranked below K is dropped for good (HF's top_num_beam_mask)
         best_rank = np.arange(hits.shape[1]) < beams
         self._add_hypotheses(candidates, hits & best_rank & moving[:, None])
         self._run_on(running, chosen, moving)
         return chosen, ~self._can_improve() | hits.all(1)
 
     def _run_on(self, candidates: _Candidates, chosen: NDArray[np.int64], moving: NDArray[np.bool_]) -> None:
-        """Replace the running beams of moving slots by the `chosen` candidates i64[B,K]; `lengths` grow by one."""
+        """Replace the running beams of moving slots by the `chosen` candidates i64[B,K], one token longer."""
         slots = np.flatnonzero(moving)
         of_slot, chosen = slots[:, None], chosen[slots]
         count, beams, width = self.tokens.shape
         rows = np.arange(count * beams).reshape(count, beams)
         rows[slots] = of_slot * beams + candidates.parents[of_slot, chosen]
+        # All rows move in one `take` into the second buffer. mode="clip" skips a bounds check that would need another
+        # buffer of this size; the indices are in range by construction.
         self.tokens.reshape(-1, width).take(rows.ravel(), axis=0, out=self._next_tokens.reshape(-1, width), mode="clip")
         self.tokens, self._next_tokens = self._next_tokens, self.tokens
         self.tokens[slots, :, self.lengths[slots]] = candidates.tokens[of_slot, chosen]
@@ -237,7 +249,10 @@ class Beams:
         self.lengths += moving
 
     def _add_hypotheses(self, candidates: _Candidates, ending: NDArray[np.bool_]) -> None:
-        """Merge the `ending` candidates bool[B,C] into the K best hypotheses (HF's _update_finished_beams)."""
+        """Merge the `ending` candidates bool[B,C] into the K best hypotheses (HF's _update_finished_beams).
+
+        A hypothesis that drops out of the K best frees its row, and a new one is written into that row.
+        """
         scores, parents, tokens = candidates.scores, candidates.parents, candidates.tokens
         image = np.flatnonzero(ending.any(1))
         if not len(image):
@@ -246,7 +261,7 @@ class Beams:
         penalty = self._length_term(self.lengths[image] + 1, self.prompt_lengths[image])
         new_scores = scores[image] / penalty[:, None] + _ruled_out(~ending[image])
         merged = np.concatenate([self._hypothesis_scores[image], new_scores], 1)
-        if beams == 1:  # greedy: the one caption stands, whatever its score
+        if beams == 1:  # greedy search has one caption, which also replaces a placeholder of a higher score
             best = np.ones((len(image), 1), np.int64)
         else:
             best = np.argsort(-merged, axis=1, kind="stable")[:, :beams]
@@ -254,7 +269,9 @@ class Beams:
         places = self._hypothesis_places[image]
         is_kept = np.zeros((len(image), beams + scores.shape[1]), bool)
         is_kept[of_image, best] = True
-        freed = places[~is_kept[:, :beams]]  # row by row, in each as many as candidates that take a place
+        # Both lists are ordered by image, and per image as many rows are freed as candidates need one: the n-th
+        # candidate of the flat list takes the n-th freed row.
+        freed = places[~is_kept[:, :beams]]
         taking, rank = np.nonzero(best >= beams)
         new_places = places[of_image, np.minimum(best, beams - 1)]
         new_places[taking, rank] = freed
@@ -268,27 +285,32 @@ class Beams:
         self._finished[slot, freed] = ending[slot, candidate]
 
     def _can_improve(self) -> NDArray[np.bool_]:
-        """Return bool[B]: whether running beams may still beat the worst hypothesis (_check_early_stop_heuristic)."""
+        """Return bool[B], whether a running beam may still beat the worst hypothesis (_check_early_stop_heuristic)."""
         search = self.search
+        # an image never closes before it has K hypotheses
         full = np.all(self._finished, axis=1)
         if search.early_stopping is True:
             still_filling: NDArray[np.bool_] = ~full
             return still_filling
         lengths = self.lengths
+        # Log-probabilities are negative: with a positive penalty a sum looks best at the greatest length. "never" takes
+        # that bound, False (the default heuristic) divides by the present length and may stop a little too early.
         if search.early_stopping == "never" and search.length_penalty > 0:
             lengths = self.max_lengths
         best = self.scores[:, 0] / self._length_term(lengths, self.prompt_lengths)
-        can_improve: NDArray[np.bool_] = ~full | (best > self._hypothesis_scores[:, -1])  # best first: the worst
+        worst = self._hypothesis_scores[:, -1]
+        can_improve: NDArray[np.bool_] = ~full | (best > worst)
         return can_improve
 
     def _length_term(self, lengths: NDArray[np.int64], prompts: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return f32: (tokens without the prompt) ** length_penalty; 1 where there are none (slots not moving yet)."""
+        """Return f32, (generated tokens) ** length_penalty; 1 for slots that have generated none yet."""
+        # float64 first, like Python's `**` in HF, then rounded: f32 ** f32 differs in the last digit
         generated = np.maximum(lengths - prompts, 1).astype(np.float64)
         term: NDArray[np.float32] = np.power(generated, self.search.length_penalty).astype(np.float32)
         return term
 
     def results(self, slot: int) -> list[Hypothesis]:
-        """Return the num_return_sequences best hypotheses of a closed slot's image, best first."""
+        """Return the num_return_sequences best hypotheses of a closed slot, best first."""
         assert self.closed[slot]
         best = enumerate(self._hypothesis_places[slot, : self.search.num_return_sequences].tolist())
         return [
@@ -301,7 +323,7 @@ class Beams:
         ]
 
     def keep(self, slots: NDArray[np.int64]) -> None:
-        """Drop every slot but those at `slots` i64[B']."""
+        """Keep only the slots at `slots` i64[B']."""
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
                 setattr(self, name, value[slots])

@@ -1,8 +1,9 @@
-"""Hugging Face's logits processors as lists of marked ids: which a row may not take next, and which it said before.
+"""Hugging Face's logits processors as lists of banned and penalised token ids.
 
 Source of the rules: transformers 4.57, generation/logits_process.py (RepetitionPenalty, NoRepeatNGram, NoBadWords,
 MinLength, MinNewTokensLength, SuppressTokens and SuppressTokensAtBegin), in the order of GenerationMixin's
-_get_logits_processor: the penalty comes first and bans overrule it. Knows nothing of scores.
+_get_logits_processor: the penalty comes first and bans override it. Scores are not needed here: the decoder graph
+applies the lists, so that log-probabilities over the vocabulary never leave the device.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ NOT_MARKED = -1
 
 Tokens = NDArray[np.integer[Any]]
 Listed = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Bans of B x K beams as two lists i64[N]: the row b * K + k, and an id it may not take."""
+"""Bans of B x K beams as two arrays i64[N]: the row b * K + k, and an id that is banned there."""
 
 
 def penalised(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the marks of ids under the repetition penalty; its own inverse. A banned id's mark is the id itself."""
+    """Return the marks of penalised ids. The function is its own inverse. The mark of a banned id is the id itself."""
     return -2 - ids
 
 
 @dataclass(frozen=True)
 class Processors:
-    """Which processors a search has. What is empty, 0 or 1.0 is off.
+    """The logits processors of a search. Empty, 0 and 1.0 mean off.
 
-    `suppressed` ids are banned everywhere, `begin_suppressed` ones right behind the prompt; of a `banned_sequences`
-    entry (two ids or more) the last is banned where the others stand just before.
+    `suppressed` ids are banned everywhere, `begin_suppressed` ids as the first token after the prompt. The last id of
+    a `banned_sequences` entry (two ids or more) is banned where the text ends in the others.
     """
 
     repetition_penalty: float = 1.0
@@ -42,7 +43,7 @@ class Processors:
 
     @property
     def has_penalty(self) -> bool:
-        """Whether words that were said before are penalised."""
+        """Whether tokens that are already in the text are penalised."""
         return self.repetition_penalty != 1.0
 
     def marked_ids(
@@ -54,9 +55,9 @@ class Processors:
         min_lengths: NDArray[np.int64],
         eos: int,
     ) -> NDArray[np.int64]:
-        """Return the marks of B x K beams as StepInputs.marked_ids wants them: i64[B,K,M], M at least 1.
+        """Return the marks of B x K beams for StepInputs.marked_ids, i64[B,K,M] with M at least 1.
 
-        tokens i32[B,K,W'] hold lengths i64[B] valid ids each, prompt and [DEC] included. `eos` is banned in rows
+        The first lengths i64[B] ids of tokens i32[B,K,W'] are valid, prompt and [DEC] included. `eos` is banned in rows
         shorter than min_lengths i64[B].
         """
         slots, beams, _ = tokens.shape
@@ -78,15 +79,16 @@ class Processors:
         known = np.concatenate(columns, 1)
         if len(rows):
             table = _table(rows, ids, slots * beams)
-            table = np.where(table == NOT_MARKED, known[:, :1], table)  # whatever is no ban repeats a mark of the row
+            # unused cells repeat a mark of their row: writing the same value twice does no harm, -1 would mark a token
+            table = np.where(table == NOT_MARKED, known[:, :1], table)
             known = np.concatenate([known, table], 1)
         return known.reshape(slots, beams, -1)
 
 
 def repeated_ngrams(tokens: Tokens, lengths: NDArray[np.int64], ngram_size: int) -> Listed:
-    """Return which ids would complete an n-gram that a beam already holds, rows in ascending order.
+    """Return the ids that would repeat an n-gram of their beam, rows in ascending order.
 
-    Prompt and [DEC] count. Nearly all rows have none, so that a list is what is quick.
+    Prompt and [DEC] count. Nearly all rows have no such id, so a list is faster than a mask over the vocabulary.
     """
     slots, beams, _ = tokens.shape
     width = int(lengths.max(initial=0))
@@ -94,7 +96,7 @@ def repeated_ngrams(tokens: Tokens, lengths: NDArray[np.int64], ngram_size: int)
         return _NOTHING
     if ngram_size == 1:
         repeats = np.ones((slots, beams, width), bool)
-    else:  # where the last token stands elsewhere, too: few places, of which the rest is looked at one by one
+    else:  # find earlier occurrences of the last token: few positions, whose other n - 2 tokens are compared below
         repeats = tokens[:, :, :width] == tokens[np.arange(slots), :, lengths - 1][:, :, None]
     rows, places = np.divmod(np.flatnonzero(repeats), width)
     places -= max(0, ngram_size - 2)
@@ -109,9 +111,10 @@ def repeated_ngrams(tokens: Tokens, lengths: NDArray[np.int64], ngram_size: int)
 def completed_sequences(
     tokens: Tokens, lengths: NDArray[np.int64], sequences: tuple[tuple[int, ...], ...]
 ) -> list[Listed]:
-    """Return which ids would complete one of the sequences.
+    """Return the ids that would complete one of the sequences.
 
-    One of n ids counts only in rows of n ids and more, as in Hugging Face.
+    A sequence of n ids applies only to rows of at least n ids, as in transformers 4.57. Release 5.24 also applies it to
+    rows of n - 1 ids; only sequences that start with the first id of the prompt see the difference.
     """
     beams, listed = tokens.shape[1], []
     for size, group in groupby(sorted(sequences, key=len), key=len):
@@ -129,13 +132,13 @@ _NOTHING: Listed = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
 def _in_slots(slots: NDArray[np.int64], beams: int, ids: tuple[int, ...]) -> Listed:
-    """Return these ids for all beams of these slots."""
+    """Return bans of `ids` in all beams of `slots`."""
     rows = (slots[:, None] * beams + np.arange(beams)).ravel()
     return np.repeat(rows, len(ids)), np.tile(np.array(ids, np.int64), len(rows))
 
 
 def _merged(listed: list[Listed]) -> Listed:
-    """Return one list, rows in ascending order."""
+    """Return all bans as one list, rows in ascending order."""
     if len(listed) == 1:
         return listed[0]
     rows, ids = np.concatenate([rows for rows, _ in listed]), np.concatenate([ids for _, ids in listed])
@@ -144,7 +147,7 @@ def _merged(listed: list[Listed]) -> Listed:
 
 
 def _table(rows: NDArray[np.int64], ids: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
-    """Return lists, rows ascending, as i64[num_rows,M]; a row that has some is filled up with its first."""
+    """Return bans (rows ascending) as i64[num_rows,M]; a row with fewer than M bans repeats its first one."""
     counts = np.bincount(rows, minlength=num_rows)
     table = np.full((num_rows, max(1, int(counts.max(initial=0)))), NOT_MARKED, np.int64)
     if len(rows):
@@ -157,10 +160,11 @@ def _table(rows: NDArray[np.int64], ids: NDArray[np.int64], num_rows: int) -> ND
 def _said_before(
     tokens: Tokens, lengths: NDArray[np.int64], banned: Listed, always: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the marks i64[B*K,W'] of what each row holds, and which of the N `banned` pairs stand there, bool[N].
+    """Return the marks i64[B*K,W'] of the ids in each row, and bool[N]: which of the N `banned` pairs are among them.
 
-    Held ids are penalised, or banned where that is listed or in `always`: the graph writes all marks of a row at once,
-    in no order, so one id must not have two. As wide as the longest caption, for each width is a shape of its own.
+    An id in a row is penalised, or banned if `banned` or `always` lists it. The graph scatters all marks of a row at
+    once, in no defined order, so one id must not have two different marks. The result is as wide as the longest caption
+    possible, because every width is another shape for the device.
     """
     slots, beams, width = tokens.shape
     rows, ids = banned
@@ -180,9 +184,9 @@ def process(
     marked_ids: NDArray[np.int64],
     penalties: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    """Return f32[N,V] log-probabilities with the marks i64[N,M] of each row applied: what the decoder's graph does.
+    """Return log-probabilities f32[N,V] with the marks i64[N,M] of each row applied, as the decoder graph does it.
 
-    penalties f32[2] are that on raw logits f32[N,V], whose change is added, and that on log-probabilities.
+    penalties f32[2] apply to the raw logits f32[N,V], whose change is added, and to the log-probabilities.
     """
     processed = log_probs.copy()
     for row, marks in enumerate(marked_ids):

@@ -1,4 +1,4 @@
-"""From options to a search: lengths resolved to totals and checked against what a model can hold."""
+"""From decoding options to a Search: lengths become totals and are checked against the model's limits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def resolve_search(
     max_positions: int,
     bad_words_ids: tuple[tuple[int, ...], ...] = (),
 ) -> Search:
-    """Return the search of `options` behind the ids `prompt`; raise UsageError where the sizes do not allow it.
+    """Return the Search of `options` after the ids `prompt`. Raises UsageError if the model's sizes do not allow it.
 
-    `bad_words_ids` are those of options.bad_words, which are texts.
+    `bad_words_ids` are the token ids of options.bad_words, which are texts.
     """
     most, least = options.max_total_length(len(prompt)), options.min_total_length(len(prompt))
     if not len(prompt) < most <= max_positions:
@@ -33,14 +33,15 @@ def resolve_search(
             f"{len(prompt) + 1} to {max_positions}, set --max-new-tokens"
         )
     if least > most:
-        raise UsageError(f"captions of at least {least} and at most {most} tokens cannot be: mend the two limits")
+        raise UsageError(f"the minimum length ({least} tokens) is larger than the maximum ({most}): change one of them")
     if 2 * options.num_beams > vocab_size:
-        raise UsageError(f"{options.num_beams} beams are too many for a vocabulary of {vocab_size}")
+        most = vocab_size // 2  # a step needs 2 candidates per beam
+        raise UsageError(f"{options.num_beams} beams are too many for a vocabulary of {vocab_size}: use at most {most}")
     bad_words_ids = options.bad_words_ids or bad_words_ids
     banned = [(one,) for one in (*(options.suppress_tokens or ()), *(options.begin_suppress_tokens or ()))]
     if beyond := {one for ids in (*bad_words_ids, *banned) for one in ids if one >= vocab_size}:
-        raise UsageError(f"token ids to leave out must be below {vocab_size}, the vocabulary's size, not {max(beyond)}")
-    words = [ids for ids in bad_words_ids if ids != (eos,)]  # which Hugging Face leaves out, too
+        raise UsageError(f"banned token id {max(beyond)} is not in the vocabulary: ids must be below {vocab_size}")
+    words = [ids for ids in bad_words_ids if ids != (eos,)]  # Hugging Face ignores a ban of the end token
     sampling = None
     if options.do_sample:
         top_k, copies = min(options.top_k, vocab_size), options.num_return_sequences

@@ -1,7 +1,8 @@
-"""The scheduler owns the slots: it keeps them filled while images wait, and hands out captions as they close.
+"""Continuous batching: the scheduler fills slots with waiting images and yields captions as images close.
 
-Beam search is exact for each image alone, so an image leaves at the very step Hugging Face's rule closes it and another
-takes its slot. Knows nothing of files, pixels' origin or text.
+Images in a batch never influence each other, so an image leaves at the very step at which Hugging Face's rule closes
+it, and the next image takes its slot. `generate` instead runs every image of a batch until the last one is finished.
+This module does not depend on files, on text or on where pixels come from.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from engine.decoding.sampling import draw, generator
 Key = TypeVar("Key")
 
 SETTLE_EVERY = 8
-"""Steps after which recent keys and values are folded into the settled ones (fewer copies of growing tensors)."""
+"""Steps between two folds of the recent block of the KV cache into the large one. A step copies only the recent block,
+a fold copies both: more steps mean fewer folds and a larger recent block.
+"""
 PULL_AT_MOST = 4
-"""Times encode_batch of images that are taken for one batch, where many need no decoding."""
+"""At most this many times encode_batch images are taken from the source for one batch; many may need no decoding."""
 SHRINK_SHARE = 0.25
-"""Share of empty slots from which, with no image waiting, they are given up."""
+"""Share of empty slots from which they are removed, when no image waits. Lower, and the caches are copied too often."""
 
 
 class Waiting(NamedTuple, Generic[Key]):
-    """An image to decode: whatever names it, pixels u8[height,width,3], and its own start (the search's where None)."""
+    """An image to decode: the caller's key, pixels u8[height,width,3], and its Start (None: the search's)."""
 
     key: Key
     pixels: NDArray[np.uint8]
@@ -42,8 +45,8 @@ class Waiting(NamedTuple, Generic[Key]):
 class Scheduler:
     """Decodes any number of images with one search, in sets of `num_slots` slots.
 
-    With several sets the device works on one of them while beams are chosen for another. Each set belongs to a backend,
-    in turn where there are several.
+    With several sets the device works on one while the host chooses beams for another. Sets are assigned to the
+    backends in turn.
     """
 
     def __init__(
@@ -64,18 +67,19 @@ class Scheduler:
 
     @property
     def side_by_side(self) -> int:
-        """Images that are decoded at a time."""
+        """Number of images decoded in parallel."""
         return self.num_sets * self.num_slots
 
     def run(self, images: Iterable[tuple[Key, NDArray[np.uint8]]]) -> Iterator[tuple[Key, list[Hypothesis]]]:
-        """Caption (key, pixels u8[height,width,3]) pairs; yield (key, hypotheses) of each the moment it closes."""
+        """Caption (key, pixels u8[height,width,3]) pairs; yield (key, hypotheses) as each image closes."""
         for closed in self.steps(Waiting(key, pixels) for key, pixels in images):
             yield from closed
 
     def steps(self, images: Iterable[Waiting[Key] | None]) -> Iterator[list[tuple[Key, list[Hypothesis]]]]:
-        """Like `run`, but yield after every step what closed in it, often nothing.
+        """Like `run`, but yield the list of images that closed, often empty, after every step.
 
-        None among the images is one that needs no decoding: after many of these the caller gets its turn, too.
+        None among the images stands for one that needs no decoding. After PULL_AT_MOST batches of these control returns
+        to the caller, who may have results of its own to write.
         """
         captions = _CopiesOfImage[Key](self.search)
         with ExitStack() as held:
@@ -85,7 +89,7 @@ class Scheduler:
             newcomers = _Newcomers(iter(images), self.encode_batch, copies=captions.copies)
             sets: list[_Slots[Key]] = []
             while newcomers.may_come or any(slots.owners for slots in sets):
-                if newcomers.may_come and len(sets) < self.num_sets:  # a small run needs no second set
+                if newcomers.may_come and len(sets) < self.num_sets:  # a small run never opens a second set
                     sets.append(_Slots(devices[len(sets) % len(devices)], self.search, self.num_slots))
                 for slots in sets:
                     closed = slots.finish_step()
@@ -99,7 +103,7 @@ class Scheduler:
 
 
 class _Newcomer(NamedTuple, Generic[Key]):
-    """One copy of an image: its owner (key and number of the copy), start, batch, and place in the batch."""
+    """A queued request, one per copy of an image: owner (key and copy number), Start, encoded batch, place in it."""
 
     owner: tuple[Key, int]
     start: Start | None
@@ -108,7 +112,7 @@ class _Newcomer(NamedTuple, Generic[Key]):
 
 
 class _Newcomers(Generic[Key]):
-    """Images that wait for a slot, encoded in batches as they are asked for; `may_come` until there are no more."""
+    """Requests that wait for a slot, encoded in batches on demand; `may_come` is false once the source is exhausted."""
 
     def __init__(self, images: Iterator[Waiting[Key] | None], encode_batch: int, *, copies: int) -> None:
         self._images, self._encode_batch, self._copies = images, encode_batch, copies
@@ -116,9 +120,10 @@ class _Newcomers(Generic[Key]):
         self.may_come = True
 
     def next(self, device: DeviceQueue) -> _Newcomer[Key] | None:
-        """Return the next image, as part of a batch that `device` encodes.
+        """Return the next request; `device` encodes its batch if necessary.
 
-        Each image comes as often as captions of it are drawn. None means there are no more, or many needed no decoding.
+        With sampling each image is returned once per caption to draw. None means that the source is exhausted or that
+        many images in a row need no decoding.
         """
         if not self._waiting:
             pulled = self._pull()
@@ -133,7 +138,7 @@ class _Newcomers(Generic[Key]):
         return self._waiting.popleft()
 
     def _pull(self) -> list[Waiting[Key] | None]:
-        """Take images until encode_batch of them have to be decoded, but no more than PULL_AT_MOST times as many."""
+        """Take images until encode_batch of them need decoding, but at most PULL_AT_MOST times as many."""
         pulled: list[Waiting[Key] | None] = []
         missing = self._encode_batch
         for image in itertools.islice(self._images, PULL_AT_MOST * self._encode_batch):
@@ -145,14 +150,14 @@ class _Newcomers(Generic[Key]):
 
 
 class _CopiesOfImage(Generic[Key]):
-    """Collects what an image's slots say: one of them as it is, several drawn captions by score."""
+    """Collects the results of an image's slots: one slot's as they are, several drawn captions sorted by score."""
 
     def __init__(self, search: Search) -> None:
         self.copies = search.sampling.copies if search.sampling else 1
         self._found: dict[Key, list[tuple[int, Hypothesis]]] = {}
 
     def add(self, key: Key, copy: int, hypotheses: list[Hypothesis]) -> Iterator[tuple[Key, list[Hypothesis]]]:
-        """Take in one slot's hypotheses; yield the image's when they are all there."""
+        """Add the hypotheses of one slot; yield those of the image once all its copies are finished."""
         if self.copies == 1:
             yield key, hypotheses
             return
@@ -164,10 +169,10 @@ class _CopiesOfImage(Generic[Key]):
 
 
 class _Slots(Generic[Key]):
-    """Beams, ancestry and caches of B slots, moving in step; `owners` are the images in them, and which copy.
+    """Beams, ancestry mask and KV cache of B slots that advance together; `owners` maps a slot to its image and copy.
 
-    `prompt_fed` i64[B] counts the prompt tokens each slot has fed. A newcomer's prompt rides along in its own slot, K
-    tokens a step, so that prefill needs no pass of its own.
+    `prompt_fed` i64[B] counts the prompt tokens that each slot has fed. The prompt of a new image is fed in its own
+    slot, K tokens per step, while the other slots decode: prefill needs no separate pass.
     """
 
     def __init__(self, device: DeviceQueue, search: Search, num_slots: int) -> None:
@@ -183,15 +188,16 @@ class _Slots(Generic[Key]):
         self._begun: tuple[StepInputs, Later[tuple[NDArray[np.float32], NDArray[np.int64]]]] | None = None
 
     def fill(self, newcomers: _Newcomers[Key]) -> None:
-        """Put newcomers into the empty slots; give slots up where none will come any more."""
+        """Fill empty slots with waiting images; remove empty slots when the source is exhausted."""
         filled, starts = [], []
         for slot in np.flatnonzero(self.beams.closed).tolist() if newcomers.may_come else ():
             newcomer = newcomers.next(self.device)
             if newcomer is None:
                 break
             self.owners[slot] = newcomer.owner
-            self.device.admit(self.cache, slot, newcomer.encoded, newcomer.place)  # before the next batch is encoded
-            if self.search.sampling is not None:  # a caption that is drawn has a random generator of its own
+            # at once, because `encoded` is valid only until the next batch is encoded
+            self.device.admit(self.cache, slot, newcomer.encoded, newcomer.place)
+            if self.search.sampling is not None:  # each drawn caption has its own random generator
                 self.generators[slot] = generator(self.search.sampling.seed, *newcomer.owner)
             filled.append(slot)
             starts.append(newcomer.start or self.search.start)
@@ -203,18 +209,18 @@ class _Slots(Generic[Key]):
             self._shrink()
 
     def _shrink(self) -> None:
-        """Give up empty slots when they are many; the others may get new numbers."""
+        """Remove empty slots when they are many; images may move to another slot."""
         occupied = np.flatnonzero(~self.beams.closed)
         count = len(occupied)
         if not count or count > (1 - SHRINK_SHARE) * len(self.prompt_fed):
             return
         keep = np.arange(count)
-        keep[self.beams.closed[:count]] = occupied[occupied >= count]  # holes are filled from behind, the rest stays
+        keep[self.beams.closed[:count]] = occupied[occupied >= count]  # only the last images move
         self._regroup(keep)
         self.owners = {new: self.owners[old] for new, old in enumerate(keep.tolist())}
 
     def begin_step(self) -> None:
-        """Feed every slot once, where any holds an image."""
+        """Start a step of all slots, if any of them holds an image."""
         if not self.owners:
             return
         if self.steps_since_settled == SETTLE_EVERY:
@@ -223,7 +229,7 @@ class _Slots(Generic[Key]):
         self._begun = inputs, self.device.step(self.cache, inputs)
 
     def finish_step(self) -> list[tuple[tuple[Key, int], list[Hypothesis]]]:
-        """Wait for the step that was begun and advance the beams; return owner and hypotheses of images that closed."""
+        """Wait for the step in progress and advance the beams; return (owner, hypotheses) of the images that closed."""
         if self._begun is None:
             return []
         (inputs, later), self._begun = self._begun, None
@@ -235,21 +241,21 @@ class _Slots(Generic[Key]):
         more_prompt = self._feed_prompt(prefilling)
         rows, tokens = np.divmod(ids, self.search.vocab_size)
         parents = rows.copy()
-        parents[prefilling] = 0  # every row of a prompt belongs to beam 0
+        parents[prefilling] = 0  # the rows of a prompt are tokens of beam 0, not beams
         was_closed = self.beams.closed.copy()
         chosen = self.beams.advance(scores, parents, tokens, ~more_prompt)
         parent_rows = rows[np.arange(len(rows))[:, None], chosen]
-        parent_rows[more_prompt] = self.search.num_beams - 1  # the last prompt token fed, which saw all the others
+        parent_rows[more_prompt] = self.search.num_beams - 1  # the last prompt token, which attends to all before it
         self.ancestry.choose(inputs.ancestry, parent_rows)
         closed = np.flatnonzero(self.beams.closed & ~was_closed).tolist()
         return [(self.owners.pop(slot), self.beams.results(slot)) for slot in closed]
 
     def _prefilling(self) -> NDArray[np.bool_]:
-        """Return bool[B]: which slots have more of the prompt to feed."""
+        """Return bool[B], true for slots with prompt tokens left to feed."""
         return (self.prompt_fed < self.beams.prompt_lengths) & ~self.beams.closed
 
     def _feed_prompt(self, prefilling: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Count K prompt tokens as fed in bool[B] `prefilling` slots; return those with more of the prompt to feed."""
+        """Count K prompt tokens as fed in `prefilling` slots bool[B]; return those with prompt tokens left."""
         fed = self.prompt_fed + np.where(prefilling, self.search.num_beams, 0)
         self.prompt_fed = fed
         return prefilling & (fed < self.beams.prompt_lengths)
@@ -257,19 +263,20 @@ class _Slots(Generic[Key]):
     def _draw(
         self, scores: NDArray[np.float32], ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Leave one candidate a slot, drawn among f32[B,C] and i64[B,C]; slots that are empty or in a prompt take
-        any.
+        """Draw one of the C candidates of each slot (scores f32[B,C], ids i64[B,C]); return both with C = 1.
+
+        Slots that are empty or still feed their prompt take the first candidate, which is not used.
         """
         assert self.search.sampling is not None
         drawing = ~self.beams.closed & (self.prompt_fed + 1 >= self.beams.prompt_lengths)
         chosen = np.zeros(len(scores), np.int64)
         uniform = np.array([self.generators[slot].random() for slot in np.flatnonzero(drawing)])  # type: ignore[union-attr]
-        # scores are sums along the caption: the difference to the likeliest word is all that counts
+        # scores are sums over the caption: only the differences to the most likely token matter for the draw
         chosen[drawing] = draw(scores[drawing] - scores[drawing, :1], uniform, self.search.sampling)
         return np.take_along_axis(scores, chosen[:, None], 1), np.take_along_axis(ids, chosen[:, None], 1)
 
     def _regroup(self, keep: NDArray[np.int64]) -> None:
-        self.ancestry.reset(np.flatnonzero(self.beams.closed))  # empty slots are fed, too, and need none of it
+        self.ancestry.reset(np.flatnonzero(self.beams.closed))  # empty slots are fed too, but need no past
         self.device.regroup(self.cache, keep, self.ancestry.compact(keep))
         if len(keep) < len(self.prompt_fed):
             self.beams.keep(keep)
@@ -278,7 +285,10 @@ class _Slots(Generic[Key]):
         self.steps_since_settled = 0
 
     def _inputs(self, prefilling: NDArray[np.bool_]) -> StepInputs:
-        """Feed the last token of every beam, or the next K tokens of the prompt; empty slots are fed for nothing."""
+        """Return the inputs of a step: the last token of every beam, or the next K tokens of the prompt.
+
+        Empty slots are fed as well: removing them from the batch would copy the whole cache.
+        """
         beams, num_beams = self.beams, self.search.num_beams
         input_ids = beams.last_tokens()
         positions = np.repeat(beams.lengths[:, None] - 1, num_beams, 1)
@@ -289,9 +299,11 @@ class _Slots(Generic[Key]):
         if len(slots):
             own_tokens = own_tokens.copy()
             last = beams.prompt_lengths[slots, None] - 1
+            # a prompt whose length is no multiple of K repeats its last token in the rows left over; `at` goes past it
             at = self.prompt_fed[slots, None] + np.arange(num_beams)
             positions[slots] = fed = np.minimum(at, last)
             input_ids[slots] = beams.tokens[slots[:, None], 0, fed]
+            # only continuations of the last prompt token are candidates
             scores[slots] = np.where(at == last, np.float32(0), np.float32(-np.inf))
             own_tokens[slots] |= np.tri(num_beams, dtype=bool) & (at <= last)[:, :, None]
         return StepInputs(

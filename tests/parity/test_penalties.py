@@ -80,7 +80,7 @@ def test_banned_words_come_from_a_file(pictures, tiny_bundle, tiny_captioner, tm
         ("--repetition-penalty", 0, "repetition_penalty must be a number of at least 0.01"),
         ("--repetition-penalty", "nan", "repetition_penalty must be a number"),
         ("--suppress-tokens", "7;8", "'7;8' is not a list of whole numbers"),
-        ("--suppress-tokens", 99999, "must be below 66, the vocabulary's size, not 99999"),
+        ("--suppress-tokens", 99999, "banned token id 99999 is not in the vocabulary: ids must be below 66"),
         ("--bad-words", "nowhere.txt", "nowhere.txt cannot be read"),
         ("--bad-words", "zebra\n", "the banned word 'zebra' is none that this bundle could say"),
         ("--bad-words", "[SEP]\n", "spells a special token"),
