@@ -1,7 +1,7 @@
-"""A backend in front of another one that pads every step to one of few shapes.
+"""A backend wrapper that pads every step to one of a few shapes.
 
-TensorRT chooses its kernels for profiles and takes no empty tensors, captured CUDA graphs fit one shape each, and
-libraries on a GPU tune themselves by shape: all want few of them. What is added is masked, so captions stay the same.
+On a GPU every new shape costs time: TensorRT builds kernels for profiles and rejects empty tensors, a captured CUDA
+graph fits one shape, and libraries tune themselves per shape. Padding is masked, so captions do not change.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from engine.decoding.backend import Backend, BatchSizes, Cache, Encoded, StepInp
 from engine.decoding.scheduler import SETTLE_EVERY
 
 NEVER = -1e9
-"""Instead of -inf for whole rows: where all candidates are -inf, TopK of some GPU libraries gives chance ids."""
+"""Replaces -inf for whole rows: if all candidates are -inf, TopK of some GPU libraries returns arbitrary ids."""
 SHRINK = 4
-"""At the end of a run slots are given up by this factor at a time: each other number of them would be a new shape."""
+"""At the end of a run the number of slots is divided by this at a time, since every number is another shape."""
 MOST_SHRUNK = 16
-"""By so much in all."""
+"""The most that the number of slots is divided by in all."""
 Number = TypeVar("Number", bound=np.generic)
 
 
 class FillableBackend(Backend, Protocol):
-    """A backend whose caches hold positions that nobody looks at: zeros or old ones, never chance numbers."""
+    """A backend whose caches may hold unused positions: zeros or old values, never uninitialised memory (NaN)."""
 
     def allocate(self, num_slots: int, settled: int = 0) -> Cache:
         """See Backend.allocate; F = `settled`, R = 0."""
         ...
 
     def set_recent(self, cache: Cache, recent: int) -> None:
-        """Make R = `recent`, whatever was there."""
+        """Allocate a recent block of R = `recent` positions; its content is not used."""
         ...
 
     def step(
         self, cache: Cache, inputs: StepInputs, at: int | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """See Backend.step. With `at` R stays as it is: the new keys and values take the recent places from there."""
+        """See Backend.step. With `at`, R stays: the new keys and values overwrite recent positions from `at` on."""
         ...
 
     def regroup(
         self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64], *, keep_recent: bool = False
     ) -> None:
-        """See Backend.regroup; with `keep_recent` R stays as it is, and nobody looks at what is there."""
+        """See Backend.regroup. With `keep_recent`, R stays, and the content of the recent block is not used."""
         ...
 
 
 @dataclass
 class PaddedCache:
-    """The other backend's cache, and what is really in it: B of `padded_slots` slots, F of `padded_settled` positions,
-    R recent ones, M of `padded_marks` marked ids. What is padded never becomes less but for slots.
+    """The inner backend's cache and how much of it is used: B of `padded_slots` slots, F of `padded_settled` folded
+    positions, R of `padded_recent` recent ones. `padded_marks` is M. Padded sizes only grow, except slots.
     """
 
     inner: Cache
@@ -67,10 +67,10 @@ class PaddedCache:
 
 
 class PaddedBackend:
-    """Implements Backend on top of another one.
+    """Implements Backend on top of a FillableBackend.
 
-    Recent positions are as many as a step can ever have, settled positions and marked ids are padded to sizes of
-    `bucket_size`. Settled positions are padded in front, slots, recent positions and marked ids behind.
+    The recent block always has its final size. Folded positions and marked ids are padded to sizes of `bucket_size`.
+    Folded positions are padded in front; slots, recent positions and marked ids at the end.
     """
 
     def __init__(self, inner: FillableBackend) -> None:
@@ -78,7 +78,7 @@ class PaddedBackend:
         self.name: str = inner.name
         self.batch_sizes: BatchSizes = inner.batch_sizes
         self.shapes: set[tuple[int, ...]] = set()
-        """Of the steps so far: B, T, positions, marked ids, candidates."""
+        """Shapes of all steps so far: B, T, positions, marked ids, candidates."""
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> Encoded:
         """See Backend.encode."""
@@ -87,7 +87,7 @@ class PaddedBackend:
     def allocate(self, num_slots: int) -> PaddedCache:
         """See Backend.allocate."""
         inner = self.inner.allocate(num_slots, FEWEST_SETTLED)
-        self.inner.set_recent(inner, SETTLE_EVERY)  # TensorRT takes no empty tensor, and T is not known yet
+        self.inner.set_recent(inner, SETTLE_EVERY)  # TensorRT rejects empty tensors; T is not known yet
         return PaddedCache(
             inner=inner,
             slots=num_slots,
@@ -153,7 +153,7 @@ class PaddedBackend:
 
 
 def _padded(array: NDArray[Number], more: int, value: float) -> NDArray[Number]:
-    """Return an array with `more` slots behind, filled with a value."""
+    """Return the array with `more` slots appended, filled with `value`."""
     if more == 0:
         return array
     return np.concatenate([array, np.full((more, *array.shape[1:]), value, array.dtype)])

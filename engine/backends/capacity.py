@@ -1,4 +1,4 @@
-"""How many images are decoded side by side: as many as keep the device busy, and as memory holds."""
+"""How many images are decoded in parallel: enough to keep the device busy, and no more than fit into memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from engine.decoding.scheduler import SETTLE_EVERY
 from engine.host import available_memory
 
 MEMORY_SHARE = 0.25
-"""Share of the available memory that keys and values may take."""
+"""Share of the available memory that the KV cache may take."""
 COPIES = 3
-"""Of a growing tensor at most this many are alive at once: the old one, the new one, and one being regrouped."""
+"""Versions of a growing tensor that are alive at once: the old one, the new one, and one that is being regrouped."""
 
 
 def slots_for(
@@ -24,10 +24,10 @@ def slots_for(
     rows: int | None = None,
     memory_bytes: int | None = None,
 ) -> int:
-    """Return the number of slots B for about `rows` beams side by side, in each of which all `models` keep keys.
+    """Return the number of slots B for about `rows` beams in flight; each slot has a KV cache in every model.
 
-    `rows` None means as many as the device likes, bounded by MEMORY_SHARE of `memory_bytes` (None: what is
-    available now, on the device or on the host). An explicit `rows` is taken at its word.
+    `rows` None means the backend's preferred number, limited to MEMORY_SHARE of `memory_bytes` (None: the memory that
+    is available now, on the device or on the host). An explicit `rows` is not limited.
     """
     if rows is not None:
         return max(1, rows // search.num_beams)
@@ -39,10 +39,10 @@ def slots_for(
 
 
 def slot_bytes(search: Search, model: ModelDims, item_bytes: int = 4) -> int:
-    """Return the bytes of keys and values a slot holds at most, items of `item_bytes`.
+    """Return an estimate of the most bytes that the KV cache of one slot takes, in elements of `item_bytes`.
 
-    Settled positions are those some beam descends from: at most all of every beam, in practice a shared past and
-    a few of each; the bound taken is max_length and SETTLE_EVERY steps of K.
+    Folded positions are those that some beam descends from. In theory that is max_length for every beam; in practice
+    beams share their past except for the last few tokens. The estimate is max_length plus 2 * SETTLE_EVERY steps of K.
     """
     position = 2 * model.num_layers * model.num_heads * model.head_width * item_bytes
     grown = search.max_length + 2 * SETTLE_EVERY * search.num_beams

@@ -1,6 +1,6 @@
-"""Memory of the device a backend computes on, by address: the host's own, or a GPU's.
+"""Memory of the device that a backend computes on, by address: the host's, or a GPU's through the CUDA runtime.
 
-One interface, so that whatever moves keys and values about is written once and tested on the host.
+With one interface for both, the code that moves keys and values is written once and tested on the host.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ GONE = (4, 709)
 
 
 class Device(Protocol):
-    """`name` is ONNX Runtime's: cpu or cuda. Work is done in order; only `wait` and `download` wait for it."""
+    """Memory and an ordered queue of copies. `name` is ONNX Runtime's name of the device, cpu or cuda.
+
+    Calls return before the work is done, except `wait` and `download`.
+    """
 
     name: str
 
     @property
     def stream(self) -> int:
-        """What TensorRT queues its work on; 0 on the host."""
+        """The CUDA stream for TensorRT's work; 0 on the host."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Return how much memory is free, None for the host's, which engine.backends.capacity knows more about."""
+        """Return the free memory in bytes; None on the host, where engine.host knows more (cgroups, quotas)."""
         ...
 
     def allocate(self, size_bytes: int) -> int:
-        """Return the address of zeroed memory. Raises OutOfMemoryError."""
+        """Return the address of new, zeroed memory. Raises OutOfMemoryError."""
         ...
 
     def free(self, address: int) -> None:
-        """Give memory back, once what was queued before is done."""
+        """Free memory once all work queued before is done."""
         ...
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
@@ -48,7 +51,7 @@ class Device(Protocol):
         ...
 
     def copy_blocks(self, target: tuple[int, int], source: tuple[int, int], size_bytes: int, count: int) -> None:
-        """Copy `count` blocks; target and source are (address of the first, bytes from one to the next)."""
+        """Copy `count` blocks; target and source are (address of the first block, bytes between block starts)."""
         ...
 
     def upload(self, target: int, array: NDArray[Any]) -> None:
@@ -56,23 +59,23 @@ class Device(Protocol):
         ...
 
     def download(self, array: NDArray[Any], source: int) -> None:
-        """Fill a contiguous array from the device."""
+        """Fill a contiguous array from the device; blocks until it is done."""
         ...
 
     def wait(self) -> None:
-        """Return once all work is done."""
+        """Block until all queued work is done."""
         ...
 
 
 class CapturingDevice(Device, Protocol):
-    """A device that can note queued work and queue it again at once."""
+    """A device that can record queued work and replay it with one call (a CUDA graph)."""
 
     def capture(self, queue_work: Callable[[], None]) -> Any:
-        """Note what `queue_work` queues instead of doing it; return what `replay` does it with."""
+        """Record the work that `queue_work` queues, without running it; return a handle for `replay`."""
         ...
 
     def replay(self, captured: Any) -> None:
-        """Queue what was captured."""
+        """Queue the recorded work."""
         ...
 
 
@@ -120,19 +123,19 @@ class HostDevice:
 
 
 def _blocks(address: int, pitch: int, size_bytes: int, count: int) -> NDArray[np.uint8]:
-    """Return blocks of the host's memory as u8[count,size_bytes]."""
+    """Return a view u8[count,size_bytes] of strided blocks in the host's memory."""
     span = (count - 1) * pitch + size_bytes
     memory = np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(address))
     return np.lib.stride_tricks.as_strided(memory, (count, size_bytes), (pitch, 1))
 
 
 class CudaDevice:
-    """The first GPU's memory, through cuda-bindings and one stream. Has never run: no GPU was at hand."""
+    """Memory of the first GPU, through cuda-bindings and one stream. Never run on a GPU yet."""
 
     name = "cuda"
 
     def __init__(self) -> None:
-        """Raises BackendError when cuda-bindings is not installed; ask engine.backends.nvidia for a GPU first."""
+        """Open a stream. Raises BackendError if cuda-bindings is not installed; call find_gpu first."""
         try:
             from cuda.bindings import runtime
         except ImportError as error:
@@ -140,7 +143,7 @@ class CudaDevice:
                 f"cuda-bindings is not installed ({error}): pip install 'blip-caption-engine[cuda]', or [trt]"
             ) from error
         self._runtime = runtime
-        # not tied to the legacy stream: whatever else in the process uses that would break a capture
+        # non-blocking: other users of the legacy default stream in this process would break a capture
         (self._stream,) = self._call(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
 
     @property
@@ -162,7 +165,7 @@ class CudaDevice:
     def free(self, address: int) -> None:
         """See Device.free."""
         code, *_ = self._runtime.cudaFree(address)
-        if int(code) not in GONE:  # at the program's end the driver may have gone first
+        if int(code) not in GONE:  # at exit the driver may already be unloaded
             self._call((code,))
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
@@ -191,7 +194,7 @@ class CudaDevice:
         """See CapturingDevice.capture; a CUDA graph."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         collects = gc.isenabled()
-        gc.disable()  # memory that is given back meanwhile would spoil the capture
+        gc.disable()  # a collection may free GPU memory, which is not allowed during a capture
         try:
             self._call(self._runtime.cudaStreamBeginCapture(self._stream, mode))
             try:
@@ -214,10 +217,10 @@ class CudaDevice:
         self._call(self._runtime.cudaMemcpyAsync(target, source, size_bytes, kind, self._stream))
 
     def _call(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return what a call of the runtime gave behind its error code; raise where the code is one."""
+        """Return the values after the error code of a CUDA runtime call. Raises BackendError or OutOfMemoryError."""
         code, *values = result
         if int(code):
             _, text = self._runtime.cudaGetErrorString(code)
             kind = OutOfMemoryError if int(code) == OUT_OF_MEMORY else BackendError
-            raise kind(f"the GPU refuses: {text.decode(errors='replace') if isinstance(text, bytes) else text}")
+            raise kind(f"the GPU reports: {text.decode(errors='replace') if isinstance(text, bytes) else text}")
         return tuple(values)

@@ -1,6 +1,7 @@
-"""ONNX Runtime as a backend, on the CPU or on a GPU: what differs is data (providers.py) and whose memory it is.
+"""The ONNX Runtime backend, for the CPU and for GPUs.
 
-Keys and values stay on the device, bound to the graphs by address; only candidates come back to the host.
+The two differ only in provider settings (providers.py) and in whose memory holds the KV cache (device.py). The cache
+stays on the device and is bound to the graphs by address; only candidates are copied to the host.
 """
 
 from __future__ import annotations
@@ -31,21 +32,24 @@ from engine.errors import BackendError, BundleError, OutOfMemoryError
 from engine.host import available_cores
 
 CPU_BATCH_SIZES = BatchSizes(rows=160, encode_batch=2)
-"""Measured on 2 cores (benchmarks/LOG.md): more rows bring a few percent at most, larger batches miss the cache."""
+"""Measured on 2 cores (benchmarks/LOG.md): more rows gain a few percent at most, larger encode batches miss the
+processor's cache.
+"""
 
 OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "available memory")
-"""What ONNX Runtime's message holds, in lower case, when memory is short; it has no error code for that."""
+"""Parts of ONNX Runtime's messages, in lower case, that mean out of memory; it has no error code for that."""
 Places = dict[str, tuple[Any, tuple[int, ...]]]
-"""Input -> memory on the device, and the shape of what is fed of it."""
-OTHER_BACKEND = "give fewer --beams, --rows or --max-new-tokens, or take --backend cuda or trt"
+"""Input name -> OrtValue on the device, and the shape of the part that is fed."""
+OTHER_BACKEND = "lower --beams, --rows or --max-new-tokens, or use --backend cuda or trt"
 
 
 @dataclass
 class OrtCache:
-    """Keys and values of B slots, a pair (keys, values) a layer in each flat list of 2L OrtValues on the device.
+    """The KV cache of B slots: flat lists of 2L OrtValues on the device, keys and values of each layer in turn.
 
-    cross: [B0,H,S,d], B0 >= B slots of which the first B are in use; `admit` overwrites them in place.
-    settled [B,H,F,d] and recent [B,H,R,d]; with `fixed_recent`, R, recent is [B0,H,R,d] like cross.
+    cross [B0,H,S,d]: allocated for B0 >= B slots, of which the first B are in use; `admit` overwrites them in place.
+    settled [B,H,F,d] and recent [B,H,R,d]: the folded and the recent block. With `fixed_recent` = R, recent is
+    [B0,H,R,d] and stays in place, like cross.
     """
 
     num_slots: int
@@ -56,9 +60,9 @@ class OrtCache:
 
 
 class OrtBackend:
-    """The bundle's graphs in three ONNX Runtime sessions.
+    """The bundle's three graphs in ONNX Runtime sessions. Implements FillableBackend.
 
-    With `decoder` log_probs a step ends at the log-probabilities, and `log_probs` stands in for `step`.
+    With `decoder="log_probs"` a step ends at the log-probabilities: call `log_probs` instead of `step`.
     """
 
     def __init__(
@@ -70,9 +74,9 @@ class OrtBackend:
         cpu_precision: str = "fp32",
         decoder: str = "decoder",
     ) -> None:
-        """Load the graphs. Raises BackendError when ONNX Runtime or the wanted provider is not there.
+        """Load the graphs. Raises BackendError if ONNX Runtime or the requested provider is missing.
 
-        Ask require_backend first: a GPU's absence is found out there, and that of instructions for bf16.
+        Call require_backend first: it checks for a GPU and for the processor's bf16 instructions.
         """
         refuse_rounded_twice(bundle, cpu_precision)
         self._is_bf16 = cpu_precision == "bf16"
@@ -85,7 +89,7 @@ class OrtBackend:
             self.batch_sizes = gpu_batch_sizes(bundle, self._device.free_bytes(), self._bounds)
         self._model = bundle.model
         is_host = self._device.name == "cpu"
-        threads = (threads or available_cores()) if is_host else 1  # beside a GPU the CPU only computes shapes
+        threads = (threads or available_cores()) if is_host else 1  # with a GPU the CPU only computes shapes
         self._step_inputs = {
             name: field for name, field in step_inputs(bundle.format).items() if decoder != LOG_PROBS or field in FED
         }
@@ -94,7 +98,8 @@ class OrtBackend:
             part: cache_names(bundle.model.num_layers, part)
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
-        # as they are: optimising runs parts of a graph, and these are not known to be the manifest's yet
+        # The graphs are opened twice. Optimising a graph runs parts of it, so a first session without optimisation
+        # only reads the names and shapes of inputs and outputs, and check_graphs compares them with the manifest.
         as_written: dict[str, list[Provider]] = {graph: [(CPU, {})] for graph in graphs}
         check_graphs(bundle, self._open(bundle, threads, as_written, is_optimised=False))
         chosen = {graph: providers_for(name, bundle, graph, self._bounds) for graph in graphs}
@@ -123,12 +128,14 @@ class OrtBackend:
         }
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Any]:
-        """See Backend.encode; 2L OrtValues [N,H,S,d] on the device."""
+        """See Backend.encode. Returns 2L OrtValues [N,H,S,d] on the device."""
         encoded = self._run(self._encoder, {"pixel_values": self._value(pixel_values)}, [], self._names["cross"])
         shape = (len(pixel_values), *self._slot_shape)
         for value in encoded:
             if tuple(value.shape()) != shape:
-                raise BundleError(f"the encoder gives {value.shape()} where its manifest says {shape}: export it again")
+                raise BundleError(
+                    f"the encoder returns {value.shape()}, the manifest says {shape}: export the bundle again"
+                )
         return encoded
 
     def allocate(self, num_slots: int, settled: int = 0) -> OrtCache:
@@ -162,14 +169,14 @@ class OrtBackend:
         return scores, ids
 
     def log_probs(self, cache: OrtCache, inputs: StepInputs, at: int | None = None) -> NDArray[np.float32]:
-        """Do a step up to the log-probabilities f32[B,T,V]; what candidates are chosen by is not looked at."""
+        """Run a step and return log-probabilities f32[B,T,V]; scores, marks and penalties of `inputs` are ignored."""
         (found,) = self._decode(cache, inputs, {}, [LOG_PROBS], at)
         return found
 
     def _decode(
         self, cache: OrtCache, inputs: StepInputs, more: dict[str, Any], to_host: list[str], at: int | None
     ) -> list[NDArray[Any]]:
-        """Run the decoder, which extends the recent keys and values, and return the outputs `to_host`."""
+        """Run the decoder, which extends the recent block, and return the outputs named in `to_host`."""
         feed = {
             **{name: self._value(getattr(inputs, field)) for name, field in self._step_inputs.items()},
             **more,
@@ -186,7 +193,7 @@ class OrtBackend:
         return [value.numpy() for value in found[: len(to_host)]]
 
     def _keep_newest(self, cache: OrtCache, extended: list[Any], at: int, count: int) -> None:
-        """Copy the last `count` positions of [B,H,R+count,d] into recent places [B0,H,R,d] from `at` on."""
+        """Copy the last `count` positions of [B,H,R+count,d] into the recent block [B0,H,R,d], starting at `at`."""
         assert cache.fixed_recent is not None
         position = self._model.head_width * np.dtype(self._dtype).itemsize
         recent, grown = cache.fixed_recent * position, (cache.fixed_recent + count) * position
@@ -225,7 +232,7 @@ class OrtBackend:
         self._device.copy(target + slot * size, source + image * size, size)
 
     def _zeros(self, num_slots: int, positions: int) -> list[Any]:
-        """Return what stands for keys and values of positions that nobody looks at: one for all layers."""
+        """Return keys and values of positions that are never attended to; all layers share one array."""
         nothing = np.zeros((num_slots, self._model.num_heads, positions, self._model.head_width), self._dtype)
         return [self._on_device(nothing)] * len(self._names["cross"])
 
@@ -244,11 +251,11 @@ class OrtBackend:
         return {name: (value, shape) for name, value in self._named("cross", cache.cross).items()}
 
     def _growing(self, cache: OrtCache) -> dict[str, Any]:
-        """Return recent keys and values where they grow with every step."""
+        """Return the recent block as inputs if it grows with every step, else nothing."""
         return self._named("recent", cache.recent) if cache.fixed_recent is None else {}
 
     def _recent_places(self, cache: OrtCache) -> Places:
-        """Return recent keys and values where they stay in place."""
+        """Return the recent block by address if it stays in place, else nothing."""
         if cache.fixed_recent is None:
             return {}
         shape = (cache.num_slots, self._model.num_heads, cache.fixed_recent, self._model.head_width)
@@ -257,8 +264,11 @@ class OrtBackend:
     def _run(
         self, session: Any, feed: dict[str, Any], to_host: list[str], on_device: list[str], places: Places | None = None
     ) -> list[Any]:
-        """Run a graph; return OrtValues, those `to_host` first. Of `places` only the first slots are fed."""
-        self._device.wait()  # for what was copied: ONNX Runtime works on a stream of its own
+        """Run a graph and return its outputs as OrtValues, those of `to_host` first.
+
+        An input of `places` is fed by address and with the given shape, so that only the slots in use are read.
+        """
+        self._device.wait()  # for earlier copies: ONNX Runtime has its own stream
         binding, device = session.io_binding(), self._device.name
         with ort_errors(self.name):
             for name, value in feed.items():
@@ -270,13 +280,14 @@ class OrtBackend:
             for name in on_device:
                 binding.bind_output(name, device)
             session.run_with_iobinding(binding)
-            binding.clear_binding_inputs()  # outputs keep the binding alive, and it would keep the old keys
+            # outputs keep the binding alive, and its inputs would keep the previous step's KV cache alive
+            binding.clear_binding_inputs()
             return list(binding.get_outputs())
 
 
 @contextmanager
 def ort_errors(name: str) -> Iterator[None]:
-    """Turn what ONNX Runtime raises for the backend `name` into our errors."""
+    """Convert ONNX Runtime's exceptions into BackendError or OutOfMemoryError that names the backend."""
     try:
         yield
     except Exception as error:

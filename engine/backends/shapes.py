@@ -1,6 +1,6 @@
-"""The sizes graphs are run with on a GPU: few of them, and all inside the profiles that TensorRT is built for.
+"""Tensor sizes on a GPU: few of them, and all within the profiles that TensorRT plans are built for.
 
-Letters are those of engine.decoding.backend. Knows no runtime.
+Shape letters as in engine.decoding.backend. Independent of any runtime.
 """
 
 from __future__ import annotations
@@ -16,30 +16,31 @@ from engine.errors import BackendError
 
 Shape = tuple[int, ...]
 ShapeRange = dict[str, tuple[Shape, Shape, Shape]]
-"""Input name -> smallest, usual and largest shape; of num_candidates the values instead."""
+"""Input name -> smallest, usual and largest shape; for num_candidates the values instead."""
 
 FEWEST_SETTLED, FEWEST_MARKS = 64, 8
-"""Settled positions of 256 images at 4 beams soon reach the first; smaller sizes would be shapes for a few steps."""
+"""Smallest padded sizes of folded positions and of marked ids. 256 images at 4 beams reach 64 folded positions soon;
+smaller sizes would only be used for a few steps.
+"""
 ROWS = 1024
-"""Beams of a set on a GPU: a guess, none was at hand."""
+"""Beams in flight per set on a GPU. A guess: never measured."""
 SETS = 2
-"""Sets that take turns there."""
+"""Sets of slots that take turns on a GPU."""
 ENCODE_BATCH = 16
-"""Images encoded at once there, likewise."""
+"""Images encoded at once on a GPU. A guess: never measured."""
 PROMPT_MARGIN = 16
-"""Positions left for a prompt."""
+"""Positions reserved for a prompt."""
 MARKS_MARGIN = 16
-"""Marked ids beyond a caption's own words: the end, and banned words."""
+"""Marked ids in addition to a caption's own tokens: the end token and banned words."""
 MOST_DRAWN = 100
-"""Words a caption can be drawn from (--top-k); TensorRT's TopK takes 3840 at most."""
+"""Largest --top-k for sampling; TensorRT's TopK takes 3840 at most."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The largest sizes: B slots, T rows an image (its beams), F settled positions, M marked ids, N images
-    encoded at once.
+    """The largest sizes: B slots, T rows per image (its beams), F folded positions, M marked ids, N images per encode.
 
-    Recent positions and candidates follow from the beams. `usual_beams` is what to be quick at, `beams` where None.
+    Recent positions and candidates follow from the beams. Plans are tuned for `usual_beams` (None: `beams`).
     """
 
     slots: int
@@ -59,12 +60,11 @@ class Bounds:
         rows: int = ROWS,
         usual_beams: int | None = None,
     ) -> Bounds:
-        """Return the bounds for one kind of search; what is not given comes from the bundle's generation settings.
+        """Return the bounds for one kind of search; defaults come from the bundle's generation settings.
 
-        There are as many slots as `rows` of `usual_beams` (of `beams` where None) make.
-
-        Settled positions are at most every position of every beam, marked ids every word of a caption and
-        what its generation settings ban, with a margin.
+        The number of slots is `rows` divided by `usual_beams` (None: `beams`). Folded positions are bounded by every
+        position of every beam, marked ids by every token of a caption plus the bans of the generation settings; both
+        with a margin.
         """
         given = {"num_beams": beams, "max_new_tokens": max_new_tokens}
         options = bundle.options(**{name: value for name, value in given.items() if value is not None})
@@ -80,28 +80,28 @@ class Bounds:
 
     @property
     def recent(self) -> int:
-        """R at most: as many as a step can have, see PaddedBackend."""
+        """The largest R: the recent block of PaddedBackend."""
         return SETTLE_EVERY * self.beams
 
     @property
     def candidates(self) -> int:
-        """C at most: 2K for beam search, MOST_DRAWN when captions are drawn."""
+        """The largest C: 2K for beam search, MOST_DRAWN for sampling."""
         return max(2 * self.beams, MOST_DRAWN)
 
     def refuse_beyond(self, hint: str, **wanted: int) -> None:
-        """Raise BackendError, ending in `hint`, where a size given by its field's name is larger than here."""
+        """Raise BackendError, ending in `hint`, if a size (named like its field) exceeds the bound."""
         for name, size in wanted.items():
             most = getattr(self, name)
             if size > most:
-                raise BackendError(f"at most {most} {name.replace('_', ' ')} are possible, {size} are wanted: {hint}")
+                raise BackendError(f"{name.replace('_', ' ')} is {size}, at most {most} is possible: {hint}")
 
     def settings(self) -> dict[str, int]:
-        """Return the bounds as JSON holds them."""
+        """Return the bounds for JSON."""
         return asdict(self)
 
 
 def gpu_batch_sizes(bundle: Bundle, free_bytes: int | None, bounds: Bounds | None = None) -> BatchSizes:
-    """Return what suits a GPU with `free_bytes`, within `bounds` where there are some. A guess that has never run."""
+    """Return batch sizes for a GPU with `free_bytes`, within `bounds` if given. A guess: never measured."""
     return BatchSizes(
         rows=SETS * (bounds.slots * (bounds.usual_beams or bounds.beams) if bounds else ROWS),
         encode_batch=bounds.encode_batch if bounds else ENCODE_BATCH,
@@ -113,7 +113,7 @@ def gpu_batch_sizes(bundle: Bundle, free_bytes: int | None, bounds: Bounds | Non
 
 
 def bucket_size(size: int, smallest: int) -> int:
-    """Return the next of the sizes smallest, 1.5, 2, 3, 4, 6, 8 ... times it: a third is wasted at most."""
+    """Return the first of 1, 1.5, 2, 3, 4, 6 ... times `smallest` that is >= `size`: at most a third is padding."""
     step = smallest
     while step < size:
         if size <= step * 3 // 2:
@@ -123,7 +123,7 @@ def bucket_size(size: int, smallest: int) -> int:
 
 
 def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, ShapeRange]:
-    """Return graph -> profile: every input with a dynamic size, smallest, usual and largest."""
+    """Return graph name -> profile: the smallest, usual and largest shape of every input with a dynamic size."""
     model, image = bundle.model, bundle.image
     names = {part: cache_names(model.num_layers, part) for part in ("cross", "settled", "recent")}
 
