@@ -1,4 +1,4 @@
-"""Several bundles as one backend: each computes its log-probabilities, and candidates are chosen by their mean."""
+"""Several bundles as one backend: candidates are chosen by the weighted mean of their log-probabilities."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from engine.host import available_cores
 
 
 class EnsembleBackend:
-    """The bundles of an ensemble, each with keys and values of its own. Implements FillableBackend.
+    """The bundles of an ensemble, each with its own KV cache. Implements FillableBackend.
 
-    The mean f32[B,T,V] = sum of weight * log-probabilities is summed in the order of the bundles and takes the place of
-    logits: what follows (log_softmax, penalties, bans, the best of each picture) is the first bundle's own graph, on
-    the CPU. An encoded batch and a cache are lists, with one of each bundle.
+    mean f32[B,T,V] = sum of weight * log-probabilities, added in the order of the bundles, replaces the logits. The
+    rest of a step (log_softmax, penalties, bans, the best candidates) is a graph of the first bundle that runs on the
+    CPU. `Encoded` and `Cache` handles are lists with one entry per bundle.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class EnsembleBackend:
         for member, own, weight in zip(self._members, cache, self._weights, strict=True):
             log_probs = member.log_probs(own, inputs, at)
             if log_probs.shape != shape:
-                raise BundleError(f"a decoder gives {log_probs.shape} where {shape} is wanted: export its bundle again")
+                raise BundleError(f"a decoder returns {log_probs.shape} instead of {shape}: export its bundle again")
             np.multiply(log_probs, weight, out=log_probs)
             mean += log_probs
         feed = {name: np.ascontiguousarray(getattr(inputs, name)) for name in CHOSEN_BY}
@@ -95,7 +95,7 @@ class EnsembleBackend:
 
 
 def smallest(sizes: list[BatchSizes]) -> BatchSizes:
-    """Return what suits all of several backends of one device: the fewest of each, and the least free memory."""
+    """Return batch sizes that suit several backends on one device: the smallest of each, and the least free memory."""
     first = min(sizes, key=lambda one: one.rows)
     slots = [one.slots for one in sizes if one.slots is not None]
     memory = [one.memory_bytes for one in sizes if one.memory_bytes is not None]

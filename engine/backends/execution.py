@@ -1,4 +1,4 @@
-"""Running plans: memory that grows on a device, and one plan's contexts with what was captured of them."""
+"""Running plans: growing device memory, and the execution contexts and captured graphs of one plan."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from engine.backends.shapes import Shape
 from engine.errors import BackendError, OutOfMemoryError
 
 MOST_CAPTURED = 32
-"""Captured steps: each keeps a context, and a context its scratch memory. Two sets of slots in two halves of their
-memory run through some 8 shapes.
+"""Limit of captured steps: each keeps a context with its scratch memory. Two sets of slots with two buffers each need
+about 8.
 """
 
 
 class Region:
-    """Memory of the device that grows when more is asked for; what was in it is lost then, and zeros come instead."""
+    """Device memory that grows on demand. Growing discards the content: the new memory is zeroed."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -27,7 +27,7 @@ class Region:
         self._give_back: Callable[[], object] = lambda: None
 
     def at_least(self, size_bytes: int) -> int:
-        """Return the address of at least so many bytes, which are given back with this object."""
+        """Return the address of at least `size_bytes`; they are freed with this object."""
         if size_bytes > self._size:
             self._give_back()
             self.address, self._size = self._device.allocate(size_bytes), size_bytes
@@ -39,8 +39,9 @@ class Region:
 class PlanRunner:
     """One plan, ready to run on a device.
 
-    With `capturing` what runs twice in the same way is captured and replayed: TensorRT wants an ordinary run before a
-    capture, and no other shape in the context it was captured from, so each gets one of `new_context`.
+    With `capturing`, a step that occurs a second time with the same shapes and addresses is captured and replayed from
+    then on. TensorRT requires an ordinary run before a capture and no other shape in the captured context, so every
+    captured step has its own context from `new_context`.
     """
 
     new_context: Callable[[], Any]
@@ -55,9 +56,9 @@ class PlanRunner:
         self.contexts.append(self.new_context())
 
     def run(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int], values: Shape = ()) -> None:
-        """Queue the plan for inputs of `shapes`, everything read and written at `addresses`.
+        """Queue the plan for inputs of `shapes`; all tensors are read and written at `addresses`.
 
-        `values` are those of inputs that TensorRT reads on the host.
+        `values` are the values of inputs that TensorRT reads on the host: another value needs another capture.
         """
         key = (tuple(shapes.items()), tuple(addresses.items()), values)
         known = self.captured.get(key)
@@ -70,24 +71,24 @@ class PlanRunner:
             self.captured[key] = None
         else:
             self.contexts.append(self.new_context())
-            self._queue(self.contexts[-1], shapes, addresses)  # does the step, whatever becomes of the capture
+            self._queue(self.contexts[-1], shapes, addresses)  # this step runs even if the capture fails
             try:
                 self.captured[key] = self.device.capture(lambda: self._execute(self.contexts[-1]))
             except OutOfMemoryError:
                 raise
             except BackendError as error:
                 self.capturing = False
-                print(f"no more CUDA graphs are captured: {error}", file=sys.stderr)
+                print(f"CUDA graphs are disabled for the rest of the run: {error}", file=sys.stderr)
 
     def _queue(self, context: Any, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 sizes = "x".join(map(str, shape))
-                raise BackendError(f"TensorRT refuses {name} of {sizes} ({self.last_error()}): run `engine plan` again")
+                raise BackendError(f"TensorRT rejects {name} of {sizes} ({self.last_error()}): run `engine plan` again")
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
                 raise BackendError(
-                    f"TensorRT refuses the address of {name} ({self.last_error()}): run `engine plan` again"
+                    f"TensorRT rejects the address of {name} ({self.last_error()}): run `engine plan` again"
                 )
         self._execute(context)
 

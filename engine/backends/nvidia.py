@@ -1,7 +1,7 @@
-"""Is there an NVIDIA GPU, asked of the driver itself, before any of NVIDIA's packages is imported.
+"""Detects NVIDIA GPUs through the driver, before any of NVIDIA's packages is imported.
 
-Some of them end the process with a segmentation fault where there is no driver, and ONNX Runtime lists a provider that
-was compiled in whether or not it can work.
+Some of these packages crash with a segmentation fault on machines without a driver, and ONNX Runtime lists a provider
+that was compiled in even if it cannot work.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from engine.errors import BackendError
 
 DRIVER = "libcuda.so.1"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-"""Variable of the environment: the GPUs a process sees, which it counts from 0."""
+"""Environment variable with the GPUs that are visible to a process."""
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 """CUdevice_attribute of the CUDA driver API."""
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
-"""Two packages that install into one folder: whichever came last is there, and removing either breaks both."""
+"""Two packages that install into the same folder: the last one overwrites the other, and removing one breaks both."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first GPU: its name, compute capability such as "8.0", and memory in bytes."""
+    """A GPU: its name, compute capability such as "8.0", and memory in bytes."""
 
     name: str
     compute_capability: str
     memory_bytes: int
     driver_cuda: int = 0
-    """Newest CUDA release the driver runs: 13000 is 13.0 (cuDriverGetVersion)."""
+    """Newest CUDA release that the driver supports; 13000 is 13.0 (cuDriverGetVersion)."""
 
 
 def find_gpu(otherwise: str = "use --backend cpu") -> Gpu:
     """Return the first GPU.
 
-    Raises BackendError with what is missing, driver, permission or device, and `otherwise`, what to do without it.
+    Raises BackendError that names what is missing (driver, permission or device) and ends in `otherwise`, the advice
+    for machines without a GPU.
     """
     driver, _ = _open_driver(otherwise)
     newest, device = ctypes.c_int(), ctypes.c_int()
@@ -55,14 +56,14 @@ def find_gpu(otherwise: str = "use --backend cpu") -> Gpu:
 
 
 def visible_gpus() -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES calls each GPU that this process sees, in order. Raises as find_gpu does."""
-    _, count = _open_driver("leave --devices out")
+    """Return the names in CUDA_VISIBLE_DEVICES of the GPUs that this process sees, in order. Raises like find_gpu."""
+    _, count = _open_driver("remove --devices")
     listed = os.environ.get(VISIBLE)
     return [name.strip() for name in listed.split(",")][:count] if listed else list(map(str, range(count)))
 
 
 def _open_driver(otherwise: str) -> tuple[ctypes.CDLL, int]:
-    """Return the driver, and how many GPUs it shows to this process: at least one."""
+    """Return the driver and the number of GPUs that this process sees, at least one. Raises BackendError."""
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
@@ -74,12 +75,12 @@ def _open_driver(otherwise: str) -> tuple[ctypes.CDLL, int]:
     count = ctypes.c_int()
     _call(driver, "cuDeviceGetCount", ctypes.byref(count))
     if count.value == 0:
-        raise BackendError(f"the NVIDIA driver sees no GPU: look at {VISIBLE}, or {otherwise}")
+        raise BackendError(f"the NVIDIA driver sees no GPU: check {VISIBLE}, or {otherwise}")
     return driver, count.value
 
 
 def refuse_old_driver(gpu: Gpu) -> None:
-    """Raise BackendError where the driver is older than the CUDA that onnxruntime-gpu was built for: 13 since 1.27."""
+    """Raise BackendError if the driver is older than the CUDA release of onnxruntime-gpu: 13 since its release 1.27."""
     try:
         release = tuple(int(part) for part in importlib.metadata.version("onnxruntime-gpu").split(".")[:2])
     except (importlib.metadata.PackageNotFoundError, ValueError):
@@ -87,14 +88,14 @@ def refuse_old_driver(gpu: Gpu) -> None:
     needed = 13000 if release >= (1, 27) else 12000
     if gpu.driver_cuda < needed:
         raise BackendError(
-            f"the NVIDIA driver of {gpu.name} runs CUDA {gpu.driver_cuda // 1000}.{gpu.driver_cuda % 1000 // 10}, "
+            f"the NVIDIA driver of {gpu.name} supports CUDA {gpu.driver_cuda // 1000}.{gpu.driver_cuda % 1000 // 10}, "
             f"onnxruntime-gpu {'.'.join(map(str, release))} needs {needed // 1000}.0: install a driver of r580 or "
             "later, or the packages for CUDA 12 that the documentation names"
         )
 
 
 def clashing_runtimes() -> str | None:
-    """Return a warning when both ONNX Runtime packages are installed into one folder, else None."""
+    """Return a warning if both ONNX Runtime packages are installed into the same folder, else None."""
     try:
         places = {
             Path(str(importlib.metadata.distribution(package).locate_file("onnxruntime"))).resolve()
@@ -102,7 +103,7 @@ def clashing_runtimes() -> str | None:
         }
     except importlib.metadata.PackageNotFoundError:
         return None
-    if len(places) > 1:  # the one that comes first on the path is the one that is used
+    if len(places) > 1:  # separate folders: the first on the path is used, and complete
         return None
     return (
         "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, then install "
@@ -116,4 +117,4 @@ def _call(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
         text = ctypes.c_char_p()
         known = driver.cuGetErrorString(code, ctypes.byref(text)) == 0 and text.value
         reason = text.value.decode(errors="replace") if known and text.value else f"error {code}"
-        raise BackendError(f"the NVIDIA driver refuses {function}: {reason}: look at nvidia-smi")
+        raise BackendError(f"the NVIDIA driver reports for {function}: {reason}: check nvidia-smi")

@@ -1,4 +1,4 @@
-"""OpenVINO as a backend, on CPUs. Keys and values are numpy arrays and the memory of two requests in turn."""
+"""The OpenVINO backend, for CPUs. The KV cache is in numpy arrays and in the tensors of two alternating requests."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ FAILED = f"the {NAME} backend failed"
 
 @dataclass
 class OpenVinoCache:
-    """Keys and values of B slots, a pair (keys, values) a layer in each flat list of 2L.
+    """The KV cache of B slots: flat lists of 2L, keys and values of each layer in turn.
 
-    cross: arrays [B,H,S,d]; settled [B,H,F,d] and recent [B,H,R,d] are OpenVINO's tensors. Of the two `requests` of
-    the decoder one reads the keys that the other wrote, and they change places; they are this cache's own, so that
-    caches may take turns.
+    cross: arrays [B,H,S,d]; settled [B,H,F,d] and recent [B,H,R,d] are OpenVINO tensors. The decoder has two `requests`
+    per cache: one reads the recent block that the other wrote, then they swap. This avoids a copy per step.
     """
 
     cross: list[NDArray[Any]]
@@ -36,16 +35,16 @@ class OpenVinoCache:
 
 
 class OpenVinoBackend:
-    """The bundle's graphs, compiled by OpenVINO for the CPU."""
+    """The bundle's graphs, compiled by OpenVINO for the CPU. Implements Backend."""
 
     name = NAME
     batch_sizes: BatchSizes = CPU_BATCH_SIZES
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, cpu_precision: str = "fp32") -> None:
-        """Load the graphs. With `cpu_precision` bf16 products are rounded, and captions may differ from generate's.
+        """Load the graphs. With `cpu_precision="bf16"` products are rounded and captions may differ from generate's.
 
-        Raises BackendError where OpenVINO is missing, BundleError for graphs that are not the manifest's, UsageError
-        for bf16 of a bundle that is rounded already.
+        Raises BackendError if OpenVINO is missing, BundleError if the graphs do not match the manifest, UsageError for
+        bf16 with an fp16 or int8 bundle.
         """
         refuse_rounded_twice(bundle, cpu_precision)
         self._ov = import_openvino()
@@ -62,14 +61,14 @@ class OpenVinoBackend:
         }
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[NDArray[Any]]:
-        """See Backend.encode; 2L arrays [N,H,S,d]."""
+        """See Backend.encode. Returns 2L arrays [N,H,S,d]."""
         self._infer(self._encoder, {"pixel_values": self._tensor(pixel_values)})
-        # copied: another iteration over the same captioner may encode before these have found their slots
+        # copied, since another iteration over the same captioner may encode before these images are in a slot
         encoded = [self._encoder.get_tensor(name).data.copy() for name in self._names["cross"]]
         shape = self._cross_shape(len(pixel_values))
         for value in encoded:
             if value.shape != shape:
-                raise BundleError(f"the encoder gives {value.shape} where its manifest says {shape}: export it again")
+                raise BundleError(f"the encoder returns {value.shape}, the manifest says {shape}: export it again")
         return encoded
 
     def allocate(self, num_slots: int) -> OpenVinoCache:
@@ -122,12 +121,12 @@ class OpenVinoBackend:
         return (num_slots, self._model.num_heads, self._model.encoder_positions, self._model.head_width)
 
     def _nothing(self, num_slots: int) -> list[Any]:
-        """Return keys and values of no position: one tensor for all layers."""
+        """Return keys and values of zero positions; all layers share one tensor."""
         shape = (num_slots, self._model.num_heads, 0, self._model.head_width)
         return [self._tensor(np.zeros(shape, self._dtype))] * len(self._names["cross"])
 
     def _tensor(self, array: NDArray[Any]) -> Any:
-        """Return OpenVINO's view of an array, which it keeps alive; only one without items is copied."""
+        """Return an OpenVINO tensor that shares the array's memory and keeps it alive; empty arrays are copied."""
         array = np.ascontiguousarray(array)
         return self._ov.Tensor(array, shared_memory=array.size > 0)
 
@@ -142,9 +141,9 @@ class OpenVinoBackend:
 
 
 def keep_in_place(arrays: list[NDArray[Any]], slots: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Keep the slots i64[B'] (as in Backend.regroup) of arrays [B,...]: survivors from behind move into the holes.
+    """Keep the slots i64[B'] (see Backend.regroup) of arrays [B,...]: the last slots in use fill the holes in place.
 
-    Returns views [B',...] of the same memory: fresh memory would cost more than the copies (benchmarks/LOG.md).
+    Returns views [B',...] of the same memory. Allocating new memory costs more than the copies (benchmarks/LOG.md).
     """
     moved = np.flatnonzero(slots != np.arange(len(slots)))
     for array in arrays:

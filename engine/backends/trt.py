@@ -1,8 +1,7 @@
-"""Plans of `engine plan` as a backend: TensorRT itself, without ONNX Runtime.
+"""The TensorRT backend: runs the plans of `engine plan`, without ONNX Runtime.
 
-Caches live on the GPU in memory of their own, at the same addresses in every step, so that few captured graphs replay
-them all. Has never run on a GPU; the tests run it on the host, with a stand-in for TensorRT's
-runtime that computes what a plan would.
+The KV cache stays at the same GPU addresses in every step, so that a few captured CUDA graphs serve all steps. Never
+run on a GPU yet; the tests run it on the host, with a stand-in for TensorRT's runtime that computes the same results.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from engine.bundle.manifest import Bundle
 from engine.decoding.backend import StepInputs
 from engine.errors import BackendError, OutOfMemoryError
 
-OTHER_PLANS = "build plans for this search with `engine plan`, whose options are --beams, --max-new-tokens and --rows"
+OTHER_PLANS = "build plans for this search: `engine plan` with --beams, --max-new-tokens and --rows"
 
 
 @dataclass
 class TrtCache:
-    """Addresses of the keys and values of B slots, 2L in each list: cross [B0,H,S,d] with the first B in use, settled
-    [B,H,F,d], recent [B0,H,R,d]; `spare_settled` is where the next ones are written.
+    """The KV cache of B slots in GPU memory, 2L regions per list: cross [B0,H,S,d] of which the first B slots are in
+    use, settled [B,H,F,d], recent [B0,H,R,d]. `regroup` writes into `spare_settled` and swaps the two.
     """
 
     num_slots: int
@@ -54,7 +53,7 @@ class TrtCache:
 
 
 class TrtBackend:
-    """The three plans of a bundle. Implements FillableBackend; sizes beyond the plans' bounds are refused."""
+    """The three plans of a bundle. Implements FillableBackend; refuses sizes beyond the plans' bounds."""
 
     name = "trt"
 
@@ -76,15 +75,15 @@ class TrtBackend:
         self._small = {name: Region(device) for name in small}
         self._encoded = self._regions()
         self._extended = self._regions()
-        """[B,H,R+T,d], of which the T new positions are kept: for all caches, since one step comes after another."""
+        """[B,H,R+T,d], of which the last T positions are kept. One buffer serves all caches: steps run one by one."""
         self._count = _aligned(1)
-        """num_candidates, which TensorRT reads on the host: it decides shapes."""
+        """num_candidates. TensorRT reads it on the host, because output shapes depend on it."""
 
     @classmethod
     def load(cls, bundle: Bundle, folder: Path | None = None, *, uses_cuda_graphs: bool = False) -> TrtBackend:
-        """Load the plans in `folder` (None: default_folder). A plan that does not load is built once more.
+        """Load the plans in `folder` (None: default_folder). A plan that does not load is rebuilt once.
 
-        Raises BackendError where plans are missing, another bundle's or another machine's.
+        Raises BackendError if plans are missing or belong to another bundle or machine.
         """
         find_gpu()
         folder = folder or default_folder(bundle)
@@ -92,7 +91,7 @@ class TrtBackend:
         if any(one.bounds != plans["decoder"].bounds for one in plans.values()):
             raise BackendError(f"the plans in {folder} were built for different sizes: run `engine plan` again")
         if uses_cuda_graphs and plans["decoder"].target.builder == PORTABLE:
-            raise BackendError(f"plans of {PORTABLE} are not captured here: leave --cuda-graphs out")
+            raise BackendError(f"plans of {PORTABLE} cannot be captured: remove --cuda-graphs")
         device = CudaDevice()
         graphs = {}
         for graph, plan in plans.items():
@@ -114,7 +113,7 @@ class TrtBackend:
         """See FillableBackend.allocate."""
         self._bounds.refuse_beyond(OTHER_PLANS, slots=num_slots)
         parts = [self._regions() for _ in range(4)]
-        usual = min(2 * FEWEST_SETTLED, self._bounds.settled)  # at once: captured graphs know addresses
+        usual = min(2 * FEWEST_SETTLED, self._bounds.settled)  # now, not later: captured graphs contain addresses
         for regions, positions in zip(parts, (self._places, usual, 0, usual), strict=True):
             for region in regions:
                 region.at_least(self._bytes(num_slots, positions))
@@ -134,7 +133,7 @@ class TrtBackend:
     def step(
         self, cache: TrtCache, inputs: StepInputs, at: int | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """See FillableBackend.step; `at` must be given: recent positions do not grow here."""
+        """See FillableBackend.step. `at` is required: the recent block does not grow here."""
         assert at is not None
         slots, rows, count = *inputs.input_ids.shape, inputs.num_candidates
         marks = inputs.marked_ids.shape[2]
@@ -177,7 +176,7 @@ class TrtBackend:
     def regroup(
         self, cache: TrtCache, slots: NDArray[np.int64], columns: NDArray[np.int64], *, keep_recent: bool = False
     ) -> None:
-        """See FillableBackend.regroup; the recent positions stay."""
+        """See FillableBackend.regroup. Requires `keep_recent`."""
         assert keep_recent
         kept, settled = columns.shape
         self._bounds.refuse_beyond(OTHER_PLANS, settled=settled)
@@ -206,7 +205,7 @@ class TrtBackend:
         self._device.copy(target.address + slot * size, source.address + image * size, size)
 
     def _sent(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-        """Send small arrays to the device; return their addresses."""
+        """Upload small arrays to the device; return their addresses."""
         addresses = {}
         for name, array in arrays.items():
             addresses[name] = self._small[name].at_least(array.nbytes)
@@ -214,7 +213,7 @@ class TrtBackend:
         return addresses
 
     def _addresses(self, part: str, regions: list[Region], slots: int, positions: int) -> dict[str, int]:
-        """Return the addresses of keys and values, made large enough."""
+        """Return the addresses of keys and values; regions that are too small are reallocated."""
         size = self._bytes(slots, positions)
         return {name: region.at_least(size) for name, region in zip(self._names[part], regions, strict=True)}
 
@@ -228,7 +227,7 @@ class TrtBackend:
 
 
 def require_tensorrt() -> None:
-    """Raise BackendError, in one sentence, where plans cannot run on this machine."""
+    """Raise BackendError if plans cannot run on this machine."""
     find_gpu()
     builders = [builder for builder in MODULES if _is_installed(builder)]
     if not builders:
@@ -243,9 +242,8 @@ def _is_installed(builder: str) -> bool:
 def _loaded(
     plan: Plan, folder: Path, bundle: Bundle, graph: str
 ) -> tuple[Callable[[], Any], frozenset[str], Callable[[], str]]:
-    """Return what makes execution contexts, the tensors they read on the host, and what says the last error.
-
-    A plan that TensorRT does not take is built once more.
+    """Return a factory of execution contexts, the tensors that TensorRT reads on the host, and a getter of its last
+    error. A plan that TensorRT rejects is rebuilt once.
     """
     trt = import_builder(plan.target.builder)
     logger = make_logger(trt)
@@ -255,7 +253,7 @@ def _loaded(
         (path,) = build_plans(bundle, folder, plan.bounds, plan.target, lambda _: None, graphs=(graph,), anew=True)
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise BackendError(f"{folder / graph}.plan does not load, though it was just built: {logger.last()}")
+        raise BackendError(f"{folder / graph}.plan was just built and does not load: {logger.last()}")
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     on_host = frozenset(name for name in names if engine.get_tensor_location(name) == trt.TensorLocation.HOST)
 
@@ -264,16 +262,17 @@ def _loaded(
     def new_context() -> Any:
         context = engine.create_execution_context(*settings)
         if context is None:
-            raise OutOfMemoryError(f"no room on the GPU for {folder / graph}.plan: {logger.last()}")
+            raise OutOfMemoryError(f"not enough GPU memory for {folder / graph}.plan: {logger.last()}")
         return context
 
     return new_context, on_host, logger.last
 
 
 def _whole_shapes(trt: Any, engine: Any) -> Any:
-    """Return TensorRT-RTX's settings for contexts that take any shape as it is.
+    """Return TensorRT-RTX's settings for contexts without kernels specialised to a shape.
 
-    By default it compiles kernels for each new shape beside the run, which takes cores and rounds otherwise afterwards.
+    By default it compiles kernels for each new shape in the background, which takes CPU cores, and the new kernels
+    round differently in the middle of a run.
     """
     settings = engine.create_runtime_config()
     settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
@@ -281,7 +280,7 @@ def _whole_shapes(trt: Any, engine: Any) -> Any:
 
 
 def _aligned(count: int) -> NDArray[np.int64]:
-    """Return zeros i64[count] at an address that TensorRT takes: a multiple of 256 bytes."""
+    """Return zeros i64[count] at an address that is a multiple of 256 bytes, as TensorRT requires."""
     memory = np.zeros(8 * count + 256, np.uint8)
     start = -memory.ctypes.data % 256
     return memory[start : start + 8 * count].view(np.int64)

@@ -88,7 +88,7 @@ def test_a_driver_that_is_too_old_is_told_before_anything_is_loaded(release, dri
     gpu = nvidia.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30, driver)
     if is_refused:
         with pytest.raises(
-            BackendError, match=rf"runs CUDA {driver // 1000}\..*onnxruntime-gpu {release[:4]} needs .* r580"
+            BackendError, match=rf"supports CUDA {driver // 1000}\..*onnxruntime-gpu {release[:4]} needs .* r580"
         ):
             nvidia.refuse_old_driver(gpu)
     else:
