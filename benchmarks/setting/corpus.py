@@ -1,7 +1,5 @@
 """A challenge-sized directory of distinct JPEGs made of real voxels, the same bytes wherever it is made.
 
-    python -m benchmarks.corpus --out build/corpus --count 17237
-
 Every picture is one of the example slices turned, zoomed, shifted and given another contrast, by its number. Nothing
 is fetched. JPEG bytes depend on the release of Pillow.
 """
@@ -11,7 +9,6 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import click
 import numpy as np
 from PIL import Image
 
@@ -55,16 +52,3 @@ def write_corpus(out: Path, count: int, pictures: Path) -> Path:
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, range(count)))
     return out
-
-
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--count", type=click.IntRange(1), default=CHALLENGE_SIZE, show_default=True)
-@click.option("--pictures", type=click.Path(path_type=Path), default=Path("examples/images"), show_default=True)
-def main(out: Path, count: int, pictures: Path) -> None:
-    """Write the corpus."""
-    click.echo(write_corpus(out, count, pictures))
-
-
-if __name__ == "__main__":
-    main()
