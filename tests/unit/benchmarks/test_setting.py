@@ -11,10 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.roofline import measure_matmul
-from benchmarks.setting.corpus import write_corpus
+from benchmarks.setting import write_corpus
 from benchmarks.soak import tenth_speed
-from benchmarks.speed.gpu_floor import CONFIGS, DEVICES, floor_s, forced_work, host_s_per_image
-from benchmarks.speed.work import ModelWork, Work, count_work
+from benchmarks.work import CONFIGS, DEVICES, ModelWork, Work, count_work, floor_s, forced_work, host_s_per_image
 from engine.options import DecodeOptions
 from tests.helpers.tiny import random_pictures
 
