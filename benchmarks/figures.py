@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from benchmarks.figures_tables import TABLES, Table
+from benchmarks.tables import TABLES, Table
 from engine.bundle.manifest import Bundle
 from engine.files.atomic import write_atomically
 

@@ -23,11 +23,11 @@ import click
 import numpy as np
 from PIL import Image
 
-from benchmarks.setting.machine import describe_machine
-from benchmarks.speed.host_worker import pictures
+from benchmarks.host_worker import pictures
+from benchmarks.setting import describe_machine
 
 RESULTS = Path("benchmarks/results")
-WORKER = Path(__file__).parent / "speed" / "host_worker.py"
+WORKER = Path(__file__).with_name("host_worker.py")
 INSTANT = {"encode_s": 0.0, "step_s": 0.0, "row_s": 0.0, "regroup_row_s": 0.0}
 DEVICES = {
     "instant": INSTANT,

@@ -1,7 +1,7 @@
 """How much arithmetic the captions needed, and how fast this machine multiplies matrices: achieved over possible.
 
     python -m benchmarks.roofline --workload base
-    python -m benchmarks.roofline --device a100      (on paper, see gpu_floor.py)
+    python -m benchmarks.roofline --device a100      (on paper, see work.py)
 
 Only useful work counts: rows that carry a running beam of an image Hugging Face's rule has not closed yet, and of the
 cached positions those a row descends from. Empty slots, masked positions and padding count for nothing.
@@ -20,7 +20,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.speed.work import ModelWork, count_work
+from benchmarks.work import ModelWork, count_work
 from engine.backends.providers import import_onnxruntime
 from engine.captioner import Captioner
 from engine.host import available_cores
@@ -82,11 +82,11 @@ def _fastest(call: Any, seconds: float) -> float:
 def main(name: str, images: int, beams: int, device: str | None) -> None:
     """Print the share of this machine's matrix-multiply speed that captioning reaches, as one JSON line."""
     if device is not None:
-        from benchmarks.speed.gpu_floor import paper
+        from benchmarks.work import paper
 
         click.echo(json.dumps(paper(device), indent=1))
         return
-    from benchmarks.setting.workload import prepare, read_pixels
+    from benchmarks.workload import prepare, read_pixels
 
     workload = prepare(name, images)
     captioner = Captioner.load(workload.bundle, backend="cpu")

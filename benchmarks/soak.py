@@ -23,10 +23,9 @@ from typing import Any
 
 import click
 
-from benchmarks.setting.corpus import CHALLENGE_SIZE, write_corpus
-from benchmarks.setting.machine import describe_machine
-from benchmarks.setting.workload import BUILD, EXAMPLES
-from benchmarks.survival.faults import compare_runs, engine_command, mix_in_unreadable, resident_bytes, run_disturbed
+from benchmarks.faults import compare_runs, engine_command, mix_in_unreadable, resident_bytes, run_disturbed
+from benchmarks.setting import CHALLENGE_SIZE, describe_machine, write_corpus
+from benchmarks.workload import BUILD, EXAMPLES
 from engine.bundle.manifest import Bundle
 from engine.machine.bench import peak_memory_gib
 from engine.options import DecodeOptions

@@ -21,11 +21,11 @@ from typing import Any
 
 import click
 
+from benchmarks.programs import BATCHED, PROGRAMS, Comparison, Ids, Timing, Worker
 from benchmarks.roofline import measure_matmul
-from benchmarks.setting.machine import describe_machine
-from benchmarks.setting.workload import MAX_NEW_TOKENS, Workload, prepare, read_pictures, read_pixels
-from benchmarks.speed.programs import BATCHED, PROGRAMS, Comparison, Ids, Timing, Worker
-from benchmarks.speed.work import ModelWork, count_work
+from benchmarks.setting import describe_machine
+from benchmarks.work import ModelWork, count_work
+from benchmarks.workload import MAX_NEW_TOKENS, Workload, prepare, read_pictures, read_pixels
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.pages.browser import NoBrowserError, open_browser
+from tests.helpers.browser import NoBrowserError, open_browser
 
 
 @pytest.fixture(scope="session")

@@ -383,7 +383,7 @@ def test_bench_needs_no_images_and_counts_those_it_is_given(image_dir, tiny_bund
 
 def test_a_sample_of_the_challenge_corpus_goes_through_the_command(tmp_path):
     """The demo bundle on distinct real-voxel JPEGs, more of them than there are slots."""
-    from benchmarks.setting.corpus import write_corpus
+    from benchmarks.setting import write_corpus
 
     corpus = write_corpus(tmp_path / "corpus", 60, Path(__file__).parents[2] / "examples/images")
     out = tmp_path / "run.csv"

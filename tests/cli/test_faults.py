@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.survival.faults import compare_runs, engine_command, mix_in_unreadable, run_disturbed
+from benchmarks.faults import compare_runs, engine_command, mix_in_unreadable, run_disturbed
 from tests.helpers.tiny import random_pictures
 
 FAULTS = ["kill", "full disk", "term", "kill", "full disk", "kill"]

@@ -7,8 +7,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import gpu_check, gpu_parts, gpu_runs
-from benchmarks.gpu_check import compare, in_process, main
+from benchmarks.gpu import check, parts, runs
+from benchmarks.gpu.check import compare, in_process, main
 from engine.backends.nvidia import Gpu
 from tests.helpers.gpu import missing_gpu
 from tests.helpers.stand_in import RecordingDevice
@@ -41,52 +41,52 @@ def test_other_words_are_counted():
 
 def test_a_backend_that_crashes_is_a_line_of_the_report(tiny_bundle, monkeypatch):
     def crash(command, **_):
-        return gpu_check.subprocess.CompletedProcess(command, -11, "", "")
+        return check.subprocess.CompletedProcess(command, -11, "", "")
 
-    monkeypatch.setattr(gpu_check.subprocess, "run", crash)
+    monkeypatch.setattr(check.subprocess, "run", crash)
     entry = in_process(tiny_bundle, "trt+graphs", 8, [], 10)
     assert entry["exit_code"] == -11
-    assert "failed" in gpu_check.summary(entry)
+    assert "failed" in check.summary(entry)
 
 
 def test_the_parts_before_any_model_work_on_this_machine():
-    found = gpu_parts.memory(RecordingDevice())
+    found = parts.memory(RecordingDevice())
     assert found.pop("too_much").startswith(("was given", "refused"))
     assert found.pop("blocks_equal")
     assert found.pop("replays_equal")
     assert all(one == {"zero": True, "equal": True} for one in found.values())
     assert len(found) == 3
-    times = gpu_parts.kernels("cpu", repeats=1)
+    times = parts.kernels("cpu", repeats=1)
     assert len(times) == 10
     assert all(ms > 0 for ms in times.values())
 
 
 def test_the_parts_after_the_backends_work_on_the_cpu(tiny_bundle):
-    found = gpu_runs.profile(tiny_bundle, "cpu", 6)
+    found = runs.profile(tiny_bundle, "cpu", 6)
     assert list(found["nodes_by_provider"]) == ["CPUExecutionProvider"]
     assert found["memcpy_nodes"] == 0
     assert len(found["slowest_ms"]) == 10
-    sides = gpu_runs.side_by_side(tiny_bundle, "cpu", 8)
+    sides = runs.side_by_side(tiny_bundle, "cpu", 8)
     assert all(images_per_s > 0 for images_per_s in sides.values())
-    whole = gpu_runs.minute(tiny_bundle, "cpu", 24)
+    whole = runs.minute(tiny_bundle, "cpu", 24)
     assert whole["same_after_kill_9"]
     assert whole["images_per_s"] > 0
 
 
 def test_a_part_that_fails_says_why_and_leaves_the_others(monkeypatch):
     def crash(command, **_):
-        return gpu_check.subprocess.CompletedProcess(command, 1, "", "x" * 20_000 + "the reason")
+        return check.subprocess.CompletedProcess(command, 1, "", "x" * 20_000 + "the reason")
 
-    monkeypatch.setattr(gpu_check.subprocess, "run", crash)
-    found = gpu_check.run_part("kernels", 10)
+    monkeypatch.setattr(check.subprocess, "run", crash)
+    found = check.run_part("kernels", 10)
     assert found["error"] == "ended with 1"
     assert found["stderr"].endswith("the reason")
-    assert len(found["stderr"]) == gpu_check.KEPT_BYTES
+    assert len(found["stderr"]) == check.KEPT_BYTES
 
 
 def test_a_backend_that_fails_leaves_the_others_results(tiny_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "find_gpu", lambda *_: Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30))
-    monkeypatch.setattr(gpu_check, "FIRST", {"probe": None})
+    monkeypatch.setattr(check, "find_gpu", lambda *_: Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30))
+    monkeypatch.setattr(check, "FIRST", {"probe": None})
     out = tmp_path / "out.json"
     arguments = ["--bundle", tiny_bundle, "--json", out, "--backends", "cuda,cpu", "--images", 8, "--rows", "8"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])

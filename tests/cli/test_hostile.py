@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from benchmarks.survival.hostile import UNREADABLE, UNUSUAL, write_unreadable
+from benchmarks.faults import UNREADABLE, UNUSUAL, write_unreadable
 from engine import captioner
 from engine.cli.app import main
 from engine.inputs import pixels

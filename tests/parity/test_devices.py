@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks.host import INSTANT
-from benchmarks.speed.host_worker import Device as Words
-from benchmarks.speed.host_worker import pictures
+from benchmarks.host_worker import Device as Words
+from benchmarks.host_worker import pictures
 from engine.backends.buckets import PaddedBackend
 from engine.backends.ort import OrtBackend
 from engine.backends.shapes import FEWEST_MARKS, FEWEST_SETTLED, Bounds, bucket_size, profiles

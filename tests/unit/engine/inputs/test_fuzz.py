@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.survival.hostile import UNUSUAL, encoded
+from benchmarks.faults import UNUSUAL, encoded
 from engine.bundle.manifest import Bundle
 from engine.errors import BundleError, DataError, ImageError
 from engine.inputs.images import ImageFile, order_by_manifest

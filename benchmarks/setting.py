@@ -1,22 +1,44 @@
-"""A challenge-sized directory of distinct JPEGs made of real voxels, the same bytes wherever it is made.
-
-    python -m benchmarks.corpus --out build/corpus --count 17237
-
-Every picture is one of the example slices turned, zoomed, shifted and given another contrast, by its number. Nothing
-is fetched. JPEG bytes depend on the release of Pillow.
-"""
+"""What a benchmark runs on: the machine, and a directory of challenge size made of real voxels."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
-import click
 import numpy as np
 from PIL import Image
 
 from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image
+
+
+def describe_machine() -> dict[str, object]:
+    """Return the date, processor, cores, Python and the versions that decide a result."""
+    versions = {}
+    for name in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {"processor": _processor(), "cores": cores, "python": platform.python_version(), "versions": versions}
+    return {"date": date.today().isoformat()} | found
+
+
+def _processor() -> str:
+    """Return the processor's name, with the numbers of its kind: virtual machines often give a maker's name alone."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        if {"model name", "cpu family", "model"} <= facts.keys():
+            return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
+    return platform.processor() or platform.machine()
+
 
 CHALLENGE_SIZE = 17_237
 """Test images of ImageCLEFmedical Caption 2024."""
@@ -55,16 +77,3 @@ def write_corpus(out: Path, count: int, pictures: Path) -> Path:
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, range(count)))
     return out
-
-
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--count", type=click.IntRange(1), default=CHALLENGE_SIZE, show_default=True)
-@click.option("--pictures", type=click.Path(path_type=Path), default=Path("examples/images"), show_default=True)
-def main(out: Path, count: int, pictures: Path) -> None:
-    """Write the corpus."""
-    click.echo(write_corpus(out, count, pictures))
-
-
-if __name__ == "__main__":
-    main()

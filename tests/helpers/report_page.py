@@ -1,9 +1,4 @@
-"""How long a challenge-sized report takes to make, to appear and to scroll, in a headless Chromium.
-
-    python -m benchmarks.report_page
-
-Pictures are those of benchmarks.setting.corpus, captions, references, candidates and scores are made up.
-"""
+"""The input files of a challenge-sized report, and how long its page takes to appear and to scroll in a browser."""
 
 from __future__ import annotations
 
@@ -11,18 +6,11 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import click
-
-from benchmarks.pages.browser import open_browser
-from benchmarks.quality.detokenise import make_caption
-from benchmarks.setting.corpus import CHALLENGE_SIZE, write_corpus
-from benchmarks.setting.machine import describe_machine
 from engine.files.run_files import write_run
-from engine.inputs.images import find_images
+from tests.helpers.legends import make_caption
 
 SIZE = {"width": 1440, "height": 900}
 WATCH = """window.firstRow = new Promise((done) => new MutationObserver((_, watching) => {
@@ -96,33 +84,3 @@ def measure_page(browser: Any, page: Path) -> dict[str, Any]:
         times[f"{name}_s"] = round(time.perf_counter() - start, 3)
     context.close()
     return result | times
-
-
-@click.command()
-@click.option("--images", type=click.IntRange(1), default=CHALLENGE_SIZE, show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), default=Path("build/report_page"), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/report_page.json"))
-def main(images: int, work: Path, out: Path) -> None:
-    """Make a report twice (all thumbnails new, then none), open it, and write a record."""
-    from engine.report.build import build_report
-    from engine.report.gather import ReportRequest
-
-    folder = write_corpus(work / "images", images, Path("examples/images"))
-    inputs = write_inputs(work, [image.id for image in find_images(folder).images])
-    record: dict[str, Any] = {"benchmark": "report_page", "machine": describe_machine(), "images": images}
-    for name in ("first_s", "again_s"):
-        start = time.perf_counter()
-        request = ReportRequest(images=folder, out=work / "report", **inputs)
-        build_report(request, say=click.echo, progress=lambda _: nullcontext(lambda: None))
-        record[f"making_{name}"] = round(time.perf_counter() - start, 1)
-    record["page_MB"] = round((work / "report" / "index.html").stat().st_size / 1e6, 1)
-    record["thumbnails_MB"] = round(sum(one.stat().st_size for one in (work / "report" / "thumbnails").iterdir()) / 1e6)
-    with open_browser() as browser:
-        record["browser"] = browser.version
-        record["runs"] = [measure_page(browser, work / "report" / "index.html") for _ in range(3)]
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    click.echo(json.dumps(record))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""What benchmarks/gpu_check.py looks at before any model: the machine, its memory, its host, its kernels.
+"""What benchmarks/gpu/check.py looks at before any model: the machine, its memory, its host, its kernels.
 
-    python -m benchmarks.gpu_parts PART
+    python -m benchmarks.gpu.parts PART
 
 Each part is a process of its own and prints one JSON object; one that fails leaves the others.
 """
@@ -104,7 +104,7 @@ def _replays_are_equal(device: CapturingDevice) -> bool:
 
 def host(images: int = 4096, files: int = 256) -> dict[str, Any]:
     """Time the decoding core around a device that answers at once, JPEGs by threads, and digests."""
-    here = {"here": Path(__file__).parents[1]}
+    here = {"here": Path(__file__).parents[2]}
     order = {"images": images, "sets": 2, "encode_batch": 16, "pictures": "", "rows": 1024}
     found: dict[str, Any] = {"core": [measure(order | {"beams": beams}, "instant", here, 1) for beams in (1, 4, 10)]}
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.setting.workload import BUILD, Workload, read_pictures, read_pixels
+from benchmarks.workload import BUILD, Workload, read_pictures, read_pixels
 from engine.host import available_cores
 from engine.machine.bench import peak_memory_gib
 from engine.options import DecodeOptions
@@ -88,8 +88,8 @@ def generate(setting: Comparison) -> Caption:
 
 
 def conventional(setting: Comparison) -> Caption:
-    """The usual ONNX loop; see benchmarks.speed.conventional."""
-    from benchmarks.speed.conventional import Conventional, export_conventional
+    """The usual ONNX loop; see benchmarks.conventional."""
+    from benchmarks.conventional import Conventional, export_conventional
     from engine.captioner import Captioner
     from export.reference.huggingface import Reference
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 
-from benchmarks.setting.corpus import write_corpus
+from benchmarks.setting import write_corpus
 from engine.bundle.manifest import Bundle, demo_bundle
 from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image, read_image

@@ -1,12 +1,12 @@
 """For whoever has a GPU: what works there, with the same words, and how fast.
 
-    python -m benchmarks.gpu_check --bundle BUNDLE --json out.json
+    python -m benchmarks.gpu.check --bundle BUNDLE --json out.json
 
-First the machine itself (gpu_parts.py): driver, memory, host, kernels. Then backends: their captions of 8 pictures,
+First the machine itself (parts.py): driver, memory, host, kernels. Then backends: their captions of 8 pictures,
 beams on and off, are held against the CPU's of the same bundle, PyTorch's golden answers are replayed, the session is
 opened twice (what is cached the first time should make the second quick), and pictures from memory are captioned with
 more and more beams side by side. Where one works, a profile, two processes side by side and the whole challenge follow
-(gpu_runs.py), with the last bundle. All of it in processes of their own, so that one that crashes is a line in the
+(runs.py), with the last bundle. All of it in processes of their own, so that one that crashes is a line in the
 report. A bundle of another precision is another --bundle.
 """
 
@@ -27,12 +27,10 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu_parts import FIRST
-from benchmarks.gpu_runs import LAST
-from benchmarks.setting.corpus import make_picture
-from benchmarks.setting.machine import describe_machine
-from benchmarks.speed.gpu_floor import DEVICES, floor_s, model_work
-from benchmarks.speed.work import Work, count_work
+from benchmarks.gpu.parts import FIRST
+from benchmarks.gpu.runs import LAST
+from benchmarks.setting import describe_machine, make_picture
+from benchmarks.work import DEVICES, Work, count_work, floor_s, model_work
 from engine.backends import open_backend
 from engine.backends.nvidia import clashing_runtimes, find_gpu
 from engine.backends.plans import MODULES, build_plans, target_for
@@ -145,7 +143,7 @@ def in_process(
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "one.json"
-        command = [sys.executable, "-m", "benchmarks.gpu_check", "--one", backend, "--bundle", str(bundle)]
+        command = [sys.executable, "-m", "benchmarks.gpu.check", "--one", backend, "--bundle", str(bundle)]
         command += ["--json", str(out), "--images", str(images), "--rows", ",".join(map(str, rows))]
         command += ["--plans", str(plans or Path(folder) / "plans")]
         failed = {"backend": backend, "bundle": str(bundle)}
@@ -161,8 +159,8 @@ def in_process(
 
 
 def run_part(name: str, timeout_s: float, *given: str) -> dict[str, Any]:
-    """Run one of gpu_parts, or with arguments of gpu_runs, in a process of its own; a failure is its result."""
-    module = "benchmarks.gpu_runs" if given else "benchmarks.gpu_parts"
+    """Run one of parts.py, or with arguments of runs.py, in a process of its own; a failure is its result."""
+    module = "benchmarks.gpu.runs" if given else "benchmarks.gpu.parts"
     command = [sys.executable, "-m", module, name, *given]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)

@@ -1,6 +1,6 @@
-"""What benchmarks/gpu_check.py runs with a backend that works: a profile, two processes side by side, the challenge.
+"""What benchmarks/gpu/check.py runs with a backend that works: a profile, two processes side by side, the challenge.
 
-    python -m benchmarks.gpu_runs RUN BUNDLE BACKEND [IMAGES]
+    python -m benchmarks.gpu.runs RUN BUNDLE BACKEND [IMAGES]
 
 An empty BUNDLE is the demo. Each is a process of its own and prints one JSON object.
 """
@@ -19,8 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.setting.corpus import CHALLENGE_SIZE, write_corpus
-from benchmarks.speed.host_worker import pictures
+from benchmarks.host_worker import pictures
+from benchmarks.setting import CHALLENGE_SIZE, write_corpus
 from engine.backends.plans import PORTABLE, build_plan, import_builder, make_logger, target_for
 from engine.backends.shapes import Bounds
 from engine.bundle.manifest import Bundle
@@ -67,7 +67,7 @@ def side_by_side(bundle: Path | None = None, backend: str = "cuda", images: int 
     """Caption half of the pictures in each of two processes at a time, against all of them in one."""
     found = {}
     for processes in (1, 2):
-        command = [sys.executable, "-m", "benchmarks.gpu_runs", "alone", str(bundle or ""), backend]
+        command = [sys.executable, "-m", "benchmarks.gpu.runs", "alone", str(bundle or ""), backend]
         started = [
             subprocess.Popen([*command, str(images // processes)], stdout=subprocess.PIPE, text=True)
             for _ in range(processes)

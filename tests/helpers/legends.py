@@ -1,6 +1,5 @@
-"""What writing like a tokenizer costs: ROUGE-1 of a perfect captioner whose words went through BLIP's tokenizer.
-
-    python -m benchmarks.detokenise
+"""Made-up figure legends, and what writing like a tokenizer costs: ROUGE-1 of a perfect captioner whose words went
+through BLIP's tokenizer.
 
 The organisers delete punctuation without leaving a space, so "t2 - weighted" counts as two words where the reference
 has one. The captions are made up here, in the manner of figure legends, by templates and a seed.
@@ -8,10 +7,8 @@ has one. The captions are made up here, in the manner of figure legends, by temp
 
 from __future__ import annotations
 
-import json
 import random
 
-import click
 from tokenizers import Tokenizer
 
 from engine.bundle.manifest import demo_bundle
@@ -96,14 +93,3 @@ def _joined(tokenizer: Tokenizer, ids: list[int]) -> str:
     """
     pieces = [tokenizer.id_to_token(one) for one in ids]
     return " ".join(pieces).replace(" ##", "")
-
-
-@click.command()
-@click.option("--captions", type=click.IntRange(1), default=8000, show_default=True)
-def main(captions: int) -> None:
-    """Print ROUGE-1 of the three ways to write the same words, as one JSON line."""
-    click.echo(json.dumps({"benchmark": "detokenise", "captions": captions} | measure(captions)))
-
-
-if __name__ == "__main__":
-    main()

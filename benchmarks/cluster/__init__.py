@@ -1,1 +1,0 @@
-"""Ray: what it costs, and a simulation of large clusters."""

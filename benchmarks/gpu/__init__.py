@@ -1,0 +1,1 @@
+"""For owners of a GPU: parity, speed and the machine itself. Never run on one yet."""

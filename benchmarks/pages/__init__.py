@@ -1,1 +1,0 @@
-"""The report's page in a browser: how fast, and its pictures."""

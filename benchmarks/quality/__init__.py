@@ -1,1 +1,0 @@
-"""What captions are worth: metrics, detokenising, consensus, rewards."""

@@ -1,1 +1,0 @@
-"""What every benchmark stands on: the machine, workloads, pictures."""

@@ -1,1 +1,0 @@
-"""Where the time goes, and other programs on the same work."""

@@ -1,1 +1,0 @@
-"""Runs that are killed, starved and fed with broken files."""
