@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine.captions import Alternative, Caption
 from engine.errors import EngineError, OutputError, UsageError
-from engine.files.lock import OutputLock
+from engine.files.lock import OutputLock, folder_lock, waiting_lock
 from engine.inputs.images import ImageFile
 from engine.run.job import Outputs
 from engine.run.journal import Journal, decode_record, encode_record, read_journal
@@ -241,6 +241,44 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert (tmp_path / "run.csv.lock").exists()
     with OutputLock(out):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_a_lock_does_not_follow_a_link(tmp_path):
+    (tmp_path / "precious").write_text("1\n")
+    (tmp_path / "run.csv.lock").symlink_to("precious")
+    with pytest.raises(UsageError, match=r"run\.csv\.lock is a link"), OutputLock(tmp_path / "run.csv"):
+        pass
+    with pytest.raises(UsageError, match=r"run\.csv\.lock is a link"), waiting_lock(tmp_path / "run.csv.lock"):
+        pass
+    assert (tmp_path / "precious").read_text() == "1\n"
+
+
+@pytest.mark.parametrize("content", ["[[package]]\n", "123 456\n", "1" * 100])
+def test_a_file_that_is_not_a_lock_stays(tmp_path, content):
+    (tmp_path / "poetry.lock").write_text(content)
+    with pytest.raises(UsageError, match=r"poetry\.lock is not a lock"), OutputLock(tmp_path / "poetry"):
+        pass
+    assert (tmp_path / "poetry.lock").read_text() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"4711\n", b" 4711\n", b"\0\0\0\0\0"])
+def test_a_dead_runs_lock_is_taken_over(tmp_path, content):
+    (tmp_path / "run.csv.lock").write_bytes(content)
+    with OutputLock(tmp_path / "run.csv") as lock:
+        assert int(lock.path.read_text()) == os.getpid()
+    assert not lock.path.exists()
+
+
+def test_without_file_locks_a_note_says_so(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("filelock.lock_descriptor", refuse)
+    with OutputLock(tmp_path / "run.csv") as lock:
+        assert "has no file locks" in lock.note
+    with waiting_lock(tmp_path / "a.lock"), folder_lock(tmp_path):
         pass
 
 
