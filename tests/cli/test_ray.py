@@ -183,7 +183,7 @@ def test_workers_caption_what_is_new_in_the_folders_of_one_process(image_dir, ti
     result = caption(folders[0], tiny_bundle, out, *more)
     assert result.exit_code == 0, result.stderr
     assert "17 captions of an earlier run are taken from" in result.stderr
-    assert "7 of 24 pictures are to be captioned" in result.stderr
+    assert "7 of 24 images are to be captioned" in result.stderr
     scratch = command(folders[0], tiny_bundle, tmp_path / "scratch.csv", *more[:2])[3:]
     assert CliRunner().invoke(main, scratch).exit_code == 0
     assert out.read_bytes() == (tmp_path / "scratch.csv").read_bytes()
@@ -205,7 +205,7 @@ def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "the same command goes on from there" in errors
+    assert "the same command resumes from there" in errors
     assert not out.exists()
     patience = time.monotonic() + 30  # workers end by themselves once the cluster's head is gone
     while living := [line for pid, line in below.items() if is_running(pid)]:
