@@ -1,7 +1,7 @@
 """Notice when the files of a bundle are overwritten while it is in use.
 
-ONNX Runtime and OpenVINO map the weights: what `cp new/* bundle/` writes into the files is what a running model computes
-with from that moment on. A file that is replaced by rename, as `python -m export` does it, stays what it was.
+ONNX Runtime and OpenVINO map the weights: what `cp new/* bundle/` writes into the files is what a running model
+computes with from that moment on. A file that is replaced by rename, as `python -m export` does it, stays what it was.
 """
 
 from __future__ import annotations

@@ -54,8 +54,9 @@ def read_image(
     The steps are those of Hugging Face's slow BlipImageProcessor (transformers 4.57): convert to RGB, then
     resize to exactly height x width px with Pillow's filter, ignoring the aspect ratio and EXIF rotation. Of an
     animation the first frame counts, of a DICOM file frame number `frame`. More than 8 bits a channel are read as
-    `depth` says (depth.py); where that is CLIP, values beyond 0 to 255 are lost and the name is added to `clipped`. The sha256 of a
-    file's bytes, in hexadecimal, is added to `sha256`. Raises ImageError naming the file, EngineError when the system has no more file handles.
+    `depth` says (depth.py); where that is CLIP, values beyond 0 to 255 are lost and the name is added to `clipped`.
+    The sha256 of a file's bytes, in hexadecimal, is added to `sha256`. Raises ImageError naming the file, EngineError
+    when the system has no more file handles.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == (height, width, 3):
         return source.copy()  # nothing to convert or to resize: Pillow would copy it four times

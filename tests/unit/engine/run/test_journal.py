@@ -337,7 +337,7 @@ def test_prompts_are_part_of_what_is_known(tmp_path, images):
 
 
 def journal_of_an_earlier_version(out: Path, images: list[ImageFile], prompts: dict[str, str] | None) -> None:
-    """Write what version 0.1.0 wrote: the key stands for the list of images, and records have ids alone."""
+    """Write what earlier versions wrote: the key stands for the list of images, and records have ids alone."""
     lines = [encode_record({"journal": 1, "key": run_key(images, "signature", prompts)})]
     for image in images[:4]:
         status = image.path.stat()

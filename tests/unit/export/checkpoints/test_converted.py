@@ -71,7 +71,8 @@ def test_what_another_user_wrote_is_refused(cache, monkeypatch):
         kept_or_made("checkpoint", write)
 
 
-def test_a_private_cache_needs_no_look_at_its_files(cache):
+@pytest.mark.usefixtures("cache")
+def test_a_private_cache_needs_no_look_at_its_files():
     """Where the default permissions let a group write, as on many machines, the folder above keeps it out."""
     folder = kept_or_made("checkpoint", write)
     folder.chmod(0o775)
