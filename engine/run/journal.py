@@ -82,7 +82,7 @@ class Journal:
         self.is_earlier = False
         self._synced = time.monotonic()
         try:
-            whole_bytes = self._take_over({key, earlier_key} - {""}, resume) if os.path.lexists(path) else 0
+            whole_bytes = self._take_over((key, earlier_key or key), resume) if os.path.lexists(path) else 0
             self._open(whole_bytes)
         except OSError as error:
             raise OutputError(
@@ -109,7 +109,7 @@ class Journal:
         """Return whether it holds nothing but what this run began it with."""
         return self._end == self._header_end
 
-    def _take_over(self, keys: set[str], resume: bool) -> int:
+    def _take_over(self, keys: tuple[str, str], resume: bool) -> int:
         """Read the journal that is there, or move it aside; return the bytes of it that are kept."""
         os.close(open_own(self.path))  # refuses a link
         header, records, damaged, whole_bytes = read_journal(self.path)

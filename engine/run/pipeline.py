@@ -65,8 +65,8 @@ def caption_directory(
     """Caption every image of the inputs into `outputs.out`; that file appears only when the whole run has succeeded.
 
     `asked` lies over the settings of `bundle` (the embedded demo when None). `rows` is how many beams are decoded side
-    by side, None for what suits device and memory. Until the end every caption is kept in a journal beside the output,
-    and the same call goes on where it was cut off.
+    by side, None for what suits device and memory. Until the end every caption is kept in a journal next to the output,
+    and the same call resumes where it was cut off.
 
     `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
     """

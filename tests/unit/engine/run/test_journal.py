@@ -394,6 +394,13 @@ def test_the_journal_goes_when_the_run_is_written_and_stays_when_it_is_not(tmp_p
     assert journal.exists()
 
 
+def test_a_header_that_nobody_wrote_is_of_another_run(tmp_path):
+    path = tmp_path / "run.csv.journal"
+    path.write_bytes(encode_record({"journal": 1, "key": ["key"]}) + encode_record({"id": "a"}))
+    assert Journal(path, "key").records == []
+    assert (tmp_path / "run.csv.journal.old").exists()
+
+
 def test_records_nobody_wrote_are_done_again(tmp_path, images):
     """A checksum can be right and the content absurd: such a caption is not believed."""
     out = tmp_path / "run.csv"
