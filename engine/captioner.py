@@ -136,16 +136,17 @@ class Captioner:
 
         def arrivals() -> Iterator[Waiting[bytes] | None]:
             """Yield what has to be decoded, None for what was met before: the same pixels with the same start."""
-            for index, (name, pixels, digest) in enumerate(self._read(enumerate(images), on_error)):
+            for index, (name, pixels, digest, file_sha256) in enumerate(self._read(enumerate(images), on_error)):
                 start = search.start if starts is None else starts.get(name)
                 if start is None:
                     raise UsageError(f"no prompt is given for {name}: an empty one is none")
                 key = digest if start == search.start else digest + repr(start.prompt).encode()
                 if (known := repeats.known(key)) is not None:
-                    captions.add(index, Caption(name, known, latency_s=0.0))
+                    captions.add(index, Caption(name, known, latency_s=0.0, file_sha256=file_sha256))
                     yield None
                 else:
-                    yield Waiting(key, pixels, start) if repeats.wait(key, index, name) else None
+                    is_first = repeats.wait(key, index, name, file_sha256)
+                    yield Waiting(key, pixels, start) if is_first else None
 
         if self._is_running and self.batch_sizes.sets > 1:
             raise UsageError("this captioner is captioning already: read those captions to their end first")
@@ -197,22 +198,27 @@ class Captioner:
 
     def _read(
         self, sources: Iterable[tuple[int, ImageSource]], on_error: Callable[[ImageError], None] | None
-    ) -> Iterator[tuple[str, NDArray[np.uint8], bytes]]:
-        """Yield id, pixels u8[height,width,3] and their digest of the readable images, made ahead in threads."""
+    ) -> Iterator[tuple[str, NDArray[np.uint8], bytes, str | None]]:
+        """Yield id, pixels u8[height,width,3], their digest and the file's sha256 of the readable images, made ahead in
+        threads.
+        """
         spec = self.bundle.image
 
-        def read(numbered: tuple[int, ImageSource]) -> tuple[str, NDArray[np.uint8] | ImageError, bytes]:
+        def read(numbered: tuple[int, ImageSource]) -> tuple[str, NDArray[np.uint8] | ImageError, bytes, str | None]:
             number, source = numbered
             name, content, how = _identify(number, source)
+            sha256: list[str] = []
+            how |= {"clipped": self.clipped, "sha256": sha256}
             try:
-                pixels = read_image(content, spec.height, spec.width, spec.resample, clipped=self.clipped, **how)
+                pixels = read_image(content, spec.height, spec.width, spec.resample, **how)
             except ImageError as error:
-                return name, error, b""
-            return name, pixels, _digest(pixels)
+                return name, error, b"", None
+            return name, pixels, _digest(pixels), sha256[-1] if sha256 else None
 
-        for name, pixels, digest in read_ahead(read, sources, threads=self._readers, window=self.images_ahead):
+        found = read_ahead(read, sources, threads=self._readers, window=self.images_ahead)
+        for name, pixels, digest, file_sha256 in found:
             if isinstance(pixels, np.ndarray):
-                yield name, pixels, digest
+                yield name, pixels, digest, file_sha256
             elif on_error is None:
                 raise pixels
             else:

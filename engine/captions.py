@@ -22,12 +22,14 @@ class Caption:
 
     `text` is detokenised, `raw_text` is what transformers' tokenizer.decode gives for the same `ids`. `latency_s` is
     the seconds from when the decoded image was taken in until its caption was complete, beside others that share the
-    device; 0 where the same pixels were captioned shortly before, None where nobody measured it.
+    device; 0 where the same pixels were captioned shortly before, None where it was not measured. `file_sha256` is the
+    sha256 of the file that was read, in hexadecimal; None for an image that was not read from a file.
     """
 
     id: str
     alternatives: tuple[Alternative, ...]
     latency_s: float | None = field(default=None, compare=False)
+    file_sha256: str | None = field(default=None, compare=False)
 
     @property
     def best(self) -> Alternative:

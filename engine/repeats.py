@@ -15,16 +15,16 @@ class Repeats:
     """Equal pixels are captioned once; the last REMEMBERED captions are kept, so that memory does not grow."""
 
     def __init__(self) -> None:
-        self._waiting: dict[bytes, list[tuple[int, str, float]]] = {}
+        self._waiting: dict[bytes, list[tuple[int, str, str | None, float]]] = {}
         self._known: dict[bytes, tuple[Alternative, ...]] = {}
 
     def known(self, digest: bytes) -> tuple[Alternative, ...] | None:
         """Return what was said of these pixels, None where nothing was."""
         return self._known.get(digest)
 
-    def wait(self, digest: bytes, index: int, name: str) -> bool:
+    def wait(self, digest: bytes, index: int, name: str, file_sha256: str | None = None) -> bool:
         """Let image `index` wait for the caption of these pixels; return whether it is the first that does."""
-        self._waiting.setdefault(digest, []).append((index, name, time.perf_counter()))
+        self._waiting.setdefault(digest, []).append((index, name, file_sha256, time.perf_counter()))
         return len(self._waiting[digest]) == 1
 
     def resolve(self, digest: bytes, alternatives: tuple[Alternative, ...]) -> Iterator[tuple[int, Caption]]:
@@ -33,8 +33,8 @@ class Repeats:
         self._known[digest] = alternatives
         if len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]
-        for index, name, since in self._waiting.pop(digest):
-            yield index, Caption(name, alternatives, latency_s=now - since)
+        for index, name, file_sha256, since in self._waiting.pop(digest):
+            yield index, Caption(name, alternatives, latency_s=now - since, file_sha256=file_sha256)
 
 
 class InOrder:

@@ -38,6 +38,7 @@ OUT_OF_MEMORY = (*ORT_OUT_OF_MEMORY, "can't allocate")
 """What OpenVINO's message holds, in lower case, when memory is short."""
 TELEMETRY = "openvino_telemetry"
 DIGEST_CHARACTERS = 64
+REASON = "compiled graphs are executable code"
 PRIVATE_MODE = 0o600
 """Nobody else may read or write what decides how a graph is run."""
 
@@ -196,7 +197,7 @@ class Store:
     def _path(self, graph: str) -> Path | None:
         """Return where a compiled graph is kept, None where that cannot be."""
         try:
-            folder = cache_folder(self._bundle.digest, NAME)
+            folder = cache_folder(self._bundle.digest, NAME, REASON)
         except (OSError, RuntimeError, EngineError) as error:  # no home, a full disk, a folder open to others
             _note(f"compiled graphs are not kept: {error}")
             return None
@@ -207,7 +208,7 @@ class Store:
         if not path.exists():
             return None
         try:
-            require_private(path)
+            require_private(path, REASON)
             content = path.read_bytes()
             digest, compiled = content[:DIGEST_CHARACTERS], content[DIGEST_CHARACTERS:]
             if digest != self._digest(graph, compiled):

@@ -34,6 +34,7 @@ PORTABLE = "tensorrt-rtx"
 ANY_GPU = "any"
 MANY_KINDS = "portable"
 """Instead of a compute capability: PORTABLE's own choice of kinds, made where none is set. Never tried on a GPU."""
+REASON = "plans are executable code"
 PRIVATE_MODE = 0o600
 """Nobody else may read or write what will be executed."""
 LOG_VARIABLE = "ENGINE_TRT_LOG"
@@ -107,7 +108,7 @@ def _portable(compute_capability: str) -> Target:
 
 def default_folder(bundle: Bundle) -> Path:
     """Return where plans of a bundle are put and looked for when nobody says otherwise."""
-    return cache_folder(bundle.digest, "plans")
+    return cache_folder(bundle.digest, "plans", REASON)
 
 
 def build_plans(
@@ -126,7 +127,7 @@ def build_plans(
     another process is building there.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    require_private(folder)
+    require_private(folder, REASON)
     paths = []
     with OutputLock(folder):
         for graph in graphs:
@@ -227,7 +228,7 @@ def read_plan(folder: Path, bundle: Bundle, graph: str, here: Callable[[str], Ta
     if not path.is_file() or not note.is_file():
         raise BackendError(f"{folder} has no plan of the {graph}: make it with `engine plan --bundle {bundle.path}`")
     for one in (folder, path, note):
-        require_private(one)
+        require_private(one, REASON)
     try:
         kept = json.loads(note.read_text(encoding="utf-8"))
         bounds = Bounds(**kept["bounds"])

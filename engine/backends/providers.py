@@ -163,7 +163,11 @@ def providers_for(name: str, bundle: Bundle, graph: str, bounds: Bounds | None =
         if provider == TENSORRT:
             assert bounds is not None
             folder = str(
-                cache_folder(bundle.digest, f"onnxruntime-{_version('onnxruntime-gpu')}-{_version('tensorrt')}")
+                cache_folder(
+                    bundle.digest,
+                    f"onnxruntime-{_version('onnxruntime-gpu')}-{_version('tensorrt')}",
+                    "TensorRT's engines are executable code",
+                )
             )
             options |= {"trt_engine_cache_path": folder, "trt_timing_cache_path": folder}
             options["trt_engine_cache_prefix"] = graph

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from engine.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Bundle
 from engine.errors import BundleError
-from engine.files.cache import cache_root
+from engine.files.cache import cache_root, draft_folder
 from engine.files.lock import waiting_lock
 from engine.inputs.remote import Location, RemoteFile, RemoteFolder
 
@@ -67,11 +66,9 @@ def _is_complete(target: Path, manifest: bytes, files: dict[str, str]) -> bool:
 
 
 def _copy(folder: RemoteFolder, manifest: bytes, files: dict[str, str], target: Path) -> None:
-    """Copy into a folder beside the target, which then takes its place: a half-made copy is never met."""
+    """Copy into a folder next to the target, which then takes its place: no one finds a half-made copy."""
     shutil.rmtree(target, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished") as unfinished:
-        draft = Path(unfinished) / "bundle"
-        draft.mkdir()
+    with draft_folder(target) as draft:
         for name, expected in files.items():
             digest = hashlib.sha256()
             with (draft / name).open("wb") as out:

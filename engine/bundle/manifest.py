@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,9 @@ from engine.files.atomic import file_sha256
 from engine.options import DecodeOptions, options_from
 
 T = TypeVar("T")
+
+Stamp = tuple[int, int, int]
+"""Of a file: size in bytes, time of the last change of content and of status in ns."""
 
 FORMAT = 2
 """Version of the bundle layout; raised whenever an older engine could not read a newer bundle correctly."""
@@ -77,7 +81,8 @@ class Bundle:
     """A checked bundle. `digest` is the sha256 of the manifest, which holds that of every other file: `files`.
 
     `generation_from` says where in the checkpoint each of the `generation` settings stood. An ensemble is its first
-    bundle with all of them as `members` and the `weights` of each (engine/bundle/ensemble.py).
+    bundle with all of them as `members` and the `weights` of each (engine/bundle/ensemble.py). `stamps` are those of
+    the files just before they were checked (engine/bundle/watch.py).
     """
 
     path: Path
@@ -95,6 +100,7 @@ class Bundle:
     format: int = FORMAT
     members: tuple[Bundle, ...] = ()
     weights: tuple[float, ...] = ()
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False)
 
     @property
     def models(self) -> tuple[ModelDims, ...]:
@@ -119,6 +125,9 @@ class Bundle:
         """
         path = demo_bundle() if path is None else Path(path)
         try:
+            stamps = {}
+            if path.is_dir():  # before the files are checked: what is written into one afterwards shows
+                stamps = {entry.name: stamp_of(entry.stat()) for entry in path.iterdir() if entry.is_file()}
             manifest, digest = _read_manifest(path)
             problems = _file_problems(path, manifest.get("files"))
         except OSError as error:
@@ -141,6 +150,7 @@ class Bundle:
                 files=dict(manifest["files"]),
                 clean_up_tokenization_spaces=bool(manifest["clean_up_tokenization_spaces"]),
                 format=manifest["format"],
+                stamps=stamps,
             )
             bundle.options()
             if bundle.precision not in PRECISIONS:
@@ -154,6 +164,11 @@ class Bundle:
     def options(self, **given: Any) -> DecodeOptions:
         """Return decoding options: `given` over the bundle's own generation defaults over the engine's."""
         return options_from(self.generation, given)
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Return what changes when a file is overwritten in place."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def demo_bundle() -> Path:

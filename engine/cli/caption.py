@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,14 @@ from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 from engine.run.job import Inputs, Outputs
+from engine.run.progress import Pace
 from engine.runtime import Runtime, Workers
 
 if TYPE_CHECKING:  # it would load numpy, which the help does without
     from engine.bundle.ensemble import BundlePlace
+
+LOG_EVERY_S = 120.0
+"""Seconds between two lines of progress where standard error is not a terminal."""
 
 
 @click.command(cls=SectionCommand)
@@ -51,7 +55,7 @@ def caption(
         raise UsageError("--json and --out - both write to standard output: leave one of them out")
     if "num_return_sequences" in decoding.given and outputs.n_best_out is None:
         raise UsageError("--n-best needs --n-best-out, the file for the alternatives")
-    progress = _progress_bar if bundle is not None else _progress_of_demo
+    progress = _progress if bundle is not None else _progress_of_demo
     if outputs.is_stream and sys.stdout.isatty():
         progress = _no_bar
     try:
@@ -82,11 +86,11 @@ def caption(
 
 
 def _progress_of_demo(length: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Say, when nothing stands in the way of captioning any more, what the embedded demo does not know."""
+    """Note, when nothing stands in the way of captioning any more, what the embedded demo does not know."""
     say(
         "note: no --bundle is given: this is the embedded demo model, which knows T1-weighted head MRI and nothing else"
     )
-    return _progress_bar(length)
+    return _progress(length)
 
 
 @contextmanager
@@ -95,21 +99,53 @@ def _no_bar(length: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001
     yield lambda _: None
 
 
+def _progress(length: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar on a terminal, lines in a log."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return _progress_bar(length) if is_terminal else _progress_lines(length)
+
+
 @contextmanager
 def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with images/s and the time left."""
-    start, shown = time.perf_counter(), 0
+    """A bar on stderr with images/s and the time left, once these are known."""
+    pace, shown = Pace(length), 0
 
     def speed(_: object) -> str:
-        return f"{shown / (time.perf_counter() - start):.2f} images/s"
+        return str(pace)
 
     with click.progressbar(
-        length=length, label="captioning", file=sys.stderr, show_pos=True, item_show_func=speed
+        length=length,
+        label="captioning",
+        file=sys.stderr,
+        show_pos=True,
+        show_eta=False,  # click's own counts images that are still in parallel as not begun
+        item_show_func=speed,
     ) as bar:
 
         def tell(done: int) -> None:
             nonlocal shown
+            pace.tell(done)
             bar.update(done - shown, done)
             shown = done
 
         yield tell
+
+
+@contextmanager
+def _progress_lines(length: int) -> Iterator[Callable[[int], None]]:
+    """A line on stderr at the start and every LOG_EVERY_S seconds, also while no image finishes."""
+    pace, ended = Pace(length), threading.Event()
+
+    def log() -> None:
+        with suppress(OSError, ValueError):  # standard error was closed
+            while not ended.wait(LOG_EVERY_S):
+                say(f"captioning: {pace.done} of {length} images{f', {pace}' if str(pace) else ''}")
+
+    say(f"captioning {length} image{'' if length == 1 else 's'}")
+    logger = threading.Thread(target=log, name="progress", daemon=True)
+    logger.start()
+    try:
+        yield pace.tell
+    finally:
+        ended.set()
+        logger.join()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
+import io
 import os
 import stat
 from pathlib import Path
@@ -28,6 +30,8 @@ SYSTEM_TROUBLE = (
 """The system's trouble, not the image's: the run stops instead of listing every image that follows as unreadable."""
 MAX_FILE_BYTES = 1 << 30
 """A larger file is refused unread: some decoders read all of it before they look at the size of the picture."""
+READ_AT_ONCE_BYTES = 1 << 26
+"""A file up to this size is read into memory as a whole when its digest is wanted."""
 
 Picture = Path | str | RemoteFile | Image.Image | NDArray[np.uint8]
 """What can be read: a file, a Pillow image or an array u8[h,w,3]."""
@@ -43,6 +47,7 @@ def read_image(
     frame: int = 0,
     depth: str = CLIP,
     clipped: list[str] | None = None,
+    sha256: list[str] | None = None,
 ) -> NDArray[np.uint8]:
     """Return RGB bytes u8[height,width,3] of a file, a Pillow image or an array u8[h,w,3].
 
@@ -50,16 +55,22 @@ def read_image(
     resize to exactly height x width px with Pillow's filter, ignoring the aspect ratio and EXIF rotation. Of an
     animation the first frame counts, of a DICOM file frame number `frame`. More than 8 bits a channel are read as
     `depth` says (depth.py); where that is CLIP, values beyond 0 to 255 are lost and the name is added to `clipped`.
-    Raises ImageError naming the file, EngineError when the system has no more file handles.
+    The sha256 of a file's bytes, in hexadecimal, is added to `sha256`. Raises ImageError naming the file, EngineError
+    when the system has no more file handles.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == (height, width, 3):
         return source.copy()  # nothing to convert or to resize: Pillow would copy it four times
-    picture = decode_image(source, frame=frame, depth=depth, clipped=clipped)
+    picture = decode_image(source, frame=frame, depth=depth, clipped=clipped, sha256=sha256)
     return np.asarray(picture.resize((width, height), RESAMPLING[resample]))
 
 
 def decode_image(
-    source: Picture, *, frame: int = 0, depth: str = CLIP, clipped: list[str] | None = None
+    source: Picture,
+    *,
+    frame: int = 0,
+    depth: str = CLIP,
+    clipped: list[str] | None = None,
+    sha256: list[str] | None = None,
 ) -> Image.Image:
     """Return a file, a Pillow image or an array u8[h,w,3] as an RGB picture; see read_image for the rest."""
     name = str(source) if isinstance(source, Path | str | RemoteFile) else "image"
@@ -69,7 +80,8 @@ def decode_image(
         if isinstance(source, np.ndarray):
             return Image.fromarray(source).convert("RGB")
         file = Path(source) if isinstance(source, str) else source
-        with open_file(file) as stream:
+        with open_file(file) as opened:
+            stream = opened if sha256 is None else _hashed(opened, sha256)
             kind = kind_of(stream.read(HEAD_BYTES))
             stream.seek(0)
             if kind == "DICOM" or (kind is None and file.suffix.lower() in DICOM):
@@ -130,6 +142,22 @@ def open_file(path: Path | RemoteFile) -> IO[bytes]:
     except BaseException:
         os.close(file)
         raise
+
+
+def _hashed(stream: IO[bytes], sha256: list[str]) -> IO[bytes]:
+    """Return a stream of the same bytes, whose digest is added to `sha256`.
+
+    The bytes that are hashed are those that are decoded, even if the file changes meanwhile. A large file is hashed
+    before it is decoded and not kept in memory: a change in between leads to a digest that the file does not have.
+    """
+    content = stream.read(READ_AT_ONCE_BYTES + 1)
+    if len(content) <= READ_AT_ONCE_BYTES:
+        sha256.append(hashlib.sha256(content).hexdigest())
+        return io.BytesIO(content)
+    stream.seek(0)
+    sha256.append(hashlib.file_digest(stream, "sha256").hexdigest())  # type: ignore[arg-type]  # it has readinto
+    stream.seek(0)
+    return stream
 
 
 def _refuse_bomb(picture: Image.Image) -> None:

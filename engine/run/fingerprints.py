@@ -12,8 +12,9 @@ from engine.inputs.images import ImageFile
 
 
 def run_key(images: Sequence[ImageFile], made_with: str, prompts: Mapping[str, str] | None = None) -> str:
-    """Return the sha256 that tells runs apart: what captions are made with, and the images in their order, with their
-    prompts by id.
+    """Return the sha256 of what captions are made with, and of the images in their order, with their prompts by id.
+
+    Journals of earlier versions have it as their key.
     """
     digest = hashlib.sha256(made_with.encode("utf-8", "surrogateescape"))
     for image in images:
@@ -45,8 +46,9 @@ def fingerprints(images: Sequence[ImageFile]) -> dict[str, list[int] | None]:
 
 
 def fingerprint(path: Path) -> list[int] | None:
-    """Return what changes when a file is replaced: size in bytes, times of change in ns, number; None without a
-    file.
+    """Return size in bytes, time of the last change of content and of status in ns, and number; None without a file.
+
+    Any of them may change when a file is replaced. The last two may also change without that, see recall.py.
     """
     try:
         status = path.stat()

@@ -47,7 +47,7 @@ STDOUT = Path("-")
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files of a run, what stands in them, and whether a run that was cut off goes on."""
+    """The files of a run, what is in them, and whether a run that was cut off resumes."""
 
     out: Path = option(
         flag="--out",
@@ -74,11 +74,11 @@ class Outputs:
     suffix: str = option("", "--suffix", "Text behind every caption that is written.")
     raw_text: bool = option(False, "--raw-text", "Write the text as Hugging Face decodes it, not detokenised.")
     allow_missing: bool = option(False, "--allow-missing", "Write an empty caption for images that cannot be read.")
-    resume: bool = option(True, "--resume/--no-resume", "Go on where the same command was cut off; on by default.")
+    resume: bool = option(True, "--resume/--no-resume", "Resume where the same command was cut off; on by default.")
     update: bool = option(
         False,
         "--update",
-        "Keep the captions beside --out: the same command captions only pictures that are new or changed.",
+        "Keep the captions next to --out: the same command captions only images that are new or changed.",
     )
 
     def __post_init__(self) -> None:

@@ -1,9 +1,8 @@
-"""The journal beside run.csv: every caption when its turn has come, so that a run that was cut off goes on.
+"""The journal next to run.csv: each caption as it is made, so that a run that was cut off resumes.
 
 A text file, one record a line: crc32 of the rest in hexadecimal, a space, JSON. The first record holds the key of the
-run (bundle, options and, without --update, the list of images); the others a caption each. A last line that is torn is
-cut off when the file is opened again, one that does not match its checksum is passed over, and these images are
-captioned again.
+run: bundle, options and packages. The others hold a caption each. A last line that is torn is cut off when the file is
+opened again, one that does not match its checksum is skipped, and these images are captioned again.
 """
 
 from __future__ import annotations
@@ -11,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import OutputError
+from engine.errors import OutputError, UsageError
 from engine.files.atomic import replace_file
+from engine.files.lock import open_own
 
 FORMAT = 1
 SYNC_EVERY_S = 5.0
@@ -27,10 +28,12 @@ MAX_HEADER_BYTES = 1000
 """The first record is shorter."""
 MAX_LINE_BYTES = 1 << 24
 """No record comes near it; a line without an end is not read into memory."""
+BEGINNING = re.compile(rb"\0*|[0-9a-f]{8} \{.*", re.DOTALL)
+"""How a journal begins: with a checksum and JSON, or with nothing but NULs after a power cut."""
 
 
 def journal_path(out: Path) -> Path:
-    """Return where the journal of the run that will be `out` lies: beside the file that a link leads to."""
+    """Return the path of the journal of the run that will be `out`: next to the file that a link leads to."""
     target = Path(os.path.realpath(out))
     return target.with_name(target.name + ".journal")
 
@@ -62,32 +65,40 @@ def decode_record(line: bytes) -> dict[str, Any] | None:
 class Journal:
     """An open journal: `records` are those it held when it was opened, `append` adds one.
 
-    `damaged` counts lines that were not whole, `set_aside` is where a journal that is not this run's was moved to.
+    `damaged` counts lines that were not complete, `set_aside` is where a journal that is not this run's was moved to.
+    `is_earlier` tells that it has `earlier_key`, with which earlier versions named the same run.
     """
 
-    def __init__(self, path: Path, key: str, *, resume: bool = True) -> None:
+    def __init__(self, path: Path, key: str, *, earlier_key: str = "", resume: bool = True) -> None:
         """Open or create the journal of the run `key`.
 
-        A journal of another run, or any without `resume`, is moved aside. Raises OutputError when the file cannot be
-        opened or written.
+        A journal of another run, or any without `resume`, is moved aside. Raises UsageError for a link or a file that
+        is not a journal, which are left as they are, and OutputError when the file cannot be opened or written.
         """
         self.path, self._key = path, key
         self.set_aside: Path | None = None
         self.records: list[dict[str, Any]] = []
         self.damaged = 0
+        self.is_earlier = False
         self._synced = time.monotonic()
         try:
-            whole_bytes = self._take_over(key, resume) if path.exists() else 0
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._end = whole_bytes
-            os.ftruncate(self._file, self._end)
-            os.lseek(self._file, self._end, os.SEEK_SET)
+            whole_bytes = self._take_over((key, earlier_key or key), resume) if os.path.lexists(path) else 0
+            self._open(whole_bytes)
         except OSError as error:
-            raise OutputError(f"{path} cannot be opened: {error.strerror}: the journal lies beside --out") from error
+            raise OutputError(
+                f"{path} cannot be opened: {error.strerror}: the journal is kept next to --out"
+            ) from error
         self._header_end = 0
         if self._end == 0:
             self._write(self._header)
             self._header_end = self._end
+
+    def _open(self, end: int) -> None:
+        """Open the file to append after byte `end`; what follows is cut off."""
+        self._file = open_own(self.path)
+        self._end = end
+        os.ftruncate(self._file, end)
+        os.lseek(self._file, end, os.SEEK_SET)
 
     @property
     def _header(self) -> dict[str, Any]:
@@ -98,17 +109,28 @@ class Journal:
         """Return whether it holds nothing but what this run began it with."""
         return self._end == self._header_end
 
-    def _take_over(self, key: str, resume: bool) -> int:
+    def _take_over(self, keys: tuple[str, str], resume: bool) -> int:
         """Read the journal that is there, or move it aside; return the bytes of it that are kept."""
+        os.close(open_own(self.path))  # refuses a link
         header, records, damaged, whole_bytes = read_journal(self.path)
+        if not header and not records:
+            self._refuse_foreign()
         if not whole_bytes and self.path.stat().st_size < MAX_HEADER_BYTES:
-            return 0  # a run died before its first record was whole
-        if resume and header.get("key") == key and header.get("journal") == FORMAT:
+            return 0  # a run died before its first record was complete
+        if resume and header.get("key") in keys and header.get("journal") == FORMAT:
             self.records, self.damaged = records, damaged
+            self.is_earlier = header["key"] != self._key
             return whole_bytes
         self.set_aside = _free_name(self.path)
         self.path.rename(self.set_aside)
         return 0
+
+    def _refuse_foreign(self) -> None:
+        """Raise UsageError where the file is not a journal, such as a key that was called run.csv.journal."""
+        with self.path.open("rb") as stream:
+            content = stream.read(MAX_HEADER_BYTES)
+            if BEGINNING.fullmatch(content) is None and not encode_record(self._header).startswith(content):
+                raise UsageError(f"{self.path} is not a journal of this program: move it, or choose another --out")
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record. Raises OutputError when it cannot be written whole; what was there before stays whole."""
@@ -129,7 +151,7 @@ class Journal:
                 os.lseek(self._file, self._end, os.SEEK_SET)
             raise OutputError(
                 f"{self.path} cannot be written: {error.strerror}: make room and run the same command again "
-                "(not with --no-resume), it goes on from here"
+                "(without --no-resume), which resumes from here"
             ) from error
 
     def sync(self) -> None:
@@ -146,20 +168,24 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Let the file, still open, hold these records alone: the run is complete, and they stay for the next.
+        """Let the file hold these records alone, with this run's key.
 
         Raises OutputError and leaves the file as it was.
         """
-        replace_file(self.path, b"".join(map(encode_record, (self._header, *records))))
+        content = b"".join(map(encode_record, (self._header, *records)))
+        replace_file(self.path, content, follow=False)
+        os.close(self._file)
+        self._open(len(content))
 
 
 class NoJournal:
-    """Stands for the journal of a run that writes to standard output, beside which nothing can be kept."""
+    """Stands for the journal of a run that writes to standard output, next to which nothing can be kept."""
 
     set_aside: Path | None = None
     records: Sequence[dict[str, Any]] = ()
     damaged = 0
     is_empty = True
+    is_earlier = False
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Keep nothing."""
@@ -177,7 +203,7 @@ class NoJournal:
 def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int, int]:
     """Return (header, records, damaged lines, bytes up to the last whole line).
 
-    The header is empty where the first line is damaged. Records behind a damaged line count: each stands for itself.
+    The header is empty where the first line is damaged. Records after a damaged line count: each stands for itself.
     """
     lines: list[dict[str, Any] | None] = []
     whole_bytes = 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.bundle.ensemble import BundlePlace, folders_of
 from engine.bundle.signature import run_signature, settings_line
+from engine.bundle.watch import watched
 from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
@@ -64,8 +65,8 @@ def caption_directory(
     """Caption every image of the inputs into `outputs.out`; that file appears only when the whole run has succeeded.
 
     `asked` lies over the settings of `bundle` (the embedded demo when None). `rows` is how many beams are decoded side
-    by side, None for what suits device and memory. Until the end every caption is kept in a journal beside the output,
-    and the same call goes on where it was cut off.
+    by side, None for what suits device and memory. Until the end every caption is kept in a journal next to the output,
+    and the same call resumes where it was cut off.
 
     `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
     """
@@ -166,30 +167,40 @@ def open_record(
     settings = settings_line(source.bundle, source.backend_name, options, runtime.cpu_precision)
     made_with = f"{settings}|{source.environment}"
     out = None if outputs.is_stream else outputs.out
-    with RunRecord(images, out, made_with, prompts=prompts, resume=outputs.resume, update=outputs.update) as record:
+    with (
+        watched(source.bundle) as watch,
+        RunRecord(
+            images,
+            out,
+            made_with,
+            prompts=prompts,
+            resume=outputs.resume,
+            update=outputs.update,
+            check_bundle=watch.check,
+        ) as record,
+    ):
         if record.set_aside:
-            other = "other options or packages" if record.update else "other options, images or packages"
             say(
-                f"the journal of an earlier run with another bundle, {other}, or one that is "
-                f"damaged or unwanted, was moved to {record.set_aside}: starting afresh"
+                "the journal of an earlier run with another bundle, other options or packages, or one that is damaged "
+                f"or not wanted, was moved to {record.set_aside}: starting afresh"
             )
         if record.resumed:
             say(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
         if record.update:
             if record.earlier:
                 left = len(images) - record.resumed
-                say(f"{left} of {len(images)} pictures are to be captioned: new, changed, or not reached before")
+                say(f"{left} of {len(images)} images are to be captioned: new, changed, or not reached before")
         elif record.not_reused:
             say(
-                f"{record.not_reused} more are there, but their image has changed or their record is damaged: "
-                "once again"
+                f"{record.not_reused} more of its captions are not used: their image has changed or is not among the "
+                "inputs any more, or they are damaged"
             )
         try:
             yield record
         except BaseException:
             if record.captions and record.journal_path is not None:
                 kept = f"{len(record.captions)} captions are kept in {record.journal_path}"
-                say(f"{kept}: {record.same_command} goes on from there")
+                say(f"{kept}: {record.same_command} resumes from there")
             raise
 
 

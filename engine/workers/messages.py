@@ -112,6 +112,7 @@ def unpack_answer(message: str) -> Answer:
             entry["id"],
             tuple(Alternative(**{**a, "ids": tuple(a["ids"])}) for a in entry["alternatives"]),
             entry["latency_s"],
+            entry["file_sha256"],
         )
         for entry in content.get("captions", ())
     )

@@ -6,7 +6,7 @@ A scheduler that is given a block at a time runs empty at the end of each. Knows
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from engine.backends import open_backends
 from engine.backends.capacity import slots_for
 from engine.bundle.ensemble import open_place
+from engine.bundle.watch import BundleWatch
 from engine.captioner import Captioner, caption_within_memory
 from engine.captions import Caption
 from engine.decoding.beam import Search
@@ -45,8 +46,16 @@ class CaptionStream:
     """A thread that captions whatever is asked of it, in that order; `rows` beams side by side."""
 
     def __init__(
-        self, captioner: Captioner, options: DecodeOptions, *, rows: int, prompts: Mapping[str, str] | None = None
+        self,
+        captioner: Captioner,
+        options: DecodeOptions,
+        *,
+        rows: int,
+        prompts: Mapping[str, str] | None = None,
+        check_bundle: Callable[[], None] | None = None,
     ) -> None:
+        """`check_bundle` raises an EngineError once the bundle was overwritten; no caption is handed out after that."""
+        self._check_bundle = check_bundle or (lambda: None)
         self._captioner, self._options, self._rows, self._prompts = captioner, options, rows, prompts
         search, _ = captioner.searches(options, prompts)
         side_by_side = captioner.scheduler(search, rows).side_by_side
@@ -65,11 +74,12 @@ class CaptionStream:
         """
         bundle = open_place(order.bundle)
         if bundle.digest != order.digest:
-            raise BundleError(f"{order.bundle} is another bundle than here: copy it anew")
+            raise BundleError(f"{order.bundle} is another bundle than here: copy it again")
+        watch = BundleWatch(bundle)  # on another machine, or a copy of its own: the run's own watch does not see it
         captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
         search, _ = captioner.searches(order.options, order.prompts)
         rows = order.rows or _fair_slots(captioner, search, order.peers) * search.num_beams
-        return cls(captioner, order.options, rows=rows, prompts=order.prompts)
+        return cls(captioner, order.options, rows=rows, prompts=order.prompts, check_bundle=watch.check)
 
     def ask(self, images: Sequence[ImageFile], outbox: Outbox) -> None:
         """Ask for captions; `outbox` gets a Caption or Unreadable of each image, captions in the order of the images,
@@ -119,6 +129,7 @@ class CaptionStream:
                     rows=self._rows,
                     say=self._tell_all,
                 ):
+                    self._check_bundle()
                     self._open.pop(caption.id)[1].put(caption)
             except BaseException as error:  # whoever asked raises it
                 self._tell_all(error)

@@ -17,7 +17,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from engine.bundle.manifest import Bundle
+from engine.captions import Caption
 from engine.cli.app import main
+from engine.run.record import RunRecord
 from tests.helpers.tiny import random_pictures, save_pictures
 
 
@@ -54,6 +56,25 @@ def test_json_summary_is_the_last_line_and_names_everything_that_decided_the_run
     assert summary["left_aside"] == []
     for part in ("engine:", "bundle:", "precision:fp32", "backend:cpu", "num_beams:2", "pillow:"):
         assert part in summary["signature"]
+
+
+def test_a_log_gets_lines_of_progress(image_dir, tiny_bundle, tmp_path, monkeypatch):
+    """Standard error of a batch job is a file: hours without a line look like a hang."""
+    add = RunRecord.add
+
+    def slowly(record: RunRecord, caption: Caption) -> None:
+        time.sleep(0.2)
+        add(record, caption)
+
+    monkeypatch.setattr(RunRecord, "add", slowly)
+    monkeypatch.setattr("engine.cli.caption.LOG_EVERY_S", 0.05)
+    result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
+    assert result.exit_code == 0, result.stderr
+    count = len(list(image_dir.iterdir()))
+    lines = [line for line in result.stderr.splitlines() if line.startswith("captioning")]
+    assert lines[0] == f"captioning {count} images"
+    assert lines[1].startswith(f"captioning: 0 of {count} images")
+    assert any(line.startswith(f"captioning: 1 of {count} images") for line in lines)
 
 
 def test_what_is_left_aside_is_counted_by_kind_and_listed(image_dir, tiny_bundle, tmp_path):

@@ -204,7 +204,7 @@ def test_a_file_that_changes_while_the_run_goes_on_is_captioned_again_by_the_nex
     monkeypatch.setattr(captioner, "read_image", replaced)
     result = run()
     assert result.exit_code == 1
-    assert "1 images changed while the run was going on (good 1.png) and no run was written" in result.stderr
+    assert "1 images changed during the run (good 1.png) and no run was written" in result.stderr
     assert not (tmp_path / "run.csv").exists()
     monkeypatch.undo()
     result = run()

@@ -69,6 +69,12 @@ def caption(image_dir: Path | str, bundle: Path | str, out: Path, *more: str) ->
     return CliRunner().invoke(main, arguments, catch_exceptions=False)
 
 
+def found_by_content(ids: list[str]) -> int:
+    """Return how many images have one of these captions: two have the same bytes."""
+    twins = {"image_007", "twin"}
+    return len(set(ids) | twins) if twins & set(ids) else len(ids)
+
+
 def actors(kind: bytes = b"CaptionWorker") -> list[int]:
     return [pid for pid, line in children(os.getpid()).items() if line.startswith(b"ray::") and kind in line]
 
@@ -155,7 +161,7 @@ def test_a_run_begun_alone_goes_on_with_a_cluster_that_it_joins(image_dir, tiny_
     wait_for_records(journal, 20, process)
     process.kill()
     process.communicate()
-    kept = len(read_journal(journal)[1])
+    kept = found_by_content([record["id"] for record in read_journal(journal)[1]])
     assert kept >= 20
     address = ray.get_runtime_context().gcs_address
     joining = command(image_dir, tiny_bundle, out, *SLOW, "--ray", address, "--ray-actors", "2")
@@ -183,7 +189,7 @@ def test_workers_caption_what_is_new_in_the_folders_of_one_process(image_dir, ti
     result = caption(folders[0], tiny_bundle, out, *more)
     assert result.exit_code == 0, result.stderr
     assert "17 captions of an earlier run are taken from" in result.stderr
-    assert "7 of 24 pictures are to be captioned" in result.stderr
+    assert "7 of 24 images are to be captioned" in result.stderr
     scratch = command(folders[0], tiny_bundle, tmp_path / "scratch.csv", *more[:2])[3:]
     assert CliRunner().invoke(main, scratch).exit_code == 0
     assert out.read_bytes() == (tmp_path / "scratch.csv").read_bytes()
@@ -205,7 +211,7 @@ def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "the same command goes on from there" in errors
+    assert "the same command resumes from there" in errors
     assert not out.exists()
     patience = time.monotonic() + 30  # workers end by themselves once the cluster's head is gone
     while living := [line for pid, line in below.items() if is_running(pid)]:
@@ -214,7 +220,7 @@ def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, 
     ids = [record["id"] for record in read_journal(journal)[1]]
     assert 10 <= len(ids) == len(set(ids))
     again = subprocess.run(command(image_dir, tiny_bundle, out, *SLOW), check=True, capture_output=True, text=True)
-    assert f"{len(ids)} captions of an earlier run are taken from" in again.stderr
+    assert f"{found_by_content(ids)} captions of an earlier run are taken from" in again.stderr
     assert out.read_bytes() == undisturbed
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from engine.backends.ort import OrtBackend
+from engine.captions import Caption
 from engine.cli.app import main
 from engine.errors import OutOfMemoryError
 from engine.run.journal import read_journal
+from engine.run.record import RunRecord
 from tests.helpers.tiny import random_pictures
 
 IMAGES = 120
@@ -100,13 +104,59 @@ def test_stopped_politely_it_says_how_to_go_on(image_dir, tiny_bundle, tmp_path,
         if process.returncode != 0:
             break
     assert process.returncode == exit_code, errors
-    assert "the same command goes on from there" in errors
+    assert "the same command resumes from there" in errors
     assert "Traceback" not in errors
     assert not out.exists()
     assert not (tmp_path / "run.csv.lock").exists()
     again = subprocess.run(command(image_dir, tiny_bundle, out), check=True, capture_output=True, text=True)
     assert "captions of an earlier run are taken from" in again.stderr
     assert out.read_bytes() == undisturbed
+
+
+def test_a_broken_image_is_deleted_and_the_folder_moved(image_dir, tiny_bundle, tmp_path):
+    """As a challenge's images are: one is broken, and each job copies them to another disk."""
+    out, first, second = tmp_path / "run.csv", tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    for path in sorted(image_dir.iterdir())[:12]:
+        shutil.copy(path, first)
+    (first / "image_003.png").write_bytes(b"broken")
+
+    def run(folder: Path, *more: str) -> Result:
+        return CliRunner().invoke(main, command(folder, tiny_bundle, out, "--json", *more)[3:])
+
+    failed = run(first)
+    assert failed.exit_code == 1
+    assert "fix, replace or delete them and run the same command again, which keeps the other captions" in failed.stderr
+    (first / "image_003.png").unlink()
+    shutil.copytree(first, second)
+    shutil.rmtree(first)
+    done = run(second)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["resumed"] == 11
+    written = out.read_bytes()
+    assert run(second, "--no-resume").exit_code == 0
+    assert out.read_bytes() == written
+
+
+@pytest.mark.parametrize("workers", [(), ("--processes", "1")])
+def test_a_bundle_overwritten_in_place_ends_the_run(image_dir, tiny_bundle, tmp_path, monkeypatch, workers):
+    bundle, out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")), tmp_path / "run.csv"
+    add = RunRecord.add
+    kept: list[str] = []
+
+    def overwrite_then_add(record: RunRecord, caption: Caption) -> None:
+        if len(kept) == 5:
+            (bundle / "golden.npz").write_bytes((bundle / "golden.npz").read_bytes() + b"new")
+        add(record, caption)
+        kept.append(caption.id)
+
+    monkeypatch.setattr(RunRecord, "add", overwrite_then_add)
+    result = CliRunner().invoke(main, command(image_dir, bundle, out, *workers)[3:])
+    assert result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert f"{bundle / 'golden.npz'} was overwritten during the run" in last
+    assert not out.exists()
+    assert [record["id"] for record in read_journal(tmp_path / "run.csv.journal")[1]] == kept[:5]
 
 
 def test_two_runs_on_one_output_at_once(image_dir, tiny_bundle, tmp_path, undisturbed):

@@ -71,7 +71,7 @@ def test_only_what_is_new_or_changed_is_captioned(runs, images):
     result, new = runs.update()
     assert new == 2
     assert "10 captions of an earlier run are taken from" in result.stderr
-    assert "2 of 12 pictures are to be captioned" in result.stderr
+    assert "2 of 12 images are to be captioned" in result.stderr
     runs.assert_as_from_scratch()
     for path in images.iterdir():
         os.utime(path)

@@ -53,3 +53,14 @@ def test_most_shapes_are_the_same_by_every_release(size, expected):
 @pytest.mark.parametrize(("size", "expected"), DIFFERENT.items())
 def test_narrow_and_tall_pictures_are_as_this_release_makes_them(size, expected):
     assert digest(*size) == expected[int(PIL.__version__.partition(".")[0]) >= 13]
+
+
+@pytest.mark.parametrize("limit", [1 << 26, 100])
+def test_the_digest_is_of_the_bytes_that_were_read(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr("engine.inputs.pixels.READ_AT_ONCE_BYTES", limit)
+    path = tmp_path / "a.png"
+    Image.fromarray(np.arange(2700, dtype=np.uint8).reshape(30, 30, 3)).save(path)
+    digests: list[str] = []
+    pixels = read_image(path, 8, 8, "bicubic", sha256=digests)
+    assert (pixels == read_image(path, 8, 8, "bicubic")).all()
+    assert digests == [hashlib.sha256(path.read_bytes()).hexdigest()]

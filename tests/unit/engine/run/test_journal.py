@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.captions import Alternative, Caption
-from engine.errors import EngineError, OutputError, UsageError
-from engine.files.lock import OutputLock
+from engine.errors import BundleError, EngineError, OutputError, UsageError
+from engine.files.lock import OutputLock, folder_lock, waiting_lock
 from engine.inputs.images import ImageFile
+from engine.run.fingerprints import run_key
 from engine.run.job import Outputs
-from engine.run.journal import Journal, decode_record, encode_record, read_journal
+from engine.run.journal import Journal, decode_record, encode_record, journal_path, read_journal
+from engine.run.recall import digest_of
 from engine.run.record import RunRecord
 from engine.run.rows import rows_of
 
@@ -26,6 +30,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
+
+
+def read_caption(image: ImageFile) -> Caption:
+    """Return the caption of an image's present content."""
+    return replace(caption(image.id), file_sha256=hashlib.sha256(image.path.read_bytes()).hexdigest())
 
 
 def caption(image_id: str, text: str = "a brain") -> Caption:
@@ -39,8 +48,8 @@ def caption(image_id: str, text: str = "a brain") -> Caption:
 @pytest.fixture
 def images(tmp_path: Path) -> list[ImageFile]:
     files = [ImageFile(f"image {i}, \"'ü", tmp_path / f"image {i}.png") for i in range(6)]
-    for file in files:
-        file.path.write_bytes(b"x")
+    for number, file in enumerate(files):
+        file.path.write_bytes(b"%d" % number)
     return files
 
 
@@ -60,14 +69,40 @@ def test_a_damaged_line_is_never_taken_for_a_record(record, data):
     assert decode_record(bytes(line[:place])) is None
 
 
-@given(st.binary(max_size=200))
-def test_any_bytes_can_be_opened_as_a_journal(tmp_path_factory, content):
+@given(st.binary(max_size=200) | st.builds(bytes, st.integers(0, 200)))
+def test_any_bytes_are_a_journal_or_stay(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("journal") / "run.csv.journal"
     path.write_bytes(content)
-    journal = Journal(path, "key")
+    try:
+        journal = Journal(path, "key")
+    except UsageError:
+        assert content.strip(b"\0")
+        assert path.read_bytes() == content
+        return
     journal.append({"id": "a"})
     journal.close()
     assert Journal(path, "key").records == [{"id": "a"}]
+
+
+@pytest.mark.parametrize("content", [b"secret key", b"deadbeef", b"line\n" * 1000, b"0123abcd other\n"])
+def test_a_file_that_is_not_a_journal_is_refused(tmp_path, content):
+    path = tmp_path / "run.csv.journal"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"run\.csv\.journal is not a journal of this program: move it"):
+        Journal(path, "key")
+    assert path.read_bytes() == content
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.csv.journal"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+@pytest.mark.parametrize("target", ["precious", "nowhere", "."])
+def test_a_journal_does_not_follow_a_link(tmp_path, target):
+    (tmp_path / "precious").write_text("short")
+    (tmp_path / "run.csv.journal").symlink_to(target)
+    with pytest.raises(UsageError, match=r"run\.csv\.journal is a link"):
+        Journal(tmp_path / "run.csv.journal", "key")
+    assert (tmp_path / "precious").read_text() == "short"
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_journal_that_cannot_be_read_is_kept_aside_and_not_cut(tmp_path):
@@ -182,16 +217,167 @@ def test_an_image_that_has_changed_or_gone_is_not_taken_from_the_journal(tmp_pat
         assert list(record.remaining()) == [images[1], images[2]]
 
 
-@pytest.mark.parametrize("change", ["signature", "images", "order", "no resume"])
-def test_another_option_or_list_of_images_starts_afresh(tmp_path, images, change):
+@pytest.mark.parametrize("change", ["signature", "depth", "no resume"])
+def test_another_option_starts_afresh(tmp_path, images, change):
     out = tmp_path / "run.csv"
     with RunRecord(images, out, "signature") as record:
         record.add(caption(images[0].id))
-    changed = {"images": images[:-1], "order": images[::-1]}.get(change, images)
     signature = "another" if change == "signature" else "signature"
-    with RunRecord(changed, out, signature, resume=change != "no resume") as record:
+    again = [replace(image, depth="scale") for image in images] if change == "depth" else images
+    with RunRecord(again, out, signature, resume=change != "no resume") as record:
         assert record.resumed == 0
         assert record.set_aside == tmp_path / "run.csv.journal.old"
+
+
+@pytest.mark.parametrize("change", ["one is deleted", "order", "one is replaced", "one is new"])
+def test_another_list_of_images_keeps_the_captions(tmp_path, images, change):
+    out = tmp_path / "run.csv"
+    with RunRecord(images[:5], out, "signature") as record:
+        for image in images[:4]:
+            record.add(read_caption(image))
+    broken = images[4].path
+    if change == "one is deleted":
+        broken.unlink()
+    elif change == "one is replaced":
+        broken.write_bytes(b"fixed")
+    again = {"one is deleted": images[:4], "order": images[4::-1], "one is replaced": images[:5]}.get(change, images)
+    with RunRecord(again, out, "signature") as record:
+        assert record.set_aside is None
+        assert (record.resumed, record.not_reused) == (4, 0)
+        assert list(record.captions.values()) == [caption(i.id) for i in again if i.id in record.captions]
+
+
+@pytest.fixture
+def files_read(monkeypatch) -> list[str]:
+    """Names of the images that are read for their digests."""
+    read: list[str] = []
+
+    def counted(path: Path) -> str | None:
+        read.append(path.name)
+        return digest_of(path)
+
+    monkeypatch.setattr("engine.run.recall.digest_of", counted)
+    return read
+
+
+def test_images_copied_elsewhere_keep_their_captions(tmp_path, images, files_read):
+    out = tmp_path / "run.csv"
+    with RunRecord(images, out, "signature") as record:
+        for image in images[:4]:
+            record.add(read_caption(image))
+    (tmp_path / "node").mkdir()
+    copies = [replace(image, path=tmp_path / "node" / image.path.name) for image in images]
+    for image, copied in zip(images, copies, strict=True):
+        copied.path.write_bytes(image.path.read_bytes())
+    copies[1].path.write_bytes(b"y")  # of a size that is known
+    copies[5].path.write_bytes(b"of a size that no image has")
+    with RunRecord(copies, out, "signature") as record:
+        assert list(record.captions.values()) == [caption(images[i].id) for i in (0, 2, 3)]
+    assert sorted(files_read) == [f"image {i}.png" for i in range(5)], "only files of a known size are read"
+
+
+def test_a_file_with_its_size_and_time_is_trusted(tmp_path, images, files_read):
+    """Its number and the time of its last status change say nothing on network file systems and after chmod."""
+    out = tmp_path / "run.csv"
+    with RunRecord(images, out, "signature") as record:
+        for image in images:
+            record.add(read_caption(image))
+    images[0].path.chmod(0o600)
+    before = images[1].path.stat()
+    (tmp_path / "new").write_bytes(images[1].path.read_bytes())
+    os.utime(tmp_path / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "new").replace(images[1].path)
+    assert images[1].path.stat().st_ino != before.st_ino
+    os.utime(images[2].path)
+    with RunRecord(images, out, "signature") as record:
+        assert record.resumed == 6
+    assert files_read == ["image 2.png"], "its time has changed, so its bytes are compared"
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_run_ends_though_numbers_and_times_changed(tmp_path, images, update):
+    out = tmp_path / "run.csv"
+    with RunRecord(images, out, "signature", update=update) as record:
+        for image in images:
+            record.add(read_caption(image))
+        images[0].path.chmod(0o600)
+        (tmp_path / "new").write_bytes(images[1].path.read_bytes())
+        (tmp_path / "new").replace(images[1].path)
+        images[2].path.unlink()
+        record.check_unchanged()
+        record.write(Outputs(out, update=update), rows_of(record, Outputs(out)))
+    assert out.exists()
+    with RunRecord(images, out, "signature", update=update) as record:
+        assert record.resumed == (5 if update else 0)
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_other_bytes_end_a_run_whatever_the_times_are(tmp_path, images, update):
+    out, path = tmp_path / "run.csv", images[1].path
+    with RunRecord(images, out, "signature", update=update) as record:
+        for image in images:
+            record.add(read_caption(image))
+        before = path.stat()
+        path.write_bytes(b"y")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(EngineError, match=r"1 images changed during the run \(image 1\.png\)"):
+            record.check_unchanged()
+
+
+def test_prompts_are_part_of_what_is_known(tmp_path, images):
+    out, prompts = tmp_path / "run.csv", {image.id: "a ct" for image in images}
+    with RunRecord(images, out, "signature", prompts=prompts) as record:
+        for image in images[:3]:
+            record.add(read_caption(image))
+    changed = prompts | {images[1].id: "an mri"}
+    with RunRecord(images, out, "signature", prompts=changed) as record:
+        assert sorted(record.captions) == [images[0].id, images[2].id]
+    with RunRecord(images, out, "signature") as record:
+        assert record.resumed == 0
+
+
+def journal_of_an_earlier_version(out: Path, images: list[ImageFile], prompts: dict[str, str] | None) -> None:
+    """Write what earlier versions wrote: the key stands for the list of images, and records have ids alone."""
+    lines = [encode_record({"journal": 1, "key": run_key(images, "signature", prompts)})]
+    for image in images[:4]:
+        status = image.path.stat()
+        record = {"id": image.id, "file": [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]}
+        made = caption(image.id)
+        lines.append(
+            encode_record(record | {"latency_s": made.latency_s, "alternatives": list(map(vars, made.alternatives))})
+        )
+    journal_path(out).write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("has_prompts", [False, True])
+def test_a_journal_of_an_earlier_version_resumes(tmp_path, images, has_prompts):
+    out = tmp_path / "run.csv"
+    prompts = {image.id: "a ct" for image in images} if has_prompts else None
+    journal_of_an_earlier_version(out, images, prompts)
+    with RunRecord(images, out, "signature", prompts=prompts) as record:
+        assert (record.resumed, record.set_aside) == (4, None)
+        record.add(read_caption(images[4]))
+    with RunRecord(images[:5], out, "signature", prompts=prompts) as record:  # it has this version's key now
+        assert list(record.captions.values()) == [caption(image.id) for image in images[:5]]
+    journal_of_an_earlier_version(out, images, prompts)
+    with RunRecord(images[:5], out, "signature", prompts=prompts) as record:
+        assert record.set_aside is not None
+
+
+def test_no_caption_is_kept_once_the_bundle_changed(tmp_path, images):
+    def overwritten() -> None:
+        raise BundleError("overwritten")
+
+    out = tmp_path / "run.csv"
+    with RunRecord(images, out, "signature") as record:
+        record.add(read_caption(images[0]))
+    with RunRecord(images, out, "signature", check_bundle=overwritten) as record:
+        with pytest.raises(BundleError):
+            record.add(read_caption(images[1]))
+        with pytest.raises(BundleError):
+            record.check_unchanged()
+    with RunRecord(images, out, "signature") as record:
+        assert list(record.captions) == [images[0].id]
 
 
 def test_the_journal_goes_when_the_run_is_written_and_stays_when_it_is_not(tmp_path, images):
@@ -208,16 +394,24 @@ def test_the_journal_goes_when_the_run_is_written_and_stays_when_it_is_not(tmp_p
     assert journal.exists()
 
 
+def test_a_header_that_nobody_wrote_is_of_another_run(tmp_path):
+    path = tmp_path / "run.csv.journal"
+    path.write_bytes(encode_record({"journal": 1, "key": ["key"]}) + encode_record({"id": "a"}))
+    assert Journal(path, "key").records == []
+    assert (tmp_path / "run.csv.journal.old").exists()
+
+
 def test_records_nobody_wrote_are_done_again(tmp_path, images):
     """A checksum can be right and the content absurd: such a caption is not believed."""
     out = tmp_path / "run.csv"
     with RunRecord(images, out, "signature") as record:
-        file = record._fingerprints[images[0].id]
-        for absurd in ({}, {"id": []}, {"id": images[0].id, "file": file, "alternatives": 3}):
+        known = {"file": record._fingerprints[images[0].id], "place": str(images[0].path)}
+        for absurd in ({}, {"id": []}, {"place": [], "file": 3}, known | {"prompt": {}, "alternatives": 3}):
             record._journal.append(absurd)
-        record._journal.append({"id": images[0].id, "file": file, "alternatives": []})
-        record._journal.append({"id": images[0].id, "file": file, "alternatives": [{"text": "a"}]})
-        record._journal.append({"id": "a stranger", "file": None, "alternatives": []})
+        for alternatives in (None, 3, [], [{"text": "a"}]):
+            record._journal.append(known | {"id": images[0].id, "alternatives": alternatives})
+        record._journal.append({"id": "a stranger", "place": str(images[1].path), "file": None, "sha256": "0"})
+        record._journal.append(known | {"file": [[], "1"], "sha256": "0"})
     with RunRecord(images, out, "signature") as record:
         assert record.resumed == 0
 
@@ -241,6 +435,44 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert (tmp_path / "run.csv.lock").exists()
     with OutputLock(out):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_a_lock_does_not_follow_a_link(tmp_path):
+    (tmp_path / "precious").write_text("1\n")
+    (tmp_path / "run.csv.lock").symlink_to("precious")
+    with pytest.raises(UsageError, match=r"run\.csv\.lock is a link"), OutputLock(tmp_path / "run.csv"):
+        pass
+    with pytest.raises(UsageError, match=r"run\.csv\.lock is a link"), waiting_lock(tmp_path / "run.csv.lock"):
+        pass
+    assert (tmp_path / "precious").read_text() == "1\n"
+
+
+@pytest.mark.parametrize("content", ["[[package]]\n", "123 456\n", "1" * 100])
+def test_a_file_that_is_not_a_lock_stays(tmp_path, content):
+    (tmp_path / "poetry.lock").write_text(content)
+    with pytest.raises(UsageError, match=r"poetry\.lock is not a lock"), OutputLock(tmp_path / "poetry"):
+        pass
+    assert (tmp_path / "poetry.lock").read_text() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"4711\n", b" 4711\n", b"\0\0\0\0\0"])
+def test_a_dead_runs_lock_is_taken_over(tmp_path, content):
+    (tmp_path / "run.csv.lock").write_bytes(content)
+    with OutputLock(tmp_path / "run.csv") as lock:
+        assert int(lock.path.read_text()) == os.getpid()
+    assert not lock.path.exists()
+
+
+def test_without_file_locks_a_note_says_so(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("filelock.lock_descriptor", refuse)
+    with OutputLock(tmp_path / "run.csv") as lock:
+        assert "has no file locks" in lock.note
+    with waiting_lock(tmp_path / "a.lock"), folder_lock(tmp_path):
         pass
 
 

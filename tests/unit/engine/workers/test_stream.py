@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.captions import Alternative, Caption
-from engine.errors import EngineError, OutOfMemoryError, UsageError
+from engine.errors import BundleError, EngineError, OutOfMemoryError, UsageError
 from engine.inputs.images import ImageFile, find_images
 from engine.inputs.remote import RemoteFolder
 from engine.workers.messages import (
@@ -26,13 +26,13 @@ from engine.workers.stream import CaptionStream, Unreadable
 from tests.helpers.tiny import save_pictures
 
 CAPTION = Caption(
-    "a", (Alternative("A b.", "a b .", (3, 4), -0.1 - 0.2, float.fromhex("-0x1.fffffffffffffp-3")),), 0.1 + 0.2
+    "a", (Alternative("A b.", "a b .", (3, 4), -0.1 - 0.2, float.fromhex("-0x1.fffffffffffffp-3")),), 0.1 + 0.2, "5d41"
 )
 
 
 def test_messages_come_back_as_they_were():
     (back,) = unpack_answer(pack_captions([CAPTION])).captions
-    assert (back, back.latency_s) == (CAPTION, 0.1 + 0.2)
+    assert (back, back.latency_s, back.file_sha256) == (CAPTION, 0.1 + 0.2, "5d41")
     assert unpack_answer(pack_failures({"x": "truncated"})).failures == {"x": "truncated"}
     assert unpack_answer(pack_clipped(["x.png"])).clipped == ("x.png",)
     assert unpack_answer(pack_note("less memory")).note == "less memory"
@@ -83,6 +83,20 @@ def test_callers_at_one_time_get_their_own_images_in_order(images, tiny_captione
     assert [(a.id, str(a.error)) for caller in range(3) for a in answers[caller] if isinstance(a, Unreadable)] == [
         ("05", f"{images[5].path}: not an image, or damaged")
     ]
+
+
+def test_an_overwritten_bundle_ends_a_stream(images, tiny_captioner):
+    checks = iter([None, None])
+
+    def check() -> None:
+        if next(checks, "overwritten") is not None:
+            raise BundleError("overwritten")
+
+    stream = CaptionStream(tiny_captioner, tiny_captioner.bundle.options(), rows=4, check_bundle=check)
+    answers = stream.caption(images[6:])
+    assert [next(answers).id, next(answers).id] == ["06", "07"]
+    with pytest.raises(BundleError, match="overwritten"):
+        next(answers)
 
 
 def test_short_of_memory_a_stream_says_so_and_loses_nothing(images, tiny_captioner, monkeypatch):

@@ -234,7 +234,7 @@ def test_an_image_that_changes_meanwhile_leaves_no_run(job, monkeypatch):
         random_pictures(1, seed=9)[0].save(job.data / "valid" / "case_2.png")
 
     monkeypatch.setattr(Captioner, "caption", changing)
-    with pytest.raises(EngineError, match=r"1 images changed while the run was going on \(case_2\.png\)"):
+    with pytest.raises(EngineError, match=r"1 images changed during the run \(case_2\.png\)"):
         sweep(job, quiet)
     assert not list(job.out.glob("run_beams_*"))[1:]  # the journal alone
 
