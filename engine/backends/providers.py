@@ -71,12 +71,7 @@ KINDS: dict[str, Kind] = {
 
 
 def import_onnxruntime(extra: str) -> Any:
-    """Import onnxruntime or raise BackendError naming the extra that brings it.
-
-    From 1.29 on it reports to its makers over the network, and keeps a number of this machine in the cache folder: it
-    is told not to, unless the user's environment says otherwise. It asks once, when it is imported first.
-    """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    """Import onnxruntime or raise BackendError naming the extra that brings it."""
     try:
         import onnxruntime
     except ImportError as error:
