@@ -29,8 +29,8 @@ def open_bundle(location: Location | None = None) -> Bundle:
     """Read and check the bundle in a directory, at a URI, or the embedded demo.
 
     A bundle at a URI is copied into a cache first, and so is one that is made of links, as in the caches of Hugging
-    Face, DVC and git-annex: runtimes refuse weights outside the graph's folder. Only files with the manifest's sha256
-    are taken. Raises BundleError, see Bundle.load and fetch_bundle.
+    Face, DVC and git-annex: runtimes refuse weights outside the graph's folder, onnx those with hard links, too. Only
+    files with the manifest's sha256 are taken. Raises BundleError, see Bundle.load and fetch_bundle.
     """
     if location is None or (isinstance(location, Path) and not _has_links(location)):
         return Bundle.load(location)
@@ -112,22 +112,13 @@ def _copy(folder: Folder, manifest: bytes, files: dict[str, str], target: Path) 
         draft = Path(unfinished) / "bundle"
         draft.mkdir()
         for name, expected in files.items():
-            _copy_file(folder, name, draft / name)
+            with (draft / name).open("wb") as out:
+                for chunk in _chunks(folder, name):
+                    out.write(chunk)
             if file_sha256(draft / name) != expected:
                 raise BundleError(f"{folder}/{name} {change_of(draft / name)}: copy it again, or export it again")
         (draft / MANIFEST).write_bytes(manifest)
         draft.rename(target)
-
-
-def _copy_file(folder: Folder, name: str, out: Path) -> None:
-    """Copy one file; from a folder of this machine link it if both are on one disk, which takes no space."""
-    if isinstance(folder, Path):
-        with suppress(OSError):
-            os.link(_regular(folder, name), out)
-            return
-    with out.open("wb") as stream:
-        for chunk in _chunks(folder, name):
-            stream.write(chunk)
 
 
 def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
