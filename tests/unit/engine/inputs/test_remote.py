@@ -89,7 +89,7 @@ def test_without_pyarrow_one_sentence_names_the_extra(folder, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     engine.inputs.remote._open.cache_clear()
-    with pytest.raises(EngineError, match=r"is read by pyarrow, which is missing: install the extra \[ray\]$"):
+    with pytest.raises(EngineError, match=r"is read by pyarrow, which is missing: pip install 'pyarrow>=15'$"):
         find_images(RemoteFolder(folder.as_uri()))
 
 
