@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from engine.version import __version__ as __version__
+
+# From 1.29 on ONNX Runtime sends usage events to its makers and stores a device id in the cache folder. It reads this
+# variable once, at its first import, so the variable is set here: export, train and benchmarks import engine first.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["Caption", "Captioner", "DecodeOptions", "EngineError"]
 

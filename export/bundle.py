@@ -16,6 +16,7 @@ from engine.machine.verify import UNRECORDED, Golden, replay, same_on_halves, ve
 from engine.options import options_from
 from engine.runtime import Runtime
 from export.checkpoints.generation import check_supported, ignored_settings
+from export.checkpoints.processor import assumed_settings
 from export.conversion import convert
 from export.graphs.onnx_graphs import write_graphs
 from export.manifest import describe_checkpoint, write_manifest
@@ -43,7 +44,7 @@ def export_bundle(
         raise ExportError(f"{out} exists and is more than a bundle: choose another --out")
     reference = Reference.load(checkpoint, image_size)
     check_supported(reference.model, checkpoint)
-    for line in ignored_settings(checkpoint):
+    for line in (*ignored_settings(checkpoint), *assumed_settings(checkpoint)):
         say(f"note: {line}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:

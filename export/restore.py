@@ -16,7 +16,8 @@ import torch
 from onnx import numpy_helper
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 
-from engine.bundle.manifest import MANIFEST, Bundle
+from engine.bundle.fetch import open_bundle
+from engine.bundle.manifest import MANIFEST
 from engine.cli.group import OneLine
 from engine.cli.shared import PATH
 from engine.errors import EngineError
@@ -26,14 +27,14 @@ from export.graphs.onnx_graphs import FP16_SUFFIX
 
 def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
     """Write the bundle's weights, config, image processor and tokenizer as a Hugging Face directory; return it."""
-    bundle = Bundle.load(bundle_dir)
+    bundle = open_bundle(bundle_dir)
     if bundle.precision != "fp32":
         raise EngineError(f"{bundle_dir} holds weights rounded to {bundle.precision}: restore from the fp32 bundle")
-    source = json.loads((bundle_dir / MANIFEST).read_text(encoding="utf-8"))["restore"]
+    source = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))["restore"]
     model = BlipForConditionalGeneration(BlipConfig.from_dict(source["config"])).eval()
     weights: dict[str, torch.Tensor] = {}
     for name in ("encoder", "decoder"):
-        weights |= _graph_weights(bundle_dir / f"{name}.onnx")
+        weights |= _graph_weights(bundle.path / f"{name}.onnx")
     expected = set(model.state_dict())
     report = model.load_state_dict({n: w for n, w in weights.items() if n in expected}, strict=False)
     model.tie_weights()
@@ -45,7 +46,7 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
     model.save_pretrained(out)
     BlipImageProcessor(**source["image_processor"]).save_pretrained(out)
     BertTokenizerFast(
-        tokenizer_file=str(bundle_dir / "tokenizer.json"),
+        tokenizer_file=str(bundle.path / "tokenizer.json"),
         clean_up_tokenization_spaces=bundle.clean_up_tokenization_spaces,
         **source["tokenizer"],
     ).save_pretrained(out)

@@ -13,7 +13,6 @@ from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.runtime import Runtime
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import onnxruntime before the engine does
 hypothesis.settings.register_profile("long", max_examples=5_000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -20,6 +20,7 @@ from transformers import set_seed
 from engine.errors import DataError, UsageError
 from engine.scoring.base import MetricInputs
 from engine.scoring.profiles import make_metric
+from export.checkpoints.processor import assumed_settings
 from export.manifest import checkpoint_sha256
 from export.reference.huggingface import Reference
 from train.data.check import check_split, drop_unusable, fingerprint
@@ -72,6 +73,8 @@ def finetune(job: Job, say: Say) -> dict[str, Any]:
     set_seed(recipe.seed)
     measured_by = signatures(recipe, job.metrics)
     reference = load_reference(job.checkpoint, recipe)
+    for line in assumed_settings(job.checkpoint):
+        say(f"note: {line}")
     splits = on_first_process(lambda: prepare_data(job.data, recipe, reference, say))
     with locked(job.out, rank):
         resume_from = on_first_process(lambda: begin(job, splits, measured_by, say))

@@ -23,7 +23,7 @@ from engine.backends.ort import OUT_OF_MEMORY as ORT_OUT_OF_MEMORY
 from engine.backends.sessions import check_graphs
 from engine.bundle.graphs import GRAPHS
 from engine.bundle.manifest import Bundle
-from engine.errors import BackendError, EngineError, OutOfMemoryError, UsageError
+from engine.errors import BackendError, EngineError, OutOfMemoryError, UsageError, install_command
 from engine.files.atomic import replace_file
 from engine.files.cache import cache_folder, require_private
 from engine.files.lock import OutputLock
@@ -87,10 +87,7 @@ def import_openvino() -> Any:
         with _without_telemetry():
             import openvino
     except ImportError as error:
-        raise BackendError(
-            f"openvino is not installed ({error}): pip install 'blip-caption-engine[openvino]', or '.[openvino]' in a "
-            "checkout"
-        ) from error
+        raise BackendError(f"openvino is not installed ({error}): {install_command('openvino')}") from error
     release = openvino.__version__.partition("-")[0]
     if tuple(map(int, release.split(".")[:2])) < OLDEST:
         wanted = ".".join(map(str, OLDEST))

@@ -139,9 +139,7 @@ class CudaDevice:
         try:
             from cuda.bindings import runtime
         except ImportError as error:
-            raise BackendError(
-                f"cuda-bindings is not installed ({error}): pip install 'blip-caption-engine[cuda]', or [trt]"
-            ) from error
+            raise BackendError(f"cuda-bindings is not installed ({error}): pip install cuda-bindings") from error
         self._runtime = runtime
         # non-blocking: other users of the legacy default stream in this process would break a capture
         (self._stream,) = self._call(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))

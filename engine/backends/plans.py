@@ -22,7 +22,7 @@ from engine.backends.nvidia import find_gpu
 from engine.backends.shapes import Bounds, ShapeRange, profiles
 from engine.bundle.graphs import GRAPHS
 from engine.bundle.manifest import Bundle
-from engine.errors import BackendError
+from engine.errors import BackendError, install_command
 from engine.files.atomic import file_sha256, replace_file
 from engine.files.cache import cache_folder, require_private
 from engine.files.lock import OutputLock
@@ -70,7 +70,7 @@ def import_builder(builder: str) -> Any:
     name = MODULES[builder]
     if importlib.util.find_spec(name) is None:
         extra = "trt" if builder != PORTABLE else "rtx"
-        raise BackendError(f"{name} is not installed: pip install 'blip-caption-engine[{extra}]'")
+        raise BackendError(f"{name} is not installed: {install_command(extra)}")
     module = importlib.import_module(name)
     if builder != PORTABLE and tuple(map(int, module.__version__.split(".")[:2])) < OLDEST:
         raise BackendError(f"TensorRT {module.__version__} is too old: install {'.'.join(map(str, OLDEST))} or later")

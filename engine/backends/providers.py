@@ -18,7 +18,7 @@ from engine.backends.device import CudaDevice
 from engine.backends.nvidia import clashing_runtimes, find_gpu, refuse_old_driver
 from engine.backends.shapes import Bounds, ShapeRange, profiles
 from engine.bundle.manifest import Bundle
-from engine.errors import BackendError
+from engine.errors import BackendError, install_command
 from engine.files.cache import cache_folder
 from engine.host import processor
 
@@ -71,19 +71,11 @@ KINDS: dict[str, Kind] = {
 
 
 def import_onnxruntime(extra: str) -> Any:
-    """Import onnxruntime or raise BackendError naming the extra that brings it.
-
-    From 1.29 on it reports to its makers over the network, and keeps a number of this machine in the cache folder: it
-    is told not to, unless the user's environment says otherwise. It asks once, when it is imported first.
-    """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    """Import onnxruntime or raise BackendError naming the extra that brings it."""
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError(
-            f"onnxruntime is not installed ({error}): pip install 'blip-caption-engine[{extra}]', "
-            f"or '.[{extra}]' in a checkout"
-        ) from error
+        raise BackendError(f"onnxruntime is not installed ({error}): {install_command(extra)}") from error
     return onnxruntime
 
 
@@ -125,15 +117,13 @@ def require_provider(name: str) -> None:
             raise BackendError(clash)
     for module in kind.modules:
         if importlib.util.find_spec(module) is None:
-            raise BackendError(
-                f"backend {name} needs {module}, which is not installed: pip install 'blip-caption-engine[{name}]'"
-            )
+            raise BackendError(f"backend {name} needs {module}, which is not installed: {install_command(name)}")
     available = import_libraries(name).get_available_providers()
     wanted = kind.providers[0]
     if wanted not in available:
         raise BackendError(
             f"backend {name} needs ONNX Runtime's {wanted}, and the one installed has only {', '.join(available)}: "
-            f"pip uninstall onnxruntime, then pip install 'blip-caption-engine[{name}]'"
+            f"pip uninstall onnxruntime, then {install_command(name)}"
         )
 
 

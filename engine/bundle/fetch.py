@@ -1,28 +1,37 @@
-"""Bundles from a URI, copied once a node into a cache keyed by their manifest's sha256."""
+"""Bundles from a URI or made of links, copied once a node into a cache keyed by their manifest's sha256."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from engine.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Bundle
+from engine.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Bundle, change_of
 from engine.errors import BundleError
+from engine.files.atomic import file_sha256
 from engine.files.cache import cache_root, draft_folder
 from engine.files.lock import waiting_lock
-from engine.inputs.remote import Location, RemoteFile, RemoteFolder
+from engine.inputs.kinds import wrong_content
+from engine.inputs.remote import Location, RemoteFolder
 
 CHUNK_BYTES = 1 << 22
+Folder = RemoteFolder | Path
+"""Where files are copied from: a URI, or a folder of this machine whose entries are links."""
 
 
 def open_bundle(location: Location | None = None) -> Bundle:
-    """Read and check the bundle in a directory, at a URI (copied into a cache first), or the embedded demo.
+    """Read and check the bundle in a directory, at a URI, or the embedded demo.
 
-    Raises BundleError, see Bundle.load and fetch_bundle.
+    A bundle at a URI is copied into a cache first, and so is one that is made of links, as in the caches of Hugging
+    Face, DVC and git-annex: runtimes refuse weights outside the graph's folder, onnx those with hard links, too. Only
+    files with the manifest's sha256 are taken. Raises BundleError, see Bundle.load and fetch_bundle.
     """
-    if not isinstance(location, RemoteFolder):
+    if location is None or (isinstance(location, Path) and not _has_links(location)):
         return Bundle.load(location)
     path = fetch_bundle(location)
     try:
@@ -31,22 +40,34 @@ def open_bundle(location: Location | None = None) -> Bundle:
         return Bundle.load(fetch_bundle(location, anew=True))
 
 
-def fetch_bundle(folder: RemoteFolder, *, anew: bool = False) -> Path:
-    """Return a local copy of the bundle at a URI, made once however many processes of a node ask for it.
+def _has_links(path: Path) -> bool:
+    with suppress(OSError):  # Bundle.load says what is wrong
+        return any(entry.is_symlink() for entry in path.iterdir())
+    return False
+
+
+def fetch_bundle(folder: Folder, *, anew: bool = False) -> Path:
+    """Return a local copy of the bundle at a URI or behind links, made once however many processes ask for it.
 
     Bundle.load checks its files. A copy that is not complete, or any with `anew`, is made again. Raises BundleError
     when there is no bundle or a file is not the manifest's, EngineError when the storage does not answer.
     """
+    manifest = b""
     try:
-        manifest = folder.read(MANIFEST, most_bytes=MAX_MANIFEST_BYTES)
+        manifest = _read(folder)
         files = json.loads(manifest)["files"]
-        plain = {str(name): str(digest) for name, digest in files.items() if Path(name).name == name}
+        plain = {
+            str(name): str(digest) for name, digest in files.items() if Path(name).name == name and "\0" not in name
+        }
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with `python -m export`") from None
     except OSError as error:
         raise BundleError(f"{folder}/{MANIFEST} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BundleError(f"{folder}/{MANIFEST} is not a manifest ({str(error)[:200]}): export it again") from error
+        known = wrong_content(manifest)
+        raise BundleError(
+            f"{folder}/{MANIFEST}: {known or f'not a manifest ({str(error)[:200]}): export it again'}"
+        ) from error
     target = cache_root() / "bundles" / hashlib.sha256(manifest).hexdigest()
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -59,36 +80,56 @@ def fetch_bundle(folder: RemoteFolder, *, anew: bool = False) -> Path:
     return target
 
 
+def _read(folder: Folder) -> bytes:
+    """Return the content of the manifest."""
+    if not isinstance(folder, Path):
+        return folder.read(MANIFEST, most_bytes=MAX_MANIFEST_BYTES)
+    path = _regular(folder, MANIFEST)
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
+    return path.read_bytes()
+
+
+def _regular(folder: Path, name: str) -> Path:
+    """Return the file that a link leads to. Raises FileNotFoundError if it is missing, a pipe, a device or a folder."""
+    path = Path(os.path.realpath(folder / name))
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path
+
+
 def _is_complete(target: Path, manifest: bytes, files: dict[str, str]) -> bool:
     if not target.is_dir() or {entry.name for entry in target.iterdir()} != {MANIFEST, *files}:
         return False
     return (target / MANIFEST).read_bytes() == manifest
 
 
-def _copy(folder: RemoteFolder, manifest: bytes, files: dict[str, str], target: Path) -> None:
-    """Copy into a folder next to the target, which then takes its place: no one finds a half-made copy."""
+def _copy(folder: Folder, manifest: bytes, files: dict[str, str], target: Path) -> None:
+    """Copy into a temporary folder that then replaces the target: an incomplete copy is never opened."""
     shutil.rmtree(target, ignore_errors=True)
     with draft_folder(target) as draft:
         for name, expected in files.items():
-            digest = hashlib.sha256()
             with (draft / name).open("wb") as out:
                 for chunk in _chunks(folder, name):
-                    digest.update(chunk)
                     out.write(chunk)
-            if digest.hexdigest() != expected:
-                raise BundleError(f"{RemoteFile(folder, name)} is not the file of the manifest: export it again")
+            if file_sha256(draft / name) != expected:
+                raise BundleError(f"{folder}/{name} {change_of(draft / name)}: copy it again, or export it again")
         (draft / MANIFEST).write_bytes(manifest)
         draft.rename(target)
 
 
-def _chunks(folder: RemoteFolder, name: str) -> Iterator[bytes]:
-    """Yield a remote file; raise BundleError for whatever goes wrong there, not in the cache."""
-    file = RemoteFile(folder, name)
+def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
+    """Yield a file; raise BundleError for whatever goes wrong there, not in the cache."""
+    left = math.inf
     try:
-        with folder.open(name) as source:
-            while chunk := source.read(CHUNK_BYTES):
+        if isinstance(folder, Path):
+            path = _regular(folder, name)
+            left = path.stat().st_size  # a hostile link may lead to a file without a size that never ends (/proc/kmsg)
+        with path.open("rb") if isinstance(folder, Path) else folder.open(name) as source:
+            while left and (chunk := source.read(int(min(left, CHUNK_BYTES)))):
+                left -= len(chunk)
                 yield chunk
     except FileNotFoundError as error:
         raise BundleError(f"{folder} is not whole: it has no {name}: export it again") from error
     except OSError as error:
-        raise BundleError(f"{file} cannot be read: {error}: run the same command again") from error
+        raise BundleError(f"{folder}/{name} cannot be read: {error}: run the same command again") from error

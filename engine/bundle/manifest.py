@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from engine.bundle.graphs import GRAPHS
 from engine.errors import BundleError, EngineError
 from engine.files.atomic import file_sha256
+from engine.inputs.kinds import HEAD_BYTES, wrong_content
 from engine.options import DecodeOptions, options_from
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ class Bundle:
             raise BundleError(f"{path} cannot be read: {error.strerror}: {error.filename}") from error
         if problems:
             listed = " ".join("; ".join(problems).split())  # names come from the manifest, line breaks and all
-            raise BundleError(f"{path} is damaged: {listed}: export it again")
+            raise BundleError(f"{path} is damaged: {listed}: copy it again, or export it again")
         try:
             bundle = cls(
                 path=path,
@@ -188,7 +189,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     try:
         manifest = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file} is not valid JSON ({str(error)[:200]}): export the bundle again") from error
+        reason = wrong_content(raw) or f"not valid JSON ({str(error)[:200]}): export the bundle again"
+        raise BundleError(f"{file}: {reason}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if type(found) is not int or found not in (*OLDER_FORMATS, FORMAT):
         raise BundleError(
@@ -215,8 +217,15 @@ def _file_problems(path: Path, files: object) -> list[str]:
         elif not file.is_file():
             problems.append(f"{name} is missing")
         elif file_sha256(file) != expected:
-            problems.append(f"{name} has changed")
+            problems.append(f"{name} {change_of(file)}")
     return problems
+
+
+def change_of(file: Path) -> str:
+    """Return in words that a file has not the manifest's sha256, and what it is instead where that is known."""
+    with file.open("rb") as stream:
+        reason = wrong_content(stream.read(HEAD_BYTES))
+    return f"has changed ({reason})" if reason else "has changed"
 
 
 def _dataclass_from_json(kind: type[T], values: Mapping[str, Any]) -> T:

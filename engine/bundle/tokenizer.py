@@ -49,7 +49,11 @@ class CaptionTokenizer:
             self._unknown = self._tokenizer.token_to_id(self._unknown)
         self._special = {bundle.tokens.bos, bundle.tokens.eos, bundle.tokens.pad}
         is_joined = isinstance(self._tokenizer.decoder, WordPiece)
-        self._pieces = _Pieces(self._decoded, bundle.model.vocab_size) if is_joined else None
+        words = (token for token in range(bundle.model.vocab_size) if self._decoded([token]))
+        first_word = next(words, None) if is_joined else None
+        if is_joined and first_word is None:
+            raise BundleError(f"{bundle.path / 'tokenizer.json'}: every token is special: export the bundle again")
+        self._pieces = None if first_word is None else _Pieces(self._decoded, first_word)
 
     def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
         """Return the ids decoding starts from: [DEC], then the prompt's own (BlipForConditionalGeneration.generate)."""
@@ -76,6 +80,11 @@ class CaptionTokenizer:
         ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
         if self._special.intersection(ids):
             raise UsageError(f"{what} {text!r} spells a special token of the tokenizer")
+        if any(token >= self._bundle.model.vocab_size for token in ids):
+            raise UsageError(
+                f"{what} {text!r} holds a token that the model of {self._bundle.path} has no embedding for (its "
+                f"vocabulary has {self._bundle.model.vocab_size} entries, the tokenizer more): choose other words"
+            )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -99,9 +108,10 @@ class _Pieces(dict[int, str]):
     The library is asked once for each token: asked for each caption, it takes as long as choosing the caption's beams.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], vocab_size: int) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], first_word: int) -> None:
+        """`first_word` is any token that is not special."""
         self._decode = decode
-        self._before = next(token for token in range(vocab_size) if decode([token]))
+        self._before = first_word
         self._firsts: dict[int, str] = {}
 
     def first(self, token: int) -> str:

@@ -29,19 +29,33 @@ class OneLine(click.Command):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except EngineError as error:
+        except (EngineError, ImportError) as error:
+            _end_if_interrupted(error)
+            if isinstance(error, ImportError):
+                raise
             _stop(_one_line(error), error.exit_code)
         except click.UsageError as error:
             _stop(error.format_message(), UsageError.exit_code)
         except KeyboardInterrupt as error:
-            say(STOPPED)
-            end(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
+            _end_if_interrupted(error)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             # our own files are named when they cannot be written: a full disk without a name is what we print to
             where = error.filename or ("standard output" if error.errno == errno.ENOSPC else None)
             _stop(f"{error.strerror or error}{f': {where}' if where else ''}", EngineError.exit_code)
+
+
+def _end_if_interrupted(error: BaseException) -> None:
+    """End the process if Ctrl-C or SIGTERM caused an error: a library written in C that is interrupted while it is
+    imported (pybind11) raises ImportError from the KeyboardInterrupt, as if it were not installed.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            say(STOPPED)
+            end(TERMINATED if isinstance(cause, Terminated) else INTERRUPTED)
+        cause = cause.__cause__ or cause.__context__
 
 
 class Group(click.Group):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from engine.errors import EngineError, UsageError
+from engine.errors import EngineError, UsageError, install_command
 from engine.host import available_cores
 
 LOCAL, ANY = "local", "auto"
@@ -39,7 +39,7 @@ def require_ray() -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        raise EngineError(f"--ray needs the package ray ({error}): install the extra [ray]") from None
+        raise EngineError(f"--ray needs the package ray ({error}): {install_command('ray')}") from None
     return ray
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.errors import EngineError
+from engine.errors import EngineError, install_command
 from engine.inputs.kinds import HEAD_BYTES, kind_of
 
 MAX_PIXELS = 40_000_000
@@ -40,9 +40,7 @@ def require_pydicom() -> Any:
     try:
         import pydicom.pixels
     except ImportError as error:
-        raise EngineError(
-            f"DICOM files need pydicom ({error}): pip install 'blip-caption-engine[dicom]', or '.[dicom]' in a checkout"
-        ) from error
+        raise EngineError(f"DICOM files need pydicom ({error}): {install_command('dicom')}") from error
     # Warnings quote values of tags, and a damaged file is reported by us.
     warnings.filterwarnings("ignore", module=r"pydicom\b")
     return pydicom

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from engine.errors import EngineError, UsageError
+from engine.errors import EngineError, UsageError, install_command
 
 PLAIN = ("file", "memory")
 """Schemes in which `?` is part of a name; elsewhere it begins options, or a signature that lets its bearer in."""
@@ -116,7 +116,7 @@ def _open(uri: str) -> tuple[Any, str]:
         from pyarrow import fs
     except ImportError:
         raise EngineError(
-            f"{RemoteFolder(uri)} is read by pyarrow, which is missing: install the extra [ray]"
+            f"{RemoteFolder(uri)} is read by pyarrow, which is missing: {install_command('parquet')}"
         ) from None
     try:
         system, base = fs.FileSystem.from_uri(uri)

@@ -10,7 +10,7 @@ from typing import Any
 from engine.backends import BACKENDS, require_backend
 from engine.backends.nvidia import clashing_runtimes
 from engine.bundle.manifest import Bundle
-from engine.errors import EngineError
+from engine.errors import EngineError, install_command
 from engine.host import available_cores, processor
 from engine.options import DECODE_OPTIONS, GENERATION_SETTINGS
 from engine.version import COMPARED_WITH, __version__
@@ -90,7 +90,7 @@ def _extras() -> dict[str, str]:
     states = {}
     for extra, packages in EXTRAS.items():
         missing = [package for package in packages if _version(package) == "not installed"]
-        states[extra] = f"missing: {', '.join(missing)}, install the extra [{extra}]" if missing else "ready"
+        states[extra] = f"missing: {', '.join(missing)}: {install_command(extra)}" if missing else "ready"
     return states
 
 

@@ -17,10 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
+from engine.errors import install_command
 from engine.scoring.base import Items, Measured, UnavailableError, library, mean
 from engine.scoring.preprocess import SIGNATURE
 
-EXTRA = "pip install 'blip-caption-engine[score]', or '.[score]' in a checkout"
+EXTRA = install_command("score")
 ENGLISH = tuple(
     f"-Duser.{name}{use}={value}"
     for use in ("", ".format", ".display")

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import UsageError
+from engine.errors import UsageError, install_command
 from engine.files.atomic import file_sha256
 from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, library, mean, settle_empty
 from engine.scoring.preprocess import SIGNATURE
 
-EXTRA = "pip install 'blip-caption-engine[score-neural]', or '.[score-neural]' in a checkout"
+EXTRA = install_command("score-neural")
 ORGANISERS_BERT = {
     "architectures": ["DebertaForSequenceClassification"],
     "model_type": "deberta",

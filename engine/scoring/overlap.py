@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from engine.errors import install_command
 from engine.scoring.base import Items, Measured, UnavailableError, library, mean, settle_empty
 from engine.scoring.preprocess import SIGNATURE
 
-EXTRA = "pip install 'blip-caption-engine[score]', or '.[score]' in a checkout"
+EXTRA = install_command("score")
 
 
 class Rouge1:

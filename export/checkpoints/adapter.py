@@ -16,7 +16,7 @@ from transformers import BlipForConditionalGeneration
 from engine.errors import CheckpointError
 from engine.files.atomic import file_sha256
 from export.checkpoints.converted import kept_or_made
-from export.checkpoints.files import PICKLE, PICKLE_INDEX, SAFE, SAFE_INDEX, read_json, weight_files
+from export.checkpoints.files import PICKLE, PICKLE_INDEX, SAFE, SAFE_INDEX, read_json, refuse_stand_in, weight_files
 from export.checkpoints.load import load_checkpoint
 
 SETTINGS = "adapter_config.json"
@@ -36,7 +36,12 @@ def base_of(adapter: Path) -> str:
     Raises CheckpointError without one, without weights, and without peft.
     """
     _weights(adapter)
-    base = read_json(adapter / SETTINGS).get("base_model_name_or_path")
+    settings = read_json(adapter / SETTINGS)
+    if settings.get("megatron_config"):  # peft before 0.20 imports whatever module megatron_core names
+        raise CheckpointError(
+            f"{adapter / SETTINGS} asks for Megatron (megatron_config), which is never loaded: remove it"
+        )
+    base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{adapter / SETTINGS} names no base checkpoint (base_model_name_or_path): add it")
     try:
@@ -53,6 +58,7 @@ def _weights(adapter: Path) -> Path:
     found = next((adapter / name for name in WEIGHTS if (adapter / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{adapter} is an adapter without weights: it needs {' or '.join(WEIGHTS)}")
+    refuse_stand_in(found)
     return found
 
 

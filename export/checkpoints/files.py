@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from engine.errors import CheckpointError
+from engine.inputs.kinds import HEAD_BYTES, wrong_content
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -20,8 +21,20 @@ OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack
 """What may lie in a folder instead of weights that can be read."""
 
 
+def refuse_stand_in(path: Path) -> None:
+    """Raise CheckpointError for a file that is empty, or a Git LFS pointer or an HTML page instead of its content."""
+    try:
+        with path.open("rb") as stream:
+            reason = wrong_content(stream.read(HEAD_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if reason is not None:
+        raise CheckpointError(f"{path}: {reason}")
+
+
 def read_json(path: Path) -> dict:
     """Return a JSON object, with or without byte order mark. Raises CheckpointError naming the file."""
+    refuse_stand_in(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -73,6 +86,7 @@ def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file. Raises CheckpointError."""
+    refuse_stand_in(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
@@ -83,6 +97,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a file of torch.save, by torch's weights-only unpickler: nothing else is loaded, no code
     runs. Raises CheckpointError naming what the file asked for instead.
     """
+    refuse_stand_in(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

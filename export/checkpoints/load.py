@@ -27,6 +27,8 @@ OTHER_HEADS = {
     "text_projection.": "a retrieval checkpoint",
 }
 """Names of BLIP's other models, which caption nothing."""
+MOST_NAMED = 5
+"""Checkpoints of a run that an error lists: the last ones."""
 
 
 def load_checkpoint(directory: Path, image_size: int | None = None) -> BlipForConditionalGeneration:
@@ -39,6 +41,7 @@ def load_checkpoint(directory: Path, image_size: int | None = None) -> BlipForCo
     """
     config = read_config(directory)
     weights = clean_names(read_weights(weight_files(directory)), directory)
+    refuse_broken_numbers(weights, directory)
     model = build_model(config, weights, directory)
     apply_settings(model, directory)
     if image_size is not None:
@@ -74,16 +77,38 @@ def read_config(directory: Path) -> BlipConfig:
         raise CheckpointError(f"{path}: text_config.is_decoder is false, so the text model cannot look at an image")
     if "auto_map" in raw:
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
-    return BlipConfig.from_dict({name: value for name, value in raw.items() if value is not None})
+    try:
+        return BlipConfig.from_dict(_without_kernels({name: value for name, value in raw.items() if value is not None}))
+    except Exception as error:  # each setting that transformers does not understand raises in its own way
+        raise CheckpointError(f"{path} cannot be used: {' '.join(str(error).split())[:200]}") from error
+
+
+def _without_kernels(raw: dict) -> dict:
+    """Return the settings of config.json without those that choose a kernel, at the top or in a part's configuration.
+
+    transformers 4.56 to 5.2 loads code from the hub if `_attn_implementation` or `_attn_implementation_internal` is an
+    id such as `owner/kernel` and the package `kernels` is installed (CVE-2026-4372).
+    """
+    return {
+        name: _without_kernels(value) if isinstance(value, dict) else value
+        for name, value in raw.items()
+        if not name.lstrip("_").startswith(("attn_implementation", "experts_implementation"))
+    }
 
 
 def _what_it_is(directory: Path) -> str:
-    """Say why a folder without config.json is none, and what to do."""
+    """Return why a folder without config.json is not a checkpoint, and what to give instead."""
+    if not directory.is_dir():
+        return "no such folder"
     if (directory / "adapter_config.json").is_file():
         return "it is an adapter (LoRA or the like), and a base must be a whole model"
     originals = sorted(path.name for pattern in ("*.pth", "*.pt") for path in directory.glob(pattern))
     if originals:
         return f"it has no config.json; a file of BLIP's first authors is given itself: {directory / originals[0]}"
+    names = (path.parent.name for path in directory.glob("*/config.json"))
+    inside = sorted(names, key=lambda name: (len(name), name))  # checkpoint-1000 after checkpoint-500
+    if inside:
+        return f"it has no config.json, its folders have: give one of {', '.join(inside[-MOST_NAMED:])}"
     return "it has no config.json"
 
 
@@ -96,6 +121,23 @@ def clean_names(weights: Mapping[str, torch.Tensor], source: Path) -> dict[str, 
         if any(name.startswith(start) for name in named):
             raise CheckpointError(f"{source} is {what} of BLIP, which captions nothing: take a captioning checkpoint")
     return {name: tensor.float() for name, tensor in named.items() if not name.endswith(NO_WEIGHTS)}
+
+
+def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite, or if all weights of the encoder or the decoder are 0."""
+    broken = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in weights.items()}
+    broken = {name: count for name, count in broken.items() if count}
+    if broken:
+        total, first = sum(broken.values()), next(iter(broken))
+        raise CheckpointError(
+            f"{source}: {total} weight{' is' if total == 1 else 's are'} NaN or infinite (in {first}"
+            f"{f' and {len(broken) - 1} more tensors' if len(broken) > 1 else ''}): the training diverged, take an "
+            "earlier checkpoint"
+        )
+    for part in ("vision_model.", "text_decoder."):
+        tensors = [tensor for name, tensor in weights.items() if name.startswith(part)]
+        if tensors and not any(bool(tensor.any()) for tensor in tensors):
+            raise CheckpointError(f"{source}: all weights of {part[:-1]} are 0: save the trained model again")
 
 
 def _common_prefix(names: Iterable[str]) -> str | None:

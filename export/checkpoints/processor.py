@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ def read_processor(directory: Path) -> ProcessorSettings:
     return ProcessorSettings(settings[0], found[0][0])
 
 
+def assumed_settings(directory: Path) -> list[str]:
+    """Return a line about a checkpoint without an image processor: the settings are BLIP's own, and may be wrong."""
+    if read_processor(directory).file is not None:
+        return []
+    return [
+        f"{directory} has no {OWN_FILE}: images are resized and normalised with BLIP's own settings (bicubic, its mean "
+        "and std); if the model was trained with others, copy the file from the checkpoint the training started from"
+    ]
+
+
 def _candidates(directory: Path) -> list[tuple[Path, dict[str, Any] | None]]:
     own, nesting = directory / OWN_FILE, directory / NESTING_FILE
     nested = read_json(nesting).get("image_processor") if nesting.is_file() else None
@@ -95,6 +106,14 @@ def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         values["do_convert_rgb"] = True  # every picture is made RGB, as generate's callers do
     for name in ("image_mean", "image_std"):
         values[name] = _channels(path, name, values[name])
+    above_zero = {"image_std": values["image_std"], "rescale_factor": [values["rescale_factor"]]}
+    for name, numbers in ({"image_mean": values["image_mean"]} | above_zero).items():
+        is_valid = all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
+        if not is_valid or (name in above_zero and min(numbers) <= 0):
+            raise CheckpointError(
+                f"{path}: {name} is {values[name]!r}, it must be finite{' and above 0' if name in above_zero else ''}: "
+                "copy the file from the checkpoint that the training started from"
+            )
     if values["resample"] not in range(6):
         raise CheckpointError(f"{path}: resample {values['resample']!r} is no filter of Pillow (0 to 5)")
     if not values["do_resize"]:
@@ -109,6 +128,8 @@ def _size(path: Path, size: Any) -> dict[str, int]:
         size = {"height": size, "width": size}
     if not isinstance(size, dict) or not {"height", "width"} <= set(size):
         raise CheckpointError(f"{path} gives the size {size!r}: BLIP needs a height and a width in pixels")
+    if not all(type(size[name]) in (int, float) and 1 <= size[name] < math.inf for name in ("height", "width")):
+        raise CheckpointError(f"{path} gives the size {size!r}: a height and a width are numbers of at least 1")
     return {name: int(size[name]) for name in ("height", "width")}
 
 

@@ -8,17 +8,59 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.errors import CheckpointError
-from export.checkpoints.files import read_json
+from export.checkpoints.files import read_json, refuse_stand_in
 
+FILES = ("tokenizer.json", "vocab.txt")
+"""Either is enough."""
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """Return the fast tokenizer of a checkpoint. Raises CheckpointError without a usable one."""
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise CheckpointError(f"{directory} has no usable tokenizer: add tokenizer.json")
+def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Return the fast tokenizer of a checkpoint, whose model has `vocab_size` token embeddings.
+
+    Raises CheckpointError without a usable tokenizer, or for one with ids that the model has no embedding for. Code of
+    the checkpoint is never run.
+    """
+    if not any((directory / name).is_file() for name in FILES):
+        raise CheckpointError(_missing(directory))
+    for name in (*FILES, *SETTINGS):
+        if (directory / name).is_file():
+            refuse_stand_in(directory / name)
+    tokenizer = _read(directory)
+    entries = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if vocab_size is not None and entries > vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {entries} entries, the model {vocab_size} token embeddings: call "
+            "model.resize_token_embeddings(len(tokenizer)), train the new ones and save the model again"
+        )
+    if all(id_ in tokenizer.added_tokens_decoder for id_ in tokenizer.get_vocab().values()) and all(
+        token.special for token in tokenizer.added_tokens_decoder.values()
+    ):
+        raise CheckpointError(
+            f"{directory}: every token of the tokenizer is special, so that all captions would be empty: mark only "
+            "tokens such as [DEC] as special"
+        )
+    return tokenizer
+
+
+def _missing(directory: Path) -> str:
+    """Return what to do about a checkpoint without a tokenizer: Trainer saves it only if it is given the processor."""
+    config = directory / "config.json"
+    base = (read_json(config).get("_name_or_path") if config.is_file() else None) or "BASE"
+    return (
+        f"{directory} has no tokenizer (tokenizer.json or vocab.txt): copy it and preprocessor_config.json from the "
+        f"checkpoint that the training started from, as in AutoProcessor.from_pretrained({str(base)!r})"
+        f".save_pretrained({str(directory)!r})"
+    )
+
+
+def _read(directory: Path) -> PreTrainedTokenizerFast:
+    path = directory / "tokenizer_config.json"
+    if path.is_file() and "auto_map" in read_json(path):
+        raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, use_fast=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, use_fast=True, trust_remote_code=False)
     except Exception as error:
         if not (directory / "tokenizer.json").is_file():
             reason = " ".join(str(error).split())[:200]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from engine.errors import CheckpointError
 from engine.machine.verify import UNRECORDED, Golden
 from engine.options import options_from
 from export.reference.huggingface import Reference
@@ -60,6 +61,8 @@ def record_golden(reference: Reference) -> Golden:
         if setting is settings[-1]:
             setting |= {"bad_words_ids": _first_words(all_ids[0], reference)}
         captions = [best for best, *_ in reference.generate(pixel_values, options_from({}, setting))]
+        if not all(c.score is None or np.isfinite(c.score) for c in captions):
+            raise CheckpointError("the model's scores are NaN or infinite: its weights are too large, or damaged")
         ids = np.full((len(captions), max(len(c.ids) for c in captions)), UNRECORDED, np.int64)
         for row, c in zip(ids, captions, strict=True):
             row[: len(c.ids)] = c.ids

@@ -42,7 +42,7 @@ class Reference:
         processor = read_processor(checkpoint).build()
         size = model.config.vision_config.image_size
         processor.size = {"height": size, "width": size}
-        return cls(model, processor, read_tokenizer(checkpoint))
+        return cls(model, processor, read_tokenizer(checkpoint, model.config.text_config.vocab_size))
 
     def pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
         """Return what the processor makes of RGB pictures: f32[B,3,height,width]."""

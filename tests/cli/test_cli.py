@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from engine.bundle.manifest import Bundle
 from engine.captions import Caption
 from engine.cli.app import main
+from engine.errors import PACKAGES, install_command
 from engine.run.record import RunRecord
 from tests.helpers.tiny import random_pictures, save_pictures
 
@@ -275,7 +277,7 @@ def test_info_says_what_is_missing_and_why():
     assert facts["backends"]["cpu"] == "ready"
     assert facts["backends"]["cuda"] != "ready"
     assert facts["packages"]["numpy"]
-    assert facts["extras"].pop("heic") in ("ready", "missing: pi-heif, install the extra [heic]")
+    assert facts["extras"].pop("heic") in ("ready", "missing: pi-heif: pip install 'pi-heif>=1.0'")
     assert facts["extras"] == dict.fromkeys(("dicom", "parquet", "ray", "score", "score-neural"), "ready")
 
 
@@ -302,7 +304,7 @@ def test_info_says_int8_is_no_faster_only_where_the_processor_is_known_to_lack_v
 def test_info_names_the_extra_of_what_is_missing(monkeypatch):
     monkeypatch.setattr("engine.machine.info.EXTRAS", {"dicom": ("a-package-nobody-has",)})
     facts = json.loads(run("info", "--json").stdout)
-    assert facts["extras"] == {"dicom": "missing: a-package-nobody-has, install the extra [dicom]"}
+    assert facts["extras"] == {"dicom": "missing: a-package-nobody-has: pip install 'pydicom>=3.0'"}
 
 
 def test_a_missing_onnxruntime_is_one_sentence_naming_the_extra(image_dir, tiny_bundle, tmp_path):
@@ -310,8 +312,14 @@ def test_a_missing_onnxruntime_is_one_sentence_naming_the_extra(image_dir, tiny_
     command = [sys.executable, "-c", block, "caption", "--input", image_dir, "--bundle", tiny_bundle]
     done = subprocess.run([*command, "--out", tmp_path / "run.csv"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "pip install 'blip-caption-engine[cpu]'" in done.stderr
+    assert "pip install 'onnxruntime>=" in done.stderr
     assert not (tmp_path / "run.csv").exists()
+
+
+def test_install_commands_name_what_the_extras_bring():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert {extra: list(packages) for extra, packages in PACKAGES.items()} == project["optional-dependencies"]
+    assert install_command("score").startswith("pip install 'rouge-score==0.1.2' 'pycocoevalcap==1.2' ")
 
 
 def test_the_command_works_from_any_directory(image_dir, tiny_bundle, tmp_path):

@@ -41,6 +41,18 @@ def test_no_summary_is_cut_off(group, words):
     assert "..." not in shown.output.partition("Commands:")[2]
 
 
+def with_empty_home(folder: Path, module: str, *arguments: object) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Run `python -m module` with an empty home and no word about telemetry in its environment; return both."""
+    home = folder / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", *CACHES)}
+    paths = {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return home, subprocess.run(
+        command, env=environment | paths, cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
 @pytest.fixture
 def images(tmp_path) -> Path:
     (tmp_path / "images").mkdir()
@@ -58,11 +70,22 @@ def test_captions_of_the_demo_model_are_told_to_be_that(images, tiny_bundle, tmp
 
 def test_captioning_keeps_no_number_of_the_machine_and_reports_to_nobody(images, tiny_bundle, tmp_path):
     """ONNX Runtime would, which shows in the cache folder."""
-    home, arguments = tmp_path / "home", ("caption", "--input", images, "--bundle", tiny_bundle)
-    home.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", *CACHES)}
-    command = [sys.executable, "-m", "engine", *arguments, "--backend", "cpu", "--out", tmp_path / "run.csv"]
-    subprocess.run([str(part) for part in command], env=environment | {"HOME": str(home)}, check=True)
+    arguments = ("caption", "--input", images, "--bundle", tiny_bundle)
+    home, done = with_empty_home(tmp_path, "engine", *arguments, "--backend", "cpu", "--out", tmp_path / "run.csv")
+    assert done.returncode == 0, done.stderr
+    assert list(home.rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "exit_code"),
+    [
+        ("export", ("--checkpoint", "nowhere", "--out", "bundle"), 1),  # imports all there is before it looks
+        ("export.restore", ("--help",), 0),
+    ],
+)
+def test_export_leaves_no_telemetry(module, arguments, exit_code, tmp_path):
+    home, done = with_empty_home(tmp_path, module, *arguments)
+    assert done.returncode == exit_code, done.stderr
     assert list(home.rglob("*")) == []
 
 

@@ -251,7 +251,9 @@ def test_without_ray_one_sentence_names_the_extra(image_dir, tiny_bundle, tmp_pa
     monkeypatch.setattr(builtins, "__import__", without_ray)
     result = caption(image_dir, tiny_bundle, tmp_path / "run.csv")
     assert result.exit_code == 1
-    assert result.stderr == "error: --ray needs the package ray (No module named 'ray'): install the extra [ray]\n"
+    assert (
+        result.stderr == "error: --ray needs the package ray (No module named 'ray'): pip install 'ray[data]>=2.60'\n"
+    )
 
 
 def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there():

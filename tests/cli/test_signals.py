@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -9,9 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
-from engine.cli.signals import INTERRUPTED, TERMINATED
+from engine.backends.providers import import_onnxruntime
+from engine.cli.group import OneLine
+from engine.cli.signals import INTERRUPTED, TERMINATED, Terminated
 from tests.helpers.processes import is_running
 
 PROGRAM = """
@@ -99,6 +104,24 @@ def test_a_command_ends_whatever_it_waits_for(what):
                 break
             time.sleep(0.05)
         assert not is_running(below)
+
+
+@pytest.mark.parametrize(("signal_error", "exit_code"), [(KeyboardInterrupt, INTERRUPTED), (Terminated, TERMINATED)])
+@pytest.mark.parametrize("is_caught", [True, False])
+def test_a_stop_during_an_import_is_a_stop(signal_error, exit_code, is_caught, tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime.py").write_text(
+        "from engine.cli.signals import Terminated\n"
+        f"raise ImportError('initialization failed') from {signal_error.__name__}()\n"  # as pybind11 does
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+
+    @click.command(cls=OneLine)
+    def command() -> None:
+        import_onnxruntime("cpu") if is_caught else importlib.import_module("onnxruntime")
+
+    done = CliRunner().invoke(command)
+    assert (done.exit_code, done.stderr) == (exit_code, "error: stopped\n")
 
 
 @pytest.mark.parametrize("wait_s", [0.6, 2.0, 4.0])

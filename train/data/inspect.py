@@ -98,9 +98,9 @@ def inspect_directory(
     window_of(high_bit_depth)
     count_tokens = None
     if model is not None:
-        from transformers import AutoTokenizer
+        from export.checkpoints.tokenizer import read_tokenizer  # transformers, which takes seconds to import
 
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = read_tokenizer(model)
         count_tokens = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
     splits = read_dataset(data, unpack_into=unpack_into)
     stats = inspect_dataset(splits, count_tokens=count_tokens)

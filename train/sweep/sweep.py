@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.errors import BundleError, UsageError
@@ -148,14 +149,14 @@ def prepare_bundle(job: Sweep, say: Say) -> Bundle:
     if job.checkpoint is None:
         if job.bundle is None:
             raise UsageError("a sweep needs a model: --checkpoint DIR, or --bundle DIR")
-        return _of_size(Bundle.load(job.bundle), job.image_size)
+        return _of_size(open_bundle(job.bundle), job.image_size)
     from export.bundle import export_bundle
     from export.checkpoints.processor import read_processor
     from export.manifest import checkpoint_sha256
 
     digest = checkpoint_sha256(job.checkpoint)
     if job.bundle is not None:
-        bundle = _of_size(Bundle.load(job.bundle), job.image_size)
+        bundle = _of_size(open_bundle(job.bundle), job.image_size)
         if bundle.checkpoint.get("sha256") != digest:
             raise UsageError(f"{job.bundle} was not exported from {job.checkpoint}: leave one of the two out")
         return bundle

@@ -13,13 +13,20 @@ import onnx
 import pytest
 
 from engine.backends import open_backend
+from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
 from engine.errors import BackendError, BundleError, EngineError
 from engine.files.atomic import file_sha256
+from engine.inputs.remote import RemoteFolder
 from engine.machine.verify import verify
 from engine.runtime import CPU_BACKENDS, Runtime
 
 IMAGE = {"height": 32, "width": 32, "resample": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+STAND_INS = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n": "a Git LFS pointer instead of the file",
+    b"<!DOCTYPE html><html>404": "an HTML page instead of the file",
+    b"": "empty file",
+}
 CPU = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
 
@@ -72,11 +79,59 @@ def test_a_manifest_that_is_not_one_is_refused(content, bundle_copy):
         Bundle.load(bundle_copy)
 
 
-def test_links_are_not_followed(bundle_copy, tmp_path):
-    (bundle_copy / "golden.npz").rename(tmp_path / "golden.npz")
-    (bundle_copy / "golden.npz").symlink_to(tmp_path / "golden.npz")
+@pytest.fixture
+def linked(tiny_bundle, tmp_path, monkeypatch) -> Path:
+    """A bundle as Hugging Face's cache keeps it: links to files named by their hash; git-annex gives each a folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, blobs = tmp_path / "snapshots/main", tmp_path / "blobs"
+    folder.mkdir(parents=True)
+    for file in tiny_bundle.iterdir():
+        blob = blobs / file_sha256(file) / "blob"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        (folder / file.name).symlink_to(Path("../../blobs") / blob.parent.name / "blob")
+    (folder / ".gitattributes").write_text("*.data filter=lfs\n")
+    return folder
+
+
+@CPU
+def test_a_bundle_of_links_runs(backend, linked, tiny_bundle):
+    bundle = open_bundle(linked)
+    assert bundle.digest == Bundle.load(tiny_bundle).digest
+    assert all(check.passed for check in verify(bundle, open_backend(bundle, Runtime(backend))))
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        ("/etc/passwd", r"golden\.npz has changed"),
+        ("/dev/zero", r"is not whole: it has no golden\.npz"),
+        ("/proc/version", r"golden\.npz has changed \(empty file"),  # as every file of /proc it claims to have no bytes
+        ("golden.npz", r"is not whole: it has no golden\.npz"),
+        ("nowhere", r"is not whole: it has no golden\.npz"),
+    ],
+)
+def test_hostile_links_in_a_bundle_are_refused(target, sentence, linked, tmp_path):
+    (linked / "golden.npz").unlink()
+    (linked / "golden.npz").symlink_to(target)
+    with pytest.raises(BundleError, match=sentence):
+        open_bundle(linked)
+    assert not list((tmp_path / "cache").rglob("golden.npz"))
+
+
+def test_a_folder_to_run_holds_no_links(linked):
     with pytest.raises(BundleError, match=r"golden\.npz is a link"):
-        Bundle.load(bundle_copy)
+        Bundle.load(linked)
+
+
+@pytest.mark.parametrize("content", STAND_INS)
+@pytest.mark.parametrize("name", ["decoder.onnx.data", "manifest.json"])
+def test_stand_ins_for_files_of_a_bundle_are_named(name, content, bundle_copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (bundle_copy / name).write_bytes(content)
+    for place in (bundle_copy, RemoteFolder(bundle_copy.as_uri())):
+        with pytest.raises(BundleError, match=f"{name}.*{STAND_INS[content]}"):
+            open_bundle(place)
 
 
 def test_files_nobody_vouches_for_are_refused(bundle_copy):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer, clean_up, detokenise
+from engine.errors import BundleError, UsageError
 from engine.files.run_files import format_row, write_run
 
 BUNDLE = Bundle.load()
@@ -43,6 +46,24 @@ def test_captions_joined_from_pieces_are_what_the_library_decodes(ids):
     tokens = BUNDLE.tokens
     words = [i for i in ids if i not in (tokens.bos, tokens.eos, tokens.pad)]
     assert TOKENIZER.decode(ids) == clean_up(TOKENIZER._tokenizer.decode(words, skip_special_tokens=True))
+
+
+def test_a_prompt_beyond_the_models_vocabulary_is_refused():
+    size = TOKENIZER.prompt_ids("hippocampus")[-1]
+    smaller = CaptionTokenizer(replace(BUNDLE, model=replace(BUNDLE.model, vocab_size=size)))
+    with pytest.raises(UsageError, match=r"the prompt 'a hippocampus' holds a token that the model of .* no embedding"):
+        smaller.prompt_ids("a hippocampus")
+    with pytest.raises(UsageError, match="the banned word 'hippocampus' holds a token"):
+        smaller.bad_words_ids(["hippocampus"])
+    assert len(CaptionTokenizer(replace(BUNDLE, model=replace(BUNDLE.model, vocab_size=30524))).prompt_ids("a")) == 2
+
+
+def test_a_tokenizer_of_special_tokens_only_is_refused(tmp_path):
+    content = json.loads((BUNDLE.path / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {token["content"]: token["id"] for token in content["added_tokens"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=r"tokenizer\.json: every token is special"):
+        CaptionTokenizer(replace(BUNDLE, path=tmp_path))
 
 
 def test_clean_up_follows_transformers():

@@ -89,7 +89,7 @@ def test_without_pyarrow_one_sentence_names_the_extra(folder, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     engine.inputs.remote._open.cache_clear()
-    with pytest.raises(EngineError, match=r"is read by pyarrow, which is missing: install the extra \[ray\]$"):
+    with pytest.raises(EngineError, match=r"is read by pyarrow, which is missing: pip install 'pyarrow>=15'$"):
         find_images(RemoteFolder(folder.as_uri()))
 
 
@@ -129,13 +129,13 @@ def test_a_bundle_that_is_none_or_not_whole_is_refused(tiny_bundle, tmp_path, mo
     for path in tiny_bundle.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
     (other / "encoder.onnx").write_bytes(b"other")
-    with pytest.raises(BundleError, match=r"encoder\.onnx is not the file of the manifest"):
+    with pytest.raises(BundleError, match=r"encoder\.onnx has changed"):
         open_bundle(RemoteFolder(other.as_uri()))
     (other / "encoder.onnx").unlink()
     with pytest.raises(BundleError, match=r"is not whole: it has no encoder\.onnx: export it again"):
         open_bundle(RemoteFolder(other.as_uri()))
     (other / MANIFEST).write_text("{")
-    with pytest.raises(BundleError, match="is not a manifest"):
+    with pytest.raises(BundleError, match="not a manifest"):
         open_bundle(RemoteFolder(other.as_uri()))
 
 

@@ -83,6 +83,8 @@ def test_an_adapter_in_a_pickle_is_read_by_the_weights_only_unpickler(adapter):
         (lambda adapter: edit(adapter, r=3), "cannot be merged into"),
         (lambda adapter: (adapter / "adapter_model.safetensors").unlink(), "an adapter without weights"),
         (lambda adapter: (adapter / "adapter_model.safetensors").write_bytes(b"x" * 99), "cannot be merged into"),
+        (lambda adapter: (adapter / "adapter_model.safetensors").write_bytes(b""), "safetensors: empty file"),
+        (lambda adapter: edit(adapter, megatron_config={"x": 1}, megatron_core="evil"), "asks for Megatron"),
     ],
 )
 def test_what_cannot_be_merged_is_one_line(damage, sentence, adapter):

@@ -15,11 +15,14 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 from engine.errors import CheckpointError
 from export.checkpoints.files import weight_files
 from export.checkpoints.find import find_checkpoint
-from export.checkpoints.load import HEAD, WORDS, load_checkpoint
+from export.checkpoints.load import HEAD, WORDS, load_checkpoint, read_config
 from export.checkpoints.original import HEAD_WIDTH, read_sizes
-from export.checkpoints.processor import read_processor
+from export.checkpoints.processor import assumed_settings, read_processor
 from export.checkpoints.tokenizer import read_tokenizer
 from export.manifest import checkpoint_sha256
+from export.reference.golden import record_golden
+from export.reference.huggingface import Reference
+from tests.helpers.tiny import WORDS as ALL_WORDS
 
 
 @pytest.fixture
@@ -275,3 +278,125 @@ def test_a_file_of_the_first_authors_is_the_model_that_it_was_made_from(tmp_path
     torch.save({"model": theirs | {"text_encoder.x": torch.zeros(1)}}, tmp_path / "model_base_vqa.pth")
     with pytest.raises(CheckpointError, match="a question answering or retrieval checkpoint of BLIP"):
         find_checkpoint(str(tmp_path / "model_base_vqa.pth"))
+
+
+FIRST = "text_decoder.bert.encoder.layer.0.output.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda w: w[FIRST].view(-1)[:1].fill_(float("nan")), f"1 weight is NaN or infinite \\(in {FIRST}\\)"),
+        (lambda w: w["vision_model.post_layernorm.bias"].fill_(float("inf")), r"24 weights are .*post_layernorm"),
+        (
+            lambda w: [tensor.zero_() for name, tensor in w.items() if name.startswith("text_")],
+            "all weights of text_decoder are 0",
+        ),
+    ],
+    ids=["nan", "infinite", "zero"],
+)
+def test_weights_of_a_diverged_training_are_refused(damage, sentence, checkpoint, weights):
+    damage(weights)
+    save_file(weights, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=sentence):
+        load_checkpoint(checkpoint)
+
+
+def test_weights_that_overflow_are_refused_by_the_export(checkpoint, weights):
+    weights[FIRST].fill_(1e38)
+    save_file(weights, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match="scores are NaN or infinite"):
+        record_golden(Reference.load(checkpoint))
+
+
+STAND_INS = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n": "git lfs pull",
+    b"<!DOCTYPE html><html>404": "an HTML page instead of the file",
+    b"": "empty file",
+}
+
+
+@pytest.mark.parametrize("content", STAND_INS)
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json", "special_tokens_map.json"],
+)
+def test_stand_ins_for_files_are_named(name, content, checkpoint):
+    if name == "pytorch_model.bin":
+        (checkpoint / "model.safetensors").unlink()
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name}: .*{STAND_INS[content]}"):
+        Reference.load(checkpoint)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint, tiny_checkpoint):
+    tokenizer = read_tokenizer(tiny_checkpoint)
+    tokenizer.add_tokens(["hippocampus"])
+    tokenizer.save_pretrained(checkpoint)
+    with pytest.raises(CheckpointError, match=r"has 67 entries, the model 66 .*resize_token_embeddings"):
+        Reference.load(checkpoint)
+
+
+def test_a_tokenizer_of_special_tokens_only_is_refused(checkpoint):
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    template, named = content["added_tokens"][0], {token["content"] for token in content["added_tokens"]}
+    rest = [template | {"id": content["model"]["vocab"][word], "content": word} for word in {*ALL_WORDS} - named]
+    edit_json(checkpoint / "tokenizer.json", added_tokens=content["added_tokens"] + rest)
+    with pytest.raises(CheckpointError, match="every token of the tokenizer is special"):
+        read_tokenizer(checkpoint)
+
+
+def test_code_of_a_tokenizer_is_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers asks whether to run the code
+    (checkpoint / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    edit_json(
+        checkpoint / "tokenizer_config.json",
+        tokenizer_class="Evil",
+        auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    )
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json asks for custom code"):
+        read_tokenizer(checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_attention_kernels_of_a_config_are_dropped(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    names = ("_attn_implementation", "_attn_implementation_internal", "attn_implementation")
+    kernels = dict.fromkeys(names, "owner/kernel")
+    parts = {name: config[name] | kernels for name in ("text_config", "vision_config")}
+    edit_json(checkpoint / "config.json", **parts, **kernels)
+    assert "owner/kernel" not in str(vars(read_config(checkpoint)))
+    assert "owner/kernel" not in str(vars(read_config(checkpoint).text_config))
+    load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("file", "setting", "value"),
+    [
+        ("preprocessor_config.json", "image_std", [0, 0.2, 0.2]),
+        ("preprocessor_config.json", "image_mean", [float("nan"), 0.2, 0.2]),
+        ("preprocessor_config.json", "rescale_factor", "x"),
+        ("preprocessor_config.json", "size", {"height": "x", "width": -3}),
+        ("config.json", "dtype", "__import__"),
+    ],
+)
+def test_settings_without_a_meaning_are_one_line(file, setting, value, checkpoint):
+    edit_json(checkpoint / file, **{setting: value})
+    with pytest.raises(CheckpointError, match=f"{file}.*") as found:
+        load_checkpoint(checkpoint)
+    assert "\n" not in str(found.value)
+
+
+def test_what_trainer_leaves_names_what_is_missing(checkpoint, tmp_path):
+    assert assumed_settings(checkpoint) == []
+    for file in checkpoint.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer .* AutoProcessor\.from_pretrained\('BASE'\)"):
+        Reference.load(checkpoint)
+    (note,) = assumed_settings(checkpoint)
+    assert "has no preprocessor_config.json" in note
+    for step in (500, 1000):
+        shutil.copytree(checkpoint, tmp_path / f"run/checkpoint-{step}")
+    with pytest.raises(CheckpointError, match="give one of checkpoint-500, checkpoint-1000"):
+        load_checkpoint(tmp_path / "run")
