@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.errors import EngineError
 from engine.files.atomic import file_sha256, write_atomically
 from engine.scoring.base import Items, Measured
-from engine.scoring.overlap import COMBINE
+from engine.scoring.profiles import COMBINE
 from engine.scoring.score import ScoreReport
 from engine.version import __version__
 

@@ -53,7 +53,8 @@ def test_bertscore_is_bert_scores_own(idf, layer):
         idf_sents=[one for several in references for one in several] if idf else None,
         nthreads=0,
     )
-    expected = scorer.score([preprocess(one) for one in CANDIDATES], references)[2].numpy()
+    pairs = [(preprocess(one), several) for one, several in zip(CANDIDATES, references, strict=True)]
+    expected = np.array([max(scorer.score([c], [r])[2].item() for r in several) for c, several in pairs])
     expected[2] = 1.0  # both empty as they were written: the organisers' rule
     np.testing.assert_allclose(found.per_image, expected, atol=1e-6)
     assert found.per_image[3] == found.per_image[4] == 0.0
@@ -61,6 +62,27 @@ def test_bertscore_is_bert_scores_own(idf, layer):
     signature = metric.signature()
     assert f"layer:{layer or 6}|idf:{'references' if idf else 'no'}|proxy:not the organisers' model" in signature
     assert "model:small-bert@" in signature
+
+
+def test_bertscore_of_a_pair_does_not_depend_on_the_others(tmp_path):
+    """bert-score's own batches do: they pad with zeros, which win where every cosine is negative."""
+    from bert_score import BERTScorer
+    from transformers import BertModel
+
+    folder = folder_of(tmp_path, {}, 512, positions=64)
+    model = BertModel.from_pretrained(folder)
+    model.embeddings.token_type_embeddings.weight.data.zero_()  # a part of every word, which makes cosines positive
+    model.save_pretrained(folder)
+    metric = BertScore(MetricInputs(weights={"bertscore": folder}, batch_size=3))
+    candidates = ["ct", "mri of the brain", "mass", "chest lesion", "the left kidney and the right kidney of"]
+    references = [("mass",), ("chest ct", "mass"), ("the mass of the left lung in the chest",), ("ct mri",), ("mri",)]
+    scorer = BERTScorer(model_type=str(folder), num_layers=2, nthreads=0)
+    found = metric.measure(Items(list("abcde"), candidates, references)).per_image
+    pairs = list(zip(candidates, references, strict=True))
+    alone = [max(scorer.score([c], [r])[2].item() for r in several) for c, several in pairs]
+    np.testing.assert_allclose(found, alone, atol=1e-6)
+    together = scorer.score(candidates, [list(several) for several in references])[2].numpy()
+    assert np.abs(together - alone).max() > 1e-3  # otherwise this test could not fail
 
 
 def test_idf_weights_are_those_of_the_paper():
