@@ -87,8 +87,8 @@ class BertScore:
     def _f1(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float64]:
         """Return the F1 of (candidate, reference) pairs, f64[N], each as if it were alone.
 
-        Pairs are computed together where their lengths in tokens are equal: then nothing is padded, and bert-score's own
-        matching gives each pair the value that it has alone.
+        Pairs are computed together where their lengths in tokens are equal. Then nothing is padded, and bert-score's
+        own matching gives each pair the value that it has alone.
         """
         torch, utils = import_library("torch"), import_library("bert_score.utils")
         vectors = self._vectors({text for pair in pairs for text in pair})

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import UsageError
+from engine.inputs.depth import CLIP
 from engine.scoring.base import Metric, MetricInputs
 from engine.scoring.clip import ClipScore, RefClipScore
 from engine.scoring.meteor import Meteor, MeteorMean, meteor_of_counts
@@ -28,8 +29,8 @@ BUILT_IN: dict[str, Callable[[MetricInputs, Mapping[str, Any]], Metric]] = {
     "meteor": lambda *_: Meteor(),
     "meteor_mean": lambda *_: MeteorMean(),
     "cider": lambda *_: Cider(),
-    "clipscore": lambda setting, _: ClipScore(setting),
-    "refclipscore": lambda setting, _: RefClipScore(setting),
+    "clipscore": lambda setting, options: ClipScore(setting, **_how_read(options)),
+    "refclipscore": lambda setting, options: RefClipScore(setting, **_how_read(options)),
 }
 COMBINE = {**{f"bleu{n}": bleu_of_counts for n in (1, 2, 3, 4)}, "meteor": meteor_of_counts}
 """Corpus metric -> its value from the summed counts of its images."""
@@ -76,6 +77,11 @@ def make_metric(name: str, setting: MetricInputs, options: Mapping[str, Any]) ->
         known = ", ".join([*BUILT_IN, *NEEDS])
         raise UsageError(f"unknown metric {name!r}: there are {known}, and any name given with --plugin NAME=COMMAND")
     return BUILT_IN[name](setting, options)
+
+
+def _how_read(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how images are read, under the names of ClipScore."""
+    return {"frame": options.get("dicom_frame", 0), "depth": options.get("high_bit_depth", CLIP)}
 
 
 def organisers_names(profile: Profile, values: Mapping[str, float | None]) -> dict[str, float | None]:

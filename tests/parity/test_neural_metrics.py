@@ -30,7 +30,8 @@ def small_bert() -> None:
 
 
 def test_a_path_with_t5_in_it_is_not_taken_for_a_t5_model(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile._get_candidate_names", lambda names=iter(["_t5_", "plain", "more"]): names)
+    names = iter(["_t5_", "plain", "more"])
+    monkeypatch.setattr("tempfile._get_candidate_names", lambda: names)
     folder = tmp_path / "part5" / "bert"
     folder.parent.mkdir()
     folder.symlink_to(MINILM.absolute())
