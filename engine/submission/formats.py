@@ -271,11 +271,11 @@ def _first_not_utf8(path: Path, form: Format) -> int:
     """Return the place of the first byte of a submission that is not UTF-8."""
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     with _open(path, form) as text:
-        while chunk := text.buffer.read(1 << 16):
-            begun = len(memoryview(decoder.getstate()[0]))  # bytes of a character that began in the chunk before
+        while chunk := bytes(text.buffer.read(1 << 16)):
+            begun = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
             try:
                 decoder.decode(chunk)
             except UnicodeDecodeError as error:
                 return start - begun + error.start
             start += len(chunk)
-        return start - len(memoryview(decoder.getstate()[0]))
+        return start - len(decoder.getstate()[0])
