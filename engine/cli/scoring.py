@@ -11,7 +11,9 @@ import click
 
 from engine.cli.group import Group
 from engine.cli.shared import PATH, say
-from engine.errors import UsageError
+from engine.errors import EngineError, UsageError
+from engine.inputs.depth import CLIP
+from engine.inputs.depth import HELP as DEPTH_HELP
 
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 PROFILE_NAMES = ("imageclef2024", "imageclef2025", "imageclef2026")
@@ -33,6 +35,8 @@ def _parse_names(context: click.Context, parameter: click.Parameter, value: str 
 
 MEASURING = ("metrics", "weights", "plugin", "device", "batch-size", "bertscore-layer")
 """Options of measuring, which values of --per-image need no more."""
+MATCHING = ("prompt", "prompts", "keep-prompt", "only-common")
+"""Options of bringing a run and references together, which they do not need either."""
 
 
 def metric_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,6 +65,23 @@ def metric_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def matching_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of every command that brings a run and references together."""
+    for option in (
+        click.option("--only-common", is_flag=True, help="Score the ids that run and references both have."),
+        click.option("--keep-prompt", is_flag=True, help="Score captions with the prompt that they begin with."),
+        click.option(
+            "--prompts",
+            type=PATH,
+            help="Table with ID and prompt: score what follows the prompt. The column `prompt` of the run or of the "
+            "references when absent.",
+        ),
+        click.option("--prompt", help="The prompt of all captions: score what follows it."),
+    ):
+        command = option(command)
+    return command
+
+
 def _setting(weights: dict[str, str], plugins: dict[str, str], device: str | None, batch_size: int) -> Any:
     from engine.scoring.base import MetricInputs
 
@@ -75,10 +96,13 @@ def _setting(weights: dict[str, str], plugins: dict[str, str], device: str | Non
 @click.option("--metrics", callback=_parse_names, help="Metrics by name, separated by commas, instead of a profile's.")
 @click.option("--images", type=PATH, help="Folder of the images, for metrics that look at them.")
 @click.option("--recursive", is_flag=True, help="Look for images in the folders of --images, too.")
+@click.option("--dicom-frame", type=click.IntRange(0), default=0, help="Frame of DICOM files, counted from 0.")
+@click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)
 @click.option("--labels", type=PATH, help="Table of labels by ID, for --by.")
 @click.option("--by", "group_by", help="Column of --labels, or of the references, to break the scores down by.")
-@click.option("--out", type=PATH, help="JSON file for the scores.")
+@click.option("--out", type=PATH, help="JSON file for the scores; they are printed in any case.")
 @click.option("--per-image", type=PATH, help="CSV file for the values of every image.")
+@matching_options
 @metric_options
 @click.pass_context
 def score(
@@ -106,21 +130,39 @@ def score(
                 f"{', '.join(idle)}: give what is for `score {context.invoked_subcommand}` behind that word"
             )
         return
-    if run is None or references is None or out is None:
-        raise UsageError("score needs --run, --references and --out")
+    if run is None or references is None:
+        raise UsageError("score needs --run and --references")
     from engine.files.atomic import check_outputs
     from engine.scoring.files import write_report
-    from engine.scoring.score import ScoreRequest, score_run
+    from engine.scoring.score import ScoreRequest
 
-    outputs = {"--out": out} | ({"--per-image": per_image} if per_image else {})
-    check_outputs(outputs, [run, references, *([given["labels"]] if given["labels"] else [])])
+    outputs = {name: path for name, path in (("--out", out), ("--per-image", per_image)) if path is not None}
+    check_outputs(outputs, [run, references, *filter(None, (given["labels"], given["prompts"]))])
     if given["labels"] and not given["group_by"]:
         raise UsageError("--labels needs --by, the column to break the scores down by")
+    _refuse_pixels_without_images(context, given["images"])
     setting = _setting(weights, plugins, device, batch_size)
-    report = score_run(ScoreRequest(run, references, setting=setting, **given), say)
+    report = _score(ScoreRequest(run, references, setting=setting, **given))
     write_report(report, out, per_image)
     for line in _summary(report):
         click.echo(line)
+
+
+def _score(request: Any) -> Any:
+    """Score a run. Raises EngineError where not one metric has a value."""
+    from engine.scoring.score import score_run
+
+    report = score_run(request, say)
+    if not report.measured:
+        names = ", ".join(score.name for score in report.scores)
+        raise EngineError(f"nothing was scored, for none of the metrics is available ({names}): see the lines above")
+    return report
+
+
+def _refuse_pixels_without_images(context: click.Context, images: Path | None) -> None:
+    idle = [name for name in _options_given(context) if name in ("--dicom-frame", "--high-bit-depth")]
+    if idle and images is None:
+        raise UsageError(f"{', '.join(idle)}: only with --images, for metrics that look at them")
 
 
 def _options_given(context: click.Context) -> list[str]:
@@ -160,10 +202,11 @@ def _summary(report: Any) -> list[str]:
 @click.option("--metrics", callback=_parse_names, help="Metrics to score runs with; the quick ones when absent.")
 @click.option("--resamples", type=click.IntRange(100), default=1000, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@matching_options
 @metric_options
 def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: Any) -> None:
     """Compare two runs by the paired bootstrap: SECOND minus FIRST, with 95 % intervals (fixed seed)."""
-    idle = set(_options_given(click.get_current_context())) & {f"--{name}" for name in MEASURING}
+    idle = set(_options_given(click.get_current_context())) & {f"--{name}" for name in MEASURING + MATCHING}
     if idle and given["references"] is None:
         raise UsageError(f"{', '.join(sorted(idle))}: only with --references, where runs are scored first")
     from dataclasses import asdict
@@ -195,22 +238,20 @@ def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: A
 def _measured(
     path: Path,
     references: Path | None,
-    metrics: tuple[str, ...],
     weights: dict[str, str],
     plugins: dict[str, str],
     device: str | None,
     batch_size: int,
-    bertscore_layer: int | None,
+    **given: Any,
 ) -> tuple[list[str], dict[str, Any]]:
     """Return sorted ids and what was measured: of a file of --per-image, or of a run that is scored now."""
     from engine.scoring.files import how_measured, in_order_of_ids, read_per_image
-    from engine.scoring.score import ScoreRequest, score_run
+    from engine.scoring.score import ScoreRequest
 
     if references is None:
         return in_order_of_ids(*read_per_image(path))
     setting = _setting(weights, plugins, device, batch_size)
-    request = ScoreRequest(path, references, metrics=metrics, bertscore_layer=bertscore_layer, setting=setting)
-    report = score_run(request, say)
+    report = _score(ScoreRequest(path, references, setting=setting, **given))
     how = {score.name: how_measured(score.signature, report.items) for score in report.scores}
     return in_order_of_ids(report.items.ids, {f"{name}@{how[name]}": found for name, found in report.measured.items()})
 

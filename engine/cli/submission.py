@@ -38,7 +38,7 @@ def submit(run: Path, manifest: Path, form: str, out: Path) -> None:
 @click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
 def check(file: Path, manifest: Path, form: str) -> None:
     """Check any submission file as the organisers' checker does; exit 1 when it would be refused."""
-    from engine.submission.formats import check_submission, manifest_ids
+    from engine.submission.formats import MOST_PROBLEMS, check_submission, manifest_ids
 
     if not file.is_file():
         raise UsageError(f"{file} is not a file")
@@ -48,7 +48,11 @@ def check(file: Path, manifest: Path, form: str) -> None:
     verdict = check_submission(file, ids, form)
     for line in verdict.warnings[:10]:
         say(f"allowed, but unwise: {line}")
+    if len(verdict.warnings) > 10:
+        least = "" if len(verdict.warnings) < MOST_PROBLEMS else "at least "
+        say(f"allowed, but unwise: {least}{len(verdict.warnings) - 10} more like these")
     if verdict.errors:
-        more = f" (and {len(verdict.errors) - 1} more)" if len(verdict.errors) > 1 else ""
-        raise EngineError(f"{file} is no {form} submission: {verdict.errors[0]}{more}")
+        more = f"{len(verdict.errors) - 1} more" if len(verdict.errors) > 1 else ""
+        more += "" if verdict.is_whole else f"{', ' if more else ''}not checked to the end"
+        raise EngineError(f"{file} is no {form} submission: {verdict.errors[0]}{f' ({more})' if more else ''}")
     say(f"{file}: {len(ids)} captions, a correct {form} submission")

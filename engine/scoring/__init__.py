@@ -1,1 +1,1 @@
-"""Scores of a run against references. Start at report.py; one file per family of metrics."""
+"""Scores of a run against references. Start at score.py; there is one file for each family of metrics."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,12 +21,16 @@ class UnavailableError(EngineError):
 
 @dataclass(frozen=True)
 class Items:
-    """N images in one order: id, what the run says, and one or several references each. Texts are raw."""
+    """N images in one order: id, caption of the run, and one or several references each. Texts are raw.
+
+    `how` is part of every signature: what else decides the scores, for example `|prompt:removed`.
+    """
 
     ids: Sequence[str]
     candidates: Sequence[str]
     references: Sequence[tuple[str, ...]]
     images: Sequence[Path] | None = None
+    how: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -34,7 +38,7 @@ class Items:
     def preprocessed(self) -> Items:
         """Return the same with every text as the organisers preprocess it."""
         references = [tuple(map(preprocess, several)) for several in self.references]
-        return Items(self.ids, [preprocess(text) for text in self.candidates], references, self.images)
+        return replace(self, candidates=[preprocess(text) for text in self.candidates], references=references)
 
 
 @dataclass(frozen=True)

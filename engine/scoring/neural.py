@@ -9,12 +9,15 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from logging import ERROR, WARNING, Handler, LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import UsageError, install_command
 from engine.files.atomic import file_sha256
@@ -30,14 +33,18 @@ ORGANISERS_BERT = {
 }
 """microsoft/deberta-xlarge-mnli, by its config.json; without MNLI the architecture is another."""
 CHUNK = 1000
-"""Images measured at once: bert-score keeps the vectors of every word of a call."""
+"""Images measured at once: the vectors of all their words are kept."""
 ORGANISERS_LAYER = 40
 """bert-score's own choice for that model, and the organisers'."""
+TRIES = 10
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class BertScore:
     """BERTScore F1 (Zhang et al. 2020), without rescaling; idf, where on, from all references given.
+
+    Every pair is scored as if it were alone, which is how the organisers call bert-score. Its own batches pad shorter
+    pairs with zeros, and a word whose best cosine is negative then takes 0: a score would depend on the other pairs.
 
     The organisers' model is microsoft/deberta-xlarge-mnli at layer 40; another folder of weights makes a proxy, and its
     signature says so.
@@ -54,9 +61,10 @@ class BertScore:
     def signature(self) -> str:
         directory = weights_folder(self._setting, self.name, "microsoft/deberta-xlarge-mnli")
         is_official, layer = self._model(directory)
-        parts = f"bertscore:F1|model:{fingerprint(directory)}|layer:{layer}|idf:{'references' if self._idf else 'no'}"
+        idf = "references" if self._idf else "no"
+        parts = f"bertscore:F1|model:{fingerprint(directory)}|layer:{layer}|idf:{idf}"
         proxy = "" if is_official else "|proxy:not the organisers' model"
-        return f"{parts}{proxy}|text:{SIGNATURE}|{library('bert-score')}|{library('transformers')}"
+        return f"{parts}{proxy}|pairs:one by one|text:{SIGNATURE}|{library('bert-score')}|{library('transformers')}"
 
     def measure(self, items: Items) -> Measured:
         directory = weights_folder(self._setting, self.name, "microsoft/deberta-xlarge-mnli")
@@ -68,14 +76,56 @@ class BertScore:
             if self._idf:
                 self._scorer._idf_dict = None  # it warns where one is replaced
                 self._scorer.compute_idf([one for several in text.references for one in several])
-            parts = []
+            best = np.full(len(items), -np.inf)
             for start in range(0, len(items), CHUNK):
-                part = slice(start, start + CHUNK)
-                references = [list(several) for several in text.references[part]]
-                batch_size = self._setting.batch_size
-                _, _, f1 = self._scorer.score(list(text.candidates[part]), references, batch_size=batch_size)
-                parts.append(f1.double().numpy())
-        return mean(settle_empty(items, np.concatenate(parts)), self._cut(text))
+                places = [i for i in range(start, min(start + CHUNK, len(items))) for _ in text.references[i]]
+                references = [reference for several in text.references[start : start + CHUNK] for reference in several]
+                f1 = self._f1([(text.candidates[i], one) for i, one in zip(places, references, strict=True)])
+                np.maximum.at(best, places, f1)
+        return mean(settle_empty(items, best), self._cut(text))
+
+    def _f1(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float64]:
+        """Return the F1 of (candidate, reference) pairs, f64[N], each as if it were alone.
+
+        Pairs are computed together where their lengths in tokens are equal. Then nothing is padded, and bert-score's
+        own matching gives each pair the value that it has alone.
+        """
+        torch, utils = import_library("torch"), import_library("bert_score.utils")
+        vectors = self._vectors({text for pair in pairs for text in pair})
+
+        def shape(place: int) -> tuple[int, int]:
+            return len(vectors[pairs[place][0]][1]), len(vectors[pairs[place][1]][1])
+
+        scores = np.zeros(len(pairs))
+        for _, group in groupby(sorted(range(len(pairs)), key=shape), shape):
+            equal = list(group)
+            for start in range(0, len(equal), self._setting.batch_size):
+                places = equal[start : start + self._setting.batch_size]
+                sides = []
+                for which in (1, 0):  # references first
+                    chosen = [vectors[pairs[i][which]] for i in places]
+                    words, weights = (torch.stack(part) for part in zip(*chosen, strict=True))
+                    sides += [words, torch.ones_like(weights), weights]
+                scores[places] = utils.greedy_cos_idf(*sides)[2].double().cpu().numpy()
+        return scores
+
+    def _vectors(self, texts: set[str]) -> Mapping[str, tuple[Any, Any]]:
+        """Return of each text the vectors f32[L,D] and the weights f32[L] of its L tokens."""
+        torch, utils = import_library("torch"), import_library("bert_score.utils")
+        scorer = self._scorer
+        idf = scorer._idf_dict
+        if not self._idf:
+            idf = defaultdict(lambda: 1.0, {scorer._tokenizer.sep_token_id: 0.0, scorer._tokenizer.cls_token_id: 0.0})
+        listed, vectors = sorted(texts, key=lambda text: (len(text), text)), {}
+        with torch.inference_mode():
+            for start in range(0, len(listed), self._setting.batch_size):
+                batch = listed[start : start + self._setting.batch_size]
+                model = (scorer._model, scorer._tokenizer, idf)
+                words, masks, weights = utils.get_bert_embedding(batch, *model, device=scorer.device)
+                lengths = masks.sum(1).tolist()
+                for i, text in enumerate(batch):
+                    vectors[text] = words[i, : lengths[i]].clone(), weights[i, : lengths[i]].clone()
+        return vectors
 
     def _load(self, directory: Path) -> Any:
         """Load the model; it serves any number of runs."""
@@ -192,10 +242,14 @@ def _weight_file(directory: Path) -> Any:
 @contextlib.contextmanager
 def _neutral_name(directory: Path) -> Iterator[str]:
     """Give bert-score a path that means no other model to it, as "t5" anywhere and "scibert" in front would."""
-    with tempfile.TemporaryDirectory(prefix="weights") as folder:
-        link = Path(folder).resolve() / "model"
-        if "t5" in str(link):
-            raise UsageError(f"{link}: bert-score takes a path with 't5' for a T5 model: try again, or set TMPDIR")
+    with contextlib.ExitStack() as folders:
+        for _ in range(TRIES):  # a random name has "t5" in it once in 200 times
+            folder = folders.enter_context(tempfile.TemporaryDirectory(prefix="weights"))
+            link = Path(folder).resolve() / "model"
+            if "t5" not in str(link):
+                break
+        else:
+            raise UsageError(f"{link.parent.parent}: bert-score takes a path with 't5' for a T5 model: set TMPDIR")
         link.symlink_to(directory.resolve(), target_is_directory=True)
         yield str(link)
 

@@ -1,4 +1,4 @@
-"""Metrics of shared words: ROUGE-1, BLEU-1 and CIDEr, by the libraries the field uses; METEOR is in meteor.py."""
+"""Metrics of shared words: ROUGE, BLEU and CIDEr, by the libraries the field uses; METEOR is in meteor.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import install_command
 from engine.scoring.base import Items, Measured, UnavailableError, library, mean, settle_empty
@@ -41,34 +42,64 @@ class Rouge1:
         return mean(settle_empty(items, np.array(scores)), note if unread else "")
 
 
-class Bleu1:
-    """Corpus BLEU-1: clipped unigram precision of the whole run times the brevity penalty (Papineni et al. 2002).
+class RougeL:
+    """ROUGE-L F of pycocoevalcap (beta 1.2): longest common subsequence, mean over images (Lin and Hovey 2004).
 
-    Tokens are what white space separates; the reference nearest in length counts.
+    Its tokens are separated by single spaces, so that two spaces in a row make an empty token, as pycocoevalcap counts
+    them. Of several references the best precision and the best recall count.
     """
 
-    name = "bleu1"
+    name = "rouge_l"
 
     def signature(self) -> str:
-        return f"bleu1:corpus|tokens:space|text:{SIGNATURE}|{library('pycocoevalcap')}"
+        return f"rouge_l:F|beta:1.2|tokens:space|text:{SIGNATURE}|{library('pycocoevalcap')}"
+
+    def measure(self, items: Items) -> Measured:
+        rouge = _pycocoevalcap("rouge.rouge").Rouge()
+        text = items.preprocessed()
+        return mean(
+            [
+                rouge.calc_score([candidate], list(references))
+                for candidate, references in zip(text.candidates, text.references, strict=True)
+            ]
+        )
+
+
+class Bleu:
+    """Corpus BLEU with n-grams up to `n`, as pycocoevalcap computes it (Papineni et al. 2002).
+
+    Clipped n-gram precisions of the whole run, their geometric mean, times the brevity penalty. Tokens are what white
+    space separates; the reference nearest in length counts.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.name, self._n = f"bleu{n}", n
+
+    def signature(self) -> str:
+        return f"{self.name}:corpus|tokens:space|text:{SIGNATURE}|{library('pycocoevalcap')}"
 
     def measure(self, items: Items) -> Measured:
         bleu = _pycocoevalcap("bleu.bleu_scorer")
         text = items.preprocessed()
-        scorer = bleu.BleuScorer(n=1)
+        scorer = bleu.BleuScorer(n=self._n)
         for candidate, references in zip(text.candidates, text.references, strict=True):
             scorer += (candidate, list(references))
-        value, per_image = scorer.compute_score(option="closest", verbose=0)
+        values, per_image = scorer.compute_score(option="closest", verbose=0)
         counts = [
-            (entry["correct"][0], entry["guess"][0], entry["testlen"], _closest(entry["reflen"], entry["testlen"]))
+            (
+                *entry["correct"][: self._n],
+                *entry["guess"][: self._n],
+                entry["testlen"],
+                _closest(entry["reflen"], entry["testlen"]),
+            )
             for entry in scorer.ctest
         ]
         return Measured(
-            np.array(per_image[0]),
-            float(value[0]),
-            f"of the whole run; the mean over images is {np.mean(per_image[0]):.6f}",
-            np.array(counts, np.float64).reshape(len(items), 4),
-            _bleu1_of_counts,
+            np.array(per_image[-1]),
+            float(values[-1]),
+            f"of the whole run; the mean over images is {np.mean(per_image[-1]):.6f}",
+            np.array(counts, np.float64).reshape(len(items), 2 * self._n + 2),
+            bleu_of_counts,
         )
 
 
@@ -76,13 +107,16 @@ def _closest(lengths: Any, length: int) -> float:
     return float(min((abs(one - length), one) for one in np.atleast_1d(lengths))[1])
 
 
-def _bleu1_of_counts(counts: Any) -> float:
-    """BLEU-1 of summed (matches, guessed tokens, candidate length, reference length)."""
-    matches, guessed, length, reference_length = counts
-    if not matches or not length:
-        return 0.0
-    brevity = 1.0 if length >= reference_length else np.exp(1.0 - reference_length / length)
-    return float(matches / guessed * brevity)
+def bleu_of_counts(counts: NDArray[np.float64]) -> float:
+    """Return BLEU-n of summed counts f64[2n+2]: n times matches, n times guessed n-grams, both lengths.
+
+    The small numbers are pycocoevalcap's. They keep BLEU of a run without a single match of n words from being 0.
+    """
+    n = len(counts) // 2 - 1
+    matches, guessed, (length, reference_length) = counts[:n], counts[n : 2 * n], counts[2 * n :]
+    precision = np.prod((matches + 1e-15) / (guessed + 1e-9)) ** (1.0 / n)
+    ratio = (length + 1e-15) / (reference_length + 1e-9)
+    return float(precision * (np.exp(1.0 - 1.0 / ratio) if ratio < 1 else 1.0))
 
 
 class Cider:
@@ -101,6 +135,8 @@ class Cider:
         scorer = cider.CiderScorer(n=4, sigma=6.0)
         for candidate, references in zip(text.candidates, text.references, strict=True):
             scorer += (candidate, list(references))
+        if not any(several for references in scorer.crefs for several in references):
+            raise UnavailableError("needs a reference with a word: all are empty once preprocessed")
         value, per_image = scorer.compute_score()
         note = "weighs words by how rare they are in these references: other images, another scale"
         worthless = sum(_is_everywhere(references, scorer, len(items)) for references in scorer.crefs)
@@ -125,7 +161,3 @@ def _pycocoevalcap(module: str) -> Any:
         return import_module(f"pycocoevalcap.{module}")
     except ImportError as error:
         raise UnavailableError(f"needs pycocoevalcap ({error}): {EXTRA}") from error
-
-
-COMBINE = {"bleu1": _bleu1_of_counts}
-"""Corpus metric -> its value from the summed counts of its images."""

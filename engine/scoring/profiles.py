@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import UsageError
+from engine.inputs.depth import CLIP
 from engine.scoring.base import Metric, MetricInputs
 from engine.scoring.clip import ClipScore, RefClipScore
-from engine.scoring.meteor import Meteor
+from engine.scoring.meteor import Meteor, MeteorMean, meteor_of_counts
 from engine.scoring.neural import BertScore, Bleurt
-from engine.scoring.overlap import Bleu1, Cider, Rouge1
+from engine.scoring.overlap import Bleu, Cider, Rouge1, RougeL, bleu_of_counts
 from engine.scoring.plugin import NEEDS, Plugin
 
 BUILT_IN: dict[str, Callable[[MetricInputs, Mapping[str, Any]], Metric]] = {
@@ -19,13 +20,20 @@ BUILT_IN: dict[str, Callable[[MetricInputs, Mapping[str, Any]], Metric]] = {
         setting, idf=bool(options.get("idf")), layer=options.get("bertscore_layer")
     ),
     "rouge1": lambda *_: Rouge1(),
-    "bleu1": lambda *_: Bleu1(),
+    "rouge_l": lambda *_: RougeL(),
+    "bleu1": lambda *_: Bleu(1),
+    "bleu2": lambda *_: Bleu(2),
+    "bleu3": lambda *_: Bleu(3),
+    "bleu4": lambda *_: Bleu(4),
     "bleurt": lambda setting, _: Bleurt(setting),
     "meteor": lambda *_: Meteor(),
+    "meteor_mean": lambda *_: MeteorMean(),
     "cider": lambda *_: Cider(),
-    "clipscore": lambda setting, _: ClipScore(setting),
-    "refclipscore": lambda setting, _: RefClipScore(setting),
+    "clipscore": lambda setting, options: ClipScore(setting, **_how_read(options)),
+    "refclipscore": lambda setting, options: RefClipScore(setting, **_how_read(options)),
 }
+COMBINE = {**{f"bleu{n}": bleu_of_counts for n in (1, 2, 3, 4)}, "meteor": meteor_of_counts}
+"""Corpus metric -> its value from the summed counts of its images."""
 CHEAP = ("rouge1", "bleu1", "cider")
 """Metrics of seconds, which the baseline is measured with, and the ones chosen when nothing is asked for."""
 
@@ -69,6 +77,11 @@ def make_metric(name: str, setting: MetricInputs, options: Mapping[str, Any]) ->
         known = ", ".join([*BUILT_IN, *NEEDS])
         raise UsageError(f"unknown metric {name!r}: there are {known}, and any name given with --plugin NAME=COMMAND")
     return BUILT_IN[name](setting, options)
+
+
+def _how_read(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how images are read, under the names of ClipScore."""
+    return {"frame": options.get("dicom_frame", 0), "depth": options.get("high_bit_depth", CLIP)}
 
 
 def organisers_names(profile: Profile, values: Mapping[str, float | None]) -> dict[str, float | None]:

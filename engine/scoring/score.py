@@ -8,21 +8,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.errors import DataError, EngineError
+from engine.inputs.depth import CLIP, window_of
 from engine.inputs.ids import join_some
 from engine.inputs.images import find_images_of
+from engine.inputs.prompts import PROMPT, read_prompts
 from engine.inputs.tables import Table, by_reference_id, read_table
 from engine.scoring.base import Items, Measured, Metric, MetricInputs
 from engine.scoring.bootstrap import interval
 from engine.scoring.describe import baseline_scores, describe, group_places, scores_by_group
 from engine.scoring.neural import check_weights
 from engine.scoring.profiles import BUILT_IN, CHEAP, PROFILES, Profile, make_metric, organisers_names
+from engine.scoring.prompted import common_start, remove_prompts
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
     """What is to be scored, as it was asked for. `group_by` is a column of `labels`, or of the references without
     them.
+
+    Captions are scored without the prompts they begin with: `prompt` for all images, those of the table `prompts`, or
+    the column `prompt` of the run or the references; with `keep_prompt` they are scored as they are. With `only_common`
+    ids that only one file has are left out. Raises UsageError for a high bit depth that is not valid.
     """
 
     run: Path
@@ -34,7 +43,16 @@ class ScoreRequest:
     labels: Path | None = None
     group_by: str | None = None
     bertscore_layer: int | None = None
+    prompt: str | None = None
+    prompts: Path | None = None
+    keep_prompt: bool = False
+    only_common: bool = False
+    dicom_frame: int = 0
+    high_bit_depth: str = CLIP
     setting: MetricInputs = field(default_factory=MetricInputs)
+
+    def __post_init__(self) -> None:
+        window_of(self.high_bit_depth)
 
 
 @dataclass(frozen=True)
@@ -72,10 +90,14 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
     """
     profile = PROFILES[request.profile] if request.profile else Profile(request.metrics or CHEAP)
     names = request.metrics or profile.metrics
-    options = dict(profile.options) | {"bertscore_layer": request.bertscore_layer}
+    options = dict(profile.options) | {
+        "bertscore_layer": request.bertscore_layer,
+        "dicom_frame": request.dicom_frame,
+        "high_bit_depth": request.high_bit_depth,
+    }
     references = read_table(request.references)
-    items = match(read_table(request.run), references, request.images, recursive=request.recursive)
-    notes = _notes(references, items)
+    items, notes = match(read_table(request.run), references, request)
+    notes += _notes(references, items)
     groups_of = group_places(request.group_by, request.labels, references, items)
 
     refuse_unused(request.setting, names)
@@ -112,7 +134,9 @@ def measure(
         start = time.perf_counter()
         try:
             result = metric.measure(items)
-            signature, (low, high) = metric.signature(), interval(result)
+            if not np.isfinite(result.per_image).all():
+                raise EngineError(f"gives no number for {items.ids[int(np.argmin(np.isfinite(result.per_image)))]}")
+            signature, (low, high) = metric.signature() + items.how, interval(result)
         except Exception as error:  # libraries, weights and strangers' commands fail in ways of their own
             scores.append(Score(name, unavailable=(reason := _first_line(error))))
             say(f"{name}: unavailable: {reason}")
@@ -132,10 +156,11 @@ def _first_line(error: Exception) -> str:
     return f"it failed: {type(error).__name__}{f': {line}' if line else ''}"
 
 
-def match(run: Table, references: Table, images: Path | None = None, *, recursive: bool = False) -> Items:
-    """Bring a run and references together in the run's order.
+def match(run: Table, references: Table, request: ScoreRequest) -> tuple[Items, list[str]]:
+    """Bring a run and references together in the run's order; also return notes on ids and prompts.
 
-    Raises DataError naming the ids that are in one file only, or without an image where images are given.
+    Raises DataError naming the ids that are in one file only, unless these are to be left out, and those without an
+    image where images are given.
     """
     said, expected = by_reference_id(references, run.single()), references.captions
     if not set(said) & set(expected):
@@ -144,20 +169,66 @@ def match(run: Table, references: Table, images: Path | None = None, *, recursiv
             f"{run.path} and {references.path} have no id in common ({first}): references of another split?"
         )
     missing = [name for name in expected if name not in said]
-    if missing:
-        raise DataError(f"{run.path} lacks {len(missing)} ids of {references.path}: {join_some(missing)}")
     extra = [name for name in said if name not in expected]
-    if extra:
-        raise DataError(f"{run.path} has {len(extra)} ids that {references.path} has not: {join_some(extra)}")
-    ids = list(said)
-    paths = None
-    if images is not None:
-        files = {name: image.path for name, image in find_images_of(ids, images, recursive=recursive).items()}
-        without = [name for name in ids if name not in files]
-        if without:
-            raise DataError(f"{images} lacks the images of {len(without)} ids: {join_some(without)}")
-        paths = [files[name] for name in ids]
-    return Items(ids, [said[name] for name in ids], [expected[name] for name in ids], paths)
+    remedy = "give --only-common to score the ids that both files have"
+    if missing and not request.only_common:
+        raise DataError(f"{run.path} lacks {len(missing)} ids of {references.path}: {join_some(missing)}; {remedy}")
+    if extra and not request.only_common:
+        raise DataError(f"{run.path} has {len(extra)} ids that {references.path} has not: {join_some(extra)}; {remedy}")
+    ids, how, notes = [name for name in said if name in expected], "", []
+    if missing or extra:
+        how = f"|only-common:{len(ids)} of {len(expected)} references"
+        notes.append(
+            f"only the {len(ids)} ids that both files have are scored: {len(missing)} of {references.path} and "
+            f"{len(extra)} of {run.path} are left out"
+        )
+    items = Items(ids, [said[name] for name in ids], [expected[name] for name in ids], _images(ids, request), how)
+    run_ids = dict(zip(run.captions, said, strict=True))
+    prompts, source = _prompts(run, run_ids, references, ids, request)
+    if prompts is not None and request.keep_prompt:
+        notes.append(f"captions are scored with their prompts (from {source}), as --keep-prompt asks")
+    elif prompts is not None:
+        items, note = remove_prompts(items, prompts, source)
+        notes.append(note)
+    elif start := common_start(items):
+        notes.append(
+            f"all captions begin with {start!r}, most references do not: a prompt? --prompt {start!r} removes it"
+        )
+    return items, notes
+
+
+def _images(ids: Sequence[str], request: ScoreRequest) -> list[Path] | None:
+    if request.images is None:
+        return None
+    found = find_images_of(ids, request.images, recursive=request.recursive)
+    without = [name for name in ids if name not in found]
+    if without:
+        raise DataError(f"{request.images} lacks the images of {len(without)} ids: {join_some(without)}")
+    return [found[name].path for name in ids]
+
+
+def _prompts(
+    run: Table, run_ids: Mapping[str, str], references: Table, ids: Sequence[str], request: ScoreRequest
+) -> tuple[dict[str, str] | None, str]:
+    """Return the prompts by id and where they are from, (None, "") where none are known.
+
+    What was asked for overrides the run's column, and that the references'. `run_ids` are the ids by the run's names.
+    """
+    if request.prompt is not None:
+        return dict.fromkeys(ids, request.prompt), "--prompt"
+    if request.prompts is not None:
+        return read_prompts(request.prompts, ids), str(request.prompts)
+    for table, names in ((run, run_ids), (references, {name: name for name in references.captions})):
+        column = next((column for column in table.columns if column.lower() == PROMPT), None)
+        if column is None:
+            continue
+        if column in table.varying and not request.keep_prompt:
+            raise DataError(
+                f"{table.path} has several prompts for {table.varying[column]}: give the run's with --prompts, or "
+                "--keep-prompt to score captions as they are"
+            )
+        return {names[name]: prompt for name, prompt in table.columns[column].items()}, str(table.path)
+    return None, ""
 
 
 def refuse_unused(setting: MetricInputs, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ does.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import lzma
@@ -11,7 +12,8 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +29,10 @@ MEMBER = "submission.csv"
 """The only file in the archive of 2025 and 2026."""
 MAX_BYTES = 1 << 28
 """No submission comes near it; an archive may claim anything."""
+MAX_LINE = 1 << 20
+"""Characters; no caption comes near it, and a line is held in memory."""
+MOST_PROBLEMS = 100
+"""Errors at which a check stops: a file of wrong lines alone has as many as lines."""
 
 
 @dataclass(frozen=True)
@@ -101,74 +107,126 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the organisers' checker would refuse, and what it takes but a careful writer would not hand in; by line."""
+    """What the organisers' checker would refuse, and what it takes but a careful writer would not hand in; by line.
+
+    Neither holds more than MOST_PROBLEMS entries. `is_whole` is False where the check stopped before the end.
+    """
 
     errors: list[str]
     warnings: list[str]
+    is_whole: bool = True
 
 
 def check_submission(path: Path, ids: Sequence[str], name: str) -> Verdict:
-    """Check a submission by the rules of the 2026 checker, applied to every year with its own delimiter and header."""
+    """Check a submission by the rules of the 2026 checker, applied to every year with its own delimiter and header.
+
+    The file is read line by line and no further than its first MOST_PROBLEMS errors or one row more than `ids`, so that
+    an archive of any size takes little memory.
+    """
     form = FORMATS[name]
     try:
-        text = _read(path, form).decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Verdict([f"byte {error.start} is not UTF-8"], [])
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        return Verdict([f"it cannot be read: {error}"], [])
-    if text.startswith("\ufeff"):
-        return Verdict(["it begins with a byte order mark"], [])
-    lines = text.splitlines()
-    blank = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
-    if not lines or blank is not None:
-        return Verdict([f"line {blank} is blank" if lines else "it is empty"], [])
-    try:
-        return _check_rows(text, lines, form, ids)
+        with _open(path, form) as text:
+            return _check_rows(_Lines(text, form, len(ids)), form, ids)
     except csv.Error as error:
-        return Verdict([f"it is no table: {error}"], [])
+        return Verdict([f"it is not a table: {error}"], [], is_whole=False)
+    except _RefusedError as error:
+        return Verdict([str(error)], [], is_whole=False)
+    except UnicodeDecodeError:
+        return Verdict([f"byte {_first_not_utf8(path, form)} is not UTF-8"], [], is_whole=False)
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        return Verdict([f"it cannot be read: {error}"], [], is_whole=False)
 
 
-def _check_rows(text: str, lines: Sequence[str], form: Format, ids: Sequence[str]) -> Verdict:
-    verdict = Verdict([], [])
+class _RefusedError(Exception):
+    """What makes the organisers' checker refuse a file without looking at its rows."""
+
+
+class _Lines(Iterator[str]):
+    """The lines of a submission as the csv module needs them, checked on their way as the organisers check theirs.
+
+    Theirs also end at form feeds, U+2028 and what else `str.splitlines` knows, and the n-th of these lines, not the
+    line of the n-th row, is where they look at how the n-th row is quoted. `unquoted` has the numbers of those that
+    they would refuse, as far as there can be rows. Raises _RefusedError for a blank line, a byte order mark or a line
+    that is too long for a caption.
+    """
+
+    def __init__(self, text: io.TextIOWrapper, form: Format, rows: int) -> None:
+        self._text, self._delimiter, self._most = text, form.delimiter, rows + 2
+        self._read, self._number = 0, 0  # lines as the csv module counts them, and as the organisers do
+        self.unquoted: set[int] = set()
+
+    def __next__(self) -> str:
+        line = self._text.readline(MAX_LINE)
+        if not line:
+            if not self._number:
+                raise _RefusedError("it is empty")
+            raise StopIteration
+        if not self._number and line.startswith("\ufeff"):
+            raise _RefusedError("it begins with a byte order mark")
+        self._read += 1
+        for part in (parts := line.splitlines()):
+            self._number += 1
+            if not part.strip():
+                where = " before or after a line separator (a form feed, U+2028, ...)" if len(parts) > 1 else ""
+                raise _RefusedError(f"line {self._read} is blank{where}")
+            if self._number <= self._most and _is_unquoted(part.partition(self._delimiter)[2], self._delimiter):
+                self.unquoted.add(self._number)
+        if len(line) == MAX_LINE:
+            raise _RefusedError(f"line {self._read} has {MAX_LINE} characters or more")
+        return line
+
+
+def _is_unquoted(text: str, delimiter: str) -> bool:
+    """Return whether what follows the first comma of a line has another one and is not in quotes from end to end."""
+    return delimiter == "," and "," in text and not (text.startswith('"') and text.endswith('"'))
+
+
+def _check_rows(lines: _Lines, form: Format, ids: Sequence[str]) -> Verdict:
+    errors: list[str] = []
+    warnings: list[str] = []
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if form.delimiter == "," else csv.QUOTE_NONE
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=form.delimiter, quoting=quoting)
+    reader = csv.reader(lines, delimiter=form.delimiter, quoting=quoting)
     if form.is_headed and (header := next(reader)) != ["ID", "Caption"]:
-        verdict.errors.append(f"line 1: the header is {form.delimiter.join(header)!r} instead of 'ID,Caption'")
-    found = []
+        errors.append(f"line 1: the header is {form.delimiter.join(header)[:200]!r} instead of 'ID,Caption'")
+    found: list[str] = []
     start = reader.line_num
-    for row in reader:
-        number, is_one_line = start + 1, reader.line_num == start + 1
+    for count, row in enumerate(reader, 1):
+        where = f"line {start + 1}"
         start = reader.line_num
+        if count > len(ids):
+            errors.append(f"{where}: more rows than the {len(ids)} ids of the manifest")
         if len(row) != 2:
-            what = f"{len(row)} columns instead of an id and a caption; a caption with a comma must be quoted"
-            verdict.errors.append(f"line {number}: {what}")
-            continue
-        image_id, caption = row
-        found.append(image_id)
-        behind = lines[number - 1].partition(form.delimiter)[2] if number <= len(lines) else ""
-        is_quoted = is_one_line and behind.startswith('"') and behind.endswith('"')
-        if form.delimiter == "," and "," in caption and not is_quoted:
-            verdict.errors.append(f"line {number}: a caption with a comma must be quoted, from end to end of one line")
-        if image_id != image_id.strip():
-            verdict.errors.append(f"line {number}: white space at an end of the id")
-        if caption != caption.strip():
-            verdict.warnings.append(f"line {number}: white space at an end of the caption")
-        if CONTROL.search(caption):
-            verdict.warnings.append(f"line {number}: a line break or another control character in the caption")
-    return Verdict(verdict.errors + _check_ids(found, ids), verdict.warnings)
+            errors.append(
+                f"{where}: {len(row)} columns instead of an id and a caption; a caption with a comma must be quoted"
+            )
+        else:
+            found.append(row[0])
+            if count + form.is_headed in lines.unquoted:
+                errors.append(f"{where}: a caption with a comma must be quoted, from end to end of one line")
+            if row[0] != row[0].strip():
+                errors.append(f"{where}: white space at an end of the id")
+            if len(warnings) < MOST_PROBLEMS and row[1] != row[1].strip():
+                warnings.append(f"{where}: white space at an end of the caption")
+            if len(warnings) < MOST_PROBLEMS and CONTROL.search(row[1]):
+                warnings.append(f"{where}: a line break or another control character in the caption")
+        if count > len(ids) or len(errors) >= MOST_PROBLEMS:
+            problems = _check_ids(found, ids, is_whole=False)
+            return Verdict([*errors, *problems][:MOST_PROBLEMS], warnings, is_whole=False)
+    return Verdict(errors + _check_ids(found, ids), warnings)
 
 
-def _check_ids(found: Sequence[str], ids: Sequence[str]) -> list[str]:
+def _check_ids(found: Sequence[str], ids: Sequence[str], *, is_whole: bool = True) -> list[str]:
+    """Return what is wrong with the ids `found`; in what is not the whole file missing ids are not known."""
     problems = []
     counts, expected = Counter(found), set(ids)
     for what, names in (
         ("ids are there twice", [one for one, count in counts.items() if count > 1]),
         ("ids are not in the manifest", [one for one in counts if one not in expected]),
-        ("ids are missing", [one for one in ids if one not in counts]),
+        ("ids are missing", [one for one in ids if one not in counts and is_whole]),
     ):
         if names:
             problems.append(f"{len(names)} {what}: {join_some(names)}")
-    if not problems and list(found) != list(ids):
+    if is_whole and not problems and list(found) != list(ids):
         place = next(i for i, (a, b) in enumerate(zip(found, ids, strict=True)) if a != b)
         problems.append(f"other order than the manifest: row {place + 1} is {found[place]} instead of {ids[place]}")
     return problems
@@ -189,9 +247,15 @@ def _archive(content: bytes) -> bytes:
     return stream.getvalue()
 
 
-def _read(path: Path, form: Format) -> bytes:
+@contextmanager
+def _open(path: Path, form: Format) -> Iterator[io.TextIOWrapper]:
+    """Open the table of a submission. Raises ValueError for what cannot be one."""
     if not form.is_zip:
-        return path.read_bytes()
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+        with path.open(encoding="utf-8", newline="") as text:
+            yield text
+        return
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if [member.filename for member in members] != [MEMBER]:
@@ -199,5 +263,19 @@ def _read(path: Path, form: Format) -> bytes:
             raise ValueError(f"the archive holds {names or 'nothing'} instead of {MEMBER} alone")
         if members[0].file_size > MAX_BYTES:
             raise ValueError(f"{MEMBER} is larger than {MAX_BYTES} bytes")
-        with archive.open(MEMBER) as stream:
-            return stream.read(MAX_BYTES)
+        with archive.open(MEMBER) as stream, io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+            yield text
+
+
+def _first_not_utf8(path: Path, form: Format) -> int:
+    """Return the place of the first byte of a submission that is not UTF-8."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    with _open(path, form) as text:
+        while chunk := bytes(text.buffer.read(1 << 16)):
+            begun = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                return start - begun + error.start
+            start += len(chunk)
+        return start - len(decoder.getstate()[0])

@@ -249,6 +249,17 @@ def test_wrong_inputs_get_one_clear_line_and_no_page(options, exit_code, sentenc
     assert sorted(os.listdir(work / "images")) == kept
 
 
+def test_scores_that_are_not_numbers_get_one_line(work):
+    for name in ("scores.csv", "other.csv"):
+        (work / name).write_text("ID,rouge1@12345678\na,0.5\nb,nan\nc,1.0\n")
+    write_run(work / "other_run.csv", zip(IDS, CAPTIONS, strict=True))
+    given = {"scores": work / "scores.csv", "against": work / "other_run.csv", "against_scores": work / "other.csv"}
+    result = report(work, **given)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "scores.csv is no file of --per-image: b has a value that is not a number" in line
+
+
 def test_a_failed_run_leaves_the_earlier_page_and_its_thumbnails(work, monkeypatch):
     report(work)
     page = (work / "report" / "index.html").read_bytes()

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from engine.cli.app import main
 from engine.errors import UsageError
 from engine.scoring.base import Items, MetricInputs, UnavailableError
 from engine.scoring.clip import ClipScore, RefClipScore
 from engine.scoring.neural import BertScore, Bleurt
 from engine.scoring.preprocess import preprocess
+from engine.scoring.profiles import make_metric
 from tests.helpers.tiny import make_tokenizer, save_pictures
 from train.demo.assets import SMALL_BERT, fetch_assets
 
@@ -29,7 +32,9 @@ def small_bert() -> None:
     fetch_assets(MINILM, SMALL_BERT)
 
 
-def test_a_path_with_t5_in_it_is_not_taken_for_a_t5_model(tmp_path):
+def test_a_path_with_t5_in_it_is_not_taken_for_a_t5_model(tmp_path, monkeypatch):
+    names = iter(["_t5_", "plain", "more"])
+    monkeypatch.setattr("tempfile._get_candidate_names", lambda: names)
     folder = tmp_path / "part5" / "bert"
     folder.parent.mkdir()
     folder.symlink_to(MINILM.absolute())
@@ -53,7 +58,8 @@ def test_bertscore_is_bert_scores_own(idf, layer):
         idf_sents=[one for several in references for one in several] if idf else None,
         nthreads=0,
     )
-    expected = scorer.score([preprocess(one) for one in CANDIDATES], references)[2].numpy()
+    pairs = [(preprocess(one), several) for one, several in zip(CANDIDATES, references, strict=True)]
+    expected = np.array([max(scorer.score([c], [r])[2].item() for r in several) for c, several in pairs])
     expected[2] = 1.0  # both empty as they were written: the organisers' rule
     np.testing.assert_allclose(found.per_image, expected, atol=1e-6)
     assert found.per_image[3] == found.per_image[4] == 0.0
@@ -61,6 +67,27 @@ def test_bertscore_is_bert_scores_own(idf, layer):
     signature = metric.signature()
     assert f"layer:{layer or 6}|idf:{'references' if idf else 'no'}|proxy:not the organisers' model" in signature
     assert "model:small-bert@" in signature
+
+
+def test_bertscore_of_a_pair_does_not_depend_on_the_others(tmp_path):
+    """bert-score's own batches do: they pad with zeros, which win where every cosine is negative."""
+    from bert_score import BERTScorer
+    from transformers import BertModel
+
+    folder = folder_of(tmp_path, {}, 512, positions=64)
+    model = BertModel.from_pretrained(folder)
+    model.embeddings.token_type_embeddings.weight.data.zero_()  # a part of every word, which makes cosines positive
+    model.save_pretrained(folder)
+    metric = BertScore(MetricInputs(weights={"bertscore": folder}, batch_size=3))
+    candidates = ["ct", "mri of the brain", "mass", "chest lesion", "the left kidney and the right kidney of"]
+    references = [("mass",), ("chest ct", "mass"), ("the mass of the left lung in the chest",), ("ct mri",), ("mri",)]
+    scorer = BERTScorer(model_type=str(folder), num_layers=2, nthreads=0)
+    found = metric.measure(Items(list("abcde"), candidates, references)).per_image
+    pairs = list(zip(candidates, references, strict=True))
+    alone = [max(scorer.score([c], [r])[2].item() for r in several) for c, several in pairs]
+    np.testing.assert_allclose(found, alone, atol=1e-6)
+    together = scorer.score(candidates, [list(several) for several in references])[2].numpy()
+    assert np.abs(together - alone).max() > 1e-3  # otherwise this test could not fail
 
 
 def test_idf_weights_are_those_of_the_paper():
@@ -120,14 +147,14 @@ def clip_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_clipscore_is_a_scaled_cosine_of_the_models_features(clip_folder, tmp_path, monkeypatch):
-    from transformers import CLIPImageProcessor, CLIPModel
+@pytest.fixture
+def clip_tokenizer(clip_folder, tmp_path, monkeypatch):
+    """Stand in for the text half of CLIP's processor: no package has a CLIP vocabulary, so BLIP's tokenizer is used."""
+    from transformers import CLIPImageProcessor
 
     tokenizer = make_tokenizer(tmp_path)
 
     class Processor:
-        """The image half is CLIP's own; no CLIP vocabulary can be had from a package, so BLIP's tokenizer stands in."""
-
         images = CLIPImageProcessor.from_pretrained(clip_folder)
 
         def __call__(self, text=None, images=None, **options):
@@ -136,6 +163,56 @@ def test_clipscore_is_a_scaled_cosine_of_the_models_features(clip_folder, tmp_pa
             return tokenizer(text, return_token_type_ids=False, **options)
 
     monkeypatch.setattr("transformers.CLIPProcessor.from_pretrained", lambda _: Processor())
+    return tokenizer
+
+
+@pytest.mark.usefixtures("clip_tokenizer")
+@pytest.mark.parametrize(
+    ("depth", "levels", "signed"),
+    [
+        ("clip", [255, 255, 255], ""),
+        ("scale", [0, 128, 255], "|high-bit-depth:scale"),
+        ("1000,5000", [0, 64, 128], "|high-bit-depth:1000,5000"),
+    ],
+)
+def test_clipscore_reads_deep_images_as_the_run_did(depth, levels, signed, clip_folder, tmp_path):
+    values = np.repeat(np.array([[1000, 2000, 3000]], np.uint16), 3, 0)
+    for name, content in (("deep", values), ("plain", np.repeat(np.array([levels], np.uint8), 3, 0))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(content).save(tmp_path / name / "a.png")
+    (tmp_path / "run.csv").write_text("ID,Caption\na,chest ct\n")
+    files = ("--run", tmp_path / "run.csv", "--references", tmp_path / "run.csv")
+    given = ("score", *files, "--metrics", "clipscore", "--weights", f"clipscore={clip_folder}", "--device", "cpu")
+    found = []
+    for arguments in (("--images", tmp_path / "deep", "--high-bit-depth", depth), ("--images", tmp_path / "plain")):
+        words = map(str, (*given, *arguments, "--out", tmp_path / "scores.json"))
+        result = CliRunner().invoke(main, list(words))
+        assert result.exit_code == 0, result.output
+        found.append(json.loads((tmp_path / "scores.json").read_text())["details"]["scores"]["clipscore"])
+    deep, plain = found
+    assert deep["value"] == pytest.approx(plain["value"], abs=1e-6)
+    assert f"|text:raw{signed}|transformers" in deep["signature"]
+    assert ("1 images have more than 8 bits" in deep.get("note", "")) == (depth == "clip")
+
+
+@pytest.mark.usefixtures("clip_tokenizer")
+def test_clipscore_reads_the_frame_of_the_run(clip_folder, tmp_path, monkeypatch):
+    frames = []
+
+    def decode(_, *, frame, **__):
+        frames.append(frame)
+        return Image.new("RGB", (32, 32))
+
+    monkeypatch.setattr("engine.scoring.clip.decode_image", decode)
+    metric = make_metric("clipscore", MetricInputs(weights={"clipscore": clip_folder}), {"dicom_frame": 3})
+    metric.measure(Items(["a"], ["ct"], [("ct",)], [tmp_path / "a.dcm"]))
+    assert frames == [3]
+    assert "|dicom-frame:3|" in metric.signature()
+
+
+def test_clipscore_is_a_scaled_cosine_of_the_models_features(clip_folder, clip_tokenizer, tmp_path):
+    from transformers import CLIPImageProcessor, CLIPModel
+
     paths = sorted(save_pictures(tmp_path, 5).glob("?.png"))
     items = Items(ITEMS.ids, CANDIDATES, REFERENCES, paths)
     setting = MetricInputs(weights={"clipscore": clip_folder}, batch_size=2)
@@ -144,10 +221,11 @@ def test_clipscore_is_a_scaled_cosine_of_the_models_features(clip_folder, tmp_pa
 
     def text_features(captions):
         texts = ["A photo depicts " + caption for caption in captions]
-        inputs = tokenizer(texts, padding=True, return_token_type_ids=False, return_tensors="pt")
+        inputs = clip_tokenizer(texts, padding=True, return_token_type_ids=False, return_tensors="pt")
         return torch.nn.functional.normalize(model.get_text_features(**inputs).detach(), dim=-1)
 
-    pixels = Processor.images([Image.open(path).convert("RGB") for path in paths], return_tensors="pt")
+    processor = CLIPImageProcessor.from_pretrained(clip_folder)
+    pixels = processor([Image.open(path).convert("RGB") for path in paths], return_tensors="pt")
     image = torch.nn.functional.normalize(model.get_image_features(**pixels).detach(), dim=-1)
     cosine = (image * text_features(CANDIDATES)).sum(-1).numpy()
     np.testing.assert_allclose(found.per_image, 2.5 * np.maximum(cosine, 0), atol=1e-5)

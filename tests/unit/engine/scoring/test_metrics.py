@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from engine.scoring import bootstrap
-from engine.scoring.base import Items, mean
+from engine.scoring.base import Items, UnavailableError, mean
 from engine.scoring.clip import clip_scores, harmonic
 from engine.scoring.describe import constant_caption, describe
-from engine.scoring.overlap import Bleu1, Cider, Rouge1
+from engine.scoring.overlap import Bleu, Cider, Rouge1, RougeL
 from engine.scoring.preprocess import preprocess
 from engine.scoring.profiles import PROFILES, organisers_names
 from tests.helpers.worked import WORKED, items
@@ -34,7 +34,7 @@ def test_preprocessing_is_the_organisers(raw, expected):
 
 
 def test_bleu_1_of_the_run_and_of_its_images():
-    measured = Bleu1().measure(WORKED)
+    measured = Bleu(1).measure(WORKED)
     assert measured.value == pytest.approx(11 / 21, abs=1e-6)
     assert measured.per_image.mean() == pytest.approx(0.609524, abs=1e-6)
     assert "0.609524" in measured.note
@@ -59,6 +59,23 @@ def test_cider_by_image():
 )
 def test_rouge_1(candidate, reference, expected):
     assert Rouge1().measure(items([candidate], [reference])).value == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("candidate", ["ct of a left mass", "mri", ""])
+def test_bleu_and_rouge_l_of_several_references_are_those_of_pycocoevalcap(candidate):
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    references = ("ct of the chest with a mass", "a left lung mass", "ct")
+    pair = items([candidate], [references])
+    values, _ = BleuScorer(candidate, list(references), n=4).compute_score(option="closest")
+    assert [Bleu(n).measure(pair).value for n in (1, 2, 3, 4)] == values
+    assert RougeL().measure(pair).value == Rouge().calc_score([candidate], list(references))
+
+
+def test_cider_of_empty_references_says_what_it_needs():
+    with pytest.raises(UnavailableError, match="needs a reference with a word"):
+        Cider().measure(items(["ct", "mri"], ["", "..."]))
 
 
 def test_the_best_of_several_references_counts():
@@ -139,20 +156,28 @@ def generated(count: int, seed: int = 0) -> Items:
 def test_two_thousand_pairs_agree_with_other_libraries():
     from collections import Counter
 
-    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.bleu.bleu import Bleu as CocoBleu
     from pycocoevalcap.cider.cider import Cider as CocoCider
+    from pycocoevalcap.rouge.rouge import Rouge as CocoRouge
     from sacrebleu.metrics import BLEU
 
     pairs = generated(2000)
     text = pairs.preprocessed()
-    bleu = Bleu1().measure(pairs).value
+    bleu = Bleu(1).measure(pairs).value
     other = BLEU(max_ngram_order=1, tokenize="none", smooth_method="none")
     theirs = other.corpus_score(list(text.candidates), [[several[0] for several in text.references]]).score / 100
     assert bleu == pytest.approx(theirs, abs=1e-6)
     gts = {i: list(several) for i, several in enumerate(text.references)}
     res = {i: [candidate] for i, candidate in enumerate(text.candidates)}
-    value, per_image = Bleu(1).compute_score(gts, res, verbose=0)
-    assert bleu == pytest.approx(value[0], abs=1e-9)
+    values, per_image = CocoBleu(4).compute_score(gts, res, verbose=0)
+    for n in (1, 2, 3, 4):
+        measured = Bleu(n).measure(pairs)
+        assert measured.value == values[n - 1]
+        assert measured.combine(measured.counts.sum(0)) == pytest.approx(measured.value, abs=1e-12)
+        np.testing.assert_array_equal(measured.per_image, per_image[n - 1])
+    value, per_image = CocoRouge().compute_score(gts, res)
+    assert RougeL().measure(pairs).value == pytest.approx(value, abs=1e-12)
+    np.testing.assert_array_equal(RougeL().measure(pairs).per_image, per_image)
     value, per_image = CocoCider().compute_score(gts, res)
     measured = Cider().measure(pairs)
     assert measured.value == pytest.approx(value, abs=1e-9)
@@ -171,7 +196,7 @@ def test_a_challenge_sized_run_is_scored_quickly():
     """17,237 captions in a minute on 2 cores is the promise; a tenth of them here, with room for a busy machine."""
     pairs = generated(1724)
     start = time.perf_counter()
-    for metric in (Rouge1(), Bleu1(), Cider()):
+    for metric in (Rouge1(), Bleu(1), Cider()):
         bootstrap.interval(metric.measure(pairs))
     assert time.perf_counter() - start < 12
 
@@ -197,16 +222,16 @@ def test_comparison_finds_a_difference_and_only_where_there_is_one():
     same = bootstrap.compare(mean(base), mean(base + rng.normal(0, 0.05, 400) * 0))
     assert (same.difference, same.wins, same.losses, same.ties) == (0.0, 0, 0, 400)
     assert same.p == 1.0
-    corpus = Bleu1().measure(generated(200))
+    corpus = Bleu(1).measure(generated(200))
     assert bootstrap.compare(corpus, corpus).difference == 0.0
 
 
 def test_a_corpus_metric_is_resampled_by_its_counts():
     whole = generated(100)
     half = Items(whole.ids[:50], whole.candidates[:50], whole.references[:50])
-    corpus = Bleu1().measure(whole)
+    corpus = Bleu(1).measure(whole)
     assert corpus.resampled(np.arange(100)) == pytest.approx(corpus.value, abs=1e-9)
-    assert corpus.resampled(np.arange(50)) == pytest.approx(Bleu1().measure(half).value, abs=1e-9)
+    assert corpus.resampled(np.arange(50)) == pytest.approx(Bleu(1).measure(half).value, abs=1e-9)
 
 
 def test_the_constant_caption_knows_only_what_is_frequent():

@@ -30,6 +30,28 @@ def test_a_plugin_runs_in_its_own_interpreter(tmp_path):
     assert metric.signature().startswith("umls_f1|plugin:terms:3")
 
 
+def test_the_spice_plugin_keeps_the_contract(tmp_path, monkeypatch):
+    """With a stand-in for SPICE, which needs downloads."""
+    package = tmp_path / "pycocoevalcap" / "spice"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "spice.py").write_text(
+        "class Spice:\n"
+        "    def compute_score(self, gts, res):\n"
+        "        print('parsing')\n"
+        "        assert list(gts) == list(res) == [0, 1, 2]\n"
+        "        values = [len(set(res[i][0].split()) & set(gts[i][0].split())) / 10 for i in gts]\n"
+        "        return 0.5, [{'All': {'f': value}} for value in values]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = f"{sys.executable} {PLUGIN.parent / 'spice.py'}"
+    metric = Plugin("spice", MetricInputs(plugins={"spice": command}))
+    candidates = ["a dog runs", "cat", "ct scan"]
+    measured = metric.measure(items(candidates, [("a dog", "x"), "mri", "ct"]))
+    assert measured.per_image.tolist() == [0.2, 0.0, 0.1]
+    assert metric.signature().startswith("spice|plugin:spice:F1|text:raw|pycocoevalcap:")
+
+
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [

@@ -14,7 +14,7 @@ from engine.cli.app import main
 from engine.errors import DataError, UsageError
 from engine.inputs.tables import Table
 from engine.scoring.base import Items, MetricInputs
-from engine.scoring.overlap import Bleu1, Rouge1
+from engine.scoring.overlap import Bleu, Rouge1
 from engine.scoring.rerank import Candidate, Support, read_n_best, rerank_candidates
 from engine.scoring.support import POOL, SupportCaptions
 
@@ -218,7 +218,7 @@ def test_another_utility_chooses_among_what_rouge_1_finds():
     training |= {f"t{i}": (f"head {i} {i}",) for i in range(9)}
     captions = SupportCaptions(Table("training.csv", training))
     candidates = {"a": [Candidate("ct of the head", 0.95), Candidate("ct", 0.05)], "b": [Candidate("ct", 1.0)]}
-    support = captions.near(candidates, Bleu1(), nearest=1, share=0.9)
+    support = captions.near(candidates, Bleu(1), nearest=1, share=0.9)
     assert {name: len(several) for name, several in support.near.items()} == {"a": POOL}
     assert rerank_candidates(candidates, "bleu1", MetricInputs(), support=support) == {"a": "ct", "b": "ct"}
     support = captions.near(candidates, Rouge1(), nearest=1, share=0.9)

@@ -17,6 +17,7 @@ from engine.errors import UsageError
 from engine.scoring.base import Items, Measured
 from engine.scoring.overlap import Rouge1
 from engine.scoring.profiles import PROFILES
+from engine.scoring.prompted import after_prompt
 from engine.scoring.score import ScoreRequest, measure, score_run
 from engine.submission.formats import FORMATS
 from tests.helpers.worked import CANDIDATES, REFERENCES, WORKED
@@ -121,7 +122,9 @@ def test_files_that_do_not_fit_get_one_line(run_text, references, sentence, file
 def test_unknown_metrics_and_wrong_pairs_are_refused(files):
     assert "unknown metric 'rogue'" in score(files, "--metrics", "rogue").stderr
     assert "--weights takes NAME=..." in score(files, "--weights", "bertscore").stderr
-    assert "score needs --run" in run("score").stderr
+    assert "score needs --run and --references" in run("score").stderr
+    assert "only with --images" in score(files, "--high-bit-depth", "scale").stderr
+    assert "give clip, scale, or two numbers" in score(files, "--images", files, "--high-bit-depth", "x").stderr
     assert "--weights bert=... is for no metric of this run" in score(files, "--weights", "bert=/").stderr
     assert "--labels needs --by" in score(files, "--labels", files / "references.csv").stderr
     assert "no folder with config.json" in score(files, "--metrics", "bertscore", "--weights", "bertscore=/").stderr
@@ -182,6 +185,155 @@ def test_measured_values_that_are_kept_are_read_back_exactly(files):
     np.testing.assert_array_equal(rouge.per_image, Rouge1().measure(WORKED).per_image)
     assert isinstance(bleu, Measured)
     assert bleu.value == pytest.approx(11 / 21, abs=1e-9)
+
+
+def test_scores_are_printed_without_a_file(files):
+    result = run("score", "--run", files / "run.csv", "--references", files / "references.csv")
+    assert result.exit_code == 0, result.output
+    assert "rouge1:F|stemmer:no" in result.stdout
+    assert sorted(path.name for path in files.iterdir()) == ["references.csv", "run.csv"]
+
+
+def test_no_available_metric_is_a_failure(files):
+    result = score(files, "--metrics", "clipscore,bleurt", "--per-image", files / "per_image.csv")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: nothing was scored, for none of the metrics is available")
+    assert not (files / "scores.json").exists()
+    assert not (files / "per_image.csv").exists()
+    compared = run(
+        *("score", "compare", files / "run.csv", files / "run.csv", "--references", files / "references.csv"),
+        *("--metrics", "clipscore"),
+    )
+    assert compared.exit_code == 1
+    assert "nothing was scored" in compared.stderr
+
+
+def test_values_that_are_not_numbers_are_not_read_back(files):
+    (files / "a.csv").write_text("ID,rouge1@12345678\n0,1.0\n1,nan\n")
+    result = run("score", "compare", files / "a.csv", files / "a.csv")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "1 has a value that is not a number" in line
+
+
+def test_a_metric_without_a_number_is_unavailable():
+    class NotANumber(Rouge1):
+        def measure(self, _: Items) -> Measured:
+            return Measured(np.array([0.5, np.nan, 0.5]), 0.5)
+
+    (found,), _ = measure({"x": NotANumber()}, WORKED, lambda _: None)
+    assert found.unavailable == "gives no number for 1"
+
+
+def test_only_common_ids_are_scored(files):
+    (files / "run.csv").write_text(f"ID,Caption\n2,{CANDIDATES[2]}\n1,{CANDIDATES[1]}\nelse,x\n")
+    result = score(files)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("lacks 1 ids of " + f"{files / 'references.csv'}: 0; " + ONLY_COMMON)
+    result = score(files, "--only-common", "--metrics", "rouge1")
+    assert result.exit_code == 0, result.output
+    found = json.loads((files / "scores.json").read_text())
+    assert found["details"]["description"]["images"] == 2
+    assert found["details"]["scores"]["rouge1"]["signature"].endswith("|only-common:2 of 3 references")
+    assert found["rouge1"] == pytest.approx(Rouge1().measure(WORKED).per_image[1:].mean())
+    assert "only the 2 ids that both files have are scored" in result.stdout
+
+
+def test_only_common_changes_nothing_where_ids_agree(files):
+    assert score(files, "--only-common").exit_code == 0
+    details = json.loads((files / "scores.json").read_text())["details"]
+    assert details["notes"] == []
+    assert "only-common" not in details["scores"]["rouge1"]["signature"]
+
+
+ONLY_COMMON = "give --only-common to score the ids that both files have\n"
+
+
+# Prompts
+
+
+def prompted(files: Path, *captions: str, prompt: str = "T2 Axial", where: str = "references") -> None:
+    """Write captions, "mass" as every reference, and a prompt in one of the two tables."""
+    lines = {"references": ["mass"] * len(captions), "run": list(captions)}
+    for name, texts in lines.items():
+        more = (",prompt", f',"{prompt}"') if name == where else ("", "")
+        rows = [f'{i},"{text}"{more[1]}' for i, text in enumerate(texts)]
+        (files / f"{name}.csv").write_text("\n".join([f"ID,Caption{more[0]}", *rows]) + "\n")
+
+
+def rouge1(files: Path) -> tuple[float, str, list[str]]:
+    details = json.loads((files / "scores.json").read_text())["details"]
+    return details["scores"]["rouge1"]["value"], details["scores"]["rouge1"]["signature"], details["notes"]
+
+
+@pytest.mark.parametrize("where", ["references", "run"])
+def test_what_follows_the_prompt_is_scored(where, files):
+    prompted(files, "t2 axial mass", "t2  axial mass", "", where=where)
+    assert score(files, "--metrics", "rouge1").exit_code == 0
+    value, signature, (note,) = rouge1(files)
+    assert value == pytest.approx(2 / 3)
+    assert signature.endswith("|prompt:removed")
+    assert note.startswith("2 captions begin with their prompt")
+    assert score(files, "--metrics", "rouge1", "--keep-prompt").exit_code == 0
+    value, signature, (note,) = rouge1(files)
+    assert value == pytest.approx(1 / 3)
+    assert "prompt" not in signature
+    assert "--keep-prompt" in note
+
+
+def test_prompts_of_a_table_or_the_command_line_override_columns(files):
+    prompted(files, "an mri of mass", "an mri of mass", prompt="something else")
+    (files / "prompts.csv").write_text("ID,prompt\n0,an MRI of\n1,an MRI of\n")
+    for given in (("--prompts", files / "prompts.csv"), ("--prompt", "an MRI of")):
+        assert score(files, "--metrics", "rouge1", *given).exit_code == 0
+        assert rouge1(files)[0] == 1.0
+    assert score(files, "--metrics", "rouge1").exit_code == 0
+    value, signature, (note,) = rouge1(files)
+    assert value == pytest.approx(0.4)
+    assert "prompt" not in signature
+    assert note.startswith("no caption begins with its prompt")
+
+
+def test_a_run_that_begins_with_some_of_its_prompts_is_refused(files):
+    prompted(files, "t2 axial mass", "mass")
+    result = score(files)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "1 captions begin with their prompt" in line
+    assert "1 do not (1): give the run's prompts with --prompts, or --keep-prompt" in line
+
+
+def test_compared_runs_are_scored_without_prompts(files):
+    prompted(files, "t2 axial mass", "t2 axial nodule")
+    (files / "other.csv").write_text("ID,Caption\n0,mass\n1,mass\n")
+    given = ("score", "compare", files / "run.csv", files / "other.csv", "--references", files / "references.csv")
+    assert "0.5000 -> 1.0000" in run(*given, "--metrics", "rouge1").stdout
+    assert "0.2500 -> 1.0000" in run(*given, "--metrics", "rouge1", "--keep-prompt").stdout
+
+
+def test_words_that_all_captions_begin_with_are_noted(files):
+    captions = [f"a picture of {word}" for word in ("mass", "ct", "mri", "nodule", "mass")]
+    prompted(files, *captions, where="nowhere")
+    assert score(files, "--metrics", "rouge1").exit_code == 0
+    assert "all captions begin with 'a picture of'" in rouge1(files)[2][0]
+    (files / "references.csv").write_text((files / "run.csv").read_text())
+    assert score(files, "--metrics", "rouge1").exit_code == 0
+    assert rouge1(files)[2] == []
+
+
+@pytest.mark.parametrize(
+    ("caption", "prompt", "rest"),
+    [
+        ("t2 - weighted image", "T2-weighted", "image"),
+        ("t2-weighted image", "t2 - weighted ", "image"),
+        ("cafe mass", "Caf\u00e9", "mass"),
+        ("mass", "mass", ""),
+        ("mass", "mass of", None),
+        ("a mass", "mass", None),
+    ],
+)
+def test_a_prompt_is_found_as_a_tokenizer_writes_it(caption, prompt, rest):
+    assert after_prompt(caption, prompt) == rest
 
 
 # Consensus

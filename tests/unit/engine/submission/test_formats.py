@@ -10,7 +10,15 @@ from click.testing import CliRunner
 
 from engine.cli.app import main
 from engine.errors import DataError, UsageError
-from engine.submission.formats import FORMATS, MEMBER, Verdict, check_submission, manifest_ids, write_submission
+from engine.submission.formats import (
+    FORMATS,
+    MEMBER,
+    MOST_PROBLEMS,
+    Verdict,
+    check_submission,
+    manifest_ids,
+    write_submission,
+)
 
 IDS = ["ID2", "ID1", "ID03"]
 GOOD = "ID,Caption\nID2,a\nID1,b\nID03,c\n"
@@ -43,8 +51,16 @@ ACCEPTED = {
     "line break in a caption without a comma": GOOD.replace("b", '"b\nd"'),
     "space at the end": GOOD.replace("b", "b "),
     "space before the closing quote": GOOD.replace("b", '"b "'),
+    "form feed, then a caption with a comma": GOOD.replace("b", '"b\fd"').replace(",c", ',"c, d"'),
+    "line separator, then a caption with a comma": GOOD.replace("b", "b\u2028d").replace(",c", ',"c, d"'),
 }
-UNWISE = ("TAB in a caption", "line break in a caption without a comma", "space at the end")
+UNWISE = (
+    "form feed, then a caption with a comma",
+    "line separator, then a caption with a comma",
+    "TAB in a caption",
+    "line break in a caption without a comma",
+    "space at the end",
+)
 REFUSED = {
     "byte order mark": ("\ufeff" + GOOD, "byte order mark"),
     "other header": (GOOD.replace("Caption", "caption"), "the header is"),
@@ -68,6 +84,8 @@ REFUSED = {
     "space in the id": (GOOD.replace("ID1", " ID1"), "line 3: white space"),
     "TABs": (GOOD.replace(",", "\t"), "the header is"),
     "nothing": ("", "it is empty"),
+    "form feed at the end of a line": (GOOD.replace("b", "b\f"), "line 3 is blank before or after a line separator"),
+    "comma without quotes, after a form feed": (GOOD.replace("b", "b\fd").replace(",c", ",c, d"), "line 4: 3 columns"),
 }
 
 
@@ -119,6 +137,51 @@ def test_what_is_written_is_right_in_manifest_order(form, tmp_path):
 def test_a_bar_in_a_caption_of_2022_becomes_a_space(tmp_path):
     write_submission({"a": "x|y"}, ["a"], "imageclef2022", tmp_path / "x.csv")
     assert (tmp_path / "x.csv").read_text() == "a|x y\n"
+
+
+@pytest.mark.parametrize("line", ["ab\n", "ID1,c\n", 'ID1,"c\n', "ID1,"])
+def test_an_archive_that_unpacks_to_many_lines_takes_little_memory(line, tmp_path):
+    import tracemalloc
+
+    content = "ID,Caption\n" + line * (40_000_000 // len(line))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(MEMBER, content)
+    del content
+    tracemalloc.start()
+    verdict = check_submission(tmp_path / "x.zip", IDS, "imageclef2026")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 1 <= len(verdict.errors) <= MOST_PROBLEMS
+    assert not verdict.is_whole
+    assert peak < 20_000_000
+
+
+def test_a_check_stops_after_enough_errors_and_says_so(tmp_path):
+    ids = [f"ID{i}" for i in range(1000)]
+    (tmp_path / "ids.txt").write_text("\n".join(ids))
+    (tmp_path / "x.csv").write_text("ID,Caption\n" + "".join(f"{name}\n" for name in ids))
+    verdict = check_submission(tmp_path / "x.csv", ids, "imageclef2024")
+    assert len(verdict.errors) == MOST_PROBLEMS
+    assert not any("missing" in error for error in verdict.errors)  # the rest was not looked at
+    given = ["check", tmp_path / "x.csv", "--manifest", tmp_path / "ids.txt", "--format", "imageclef2024"]
+    result = CliRunner().invoke(main, [str(word) for word in given])
+    assert result.stderr.endswith("must be quoted (99 more, not checked to the end)\n")
+
+
+def test_every_unwise_line_is_counted(tmp_path):
+    (tmp_path / "ids.txt").write_text("\n".join(f"ID{i}" for i in range(12)))
+    (tmp_path / "x.csv").write_text("ID,Caption\n" + "".join(f"ID{i},a \n" for i in range(12)))
+    given = ["check", tmp_path / "x.csv", "--manifest", tmp_path / "ids.txt", "--format", "imageclef2024"]
+    result = CliRunner().invoke(main, [str(word) for word in given])
+    assert result.exit_code == 0
+    assert "allowed, but unwise: 2 more like these" in result.stderr
+
+
+def test_a_byte_that_is_not_utf8_is_found_wherever_it_is(tmp_path):
+    content = ('ID,Caption\nID2,"' + "\u00e9" * 70_000).encode() + b"\xff"
+    (tmp_path / "x.csv").write_bytes(content)
+    expected = [f"byte {len(content) - 1} is not UTF-8"]
+    assert check_submission(tmp_path / "x.csv", IDS, "imageclef2024").errors == expected
 
 
 def test_archives_that_are_not_right(tmp_path):
