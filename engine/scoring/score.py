@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError, EngineError
-from engine.inputs.ids import join_some
+from engine.inputs.columns import USUAL, Columns
+from engine.inputs.ids import join_some, shown
 from engine.inputs.images import find_images_of
 from engine.inputs.tables import Table, by_reference_id, read_table
 from engine.scoring.base import Items, Measured, Metric, MetricInputs
@@ -33,6 +34,7 @@ class ScoreRequest:
     metrics: tuple[str, ...] = ()
     labels: Path | None = None
     group_by: str | None = None
+    columns: Columns = USUAL
     bertscore_layer: int | None = None
     setting: MetricInputs = field(default_factory=MetricInputs)
 
@@ -73,10 +75,12 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
     profile = PROFILES[request.profile] if request.profile else Profile(request.metrics or CHEAP)
     names = request.metrics or profile.metrics
     options = dict(profile.options) | {"bertscore_layer": request.bertscore_layer}
-    references = read_table(request.references)
-    items = match(read_table(request.run), references, request.images, recursive=request.recursive)
+    references = read_table(request.references, request.columns)
+    run = read_table(request.run, request.columns)
+    items = match(run, references, request.images, recursive=request.recursive)
     notes = _notes(references, items)
-    groups_of = group_places(request.group_by, request.labels, references, items)
+    groups_of = group_places(request.group_by, request.labels, references, items, request.columns)
+    request.columns.require_found()
 
     refuse_unused(request.setting, names)
     for name, folder in request.setting.weights.items():
@@ -137,9 +141,9 @@ def match(run: Table, references: Table, images: Path | None = None, *, recursiv
 
     Raises DataError naming the ids that are in one file only, or without an image where images are given.
     """
-    said, expected = by_reference_id(references, run.single()), references.captions
+    said, expected = by_reference_id(references, run.single(), run.path, run.files), references.captions
     if not set(said) & set(expected):
-        first = f"{next(iter(said))} against {next(iter(expected))}"
+        first = f"{shown(next(iter(said)))} against {shown(next(iter(expected)))}"
         raise DataError(
             f"{run.path} and {references.path} have no id in common ({first}): references of another split?"
         )

@@ -137,13 +137,13 @@ def test_several_references_and_further_columns(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("x.csv", b"", "is no table of captions"),
+        ("x.csv", b"", "is not a table of captions"),
         ("x.csv", b"ID,Caption\n", "holds no captions"),
         ("x.csv", b"ID,Caption\na,b,c\n", "line 2: 3 columns where the header has 2"),
         ("x.csv", b'ID,Caption\na,b\nc,"open\n', "line 3"),
         ("x.csv", b"ID,Caption\n,b\n", "line 2: an empty id"),
         ("x.csv", b"ID,Caption\na,\xff\n", "byte 13 is not UTF-8"),
-        ("x.csv", b"a;b\nc;d\n", "is no table of captions"),
+        ("x.csv", b"a;b\nc;d\n", "is not a table of captions"),
         ("x.csv", b"a|b|c\nd|e|f\n", "line 1: 3 columns instead of an id and a caption"),
         ("x.json", b"{", "not valid JSON"),
         ("x.json", b"3", "neither COCO captions"),

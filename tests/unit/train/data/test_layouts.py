@@ -60,7 +60,7 @@ def test_imagefolder(tmp_path):
     [
         ("train.jsonl", '{"image": "a.jpg", "caption": ["one", "two"]}\n'),
         ("training.csv", "ID,Caption\na,one\na,two\n"),
-        ("train.tsv", "file_name\tcaption\nx/a.jpg\tone\nx/a.jpg\ttwo\n"),
+        ("train.tsv", "file_name\tcaption\ner/a.jpg\tone\ner/a.jpg\ttwo\n"),
         ("train.csv", "image_id,caption\na.jpg,one\na.jpg,two\n"),
         ("train.json", '[{"file_name": "a.jpg", "caption": ["one", "two"]}]'),
     ],
@@ -143,7 +143,7 @@ def test_pictures_that_share_an_id_are_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [("ID,CUIs\na,C1,C2\n", "line 2: 3 columns"), ("a,b\nc,d\n", "names no ID"), ('ID,CUIs\na,"C1\n', "line 2")],
+    [("ID,CUIs\na,C1,C2\n", "line 2: 3 columns"), ("a,b\nc,d\n", "does not name ID"), ('ID,CUIs\na,"C1\n', "line 2")],
 )
 def test_concepts_that_cannot_be_read_are_named(content, sentence, tmp_path):
     picture(tmp_path / "train" / "a.jpg")
@@ -157,7 +157,7 @@ def test_a_file_that_calls_itself_concepts_is_not_passed_over_without_a_header(t
     picture(tmp_path / "train" / "a.jpg")
     write(tmp_path / "train_captions.csv", "ID,Caption\na,one\n")
     write(tmp_path / "train_concept_detection.csv", "a,C1\nb,C2\n")
-    with pytest.raises(DataError, match=r"train_concept_detection\.csv is no table of concepts"):
+    with pytest.raises(DataError, match=r"train_concept_detection\.csv is not a table of concepts"):
         read_dataset(tmp_path)
 
 
