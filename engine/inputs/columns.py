@@ -20,11 +20,11 @@ PROMPT = "prompt"
 HEADER_WORDS = frozenset(
     re.findall(
         r"\w+",
-        "id ids uid uuid imgid imageid image images img file files filename path filepath imagepath imgpath name key "
-        "index study series subject patient dicom accession caption captions text texts report reports finding "
-        "findings impression impressions sentence sentences description desc comment label labels title legend cui cuis concept "
-        "concepts predicted prediction pred generated generation hypothesis candidate reference references target "
-        "answer output split",
+        "id ids uid uuid imgid imageid image images img file files filename path filepath imagepath imgpath name "
+        "key index study series subject patient dicom accession caption captions text texts report reports finding "
+        "findings impression impressions sentence sentences description desc comment label labels title legend cui "
+        "cuis concept concepts predicted prediction pred generated generation hypothesis candidate reference "
+        "references target answer output split",
     )
 )
 """Words that headers are made of in published tables; a first line of such words alone is not a row of data."""
@@ -127,10 +127,14 @@ def unknown_header(path: Path, names: Sequence[str], columns: Columns = USUAL, *
     """Return the error of a table whose header does not name the columns that are needed."""
     lacks = ["ids"] if columns.place_of_id(names) is None else []
     lacks += ["captions"] if captions and columns.place_of_caption(names) is None else []
+    only = f"only {', '.join(name for name in names if name)}"
+    for role, chosen in (("id", columns.id), ("caption", columns.caption)):
+        if chosen is not None and f"{role}s" in lacks:
+            return DataError(f"--{role}-column {chosen}: {path} has no such column, {only}")
     options = " and ".join(f"--{one.removesuffix('s')}-column" for one in lacks)
     known = {"ids": ID_COLUMNS, "captions": CAPTION_COLUMNS}
     usual = "; ".join(f"{one} are known as {', '.join(known[one])}" for one in lacks)
     return DataError(
-        f"{path} has no known column of {' and '.join(lacks)}, only {', '.join(name for name in names if name)}: give "
+        f"{path} has no known column of {' and '.join(lacks)}, {only}: give "
         f"{options} ({usual}), or if this line is a row, add the header ID,Caption"
     )
