@@ -37,8 +37,8 @@ class Inputs:
     prompts: Path | None = option(
         None, "--prompts", "Table ID,prompt: a text each caption starts with, instead of one --prompt for all."
     )
-    id_column: str | None = option(None, "--id-column", ID_HELP)
-    prompt_column: str | None = option(None, "--prompt-column", PROMPT_HELP)
+    id_column: str | None = option(None, "--id-column", ID_HELP, metavar="NAME")
+    prompt_column: str | None = option(None, "--prompt-column", PROMPT_HELP, metavar="NAME")
     dicom_frame: int = option(0, "--dicom-frame", "Frame of DICOM files, counted from 0.", least=0)
     high_bit_depth: str = option(CLIP, "--high-bit-depth", DEPTH_HELP)
 
