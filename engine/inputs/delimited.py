@@ -16,7 +16,7 @@ from pathlib import Path
 from engine.errors import DataError, UsageError
 from engine.inputs.columns import PROMPT, USUAL, Columns, holds_files, is_header, unknown_header
 from engine.inputs.ids import join_some
-from engine.inputs.kinds import cut_suffix, image_id, wrong_content
+from engine.inputs.kinds import cut_suffix, image_id, packed_content, wrong_content
 
 DELIMITERS = ",\t|;"
 MAX_FIELD_CHARS = 1 << 20
@@ -99,7 +99,7 @@ def read_text(path: Path, *, names: bool = False) -> str:
 
 def decode_text(path: Path, content: bytes, *, names: bool = False) -> str:
     """Return the text of a file's content, see read_text."""
-    if content and (what := wrong_content(content[:512]) or _packed(path, content)):
+    if content and (what := wrong_content(content[:512]) or packed_content(content[:4096], path.suffix)):
         raise DataError(f"{path} is not text but {what}")
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
@@ -125,18 +125,6 @@ def refuse_bytes(path: Path, texts: Iterable[str]) -> None:
 
 def _saved_by(encoding: str) -> str:
     return "" if encoding == "UTF-16" else " (saved by Excel? choose `CSV UTF-8` there)"
-
-
-def _packed(path: Path, content: bytes) -> str | None:
-    """Return what a file is that holds its text packed, with the remedy; None for anything else."""
-    if content.startswith(b"\x1f\x8b"):
-        return "a gzip archive: unpack it with gunzip"
-    if content.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        is_workbook = path.suffix.lower() in (".xlsx", ".xlsm", ".ods") or b"xl/" in content[:4096]
-        return "an Excel workbook: save it as `CSV UTF-8`" if is_workbook else "a zip archive: unpack it"
-    if content.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"):
-        return "an Excel workbook: save it as `CSV UTF-8`"
-    return None
 
 
 def table_text(path: Path) -> tuple[str, str | None]:

@@ -104,6 +104,17 @@ def wrong_content(head: bytes) -> str | None:
     return None
 
 
+def packed_content(head: bytes, suffix: str) -> str | None:
+    """Return what a file is that has its content packed, with the remedy; None for anything else."""
+    is_workbook = suffix.lower() in (".xlsx", ".xlsm", ".ods") or b"xl/" in head
+    is_zip = head.startswith((b"PK\x03\x04", b"PK\x05\x06"))
+    if head.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1") or (is_zip and is_workbook):
+        return "an Excel workbook: save it as `CSV UTF-8`"
+    if head.startswith(b"\x1f\x8b"):
+        return "a gzip archive: unpack it with gunzip"
+    return "a zip archive: unpack it" if is_zip else None
+
+
 def open_regular(path: Path, most_bytes: int, *, follow: bool = True) -> IO[bytes]:
     """Open a regular file of at most `most_bytes`, never a pipe, which would keep its reader waiting, or a device.
 
