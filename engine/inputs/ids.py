@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 from engine.errors import DataError
@@ -23,11 +24,21 @@ class Ids:
     ) -> None:
         self._known = set(known)
         self._aliases = aliases or {}
+        self._files = files or {}
         self._spelled = _unique((spelled(name), name) for name in self._known)
-        paths = [(spelled((files or {}).get(name, name)), name) for name in self._known]
-        self._paths = _unique(paths)
-        self._ends = _unique((end, name) for path, name in paths for end in _ends(path))
-        self._stripped = _unique((spelled(name.strip()), name) for name in self._known)
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """The ids by their paths in one spelling; made when a name is not found as it is, which is rare."""
+        return _unique((spelled(self._files.get(name, name)), name) for name in self._known)
+
+    @cached_property
+    def _path_ends(self) -> dict[str, str]:
+        return _unique((end, name) for name in self._known for end in _ends(spelled(self._files.get(name, name))))
+
+    @cached_property
+    def _stripped(self) -> dict[str, str]:
+        return _unique((spelled(name.strip()), name) for name in self._known)
 
     def find(self, name: str, file: str | None = None) -> str | None:
         """Return the id that a name means, None where there is none, or more than one.
@@ -39,7 +50,7 @@ class Ids:
         if name in self._aliases and self._aliases[name] in self._known:
             return self._aliases[name]
         path = spelled(file or name)
-        found = self._spelled.get(spelled(name)) or self._ends.get(path)
+        found = self._spelled.get(spelled(name)) or self._path_ends.get(path)
         found = found or next((self._paths[end] for end in _ends(path) if end in self._paths), None)
         return found or self._stripped.get(spelled(name.strip()))
 
