@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import click
 
 from engine.cli.group import OneLineGroup
-from engine.cli.shared import PATH, SectionCommand, say, takes
+from engine.cli.shared import PATH, SectionCommand, column_options, say, takes
 from engine.errors import EngineError, UsageError
+from engine.inputs.columns import Columns
 from engine.inputs.depth import CLIP
 from engine.inputs.depth import HELP as DEPTH_HELP
 from engine.options import SAMPLING, DecodeOptions
@@ -42,7 +43,8 @@ def recipe_options(command: Command) -> Command:
 def data_options(command: Command) -> Command:
     """Add what every command that reads a data set takes."""
     for option in (
-        click.option("--data", type=PATH, required=True, help="Data set; for its layouts see train/data/dataset.py."),
+        column_options("caption", "prompt"),
+        click.option("--data", type=PATH, required=True, help="Data set folder; layouts: docs/files.md."),
         click.option("--allow-missing", is_flag=True, help="Leave out what cannot be read instead of stopping."),
         click.option(
             "--check-images/--trust-images", default=True, show_default=True, help="Decode every image beforehand."
@@ -87,6 +89,7 @@ def finetune(
     allow_missing: bool,
     check_images: bool,
     unpack_into: Path | None,
+    named: Columns,
     changes: tuple[str, ...],
     **flags: Any,
 ) -> None:
@@ -101,7 +104,7 @@ def finetune(
     given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
     job = Job(
         checkpoint=find_checkpoint(model),
-        data=DataInputs(data, allow_missing, check_images, unpack_into),
+        data=DataInputs(data, allow_missing, check_images, unpack_into, named),
         out=out,
         recipe=load_recipe(recipe, given),
         metrics=MetricInputs(weights=parse_weights(weights)),
@@ -116,7 +119,8 @@ def finetune(
     "--checkpoint", type=PATH, help="BLIP captioning checkpoint (safetensors); exported once into OUT/bundle."
 )
 @click.option("--bundle", type=PATH, help="Exported bundle to take instead; with both, of the same weights.")
-@click.option("--data", type=PATH, required=True, help="Data set; for its layouts see train/data/dataset.py.")
+@click.option("--data", type=PATH, required=True, help="Data set folder; layouts: docs/files.md.")
+@column_options("caption", "prompt")
 @click.option(
     "--out", type=PATH, required=True, help="For tables and runs; the same command goes on where it was cut off."
 )
@@ -188,12 +192,20 @@ def inspect(
     allow_missing: bool,
     check_images: bool,
     unpack_into: Path | None,
+    named: Columns,
 ) -> None:
     """Look at a data set before training: caption lengths, modalities, image sizes, duplicates, overlap, problems."""
     from train.data.inspect import inspect_directory
 
     is_sound = inspect_directory(
-        data, out, say, model=model, decode=check_images, unpack_into=unpack_into, high_bit_depth=high_bit_depth
+        data,
+        out,
+        say,
+        model=model,
+        decode=check_images,
+        unpack_into=unpack_into,
+        columns=named,
+        high_bit_depth=high_bit_depth,
     )
     if not is_sound and not allow_missing:
         sys.exit(1)

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import set_seed
 
 from engine.errors import DataError, UsageError
+from engine.inputs.columns import USUAL, Columns
 from engine.scoring.base import MetricInputs
 from engine.scoring.profiles import make_metric
 from export.checkpoints.processor import assumed_settings
@@ -25,7 +26,7 @@ from export.manifest import checkpoint_sha256
 from export.reference.huggingface import Reference
 from train.data.check import check_split, drop_unusable, fingerprint
 from train.data.dataset import Example, Split, hold_out, read_dataset
-from train.data.prompts import check_fit
+from train.data.prompts import check_fit, lost_in_tokens
 from train.learning.evaluate import LOSS, Evaluator
 from train.learning.processes import on_first_process, rank_and_world_size
 from train.learning.run_dir import BestModels, locked, write_log, write_or_compare_record
@@ -39,14 +40,15 @@ SPLITS = ("train", "valid")
 
 @dataclass(frozen=True)
 class DataInputs:
-    """Captioned images: a data set, whether bad ones may be left out, whether every image is decoded beforehand, and
-    where the pictures of parquet files are kept.
+    """Captioned images: a data set, whether bad ones may be left out, whether every image is decoded beforehand, where
+    the images of parquet files are kept, and which columns were chosen by name.
     """
 
     directory: Path
     allow_missing: bool = False
     decode_images: bool = True
     unpack_into: Path | None = None
+    columns: Columns = USUAL
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def finetune(job: Job, say: Say) -> dict[str, Any]:
 
 def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, say: Say) -> dict[str, Split]:
     """Read and check the splits `train` and `valid`; bad images stop the run, or are left out if that is allowed."""
-    splits = read_dataset(data.directory, unpack_into=data.unpack_into)
+    splits = read_dataset(data.directory, unpack_into=data.unpack_into, columns=data.columns, log=say)
     if "train" not in splits:
         raise DataError(f"{data.directory} has no training split, only {', '.join(splits)}")
     if "valid" not in splits:
@@ -108,6 +110,7 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, say: Sa
             decode=data.decode_images,
             depth=recipe.high_bit_depth,
             count_tokens=lambda text: len(reference.tokenizer(text)["input_ids"]),
+            lost_in=lambda text: lost_in_tokens(reference.tokenizer, text),
             max_tokens=min(recipe.max_tokens, positions),
         )
         if recipe.max_tokens > positions and problems.cut:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from engine.cli.shared import PATH, say
+from engine.cli.shared import PATH, column_options, say
 from engine.inputs.depth import CLIP
 from engine.inputs.depth import HELP as DEPTH_HELP
 
@@ -31,6 +31,7 @@ from engine.inputs.depth import HELP as DEPTH_HELP
 @click.option("--dicom-frame", type=click.IntRange(0), default=0, help="Frame of DICOM files, counted from 0.")
 @click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)
 @click.option("--thumbnail-px", type=click.IntRange(32, 2048), default=320, show_default=True)
+@column_options("caption")
 def report(**given: Any) -> None:
     """Make a page to look at a run: open index.html of --out in any browser, no server needed.
 

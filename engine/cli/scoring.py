@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from engine.cli.group import Group
-from engine.cli.shared import PATH, say
+from engine.cli.shared import PATH, column_options, say
 from engine.errors import EngineError, UsageError
+from engine.inputs.columns import Columns
 from engine.inputs.depth import CLIP
 from engine.inputs.depth import HELP as DEPTH_HELP
 
@@ -33,7 +34,10 @@ def _parse_names(context: click.Context, parameter: click.Parameter, value: str 
     return tuple(name.strip() for name in (value or "").split(",") if name.strip())
 
 
-MEASURING = ("metrics", "weights", "plugin", "device", "batch-size", "bertscore-layer")
+MEASURING = (
+    *("metrics", "weights", "plugin", "device", "batch-size", "bertscore-layer"),
+    *("id-column", "caption-column", "prompt-column"),
+)
 """Options of measuring, which values of --per-image need no more."""
 MATCHING = ("prompt", "prompts", "keep-prompt", "only-common")
 """Options of bringing a run and references together, which they do not need either."""
@@ -104,10 +108,8 @@ def _setting(weights: dict[str, str], plugins: dict[str, str], device: str | Non
 @click.option("--per-image", type=PATH, help="CSV file for the values of every image.")
 @matching_options
 @metric_options
-@click.pass_context
+@column_options("caption", "prompt")
 def score(
-    context: click.Context,
-    /,
     run: Path | None,
     references: Path | None,
     out: Path | None,
@@ -116,6 +118,7 @@ def score(
     plugins: dict[str, str],
     device: str | None,
     batch_size: int,
+    named: Columns,
     **given: Any,
 ) -> None:
     """Score a run against references; `score compare` compares two.
@@ -123,6 +126,7 @@ def score(
     Every number comes with its signature. A metric that lacks weights, a plug-in or a library is reported as
     unavailable.
     """
+    context = click.get_current_context()
     if context.invoked_subcommand is not None:
         idle = _options_given(context)
         if idle:
@@ -142,7 +146,7 @@ def score(
         raise UsageError("--labels needs --by, the column to break the scores down by")
     _refuse_pixels_without_images(context, given["images"])
     setting = _setting(weights, plugins, device, batch_size)
-    report = _score(ScoreRequest(run, references, setting=setting, **given))
+    report = _score(ScoreRequest(run, references, setting=setting, columns=named, **given))
     write_report(report, out, per_image)
     for line in _summary(report):
         click.echo(line)
@@ -204,6 +208,7 @@ def _summary(report: Any) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 @matching_options
 @metric_options
+@column_options("caption", "prompt")
 def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: Any) -> None:
     """Compare two runs by the paired bootstrap: SECOND minus FIRST, with 95 % intervals (fixed seed)."""
     idle = set(_options_given(click.get_current_context())) & {f"--{name}" for name in MEASURING + MATCHING}
@@ -242,6 +247,7 @@ def _measured(
     plugins: dict[str, str],
     device: str | None,
     batch_size: int,
+    named: Columns,
     **given: Any,
 ) -> tuple[list[str], dict[str, Any]]:
     """Return sorted ids and what was measured: of a file of --per-image, or of a run that is scored now."""
@@ -251,7 +257,7 @@ def _measured(
     if references is None:
         return in_order_of_ids(*read_per_image(path))
     setting = _setting(weights, plugins, device, batch_size)
-    report = _score(ScoreRequest(path, references, setting=setting, **given))
+    report = _score(ScoreRequest(path, references, setting=setting, columns=named, **given))
     how = {score.name: how_measured(score.signature, report.items) for score in report.scores}
     return in_order_of_ids(report.items.ids, {f"{name}@{how[name]}": found for name, found in report.measured.items()})
 
@@ -276,6 +282,7 @@ def _measured(
     "--support-share", type=float, default=0.5, show_default=True, help="Of --support: its share of the vote; 0 is off."
 )
 @metric_options
+@column_options("caption")
 def rerank(
     files: tuple[Path, ...],
     out: Path,
@@ -285,6 +292,7 @@ def rerank(
     support_file: Path | None,
     nearest: int,
     support_share: float,
+    named: Columns,
     **given: Any,
 ) -> None:
     """Choose of each image's candidates the one the others agree with most (minimum Bayes risk)."""
@@ -303,19 +311,20 @@ def rerank(
     if support_file is not None:
         metric = make_utility(utility, setting, options)
         how = {"nearest": nearest, "share": support_share, "uniform": uniform}
-        support, voted = _read_support(support_file, candidates, metric, **how)
+        support, voted = _read_support(support_file, candidates, metric, named, **how)
     chosen = rerank_candidates(candidates, utility, setting, uniform=uniform, options=options, support=support)
     write_run(out, chosen.items())
     moved = sum(chosen[name] != several[0].text for name, several in candidates.items())
     say(f"{len(chosen)} captions, {moved} of them another than the first candidate{voted} -> {out}")
 
 
-def _read_support(path: Path, candidates: Any, metric: Any, **how: Any) -> tuple[Any, str]:
+def _read_support(path: Path, candidates: Any, metric: Any, named: Columns, **how: Any) -> tuple[Any, str]:
     """Return the support that a file of captions gives to candidates, and that in words."""
     from engine.inputs.tables import read_table
     from engine.scoring.support import SupportCaptions
 
-    captions = SupportCaptions(read_table(path))
+    captions = SupportCaptions(read_table(path, named))
+    named.require_found()
     support = captions.near(candidates, metric, **how)
     if not support.share:
         return support, ""
@@ -329,6 +338,6 @@ def _refuse_idle(uniform: bool, support_file: Path | None) -> None:
     given = _options_given(click.get_current_context())
     if uniform and "--share" in given:
         raise UsageError("--share does nothing beside --uniform, by which all candidates count the same")
-    idle = [name for name in given if name in ("--nearest", "--support-share")]
+    idle = [name for name in given if name in ("--nearest", "--support-share", "--id-column", "--caption-column")]
     if idle and support_file is None:
         raise UsageError(f"{', '.join(idle)}: only with --support, a file of the captions that may vote")

@@ -12,6 +12,7 @@ import click
 
 from engine.declarations import Option, declared
 from engine.errors import UsageError
+from engine.inputs.columns import CAPTION_HELP, ID_HELP, PROMPT_HELP, Columns
 from engine.inputs.delimited import read_text
 from engine.inputs.remote import Location, location
 from engine.options import DecodeOptions
@@ -184,6 +185,23 @@ def bundles_option(command: Callable[..., None]) -> Callable[..., None]:
         "--bundle-weight", "weights", type=float, help="Weight in that mean, one for each --bundle.", **section
     )
     return several(weight(call))
+
+
+def column_options(*roles: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command `named`, the columns of its tables that were chosen: of ids, and of each of `roles`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            chosen = {role: values.pop(f"{role}_column", None) for role in ("id", *roles)}
+            command(named=Columns(**chosen), **values)
+
+        helps = {"id": ID_HELP, "caption": CAPTION_HELP, "prompt": PROMPT_HELP}
+        for role in reversed(("id", *roles)):
+            call = click.option(f"--{role}-column", metavar="NAME", help=helps[role])(call)
+        return call
+
+    return decorate
 
 
 rows_option = click.option(

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.captions import Caption
 from engine.files.atomic import write_atomically
@@ -45,6 +46,11 @@ def format_json(row: Row) -> str:
     entry = {"id": row.id, "file": row.file}
     entry |= {} if row.text is None else {"caption": row.text}
     entry |= {"error": row.error} if row.error else {}
+    return _json_line(entry)
+
+
+def _json_line(entry: Mapping[str, Any]) -> str:
+    """Return an object as one line of valid JSON: half characters (bytes of file names) are escaped, not written."""
     return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
@@ -92,7 +98,5 @@ def write_n_best(path: Path, captions: Iterable[Caption], *, drawn: bool = False
             }
             for alternative in caption.alternatives
         ]
-        lines.append(
-            json.dumps({"id": caption.id, "drawn": drawn, "hypotheses": hypotheses}, ensure_ascii=False) + "\n"
-        )
+        lines.append(_json_line({"id": caption.id, "drawn": drawn, "hypotheses": hypotheses}))
     write_atomically(path, "".join(lines))

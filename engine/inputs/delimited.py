@@ -8,33 +8,34 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from engine.errors import DataError, UsageError
+from engine.inputs.columns import PROMPT, USUAL, Columns, holds_files, is_header, unknown_header
 from engine.inputs.ids import join_some
-from engine.inputs.kinds import image_id
+from engine.inputs.kinds import cut_suffix, image_id, packed_content, wrong_content
 
 DELIMITERS = ",\t|;"
-FILE_COLUMNS = ("file_name", "filename", "image", "image_name")
-ID_COLUMNS = ("id", "image_id", "imageid", *FILE_COLUMNS)
-CAPTION_COLUMNS = ("caption", "captions", "text", "description", "comment", "prompt", "raw")
 MAX_FIELD_CHARS = 1 << 20
 """No caption comes near it; the csv module's own limit is smaller than some report texts."""
 
 CaptionRow = tuple[int, str, str, Mapping[str, str]]
-"""Line (or record) number, id or file name, caption, further columns. A file name is told by FILE in front."""
+"""Line (or record) number, id or file name, caption, further columns. A file name is marked by FILE in front."""
 FILE = "\0"
+Rows = list[tuple[int, list[str]]]
+"""Line number and cells of the rows of a table, rows of blanks left out."""
+Others = list[tuple[str, str]]
 
 
-def read_ids(path: Path) -> list[str]:
-    """Read a list of ids: one a line, or the first column of a table headed ID; raise DataError naming the file."""
-    try:
-        ids = _ids(read_text(path))
-    except csv.Error as error:
-        raise DataError(f"{path} cannot be read as a list of ids: {error}") from error
+def read_ids(path: Path, columns: Columns = USUAL, *, whole: bool = False) -> list[str]:
+    """Read a list of ids: one a line, or a column of a table; raise DataError naming the file.
+
+    From a column of file names come their ids, or with `whole` the paths as they are.
+    """
+    ids = _ids(path, columns, whole)
     if not ids:
         raise DataError(f"{path} lists no ids")
     repeated = sorted(name for name, count in Counter(ids).items() if count > 1)
@@ -43,118 +44,189 @@ def read_ids(path: Path) -> list[str]:
     return ids
 
 
-def read_columns(path: Path) -> dict[str, dict[str, str]]:
+def read_columns(path: Path, columns: Columns = USUAL, *, whole: bool = False) -> dict[str, dict[str, str]]:
     """Read a table of anything about images: {column: {id: value}}.
 
-    Ids or file names stand in the column that is headed so, else in the first. A column without a name is the index
-    that pandas writes, and is left out.
+    Ids or file names stand in the column that is headed so, else in the first. From file names come ids, or with
+    `whole` the paths as they are. A column without a name is the index that pandas writes, and is left out.
 
     It has a header, and commas, TABs or bars. Raises DataError naming the file and the line.
     """
-    text = read_text(path)
-    header_line = text.partition("\n")[0]
+    text, separator = table_text(path)
+    header_line = text.lstrip("\r\n").partition("\n")[0]
     found = [delimiter for delimiter in DELIMITERS if delimiter in header_line]
-    delimiter = next((d for d in found if any(map(_heads_ids, header_line.split(d)))), (found or ",")[0])
-    reader = read_delimited(text, delimiter)
-    columns: dict[str, dict[str, str]] = {}
-    try:
-        header = [name.strip() for name in next(reader, ())]
-        if len(header) < 2:
-            raise DataError(f"{path} is no table: its header has no column beside the ids, with a comma, TAB or bar")
-        if len(set(header)) < len(header):
-            raise DataError(f"{path} has two columns of one name: {', '.join(header)}")
-        place = next((i for i, name in enumerate(header) if _heads_ids(name)), 0)
-        others = [i for i, name in enumerate(header) if i != place and name and not name.startswith("Unnamed: ")]
-        if not others:
-            raise DataError(f"{path} is no table: its header has no column beside the ids")
-        columns = {header[i]: {} for i in others}
-        for row in filter(None, reader):
-            if len(row) != len(header):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(row)} columns where the header has {len(header)}"
-                )
-            name = _stem(header[place], row[place])
-            if name in columns[header[others[0]]]:
-                raise DataError(f"{path}, line {reader.line_num}: {name} is there twice")
-            for i in others:
-                columns[header[i]][name] = row[i]
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
-    return columns
+    by_id = (d for d in found if columns.place_of_id(header_line.split(d)) is not None)
+    delimiter = separator or next(by_id, (found or ",")[0])
+    (_, header), *rows = read_rows(path, text, delimiter) or [(1, [""])]
+    header = [name.strip() for name in header]
+    columns.note(path, header)
+    if len(header) < 2:
+        raise DataError(f"{path} has only an id column: expected at least one more, after a comma, TAB or bar")
+    if len(set(header)) < len(header):
+        raise DataError(f"{path} has two columns of one name: {', '.join(header)}")
+    place = columns.place_of_id(header) or 0
+    prompt = columns.place_of_prompt(header)
+    others = [i for i, name in enumerate(header) if i != place and name and not name.startswith("Unnamed: ")]
+    if not others:
+        raise DataError(f"{path} has only an id column: expected at least one more")
+    names = [PROMPT if i == prompt else name for i, name in enumerate(header)]
+    found_columns: dict[str, dict[str, str]] = {names[i]: {} for i in others}
+    for number, row in rows:
+        if len(row) != len(header):
+            raise DataError(f"{path}, line {number}: {len(row)} columns where the header has {len(header)}")
+        name = row[place] if whole else _stem(header[place], row[place])
+        if name in found_columns[names[others[0]]]:
+            raise DataError(f"{path}, line {number}: {name} is there twice")
+        refuse_bytes(path, (row[i] for i in others))
+        for i in others:
+            found_columns[names[i]][name] = row[i]
+    return found_columns
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, names: bool = False) -> str:
     """Return the text of a file, line ends as they are: UTF-8, or UTF-16 where a byte order mark says so.
 
-    Raises DataError naming it for any other encoding.
+    With `names` bytes that are not UTF-8 come as Python decodes file names (surrogateescape), so that a run of such
+    files can be read; `refuse_bytes` refuses them elsewhere. Raises DataError naming the file for other encodings and
+    for what is not text.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    return decode_text(path, content, names=names)
+
+
+def decode_text(path: Path, content: bytes, *, names: bool = False) -> str:
+    """Return the text of a file's content, see read_text."""
+    if content and (what := wrong_content(content[:512]) or packed_content(content[:4096], path.suffix)):
+        raise DataError(f"{path} is not text but {what}")
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        text = content.decode(encoding)
+        text = content.decode(encoding, "surrogateescape" if names and encoding != "utf-16" else "strict")
     except UnicodeDecodeError as error:
         what = "UTF-16" if encoding == "utf-16" else "UTF-8"
-        hint = "" if what == "UTF-16" else " (saved by Excel? choose `CSV UTF-8` there)"
-        raise DataError(f"{path} cannot be read: byte {error.start} is not {what}{hint}") from error
+        raise DataError(f"{path} cannot be read: byte {error.start} is not {what}{_saved_by(what)}") from error
     if "\0" in text[:4096]:
         raise DataError(f"{path} holds bytes of zero: is it UTF-16 without a byte order mark? save it as UTF-8")
     return text
 
 
-def read_delimited(text: str, delimiter: str) -> Any:
-    """Return a reader of the rows of a table; it raises csv.Error, and its line_num is the line of the last row.
+def refuse_bytes(path: Path, texts: Iterable[str]) -> None:
+    """Raise DataError where a text that is not a name holds bytes that are not UTF-8, see read_text."""
+    if any(re.search("[\udc80-\udcff]", text) for text in texts):
+        content = path.read_bytes()
+        try:
+            content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            at = f"byte {error.start} is not UTF-8"
+            raise DataError(f"{path} cannot be read: {at}{_saved_by('UTF-8')}") from error
+
+
+def _saved_by(encoding: str) -> str:
+    return "" if encoding == "UTF-16" else " (saved by Excel? choose `CSV UTF-8` there)"
+
+
+def table_text(path: Path) -> tuple[str, str | None]:
+    """Return the text of a table, and the delimiter that a line `sep=;` of Excel names.
+
+    That line, blank lines and comments (`# ...`) before the first row become empty lines, so that line numbers stay.
+    """
+    text, separator, start = read_text(path, names=True), None, 0
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        line = text[start:end].strip("\r\n")
+        if found := re.fullmatch(r'"?sep=(.)"?', line):
+            separator = found[1]
+        elif line.strip() and not line.startswith("# "):
+            break
+        start = end
+    return "\n" * text.count("\n", 0, start) + text[start:], separator
+
+
+def read_rows(path: Path, text: str, delimiter: str, width: int | None = None) -> Rows:
+    """Return the rows of a table, each with the number of its last line; raise DataError naming file and line.
 
     Only commas and semicolons come with quotes: a bar or a TAB ends an id, and a quotation mark is part of the caption.
-    Where the header itself is quoted, a program wrote the quotes for all columns.
+    Where the header itself is quoted, a program wrote the quotes for all columns. Quotes as hands write them, after a
+    space or escaped as `\\"`, are taken where every row then has `width` columns (those of the first row when None).
     """
+    rows, trouble = _parse(text, delimiter)
+    width = width or len(rows[0][1] if rows else ())
+    is_odd = any(re.fullmatch(r'(?s)\s+".*"\s*', cell) for _, row in rows for cell in row) and delimiter in ",;"
+    if delimiter in ",;" and (trouble or is_odd or any(len(row) != width for _, row in rows)):
+        unescaped = text.replace('\\"', '""')
+        for variant, with_space in ((text, True), (unescaped, False), (unescaped, True)):
+            other, fault = _parse(variant, delimiter, with_space)
+            if not fault and other and all(len(row) == width for _, row in other):
+                return other
+    if trouble:
+        raise DataError(f"{path}, {trouble}")
+    return rows
+
+
+def _parse(text: str, delimiter: str, with_space: bool = False) -> tuple[Rows, str]:
+    """Return the rows of a table up to the first that cannot be read, and what is wrong with that one."""
     csv.field_size_limit(MAX_FIELD_CHARS)
-    is_quoted = delimiter in ",;" or text.startswith('"')
-    return csv.reader(
+    is_quoted = delimiter in ",;" or text.lstrip("\r\n").startswith('"')
+    reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=delimiter,
         quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE,
+        skipinitialspace=with_space,
         strict=True,
     )
-
-
-def delimited_rows(path: Path, text: str) -> Iterator[CaptionRow]:
-    lines = text.split("\n")
-    delimiter, is_headed = _layout(path, [line.rstrip("\r") for line in lines])
-    reader = read_delimited(text, delimiter)
-    names: list[str] = []
+    rows: Rows = []
     try:
-        for row in reader:
-            number = reader.line_num
-            if not row:
-                continue
-            row = [cell.removeprefix(" ") for cell in row] if delimiter == "|" and is_headed else row
-            if is_headed and not names:
-                names = [name.strip() for name in row]
-                place_of_id, place_of_caption = _place(names, ID_COLUMNS), _place(names, CAPTION_COLUMNS)
-                continue
-            if not is_headed:
-                if len(row) != 2:
-                    raise DataError(f"{path}, line {number}: {len(row)} columns instead of an id and a caption")
-                yield number, row[0], row[1].removeprefix(" "), {}
-                continue
-            if len(row) != len(names):
-                raise DataError(
-                    f"{path}, line {number}: {len(row)} columns where the header has {len(names)}; "
-                    "a caption that holds the delimiter must be quoted"
-                )
-            further = {
-                names[i]: value
-                for i, value in enumerate(row)
-                if i not in (place_of_id, place_of_caption) and names[i] and not names[i].startswith("Unnamed: ")
-            }
-            name = named(names[place_of_id], row[place_of_id])
-            for caption in _captions(names[place_of_caption], row[place_of_caption]):
-                yield number, name, caption, further
+        rows += ((reader.line_num, row) for row in reader if any(cell.strip() for cell in row))
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+        return rows, f"line {reader.line_num}: {error}"
+    return rows, ""
+
+
+def delimited_rows(path: Path, columns: Columns = USUAL) -> Iterator[CaptionRow]:
+    """Yield the captions of a table, one a row or several; raise DataError naming the file and the line."""
+    text, separator = table_text(path)
+    delimiter, header = _layout(path, text, separator, columns)
+    if header is None:
+        for number, row in _headless(path, text, delimiter):
+            if len(row) != 2:
+                raise DataError(
+                    f"{path}, line {number}: {len(row)} columns instead of an id and a caption; more columns need a "
+                    "header, ID,Caption,..., and a caption that holds the delimiter must be quoted"
+                )
+            yield number, row[0], row[1].removeprefix(" "), {}
+        return
+    rows = read_rows(path, text, delimiter)
+    names = [name.strip() for name in rows[0][1]]
+    columns.note(path, names)
+    at_id, at_caption = columns.place_of_id(names), columns.place_of_caption(names)
+    at_prompt = columns.place_of_prompt(names)
+    if at_id is None or at_caption is None:
+        raise unknown_header(path, names, columns)
+    kept = [i for i, name in enumerate(names) if name and i not in (at_id, at_caption)]
+    kept = [i for i in kept if not names[i].startswith("Unnamed: ")]
+    for number, cells in rows[1:]:
+        row = [cell.removeprefix(" ") for cell in cells] if delimiter == "|" else cells
+        if len(row) != len(names):
+            raise DataError(
+                f"{path}, line {number}: {len(row)} columns where the header has {len(names)}; "
+                "a caption that holds the delimiter must be quoted"
+            )
+        further = {PROMPT if i == at_prompt else names[i]: row[i] for i in kept}
+        name = named(names[at_id], row[at_id])
+        for caption in _captions(names[at_caption], row[at_caption]):
+            yield number, name, caption, further
+
+
+def _headless(path: Path, text: str, delimiter: str) -> Rows:
+    """Return rows without a header. Where each begins with an image, commas after the first are the caption's."""
+    rows, trouble = _parse(text, delimiter)
+    if delimiter == "," and (trouble or any(len(row) != 2 for _, row in rows)):
+        lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if '"' not in text and all(_is_image(line.partition(",")[0]) for _, line in lines):
+            return [(number, [line.partition(",")[0], line.partition(",")[2]]) for number, line in lines]
+    return read_rows(path, text, delimiter, 2)
 
 
 def _captions(column: str, cell: str) -> list[str]:
@@ -169,52 +241,78 @@ def _captions(column: str, cell: str) -> list[str]:
     return [cell]
 
 
-def _layout(path: Path, lines: list[str]) -> tuple[str, bool]:
-    """Return the delimiter and whether there is a header: by the header, else by what every line has exactly once."""
-    header = lines[0].lower().replace('"', "")
-    for delimiter in DELIMITERS:
-        names = [name.strip() for name in header.split(delimiter)]
-        if len(names) > 1 and set(names) & set(ID_COLUMNS) and set(names) & set(CAPTION_COLUMNS):
-            return delimiter, True
-    filled = [line for line in lines if line]
-    for delimiter in "\t|":
-        if filled and all(delimiter in line for line in filled):
-            return delimiter, False
-    if filled and all("," in line for line in filled):
-        return ",", False
+def _layout(path: Path, text: str, separator: str | None, columns: Columns) -> tuple[str, list[str] | None]:
+    """Return the delimiter and the header, None for a table without one.
+
+    By the header, else by what every line has. Raises DataError for a header of unknown names.
+    """
+    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    delimiters = separator or DELIMITERS
+    if not lines:
+        raise DataError(f"{path} is not a table of captions: it is empty")
+    for delimiter in delimiters:
+        names = _cells(lines[0], delimiter)
+        if len(names) > 1 and None not in (columns.place_of_id(names), columns.place_of_caption(names)):
+            return delimiter, names
+    for delimiter in delimiters:
+        names = _cells(lines[0], delimiter)
+        if len(names) > 1 and is_header(names, _others(lines, delimiter), columns):
+            columns.note(path, names)
+            raise unknown_header(path, names, columns)
+    for delimiter in separator or "\t|":
+        if all(delimiter in line for line in lines):
+            return delimiter, None
+    if all("," in line for line in lines):
+        return ",", None
     raise DataError(
-        f"{path} is no table of captions: it has neither a header with ID and Caption nor one TAB, bar or comma a line"
+        f"{path} is not a table of captions: it has neither a header with ID and Caption nor one TAB, bar or comma "
+        'a line, as in `a1,"CT, axial view"`'
     )
 
 
-def _place(names: list[str], wanted: tuple[str, ...]) -> int:
-    lowered = [name.lower() for name in names]
-    return next(lowered.index(name) for name in wanted if name in lowered)
+def _cells(line: str, delimiter: str) -> list[str]:
+    """Return the cells of a header line."""
+    rows, trouble = _parse(line, delimiter, with_space=True)
+    return [cell.strip() for cell in rows[0][1]] if rows and not trouble else []
 
 
-def _heads_ids(name: str) -> bool:
-    return name.strip().strip('"').lower() in ID_COLUMNS
+def _others(lines: Sequence[str], delimiter: str) -> Others:
+    """Return the first cell and the rest of some lines after the first."""
+    parts = [line.partition(delimiter) for line in lines[1:100]]
+    return [(first.strip('"'), rest) for first, _, rest in parts]
 
 
-def _ids(text: str) -> list[str]:
+def _is_image(name: str) -> bool:
+    return cut_suffix(name.strip()) != name.strip()
+
+
+def _ids(path: Path, columns: Columns, whole: bool) -> list[str]:
     """Return the column of a table whose header has a name of ids, else the lines as they are."""
+    text, separator = table_text(path)
     lines = [line.rstrip("\r") for line in text.split("\n")]
-    header = lines[0].lower().replace('"', "")
-    for delimiter in DELIMITERS:
-        names = [name.strip() for name in header.split(delimiter)]
-        place = next((names.index(name) for name in ID_COLUMNS if name in names), None)
+    header = next((line for line in lines if line), "")
+    filled = [line for line in lines if line]
+    for delimiter in separator or DELIMITERS:
+        names = _cells(header, delimiter)
+        place = columns.place_of_id(names)
         if len(names) > 1 and place is not None:
-            rows = [row for row in read_delimited(text, delimiter) if len(row) > place]
-            return [_stem(names[place], row[place]) for row in rows][1:]
-    bare = [name.strip('"') if name.startswith('"') and name.endswith('"') else name for name in lines]
-    return [name for name in bare[header in ID_COLUMNS :] if name]
+            columns.note(path, names)
+            rows = [row for _, row in read_rows(path, text, delimiter) if len(row) > place]
+            return [row[place] if whole else _stem(names[place], row[place]) for row in rows][1:]
+        if len(names) > 1 and is_header(names, _others(filled, delimiter), columns):
+            raise unknown_header(path, names, columns, captions=False)
+    bare = [name.strip('"') if name.startswith('"') and name.endswith('"') else name for name in filled]
+    is_headed = columns.place_of_id(bare[:1]) is not None
+    if not is_headed and len(bare) > 1 and is_header(bare[:1], [(one, "") for one in bare[1:100]], columns):
+        raise unknown_header(path, bare[:1], columns, captions=False)
+    return bare[is_headed:]
 
 
 def _stem(column: str, value: str) -> str:
     """Return the id of a row of a manifest: a file name without folder and suffix where the column holds them."""
-    return image_id(value) if column.lower() in FILE_COLUMNS else value
+    return image_id(value) if holds_files(column) else value
 
 
 def named(column: str, value: str) -> str:
     """Return a row's id, or its file name marked as one."""
-    return FILE + value if column.lower() in FILE_COLUMNS and value else value
+    return FILE + value if holds_files(column) and value else value

@@ -4,35 +4,64 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 from engine.errors import DataError
-from engine.inputs.kinds import cut_caption_number, image_id
+from engine.inputs.kinds import cut_caption_number
 
 
 class Ids:
-    """Known ids. A name finds its id as it is; else by Unicode form, separators and suffix; else by its last part."""
+    """Known ids. A name finds its id as it is; else by Unicode form, separators and suffix; else by its folders; else
+    without white space around it.
 
-    def __init__(self, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
+    By folders: one of the two paths is the end of the other. `0001` and `ct/s1/0001.png` mean `s1/0001`; `s2/0001` does
+    not. `files` are the paths of known ids that were file names: there the id alone has lost its folder.
+    """
+
+    def __init__(
+        self, known: Iterable[str], aliases: Mapping[str, str] | None = None, files: Mapping[str, str] | None = None
+    ) -> None:
         self._known = set(known)
         self._aliases = aliases or {}
+        self._files = files or {}
         self._spelled = _unique((spelled(name), name) for name in self._known)
-        self._last = _unique((image_id(spelled(name)), name) for name in self._known)
 
-    def find(self, name: str) -> str | None:
-        """Return the id that a name means, None where there is none, or more than one."""
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """The ids by their paths in one spelling; made when a name is not found as it is, which is rare."""
+        return _unique((spelled(self._files.get(name, name)), name) for name in self._known)
+
+    @cached_property
+    def _path_ends(self) -> dict[str, str]:
+        return _unique((end, name) for name in self._known for end in _ends(spelled(self._files.get(name, name))))
+
+    @cached_property
+    def _stripped(self) -> dict[str, str]:
+        return _unique((spelled(name.strip()), name) for name in self._known)
+
+    def find(self, name: str, file: str | None = None) -> str | None:
+        """Return the id that a name means, None where there is none, or more than one.
+
+        `file` is the path that the name was cut from, where it was.
+        """
         if name in self._known:
             return name
         if name in self._aliases and self._aliases[name] in self._known:
             return self._aliases[name]
-        return self._spelled.get(spelled(name)) or self._last.get(image_id(spelled(name)))
+        path = spelled(file or name)
+        found = self._spelled.get(spelled(name)) or self._path_ends.get(path)
+        found = found or next((self._paths[end] for end in _ends(path) if end in self._paths), None)
+        return found or self._stripped.get(spelled(name.strip()))
 
-    def find_all(self, names: Iterable[str], source: Path | str) -> dict[str, str]:
+    def find_all(
+        self, names: Iterable[str], source: Path | str, files: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
         """Return the ids of the names that mean one. Raises DataError where two names of `source` mean the same."""
         found: dict[str, str] = {}
         names_of: dict[str, str] = {}
         for name in names:
-            one = self.find(name)
+            one = self.find(name, (files or {}).get(name))
             if one is None:
                 continue
             if names_of.setdefault(one, name) != name:
@@ -48,7 +77,9 @@ class Ids:
 
 
 def spelled(name: str) -> str:
-    """Return a name in one spelling: composed characters, `/` between folders, no `./` before, no picture's suffix."""
+    """Return a name in one spelling: composed characters, `/` between folders, no `./` in front, no image's
+    suffix.
+    """
     text = unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
     return cut_caption_number(text)
 
@@ -63,6 +94,12 @@ def join_some(names: Iterable[str], most: int = 10) -> str:
     """Join names for a message."""
     listed = list(names)
     return ", ".join(map(shown, listed[:most])) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def _ends(path: str) -> list[str]:
+    """Return the ends of a path at whole parts, the longest first: a/b/c, b/c, c."""
+    parts = path.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
 def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from engine.errors import DataError, UsageError
 from engine.inputs import dicom
+from engine.inputs.columns import USUAL, Columns
 from engine.inputs.delimited import read_ids
 from engine.inputs.depth import CLIP
 from engine.inputs.ids import Ids, join_some
@@ -161,8 +162,7 @@ def find_images_of(
     how = "path" if any("/" in name for name in wanted) else "stem"
     found = find_images(directory, recursive=recursive, dicom_frame=dicom_frame, ids=how, depth=depth).images
     by_id = {image.id: image for image in found}
-    known = Ids(by_id)
-    return {name: by_id[one] for name in wanted if (one := known.find(name)) is not None}
+    return {name: by_id[one] for name, one in Ids(by_id).find_all(dict.fromkeys(wanted), "the run").items()}
 
 
 def describe_ignored(names: list[str]) -> str:
@@ -248,12 +248,12 @@ def is_dicom(path: Path) -> bool:
     return suffix in DICOM or (suffix not in SUFFIXES and _kind(path) == "DICOM")
 
 
-def order_by_manifest(images: Iterable[ImageFile], manifest: Path) -> list[ImageFile]:
+def order_by_manifest(images: Iterable[ImageFile], manifest: Path, columns: Columns = USUAL) -> list[ImageFile]:
     """Return the images named in a manifest, in its order; raise DataError listing the ids without an image.
 
-    A manifest is a text file with one id a line, or a table headed ID, ... and separated by commas, TABs or `|`.
+    A manifest is a text file with one id a line, or a table with a column of ids, separated by commas, TABs or `|`.
     """
-    ids = read_ids(manifest)
+    ids = read_ids(manifest, columns, whole=True)
     by_id = {image.id: image for image in images}
     known = Ids(by_id)
     found = known.find_all(ids, manifest)

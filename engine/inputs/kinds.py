@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import struct
 from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
 
 JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo"})
 """Every name that JPEG has; .mpo holds several, of which the first counts."""
@@ -98,6 +102,36 @@ def wrong_content(head: bytes) -> str | None:
     if re.match(rb"\s*<(!doctype html|html|head)\b", head, re.IGNORECASE):
         return "an HTML page instead of the file: the download failed"
     return None
+
+
+def packed_content(head: bytes, suffix: str) -> str | None:
+    """Return what a file is that has its content packed, with the remedy; None for anything else."""
+    is_workbook = suffix.lower() in (".xlsx", ".xlsm", ".ods") or b"xl/" in head
+    is_zip = head.startswith((b"PK\x03\x04", b"PK\x05\x06"))
+    if head.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1") or (is_zip and is_workbook):
+        return "an Excel workbook: save it as `CSV UTF-8`"
+    if head.startswith(b"\x1f\x8b"):
+        return "a gzip archive: unpack it with gunzip"
+    return "a zip archive: unpack it" if is_zip else None
+
+
+def open_regular(path: Path, most_bytes: int, *, follow: bool = True) -> IO[bytes]:
+    """Open a regular file of at most `most_bytes`, never a pipe, which would keep its reader waiting, or a device.
+
+    A link may lead to such; without `follow` no link is opened. Raises OSError, or ValueError saying what it is.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a file but a folder, a pipe or a device")
+        if status.st_size > most_bytes:
+            raise ValueError(f"larger than {most_bytes} bytes, refused")
+        return os.fdopen(file, "rb")
+    except BaseException:
+        os.close(file)
+        raise
 
 
 def cut_suffix(name: str) -> str:

@@ -27,6 +27,8 @@ from engine.inputs.images import (
     refuse_repeated,
     remedy_for,
 )
+from engine.inputs.kinds import HEAD_BYTES, open_regular, packed_content, wrong_content
+from engine.inputs.pixels import MAX_FILE_BYTES
 from engine.inputs.remote import Location, RemoteFolder
 
 STDIN = Path("-")
@@ -79,6 +81,17 @@ def find_inputs(
     return finder.found
 
 
+def _instead(path: Path) -> str:
+    """Return what a file is that is not an image, where its first bytes tell."""
+    try:
+        with open_regular(path, MAX_FILE_BYTES) as stream:
+            head = stream.read(HEAD_BYTES)
+    except (OSError, ValueError):
+        return ""
+    what = (head and wrong_content(head)) or packed_content(head, path.suffix)
+    return f": it is {what}" if what else ""
+
+
 class _Finder:
     """Collects the images of one input after the other."""
 
@@ -108,7 +121,7 @@ class _Finder:
         kind = kind_named(path)
         if kind is None:
             error = DataError if where else UsageError
-            raise error(f"{where}{path} is no picture that can be read{remedy_for([path.name])}")
+            raise error(f"{where}{path} is no picture that can be read{remedy_for([path.name])}{_instead(path)}")
         self._take(path, root, kind)
 
     def _take(self, path: Path, root: Path, kind: str) -> None:

@@ -6,8 +6,6 @@ import errno
 import functools
 import hashlib
 import io
-import os
-import stat
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +16,7 @@ from PIL import Image
 from engine.errors import EngineError, ImageError
 from engine.inputs import dicom
 from engine.inputs.depth import CLIP, as_rgb, is_deep
-from engine.inputs.kinds import DECODED, DICOM, HAS_HEIF, HEAD_BYTES, kind_of
+from engine.inputs.kinds import DECODED, DICOM, HAS_HEIF, HEAD_BYTES, kind_of, open_regular
 from engine.inputs.remote import RemoteFile
 
 FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "HEIF")
@@ -131,17 +129,7 @@ def open_file(path: Path | RemoteFile) -> IO[bytes]:
     """Open a regular file; a link may lead to a pipe, which would keep its reader waiting, or to a device."""
     if isinstance(path, RemoteFile):
         return path.open(most_bytes=MAX_FILE_BYTES)
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a file but a folder, a pipe or a device")
-        if status.st_size > MAX_FILE_BYTES:
-            raise ValueError(f"larger than {MAX_FILE_BYTES} bytes, refused")
-        return os.fdopen(file, "rb")
-    except BaseException:
-        os.close(file)
-        raise
+    return open_regular(path, MAX_FILE_BYTES)
 
 
 def _hashed(stream: IO[bytes], sha256: list[str]) -> IO[bytes]:

@@ -6,26 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import DataError
+from engine.inputs.columns import PROMPT, USUAL, Columns
 from engine.inputs.delimited import read_columns
 from engine.inputs.ids import Ids, join_some
 
-PROMPT = "prompt"
 
+def read_prompts(path: Path, ids: Sequence[str], columns: Columns = USUAL) -> dict[str, str]:
+    """Return {id: prompt} of all `ids` from a table with a column `prompt`; rows of other images are skipped.
 
-def read_prompts(path: Path, ids: Sequence[str]) -> dict[str, str]:
-    """Return {id: prompt} of all `ids` from a table with a column `prompt`; rows of other images are left aside.
-
-    Names mean ids as elsewhere (inputs/ids.py), an empty prompt is none. Raises DataError naming what is missing.
+    Names mean ids as elsewhere (inputs/ids.py). An empty prompt is not a prompt. Raises DataError naming what is
+    missing.
     """
-    columns = read_columns(path)
-    found = [column for column in columns if column.lower() == PROMPT]
+    table = read_columns(path, columns, whole=True)
+    found = [column for column in table if column.lower() == PROMPT]
     if not found:
-        raise DataError(f"{path} has no column {PROMPT!r}, only {join_some(columns, 3)}: it needs ID and {PROMPT}")
-    prompts = columns[found[0]]
+        raise DataError(
+            f"{path} has no column {PROMPT!r}, only {join_some(table, 3)}: it needs ID and {PROMPT}, or give "
+            "--prompt-column"
+        )
+    prompts = table[found[0]]
     of_id = {one: prompts[name] for name, one in Ids(ids).find_all(prompts, path).items()}
     if missing := [one for one in ids if one not in of_id]:
         raise DataError(
             f"{path} has no prompt for {len(missing)} of {len(ids)} images ({join_some(missing, 3)}): add their rows, "
-            "an empty prompt is none"
+            "the prompt may be empty"
         )
     return of_id

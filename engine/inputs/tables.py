@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import TypeVar
 
 from engine.errors import DataError
-from engine.inputs.delimited import FILE, CaptionRow, delimited_rows, read_text
+from engine.inputs.columns import USUAL, Columns
+from engine.inputs.delimited import FILE, CaptionRow, decode_text, delimited_rows, read_text, refuse_bytes
 from engine.inputs.ids import Ids, join_some, spelled
-from engine.inputs.kinds import cut_suffix, image_id
+from engine.inputs.kinds import cut_suffix, image_id, open_regular
 from engine.inputs.objects import json_rows, jsonl_rows, parquet_rows
 
 T = TypeVar("T")
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Files of captions in a Hugging Face imagefolder."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_SIDECAR_BYTES = 1 << 24
+"""Size limit of a text file next to an image."""
 SIDECARS = (".txt", ".caption")
 """Suffixes of text files beside pictures; the second is kohya's."""
 
@@ -33,7 +37,8 @@ class Table:
     """Captions by id in the order of the file, one or several an id, and further columns by id (text as it is).
 
     A column that is not the same in all rows of an id has the last row's value, and `varying` names such an id.
-    `aliases` leads from other names of the images to their ids: COCO numbers pictures beside naming their files.
+    `aliases` leads from other names of the images to their ids: COCO numbers images and names their files.
+    `files` are the paths, as written, of ids that were file names: an id alone may have lost its folder.
     """
 
     path: Path
@@ -41,11 +46,12 @@ class Table:
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
     varying: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def ids(self) -> Ids:
         """The ids, to be found however they are written; asked for once the table is read."""
-        return Ids(self.captions, self.aliases)
+        return Ids(self.captions, self.aliases, self.files)
 
     def single(self) -> dict[str, str]:
         """Return the captions of a run, one an id; raise DataError naming an id that has several."""
@@ -55,36 +61,38 @@ class Table:
         return {name: captions[0] for name, captions in self.captions.items()}
 
 
-def by_reference_id(references: Table, found: Mapping[str, T]) -> dict[str, T]:
-    """Return what is known by id under the ids of `references`, however these write them (Ids)."""
-    ids = references.ids.find_all(found, references.path)
+def by_reference_id(
+    references: Table, found: Mapping[str, T], source: Path, files: Mapping[str, str] | None = None
+) -> dict[str, T]:
+    """Return what `source` has by id under the ids of `references`, however these write them (Ids)."""
+    ids = references.ids.find_all(found, source, files)
     return {ids.get(name, name): value for name, value in found.items()}
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, columns: Columns = USUAL) -> Table:
     """Read captions from a file or a folder.
 
-    A folder is a Hugging Face imagefolder (METADATA) or pictures with a text file of the same name beside each, in
-    folders at any depth. A file is told by its extension: .json (COCO captions, or {id: caption}), .jsonl, .parquet,
-    anything else is a table with commas, TABs or bars. Raises DataError naming the file and the line.
+    A folder is a Hugging Face imagefolder (METADATA) or images with a text file of the same name next to each, in
+    folders at any depth. The extension of a file decides: .json (COCO captions, or {id: caption}), .jsonl, .parquet,
+    anything else is a table with commas, semicolons, TABs or bars. Raises DataError naming the file and the line.
     """
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, columns)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _collect(path, parquet_rows(path))
-    text = read_text(path)
+        return _collect(path, parquet_rows(path, columns))
+    if suffix not in (".json", ".jsonl"):
+        return _collect(path, delimited_rows(path, columns))
+    text = read_text(path, names=True)
     try:
         if suffix == ".json":
-            rows, aliases = json_rows(path, json.loads(text))
+            rows, aliases = json_rows(path, json.loads(text), columns)
             return _collect(path, rows, aliases)
-        if suffix == ".jsonl":
-            return _collect(path, jsonl_rows(path, text))
+        return _collect(path, jsonl_rows(path, text, columns))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {str(error)[:200]}") from error
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise DataError(f"{path} is JSON of no known layout of captions ({error!r})") from error
-    return _collect(path, delimited_rows(path, text))
 
 
 def _collect(path: Path, rows: Iterable[CaptionRow], aliases: dict[str, str] | None = None) -> Table:
@@ -92,14 +100,17 @@ def _collect(path: Path, rows: Iterable[CaptionRow], aliases: dict[str, str] | N
     table = Table(path, aliases=aliases or {})
     first: dict[str, Mapping[str, str]] = {}
     listed = list(rows)
-    ids = _ids_of_files(name for _, name, _, _ in listed)
-    for number, name, caption, columns in listed:
-        name = ids.get(name, name)
+    ids, files = _ids_of_files(name for _, name, _, _ in listed)
+    for number, written, caption, columns in listed:
+        name = ids.get(written, written)
         if not name:
             raise DataError(f"{path}, line {number}: an empty id")
-        if any("\ud800" <= character <= "\udfff" for character in caption):
+        refuse_bytes(path, (caption, *columns.values()))
+        if SURROGATE.search(caption):
             raise DataError(f"{path}, line {number}: a caption with half a character (a lone surrogate)")
         captions.setdefault(name, []).append(caption)
+        if written in files:
+            table.files[name] = files[written]
         for column, value in columns.items():
             table.columns.setdefault(column, {})[name] = value
         if (earlier := first.setdefault(name, columns)) != columns:
@@ -111,9 +122,9 @@ def _collect(path: Path, rows: Iterable[CaptionRow], aliases: dict[str, str] | N
     return table
 
 
-def _ids_of_files(names: Iterable[str]) -> dict[str, str]:
-    """Return the ids of names that are files: those of a column of files, and all where each has a picture's suffix,
-    or the `#0` of Flickr's tables, one of whose files has the suffix `.jpg.1`.
+def _ids_of_files(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the ids of names that are files, and their paths: those of a column of files, and all where each has an
+    image's suffix, or the `#0` of Flickr's tables, one of whose files has the suffix `.jpg.1`.
 
     The id is the last part of the path without suffix; where two files would have one id, the whole path without it.
     """
@@ -125,15 +136,33 @@ def _ids_of_files(names: Iterable[str]) -> dict[str, str]:
     ids = {name: image_id(file) for name, file in files.items()}
     if len(set(ids.values())) < len(set(files.values())):
         ids = {name: spelled(file) for name, file in files.items()}
-    return ids | dict.fromkeys([FILE] if FILE in known else [], "")
+    return ids | dict.fromkeys([FILE] if FILE in known else [], ""), files
 
 
-def _read_folder(path: Path) -> Table:
+def _read_folder(path: Path, columns: Columns) -> Table:
     for name in METADATA:
         if (path / name).exists():
-            return read_table(path / name)
+            if not (path / name).is_file():
+                raise DataError(f"{path / name} is not a file but a folder, a pipe or a device")
+            return read_table(path / name, columns)
     texts = [(name, text) for name, several in find_sidecars(path).items() for text in several]
-    return _collect(path, ((1, FILE + name, read_text(text).strip(), {}) for name, text in texts))
+    return _collect(path, ((1, FILE + name, _read_sidecar(text, path), {}) for name, text in texts))
+
+
+def _read_sidecar(path: Path, folder: Path) -> str:
+    """Return the text of a sidecar; raise DataError for what is not a text file inside the folder.
+
+    Folders come from strangers: a link to a file elsewhere would put that into captions and reports.
+    """
+    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise DataError(f"{path} is a link to a file outside {folder}: copy the folder with `cp -rL`")
+    try:
+        with open_regular(path, MAX_SIDECAR_BYTES) as stream:
+            content = stream.read()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read as the text of an image: {reason}") from error
+    return decode_text(path, content).strip()
 
 
 def find_sidecars(folder: Path) -> dict[str, list[Path]]:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from engine.errors import DataError, UsageError
 from engine.files.atomic import file_sha256
+from engine.inputs.columns import USUAL, Columns
 from engine.inputs.delimited import read_columns
 from engine.inputs.depth import CLIP
 from engine.inputs.ids import join_some
@@ -40,6 +41,7 @@ class ReportRequest:
     dicom_frame: int = 0
     high_bit_depth: str = CLIP
     thumbnail_px: int = 320
+    named: Columns = USUAL
 
     def files(self) -> dict[str, Path]:
         """Return the inputs that were given, images apart, by what they are."""
@@ -97,24 +99,26 @@ class Content:
 def gather(request: ReportRequest) -> Content:
     """Read all inputs. Raises EngineError for a file that cannot be read or shares no id with the run."""
     notes: list[str] = []
-    tables = {role: read_table(path) for role, path in request.files().items() if role in TABLES}
+    tables = {role: read_table(path, request.named) for role, path in request.files().items() if role in TABLES}
     references = tables.get("references")
 
-    def by_id(found: Mapping[str, T]) -> dict[str, T]:
-        return dict(found) if references is None else by_reference_id(references, found)
+    def by_id(found: Mapping[str, T], source: Path, files: Mapping[str, str] | None = None) -> dict[str, T]:
+        return dict(found) if references is None else by_reference_id(references, found, source, files)
 
-    said = by_id(tables["run"].single())
+    captioned = tables["run"]
+    said = by_id(captioned.single(), captioned.path, captioned.files)
     ids = list(said)
     captions: list[list[str | None]] = [list(said.values())]
     if "other run" in tables:
-        other = by_id(tables["other run"].single())
-        notes += matched(request.run, ids, tables["other run"].path, other)
+        against = tables["other run"]
+        other = by_id(against.single(), against.path, against.files)
+        notes += matched(request.run, ids, against.path, other)
         captions.append([other.get(name) for name in ids])
     if references is not None:
         notes += matched(request.run, ids, references.path, references.captions)
     candidates = None
     if request.n_best is not None:
-        found = by_id(read_n_best([request.n_best]))
+        found = by_id(read_n_best([request.n_best]), request.n_best)
         notes += matched(request.run, ids, request.n_best, found)
         candidates = [found.get(name, []) for name in ids]
     if not request.images.is_dir():
@@ -135,11 +139,14 @@ def gather(request: ReportRequest) -> Content:
             scores += measured
     columns = []
     for role, table in tables.items():
-        columns += further_columns(role, {name: by_id(cells) for name, cells in table.columns.items()}, ids)
+        columns += further_columns(
+            role, {name: by_id(cells, table.path, table.files) for name, cells in table.columns.items()}, ids
+        )
     for label, path in zip(labels(list(request.columns)), request.columns, strict=True):
-        cells = {name: by_id(values) for name, values in read_columns(path).items()}
+        cells = {name: by_id(values, path) for name, values in read_columns(path, request.named).items()}
         notes += matched(request.run, ids, path, next(iter(cells.values())))
         columns += further_columns(label, cells, ids)
+    request.named.require_found()
     comparisons, remarks = compare_scores(scores)
     return Content(
         ids=ids,

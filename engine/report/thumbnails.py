@@ -86,7 +86,7 @@ def thumbnail_name(image: ImageFile, size_px: int) -> str:
     except OSError as error:
         raise ImageError(str(image.path), error.strerror or str(error)) from error
     parts = (
-        os.fsencode(image.path.name),
+        os.fsencode(os.path.abspath(image.path)),  # noqa: PTH100 (two folders may have equal names, sizes and times)
         image.frame,
         image.depth,
         size_px,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from engine.declarations import declared, option
 from engine.errors import UsageError
 from engine.files.atomic import check_outputs
 from engine.files.lock import lock_path
+from engine.inputs.columns import ID_HELP, PROMPT_HELP, Columns
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.depth import HELP as DEPTH_HELP
 from engine.inputs.remote import Location
@@ -35,11 +37,18 @@ class Inputs:
     prompts: Path | None = option(
         None, "--prompts", "Table ID,prompt: a text each caption starts with, instead of one --prompt for all."
     )
+    id_column: str | None = option(None, "--id-column", ID_HELP, metavar="NAME")
+    prompt_column: str | None = option(None, "--prompt-column", PROMPT_HELP, metavar="NAME")
     dicom_frame: int = option(0, "--dicom-frame", "Frame of DICOM files, counted from 0.", least=0)
     high_bit_depth: str = option(CLIP, "--high-bit-depth", DEPTH_HELP)
 
     def __post_init__(self) -> None:
         window_of(self.high_bit_depth)  # refuses what is neither a word nor a window
+
+    @functools.cached_property
+    def columns(self) -> Columns:
+        """The columns of --manifest and --prompts that were chosen by name."""
+        return Columns(self.id_column, None, self.prompt_column)
 
 
 STDOUT = Path("-")

@@ -72,7 +72,7 @@ def caption_directory(
     """
     runtime = choose_runtime(runtime, workers, say)  # before a large folder is listed: what is missing is said at once
     images, left_aside = find(inputs, outputs, bundle, say)
-    prompts = read_prompts(inputs.prompts, [image.id for image in images]) if inputs.prompts else None
+    prompts = _prompts(inputs, images)
     with (
         lock(outputs, say),
         open_source(bundle, asked, rows, runtime, workers, say) as source,
@@ -104,6 +104,14 @@ def caption_directory(
     )
 
 
+def _prompts(inputs: Inputs, images: list[ImageFile]) -> dict[str, str] | None:
+    """Return the prompt of each image, None without a table of prompts; refuse columns that no table has."""
+    columns, ids = inputs.columns, [image.id for image in images]
+    prompts = read_prompts(inputs.prompts, ids, columns) if inputs.prompts else None
+    columns.require_found()
+    return prompts
+
+
 def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, say: Say) -> tuple[list[ImageFile], list[str]]:
     """Return the images to caption, in order, and the names of what was left aside.
 
@@ -116,7 +124,9 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, say: Say)
         ids=inputs.ids,
         depth=inputs.high_bit_depth,
     )
-    images = order_by_manifest(found.images, inputs.manifest) if inputs.manifest else found.images
+    images = found.images
+    if inputs.manifest:
+        images = order_by_manifest(images, inputs.manifest, inputs.columns)
     tables = [table for table in (inputs.manifest, inputs.prompts) if table]
     kept = [image.path for image in found.images if image.folder is None] + found.lists + tables
     check(outputs, images, kept, bundle)

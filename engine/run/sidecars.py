@@ -12,12 +12,11 @@ from engine.errors import OutputError, UsageError
 from engine.files.atomic import LONGEST_NAME, replace_file
 from engine.files.lock import folder_lock
 from engine.inputs.images import ImageFile
-from engine.inputs.kinds import cut_suffix
+from engine.inputs.kinds import cut_suffix, open_regular
 from engine.inputs.read_ahead import read_ahead
+from engine.inputs.tables import MAX_SIDECAR_BYTES
 
 SUFFIX = ".txt"
-MAX_BYTES = 1 << 24
-"""No text beside a picture comes near it; a larger file is not read."""
 WRITERS = 8
 """Files that are written at a time: each waits for the disk."""
 OWN_SEPARATOR = ",.;:"
@@ -129,12 +128,10 @@ def _write(path: Path, text: str, mode: str) -> bool:
 def _read(path: Path) -> str | None:
     """Return what a sidecar holds, bytes that are no UTF-8 as surrogates; None where there is none."""
     try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(file, "rb") as stream:
-            status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-                raise OutputError(f"{path} is no text beside a picture: move it away")
+        with open_regular(path, MAX_SIDECAR_BYTES, follow=False) as stream:
             content = stream.read()
+    except ValueError as error:
+        raise OutputError(f"{path} is not the text of an image ({error}): move it away") from error
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UsageError
+from engine.inputs.columns import USUAL, Columns
 from engine.inputs.delimited import read_columns
 from engine.inputs.tables import Table
 from engine.scoring.base import Items, Measured, MetricInputs
@@ -58,11 +59,13 @@ def _lengths(captions: Sequence[str]) -> dict[str, float]:
     return {name: round(float(value), 1) for name, value in found.items()}
 
 
-def group_places(group_by: str | None, labels: Path | None, references: Table, items: Items) -> dict[str, list[int]]:
+def group_places(
+    group_by: str | None, labels: Path | None, references: Table, items: Items, named: Columns = USUAL
+) -> dict[str, list[int]]:
     """Return {value of the column: places of its images}; a cell may hold several values separated by `;`."""
     if group_by is None:
         return {}
-    columns = read_columns(labels) if labels else references.columns
+    columns = read_columns(labels, named) if labels else references.columns
     where = labels or references.path
     if group_by not in columns:
         raise UsageError(f"{where} has no column {group_by!r} but {', '.join(sorted(columns)) or 'none'}")

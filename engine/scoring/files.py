@@ -89,7 +89,7 @@ def _file_hash(path: Path) -> str | None:
 def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:
     """Read what per_image_csv wrote: ids, and what was measured, by `metric@how`. Raises EngineError."""
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
             header, *rows = csv.reader(stream)
         values = np.array([[float(cell) for cell in row[1:]] for row in rows])
         if not np.isfinite(values).all():

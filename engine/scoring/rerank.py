@@ -73,7 +73,7 @@ def read_n_best(files: Sequence[Path], shares_of_files: Sequence[float] = ()) ->
     first: set[str] = set()
     for file, parts in zip(files, _parts(shares_of_files or [1.0] * len(files), len(files)), strict=True):
         seen: set[str] = set()
-        for number, line in enumerate(read_text(file).split("\n"), 1):
+        for number, line in enumerate(read_text(file, names=True).split("\n"), 1):
             if not line.strip():
                 continue
             name, hypotheses, is_drawn = _parse(file, number, line)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError, EngineError
+from engine.inputs.columns import PROMPT, USUAL, Columns
 from engine.inputs.depth import CLIP, window_of
-from engine.inputs.ids import join_some
+from engine.inputs.ids import join_some, shown
 from engine.inputs.images import find_images_of
-from engine.inputs.prompts import PROMPT, read_prompts
+from engine.inputs.prompts import read_prompts
 from engine.inputs.tables import Table, by_reference_id, read_table
 from engine.scoring.base import Items, Measured, Metric, MetricInputs
 from engine.scoring.bootstrap import interval
@@ -42,6 +43,7 @@ class ScoreRequest:
     metrics: tuple[str, ...] = ()
     labels: Path | None = None
     group_by: str | None = None
+    columns: Columns = USUAL
     bertscore_layer: int | None = None
     prompt: str | None = None
     prompts: Path | None = None
@@ -95,10 +97,11 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
         "dicom_frame": request.dicom_frame,
         "high_bit_depth": request.high_bit_depth,
     }
-    references = read_table(request.references)
-    items, notes = match(read_table(request.run), references, request)
+    references = read_table(request.references, request.columns)
+    items, notes = match(read_table(request.run, request.columns), references, request)
     notes += _notes(references, items)
-    groups_of = group_places(request.group_by, request.labels, references, items)
+    groups_of = group_places(request.group_by, request.labels, references, items, request.columns)
+    request.columns.require_found()
 
     refuse_unused(request.setting, names)
     for name, folder in request.setting.weights.items():
@@ -162,9 +165,9 @@ def match(run: Table, references: Table, request: ScoreRequest) -> tuple[Items, 
     Raises DataError naming the ids that are in one file only, unless these are to be left out, and those without an
     image where images are given.
     """
-    said, expected = by_reference_id(references, run.single()), references.captions
+    said, expected = by_reference_id(references, run.single(), run.path, run.files), references.captions
     if not set(said) & set(expected):
-        first = f"{next(iter(said))} against {next(iter(expected))}"
+        first = f"{shown(next(iter(said)))} against {shown(next(iter(expected)))}"
         raise DataError(
             f"{run.path} and {references.path} have no id in common ({first}): references of another split?"
         )
@@ -217,7 +220,7 @@ def _prompts(
     if request.prompt is not None:
         return dict.fromkeys(ids, request.prompt), "--prompt"
     if request.prompts is not None:
-        return read_prompts(request.prompts, ids), str(request.prompts)
+        return read_prompts(request.prompts, ids, request.columns), str(request.prompts)
     for table, names in ((run, run_ids), (references, {name: name for name in references.captions})):
         column = next((column for column in table.columns if column.lower() == PROMPT), None)
         if column is None:

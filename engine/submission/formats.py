@@ -21,6 +21,7 @@ from typing import Literal
 from engine.errors import DataError, EngineError, UsageError
 from engine.files.atomic import replace_file
 from engine.files.run_files import CONTROL, format_row
+from engine.inputs.columns import USUAL, Columns
 from engine.inputs.delimited import read_ids
 from engine.inputs.ids import Ids, join_some
 from engine.inputs.kinds import cut_suffix, image_id
@@ -53,13 +54,13 @@ FORMATS = {
 }
 
 
-def manifest_ids(manifest: Path) -> tuple[list[str], list[str]]:
+def manifest_ids(manifest: Path, columns: Columns = USUAL) -> tuple[list[str], list[str]]:
     """Return the ids of a submission in their order, and notes on what is odd about their list.
 
     A list of files (`ls`) stands for their ids. The organisers' list is in the order of its numbers, and their checker
     takes no other order, while `ls` puts 10 before 2.
     """
-    ids, notes = read_ids(manifest), []
+    ids, notes = read_ids(manifest, columns), []
     if all(cut_suffix(one) != one for one in ids):
         ids = [image_id(one) for one in ids]
         notes.append(f"{manifest} lists files: ids are their names without suffix")
@@ -95,6 +96,9 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
     extra = sorted(set(captions) - set(ids))
     if extra:
         raise DataError(f"the run has {len(extra)} ids that the manifest has not: {join_some(extra)}")
+    refused = [one for one in ids if not one.isprintable() and re.search("[\ud800-\udfff]", one)]
+    if refused:
+        raise DataError(f"ids that are not UTF-8 cannot be in a submission: rename {join_some(refused)}")
     content = "".join(_row(one, captions[one], form) for one in ids).encode("utf-8")
     content = b"ID,Caption\n" + content if form.is_headed else content
     replace_file(out, _archive(content) if form.is_zip else content)

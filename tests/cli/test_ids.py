@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import tempfile
 import unicodedata
@@ -99,3 +100,90 @@ def test_every_image_keeps_its_own_caption(tiny_bundle, expected, names, suffixe
         )
     finally:
         shutil.rmtree(work)
+
+
+def refused(*arguments: object) -> str:
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code in (1, 2), done.output
+    return done.stderr.splitlines()[-1]
+
+
+def test_ids_of_other_folders_are_of_other_images(tmp_path):
+    (tmp_path / "run.csv").write_text("ID,Caption\npatientA/1,ct\npatientB/2,mri\n")
+    (tmp_path / "refs.csv").write_text("ID,Caption\npatientB/1,ct\npatientB/2,mri\n")
+    files = ("--run", tmp_path / "run.csv", "--references", tmp_path / "refs.csv")
+    assert "lacks 1 ids" in refused("score", *files, "--metrics", "bleu1", "--out", tmp_path / "s.json")
+    (tmp_path / "ids").write_text("patientB/1\npatientB/2\n")
+    submission = ("--manifest", tmp_path / "ids", "--format", "imageclef2023", "--out", tmp_path / "x.csv")
+    assert "lacks 1 ids" in refused("submit", "--run", tmp_path / "run.csv", *submission)
+
+    (tmp_path / "in" / "patientC").mkdir(parents=True)
+    save_pictures(tmp_path / "in" / "patientC", 3)
+    looked = ("--run", tmp_path / "run.csv", "--images", tmp_path / "in", "--recursive", "--out", tmp_path / "report")
+    assert "no id in common" in refused("report", *looked)
+
+
+def test_two_names_of_one_image_are_an_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    save_pictures(tmp_path / "in", 3)
+    (tmp_path / "run.csv").write_text("ID,Caption\na/1,ct\nb/1,mri\n")
+    (tmp_path / "refs.csv").write_text("ID,Caption\n1,ct\n")
+    run_file = ("--run", tmp_path / "run.csv")
+    sentence = "a/1 and b/1 are two names of 1"
+    assert sentence in refused("report", *run_file, "--images", tmp_path / "in", "--out", tmp_path / "report")
+    scored = ("--references", tmp_path / "refs.csv", "--metrics", "bleu1", "--out", tmp_path / "s.json")
+    assert f"run.csv: {sentence}" in refused("score", *run_file, *scored)
+    (tmp_path / "refs.csv").write_text("ID,Caption\na/1,ct\nb/1,mri\n")
+    assert sentence in refused("score", *run_file, *scored, "--images", tmp_path / "in")
+
+
+def test_every_command_takes_columns_by_name(tiny_bundle, tmp_path):
+    save_pictures(tmp_path / "in", 2)
+    (tmp_path / "table.csv").write_text("uid,number,findings,hint\n1,9,a mass,ct\n0,8,a ct,mri\n")
+    table = tmp_path / "table.csv"
+    chosen = ("--id-column", "uid")
+    run(
+        *("caption", "--input", tmp_path / "in", "--bundle", tiny_bundle, "--n-best", 2, "--beams", 2),
+        *("--n-best-out", tmp_path / "n.jsonl", "--manifest", table, "--prompts", table, *chosen),
+        *("--prompt-column", "hint", "--out", tmp_path / "run.csv"),
+    )
+    captions = rows(tmp_path / "run.csv")[1:]
+    assert [name for name, _ in captions] == ["1", "0"]
+    assert [text.startswith(prompt) for (_, text), prompt in zip(captions, ("ct", "mri"), strict=True)] == [True, True]
+    both = (*chosen, "--caption-column", "findings")
+    files = ("--run", tmp_path / "run.csv", "--references", table)
+    run("score", *files, "--metrics", "bleu1", "--out", tmp_path / "s.json", *both)
+    run("report", *files, "--images", tmp_path / "in", "--out", tmp_path / "report", *both)
+    run("rerank", "--n-best", tmp_path / "n.jsonl", "--support", table, "--out", tmp_path / "r.csv", *both)
+    form = ("--manifest", table, "--format", "imageclef2023")
+    run("submit", "--run", table, *form, "--out", tmp_path / "x.csv", *both)
+    assert rows(tmp_path / "x.csv")[1:] == [["1", "a mass"], ["0", "a ct"]]
+    run("check", tmp_path / "x.csv", *form, *chosen)
+    wrong = ("--id-column", "uid", "--caption-column", "finding")
+    sentence = "--caption-column finding: "
+    assert sentence in refused("score", *files, "--metrics", "bleu1", "--out", tmp_path / "s.json", *wrong)
+
+
+def test_file_names_that_are_not_utf8_are_read_by_every_command(tiny_bundle, tmp_path):
+    folder, name = tmp_path / "in", os.fsdecode(b"caf\xe9")
+    save_pictures(folder, 2)
+    (folder / "0.png").rename(folder / f"{name}.png")
+    caption = ("caption", "--input", folder, "--bundle", tiny_bundle, "--n-best", 2, "--beams", 2)
+    run(
+        *caption, "--n-best-out", tmp_path / "n.jsonl", "--timings-out", tmp_path / "t.csv", "--out", tmp_path / "r.csv"
+    )
+    lines = (tmp_path / "n.jsonl").read_bytes().decode("utf-8").splitlines()
+    assert {json.loads(line)["id"] for line in lines} == {name, "1"}
+    files = ("--run", tmp_path / "r.csv", "--references", tmp_path / "r.csv")
+    per_image = ("--metrics", "rouge1", "--out", tmp_path / "s.json", "--per-image", tmp_path / "p.csv")
+    run("score", *files, *per_image, "--images", folder)
+    run("rerank", "--n-best", tmp_path / "n.jsonl", "--support", tmp_path / "r.csv", "--out", tmp_path / "v.csv")
+    shown = ("--scores", tmp_path / "p.csv", "--n-best", tmp_path / "n.jsonl", "--columns", tmp_path / "t.csv")
+    assert "2 images, 2 new thumbnails" in run(
+        "report", *files, *shown, "--images", folder, "--out", tmp_path / "report"
+    )
+    (tmp_path / "ids").write_bytes(b"caf\xe9\n1\n")
+    run(*caption, "--n-best-out", tmp_path / "n.jsonl", "--manifest", tmp_path / "ids", "--out", tmp_path / "m.csv")
+    assert (tmp_path / "m.csv").read_bytes().splitlines()[1].startswith(b"caf\xe9,")
+    form = ("--manifest", tmp_path / "ids", "--format", "imageclef2023", "--out", tmp_path / "x.csv")
+    assert "not UTF-8 cannot be in a submission" in refused("submit", "--run", tmp_path / "r.csv", *form)

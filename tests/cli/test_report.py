@@ -231,7 +231,7 @@ def test_the_signature_changes_with_every_file_shown(work):
         ({"columns": "{tmp}/strangers.csv"}, 1, "have no id in common (a against q)"),
         ({"columns": "{tmp}/ragged.csv"}, 1, "ragged.csv, line 3: 3 columns where the header has 2"),
         ({"columns": "{tmp}/twice.csv"}, 1, "twice.csv, line 3: a is there twice"),
-        ({"columns": "{tmp}/ids.csv"}, 1, "ids.csv is no table: its header has no column beside the ids"),
+        ({"columns": "{tmp}/ids.csv"}, 1, "ids.csv has only an id column"),
         ({"against_scores": "{tmp}/run.csv"}, 2, "--against-scores needs --against"),
     ],
 )
@@ -296,3 +296,15 @@ def test_a_folder_that_was_cut_off_before_its_page_is_gone_on_with(work):
     assert "0 new thumbnails" in report(work).stderr
     assert (work / "report" / "index.html").exists()
     assert thumbnails(work) == {*page_data(work)["pictures"], "mine.jpg"}
+
+
+def test_thumbnails_of_equal_names_sizes_and_times_are_not_shared(work):
+    for folder, shade in (("s1", "red"), ("s2", "blue")):
+        (work / "images" / folder).mkdir()
+        path = work / "images" / folder / "7.bmp"
+        Image.new("RGB", (16, 16), shade).save(path)
+        os.utime(path, (1, 1))
+    (work / "run.csv").write_text("ID,Caption\ns1/7,red\ns2/7,blue\n")
+    options = ["--run", work / "run.csv", "--images", work / "images", "--recursive", "--out", work / "report"]
+    assert CliRunner().invoke(main, ["report", *map(str, options)]).exit_code == 0
+    assert len(thumbnails(work)) == 2

@@ -16,7 +16,7 @@ from engine.host import available_cores
 from engine.inputs.depth import CLIP
 from engine.inputs.pixels import decode_image
 from train.data.dataset import Split
-from train.data.problems import Problems, is_empty
+from train.data.problems import ACCENTS, WORDS, Problems, is_empty
 
 Progress = Callable[[int, int], None]
 """Told how many images of how many are done."""
@@ -35,17 +35,19 @@ def check_split(
     depth: str = CLIP,
     count_tokens: Callable[[str], int] | None = None,
     max_tokens: int | None = None,
+    lost_in: Callable[[str], str] | None = None,
     progress: Progress | None = None,
 ) -> Problems:
     """Return what reading the split found, and what only its pictures and a tokenizer can tell.
 
     With `decode` every picture is decoded once, in threads, as `depth` says (engine/inputs/depth.py). `count_tokens`
     returns the length of a caption as the model gets it, its prompt in front, and `max_tokens` is what fits: both count
-    [DEC] and [SEP].
+    [DEC] and [SEP]. `lost_in` returns what a text loses when it is tokenized: "", ACCENTS or WORDS
+    (prompts.lost_in_tokens).
     Raises EngineError for trouble that is the system's and not the picture's, such as too many open files.
     """
-    lost = {name for name, _ in split.problems.missing}
-    files = {example.image: example.id for example in split.examples if example.id not in lost} if decode else {}
+    gone = {name for name, _ in split.problems.missing}
+    files = {example.image: example.id for example in split.examples if example.id not in gone} if decode else {}
     clipped: list[str] = []
     reasons = in_threads(partial(_why_unreadable, depth=depth, clipped=clipped), list(files), progress)
     unreadable = [(name, why) for name, why in zip(files.values(), reasons, strict=True) if why]
@@ -55,9 +57,24 @@ def check_split(
             tokens = count_tokens(example.text)
             if tokens > max_tokens:
                 cut.append((example.id, f"{tokens} tokens where {max_tokens} fit"))
+    lost = _lost(split, lost_in) if lost_in is not None else {}
     return replace(
-        split.problems, unreadable=unreadable, cut=cut, clipped=sorted((files[Path(p)], CLIPPED) for p in clipped)
+        split.problems,
+        unreadable=unreadable,
+        cut=cut,
+        clipped=sorted((files[Path(p)], CLIPPED) for p in clipped),
+        accents=lost.get(ACCENTS, []),
+        words=lost.get(WORDS, []),
     )
+
+
+def _lost(split: Split, lost_in: Callable[[str], str]) -> dict[str, list[tuple[str, str]]]:
+    """Return the captions of a split that lose something in the tokenizer, by what they lose."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for example in split.examples:
+        if what := lost_in(example.text):
+            found.setdefault(what, []).append((example.id, ""))
+    return found
 
 
 def _why_unreadable(path: Path, *, depth: str, clipped: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Captioned images of a data set directory, by split, whatever its layout; knows nothing of models.
 
-Layouts are told apart by what is there, split by split, in the order of LAYOUTS; a single table for all splits comes
-last. Ids are those of the captions, and the picture of an id is the file with that stem.
+The layout is found by what is there, split by split, in the order of LAYOUTS; a single table for all splits comes
+last. Ids are those of the captions, and the image of an id is the file that Ids finds: of that name, in that folder.
 """
 
 from __future__ import annotations
@@ -9,17 +9,27 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
+from engine.inputs.columns import USUAL, Columns
 from engine.inputs.delimited import read_ids
-from engine.inputs.ids import Ids
+from engine.inputs.ids import Ids, join_some, shown, spelled
 from engine.inputs.images import RepeatedIdError, find_images
-from engine.inputs.kinds import SUFFIXES
-from engine.inputs.tables import read_table
-from train.data.layouts import LOOKED_FOR, SPLITS, Listing, SplitFiles, find_source, find_table, read_concepts
+from engine.inputs.kinds import SUFFIXES, cut_suffix
+from engine.inputs.tables import Table, read_table
+from train.data.layouts import (
+    LOOKED_FOR,
+    SPLITS,
+    Listing,
+    SplitFiles,
+    find_source,
+    find_table,
+    read_concepts,
+    split_of_path,
+)
 from train.data.nearest import describe_unknown
 from train.data.parquet import ParquetRow, safe_name, unpack
 from train.data.problems import Problems, is_empty
@@ -59,19 +69,25 @@ class Split:
     problems: Problems = field(default_factory=Problems)
 
 
-def read_dataset(directory: Path, *, unpack_into: Path | None = None) -> dict[str, Split]:
+def read_dataset(
+    directory: Path,
+    *,
+    unpack_into: Path | None = None,
+    columns: Columns = USUAL,
+    log: Callable[[str], None] = lambda _: None,
+) -> dict[str, Split]:
     """Return the splits of a data set directory: some of "train", "valid" and "test", in this order.
 
-    An image with several captions (COCO) gives an example for each; they share its prompt. Pictures inside parquet
+    An image with several captions (COCO) gives an example for each; they share its prompt. Images inside parquet
     files are written once to `unpack_into`/<split>/ (`directory`/unpacked/<split>/ when None). Every folder is listed
-    once and no picture opened.
-    Raises UsageError when there is no such directory, DataError when no layout fits, or when a file is not what it
-    seems, naming it.
+    once and no image opened. `log` gets a line where splits are told by folders alone.
+    Raises UsageError when there is no such directory or chosen column, DataError when no layout fits, or when a file is
+    not what it seems, naming it.
     """
     if not directory.is_dir():
-        raise UsageError(f"{directory} is not a directory: wanted is the folder of a data set")
+        raise UsageError(f"{directory} is not a directory: expected the folder of a data set")
     place = Listing.of(directory)
-    reader = _Reader(place, unpack_into or directory / "unpacked")
+    reader = _Reader(place, unpack_into or directory / "unpacked", columns, log)
     for name in SPLITS:
         source = find_source(place, name)
         if source is not None:
@@ -83,6 +99,7 @@ def read_dataset(directory: Path, *, unpack_into: Path | None = None) -> dict[st
                 f"{directory} is no data set of a known layout: {describe_unknown(place)}. Looked for {LOOKED_FOR}"
             )
         reader.read_all(table)
+    columns.require_found()
     return reader.finish()
 
 
@@ -116,10 +133,12 @@ def draw(name: str, seed: int) -> float:
 class _Reader:
     """Reads the sources of one directory; keeps the listings of its folders, which splits may share."""
 
-    def __init__(self, place: Listing, unpack_into: Path) -> None:
+    def __init__(self, place: Listing, unpack_into: Path, columns: Columns, log: Callable[[str], None]) -> None:
         self.splits: dict[str, Split] = {}
         self._place = place
         self._unpack_into = unpack_into
+        self._columns, self._log = columns, log
+        self._nothing = _Pictures(place.directory, {})
         self._listings: dict[tuple[Path, bool], _Pictures] = {}
         self._used: dict[str, _Pictures] = {}
 
@@ -129,19 +148,23 @@ class _Reader:
             self._read_parquet(name, source)
             return
         concepts = read_concepts(source.concepts) if source.concepts else {}
-        table = read_table(source.captions)
-        self._add(name, source, rows_of(table, concepts), table.columns.get("name"))
+        table = read_table(source.captions, self._columns)
+        self._add(name, source, rows_of(table, concepts), table)
 
     def read_all(self, source: SplitFiles) -> None:
-        """Read one table for all splits: by lists of ids, by its column `split`, all for training without either.
+        """Read one table for all splits: by lists of ids, by its column `split`, by the folders of the images.
 
-        With lists, what none of them names belongs to no split.
+        With lists, what none of them names belongs to no split. All is for training where nothing says otherwise.
         """
-        table = read_table(source.captions)
+        table = read_table(source.captions, self._columns)
         column = next((values for title, values in table.columns.items() if title.lower() == "split"), None)
         if source.lists:
-            named = {split: table.ids.find_all(read_ids(path), path).values() for split, path in source.lists}
+            named = {
+                split: table.ids.find_all(read_ids(path, whole=True), path).values() for split, path in source.lists
+            }
             column = {name: split for split, ids in named.items() for name in ids}
+        if column is None:
+            column = self._splits_by_folder(source, table)
         by_split: dict[str, list[ParquetRow]] = {name: [] for name in SPLITS}
         for row in rows_of(table, {}):
             if source.lists and row.id not in (column or {}):
@@ -149,17 +172,45 @@ class _Reader:
             value = "train" if column is None else column.get(row.id, "")
             name = next((split for split, aliases in SPLITS.items() if value.strip().lower() in aliases), None)
             if name is None:
-                raise DataError(f"{source.captions}: {row.id} has the split {value!r}: wanted are {', '.join(SPLITS)}")
+                raise DataError(f"{source.captions}: {row.id} has the split {value!r}: expected {', '.join(SPLITS)}")
             by_split[name].append(row)
         for name, rows in by_split.items():
             if rows:
-                self._add(name, source, rows)
+                self._add(name, source, rows, table)
+
+    def _splits_by_folder(self, source: SplitFiles, table: Table) -> dict[str, str] | None:
+        """Return the split of each id where images are in folders named after splits; None where none is.
+
+        Raises DataError where only some are: what is beside them could belong to any split.
+        """
+        names = {one: table.files.get(one, one) for one in table.captions}
+        _, listing, _ = self._choose_folder(source, list(names.values()))
+        found = {one: listing.find(name) for one, name in names.items()}
+        paths = {
+            one: name if path is None else os.path.relpath(path, self._place.directory)
+            for (one, name), path in zip(names.items(), found.values(), strict=True)
+        }
+        splits = dict(zip(paths, split_of_path(list(paths.values())), strict=True))
+        inside = [paths[one] for one, split in splits.items() if split]
+        outside = [paths[one] for one, split in splits.items() if not split]
+        if inside and outside:
+            raise DataError(
+                f"{source.captions}: {len(inside)} images are in folders named after a split ({join_some(inside, 2)}) "
+                f"and {len(outside)} are not ({join_some(outside, 2)}): add a column `split` of train, valid or test"
+            )
+        if inside:
+            counts = Counter(splits.values())
+            self._log(
+                f"{source.captions}: images belong to the split that their folder is named after: "
+                + ", ".join(f"{name} {counts[name]}" for name in SPLITS if counts[name])
+            )
+        return {one: split for one, split in splits.items() if split} or None
 
     def finish(self) -> dict[str, Split]:
         """Return the splits, with the pictures that none of them captions: each named once, at the first that could."""
         used = {example.image for split in self.splits.values() for example in split.examples}
         for name, listing in self._used.items():
-            left = [path for path in listing.by_id.values() if path not in used]
+            left = [path for path in listing.by_path.values() if path not in used]
             used.update(left)
             found = [(os.path.relpath(path, self._place.directory), "") for path in left]
             split = self.splits[name]
@@ -168,7 +219,7 @@ class _Reader:
 
     def _read_parquet(self, name: str, source: SplitFiles) -> None:
         folder = self._unpack_into / name
-        rows = unpack(list(source.parquet), folder)
+        rows = unpack(list(source.parquet), folder, self._columns)
         if not rows:
             raise DataError(f"{source.captions} holds no captions")
         present = set(os.listdir(folder))
@@ -179,17 +230,23 @@ class _Reader:
         problems = _problems(examples, lost, one_each=False)  # several captions of one picture are no trouble here
         self.splits[name] = Split(name, examples, source.captions, replace(problems, repeated=_shared_ids(examples)))
 
-    def _add(
-        self, name: str, source: SplitFiles, rows: list[ParquetRow], names: Mapping[str, str] | None = None
-    ) -> None:
-        """Add a split; `names` are what pictures are called where that is not their id."""
-        ids = list(dict.fromkeys(row.id for row in rows))
-        folder, listing, looked = self._choose_folder(source, ids)
-        if names and not any(listing.find(one) for one in ids):
-            folder, listing, looked = self._choose_folder(source, [names[one] for one in ids if one in names])
+    def _add(self, name: str, source: SplitFiles, rows: list[ParquetRow], table: Table) -> None:
+        """Add a split. Images are found by their file names, else by their ids, else by a column `name`."""
+        written = {row.id: table.files.get(row.id, row.id) for row in rows}
+        folder, listing, looked = self._choose_folder(source, list(written.values()))
+        names = table.columns.get("name", {})
+        if names and not any(listing.find(one) for one in written.values()):
+            written = {one: names.get(one, one) for one in written}
+            folder, listing, looked = self._choose_folder(source, list(written.values()))
+        images = listing.find_all(written, names, source.captions)
+        if any(one not in images and "/" in spelled(path) for one, path in written.items()):
+            everywhere = self._list(self._place.directory, True)  # a table of train may also name val/1.png
+            images |= everywhere.find_all(
+                {one: p for one, p in written.items() if one not in images}, {}, source.captions
+            )
         examples, lost = [], {}
         for row in rows:
-            image = listing.find(row.id) or listing.find((names or {}).get(row.id, row.id))
+            image = images.get(row.id)
             if image is None:
                 lost[row.id] = f"no such picture in {looked}"
                 image = folder / f"{safe_name(row.id)}.jpg"
@@ -204,7 +261,7 @@ class _Reader:
         The first folder with half of the pictures is it, else the one with most. A folder that cannot be used (two
         pictures with one id) stops the run only when there is no other with any of the pictures.
         """
-        best: tuple[int, Path, _Pictures] = (0, source.folders[0][0], _Pictures({}))
+        best: tuple[int, Path, _Pictures] = (0, source.folders[0][0], self._nothing)
         looked, trouble = [], None
         for folder, deep in source.folders:
             try:
@@ -223,7 +280,7 @@ class _Reader:
             return best[1], best[2], self._shown(best[1])
         if trouble is not None:
             raise DataError(f"{source.captions}: its pictures cannot be listed: {trouble}") from trouble
-        return best[1], _Pictures({}), ", ".join(dict.fromkeys(looked)) or self._shown(self._place.directory)
+        return best[1], self._nothing, ", ".join(dict.fromkeys(looked)) or self._shown(self._place.directory)
 
     def _shown(self, folder: Path) -> str:
         return os.path.relpath(folder, self._place.directory) + "/" if folder != self._place.directory else f"{folder}/"
@@ -232,7 +289,7 @@ class _Reader:
         key = (folder, deep)
         if key not in self._listings:
             try:
-                self._listings[key] = _pictures(folder, deep)
+                self._listings[key] = _pictures(self._place.directory, folder, deep)
             except OSError as error:
                 raise UsageError(f"{error.filename or folder} cannot be listed: {error.strerror}") from error
         return self._listings[key]
@@ -248,27 +305,57 @@ def _holds_pictures(folder: Path, deep: bool) -> bool:
 
 
 class _Pictures:
-    """The pictures of a folder by id, found as Ids finds them; `trouble` is why names alone do not tell them apart."""
+    """The images of a folder by their paths inside it, found as Ids finds them.
 
-    def __init__(self, by_id: dict[str, Path], trouble: UsageError | None = None) -> None:
-        self.by_id, self.trouble, self._ids = by_id, trouble, Ids(by_id)
+    `trouble` is why their names alone do not distinguish them.
+    """
+
+    def __init__(self, root: Path, by_path: dict[str, Path], trouble: UsageError | None = None) -> None:
+        self.by_path, self.trouble, self._ids, self._root = by_path, trouble, Ids(by_path), root
+        self._is_there: dict[str, bool] = {}
 
     def find(self, name: str) -> Path | None:
-        """Return the picture of an id, which may also be written as a file name, with folders or without."""
+        """Return the image of an id, which may also be written as a file name, with folders or without.
+
+        Where the data set has the folder that is written, an image of another folder is not meant: `val/1.png` is not
+        train/1.png, but `coco/val2014/1.png` of another machine may be.
+        """
         found = self._ids.find(name)
-        return None if found is None else self.by_id[found]
+        folder = spelled(name).rpartition("/")[0]
+        if found is None or not folder:
+            return None if found is None else self.by_path[found]
+        if folder not in self._is_there:
+            self._is_there[folder] = (self._root / folder).is_dir()
+        image = self.by_path[found]
+        return image if not self._is_there[folder] or image.parent == self._root / folder else None
+
+    def find_all(self, written: Mapping[str, str], names: Mapping[str, str], source: Path) -> dict[str, Path]:
+        """Return the images of ids, by what is `written` of each or else by its name.
+
+        Raises DataError where two ids of `source` have one image: the captions of one are of another image.
+        """
+        found: dict[str, Path] = {}
+        owners: dict[Path, str] = {}
+        for one, path in written.items():
+            image = self.find(path) or self.find(names.get(one, path))
+            if image is None:
+                continue
+            if (owner := owners.setdefault(image, one)) != one:
+                raise DataError(f"{source}: {shown(written[owner])} and {shown(path)} are two names of {image}")
+            found[one] = image
+        return found
 
 
-def _pictures(folder: Path, deep: bool) -> _Pictures:
-    """List a folder; where two pictures have one name (cat/1.png, dog/1.png) their ids are paths."""
+def _pictures(root: Path, folder: Path, deep: bool) -> _Pictures:
+    """List a folder; two images may have one name (cat/1.png, dog/1.png)."""
     if not _holds_pictures(folder, deep):
-        return _Pictures({})
+        return _Pictures(root, {})
     trouble = None
     try:
         images = find_images(folder, recursive=deep).images
     except RepeatedIdError as error:
         images, trouble = find_images(folder, recursive=deep, ids="path").images, error
-    return _Pictures({image.id: image.path for image in images}, trouble)
+    return _Pictures(root, {cut_suffix(image.inside.as_posix()): image.path for image in images}, trouble)
 
 
 def _example(row: ParquetRow, image: Path) -> Example:

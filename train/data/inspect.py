@@ -20,6 +20,7 @@ from PIL import Image
 
 from engine.errors import EngineError, ImageError
 from engine.files.atomic import write_atomically
+from engine.inputs.columns import USUAL, Columns
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.images import is_dicom
 from engine.inputs.pixels import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, picture_formats
@@ -88,25 +89,29 @@ def inspect_directory(
     model: Path | None = None,
     decode: bool = True,
     unpack_into: Path | None = None,
+    columns: Columns = USUAL,
     max_tokens: int = 200,
     high_bit_depth: str = CLIP,
 ) -> bool:
     """Describe a data set on the terminal, in out/inspect.json and out/inspect.png; return whether all of it is usable.
 
-    With `model`, a checkpoint, its tokenizer counts tokens, and captions beyond `max_tokens` are listed.
+    With `model`, a checkpoint, its tokenizer counts tokens, and captions beyond `max_tokens` are listed, as are those
+    that lose accents or words in it.
     """
     window_of(high_bit_depth)
-    count_tokens = None
+    count_tokens, lost_in = None, None
     if model is not None:
         from export.checkpoints.tokenizer import read_tokenizer  # transformers, which takes seconds to import
+        from train.data.prompts import lost_in_tokens
 
         tokenizer = read_tokenizer(model)
         count_tokens = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
-    splits = read_dataset(data, unpack_into=unpack_into)
+        lost_in = lambda text: lost_in_tokens(tokenizer, text)  # noqa: E731
+    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=say)
     stats = inspect_dataset(splits, count_tokens=count_tokens)
+    counting: dict[str, Any] = {"count_tokens": count_tokens, "max_tokens": max_tokens, "lost_in": lost_in}
     found = {
-        name: check_split(split, decode=decode, depth=high_bit_depth, count_tokens=count_tokens, max_tokens=max_tokens)
-        for name, split in splits.items()
+        name: check_split(split, decode=decode, depth=high_bit_depth, **counting) for name, split in splits.items()
     }
     stats["problems"] = {name: asdict(problems) for name, problems in found.items()}
     for line in lines(stats):

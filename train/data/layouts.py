@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
-from engine.inputs.delimited import CAPTION_COLUMNS, DELIMITERS, ID_COLUMNS, read_delimited, read_text
-from engine.inputs.ids import join_some
+from engine.inputs.columns import CAPTION_COLUMNS, ID_COLUMNS, find_column
+from engine.inputs.delimited import DELIMITERS, read_rows, table_text
+from engine.inputs.ids import join_some, spelled
 from engine.inputs.tables import METADATA, find_sidecars
 from train.data.parquet import CONCEPT_COLUMNS, split_concepts
 
@@ -23,7 +23,16 @@ SPLITS = {
 """Splits by our name, with the names others give them."""
 DELIMITED = (".csv", ".tsv", ".txt")
 TABLES = (*DELIMITED, ".jsonl", ".json")
-SINGLE = ("captions.csv", "pairs.jsonl", *METADATA, "captions.jsonl", "captions.tsv", "captions.txt", "results.csv")
+SINGLE = (
+    "captions.csv",
+    "pairs.jsonl",
+    *METADATA,
+    "captions.jsonl",
+    "captions.tsv",
+    "captions.txt",
+    "captions.json",
+    "results.csv",
+)
 KNOWN = (
     r"dataset_(?!dict|info)\w+\.json|annotation\.json|"
     r"flickr_annotations_\w+\.csv|(Flickr8k|results_20130124)\.token(\.txt)?"
@@ -54,8 +63,12 @@ class Listing:
         try:
             with os.scandir(directory) as entries:
                 for entry in entries:
-                    if not entry.name.startswith("."):
-                        (folders if entry.is_dir() else files).append(entry.name)
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        folders.append(entry.name)
+                    elif entry.is_file() or not os.path.exists(entry.path):  # noqa: PTH110 (not a pipe or a device)
+                        files.append(entry.name)
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
@@ -89,6 +102,19 @@ def split_of(name: str) -> str | None:
     words = {re.sub(r"\d+$", "", word) for word in re.split(r"[^a-z0-9]+", name.lower())}
     found = [split for split, aliases in SPLITS.items() if words & set(aliases)]
     return found[0] if len(found) == 1 else None
+
+
+def split_of_path(paths: Sequence[str]) -> list[str | None]:
+    """Return the split that the folder of each path is named after: the first folder, or the first that differs.
+
+    `train/a.png` is of train. Of `images/train/a.png` and `images/test/b.png` the second folder counts.
+    """
+    folders = [spelled(path).split("/")[:-1] for path in paths]
+    while True:
+        splits = [split_of(parts[0]) if parts else None for parts in folders]
+        if any(splits) or not all(folders) or len({parts[0] for parts in folders}) > 1:
+            return splits
+        folders = [parts[1:] for parts in folders]
 
 
 def find_source(place: Listing, split: str) -> SplitFiles | None:
@@ -185,7 +211,7 @@ def _is_concepts(here: Listing, name: str) -> bool:
     except OSError as error:
         raise UsageError(f"{here.directory / name} cannot be read: {error.strerror}") from error
     words = {word.strip("\" \r\n'") for word in re.split(r"[,\t|]", header)}
-    return bool(words & set(CONCEPT_COLUMNS)) and not words & set(CAPTION_COLUMNS)
+    return bool(words & set(CONCEPT_COLUMNS)) and find_column(words, CAPTION_COLUMNS) is None
 
 
 def _only(here: Listing, names: list[str], what: str) -> str:
@@ -250,27 +276,17 @@ LAYOUTS = (_parquet, _captions_file, _imagefolder, _coco, _roco, _file_of_split,
 
 def read_concepts(path: Path) -> dict[str, tuple[str, ...]]:
     """Read a table headed ID and CUIs, delimited by commas, TABs or bars; raise DataError naming file and line."""
-    rows = _table_rows(path)
-    header = [name.strip().lower() for name in next(rows, (0, []))[1]]
-    ids, cells = ([name for name in names if name in header] for names in (ID_COLUMNS, CONCEPT_COLUMNS))
-    if not ids or not cells:
-        raise DataError(f"{path} is no table of concepts: its header names no ID and CUIs")
-    place_of_id, place_of_concepts = header.index(ids[0]), header.index(cells[0])
+    text, separator = table_text(path)
+    line = text.lstrip("\r\n").partition("\n")[0]
+    delimiter = separator or next((one for one in DELIMITERS if one in line), ",")
+    rows = read_rows(path, text, delimiter)
+    header = rows[0][1] if rows else []
+    place_of_id, place_of_concepts = find_column(header, ID_COLUMNS), find_column(header, CONCEPT_COLUMNS)
+    if place_of_id is None or place_of_concepts is None:
+        raise DataError(f"{path} is not a table of concepts: its header does not name ID and CUIs")
     concepts = {}
-    for number, row in rows:
+    for number, row in rows[1:]:
         if len(row) != len(header):
             raise DataError(f"{path}, line {number}: {len(row)} columns where the header has {len(header)}")
         concepts[row[place_of_id]] = tuple(split_concepts(row[place_of_concepts]))
     return concepts
-
-
-def _table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield number and fields of every line of a delimited table that holds something."""
-    text = read_text(path)
-    header = text.partition("\n")[0]
-    delimiter = next((one for one in DELIMITERS if one in header), ",")
-    reader = read_delimited(text, delimiter)
-    try:
-        yield from ((reader.line_num, row) for row in reader if row)
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error

@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
-from engine.inputs.delimited import CAPTION_COLUMNS, ID_COLUMNS, read_text
+from engine.inputs.columns import CAPTION_COLUMNS, ID_COLUMNS, find_column
+from engine.inputs.delimited import read_text
 from engine.inputs.ids import join_some
 from engine.inputs.kinds import SUFFIXES, count_kinds
 from engine.inputs.tables import read_table
@@ -64,7 +65,7 @@ def _closest(place: Listing, files: list[str]) -> str:
     if delimited:
         return (
             f"closest is one table for all, but {delimited[0]} has no column of ids ({', '.join(ID_COLUMNS)}) with one "
-            f"of captions ({', '.join(CAPTION_COLUMNS)})"
+            f"of captions ({', '.join(CAPTION_COLUMNS)}): name it captions.csv and give --id-column, --caption-column"
         )
     if not pictures:
         return "pictures are missing, and their captions"
@@ -88,5 +89,5 @@ def _is_of_captions(path: Path) -> bool:
 
 
 def _heads_captions(path: Path) -> bool:
-    header = read_text(path).partition("\n")[0].lower()
-    return any(name.strip('" \r') in CAPTION_COLUMNS for name in re.split(r"[,\t|;]", header))
+    header = read_text(path).partition("\n")[0]
+    return find_column(re.split(r"[,\t|;]", header), CAPTION_COLUMNS) is not None

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from engine.errors import DataError, OutputError, UsageError
 from engine.files.lock import OutputLock
+from engine.inputs.columns import CAPTION_COLUMNS, PROMPT, USUAL, Columns
 from engine.inputs.kinds import HEAD_BYTES, SUFFIXES, image_id, kind_of
-from engine.inputs.prompts import PROMPT
 
 INDEX = "index.jsonl"
 """Rows of an unpacked folder. Its first line names the parquet files it was made of; written last, it is the marker."""
 ROWS_AT_ONCE = 64
-CAPTION_COLUMNS = ("caption", "captions", "text")
+NUMBERED = re.compile(r"captions?_?\d+")
 CONCEPT_COLUMNS = ("cui", "cuis", "concepts")
 SUFFIX_OF = {"PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WebP": ".webp", "TIFF": ".tif", "DICOM": ".dcm"}
 """Suffixes of unnamed pictures by what they are; .jpg for any other, since readers go by the content."""
@@ -38,17 +38,17 @@ class ParquetRow:
     prompt: str = ""
 
 
-def unpack(files: list[Path], into: Path) -> list[ParquetRow]:
+def unpack(files: list[Path], into: Path, chosen: Columns = USUAL) -> list[ParquetRow]:
     """Write the pictures of parquet files as files into the folder `into`, unless they are there; return the rows.
 
-    Wanted are a column of pictures (a struct of bytes and path) and captions, also image_id, cui and prompt where they
-    are.
+    Needed are a column of images (a struct of bytes and path, or bytes alone) and captions; image_id, cui and prompt
+    are read where they are.
     A few rows are in memory at a time. The work is done in a folder beside, renamed at its end: what was cut off is
     unpacked again, and so are parquet files that changed. Ids come from strangers and name no path: see `safe_name`.
     Raises DataError naming the file, UsageError when pyarrow is missing or another process unpacks, OutputError when
     `into` cannot be written or holds something else.
     """
-    made_of = [_describe(file) for file in files]
+    made_of = [_describe(file, chosen) for file in files]
     rows = _read_index(into, made_of)
     if rows is not None:
         return rows
@@ -63,12 +63,15 @@ def unpack(files: list[Path], into: Path) -> list[ParquetRow]:
             partial = into.with_name(f".{into.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            _write(files, made_of, partial, into.name)
+            _write(_rows(files, into.name, chosen), made_of, partial)
             if into.exists():
                 shutil.rmtree(into)
             partial.rename(into)
     except OSError as error:
-        raise OutputError(f"{error.filename or into} cannot be written: {error.strerror or error}") from error
+        raise OutputError(
+            f"{error.filename or into} cannot be written: {error.strerror or error}: the images of parquet files are "
+            "unpacked there, --unpack-into takes another folder"
+        ) from error
     return _read_index(into, made_of) or []
 
 
@@ -80,7 +83,7 @@ def safe_name(name: str) -> str:
     return f"{re.sub('[^A-Za-z0-9_-]+', '_', name)[:80] or '_'}~{digest}"
 
 
-def _describe(file: Path) -> list[Any]:
+def _describe(file: Path, chosen: Columns) -> list[Any]:
     """Return what tells whether a file is still the one that was unpacked: name, bytes, time of change in ns.
 
     Also whether it has prompts: folders that an earlier version unpacked lack them.
@@ -91,7 +94,13 @@ def _describe(file: Path) -> list[Any]:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
     with _opened(file) as opened:
         has_prompts = any(name.lower() == PROMPT for name in opened.schema_arrow.names)
-    return [file.name, status.st_size, status.st_mtime_ns, *([PROMPT] if has_prompts else [])]
+        names = list(opened.schema_arrow.names)
+    chosen.note(file, names)
+    places = (chosen.place_of_id(names), chosen.place_of_caption(names), chosen.place_of_prompt(names))
+    roles = (chosen.id, chosen.caption, chosen.prompt)
+    by_name = {str(role): names[place] for role, place in zip(roles, places, strict=True) if role and place is not None}
+    described = [file.name, status.st_size, status.st_mtime_ns, *([PROMPT] if has_prompts else [])]
+    return [*described, *([by_name] if by_name else [])]
 
 
 def _read_index(folder: Path, made_of: list[list[Any]]) -> list[ParquetRow] | None:
@@ -116,12 +125,12 @@ def _read_index(folder: Path, made_of: list[list[Any]]) -> list[ParquetRow] | No
         return None
 
 
-def _write(files: list[Path], made_of: list[list[Any]], folder: Path, prefix: str) -> None:
+def _write(rows: Iterable[_Cells], made_of: list[list[Any]], folder: Path) -> None:
     written: dict[str, list[tuple[bytes, str]]] = {}
     taken: set[str] = set()
     with (folder / (INDEX + ".partial")).open("w", encoding="utf-8", newline="\n") as index:
         index.write(json.dumps(made_of) + "\n")
-        for row in _rows(files, prefix):
+        for row in rows:
             file = None
             if row.picture is not None:
                 digest = hashlib.sha256(row.picture).digest()
@@ -173,12 +182,12 @@ class _Cells(NamedTuple):
     prompt: str
 
 
-def _rows(files: list[Path], prefix: str) -> Iterator[_Cells]:
+def _rows(files: list[Path], prefix: str, chosen: Columns) -> Iterator[_Cells]:
     """Yield every row, one for each of its captions."""
     number = 0
     for path in files:
         with _opened(path) as file:
-            names = _columns(path, file.schema_arrow)
+            names = _columns(path, file.schema_arrow, chosen)
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names.wanted):
                 for row in batch.to_pylist():
                     number += 1
@@ -188,7 +197,10 @@ def _rows(files: list[Path], prefix: str) -> Iterator[_Cells]:
 def _row(row: dict[str, Any], names: _Columns, fallback: str) -> Iterator[_Cells]:
     """Take one row apart, a caption at a time; without an id it is called by its picture's file name, or `fallback`."""
     picture, identity, concepts = row.get(names.picture), row.get(names.identity), row.get(names.concepts)
-    content, label = (picture or {}).get("bytes"), str((picture or {}).get("path") or "")
+    if isinstance(picture, list):
+        picture = picture[0] if picture else None
+    picture = {"bytes": picture} if isinstance(picture, bytes) else picture or {}
+    content, label = picture.get("bytes"), str(picture.get("path") or "")
     name = ("" if identity is None else str(identity)) or image_id(label) or fallback
     captions: list[str | None] = []
     for column in names.captions:
@@ -217,42 +229,54 @@ class _Columns:
         return [name for name in (self.picture, self.identity, *self.captions, self.concepts, self.prompt) if name]
 
 
-def _require_text(path: Path, entry: Any) -> None:
+def _require_text(path: Path, entry: Any, *, is_prompt: bool) -> None:
     """Raise DataError for a column that does not hold text, nor lists of text where it is one of captions."""
     import pyarrow
 
-    kind, is_prompt = entry.type, entry.name.lower() == PROMPT
+    kind = entry.type
     if not is_prompt and (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
         kind = kind.value_type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)):
-        wanted = "prompts: text" if is_prompt else "captions: text, or lists of text"
-        raise DataError(f"{path}: the column {entry.name} holds {entry.type}, not {wanted}")
+        needed = "prompts: text" if is_prompt else "captions: text, or lists of text"
+        raise DataError(f"{path}: the column {entry.name} holds {entry.type}, not {needed}")
 
 
-def _columns(path: Path, schema: Any) -> _Columns:
-    """Return the columns that count. Raises DataError where pictures or captions are missing, or captions no text."""
-    import pyarrow
-
+def _columns(path: Path, schema: Any, chosen: Columns) -> _Columns:
+    """Return the columns that are read. Raises DataError where there are no images or no captions of text."""
     lowered = {entry.name.lower(): entry.name for entry in schema}
-    pictures = [
-        entry.name
-        for entry in schema
-        if pyarrow.types.is_struct(entry.type) and entry.type.get_field_index("bytes") >= 0
-    ]
-    captions = [lowered[name] for name in CAPTION_COLUMNS if name in lowered][:1]
-    captions = captions or [entry.name for entry in schema if re.fullmatch(r"captions?_?\d+", entry.name.lower())]
+    pictures = [entry.name for entry in schema if _holds_images(entry.type)]
+    pictures = pictures or [entry.name for entry in schema if _is_binary(entry.type)]
+    texts = [entry.name for entry in schema if entry.name not in pictures]
+    place = chosen.place_of_caption(texts, [name for name in CAPTION_COLUMNS if name != PROMPT])
+    captions = [texts[place]] if place is not None else [name for name in texts if NUMBERED.fullmatch(name.lower())]
     if not pictures or not captions:
         raise DataError(
-            f"{path} has no {'captions' if pictures else 'pictures'}: wanted are a column of pictures "
-            "(a struct of bytes and path) and one named caption"
+            f"{path} has no {'captions' if pictures else 'pictures'}, only {', '.join(lowered.values())}: it needs a "
+            "column of images (a struct of bytes and path, or bytes) and one named caption, or give --caption-column"
         )
-    identity = next((lowered[name] for name in ("image_id", "id") if name in lowered), "")
+    place = chosen.place_of_id(texts, ("image_id", "id", "__key__"))
+    identity = "" if place is None else texts[place]
     concepts = next((lowered[name] for name in CONCEPT_COLUMNS if name in lowered), "")
-    prompt = lowered.get(PROMPT, "")
+    place = chosen.place_of_prompt(texts)
+    prompt = "" if place is None else texts[place]
     for entry in schema:
         if entry.name in (*captions, prompt):
-            _require_text(path, entry)
+            _require_text(path, entry, is_prompt=entry.name == prompt)
     return _Columns(pictures[0], identity, tuple(captions), concepts, prompt)
+
+
+def _holds_images(kind: Any) -> bool:
+    """Return whether a column holds images as Hugging Face writes them, or lists of them, of which the first counts."""
+    import pyarrow
+
+    kind = kind.value_type if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) else kind
+    return bool(pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow
+
+    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
 
 def split_concepts(value: Any) -> list[str]:

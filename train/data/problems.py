@@ -16,7 +16,16 @@ NOUNS = {
     "repeated": ("id with several captions", "ids with several captions"),
     "cut": ("caption that will be cut", "captions that will be cut"),
     "clipped": ("image of more than 8 bits a channel", "images of more than 8 bits a channel"),
+    "accents": (
+        "caption loses its accents in the tokenizer and is learned without them",
+        "captions lose their accents in the tokenizer and are learned without them",
+    ),
+    "words": (
+        "caption has words that the vocabulary cannot spell, learned as [UNK]",
+        "captions have words that the vocabulary cannot spell, learned as [UNK]",
+    ),
 }
+ACCENTS, WORDS = "accents", "words"
 FATAL = ("missing", "unreadable", "empty")
 
 
@@ -27,7 +36,8 @@ class Problems:
     missing: captioned, but there is no file. unreadable: the file is no picture, or damaged. empty: a caption without
     a visible character. uncaptioned: a picture beside the others that no caption names. repeated: an id with several
     captions where the layout has one each. cut: a caption with more tokens than fit. clipped: a picture of more than
-    8 bits a channel, of which only values up to 255 are kept.
+    8 bits a channel, of which only values up to 255 are kept. accents, words: a caption that the tokenizer does not
+    give back.
     """
 
     missing: list[Finding] = field(default_factory=list)
@@ -37,6 +47,8 @@ class Problems:
     repeated: list[Finding] = field(default_factory=list)
     cut: list[Finding] = field(default_factory=list)
     clipped: list[Finding] = field(default_factory=list)
+    accents: list[Finding] = field(default_factory=list)
+    words: list[Finding] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in NOUNS)

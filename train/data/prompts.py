@@ -5,6 +5,7 @@ Knows nothing of layouts and of the decoding core.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.errors import DataError, UsageError
 from engine.inputs.ids import join_some, shown
 from train.data.dataset import Example
+from train.data.problems import ACCENTS, WORDS
 
 AROUND = 3
 """Tokens that need room beside a prompt: [DEC], one word and [SEP]."""
@@ -21,6 +23,25 @@ AROUND = 3
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
     """Return the ids of a prompt behind [DEC], none for an empty one; as CaptionTokenizer.prompt_ids has them."""
     return tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else ()
+
+
+def lost_in_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return what a text loses in the tokenizer: WORDS where the vocabulary cannot spell some of it, else ACCENTS where
+    letters come back as others, else nothing. Case and white space do not count.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.unk_token_id in ids:
+        return WORDS
+    if text.isascii():
+        return ""
+    kept = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return "" if _letters(text) == _letters(kept) else ACCENTS
+
+
+def _letters(text: str) -> str:
+    """Return the letters of a text and their marks, in lower case."""
+    folded = unicodedata.normalize("NFC", text.casefold())
+    return "".join(one for one in folded if unicodedata.category(one)[0] in "LM")
 
 
 def check_fit(

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from engine.errors import DataError
+from engine.inputs.columns import PROMPT
 from engine.inputs.ids import shown
-from engine.inputs.prompts import PROMPT
 from engine.inputs.tables import Table
 from train.data.parquet import CONCEPT_COLUMNS, ParquetRow, split_concepts
 

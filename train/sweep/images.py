@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import DataError
+from engine.inputs.columns import USUAL, Columns
 from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile
 from train.data.dataset import Split, read_dataset
@@ -13,9 +14,9 @@ from train.data.dataset import Split, read_dataset
 Say = Callable[[str], None]
 
 
-def choose_split(data: Path, name: str, unpack_into: Path | None, say: Say) -> Split:
+def choose_split(data: Path, name: str, unpack_into: Path | None, say: Say, columns: Columns = USUAL) -> Split:
     """Return the split to caption: the one asked for, `test` in place of a missing `valid`. Raises DataError."""
-    splits = read_dataset(data, unpack_into=unpack_into)
+    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=say)
     if name == "valid" and name not in splits and "test" in splits:
         say(f"{data} has no split valid: the sweep is made on its split test")
         name = "test"

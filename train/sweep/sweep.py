@@ -23,6 +23,7 @@ from engine.captioner import Captioner
 from engine.errors import BundleError, UsageError
 from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
+from engine.inputs.columns import USUAL, Columns
 from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions
 from engine.scoring.base import MetricInputs
@@ -65,6 +66,7 @@ class Sweep:
     limit: int | None = None
     examples: int = 6
     unpack_into: Path | None = None
+    named: Columns = USUAL
 
 
 def sweep(job: Sweep, say: Say) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def sweep(job: Sweep, say: Say) -> dict[str, Any]:
     BundleError, CheckpointError, ExportError or OutputError; a metric that is unavailable is reported, not raised.
     """
     setting = check_request(job)
-    split = choose_split(job.data, job.split, job.unpack_into, say)
+    split = choose_split(job.data, job.split, job.unpack_into, say, job.named)
     images, references = choose_images(split, job.limit)
     prompts = prompts_of(split, images)
     if prompts is not None:

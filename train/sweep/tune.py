@@ -45,7 +45,7 @@ def tune(job: Sweep, tuning: Tuning, say: Say) -> dict[str, Any]:
     given = job.decoding.replace(num_beams=job.beams[0]) if len(job.beams) == 1 else job.decoding
     if twice := [name for name in tuning.grids() if name in given.given]:
         raise UsageError(f"{twice[0]} is both fixed and tuned: leave out its option, or --tune-grid {twice[0]}=...")
-    split = choose_split(job.data, job.split, job.unpack_into, say)
+    split = choose_split(job.data, job.split, job.unpack_into, say, job.named)
     halves = draw_halves(job, tuning, split)
     say(f"{len(halves[0].images)} images choose the settings, {len(halves[1].images)} are held back")
     metric = job.metrics[0]

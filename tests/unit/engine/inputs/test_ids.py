@@ -65,3 +65,27 @@ def test_messages_show_what_the_eye_does_not_see():
     assert join_some(["a ", "b"]) == "'a ', b"
     assert Ids(["scan 1"]).hint("scan\u00a01 x") == ""
     assert Ids(["scan1"]).hint("scan1\u200b") == " (there is scan1, not 'scan1\\u200b')"
+
+
+@pytest.mark.parametrize(
+    ("known", "name", "expected"),
+    [
+        ("cat/1", "dog/1", None),
+        ("cat/1", "dog/1.png", None),
+        ("cat/1", "1.png", "cat/1"),
+        ("1", "dog/1.png", "1"),
+        ("cat/1", "data/cat/1.png", "cat/1"),
+        ("data/cat/1", "cat\\1.png", "data/cat/1"),
+        ("a", "a ", "a"),
+        (" a", "a.png", " a"),
+    ],
+)
+def test_a_name_of_another_folder_is_not_found(known, name, expected):
+    assert Ids([known]).find(name) == expected
+
+
+def test_ids_cut_from_files_keep_their_folder():
+    ids = Ids(["1"], files={"1": "patientB/1.png"})
+    assert ids.find("patientA/1") is None
+    assert ids.find("x", "patientA/1.png") is None
+    assert ids.find("patientB/1") == "1"

@@ -48,7 +48,7 @@ def test_manifests_choose_and_order(content, ids, tmp_path):
         ("ID\n", "lists no ids"),
         ("a\na\n", "more than once: a"),
         ("a\nz\n", "without an image: z"),
-        ('ID,Caption\na,"open\n', "cannot be read"),
+        ('ID,Caption\na,"open\n', "line 2: unexpected end of data"),
     ],
 )
 def test_manifests_that_do_not_fit_are_refused(content, sentence, tmp_path):

@@ -150,3 +150,13 @@ def test_ids_of_all_inputs_differ_and_paths_are_relative_to_each(here):
     assert ids("a/1.png", "b/1.png", ids="path") == ["a/1", "b/1"]
     (here / "b/list.txt").write_text("1.png\n../a/1.png\n")
     assert ids("b/list.txt", ids="path") == ["1", (here / "a/1").as_posix().lstrip("/")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [("p.zip", b"PK\x03\x04", "it is a zip archive: unpack it"), ("p.jp", b"<html>", "it is an HTML page instead")],
+)
+def test_a_file_that_is_no_image_is_named_for_what_it_is(name, content, sentence, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=sentence):
+        find_inputs((tmp_path / name,))

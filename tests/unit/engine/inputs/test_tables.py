@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,9 +11,10 @@ import pytest
 from pyarrow import parquet
 
 from engine.errors import DataError, UsageError
+from engine.inputs.columns import Columns
 from engine.inputs.delimited import read_ids
 from engine.inputs.ids import Ids
-from engine.inputs.tables import read_table
+from engine.inputs.tables import MAX_SIDECAR_BYTES, read_table
 
 EXPECTED = {"a1": ("CT, axial view",), "b 2": ("NA",), "003": ("null",)}
 
@@ -137,13 +139,13 @@ def test_several_references_and_further_columns(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("x.csv", b"", "is no table of captions"),
+        ("x.csv", b"", "is not a table of captions"),
         ("x.csv", b"ID,Caption\n", "holds no captions"),
         ("x.csv", b"ID,Caption\na,b,c\n", "line 2: 3 columns where the header has 2"),
         ("x.csv", b'ID,Caption\na,b\nc,"open\n', "line 3"),
         ("x.csv", b"ID,Caption\n,b\n", "line 2: an empty id"),
         ("x.csv", b"ID,Caption\na,\xff\n", "byte 13 is not UTF-8"),
-        ("x.csv", b"a;b\nc;d\n", "is no table of captions"),
+        ("x.csv", b"a;b\nc;d\n", "is not a table of captions"),
         ("x.csv", b"a|b|c\nd|e|f\n", "line 1: 3 columns instead of an id and a caption"),
         ("x.json", b"{", "not valid JSON"),
         ("x.json", b"3", "neither COCO captions"),
@@ -210,3 +212,157 @@ def test_manifests_as_people_make_them(content, tmp_path):
     (tmp_path / "ids").write_text(content)
     names = read_ids(tmp_path / "ids")
     assert [Ids(["a", "b.v2"]).find(name) for name in names] == ["a", "b.v2"]
+
+
+HEADERS = (
+    "uid,caption",
+    "ID,CUIs",
+    "report,dicom_id",
+    "ID,Predicted Caption",
+    "findings,impression,study_id",
+    "key,gist",
+)
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_an_unknown_header_is_an_error_and_no_row(header, tmp_path):
+    rest = ",x" * (header.count(",") - 1)
+    (tmp_path / "x.csv").write_text(f"{header}\nr1,an axial view{rest}\nr2,a lesion{rest}\n")
+    with pytest.raises(DataError, match=rf"only {header.replace(',', ', ')}: give --(id|caption)-column"):
+        read_table(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.csv", "uid,report,my prompt\na.png,CT,look\nb.png,MR,\n"),
+        ("x.tsv", "my prompt\tReport\tUID\nlook\tCT\ta\n\tMR\tb\n"),
+        (
+            "x.jsonl",
+            '{"uid": "a", "report": "CT", "my prompt": "look"}\n{"uid": "b", "report": "MR", "my prompt": ""}\n',
+        ),
+    ],
+)
+def test_columns_are_chosen_by_name(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    columns = Columns("uid", "report", "my prompt")
+    table = read_table(tmp_path / name, columns)
+    columns.require_found()
+    assert table.captions == {"a": ("CT",), "b": ("MR",)}
+    assert table.columns["prompt"] == {"a": "look", "b": ""}
+
+
+def test_a_chosen_column_that_no_table_has_is_named(tmp_path):
+    (tmp_path / "run.csv").write_text("ID,Caption\na,CT\n")
+    columns = Columns(caption="impresion")
+    assert read_table(tmp_path / "run.csv", columns).captions == {"a": ("CT",)}
+    with pytest.raises(UsageError, match=r"--caption-column impresion: there is no such column: .*run.csv has ID, "):
+        columns.require_found()
+
+
+@pytest.mark.parametrize("header", ["image_path,caption", "Image Index,Caption", "imageID,Captions", "img_path,text"])
+def test_known_columns_are_read_in_any_spelling(header, tmp_path):
+    (tmp_path / "x.csv").write_text(f"{header}\nx/a.png,CT\n")
+    assert read_table(tmp_path / "x.csv").captions == {"a": ("CT",)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'ID, Caption\na, "CT, axial"\nb, "MR"\n',
+        'a, "CT, axial"\nb, "MR"\n',
+        'sep=,\r\nID,Caption\r\na,"CT, axial"\r\nb,MR\r\n',
+        "sep=|\nID|Caption\na|CT, axial\nb|MR\n",
+        '\n\nID,Caption\na,"CT, axial"\nb,MR\n   \n,\n',
+        '# made by hand\nID,Caption\na,"CT, axial"\nb,MR\n',
+        "a.png,CT, axial\nb.png,MR\n",
+    ],
+)
+def test_tables_as_hands_write_them(content, tmp_path):
+    (tmp_path / "x.csv").write_bytes(content.encode())
+    assert read_table(tmp_path / "x.csv").captions == {"a": ("CT, axial",), "b": ("MR",)}
+
+
+def test_quotes_escaped_by_backslashes_are_read(tmp_path):
+    (tmp_path / "x.csv").write_text('ID,Caption\na,"the \\"left\\" lung, upper"\n')
+    assert read_table(tmp_path / "x.csv").captions == {"a": ('the "left" lung, upper',)}
+    (tmp_path / "y.csv").write_text('ID,Caption\na,"one\nb,"two, \\" three\n')
+    with pytest.raises(DataError, match=r"y\.csv, line \d"):
+        read_table(tmp_path / "y.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("x.csv.gz", b"\x1f\x8b\x08", "a gzip archive: unpack it"),
+        ("submission.zip", b"PK\x03\x04submission.csv", "a zip archive: unpack it"),
+        ("x.xlsx", b"PK\x03\x04[Content_Types].xml", "an Excel workbook: save it as `CSV UTF-8`"),
+        ("x.csv", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_packed_tables_are_named(name, content, sentence, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name} is not text but .*{sentence}"):
+        read_table(tmp_path / name)
+
+
+def test_dictionaries_of_pycocoevalcap(tmp_path):
+    content = {"a": [{"caption": "CT"}, {"caption": "MR", "id": 3}], "b": {"caption": "US"}, "c": ["x", "y"]}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    assert read_table(tmp_path / "x.json").captions == {"a": ("CT", "MR"), "b": ("US",), "c": ("x", "y")}
+
+
+def test_conversations_of_one_answer_are_captions(tmp_path):
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a CT"}]
+    (tmp_path / "x.json").write_text(json.dumps([{"id": "1", "image": "x/a.png", "conversations": turns}]))
+    assert read_table(tmp_path / "x.json").captions == {"a": ("a CT",)}
+    (tmp_path / "x.json").write_text(json.dumps([{"id": "1", "image": "x/a.png", "conversations": turns * 2}]))
+    with pytest.raises(DataError, match=r"no caption for x/a\.png among"):
+        read_table(tmp_path / "x.json")
+
+
+def test_a_file_without_caption_is_named_as_written(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"file_name": "a.png", "text": null}\n')
+    with pytest.raises(DataError, match=r"no caption for a\.png$"):
+        read_table(tmp_path / "x.jsonl")
+
+
+def test_ids_that_are_not_utf8_are_read_and_captions_are_not(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"ID,Caption\ncaf\xe9,CT\n")
+    assert read_table(tmp_path / "x.csv").captions == {os.fsdecode(b"caf\xe9"): ("CT",)}
+    (tmp_path / "x.csv").write_bytes(b"ID,Modality,Caption\na,\xe9,CT\n")
+    with pytest.raises(DataError, match=r"byte 22 is not UTF-8 \(saved by Excel"):
+        read_table(tmp_path / "x.csv")
+
+
+def test_texts_next_to_images_are_opened_as_images_are(tmp_path):
+    folder, text = tmp_path / "in", tmp_path / "in" / "a.txt"
+    folder.mkdir()
+    (folder / "a.png").touch()
+    (folder / "b.txt").write_text("inside")
+    (tmp_path / "secret").write_text("secret")
+    text.symlink_to("b.txt")
+    assert read_table(folder).captions == {"a": ("inside",)}
+    for make, sentence in (
+        (lambda: text.symlink_to("../secret"), "a link to a file outside"),
+        (lambda: os.mkfifo(text), "a pipe or a device"),
+        (lambda: text.write_bytes(b"x" * (MAX_SIDECAR_BYTES + 1)), "larger than"),
+    ):
+        text.unlink()
+        make()
+        with pytest.raises(DataError, match=sentence):
+            read_table(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("uid\n1\n2\n", None), ("uid,findings\n1,x\n", None), ("image_path\nx/1.png\nx/2.png\n", ["1", "2"])],
+)
+def test_manifests_with_unknown_headers_are_refused(content, expected, tmp_path):
+    (tmp_path / "ids").write_text(content)
+    if expected is None:
+        with pytest.raises(DataError, match="give --id-column"):
+            read_ids(tmp_path / "ids")
+        assert read_ids(tmp_path / "ids", Columns("uid"))[0] == "1"
+    else:
+        assert [Ids(["1", "2"]).find(one) for one in read_ids(tmp_path / "ids")] == expected

@@ -13,10 +13,13 @@ import pytest
 from PIL import Image
 
 from engine.errors import DataError, OutputError, UsageError
+from engine.inputs.columns import Columns
+from export.checkpoints.releases import word_pieces
 from tests.helpers.datasets import picture, png, seen, write, write_parquet
 from train.data.check import check_split, drop_unusable, fingerprint
 from train.data.dataset import Example, Split, hold_out, read_dataset
 from train.data.problems import Problems
+from train.data.prompts import lost_in_tokens
 
 CUIS = ("C0040405", "C0817096")
 
@@ -127,6 +130,39 @@ def test_parquet_without_ids_is_named_by_file_or_row(tmp_path):
     assert ids == ["one", "train_00000002", "train_00000003"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "chosen", "ids"),
+    [
+        ({"jpg": [png()], "txt": ["CT"], "__key__": ["000001"]}, Columns(), ["000001"]),
+        ({"image": [png()], "report": ["CT"], "text": ["other"], "uid": ["u1"]}, Columns("uid", "report"), ["u1"]),
+        ({"images": [[{"bytes": png(), "path": "x/a.png"}]], "caption": ["CT"]}, Columns(), ["a"]),
+    ],
+)
+def test_parquet_with_plain_bytes_or_chosen_columns(columns, chosen, ids, tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", columns)
+    (example,) = read_dataset(tmp_path, columns=chosen)["train"].examples
+    assert ([example.id], example.caption) == (ids, "CT")
+    assert example.image.read_bytes() == png()
+
+
+def test_another_column_of_captions_unpacks_parquet_again(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", {"image": [png()], "findings": ["one"], "impression": ["two"]})
+    for column, caption in (("findings", "one"), ("impression", "two")):
+        (example,) = read_dataset(tmp_path, columns=Columns(caption=column))["train"].examples
+        assert example.caption == caption
+
+
+def test_a_data_set_that_cannot_be_written_names_the_option(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "train-0.parquet", rows("a"))
+
+    def refuse(path: Path, **_: object) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OutputError, match=r"Read-only file system: .* --unpack-into takes another folder"):
+        read_dataset(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"PAR1", b""])
 def test_parquet_that_is_none_is_named(content, tmp_path):
     (tmp_path / "train-0.parquet").write_bytes(content)
@@ -188,6 +224,20 @@ def test_images_of_more_than_8_bits_are_named_unless_they_are_scaled(tmp_path):
         "range)"
     ]
     assert not check_split(split, depth="scale")
+
+
+def test_captions_that_the_tokenizer_changes_are_counted(tmp_path):
+    captions = {"plain": "A CT.", "accents": "tórax", "words": "ภาพ", "sign": "5 µm \u2265 x"}
+    split = Split("train", [Example(name, tmp_path, text) for name, text in captions.items()], tmp_path)
+    letters = "abcdefghijklmnopqrstuvwxyz5µμ≥."
+    write(
+        tmp_path / "vocab.txt", "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters)])
+    )
+    tokenizer = word_pieces(tmp_path / "vocab.txt", do_lower_case=True)
+    found = check_split(split, decode=False, lost_in=lambda text: lost_in_tokens(tokenizer, text))
+    assert [name for name, _ in found.accents] == ["accents"]
+    assert found.lines()[-1] == "1 caption has words that the vocabulary cannot spell, learned as [UNK]: words"
+    assert not found.fatal
 
 
 def test_what_is_not_asked_for_is_not_checked(tmp_path):

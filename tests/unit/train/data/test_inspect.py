@@ -10,9 +10,12 @@ import pytest
 from PIL import Image
 
 from engine.errors import OutputError
-from train.data.dataset import Example, Split
-from train.data.inspect import MODALITIES, NO_MODALITY, inspect_dataset, lines
+from tests.helpers.datasets import picture, write
+from train.data.dataset import Example, Split, draw
+from train.data.inspect import MODALITIES, NO_MODALITY, inspect_dataset, inspect_directory, lines
 from train.data.plots import draw_dataset
+from train.finetune import DataInputs, prepare_data
+from train.recipe import Recipe
 
 CT, MR, PET = "C0040405", "C0024485", "C0032743"
 
@@ -179,3 +182,17 @@ def test_the_plot_leaves_out_what_is_unknown_and_cuts_nothing_it_can_show(tmp_pa
     assert panel["axes"] == ["words a caption", "% of the captions of the split"]
     with pytest.raises(OutputError, match="cannot be written: No such file or directory"):
         draw_dataset(stats, tmp_path / "nowhere" / "plot.png")
+
+
+def test_inspect_and_finetune_count_captions_that_lose_words(tiny_checkpoint, tiny_reference, tmp_path):
+    picture(tmp_path / "data" / "a.png")
+    picture(tmp_path / "data" / "b.png")
+    write(tmp_path / "data" / "captions.csv", "ID,Caption\na,chest ct\nb,ภาพ\n")
+    told: list[str] = []
+    assert inspect_directory(tmp_path / "data", tmp_path / "out", told.append, model=tiny_checkpoint)
+    line = "1 caption has words that the vocabulary cannot spell, learned as [UNK]: b"
+    assert f"train: {line}" in told
+    told.clear()
+    recipe = Recipe(valid_share=0.5, seed=next(s for s in range(50) if (draw("a", s) < 0.5) != (draw("b", s) < 0.5)))
+    prepare_data(DataInputs(tmp_path / "data"), recipe, tiny_reference, told.append)
+    assert any(line in one for one in told)

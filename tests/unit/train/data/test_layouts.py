@@ -7,6 +7,7 @@ import json
 import pytest
 
 from engine.errors import DataError, UsageError
+from engine.inputs.columns import Columns
 from tests.helpers.datasets import picture, png, seen, write, write_parquet
 from train.data.dataset import Example, read_dataset
 from train.data.layouts import split_of
@@ -60,7 +61,7 @@ def test_imagefolder(tmp_path):
     [
         ("train.jsonl", '{"image": "a.jpg", "caption": ["one", "two"]}\n'),
         ("training.csv", "ID,Caption\na,one\na,two\n"),
-        ("train.tsv", "file_name\tcaption\nx/a.jpg\tone\nx/a.jpg\ttwo\n"),
+        ("train.tsv", "file_name\tcaption\ner/a.jpg\tone\ner/a.jpg\ttwo\n"),
         ("train.csv", "image_id,caption\na.jpg,one\na.jpg,two\n"),
         ("train.json", '[{"file_name": "a.jpg", "caption": ["one", "two"]}]'),
     ],
@@ -143,7 +144,7 @@ def test_pictures_that_share_an_id_are_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [("ID,CUIs\na,C1,C2\n", "line 2: 3 columns"), ("a,b\nc,d\n", "names no ID"), ('ID,CUIs\na,"C1\n', "line 2")],
+    [("ID,CUIs\na,C1,C2\n", "line 2: 3 columns"), ("a,b\nc,d\n", "does not name ID"), ('ID,CUIs\na,"C1\n', "line 2")],
 )
 def test_concepts_that_cannot_be_read_are_named(content, sentence, tmp_path):
     picture(tmp_path / "train" / "a.jpg")
@@ -157,7 +158,7 @@ def test_a_file_that_calls_itself_concepts_is_not_passed_over_without_a_header(t
     picture(tmp_path / "train" / "a.jpg")
     write(tmp_path / "train_captions.csv", "ID,Caption\na,one\n")
     write(tmp_path / "train_concept_detection.csv", "a,C1\nb,C2\n")
-    with pytest.raises(DataError, match=r"train_concept_detection\.csv is no table of concepts"):
+    with pytest.raises(DataError, match=r"train_concept_detection\.csv is not a table of concepts"):
         read_dataset(tmp_path)
 
 
@@ -239,3 +240,79 @@ def test_what_is_of_no_layout_is_described_with_the_closest(files, said, tmp_pat
         picture(tmp_path / name) if name.endswith(".png") else write(tmp_path / name, content)
     with pytest.raises(DataError, match=f"no data set of a known layout: .*{said}.* Looked for"):
         read_dataset(tmp_path)
+
+
+def test_captions_of_a_missing_image_get_no_image_of_another_folder(tmp_path):
+    picture(tmp_path / "train" / "cat" / "1.png")
+    picture(tmp_path / "valid" / "1.png")
+    write(tmp_path / "train" / "metadata.csv", "file_name,text\ncat/1.png,a cat\ndog/1.png,a dog\nvalid/1.png,b\n")
+    split = read_dataset(tmp_path)["train"]
+    assert [name for name, _ in split.problems.missing] == ["dog/1"]
+    assert [e.image.relative_to(tmp_path).as_posix() for e in split.examples if e.id != "dog/1"] == [
+        "train/cat/1.png",
+        "valid/1.png",
+    ]
+
+
+@pytest.mark.parametrize("table", ["file_name,text\ndog/1.png,a dog\n", "ID,Caption\ndog/1,a dog\n"])
+def test_a_single_file_keeps_its_folder(table, tmp_path):
+    picture(tmp_path / "images" / "cat" / "1.png")
+    write(tmp_path / "captions.csv", table)
+    assert len(read_dataset(tmp_path)["train"].problems.missing) == 1
+
+
+def test_two_names_of_one_image_stop_the_run(tmp_path):
+    picture(tmp_path / "images" / "1.png")
+    write(tmp_path / "captions.csv", "ID,Caption\na/1,x\nb/1,y\n")
+    with pytest.raises(DataError, match=r"captions\.csv: a/1 and b/1 are two names of .*1\.png"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["", "images/"])
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("name", ["metadata.csv", "captions.csv"])
+def test_one_table_for_all_leaves_images_in_their_splits(folder, is_whole, name, tmp_path):
+    files = [f"{folder}Training/0.png", f"{folder}val/1.png", f"{folder}testing/2.png"]
+    for file in files:
+        picture(tmp_path / file)
+    rows = "".join(f"{file if is_whole else file.rpartition('/')[2]},text\n" for file in files)
+    write(tmp_path / name, "file_name,caption\n" + rows)
+    told: list[str] = []
+    splits = read_dataset(tmp_path, log=told.append)
+    assert {name: [e.image for e in split.examples] for name, split in splits.items()} == {
+        split: [tmp_path / file] for split, file in zip(("train", "valid", "test"), files, strict=True)
+    }
+    (line,) = told
+    assert line.endswith("train 1, valid 1, test 1")
+
+
+def test_one_table_with_some_images_outside_of_splits_is_refused(tmp_path):
+    for file in ("train/0.png", "test/1.png", "more/2.png"):
+        picture(tmp_path / file)
+    write(tmp_path / "metadata.csv", "file_name,text\ntrain/0.png,a\ntest/1.png,b\nmore/2.png,c\n")
+    with pytest.raises(DataError, match=r"2 images are in folders named after a split .* 1 are not \(more/2\.png\)"):
+        read_dataset(tmp_path)
+    write(tmp_path / "metadata.csv", "file_name,text,split\ntrain/0.png,a,train\nmore/2.png,c,train\n")
+    assert len(read_dataset(tmp_path)["train"].examples) == 2
+
+
+def test_class_folders_are_no_splits(tmp_path):
+    for file in ("train/cat/0.png", "train/dog/1.png"):
+        picture(tmp_path / "data" / file)
+    write(tmp_path / "captions.csv", "file_name,text\ndata/train/cat/0.png,a\ndata/train/dog/1.png,b\n")
+    assert len(read_dataset(tmp_path)["train"].examples) == 2
+
+
+def test_captions_json_next_to_images(tmp_path):
+    picture(tmp_path / "images" / "a.png")
+    write(tmp_path / "captions.json", json.dumps({"a.png": "a report"}))
+    assert seen(read_dataset(tmp_path), tmp_path) == {"train": [("a", "images/a.png", "a report")]}
+
+
+def test_columns_of_a_data_set_are_chosen_by_name(tmp_path):
+    picture(tmp_path / "images" / "a.png")
+    write(tmp_path / "train.csv", "uid,findings,impression,hint\na,long,short,look\n")
+    (example,) = read_dataset(tmp_path, columns=Columns("uid", "impression", "hint"))["train"].examples
+    assert (example.id, example.caption, example.prompt) == ("a", "short", "look")
+    with pytest.raises(DataError, match=r"--caption-column nowhere: .*train\.csv has no such column, only uid"):
+        read_dataset(tmp_path, columns=Columns("uid", "nowhere"))
