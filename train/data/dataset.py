@@ -181,7 +181,7 @@ class _Reader:
     def _splits_by_folder(self, source: SplitFiles, table: Table) -> dict[str, str] | None:
         """Return the split of each id where images are in folders named after splits; None where none is.
 
-        Raises DataError where only some are: what is beside them could belong to any split.
+        Raises DataError where only some are: the others could belong to any split.
         """
         names = {one: table.files.get(one, one) for one in table.captions}
         _, listing, _ = self._choose_folder(source, list(names.values()))
