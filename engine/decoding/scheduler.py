@@ -10,7 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +31,22 @@ SHRINK_SHARE = 0.25
 """Share of empty slots from which, with no image waiting, they are given up."""
 
 
+class NothingYet:
+    """Stands among the images for one that has not arrived: what is there is decoded meanwhile."""
+
+
+NOTHING_YET = NothingYet()
+
+
 class Waiting(NamedTuple, Generic[Key]):
     """An image to decode: whatever names it, pixels u8[height,width,3], and its own start (the search's where None)."""
 
     key: Key
     pixels: NDArray[np.uint8]
     start: Start | None = None
+
+
+Arrival: TypeAlias = Waiting[Key] | NothingYet | None
 
 
 class Scheduler:
@@ -72,10 +82,11 @@ class Scheduler:
         for closed in self.steps(Waiting(key, pixels) for key, pixels in images):
             yield from closed
 
-    def steps(self, images: Iterable[Waiting[Key] | None]) -> Iterator[list[tuple[Key, list[Hypothesis]]]]:
+    def steps(self, images: Iterable[Arrival[Key]]) -> Iterator[list[tuple[Key, list[Hypothesis]]]]:
         """Like `run`, but yield after every step what closed in it, often nothing.
 
-        None among the images is one that needs no decoding: after many of these the caller gets its turn, too.
+        None among the images is one that needs no decoding: after many of these the caller gets its turn, too. After
+        NOTHING_YET it gets its turn at once; the images must not yield it while none of theirs is being decoded.
         """
         captions = _CopiesOfImage[Key](self.search)
         with ExitStack() as held:
@@ -110,7 +121,7 @@ class _Newcomer(NamedTuple, Generic[Key]):
 class _Newcomers(Generic[Key]):
     """Images that wait for a slot, encoded in batches as they are asked for; `may_come` until there are no more."""
 
-    def __init__(self, images: Iterator[Waiting[Key] | None], encode_batch: int, *, copies: int) -> None:
+    def __init__(self, images: Iterator[Arrival[Key]], encode_batch: int, *, copies: int) -> None:
         self._images, self._encode_batch, self._copies = images, encode_batch, copies
         self._waiting: deque[_Newcomer[Key]] = deque()
         self.may_come = True
@@ -118,12 +129,13 @@ class _Newcomers(Generic[Key]):
     def next(self, device: DeviceQueue) -> _Newcomer[Key] | None:
         """Return the next image, as part of a batch that `device` encodes.
 
-        Each image comes as often as captions of it are drawn. None means there are no more, or many needed no decoding.
+        Each image comes as often as captions of it are drawn. None means there are no more, or many needed no decoding,
+        or the next has not arrived.
         """
         if not self._waiting:
             pulled = self._pull()
             self.may_come = bool(pulled)
-            batch = [image for image in pulled if image is not None]
+            batch = [image for image in pulled if isinstance(image, Waiting)]
             if not batch:
                 return None
             encoded = device.encode(np.stack([image.pixels for image in batch]))
@@ -132,14 +144,14 @@ class _Newcomers(Generic[Key]):
                 self._waiting += [_Newcomer(owner, image.start, encoded, place) for owner in owners]
         return self._waiting.popleft()
 
-    def _pull(self) -> list[Waiting[Key] | None]:
+    def _pull(self) -> list[Arrival[Key]]:
         """Take images until encode_batch of them have to be decoded, but no more than PULL_AT_MOST times as many."""
-        pulled: list[Waiting[Key] | None] = []
+        pulled: list[Arrival[Key]] = []
         missing = self._encode_batch
         for image in itertools.islice(self._images, PULL_AT_MOST * self._encode_batch):
             pulled.append(image)
-            missing -= image is not None
-            if not missing:
+            missing -= isinstance(image, Waiting)
+            if not missing or image is NOTHING_YET:
                 break
         return pulled
 

@@ -61,7 +61,7 @@ def test_what_is_left_aside_is_counted_by_kind_and_listed(image_dir, tiny_bundle
     (folder / "notes.txt").touch()
     (folder / "x.heic").touch()
     result = run("caption", "--input", folder, "--bundle", tiny_bundle, "--out", tmp_path / "r.csv", "--json")
-    assert f"left aside in {folder}: 1 .heic, 1 .txt" in result.stderr
+    assert f"skipped in {folder}: 1 .heic, 1 .txt" in result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["left_aside"] == ["notes.txt", "x.heic"]
 
 
@@ -72,7 +72,7 @@ def test_pictures_of_more_than_8_bits_are_told(image_dir, tiny_bundle, tmp_path)
     Image.fromarray((grey * 4095).astype(np.uint16)).save(folder / "x.png")
     result = run("caption", "--input", folder, "--bundle", tiny_bundle, "--out", tmp_path / "r.csv")
     assert result.exit_code == 0
-    assert "2 pictures have more than 8 bits a channel" in result.stderr
+    assert "2 images have more than 8 bits a channel" in result.stderr
     assert "f.tif" in result.stderr
     again = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "r2.csv")
     assert "more than 8 bits" not in again.stderr

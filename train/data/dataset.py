@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
@@ -22,7 +23,7 @@ from engine.inputs.tables import read_table
 from train.data.layouts import LOOKED_FOR, SPLITS, Listing, SplitFiles, find_source, find_table, read_concepts
 from train.data.nearest import describe_unknown
 from train.data.parquet import ParquetRow, safe_name, unpack
-from train.data.problems import Problems, is_empty
+from train.data.problems import OF_NO_ID, Problems, is_empty
 from train.data.rows import check_prompts, rows_of
 
 
@@ -102,7 +103,10 @@ def hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
             f"{train.captions_file}: a share of {fraction} of {len(train.examples)} captions leaves "
             f"{len(kept)} for training and {len(held)} held out: choose another share or seed"
         )
-    stays = replace(train.problems.select(lambda name: name not in taken), uncaptioned=train.problems.uncaptioned)
+    stays = replace(
+        train.problems.select(lambda name: name not in taken),
+        **{name: getattr(train.problems, name) for name in OF_NO_ID},
+    )
     goes = train.problems.select(taken.__contains__)
     return replace(train, examples=kept, problems=stays), replace(train, name="valid", examples=held, problems=goes)
 
@@ -161,9 +165,12 @@ class _Reader:
         for name, listing in self._used.items():
             left = [path for path in listing.by_id.values() if path not in used]
             used.update(left)
-            found = [(os.path.relpath(path, self._place.directory), "") for path in left]
-            split = self.splits[name]
-            self.splits[name] = replace(split, problems=replace(split.problems, uncaptioned=found))
+            skipped = [path for path in listing.imageless if path not in used]
+            used.update(skipped)
+            split, shown = self.splits[name], partial(os.path.relpath, start=self._place.directory)
+            uncaptioned, imageless = ([(shown(path), "") for path in paths] for paths in (left, skipped))
+            problems = replace(split.problems, uncaptioned=uncaptioned, imageless=imageless)
+            self.splits[name] = replace(split, problems=problems)
         return self.splits
 
     def _read_parquet(self, name: str, source: SplitFiles) -> None:
@@ -248,10 +255,15 @@ def _holds_pictures(folder: Path, deep: bool) -> bool:
 
 
 class _Pictures:
-    """The pictures of a folder by id, found as Ids finds them; `trouble` is why names alone do not tell them apart."""
+    """The images of a folder by id, found as Ids finds them; `trouble` is why names alone do not distinguish them.
 
-    def __init__(self, by_id: dict[str, Path], trouble: UsageError | None = None) -> None:
-        self.by_id, self.trouble, self._ids = by_id, trouble, Ids(by_id)
+    `imageless` are DICOM files without an image.
+    """
+
+    def __init__(
+        self, by_id: dict[str, Path], trouble: UsageError | None = None, imageless: Sequence[Path] = ()
+    ) -> None:
+        self.by_id, self.trouble, self.imageless, self._ids = by_id, trouble, imageless, Ids(by_id)
 
     def find(self, name: str) -> Path | None:
         """Return the picture of an id, which may also be written as a file name, with folders or without."""
@@ -260,15 +272,17 @@ class _Pictures:
 
 
 def _pictures(folder: Path, deep: bool) -> _Pictures:
-    """List a folder; where two pictures have one name (cat/1.png, dog/1.png) their ids are paths."""
+    """List a folder; where two images have one name (cat/1.png, dog/1.png or 1.png) ids are paths with suffix."""
     if not _holds_pictures(folder, deep):
         return _Pictures({})
     trouble = None
     try:
-        images = find_images(folder, recursive=deep).images
+        found = find_images(folder, recursive=deep)
     except RepeatedIdError as error:
-        images, trouble = find_images(folder, recursive=deep, ids="path").images, error
-    return _Pictures({image.id: image.path for image in images}, trouble)
+        found = find_images(folder, recursive=deep, ids="file")
+        trouble = UsageError(f"{str(error).partition('; --ids')[0]}; name their folders in the table, or rename one")
+    by_id = {image.id: image.path for image in found.images}
+    return _Pictures(by_id, trouble, [folder / name for name in sorted(found.imageless)])
 
 
 def _example(row: ParquetRow, image: Path) -> Example:
