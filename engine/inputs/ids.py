@@ -49,8 +49,12 @@ class Ids:
 
 def spelled(name: str) -> str:
     """Return a name in one spelling: composed characters, `/` between folders, no `./` before, no picture's suffix."""
-    text = unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
-    return cut_caption_number(text)
+    return cut_caption_number(one_spelling(name))
+
+
+def one_spelling(name: str) -> str:
+    """Return a name as `spelled` does, but with its suffix."""
+    return unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
 
 
 def shown(name: str) -> str:

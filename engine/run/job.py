@@ -29,7 +29,8 @@ class Inputs:
     ids: str = option(
         "stem",
         "--ids",
-        "Ids of images: `stem`, file name without suffix; `path`, with folders inside --input; `file`, with suffix too.",
+        "Ids of images: `stem`, the file name without suffix; `path`, with the folders inside --input; `file`, that "
+        "path with suffix.",
         choices={"stem": "stem", "path": "path", "file": "file"},
     )
     prompts: Path | None = option(

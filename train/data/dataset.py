@@ -280,7 +280,9 @@ def _pictures(folder: Path, deep: bool) -> _Pictures:
         found = find_images(folder, recursive=deep)
     except RepeatedIdError as error:
         found = find_images(folder, recursive=deep, ids="file")
-        trouble = UsageError(f"{str(error).partition('; --ids')[0]}; name their folders in the table, or rename one")
+        trouble = UsageError(
+            f"{str(error).partition('; --ids')[0]}; name folder and suffix in the table, or rename one"
+        )
     by_id = {image.id: image.path for image in found.images}
     return _Pictures(by_id, trouble, [folder / name for name in sorted(found.imageless)])
 

@@ -21,6 +21,7 @@ from engine.inputs.images import describe_ignored, find_images
 from engine.inputs.notes import FRAMES, ImageNote
 from engine.inputs.paths import find_inputs
 from engine.inputs.pixels import decode_image
+from tests.helpers.datasets import imageless
 
 
 def make_dicom(path: Path, frames: np.ndarray, **tags: object) -> Path:
@@ -266,20 +267,6 @@ def test_dicom_is_known_by_its_bytes_whatever_it_is_called(form, name, tmp_path)
     (image,) = find_images(file.parent).images
     assert image.id == name.removesuffix(".IMA").removesuffix(".dcm")
     assert grey(file) == grey(whole)
-
-
-def imageless(path: Path, sop_class: str, **tags: object) -> Path:
-    """Write a DICOM file of a class, without Rows."""
-    header = Dataset()
-    header.file_meta = FileMetaDataset()
-    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = sop_class
-    header.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
-    header.PatientName = "Secret^Name"
-    for name, value in tags.items():
-        setattr(header, name, value)
-    header.save_as(path, enforce_file_format=True)
-    return path
 
 
 NOT_IMAGES = {

@@ -11,7 +11,6 @@ import io
 import struct
 import threading
 import warnings
-import zlib
 
 import numpy as np
 import PIL
@@ -22,6 +21,7 @@ from engine.errors import ImageError
 from engine.inputs import pixels
 from engine.inputs.notes import CLIPPED, FRAMES, TRANSPARENT, ImageNote, note_lines
 from engine.inputs.pixels import decode_image, read_image
+from tests.helpers.datasets import extreme_png
 
 SIZE = 224
 SAME = {
@@ -125,21 +125,10 @@ def test_notes_become_a_line_for_each_kind():
     assert frames.startswith("1 image has more frames than the one that is used: a.gif")
 
 
-def png(width: int, height: int) -> bytes:
-    """A PNG of one black line or column, of any length."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    lines = zlib.compress(bytes(height * (1 + width)), 1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("size", [(1_000_001, 1), (1, 1_000_001)])
 def test_extreme_sides_are_refused_before_they_are_decoded(size, tmp_path, monkeypatch):
     path = tmp_path / "x.png"
-    path.write_bytes(png(*size))
+    path.write_bytes(extreme_png(*size))
     monkeypatch.setattr(Image.Image, "resize", None)
     with pytest.raises(ImageError, match=r"x\.png: a side of 1000001 pixels, refused: at most 1000000 are read"):
         read_image(path, 8, 8, "bicubic")

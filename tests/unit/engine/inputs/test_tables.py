@@ -210,3 +210,12 @@ def test_manifests_as_people_make_them(content, tmp_path):
     (tmp_path / "ids").write_text(content)
     names = read_ids(tmp_path / "ids")
     assert [Ids(["a", "b.v2"]).find(name) for name in names] == ["a", "b.v2"]
+
+
+def test_files_that_differ_only_in_suffix_keep_it(tmp_path):
+    (tmp_path / "run.csv").write_text('ID,Caption\nIMG_1.jpg,"one"\n./IMG_1.png,"other"\n')
+    assert read_table(tmp_path / "run.csv").captions == {"IMG_1.jpg": ("one",), "IMG_1.png": ("other",)}
+    (tmp_path / "run.csv").write_text('ID,Caption\ns/IMG_1.jpg,"one"\nt/IMG_1.png,"other"\n')
+    assert list(read_table(tmp_path / "run.csv").captions) == ["s/IMG_1", "t/IMG_1"]
+    (tmp_path / "run.csv").write_text('ID,Caption\ns/IMG_1.jpg#0,"one"\ns/IMG_1.jpg#1,"other"\n')
+    assert read_table(tmp_path / "run.csv").captions == {"IMG_1": ("one", "other")}
