@@ -334,7 +334,8 @@ def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path):
     header = whole[:start].replace(struct.pack("<H", len(syntax)) + syntax, b"\x16\0" + b"1.2.840.10008.1.2.1.99")
     length = struct.unpack("<I", header[140:144])[0] + 2
     squeezer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    content = squeezer.compress(whole[start:] + bytes(50_000_000)) + squeezer.flush()
+    bomb = b"\xe0\x7f\x10\x00OW\0\0" + struct.pack("<I", 50_000_000) + bytes(50_000_000)
+    content = squeezer.compress(whole[start:] + bomb) + squeezer.flush()
     path.write_bytes(header[:140] + struct.pack("<I", length) + header[144:] + content)
     tracemalloc.start()
     assert len(find_images(tmp_path).images) == 1

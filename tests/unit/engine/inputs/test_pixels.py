@@ -196,7 +196,7 @@ def test_scans_are_counted_to_the_end_of_the_image_alone(block, tmp_path, monkey
     plain = progressive_jpeg(0)
     monkeypatch.setattr(pixels, "MAX_SCANS", plain.count(b"\xff\xda"))
     preview = b"\xff\xe2" + struct.pack(">H", 2 + 80) + b"\xff\xda\0\0" * 20
-    video = b"\xff\xda\0\2" * 500
+    video = b"\0\2" + b"\xff\xda\0\2" * 500
     path = tmp_path / "x.jpg"
     path.write_bytes(plain[:2] + preview + plain[2:] + video)
     decode_image(path)
