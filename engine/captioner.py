@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +15,21 @@ from PIL import Image
 
 from engine.backends import Backend, open_backends, require_backend
 from engine.backends.capacity import slots_for
-from engine.bundle.ensemble import BundlePlace, open_place, place_of
+from engine.bundle.ensemble import BundlePlace, absolute, open_place, place_of
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer, detokenise
 from engine.captions import Alternative, Caption
 from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Hypothesis, Search, Start
-from engine.decoding.scheduler import Scheduler, Waiting
-from engine.errors import ImageError, OutOfMemoryError, UsageError
+from engine.decoding.scheduler import NOTHING_YET, Arrival, Scheduler, Waiting
+from engine.errors import BundleError, ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
+from engine.inputs.depth import window_of
 from engine.inputs.images import ImageFile
 from engine.inputs.kinds import cut_suffix
+from engine.inputs.notes import CLIPPED, ImageNote
 from engine.inputs.pixels import Picture, read_image
-from engine.inputs.read_ahead import read_ahead
+from engine.inputs.read_ahead import read_ahead, read_live
 from engine.inputs.remote import Location, location
 from engine.options import DecodeOptions
 from engine.repeats import InOrder, Repeats
@@ -36,14 +38,40 @@ from engine.searches import search_for, searches_for
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
 
+MOST_CLIPPED = 1000
+"""Names that `Captioner.clipped` keeps."""
 AHEAD = 4
 """Images read ahead for each reader, or for each one of a batch to encode, of which there are more on a GPU."""
 FEWEST_READERS = 4
 """Threads that decode images at least, else one a core: Pillow releases the interpreter lock meanwhile."""
 
 
+class _Reading(NamedTuple):
+    """What Captioner.caption was asked about reading; see there."""
+
+    on_error: Callable[[ImageError], None] | None
+    on_note: Callable[[ImageNote], None] | None
+    high_bit_depth: str | None
+    live: bool
+
+
+class _Read(NamedTuple):
+    """An image: its id, pixels u8[height,width,3] or why it cannot be read, their digest, the sha256 of its file, and
+    what was dropped.
+    """
+
+    name: str
+    pixels: NDArray[np.uint8] | ImageError
+    digest: bytes = b""
+    file_sha256: str | None = None
+    notes: Sequence[ImageNote] = ()
+
+
 class Captioner:
-    """A loaded bundle, ready to caption."""
+    """A loaded bundle, ready to caption.
+
+    It can be pickled and copied: the copy loads the same bundle again. As a context manager it is closed at the end.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend, *more_backends: Backend, threads: int | None = None) -> None:
         """`threads` is how many cores are this captioner's; all of them when None. With `more_backends`, all of the
@@ -51,7 +79,9 @@ class Captioner:
         """
         self._readers = max(FEWEST_READERS, threads or available_cores())
         self.clipped: list[str] = []
-        """Names of the pictures read so far of whose more than 8 bits a channel only values up to 255 were kept."""
+        """Names of the images of the latest call of which values above 255 became white; at most MOST_CLIPPED."""
+        self._origin: tuple[BundlePlace | None, Runtime] | None = None
+        self._is_closed = False
         self.bundle = bundle
         self.backend = backend
         self._more_backends = more_backends
@@ -97,7 +127,27 @@ class Captioner:
         name = require_backend(runtime.backend, runtime.cpu_precision)  # what is missing is said at once
         runtime = replace(runtime, backend=name)
         checked = open_place(bundle)
-        return cls(checked, *open_backends(checked, runtime), threads=runtime.threads)
+        captioner = cls(checked, *open_backends(checked, runtime), threads=runtime.threads)
+        captioner._origin = absolute(bundle), runtime
+        return captioner
+
+    def __reduce__(self) -> tuple[Callable[..., Captioner], tuple[BundlePlace | None, Runtime, str]]:
+        if self._origin is None:
+            raise TypeError("this captioner was built from open parts and cannot be pickled: use Captioner.load")
+        return _reopen, (*self._origin, self.bundle.digest)
+
+    def close(self) -> None:
+        """Free the model's memory, once captions that are being read have come to their end; close again at will."""
+        self._is_closed = True
+        self._more_backends = ()
+        if "backend" in self.__dict__:
+            del self.backend
+
+    def __enter__(self) -> Captioner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def caption(
         self,
@@ -107,22 +157,41 @@ class Captioner:
         rows: int | None = None,
         prompts: Mapping[str, str] | None = None,
         on_error: Callable[[ImageError], None] | None = None,
+        on_note: Callable[[ImageNote], None] | None = None,
+        high_bit_depth: str | None = None,
+        live: bool = False,
         **given: Any,
     ) -> Iterator[Caption]:
         """Caption images (paths, ImageFiles, Pillow images, arrays u8[h,w,3]) and yield a Caption each, in order.
 
-        What `options` or keywords (num_beams=4) give lies over the bundle's settings, and these over Hugging Face's
+        Keywords (num_beams=4) override `options`, which override the bundle's settings, which override Hugging Face's
         defaults, as on the command line. `prompts` are the texts captions start with, by the ids of their images,
-        for all of them, instead of one for all. `rows` is how many beams are decoded side by side, None what suits
-        device, bundle and memory. An unreadable image raises ImageError, or is passed to `on_error` and left out.
-        Options that do not fit the bundle raise UsageError at once, not at the first caption. On a GPU, or with
-        streams, one such iteration at a time: the device works ahead of what is read.
+        for all of them, instead of one for all. `rows` is how many beams are decoded in parallel, None what suits
+        device, bundle and memory. On a GPU, or with streams, one such iteration at a time: the device works ahead of
+        what is read.
+
+        Images are read ahead of the captions, so a source must not wait for one. With `live` it may: images are taken
+        from it in a thread of its own, and what has arrived is captioned while it waits. `rows=8` then keeps the time
+        of a single image short.
+
+        `high_bit_depth` says how more than 8 bits a channel, or floats, become 8 bits: "scale" (the image's own range),
+        "LOW,HIGH" or "clip" (values above 255 white). Without it, paths are clipped as on the command line, and Pillow
+        images and arrays of such numbers are refused.
+
+        An unreadable image raises ImageError, or is passed to `on_error` and left out. `on_note` gets what was dropped
+        from an image that was read: transparency, values above 255, further frames. Options that do not fit the bundle
+        raise UsageError at once, not at the first caption.
         """
+        if self._is_closed:
+            raise UsageError("this captioner is closed: load it again")
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             raise UsageError("caption takes several images: put a single one into a list")
+        if high_bit_depth is not None:
+            window_of(high_bit_depth)  # refuses what is neither a word nor a window
         options = (options or DecodeOptions()).replace(**given)
         search, starts = self.searches(options, prompts)
-        return self._caption(images, search, starts, rows, on_error)
+        reading = _Reading(on_error, on_note, high_bit_depth, live)
+        return self._caption(images, search, starts, rows, reading)
 
     def _caption(
         self,
@@ -130,27 +199,33 @@ class Captioner:
         search: Search,
         starts: Mapping[str, Start] | None,
         rows: int | None,
-        on_error: Callable[[ImageError], None] | None,
+        reading: _Reading,
     ) -> Iterator[Caption]:
         repeats, captions = Repeats(), InOrder()
+        known_before = NOTHING_YET if reading.live else None  # of a live source its caption must leave at once
 
-        def arrivals() -> Iterator[Waiting[bytes] | None]:
+        def arrivals() -> Iterator[Arrival[bytes]]:
             """Yield what has to be decoded, None for what was met before: the same pixels with the same start."""
-            for index, (name, pixels, digest, file_sha256) in enumerate(self._read(enumerate(images), on_error)):
+            index = -1
+            for image in self._read(enumerate(images), reading, may_wait=lambda: not repeats.is_waiting):
+                if image is None:
+                    yield NOTHING_YET
+                    continue
+                index, (name, pixels, digest, file_sha256) = index + 1, image
                 start = search.start if starts is None else starts.get(name)
                 if start is None:
                     raise UsageError(f"no prompt is given for {name}: an empty one is none")
                 key = digest if start == search.start else digest + repr(start.prompt).encode()
                 if (known := repeats.known(key)) is not None:
                     captions.add(index, Caption(name, known, latency_s=0.0, file_sha256=file_sha256))
-                    yield None
+                    yield known_before
                 else:
                     is_first = repeats.wait(key, index, name, file_sha256)
                     yield Waiting(key, pixels, start) if is_first else None
 
         if self._is_running and self.batch_sizes.sets > 1:
             raise UsageError("this captioner is captioning already: read those captions to their end first")
-        self._is_running = True
+        self._is_running, self.clipped = True, []
         try:
             for closed in self.scheduler(search, rows).steps(arrivals()):
                 for digest, hypotheses in closed:
@@ -197,32 +272,52 @@ class Captioner:
         return searches_for(self.bundle, self.tokenizer, options, prompts)
 
     def _read(
-        self, sources: Iterable[tuple[int, ImageSource]], on_error: Callable[[ImageError], None] | None
-    ) -> Iterator[tuple[str, NDArray[np.uint8], bytes, str | None]]:
-        """Yield id, pixels u8[height,width,3], their digest and the file's sha256 of the readable images, made ahead in
-        threads.
+        self, sources: Iterable[tuple[int, ImageSource]], reading: _Reading, may_wait: Callable[[], bool]
+    ) -> Iterator[tuple[str, NDArray[np.uint8], bytes, str | None] | None]:
+        """Yield id, pixels u8[height,width,3], their digest and the file's sha256 of the readable images.
+
+        They are read ahead in threads. Yield None while a live source has nothing and `may_wait()` is false.
         """
         spec = self.bundle.image
 
-        def read(numbered: tuple[int, ImageSource]) -> tuple[str, NDArray[np.uint8] | ImageError, bytes, str | None]:
+        def read(numbered: tuple[int, ImageSource]) -> _Read:
             number, source = numbered
-            name, content, how = _identify(number, source)
+            name, content, how = _identify(number, source, reading.high_bit_depth)
+            is_file = isinstance(source, ImageFile | Path | str)
+            notes: list[ImageNote] = []
             sha256: list[str] = []
-            how |= {"clipped": self.clipped, "sha256": sha256}
+            how |= {"notes": notes, "sha256": sha256}
             try:
                 pixels = read_image(content, spec.height, spec.width, spec.resample, **how)
             except ImageError as error:
-                return name, error, b"", None
-            return name, pixels, _digest(pixels), sha256[-1] if sha256 else None
+                return _Read(name, error if is_file else ImageError(f"image {name}", error.reason))
+            named = notes if is_file else [note._replace(name=name) for note in notes]
+            return _Read(name, pixels, _digest(pixels), sha256[-1] if sha256 else None, named)
 
-        found = read_ahead(read, sources, threads=self._readers, window=self.images_ahead)
-        for name, pixels, digest, file_sha256 in found:
-            if isinstance(pixels, np.ndarray):
-                yield name, pixels, digest, file_sha256
-            elif on_error is None:
-                raise pixels
+        bounds = {"threads": self._readers, "window": self.images_ahead}
+        found: Iterator[_Read | None]
+        if reading.live:
+            found = read_live(read, sources, may_wait=may_wait, **bounds)
+        else:
+            found = read_ahead(read, sources, **bounds)
+        for image in found:
+            if image is None:
+                yield None
+                continue
+            for note in image.notes:
+                self._note(note, reading)
+            if isinstance(image.pixels, np.ndarray):
+                yield image.name, image.pixels, image.digest, image.file_sha256
+            elif reading.on_error is None:
+                raise image.pixels
             else:
-                on_error(pixels)
+                reading.on_error(image.pixels)
+
+    def _note(self, note: ImageNote, reading: _Reading) -> None:
+        if note.kind == CLIPPED and len(self.clipped) < MOST_CLIPPED:
+            self.clipped.append(note.name)
+        if reading.on_note is not None:
+            reading.on_note(note)
 
     def _alternative(self, hypothesis: Hypothesis) -> Alternative:
         raw = self.tokenizer.decode(hypothesis.ids)
@@ -257,13 +352,14 @@ def caption_within_memory(
     *,
     prompts: Mapping[str, str] | None,
     on_error: Callable[[ImageError], None],
+    on_note: Callable[[ImageNote], None],
     rows: int | None,
     say: Callable[[str], None],
 ) -> Iterator[Caption]:
     """Caption what remains; where memory does not suffice, go on with half as many images side by side.
 
     `remaining` is asked again then, and must leave out what has been yielded; `say` gets a note of it before.
-    Unreadable images go to `on_error`.
+    Unreadable images go to `on_error`, what was dropped from the others to `on_note`.
     """
     search, _ = captioner.searches(options, prompts)
     num_slots = captioner.scheduler(search, rows).side_by_side
@@ -271,7 +367,10 @@ def caption_within_memory(
         gc.collect()  # an error holds on to the frames it came through, and these to the keys that did not fit
         try:
             rows = num_slots * search.num_beams
-            yield from captioner.caption(remaining(), options, rows=rows, prompts=prompts, on_error=on_error)
+            images = remaining()
+            yield from captioner.caption(
+                images, options, rows=rows, prompts=prompts, on_error=on_error, on_note=on_note
+            )
             return
         except (OutOfMemoryError, MemoryError) as error:
             if num_slots == 1:
@@ -286,8 +385,17 @@ def _digest(pixels: NDArray[np.uint8]) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(pixels).reshape(-1).data).digest()  # without the interpreter lock
 
 
-def _identify(number: int, source: ImageSource) -> tuple[str, Picture, dict[str, Any]]:
+def _identify(number: int, source: ImageSource, depth: str | None) -> tuple[str, Picture, dict[str, Any]]:
     """Return an image's id (the file's stem, or its running number without a file), what to read, and how."""
     if isinstance(source, ImageFile):
         return source.id, source.source, {"frame": source.frame, "depth": source.depth}
-    return (cut_suffix(Path(source).name) if isinstance(source, Path | str) else str(number)), source, {}
+    name = cut_suffix(Path(source).name) if isinstance(source, Path | str) else str(number)
+    return name, source, {"depth": depth}
+
+
+def _reopen(bundle: BundlePlace | None, runtime: Runtime, digest: str) -> Captioner:
+    """Load the captioner of a pickle. Raises BundleError if the bundle is not the pickled one any more."""
+    captioner = Captioner.open(bundle, runtime)
+    if captioner.bundle.digest != digest:
+        raise BundleError(f"{captioner.bundle.path} is not the bundle that was pickled: load it with Captioner.load")
+    return captioner

@@ -18,6 +18,11 @@ class Repeats:
         self._waiting: dict[bytes, list[tuple[int, str, str | None, float]]] = {}
         self._known: dict[bytes, tuple[Alternative, ...]] = {}
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether any image waits for a caption."""
+        return bool(self._waiting)
+
     def known(self, digest: bytes) -> tuple[Alternative, ...] | None:
         """Return what was said of these pixels, None where nothing was."""
         return self._known.get(digest)

@@ -16,6 +16,7 @@ from engine.cluster.session import LOCAL, cluster
 from engine.cluster.worker import AttemptCounter, CaptionWorker, NodeFacts, inspect_node
 from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile
+from engine.inputs.notes import ImageNote
 from engine.options import DecodeOptions
 from engine.runtime import CPU_BACKENDS, Runtime, Workers
 from engine.searches import search_for, searches_for
@@ -131,7 +132,7 @@ class ClusterSource:
         self._tokenizer = tokenizer
         self.backend_name = order.runtime.backend
         self.environment = order.environment.rpartition("|engine:")[0]
-        self.clipped: list[str] = []
+        self.notes: list[ImageNote] = []
         self._ray, self._order, self._team = ray, order, team
 
     def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
@@ -149,7 +150,7 @@ class ClusterSource:
             for answer in map(unpack_answer, self._answers(missing)):
                 for name, reason in answer.failures.items():
                     todo.fail(ImageError(paths[name], reason))
-                self.clipped += answer.clipped
+                self.notes += answer.image_notes
                 if answer.note:
                     say(answer.note)
                 yield from (caption for caption in answer.captions if not todo.has(caption.id))

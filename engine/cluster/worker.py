@@ -18,9 +18,9 @@ from engine.workers.messages import (
     COLUMN,
     WorkOrder,
     pack_captions,
-    pack_clipped,
     pack_error,
     pack_failures,
+    pack_image_notes,
     pack_note,
     unpack_images,
 )
@@ -146,6 +146,6 @@ class CaptionWorker:
         yield pack_captions(ready)
         if failures:
             yield pack_failures(failures)
-        if clipped := self._stream.take_clipped():  # another block goes on meanwhile: some may be its own
-            yield pack_clipped(clipped)
+        if image_notes := self._stream.take_notes():  # another block goes on meanwhile: some may be its own
+            yield pack_image_notes(image_notes)
         yield from map(pack_note, notes)

@@ -11,7 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +34,22 @@ SHRINK_SHARE = 0.25
 """Share of empty slots from which they are removed, when no image waits. Lower, and the caches are copied too often."""
 
 
+class NothingYet:
+    """Stands for an image that has not arrived yet; the images that are there are decoded meanwhile."""
+
+
+NOTHING_YET = NothingYet()
+
+
 class Waiting(NamedTuple, Generic[Key]):
     """An image to decode: the caller's key, pixels u8[height,width,3], and its Start (None: the search's)."""
 
     key: Key
     pixels: NDArray[np.uint8]
     start: Start | None = None
+
+
+Arrival: TypeAlias = Waiting[Key] | NothingYet | None
 
 
 class Scheduler:
@@ -75,11 +85,12 @@ class Scheduler:
         for closed in self.steps(Waiting(key, pixels) for key, pixels in images):
             yield from closed
 
-    def steps(self, images: Iterable[Waiting[Key] | None]) -> Iterator[list[tuple[Key, list[Hypothesis]]]]:
+    def steps(self, images: Iterable[Arrival[Key]]) -> Iterator[list[tuple[Key, list[Hypothesis]]]]:
         """Like `run`, but yield the list of images that closed, often empty, after every step.
 
         None among the images stands for one that needs no decoding. After PULL_AT_MOST batches of these control returns
-        to the caller, who may have results of its own to write.
+        to the caller, who may have results of its own to write. After NOTHING_YET it returns at once; the images must
+        not yield it while none of theirs is being decoded.
         """
         captions = _CopiesOfImage[Key](self.search)
         with ExitStack() as held:
@@ -114,7 +125,7 @@ class _Newcomer(NamedTuple, Generic[Key]):
 class _Newcomers(Generic[Key]):
     """Requests that wait for a slot, encoded in batches on demand; `may_come` is false once the source is exhausted."""
 
-    def __init__(self, images: Iterator[Waiting[Key] | None], encode_batch: int, *, copies: int) -> None:
+    def __init__(self, images: Iterator[Arrival[Key]], encode_batch: int, *, copies: int) -> None:
         self._images, self._encode_batch, self._copies = images, encode_batch, copies
         self._waiting: deque[_Newcomer[Key]] = deque()
         self.may_come = True
@@ -122,13 +133,13 @@ class _Newcomers(Generic[Key]):
     def next(self, device: DeviceQueue) -> _Newcomer[Key] | None:
         """Return the next request; `device` encodes its batch if necessary.
 
-        With sampling each image is returned once per caption to draw. None means that the source is exhausted or that
-        many images in a row need no decoding.
+        With sampling each image is returned once per caption to draw. None means that the source is exhausted, that
+        many images in a row need no decoding, or that the next image has not arrived.
         """
         if not self._waiting:
             pulled = self._pull()
             self.may_come = bool(pulled)
-            batch = [image for image in pulled if image is not None]
+            batch = [image for image in pulled if isinstance(image, Waiting)]
             if not batch:
                 return None
             encoded = device.encode(np.stack([image.pixels for image in batch]))
@@ -137,14 +148,14 @@ class _Newcomers(Generic[Key]):
                 self._waiting += [_Newcomer(owner, image.start, encoded, place) for owner in owners]
         return self._waiting.popleft()
 
-    def _pull(self) -> list[Waiting[Key] | None]:
+    def _pull(self) -> list[Arrival[Key]]:
         """Take images until encode_batch of them need decoding, but at most PULL_AT_MOST times as many."""
-        pulled: list[Waiting[Key] | None] = []
+        pulled: list[Arrival[Key]] = []
         missing = self._encode_batch
         for image in itertools.islice(self._images, PULL_AT_MOST * self._encode_batch):
             pulled.append(image)
-            missing -= image is not None
-            if not missing:
+            missing -= isinstance(image, Waiting)
+            if not missing or image is NOTHING_YET:
                 break
         return pulled
 

@@ -1,4 +1,4 @@
-"""One frame of a DICOM file as an RGB picture; needs the extra `dicom` (pydicom).
+"""One frame of a DICOM file as an RGB image; needs the extra `dicom` (pydicom).
 
 Only the tags listed here are read. Names, dates and private tags of the header never reach this program's memory as
 values, its messages or its files.
@@ -6,8 +6,9 @@ values, its messages or its files.
 
 from __future__ import annotations
 
+import re
 import warnings
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,13 @@ TAGS = [
 ]
 
 
+TRANSFER_SYNTAX = 0x0002_0010
+SOP_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([0-9.]+)", re.DOTALL)
+"""The element (0002,0002) of the file meta information, which is in explicit little endian always (PS3.10, 7.1)."""
+CLASS_BYTES = 512
+"""Of a file, in which its SOP class stands."""
+
+
 def require_pydicom() -> Any:
     """Import pydicom, or raise EngineError naming the extra that brings it."""
     try:
@@ -50,8 +58,36 @@ class _RefusedError(ValueError):
     """A reason that quotes nothing of the file."""
 
 
-def read_dicom(stream: IO[bytes], frame: int = 0) -> Image.Image:
-    """Return frame number `frame` (from 0) as RGB, 8 bits a channel.
+class Frame(NamedTuple):
+    """One frame as RGB, 8 bits a channel, and how many the file has."""
+
+    image: Image.Image
+    frames: int
+
+
+def holds_image(stream: IO[bytes]) -> bool:
+    """Return whether a DICOM file is an image: directories, reports and presentation states have no Rows.
+
+    Its SOP class tells without pydicom reading the tags, if it is one of images. A file that cannot be judged, being
+    damaged or deflated, counts as an image, so that reading it reports the reason.
+    """
+    pydicom = require_pydicom()
+    head = stream.read(CLASS_BYTES)
+    stream.seek(0)
+    found = SOP_CLASS.search(head)
+    if found and "Image Storage" in pydicom.uid.UID(found[1].decode("ascii")).name:
+        return True
+    try:
+        if _is_deflated(pydicom, stream):
+            return True
+        is_bare = head[128:132] != b"DICM"
+        return "Rows" in pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=["Rows"], force=is_bare)
+    except Exception:  # as read_dicom, which says what it is
+        return True
+
+
+def read_dicom(stream: IO[bytes], frame: int = 0) -> Frame:
+    """Return frame number `frame` (from 0).
 
     Stored values go through the modality transform, then the window or VOI table of the tags (their first view; the
     whole range of the frame where there is none), and MONOCHROME1 is inverted (DICOM PS3.3, C.7.6.3.1.2, C.11.1,
@@ -68,14 +104,38 @@ def read_dicom(stream: IO[bytes], frame: int = 0) -> Image.Image:
         raise ValueError(f"damaged, or not of the standard ({type(error).__name__})") from None
 
 
-def _read(pydicom: Any, stream: IO[bytes], frame: int) -> Image.Image:
+def _is_deflated(pydicom: Any, stream: IO[bytes]) -> bool:
+    """Return whether the data set is deflated as a whole; the position in the stream is 0 afterwards.
+
+    Read from the file meta information alone: pydicom's dcmread would inflate the rest at once, a thousandfold perhaps.
+    """
+    head = stream.read(HEAD_BYTES)
+    start = 132 if head[128:132] == b"DICM" else 0
+    stream.seek(start)
+    syntax = None
+    if head[start : start + 2] == b"\x02\x00":
+        meta = pydicom.filereader.read_dataset(
+            stream,
+            is_implicit_VR=False,
+            is_little_endian=True,
+            stop_when=lambda tag, *_: tag.group != 2,
+            specific_tags=[TRANSFER_SYNTAX],
+        )
+        syntax = meta.get("TransferSyntaxUID")
+    stream.seek(0)
+    return bool(syntax == pydicom.uid.DeflatedExplicitVRLittleEndian)
+
+
+def _read(pydicom: Any, stream: IO[bytes], frame: int) -> Frame:
+    if _is_deflated(pydicom, stream):
+        raise _RefusedError("deflated as a whole, which may hide a decompression bomb: write it in another encoding")
     head = stream.read(HEAD_BYTES)
     stream.seek(0)
     is_bare = head[128:132] != b"DICM" and kind_of(head) == "DICOM"  # tags at once, as old programs write them
     header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=TAGS, force=is_bare)
     frames = int(header.get("NumberOfFrames") or 1)
     if "Rows" not in header or "Columns" not in header:
-        raise _RefusedError("a DICOM file without a picture")
+        raise _RefusedError("a DICOM file without an image (a directory, a report, a presentation state?)")
     if not frame < frames:
         raise _RefusedError(f"frame {frame} was asked for, and it has {frames}, counted from 0")
     if int(header.Rows) * int(header.Columns) > MAX_PIXELS:
@@ -96,7 +156,7 @@ def _read(pydicom: Any, stream: IO[bytes], frame: int) -> Image.Image:
     else:
         share = _grey(header, stored, frame)
     pixels = (np.clip(share, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
-    return Image.fromarray(pixels).convert("RGB")
+    return Frame(Image.fromarray(pixels).convert("RGB"), frames)
 
 
 def _stored_values(pydicom: Any, header: Any, stream: IO[bytes], frame: int) -> NDArray[Any]:
@@ -110,11 +170,17 @@ def _stored_values(pydicom: Any, header: Any, stream: IO[bytes], frame: int) -> 
         plain = uids.ImplicitVRLittleEndian if is_implicit else uids.ExplicitVRLittleEndian
         syntax = plain if is_little else uids.ExplicitVRBigEndian
         pixels.file_meta.TransferSyntaxUID = syntax
-    name = syntax.name if syntax is not None and not syntax.is_private else "an unnamed encoding"
-    if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
-        raise _RefusedError("deflated as a whole, which may hide a decompression bomb: write it in another encoding")
+    name = syntax.name if not syntax.is_private else "an unnamed encoding"
     try:
-        stored: NDArray[Any] = pydicom.pixels.pixel_array(pixels, index=frame)  # the other frames are not read
+        try:
+            stored: NDArray[Any] = pydicom.pixels.pixel_array(pixels, index=frame)  # the other frames are not read
+        except ValueError:
+            if pixels is not stream:
+                raise
+            # Tags in another encoding than the header names: only dcmread notices, and finds the pixels.
+            stream.seek(0)
+            pixels = pydicom.dcmread(stream, specific_tags=[*TAGS, "PixelData"])
+            stored = pydicom.pixels.pixel_array(pixels, index=frame)
     except (MemoryError, OSError):
         raise
     except Exception as error:  # each decoder meets damage in its own way

@@ -77,11 +77,13 @@ class Ids:
 
 
 def spelled(name: str) -> str:
-    """Return a name in one spelling: composed characters, `/` between folders, no `./` in front, no image's
-    suffix.
-    """
-    text = unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
-    return cut_caption_number(text)
+    """Return a name in one spelling: composed characters, `/` between folders, no leading `./`, no image suffix."""
+    return cut_caption_number(one_spelling(name))
+
+
+def one_spelling(name: str) -> str:
+    """Return a name as `spelled` does, but with its suffix."""
+    return unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./")
 
 
 def shown(name: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,13 +61,19 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class FoundImages:
-    """The images of a directory in the order of their names, the names of what was left aside, and whether any image
-    is DICOM.
+    """The images of a directory in the order of their names, the names of what was skipped, those among them that are
+    DICOM files without an image, and whether any image is DICOM.
     """
 
     images: list[ImageFile]
     ignored: list[str]
     has_dicom: bool = False
+    imageless: frozenset[str] = frozenset()
+
+
+IMAGELESS = "DICOM without an image"
+HAS_PYDICOM = find_spec("pydicom") is not None
+"""Whether the extra `dicom` is installed; without it every DICOM file counts as an image, and the run stops at once."""
 
 
 class RepeatedIdError(UsageError):
@@ -78,12 +86,13 @@ def find_images(
     """List the images directly inside `directory`, sorted by file name: by suffix, here also by their first bytes.
 
     With `recursive`, those of its folders too, sorted by their path inside `directory`; links to folders are not
-    followed. An id is the file's name without suffix, or with `ids="path"` its path inside `directory` without suffix.
+    followed. An id is the file's name without suffix, with `ids="path"` its path inside `directory` without suffix, and
+    with `ids="file"` that path with suffix.
     Raises UsageError when there is no such directory or no image in it, RepeatedIdError when two images share an id,
     and EngineError when there are DICOM files and nothing to read them.
     """
     found = images_in(directory, recursive=recursive, dicom_frame=dicom_frame, ids=ids, depth=depth)
-    refuse_repeated(found.images, f"{directory} holds", "" if ids == "path" else "; --ids path makes ids of paths")
+    refuse_repeated(found.images, f"{directory} holds", ids)
     if found.has_dicom:
         dicom.require_pydicom()
     return found
@@ -102,6 +111,7 @@ def images_in(
 
     With `root`, ids by path are relative to that folder.
     """
+    imageless: frozenset[str] = frozenset()
     if isinstance(directory, RemoteFolder):
         names, taken = _names_at(directory, recursive)
         images = [ImageFile(id_of(Path(n), ids), Path(n), dicom_frame, directory, depth) for n in taken]
@@ -111,15 +121,17 @@ def images_in(
             raise UsageError(f"{directory} is not a directory: give the folder that holds the images")
         names = sorted(_names_below(directory) if recursive else os.listdir(directory))
         kind_of_taken = {n: kind for n in names if (kind := kind_taken(directory / n)) is not None}
-        taken, kinds = list(kind_of_taken), set(kind_of_taken.values())
+        imageless = frozenset(n for n, kind in kind_of_taken.items() if kind == IMAGELESS)
+        taken = [n for n in kind_of_taken if n not in imageless]
+        kinds = set(kind_of_taken.values())
         root = directory if root is None else root
         images = [local_image(directory / n, root, dicom_frame=dicom_frame, ids=ids, depth=depth) for n in taken]
     ignored = sorted(set(names) - set(taken))
     if not images:
         hint = "" if recursive else "; --recursive looks into its folders"
-        there = f", but {describe_ignored(ignored)}" if ignored else ""
+        there = f", but {describe_ignored(ignored, imageless)}" if ignored else ""
         raise UsageError(f"{directory} holds no images{there}{hint}")
-    return FoundImages(images, ignored, "DICOM" in kinds)
+    return FoundImages(images, ignored, "DICOM" in kinds, imageless)
 
 
 def local_image(path: Path, root: Path, *, dicom_frame: int = 0, ids: str = "stem", depth: str = CLIP) -> ImageFile:
@@ -139,18 +151,26 @@ def path_inside(path: Path, root: Path | None) -> Path:
 
 def id_of(inside: Path, ids: str) -> str:
     """Return the id of an image by its path inside its root."""
-    return cut_suffix(inside.as_posix() if ids == "path" else inside.name)
+    return inside.as_posix() if ids == "file" else cut_suffix(inside.as_posix() if ids == "path" else inside.name)
 
 
-def refuse_repeated(images: Iterable[ImageFile], holds: str, hint: str, *, whole_paths: bool = False) -> None:
-    """Raise RepeatedIdError where two images share an id; `holds` says who has them, `hint` what to do.
+REMEDIES = {"path": "; --ids path makes ids of paths", "file": "; --ids file makes ids of paths with suffix"}
 
-    They are shown by their paths inside their root, or with `whole_paths` as they were found.
+
+def refuse_repeated(images: Sequence[ImageFile], holds: str, ids: str, *, whole_paths: bool = False) -> None:
+    """Raise RepeatedIdError where two images share an id; `holds` says who has them, `ids` how ids were made.
+
+    The two are shown by their paths inside their root, or with `whole_paths` as they were found. The message names
+    other `ids` that distinguish all images.
     """
     by_id: dict[str, ImageFile] = {}
     for image in images:
         if (other := by_id.setdefault(image.id, image)) is not image:
             first, second = ((i.source if whole_paths else i.inside) for i in (other, image))
+            finer = [
+                how for how in REMEDIES if how != ids and len({id_of(i.inside, how) for i in images}) == len(images)
+            ]
+            hint = REMEDIES[finer[0]] if finer else "; ids are paths relative to each --input: name their folder once"
             raise RepeatedIdError(f"{holds} two images with the id {image.id!r}: {first} and {second}{hint}")
 
 
@@ -159,15 +179,26 @@ def find_images_of(
 ) -> dict[str, ImageFile]:
     """Return the images of these ids, by id: the reverse of find_images. Ids with a `/` were made of paths."""
     wanted = list(ids)
-    how = "path" if any("/" in name for name in wanted) else "stem"
-    found = find_images(directory, recursive=recursive, dicom_frame=dicom_frame, ids=how, depth=depth).images
-    by_id = {image.id: image for image in found}
+    find = partial(find_images, directory, recursive=recursive, dicom_frame=dicom_frame, depth=depth)
+    try:
+        found = find(ids="path" if any("/" in name for name in wanted) else "stem")
+    except RepeatedIdError:
+        if not any(cut_suffix(name) != name for name in wanted):
+            raise
+        found = find(ids="file")
+    by_id = {image.id: image for image in found.images}
     return {name: by_id[one] for name, one in Ids(by_id).find_all(dict.fromkeys(wanted), "the run").items()}
 
 
-def describe_ignored(names: list[str]) -> str:
-    """Return what was left aside, by kind and count, with a remedy where there is one."""
-    return count_kinds(names) + remedy_for(names)
+def describe_ignored(names: list[str], imageless: Collection[str] = ()) -> str:
+    """Return what was skipped, by kind and count, with a remedy where there is one.
+
+    Those of the names that are `imageless` are DICOM files without an image.
+    """
+    others = [name for name in names if name not in imageless]
+    count = len(names) - len(others)
+    files = "1 DICOM file without an image" if count == 1 else f"{count} DICOM files without an image"
+    return ", ".join(filter(None, [count_kinds(others), files if count else ""])) + remedy_for(others)
 
 
 def remedy_for(names: Iterable[str]) -> str:
@@ -206,15 +237,29 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def kind_taken(path: Path) -> str | None:
-    """Return the kind of an entry that is taken for an image: a file or link, not hidden, by suffix or first bytes."""
+    """Return the kind of an entry that is taken for an image: a file or link, not hidden, by suffix or first bytes.
+
+    IMAGELESS for a DICOM file that holds no image, which is skipped.
+    """
     suffix = path.suffix.lower()
     if path.name.startswith(".") or suffix in NEVER | HEIC - SUFFIXES:
         return None
     mode = os.lstat(path).st_mode
     if suffix in SUFFIXES:  # a link is taken whatever it leads to: reading it will tell
-        return _kind_by_suffix(suffix) if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else None
-    kind = _kind(path) if stat.S_ISREG(mode) else None
-    return kind if kind in DECODED else None
+        kind = _kind_by_suffix(suffix) if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else None
+    else:
+        kind = _kind(path) if stat.S_ISREG(mode) else None
+    if kind == "DICOM" and HAS_PYDICOM and _is_imageless(path):
+        return IMAGELESS
+    return kind if kind == "picture" or kind in DECODED else None
+
+
+def _is_imageless(path: Path) -> bool:
+    try:
+        with open_file(path) as stream:
+            return kind_of(stream.read(HEAD_BYTES)) == "DICOM" and not (stream.seek(0) or dicom.holds_image(stream))
+    except (OSError, ValueError):  # reading it will tell
+        return False
 
 
 def kind_named(path: Path) -> str | None:

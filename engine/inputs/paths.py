@@ -15,6 +15,7 @@ from engine.inputs import dicom
 from engine.inputs.depth import CLIP
 from engine.inputs.ids import shown
 from engine.inputs.images import (
+    IMAGELESS,
     FoundImages,
     ImageFile,
     describe_ignored,
@@ -41,14 +42,16 @@ MOST_SHOWN = 300
 
 @dataclass(frozen=True)
 class FoundInputs:
-    """The images of all inputs in the order these are given; what was left aside, by input; the lists that were read.
+    """The images of all inputs in the order these are given; what was skipped, by input; the lists that were read;
+    which of the skipped names are DICOM files without an image.
 
-    What is left aside is named by its path inside a folder that is the only input, else by its path.
+    What is skipped is named by its path inside a folder that is the only input, else by its path.
     """
 
     images: list[ImageFile] = field(default_factory=list)
     left_aside: dict[str, list[str]] = field(default_factory=dict)
     lists: list[Path] = field(default_factory=list)
+    imageless: set[str] = field(default_factory=set)
 
 
 def find_inputs(
@@ -70,12 +73,12 @@ def find_inputs(
     finder = _Finder(recursive, dicom_frame, ids, depth)
     if len(places) == 1 and (isinstance(places[0], RemoteFolder) or places[0].is_dir()):
         found = find_images(places[0], recursive=recursive, dicom_frame=dicom_frame, ids=ids, depth=depth)
-        return FoundInputs(found.images, {str(places[0]): found.ignored} if found.ignored else {})
+        left_aside = {str(places[0]): found.ignored} if found.ignored else {}
+        return FoundInputs(found.images, left_aside, imageless=set(found.imageless))
     for place in places:
         finder.add(place)
     _refuse_named_twice(finder.found.images)
-    hint = "; ids are paths relative to each --input" if ids == "path" else "; --ids path makes ids of paths"
-    refuse_repeated(finder.found.images, "the inputs hold", hint, whole_paths=True)
+    refuse_repeated(finder.found.images, "the inputs hold", ids, whole_paths=True)
     if finder.has_dicom:
         dicom.require_pydicom()
     return finder.found
@@ -144,6 +147,7 @@ class _Finder:
             root=root,
         )
         self.has_dicom |= found.has_dicom
+        self.found.imageless.update(f"{place}/{name}" for name in found.imageless)
         return found
 
     def _leave_aside(self, place: str, names: list[str]) -> None:
@@ -161,13 +165,14 @@ class _Finder:
         for path in matches:
             if self._recursive and path.is_dir() and not path.is_symlink():
                 left += self._add_below(path, root)
-            elif (kind := kind_taken(path)) is not None:
+            elif (kind := kind_taken(path)) not in (None, IMAGELESS):
                 self._take(path, root, kind)
             else:
                 left.append(str(path))
+                self.found.imageless.update([str(path)] if kind == IMAGELESS else [])
         if len(self.found.images) == before:
             hint = "" if self._recursive else "; --recursive looks into folders"
-            raise UsageError(f"{pattern} matches no images, but {describe_ignored(left)}{hint}")
+            raise UsageError(f"{pattern} matches no images, but {describe_ignored(left, self.found.imageless)}{hint}")
         self._leave_aside(str(pattern), left)
 
     def _add_below(self, folder: Path, root: Path) -> list[str]:

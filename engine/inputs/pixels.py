@@ -1,13 +1,19 @@
-"""Read one picture into RGB bytes, whatever its kind; knows nothing of directories and models."""
+"""Read one image into RGB bytes, whatever its kind; knows nothing of directories and models."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import hashlib
 import io
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +21,12 @@ from PIL import Image
 
 from engine.errors import EngineError, ImageError
 from engine.inputs import dicom
-from engine.inputs.depth import CLIP, as_rgb, is_deep
-from engine.inputs.kinds import DECODED, DICOM, HAS_HEIF, HEAD_BYTES, kind_of, open_regular
+from engine.inputs.depth import CLIP, as_rgb, is_deep, to_bytes
+from engine.inputs.kinds import DECODED, DICOM, HAS_HEIF, HEAD_BYTES, kind_of, open_regular, wrong_content
+from engine.inputs.notes import CLIPPED, FRAMES, TRANSPARENT, ImageNote
 from engine.inputs.remote import RemoteFile
 
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "HEIF")
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "HEIF")
 """Decoders Pillow may use, whatever a file calls itself: a small surface for files from strangers."""
 
 SYSTEM_TROUBLE = (
@@ -30,9 +37,21 @@ MAX_FILE_BYTES = 1 << 30
 """A larger file is refused unread: some decoders read all of it before they look at the size of the picture."""
 READ_AT_ONCE_BYTES = 1 << 26
 """A file up to this size is read into memory as a whole when its digest is wanted."""
+MAX_SIDE = 1_000_000
+"""Pixels of a side. Pillow's resize needs 32 bytes for each pixel of the longer side, however narrow the image is: 2 GB
+for 68,000,000 x 1 pixels, which are a PNG of 66 KB. The largest slides of pathology have about 200,000."""
+MAX_SCANS = 256
+"""Scans of a progressive JPEG; programs write about 10. NVIDIA's nvImageCodec has the same limit."""
+SCAN_BLOCK = 1 << 16
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+"""A marker in the data of a scan: what is followed by 0 is a byte of the data, d0 to d7 are restarts."""
+TILE_WIDTH, TILE_LENGTH = 322, 323
+"""TIFF 6.0, section 15."""
+_ALONE = threading.Lock()
+"""Held while an image is read for which memory did not suffice next to others."""
 
 Picture = Path | str | RemoteFile | Image.Image | NDArray[np.uint8]
-"""What can be read: a file, a Pillow image or an array u8[h,w,3]."""
+"""What can be read: a file, a Pillow image or an array u8[h,w,3]; see decode_image for other arrays."""
 RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 
 
@@ -43,73 +62,217 @@ def read_image(
     resample: str,
     *,
     frame: int = 0,
-    depth: str = CLIP,
-    clipped: list[str] | None = None,
+    depth: str | None = None,
+    notes: list[ImageNote] | None = None,
     sha256: list[str] | None = None,
 ) -> NDArray[np.uint8]:
-    """Return RGB bytes u8[height,width,3] of a file, a Pillow image or an array u8[h,w,3].
+    """Return RGB bytes u8[height,width,3] of a file, a Pillow image or an array.
 
     The steps are those of Hugging Face's slow BlipImageProcessor (transformers 4.57): convert to RGB, then
-    resize to exactly height x width px with Pillow's filter, ignoring the aspect ratio and EXIF rotation. Of an
-    animation the first frame counts, of a DICOM file frame number `frame`. More than 8 bits a channel are read as
-    `depth` says (depth.py); where that is CLIP, values beyond 0 to 255 are lost and the name is added to `clipped`.
-    The sha256 of a file's bytes, in hexadecimal, is added to `sha256`. Raises ImageError naming the file, EngineError
-    when the system has no more file handles.
+    resize to exactly height x width px with Pillow's filter, ignoring the aspect ratio and EXIF rotation. See
+    decode_image for what is read, for `frame`, `depth` and `notes`, and for the errors. `sha256` gets the digest of a
+    file's bytes, in hexadecimal.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == (height, width, 3):
         return source.copy()  # nothing to convert or to resize: Pillow would copy it four times
-    picture = decode_image(source, frame=frame, depth=depth, clipped=clipped, sha256=sha256)
-    return np.asarray(picture.resize((width, height), RESAMPLING[resample]))
+
+    def read() -> NDArray[np.uint8]:
+        image = _decode(source, frame, depth, notes, sha256)
+        return np.asarray(image.resize((width, height), RESAMPLING[resample]))
+
+    with image_errors(source):
+        with suppress(MemoryError):
+            return read()
+        with _ALONE:  # memory was short, perhaps only because other threads read large images at that moment
+            return read()
 
 
 def decode_image(
-    source: Picture,
-    *,
-    frame: int = 0,
-    depth: str = CLIP,
-    clipped: list[str] | None = None,
-    sha256: list[str] | None = None,
+    source: Picture, *, frame: int = 0, depth: str | None = None, notes: list[ImageNote] | None = None
 ) -> Image.Image:
-    """Return a file, a Pillow image or an array u8[h,w,3] as an RGB picture; see read_image for the rest."""
+    """Return a file, a Pillow image or an array as an RGB image.
+
+    An array is u8 [h,w], [h,w,1], [h,w,3] or [h,w,4], or bool [h,w]. Of a file with several frames the first is read,
+    of a DICOM file number `frame`. Transparency is dropped. More than 8 bits a channel are read as `depth` says
+    (depth.py), without it as CLIP from a file; Pillow images and arrays of other numbers than u8 are refused then,
+    since values from 0 to 1 would become black and 16 bits white. `notes` gets what was dropped.
+
+    Raises ImageError with the file's name and the reason, also when the image needs more memory than there is, and
+    EngineError when the system has no more file handles or the disk fails.
+    """
+    with image_errors(source):
+        return _decode(source, frame, depth, notes)
+
+
+@contextmanager
+def image_errors(source: object) -> Iterator[None]:
+    """Turn whatever a decoder raises into ImageError, and the system's trouble into EngineError."""
     name = str(source) if isinstance(source, Path | str | RemoteFile) else "image"
     try:
-        if isinstance(source, Image.Image):
-            return as_rgb(source, depth)
-        if isinstance(source, np.ndarray):
-            return Image.fromarray(source).convert("RGB")
-        file = Path(source) if isinstance(source, str) else source
-        with open_file(file) as opened:
-            stream = opened if sha256 is None else _hashed(opened, sha256)
-            kind = kind_of(stream.read(HEAD_BYTES))
-            stream.seek(0)
-            if kind == "DICOM" or (kind is None and file.suffix.lower() in DICOM):
-                return dicom.read_dicom(stream, frame)
-            if kind is not None and kind not in DECODED:
-                raise ImageError(name, NOT_DECODED.format(kind=kind, remedy=REMEDIES.get(kind, "")))
-            picture = Image.open(stream, formats=picture_formats())
-            _refuse_bomb(picture)
-            if clipped is not None and depth == CLIP and is_deep(picture):
-                clipped.append(name)
-            return as_rgb(picture, depth)
+        yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(name, f"larger than {Image.MAX_IMAGE_PIXELS} pixels, refused: a decompression bomb?") from None
     except EngineError:
         raise
-    except MemoryError as error:
-        raise MemoryError(f"reading {name}") from error
     except Exception as error:  # decoders meet hostile bytes in more ways than they document
         if isinstance(error, OSError) and error.errno in SYSTEM_TROUBLE:
             hint = (
                 "raise the limit (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else "is its disk there?"
             )
             raise EngineError(f"{name} cannot be read: {error.strerror}: {hint}") from error
-        if getattr(error, "errno", None) == errno.ENOMEM or "out of memory" in str(error):
-            raise MemoryError(f"reading {name}") from error
+        is_short = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if is_short or "out of memory" in str(error):
+            raise ImageError(name, "reading it needs more memory than is free: make it smaller") from error
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         reason = "not an image, or damaged" if "cannot identify" in reason else reason
         raise ImageError(name, " ".join(reason.split())) from error
 
 
+def _decode(
+    source: Picture,
+    frame: int,
+    depth: str | None,
+    notes: list[ImageNote] | None,
+    sha256: list[str] | None = None,
+) -> Image.Image:
+    """See decode_image; raises whatever the decoders raise."""
+    if isinstance(source, Image.Image):
+        check_size(*source.size)
+        if depth is None and is_deep(source):
+            raise ValueError(UNCLEAR_RANGE.format(what=f"a Pillow image of mode {source.mode}"))
+        return _converted(source, "image", depth, notes)
+    if isinstance(source, np.ndarray):
+        return _converted(_image_of_array(source, depth, notes), "image", depth, notes)
+    if not isinstance(source, Path | str | RemoteFile):
+        raise TypeError(f"expected a path, a Pillow image or a NumPy array, not {type(source).__name__}")
+    file = Path(source) if isinstance(source, str) else source
+    with open_file(file) as opened:
+        stream = opened if sha256 is None else _hashed(opened, sha256)
+        head = stream.read(HEAD_BYTES)
+        stream.seek(0)
+        kind = kind_of(head)
+        if reason := wrong_content(head):
+            raise ValueError(reason)
+        if kind == "DICOM" or (kind is None and file.suffix.lower() in DICOM):
+            image, frames = dicom.read_dicom(stream, frame)
+            if notes is not None and frames > 1:
+                notes.append(ImageNote(FRAMES, str(source)))
+            return image
+        if kind is not None and kind not in DECODED:
+            raise ValueError(NOT_DECODED.format(kind=kind, remedy=REMEDIES.get(kind, "")))
+        image = open_image(stream)
+        rgb = _converted(image, str(source), depth, notes)
+        if notes is not None and _has_more_frames(image):
+            notes.append(ImageNote(FRAMES, str(source)))
+        return rgb
+
+
+def open_image(stream: IO[bytes]) -> Image.Image:
+    """Open an image file of Pillow's, decoding no pixel yet; raise ValueError for one that would take too much."""
+    image = Image.open(stream, formats=picture_formats())
+    check_size(*image.size)
+    limit = Image.MAX_IMAGE_PIXELS
+    tags = getattr(image, "tag_v2", {})  # TIFF: a small image may lie in one huge tile
+    largest = max(image.width * image.height, int(tags.get(TILE_WIDTH, 0)) * int(tags.get(TILE_LENGTH, 0)))
+    if limit is not None and largest > limit:  # Pillow itself only warns of images up to twice its limit
+        raise Image.DecompressionBombError
+    if image.info.get("progressive") and has_too_many_scans(stream):
+        raise ValueError(f"a progressive JPEG of more than {MAX_SCANS} scans, refused: it would take minutes to decode")
+    return image
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError for an image without a pixel, and for one with a side that no camera or scanner makes."""
+    if width == 0 or height == 0:
+        raise ValueError(f"an empty image ({width} x {height} pixels)")
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"a side of {max(width, height)} pixels, refused: at most {MAX_SIDE} are read")
+
+
+def has_too_many_scans(stream: IO[bytes]) -> bool:
+    """Return whether a JPEG has more than MAX_SCANS scans; the position in the stream stays.
+
+    Each scan of a progressive JPEG is a pass over all coefficients, and may take only a few hundred bytes of the file.
+    """
+    before, at, scans = stream.tell(), 2, 0
+    while scans <= MAX_SCANS:
+        stream.seek(at)
+        block = stream.read(SCAN_BLOCK)
+        marker = JPEG_MARKER.search(block)
+        if marker is None or marker.end() > len(block) - 2:  # none here, or without the length that follows it
+            if len(block) < SCAN_BLOCK:
+                break
+            at += len(block) - 1 if marker is None else marker.start()
+            continue
+        if marker[0] == b"\xff\xd9":  # the end of the image; what follows are previews, videos, further frames
+            break
+        scans += marker[0] == b"\xff\xda"
+        length = int.from_bytes(block[marker.end() : marker.end() + 2])
+        at += marker.end() + max(2, length)
+    stream.seek(before)
+    return scans > MAX_SCANS
+
+
+def _converted(image: Image.Image, name: str, depth: str | None, notes: list[ImageNote] | None) -> Image.Image:
+    """Return an image as RGB; `notes` gets what was dropped."""
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours in the end, without Pillow's warning
+    rgb = as_rgb(image, depth)
+    if notes is not None:
+        if depth in (None, CLIP) and is_deep(image):
+            notes.append(ImageNote(CLIPPED, name))
+        if _is_transparent(image):
+            notes.append(ImageNote(TRANSPARENT, name))
+    return rgb
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Return whether any pixel lets a background through: many programs write an alpha channel that is opaque."""
+    if not image.has_transparency_data:
+        return False
+    with suppress(ValueError):  # no way from this mode to RGBA
+        opaque = image if image.mode in ("RGBA", "LA", "PA") else image.convert("RGBA")
+        least, _ = opaque.getchannel("A").getextrema()
+        return bool(least < 255)  # type: ignore[operator]  # of one channel it is a number
+    return True
+
+
+def _has_more_frames(image: Image.Image) -> bool:
+    """Return whether a file holds more frames than the first, which must have been decoded: GIF has to look for more.
+
+    Not of MPO: telephones add previews and gain maps to photographs.
+    """
+    try:
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:  # the second frame of a GIF is damaged: the first is fine
+        return False
+
+
+def _image_of_array(array: NDArray[Any], depth: str | None, notes: list[ImageNote] | None) -> Image.Image:
+    """Return an array as a Pillow image of 8 bits a channel; see decode_image for the arrays that are taken."""
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4):
+        shape = ", ".join(map(str, array.shape))
+        raise ValueError(
+            f"an array of shape [{shape}]: expected [height, width] or [height, width, 1, 3 or 4 channels]"
+        )
+    check_size(array.shape[1], array.shape[0])
+    array = array[:, :, 0] if array.ndim == 3 and channels == 1 else array
+    if array.dtype == np.uint8 or (array.dtype == np.bool_ and array.ndim == 2):
+        return Image.fromarray(array)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"an array of {array.dtype}: convert it to uint8")
+    if depth is None:
+        raise ValueError(UNCLEAR_RANGE.format(what=f"an array of {array.dtype}"))
+    if notes is not None and depth == CLIP:
+        notes.append(ImageNote(CLIPPED, "image"))
+    return Image.fromarray(to_bytes(array[:, :, :3] if channels == 4 else array, depth))
+
+
+UNCLEAR_RANGE = (
+    "{what} instead of uint8: give high_bit_depth='scale' (its own range becomes 0 to 255) or 'LOW,HIGH' (that range), "
+    "or convert it to uint8"
+)
 NOT_DECODED = "{kind}, which is not decoded: {remedy}convert it to JPEG or PNG"
 REMEDIES = {"HEIC": "install the extra [heic], or "}
 
@@ -118,11 +281,24 @@ REMEDIES = {"HEIC": "install the extra [heic], or "}
 def picture_formats() -> tuple[str, ...]:
     """Return those of FORMATS that this Pillow has."""
     Image.init()
+    _silence_libtiff()
     if HAS_HEIF:
         import pi_heif
 
         pi_heif.register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _silence_libtiff() -> None:
+    """Keep libtiff from printing warnings and errors to standard error; Pillow raises what matters.
+
+    Done in the library itself, since redirecting file descriptor 2 would take the lines of other threads along.
+    """
+    extension = find_spec("PIL._imaging")
+    with suppress(OSError, AttributeError):  # linked statically, its functions cannot be found: it stays loud
+        library = ctypes.CDLL(extension.origin if extension else None)
+        library.TIFFSetWarningHandler(None)
+        library.TIFFSetErrorHandler(None)
 
 
 def open_file(path: Path | RemoteFile) -> IO[bytes]:
@@ -146,10 +322,3 @@ def _hashed(stream: IO[bytes], sha256: list[str]) -> IO[bytes]:
     sha256.append(hashlib.file_digest(stream, "sha256").hexdigest())  # type: ignore[arg-type]  # it has readinto
     stream.seek(0)
     return stream
-
-
-def _refuse_bomb(picture: Image.Image) -> None:
-    """Pillow itself only warns of pictures up to twice its limit."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and picture.width * picture.height > limit:
-        raise Image.DecompressionBombError

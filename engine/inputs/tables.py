@@ -17,7 +17,7 @@ from typing import TypeVar
 from engine.errors import DataError
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.delimited import FILE, CaptionRow, decode_text, delimited_rows, read_text, refuse_bytes
-from engine.inputs.ids import Ids, join_some, spelled
+from engine.inputs.ids import Ids, join_some, one_spelling, spelled
 from engine.inputs.kinds import cut_suffix, image_id, open_regular
 from engine.inputs.objects import json_rows, jsonl_rows, parquet_rows
 
@@ -126,16 +126,20 @@ def _ids_of_files(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]
     """Return the ids of names that are files, and their paths: those of a column of files, and all where each has an
     image's suffix, or the `#0` of Flickr's tables, one of whose files has the suffix `.jpg.1`.
 
-    The id is the last part of the path without suffix; where two files would have one id, the whole path without it.
+    The id is the last part of the path without suffix; where two files would have one id, the whole path without
+    suffix; where that is not enough (a.jpg, a.png), with it.
     """
     known = dict.fromkeys(names)
     bare = [name.removeprefix(FILE) for name in known]
     if not all(re.search(r"#\d+$", name) or cut_suffix(name) != name for name in bare):
         known = {name: None for name in known if name.startswith(FILE)}
     files = {name: re.sub(r"#\d+$", "", name.removeprefix(FILE)) for name in known if name != FILE}
-    ids = {name: image_id(file) for name, file in files.items()}
-    if len(set(ids.values())) < len(set(files.values())):
-        ids = {name: spelled(file) for name, file in files.items()}
+    count = len({one_spelling(file) for file in files.values()})
+    ids: dict[str, str] = {}
+    for rule in (image_id, spelled, one_spelling):
+        ids = {name: rule(file) for name, file in files.items()}
+        if len(set(ids.values())) == count:
+            break
     return ids | dict.fromkeys([FILE] if FILE in known else [], ""), files
 
 

@@ -15,6 +15,7 @@ from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captioner import Todo
 from engine.captions import Caption
 from engine.errors import BackendError, ImageError
+from engine.inputs.notes import ImageNote
 from engine.options import DecodeOptions
 from engine.processes.child import Child
 from engine.processes.handout import HandOut
@@ -77,7 +78,7 @@ class ProcessSource:
         self._tokenizer = tokenizer
         self.backend_name = order.runtime.backend
         self.environment = order.environment
-        self.clipped: list[str] = []
+        self.notes: list[ImageNote] = []
         self._order, self._shares = order, shares
         self._children: dict[int, Child] = {}
         self._deaths: Counter[int] = Counter()
@@ -122,7 +123,7 @@ class ProcessSource:
 
     def _take_in(self, child: Child, answer: Answer, handout: HandOut, todo: Todo, say: Say) -> None:
         child.wants = answer.wants or child.wants
-        self.clipped += answer.clipped
+        self.notes += answer.image_notes
         if answer.note:
             say(answer.note)
         for name, reason in answer.failures.items():

@@ -20,9 +20,9 @@ from engine.errors import EngineError
 from engine.workers.messages import (
     WorkOrder,
     pack_captions,
-    pack_clipped,
     pack_error,
     pack_failures,
+    pack_image_notes,
     pack_note,
     pack_ready,
     unpack_images,
@@ -80,8 +80,8 @@ def _next_said(outbox: Outbox) -> list[StreamItem]:
 
 def _answers(said: list[StreamItem], stream: CaptionStream) -> Iterator[str]:
     """Yield messages; raise an error that is among what was said once the rest is told."""
-    if clipped := stream.take_clipped():  # before the captions: the last of these ends the run
-        yield pack_clipped(clipped)
+    if notes := stream.take_notes():  # before the captions: the last of these ends the run
+        yield pack_image_notes(notes)
     yield from (pack_note(one) for one in said if isinstance(one, str))
     if failures := {one.id: one.error.reason for one in said if isinstance(one, Unreadable)}:
         yield pack_failures(failures)

@@ -19,7 +19,7 @@ from PIL import Image
 from engine.errors import ImageError, OutputError
 from engine.host import available_cores
 from engine.inputs.images import ImageFile
-from engine.inputs.pixels import decode_image
+from engine.inputs.pixels import decode_image, image_errors
 
 QUALITY = 82
 THUMBNAIL_VERSION = 1
@@ -107,8 +107,9 @@ def remove_stale(folder: Path, kept: Collection[str | None]) -> None:
 
 def _write(target: Path, image: ImageFile, size_px: int) -> None:
     """Write one thumbnail, not to be seen before it is whole."""
-    picture = decode_image(image.path, frame=image.frame, depth=image.depth)
-    picture.thumbnail((size_px, size_px), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    with image_errors(image.path):
+        picture = decode_image(image.path, frame=image.frame, depth=image.depth)
+        picture.thumbnail((size_px, size_px), Image.Resampling.LANCZOS, reducing_gap=2.0)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         picture.save(temporary, "JPEG", quality=QUALITY)

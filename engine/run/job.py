@@ -31,8 +31,9 @@ class Inputs:
     ids: str = option(
         "stem",
         "--ids",
-        "Ids of images: `stem`, the file name without suffix, or `path`, with the folders inside --input.",
-        choices={"stem": "stem", "path": "path"},
+        "Ids of images: `stem`, the file name without suffix; `path`, with the folders inside --input; `file`, that "
+        "path with suffix.",
+        choices={"stem": "stem", "path": "path", "file": "file"},
     )
     prompts: Path | None = option(
         None, "--prompts", "Table ID,prompt: a text each caption starts with, instead of one --prompt for all."

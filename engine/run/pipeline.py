@@ -14,8 +14,8 @@ from engine.bundle.watch import watched
 from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
-from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile, describe_ignored, order_by_manifest
+from engine.inputs.notes import note_lines
 from engine.inputs.paths import find_inputs
 from engine.inputs.prompts import read_prompts
 from engine.options import DecodeOptions
@@ -82,11 +82,8 @@ def caption_directory(
     ):
         stream = RowStream(record, outputs) if outputs.is_stream else None
         seconds = keep(source.captions(options, record, say), record, progress, stream)
-        if clipped := sorted(set(source.clipped)):
-            say(
-                f"{len(clipped)} pictures have more than 8 bits a channel and are read as Hugging Face's processor "
-                f"reads them, values above 255 white: {join_some(clipped, 3)}; --high-bit-depth scale keeps their range"
-            )
+        for line in note_lines(source.notes):
+            say(line)
         write(record, outputs, options, say)
     return RunSummary(
         images=len(images),
@@ -131,7 +128,7 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, say: Say)
     kept = [image.path for image in found.images if image.folder is None] + found.lists + tables
     check(outputs, images, kept, bundle)
     for place, names in found.left_aside.items():
-        say(f"left aside in {place}: {describe_ignored(names)}")
+        say(f"skipped in {place}: {describe_ignored(names, found.imageless)}")
     return images, [name for names in found.left_aside.values() for name in names]
 
 

@@ -15,6 +15,7 @@ from engine.captioner import Captioner, Todo, caption_within_memory
 from engine.captions import Caption
 from engine.cluster.driver import open_cluster
 from engine.cluster.session import require_ray
+from engine.inputs.notes import ImageNote
 from engine.options import DecodeOptions
 from engine.processes.driver import open_processes
 from engine.processes.shares import shares_of
@@ -26,13 +27,13 @@ Say = Callable[[str], None]
 class Source(Protocol):
     """Captions made with `bundle` on `backend_name`; `environment` says with which packages.
 
-    `clipped` grows by the pictures of whose more than 8 bits a channel only values up to 255 are kept.
+    `notes` grows by the images that were read without something (engine/inputs/notes.py).
     """
 
     bundle: Bundle
     backend_name: str
     environment: str
-    clipped: list[str]
+    notes: list[ImageNote]
 
     def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
         """Return what is asked laid over the bundle's settings. Raises UsageError where it, or one of the images'
@@ -80,7 +81,7 @@ class LocalSource:
         self.bundle = captioner.bundle
         self.backend_name = captioner.backend.name
         self.environment = environment(self.backend_name)
-        self.clipped = captioner.clipped
+        self.notes: list[ImageNote] = []
 
     def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
         options = asked.over(self.bundle.generation)
@@ -94,6 +95,7 @@ class LocalSource:
             todo.remaining,
             prompts=todo.prompts,
             on_error=todo.fail,
+            on_note=self.notes.append,
             rows=self._rows,
             say=say,
         )

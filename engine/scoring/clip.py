@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.inputs.depth import CLIP
-from engine.inputs.ids import join_some
+from engine.inputs.notes import ImageNote, note_lines
 from engine.inputs.pixels import decode_image
 from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, library, mean
 from engine.scoring.neural import fingerprint, import_library, quiet, weights_folder, whole
@@ -60,12 +60,8 @@ class ClipScore:
         if items.images is None:
             raise UnavailableError("needs the images: --images DIR")
         model = self._model()
-        image, clipped = model.image_features(_Pixels(tuple(items.images), self._frame, self._depth))
-        note = (
-            f"{len(clipped)} images have more than 8 bits a channel and are read as Hugging Face's processor reads "
-            f"them, values above 255 white: {join_some(clipped, 3)}; --high-bit-depth scale keeps their range"
-        )
-        return image, model.text_features(tuple(items.candidates)), note if clipped else ""
+        image, notes = model.image_features(_Pixels(tuple(items.images), self._frame, self._depth))
+        return image, model.text_features(tuple(items.candidates)), ". ".join(note_lines(notes))
 
     def _model(self) -> _Clip:
         directory = weights_folder(self._setting, "clipscore", WANTED)
@@ -83,19 +79,19 @@ class _Clip:
             self._model = transformers.CLIPModel.from_pretrained(directory).eval().to(self._device)
         with quiet():
             self._processor = transformers.CLIPProcessor.from_pretrained(directory)
-        self._images: tuple[_Pixels, NDArray[np.float64], list[str]] | None = None
+        self._images: tuple[_Pixels, NDArray[np.float64], list[ImageNote]] | None = None
 
-    def image_features(self, pixels: _Pixels) -> tuple[NDArray[np.float64], list[str]]:
-        """Return unit vectors f64[N,D] of images, and the names of those whose values above 255 were clipped."""
+    def image_features(self, pixels: _Pixels) -> tuple[NDArray[np.float64], list[ImageNote]]:
+        """Return unit vectors f64[N,D] of images, and notes of what reading dropped from them."""
         if self._images is None or self._images[0] != pixels:
-            clipped: list[str] = []
+            notes: list[ImageNote] = []
 
             def encode(paths: list[Path]) -> Any:
-                images = [decode_image(path, frame=pixels.frame, depth=pixels.depth, clipped=clipped) for path in paths]
+                images = [decode_image(path, frame=pixels.frame, depth=pixels.depth, notes=notes) for path in paths]
                 return self._encode_images(images)
 
-            self._images = pixels, self._in_batches(pixels.paths, encode), clipped
-        return self._images[1], sorted(set(self._images[2]))
+            self._images = pixels, self._in_batches(pixels.paths, encode), notes
+        return self._images[1:]
 
     def text_features(self, captions: tuple[str, ...]) -> NDArray[np.float64]:
         """Return unit vectors f64[N,D] of captions."""

@@ -14,6 +14,7 @@ from engine.bundle.ensemble import BundlePlace
 from engine.captions import Alternative, Caption
 from engine.errors import EngineError, UsageError
 from engine.inputs.images import ImageFile
+from engine.inputs.notes import ImageNote
 from engine.inputs.remote import RemoteFolder
 from engine.options import DecodeOptions
 from engine.runtime import Runtime
@@ -69,9 +70,9 @@ def pack_failures(failures: Mapping[str, str]) -> str:
     return json.dumps({"failures": dict(failures)})
 
 
-def pack_clipped(names: list[str]) -> str:
-    """Return a message with names of pictures that have more than 8 bits a channel, of which 8 were kept."""
-    return json.dumps({"clipped": names})
+def pack_image_notes(notes: list[ImageNote]) -> str:
+    """Return a message with the images that were read without something."""
+    return json.dumps({"image_notes": notes})
 
 
 def pack_ready(wants: int) -> str:
@@ -91,13 +92,13 @@ def pack_error(error: EngineError, where: str = "") -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker said: captions, images it cannot read (id -> reason), names of clipped pictures, a line for the
-    user, and how many images it wants at a time.
+    """What a worker sent: captions, images it cannot read (id -> reason), images it read without something, a line for
+    the user, and how many images it wants at a time.
     """
 
     captions: tuple[Caption, ...] = ()
     failures: Mapping[str, str] = field(default_factory=dict)
-    clipped: tuple[str, ...] = ()
+    image_notes: tuple[ImageNote, ...] = ()
     note: str = ""
     wants: int = 0
 
@@ -119,7 +120,7 @@ def unpack_answer(message: str) -> Answer:
     return Answer(
         tuple(captions),
         content.get("failures", {}),
-        tuple(content.get("clipped", ())),
+        tuple(ImageNote(*note) for note in content.get("image_notes", ())),
         content.get("note", ""),
         content.get("wants", 0),
     )

@@ -21,6 +21,7 @@ from engine.decoding.beam import Search
 from engine.errors import BundleError, ImageError
 from engine.host import available_memory
 from engine.inputs.images import ImageFile
+from engine.inputs.notes import ImageNote
 from engine.options import DecodeOptions
 from engine.workers.messages import WorkOrder
 
@@ -62,6 +63,7 @@ class CaptionStream:
         self.wants = captioner.images_ahead + TURNS_AHEAD * side_by_side
         """Images that callers may ask for at a time; with many fewer slots run empty."""
         self._inbox: SimpleQueue[tuple[ImageFile, Outbox]] = SimpleQueue()
+        self._notes: list[ImageNote] = []
         self._open: dict[str, tuple[ImageFile, Outbox]] = {}
         threading.Thread(target=self._serve, name="captions", daemon=True).start()
 
@@ -106,15 +108,13 @@ class CaptionStream:
             missing -= not isinstance(said, str)
             yield said
 
-    def take_clipped(self) -> list[str]:
-        """Return the pictures met since the last call of whose more than 8 bits a channel only values up to 255 were
-        kept.
-        """
-        clipped = []
+    def take_notes(self) -> list[ImageNote]:
+        """Return the images met since the last call that were read without something."""
+        notes = []
         with suppress(IndexError):
             while True:  # one by one: others are added meanwhile
-                clipped.append(self._captioner.clipped.pop())
-        return clipped
+                notes.append(self._notes.pop())
+        return notes
 
     def _serve(self) -> None:
         while True:
@@ -126,6 +126,7 @@ class CaptionStream:
                     self._arrivals,
                     prompts=self._prompts,
                     on_error=self._fail,
+                    on_note=self._notes.append,
                     rows=self._rows,
                     say=self._tell_all,
                 ):

@@ -22,6 +22,7 @@ from engine.captions import Caption
 from engine.cli.app import main
 from engine.errors import PACKAGES, install_command
 from engine.run.record import RunRecord
+from tests.helpers.datasets import extreme_png, imageless
 from tests.helpers.tiny import random_pictures, save_pictures
 
 
@@ -84,7 +85,7 @@ def test_what_is_left_aside_is_counted_by_kind_and_listed(image_dir, tiny_bundle
     (folder / "notes.txt").touch()
     (folder / "x.heic").touch()
     result = run("caption", "--input", folder, "--bundle", tiny_bundle, "--out", tmp_path / "r.csv", "--json")
-    assert f"left aside in {folder}: 1 .heic, 1 .txt" in result.stderr
+    assert f"skipped in {folder}: 1 .heic, 1 .txt" in result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["left_aside"] == ["notes.txt", "x.heic"]
 
 
@@ -95,7 +96,7 @@ def test_pictures_of_more_than_8_bits_are_told(image_dir, tiny_bundle, tmp_path)
     Image.fromarray((grey * 4095).astype(np.uint16)).save(folder / "x.png")
     result = run("caption", "--input", folder, "--bundle", tiny_bundle, "--out", tmp_path / "r.csv")
     assert result.exit_code == 0
-    assert "2 pictures have more than 8 bits a channel" in result.stderr
+    assert "2 images have more than 8 bits a channel" in result.stderr
     assert "f.tif" in result.stderr
     again = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "r2.csv")
     assert "more than 8 bits" not in again.stderr
@@ -263,7 +264,35 @@ def test_two_images_with_one_id_are_refused(image_dir, tiny_bundle, tmp_path):
     random_pictures(1)[0].save(image_dir / "IMG 0.jpg")
     result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
     assert result.exit_code == 2
-    assert "two images with the id 'IMG 0'" in result.stderr
+    assert "two images with the id 'IMG 0': IMG 0.jpg and IMG 0.png; --ids file" in result.stderr
+    out = tmp_path / "run.csv"
+    result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", out, "--ids", "file")
+    assert result.exit_code == 0, result.output
+    assert [name for name, _ in read_run(out)[1:3]] == ["IMG 0.jpg", "IMG 0.png"]
+    scored = run("score", "--run", out, "--references", out, "--metrics", "rouge1", "--out", tmp_path / "s.json")
+    assert scored.exit_code == 0, scored.output
+
+
+def test_dicom_files_without_an_image_do_not_stop_a_run(image_dir, tiny_bundle, tmp_path):
+    for name, sop_class in (("DICOMDIR", "1.2.840.10008.1.3.10"), ("dose.dcm", "1.2.840.10008.5.1.4.1.1.88.67")):
+        imageless(image_dir / name, sop_class)
+    out = tmp_path / "run.csv"
+    result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert f"skipped in {image_dir}: 2 DICOM files without an image" in result.stderr
+    assert [name for name, _ in read_run(out)[1:]] == [f"IMG {i}" for i in range(5)]
+    named = run("caption", "--input", image_dir / "dose.dcm", "--bundle", tiny_bundle, "--out", out)
+    assert named.exit_code == 1
+    assert "dose.dcm: a DICOM file without an image" in named.stderr
+
+
+def test_one_extreme_image_fails_alone(image_dir, tiny_bundle, tmp_path):
+    (image_dir / "wide.png").write_bytes(extreme_png(1_000_001, 1))
+    out = tmp_path / "run.csv"
+    result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", out, "--allow-missing")
+    assert result.exit_code == 0, result.output
+    assert "wide.png: a side of 1000001 pixels, refused" in result.stderr
+    assert [name for name, text in read_run(out)[1:] if not text] == ["wide"]
 
 
 def test_verify_passes_and_fails_with_the_bundle(tiny_bundle):

@@ -14,16 +14,22 @@ from typing import TypeVar
 from engine.errors import DataError, ImageError
 from engine.host import available_cores
 from engine.inputs.depth import CLIP
+from engine.inputs.notes import CLIPPED, FRAMES, TRANSPARENT, ImageNote
 from engine.inputs.pixels import decode_image
 from train.data.dataset import Split
-from train.data.problems import ACCENTS, WORDS, Problems, is_empty
+from train.data.problems import Problems, is_empty
 
 Progress = Callable[[int, int], None]
 """Told how many images of how many are done."""
 T = TypeVar("T")
 R = TypeVar("R")
 
-CLIPPED = "values above 255 become white; high_bit_depth scale keeps their range"
+REASONS = {
+    CLIPPED: "values above 255 become white; high_bit_depth scale keeps their range",
+    TRANSPARENT: "which is dropped",
+    FRAMES: "the first is used",
+}
+"""What becomes of the images of a kind of note."""
 AT_ONCE = 512
 """Images handed to the threads at a time: Ctrl-C and a full queue of 70,000 both wait for no more."""
 
@@ -48,8 +54,8 @@ def check_split(
     """
     gone = {name for name, _ in split.problems.missing}
     files = {example.image: example.id for example in split.examples if example.id not in gone} if decode else {}
-    clipped: list[str] = []
-    reasons = in_threads(partial(_why_unreadable, depth=depth, clipped=clipped), list(files), progress)
+    notes: list[ImageNote] = []
+    reasons = in_threads(partial(_why_unreadable, depth=depth, notes=notes), list(files), progress)
     unreadable = [(name, why) for name, why in zip(files.values(), reasons, strict=True) if why]
     cut = []
     if count_tokens is not None and max_tokens is not None:
@@ -57,15 +63,12 @@ def check_split(
             tokens = count_tokens(example.text)
             if tokens > max_tokens:
                 cut.append((example.id, f"{tokens} tokens where {max_tokens} fit"))
-    lost = _lost(split, lost_in) if lost_in is not None else {}
-    return replace(
-        split.problems,
-        unreadable=unreadable,
-        cut=cut,
-        clipped=sorted((files[Path(p)], CLIPPED) for p in clipped),
-        accents=lost.get(ACCENTS, []),
-        words=lost.get(WORDS, []),
-    )
+    noted = {
+        kind: sorted((files[Path(note.name)], reason) for note in notes if note.kind == kind)
+        for kind, reason in REASONS.items()
+    }
+    noted |= _lost(split, lost_in) if lost_in is not None else {}
+    return replace(split.problems, unreadable=unreadable, cut=cut, **noted)
 
 
 def _lost(split: Split, lost_in: Callable[[str], str]) -> dict[str, list[tuple[str, str]]]:
@@ -77,9 +80,9 @@ def _lost(split: Split, lost_in: Callable[[str], str]) -> dict[str, list[tuple[s
     return found
 
 
-def _why_unreadable(path: Path, *, depth: str, clipped: list[str]) -> str:
+def _why_unreadable(path: Path, *, depth: str, notes: list[ImageNote]) -> str:
     try:
-        decode_image(path, depth=depth, clipped=clipped)
+        decode_image(path, depth=depth, notes=notes)
     except ImageError as error:
         return error.reason
     return ""

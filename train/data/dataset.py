@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
@@ -32,7 +33,7 @@ from train.data.layouts import (
 )
 from train.data.nearest import describe_unknown
 from train.data.parquet import ParquetRow, safe_name, unpack
-from train.data.problems import Problems, is_empty
+from train.data.problems import OF_NO_ID, Problems, is_empty
 from train.data.rows import check_prompts, rows_of
 
 
@@ -119,7 +120,10 @@ def hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
             f"{train.captions_file}: a share of {fraction} of {len(train.examples)} captions leaves "
             f"{len(kept)} for training and {len(held)} held out: choose another share or seed"
         )
-    stays = replace(train.problems.select(lambda name: name not in taken), uncaptioned=train.problems.uncaptioned)
+    stays = replace(
+        train.problems.select(lambda name: name not in taken),
+        **{name: getattr(train.problems, name) for name in OF_NO_ID},
+    )
     goes = train.problems.select(taken.__contains__)
     return replace(train, examples=kept, problems=stays), replace(train, name="valid", examples=held, problems=goes)
 
@@ -212,9 +216,12 @@ class _Reader:
         for name, listing in self._used.items():
             left = [path for path in listing.by_path.values() if path not in used]
             used.update(left)
-            found = [(os.path.relpath(path, self._place.directory), "") for path in left]
-            split = self.splits[name]
-            self.splits[name] = replace(split, problems=replace(split.problems, uncaptioned=found))
+            skipped = [path for path in listing.imageless if path not in used]
+            used.update(skipped)
+            split, shown = self.splits[name], partial(os.path.relpath, start=self._place.directory)
+            uncaptioned, imageless = ([(shown(path), "") for path in paths] for paths in (left, skipped))
+            problems = replace(split.problems, uncaptioned=uncaptioned, imageless=imageless)
+            self.splits[name] = replace(split, problems=problems)
         return self.splits
 
     def _read_parquet(self, name: str, source: SplitFiles) -> None:
@@ -307,11 +314,18 @@ def _holds_pictures(folder: Path, deep: bool) -> bool:
 class _Pictures:
     """The images of a folder by their paths inside it, found as Ids finds them.
 
-    `trouble` is why their names alone do not distinguish them.
+    `trouble` is why their names alone do not distinguish them. `imageless` are DICOM files without an image.
     """
 
-    def __init__(self, root: Path, by_path: dict[str, Path], trouble: UsageError | None = None) -> None:
-        self.by_path, self.trouble, self._ids, self._root = by_path, trouble, Ids(by_path), root
+    def __init__(
+        self,
+        root: Path,
+        by_path: dict[str, Path],
+        trouble: UsageError | None = None,
+        imageless: Sequence[Path] = (),
+    ) -> None:
+        self.by_path, self.trouble, self.imageless = by_path, trouble, imageless
+        self._ids, self._root = Ids(by_path), root
         self._is_there: dict[str, bool] = {}
 
     def find(self, name: str) -> Path | None:
@@ -347,15 +361,20 @@ class _Pictures:
 
 
 def _pictures(root: Path, folder: Path, deep: bool) -> _Pictures:
-    """List a folder; two images may have one name (cat/1.png, dog/1.png)."""
+    """List a folder; where two images have one name (cat/1.png, dog/1.png or 1.jpg, 1.png) paths keep their suffix."""
     if not _holds_pictures(folder, deep):
         return _Pictures(root, {})
     trouble = None
     try:
-        images = find_images(folder, recursive=deep).images
+        found = find_images(folder, recursive=deep)
     except RepeatedIdError as error:
-        images, trouble = find_images(folder, recursive=deep, ids="path").images, error
-    return _Pictures(root, {cut_suffix(image.inside.as_posix()): image.path for image in images}, trouble)
+        found = find_images(folder, recursive=deep, ids="file")
+        trouble = UsageError(
+            f"{str(error).partition('; --ids')[0]}; name folder and suffix in the table, or rename one"
+        )
+    paths = {image.path: image.inside.as_posix() for image in found.images}
+    by_path = {inside if trouble else cut_suffix(inside): path for path, inside in paths.items()}
+    return _Pictures(root, by_path, trouble, [folder / name for name in sorted(found.imageless)])
 
 
 def _example(row: ParquetRow, image: Path) -> Example:

@@ -16,14 +16,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from engine.errors import EngineError, ImageError
 from engine.files.atomic import write_atomically
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.images import is_dicom
-from engine.inputs.pixels import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, picture_formats
+from engine.inputs.pixels import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, image_errors, open_image
 from train.data.check import Progress, check_split, in_threads
 from train.data.dataset import Example, Split, read_dataset
 from train.data.plots import draw_dataset
@@ -228,18 +226,14 @@ def _read_header(path: Path) -> _Picture:
             if is_dicom(path):
                 return _Picture(*decode_image(path).size, "DICOM", digest)
             stream.seek(0)
-            with Image.open(stream, formats=picture_formats()) as picture:
+            with image_errors(path), open_image(stream) as picture:
                 return _Picture(*picture.size, picture.mode, digest)
     except ImageError as error:
         return _Picture(reason=error.reason)
-    except EngineError:
-        raise
-    except Exception as error:  # decoders meet hostile bytes in more ways than they document
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SYSTEM_TROUBLE):
-            raise EngineError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error!r}") from error
-        reason = getattr(error, "strerror", None) or str(error) or repr(error)
-        reason = "not an image, or damaged" if "cannot identify" in reason else reason
-        return _Picture(reason=" ".join(reason.split()))
+    except OSError as error:
+        if error.errno in SYSTEM_TROUBLE:
+            raise EngineError(f"{path} cannot be read: {error.strerror}") from error
+        return _Picture(reason=error.strerror or str(error))
 
 
 def lines(stats: Stats) -> list[str]:

@@ -13,6 +13,7 @@ NOUNS = {
     "unreadable": ("unreadable image", "unreadable images"),
     "empty": ("empty caption", "empty captions"),
     "uncaptioned": ("image without caption", "images without caption"),
+    "imageless": ("DICOM file without an image, skipped", "DICOM files without an image, skipped"),
     "repeated": ("id with several captions", "ids with several captions"),
     "cut": ("caption that will be cut", "captions that will be cut"),
     "clipped": ("image of more than 8 bits a channel", "images of more than 8 bits a channel"),
@@ -24,8 +25,11 @@ NOUNS = {
         "caption has words that the vocabulary cannot spell, learned as [UNK]",
         "captions have words that the vocabulary cannot spell, learned as [UNK]",
     ),
+    "transparent": ("image with transparency", "images with transparency"),
+    "frames": ("image with several frames", "images with several frames"),
 }
 ACCENTS, WORDS = "accents", "words"
+OF_NO_ID = ("uncaptioned", "imageless")
 FATAL = ("missing", "unreadable", "empty")
 
 
@@ -33,22 +37,26 @@ FATAL = ("missing", "unreadable", "empty")
 class Problems:
     """What is wrong with a split, each category a list of findings in the order of the data set.
 
-    missing: captioned, but there is no file. unreadable: the file is no picture, or damaged. empty: a caption without
-    a visible character. uncaptioned: a picture beside the others that no caption names. repeated: an id with several
-    captions where the layout has one each. cut: a caption with more tokens than fit. clipped: a picture of more than
-    8 bits a channel, of which only values up to 255 are kept. accents, words: a caption that the tokenizer does not
-    give back.
+    missing: captioned, but there is no file. unreadable: the file is not an image, or damaged. empty: a caption without
+    a visible character. uncaptioned: an image that no caption names. imageless: a DICOM file that is not an image, such
+    as a report. repeated: an id with several captions where the layout has one each. cut: a caption with more tokens
+    than fit. clipped: an image of more than 8 bits a channel, of which only values up to 255 are kept. accents, words:
+    a caption that the tokenizer does not give back. transparent: an image with transparency, which is dropped. frames:
+    a file of several frames, of which the first is used.
     """
 
     missing: list[Finding] = field(default_factory=list)
     unreadable: list[Finding] = field(default_factory=list)
     empty: list[Finding] = field(default_factory=list)
     uncaptioned: list[Finding] = field(default_factory=list)
+    imageless: list[Finding] = field(default_factory=list)
     repeated: list[Finding] = field(default_factory=list)
     cut: list[Finding] = field(default_factory=list)
     clipped: list[Finding] = field(default_factory=list)
     accents: list[Finding] = field(default_factory=list)
     words: list[Finding] = field(default_factory=list)
+    transparent: list[Finding] = field(default_factory=list)
+    frames: list[Finding] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in NOUNS)
@@ -59,8 +67,8 @@ class Problems:
         return Problems(**{name: getattr(self, name) for name in FATAL})
 
     def select(self, wanted: Callable[[str], bool]) -> Problems:
-        """Return the findings whose id is wanted; images without caption, which belong to no id, stay out."""
-        kept = {name: [one for one in getattr(self, name) if wanted(one[0])] for name in NOUNS if name != "uncaptioned"}
+        """Return the findings whose id is wanted; those that belong to no id, stay out."""
+        kept = {name: [one for one in getattr(self, name) if wanted(one[0])] for name in NOUNS if name not in OF_NO_ID}
         return Problems(**kept)
 
     def lines(self, most: int = 3) -> list[str]:

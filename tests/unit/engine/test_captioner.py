@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import shutil
+import threading
+import weakref
+from pathlib import Path
+from queue import Empty
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from engine import backends
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
-from engine.errors import UsageError
+from engine.errors import BundleError, UsageError
 from engine.options import DecodeOptions
 from engine.runtime import Runtime
 from tests.helpers.tiny import random_pictures
@@ -79,3 +89,129 @@ def test_with_streams_one_iteration_at_a_time(tiny_bundle):
         next(captioner.caption(pictures, rows=2))
     first.close()
     assert len(list(captioner.caption(pictures, rows=2))) == 9
+
+
+GREY = np.linspace(0, 4095, 32 * 32).reshape(32, 32)
+
+
+def test_sources_of_unclear_range_are_refused_by_number_and_read_as_told(tiny_captioner):
+    good, deep = random_pictures(1)[0], GREY.astype(np.float32) / 4095
+    failed = []
+    captions = list(
+        tiny_captioner.caption([good, deep, Image.fromarray(GREY.astype(np.uint16))], on_error=failed.append)
+    )
+    assert [caption.id for caption in captions] == ["0"]
+    assert [str(error)[:50] for error in failed] == [
+        "image 1: an array of float32 instead of uint8: giv",
+        "image 2: a Pillow image of mode I;16 instead of ui",
+    ]
+    eight_bits = (GREY / 4095 * 255 + 0.5).astype(np.uint8)
+    scaled, expected = tiny_captioner.caption([deep, eight_bits], high_bit_depth="scale", num_beams=2)
+    assert scaled.alternatives == expected.alternatives
+    with pytest.raises(UsageError, match="give clip, scale, or two numbers"):
+        tiny_captioner.caption([deep], high_bit_depth="0-255")
+
+
+def test_what_was_dropped_is_noted_and_kept_for_one_call(tiny_captioner, tmp_path):
+    Image.fromarray(GREY.astype(np.uint16)).save(tmp_path / "deep.png")
+    rgba = np.full((8, 8, 4), 9, np.uint8)
+    for _ in range(2):
+        notes = []
+        list(tiny_captioner.caption([tmp_path / "deep.png", rgba], on_note=notes.append))
+        assert notes == [("clipped", str(tmp_path / "deep.png")), ("transparent", "1")]
+        assert tiny_captioner.clipped == [str(tmp_path / "deep.png")]
+    list(tiny_captioner.caption([rgba]))
+    assert tiny_captioner.clipped == []
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_live_source_may_wait_for_each_caption(streams, tiny_bundle):
+    captioner = Captioner.load(str(tiny_bundle), backend="cpu", threads=2, streams=streams)
+    one, *others = random_pictures(5, seed=3)
+    pictures, answered = [one, one, *others, one], threading.Event()
+    answered.set()
+
+    def feed():
+        for picture in pictures:
+            assert answered.wait(60), "no caption came for the image before this one"
+            answered.clear()
+            yield picture
+
+    found = []
+    for caption in captioner.caption(feed(), live=True, num_beams=2, max_new_tokens=5):
+        found.append((caption.id, caption.ids))
+        answered.set()
+    expected = captioner.caption(pictures, num_beams=2, max_new_tokens=5)
+    assert found == [(caption.id, caption.ids) for caption in expected]
+
+
+def test_images_of_a_live_source_are_decoded_together(tiny_captioner):
+    """What arrives while others are decoded joins them, and an unreadable image holds nobody up."""
+    arrived = threading.Event()
+
+    def feed():
+        yield from random_pictures(3, seed=6)
+        yield np.zeros((2, 2, 9), np.uint8)
+        arrived.wait(60)
+        yield from random_pictures(2, seed=7)
+
+    failed = []
+    captions = tiny_captioner.caption(feed(), live=True, on_error=failed.append, rows=8)
+    assert [next(captions).id for _ in range(3)] == ["0", "1", "2"]
+    arrived.set()
+    assert [caption.id for caption in captions] == ["4", "5"]
+    assert len(failed) == 1
+
+
+def test_a_live_source_that_fails_or_is_left_ends(tiny_captioner):
+    def feed(error):
+        yield random_pictures(1)[0]
+        raise error
+
+    for error in (Empty("of the source's own queue"), RuntimeError("broken")):
+        with pytest.raises(type(error)):
+            list(tiny_captioner.caption(feed(error), live=True))
+    closed = threading.Event()
+
+    def endless():
+        try:
+            while True:
+                yield random_pictures(1)[0]
+        finally:
+            closed.set()
+
+    captions = tiny_captioner.caption(endless(), live=True)
+    next(captions)
+    captions.close()
+    assert closed.wait(20), "the source is still read"
+
+
+def test_a_captioner_travels_and_captions_the_same(tiny_bundle, tmp_path, monkeypatch):
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    monkeypatch.chdir(tmp_path)
+    captioner = Captioner.load("bundle", backend="cpu", threads=1)
+    expected = [caption.ids for caption in captioner.caption(random_pictures(2))]
+    monkeypatch.chdir("/")
+    parcel = pickle.dumps(captioner)
+    for other in (pickle.loads(parcel), copy.deepcopy(captioner)):
+        assert [caption.ids for caption in other.caption(random_pictures(2))] == expected
+    manifest = bundle / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(BundleError, match="is not the bundle that was pickled"):
+        pickle.loads(parcel)
+
+
+def test_a_captioner_of_open_parts_says_why_it_cannot_travel(tiny_captioner):
+    with pytest.raises(TypeError, match=r"cannot be pickled: use Captioner\.load"):
+        pickle.dumps(tiny_captioner)
+
+
+def test_a_closed_captioner_frees_its_backend_and_is_refused(tiny_bundle):
+    with Captioner.load(str(tiny_bundle), backend="cpu", threads=1) as captioner:
+        backend = weakref.ref(captioner.backend)
+        assert len(list(captioner.caption(random_pictures(1)))) == 1
+    gc.collect()
+    assert backend() is None
+    with pytest.raises(UsageError, match="this captioner is closed: load it again"):
+        captioner.caption(random_pictures(1))
+    captioner.close()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from engine.errors import UsageError
-from engine.inputs.depth import as_rgb, is_deep, window_of
-from engine.inputs.pixels import decode_image
+from engine.errors import ImageError, UsageError
+from engine.inputs import depth as depth_module
+from engine.inputs.depth import as_rgb, is_deep, to_bytes, window_of
+from engine.inputs.notes import CLIPPED, ImageNote
+from engine.inputs.pixels import decode_image, read_image
 
 VALUES = np.array([[0, 100, 255], [256, 2048, 4095]])
 
@@ -46,12 +50,81 @@ def test_what_is_no_number_is_black_and_out_of_the_range():
 def test_16_bit_files_are_scaled_and_nothing_is_clipped(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
     Image.fromarray(VALUES.astype(np.uint16)).save(path)
-    clipped: list[str] = []
-    pixels = np.asarray(decode_image(path, depth="scale", clipped=clipped))
+    notes: list[ImageNote] = []
+    pixels = np.asarray(decode_image(path, depth="scale", notes=notes))
     assert pixels[..., 0].ravel().tolist() == [0, 6, 16, 16, 128, 255]
-    assert clipped == []
-    decode_image(path, clipped=clipped)
-    assert clipped == [str(path)]
+    assert notes == []
+    decode_image(path, notes=notes)
+    assert notes == [(CLIPPED, str(path))]
+
+
+def test_strips_give_the_values_of_the_whole_image(monkeypatch):
+    values = np.random.default_rng(0).normal(9000, 5000, (57, 23)).astype(np.float32)
+    values[3, 5], values[40, 1] = np.nan, np.inf
+    picture = Image.fromarray(values)
+    expected = {depth: rgb(picture, depth) for depth in ("scale", "100,9000.5")}
+    monkeypatch.setattr(depth_module, "STRIP_PIXELS", 100)
+    assert {depth: rgb(picture, depth) for depth in expected} == expected
+    colours = np.stack([values] * 3, 2)
+    assert to_bytes(colours, "scale")[..., 1].ravel().tolist() == expected["scale"]
+
+
+def test_scaling_needs_little_memory():
+    tracemalloc.start()
+    as_rgb(Image.new("I;16", (4000, 3000), 7), "scale")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 80_000_000, "in float64 at once these 12 million pixels take 96 MB, several times"
+
+
+DEEP = VALUES.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (DEEP, "an array of float32 instead of uint8: give high_bit_depth='scale'"),
+        (VALUES.astype(np.uint16), "an array of uint16"),
+        (VALUES, "an array of int64"),
+        (np.stack([DEEP] * 3, 2), "an array of float32"),
+        (VALUES.astype(complex), "an array of complex128: convert it to uint8"),
+        (
+            Image.fromarray(VALUES.astype(np.uint16)),
+            "a Pillow image of mode I;16 instead of uint8: give",
+        ),
+        (Image.fromarray(VALUES.astype(np.int32)), "mode I "),
+        (Image.fromarray(DEEP), "mode F "),
+        (np.zeros((0, 0, 3), np.uint8), r"an empty image \(0 x 0 pixels\)"),
+        (np.zeros((0, 5), np.uint8), r"an empty image \(5 x 0"),
+        (Image.new("RGB", (0, 4)), r"an empty image \(0 x 4"),
+        (np.zeros((3, 8, 8), np.uint8), r"shape \[3, 8, 8\]: expected \[height, width\]"),
+        (np.zeros((1, 8, 8, 3), np.uint8), r"shape \[1, 8, 8, 3\]"),
+        (3, "expected a path, a Pillow image or a NumPy array, not int"),
+    ],
+)
+def test_sources_of_unclear_range_or_shape_are_refused(source, reason):
+    with pytest.raises(ImageError, match=f"^image: .*{reason}"):
+        read_image(source, 8, 8, "bicubic")
+
+
+@pytest.mark.parametrize("convert", [np.asarray, lambda a: np.stack([a] * 4, 2), Image.fromarray])
+def test_arrays_and_pillow_images_are_read_as_told(convert):
+    def first_channel(depth: str) -> list[int]:
+        return np.asarray(decode_image(convert(DEEP), depth=depth, notes=notes))[..., 0].ravel().tolist()
+
+    notes: list[ImageNote] = []
+    assert first_channel("scale") == [0, 6, 16, 16, 128, 255]
+    assert first_channel("100,2048") == [0, 0, 20, 20, 255, 255]
+    assert notes == []
+    assert first_channel("clip") == [0, 100, 255, 255, 255, 255]
+    assert notes == [(CLIPPED, "image")]
+
+
+def test_arrays_of_8_bits_and_masks_are_images():
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    for array in (grey, grey[..., None], np.stack([grey] * 3, 2), np.stack([grey] * 4, 2)):
+        np.testing.assert_array_equal(np.asarray(decode_image(array)), np.stack([grey] * 3, 2))
+    np.testing.assert_array_equal(np.asarray(decode_image(grey > 5))[..., 0], (grey > 5) * 255)
 
 
 @pytest.mark.parametrize("text", ["", "Scale", "5", "5,5", "9,1", "nan,1", "0,inf", "1,2,3"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import data_store
@@ -12,10 +15,13 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from engine.errors import EngineError, ImageError
+from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs import dicom
-from engine.inputs.images import find_images
+from engine.inputs.images import describe_ignored, find_images
+from engine.inputs.notes import FRAMES, ImageNote
+from engine.inputs.paths import find_inputs
 from engine.inputs.pixels import decode_image
+from tests.helpers.datasets import imageless
 
 
 def make_dicom(path: Path, frames: np.ndarray, **tags: object) -> Path:
@@ -188,7 +194,7 @@ FOLDERS = (Path(data_store.__file__).parent / "data", Path(pydicom.__file__).par
 """pydicom-data, and what pydicom itself brings."""
 DAMAGED = {
     "image_dfl",
-    *("MR_truncated", "badVR", "SC_rgb_jpeg", "JPEG2000-embedded-sequence-delimiter", "GDCMJ2K_TextGBR"),
+    *("MR_truncated", "badVR", "JPEG2000-embedded-sequence-delimiter", "GDCMJ2K_TextGBR"),
     *("JPEG-lossy", "JPGExtended"),  # 12 bits, which Pillow's JPEG decoder does not do
 }
 """Broken on purpose, or encoded as neither pydicom nor Pillow can decode."""
@@ -208,7 +214,7 @@ def test_the_pictures_of_pydicom_data():
     assert not flat
     assert len(read) >= 60, refused
     assert all(reason for reason in refused.values())
-    known = ("no decoder for", "without a picture", "not a DICOM file")
+    known = ("no decoder for", "without an image", "not a DICOM file")
     others = {name for name, reason in refused.items() if not reason.startswith(known) and "without" not in reason}
     assert others <= DAMAGED, refused
 
@@ -261,3 +267,101 @@ def test_dicom_is_known_by_its_bytes_whatever_it_is_called(form, name, tmp_path)
     (image,) = find_images(file.parent).images
     assert image.id == name.removesuffix(".IMA").removesuffix(".dcm")
     assert grey(file) == grey(whole)
+
+
+NOT_IMAGES = {
+    "DICOMDIR": "1.2.840.10008.1.3.10",
+    "dose.dcm": "1.2.840.10008.5.1.4.1.1.88.67",
+    "PR000001": "1.2.840.10008.5.1.4.1.1.11.1",
+    "plan.dcm": "1.2.840.10008.5.1.4.1.1.481.5",
+    "unknown.dcm": "1.2.3.4.5",
+}
+
+
+@pytest.fixture
+def disc(tmp_path):
+    """A folder with one image, and what else is on a disc."""
+    make_dicom(tmp_path / "ct.dcm", RAMP)
+    for name, sop_class in NOT_IMAGES.items():
+        imageless(tmp_path / name, sop_class)
+    return tmp_path
+
+
+def test_dicom_files_without_an_image_are_skipped_and_counted(disc):
+    (disc / "notes.txt").touch()
+    found = find_images(disc)
+    assert [image.id for image in found.images] == ["ct"]
+    assert found.imageless == set(NOT_IMAGES)
+    assert describe_ignored(found.ignored, found.imageless) == "1 .txt, 5 DICOM files without an image"
+    for place, names in ((disc / "*", {str(disc / name) for name in NOT_IMAGES}), (disc, set(NOT_IMAGES))):
+        inputs = find_inputs([place])
+        assert [image.id for image in inputs.images] == ["ct"]
+        assert inputs.imageless == names
+    (disc / "ct.dcm").unlink()
+    with pytest.raises(UsageError, match=r"holds no images, but 1 \.txt, 5 DICOM files without an image"):
+        find_images(disc)
+
+
+def test_a_dicom_file_without_an_image_that_is_named_is_an_error(disc):
+    (image,) = find_inputs([disc / "dose.dcm"]).images
+    with pytest.raises(ImageError, match=r"dose\.dcm: a DICOM file without an image"):
+        decode_image(image.path)
+
+
+def test_images_of_classes_with_other_names_are_found(tmp_path):
+    """A dose grid has pixels though its class is not one of images; so has a class that is not known."""
+    for name, sop_class in (("dose.dcm", "1.2.840.10008.5.1.4.1.1.481.2"), ("new.dcm", "1.2.3")):
+        path = make_dicom(tmp_path / name, RAMP)
+        header = pydicom.dcmread(path)
+        header.file_meta.MediaStorageSOPClassUID = sop_class
+        header.save_as(path)
+    assert [image.id for image in find_images(tmp_path).images] == ["dose", "new"]
+
+
+def test_a_damaged_dicom_file_is_reported_when_it_is_read(tmp_path):
+    (tmp_path / "x.dcm").write_bytes(bytes(128) + b"DICM" + b"\xff" * 50)
+    (image,) = find_images(tmp_path).images
+    with pytest.raises(ImageError, match=r"x\.dcm"):
+        decode_image(image.path)
+
+
+def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path):
+    path = imageless(tmp_path / "x.dcm", "1.2.840.10008.5.1.4.1.1.7", Rows=1, Columns=1)
+    whole = path.read_bytes()
+    syntax = b"1.2.840.10008.1.2.1\0"
+    assert whole.count(syntax) == 1
+    start = whole.index(b"\x08\0\x16\0")  # the first tag behind the header
+    header = whole[:start].replace(struct.pack("<H", len(syntax)) + syntax, b"\x16\0" + b"1.2.840.10008.1.2.1.99")
+    length = struct.unpack("<I", header[140:144])[0] + 2
+    squeezer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    bomb = b"\xe0\x7f\x10\x00OW\0\0" + struct.pack("<I", 50_000_000) + bytes(50_000_000)
+    content = squeezer.compress(whole[start:] + bomb) + squeezer.flush()
+    path.write_bytes(header[:140] + struct.pack("<I", length) + header[144:] + content)
+    tracemalloc.start()
+    assert len(find_images(tmp_path).images) == 1
+    with pytest.raises(ImageError, match="deflated as a whole"):
+        decode_image(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
+
+
+def test_tags_in_another_encoding_than_the_header_names_are_read(tmp_path):
+    """Explicit by the header, implicit in fact: pydicom notices when it reads tags, but not when it seeks pixels."""
+    path = make_dicom(tmp_path / "x.dcm", RAMP, WindowCenter=150.5, WindowWidth=301)
+    header = pydicom.dcmread(path)
+    stream = io.BytesIO()
+    writer = pydicom.filebase.DicomIO(stream)
+    writer.is_little_endian, writer.is_implicit_VR = True, True
+    pydicom.filewriter.write_dataset(writer, Dataset({element.tag: element for element in header}))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"\x10\0\x10\0PN")] + stream.getvalue())
+    assert grey(path) == [0, 85, 170, 255]
+
+
+def test_further_frames_of_a_dicom_file_are_noted(tmp_path):
+    notes: list[ImageNote] = []
+    decode_image(make_dicom(tmp_path / "one.dcm", RAMP), notes=notes)
+    assert notes == []
+    decode_image(make_dicom(tmp_path / "x.dcm", np.repeat(RAMP, 3, 0)), frame=1, notes=notes)
+    assert notes == [(FRAMES, str(tmp_path / "x.dcm"))]

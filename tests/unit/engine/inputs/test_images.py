@@ -173,3 +173,23 @@ def test_names_that_repeat_in_folders_become_ids_by_their_paths(tmp_path):
     assert list(find_images_of(["s2/0001"], tmp_path, recursive=True)) == ["s2/0001"]
     (tmp_path / "ids.txt").write_text("s2\\0001.png\n")
     assert [image.id for image in order_by_manifest(images, tmp_path / "ids.txt")] == ["s2/0001"]
+
+
+def test_names_that_differ_in_suffix_become_ids_with_suffix(tmp_path):
+    for name in ("IMG_1.jpg", "IMG_1.png", "s/IMG_1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        random_pictures(1)[0].save(tmp_path / name)
+    for how in ("stem", "path"):
+        with pytest.raises(
+            RepeatedIdError, match=r"IMG_1\.jpg and IMG_1\.png; --ids file makes ids of paths with suffix"
+        ):
+            find_images(tmp_path, ids=how)
+    images = find_images(tmp_path, ids="file", recursive=True).images
+    assert [image.id for image in images] == ["IMG_1.jpg", "IMG_1.png", "s/IMG_1.png"]
+    found = find_images_of(["IMG_1.png", "IMG_1.jpg"], tmp_path)
+    assert [image.path.name for image in found.values()] == ["IMG_1.png", "IMG_1.jpg"]
+    (tmp_path / "ids.txt").write_text("s/IMG_1.png\nIMG_1.jpg\n")
+    assert [image.id for image in order_by_manifest(images, tmp_path / "ids.txt")] == ["s/IMG_1.png", "IMG_1.jpg"]
+    (tmp_path / "ids.txt").write_text("IMG_1\n")
+    with pytest.raises(DataError, match="without an image: IMG_1"):
+        order_by_manifest(images, tmp_path / "ids.txt")

@@ -142,10 +142,11 @@ def test_what_cannot_be_meant_is_one_line(here, places, sentence):
 
 def test_ids_of_all_inputs_differ_and_paths_are_relative_to_each(here):
     picture(here / "b/1.png")
-    with pytest.raises(RepeatedIdError, match=r"hold two images with the id '1': a/1.png and b/1.png; --ids"):
+    with pytest.raises(RepeatedIdError, match=r"hold two images with the id '1': a/1.png and b/1.png; ids are paths"):
         find_inputs([Path("a"), Path("b")])
-    with pytest.raises(RepeatedIdError, match="ids are paths relative to each --input"):
-        find_inputs([Path("a"), Path("b")], ids="path")
+    for how in ("path", "file"):
+        with pytest.raises(RepeatedIdError, match="ids are paths relative to each --input: name their folder once"):
+            find_inputs([Path("a"), Path("b")], ids=how)
     assert ids("?/1.png", ids="path") == ["a/1", "b/1"]
     assert ids("a/1.png", "b/1.png", ids="path") == ["a/1", "b/1"]
     (here / "b/list.txt").write_text("1.png\n../a/1.png\n")

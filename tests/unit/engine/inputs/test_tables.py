@@ -366,3 +366,12 @@ def test_manifests_with_unknown_headers_are_refused(content, expected, tmp_path)
         assert read_ids(tmp_path / "ids", Columns("uid"))[0] == "1"
     else:
         assert [Ids(["1", "2"]).find(one) for one in read_ids(tmp_path / "ids")] == expected
+
+
+def test_files_that_differ_only_in_suffix_keep_it(tmp_path):
+    (tmp_path / "run.csv").write_text('ID,Caption\nIMG_1.jpg,"one"\n./IMG_1.png,"other"\n')
+    assert read_table(tmp_path / "run.csv").captions == {"IMG_1.jpg": ("one",), "IMG_1.png": ("other",)}
+    (tmp_path / "run.csv").write_text('ID,Caption\ns/IMG_1.jpg,"one"\nt/IMG_1.png,"other"\n')
+    assert list(read_table(tmp_path / "run.csv").captions) == ["s/IMG_1", "t/IMG_1"]
+    (tmp_path / "run.csv").write_text('ID,Caption\ns/IMG_1.jpg#0,"one"\ns/IMG_1.jpg#1,"other"\n')
+    assert read_table(tmp_path / "run.csv").captions == {"IMG_1": ("one", "other")}

@@ -10,12 +10,13 @@ import pytest
 from engine.captions import Alternative, Caption
 from engine.errors import BundleError, EngineError, OutOfMemoryError, UsageError
 from engine.inputs.images import ImageFile, find_images
+from engine.inputs.notes import ImageNote
 from engine.inputs.remote import RemoteFolder
 from engine.workers.messages import (
     pack_captions,
-    pack_clipped,
     pack_error,
     pack_failures,
+    pack_image_notes,
     pack_images,
     pack_note,
     pack_ready,
@@ -34,7 +35,8 @@ def test_messages_come_back_as_they_were():
     (back,) = unpack_answer(pack_captions([CAPTION])).captions
     assert (back, back.latency_s, back.file_sha256) == (CAPTION, 0.1 + 0.2, "5d41")
     assert unpack_answer(pack_failures({"x": "truncated"})).failures == {"x": "truncated"}
-    assert unpack_answer(pack_clipped(["x.png"])).clipped == ("x.png",)
+    notes = [ImageNote("clipped", "x.png"), ImageNote("frames", "\udcff.gif")]
+    assert unpack_answer(pack_image_notes(notes)).image_notes == tuple(notes)
     assert unpack_answer(pack_note("less memory")).note == "less memory"
     assert unpack_answer(pack_ready(48)).wants == 48
     images = [

@@ -15,9 +15,10 @@ from PIL import Image
 from engine.errors import DataError, OutputError, UsageError
 from engine.inputs.columns import Columns
 from export.checkpoints.releases import word_pieces
-from tests.helpers.datasets import picture, png, seen, write, write_parquet
+from tests.helpers.datasets import extreme_png, imageless, picture, png, seen, write, write_parquet
 from train.data.check import check_split, drop_unusable, fingerprint
 from train.data.dataset import Example, Split, hold_out, read_dataset
+from train.data.inspect import inspect_dataset
 from train.data.problems import Problems
 from train.data.prompts import lost_in_tokens
 
@@ -238,6 +239,32 @@ def test_captions_that_the_tokenizer_changes_are_counted(tmp_path):
     assert [name for name, _ in found.accents] == ["accents"]
     assert found.lines()[-1] == "1 caption has words that the vocabulary cannot spell, learned as [UNK]: words"
     assert not found.fatal
+
+
+def test_dropped_transparency_and_frames_are_named(tmp_path):
+    Image.new("RGBA", (8, 8)).save(tmp_path / "clear.png")
+    Image.new("L", (8, 8)).save(tmp_path / "film.tif", save_all=True, append_images=[Image.new("L", (8, 8), 9)])
+    split = Split("train", [Example(path.stem, path, "a scan") for path in sorted(tmp_path.iterdir())], tmp_path)
+    assert check_split(split).lines() == [
+        "1 image with transparency: clear (which is dropped)",
+        "1 image with several frames: film (the first is used)",
+    ]
+
+
+def test_dicom_files_without_an_image_are_counted(tmp_path):
+    picture(tmp_path / "train" / "a.png")
+    imageless(tmp_path / "train" / "DICOMDIR", "1.2.840.10008.1.3.10")
+    write(tmp_path / "train_captions.csv", "ID,Caption\na,a scan\n")
+    split = read_dataset(tmp_path)["train"]
+    assert check_split(split).lines() == ["1 DICOM file without an image, skipped: train/DICOMDIR"]
+
+
+def test_an_image_of_an_extreme_side_is_unreadable(tmp_path):
+    (tmp_path / "wide.png").write_bytes(extreme_png(1_000_001, 1))
+    split = Split("train", [Example("wide", tmp_path / "wide.png", "a scan")], tmp_path)
+    reason = "a side of 1000001 pixels, refused: at most 1000000 are read"
+    assert check_split(split).unreadable == [("wide", reason)]
+    assert inspect_dataset({"train": split})["splits"]["train"]["sizes"]["unread"]["first"] == [["wide", reason]]
 
 
 def test_what_is_not_asked_for_is_not_checked(tmp_path):

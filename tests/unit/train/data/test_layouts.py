@@ -138,8 +138,11 @@ def test_pictures_that_share_an_id_are_told(tmp_path):
     picture(tmp_path / "images" / "a.jpg")
     picture(tmp_path / "images" / "a.png")
     write(tmp_path / "captions.csv", "ID,Caption\na,one\n")
-    with pytest.raises(DataError, match="two images with the id 'a'"):
+    with pytest.raises(DataError, match=r"two images with the id 'a': a\.jpg and a\.png; .* or rename one"):
         read_dataset(tmp_path)
+    write(tmp_path / "captions.csv", "ID,Caption\na.png,one\na.jpg,other\n")
+    examples = read_dataset(tmp_path)["train"].examples
+    assert [(example.image.name, example.caption) for example in examples] == [("a.png", "one"), ("a.jpg", "other")]
 
 
 @pytest.mark.parametrize(
