@@ -66,8 +66,8 @@ def _link_to_pipe(path: Path) -> None:
 
 
 UNREADABLE: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "nothing": (".jpg", _write(b""), "not an image, or damaged"),
-    "text": (".jpg", _write(b"<html>404 not found</html>\n"), "not an image, or damaged"),
+    "nothing": (".jpg", _write(b""), "empty file: copy or download it again"),
+    "text": (".jpg", _write(b"<html>404 not found</html>\n"), "an HTML page instead of the file"),
     "noise": (".png", _write(np.random.default_rng(1).bytes(5000)), "not an image, or damaged"),
     "truncated JPEG": (".jpg", _write(encoded("JPEG")[:-400]), "truncated"),
     "a JPEG's first bytes": (".jpg", _write(encoded("JPEG")[:20]), "not an image, or damaged"),

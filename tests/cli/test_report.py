@@ -124,7 +124,9 @@ def test_images_that_cannot_be_read_are_listed_in_one_line_and_have_a_placeholde
     result = report(work)
     assert result.exit_code == 0
     (line,) = [line for line in result.stderr.splitlines() if "cannot be read" in line]
-    assert line.startswith("2 images cannot be read and have a placeholder: b.png (not an image, or damaged), c.png (")
+    assert line.startswith(
+        "2 images cannot be read and have a placeholder: b.png (empty file: copy or download it again), c"
+    )
     assert page_data(work)["pictures"][1:] == [None, None]
     assert set(page_data(work)["unreadable"]) == {"1", "2"}
 
