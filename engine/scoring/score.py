@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import DataError, EngineError
+from engine.errors import DataError, EngineError, UsageError
 from engine.inputs.columns import PROMPT, USUAL, Columns
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.ids import join_some, shown
@@ -32,7 +32,8 @@ class ScoreRequest:
 
     Captions are scored without the prompts they begin with: `prompt` for all images, those of the table `prompts`, or
     the column `prompt` of the run or the references; with `keep_prompt` they are scored as they are. With `only_common`
-    ids that only one file has are left out. Raises UsageError for a high bit depth that is not valid.
+    ids that only one file has are left out. Raises UsageError for a high bit depth that is not valid, and for options
+    that exclude each other.
     """
 
     run: Path
@@ -55,6 +56,10 @@ class ScoreRequest:
 
     def __post_init__(self) -> None:
         window_of(self.high_bit_depth)
+        given = {"--prompt": self.prompt is not None, "--prompts": self.prompts, "--keep-prompt": self.keep_prompt}
+        names = [name for name, is_given in given.items() if is_given]
+        if len(names) > 1:
+            raise UsageError(f"{' and '.join(names)}: give one of them")
 
 
 @dataclass(frozen=True)

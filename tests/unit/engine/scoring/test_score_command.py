@@ -123,6 +123,7 @@ def test_unknown_metrics_and_wrong_pairs_are_refused(files):
     assert "unknown metric 'rogue'" in score(files, "--metrics", "rogue").stderr
     assert "--weights takes NAME=..." in score(files, "--weights", "bertscore").stderr
     assert "score needs --run and --references" in run("score").stderr
+    assert "--prompt and --keep-prompt: give one" in score(files, "--prompt", "a", "--keep-prompt").stderr
     assert "only with --images" in score(files, "--high-bit-depth", "scale").stderr
     assert "give clip, scale, or two numbers" in score(files, "--images", files, "--high-bit-depth", "x").stderr
     assert "--weights bert=... is for no metric of this run" in score(files, "--weights", "bert=/").stderr
