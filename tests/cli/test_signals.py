@@ -15,7 +15,7 @@ from engine.cli.signals import INTERRUPTED, TERMINATED
 from tests.helpers.processes import is_running
 
 PROGRAM = """
-import ctypes, subprocess, sys, threading, time
+import ctypes, os, signal, subprocess, sys, threading, time
 import click
 from engine.cli.group import OneLine
 
@@ -45,6 +45,24 @@ def destructor():
     global stuck
     stuck = Stuck()
     time.sleep(60)
+
+class Slow:
+    def __del__(self):
+        time.sleep(60)
+
+def finalizer():
+    Slow()
+    time.sleep(60)
+
+def forked():
+    pid = os.fork()
+    if not pid:
+        time.sleep(60)
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        time.sleep(0.2)
+        os.kill(pid, sent)
+    print(os.waitpid(pid, 0)[1], flush=True)
+    time.sleep(1)
 
 def child():
     subprocess.run(["sh", "-c", "trap '' INT TERM; sleep 60 & echo $!; wait"])
@@ -81,7 +99,7 @@ def stop(process: subprocess.Popen[str], sent: signal.Signals) -> tuple[float, s
     return time.monotonic() - began, errors
 
 
-@pytest.mark.parametrize("what", ["swallow", "native", "thread", "destructor", "child"])
+@pytest.mark.parametrize("what", ["swallow", "native", "thread", "destructor", "finalizer", "child"])
 def test_a_command_ends_whatever_it_waits_for(what):
     sent, expected = (signal.SIGTERM, TERMINATED) if what in ("native", "child") else (signal.SIGINT, INTERRUPTED)
     process = start([sys.executable, "-c", PROGRAM, what])
@@ -99,6 +117,11 @@ def test_a_command_ends_whatever_it_waits_for(what):
                 break
             time.sleep(0.05)
         assert not is_running(below)
+
+
+def test_a_signal_to_a_forked_child_stops_the_child_alone():
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "forked"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ready\n{int(signal.SIGTERM)}\n", "")
 
 
 @pytest.mark.parametrize("wait_s", [0.6, 2.0, 4.0])
