@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from engine.errors import EngineError, ImageError
+from engine.errors import EngineError, ImageError, UsageError
 from engine.files.atomic import write_atomically
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.images import is_dicom
@@ -98,9 +98,11 @@ def inspect_directory(
     window_of(high_bit_depth)
     count_tokens = None
     if model is not None:
-        from transformers import AutoTokenizer
+        if not model.is_dir():
+            raise UsageError(f"--model {model}: there is no such folder")
+        from export.checkpoints.tokenizer import read_tokenizer  # imports transformers, which takes seconds
 
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = read_tokenizer(model)
         count_tokens = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
     splits = read_dataset(data, unpack_into=unpack_into)
     stats = inspect_dataset(splits, count_tokens=count_tokens)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from engine.errors import OutputError
+from engine.errors import OutputError, UsageError
+from tests.helpers.datasets import write
+from tests.helpers.tiny import save_pictures
 from train.data.dataset import Example, Split
-from train.data.inspect import MODALITIES, NO_MODALITY, inspect_dataset, lines
+from train.data.inspect import MODALITIES, NO_MODALITY, inspect_dataset, inspect_directory, lines
 from train.data.plots import draw_dataset
 
 CT, MR, PET = "C0040405", "C0024485", "C0032743"
@@ -179,3 +182,19 @@ def test_the_plot_leaves_out_what_is_unknown_and_cuts_nothing_it_can_show(tmp_pa
     assert panel["axes"] == ["words a caption", "% of the captions of the split"]
     with pytest.raises(OutputError, match="cannot be written: No such file or directory"):
         draw_dataset(stats, tmp_path / "nowhere" / "plot.png")
+
+
+def test_tokens_are_counted_with_a_tokenizer_of_transformers_5(tiny_checkpoint, tmp_path):
+    save_pictures(tmp_path / "data", 2)
+    write(tmp_path / "data" / "captions.csv", "ID,Caption\n0,axial ct\n1,mri\n")
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "TokenizersBackend"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"extra_special_tokens": ["[ENC]"]}))
+    assert inspect_directory(tmp_path / "data", tmp_path / "out", lambda _: None, model=model)
+    found = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert found["splits"]["train"]["tokens"]["max"] == 4
+
+
+def test_a_model_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(UsageError, match="--model nowhere: there is no such folder"):
+        inspect_directory(tmp_path, tmp_path / "out", lambda _: None, model=Path("nowhere"))
