@@ -65,6 +65,8 @@ def _why_unreadable(path: Path, *, depth: str, clipped: list[str]) -> str:
         decode_image(path, depth=depth, clipped=clipped)
     except ImageError as error:
         return error.reason
+    except MemoryError:
+        return "needs more memory than is free"
     return ""
 
 
