@@ -25,32 +25,42 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def recipe_options(command: Command) -> Command:
     """Add what every command that trains takes."""
-    for option in (
+    options = (
         click.option("--set", "changes", multiple=True, metavar="SETTING=VALUE", help="Any setting of the recipe."),
-        click.option("--epochs", type=click.IntRange(1)),
-        click.option("--learning-rate", type=float),
+        click.option("--epochs", type=click.IntRange(1), help="Passes over the training split."),
+        click.option("--learning-rate", type=float, help="Highest learning rate of AdamW; the schedule lowers it."),
         click.option("--batch-size", type=click.IntRange(1), help="Captions an optimiser step learns from."),
-        click.option("--device-batch", type=click.IntRange(1), help="Of these, how many a process takes at once."),
+        click.option(
+            "--device-batch",
+            type=click.IntRange(1),
+            help="Captions per process and forward pass; gradients accumulate up to --batch-size.",
+        ),
         click.option("--image-size", type=click.IntRange(1), help="px; the position table is resized to it."),
         click.option("--high-bit-depth", help=DEPTH_HELP),
-        click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"])),
-        click.option("--seed", type=click.IntRange(0)),
-    ):
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "bf16", "fp16"]),
+            help="Number format of forward and backward passes; weights stay fp32. bf16 needs an Ampere GPU or later.",
+        ),
+        click.option("--seed", type=click.IntRange(0), help="Seed of the shuffling, dropout and augmentation."),
+    )
+    for option in reversed(options):  # the last one added is shown first
         command = option(command)
     return command
 
 
 def data_options(command: Command) -> Command:
     """Add what every command that reads a data set takes."""
-    for option in (
+    options = (
         column_options("caption", "prompt"),
-        click.option("--data", type=PATH, required=True, help="Data set folder; layouts: docs/files.md."),
+        click.option("--data", type=PATH, required=True, help="Data set folder; docs/files.md lists the layouts."),
         click.option("--allow-missing", is_flag=True, help="Leave out what cannot be read instead of stopping."),
         click.option(
             "--check-images/--trust-images", default=True, show_default=True, help="Decode every image beforehand."
         ),
         click.option("--unpack-into", type=PATH, help="Where the pictures of parquet files are kept."),
-    ):
+    )
+    for option in reversed(options):
         command = option(command)
     return command
 
@@ -75,7 +85,9 @@ def main() -> None:
 @click.option("--model", required=True, help="BLIP captioning checkpoint to start from: a folder, or a hub's id.")
 @click.option("--out", type=PATH, required=True, help="Run directory; the same command goes on where it was cut off.")
 @click.option("--recipe", default="medblip-base", show_default=True, help="A named recipe, or a YAML file.")
-@click.option("--dry-run", is_flag=True, help="Print steps, memory, hours and disk, take two steps, keep nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print steps, memory, hours and disk; train two steps, validate, keep nothing."
+)
 @click.option("--weights", multiple=True, metavar="NAME=DIR", help="Folder with a neural metric's weights.")
 @recipe_options
 @data_options
@@ -119,7 +131,7 @@ def finetune(
     "--checkpoint", type=PATH, help="BLIP captioning checkpoint (safetensors); exported once into OUT/bundle."
 )
 @click.option("--bundle", type=PATH, help="Exported bundle to take instead; with both, of the same weights.")
-@click.option("--data", type=PATH, required=True, help="Data set folder; layouts: docs/files.md.")
+@click.option("--data", type=PATH, required=True, help="Data set folder; docs/files.md lists the layouts.")
 @column_options("caption", "prompt")
 @click.option(
     "--out", type=PATH, required=True, help="For tables and runs; the same command goes on where it was cut off."

@@ -1,13 +1,14 @@
-"""What a run will be, before a day is spent on it: steps, learning rates, memory, disk, hours; two steps really run.
+"""What a run will be, before a day is spent on it: steps, learning rates, memory, disk, hours.
 
-Knows nothing of run directories.
+Two steps and a first validation really run, in a temporary directory.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ from export.reference.huggingface import Reference
 from train.data.batches import PixelSpec
 from train.data.dataset import Split
 from train.estimates import GIB, disk, flop_of_step, memory, on_an_a100, rounded, tokens_of_batches
-from train.finetune import Job, make_evaluator, prepare_data, signatures
-from train.learning.evaluate import references_by_id
+from train.finetune import Job, best_models, make_evaluator, make_judge, prepare_data, signatures
+from train.learning.evaluate import LOSS, references_by_id
 from train.learning.processes import rank_and_world_size
 from train.learning.setup import load_reference, make_trainer
 from train.recipe import Recipe
 
 TRIAL_STEPS = 2
 TRIAL_IMAGES = 8
-"""Validation images that are captioned in a trial."""
+"""Validation images that are captioned and scored in a trial."""
 
 
 class StepClock(TrainerCallback):
@@ -45,7 +46,7 @@ class StepClock(TrainerCallback):
 
 
 def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dict[str, Any]:
-    """Return what a run will be; with `trial`, take TRIAL_STEPS optimiser steps (the model is thrown away)."""
+    """Return what a run will be; with `trial`, take TRIAL_STEPS optimiser steps and validate (nothing is kept)."""
     recipe = job.recipe
     if rank_and_world_size()[1] > 1:
         raise UsageError("--dry-run looks at one process: run it without torchrun")
@@ -71,8 +72,7 @@ def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dic
         "a100_estimate": on_an_a100(flop_of_step(reference.model, recipe, round(tokens)), recipe, steps),
     }
     if trial:
-        plan["trial"], later = _trial(job, reference, splits, batches, say)
-        seconds_an_image, images = _trial_of_validation(job, reference, splits["valid"])
+        plan["trial"], later, seconds_an_image, images = _trial(job, reference, splits, batches, say)
         plan["this_machine"] = on_this_machine(recipe, steps, later, seconds_an_image, images)
         say(in_words(plan))
     return plan
@@ -114,34 +114,44 @@ def learning_rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
 
 def _trial(
     job: Job, reference: Reference, splits: dict[str, Split], batches: tuple[int, int], say: Callable[[str], None]
-) -> tuple[dict[str, Any], float]:
-    """Take two optimiser steps on the first images of the data; return losses and seconds, and the seconds of the last
-    step: the first ones pay for what happens once.
+) -> tuple[dict[str, Any], float, float, int]:
+    """Take two optimiser steps on the first images of the data, then do all of a first validation with TRIAL_IMAGES
+    images: what would fail there fails here.
+
+    Returns losses, scores and seconds, the seconds of the last step (the first ones pay for what happens once), the
+    seconds to caption a validation image, and the number of images an epoch will be judged by.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory)
-        trainer = make_trainer(
-            job.recipe, reference, splits, lambda _: {}, batches, job.metrics, out, say, max_steps=TRIAL_STEPS
-        )
+    evaluator = make_evaluator(job, reference, splits["valid"].examples)
+    ids = list(references_by_id(evaluator.examples))
+    some, spent = set(ids[:TRIAL_IMAGES]), []
+    few = replace(evaluator, examples=[example for example in evaluator.examples if example.id in some])
+
+    def evaluate() -> tuple[dict[str, float], list[tuple[str, str]]]:
+        start = time.perf_counter()
+        loss, captions = few.observe()
+        spent.append(time.perf_counter() - start)
+        return {LOSS: loss} | few.scores(captions), captions
+
+    with _room_beside(job.out) as out:
+        judge = make_judge(evaluate, reference, best_models(out, job.recipe), 0, lambda _: None)
+        steps = {"max_steps": TRIAL_STEPS}
+        trainer = make_trainer(job.recipe, reference, splits, judge, batches, job.metrics, out, say, **steps)
         trainer.args.logging_steps = trainer.state.logging_steps = 1
         clock = StepClock()
         trainer.add_callback(clock)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
+        scores = {name: value for name, value in trainer.evaluate().items() if name.startswith("eval_")}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found = {"steps": trainer.state.global_step, "losses": losses, "seconds_a_step": round(seconds / TRIAL_STEPS, 2)}
-    return found, clock.ends[-1] - clock.ends[-2]
+    found["validation"] = {"images": len(some)} | {name.removeprefix("eval_"): one for name, one in scores.items()}
+    return found, clock.ends[-1] - clock.ends[-2], spent[0] / len(some), len(ids)
 
 
-def _trial_of_validation(job: Job, reference: Reference, split: Split) -> tuple[float, int]:
-    """Judge the model as it is by TRIAL_IMAGES images, without scores; return the seconds an image, and how many images
-    an epoch will be judged by.
-    """
-    evaluator = make_evaluator(job, reference, split.examples)
-    ids = list(references_by_id(evaluator.examples))
-    some = set(ids[:TRIAL_IMAGES])
-    few = [example for example in evaluator.examples if example.id in some]
-    start = time.perf_counter()
-    replace(evaluator, examples=few, metrics=()).evaluate()
-    return (time.perf_counter() - start) / len(some), len(ids)
+@contextmanager
+def _room_beside(out: Path) -> Iterator[Path]:
+    """Make a temporary directory where the run's own will be: on the same disk, with the same rights."""
+    parent = next(path for path in out.absolute().parents if path.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.dry-run.", dir=parent) as directory:
+        yield Path(directory)

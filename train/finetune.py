@@ -31,10 +31,12 @@ from train.learning.evaluate import LOSS, Evaluator
 from train.learning.processes import on_first_process, rank_and_world_size
 from train.learning.run_dir import BestModels, locked, write_log, write_or_compare_record
 from train.learning.setup import evaluation_options, load_reference, make_trainer
-from train.learning.trainer import CaptionTrainer, newest_whole
+from train.learning.trainer import CaptionTrainer, has_whole, newest_whole
 from train.recipe import Recipe
 
 Say = Callable[[str], None]
+Evaluate = Callable[[], tuple[dict[str, float], list[tuple[str, str]]]]
+"""Returns what Evaluator.evaluate does."""
 SPLITS = ("train", "valid")
 
 
@@ -80,8 +82,8 @@ def finetune(job: Job, say: Say) -> dict[str, Any]:
     splits = on_first_process(lambda: prepare_data(job.data, recipe, reference, say))
     with locked(job.out, rank):
         resume_from = on_first_process(lambda: begin(job, splits, measured_by, say))
-        best = BestModels(job.out / "models", recipe, evaluation_options(recipe) if recipe.write_decoding else None)
-        judge = make_judge(job, reference, splits["valid"].examples, best, rank, say)
+        best, evaluator = best_models(job.out, recipe), make_evaluator(job, reference, splits["valid"].examples)
+        judge = make_judge(evaluator.evaluate, reference, best, rank, say)
         trainer = make_trainer(recipe, reference, splits, judge, batches, job.metrics, job.out, say)
         start = time.perf_counter()
         trainer.go_on(resume_from)
@@ -136,12 +138,15 @@ def signatures(recipe: Recipe, metrics: MetricInputs) -> dict[str, str]:
 
 
 def begin(job: Job, splits: dict[str, Split], measured_by: dict[str, str], say: Say) -> Path | None:
-    """Claim the run directory; return the state of training to go on from, or None."""
-    write_or_compare_record(job.out, job.recipe, run_identity(job, splits) | {"metrics": measured_by})
-    (job.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    newest = newest_whole(job.out / "checkpoints", say)
+    """Claim the run directory; return the state of training to resume from, or None."""
+    states = job.out / "checkpoints"
+    is_begun = has_whole(states) or any((job.out / "models").glob("epoch_*"))
+    record = run_identity(job, splits) | {"metrics": measured_by}
+    write_or_compare_record(job.out, job.recipe, record, say, is_begun=is_begun)
+    states.mkdir(parents=True, exist_ok=True)
+    newest = newest_whole(states, say)
     if newest is not None:
-        say(f"going on from {newest}")
+        say(f"resuming from {newest}")
     return newest
 
 
@@ -152,19 +157,25 @@ def run_identity(job: Job, splits: dict[str, Split]) -> dict[str, Any]:
 
 
 def make_judge(
-    job: Job, reference: Reference, examples: Sequence[Example], best: BestModels, rank: int, say: Say
+    evaluate: Evaluate, reference: Reference, best: BestModels, rank: int, say: Say
 ) -> Callable[[int], dict[str, float]]:
     """Return what is called after each epoch: it judges the model, and the first process keeps the best models."""
-    evaluator = make_evaluator(job, reference, examples)
 
     def judge(epoch: int) -> dict[str, float]:
-        found, captions = evaluator.evaluate()
+        found, captions = evaluate()
         if rank == 0:
             best.add(epoch, found, captions, reference)
             say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            if tie := best.tie():
+                say(tie)
         return found
 
     return judge
+
+
+def best_models(out: Path, recipe: Recipe) -> BestModels:
+    """Return the keeper of a run's best models."""
+    return BestModels(out / "models", recipe, evaluation_options(recipe) if recipe.write_decoding else None)
 
 
 def make_evaluator(job: Job, reference: Reference, examples: Sequence[Example]) -> Evaluator:

@@ -152,7 +152,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} is not a list of settings")
+        raise UsageError(f"{path} must be a mapping of settings, such as `epochs: 3`")
     return {str(name): value for name, value in content.items()}
 
 

@@ -19,7 +19,11 @@ LONGEST_SUMMARY = 1000
 
 
 class OneLine(click.Command):
-    """A command whose errors are one line each."""
+    """A command whose errors are one line each, with help under -h and --help."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        named["context_settings"] = {"help_option_names": ["-h", "--help"]} | (named.get("context_settings") or {})
+        super().__init__(*args, **named)
 
     def main(self, args: Any = None, *more: Any, **named: Any) -> Any:
         if args is None:  # it is what this process was started for

@@ -47,6 +47,7 @@ def end_on_signals() -> None:
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget)
     threading.Thread(target=_watch, args=(receiver, sender), name="signals", daemon=True).start()
     _armed.set()
 
@@ -81,7 +82,19 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
+def _forget() -> None:
+    """Prepare a child that a library forks, such as torch's DataLoader: its parent ends it, also at Ctrl-C.
+
+    With the inherited handlers it would print a traceback, and its signals would stop the parent.
+    """
+    signal.set_wakeup_fd(-1)
+    for number, usual in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) == _stop:
+            signal.signal(number, usual)
+
+
 def _stop(signum: int, frame: object) -> NoReturn:  # noqa: ARG001
+    sys.unraisablehook = lambda _: None  # what is raised here within a destructor would be printed with its traceback
     _below.update(_descendants(os.getpid()))
     raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 

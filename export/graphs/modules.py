@@ -91,8 +91,9 @@ class DecoderStep(ExportedModule):
         settled: list[Tensor],
         recent: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """Inputs as engine.decoding.backend.StepInputs has them, num_candidates i64[1]; cross f32[B,H,S,d], settled
-        f32[B,H,F,d] and recent f32[B,H,R,d] each hold keys and values alternately, layer by layer.
+        """Inputs as engine.decoding.backend.StepInputs has them; cross f32[B,H,S,d], settled f32[B,H,F,d] and recent
+        f32[B,H,R,d] each hold keys and values alternately, layer by layer. num_candidates is i64[1] in a graph, and a
+        0-dimensional CPU tensor where torch runs the step, whatever the device of the other inputs.
 
         Returns candidate_scores f32[B,C], candidate_ids i64[B,C] and the recent cache extended to f32[B,H,R+T,d].
         """
@@ -164,14 +165,16 @@ class DecoderStep(ExportedModule):
         The top C of each row are taken first: the best C over all rows are among them.
         """
         row_scores, row_ids = TopK.apply(log_probs, num_candidates)
-        totals = (row_scores + scores[:, :, None]).flatten(1)
+        totals = (row_scores + scores.unsqueeze(2)).flatten(1)
         best_scores, best = TopK.apply(totals, num_candidates)
         row = torch.div(best, num_candidates, rounding_mode="trunc")
         return best_scores, row * log_probs.shape[-1] + row_ids.flatten(1).gather(1, best)
 
 
 class TopK(torch.autograd.Function):
-    """torch.topk over the last axis whose count is a tensor i64[1], so that one graph serves every number of beams."""
+    """torch.topk over the last axis whose count is a tensor of one element, so that one graph serves every number of
+    beams.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004

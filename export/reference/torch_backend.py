@@ -89,7 +89,7 @@ class TorchBackend:
         with torch.inference_mode():
             scores, ids, *cache.recent = self._decoder(
                 *(torch.from_numpy(array).to(self._device) for array in fed),
-                torch.tensor([inputs.num_candidates]),
+                torch.tensor(inputs.num_candidates),  # 0-dimensional, or CUDA tensors refuse it
                 cache.cross,
                 cache.settled,
                 cache.recent,

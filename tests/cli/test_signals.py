@@ -20,7 +20,7 @@ from engine.cli.signals import INTERRUPTED, TERMINATED, Terminated
 from tests.helpers.processes import is_running
 
 PROGRAM = """
-import ctypes, subprocess, sys, threading, time
+import ctypes, os, signal, subprocess, sys, threading, time
 import click
 from engine.cli.group import OneLine
 
@@ -50,6 +50,24 @@ def destructor():
     global stuck
     stuck = Stuck()
     time.sleep(60)
+
+class Slow:
+    def __del__(self):
+        time.sleep(60)
+
+def finalizer():
+    Slow()
+    time.sleep(60)
+
+def forked():
+    pid = os.fork()
+    if not pid:
+        time.sleep(60)
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        time.sleep(0.2)
+        os.kill(pid, sent)
+    print(os.waitpid(pid, 0)[1], flush=True)
+    time.sleep(1)
 
 def child():
     subprocess.run(["sh", "-c", "trap '' INT TERM; sleep 60 & echo $!; wait"])
@@ -86,7 +104,7 @@ def stop(process: subprocess.Popen[str], sent: signal.Signals) -> tuple[float, s
     return time.monotonic() - began, errors
 
 
-@pytest.mark.parametrize("what", ["swallow", "native", "thread", "destructor", "child"])
+@pytest.mark.parametrize("what", ["swallow", "native", "thread", "destructor", "finalizer", "child"])
 def test_a_command_ends_whatever_it_waits_for(what):
     sent, expected = (signal.SIGTERM, TERMINATED) if what in ("native", "child") else (signal.SIGINT, INTERRUPTED)
     process = start([sys.executable, "-c", PROGRAM, what])
@@ -122,6 +140,11 @@ def test_a_stop_during_an_import_is_a_stop(signal_error, exit_code, is_caught, t
 
     done = CliRunner().invoke(command)
     assert (done.exit_code, done.stderr) == (exit_code, "error: stopped\n")
+
+
+def test_a_signal_to_a_forked_child_stops_the_child_alone():
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "forked"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ready\n{int(signal.SIGTERM)}\n", "")
 
 
 @pytest.mark.parametrize("wait_s", [0.6, 2.0, 4.0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,12 +14,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+from torch.utils.data import get_worker_info
 
+from engine.errors import EngineError
 from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
 from train.__main__ import main
 from train.estimates import disk
@@ -62,6 +68,22 @@ def losses(out: Path) -> list[tuple[int, str, float]]:
 
 def weights(directory: Path) -> str:
     return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+def invoke(checkpoint: Path, data: Path, out: Path, *more: str) -> Result:
+    """Run one epoch of a small run in this process."""
+    small = ["--recipe", "smoke", "--epochs", "1", "--batch-size", "24", "--set", "eval_max_new_tokens=4"]
+    return CliRunner().invoke(main, finetune(checkpoint, data, out, *small, "--set", "schedule=constant", *more)[2:])
+
+
+@pytest.fixture(scope="module")
+def extended(checkpoint, data, tmp_path_factory):
+    """A start that is refused, the corrected one, and the same directory with an epoch more: (out, results)."""
+    out = tmp_path_factory.mktemp("runs") / "extended"
+    done = [invoke(checkpoint, data, out, "--precision", "fp16"), invoke(checkpoint, data, out)]
+    (out / "checkpoints" / "checkpoint-backup").mkdir()
+    done.append(invoke(checkpoint, data, out, "--epochs", "2"))
+    return out, done
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +175,122 @@ def test_a_directory_holds_one_run(undisturbed, checkpoint, data):
     assert "holds another run, with another epochs, learning_rate" in changed.output
     again = run(*finetune(checkpoint, data, out, *SETTINGS))
     assert json.loads(again.stdout.splitlines()[-1])["best"] == summary["best"]
+
+
+def test_failed_start_does_not_block_the_next(extended):
+    out, (refused, corrected, _) = extended
+    assert "fp16 needs a GPU" in refused.output
+    assert corrected.exit_code == 0, corrected.output
+    assert "holds a start without a finished state of training: its record is replaced" in corrected.output
+    assert json.loads((out / "run.json").read_text())["recipe"]["precision"] == "fp32"
+
+
+def test_finished_run_resumes_with_more_epochs(extended, checkpoint, data, tmp_path):
+    """It ends at the weights of a run that had as many epochs from its beginning; other folders do not matter."""
+    out, (_, _, done) = extended
+    assert done.exit_code == 0, done.output
+    assert "with epochs=1: it resumes up to epoch 2" in done.output
+    assert json.loads((out / "run.json").read_text())["recipe"]["epochs"] == 2
+    assert (out / "checkpoints" / "checkpoint-backup").is_dir()
+    assert invoke(checkpoint, data, tmp_path / "direct", "--epochs", "2").exit_code == 0
+    assert weights(tmp_path / "direct" / "models" / "epoch_02") == weights(out / "models" / "epoch_02")
+
+
+def test_one_cycle_run_is_not_extended(undisturbed, checkpoint, data):
+    out, _ = undisturbed
+    longer = CliRunner().invoke(main, finetune(checkpoint, data, out, *SETTINGS, "--epochs", "4")[2:])
+    assert longer.exit_code == 2
+    assert "another epochs: learning rates of the schedule one-cycle depend on" in longer.output
+    assert f"take --model {out / 'best'} and another --out" in longer.output
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"recipe": 1}'])
+def test_damaged_record_is_one_line(extended, checkpoint, data, content):
+    out, _ = extended
+    before = (out / "run.json").read_text()
+    try:
+        (out / "run.json").write_text(content)
+        done = invoke(checkpoint, data, out)
+    finally:
+        (out / "run.json").write_text(before)
+    assert (done.exit_code, done.output.splitlines()[1:]) == (
+        1,
+        [f"error: {out / 'run.json'} is damaged: restore it, or delete {out} to start afresh"],
+    )
+
+
+def test_dry_run_validates(checkpoint, data, tmp_path, monkeypatch):
+    """A metric that fails and a model that cannot be written end the dry run as they would end the first epoch."""
+    plan = json.loads(invoke(checkpoint, data, tmp_path / "out", "--dry-run").stdout.splitlines()[-1])
+    assert set(plan["trial"]["validation"]) == {"images", "loss", "rouge1"}
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.scoring.overlap.Rouge1.measure", lambda *_: fail("no scores"))
+        assert invoke(checkpoint, data, tmp_path / "out", "--dry-run").output.endswith("error: no scores\n")
+    monkeypatch.setattr("train.learning.run_dir.save_checkpoint", lambda *_: fail("not written"))
+    assert invoke(checkpoint, data, tmp_path / "out", "--dry-run").output.endswith("error: not written\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def fail(message: str) -> NoReturn:
+    raise EngineError(message)
+
+
+def test_shared_memory_is_checked_before_training(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.learning.setup.os.statvfs", lambda _: SimpleNamespace(f_bavail=64, f_frsize=2**10))
+    done = invoke(checkpoint, data, tmp_path / "out", "--set", "workers=2", "--image-size", "64")
+    assert done.exit_code == 2
+    assert "/dev/shm has 0 MiB free, 1 are needed by 2 reading processes: docker run --shm-size=1g" in done.output
+    assert "or --set workers=0" in done.output
+
+
+def kill_reader(*_: object) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def no_room(*_: object) -> NoReturn:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def no_memory(*_: object, **__: object) -> NoReturn:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("broken", "failure", "message"),
+    [
+        ("train.data.batches.collate_captions", kill_reader, "step 1: a process that reads images ended (DataLoader"),
+        ("torch.Tensor.share_memory_", no_room, "step 1: no room in shared memory (/dev/shm)"),
+        ("train.data.batches.read_image", no_memory, ".png: needs more memory than is free"),
+    ],
+)
+def test_reading_process_that_fails_ends_the_run(checkpoint, data, tmp_path, monkeypatch, broken, failure, message):
+    """It hangs no run, and its reason is one line."""
+    name, _, attribute = broken.rpartition(".")
+    owner = torch.Tensor if name == "torch.Tensor" else importlib.import_module(name)
+    works = getattr(owner, attribute)
+
+    def in_readers(*given, **named):
+        return (works if get_worker_info() is None else failure)(*given, **named)
+
+    monkeypatch.setattr(owner, attribute, in_readers)
+    done = invoke(checkpoint, data, tmp_path / "out", "--set", "workers=1")
+    assert done.exit_code == 1
+    assert message in done.output.splitlines()[-1]
+    assert done.output.splitlines()[-1].startswith("error: ")
+
+
+def test_image_that_needs_too_much_memory_is_named(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.data.batches.read_image", no_memory)
+    done = invoke(checkpoint, data, tmp_path / "out")
+    assert done.exit_code == 1
+    assert re.fullmatch(r"error: .*p\d+\.png: needs more memory than is free: .*", done.output.splitlines()[-1])
+
+
+def test_help_by_one_letter():
+    for command in (["-h"], ["finetune", "-h"]):
+        assert CliRunner().invoke(main, command).exit_code == 0
+    assert CliRunner().invoke(importlib.import_module("export.__main__").main, ["-h"]).exit_code == 0
 
 
 def test_a_plan_has_the_papers_rates_and_keeps_nothing(checkpoint, data, tmp_path):

@@ -101,7 +101,7 @@ def test_rewards_are_of_what_follows_a_prompt_and_pull_at_nothing_else(checkpoin
         for place, pixels, captions in zip(batch["place"].tolist(), batch["pixels"], drawn, strict=True):
             prompt = trainer._examples[place[1]].prompt
             told = trainer._reference.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            normal = trainer._spec.normalise(pixels.numpy())[None]
+            normal = trainer._spec.normalise(pixels[None])
             for ids, advantage in captions.items():
                 assert list(ids[1 : 1 + len(told)]) == told
                 with torch.no_grad():

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses import FakeTensor, FakeTensorMode
 
+from engine.bundle.graphs import STEP_INPUTS
+from engine.decoding.backend import StepInputs
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
-from export.reference.torch_backend import caption_live
+from export.graphs.modules import DecoderStep
+from export.reference.huggingface import Reference
+from export.reference.torch_backend import TorchBackend, caption_live
+from tests.helpers.other_device import DEVICE, other_device
 from tests.helpers.tiny import IMAGE_SIZE, random_pictures
 
 PICTURES = random_pictures(9, seed=5)
@@ -93,3 +99,55 @@ def test_the_model_is_left_in_the_mode_it_was_in(tiny_reference):
     finally:
         model.eval()
     assert not torch.is_inference_mode_enabled()
+
+
+def test_select_on_cuda_tensors(tiny_reference, monkeypatch):
+    """TorchBackend.step gives the selection a number of candidates that CUDA tensors can be combined with.
+
+    FakeTensorMode checks devices as CUDA does; in a build of torch without CUDA it runs plain operators only, such as
+    those of the selection, so this test replaces the decoder in front of it.
+    """
+    selected = []
+
+    def forward(self, *inputs):
+        num_candidates, recent = inputs[len(STEP_INPUTS)], inputs[-1]
+        log_probs, running = torch.empty(2, 3, 50, device="cuda"), torch.empty(2, 3, device="cuda")
+        selected.extend(self._select(log_probs, running, num_candidates))
+        return torch.zeros(2, 6), torch.zeros(2, 6, dtype=torch.int64), *recent
+
+    monkeypatch.setattr(DecoderStep, "forward", forward)
+    monkeypatch.setattr(FakeTensor, "numpy", lambda tensor: np.zeros(tensor.shape))
+    backend = TorchBackend(tiny_reference.model, tiny_reference.image_processor)
+    inputs = StepInputs(
+        input_ids=np.zeros((2, 3), np.int64),
+        positions=np.zeros((2, 3), np.int64),
+        scores=np.zeros((2, 3), np.float32),
+        marked_ids=np.full((2, 3, 1), -1),
+        penalties=np.ones(2, np.float32),
+        ancestry=np.ones((2, 3, 3), bool),
+        num_candidates=6,
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        backend.step(backend.allocate(2), inputs)
+    assert [one.device.type for one in selected] == ["cuda", "cuda"]
+    assert [one.shape for one in selected] == [(2, 6), (2, 6)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        DecodeOptions(num_beams=3, max_new_tokens=40, no_repeat_ngram_size=2, num_return_sequences=3),
+        DecodeOptions(do_sample=True, num_return_sequences=2, max_new_tokens=10, seed=3),
+    ],
+)
+def test_live_model_on_another_device(tiny_checkpoint, tiny_reference, options):
+    """Encoding, steps, folding of the cache and selection never mix tensors of the model's device with the CPU's."""
+    images = list(enumerate(pixels(tiny_reference)[:4]))
+    expected = dict(caption_live(tiny_reference.model, tiny_reference.image_processor, images, options))
+    moved = Reference.load(tiny_checkpoint)
+    with other_device():
+        moved.model.to(DEVICE)
+        found = dict(caption_live(moved.model, moved.image_processor, images, options))
+    assert {i: [one.ids for one in several] for i, several in found.items()} == {
+        i: [one.ids for one in several] for i, several in expected.items()
+    }

@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from engine.bundle.tokenizer import detokenise
+from engine.errors import EngineError
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.overlap import Cider
 from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
+from tests.helpers.other_device import DEVICE, other_device
 from tests.helpers.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, random_pictures
 from train import recipe
 from train.data.augment import radiology
 from train.data.batches import IGNORED, Collator, EpochOrder, Features, Pictures, PixelSpec, collate_captions
-from train.data.dataset import Example
+from train.data.dataset import Example, Split
 from train.learning.evaluate import Evaluator, references_by_id, sum_of_losses
 from train.learning.processes import share_of
 from train.learning.reward import (
@@ -36,7 +38,9 @@ from train.learning.reward import (
     pad,
     repeating,
 )
-from train.learning.trainer import WHOLE, CaptionTrainer, in_order, newest_whole, seal
+from train.learning.run_dir import BestModels
+from train.learning.setup import encode_images, make_trainer
+from train.learning.trainer import WHOLE, CaptionTrainer, explain, in_order, newest_whole, seal
 from train.recipe import Recipe
 
 CAPTIONS = ["axial ct of the chest showing a large mass", "mri", "plain x ray of the left upper lobe"]
@@ -128,11 +132,16 @@ def test_the_loss_is_hugging_faces_where_its_targets_are_ours(tiny_reference):
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
-def test_pixels_are_the_processors(tiny_reference, examples):
-    spec = PixelSpec.of(tiny_reference.image_processor)
+@pytest.mark.parametrize("left_out", [{}, {"do_rescale": False}, {"do_normalize": False}])
+def test_pixels_are_the_processors(tiny_checkpoint, examples, left_out):
+    """Also of a processor that leaves a part out, as in an exported bundle."""
+    reference = Reference.load(tiny_checkpoint)
+    for name, value in left_out.items():
+        setattr(reference.image_processor, name, value)
+    spec = PixelSpec.of(reference.image_processor)
     item = Pictures(examples, spec)[(0, 2)]
-    expected = tiny_reference.pixels([Image.open(examples[2].image).convert("RGB")])[0]
-    torch.testing.assert_close(item["pixel_values"], expected, rtol=0, atol=1e-6)
+    expected = reference.pixels([Image.open(examples[2].image).convert("RGB")])
+    torch.testing.assert_close(spec.normalise(item["pixels"][None]), expected.float(), rtol=0, atol=1e-6)
     assert item["caption"] == examples[2].caption
 
 
@@ -156,9 +165,9 @@ def test_every_image_is_seen_once_an_epoch_whatever_the_number_of_processes():
 def test_augmentation_repeats_itself_for_the_same_place_and_never_mirrors(tiny_reference, examples):
     spec = PixelSpec.of(tiny_reference.image_processor)
     pictures = Pictures(examples, spec, augmentation="radiology", seed=1)
-    first = pictures[(0, 1)]["pixel_values"]
-    assert torch.equal(first, pictures[(0, 1)]["pixel_values"])
-    assert not torch.equal(first, pictures[(1, 1)]["pixel_values"])
+    first = pictures[(0, 1)]["pixels"]
+    assert torch.equal(first, pictures[(0, 1)]["pixels"])
+    assert not torch.equal(first, pictures[(1, 1)]["pixels"])
     half_white = np.zeros((64, 64, 3), np.uint8)
     half_white[:, :32] = 255
     for seed in range(40):
@@ -174,14 +183,14 @@ def test_features_and_pictures_make_the_same_batches(tiny_reference, examples):
     pictures = Pictures(examples, spec)
     batch = collate([pictures[(0, i)] for i in (4, 0, 6)])
     with torch.inference_mode():
-        encoded = reference.model.vision_model(
-            pixel_values=torch.stack([pictures[(0, i)]["pixel_values"] for i in range(6)])
-        )[0]
+        pixels = torch.stack([pictures[(0, i)]["pixels"] for i in range(6)])
+        encoded = reference.model.vision_model(pixel_values=spec.normalise(pixels))[0]
         features = Features(encoded.half(), examples)
         other = collate([features[(0, i)] for i in (4, 0, 6)])
         labels = batch.pop("labels")
         assert torch.equal(other.pop("labels"), labels)
-        whole = sum_of_losses(reference.model(**batch).logits, labels)
+        normal = spec.normalise(batch.pop("pixels"))
+        whole = sum_of_losses(reference.model(pixel_values=normal, **batch).logits, labels)
         part = sum_of_losses(reference.model.text_decoder(**other).logits, labels)
     assert part.item() == pytest.approx(whole.item(), rel=1e-3)
 
@@ -208,6 +217,42 @@ def test_an_epoch_is_judged_as_engine_score_would(tiny_checkpoint, examples):
             tokens += count
     assert metrics["loss"] == pytest.approx(losses / tokens, rel=1e-5)
     assert set(metrics) == {"loss", "rouge1", "bleu1"}
+
+
+def test_an_epoch_is_judged_on_another_device(tiny_checkpoint, examples):
+    """Losses, captions and cached features never mix tensors of the model's device with the CPU's."""
+    options = DecodeOptions(max_new_tokens=6)
+    expected = Evaluator(Reference.load(tiny_checkpoint), examples, ("rouge1",), options, 30, 4).evaluate()
+    moved = Reference.load(tiny_checkpoint)
+    with other_device():
+        moved.model.to(DEVICE)
+        metrics, captions = Evaluator(moved, examples, ("rouge1",), options, 30, 4).evaluate()
+        features = encode_images(moved, examples, PixelSpec.of(moved.image_processor), lambda _: None)
+    assert metrics == pytest.approx(expected[0])
+    assert captions == expected[1]
+    assert features.device.type == "cpu"
+
+
+def test_a_reward_is_learned_on_another_device(tiny_checkpoint, examples, tmp_path, monkeypatch):
+    settings = Recipe(
+        image_size=None, eval_max_new_tokens=6, batch_size=4, device_batch=4, reward=("rouge1=1",), likelihood_share=0.5
+    )
+    split = Split("train", examples, tmp_path / "captions.csv")
+    splits, seen = {"train": split, "valid": split}, []
+    for device in (torch.device("cpu"), DEVICE):
+        reference = Reference.load(tiny_checkpoint)
+        made = (settings, reference, splits, lambda _: {}, (4, 1), MetricInputs(), tmp_path, lambda _: None)
+        trainer = make_trainer(*made, max_steps=1)
+        with other_device(), monkeypatch.context() as patch:
+            reference.model.to(device)
+            patch.setattr(TrainingArguments, "device", device)
+            items = [trainer.train_dataset[(0, i)] for i in range(4)]
+            batch = {name: tensor.to(device) for name, tensor in trainer.data_collator(items).items()}
+            loss = trainer.compute_loss(reference.model, batch, num_items_in_batch=torch.tensor(20))
+            loss.backward()
+        seen.append(loss.item())
+    assert seen[0] == pytest.approx(seen[1])
+    assert seen[0] != 0
 
 
 def test_captions_of_an_epoch_start_from_prompts_that_no_metric_sees(tiny_checkpoint, examples):
@@ -244,18 +289,63 @@ def test_a_checkpoint_cut_off_while_it_was_saved_is_passed_over(tmp_path):
         (directory / "model.safetensors").write_bytes(b"weights")
         if step != 100:
             seal(directory)
+    (tmp_path / "checkpoint-backup").mkdir()  # the user's own
     assert [path.name for path in in_order(tmp_path)] == ["checkpoint-8", "checkpoint-16", "checkpoint-100"]
     (tmp_path / "checkpoint-16" / "model.safetensors").write_bytes(b"we")
     said = []
     assert newest_whole(tmp_path, said.append) == tmp_path / "checkpoint-8"
     assert [line.split(" was")[0].rpartition("/")[2] for line in said] == ["checkpoint-100", "checkpoint-16"]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-backup"}
     assert json.loads((tmp_path / "checkpoint-8" / WHOLE).read_text()) == {"model.safetensors": 7}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "step 3: out of memory: halve --device",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "step 3: out of memory: halve"),
+        (MemoryError(), "step 3: out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), "no room in shared memory"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "ended (DataLoader worker (pid 7) is",
+        ),
+    ],
+)
+def test_failures_of_torch_have_a_remedy(error, expected):
+    found = explain(error, "step 3")
+    assert found is not None
+    assert expected in str(found)
+    assert len(str(found).splitlines()) == 1
+
+
+def test_errors_that_are_not_known_stay():
+    assert explain(ValueError("a bug"), "step 3") is None
+    assert explain(EngineError("a line of our own"), "step 3") is None
+
+
+def test_among_equal_scores_the_lower_loss_is_best(tmp_path):
+    best = BestModels(tmp_path / "models", Recipe(metric="rouge1"))
+    for epoch, (loss, rouge) in enumerate([(3.0, 0.0), (2.0, 0.0), (2.5, 0.0), (9.0, 0.1)], 1):
+        directory = tmp_path / "models" / f"epoch_{epoch:02d}"
+        directory.mkdir(parents=True)
+        metrics = {"loss": loss, "rouge1": rouge}
+        (directory / "evaluation.json").write_text(json.dumps({"epoch": epoch, "metrics": metrics}))
+        if epoch == 1:
+            assert best.tie() == ""
+        if epoch == 3:
+            assert best.tie() == "rouge1 is 0.0000 in all kept epochs: the best is epoch 2, by its loss"
+    assert [epoch for epoch, _, _ in best.ranked()] == [4, 2, 3, 1]
+    assert best.tie() == ""
 
 
 def test_a_run_that_stopped_early_does_not_train_on_when_it_is_called_again(tmp_path):
     trainer = CaptionTrainer.__new__(CaptionTrainer)
-    trainer.recipe, calls = Recipe(patience=1), []
+    trainer.recipe, calls, said = Recipe(patience=1), [], []
+    trainer._say = said.append
     trainer.train = lambda **given: calls.append(given)
     for losses, trains in (([2.0, 2.1], False), ([2.0, 1.9], True)):
         state = TrainerState(log_history=[{"eval_loss": loss} for loss in losses], global_step=7)
@@ -264,6 +354,7 @@ def test_a_run_that_stopped_early_does_not_train_on_when_it_is_called_again(tmp_
         trainer.go_on(tmp_path)
         assert calls == ([{"resume_from_checkpoint": str(tmp_path)}] if trains else [])
         assert trainer.state.global_step == 7
+    assert said == ["the validation loss has stopped falling (patience 1): the run has ended"]
 
 
 def test_log_probabilities_are_those_of_the_words_that_can_be_drawn():

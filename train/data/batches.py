@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from engine.errors import ImageError
 from engine.inputs.depth import CLIP
 from engine.inputs.pixels import read_image
 from export.checkpoints.releases import BlipImageProcessor
+from export.reference.huggingface import normalisation
 from train.data.augment import AUGMENTATIONS
 from train.data.dataset import Example
 from train.data.prompts import prompt_ids
@@ -44,20 +46,23 @@ class PixelSpec:
 
     @classmethod
     def of(cls, processor: BlipImageProcessor, depth: str = CLIP) -> PixelSpec:
-        """Take over a slow image processor's settings."""
+        """Take over a slow image processor's settings, by the function that the exported graphs use, too."""
         resample = Image.Resampling(processor.resample).name.lower()
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        return cls(processor.size["height"], resample, processor.rescale_factor, mean, std, depth)
+        rescale, mean, std = normalisation(processor)
+        return cls(processor.size["height"], resample, rescale, tuple(mean), tuple(std), depth)
 
     def read(self, source: object) -> NDArray[np.uint8]:
-        """Return u8[size,size,3]; see engine.inputs.pixels.read_image."""
-        return read_image(source, self.size, self.size, self.resample, depth=self.depth)  # type: ignore[arg-type]
+        """Return u8[size,size,3]; see engine.inputs.pixels.read_image. Raises ImageError, also without the memory."""
+        try:
+            return read_image(source, self.size, self.size, self.resample, depth=self.depth)  # type: ignore[arg-type]
+        except MemoryError as error:
+            raise ImageError(str(source), "needs more memory than is free: remove this image or shrink it") from error
 
-    def normalise(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
-        """Return f32[3,size,size] of u8[size,size,3], as BlipImageProcessor computes it."""
-        scaled = pixels.astype(np.float64) * self.rescale
-        normal = (scaled.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return torch.from_numpy(np.ascontiguousarray(normal.transpose(2, 0, 1)))
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return f32[B,3,size,size] of u8[B,size,size,3] on its device, as BlipImageProcessor computes it."""
+        scaled = (pixels.double() * self.rescale).float()
+        mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
+        return ((scaled - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 Item = dict[str, torch.Tensor | str | None]
@@ -76,11 +81,13 @@ class Pictures(Dataset[Item]):
         return len(self.examples)
 
     def __getitem__(self, place: EpochIndex) -> Item:
-        """Return pixel_values f32[3,size,size], caption and prompt, TEXTS. Raises ImageError."""
+        """Return pixels u8[size,size,3], caption and prompt, TEXTS. Raises ImageError.
+
+        They are normalised on the model's device: so a batch takes a quarter of the shared memory, of which containers
+        have little.
+        """
         pixels, example = self.pixels(place)
-        if example is None:
-            return {"pixel_values": torch.zeros(3, self.spec.size, self.spec.size)} | texts_of(None)
-        return {"pixel_values": self.spec.normalise(pixels)} | texts_of(example)
+        return {"pixels": torch.tensor(pixels)} | texts_of(example)
 
     def pixels(self, place: EpochIndex) -> tuple[NDArray[np.uint8], Example | None]:
         """Return u8[size,size,3] and the example; zeros and None for a blank. Raises ImageError."""
@@ -186,11 +193,19 @@ class Collator:
     max_tokens: int
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
-        """Return the stacked tensors with input_ids, attention_mask and labels."""
+        """Return the stacked tensors with input_ids, attention_mask and labels.
+
+        In a process of a DataLoader they are moved to shared memory here, where an error reaches the trainer. torch
+        would move them in a thread whose errors are only printed, and the trainer would wait forever.
+        """
         stacked = {
             name: torch.stack([item[name] for item in items])  # type: ignore[misc]
             for name in items[0]
             if name not in TEXTS
         }
         captions, prompts = ([item[name] for item in items] for name in TEXTS)
-        return stacked | collate_captions(self.tokenizer, captions, self.bos_token_id, self.max_tokens, prompts)  # type: ignore[arg-type]
+        batch = stacked | collate_captions(self.tokenizer, captions, self.bos_token_id, self.max_tokens, prompts)  # type: ignore[arg-type]
+        if get_worker_info() is not None:
+            for tensor in batch.values():
+                tensor.share_memory_()
+        return batch

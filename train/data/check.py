@@ -85,6 +85,8 @@ def _why_unreadable(path: Path, *, depth: str, notes: list[ImageNote]) -> str:
         decode_image(path, depth=depth, notes=notes)
     except ImageError as error:
         return error.reason
+    except MemoryError:
+        return "needs more memory than is free"
     return ""
 
 

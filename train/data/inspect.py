@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, ImageError
+from engine.errors import EngineError, ImageError, UsageError
 from engine.files.atomic import write_atomically
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.depth import CLIP, window_of
@@ -99,7 +99,9 @@ def inspect_directory(
     window_of(high_bit_depth)
     count_tokens, lost_in = None, None
     if model is not None:
-        from export.checkpoints.tokenizer import read_tokenizer  # transformers, which takes seconds to import
+        if not model.is_dir():
+            raise UsageError(f"--model {model}: there is no such folder")
+        from export.checkpoints.tokenizer import read_tokenizer  # imports transformers, which takes seconds
         from train.data.prompts import lost_in_tokens
 
         tokenizer = read_tokenizer(model)

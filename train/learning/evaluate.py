@@ -60,19 +60,28 @@ class Evaluator:
         The loss is the mean over tokens, without label smoothing. Of an image with several captions each counts for the
         loss, and all are its references.
         """
+        loss, captions = self.observe()
+        return {LOSS: loss} | self.scores(captions), captions
+
+    def observe(self) -> tuple[float, list[tuple[str, str]]]:
+        """Return the loss and the (id, caption) pairs that `evaluate` returns, without scoring them."""
         model, (rank, world_size) = self.reference.model, rank_and_world_size()
         mine = [self.examples[i] for i in share_of(len(self.examples), rank, world_size)]
         with captioning(model):
             sums = np.sum([*self._losses(model, mine), (0.0, 0)], axis=0)
         loss, tokens = np.sum(gather([tuple(sums.tolist())]), axis=0)
-        references = references_by_id(self.examples)
-        ids = list(references)
         by_id = {example.id: example for example in self.examples}
-        my_ids = [ids[i] for i in share_of(len(ids), rank, world_size)]
+        my_ids = [list(by_id)[i] for i in share_of(len(by_id), rank, world_size)]
         captions = dict(gather(list(self._captions(model, [by_id[one] for one in my_ids]))))
-        items = Items(ids, [captions[one] for one in ids], [references[one] for one in ids])
-        found = {name: make_metric(name, self.setting, {}).measure(items).value for name in self.metrics}
-        return {LOSS: float(loss / max(1, tokens))} | found, [(one, captions[one]) for one in ids]
+        return float(loss / max(1, tokens)), [(one, captions[one]) for one in by_id]
+
+    def scores(self, captions: Sequence[tuple[str, str]]) -> dict[str, float]:
+        """Return the metrics of (id, caption) pairs by name."""
+        references = references_by_id(self.examples)
+        items = Items(
+            [one for one, _ in captions], [text for _, text in captions], [references[one] for one, _ in captions]
+        )
+        return {name: make_metric(name, self.setting, {}).measure(items).value for name in self.metrics}
 
     def _losses(self, model: BlipForConditionalGeneration, mine: Sequence[Example]) -> Iterator[tuple[float, int]]:
         """Yield (summed loss, tokens) of batches."""
@@ -81,10 +90,11 @@ class Evaluator:
         with torch.inference_mode():
             for start in range(0, len(mine), self.batch_size):
                 part = mine[start : start + self.batch_size]
-                items = [{"pixel_values": spec.normalise(spec.read(e.image))} | texts_of(e) for e in part]
+                items = [{"pixels": torch.tensor(spec.read(e.image))} | texts_of(e) for e in part]
                 batch = {name: tensor.to(model.device) for name, tensor in collator(items).items()}
-                labels = batch.pop("labels")
-                yield sum_of_losses(model(**batch).logits, labels).item(), int((labels != IGNORED).sum())
+                labels, pixels = batch.pop("labels"), spec.normalise(batch.pop("pixels"))
+                logits = model(pixel_values=pixels, **batch).logits
+                yield sum_of_losses(logits, labels).item(), int((labels != IGNORED).sum())
 
     def _captions(self, model: BlipForConditionalGeneration, examples: Sequence[Example]) -> Iterator[tuple[str, str]]:
         """Yield (id, caption) of images, each caption as what follows the image's prompt."""

@@ -22,7 +22,7 @@ from engine.scoring.base import Items, Measured, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
-from train.data.batches import EpochIndex, Item, Pictures, PixelSpec, texts_of
+from train.data.batches import EpochIndex, Item, Pictures, PixelSpec
 from train.data.dataset import Example
 from train.data.prompts import prompt_ids
 from train.learning.evaluate import references_by_id, sum_of_losses, text_behind
@@ -90,9 +90,9 @@ class RewardedPictures(Pictures):
 
     def __getitem__(self, place: EpochIndex) -> Item:
         """Return pixels, place i64[2] (epoch and index, BLANK_INDEX for a blank), caption and prompt."""
-        pixels, example = self.pixels(place)
-        place = (place[0], BLANK_INDEX) if example is None else place
-        return {"pixels": torch.tensor(pixels), "place": torch.tensor(place)} | texts_of(example)
+        epoch, index = place
+        known = (epoch, BLANK_INDEX) if index >= len(self.examples) else place
+        return super().__getitem__(place) | {"place": torch.tensor(known)}
 
 
 class RewardTrainer(CaptionTrainer):
@@ -124,7 +124,7 @@ class RewardTrainer(CaptionTrainer):
         drawn = self._roll_out([(tuple(places[i]), pixels[i]) for i in filled])
         if not any(drawn):  # nothing to learn, but every process calls its model
             drawn = [{(self._greedy_start(),) * 2: 0.0}, *drawn[1:]]
-        normal = torch.stack([self._spec.normalise(pixels[i]) for i in filled or [0]]).to(self.args.device)
+        normal = self._spec.normalise(inputs["pixels"][filled or [0]])
         ids = pad([one for several in drawn for one in several], self.args.device)
         advantages = [advantage for several in drawn for advantage in several.values()]
         weights = torch.tensor(advantages, device=self.args.device, dtype=torch.float32)

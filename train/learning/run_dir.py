@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UsageError
+from engine.errors import DataError, UsageError
 from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
 from engine.files.run_files import write_run
@@ -24,6 +24,8 @@ from train.recipe import Recipe
 
 EVALUATION = "evaluation.json"
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "pillow")
+EXTENSIBLE = ("step", "constant")
+"""Schedules whose learning rates do not depend on the number of epochs: a run may be given more of them."""
 WITHOUT_EFFECT = ("device_batch", "workers")
 """Settings that change how the work is shared and no result, so that a run may go on with others."""
 
@@ -56,17 +58,25 @@ class BestModels:
             _remove(directory)
 
     def ranked(self) -> list[tuple[int, Path, dict[str, float]]]:
-        """Return (epoch, directory, metrics), the best first, the earlier one of equals."""
+        """Return (epoch, directory, metrics), the best first; among equals the lower loss counts, then the earlier."""
         found = []
         for path in sorted(self.directory.glob("epoch_*")):
             try:
                 content = json.loads((path / EVALUATION).read_text())
-            except (OSError, ValueError):
+                found.append((content["epoch"], path, content["metrics"]))
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # a power cut left it half written
-            found.append((content["epoch"], path, content["metrics"]))
         metric = self.recipe.metric
         sign = 1 if metric == LOSS else -1
-        return sorted(found, key=lambda entry: (sign * entry[2][metric], entry[0]))
+        return sorted(found, key=lambda entry: (sign * entry[2][metric], entry[2][LOSS], entry[0]))
+
+    def tie(self) -> str:
+        """Return that the metric cannot choose among the kept epochs, so that the loss did; empty where it can."""
+        ranked, metric = self.ranked(), self.recipe.metric
+        values = {metrics[metric] for _, _, metrics in ranked}
+        if metric == LOSS or len(ranked) < 2 or len(values) > 1:
+            return ""
+        return f"{metric} is {values.pop():.4f} in all kept epochs: the best is epoch {ranked[0][0]}, by its loss"
 
 
 def save_checkpoint(reference: Reference, directory: Path, decoding: DecodeOptions | None = None) -> None:
@@ -154,25 +164,54 @@ def locked(out: Path, rank: int) -> Iterator[None]:
         yield
 
 
-def write_or_compare_record(out: Path, recipe: Recipe, record: dict[str, Any]) -> None:
+def write_or_compare_record(
+    out: Path, recipe: Recipe, record: dict[str, Any], say: Callable[[str], None], *, is_begun: bool
+) -> None:
     """Write run.json, or compare with the one that is there: a directory holds one run.
 
-    `record` says what the run is made of besides the recipe. Raises UsageError naming what differs.
+    `record` says what the run is made of besides the recipe. The record of a start that left no state of training and
+    no model (`is_begun` False) is replaced. More epochs are accepted where the schedule does not depend on them.
+    Raises UsageError naming what differs, DataError for a damaged record of a run that was begun.
     """
     settings = {name: value for name, value in recipe.settings().items() if name not in WITHOUT_EFFECT}
     record = {"recipe": settings} | record
     path = out / "run.json"
-    if not path.exists():
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-        shared = {name: value for name, value in recipe.settings().items() if name in WITHOUT_EFFECT}
-        write_atomically(path, json.dumps(record | shared | {"versions": versions}, indent=1) + "\n")
-        return
-    found = json.loads(path.read_text())
-    changed = [name for name in record if name != "recipe" and found.get(name) != record[name]]
-    earlier = Recipe().settings() | found.get("recipe", {})  # a setting that came later was at its default
-    changed += [name for name, value in settings.items() if earlier.get(name) != value]
-    if changed:
-        raise UsageError(
-            f"{out} holds another run, with another {', '.join(changed)}: choose another --out, or delete it to start "
-            "afresh"
+    found = _read_record(path)
+    if path.exists():
+        if found is None and is_begun:
+            raise DataError(f"{path} is damaged: restore it, or delete {out} to start afresh")
+        earlier = Recipe().settings() | (found or {}).get("recipe", {})  # a setting that came later was at its default
+        changed = [name for name in record if name != "recipe" and (found or {}).get(name) != record[name]]
+        changed += [name for name, value in settings.items() if earlier.get(name) != value]
+        if not changed:
+            return
+        if not is_begun:
+            say(f"{out} holds a start without a finished state of training: its record is replaced")
+        elif changed == ["epochs"] and recipe.epochs > earlier["epochs"] and recipe.schedule in EXTENSIBLE:
+            say(f"{out} is a run with epochs={earlier['epochs']}: it resumes up to epoch {recipe.epochs}")
+        else:
+            raise UsageError(_refusal(out, recipe, changed))
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    shared = {name: value for name, value in recipe.settings().items() if name in WITHOUT_EFFECT}
+    write_atomically(path, json.dumps(record | shared | {"versions": versions}, indent=1) + "\n")
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """Return what run.json holds, None where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_record = isinstance(found, dict) and isinstance(found.get("recipe"), dict)
+    return found if is_record else None
+
+
+def _refusal(out: Path, recipe: Recipe, changed: Sequence[str]) -> str:
+    """Return why a run cannot resume in a directory, and what to do."""
+    text, best = f"{out} holds another run, with another {', '.join(changed)}", out / "best"
+    if list(changed) == ["epochs"] and recipe.schedule not in EXTENSIBLE and best.exists():
+        return (
+            f"{text}: learning rates of the schedule {recipe.schedule} depend on the number of epochs. To train "
+            f"further, take --model {best} and another --out"
         )
+    return f"{text}: choose another --out, or delete it to start afresh"

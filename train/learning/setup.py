@@ -20,10 +20,13 @@ from export.reference.huggingface import Reference
 from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
 from train.data.dataset import Example, Split
 from train.learning.reward import RewardedPictures, RewardTrainer, make_reward
-from train.learning.trainer import CaptionTrainer
+from train.learning.trainer import MORE_SHARED_MEMORY, CaptionTrainer
 from train.recipe import Recipe
 
 Say = Callable[[str], None]
+SHARED_MEMORY, MIB = Path("/dev/shm"), 1 << 20
+PREFETCHED = 2
+"""Batches that a reading process of torch's DataLoader prepares in advance (prefetch_factor)."""
 WORDS = ("word_embeddings", "position_embeddings", "embeddings.LayerNorm")
 
 
@@ -79,6 +82,10 @@ def make_trainer(
         kind = partial(RewardTrainer, reference=reference, reward=reward, greedy=evaluation_options(recipe))
     else:
         dataset = Pictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
+    collator = Collator(reference.tokenizer, model.config.text_config.bos_token_id, recipe.max_tokens)
+    if recipe.workers:
+        one = collator([dataset[(0, 0)]])
+        require_shared_memory(sum(tensor.nbytes for tensor in one.values()) * batches[0], recipe.workers)
     return kind(
         recipe=recipe,
         order=order,
@@ -88,8 +95,27 @@ def make_trainer(
         args=args,
         train_dataset=dataset,
         eval_dataset=Pictures(splits["valid"].examples, spec),
-        data_collator=Collator(reference.tokenizer, model.config.text_config.bos_token_id, recipe.max_tokens),
+        data_collator=collator,
     )
+
+
+def require_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Refuse a run whose reading processes would fill the shared memory, of which Docker gives a container 64 MiB.
+
+    Each process of the run has `workers` of them, and each of these prepares PREFETCHED batches of `batch_bytes`.
+    Raises UsageError.
+    """
+    if not SHARED_MEMORY.is_dir():  # not Linux
+        return
+    status = os.statvfs(SHARED_MEMORY)
+    free = status.f_bavail * status.f_frsize
+    processes = workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = batch_bytes * PREFETCHED * processes
+    if free < needed:
+        raise UsageError(
+            f"{SHARED_MEMORY} has {free // MIB} MiB free, {-(-needed // MIB)} are needed by {processes} reading "
+            f"processes: {MORE_SHARED_MEMORY}"
+        )
 
 
 def training_arguments(
@@ -150,8 +176,9 @@ def encode_images(
     start = time.perf_counter()
     with torch.inference_mode():
         for i in range(0, len(examples), batch_size):
-            pixels = torch.stack([spec.normalise(spec.read(one.image)) for one in examples[i : i + batch_size]])
-            encoded = reference.model.vision_model(pixel_values=pixels.to(reference.model.device))[0]
+            pixels = torch.stack([torch.tensor(spec.read(one.image)) for one in examples[i : i + batch_size]])
+            normal = spec.normalise(pixels.to(reference.model.device))
+            encoded = reference.model.vision_model(pixel_values=normal)[0]
             if features is None:  # one allocation: at full size two copies would not fit
                 features = torch.empty(len(examples), *encoded.shape[1:], dtype=torch.float16)
             features[i : i + len(encoded)] = encoded.cpu()

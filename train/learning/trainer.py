@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from engine.errors import EngineError
+from engine.errors import EngineError, OutOfMemoryError
 from train.data.batches import EpochOrder
 from train.learning.ema import MovingAverage
 from train.learning.evaluate import LOSS, sum_of_losses
@@ -30,6 +31,9 @@ WHOLE = "whole.json"
 
 KEPT_STATES = 2
 """States of training that are kept: the newest, and the one before it."""
+
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+MORE_SHARED_MEMORY = "docker run --shm-size=1g, or --set workers=0 to read images in the training process"
 
 Judge = Callable[[int], dict[str, float]]
 """Evaluates the model as it is after `epoch` epochs and keeps what is worth keeping; returns metrics by name."""
@@ -91,7 +95,7 @@ class CaptionTrainer(Trainer):
         super().__init__(**given)
         self.remove_callback(PrinterCallback)
         self.add_callback(LogPrinter(say))
-        self.recipe, self.order, self._judge = recipe, order, judge
+        self.recipe, self.order, self._judge, self._say = recipe, order, judge, say
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the targets of a whole step for us
         self.steps_per_epoch = order.padded // recipe.batch_size
         self.add_callback(SaveAfterEvaluation(self.steps_per_epoch))
@@ -137,6 +141,8 @@ class CaptionTrainer(Trainer):
         gradients, hence the factor.
         """
         labels = inputs.pop("labels")
+        if "pixels" in inputs:
+            inputs["pixel_values"] = self.train_dataset.spec.normalise(inputs.pop("pixels"))
         outputs = model(**inputs)
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != -100).sum()
@@ -146,7 +152,8 @@ class CaptionTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Judge the model as it is, or its moving average where the recipe has one, and tell the callbacks."""
-        with self.moving_average.applied() if self.moving_average is not None else nullcontext():
+        averaged = self.moving_average.applied() if self.moving_average is not None else nullcontext()
+        with self._explained(), averaged:
             metrics = self._judge(round(self.state.epoch or 0))
         logged = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(logged)
@@ -166,11 +173,29 @@ class CaptionTrainer(Trainer):
         losses = [entry[f"eval_{LOSS}"] for entry in self.state.log_history if f"eval_{LOSS}" in entry]
         return bool(self.recipe.patience) and stopped_falling(losses, self.recipe.patience)
 
+    def train(self, *args: Any, **given: Any) -> Any:
+        """See Trainer.train. Raises EngineError for failures of torch that a user can do something about."""
+        with self._explained():
+            return super().train(*args, **given)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            known = explain(error, f"step {self.state.global_step + 1}")
+            if known is None:
+                raise
+            raise known from error
+
     def go_on(self, checkpoint: Path | None) -> None:
         """Train from the start, or from a checkpoint unless the run had come to its end there."""
         if checkpoint is not None:
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if self.has_converged():
+                self._say(
+                    f"the validation loss has stopped falling (patience {self.recipe.patience}): the run has ended"
+                )
                 return
             if self.moving_average is not None:
                 self.moving_average.load(checkpoint)
@@ -190,6 +215,29 @@ class CaptionTrainer(Trainer):
                 shutil.rmtree(old)
 
 
+def explain(error: Exception, where: str) -> EngineError | None:
+    """Return the error in one line with its remedy, None for one that is not known here."""
+    text = str(error).strip()
+    if isinstance(error, EngineError) and "Traceback (most recent call last)" not in text:
+        return None  # it is in one line already
+    last = text.splitlines()[-1] if text else type(error).__name__
+    if "unable to allocate shared memory" in text or "killed by signal: Bus error" in text:
+        return EngineError(f"{where}: no room in shared memory (/dev/shm) for the next images: {MORE_SHARED_MEMORY}")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+        return OutOfMemoryError(
+            f"{where}: out of memory: halve --device-batch (the batch stays the same, in more passes), or --set "
+            "gradient_checkpointing=true"
+        )
+    if text.startswith("Caught ") or "Traceback (most recent call last)" in text:
+        return EngineError(re.sub(r"^[\w.]+(Error|Exception): ", "", last))  # raised in a reading process
+    if text.startswith("DataLoader worker"):
+        return EngineError(
+            f"{where}: a process that reads images ended ({text.splitlines()[0].rstrip('. ')}): is memory short? "
+            "--set workers=0 reads images in the training process"
+        )
+    return None
+
+
 def stopped_falling(losses: list[float], patience: int) -> bool:
     """Return whether the last `patience` losses are all no lower than the lowest before them."""
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
@@ -207,8 +255,14 @@ def seal(checkpoint: Path) -> None:
 
 
 def in_order(checkpoints: Path) -> list[Path]:
-    """Return the states of training in a directory, the oldest first."""
-    return sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    """Return the states of training in a directory, the oldest first; other names there are the user's."""
+    states = [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(states, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def has_whole(checkpoints: Path) -> bool:
+    """Return whether a run could resume from a state of training there; nothing is removed."""
+    return any(map(_is_whole, in_order(checkpoints)))
 
 
 def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> Path | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from engine.errors import OutputError
+from engine.errors import OutputError, UsageError
 from tests.helpers.datasets import picture, write
+from tests.helpers.tiny import save_pictures
 from train.data.dataset import Example, Split, draw
 from train.data.inspect import MODALITIES, NO_MODALITY, inspect_dataset, inspect_directory, lines
 from train.data.plots import draw_dataset
@@ -196,3 +198,19 @@ def test_inspect_and_finetune_count_captions_that_lose_words(tiny_checkpoint, ti
     recipe = Recipe(valid_share=0.5, seed=next(s for s in range(50) if (draw("a", s) < 0.5) != (draw("b", s) < 0.5)))
     prepare_data(DataInputs(tmp_path / "data"), recipe, tiny_reference, told.append)
     assert any(line in one for one in told)
+
+
+def test_tokens_are_counted_with_a_tokenizer_of_transformers_5(tiny_checkpoint, tmp_path):
+    save_pictures(tmp_path / "data", 2)
+    write(tmp_path / "data" / "captions.csv", "ID,Caption\n0,axial ct\n1,mri\n")
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "TokenizersBackend"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"extra_special_tokens": ["[ENC]"]}))
+    assert inspect_directory(tmp_path / "data", tmp_path / "out", lambda _: None, model=model)
+    found = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert found["splits"]["train"]["tokens"]["max"] == 4
+
+
+def test_a_model_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(UsageError, match="--model nowhere: there is no such folder"):
+        inspect_directory(tmp_path, tmp_path / "out", lambda _: None, model=Path("nowhere"))
