@@ -52,13 +52,13 @@ def recipe_options(command: Command) -> Command:
 def data_options(command: Command) -> Command:
     """Add what every command that reads a data set takes."""
     options = (
-        column_options("caption", "prompt"),
         click.option("--data", type=PATH, required=True, help="Data set folder; docs/files.md lists the layouts."),
         click.option("--allow-missing", is_flag=True, help="Leave out what cannot be read instead of stopping."),
         click.option(
             "--check-images/--trust-images", default=True, show_default=True, help="Decode every image beforehand."
         ),
-        click.option("--unpack-into", type=PATH, help="Where the pictures of parquet files are kept."),
+        click.option("--unpack-into", type=PATH, help="Folder for the images of parquet files."),
+        column_options("caption", "prompt"),
     )
     for option in reversed(options):
         command = option(command)
