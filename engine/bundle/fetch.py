@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Bundle
-from engine.errors import BundleError
+from engine.errors import BundleError, EngineError
 from engine.files.cache import cache_root
 from engine.files.lock import waiting_lock
-from engine.inputs.remote import Location, RemoteFile, RemoteFolder
+from engine.inputs.remote import Location, RemoteFile, RemoteFolder, one_line_of
 
 CHUNK_BYTES = 1 << 22
 
@@ -45,7 +45,7 @@ def fetch_bundle(folder: RemoteFolder, *, anew: bool = False) -> Path:
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with `python -m export`") from None
     except OSError as error:
-        raise BundleError(f"{folder}/{MANIFEST} cannot be read: {error}") from error
+        raise BundleError(f"{folder}/{MANIFEST} cannot be read: {one_line_of(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{folder}/{MANIFEST} is not a manifest ({str(error)[:200]}): export it again") from error
     target = cache_root() / "bundles" / hashlib.sha256(manifest).hexdigest()
@@ -93,5 +93,7 @@ def _chunks(folder: RemoteFolder, name: str) -> Iterator[bytes]:
                 yield chunk
     except FileNotFoundError as error:
         raise BundleError(f"{folder} is not whole: it has no {name}: export it again") from error
-    except OSError as error:
-        raise BundleError(f"{file} cannot be read: {error}: run the same command again") from error
+    except EngineError:
+        raise
+    except Exception as error:  # a storage's library raises its own errors, too
+        raise BundleError(f"{file} cannot be read: {one_line_of(error)}: run the same command again") from error
