@@ -23,7 +23,7 @@ engine --help lists all commands, engine COMMAND --help the options of one."""
 """What `engine` alone prints."""
 
 
-@click.group(cls=OneLineGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneLineGroup, invoke_without_command=True)
 @click.version_option(__version__)
 @click.pass_context
 def main(context: click.Context) -> None:
