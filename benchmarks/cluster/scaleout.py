@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from engine.cluster.messages import COLUMN, pack_captions, unpack_answer
 
 from benchmarks.cluster.scaleout_model import BUSY, Outcome, Stages, simulate
 from benchmarks.setting.corpus import CHALLENGE_SIZE
-from benchmarks.setting.machine import describe_machine
+from benchmarks.setting.machine import describe_machine, record_options, record_path
 from benchmarks.setting.workload import MAX_NEW_TOKENS, Workload, prepare
 from benchmarks.survival.faults import engine_command
 from benchmarks.throughput import agreement_of, is_valid
@@ -46,8 +45,8 @@ from engine.inputs.pixels import read_image
 from engine.run.job import Outputs
 from engine.run.record import RunRecord
 from engine.run.rows import rows_of
+from engine.workers.messages import COLUMN, pack_captions, unpack_answer
 
-RECORDS = Path("benchmarks/results")
 NGRAM = 3
 ALONE = "one process"
 PUBMED_SCALE = 5_000_000
@@ -248,8 +247,10 @@ def _say_growth(outcomes: list[Outcome]) -> None:
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--caption-s", type=click.FloatRange(0, min_open=True), help="Seconds an image of another device.")
-@click.option("--out", type=click.Path(path_type=Path), help="Record; benchmarks/results/scaleout_WORKLOAD.json.")
-def main(images: int, name: str, beams: int, rounds: int, caption_s: float | None, out: Path | None) -> None:
+@record_options
+def main(
+    images: int, name: str, beams: int, rounds: int, caption_s: float | None, out: Path | None, record: bool
+) -> None:
     """Compare, measure, simulate; exits with 1 when two ways do not say the same and no tie explains it."""
     few, many = (prepare(name, count) for count in (images // 3, images))
     compared = compare(few, many, beams, rounds, available_cores())
@@ -257,7 +258,7 @@ def main(images: int, name: str, beams: int, rounds: int, caption_s: float | Non
     stages = measured if caption_s is None else replace(measured, caption_s=caption_s)
     outcomes = grow(stages)
     _say_growth(outcomes)
-    record = {
+    report = {
         "benchmark": "scaleout",
         "machine": describe_machine(),
         "bundle": Bundle.load(many.bundle).digest[:12],
@@ -267,11 +268,9 @@ def main(images: int, name: str, beams: int, rounds: int, caption_s: float | Non
         "stages": asdict(measured),
         "simulated": [asdict(one) for one in outcomes],
     }
-    out = out or RECORDS / f"scaleout_{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record) + "\n")
-    click.echo(json.dumps({key: value for key, value in record.items() if key != "simulated"}))
-    if not is_valid(record["agreement"], images):
+    record_path(f"scaleout_{name}.json", out, record).write_text(json.dumps(report) + "\n")
+    click.echo(json.dumps({key: value for key, value in report.items() if key != "simulated"}))
+    if not is_valid(report["agreement"], images):
         click.echo("error: two ways say different things, and no tie explains it: their times are void", err=True)
         sys.exit(1)
 

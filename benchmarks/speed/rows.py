@@ -12,11 +12,9 @@ from pathlib import Path
 
 import click
 
-from benchmarks.setting.machine import describe_machine
+from benchmarks.setting.machine import describe_machine, record_options, record_path
 from benchmarks.setting.workload import MAX_NEW_TOKENS, prepare, read_pixels
 from engine.captioner import Captioner
-
-RESULTS = Path("benchmarks/results")
 
 
 @click.command()
@@ -25,7 +23,10 @@ RESULTS = Path("benchmarks/results")
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--rows", type=click.IntRange(1), multiple=True, default=(16, 32, 64, 128, 256, 512), show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=2, show_default=True)
-def main(name: str, images: int, beams: int, rows: tuple[int, ...], repeats: int) -> None:
+@record_options
+def main(
+    name: str, images: int, beams: int, rows: tuple[int, ...], repeats: int, out: Path | None, record: bool
+) -> None:
     """Time each number of rows in turn and keep the record."""
     workload = prepare(name, images)
     captioner = Captioner.load(workload.bundle, backend="cpu")
@@ -39,7 +40,7 @@ def main(name: str, images: int, beams: int, rows: tuple[int, ...], repeats: int
             seconds[count].append(time.perf_counter() - start)
             click.echo(f"{count} rows: {images / seconds[count][-1]:.2f} images/s", err=True)
     speeds = {count: round(images / statistics.median(taken), 2) for count, taken in seconds.items()}
-    record = {
+    report = {
         "benchmark": "rows",
         "workload": name,
         "machine": describe_machine(),
@@ -49,10 +50,8 @@ def main(name: str, images: int, beams: int, rows: tuple[int, ...], repeats: int
         "repeats": repeats,
         "images_per_s": speeds,
     }
-    out = RESULTS / f"rows_{name}_{beams}beams.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    click.echo(json.dumps(record))
+    record_path(f"rows_{name}_{beams}beams.json", out, record).write_text(json.dumps(report, indent=1) + "\n")
+    click.echo(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from benchmarks.setting.corpus import CHALLENGE_SIZE, write_corpus
-from benchmarks.setting.machine import describe_machine
+from benchmarks.setting.machine import describe_machine, record_options, record_path
 from benchmarks.setting.workload import BUILD, EXAMPLES
 from benchmarks.survival.faults import engine_command
 from engine.bundle.manifest import Bundle
@@ -29,7 +29,6 @@ from engine.files.atomic import file_sha256
 from engine.inputs.paths import find_inputs
 from engine.run.fingerprints import fingerprints
 
-RESULTS = Path("benchmarks/results")
 MAX_NEW_TOKENS, NGRAM = 40, 3
 
 
@@ -82,8 +81,8 @@ def listing_s(folder: Path) -> float:
 @click.option("--changed", type=click.FloatRange(0, 1, min_open=True), default=0.01, show_default=True, help="Share.")
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Record; benchmarks/results/update_IMAGES.json if absent.")
-def main(images: int, changed: float, beams: int, seed: int, out: Path | None) -> None:
+@record_options
+def main(images: int, changed: float, beams: int, seed: int, out: Path | None, record: bool) -> None:
     """Time the runs and compare what they wrote."""
     count = max(1, round(changed * images))
     corpus = write_corpus(BUILD / f"pictures_{images + count}", images + count, EXAMPLES)
@@ -98,7 +97,7 @@ def main(images: int, changed: float, beams: int, seed: int, out: Path | None) -
     runs["some_changed"] = timed_run(folder, run, beams, "--update")
     runs["scratch"] = timed_run(folder, scratch, beams)
     digests = [file_sha256(path) for path in (run, scratch)]
-    record = {
+    report = {
         "benchmark": "update",
         "machine": describe_machine(),
         "bundle": Bundle.load().digest[:12],
@@ -109,9 +108,9 @@ def main(images: int, changed: float, beams: int, seed: int, out: Path | None) -
         "run_sha256": digests[0],
         "same_as_from_scratch": digests[0] == digests[1],
     }
-    out = out or RESULTS / f"update_{images}.json"
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    click.echo(json.dumps(record))
+    path = record_path(f"update_{images}.json", out, record)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    click.echo(json.dumps(report))
     if digests[0] != digests[1]:
         click.echo("error: run.csv is not that of a run from scratch", err=True)
         sys.exit(1)
