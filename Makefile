@@ -11,6 +11,8 @@ IMAGES ?= examples/images
 BEAMS ?= 4
 WORKLOAD ?= demo
 OUT ?= run.csv
+# `make bench RECORD=--record` writes over the record in benchmarks/results, else it goes to build/benchmarks.
+RECORD ?=
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
@@ -52,10 +54,10 @@ parity: restore  ## compare the demo bundle with Hugging Face generate on the ex
 	    --images examples/images --beams 1,3,4,5,10 --out build/parity.json
 
 bench: $(FULL)/.ready  ## time the engine beside generate, the usual ONNX loop and OpenVINO (WORKLOAD=base|large|demo)
-	$(FULL)/bin/python -m benchmarks.throughput --workload $(WORKLOAD) --beams $(BEAMS)
+	$(FULL)/bin/python -m benchmarks.throughput --workload $(WORKLOAD) --beams $(BEAMS) $(RECORD)
 
 soak: $(FULL)/.ready  ## caption 17,237 generated images: does it slow down, does memory grow? (half an hour on 2 cores)
-	$(FULL)/bin/python -m benchmarks.soak
+	$(FULL)/bin/python -m benchmarks.soak $(RECORD)
 
 plots: $(FULL)/.ready  ## draw the records of benchmarks/results
 	$(FULL)/bin/python -m benchmarks.plots

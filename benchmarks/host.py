@@ -5,7 +5,8 @@
     python -m benchmarks.host --against DIR                     # in turn with another checkout, same words
 
 No model runs: words follow from the picture and the step, so that ids can be compared. Presets are estimates, no GPU
-was at hand (benchmarks/A100.md). The record goes to benchmarks/results/ and, as one JSON line, to stdout.
+was at hand (benchmarks/A100.md). The record goes to build/benchmarks/ (with --record: benchmarks/results/) and, as one
+JSON line, to stdout.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.host_worker import pictures
-from benchmarks.setting import describe_machine
+from benchmarks.setting import describe_machine, record_options, record_path
 
-RESULTS = Path("benchmarks/results")
 WORKER = Path(__file__).with_name("host_worker.py")
 INSTANT = {"encode_s": 0.0, "step_s": 0.0, "row_s": 0.0, "regroup_row_s": 0.0}
 DEVICES = {
@@ -48,7 +48,7 @@ JPEG_SIDE = 224
 @click.option("--encode-batch", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--against", type=click.Path(path_type=Path, exists=True), help="Another checkout, timed in turn.")
-@click.option("--out", type=click.Path(path_type=Path), help="The record; in benchmarks/results/ when absent.")
+@record_options
 def main(
     device: str,
     beams: str,
@@ -60,6 +60,7 @@ def main(
     repeats: int,
     against: Path | None,
     out: Path | None,
+    record: bool,
 ) -> None:
     """Measure the host."""
     here = Path(__file__).parents[1]
@@ -73,10 +74,10 @@ def main(
                 one = order | {"beams": number, "rows": wide}
                 found.append(measure(one, device, {"here": here} | ({"there": against} if against else {}), repeats))
                 click.echo(line_of(found[-1]), err=True)
-    record = {"benchmark": "host", "device": device, "estimated_times": DEVICES[device], "order": order}
-    record |= {"machine": describe_machine(), "measured": found}
-    path = out or RESULTS / f"host_{device}{'_jpeg' if jpeg else ''}{'_against' if against else ''}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    report = {"benchmark": "host", "device": device, "estimated_times": DEVICES[device], "order": order}
+    report |= {"machine": describe_machine(), "measured": found}
+    path = record_path(f"host_{device}{'_jpeg' if jpeg else ''}{'_against' if against else ''}.json", out, record)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(json.dumps({"record": str(path), "measured": found}))
 
 

@@ -5,7 +5,9 @@ python -m benchmarks.plots
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,12 @@ COLOURS = {"engine": "#0b6e4f", "openvino": "#7fb69e", "conventional": "#c98b2b"
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
-    """Return every valid record of a directory."""
+    """Return every valid record of a benchmark in a directory; other files there, such as estimates, are skipped."""
     records = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
-    return [record for record in records if record.get("valid", True)]
+    return [record for record in records if record.get("benchmark") and record.get("valid", True)]
 
 
-def plot_beams(records: list[dict[str, Any]], out: Path) -> None:
+def plot_beams(records: list[dict[str, Any]]) -> Any:
     """Bars: speed of each program over that of generate, one group a workload and number of beams."""
     runs = [r for r in records if r["benchmark"] == "throughput" and not r["setting"]["forced_tokens"]]
     order = ["base", "large", "demo"]
@@ -55,7 +57,7 @@ def plot_beams(records: list[dict[str, Any]], out: Path) -> None:
         [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in NAMES], NAMES.values(), fontsize=7, frameon=False
     )
     axes.set_title("Speed over Hugging Face generate's at its best batch size, and seconds an image", fontsize=9)
-    _finish(figure, axes, out)
+    return _finish(figure, axes)
 
 
 def _beams(record: dict[str, Any]) -> str:
@@ -63,7 +65,7 @@ def _beams(record: dict[str, Any]) -> str:
     return "greedy" if beams == 1 else f"{beams} beams"
 
 
-def plot_lengths(records: list[dict[str, Any]], out: Path) -> None:
+def plot_lengths(records: list[dict[str, Any]]) -> Any:
     """Lines: seconds an image against the length every caption is forced to."""
     runs = [
         record
@@ -87,10 +89,10 @@ def plot_lengths(records: list[dict[str, Any]], out: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, frameon=False)
     axes.set_title("BLIP-base shape, 4 beams", fontsize=9)
-    _finish(figure, axes, out)
+    return _finish(figure, axes)
 
 
-def plot_rows(records: list[dict[str, Any]], out: Path) -> None:
+def plot_rows(records: list[dict[str, Any]]) -> Any:
     """Lines: images/s of the engine against the beams it decodes side by side."""
     figure, axes = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for record in (r for r in records if r["benchmark"] == "rows"):
@@ -104,10 +106,10 @@ def plot_rows(records: list[dict[str, Any]], out: Path) -> None:
     axes.set_ylabel("speed, share of the fastest")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, frameon=False)
-    _finish(figure, axes, out)
+    return _finish(figure, axes)
 
 
-def plot_soak(records: list[dict[str, Any]], out: Path) -> None:
+def plot_soak(records: list[dict[str, Any]]) -> Any:
     """Two rows: images/s and memory over time of the largest soak, undisturbed on the left and disturbed on the
     right.
     """
@@ -135,32 +137,47 @@ def plot_soak(records: list[dict[str, Any]], out: Path) -> None:
     grid[1, 0].set_ylabel("memory, GiB", fontsize=8)
     marks = [plt.Line2D([], [], color=colour, linestyle=":", label=kind) for kind, colour in FAULTS.items()]
     grid[0, 1].legend(handles=marks, fontsize=6, frameon=False, loc="lower right", ncols=3)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    return figure
 
 
-def _finish(figure: Any, axes: Any, out: Path) -> None:
+def _finish(figure: Any, axes: Any) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    return figure
+
+
+def is_throughput(record: dict[str, Any], *, forced: bool) -> bool:
+    """Return whether a record compares programs, with captions of one forced length or not."""
+    return record["benchmark"] == "throughput" and bool(record["setting"]["forced_tokens"]) == forced
+
+
+PLOTS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], bool]]] = {
+    "beams": (plot_beams, lambda record: is_throughput(record, forced=False)),
+    "lengths": (plot_lengths, lambda record: is_throughput(record, forced=True)),
+    "rows": (plot_rows, lambda record: record["benchmark"] == "rows"),
+    "soak": (plot_soak, lambda record: record["benchmark"] == "soak"),
+}
+"""Name of a picture -> what draws it, and the records that it shows."""
+
+
+def digest_of(name: str, records: list[dict[str, Any]]) -> str:
+    """Return a checksum of the records that a picture shows. It is kept in the file: a test finds a stale picture."""
+    shown = [record for record in records if PLOTS[name][1](record)]
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @click.command()
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def main(results: Path) -> None:
-    """Write beams.png, lengths.png, rows.png and soak.png beside the records, those whose records are there."""
+    """Write beams.png, lengths.png, rows.png and soak.png next to the records, if there are records to show."""
     records = read_records(results)
-    for name, plot, needed in (
-        ("beams", plot_beams, lambda r: r["benchmark"] == "throughput" and not r["setting"]["forced_tokens"]),
-        ("lengths", plot_lengths, lambda r: r["benchmark"] == "throughput" and r["setting"]["forced_tokens"]),
-        ("rows", plot_rows, lambda r: r["benchmark"] == "rows"),
-        ("soak", plot_soak, lambda r: r["benchmark"] == "soak"),
-    ):
-        if not any(map(needed, records)):
+    for name, (plot, is_shown) in PLOTS.items():
+        if not any(map(is_shown, records)):
             click.echo(f"no record for {name}.png", err=True)
             continue
-        plot(records, results / f"{name}.png")
+        figure = plot(records)
+        figure.savefig(results / f"{name}.png", dpi=130, metadata={"Records": digest_of(name, records)})
+        plt.close(figure)
         click.echo(results / f"{name}.png")
 
 

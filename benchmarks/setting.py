@@ -5,15 +5,37 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 from PIL import Image
 
 from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image
+
+RESULTS = Path("benchmarks/results")
+"""Records in the repository: tables of the docs are made of them, and a test compares both."""
+SCRATCH = Path("build/benchmarks")
+"""Records of trials."""
+
+
+def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command --out and --record; see record_path."""
+    out = click.option("--out", type=click.Path(path_type=Path), help=f"Record to write; in {SCRATCH}/ when absent.")
+    record = click.option("--record", is_flag=True, help=f"Write into {RESULTS}/, over the record that is there.")
+    return out(record(command))
+
+
+def record_path(name: str, out: Path | None = None, record: bool = False) -> Path:
+    """Return the path of a record, its folder made: `out`, else `name` in RESULTS with `record`, or in SCRATCH."""
+    path = out or (RESULTS if record else SCRATCH) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def describe_machine() -> dict[str, object]:

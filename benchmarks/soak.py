@@ -24,7 +24,7 @@ from typing import Any
 import click
 
 from benchmarks.faults import compare_runs, engine_command, mix_in_unreadable, resident_bytes, run_disturbed
-from benchmarks.setting import CHALLENGE_SIZE, describe_machine, write_corpus
+from benchmarks.setting import CHALLENGE_SIZE, describe_machine, record_options, record_path, write_corpus
 from benchmarks.workload import BUILD, EXAMPLES
 from engine.bundle.manifest import Bundle
 from engine.machine.bench import peak_memory_gib
@@ -32,7 +32,6 @@ from engine.options import DecodeOptions
 from engine.run.job import Inputs, Outputs
 from engine.run.pipeline import caption_directory
 
-RESULTS = Path("benchmarks/results")
 FEW = 500
 SPEED_BOUND, MEMORY_BOUND = 0.05, 0.10
 """The last tenth may be this share slower than the second tenth, and memory this share above a run of FEW images."""
@@ -146,9 +145,17 @@ def _thin(samples: Samples) -> list[tuple[float, int, float]]:
 @click.option("--full-disks", type=click.IntRange(0), default=3, show_default=True)
 @click.option("--hostile", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Share of the files.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Record; benchmarks/results/soak_IMAGES.json when absent.")
+@record_options
 def main(
-    images: int, beams: int, kills: int, terms: int, full_disks: int, hostile: float, seed: int, out: Path | None
+    images: int,
+    beams: int,
+    kills: int,
+    terms: int,
+    full_disks: int,
+    hostile: float,
+    seed: int,
+    out: Path | None,
+    record: bool,
 ) -> None:
     """Caption the corpus with the demo bundle, undisturbed and disturbed, and judge both."""
     few = write_corpus(BUILD / f"pictures_{FEW}", FEW, EXAMPLES)
@@ -157,7 +164,7 @@ def main(
     random.Random(seed).shuffle(faults)
     undisturbed = _undisturbed(many, BUILD / "soak.csv", few, beams)
     disturbed = _disturbed(many, BUILD / "soak.csv", int(hostile * images), faults, beams, seed)
-    record = {
+    report = {
         "benchmark": "soak",
         "machine": describe_machine(),
         "bundle": Bundle.load().digest[:12],
@@ -167,14 +174,12 @@ def main(
         "disturbed": disturbed,
         "passed": undisturbed["passed"] and disturbed["passed"],
     }
-    out = out or RESULTS / f"soak_{images}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record) + "\n")
-    shown = {key: value for key, value in record.items() if key not in ("undisturbed", "disturbed")}
+    record_path(f"soak_{images}.json", out, record).write_text(json.dumps(report) + "\n")
+    shown = {key: value for key, value in report.items() if key not in ("undisturbed", "disturbed")}
     for part, values in (("undisturbed", undisturbed), ("disturbed", disturbed)):
         shown[part] = {key: value for key, value in values.items() if key not in ("samples", "faults")}
     click.echo(json.dumps(shown))
-    if not record["passed"]:
+    if not report["passed"]:
         click.echo("error: the run slowed down, its memory grew, or it did not survive: see the record", err=True)
         sys.exit(1)
 

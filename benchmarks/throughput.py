@@ -4,7 +4,8 @@
 
 Each program runs in its own process; all are warmed up, then take turns. Their ids are compared, and a run with a
 difference that is not a tie exits with 1 and is void. Batch sizes of programs that have one are tried first and the
-best is kept. The record goes to benchmarks/results/ and, as one JSON line, to stdout.
+best is kept. The record goes to build/benchmarks/ (--record: benchmarks/results/) and, as one
+JSON line, to stdout.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import click
 
 from benchmarks.programs import BATCHED, PROGRAMS, Comparison, Ids, Timing, Worker
 from benchmarks.roofline import measure_matmul
-from benchmarks.setting import describe_machine
+from benchmarks.setting import describe_machine, record_options, record_path
 from benchmarks.work import ModelWork, count_work
 from benchmarks.workload import MAX_NEW_TOKENS, Workload, prepare, read_pictures, read_pixels
 from engine.bundle.manifest import Bundle
@@ -36,7 +37,6 @@ from export.reference.huggingface import Reference, UncachedBackend
 from export.reference.trace import summed_log_prob
 
 Ids1 = tuple[int, ...]
-RESULTS = Path("benchmarks/results")
 BATCH_SIZES = (4, 8, 16, 32)
 """Tried in this order for programs that have a batch size, until one is slower than the best by SLOWER."""
 SLOWER = 1.1
@@ -58,8 +58,8 @@ NEAR = 0.02
 @click.option("--rows", type=click.IntRange(1), help="Beams side by side in the engine; its own choice when absent.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of every program; all cores when absent.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Record; benchmarks/results/... when absent.")
-def main(name, images, beams, forced_tokens, programs, batches, rows, threads, repeats, out) -> None:
+@record_options
+def main(name, images, beams, forced_tokens, programs, batches, rows, threads, repeats, out, record) -> None:
     """Measure, compare, and keep the record."""
     workload = prepare(name, images)
     options = workload.options(beams, forced_tokens=forced_tokens)
@@ -72,7 +72,7 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
     last = {program: runs[-1].ids for program, runs in timings.items()}
     agreement = agreement_of(workload, options, last)
     valid = is_valid(agreement, images)
-    record = {
+    report = {
         "benchmark": "throughput",
         "workload": name,
         "machine": describe_machine(),
@@ -92,11 +92,10 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
         "ids_sha256": hashlib.sha256(json.dumps(last["engine"]).encode()).hexdigest()[:16],
     }
     length = f"_{forced_tokens}tokens" if forced_tokens else ""
-    out = out or RESULTS / f"{name}_{beams}beams{length}.json"
+    out = record_path(f"{name}_{beams}beams{length}.json", out, record)
     out = out if valid else out.with_suffix(".void.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    _print(record, out)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    _print(report, out)
     if not valid:
         click.echo("error: the programs gave different ids that no tie explains, the measurement is void", err=True)
         sys.exit(1)

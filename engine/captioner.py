@@ -374,8 +374,10 @@ def caption_within_memory(
             return
         except (OutOfMemoryError, MemoryError) as error:
             if num_slots == 1:
+                reason = f" ({error})" if str(error) else ""  # a MemoryError of Python itself has no words
                 raise OutOfMemoryError(
-                    f"memory is too short for a single image ({error}): close other programs"
+                    f"there is not enough memory for one image at a time{reason}: close other programs, or raise the "
+                    "memory limit (ulimit -v, a container's)"
                 ) from error
             say(f"memory is short with {num_slots} images side by side: going on with {num_slots // 2}")
             num_slots //= 2

@@ -1,10 +1,14 @@
-"""Cores and memory that this process may use."""
+"""Cores and memory that this process may use, and the processes below it."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
+import signal
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,3 +148,36 @@ def _groups(controller: str) -> list[Path]:
             own = root / path.lstrip("/")
             groups += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
     return groups
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes below a process, children last; none where the system has no /proc."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found += [*descendants(child), child]
+    return found
+
+
+def started_at(pid: int) -> str | None:
+    """Return when a process was started, in the system's ticks: with its id it names the process for good. None if it
+    has ended, even if its parent has not asked for its exit code yet.
+    """
+    try:
+        state, *others = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if state in (b"Z", b"X") else others[18].decode()
+
+
+def wait_or_kill(processes: Mapping[int, str | None], patience_s: float) -> None:
+    """Wait until processes {id: started_at} have ended, and kill those that have not after `patience_s` seconds."""
+    end = time.monotonic() + patience_s
+    while living := [pid for pid, start in processes.items() if start is not None and started_at(pid) == start]:
+        if time.monotonic() > end:
+            for pid in living:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.02)

@@ -8,12 +8,13 @@ import click
 
 from engine.bundle.manifest import PRECISIONS
 from engine.cli.group import OneLine
-from engine.cli.shared import PATH, say
+from engine.cli.shared import NAME, PATH, say
 
 
 @click.command(cls=OneLine)
 @click.option(
     "--checkpoint",
+    type=NAME,
     required=True,
     help="BLIP captioning checkpoint: a folder, a hub's id, a .pth file.",
 )

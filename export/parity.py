@@ -24,7 +24,7 @@ from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.captions import Alternative
 from engine.cli.group import OneLine
-from engine.cli.shared import PATH
+from engine.cli.shared import NAME, PATH
 from engine.decoding.beam import Hypothesis
 from engine.errors import CheckpointError, EngineError, ImageError, UsageError
 from engine.files.atomic import check_outputs, write_atomically
@@ -195,6 +195,7 @@ def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
 @click.option(
     "--checkpoint",
     "checkpoints",
+    type=NAME,
     required=True,
     multiple=True,
     help="BLIP captioning checkpoint (safetensors): a folder, or a hub's id. Of several bundles each one's, in their "

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from engine.cli.group import OneLineGroup
-from engine.cli.shared import PATH, SectionCommand, column_options, say, takes
+from engine.cli.shared import NAME, PATH, SectionCommand, column_options, say, takes
 from engine.errors import EngineError, UsageError
 from engine.inputs.columns import Columns
 from engine.inputs.depth import CLIP
@@ -82,9 +82,11 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", required=True, help="BLIP captioning checkpoint to start from: a folder, or a hub's id.")
+@click.option(
+    "--model", type=NAME, required=True, help="BLIP captioning checkpoint to start from: a folder, or a hub's id."
+)
 @click.option("--out", type=PATH, required=True, help="Run directory; the same command goes on where it was cut off.")
-@click.option("--recipe", default="medblip-base", show_default=True, help="A named recipe, or a YAML file.")
+@click.option("--recipe", type=NAME, default="medblip-base", show_default=True, help="A named recipe, or a YAML file.")
 @click.option(
     "--dry-run", is_flag=True, help="Print steps, memory, hours and disk; train two steps, validate, keep nothing."
 )

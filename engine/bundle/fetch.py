@@ -12,12 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from engine.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Bundle, change_of
-from engine.errors import BundleError
+from engine.errors import BundleError, EngineError
 from engine.files.atomic import file_sha256
 from engine.files.cache import cache_root, draft_folder
 from engine.files.lock import waiting_lock
 from engine.inputs.kinds import wrong_content
-from engine.inputs.remote import Location, RemoteFolder
+from engine.inputs.remote import Location, RemoteFolder, one_line_of
 
 CHUNK_BYTES = 1 << 22
 Folder = RemoteFolder | Path
@@ -62,7 +62,7 @@ def fetch_bundle(folder: Folder, *, anew: bool = False) -> Path:
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with `python -m export`") from None
     except OSError as error:
-        raise BundleError(f"{folder}/{MANIFEST} cannot be read: {error}") from error
+        raise BundleError(f"{folder}/{MANIFEST} cannot be read: {one_line_of(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         known = wrong_content(manifest)
         raise BundleError(
@@ -131,5 +131,9 @@ def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
                 yield chunk
     except FileNotFoundError as error:
         raise BundleError(f"{folder} is not whole: it has no {name}: export it again") from error
-    except OSError as error:
-        raise BundleError(f"{folder}/{name} cannot be read: {error}: run the same command again") from error
+    except EngineError:
+        raise
+    except Exception as error:  # a storage's library raises its own errors, too
+        raise BundleError(
+            f"{folder}/{name} cannot be read: {one_line_of(error)}: run the same command again"
+        ) from error

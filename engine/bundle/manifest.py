@@ -179,6 +179,9 @@ def demo_bundle() -> Path:
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     file = path / MANIFEST
+    if path.is_file():
+        remedy = f"give its folder, {path.parent}" if path.name == MANIFEST else "give the folder of a bundle"
+        raise BundleError(f"{path} is a file: {remedy}")
     if not path.is_dir():
         raise BundleError(f"{path} is not a bundle: no such directory")
     if not file.is_file():

@@ -56,7 +56,7 @@ def caption(
     if "num_return_sequences" in decoding.given and outputs.n_best_out is None:
         raise UsageError("--n-best needs --n-best-out, the file for the alternatives")
     progress = _progress if bundle is not None else _progress_of_demo
-    if outputs.is_stream and sys.stdout.isatty():
+    if outputs.is_stream and sys.stdout is not None and sys.stdout.isatty():  # None: closed, refused further on
         progress = _no_bar
     try:
         summary = caption_directory(

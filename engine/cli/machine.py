@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.cli.shared import LOCATION, PATH, SectionCommand, bundle_option, bundles_option, rows_option, say, takes
+from engine.cli.shared import (
+    LOCATION,
+    PATH,
+    SectionCommand,
+    bundle_option,
+    bundles_option,
+    printable,
+    rows_option,
+    say,
+    takes,
+)
 from engine.errors import EngineError
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions
@@ -68,7 +78,7 @@ def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
         state = "ok  " if check.passed else "FAIL"
         click.echo(
             f"{state} {check.identical}/{check.images} identical, score difference {check.max_score_difference:.1e}: "
-            f"{check.setting}",
+            f"{printable(check.setting)}",
             err=as_json,
         )
     if as_json:
@@ -131,6 +141,6 @@ def info(bundle: Location | None, as_json: bool) -> None:
         if isinstance(value, dict):
             click.echo(f"{name}:")
             for key, entry in value.items():
-                click.echo(f"  {key}: {entry}")
+                click.echo(printable(f"  {key}: {entry}"))
         else:
-            click.echo(f"{name}: {value}")
+            click.echo(printable(f"{name}: {value}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING
 from pathlib import Path
@@ -14,10 +15,35 @@ from engine.declarations import Option, declared
 from engine.errors import UsageError
 from engine.inputs.columns import CAPTION_HELP, ID_HELP, PROMPT_HELP, Columns
 from engine.inputs.delimited import read_text
-from engine.inputs.remote import Location, location
+from engine.inputs.remote import Location, location, without_secrets
 from engine.options import DecodeOptions
 
-PATH = click.Path(path_type=Path)
+ESCAPED = ("Cc", "Cs")
+"""Unicode categories that a terminal would obey or cannot show: control characters and bytes that are not UTF-8."""
+BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Marks that turn text around: `gpj.exe` would be shown as `exe.jpg`."""
+
+
+class PathType(click.Path):
+    """A path. An empty one, such as an unset shell variable, would mean the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_refuse_empty(value, param), param, ctx)
+
+
+PATH = PathType(path_type=Path)
+
+
+class NameType(click.ParamType):  # type: ignore[type-arg]
+    """A text that names something: a checkpoint, a recipe."""
+
+    name = "text"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:  # noqa: ARG002
+        return _refuse_empty(value, param)
+
+
+NAME = NameType()
 
 
 class LocationType(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 takes no [Location]
@@ -26,7 +52,7 @@ class LocationType(click.ParamType):  # type: ignore[type-arg]  # click before 8
     name = "path or URI"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Location:  # noqa: ARG002
-        return location(value) if isinstance(value, str) else value  # type: ignore[return-value]
+        return location(_refuse_empty(value, param)) if isinstance(value, str) else value  # type: ignore[return-value]
 
 
 LOCATION = LocationType()
@@ -40,7 +66,8 @@ class LinesType(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ARG002
         if not isinstance(value, str):
             return value  # type: ignore[return-value]
-        return tuple(text for line in read_text(Path(value)).splitlines() if (text := line.strip()))
+        lines = read_text(Path(_refuse_empty(value, param))).splitlines()
+        return tuple(text for line in lines if (text := line.strip()))
 
 
 class NumbersType(click.ParamType):  # type: ignore[type-arg]
@@ -56,9 +83,29 @@ class NumbersType(click.ParamType):  # type: ignore[type-arg]
         return tuple(int(one) for one in value.split(","))
 
 
+def _refuse_empty(value: Any, parameter: click.Parameter | None) -> Any:
+    """Return a value unless it is an empty text. Raises UsageError."""
+    if value == "" and parameter is not None:
+        name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+        raise UsageError(f"{name} is empty: give a path or a name (is a shell variable unset?)")
+    return value
+
+
 def say(line: str) -> None:
-    """Print one line to stderr, whatever the file names in it hold."""
-    click.echo(" ".join(line.splitlines()), err=True)
+    """Print one line to stderr. Errors and notes of every command pass here: what file names and URIs in them hold
+    neither controls the terminal nor shows a secret.
+    """
+    click.echo(printable(without_secrets(line)), err=True)
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, with escapes such as `\\x1b` for characters that control a terminal."""
+    return "".join(
+        character.encode("unicode_escape", "surrogatepass").decode()
+        if unicodedata.category(character) in ESCAPED or character in BIDI
+        else character
+        for character in " ".join(text.splitlines())
+    )
 
 
 class SectionOption(click.Option):

@@ -14,8 +14,9 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import NoReturn
+
+from engine.host import descendants
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a program stopped by Ctrl-C (128 + SIGINT) and by a plain kill (128 + SIGTERM)."""
@@ -62,24 +63,15 @@ def end(exit_code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    kill_descendants()
+    killdescendants()
     os._exit(exit_code)
 
 
-def kill_descendants() -> None:
+def killdescendants() -> None:
     """Kill all processes below this one, where /proc tells them; a scorer's Java is one."""
-    for pid in _below | set(_descendants(os.getpid())):
+    for pid in _below | set(descendants(os.getpid())):
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, path.read_text().split()):
-                found += [*_descendants(child), child]
-    return found
 
 
 def _forget() -> None:
@@ -95,7 +87,7 @@ def _forget() -> None:
 
 def _stop(signum: int, frame: object) -> NoReturn:  # noqa: ARG001
     sys.unraisablehook = lambda _: None  # what is raised here within a destructor would be printed with its traceback
-    _below.update(_descendants(os.getpid()))
+    _below.update(descendants(os.getpid()))
     raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
@@ -107,5 +99,5 @@ def _watch(receiver: socket.socket, sender: socket.socket) -> None:  # noqa: ARG
             time.sleep(GRACE_S)
             with contextlib.suppress(OSError):
                 os.write(2, f"{STOPPED}\n".encode())
-            kill_descendants()
+            killdescendants()
             os._exit(codes[number])

@@ -1,22 +1,30 @@
 """Folders at a URI: s3://, gs://, hdfs://, file:// through pyarrow, anything else through fsspec; knows no images.
 
 Needs pyarrow, which the extra `ray` brings. Credentials and options (`user:key@`, `?...`) may be part of a URI;
-they are never shown.
+messages never show them.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from engine.errors import EngineError, UsageError, install_command
 
 PLAIN = ("file", "memory")
 """Schemes in which `?` is part of a name; elsewhere it begins options, or a signature that lets its bearer in."""
+NOT_THERE = (404, 410)
+"""HTTP status codes of an answer that nothing is at a URL."""
+_CREDENTIALS = re.compile(r"^(?:[^\s'\"?#]*:(?!\d+/)[^\s'\"?#]*@|[^\s'\"/?#]*@)")
+"""What stands before the host. A secret key may hold a `/`, which would end the host; a port is no secret."""
+_URI = re.compile(r"\b([a-z][a-z0-9+.-]*)://([^\s'\"]+)", re.IGNORECASE)
+_QUERY = re.compile(r"\?[\w.%-]+=[^\s'\"]*")
+"""Libraries also name URLs without scheme and host, as in `with url: /x?sig=1`."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +34,8 @@ class RemoteFolder:
     uri: str
 
     def __str__(self) -> str:
-        parts = urlsplit(self.uri)
-        query = parts.query if parts.scheme in PLAIN else ""
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query)).rstrip("/")
+        scheme, _, rest = self.uri.partition("://")
+        return f"{scheme}://{_public(scheme, rest)}".rstrip("/")
 
     def list(self, *, recursive: bool = False) -> dict[str, tuple[int, ...] | None]:
         """Return {path inside the folder: (bytes, time of change in ns)} of files, None for what is not a file.
@@ -41,8 +48,10 @@ class RemoteFolder:
         try:
             found = system.get_file_info(fs.FileSelector(base, recursive=recursive))
         except (FileNotFoundError, NotADirectoryError):
+            if (reason := _failure_behind(system, base)) is not None:
+                raise _trouble(str(self), reason) from reason
             raise UsageError(f"{self} is not a directory: give a folder") from None
-        except OSError as error:
+        except Exception as error:  # fsspec passes on what each storage's library raises
             raise _trouble(str(self), error) from error
         return {
             _relative(info.path, base): (info.size or 0, info.mtime_ns or 0) if info.type == fs.FileType.File else None
@@ -60,18 +69,23 @@ class RemoteFolder:
                 raise ValueError(f"larger than {most_bytes} bytes, refused")
             try:
                 content: bytes = stream.readall()
-            except OSError as error:
+            except Exception as error:
                 raise _trouble(str(RemoteFile(self, name)), error) from error
         return content
 
     def open(self, name: str) -> Any:
         """Return a pyarrow NativeFile; see `read` for the errors."""
         system, base = _open(self.uri)
+        path = _join(base, name)
         try:
-            return system.open_input_file(f"{base}/{name}")
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            return system.open_input_file(path)
+        except (PermissionError, IsADirectoryError):
             raise
-        except OSError as error:
+        except FileNotFoundError:
+            if (reason := _failure_behind(system, path)) is not None:
+                raise _trouble(str(RemoteFile(self, name)), reason) from reason
+            raise
+        except Exception as error:
             raise _trouble(str(RemoteFile(self, name)), error) from error
 
 
@@ -104,8 +118,21 @@ def location(text: str) -> Location:
     try:
         urlsplit(text)
     except ValueError as error:
-        raise UsageError(f"a URI beginning with {text.partition('://')[0]}:// is none: {error}") from None
+        raise UsageError(f"not a valid URI: {text.partition('://')[0]}://...: {error}") from None
     return RemoteFolder(text)
+
+
+def without_secrets(text: str) -> str:
+    """Return a message without the credentials and the query strings of the URIs in it.
+
+    Example: `GET http://user:key@host/x?sig=1 failed` becomes `GET http://host/x failed`.
+    """
+    return _URI.sub(lambda found: f"{found[1]}://{_public(found[1].lower(), found[2])}", text)
+
+
+def _public(scheme: str, rest: str) -> str:
+    """Return what follows `scheme://` as it may be shown."""
+    return _CREDENTIALS.sub("", rest if scheme in PLAIN else rest.partition("?")[0])
 
 
 @functools.lru_cache(maxsize=16)
@@ -137,19 +164,48 @@ def _open_fsspec(uri: str) -> tuple[Any, str]:
 
         system, base = fsspec.core.url_to_fs(uri)
     except ImportError as error:
-        raise EngineError(f"{shown} cannot be opened: {_line(error)}") from None
+        raise EngineError(f"{shown} cannot be opened: {one_line_of(error)}") from None
     except ValueError as error:
-        raise UsageError(f"{shown} is no folder that pyarrow or fsspec can open: {_line(error)}") from None
+        raise UsageError(f"{shown} is no folder that pyarrow or fsspec can open: {one_line_of(error)}") from None
     return fs.PyFileSystem(fs.FSSpecHandler(system)), base
 
 
+def _join(base: str, name: str) -> str:
+    """Return the path of a file in a folder. HTTP's folder is a whole URL: its query follows the file's name."""
+    folder, mark, query = base.partition("?") if "://" in base else (base, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{query}"
+
+
 def _relative(path: str, base: str) -> str:
+    if "://" in base and not path.startswith(f"{base}/"):  # a signed URL, and what its server lists is signed, too
+        path, base = path.partition("?")[0], base.partition("?")[0]
     return path.lstrip("/").removeprefix(base.lstrip("/")).lstrip("/")
 
 
-def _trouble(name: str, error: OSError) -> EngineError:
-    return EngineError(f"{name} cannot be read: {_line(error)}: is its storage there, and are you allowed in?")
+def _failure_behind(system: Any, path: str) -> Exception | None:
+    """Return why a storage could not tell what is at `path`; None if it answered that nothing is there.
+
+    isdir, isfile and exists of fsspec are False after any error, a refused connection included. Its info raises the
+    error, but over HTTP as the cause of a FileNotFoundError.
+    """
+    storage = getattr(getattr(system, "handler", None), "fs", None)
+    if storage is None:
+        return None
+    try:
+        storage.info(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        cause = error.__cause__
+        answered = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in NOT_THERE
+        return None if answered or not isinstance(cause, Exception) else cause
+    except Exception as error:
+        return error
+    return None
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _trouble(name: str, error: Exception) -> EngineError:
+    return EngineError(f"{name} cannot be read: {one_line_of(error)}: is its storage there, and are you allowed in?")
+
+
+def one_line_of(error: Exception) -> str:
+    """Return what a storage's library says of a failure, on one line and without secrets."""
+    return " ".join(_QUERY.sub("", without_secrets(str(error))).split())[:300] or type(error).__name__

@@ -12,6 +12,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -20,10 +21,16 @@ from PIL import Image
 from engine.bundle.manifest import Bundle
 from engine.captions import Caption
 from engine.cli.app import main
+from engine.cli.shared import LinesType, LocationType, NameType, PathType, say
 from engine.errors import PACKAGES, install_command
 from engine.run.record import RunRecord
+from export.__main__ import main as export
+from export.parity import main as parity
+from export.precision import main as precision
+from export.restore import main as restore
 from tests.helpers.datasets import extreme_png, imageless
 from tests.helpers.tiny import random_pictures, save_pictures
+from train.__main__ import main as train
 
 
 @pytest.fixture
@@ -243,6 +250,14 @@ def test_folders_pictures_patterns_and_lists_are_one_run(image_dir, tiny_bundle,
         (["--manifest", "{tmp}/absent"], 2, "absent cannot be read: No such file"),
         (["--bundle", "{tmp}/nowhere"], 1, "is not a bundle"),
         (["--bundle", "{tmp}/empty"], 1, "has no manifest.json"),
+        (["--bundle", "{bundle}/manifest.json"], 1, "manifest.json is a file: give its folder, {bundle}"),
+        (["--bundle", "{tmp}/images/IMG 1.png"], 1, "IMG 1.png is a file: give the folder of a bundle"),
+        (["--num_beams", "3"], 2, "No such option: --num_beams: did you mean --beams?"),
+        (["--num-return-sequences", "3"], 2, "did you mean --n-best?"),
+        (["--max-length", "3"], 2, "did you mean --max-new-tokens?"),
+        (["--images", "{tmp}"], 2, "did you mean --input?"),
+        (["--checkpoint", "{tmp}"], 2, "did you mean --bundle? (`python -m export` makes a bundle of a checkpoint)"),
+        (["--prefix", "a", "b.png"], 2, "unexpected extra argument (b.png): put quotes around a pattern"),
     ],
 )
 def test_wrong_inputs_get_one_clear_line_and_no_output(
@@ -250,14 +265,66 @@ def test_wrong_inputs_get_one_clear_line_and_no_output(
 ):
     (tmp_path / "empty").mkdir()
     defaults = {"--input": image_dir, "--bundle": tiny_bundle, "--out": tmp_path / "run.csv"}
-    given = dict(zip(arguments[::2], (a.format(tmp=tmp_path) for a in arguments[1::2]), strict=True))
-    result = run("caption", *(part for pair in (defaults | given).items() for part in pair))
+    places = {"tmp": tmp_path, "bundle": tiny_bundle}
+    given = {name: value.format(**places) for name, value in zip(arguments[::2], arguments[1::2], strict=False)}
+    more = arguments[-1:] if len(arguments) % 2 else []
+    result = run("caption", *(part for pair in (defaults | given).items() for part in pair), *more)
     assert result.exit_code == exit_code, result.output
     (line,) = [line for line in result.stderr.splitlines() if line != "backend: cpu"]
     assert line.startswith("error: ")
-    assert sentence in line
+    assert sentence.replace("{bundle}", str(tiny_bundle)) in line
     assert result.stdout == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "images"]
+
+
+def path_options() -> list[tuple[click.Command, str, str]]:
+    """Return (command, its name below that, option) of every option that is a path or names a checkpoint."""
+    found = []
+    for start in (main, train, export, parity, precision, restore):
+        for name, command in getattr(start, "commands", {"": start}).items():
+            kinds = (PathType, LocationType, LinesType, NameType)
+            options = [one for one in command.params if isinstance(one, click.Option) and isinstance(one.type, kinds)]
+            found += [(start, name, one.opts[0]) for one in options]
+    return found
+
+
+def test_an_empty_path_is_refused_by_every_option():
+    """`--input "$FOLDER"` with FOLDER unset would mean the working directory."""
+    assert len(path_options()) > 60
+    for command, name, option in path_options():
+        result = CliRunner().invoke(command, [*filter(None, [name]), option, ""])
+        assert (result.exit_code, result.stdout) == (2, ""), (name, option)
+        assert result.stderr == f"error: {option} is empty: give a path or a name (is a shell variable unset?)\n"
+
+
+def test_names_neither_control_the_terminal_nor_turn_text_around(image_dir, tiny_bundle, tmp_path):
+    (image_dir / "a\x1b]0;TITLE\x07\udcff\u202egnp.png").write_bytes(b"not an image")
+    result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
+    assert "a\\x1b]0;TITLE\\x07\\udcff\\u202egnp.png" in result.stderr
+    assert result.stderr.replace("\n", "").isprintable()
+
+
+def test_no_message_shows_the_secrets_of_a_uri(capsys):
+    say("GET https://user:SECRET@host/a?sig=SECRET failed, file:///a?b is there")
+    assert capsys.readouterr().err == "GET https://host/a failed, file:///a?b is there\n"
+
+
+def test_a_closed_standard_output_is_one_line(image_dir, tiny_bundle):
+    code = "import sys; sys.stdout = None; from engine.cli.app import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", "-"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: --out - writes to standard output, which is closed"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [main, train, export], ids=["engine", "train", "export"])
+def test_every_program_answers_h_and_says_a_wrong_option_in_one_line(command):
+    assert "--help" in CliRunner().invoke(command, ["-h"]).stdout
+    result = CliRunner().invoke(command, ["--colour"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: No such option")
+    assert result.stderr.count("\n") == 1
 
 
 def test_two_images_with_one_id_are_refused(image_dir, tiny_bundle, tmp_path):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,6 +207,8 @@ def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, 
     )
     wait_for_records(journal, 10, process)
     below = children(process.pid)
+    folders = {line.partition(b"--temp_dir=")[2].partition(b"\0")[0] for line in below.values()} - {b""}
+    assert len(folders) == 1
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: all that were started along get it, too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -217,6 +219,7 @@ def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, 
     while living := [line for pid, line in below.items() if is_running(pid)]:
         assert time.monotonic() < patience, f"a part of the cluster lives on: {living}"
         time.sleep(0.2)
+    assert not Path(os.fsdecode(folders.pop())).exists()
     ids = [record["id"] for record in read_journal(journal)[1]]
     assert 10 <= len(ids) == len(set(ids))
     again = subprocess.run(command(image_dir, tiny_bundle, out, *SLOW), check=True, capture_output=True, text=True)
@@ -225,7 +228,8 @@ def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, 
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), EngineError("the cluster failed")])
-def test_after_an_error_the_connection_is_left_to_the_end_of_the_process(monkeypatch, error):
+def test_after_an_error_the_connection_is_left_to_the_end_of_the_process(monkeypatch, error, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     closed: list[bool] = []
     fake = SimpleNamespace(
         is_initialized=lambda: False,
@@ -238,6 +242,45 @@ def test_after_an_error_the_connection_is_left_to_the_end_of_the_process(monkeyp
         if error:
             raise error
     assert closed == ([] if error else [True])
+
+
+def test_nothing_of_an_own_cluster_is_left(monkeypatch, tmp_path):
+    """Its processes are stopped even if Ray's shutdown forgets one, others are not; its files and token are private."""
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("earlier")
+    token.chmod(0o644)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    for name, value in (("PATIENCE_S", 0.2), ("_folders", []), ("_processes", {})):
+        monkeypatch.setattr(session, name, value)
+    started: list[subprocess.Popen] = []
+    folders: list[Path] = []
+
+    def init(_temp_dir: str, **_: object) -> None:
+        folders.append(Path(_temp_dir))
+        (folders[0] / "log").write_text("")
+        started.append(subprocess.Popen(["bash", "-c", "exec -a ray::IDLE sleep 60"]))
+        wait_until(lambda: b"ray::IDLE" in Path(f"/proc/{started[0].pid}/cmdline").read_bytes())
+
+    fake = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: None, exceptions=ray.exceptions)
+    monkeypatch.setattr(session, "require_ray", lambda: fake)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        with cluster(LOCAL):
+            assert (folders[0] / "log").stat().st_mode & 0o777 == 0o600
+            assert token.stat().st_mode & 0o777 == 0o600
+            assert is_running(started[0].pid)
+        assert started[0].wait(10) == -signal.SIGKILL
+        assert is_running(other.pid)
+        other.kill()
+    assert not folders[0].exists()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    patience = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < patience
+        time.sleep(0.01)
 
 
 def test_without_ray_one_sentence_names_the_extra(image_dir, tiny_bundle, tmp_path, monkeypatch):

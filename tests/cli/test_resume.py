@@ -206,9 +206,11 @@ def test_short_of_memory_it_goes_on_with_fewer_images_side_by_side(
     assert (tmp_path / "run.csv").read_bytes() == undisturbed
 
 
-def test_too_short_of_memory_for_one_image_it_says_so(image_dir, tiny_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(OrtBackend, "step", lambda *_: (_ for _ in ()).throw(OutOfMemoryError("bad_alloc")))
+@pytest.mark.parametrize(("error", "reason"), [(OutOfMemoryError("bad_alloc"), " (bad_alloc)"), (MemoryError(), "")])
+def test_memory_for_no_image_at_all(image_dir, tiny_bundle, tmp_path, monkeypatch, error, reason):
+    monkeypatch.setattr(OrtBackend, "step", lambda *_: (_ for _ in ()).throw(error))
     result = CliRunner().invoke(main, command(image_dir, tiny_bundle, tmp_path / "run.csv")[3:])
     assert result.exit_code == 1
-    assert "memory is too short for a single image" in result.stderr.splitlines()[-1]
+    said = f"error: there is not enough memory for one image at a time{reason}: close other programs"
+    assert result.stderr.splitlines()[-1].startswith(said)
     assert list(tmp_path.iterdir()) == []

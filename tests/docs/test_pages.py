@@ -12,6 +12,8 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
 from benchmarks import figures
 from benchmarks.figures import PAGES, RESULTS, ROOT
@@ -84,6 +86,19 @@ def test_another_record_makes_a_table_stale(tmp_path):
     text = figures.render(README, folder)
     assert "**0.432**" in text
     assert text != README.read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib's own dependencies
+def test_plots_are_drawn_from_the_records(tmp_path):
+    from benchmarks import plots
+
+    folder = Path(shutil.copytree(RESULTS, tmp_path / "results", ignore=shutil.ignore_patterns("*.png")))
+    done = CliRunner().invoke(plots.main, ["--results", str(folder)], catch_exceptions=False)
+    assert (done.exit_code, done.stderr) == (0, "")
+    for name in plots.PLOTS:
+        with Image.open(folder / f"{name}.png") as new, Image.open(RESULTS / f"{name}.png") as kept:
+            assert min(new.size) > 300
+            assert kept.info.get("Records") == new.info["Records"], f"{name}.png is stale: run `make plots`"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 def test_what_has_a_scheme_is_a_uri():
     assert location("s3://bucket/a") == RemoteFolder("s3://bucket/a")
     assert location("a/b") == Path("a/b")
-    with pytest.raises(UsageError, match="a URI beginning with s3:// is none"):
+    with pytest.raises(UsageError, match="not a valid URI: s3://"):
         location("s3://[bucket/secret")
 
 
@@ -39,6 +40,85 @@ def test_credentials_are_never_shown():
     assert str(RemoteFolder("s3://key:secret@bucket/a/?endpoint_override=h:1")) == "s3://bucket/a"
     assert str(RemoteFolder("https://host/a?X-Amz-Signature=secret")) == "https://host/a"
     assert str(RemoteFolder("file:///a?b/")) == "file:///a?b"
+    assert str(RemoteFolder("s3://key:sec/ret+@bucket/a")) == "s3://bucket/a"
+    assert str(RemoteFolder("hf://datasets/a/b@main/c")) == "hf://datasets/a/b@main/c"
+    assert str(RemoteFolder("s3://host:9000/a@b")) == "s3://host:9000/a@b"
+
+
+class Storage(fsspec.AbstractFileSystem):
+    """An HTTP server as fsspec shows it: paths are whole URLs, with their query; after an error nothing exists."""
+
+    protocol = "signed"
+    cachable = False
+    answer: Exception | bytes = b""
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path
+
+    def info(self, path, **_):
+        if isinstance(self.answer, Exception):
+            raise FileNotFoundError(path) from self.answer
+        if not path.endswith("/a.png?sig=SECRET"):
+            raise FileNotFoundError(path)
+        return {"name": path, "size": len(self.answer), "type": "file"}
+
+    def isdir(self, path):
+        return not isinstance(self.answer, Exception) and path == "signed://user:SECRET@host/x?sig=SECRET"
+
+    def find(self, path, **_):
+        return {f"{path}/a.png": {"name": f"{path}/a.png", "size": 3, "type": "file"}}
+
+    def _open(self, path, *_, **__):
+        self.info(path)
+        return io.BytesIO(self.answer)
+
+
+class StatusError(Exception):
+    """Not an OSError, as those of aiohttp."""
+
+    status = 500
+
+
+@pytest.fixture
+def storage(monkeypatch):
+    fsspec.register_implementation("signed", Storage, clobber=True)
+    engine.inputs.remote._open.cache_clear()
+    monkeypatch.setattr(Storage, "answer", b"abc")
+    return lambda answer: monkeypatch.setattr(Storage, "answer", answer)
+
+
+SIGNED = RemoteFolder("signed://user:SECRET@host/x?sig=SECRET")
+FAILURES = [
+    StatusError("500, message='Internal Server Error', url='signed://user:SECRET@host/x?sig=SECRET'"),
+    ConnectionRefusedError("Cannot connect to host, with url: /x?sig=SECRET"),
+]
+
+
+@pytest.mark.usefixtures("storage")
+def test_signature_follows_the_file_name():
+    (image,) = find_images(SIGNED, recursive=True).images
+    assert str(image.source) == "signed://host/x/a.png"
+    assert SIGNED.read("a.png", most_bytes=3) == b"abc"
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=["status", "refused"])
+def test_a_storage_failure_is_named_without_secrets(failure, storage):
+    storage(failure)
+    said = r"^signed://host/x.* cannot be read: .*(Internal|Cannot connect)"
+    for call in (lambda: find_images(SIGNED), lambda: open_bundle(SIGNED), lambda: SIGNED.read("a", most_bytes=1)):
+        with pytest.raises(EngineError, match=said) as caught:
+            call()
+        assert "SECRET" not in str(caught.value)
+        assert not isinstance(caught.value, UsageError | BundleError)
+
+
+def test_an_answer_that_nothing_is_there_is_no_failure(storage):
+    storage(type("NotFoundError", (StatusError,), {"status": 404})("404, url='signed://host/x?sig=SECRET'"))
+    with pytest.raises(UsageError, match=r"^signed://host/x is not a directory"):
+        find_images(SIGNED)
+    with pytest.raises(BundleError, match=r"^signed://host/x is not a bundle: it has no manifest\.json"):
+        open_bundle(SIGNED)
 
 
 @pytest.mark.parametrize("recursive", [False, True])
