@@ -111,7 +111,8 @@ def completed_sequences(
 ) -> list[Listed]:
     """Return which ids would complete one of the sequences.
 
-    One of n ids counts only in rows of n ids and more, as in Hugging Face.
+    One of n ids counts only in rows of n ids and more, as in transformers 4.57. 5.24 applies it to rows of n - 1 ids,
+    too: only a sequence that begins with the start token can match those, and resolve_search refuses it.
     """
     beams, listed = tokens.shape[1], []
     for size, group in groupby(sorted(sequences, key=len), key=len):

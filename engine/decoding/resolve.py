@@ -40,6 +40,12 @@ def resolve_search(
     banned = [(one,) for one in (*(options.suppress_tokens or ()), *(options.begin_suppress_tokens or ()))]
     if beyond := {one for ids in (*bad_words_ids, *banned) for one in ids if one >= vocab_size}:
         raise UsageError(f"token ids to leave out must be below {vocab_size}, the vocabulary's size, not {max(beyond)}")
+    for ids in bad_words_ids:
+        if len(ids) > 1 and ids[0] == prompt[0]:  # transformers 4.57 ignores it for the first word, 5.24 applies it
+            raise UsageError(
+                f"bad_words_ids {list(ids)} begins with the start token {ids[0]}, which releases of transformers treat "
+                f"differently: remove the start token, or list the id in begin_suppress_tokens to ban it as first word"
+            )
     words = [ids for ids in bad_words_ids if ids != (eos,)]  # which Hugging Face leaves out, too
     sampling = None
     if options.do_sample:
