@@ -115,8 +115,8 @@ def _bans(captions: list[Ids], reference: Reference) -> dict[str, Any]:
 def _spelled(captions: list[list[int]], reference: Reference) -> list[str]:
     """Return one text of up to 3 ids in a caption that the tokenizer spells with the same ids.
 
-    Without one (captions of word pieces or special ids alone), return a word that the tokenizer knows, so that a text is
-    banned at all.
+    Without one (captions of word pieces or special ids alone), return a word that the tokenizer knows: some text has to
+    be banned.
     """
     tokenizer = reference.tokenizer
     spans = [ids[i : i + n] for ids in captions for n in (1, 2, 3) for i in range(len(ids) + 1 - n)]
