@@ -21,26 +21,25 @@ GOLDEN_SETTINGS = (
     | {
         "num_beams": 4,
         "no_repeat_ngram_size": 2,
-        "max_new_tokens": 20,
+        "max_length": 21,
         "length_penalty": 2.0,
         "early_stopping": "never",
+        "num_return_sequences": 3,
     },
     NEUTRAL | {"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 24, "repetition_penalty": 1.5},
-    NEUTRAL | {"num_beams": 3, "no_repeat_ngram_size": 3, "max_new_tokens": 24, "repetition_penalty": 2.5},
     NEUTRAL
     | {
         "num_beams": 3,
-        "no_repeat_ngram_size": 0,
-        "max_length": 10,
+        "no_repeat_ngram_size": 3,
+        "max_new_tokens": 24,
         "min_length": 6,
+        "repetition_penalty": 2.5,
         "early_stopping": True,
-        "num_return_sequences": 3,
     },
-    NEUTRAL | {"num_beams": 3, "no_repeat_ngram_size": 2, "max_new_tokens": 8},
 )
 """Every decoding option that is not for sampling is in one of them, or in BANS. An option that is absent is off, even
 if the checkpoint's own default differs: `Reference.generate` passes it to generate explicitly."""
-BANS = {5: ("bad_words_ids",), 6: ("suppress_tokens", "begin_suppress_tokens"), 7: ("bad_words",)}
+BANS = {1: ("bad_words",), 3: ("suppress_tokens",), 5: ("bad_words_ids", "begin_suppress_tokens")}
 """Options that ban ids, by the number of the setting that gets them. What is banned is in the captions without it."""
 GOLDEN_IMAGES = 3
 LONGEST_PROMPT = 24
@@ -78,7 +77,9 @@ def record_golden(reference: Reference) -> Golden:
     for number, setting in enumerate(settings):
         captions = reference.generate(pixel_values, options_from({}, setting))
         if number in BANS:
-            bans = _bans([best.ids for best, *_ in captions], reference)
+            prompt = reference.prompt_ids(setting.get("prompt"))
+            start = 1 if prompt is None else prompt.shape[1] - 1
+            bans = _bans([best.ids[start:] for best, *_ in captions], reference)
             setting |= {name: bans[name] for name in BANS[number] if bans[name]}
             captions = reference.generate(pixel_values, options_from({}, setting))
         golden.ids.append(_table([best.ids for best, *_ in captions]))
@@ -99,9 +100,9 @@ def _table(captions: list[Ids]) -> np.ndarray:
 
 
 def _bans(captions: list[Ids], reference: Reference) -> dict[str, Any]:
-    """Return, for every option of BANS, something that these captions contain."""
+    """Return, for every option of BANS, something that these captions, without their prompts, contain."""
     eos = reference.model.config.text_config.sep_token_id
-    words = [[one for one in ids[1:] if one != eos] for ids in captions]
+    words = [[one for one in ids if one != eos] for ids in captions]
     first, *others = words
     said = list(dict.fromkeys(one for ids in words for one in ids))
     return {

@@ -107,7 +107,7 @@ def test_the_penalty_is_on_logits_or_on_log_probabilities_and_bans_win():
 
 
 def test_bad_words_from_the_start_token_are_refused():
-    """transformers 4.57 ignores [start, id] for the first word, 5.24 applies it: neither result can be right for both."""
+    """transformers 4.57 ignores [start, id] for the first word, 5.24 applies it."""
     sizes = {"prompt": (7, 1), "eos": EOS, "vocab_size": 20, "max_positions": 64}
     with pytest.raises(UsageError, match=r"bad_words_ids \[7, 3\] begins with the start token 7"):
         resolve_search(DecodeOptions(bad_words_ids=((2, 3), (7, 3))), **sizes)
