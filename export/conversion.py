@@ -1,8 +1,8 @@
-"""From a float32 bundle that has passed to one of another precision: convert, compare, and refuse what went wrong.
+"""Convert a float32 bundle that has passed to another precision: convert, compare, and refuse what went wrong.
 
-What the two say about the golden pictures goes into the manifest (`conversion`). The golden recordings stay PyTorch's
-float32 answers; a picture about which the new bundle says something else is listed there and left out of the recording,
-so that `engine verify` goes on to compare ids and scores with PyTorch's.
+How the two caption the golden images goes into the manifest (`conversion`). The golden recordings stay PyTorch's
+float32 captions. An image that the new bundle captions differently is listed there and removed from the recording, so
+that `engine verify` still compares the others with PyTorch's ids and scores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.backends import Backend, open_backend
 from engine.bundle.manifest import MANIFEST, Bundle
 from engine.captioner import Captioner
 from engine.errors import ExportError
-from engine.machine.verify import UNRECORDED, Golden, replay, verify, verify_halves
+from engine.machine.verify import Golden, first_difference, replay, verify, verify_halves
 from engine.options import options_from
 from engine.runtime import Runtime
 from export.graphs.onnx_graphs import write_graphs
@@ -67,7 +67,9 @@ def convert(
     bundle = Bundle.load(out)
     checks = verify(bundle, ours.backend) + verify_halves(bundle, Runtime("cpu"))
     if failed := [check for check in checks if not check.passed]:
-        raise ExportError(f"{precision} scores captions too differently from float32: {failed}: export fp32")
+        raise ExportError(
+            f"{precision} scores captions too differently from float32: {'; '.join(map(str, failed))}: export fp32"
+        )
     return out
 
 
@@ -84,7 +86,7 @@ def _check_numbers(float32: Captioner, others: list[Backend], precision: str) ->
         what = f"off by {error:.2g} of its own peak" if np.isfinite(error) else "not finite"
         raise ExportError(f"in {precision} the encoder is {what}, {bound} is the bound: export fp32")
     vocab_size = float32.bundle.model.vocab_size
-    for picture, hypothesis in zip(golden.pixel_values, replay(float32, golden, 0), strict=True):
+    for picture, (hypothesis,) in zip(golden.pixel_values, replay(float32, golden, 0), strict=True):
         for other in others:
             if not np.isfinite(forced_log_prob(other, vocab_size, picture, hypothesis.ids, 1)):
                 raise ExportError(f"in {precision} the decoder's log-probabilities are not finite: export fp32")
@@ -92,21 +94,24 @@ def _check_numbers(float32: Captioner, others: list[Backend], precision: str) ->
 
 
 def _settle_differences(float32: Captioner, ours: Captioner, say: Callable[[str], None]) -> list[PrecisionReport]:
-    """Compare the golden captions, and leave pictures that are captioned otherwise out of our bundle's recording."""
+    """Compare the golden captions, and remove images that get another caption from our bundle's recording."""
     path = ours.bundle.path / "golden.npz"
     golden = Golden.load(path)
     pictures = [(f"golden picture {i}", picture) for i, picture in enumerate(golden.pixel_values)]
     reports = []
     for setting, options in enumerate(golden.settings):
+        replayed = replay(ours, golden, setting)
         theirs, found = (
-            [ScoredCaption(best.ids, best.score) for best in replay(captioner, golden, setting)]
-            for captioner in (float32, ours)
+            [ScoredCaption(best.ids, best.score) for best, *_ in captions]
+            for captions in (replay(float32, golden, setting), replayed)
         )
         report = compare_captions(float32, options_from({}, options), pictures, theirs, found)
         say(f"{', '.join(f'{key} {value}' for key, value in options.items())}: {summary(report)}")
         for i, (expected, other) in enumerate(zip(theirs, found, strict=True)):
             if expected.ids != other.ids:
-                golden.ids[setting][i] = UNRECORDED
+                golden.skip(setting, i, 0)
+            elif rank := first_difference(replayed[i], golden.n_best(setting)[i]):
+                golden.skip(setting, i, rank)
         reports.append(report)
     if not any(expected for setting in range(len(golden.settings)) for expected in golden.expected(setting)):
         raise ExportError(f"{ours.bundle.precision} captions no golden picture as float32 does: export fp32")

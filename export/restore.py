@@ -34,7 +34,7 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
     model = BlipForConditionalGeneration(BlipConfig.from_dict(source["config"])).eval()
     weights: dict[str, torch.Tensor] = {}
     for name in ("encoder", "decoder"):
-        weights |= _graph_weights(bundle.path / f"{name}.onnx")
+        weights |= graph_weights(bundle.path / f"{name}.onnx")
     expected = set(model.state_dict())
     report = model.load_state_dict({n: w for n, w in weights.items() if n in expected}, strict=False)
     model.tie_weights()
@@ -53,7 +53,7 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
     return out
 
 
-def _graph_weights(path: Path) -> dict[str, torch.Tensor]:
+def graph_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return a graph's initialisers in float32 by their checkpoint names, equal tensors stored once included."""
     graph = onnx.load(str(path)).graph
     weights = {

@@ -130,7 +130,8 @@ def finetune(
 
 @main.command(cls=SectionCommand)
 @click.option(
-    "--checkpoint", type=PATH, help="BLIP captioning checkpoint (safetensors); exported once into OUT/bundle."
+    "--checkpoint",
+    help="BLIP captioning checkpoint: a folder, a hub's id, a .pth file; exported once into OUT/bundle.",
 )
 @click.option("--bundle", type=PATH, help="Exported bundle to take instead; with both, of the same weights.")
 @click.option("--data", type=PATH, required=True, help="Data set folder; docs/files.md lists the layouts.")
@@ -167,6 +168,10 @@ def sweep(
         numbers = tuple(int(one) for one in beams.split(","))
     except ValueError:
         raise UsageError(f"--beams {beams}: give whole numbers, separated by commas") from None
+    if given["checkpoint"] is not None:
+        from export.checkpoints.find import find_checkpoint
+
+        given["checkpoint"] = find_checkpoint(given["checkpoint"])
     job = Sweep(
         beams=numbers,
         metrics=tuple(metrics.split(",")),

@@ -114,7 +114,7 @@ def completed_sequences(
     """Return the ids that would complete one of the sequences.
 
     A sequence of n ids applies only to rows of at least n ids, as in transformers 4.57. Release 5.24 also applies it to
-    rows of n - 1 ids; only sequences that start with the first id of the prompt see the difference.
+    rows of n - 1 ids. Only a sequence that begins with the start token can match those, and resolve_search refuses it.
     """
     beams, listed = tokens.shape[1], []
     for size, group in groupby(sorted(sequences, key=len), key=len):

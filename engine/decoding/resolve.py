@@ -41,6 +41,12 @@ def resolve_search(
     banned = [(one,) for one in (*(options.suppress_tokens or ()), *(options.begin_suppress_tokens or ()))]
     if beyond := {one for ids in (*bad_words_ids, *banned) for one in ids if one >= vocab_size}:
         raise UsageError(f"banned token id {max(beyond)} is not in the vocabulary: ids must be below {vocab_size}")
+    for ids in bad_words_ids:
+        if len(ids) > 1 and ids[0] == prompt[0]:  # transformers 4.57 ignores it for the first word, 5.24 applies it
+            raise UsageError(
+                f"bad_words_ids {list(ids)} begins with the start token {ids[0]}, which releases of transformers treat "
+                f"differently: remove the start token, or list the id in begin_suppress_tokens to ban it as first word"
+            )
     words = [ids for ids in bad_words_ids if ids != (eos,)]  # Hugging Face ignores a ban of the end token
     sampling = None
     if options.do_sample:

@@ -1,12 +1,15 @@
-"""Golden recordings: synthetic pictures and settings, and what `generate` says of them; knows no bundle."""
+"""Golden recordings: synthetic images, decoding settings, and the captions of `generate`; independent of bundles."""
 
 from __future__ import annotations
+
+import itertools
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from engine.errors import CheckpointError
-from engine.machine.verify import UNRECORDED, Golden
+from engine.machine.verify import UNRECORDED, Golden, Ids
 from engine.options import options_from
 from export.reference.huggingface import Reference
 
@@ -19,22 +22,33 @@ GOLDEN_SETTINGS = (
     | {
         "num_beams": 4,
         "no_repeat_ngram_size": 2,
-        "max_new_tokens": 20,
+        "max_length": 21,
         "length_penalty": 2.0,
         "early_stopping": "never",
+        "num_return_sequences": 3,
     },
     NEUTRAL | {"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 24, "repetition_penalty": 1.5},
-    NEUTRAL | {"num_beams": 3, "no_repeat_ngram_size": 3, "max_new_tokens": 24, "repetition_penalty": 2.5},
+    NEUTRAL
+    | {
+        "num_beams": 3,
+        "no_repeat_ngram_size": 3,
+        "max_new_tokens": 24,
+        "min_length": 6,
+        "repetition_penalty": 2.5,
+        "early_stopping": True,
+    },
 )
-"""What they leave out is off, whatever a checkpoint's own defaults are: `Reference.generate` says so to generate. In
-the last one the words that captions of the first began with are banned."""
+"""Every decoding option that is not for sampling is in one of them, or in BANS. An option that is absent is off, even
+if the checkpoint's own default differs: `Reference.generate` passes it to generate explicitly."""
+BANS = {1: ("bad_words",), 3: ("suppress_tokens",), 5: ("bad_words_ids", "begin_suppress_tokens")}
+"""Options that ban ids, by the number of the setting that gets them. What is banned is in the captions without it."""
 GOLDEN_IMAGES = 3
 LONGEST_PROMPT = 24
 """Room kept for the golden prompt where a checkpoint has few positions."""
 
 
 def golden_pictures(size: int) -> np.ndarray:
-    """Return smooth synthetic pictures u8[N,size,size,3], the same on every machine: sums of a few cosine waves."""
+    """Return smooth synthetic images u8[N,size,size,3], the same on every machine: sums of a few cosine waves."""
     rng = np.random.default_rng(20260101)
     y, x = np.mgrid[0:size, 0:size] / size
     pictures = []
@@ -50,30 +64,70 @@ def golden_pictures(size: int) -> np.ndarray:
 
 
 def record_golden(reference: Reference) -> Golden:
-    """Record `generate` on synthetic pictures in every one of GOLDEN_SETTINGS."""
+    """Record `generate` on the golden images in every one of GOLDEN_SETTINGS."""
     pictures = golden_pictures(reference.model.config.vision_config.image_size)
     pixel_values = reference.pixels([Image.fromarray(picture) for picture in pictures])
-    room = max(1, reference.model.config.text_config.max_position_embeddings - LONGEST_PROMPT)
-    lengths = ("max_new_tokens", "min_new_tokens")
-    settings = [s | {name: min(s[name], room) for name in lengths if name in s} for s in GOLDEN_SETTINGS]
-    all_ids, all_scores = [], []
-    for setting in settings:
-        if setting is settings[-1]:
-            setting |= {"bad_words_ids": _first_words(all_ids[0], reference)}
-        captions = [best for best, *_ in reference.generate(pixel_values, options_from({}, setting))]
-        if not all(c.score is None or np.isfinite(c.score) for c in captions):
+    most = reference.model.config.text_config.max_position_embeddings
+    room = {"max_length": most, "min_length": most}
+    room |= dict.fromkeys(("max_new_tokens", "min_new_tokens"), max(1, most - LONGEST_PROMPT))
+    settings: list[dict[str, Any]] = [
+        setting | {name: min(setting[name], most) for name, most in room.items() if name in setting}
+        for setting in GOLDEN_SETTINGS
+    ]
+    golden = Golden(pictures, settings, [], [])
+    for number, setting in enumerate(settings):
+        captions = reference.generate(pixel_values, options_from({}, setting))
+        if number in BANS:
+            prompt = reference.prompt_ids(setting.get("prompt"))
+            start = 1 if prompt is None else prompt.shape[1] - 1
+            bans = _bans([best.ids[start:] for best, *_ in captions], reference)
+            setting |= {name: bans[name] for name in BANS[number] if bans[name]}
+            captions = reference.generate(pixel_values, options_from({}, setting))
+        if not all(best.score is None or np.isfinite(best.score) for best, *_ in captions):
             raise CheckpointError("the model's scores are NaN or infinite: its weights are too large, or damaged")
-        ids = np.full((len(captions), max(len(c.ids) for c in captions)), UNRECORDED, np.int64)
-        for row, c in zip(ids, captions, strict=True):
-            row[: len(c.ids)] = c.ids
-        all_ids.append(ids)
-        all_scores.append(np.array([np.nan if c.score is None else c.score for c in captions], np.float32))
-    return Golden(pictures, settings, all_ids, all_scores)
+        golden.ids.append(_table([best.ids for best, *_ in captions]))
+        scores = [np.nan if best.score is None else best.score for best, *_ in captions]
+        golden.scores.append(np.array(scores, np.float32))
+        if len(captions[0]) > 1:
+            alternatives = _table([one.ids for _, *others in captions for one in others])
+            golden.alternatives[number] = alternatives.reshape(len(captions), len(captions[0]) - 1, -1)
+    return golden
 
 
-def _first_words(ids: np.ndarray, reference: Reference) -> list[list[int]]:
-    """Return what to ban, given captions i64[N,L]: the first id of one, the second and third together of the others."""
-    ends = {reference.model.config.text_config.sep_token_id, UNRECORDED}
-    (first, *others) = ids.tolist()
-    words = [first[1:2], *(row[2:4] for row in others)]
-    return [word for word in words if word and not ends.intersection(word)]
+def _table(captions: list[Ids]) -> np.ndarray:
+    """Return ids as i64[N,L], padded with UNRECORDED."""
+    table = np.full((len(captions), max(map(len, captions))), UNRECORDED, np.int64)
+    for row, ids in zip(table, captions, strict=True):
+        row[: len(ids)] = ids
+    return table
+
+
+def _bans(captions: list[Ids], reference: Reference) -> dict[str, Any]:
+    """Return, for every option of BANS, something that these captions, without their prompts, contain."""
+    eos = reference.model.config.text_config.sep_token_id
+    words = [[one for one in ids if one != eos] for ids in captions]
+    first, *others = words
+    said = list(dict.fromkeys(one for ids in words for one in ids))
+    return {
+        "bad_words_ids": [ids for ids in (first[:1], *(ids[1:3] for ids in others)) if ids],
+        "suppress_tokens": said[1:2] or [reference.model.config.text_config.pad_token_id],
+        "begin_suppress_tokens": list(dict.fromkeys(ids[0] for ids in words if ids)) or [eos],
+        "bad_words": _spelled(words, reference),
+    }
+
+
+def _spelled(captions: list[list[int]], reference: Reference) -> list[str]:
+    """Return one text of up to 3 ids in a caption that the tokenizer spells with the same ids.
+
+    Without one (captions of word pieces or special ids alone), return a word that the tokenizer knows: some text has to
+    be banned.
+    """
+    tokenizer = reference.tokenizer
+    spans = [ids[i : i + n] for ids in captions for n in (1, 2, 3) for i in range(len(ids) + 1 - n)]
+    known = ([one] for one in range(reference.model.config.text_config.vocab_size))
+    for ids in itertools.chain(spans, known):
+        text = tokenizer.decode(ids).strip()
+        is_plain = text.isalpha() and not set(ids) & set(tokenizer.all_special_ids)
+        if is_plain and tokenizer(text, add_special_tokens=False)["input_ids"] == ids:
+            return [text]
+    return []

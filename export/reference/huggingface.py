@@ -127,7 +127,7 @@ def generate_arguments(options: DecodeOptions) -> dict:
     if options.max_new_tokens is not None:
         arguments["max_new_tokens"] = options.max_new_tokens
     elif options.max_length is not None:
-        arguments["max_length"] = options.max_length
+        arguments |= {"max_length": options.max_length, "max_new_tokens": None}  # a checkpoint's own would win
     if options.min_new_tokens is not None:
         arguments["min_new_tokens"] = options.min_new_tokens
     else:
@@ -144,42 +144,49 @@ def _cut(ids: list[int], eos: int, prompt_length: int) -> tuple[int, ...]:
 
 
 class UncachedBackend(PrefixBackend):
-    """The decoding core's Backend on Hugging Face's own forward pass, uncached: for tracing a mismatch."""
+    """The decoding core's Backend on Hugging Face's own forward pass, without its caches: for tracing a mismatch.
+
+    What was computed for an image is kept until the next image comes: a trace and the scores of its captions ask for
+    the same prefixes again and again.
+    """
 
     name = "torch"
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
-        self._last: tuple[bytes, torch.Tensor] | None = None
+        self._image = b""
+        self._hidden = torch.empty(0)
+        self._rows: dict[tuple[int, ...], torch.Tensor] = {}
 
     def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
-        """Return f32[len(prefixes),V] from an uncached pass over each prefix."""
-        with torch.inference_mode():
-            encoded = self._encode(image)
-            rows = [torch.log_softmax(self._logits(encoded, prefix).float(), -1).numpy() for prefix in prefixes]
-        return np.stack(rows)
+        """Return f32[len(prefixes),V] from passes over whole prefixes."""
+        log_probs: NDArray[np.float32] = torch.log_softmax(torch.tensor(self.logits(image, prefixes)), -1).numpy()
+        return log_probs
 
     def logits(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
-        """Return f32[len(prefixes),V] from an uncached pass over each prefix."""
+        """Return f32[len(prefixes),V] from passes over whole prefixes, one for those that begin each other."""
+        missing = set(prefixes) - self._rows.keys() if self._is_kept(image) else set(prefixes)
         with torch.inference_mode():
-            encoded = self._encode(image)
-            return np.stack([self._logits(encoded, prefix).float().numpy() for prefix in prefixes])
+            for prefix in sorted(missing, key=len, reverse=True):
+                if prefix in self._rows:
+                    continue
+                ids = torch.tensor([prefix])
+                logits = self._reference.model.text_decoder(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    encoder_hidden_states=self._hidden,
+                    use_cache=False,
+                ).logits[0]
+                ends = (end for end in range(1, len(prefix) + 1) if prefix[:end] in missing)
+                self._rows |= {prefix[:end]: logits[end - 1].float().clone() for end in ends}
+        return np.stack([self._rows[prefix].numpy() for prefix in prefixes])
 
-    def _encode(self, image: NDArray[np.uint8]) -> torch.Tensor:
-        """Return the image's hidden states f32[1,S,D]; those of the last image are kept."""
-        content = image.tobytes()
-        if self._last is None or self._last[0] != content:
-            hidden = self._reference.model.vision_model(self._reference.pixels([Image.fromarray(image)]))[0]
-            self._last = content, hidden
-        return self._last[1]
-
-    def _logits(self, encoded: torch.Tensor, prefix: tuple[int, ...]) -> torch.Tensor:
-        """Return f32[V] after a prefix."""
-        ids = torch.tensor([prefix])
-        output = self._reference.model.text_decoder(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            encoder_hidden_states=encoded,
-            use_cache=False,
-        )
-        return output.logits[0, -1]
+    def _is_kept(self, image: NDArray[np.uint8]) -> bool:
+        """Return whether the image is the last one; encode it and forget the last one's rows if it is not."""
+        if (content := image.tobytes()) == self._image:
+            return True
+        with torch.inference_mode():
+            pixel_values = self._reference.pixels([Image.fromarray(image)])
+            self._hidden = self._reference.model.vision_model(pixel_values)[0]
+        self._image, self._rows = content, {}
+        return False

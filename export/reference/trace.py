@@ -1,7 +1,7 @@
-"""Why two programs captioned one picture differently: their searches side by side, down to the scores that decided.
+"""Why two programs captioned one image differently: both searches step by step, down to the scores that decided.
 
-Both sides run the decoding core, one on the bundle, one on Hugging Face's own uncached forward pass. Knows nothing of
-reports.
+Both sides run the decoding core, one on the bundle, one on Hugging Face's own uncached forward pass. Reports and exit
+codes belong to the callers.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from engine.backends import Backend, StepInputs
 from engine.backends.prefix import PrefixBackend, PrefixCache
 from engine.captioner import Captioner
-from engine.decoding.beam import Search
+from engine.captions import Alternative
+from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.processors import penalised, process
 from engine.decoding.scheduler import Scheduler
+from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
+from export.reference.huggingface import Reference, UncachedBackend
 
 TIE_ABSOLUTE, TIE_RELATIVE = 1e-5, 2e-6
 """Gap below which two candidates tie: float32 keeps 24 bits (6e-8 relative), and a caption's sum adds some 30 terms
@@ -27,12 +32,16 @@ whose rounding differs between programs; 1e-5 is also the largest score differen
 relative part is of the sum or of the spread of the log-probabilities over the vocabulary, whichever is larger: logits
 that are far apart are rounded in larger steps."""
 
+SCORE_TOLERANCE = 1e-4
+"""Largest accepted difference of a score, relative where the score is beyond -1."""
+
 Ids = tuple[int, ...]
+Verdict = Literal["tie", "batch", "real"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one picture: the beams that were fed, and the candidates that came back, best first."""
+    """One step of one image: the beams that were fed, and the finite candidates that came back, best first."""
 
     fed: frozenset[Ids]
     candidates: list[tuple[Ids, float]]
@@ -53,12 +62,12 @@ class Trace:
     name = "trace"
 
     def __init__(self, backend: Backend, search: Search, picture: NDArray[np.uint8]) -> None:
-        """Decode `picture` u8[height,width,3]; `steps` and the best caption's `ids` tell how it went."""
+        """Decode `picture` u8[height,width,3] into `steps`, the final `hypotheses`, and the `ids` of the best."""
         self.backend, self.batch_sizes = backend, backend.batch_sizes
         self.steps: list[Step] = []
         self._vocab_size = search.vocab_size
-        ((_, hypotheses),) = Scheduler(self, search, num_slots=1).decode(picture[None])
-        self.ids: Ids = hypotheses[0].ids
+        ((_, self.hypotheses),) = Scheduler(self, search, num_slots=1).decode(picture[None])
+        self.ids: Ids = self.hypotheses[0].ids
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> object:
         return self.backend.encode(pixel_values)
@@ -75,9 +84,14 @@ class Trace:
         past = cache[1].feed(inputs)[0]
         scores, ids = self.backend.step(cache[0], inputs)
         rows, tokens = np.divmod(ids[0], self._vocab_size)
-        candidates = [(*past[row], int(token)) for row, token in zip(rows, tokens, strict=True)]
+        # -inf: a banned id, or a row that only feeds a part of the prompt; neither can be chosen
+        candidates = [
+            ((*past[row], int(token)), float(score))
+            for row, token, score in zip(rows, tokens, scores[0], strict=True)
+            if np.isfinite(score)
+        ]
         fed = frozenset(prefix for prefix, score in zip(past, inputs.scores[0], strict=True) if np.isfinite(score))
-        self.steps.append(Step(fed, list(zip(candidates, scores[0].tolist(), strict=True))))
+        self.steps.append(Step(fed, candidates))
         return scores, ids
 
     def regroup(self, cache: tuple[object, PrefixCache], slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
@@ -85,25 +99,43 @@ class Trace:
         cache[1].regroup(slots, columns)
 
 
-def explain(
+def judge(
+    reference: Reference,
     captioner: Captioner,
-    reference: PrefixBackend,
-    pixels: NDArray[np.uint8],
+    picture: Image.Image,
     options: DecodeOptions,
-    *,
-    ours: Ids,
-    theirs: Ids,
-) -> Divergence:
-    """Trace both searches over one picture u8[height,width,3] and say why they ended in `ours` and `theirs`.
+    ours: Alternative | Hypothesis,
+    rank: int = 0,
+) -> tuple[Verdict, Divergence]:
+    """Return why the engine captioned an RGB image with `ours` and `generate` did not, and where the searches diverge.
 
-    It is a tie where the scores say so and both traces end in those very captions. Where one does not, its program took
-    another turn with its caches than it takes here without; then it is a tie if the reference scores the two captions
-    alike. A candidate that one side scores wrongly is never a tie.
+    "tie": for this image alone the two searches diverge at a tie and end in these very captions. "batch": in a batch
+    with other images, or with its caches, one of the programs took another path, because matrix products of another
+    shape are rounded differently. Alone they agree or diverge at a tie, two candidates of a search tie, and the
+    reference gives `ours` the score that the engine gave it. "real": anything else. The first divergence decides, not
+    the scores of the final captions: an early tie can lead to captions of quite different scores. `rank` is the place
+    of `ours` among num_return_sequences captions.
     """
-    divergence, my_trace, their_trace = trace_both(captioner, reference, pixels, options)
-    if not divergence.is_tie or (my_trace.ids, their_trace.ids) == (ours, theirs):
-        return divergence
-    return caption_gap(reference, captioner.search(options), pixels, ours, theirs)
+    alone = reference.generate(reference.pixels([picture]), options)[0][rank]
+    spec, backend = captioner.bundle.image, UncachedBackend(reference)
+    pixels = read_image(picture, spec.height, spec.width, spec.resample)
+    divergence, mine, theirs = trace_both(captioner, backend, pixels, options)
+    if not divergence.is_tie:
+        return "real", divergence
+    if theirs.hypotheses[rank].ids == alone.ids != mine.hypotheses[rank].ids == ours.ids:
+        return "tie", divergence
+    search = captioner.search(options)
+    score = summed_log_prob(backend, search, pixels, ours.ids)
+    if abs(score - ours.sum_log_prob) > SCORE_TOLERANCE * max(1.0, abs(score)):
+        return "real", Divergence(divergence.step, abs(score - ours.sum_log_prob), False)
+    if options.num_beams == 1:
+        step, gap = closest_words(backend, search, pixels, alone.ids)
+    else:
+        step, gap = min((closest_candidates(trace) for trace in (mine, theirs)), key=lambda closest: closest[1])
+    is_tie = gap <= TIE_ABSOLUTE + TIE_RELATIVE * abs(score)
+    if not is_tie and ours.ids != alone.ids:  # no candidates tie at one step, but the final captions may
+        is_tie = caption_gap(backend, search, pixels, ours.ids, alone.ids).is_tie
+    return ("batch" if is_tie else "real"), Divergence(step, gap, is_tie)
 
 
 def caption_gap(
@@ -183,7 +215,6 @@ def closest_candidates(trace: Trace) -> tuple[int, float]:
         (step, abs(first - second))
         for step, taken in enumerate(trace.steps)
         for (_, first), (_, second) in itertools.pairwise(taken.candidates)
-        if np.isfinite(second)
     ]
     return min(gaps, key=lambda found: found[1], default=(0, float("inf")))
 
@@ -216,9 +247,10 @@ def _largest_disagreement(mine: Step, reference: Step, score: Callable[[Ids], fl
     """Return the largest score difference of a candidate or a rank, and the size of the scores there."""
     known = dict(reference.candidates)
     pairs = [(s, known[ids] if ids in known else score(ids)) for ids, s in mine.candidates]
+    if len(mine.candidates) != len(reference.candidates):  # one side banned an id that the other allowed
+        return np.inf, 0.0
     pairs += [(s, r) for (_, s), (_, r) in zip(mine.candidates, reference.candidates, strict=True)]
-    finite = [(abs(s - r), abs(r)) for s, r in pairs if not s == r == -np.inf]
-    return max(finite, default=(0.0, 0.0))
+    return max(((abs(s - r), abs(r)) for s, r in pairs), default=(0.0, 0.0))
 
 
 def _order_gap(mine: list[Ids], reference: list[Ids], score: Callable[[Ids], float]) -> float:

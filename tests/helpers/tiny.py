@@ -137,6 +137,23 @@ def make_checkpoint(
     return directory
 
 
+def make_tie_rich_checkpoint(directory: Path) -> Path:
+    """Write a checkpoint in which every word ties with three others, yet each leads to other next words.
+
+    Words in groups of four share the half of their embedding that the head reads, and differ in the other half, which
+    only the next step reads. Rounding decides the ties of every step, and captions of very different scores follow.
+    """
+    make_checkpoint(directory, end_bias=0.0)
+    model = BlipForConditionalGeneration.from_pretrained(directory)
+    with torch.no_grad():
+        words = model.text_decoder.bert.embeddings.word_embeddings.weight
+        half, groups = words.shape[1] // 2, len(words) // 4
+        words[: 4 * groups, :half] = words[: 4 * groups : 4, :half].repeat_interleave(4, 0)
+        model.text_decoder.cls.predictions.transform.LayerNorm.weight[half:] = 0
+    model.save_pretrained(directory)
+    return directory
+
+
 def random_pictures(count: int, seed: int = 0, size: tuple[int, int] = (41, 37)) -> list[Image.Image]:
     """Return RGB pictures of random colour blocks, each unlike the others."""
     rng = np.random.default_rng(seed)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +18,23 @@ from transformers import BlipForConditionalGeneration
 
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
-from engine.machine.verify import Golden
-from engine.options import DecodeOptions
+from engine.cli.app import main as engine_main
+from engine.errors import ExportError
+from engine.files.lock import OutputLock
+from engine.machine.verify import Golden, first_difference, replay, verify
+from engine.options import DECODE_OPTIONS, DEFAULTS, SAMPLING, DecodeOptions
 from export import bundle as export_module
 from export.__main__ import main
 from export.bundle import export_bundle
 from export.checkpoints.load import load_checkpoint
 from export.checkpoints.releases import IS_5
+from export.graphs.onnx_graphs import write_graphs
+from export.parity import main as parity_main
+from export.reference.golden import GOLDEN_SETTINGS
 from export.reference.huggingface import Reference
 from export.reference.trace import Divergence
 from export.restore import restore_checkpoint
-from tests.helpers.tiny import make_checkpoint, random_pictures
+from tests.helpers.tiny import make_checkpoint, make_tie_rich_checkpoint, random_pictures
 from train.demo.initial_weights import round_to_fp16
 
 
@@ -152,15 +161,17 @@ def test_a_golden_picture_is_left_out_only_where_a_tie_explains_it(is_tie, tiny_
     def other_word(captioner, golden, setting):
         found = plain(captioner, golden, setting)
         if setting == 2:
-            found[1] = replace(found[1], ids=(*found[1].ids[:-1], found[1].ids[-1] + 1))
+            best = found[1][0]
+            found[1][0] = replace(best, ids=(*best.ids[:-1], best.ids[-1] + 1))
         return found
 
     monkeypatch.setattr(export_module, "replay", other_word)
     monkeypatch.setattr("engine.machine.verify.replay", other_word)
-    monkeypatch.setattr(export_module, "explain", lambda *_, **__: Divergence(0, 1e-7, is_tie))
+    verdict = "tie" if is_tie else "real"
+    monkeypatch.setattr(export_module, "judge", lambda *_: (verdict, Divergence(0, 1e-7, is_tie)))
     result = export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle")
     if not is_tie:
-        assert "do not say what PyTorch says" in result.stderr
+        assert "do not give PyTorch's captions" in result.stderr
         return
     assert result.exit_code == 0, result.output
     golden = Golden.load(tmp_path / "bundle" / "golden.npz")
@@ -299,3 +310,158 @@ def test_an_earlier_bundle_is_replaced(tiny_checkpoint, tiny_bundle, tmp_path):
     assert export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle").exit_code == 0
     Bundle.load(tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.fixture(scope="module")
+def tie_rich(tmp_path_factory) -> Path:
+    return make_tie_rich_checkpoint(tmp_path_factory.mktemp("tied") / "checkpoint")
+
+
+@pytest.fixture
+def few_settings(monkeypatch) -> None:
+    monkeypatch.setattr("export.reference.golden.GOLDEN_SETTINGS", GOLDEN_SETTINGS[:3])
+
+
+@pytest.mark.usefixtures("few_settings")
+def test_ties_do_not_refuse_an_export(tie_rich, tmp_path):
+    """Early ties lead to captions of quite different scores: the first divergence decides, not the final scores."""
+    result = export("--checkpoint", tie_rich, "--out", tmp_path / "bundle")
+    assert result.exit_code == 0, result.output
+    ties = [line for line in result.output.splitlines() if "a tie" in line]
+    assert ties, "the checkpoint has no ties: the test shows nothing"
+    arguments = ["verify", "--bundle", str(tmp_path / "bundle"), "--backend", "cpu"]
+    assert CliRunner().invoke(engine_main, arguments).exit_code == 0
+
+
+@pytest.mark.usefixtures("few_settings")
+def test_wrong_graphs_are_refused_in_one_sentence(tie_rich, tmp_path, monkeypatch):
+    """Ties excuse nothing else: one weight of the graphs is off."""
+
+    def write_wrong_graphs(model, *arguments, **settings):
+        wrong = copy.deepcopy(model)
+        with torch.no_grad():
+            wrong.get_parameter("text_decoder.bert.encoder.layer.1.output.dense.weight").mul_(1.2)
+        return write_graphs(wrong, *arguments, **settings)
+
+    monkeypatch.setattr(export_module, "write_graphs", write_wrong_graphs)
+    result = export("--checkpoint", tie_rich, "--out", tmp_path / "bundle")
+    assert result.exit_code == 1
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "the exported graphs do not give PyTorch's captions" in error
+    assert "of 3 golden images" in error
+    assert not re.search(r"\w+\(\w+=", error), "the text of an object is no message"
+    assert not list(tmp_path.iterdir())
+
+
+def test_golden_settings_cover_every_option(tiny_bundle):
+    """An option that neither `engine verify` nor parity would notice must not exist. Sampling is excluded by name."""
+    recorded = Golden.load(tiny_bundle / "golden.npz").settings
+    off = DEFAULTS | {"num_beams": 1}
+    for name in set(DECODE_OPTIONS) - set(SAMPLING):
+        values = [setting[name] for setting in recorded if setting.get(name, off[name]) != off[name]]
+        assert values, f"no golden setting has {name}: add one to GOLDEN_SETTINGS or BANS"
+    assert set(SAMPLING) == {"do_sample", "temperature", "top_k", "top_p", "seed"}
+
+
+def test_parity_accepts_every_option():
+    flags = {flag for parameter in parity_main.params for flag in parameter.opts}
+    for name, (declaration, _) in DECODE_OPTIONS.items():
+        assert not declaration.flag or (declaration.flag in flags) == (name not in SAMPLING), name
+
+
+def test_golden_options_change_captions(tiny_bundle, tiny_captioner):
+    """Recordings prove an option only if the captions differ without it."""
+    golden = Golden.load(tiny_bundle / "golden.npz")
+    for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words", "bad_words_ids", "repetition_penalty"):
+        (number,) = [i for i, setting in enumerate(golden.settings) if name in setting][-1:]
+        others = [{k: v for k, v in s.items() if k != name} for s in golden.settings]
+        without = replay(tiny_captioner, replace(golden, settings=others), number)
+        assert [best.ids for best, *_ in without] != golden.expected(number), name
+
+
+def test_verify_compares_alternatives(tiny_bundle, tiny_captioner):
+    golden = Golden.load(tiny_bundle / "golden.npz")
+    (number,) = golden.alternatives
+    assert golden.alternatives[number].shape[:2] == (3, 2)
+    assert all(check.passed for check in verify(tiny_captioner.bundle, tiny_captioner.backend))
+    golden.alternatives[number][1, 1, 2] += 1
+    found = replay(tiny_captioner, golden, number)
+    ranks = [first_difference(found[i], expected) for i, expected in enumerate(golden.n_best(number))]
+    assert ranks == [None, 2, None]
+    golden.skip(number, 1, 2)
+    assert [len(captions) for captions in golden.n_best(number)] == [3, 2, 3]
+
+
+@pytest.fixture
+def quick_export(tiny_bundle, monkeypatch) -> None:
+    """The steps of an export without the work: its draft is a copy of a bundle that exists."""
+    monkeypatch.setattr(
+        export_module, "_write_files", lambda _reference, out, *_: shutil.copytree(tiny_bundle, out, dirs_exist_ok=True)
+    )
+    monkeypatch.setattr(export_module, "_settle_ties", lambda *_: None)
+    monkeypatch.setattr(export_module, "verify", lambda *_: [])
+    monkeypatch.setattr(export_module, "verify_halves", lambda *_: [])
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_an_earlier_bundle_survives_a_failed_move(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch):
+    out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    before, rename = (out / "manifest.json").stat().st_ino, Path.replace
+
+    def fail(path, target):
+        if path.name == "bundle" and Path(target) == out:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    result = export("--checkpoint", tiny_checkpoint, "--out", out)
+    assert result.exit_code == 1
+    assert f"error: {tmp_path} cannot be written (Disk quota exceeded)" in result.stderr
+    assert (out / "manifest.json").stat().st_ino == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.usefixtures("quick_export")
+@pytest.mark.parametrize("step", ["_write_files", "write_manifest", "_move"])
+def test_a_full_disk_is_named(step, tiny_checkpoint, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_module, step, full)
+    result = export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path} cannot be written (No space left on device)")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_drafts_of_killed_exports_are_removed(tiny_checkpoint, tmp_path):
+    dead, stranger, kept = tmp_path / ".bundle.a1_b2c3d", tmp_path / ".bundle.notes", tmp_path / ".bundle.abcdefgh"
+    (dead / "bundle").mkdir(parents=True)
+    (dead / "bundle" / "encoder.onnx").write_bytes(b"half")
+    stranger.mkdir()
+    kept.mkdir()
+    (kept / "thesis.txt").write_text("x")
+    result = export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle")
+    assert result.exit_code == 0, result.output
+    assert f"removed {dead}" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", stranger.name, kept.name}
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_bundle_moved_by_a_killed_export_comes_back(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch):
+    dead = tmp_path / ".bundle.a1_b2c3d"
+    shutil.copytree(tiny_bundle, dead / "replaced")
+    (dead / "bundle").mkdir()
+    monkeypatch.setattr(export_module, "_write_files", lambda *_: (_ for _ in ()).throw(ExportError("stopped")))
+    assert export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle").exit_code == 1
+    Bundle.load(tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_two_exports_to_one_place_are_refused(tiny_checkpoint, tmp_path):
+    with OutputLock(tmp_path / "bundle"):
+        result = export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle")
+    assert result.exit_code == 2
+    assert "is being written by process" in result.stderr

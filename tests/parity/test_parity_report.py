@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from engine.backends.prefix import PrefixBackend
+from engine.bundle.manifest import Bundle
 from engine.options import DecodeOptions
-from export.parity import SettingReport, judge, main
+from export.manifest import checkpoint_sha256, write_manifest
+from export.parity import SettingReport, compare_setting, judge, main
 from export.reference.huggingface import Reference, ReferenceCaption
 from export.reference.trace import Trace
-from export.reference.trace import explain as why
+from export.restore import restore_checkpoint
 from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
 
 
@@ -40,14 +45,99 @@ def test_a_faithful_bundle_passes_and_the_report_says_how_well(tiny_checkpoint, 
     assert report["versions"]["transformers"] == "4.57.6"
 
 
-def test_another_checkpoint_is_a_real_mismatch_and_fails(tiny_bundle, image_dir, tmp_path):
-    other = make_checkpoint(tmp_path / "other", seed=5)
-    result = run_parity(other, tiny_bundle, image_dir, tmp_path / "parity.json")
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("other") / "checkpoint", seed=5)
+
+
+def test_real_mismatches_fail(other_checkpoint, tiny_bundle, image_dir, tmp_path):
+    """The manifest names the other checkpoint as the source, so only the captions show that the weights differ."""
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    write_manifest(bundle, manifest | {"checkpoint": {"sha256": checkpoint_sha256(other_checkpoint)}})
+    arguments = [
+        "--checkpoint",
+        other_checkpoint,
+        "--bundle",
+        bundle,
+        "--images",
+        image_dir,
+        "--limit",
+        2,
+        "--beams",
+        2,
+    ]
+    result = CliRunner().invoke(main, [str(one) for one in [*arguments, "--out", tmp_path / "parity.json"]])
     assert result.exit_code == 1
     report = json.loads((tmp_path / "parity.json").read_text())
     mismatches = [m for setting in report["settings"] for m in setting["mismatches"]]
     assert report["real_mismatches"] > 0
     assert all(m["gap"] > 1e-4 for m in mismatches if m["verdict"] == "real")
+
+
+def test_another_checkpoints_bundle_is_refused_at_once(other_checkpoint, tiny_bundle, image_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.parity.compare_setting", lambda *_: pytest.fail("captioning has begun"))
+    result = run_parity(other_checkpoint, tiny_bundle, image_dir, tmp_path / "parity.json")
+    assert result.exit_code == 1
+    assert len(result.output.splitlines()) == 1
+    assert f"was exported from another checkpoint than {other_checkpoint}" in result.output
+
+
+def test_the_same_weights_in_other_files_are_compared(tiny_bundle, tmp_path):
+    restored = restore_checkpoint(tiny_bundle, tmp_path / "restored")
+    weights = load_file(restored / "model.safetensors")
+    save_file(weights, restored / "model.safetensors", {"format": "pt", "note": "other bytes"})
+    assert checkpoint_sha256(restored) != Bundle.load(tiny_bundle).checkpoint["sha256"]
+    arguments = ["--checkpoint", restored, "--bundle", tiny_bundle, "--beams", 1, "--no-repeat-ngram", 0]
+    result = CliRunner().invoke(main, [str(one) for one in [*arguments, "--out", tmp_path / "parity.json"]])
+    assert result.exit_code == 0, result.output
+
+
+def test_decoding_options_apply_to_both_sides(tiny_checkpoint, tiny_bundle, image_dir, tmp_path):
+    """The bundle's n best captions equal those of `generate` under options that change them."""
+    (tmp_path / "words.txt").write_text("lesion\n")
+    given = ["--min-new-tokens", 6, "--max-new-tokens", 9, "--length-penalty", -1.5, "--early-stopping", "true"]
+    given += ["--repetition-penalty", 1.4, "--suppress-tokens", 59, "--n-best", 2, "--prompt", "a chest"]
+    given += ["--bad-words", tmp_path / "words.txt", "--beams", 3, "--no-repeat-ngram", 2]
+    paths = ["--checkpoint", tiny_checkpoint, "--bundle", tiny_bundle, "--images", image_dir]
+    result = CliRunner().invoke(main, [str(one) for one in [*paths, *given, "--out", tmp_path / "parity.json"]])
+    assert result.exit_code == 0, result.output
+    (report,) = json.loads((tmp_path / "parity.json").read_text())["settings"]
+    assert report["identical"] == report["identical_text"] == 6
+    assert (
+        report["options"] | {"min_new_tokens": 6, "bad_words": ["lesion"], "suppress_tokens": [59]} == report["options"]
+    )
+
+
+def test_alternatives_that_differ_are_a_mismatch(tiny_captioner, tiny_reference, monkeypatch):
+    """The best captions agree, the second ones do not."""
+    pictures = {"x": random_pictures(1)[0]}
+    options = tiny_captioner.bundle.options(num_beams=3, num_return_sequences=2)
+    ((first, second),) = tiny_reference.generate(tiny_reference.pixels(list(pictures.values())), options)
+    wrong = replace(second, ids=(*second.ids[:-1], 9, second.ids[-1]))
+    monkeypatch.setattr(Reference, "generate", lambda *_: [[first, wrong]])
+    report = compare_setting(tiny_reference, tiny_captioner, pictures, options, batch_size=1)
+    assert [(one.ours, one.theirs, one.verdict) for one in report.mismatches] == [
+        (list(second.ids), list(wrong.ids), "real")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--sample"], "No such option"),
+        (["--n-best", "4"], "need at least as many beams"),
+        (["--min-new-tokens", "30", "--max-new-tokens", "20"], "at least 31 and at most 21 tokens"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_first(
+    given, sentence, tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("export.parity.compare_setting", lambda *_: pytest.fail("captioning has begun"))
+    arguments = ["--checkpoint", tiny_checkpoint, "--bundle", tiny_bundle, "--out", tmp_path / "parity.json", *given]
+    result = CliRunner().invoke(main, [str(one) for one in arguments])
+    assert result.exit_code == 2
+    assert sentence in result.output
 
 
 class Words(PrefixBackend):
@@ -68,7 +158,7 @@ def explain(tiny_captioner, tiny_reference, monkeypatch):
 
     def run(ours: dict[int, float], theirs: dict[int, float], num_beams: int = 1):
         size = tiny_captioner.bundle.model.vocab_size
-        monkeypatch.setattr("export.parity.UncachedBackend", lambda _: Words(size, theirs))
+        monkeypatch.setattr("export.reference.trace.UncachedBackend", lambda _: Words(size, theirs))
         options, picture = DecodeOptions(num_beams=num_beams, max_new_tokens=4), random_pictures(1)[0]
         search, pixels = tiny_captioner.search(options), np.zeros((32, 32, 3), np.uint8)
         expected = Trace(Words(size, theirs), search, pixels).ids
@@ -111,7 +201,7 @@ def test_another_turn_beside_other_pictures_needs_a_tie_and_a_right_score(
 ):
     """Alone both say word 7; beside others the engine said word 8, `gap` behind, its score off by `score_error`."""
     words = Words(tiny_captioner.bundle.model.vocab_size, {7: -1.0, 8: -1.0 - gap})
-    monkeypatch.setattr("export.parity.UncachedBackend", lambda _: words)
+    monkeypatch.setattr("export.reference.trace.UncachedBackend", lambda _: words)
     monkeypatch.setattr(tiny_captioner, "backend", words)
     options, picture = DecodeOptions(num_beams=2, max_new_tokens=1), random_pictures(1)[0]
     (mine,) = tiny_captioner.caption([picture], options)
@@ -123,17 +213,19 @@ def test_another_turn_beside_other_pictures_needs_a_tie_and_a_right_score(
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-@pytest.mark.parametrize(("gap", "is_tie"), [(1e-7, True), (1e-2, False)])
-def test_captions_that_the_reference_scores_alike_tie(gap, is_tie, num_beams, tiny_captioner, monkeypatch):
-    """Both searches say word 7 here, but `generate` said word 8 with its caches, `gap` behind."""
+@pytest.mark.parametrize(("gap", "verdict"), [(1e-7, "batch"), (1e-2, "real")])
+def test_generate_takes_another_path_with_its_caches(
+    gap, verdict, num_beams, tiny_captioner, tiny_reference, monkeypatch
+):
+    """Both traces end in word 7, but `generate` returned word 8, whose score is `gap` lower."""
     words = Words(tiny_captioner.bundle.model.vocab_size, {7: -1.0, 8: -1.0 - gap})
+    monkeypatch.setattr("export.reference.trace.UncachedBackend", lambda _: words)
     monkeypatch.setattr(tiny_captioner, "backend", words)
-    options, pixels = DecodeOptions(num_beams=num_beams, max_new_tokens=1), np.zeros((32, 32, 3), np.uint8)
-    ours = Trace(words, tiny_captioner.search(options), pixels).ids
-    assert ours[1] == 7
-    found = why(tiny_captioner, words, pixels, options, ours=ours, theirs=(ours[0], 8))
-    assert found.is_tie == is_tie
-    assert found.gap == pytest.approx(gap, rel=0.6)
+    options, picture = DecodeOptions(num_beams=num_beams, max_new_tokens=1), random_pictures(1)[0]
+    (mine,) = tiny_captioner.caption([picture], options)
+    assert mine.ids[1] == 7
+    monkeypatch.setattr(Reference, "generate", lambda *_: [[ReferenceCaption((mine.ids[0], 8), None)]])
+    assert judge(tiny_reference, tiny_captioner, picture, options, mine.best)[0] == verdict
 
 
 def test_a_caption_no_trace_ends_in_is_real(tiny_captioner, tiny_reference, monkeypatch):

@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.decoding.processors import NOT_MARKED, Processors, penalised, process
+from engine.decoding.resolve import resolve_search
+from engine.errors import UsageError
+from engine.options import DecodeOptions
 
 EOS, WIDTH = 9, 14
 
@@ -101,3 +104,12 @@ def test_the_penalty_is_on_logits_or_on_log_probabilities_and_bans_win():
     np.testing.assert_allclose(greedy - log_probs, [[-1.0, -1.0, 0.0, -np.inf]], atol=1e-6)
     beams = process(log_probs, logits, marks, np.array([1, 2], np.float32))
     np.testing.assert_allclose(beams[0, :3], [2 * log_probs[0, 0], 2 * log_probs[0, 1], log_probs[0, 2]])
+
+
+def test_bad_words_from_the_start_token_are_refused():
+    """transformers 4.57 ignores [start, id] for the first word, 5.24 applies it."""
+    sizes = {"prompt": (7, 1), "eos": EOS, "vocab_size": 20, "max_positions": 64}
+    with pytest.raises(UsageError, match=r"bad_words_ids \[7, 3\] begins with the start token 7"):
+        resolve_search(DecodeOptions(bad_words_ids=((2, 3), (7, 3))), **sizes)
+    search = resolve_search(DecodeOptions(bad_words_ids=((2, 3), (3, 7), (7,))), **sizes)
+    assert search.banned_sequences == ((2, 3), (3, 7))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from engine.bundle.tokenizer import detokenise
@@ -22,6 +23,7 @@ from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.manifest import checkpoint_sha256
 from tests.helpers.tiny import make_checkpoint, random_pictures
+from train.__main__ import main
 from train.data.dataset import Example, Split
 from train.sweep.images import choose_images, spaced
 from train.sweep.sweep import Sweep, sweep
@@ -318,6 +320,18 @@ def test_a_checkpoint_is_exported_once_and_again_when_its_weights_change(job, ti
     assert second["bundle"] != first["bundle"]
     with pytest.raises(UsageError, match="was not exported from"):
         sweep(replace(job, bundle=job.out / "bundle"), quiet)
+
+
+def test_a_sweep_takes_checkpoints_as_the_export_does(tiny_checkpoint, tmp_path, monkeypatch):
+    """A hub's id or a .pth file is found or converted by the same function."""
+    asked, jobs = [], []
+    monkeypatch.setattr("export.checkpoints.find.find_checkpoint", lambda name: asked.append(name) or tiny_checkpoint)
+    monkeypatch.setattr("train.sweep.tune.tune", lambda job, *_: jobs.append(job) or {})
+    (tmp_path / "tuned.md").write_text("table\n")
+    words = ["sweep", "--checkpoint", "owner/name", "--data", tmp_path, "--out", tmp_path, "--tune"]
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert (asked, [job.checkpoint for job in jobs]) == (["owner/name"], [tiny_checkpoint])
 
 
 def test_something_else_in_the_place_of_the_bundle_is_left_alone(job, tiny_checkpoint):
