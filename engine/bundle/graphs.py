@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 GRAPHS = ("encoder", "decoder", "regroup")
@@ -63,3 +65,56 @@ def graph_outputs(num_layers: int) -> dict[str, list[str]]:
         LOG_PROBS: [LOG_PROBS, *cache_names(num_layers, "extended")],
         CHOICE: [*CANDIDATES],
     }
+
+
+def may_loop(model: bytes) -> bool:
+    """Return whether an ONNX file holds a node with a graph of its own (Loop, If, Scan), or functions.
+
+    No graph of a bundle needs one, and an endless Loop hangs the process when it is opened. Only as much of protobuf is
+    read as this needs, by the field numbers of onnx.proto. Raises ValueError for another file.
+    """
+    for field, part in _fields(memoryview(model)):
+        if field == 25:  # ModelProto.functions
+            return True
+        for node in _parts(part, 1) if field == 7 else ():  # ModelProto.graph, GraphProto.node
+            for attribute in _parts(node, 5):
+                if any(number in (6, 11) for number, _ in _fields(attribute)):  # AttributeProto.g and .graphs
+                    return True
+    return False
+
+
+def _parts(message: memoryview, field: int) -> Iterator[memoryview]:
+    return (part for number, part in _fields(message) if number == field)
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield number and content of the fields of a protobuf message that have a length: messages, strings, bytes."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = 0
+        for shift in range(0, 70, 7):
+            if position >= len(message):
+                break
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("a number that does not end")
+
+    while position < len(message):
+        tag = varint()
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            varint()
+            continue
+        if kind not in (1, 2, 5):
+            raise ValueError(f"a field of kind {kind}")
+        size = varint() if kind == 2 else 8 if kind == 1 else 4
+        if position + size > len(message):
+            raise ValueError("a field beyond the end")
+        if kind == 2:
+            yield number, message[position : position + size]
+        position += size

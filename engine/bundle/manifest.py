@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.bundle.graphs import GRAPHS
+from engine.bundle.graphs import GRAPHS, may_loop
 from engine.errors import BundleError, EngineError
 from engine.files.atomic import file_sha256
 from engine.inputs.kinds import HEAD_BYTES, wrong_content
@@ -136,6 +136,7 @@ class Bundle:
         if problems:
             listed = " ".join("; ".join(problems).split())  # names come from the manifest, line breaks and all
             raise BundleError(f"{path} is damaged: {listed}: copy it again, or export it again")
+        _refuse_loops(path, manifest["files"])
         try:
             bundle = cls(
                 path=path,
@@ -222,6 +223,20 @@ def _file_problems(path: Path, files: object) -> list[str]:
         elif file_sha256(file) != expected:
             problems.append(f"{name} {change_of(file)}")
     return problems
+
+
+def _refuse_loops(path: Path, files: Iterable[str]) -> None:
+    """Raise BundleError for a graph that could run for ever, and for a file that is not a graph."""
+    for file in (path / name for name in sorted(files) if name.endswith(".onnx")):
+        try:
+            has_loops = may_loop(file.read_bytes())
+        except ValueError as error:
+            raise BundleError(f"{file} cannot be loaded: it is not an ONNX file ({error}): export it again") from error
+        if has_loops:
+            raise BundleError(
+                f"{file} holds control flow (Loop, If, Scan or functions), which no exported bundle has and which may "
+                "never end: export it again"
+            )
 
 
 def change_of(file: Path) -> str:

@@ -15,7 +15,7 @@ from engine.backends.compiled import import_openvino, openvino_errors
 from engine.backends.openvino import OpenVinoBackend
 from engine.bundle.manifest import Bundle
 from engine.cli.app import main
-from engine.errors import BackendError, OutOfMemoryError
+from engine.errors import BackendError, EngineError, OutOfMemoryError
 from engine.files.atomic import file_sha256
 from engine.machine.verify import verify
 from engine.runtime import Runtime
@@ -149,7 +149,7 @@ def test_another_format_under_the_name_of_a_graph_is_refused(bundle_copy):
     for name in ("regroup.onnx", "regroup.bin"):
         manifest["files"][name] = file_sha256(bundle_copy / name)
     (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BackendError, match=r"regroup\.onnx cannot be loaded: .") as raised:
+    with pytest.raises(EngineError, match=r"regroup\.onnx cannot be loaded: .") as raised:
         open_backend(Bundle.load(bundle_copy), Runtime("openvino"))
     assert "\n" not in str(raised.value)
 

@@ -196,6 +196,29 @@ def test_weights_outside_the_bundle_are_not_read(backend, location, bundle_copy,
         open_backend(Bundle.load(bundle_copy), Runtime(backend))
 
 
+def loop_for_ever(model: onnx.ModelProto) -> None:
+    yes = onnx.helper.make_tensor_value_info("yes", onnx.TensorProto.BOOL, [])
+    entries = [onnx.helper.make_tensor_value_info("i", onnx.TensorProto.INT64, []), yes]
+    same = onnx.helper.make_node("Identity", ["yes"], ["again"])
+    again = onnx.helper.make_tensor_value_info("again", onnx.TensorProto.BOOL, [])
+    body = onnx.helper.make_graph([same], "body", entries, [again])
+    true = onnx.helper.make_tensor("true", onnx.TensorProto.BOOL, [], [True])
+    model.graph.node.insert(0, onnx.helper.make_node("Loop", ["", "always"], [], body=body))
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["always"], value=true))
+
+
+def add_function(model: onnx.ModelProto) -> None:
+    same = onnx.helper.make_node("Identity", ["x"], ["y"])
+    model.functions.append(onnx.helper.make_function("local", "F", ["x"], ["y"], [same], model.opset_import))
+
+
+@pytest.mark.parametrize("change", [loop_for_ever, add_function])
+def test_a_graph_that_may_never_end_is_refused(change, bundle_copy):
+    rewrite_graph(bundle_copy, "regroup", change)
+    with pytest.raises(BundleError, match=r"regroup\.onnx holds control flow"):
+        Bundle.load(bundle_copy)
+
+
 def rename_input(model: onnx.ModelProto) -> None:
     name = model.graph.input[0].name
     model.graph.input[0].name = "stranger"
