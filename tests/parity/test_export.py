@@ -271,7 +271,10 @@ def test_the_position_table_is_resized_as_hugging_face_interpolates_it(tiny_chec
             ),
             "position_embedding has the sizes (1, 17, 24), config.json makes them (1, 65, 24)",
         ),
-        (lambda d: [(d / n).unlink(missing_ok=True) for n in ("tokenizer.json", "vocab.txt")], "no usable tokenizer"),
+        (
+            lambda d: [(d / n).unlink(missing_ok=True) for n in ("tokenizer.json", "vocab.txt")],
+            "has no tokenizer (tokenizer.json or vocab.txt)",
+        ),
     ],
 )
 def test_unusable_checkpoints_get_one_clear_error_and_leave_nothing_behind(damage, sentence, checkpoint_copy, tmp_path):
