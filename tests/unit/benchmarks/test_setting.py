@@ -118,5 +118,5 @@ def test_a_soak_is_drawn_with_its_faults(tmp_path):
     samples = [(float(i), i * 20, 1.0) for i in range(1, 60)]
     faults = [(10.0, "kill", 200), (30.0, "full disk", 600), (40.0, "term", 800)]
     parts = {"undisturbed": {"samples": samples}, "disturbed": {"samples": samples, "faults": faults}}
-    plot_soak([{"benchmark": "soak", "setting": {"images": 1200}, **parts}], tmp_path / "soak.png")
+    plot_soak([{"benchmark": "soak", "setting": {"images": 1200}, **parts}]).savefig(tmp_path / "soak.png")
     assert (tmp_path / "soak.png").stat().st_size > 10_000

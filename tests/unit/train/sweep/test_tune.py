@@ -160,9 +160,9 @@ def test_values_that_do_not_fit_are_named_and_left_out_unless_they_were_asked_fo
     job = replace(job, beams=(1,), decoding=DecodeOptions(max_new_tokens=5, length_penalty=1.0, repetition_penalty=1.0))
     result = tune(job, Tuning(tune=True), notes.append)
     assert (result["grids"], result["left_out"]) == ({"min_new_tokens": [0, 4]}, {"min_new_tokens": [8]})
-    assert any(note.startswith("min_new_tokens 8 is not tried: captions of at least") for note in notes)
+    assert any(note.startswith("min_new_tokens 8 is not tried: the minimum length (") for note in notes)
     assert "* not tried: `min_new_tokens` 8" in (job.out / "tuned.md").read_text()
-    with pytest.raises(UsageError, match=r"^min_new_tokens 8 cannot be tried: captions of at least"):
+    with pytest.raises(UsageError, match=r"^min_new_tokens 8 cannot be tried: the minimum length \("):
         tune(job, Tuning(tune=True, grid="min_new_tokens=0,8"), quiet)
 
 
