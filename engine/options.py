@@ -14,6 +14,8 @@ DEFAULT_NEW_TOKENS = 20
 
 MAX_LENGTH_PENALTY = 10
 """Beyond it a length of 512 tokens raised to the penalty nears the limits of float32."""
+MIN_LENGTH_PENALTY = -5
+"""Below it scores fall under the -1e9 by which beam search marks its placeholders, and captions would be empty."""
 
 MIN_PENALTY, MAX_PENALTY = 0.01, 100.0
 """Hugging Face takes any number above 0; beyond these, words said before are certain or impossible."""
@@ -68,7 +70,7 @@ class DecodeOptions:
         1.0,
         "--length-penalty",
         "Above 0 favours long captions, below 0 short ones.",
-        least=-MAX_LENGTH_PENALTY,
+        least=MIN_LENGTH_PENALTY,
         most=MAX_LENGTH_PENALTY,
     )
     early_stopping: bool | Literal["never"] = option(
@@ -201,6 +203,25 @@ class DecodeOptions:
         return self.min_length if self.min_new_tokens is None else prompt_length + self.min_new_tokens
 
 
+def notes_on(asked: DecodeOptions, options: DecodeOptions, rows: int | None = None) -> list[str]:
+    """Return what has no effect of the options that were `asked` for, one sentence each.
+
+    `options` are those in force, see `DecodeOptions.over`; `rows` is the number of beams in flight that was asked for.
+    Hugging Face takes such options and warns.
+    """
+    idle = [name for name in BEAM_SEARCH if name in asked.given and getattr(asked, name) != DEFAULTS[name]]
+    notes = []
+    if options.num_beams == 1 and idle:
+        notes.append(f"{' and '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect with one beam")
+    if rows is not None and rows < options.num_beams:
+        notes.append(
+            f"--rows {rows} is less than the {options.num_beams} beams of one image: {options.num_beams} are used"
+        )
+    return notes
+
+
+BEAM_SEARCH = ("length_penalty", "early_stopping")
+"""Options that only count where there are several beams."""
 DECODE_OPTIONS = declared(DecodeOptions)
 DEFAULTS = {name: declaration.default for name, (declaration, _) in DECODE_OPTIONS.items()}
 LISTS = tuple(name for name, (_, kind) in DECODE_OPTIONS.items() if kind.startswith("tuple"))

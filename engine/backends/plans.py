@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from engine.backends.nvidia import find_gpu
 from engine.backends.shapes import Bounds, ShapeRange, profiles
 from engine.bundle.graphs import GRAPHS
 from engine.bundle.manifest import Bundle
-from engine.errors import BackendError, install_command
+from engine.errors import BackendError, UsageError, install_command
 from engine.files.atomic import file_sha256, replace_file
 from engine.files.cache import cache_folder, require_private
 from engine.files.lock import OutputLock
@@ -80,8 +81,11 @@ def import_builder(builder: str) -> Any:
 def target_for(builder: str, compute_capability: str | None = None) -> Target:
     """Return what to build for: the GPU of this machine, or with PORTABLE any of `compute_capability`.
 
-    Raises BackendError where a GPU is needed and there is none, or the capability is not one the builder knows.
+    A capability may be written `8.0`, `80`, `sm_80` or `SM80`. Raises UsageError for any other spelling, BackendError
+    where a GPU is needed and there is none, or the capability is not one the builder knows.
     """
+    if compute_capability is not None:
+        compute_capability = canonical_capability(compute_capability)
     if builder == PORTABLE and compute_capability is not None:
         return _portable(compute_capability)
     gpu = find_gpu(f"build for another with --builder {PORTABLE} --compute-capability 8.0")
@@ -98,10 +102,19 @@ def target_for(builder: str, compute_capability: str | None = None) -> Target:
     return Target(builder, import_builder(builder).__version__, gpu.compute_capability, gpu.name)
 
 
+def canonical_capability(text: str) -> str:
+    """Return a compute capability as plans have it: `8.0` for `8.0`, `80`, `sm_80` and `SM80`. Raises UsageError."""
+    found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"--compute-capability takes a number such as 8.0, or sm_80, not {text!r}")
+    return f"{found[1]}.{found[2]}"
+
+
 def _portable(compute_capability: str) -> Target:
     module = import_builder(PORTABLE)
     if _capability(module, compute_capability) is None:
-        known = [name for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+        names = [name for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+        known = [canonical_capability(name) for name in names if name[2:].isdecimal()]
         raise BackendError(f"{PORTABLE} does not build for {compute_capability}: it knows {', '.join(known)}")
     return Target(PORTABLE, module.__version__, compute_capability, ANY_GPU)
 

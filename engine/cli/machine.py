@@ -94,7 +94,9 @@ def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Most new tokens; the bundle's own when absent.")
 @click.option("--rows", type=click.IntRange(1), default=1024, show_default=True, help="Most beams side by side.")
 @click.option("--builder", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt", show_default=True)
-@click.option("--compute-capability", help="Of tensorrt-rtx: the GPU to build for, such as 8.0; this one when absent.")
+@click.option(
+    "--compute-capability", help="Of tensorrt-rtx: the GPU to build for, as 8.0 or sm_80; this one when absent."
+)
 def plan(
     bundle: Location | None,
     out: Path | None,

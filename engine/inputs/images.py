@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -136,7 +137,18 @@ def images_in(
 
 def local_image(path: Path, root: Path, *, dicom_frame: int = 0, ids: str = "stem", depth: str = CLIP) -> ImageFile:
     """Return the image at a path, with the id that it has by `ids`."""
-    return ImageFile(id_of(path_inside(path, root), ids), path, dicom_frame, depth=depth, root=root)
+    return ImageFile(id_of(Path(utf8(str(path_inside(path, root)))), ids), path, dicom_frame, depth=depth, root=root)
+
+
+def utf8(name: str) -> str:
+    """Return a name of the file system read as UTF-8, which all our files are, whatever encoding the locale gives.
+
+    Under a Latin-1 locale Python reads the bytes of `café.png` as `cafÃ©.png`. Bytes that are not UTF-8 stay what they
+    are.
+    """
+    if sys.getfilesystemencoding() == "utf-8":
+        return name
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def path_inside(path: Path, root: Path | None) -> Path:

@@ -18,7 +18,7 @@ from engine.inputs.images import ImageFile, describe_ignored, order_by_manifest
 from engine.inputs.notes import note_lines
 from engine.inputs.paths import find_inputs
 from engine.inputs.prompts import read_prompts
-from engine.options import DecodeOptions
+from engine.options import DecodeOptions, notes_on
 from engine.run.job import Inputs, Outputs
 from engine.run.record import RunRecord
 from engine.run.rows import RowStream, rows_of, text_of
@@ -80,6 +80,8 @@ def caption_directory(
             images, source, options := source.resolve(asked, prompts), outputs, say, runtime=runtime, prompts=prompts
         ) as record,
     ):
+        for note in notes_on(asked, options, rows):
+            say(f"note: {note}")
         stream = RowStream(record, outputs) if outputs.is_stream else None
         seconds = keep(source.captions(options, record, say), record, progress, stream)
         for line in note_lines(source.notes):

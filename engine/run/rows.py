@@ -9,7 +9,7 @@ from typing import IO
 from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.run_files import CSV_HEADER, Row, format_json, format_row, one_line
-from engine.inputs.images import ImageFile
+from engine.inputs.images import ImageFile, utf8
 from engine.run.job import Outputs
 from engine.run.record import RunRecord
 
@@ -31,10 +31,15 @@ def row_of(record: RunRecord, image: ImageFile, outputs: Outputs) -> Row | None:
     """
     caption, failure = record.captions.get(image.id), record.failure(image)
     if caption is not None:
-        return Row(image.id, str(image.source), text_of(caption, outputs).strip())
+        return Row(image.id, file_of(image), text_of(caption, outputs).strip())
     if failure is None:
         return None
-    return Row(image.id, str(image.source), "" if outputs.allow_missing else None, failure.reason)
+    return Row(image.id, file_of(image), "" if outputs.allow_missing else None, failure.reason)
+
+
+def file_of(image: ImageFile) -> str:
+    """Return an image's path or URI as files name it."""
+    return utf8(str(image.source)) if image.folder is None else str(image.source)
 
 
 def rows_of(record: RunRecord, outputs: Outputs) -> Iterator[Row]:

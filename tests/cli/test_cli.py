@@ -244,6 +244,7 @@ def test_folders_pictures_patterns_and_lists_are_one_run(image_dir, tiny_bundle,
         (["--temperature", "0.7", "--seed", "3"], 2, "temperature, seed: only for drawn captions: add --sample"),
         (["--n-best", "9", "--n-best-out", "{tmp}/n"], 2, "at least as many beams"),
         (["--max-new-tokens", "64"], 2, "set --max-new-tokens"),
+        (["--beams", "4", "--length-penalty", "-6"], 2, "length_penalty must be a number of at least -5"),
         (["--min-new-tokens", "30"], 2, "mend the two limits"),
         (["--prompt", "a [SEP]"], 2, "special token"),
         (["--prompt", "a\udcff"], 2, "no text"),
@@ -325,6 +326,42 @@ def test_every_program_answers_h_and_says_a_wrong_option_in_one_line(command):
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: No such option")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (["--length-penalty", "2", "--early-stopping", "true"], "length_penalty and early_stopping have no effect"),
+        (["--early-stopping", "never", "--beams", "1"], "early_stopping has no effect with one beam"),
+        (["--rows", "1", "--beams", "4"], "--rows 1 is less than the 4 beams of one image: 4 are used"),
+        (["--length-penalty", "2", "--beams", "2"], None),
+        (["--length-penalty", "1", "--rows", "1"], None),
+    ],
+)
+def test_options_without_effect_are_noted(options, note, image_dir, tiny_bundle, tmp_path):
+    result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv", *options)
+    assert result.exit_code == 0, result.output
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (note is not None)
+    assert note is None or note in notes[0]
+
+
+@pytest.mark.skipif(shutil.which("localedef") is None, reason="this system makes no locales: no localedef")
+def test_a_latin_1_locale_keeps_names(image_dir, tiny_bundle, tmp_path):
+    made = subprocess.run(
+        ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", tmp_path / "de_DE.ISO-8859-1"], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("this system has no sources of locales")
+    shutil.copy(image_dir / "IMG 0.png", tmp_path / "café.png")
+    (tmp_path / "ids.txt").write_text("café\n", encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONUTF8", "PYTHONIOENCODING")}
+    environment |= {"LOCPATH": str(tmp_path), "LC_ALL": "de_DE.ISO-8859-1"}
+    command = [sys.executable, "-m", "engine", "caption", "--input", tmp_path, "--bundle", tiny_bundle, "--jsonl"]
+    command += ["--manifest", tmp_path / "ids.txt", "--out", tmp_path / "run.jsonl"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    row = json.loads((tmp_path / "run.jsonl").read_text(encoding="utf-8"))
+    assert (row["id"], row["file"]) == ("café", str(tmp_path / "café.png"))
 
 
 def test_two_images_with_one_id_are_refused(image_dir, tiny_bundle, tmp_path):

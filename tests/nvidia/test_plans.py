@@ -266,3 +266,20 @@ def test_numbers_for_tensorrt_lie_where_it_takes_them():
     numbers = trt._aligned(3)
     assert numbers.ctypes.data % 256 == 0
     assert numbers.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("text", ["8.0", "80", "sm_80", "SM80", " sm80"])
+def test_a_compute_capability_has_one_form(text, monkeypatch):
+    names = {"SM80": 80, "SM121": 121}
+    builder = types.SimpleNamespace(__version__="1", ComputeCapability=types.SimpleNamespace(__members__=names))
+    monkeypatch.setattr(plans, "import_builder", lambda _: builder)
+    assert plans.target_for(PORTABLE, text).compute_capability == "8.0"
+    assert plans.canonical_capability("sm_121") == "12.1"
+    with pytest.raises(BackendError, match=r"does not build for 7\.9: it knows 8\.0, 12\.1"):
+        plans.target_for(PORTABLE, "sm_79")
+
+
+@pytest.mark.parametrize("text", ["", "A100", "8", "8.0.0", "sm"])
+def test_what_is_no_compute_capability(text):
+    with pytest.raises(UsageError, match=r"takes a number such as 8\.0, or sm_80"):
+        plans.target_for(PORTABLE, text)
