@@ -144,7 +144,7 @@ def main() -> None:
     from engine.captioner import Captioner
 
     try:
-        from engine.bundle.fetch import open_bundle
+        from engine.bundle.open import open_bundle
         from engine.decoding.backend import BatchSizes
     except ImportError:  # as it was at 084ae4d
         base, bundles = importlib.import_module("engine.backends.base"), importlib.import_module("engine.bundle")

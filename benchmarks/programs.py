@@ -1,11 +1,14 @@
-"""The programs that are compared, each in a process of its own so that threads and memory do not mix.
+"""BLIP the way the usual exporter recipes decode it: what one writes before knowing better, kept as a yardstick.
 
-Every program starts from decoded, resized pictures in memory and ends with the token ids of the best caption.
+One decoder step with a past: a row a beam, cross-attention keys repeated for every beam, caches grown by concatenation
+and reordered by Gather after every step, full logits copied to the host, and a batch that runs until its slowest image
+is finished. The search itself is the engine's, so that the words agree.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import time
 import traceback
@@ -15,10 +18,229 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
 from benchmarks.workload import BUILD, Workload, read_pictures, read_pixels
+from engine.backends.providers import import_onnxruntime
+from engine.bundle.manifest import cache_names
+from engine.decoding.beam import Beams, Hypothesis, Search
 from engine.host import available_cores
 from engine.machine.bench import peak_memory_gib
 from engine.options import DecodeOptions
+from export.checkpoints.load import encoder_positions
+from export.graphs.modules import ExportedModule
+from export.reference.huggingface import Reference
+
+OPSET = 18
+
+
+class StepWithPast(ExportedModule):
+    """One token a row over its own past; every weight and operation as in transformers' BlipTextLMHeadModel."""
+
+    def forward(self, input_ids: Tensor, positions: Tensor, cross: list[Tensor], past: list[Tensor]) -> Any:
+        """input_ids i64[R], positions i64[R], cross f32[R,H,S,d] and past f32[R,H,t,d] (keys and values alternate).
+
+        Returns logits f32[R,V] and the past extended to f32[R,H,t+1,d].
+        """
+        bert = self.text_decoder.bert
+        x = bert.embeddings.word_embeddings(input_ids) + bert.embeddings.position_embeddings(positions)
+        x = bert.embeddings.LayerNorm(x)
+        present: list[Tensor] = []
+        for i, layer in enumerate(bert.encoder.layer):
+            own = layer.attention.self
+            keys = torch.cat([past[2 * i], self._split(own.key(x))], 2)
+            values = torch.cat([past[2 * i + 1], self._split(own.value(x))], 2)
+            present += [keys, values]
+            x = layer.attention.output(self._attend(own.query(x), keys, values), x)
+            query = layer.crossattention.self.query(x)
+            x = layer.crossattention.output(self._attend(query, cross[2 * i], cross[2 * i + 1]), x)
+            x = layer.output(layer.intermediate(x), x)
+        return (self.text_decoder.cls(x), *present)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(-1, 1, self.heads, self.width).transpose(1, 2)
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        weights = torch.softmax(self._split(query) @ keys.transpose(-1, -2) / math.sqrt(self.width), -1)
+        return (weights @ values).transpose(1, 2).reshape(-1, self.heads * self.width)
+
+
+class EncoderOnly(nn.Module):
+    """f32[B,3,height,width] to the image's hidden states and from there to every layer's cross keys and values."""
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__()
+        self.blip = reference.model
+        config = reference.model.config.text_config
+        self.heads, self.width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        hidden = self.blip.vision_model(pixel_values)[0]
+        attentions = [layer.crossattention.self for layer in self.blip.text_decoder.bert.encoder.layer]
+        return tuple(
+            project(hidden).view(hidden.shape[0], -1, self.heads, self.width).transpose(1, 2)
+            for attention in attentions
+            for project in (attention.key, attention.value)
+        )
+
+
+def export_conventional(reference: Reference, out: Path) -> Path:
+    """Write encoder.onnx, step.onnx and reorder.onnx into `out`, unless they are there."""
+    if (out / "reorder.onnx").exists():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    config, size = reference.model.config, reference.model.config.vision_config.image_size
+    layers, heads = config.text_config.num_hidden_layers, config.text_config.num_attention_heads
+    width = config.text_config.hidden_size // heads
+    positions = encoder_positions(config.vision_config)
+    names = {part: cache_names(layers, part) for part in ("cross", "past", "present")}
+    axes = {
+        "cross": {0: "rows"},
+        "past": {0: "rows", 2: "past"},
+        "present": {0: "rows", 2: "past + 1"},
+    }
+    _export(
+        EncoderOnly(reference).eval(),
+        (torch.zeros(2, 3, size, size),),
+        out / "encoder.onnx",
+        ["pixel_values"],
+        names["cross"],
+        {"pixel_values": {0: "images"}} | {name: {0: "images"} for name in names["cross"]},
+    )
+    rows, past = 3, 5
+    step_inputs = (
+        torch.ones(rows, dtype=torch.long),
+        torch.full((rows,), past),
+        [torch.randn(rows, heads, positions, width) for _ in names["cross"]],
+        [torch.randn(rows, heads, past, width) for _ in names["past"]],
+    )
+    _export(
+        StepWithPast(reference.model).eval(),
+        step_inputs,
+        out / "step.onnx",
+        ["input_ids", "positions", *names["cross"], *names["past"]],
+        ["logits", *names["present"]],
+        {name: {0: "rows"} for name in ("input_ids", "positions", "logits")}
+        | {name: axes[part] for part in names for name in names[part]},
+    )
+    onnx.save(_reorder_graph(names["past"], heads, width), out / "reorder.onnx")
+    return out
+
+
+def _export(module: nn.Module, inputs: tuple, path: Path, names: list[str], outputs: list[str], axes: dict) -> None:
+    torch.onnx.export(
+        module,
+        inputs,
+        str(path),
+        input_names=names,
+        output_names=outputs,
+        dynamic_axes=axes,
+        opset_version=OPSET,
+        dynamo=False,
+    )
+
+
+def _reorder_graph(names: list[str], heads: int, width: int) -> onnx.ModelProto:
+    """Return a graph that gathers `rows` i64[R] out of every cache."""
+    shape = ["rows", heads, "past", width]
+    return helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Gather", [name, "rows"], [f"new.{name}"], axis=0) for name in names],
+            "reorder",
+            [helper.make_tensor_value_info("rows", TensorProto.INT64, ["rows"])]
+            + [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names],
+            [helper.make_tensor_value_info(f"new.{name}", TensorProto.FLOAT, shape) for name in names],
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=10,
+    )
+
+
+class Conventional:
+    """Captions batches with the three graphs above on ONNX Runtime's CPU provider."""
+
+    def __init__(self, directory: Path, search: Search, threads: int | None = None) -> None:
+        self._ort = import_onnxruntime("cpu")
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads or available_cores()
+        options.log_severity_level = 3
+        self._encoder, self._step, self._reorder = (
+            self._ort.InferenceSession(directory / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+            for name in ("encoder", "step", "reorder")
+        )
+        self.search = search
+        step_inputs = [entry.name for entry in self._step.get_inputs()]
+        self._cross = [name for name in step_inputs if name.startswith("cross.")]
+        self._past = [name for name in step_inputs if name.startswith("past.")]
+        shape = self._step.get_inputs()[2].shape
+        self._heads, self._width = shape[1], shape[3]
+
+    def caption(self, pixel_values: NDArray[np.float32]) -> list[Hypothesis]:
+        """Return the best hypothesis of each image f32[B,3,height,width]."""
+        search, images = self.search, len(pixel_values)
+        assert len(search.prompt) == 1, "a longer prompt needs a prefill, which this yardstick leaves out"
+        beams = Beams(search, images)
+        beams.start(np.arange(images))
+        encoded = self._run(self._encoder, {"pixel_values": pixel_values}, self._names(self._encoder))
+        cross = {
+            name: self._value(np.repeat(value.numpy(), search.num_beams, 0))
+            for name, value in zip(self._cross, encoded, strict=True)
+        }
+        nothing = np.zeros((images * search.num_beams, self._heads, 0, self._width), np.float32)
+        past = {name: self._value(nothing) for name in self._past}
+        while not beams.closed.all():
+            feed = {
+                "input_ids": beams.last_tokens().reshape(-1),
+                "positions": np.repeat(beams.lengths - 1, search.num_beams),
+            }
+            logits, *present = self._run(self._step, feed | cross | past, self._names(self._step))
+            scores, ids = self._select(torch.from_numpy(logits.numpy()), beams)
+            rows, tokens = np.divmod(ids, search.vocab_size)
+            active = ~beams.closed
+            chosen = beams.advance(scores, rows, tokens, active)
+            parents = np.where(active[:, None], np.take_along_axis(rows, chosen, 1), np.arange(search.num_beams))
+            flat = (parents + np.arange(images)[:, None] * search.num_beams).reshape(-1)
+            if search.num_beams > 1:
+                present = self._run(
+                    self._reorder,
+                    {"rows": flat} | dict(zip(self._past, present, strict=True)),
+                    self._names(self._reorder),
+                )
+            past = dict(zip(self._past, present, strict=True))
+        return [beams.results(image)[0] for image in range(images)]
+
+    def _select(self, logits: Tensor, beams: Beams) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Best continuations on the host, in the order of Hugging Face's operations."""
+        search, images = self.search, len(beams.closed)
+        log_probs = torch.log_softmax(logits, -1).view(images, search.num_beams, -1)
+        for image, beam, bans in _bans(beams.marked_ids()):
+            log_probs[image, beam, bans] = float("-inf")
+        totals = (log_probs + torch.from_numpy(beams.scores)[:, :, None]).flatten(1)
+        scores, ids = torch.topk(totals, search.num_candidates)
+        return scores.numpy(), ids.numpy()
+
+    def _run(self, session: Any, feed: dict[str, Any], outputs: list[str]) -> list[Any]:
+        values = {name: self._value(value) if isinstance(value, np.ndarray) else value for name, value in feed.items()}
+        return list(session.run_with_ort_values(outputs, values))
+
+    def _value(self, array: NDArray[Any]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    @staticmethod
+    def _names(session: Any) -> list[str]:
+        return [entry.name for entry in session.get_outputs()]
+
+
+def _bans(marked_ids: NDArray[np.int64]) -> list[tuple[int, int, list[int]]]:
+    """List (image, beam, ids) of the rows that have bans; a repetition penalty this yardstick leaves out."""
+    rows = np.argwhere(marked_ids[:, :, 0] >= 0)
+    return [(image, beam, marked_ids[image, beam].tolist()) for image, beam in rows]
+
 
 Ids = list[tuple[int, ...]]
 Caption = Callable[[int, int], Ids]
@@ -88,8 +310,7 @@ def generate(setting: Comparison) -> Caption:
 
 
 def conventional(setting: Comparison) -> Caption:
-    """The usual ONNX loop; see benchmarks.conventional."""
-    from benchmarks.conventional import Conventional, export_conventional
+    """The usual ONNX loop; see benchmarks.programs."""
     from engine.captioner import Captioner
     from export.reference.huggingface import Reference
 

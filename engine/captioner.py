@@ -1,9 +1,10 @@
-"""A loaded model that turns any images into captions; knows nothing of directories or output files."""
+"""The search that options mean for a bundle, and where the captions of images with prompts of their own start."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,27 +15,114 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.backends import Backend, open_backends, require_backend
-from engine.backends.capacity import slots_for
-from engine.bundle.ensemble import BundlePlace, absolute, open_place, place_of
-from engine.bundle.manifest import Bundle
+from engine.backends.device import slots_for
+from engine.bundle.manifest import WITH_PENALTIES, Bundle
+from engine.bundle.open import BundlePlace, absolute, open_place, place_of
 from engine.bundle.tokenizer import CaptionTokenizer, detokenise
 from engine.captions import Alternative, Caption
 from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Hypothesis, Search, Start
+from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import NOTHING_YET, Arrival, Scheduler, Waiting
 from engine.errors import BundleError, ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
-from engine.inputs.depth import window_of
 from engine.inputs.images import ImageFile
 from engine.inputs.kinds import cut_suffix
-from engine.inputs.notes import CLIPPED, ImageNote
-from engine.inputs.pixels import Picture, read_image
+from engine.inputs.pixels import CLIPPED, ImageNote, Picture, read_image, window_of
 from engine.inputs.read_ahead import read_ahead, read_live
 from engine.inputs.remote import Location, location
 from engine.options import DecodeOptions
-from engine.repeats import InOrder, Repeats
 from engine.runtime import Runtime
-from engine.searches import search_for, searches_for
+
+
+def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions) -> Search:
+    """Resolve options over a bundle's settings; raise UsageError where they do not fit it."""
+    options = options.over(bundle.generation)
+    if options.repetition_penalty != 1.0 and bundle.format < WITH_PENALTIES:
+        raise UsageError(
+            f"{bundle.path} was exported before its decoder knew a repetition penalty: export its checkpoint again"
+        )
+    return resolve_search(
+        options,
+        prompt=tokenizer.prompt_ids(options.prompt),
+        bad_words_ids=tokenizer.bad_words_ids(options.bad_words or ()),
+        eos=bundle.tokens.eos,
+        vocab_size=bundle.model.vocab_size,
+        max_positions=bundle.model.max_positions,
+    )
+
+
+def searches_for(
+    bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions, prompts: Mapping[str, str] | None
+) -> tuple[Search, dict[str, Start] | None]:
+    """Return the search that has room for all images, and where their captions start, by id (None: all alike).
+
+    Raises UsageError for options or a prompt that do not fit the bundle.
+    """
+    if not prompts:
+        return search_for(bundle, tokenizer, options), None
+    if options.prompt:
+        raise UsageError("a prompt for all images and prompts for each of them exclude each other: give one")
+    of_prompt = {
+        prompt: search_for(bundle, tokenizer, options.replace(prompt=prompt))
+        for prompt in sorted(set(prompts.values()))
+    }
+    search = max(of_prompt.values(), key=lambda one: one.max_length)
+    return search, {name: of_prompt[prompt].start for name, prompt in prompts.items()}
+
+
+REMEMBERED = 4096
+"""Distinct images whose captions are kept for repeats: a few megabytes."""
+
+
+class Repeats:
+    """Equal pixels are captioned once; the last REMEMBERED captions are kept, so that memory does not grow."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[bytes, list[tuple[int, str, str | None, float]]] = {}
+        self._known: dict[bytes, tuple[Alternative, ...]] = {}
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether any image waits for a caption."""
+        return bool(self._waiting)
+
+    def known(self, digest: bytes) -> tuple[Alternative, ...] | None:
+        """Return what was said of these pixels, None where nothing was."""
+        return self._known.get(digest)
+
+    def wait(self, digest: bytes, index: int, name: str, file_sha256: str | None = None) -> bool:
+        """Let image `index` wait for the caption of these pixels; return whether it is the first that does."""
+        self._waiting.setdefault(digest, []).append((index, name, file_sha256, time.perf_counter()))
+        return len(self._waiting[digest]) == 1
+
+    def resolve(self, digest: bytes, alternatives: tuple[Alternative, ...]) -> Iterator[tuple[int, Caption]]:
+        """Yield the index and the caption of every image that waited for these pixels."""
+        now = time.perf_counter()
+        self._known[digest] = alternatives
+        if len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
+        for index, name, file_sha256, since in self._waiting.pop(digest):
+            yield index, Caption(name, alternatives, latency_s=now - since, file_sha256=file_sha256)
+
+
+class InOrder:
+    """Hands out captions in the order of their images."""
+
+    def __init__(self) -> None:
+        self._early: dict[int, Caption] = {}
+        self._next = 0
+
+    def add(self, index: int, caption: Caption) -> None:
+        """Take in the caption of image `index`."""
+        self._early[index] = caption
+
+    def ready(self) -> Iterator[Caption]:
+        """Yield the captions whose turn it is."""
+        while self._next in self._early:
+            yield self._early.pop(self._next)
+            self._next += 1
+
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
 

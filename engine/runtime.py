@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.declarations import option
 from engine.errors import UsageError
+from engine.options import option
 
 BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "trt")
 """ONNX Runtime with the provider of that name, OpenVINO, or (trt) TensorRT itself with plans made by `engine plan`."""

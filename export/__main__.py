@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from engine.bundle.manifest import PRECISIONS
-from engine.cli.group import OneLine
-from engine.cli.shared import NAME, PATH, say
+from engine.cli.shared import NAME, PATH, OneLine, say
 
 
 @click.command(cls=OneLine)

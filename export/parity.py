@@ -20,22 +20,20 @@ import click
 import torch
 from PIL import Image
 
-from engine.bundle.ensemble import place_of
 from engine.bundle.manifest import Bundle
+from engine.bundle.open import place_of
 from engine.captioner import Captioner
-from engine.cli.group import OneLine
-from engine.cli.shared import NAME, PATH, takes
+from engine.cli.shared import NAME, PATH, OneLine, takes
 from engine.errors import CheckpointError, EngineError, ImageError, UsageError
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image
 from engine.options import SAMPLING, DecodeOptions
 from engine.runtime import Runtime
+from export.bundle import checkpoint_sha256
 from export.checkpoints.find import find_checkpoint
-from export.manifest import checkpoint_sha256
-from export.reference.ensemble import ensemble
 from export.reference.golden import golden_pictures
-from export.reference.huggingface import Reference, ReferenceCaption
+from export.reference.huggingface import Reference, ReferenceCaption, ensemble
 from export.reference.trace import SCORE_TOLERANCE, TIE_ABSOLUTE, TIE_RELATIVE, judge
 from export.restore import graph_weights
 

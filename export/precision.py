@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 
 from engine.backends import Backend, StepInputs
 from engine.captioner import Captioner
-from engine.cli.group import OneLine
-from engine.cli.shared import PATH
+from engine.cli.shared import PATH, OneLine
 from engine.errors import UsageError
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import find_images

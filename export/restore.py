@@ -16,13 +16,12 @@ import torch
 from onnx import numpy_helper
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 
-from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import MANIFEST
-from engine.cli.group import OneLine
-from engine.cli.shared import PATH
+from engine.bundle.open import open_bundle
+from engine.cli.shared import PATH, OneLine
 from engine.errors import EngineError
-from export.checkpoints.releases import BlipImageProcessor
-from export.graphs.onnx_graphs import FP16_SUFFIX
+from export.checkpoints.files import BlipImageProcessor
+from export.graphs.exporters import FP16_SUFFIX
 
 
 def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:

@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 
 import click
 
-from engine.cli.group import OneLineGroup
-from engine.cli.shared import NAME, PATH, SectionCommand, column_options, say, takes
+from engine.cli.shared import NAME, PATH, OneLineGroup, SectionCommand, column_options, say, takes
 from engine.errors import EngineError, UsageError
 from engine.inputs.columns import Columns
-from engine.inputs.depth import CLIP
-from engine.inputs.depth import HELP as DEPTH_HELP
+from engine.inputs.pixels import CLIP
+from engine.inputs.pixels import HELP as DEPTH_HELP
 from engine.options import SAMPLING, DecodeOptions
 from train.sweep.settings import Tuning
 
@@ -113,7 +112,7 @@ def finetune(
     from train.dry_run import plan_run
     from train.finetune import DataInputs, Job
     from train.finetune import finetune as run
-    from train.recipes import load_recipe, parse_changes
+    from train.recipe import load_recipe, parse_changes
 
     given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
     job = Job(

@@ -21,12 +21,12 @@ from engine.errors import DataError, UsageError
 from engine.inputs.columns import USUAL, Columns
 from engine.scoring.base import MetricInputs
 from engine.scoring.profiles import make_metric
-from export.checkpoints.processor import assumed_settings
-from export.manifest import checkpoint_sha256
+from export.bundle import checkpoint_sha256
+from export.checkpoints.settings import assumed_settings
 from export.reference.huggingface import Reference
+from train.data.batches import check_fit, lost_in_tokens
 from train.data.check import check_split, drop_unusable, fingerprint
 from train.data.dataset import Example, Split, hold_out, read_dataset
-from train.data.prompts import check_fit, lost_in_tokens
 from train.learning.evaluate import LOSS, Evaluator
 from train.learning.processes import on_first_process, rank_and_world_size
 from train.learning.run_dir import BestModels, locked, write_log, write_or_compare_record

@@ -32,12 +32,12 @@ from benchmarks.gpu.runs import LAST
 from benchmarks.setting import describe_machine, make_picture
 from benchmarks.work import DEVICES, Work, count_work, floor_s, model_work
 from engine.backends import open_backend
-from engine.backends.nvidia import clashing_runtimes, find_gpu
 from engine.backends.plans import MODULES, build_plans, target_for
+from engine.backends.providers import clashing_runtimes, find_gpu
 from engine.backends.shapes import Bounds
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
-from engine.cli.group import OneLine
+from engine.cli.shared import OneLine
 from engine.errors import EngineError
 from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image, read_image

@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.host import measure, write_pictures
 from engine.backends.device import CapturingDevice, CudaDevice
-from engine.backends.nvidia import find_gpu
+from engine.backends.providers import find_gpu
 from engine.errors import OutOfMemoryError
 from engine.inputs.pixels import read_image
 

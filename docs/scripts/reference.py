@@ -90,7 +90,7 @@ def decoding() -> str:
 
 def recipes() -> str:
     """Return the named recipes: what differs from medblip-base."""
-    from train.recipes import RECIPES
+    from train.recipe import RECIPES
 
     base = RECIPES["medblip-base"].settings()
     rows = []
@@ -102,7 +102,7 @@ def recipes() -> str:
 
 def settings() -> str:
     """Return every setting of a recipe with the value of medblip-base."""
-    from train.recipes import RECIPES
+    from train.recipe import RECIPES
 
     values = {key: value for key, value in RECIPES["medblip-base"].settings().items() if key != "name"}
     return table(["setting", "value"], ([f"`{key}`", f"`{_value(value)}`"] for key, value in values.items()))

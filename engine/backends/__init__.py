@@ -90,7 +90,7 @@ def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
         from engine.backends.openvino import OpenVinoBackend
 
         return OpenVinoBackend(bundle, threads=runtime.threads, cpu_precision=runtime.cpu_precision)
-    from engine.backends.buckets import PaddedBackend
+    from engine.backends.shapes import PaddedBackend
 
     if name == "trt":
         from engine.backends.trt import TrtBackend
@@ -106,8 +106,8 @@ def _open_ensemble(bundle: Bundle, name: str, runtime: Runtime) -> Backend:
         raise UsageError(
             f"several bundles caption together on {' and '.join(OF_ENSEMBLES)}, not on {name}: choose another --backend"
         )
-    from engine.backends.buckets import PaddedBackend
     from engine.backends.ensemble import EnsembleBackend
+    from engine.backends.shapes import PaddedBackend
 
     backend = EnsembleBackend(bundle, name, threads=runtime.threads, cpu_precision=runtime.cpu_precision)
     return backend if name == "cpu" else PaddedBackend(backend)

@@ -20,12 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.ort import OUT_OF_MEMORY as ORT_OUT_OF_MEMORY
-from engine.backends.sessions import check_graphs
-from engine.bundle.graphs import GRAPHS
-from engine.bundle.manifest import Bundle
+from engine.backends.ort import check_graphs
+from engine.bundle.manifest import GRAPHS, Bundle
 from engine.errors import BackendError, EngineError, OutOfMemoryError, UsageError, install_command
-from engine.files.atomic import replace_file
-from engine.files.cache import cache_folder, require_private
+from engine.files.atomic import cache_folder, replace_file, require_private
 from engine.files.lock import OutputLock
 from engine.host import processor
 

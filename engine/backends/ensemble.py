@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.ort import OrtBackend, OrtCache, ort_errors
+from engine.backends.ort import OrtBackend, OrtCache, check_graphs, open_session, ort_errors
 from engine.backends.providers import CPU, import_libraries
-from engine.backends.sessions import check_graphs, open_session
-from engine.bundle.ensemble import shares
-from engine.bundle.graphs import CANDIDATES, CHOICE, CHOSEN_BY, LOG_PROBS, NUM_CANDIDATES
-from engine.bundle.manifest import Bundle
+from engine.bundle.manifest import CANDIDATES, CHOICE, CHOSEN_BY, LOG_PROBS, NUM_CANDIDATES, Bundle
+from engine.bundle.open import shares
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.errors import BundleError
 from engine.host import available_cores

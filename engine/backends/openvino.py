@@ -9,10 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.compiled import NAME, compile_graphs, import_openvino, openvino_errors
-from engine.backends.ort import CPU_BATCH_SIZES
-from engine.backends.sessions import refuse_rounded_twice
-from engine.bundle.graphs import CANDIDATES, NUM_CANDIDATES, cache_names, step_inputs
-from engine.bundle.manifest import Bundle
+from engine.backends.ort import CPU_BATCH_SIZES, refuse_rounded_twice
+from engine.bundle.manifest import CANDIDATES, NUM_CANDIDATES, Bundle, cache_names, step_inputs
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.errors import BundleError
 from engine.host import available_cores

@@ -19,13 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.backends.nvidia import find_gpu
+from engine.backends.providers import find_gpu
 from engine.backends.shapes import Bounds, ShapeRange, profiles
-from engine.bundle.graphs import GRAPHS
-from engine.bundle.manifest import Bundle
+from engine.bundle.manifest import GRAPHS, Bundle
 from engine.errors import BackendError, UsageError, install_command
-from engine.files.atomic import file_sha256, replace_file
-from engine.files.cache import cache_folder, require_private
+from engine.files.atomic import cache_folder, file_sha256, replace_file, require_private
 from engine.files.lock import OutputLock
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

@@ -6,9 +6,9 @@ import warnings
 
 import click
 
-from engine.cli import machine, report, scoring, submission
+from engine.cli import machine, results
 from engine.cli.caption import caption
-from engine.cli.group import OneLineGroup
+from engine.cli.shared import OneLineGroup
 from engine.errors import UsageError
 from engine.version import __version__
 
@@ -37,8 +37,8 @@ def main(context: click.Context) -> None:
 for _command in (
     caption,
     *(machine.verify, machine.bench, machine.plan, machine.info),
-    *(scoring.score, scoring.rerank),
-    *(submission.submit, submission.check),
-    report.report,
+    *(results.score, results.rerank),
+    *(results.submit, results.check),
+    results.report,
 ):
     main.add_command(_command)

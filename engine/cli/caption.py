@@ -17,11 +17,11 @@ from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 from engine.run.job import Inputs, Outputs
-from engine.run.progress import Pace
+from engine.run.pipeline import Pace
 from engine.runtime import Runtime, Workers
 
 if TYPE_CHECKING:  # it would load numpy, which the help does without
-    from engine.bundle.ensemble import BundlePlace
+    from engine.bundle.open import BundlePlace
 
 LOG_EVERY_S = 120.0
 """Seconds between two lines of progress where standard error is not a terminal."""
@@ -49,7 +49,7 @@ def caption(
     What is not given comes from the bundle's generation settings, then from Hugging Face's defaults.
     """
     from engine.run.pipeline import caption_directory
-    from engine.run.rows import ReaderGoneError
+    from engine.run.record import ReaderGoneError
 
     if as_json and outputs.is_stream:
         raise UsageError("--json and --out - both write to standard output: leave one of them out")

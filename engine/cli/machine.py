@@ -26,7 +26,7 @@ from engine.options import DecodeOptions
 from engine.runtime import Runtime
 
 if TYPE_CHECKING:  # it would load numpy, which the help does without
-    from engine.bundle.ensemble import BundlePlace
+    from engine.bundle.open import BundlePlace
 
 
 @click.command(cls=SectionCommand)
@@ -66,7 +66,7 @@ def bench(
 def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
     """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""
     from engine.backends import open_backend, require_backend
-    from engine.bundle.fetch import open_bundle
+    from engine.bundle.open import open_bundle
     from engine.machine.verify import verify as replay
     from engine.machine.verify import verify_halves
 
@@ -113,7 +113,7 @@ def plan(
     """
     from engine.backends.plans import build_plans, default_folder, target_for
     from engine.backends.shapes import Bounds
-    from engine.bundle.fetch import open_bundle
+    from engine.bundle.open import open_bundle
 
     target = target_for(builder, compute_capability)
     loaded = open_bundle(bundle)
@@ -132,7 +132,7 @@ def plan(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 def info(bundle: Location | None, as_json: bool) -> None:
     """Show versions, backends and what is missing."""
-    from engine.bundle.fetch import open_bundle
+    from engine.bundle.open import open_bundle
     from engine.machine.info import collect_info, describe_bundle
 
     facts = collect_info() | (describe_bundle(open_bundle(bundle)) if bundle is not None else {})

@@ -15,8 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.decoding.processors import Processors
-from engine.decoding.sampling import Sampling
+from engine.decoding.processors import Processors, Sampling
 
 NEVER = np.float32(-1e9)
 """Added to a score to rule it out. Finite, as in Hugging Face, so that two ruled-out scores still have an order."""

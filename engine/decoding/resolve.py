@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from engine.decoding.beam import Search
-from engine.decoding.sampling import Sampling
+from engine.decoding.processors import Sampling
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 

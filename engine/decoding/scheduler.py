@@ -20,7 +20,7 @@ from engine.decoding.ancestry import Ancestry
 from engine.decoding.backend import Backend, Encoded, StepInputs
 from engine.decoding.beam import Beams, Hypothesis, Search, Start
 from engine.decoding.device import DeviceQueue, Later
-from engine.decoding.sampling import draw, generator
+from engine.decoding.processors import draw, generator
 
 Key = TypeVar("Key")
 

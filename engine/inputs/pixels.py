@@ -1,4 +1,4 @@
-"""Read one image into RGB bytes, whatever its kind; knows nothing of directories and models."""
+"""What reading dropped from images that can be read: collected for the run's log, a line for each kind."""
 
 from __future__ import annotations
 
@@ -7,24 +7,141 @@ import errno
 import functools
 import hashlib
 import io
+import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.errors import EngineError, ImageError
+from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs import dicom
-from engine.inputs.depth import CLIP, as_rgb, is_deep, to_bytes
+from engine.inputs.ids import join_some
 from engine.inputs.kinds import DECODED, DICOM, HAS_HEIF, HEAD_BYTES, kind_of, open_regular, wrong_content
-from engine.inputs.notes import CLIPPED, FRAMES, TRANSPARENT, ImageNote
 from engine.inputs.remote import RemoteFile
+
+CLIPPED, TRANSPARENT, FRAMES = "clipped", "transparent", "frames"
+"""More than 8 bits a channel, of which values above 255 became white; transparency; more frames than the one used."""
+NOTE_TEXTS = {
+    CLIPPED: (
+        "more than 8 bits a channel: values above 255 become white, as in Hugging Face's processor",
+        "; --high-bit-depth scale keeps their range",
+    ),
+    TRANSPARENT: ("transparency, which is dropped, as in transformers 4.57", ""),
+    FRAMES: ("more frames than the one that is used", "; of DICOM files --dicom-frame chooses it"),
+}
+"""What the images of a kind have, and what to do about it."""
+
+
+class ImageNote(NamedTuple):
+    """An image that was read without something: one of the kinds above, and the image's file or id."""
+
+    kind: str
+    name: str
+
+
+def note_lines(notes: Iterable[ImageNote]) -> list[str]:
+    """Return one line for each kind of note: how many images, the first three names, the remedy."""
+    names: dict[str, set[str]] = {}
+    for kind, name in notes:
+        names.setdefault(kind, set()).add(name)
+    lines = []
+    for kind, (what, remedy) in NOTE_TEXTS.items():
+        if found := sorted(names.get(kind, ())):
+            images = "1 image has" if len(found) == 1 else f"{len(found)} images have"
+            lines.append(f"{images} {what}: {join_some(found, 3)}{remedy}")
+    return lines
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+CLIP, SCALE = "clip", "scale"
+"""As Hugging Face's processor reads them, values above 255 white; or each picture's own range made 0 to 255."""
+STRIP_PIXELS = 1 << 20
+"""Pixels that are scaled at a time."""
+HELP = "Pictures of more than 8 bits: `clip` (above 255 white, as Hugging Face), `scale` (own range), or LOW,HIGH."
+
+
+def is_deep(picture: Image.Image) -> bool:
+    """Return whether a picture has more than 8 bits a channel here. Pillow itself halves 16-bit colour to 8 bits."""
+    return picture.mode in ("I", "F") or picture.mode.startswith("I;")
+
+
+def as_rgb(picture: Image.Image, depth: str | None = CLIP) -> Image.Image:
+    """Return an image as RGB, one with more than 8 bits a channel read as `depth` says, see to_bytes (None is CLIP)."""
+    from PIL import Image  # here, since the command line reads this file for its help
+
+    if depth in (None, CLIP) or not is_deep(picture):
+        return picture.convert("RGB")
+    return Image.fromarray(to_bytes(picture, depth)).convert("RGB")
+
+
+def to_bytes(source: Image.Image | NDArray[Any], depth: str) -> NDArray[np.uint8]:
+    """Return a deep image, or an array [h,w] or [h,w,3] of real numbers, as u8 of the same shape.
+
+    With a window of values LOW to HIGH, v becomes round(255 (v - LOW) / (HIGH - LOW)), held between 0 and 255; SCALE
+    takes the image's least and greatest value, and makes an image of one value black. CLIP holds v itself between 0 and
+    255 and cuts its fraction, as Pillow does. What is not a number is black.
+    """
+    import numpy as np
+
+    window = (0.0, 255.0) if depth == CLIP else window_of(depth) or _range_of(source)
+    low, high = window
+    strips = []
+    for strip in _strips(source):
+        values = strip.astype(np.float64)
+        values[~np.isfinite(values)] = low
+        if depth != CLIP:
+            values = (values - low) / ((high - low) or 1.0)
+            values = np.clip(values, 0.0, 1.0) * 255 + 0.5
+        strips.append(np.clip(values, 0.0, 255.0).astype(np.uint8))
+    return np.concatenate(strips)
+
+
+def _range_of(source: Image.Image | NDArray[Any]) -> tuple[float, float]:
+    """Return the least and the greatest number in an image; 0 and 1 where nothing in it is a number."""
+    import numpy as np
+
+    seen = (strip[np.isfinite(strip)] for strip in _strips(source))
+    ends = [(float(numbers.min()), float(numbers.max())) for numbers in seen if numbers.size]
+    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (0.0, 1.0)
+
+
+def _strips(source: Image.Image | NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yield an image in strips of rows: float64 copies of 89 million pixels at once would take gigabytes."""
+    import numpy as np
+
+    width, height = source.shape[1::-1] if isinstance(source, np.ndarray) else source.size
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        if isinstance(source, np.ndarray):
+            yield source[top : top + rows]
+        else:
+            yield np.asarray(source.crop((0, top, width, min(top + rows, height))))
+
+
+@functools.lru_cache(maxsize=16)
+def window_of(depth: str) -> tuple[float, float] | None:
+    """Return the window of values a text LOW,HIGH names, None for CLIP and SCALE. Raises UsageError for any other."""
+    if depth in (CLIP, SCALE):
+        return None
+    try:
+        low, high = (float(number) for number in depth.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise UsageError(f"high bit depth {depth!r}: give {CLIP}, {SCALE}, or two numbers LOW,HIGH, the lower first")
+    return low, high
+
 
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "HEIF")
 """Decoders Pillow may use, whatever a file calls itself: a small surface for files from strangers."""

@@ -8,18 +8,28 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 from engine.errors import DataError
-from engine.inputs.columns import USUAL, Columns
-from engine.inputs.delimited import FILE, CaptionRow, decode_text, delimited_rows, read_text, refuse_bytes
+from engine.inputs.columns import PROMPT, USUAL, Columns
 from engine.inputs.ids import Ids, join_some, one_spelling, spelled
 from engine.inputs.kinds import cut_suffix, image_id, open_regular
-from engine.inputs.objects import json_rows, jsonl_rows, parquet_rows
+from engine.inputs.readers import (
+    FILE,
+    CaptionRow,
+    decode_text,
+    delimited_rows,
+    json_rows,
+    jsonl_rows,
+    parquet_rows,
+    read_columns,
+    read_text,
+    refuse_bytes,
+)
 
 T = TypeVar("T")
 
@@ -185,3 +195,26 @@ def find_sidecars(folder: Path) -> dict[str, list[Path]]:
         if found and here == os.fspath(folder):
             break
     return found
+
+
+def read_prompts(path: Path, ids: Sequence[str], columns: Columns = USUAL) -> dict[str, str]:
+    """Return {id: prompt} of all `ids` from a table with a column `prompt`; rows of other images are skipped.
+
+    Names mean ids as elsewhere (inputs/ids.py). An empty prompt is not a prompt. Raises DataError naming what is
+    missing.
+    """
+    table = read_columns(path, columns, whole=True)
+    found = [column for column in table if column.lower() == PROMPT]
+    if not found:
+        raise DataError(
+            f"{path} has no column {PROMPT!r}, only {join_some(table, 3)}: it needs ID and {PROMPT}, or give "
+            "--prompt-column"
+        )
+    prompts = table[found[0]]
+    of_id = {one: prompts[name] for name, one in Ids(ids).find_all(prompts, path).items()}
+    if missing := [one for one in ids if one not in of_id]:
+        raise DataError(
+            f"{path} has no prompt for {len(missing)} of {len(ids)} images ({join_some(missing, 3)}): add their rows, "
+            "the prompt may be empty"
+        )
+    return of_id

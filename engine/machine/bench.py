@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine.bundle.ensemble import BundlePlace
+from engine.bundle.open import BundlePlace
 from engine.bundle.signature import run_signature
 from engine.captioner import Captioner, ImageSource
 from engine.errors import UsageError

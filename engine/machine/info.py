@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from engine.backends import BACKENDS, require_backend
-from engine.backends.nvidia import clashing_runtimes
+from engine.backends.providers import clashing_runtimes
 from engine.bundle.manifest import Bundle
 from engine.errors import EngineError, install_command
 from engine.host import available_cores, processor

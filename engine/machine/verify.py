@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends import OF_ENSEMBLES, Backend, open_backend, require_backend
-from engine.bundle.ensemble import on_halves
 from engine.bundle.manifest import Bundle
+from engine.bundle.open import on_halves
 from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis
 from engine.decoding.scheduler import Scheduler

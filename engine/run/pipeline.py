@@ -1,30 +1,174 @@
-"""From a directory of images to run.csv: the one file to read, top to bottom."""
+"""The run: find the images, resume, caption what is left, write the outputs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-from engine.bundle.ensemble import BundlePlace, folders_of
-from engine.bundle.signature import run_signature, settings_line
-from engine.bundle.watch import watched
+from engine.backends import require_backend
+from engine.bundle.manifest import Bundle, watched
+from engine.bundle.open import BundlePlace, folders_of
+from engine.bundle.signature import environment, run_signature, settings_line
+from engine.captioner import Captioner, Todo, caption_within_memory
 from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
 from engine.inputs.images import ImageFile, describe_ignored, order_by_manifest
-from engine.inputs.notes import note_lines
 from engine.inputs.paths import find_inputs
-from engine.inputs.prompts import read_prompts
+from engine.inputs.pixels import ImageNote, note_lines
+from engine.inputs.tables import read_prompts
 from engine.options import DecodeOptions, notes_on
 from engine.run.job import Inputs, Outputs
-from engine.run.record import RunRecord
-from engine.run.rows import RowStream, rows_of, text_of
-from engine.run.sidecars import check_sidecars, sidecar_paths, write_sidecars
-from engine.run.source import Say, Source, choose_runtime, open_source
+from engine.run.outputs import check_sidecars, sidecar_paths, write_sidecars
+from engine.run.record import RowStream, RunRecord, rows_of, text_of
 from engine.runtime import Runtime, Workers
+from engine.workers.cluster import open_cluster, require_ray
+from engine.workers.driver import open_processes
+from engine.workers.shares import shares_of
+
+Say = Callable[[str], None]
+
+
+class Source(Protocol):
+    """Captions made with `bundle` on `backend_name`; `environment` says with which packages.
+
+    `notes` grows by the images that were read without something (engine/inputs/pixels.py).
+    """
+
+    bundle: Bundle
+    backend_name: str
+    environment: str
+    notes: list[ImageNote]
+
+    def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
+        """Return what is asked laid over the bundle's settings. Raises UsageError where it, or one of the images'
+        prompts, does not fit the bundle.
+        """
+        ...
+
+    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+        """Yield a caption of every image that remains, each once and in any order; unreadable ones fail in `todo`."""
+        ...
+
+
+def choose_runtime(runtime: Runtime, workers: Workers, say: Say) -> Runtime:
+    """Return the runtime with what `auto` means here, which `say` gets a note of; that of a cluster as it is.
+
+    Raises an EngineError, in one sentence and at once, when something that is needed is missing here.
+    """
+    if workers.address is not None:
+        require_ray()
+        return runtime
+    wanted = "cuda" if workers.devices is not None and runtime.backend == "auto" else runtime.backend
+    chosen = replace(runtime, backend=require_backend(wanted, runtime.cpu_precision))
+    shares_of(chosen, workers)
+    if runtime.backend == "auto":
+        say(f"backend: {chosen.backend}")
+    return chosen
+
+
+def open_source(
+    bundle: BundlePlace | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
+) -> AbstractContextManager[Source]:
+    """Load what captions a run; `say` gets notes of its workers. Raises an EngineError of the kind that fits."""
+    if workers.address is not None:
+        return open_cluster(bundle, asked, rows, runtime, workers, say)
+    if shares := shares_of(runtime, workers):
+        return open_processes(bundle, asked, rows, runtime, shares, say)
+    return nullcontext(LocalSource(Captioner.open(bundle, runtime), rows))
+
+
+class LocalSource:
+    """A captioner in this process."""
+
+    def __init__(self, captioner: Captioner, rows: int | None = None) -> None:
+        self._captioner, self._rows = captioner, rows
+        self.bundle = captioner.bundle
+        self.backend_name = captioner.backend.name
+        self.environment = environment(self.backend_name)
+        self.notes: list[ImageNote] = []
+
+    def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
+        options = asked.over(self.bundle.generation)
+        self._captioner.searches(options, prompts)
+        return options
+
+    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+        return caption_within_memory(
+            self._captioner,
+            options,
+            todo.remaining,
+            prompts=todo.prompts,
+            on_error=todo.fail,
+            on_note=self.notes.append,
+            rows=self._rows,
+            say=say,
+        )
+
+
+FIRST_WAVE = 2.0
+"""Times the seconds of the first image: by then the first wave is over. Captions of 20 tokens may follow one of 8."""
+WAVE_END = 0.25
+"""Part of these seconds in which the last images of that wave finish."""
+
+
+class Pace:
+    """Measures the speed of a run by when its images finish; `done` of `length` have.
+
+    Many images are decoded in parallel and finish in waves: none at first, then many at about the same time. Divided by
+    the time since the start, their number gives a speed that is too low by as much as the number of images in parallel.
+    So the speed is counted from the end of the first wave, and known once it spans two more.
+    """
+
+    def __init__(self, length: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.length, self.done = length, 0
+        self._clock, self._start = clock, clock()
+        self._first_s: float | None = None
+        self._since: tuple[float, int] | None = None
+        self._latest_s = 0.0
+
+    def tell(self, done: int) -> None:
+        """Note that so many images are done."""
+        if done == self.done:
+            return
+        self.done, self._latest_s = done, self._clock() - self._start
+        if self._first_s is None:
+            self._first_s = self._latest_s
+        waves = self._latest_s / max(self._first_s, 1e-9)
+        if waves >= FIRST_WAVE and (self._since is None or waves < FIRST_WAVE + WAVE_END):
+            self._since = self._latest_s, done
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Images a second, None before it is known."""
+        if self._first_s is None or self._since is None:
+            return None
+        seconds = self._latest_s - self._since[0]
+        return (self.done - self._since[1]) / seconds if seconds > FIRST_WAVE * self._first_s else None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until all images are done, None before that is known."""
+        if (speed := self.images_per_s) is None:
+            return None
+        return max(0.0, (self.length - self.done) / speed - (self._clock() - self._start - self._latest_s))
+
+    def __str__(self) -> str:
+        """Return speed and time left in words, empty before they are known."""
+        speed, left = self.images_per_s, self.left_s
+        return "" if speed is None or left is None else f"{speed:.2f} images/s, about {in_words(left)} left"
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration as people say it: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 """Given the number of images, a context whose value is told how many of them are done."""

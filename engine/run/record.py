@@ -1,20 +1,313 @@
-"""The captions and failures of a run, kept in its journal until its files are written."""
+"""What is known of a run: fingerprints of images, recalled captions, and the rows of run.csv."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
-from engine.captions import Caption
-from engine.errors import EngineError, ImageError
-from engine.files.run_files import Row, write_json_lines, write_n_best, write_run, write_timings
-from engine.inputs.images import ImageFile
-from engine.run.fingerprints import fingerprints, run_key, settings_key
+from engine.captions import Alternative, Caption
+from engine.errors import EngineError, ImageError, UsageError
+from engine.inputs.images import ImageFile, utf8
+from engine.inputs.pixels import CLIP, open_file
+from engine.inputs.read_ahead import read_ahead
 from engine.run.job import Outputs
 from engine.run.journal import Journal, NoJournal, journal_path, update_path
-from engine.run.recall import KnownImages, digests_of, with_places
+from engine.run.outputs import (
+    CSV_HEADER,
+    Row,
+    format_json,
+    format_row,
+    one_line,
+    write_json_lines,
+    write_n_best,
+    write_run,
+    write_timings,
+)
+
+
+def run_key(images: Sequence[ImageFile], made_with: str, prompts: Mapping[str, str] | None = None) -> str:
+    """Return the sha256 of what captions are made with, and of the images in their order, with their prompts by id.
+
+    Journals of earlier versions have it as their key.
+    """
+    digest = hashlib.sha256(made_with.encode("utf-8", "surrogateescape"))
+    for image in images:
+        place = str(image.path.absolute() if image.folder is None else image.source)
+        depth = [] if image.depth == CLIP else [image.depth]  # journals of earlier versions know none, nor prompts
+        prompt = [] if prompts is None else [{"prompt": prompts[image.id]}]
+        digest.update(json.dumps([image.id, place, image.frame, *depth, *prompt]).encode("ascii"))
+    return digest.hexdigest()
+
+
+def settings_key(images: Sequence[ImageFile], made_with: str) -> str:
+    """Return the sha256 of what captions are made with and how the images are read, whatever images these are."""
+    how = sorted({(image.frame, image.depth) for image in images})
+    return hashlib.sha256(f"{made_with}|{json.dumps(how)}".encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def fingerprints(images: Sequence[ImageFile]) -> dict[str, list[int] | None]:
+    """Return the fingerprint of every image by its id; those at a URI are listed, for size and time of change alone."""
+    folders = {image.folder for image in images if image.folder is not None}
+    listed = {folder: folder.list(recursive=any(len(i.path.parts) > 1 for i in images)) for folder in folders}
+    found: dict[str, list[int] | None] = {}
+    for image in images:
+        if image.folder is None:
+            found[image.id] = fingerprint(image.path)
+        else:
+            stamp = listed[image.folder].get(image.path.as_posix())
+            found[image.id] = list(stamp) if stamp else None
+    return found
+
+
+def fingerprint(path: Path) -> list[int] | None:
+    """Return size in bytes, time of the last change of content and of status in ns, and number; None without a file.
+
+    Any of them may change when a file is replaced. The last two may also change without that, see recall.py.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+Stamp = list[int] | None
+"""The fingerprint of an image file, see fingerprints."""
+Stamps = Mapping[str, Stamp]
+"""Fingerprints of images by their ids."""
+READERS = 4
+"""Threads that read images for their digests, which takes as long as the disk does."""
+SIZE_AND_TIME = 2
+"""The first numbers of a fingerprint. The others change without the content: some network file systems give a file
+another number whenever their cache expires, and chmod, hard links and copies set the time of the last status change."""
+
+
+def decode_caption(record: Mapping[str, Any], image_id: str) -> Caption | None:
+    """Return the caption of a record as that of `image_id`, None where the record is malformed."""
+    try:
+        alternatives = tuple(
+            Alternative(
+                text=str(entry["text"]),
+                raw_text=str(entry["raw_text"]),
+                ids=tuple(int(token) for token in entry["ids"]),
+                sum_log_prob=float(entry["sum_log_prob"]),
+                score=float(entry["score"]),
+            )
+            for entry in record["alternatives"]
+        )
+        latency_s = record.get("latency_s")  # journals of an earlier version have none
+        latency_s = None if latency_s is None else float(latency_s)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return Caption(image_id, alternatives, latency_s) if alternatives else None
+
+
+def place_of(image: ImageFile) -> str:
+    """Return where an image is, whatever its id and the working directory."""
+    return os.path.abspath(image.path) if image.folder is None else str(image.source)  # noqa: PTH100 (follows links)
+
+
+class KnownImages:
+    """Captions that earlier runs made, found by the content of the image and its prompt.
+
+    A file at the same path with the same size and time of change is trusted without reading it. Other files may have
+    been copied, moved or touched: they are compared by sha256, and only those are read whose size is in the journal.
+    Images at a URI are not read for that. With `strict`, a file is only trusted where its number and the time of its
+    last status change are the same, too: `--update` may follow months later, on data unpacked again with fixed times.
+    `prompts` are those of the images by their ids, where each has its own.
+    """
+
+    def __init__(
+        self, records: Iterable[Mapping[str, Any]], prompts: Mapping[str, str], *, strict: bool = False
+    ) -> None:
+        self._prompts = prompts
+        self._stamp_length = None if strict else SIZE_AND_TIME
+        self._by_place: dict[tuple[str, str, str | None], Mapping[str, Any]] = {}
+        self._by_digest: dict[tuple[str, str, str | None], Mapping[str, Any]] = {}
+        self._sizes: set[int] = set()
+        self._used: set[int] = set()
+        self.digests: dict[str, str] = {}
+        """sha256 of the bytes that were captioned, by image id, where it is known."""
+        for record in records:
+            place, stamp, digest = record.get("place"), record.get("file"), record.get("sha256")
+            prompt = record.get("prompt")
+            if not isinstance(place, str) or not isinstance(stamp, list) or not stamp or not _is_text(prompt):
+                continue
+            self._by_place[place, self.trusted(stamp), prompt] = record
+            if isinstance(digest, str) and isinstance(stamp[0], int):
+                self._by_digest[digest, _suffix(place), prompt] = record
+                self._sizes.add(stamp[0])
+
+    @property
+    def used(self) -> int:
+        """How many records gave a caption."""
+        return len(self._used)
+
+    def trusted(self, stamp: Stamp) -> str:
+        """Return the part of a fingerprint that stands for the content of a file at the same path."""
+        return str(stamp and stamp[: self._stamp_length])
+
+    def recall(self, images: Sequence[ImageFile], stamps: Stamps) -> dict[str, Caption]:
+        """Return the captions of the images, by id, whose content is known; a malformed one is decoded again."""
+        captions: dict[str, Caption] = {}
+        others: list[ImageFile] = []
+        for image in images:
+            if (stamp := stamps[image.id]) is None:
+                continue
+            record = self._by_place.get((place_of(image), self.trusted(stamp), self._prompts.get(image.id)))
+            if record is not None and self._take(record, image, captions):
+                if isinstance(digest := record.get("sha256"), str):
+                    self.digests[image.id] = digest
+            elif image.folder is None and stamp[0] in self._sizes:
+                others.append(image)
+        self.learn_digests(others)
+        for image in others:
+            digest = self.digests.get(image.id, "")
+            record = self._by_digest.get((digest, _suffix(place_of(image)), self._prompts.get(image.id)))
+            if record is None or not self._take(record, image, captions):
+                self.digests.pop(image.id, None)  # the bytes that will be captioned are read later
+        return captions
+
+    def _take(self, record: Mapping[str, Any], image: ImageFile, captions: dict[str, Caption]) -> bool:
+        if (caption := decode_caption(record, image.id)) is None:
+            return False
+        captions[image.id] = caption
+        self._used.add(id(record))
+        return True
+
+    def learn_digests(self, images: Iterable[ImageFile]) -> None:
+        """Read those of the images, on this machine's disks, whose digests are not known."""
+        self.digests |= digests_of([image for image in images if image.folder is None and image.id not in self.digests])
+
+    def encode(self, image: ImageFile, caption: Caption, stamp: Stamp) -> dict[str, Any]:
+        """Return a caption as a record; `stamp` is the fingerprint of its image."""
+        if caption.file_sha256 is not None:
+            self.digests[image.id] = caption.file_sha256
+        record = {
+            "id": caption.id,
+            "file": stamp,
+            "latency_s": caption.latency_s,
+            "alternatives": [vars(alternative) for alternative in caption.alternatives],
+            "place": place_of(image),
+        }
+        if image.id in self._prompts:
+            record["prompt"] = self._prompts[image.id]
+        if image.id in self.digests:
+            record["sha256"] = self.digests[image.id]
+        return record
+
+
+def with_places(
+    records: Iterable[Mapping[str, Any]], images: Iterable[ImageFile], prompts: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Return the records of a journal of an earlier version, which had only ids: its key stood for the list of images.
+
+    Records whose image is not in the list are left out.
+    """
+    by_id = {image.id: image for image in images}
+    found = []
+    for record in records:
+        if (image := by_id.get(str(record.get("id")))) is not None:
+            prompt = {"prompt": prompts[image.id]} if image.id in prompts else {}
+            found.append({**record, "place": place_of(image)} | prompt)
+    return found
+
+
+def digests_of(images: Sequence[ImageFile]) -> dict[str, str]:
+    """Return the sha256 of local files by image id, without those that cannot be read."""
+    paths = [image.path for image in images]
+    found = read_ahead(digest_of, paths, threads=READERS, window=4 * READERS) if paths else iter(())
+    return {image.id: digest for image, digest in zip(images, found, strict=True) if digest is not None}
+
+
+def digest_of(path: Path) -> str | None:
+    """Return the sha256 of a file's content in hexadecimal, None where it cannot be read."""
+    try:
+        with open_file(path) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
+    except (OSError, ValueError):
+        return None
+
+
+def _suffix(place: str) -> str:
+    """Return the suffix of a file, which decides how it is read where its bytes do not tell."""
+    return os.path.splitext(place)[1].lower()  # noqa: PTH122 (of URIs, too)
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+class ReaderGoneError(Exception):
+    """Nobody reads standard output any more, as behind `| head`: the run ends without a word."""
+
+
+def text_of(caption: Caption, outputs: Outputs) -> str:
+    """Return a caption's text between prefix and suffix, on one line; an empty caption stays empty."""
+    text = one_line(caption.raw_text if outputs.raw_text else caption.text)
+    return f"{outputs.prefix}{text}{outputs.suffix}" if text else ""
+
+
+def row_of(record: RunRecord, image: ImageFile, outputs: Outputs) -> Row | None:
+    """Return what is known of an image, None before it is captioned or has failed.
+
+    One that failed has no text, or with `allow_missing` an empty one.
+    """
+    caption, failure = record.captions.get(image.id), record.failure(image)
+    if caption is not None:
+        return Row(image.id, file_of(image), text_of(caption, outputs).strip())
+    if failure is None:
+        return None
+    return Row(image.id, file_of(image), "" if outputs.allow_missing else None, failure.reason)
+
+
+def file_of(image: ImageFile) -> str:
+    """Return an image's path or URI as files name it."""
+    return utf8(str(image.source)) if image.folder is None else str(image.source)
+
+
+def rows_of(record: RunRecord, outputs: Outputs) -> Iterator[Row]:
+    """Yield what is known of all images, in their order."""
+    return (row for image in record.images if (row := row_of(record, image, outputs)) is not None)
+
+
+class RowStream:
+    """Writes rows to standard output in the order of the images, each as soon as those before it are known."""
+
+    def __init__(self, record: RunRecord, outputs: Outputs) -> None:
+        """Raises UsageError when standard output is closed."""
+        if sys.stdout is None:
+            raise UsageError("--out - writes to standard output, which is closed")
+        self._out: IO[bytes] = sys.stdout.buffer
+        self._record, self._outputs, self._next = record, outputs, 0
+        self._header = "" if outputs.jsonl else CSV_HEADER
+
+    def advance(self) -> None:
+        """Write what is known by now. Raises ReaderGoneError, or OSError where the output is full."""
+        images, lines = self._record.images, []
+        while self._next < len(images):
+            row = row_of(self._record, images[self._next], self._outputs)
+            if row is None:
+                break
+            self._next += 1
+            if self._outputs.jsonl:
+                lines.append(format_json(row))
+            elif row.text is not None:
+                lines.append(format_row(row.id, row.text))
+        if not lines:
+            return
+        try:
+            self._out.write((self._header + "".join(lines)).encode("utf-8", "surrogateescape"))
+            self._out.flush()
+        except BrokenPipeError as error:
+            raise ReaderGoneError from error
+        self._header = ""
 
 
 class RunRecord:

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import install_command
-from engine.scoring.base import Items, Measured, UnavailableError, library, mean, settle_empty
-from engine.scoring.preprocess import SIGNATURE
+from engine.scoring.base import SIGNATURE, Items, Measured, UnavailableError, library, mean, settle_empty
 
 EXTRA = install_command("score")
 

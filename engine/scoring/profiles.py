@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import UsageError
-from engine.inputs.depth import CLIP
+from engine.inputs.pixels import CLIP
 from engine.scoring.base import Metric, MetricInputs
-from engine.scoring.clip import ClipScore, RefClipScore
 from engine.scoring.meteor import Meteor, MeteorMean, meteor_of_counts
-from engine.scoring.neural import BertScore, Bleurt
+from engine.scoring.neural import BertScore, Bleurt, ClipScore, RefClipScore
 from engine.scoring.overlap import Bleu, Cider, Rouge1, RougeL, bleu_of_counts
 from engine.scoring.plugin import NEEDS, Plugin
 

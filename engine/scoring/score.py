@@ -1,10 +1,12 @@
-"""Score a run, top to bottom: match ids, measure, describe. files.py writes what comes of it."""
+"""What a score means: how the run looks, what a caption that knows nothing reaches, and scores by group of images."""
 
 from __future__ import annotations
 
 import time
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,156 @@ import numpy as np
 
 from engine.errors import DataError, EngineError, UsageError
 from engine.inputs.columns import PROMPT, USUAL, Columns
-from engine.inputs.depth import CLIP, window_of
 from engine.inputs.ids import join_some, shown
 from engine.inputs.images import find_images_of
-from engine.inputs.prompts import read_prompts
-from engine.inputs.tables import Table, by_reference_id, read_table
-from engine.scoring.base import Items, Measured, Metric, MetricInputs
-from engine.scoring.bootstrap import interval
-from engine.scoring.describe import baseline_scores, describe, group_places, scores_by_group
+from engine.inputs.pixels import CLIP, window_of
+from engine.inputs.readers import read_columns
+from engine.inputs.tables import Table, by_reference_id, read_prompts, read_table
+from engine.scoring.base import Items, Measured, Metric, MetricInputs, interval, preprocess
 from engine.scoring.neural import check_weights
 from engine.scoring.profiles import BUILT_IN, CHEAP, PROFILES, Profile, make_metric, organisers_names
-from engine.scoring.prompted import common_start, remove_prompts
+
+LEAST_GROUP = 5
+"""Images a group must have to be a line of the breakdown."""
+
+
+def describe(items: Items) -> dict[str, Any]:
+    """Return how a run looks beside its references: distinct captions, empty ones, lengths in words."""
+    references = [reference for several in items.references for reference in several]
+    return {
+        "images": len(items),
+        "empty_captions": sum(not caption.strip() for caption in items.candidates),
+        "unique_ratio": round(len(set(items.candidates)) / len(items), 4),
+        "unique_ratio_of_references": round(len(set(references)) / len(references), 4),
+        "words": _lengths(items.candidates),
+        "words_of_references": _lengths(references),
+    }
+
+
+def constant_caption(items: Items) -> str:
+    """Return the caption that knows nothing: the most frequent words of the references, as many as their median
+    length.
+    """
+    references = [preprocess(reference) for several in items.references for reference in several]
+    words = Counter(word for reference in references for word in dict.fromkeys(reference.split()))
+    length = max(1, int(np.median([len(reference.split()) for reference in references])))
+    return " ".join(word for word, _ in words.most_common(length))
+
+
+def baseline_scores(items: Items, names: Sequence[str]) -> dict[str, Any]:
+    """Return the constant caption and what the metrics `names` give it."""
+    caption = constant_caption(items)
+    constant = Items(items.ids, [caption] * len(items), items.references)
+    values = {name: round(make_metric(name, MetricInputs(), {}).measure(constant).value, 6) for name in names}
+    return {"caption": caption, **values}
+
+
+def _lengths(captions: Sequence[str]) -> dict[str, float]:
+    lengths = np.array([len(caption.split()) for caption in captions])
+    shares = dict(zip(("p5", "median", "p95"), np.percentile(lengths, [5, 50, 95]), strict=True))
+    found = {"least": lengths.min(), **shares, "mean": lengths.mean(), "most": lengths.max()}
+    return {name: round(float(value), 1) for name, value in found.items()}
+
+
+def group_places(
+    group_by: str | None, labels: Path | None, references: Table, items: Items, named: Columns = USUAL
+) -> dict[str, list[int]]:
+    """Return {value of the column: places of its images}; a cell may hold several values separated by `;`."""
+    if group_by is None:
+        return {}
+    columns = read_columns(labels, named) if labels else references.columns
+    where = labels or references.path
+    if group_by not in columns:
+        raise UsageError(f"{where} has no column {group_by!r} but {', '.join(sorted(columns)) or 'none'}")
+    cells = columns[group_by]
+    if not set(cells) & set(items.ids):
+        raise UsageError(f"{where} labels none of the images: labels of another split?")
+    groups: dict[str, list[int]] = {}
+    for place, name in enumerate(items.ids):
+        for value in cells.get(name, "").split(";"):
+            groups.setdefault(value.strip() or "(none)", []).append(place)
+    return dict(sorted(groups.items(), key=lambda entry: (-len(entry[1]), entry[0])))
+
+
+def scores_by_group(groups: Mapping[str, Sequence[int]], measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """Return images and scores of every group of LEAST_GROUP images or more; the rest is counted."""
+    shown: dict[str, Any] = {}
+    for value, places in groups.items():
+        if len(places) < LEAST_GROUP:
+            continue
+        at = np.array(places)
+        shown[value] = {"images": len(places)} | {
+            name: round(result.resampled(at), 6) for name, result in measured.items()
+        }
+    small = sum(len(places) < LEAST_GROUP for places in groups.values())
+    return shown | ({"(smaller groups)": {"groups": small}} if small else {})
+
+
+LEAST_WORDS, LEAST_IMAGES = 2, 5
+"""Words that all captions of a run have in common at the start, and images of the run, before the two are noted."""
+
+
+def remove_prompts(items: Items, prompts: Mapping[str, str], source: str) -> tuple[Items, str]:
+    """Return items whose candidates lack the prompts of their ids, and a note; `source` is where the prompts are from.
+
+    Captions remain as they are where none begins with its prompt. Raises DataError where only some do, which may be
+    chance: then it is unknown which of them hold a prompt. Empty captions and prompts do not count.
+    """
+    prompted = {
+        i: after_prompt(caption, prompts[name])
+        for i, (name, caption) in enumerate(zip(items.ids, items.candidates, strict=True))
+        if caption.strip() and prompts.get(name, "").strip()
+    }
+    others = [items.ids[i] for i, rest in prompted.items() if rest is None]
+    if len(others) == len(prompted):
+        return items, f"no caption begins with its prompt (from {source}): captions are scored as they are"
+    if others:
+        raise DataError(
+            f"{len(prompted) - len(others)} captions begin with their prompt (from {source}), {len(others)} do not "
+            f"({join_some(others, 3)}): give the run's prompts with --prompts, or --keep-prompt to score whole captions"
+        )
+    candidates = [caption if (rest := prompted.get(i)) is None else rest for i, caption in enumerate(items.candidates)]
+    note = (
+        f"{len(prompted)} captions begin with their prompt (from {source}): what follows it is scored; --keep-prompt "
+        "scores whole captions"
+    )
+    return replace(items, candidates=candidates, how=f"{items.how}|prompt:removed"), note
+
+
+def after_prompt(caption: str, prompt: str) -> str | None:
+    """Return what follows the prompt, None where the caption does not begin with it.
+
+    Case, accents and white space may differ: a tokenizer changes them.
+    """
+    wanted, seen = _letters(prompt), ""
+    for end, character in enumerate(caption):
+        if seen == wanted:
+            return caption[end:].strip()
+        seen += _letters(character)
+        if not wanted.startswith(seen):
+            return None
+    return "" if seen == wanted else None
+
+
+def common_start(items: Items) -> str:
+    """Return the words that all captions and less than half of the references begin with, empty where there are none.
+
+    They are likely to be a prompt.
+    """
+    captions = [caption.split() for caption in items.candidates if caption.strip()]
+    if len(captions) < LEAST_IMAGES:
+        return ""
+    first, last = min(captions), max(captions)  # in order, all others are between the two
+    count = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    start = " ".join(first[:count])
+    references = [after_prompt(one, start) is not None for several in items.references for one in several]
+    is_told = count >= LEAST_WORDS and first != last and sum(references) < len(references) / 2
+    return start if is_told else ""
+
+
+def _letters(text: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(one for one in decomposed if not one.isspace() and not unicodedata.combining(one))
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from engine.bundle.ensemble import BundlePlace
+from engine.bundle.open import BundlePlace
 from engine.captions import Alternative, Caption
 from engine.errors import EngineError, UsageError
 from engine.inputs.images import ImageFile
-from engine.inputs.notes import ImageNote
+from engine.inputs.pixels import ImageNote
 from engine.inputs.remote import RemoteFolder
 from engine.options import DecodeOptions
 from engine.runtime import Runtime

@@ -11,8 +11,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipVisionCon
 
 from engine.errors import CheckpointError
 from export.checkpoints.files import read_json, read_weights, weight_files
-from export.checkpoints.generation import apply_settings
-from export.checkpoints.processor import read_processor
+from export.checkpoints.settings import apply_settings, read_processor
 
 PREFIXES = ("_orig_mod.", "module.", "model.")
 """What torch.compile, DataParallel and trainers put in front of every name."""

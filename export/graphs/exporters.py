@@ -1,7 +1,4 @@
-"""Two ways from a module to an ONNX file: torch's exporter alone, or optimum's, which stands on it.
-
-Both give the same nodes and weights (tests/parity/test_export.py); optimum needs transformers 4.
-"""
+"""The three graphs as an exporter sees them: names, dynamic axes, example inputs; knows no exporter."""
 
 from __future__ import annotations
 
@@ -9,11 +6,217 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from transformers import BlipForConditionalGeneration
 
+from engine.bundle.manifest import cache_names
 from engine.errors import ExportError
-from export.graphs.modules import ExportedModule
-from export.graphs.specs import GraphSpec
+from export.checkpoints.load import encoder_positions
+from export.graphs.modules import DecoderStep, Encoder, ExportedModule, Regroup
+from export.graphs.quantise import kept_float32, quantise, write_halves
+
+
+class GraphSpec:
+    """What an exporter needs to know of one graph; subclasses give the names, axes and example inputs."""
+
+    def __init__(self, blip: BlipForConditionalGeneration) -> None:
+        self.config = blip.config
+        text, vision = blip.config.text_config, blip.config.vision_config
+        self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
+        self.width = text.hidden_size // self.heads
+        self.size = vision.image_size
+        self.encoder_positions = encoder_positions(vision)
+        self.cache_type = blip.dtype
+
+    def cache_names(self, part: str) -> list[str]:
+        return cache_names(self.layers, part)
+
+    def cache_axes(self, part: str, images: str, positions: str | None) -> dict[str, dict[int, str]]:
+        axes = {0: images} | ({2: positions} if positions else {})
+        return dict.fromkeys(self.cache_names(part), axes)
+
+    def cache(self, images: int, positions: int) -> list[torch.Tensor]:
+        shape = (images, self.heads, positions, self.width)
+        return [torch.randn(shape, dtype=self.cache_type) for _ in range(2 * self.layers)]
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """Names of the inputs in order, and the names of their dynamic axes."""
+        raise AssertionError("each graph gives its own")
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        """Names of the outputs in order, and the names of their dynamic axes."""
+        raise AssertionError("each graph gives its own")
+
+    def examples(self) -> dict:
+        """Example inputs for tracing: every dynamic axis has its own length, so that none is frozen by accident."""
+        raise AssertionError("each graph gives its own")
+
+
+class EncoderSpec(GraphSpec):
+    """encoder.onnx: pixels u8[B,height,width,3] -> cross keys and values."""
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {"pixel_values": {0: "images"}}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return self.cache_axes("cross", "images", None)
+
+    def examples(self) -> dict:
+        return {"pixel_values": torch.randint(0, 256, (2, self.size, self.size, 3), dtype=torch.uint8)}
+
+
+class DecoderSpec(GraphSpec):
+    """decoder.onnx: one step, prefill included."""
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        rows = {0: "images", 1: "rows"}
+        return {
+            "input_ids": rows,
+            "positions": rows,
+            "scores": rows,
+            "marked_ids": rows | {2: "marks"},
+            "penalties": {},
+            "ancestry": rows | {2: "positions"},
+            "num_candidates": {},
+            **self.cache_axes("cross", "images", None),
+            **self.cache_axes("settled", "images", "settled"),
+            **self.cache_axes("recent", "images", "recent"),
+        }
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        candidates = {0: "images", 1: "candidates"}
+        return {
+            "candidate_scores": candidates,
+            "candidate_ids": candidates,
+            **self.cache_axes("extended", "images", "recent + rows"),
+        }
+
+    def examples(self) -> dict:
+        images, rows, settled, recent = 2, 3, 5, 4
+        return {
+            "input_ids": torch.randint(1, 9, (images, rows)),
+            "positions": torch.full((images, rows), 7),
+            "scores": torch.zeros(images, rows),
+            "marked_ids": torch.full((images, rows, 2), -1),
+            "penalties": torch.ones(2),
+            "ancestry": torch.ones(images, rows, settled + recent + rows, dtype=torch.bool),
+            "num_candidates": torch.tensor([6]),
+            "cross": self.cache(images, self.encoder_positions),
+            "settled": self.cache(images, settled),
+            "recent": self.cache(images, recent),
+        }
+
+
+class RegroupSpec(GraphSpec):
+    """regroup.onnx: recent positions settled, slots and positions kept."""
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {
+            "slots": {0: "kept"},
+            "columns": {0: "kept", 1: "kept positions"},
+            **self.cache_axes("settled", "slots", "settled"),
+            **self.cache_axes("recent", "slots", "recent"),
+        }
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return self.cache_axes("regrouped", "kept", "kept positions")
+
+    def examples(self) -> dict:
+        return {
+            "slots": torch.tensor([0, 2]),
+            "columns": torch.zeros(2, 4, dtype=torch.long),
+            "settled": self.cache(3, 5),
+            "recent": self.cache(3, 2),
+        }
+
+
+FP16_SUFFIX = ".fp16"
+MIN_FP16_ELEMENTS = 1024
+"""Smaller tensors stay float32: nothing is gained, and scalars keep their type."""
+
+
+def write_graphs(
+    blip: BlipForConditionalGeneration,
+    out: Path,
+    normalisation: tuple[float, list[float], list[float]],
+    *,
+    is_int8: bool = False,
+    exporter: str = "torch",
+) -> None:
+    """Write encoder.onnx, decoder.onnx and regroup.onnx with their weights beside them into `out`, and the decoder in
+    halves.
+
+    They have the model's own type, float32 or float16; of a float32 model `is_int8` makes the dense layers int8.
+    `normalisation` is export.reference.huggingface.normalisation, `exporter` one of EXPORTERS.
+    """
+    graphs: tuple[tuple[str, ExportedModule, GraphSpec], ...] = (
+        ("encoder", Encoder(blip, *normalisation), EncoderSpec(blip)),
+        ("decoder", DecoderStep(blip), DecoderSpec(blip)),
+        ("regroup", Regroup(blip), RegroupSpec(blip)),
+    )
+    for name, module, spec in graphs:
+        path = out / f"{name}.onnx"
+        EXPORTERS[exporter](module, spec, path)
+        model = onnx.load(str(path))
+        for stray in out.glob(f"{name}.onnx?data"):
+            stray.unlink()
+        if is_int8:
+            model = quantise(model, kept_float32(blip.config))
+        _check_operators(model, name)
+        _store_exact_weights_as_fp16(model)
+        _save(model, path)
+    text = blip.config.text_config
+    write_halves(out, text.num_hidden_layers, text.vocab_size)
+
+
+def _check_operators(model: onnx.ModelProto, name: str) -> None:
+    """Only standard operators may be in the files: every runtime must take the same graphs."""
+    foreign = {node.domain for node in model.graph.node if node.domain not in ("", "ai.onnx")}
+    assert not foreign, f"{name}.onnx holds operators of {foreign}"
+
+
+def _store_exact_weights_as_fp16(model: onnx.ModelProto) -> None:
+    """Store float32 weights that are exact in float16 at half the size, with a Cast that runtimes fold at load."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < MIN_FP16_ELEMENTS:
+            continue
+        array = numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), array):
+            continue
+        name, stored = tensor.name, tensor.name + FP16_SUFFIX
+        tensor.CopyFrom(numpy_helper.from_array(half, stored))
+        casts.append(helper.make_node("Cast", [stored], [name], name=f"{name}.cast", to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    """Save with the weights in one file beside the graph, so that a changed graph does not rewrite them."""
+    model.producer_name, model.doc_string = "blip-caption-engine", ""
+    for node in model.graph.node:
+        node.doc_string = ""
+    data = path.with_name(path.name + ".data")
+    path.unlink()
+    onnx.save_model(model, str(path), save_as_external_data=True, location=data.name, size_threshold=MIN_FP16_ELEMENTS)
+    if data.exists():
+        data.chmod(0o644)
+    onnx.checker.check_model(str(path), full_check=True)
+
 
 OPSET = 18
 

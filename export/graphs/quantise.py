@@ -12,10 +12,13 @@ from collections import Counter
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.utils import Extractor
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 from transformers import BlipConfig
+
+from engine.bundle.manifest import CHOICE, FORMAT, LOG_PROBS, graph_inputs, graph_outputs
 
 HEAD = ("word_embeddings", "cls.predictions")
 """What the weights of the LM head are called: the tied embedding and the transformation before it."""
@@ -91,3 +94,26 @@ def _spelt_out(gemm: NodeProto) -> list[NodeProto]:
         helper.make_node("MatMul", [x, f"{out}.weight"], [f"{out}.product"], name=f"{gemm.name}.product"),
         helper.make_node("Add", [f"{out}.product", bias], [out], name=f"{gemm.name}.sum"),
     ]
+
+
+def write_halves(out: Path, num_layers: int, vocab_size: int) -> None:
+    """Write log_probs.onnx and choice.onnx beside the decoder.onnx in `out`."""
+    for graph in (LOG_PROBS, CHOICE):
+        model = onnx.load(str(out / "decoder.onnx"), load_external_data=False)
+        (node,) = (node for node in model.graph.node if node.op_type == "LogSoftmax")
+        _rename(model, node.output[0] if graph == LOG_PROBS else node.input[0])
+        model.graph.value_info.append(
+            helper.make_tensor_value_info(LOG_PROBS, TensorProto.FLOAT, ["images", "rows", vocab_size])
+        )
+        half = Extractor(model).extract_model(graph_inputs(num_layers, FORMAT)[graph], graph_outputs(num_layers)[graph])
+        half.producer_name = model.producer_name
+        path = out / f"{graph}.onnx"
+        onnx.save_model(half, str(path))
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+def _rename(model: onnx.ModelProto, name: str) -> None:
+    """Give a tensor the name LOG_PROBS."""
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [LOG_PROBS if one == name else one for one in names]

@@ -1,7 +1,10 @@
-"""What Hugging Face says: the reference side of golden recordings, parity reports, tests and benchmarks."""
+"""The reference: Hugging Face's generate, scores and pixels, also for the mean of several models."""
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +12,92 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import BlipForConditionalGeneration, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import BlipForConditionalGeneration, BlipTextLMHeadModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from engine.backends.prefix import PrefixBackend
+from engine.bundle.open import shares
+from engine.decoding.backend import BatchSizes, StepInputs
+from engine.decoding.processors import process
+from engine.errors import CheckpointError
 from engine.options import DecodeOptions
+from export.checkpoints.files import BlipImageProcessor
 from export.checkpoints.load import load_checkpoint
-from export.checkpoints.processor import read_processor
-from export.checkpoints.releases import BlipImageProcessor
-from export.checkpoints.tokenizer import read_tokenizer
+from export.checkpoints.settings import read_processor, read_tokenizer
+
+
+@dataclass
+class PrefixCache:
+    """The image in every slot, and the token at every cached position, i64[B,W]."""
+
+    images: list[NDArray[np.uint8] | None]
+    tokens: NDArray[np.int64]
+
+    @classmethod
+    def allocate(cls, num_slots: int) -> PrefixCache:
+        """See Backend.allocate."""
+        return cls([None] * num_slots, np.zeros((num_slots, 0), np.int64))
+
+    def feed(self, inputs: StepInputs) -> list[list[tuple[int, ...]]]:
+        """Append the step's tokens; return the past of each row, itself included, as B lists of T prefixes."""
+        self.tokens = np.concatenate([self.tokens, inputs.input_ids], 1)
+        return [
+            [tuple(tokens[past].tolist()) for past in rows]
+            for tokens, rows in zip(self.tokens, inputs.ancestry, strict=True)
+        ]
+
+    def regroup(self, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """See Backend.regroup."""
+        self.images = [self.images[slot] for slot in slots]
+        self.tokens = np.take_along_axis(self.tokens[slots], columns, 1)
+
+
+class PrefixBackend(ABC):
+    """Implements Backend on top of `log_probs`, which subclasses provide."""
+
+    name = "prefix"
+    batch_sizes = BatchSizes(rows=32, encode_batch=4)
+
+    def logits(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
+        """Return raw logits f32[len(prefixes),V]; a backend without them returns log-probabilities."""
+        return self.log_probs(image, prefixes)
+
+    @abstractmethod
+    def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
+        """Return f32[len(prefixes),V], the log-probabilities of the next id after each prefix."""
+
+    def encode(self, pixel_values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """See Backend.encode."""
+        return pixel_values
+
+    def allocate(self, num_slots: int) -> PrefixCache:
+        """See Backend.allocate."""
+        return PrefixCache.allocate(num_slots)
+
+    def admit(self, cache: PrefixCache, slot: int, encoded: NDArray[np.uint8], image: int) -> None:
+        """See Backend.admit."""
+        cache.images[slot] = encoded[image]
+
+    def step(self, cache: PrefixCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See Backend.step: log-probabilities, marks, plus running scores, best C, written in the simplest way."""
+        prefixes = cache.feed(inputs)
+        all_scores = np.full((len(prefixes), inputs.num_candidates), -np.inf, np.float32)
+        all_ids = np.zeros(all_scores.shape, np.int64)
+        for slot in np.flatnonzero(np.isfinite(inputs.scores).any(1)):
+            image = cache.images[slot]
+            assert image is not None
+            log_probs = self.log_probs(image, prefixes[slot])
+            on_logits = inputs.penalties[0] != 1
+            logits = self.logits(image, prefixes[slot]) if on_logits else log_probs
+            log_probs = process(log_probs, logits, inputs.marked_ids[slot], inputs.penalties)
+            totals = (log_probs + inputs.scores[slot][:, None]).ravel()
+            best = np.argsort(-totals, kind="stable")[: inputs.num_candidates]
+            all_scores[slot, : len(best)], all_ids[slot, : len(best)] = totals[best], best
+        return all_scores, all_ids
+
+    def regroup(self, cache: PrefixCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """See Backend.regroup."""
+        cache.regroup(slots, columns)
 
 
 @dataclass(frozen=True)
@@ -190,3 +271,69 @@ class UncachedBackend(PrefixBackend):
             self._hidden = self._reference.model.vision_model(pixel_values)[0]
         self._image, self._rows = content, {}
         return False
+
+
+class MeanVision(nn.Module):
+    """The vision towers side by side: hidden states f32[B,S,D1+D2+...]."""
+
+    def __init__(self, models: Sequence[BlipForConditionalGeneration]) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(model.vision_model for model in models)
+
+    def forward(self, pixel_values: Tensor, **_: object) -> tuple[Tensor]:
+        """pixel_values f32[B,3,height,width]."""
+        return (torch.cat([tower(pixel_values)[0] for tower in self.towers], -1),)
+
+
+class MeanDecoder(BlipTextLMHeadModel):
+    """The text decoders, each on its own part of the hidden states; keeps no keys and values."""
+
+    def __init__(self, models: Sequence[BlipForConditionalGeneration], weights: Sequence[float]) -> None:
+        super().__init__(copy.deepcopy(models[0].config.text_config))
+        del self.bert, self.cls
+        self.decoders = nn.ModuleList(model.text_decoder for model in models)
+        self.widths = [model.config.vision_config.hidden_size for model in models]
+        self.weights = list(weights)
+        self.generation_config = copy.deepcopy(models[0].text_decoder.generation_config)
+        self.generation_config.use_cache = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **_: object,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Return logits f32[B,T,V]: the sum of weight * log_softmax of the decoders, in their order."""
+        parts = encoder_hidden_states.split(self.widths, -1)
+        mean: Tensor | float = 0.0
+        for decoder, hidden, weight in zip(self.decoders, parts, self.weights, strict=True):
+            output = decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                encoder_hidden_states=hidden,
+                encoder_attention_mask=encoder_attention_mask,
+                use_cache=False,
+            )
+            mean = mean + weight * torch.log_softmax(output.logits.float(), -1)
+        return CausalLMOutputWithCrossAttentions(logits=mean)
+
+
+def ensemble(references: Sequence[Reference], weights: Sequence[float]) -> Reference:
+    """Return several references as one, with weights as in engine.bundle.open; the first gives tokenizer and
+    settings.
+
+    Raises CheckpointError where their pictures are not prepared alike, which a batch of pixels has to be.
+    """
+    first = references[0]
+    for other in references[1:]:
+        if other.image_processor.to_dict() != first.image_processor.to_dict():
+            raise CheckpointError(
+                "the checkpoints prepare pictures in different ways: parity is shown for such that do it alike"
+            )
+    models = [reference.model for reference in references]
+    model = copy.copy(first.model)
+    model._modules = dict(first.model._modules)
+    model.vision_model, model.text_decoder = MeanVision(models), MeanDecoder(models, shares(weights)).eval()
+    return Reference(model, first.image_processor, first.tokenizer)

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BlipForConditionalGeneration
 
-from engine.bundle.graphs import STEP_INPUTS
+from engine.bundle.manifest import STEP_INPUTS
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Key, Scheduler, Waiting
 from engine.errors import UsageError
 from engine.options import DecodeOptions
+from export.checkpoints.files import BlipImageProcessor
 from export.checkpoints.load import encoder_positions
-from export.checkpoints.releases import BlipImageProcessor
 from export.graphs.modules import DecoderStep, Encoder
 from export.reference.huggingface import normalisation
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.backends import Backend, StepInputs
-from engine.backends.prefix import PrefixBackend, PrefixCache
 from engine.captioner import Captioner
 from engine.captions import Alternative
 from engine.decoding.beam import Hypothesis, Search
@@ -24,7 +23,7 @@ from engine.decoding.processors import penalised, process
 from engine.decoding.scheduler import Scheduler
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
-from export.reference.huggingface import Reference, UncachedBackend
+from export.reference.huggingface import PrefixBackend, PrefixCache, Reference, UncachedBackend
 
 TIE_ABSOLUTE, TIE_RELATIVE = 1e-5, 2e-6
 """Gap below which two candidates tie: float32 keeps 24 bits (6e-8 relative), and a caption's sum adds some 30 terms

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.cli.app import main
-from engine.files.run_files import write_run
+from engine.run.outputs import write_run
 from tests.helpers.tiny import random_pictures
 
 INJECTED = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from benchmarks.gpu import check, parts, runs
 from benchmarks.gpu.check import compare, in_process, main
-from engine.backends.nvidia import Gpu
+from engine.backends.providers import Gpu
 from tests.helpers.gpu import missing_gpu
 from tests.helpers.stand_in import RecordingDevice
 

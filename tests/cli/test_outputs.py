@@ -19,7 +19,7 @@ from engine import captioner
 from engine.cli.app import main
 from engine.files import atomic
 from engine.inputs.tables import read_table
-from engine.run import rows
+from engine.run import record
 from tests.cli.test_resume import command as plain_command
 from tests.cli.test_resume import wait_for_records
 from tests.helpers.tiny import random_pictures
@@ -131,7 +131,7 @@ def test_captions_come_one_by_one_in_order_whoever_is_done_first(run, images, mo
             yield caption
             said.append((caption.id, sys.stdout.buffer.getvalue().count(b"\n")))
 
-    monkeypatch.setattr("engine.run.source.caption_within_memory", out_of_order)
+    monkeypatch.setattr("engine.run.pipeline.caption_within_memory", out_of_order)
     (images / "001.png").write_bytes(b"")
     result = run("--allow-missing", out="-")
     assert result.exit_code == 0, result.stderr
@@ -254,7 +254,7 @@ def test_stopped_between_two_sidecars_the_same_command_writes_the_others(run, im
             raise KeyboardInterrupt
         replaced(path, content, **more)
 
-    monkeypatch.setattr("engine.run.sidecars.replace_file", stop_later)
+    monkeypatch.setattr("engine.run.outputs.replace_file", stop_later)
     result = run("--sidecar", "append")
     assert result.exit_code == 130
     assert "8 captions are kept in" in result.stderr
@@ -310,8 +310,8 @@ def wait_for_sidecars(folder: Path, more: int, process: subprocess.Popen[str]) -
 
 def test_the_exit_code_is_that_of_a_broken_pipe_however_it_is_found(run, monkeypatch):
     def gone(_):
-        raise rows.ReaderGoneError
+        raise record.ReaderGoneError
 
-    monkeypatch.setattr(rows.RowStream, "advance", gone)
+    monkeypatch.setattr(record.RowStream, "advance", gone)
     result = run(out="-")
     assert (result.exit_code, result.stdout) == (141, "")

@@ -18,9 +18,9 @@ from PIL import Image
 from engine.cli.app import main
 from engine.errors import UsageError
 from engine.host import available_cores
-from engine.processes import child, driver, shares
-from engine.run import source
+from engine.run import pipeline
 from engine.run.record import RunRecord
+from engine.workers import child, driver, shares
 from tests.cli.test_resume import command, wait_for_records
 from tests.helpers.processes import children, is_running
 from tests.helpers.tiny import save_pictures
@@ -165,13 +165,13 @@ def test_a_picture_that_kills_its_workers_is_one_that_cannot_be_read(
     [
         ("import os; os._exit(3)", 1, "no worker process lives, the last ones died 5 times in a row (exit code 3)", 10),
         (
-            "import engine.workers.stream as s; s.open_backends = lambda *_: s.missing",
+            "import engine.workers.worker as s; s.open_backends = lambda *_: s.missing",
             1,
-            "error: a worker process failed: AttributeError: module 'engine.workers.stream' has no attribute 'missing'",
+            "error: a worker process failed: AttributeError: module 'engine.workers.worker' has no attribute 'missing'",
             2,
         ),
         (
-            "import engine.errors as e, engine.workers.stream as s; "
+            "import engine.errors as e, engine.workers.worker as s; "
             "s.open_backends = lambda *_: (_ for _ in ()).throw(e.UsageError('of no use'))",
             2,
             "error: of no use",
@@ -228,11 +228,11 @@ def test_however_a_run_ends_no_process_is_left_and_it_goes_on_alone(
 
 def test_each_worker_sees_the_gpu_that_is_its_own(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch):
     """No GPU is here: its workers run on the CPU, which must not show in anything but their environment."""
-    monkeypatch.setattr(source, "require_backend", lambda name, *_: name)
+    monkeypatch.setattr(pipeline, "require_backend", lambda name, *_: name)
     monkeypatch.setattr(shares, "visible_gpus", lambda: ["5", "GPU-3f"])
     host_backend = (
         f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, 'saw ' + os.environ['CUDA_VISIBLE_DEVICES']).touch(); "
-        "import engine.workers.stream as s; from engine.backends.ort import OrtBackend; "
+        "import engine.workers.worker as s; from engine.backends.ort import OrtBackend; "
         "s.open_backends = lambda bundle, runtime: [OrtBackend(bundle, threads=runtime.threads)]"
     )
     monkeypatch.setattr(child, "PROGRAM", worker_that(host_backend))

@@ -21,10 +21,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.cli.app import main
-from engine.cluster import session
-from engine.cluster.session import LOCAL, _connect, cluster
 from engine.errors import EngineError
 from engine.run.journal import read_journal
+from engine.workers import cluster as ray_cluster
+from engine.workers.cluster import LOCAL, _connect, cluster
 from tests.cli.test_resume import command, wait_for_records
 from tests.helpers.processes import children, is_running
 from tests.helpers.tiny import save_pictures
@@ -237,7 +237,7 @@ def test_after_an_error_the_connection_is_left_to_the_end_of_the_process(monkeyp
         shutdown=lambda: closed.append(True),
         exceptions=ray.exceptions,
     )
-    monkeypatch.setattr(session, "require_ray", lambda: fake)
+    monkeypatch.setattr(ray_cluster, "require_ray", lambda: fake)
     with contextlib.suppress(type(error) if error else ()), cluster(LOCAL):
         if error:
             raise error
@@ -253,7 +253,7 @@ def test_nothing_of_an_own_cluster_is_left(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     for name, value in (("PATIENCE_S", 0.2), ("_folders", []), ("_processes", {})):
-        monkeypatch.setattr(session, name, value)
+        monkeypatch.setattr(ray_cluster, name, value)
     started: list[subprocess.Popen] = []
     folders: list[Path] = []
 
@@ -264,7 +264,7 @@ def test_nothing_of_an_own_cluster_is_left(monkeypatch, tmp_path):
         wait_until(lambda: b"ray::IDLE" in Path(f"/proc/{started[0].pid}/cmdline").read_bytes())
 
     fake = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: None, exceptions=ray.exceptions)
-    monkeypatch.setattr(session, "require_ray", lambda: fake)
+    monkeypatch.setattr(ray_cluster, "require_ray", lambda: fake)
     with subprocess.Popen(["sleep", "60"]) as other:
         with cluster(LOCAL):
             assert (folders[0] / "log").stat().st_mode & 0o777 == 0o600

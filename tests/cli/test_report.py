@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine.cli.app import main
 from engine.files.lock import OutputLock
-from engine.files.run_files import write_run
+from engine.run.outputs import write_run
 from tests.helpers.tiny import random_pictures
 
 IDS = ["a", "b", "c"]

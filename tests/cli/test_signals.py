@@ -15,14 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 from engine.backends.providers import import_onnxruntime
-from engine.cli.group import OneLine
+from engine.cli.shared import OneLine
 from engine.cli.signals import INTERRUPTED, TERMINATED, Terminated
 from tests.helpers.processes import is_running
 
 PROGRAM = """
 import ctypes, os, signal, subprocess, sys, threading, time
 import click
-from engine.cli.group import OneLine
+from engine.cli.shared import OneLine
 
 class Stuck:
     lock = threading.Lock()

@@ -26,9 +26,9 @@ from torch.utils.data import get_worker_info
 from engine.errors import EngineError
 from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
 from train.__main__ import main
-from train.estimates import disk
+from train.dry_run import disk
 from train.learning.setup import load_reference
-from train.recipes import RECIPES
+from train.recipe import RECIPES
 
 SETTINGS = ["--recipe", "smoke", "--epochs", "3", "--learning-rate", "5e-3"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.backends.nvidia import find_gpu
+from engine.backends.providers import find_gpu
 from engine.errors import BackendError
 
 

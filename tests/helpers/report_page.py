@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.files.run_files import write_run
+from engine.run.outputs import write_run
 from tests.helpers.legends import make_caption
 
 SIZE = {"width": 1440, "height": 900}

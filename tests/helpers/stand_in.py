@@ -13,9 +13,8 @@ import numpy as np
 import onnxruntime
 
 from engine.backends.device import HostDevice
-from engine.backends.execution import PlanRunner
 from engine.backends.shapes import Bounds
-from engine.backends.trt import TrtBackend
+from engine.backends.trt import PlanRunner, TrtBackend
 from engine.bundle.manifest import Bundle
 
 DTYPES = {

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 
-from export.checkpoints.releases import BlipImageProcessor, word_pieces
+from export.checkpoints.files import BlipImageProcessor, word_pieces
 
 WORDS = [
     "a",

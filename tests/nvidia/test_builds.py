@@ -15,11 +15,10 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from engine.backends import plans
 from engine.backends.shapes import Bounds, profiles
-from engine.bundle.graphs import GRAPHS
-from engine.bundle.manifest import Bundle, ModelDims, TokenIds
+from engine.bundle.manifest import GRAPHS, Bundle, ModelDims, TokenIds
 from engine.errors import BackendError
 from export.checkpoints.load import encoder_positions
-from export.graphs.onnx_graphs import write_graphs
+from export.graphs.exporters import write_graphs
 from export.reference.huggingface import Reference, normalisation
 from export.restore import restore_checkpoint
 from tests.helpers.tiny import make_checkpoint

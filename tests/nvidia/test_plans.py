@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from engine.backends import nvidia, plans, trt
-from engine.backends.execution import PlanRunner
+from engine.backends import plans, providers, trt
 from engine.backends.plans import ANY_GPU, PORTABLE, Target, build_plans, read_plan
+from engine.backends.trt import PlanRunner
 from engine.errors import BackendError, UsageError
 from engine.files.lock import OutputLock
 from tests.helpers.stand_in import RecordingDevice
@@ -215,7 +215,7 @@ def test_an_old_tensorrt_is_refused(monkeypatch):
 
 
 def test_a_kind_of_gpu_the_portable_builder_has_no_name_for_gets_a_plan_for_many(monkeypatch):
-    monkeypatch.setattr(plans, "find_gpu", lambda *_: nvidia.Gpu("NVIDIA H100", "9.0", 80 << 30, 13000))
+    monkeypatch.setattr(plans, "find_gpu", lambda *_: providers.Gpu("NVIDIA H100", "9.0", 80 << 30, 13000))
     target = plans.target_for(PORTABLE)
     assert (target.compute_capability, target.gpu) == ("portable", "any")
     with pytest.raises(BackendError, match=r"does not build for 9\.0"):

@@ -9,9 +9,9 @@ from dataclasses import replace
 import onnxruntime
 import pytest
 
-from engine.backends import nvidia, plans, providers, trt
+from engine.backends import plans, providers, trt
+from engine.backends.ort import open_session
 from engine.backends.plans import PORTABLE
-from engine.backends.sessions import open_session
 from engine.backends.shapes import profiles
 from engine.errors import BackendError
 from tests.helpers.gpu import missing_gpu
@@ -52,7 +52,7 @@ def test_tensorrts_provider_gets_profile_cache_and_precision(bundle, bounds, tmp
 @pytest.fixture
 def with_gpu(monkeypatch):
     """A driver that reports an A100, so that what is asked after it comes to light."""
-    gpu = nvidia.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30, 13000)
+    gpu = providers.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30, 13000)
     for module in (providers, plans, trt):
         monkeypatch.setattr(module, "find_gpu", lambda *_: gpu)
 
@@ -71,7 +71,7 @@ def test_both_runtimes_in_one_folder_are_a_trap_that_is_named(monkeypatch, tmp_p
             providers.require_provider(name)
     providers.require_provider("cpu")
     folders["onnxruntime-gpu"] = tmp_path / "other"
-    assert nvidia.clashing_runtimes() is None
+    assert providers.clashing_runtimes() is None
 
 
 @pytest.mark.parametrize(
@@ -84,15 +84,15 @@ def test_both_runtimes_in_one_folder_are_a_trap_that_is_named(monkeypatch, tmp_p
     ],
 )
 def test_a_driver_that_is_too_old_is_told_before_anything_is_loaded(release, driver, is_refused, monkeypatch):
-    monkeypatch.setattr(nvidia.importlib.metadata, "version", lambda _: release)
-    gpu = nvidia.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30, driver)
+    monkeypatch.setattr(providers.importlib.metadata, "version", lambda _: release)
+    gpu = providers.Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30, driver)
     if is_refused:
         with pytest.raises(
             BackendError, match=rf"supports CUDA {driver // 1000}\..*onnxruntime-gpu {release[:4]} needs .* r580"
         ):
-            nvidia.refuse_old_driver(gpu)
+            providers.refuse_old_driver(gpu)
     else:
-        nvidia.refuse_old_driver(gpu)
+        providers.refuse_old_driver(gpu)
 
 
 @pytest.mark.usefixtures("with_gpu")
@@ -127,9 +127,9 @@ def test_a_provider_that_was_asked_for_and_not_got_is_an_error(bundle):
 def test_a_machine_without_a_driver_is_told_by_the_driver_library(monkeypatch):
     if missing_gpu() is None:
         pytest.skip("this machine has a GPU")
-    monkeypatch.setattr(nvidia, "DRIVER", "libcuda-that-is-not-there.so")
+    monkeypatch.setattr(providers, "DRIVER", "libcuda-that-is-not-there.so")
     with pytest.raises(BackendError, match="no NVIDIA driver"):
-        nvidia.find_gpu()
+        providers.find_gpu()
 
 
 def test_a_driver_without_devices_and_one_that_fails_are_told_apart(monkeypatch):
@@ -140,9 +140,9 @@ def test_a_driver_without_devices_and_one_that_fails_are_told_apart(monkeypatch)
         def __getattr__(self, name: str):
             return lambda *_: self._codes.get(name, 0)
 
-    monkeypatch.setattr(nvidia.ctypes, "CDLL", lambda _: Driver({}))
+    monkeypatch.setattr(providers.ctypes, "CDLL", lambda _: Driver({}))
     with pytest.raises(BackendError, match="sees no GPU"):
-        nvidia.find_gpu()
-    monkeypatch.setattr(nvidia.ctypes, "CDLL", lambda _: Driver({"cuInit": 100}))
+        providers.find_gpu()
+    monkeypatch.setattr(providers.ctypes, "CDLL", lambda _: Driver({"cuInit": 100}))
     with pytest.raises(BackendError, match=r"cuInit.*100"):
-        nvidia.find_gpu()
+        providers.find_gpu()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.report.page import SCRIPTS, STYLES
+from engine.report.build import SCRIPTS, STYLES
 from engine.version import COMPARED_WITH
 
 ROOT = Path(__file__).parents[2]

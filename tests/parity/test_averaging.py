@@ -19,8 +19,7 @@ from train.finetune import DataInputs, Job, finetune
 from train.learning.average import mean_of
 from train.learning.ema import MovingAverage
 from train.learning.run_dir import BestModels
-from train.recipe import Recipe
-from train.recipes import RECIPES
+from train.recipe import RECIPES, Recipe
 
 ROUGE = {2: 0.3, 3: 0.5, 5: 0.4, 6: 0.1}
 

@@ -11,9 +11,8 @@ import pytest
 from benchmarks.host import INSTANT
 from benchmarks.host_worker import Device as Words
 from benchmarks.host_worker import pictures
-from engine.backends.buckets import PaddedBackend
 from engine.backends.ort import OrtBackend
-from engine.backends.shapes import FEWEST_MARKS, FEWEST_SETTLED, Bounds, bucket_size, profiles
+from engine.backends.shapes import FEWEST_MARKS, FEWEST_SETTLED, Bounds, PaddedBackend, bucket_size, profiles
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.decoding.backend import BatchSizes, StepInputs

@@ -11,11 +11,10 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from engine.backends.buckets import PaddedBackend
 from engine.backends.ensemble import EnsembleBackend
-from engine.bundle.ensemble import Ensemble, combine, open_place
-from engine.bundle.graphs import LOG_PROBS
-from engine.bundle.manifest import Bundle
+from engine.backends.shapes import PaddedBackend
+from engine.bundle.manifest import LOG_PROBS, Bundle
+from engine.bundle.open import Ensemble, combine, open_place
 from engine.captioner import Captioner
 from engine.cli import main
 from engine.errors import BundleError, OutOfMemoryError, UsageError
@@ -23,8 +22,7 @@ from engine.files.atomic import file_sha256
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.parity import main as parity
-from export.reference.ensemble import ensemble
-from export.reference.huggingface import Reference
+from export.reference.huggingface import Reference, ensemble
 from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
 
 WEIGHTS = (1.0, 0.5)

@@ -26,16 +26,16 @@ from engine.options import DECODE_OPTIONS, DEFAULTS, SAMPLING, DecodeOptions
 from export import bundle as export_module
 from export.__main__ import main
 from export.bundle import export_bundle
+from export.checkpoints.files import IS_5
 from export.checkpoints.load import load_checkpoint
-from export.checkpoints.releases import IS_5
-from export.graphs.onnx_graphs import write_graphs
+from export.graphs.exporters import write_graphs
 from export.parity import main as parity_main
 from export.reference.golden import GOLDEN_SETTINGS
 from export.reference.huggingface import Reference
 from export.reference.trace import Divergence
 from export.restore import restore_checkpoint
 from tests.helpers.tiny import make_checkpoint, make_tie_rich_checkpoint, random_pictures
-from train.demo.initial_weights import round_to_fp16
+from train.demo.build import round_to_fp16
 
 
 def export(*arguments: object):

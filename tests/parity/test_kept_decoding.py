@@ -19,7 +19,7 @@ from export.reference.huggingface import Reference
 from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
 from train.finetune import DataInputs, Job, finetune
 from train.learning.average import Choice, average
-from train.recipes import RECIPES
+from train.recipe import RECIPES
 
 KNOWN = {
     "num_beams": 3,

@@ -13,10 +13,8 @@ from PIL import Image
 
 from engine.cli.app import main
 from engine.errors import UsageError
-from engine.scoring.base import Items, MetricInputs, UnavailableError
-from engine.scoring.clip import ClipScore, RefClipScore
-from engine.scoring.neural import BertScore, Bleurt
-from engine.scoring.preprocess import preprocess
+from engine.scoring.base import Items, MetricInputs, UnavailableError, preprocess
+from engine.scoring.neural import BertScore, Bleurt, ClipScore, RefClipScore
 from engine.scoring.profiles import make_metric
 from tests.helpers.tiny import make_tokenizer, save_pictures
 from train.demo.assets import SMALL_BERT, fetch_assets
@@ -203,7 +201,7 @@ def test_clipscore_reads_the_frame_of_the_run(clip_folder, tmp_path, monkeypatch
         frames.append(frame)
         return Image.new("RGB", (32, 32))
 
-    monkeypatch.setattr("engine.scoring.clip.decode_image", decode)
+    monkeypatch.setattr("engine.scoring.neural.decode_image", decode)
     metric = make_metric("clipscore", MetricInputs(weights={"clipscore": clip_folder}), {"dicom_frame": 3})
     metric.measure(Items(["a"], ["ct"], [("ct",)], [tmp_path / "a.dcm"]))
     assert frames == [3]

@@ -12,12 +12,11 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from engine.backends.prefix import PrefixBackend
 from engine.bundle.manifest import Bundle
 from engine.options import DecodeOptions
-from export.manifest import checkpoint_sha256, write_manifest
+from export.bundle import checkpoint_sha256, write_manifest
 from export.parity import SettingReport, compare_setting, judge, main
-from export.reference.huggingface import Reference, ReferenceCaption
+from export.reference.huggingface import PrefixBackend, Reference, ReferenceCaption
 from export.reference.trace import Trace
 from export.restore import restore_checkpoint
 from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures

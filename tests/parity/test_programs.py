@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.conventional import Conventional, export_conventional
+from benchmarks.programs import Conventional, export_conventional
 from engine.options import DecodeOptions
 from tests.helpers.tiny import random_pictures
 

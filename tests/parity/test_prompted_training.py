@@ -17,7 +17,7 @@ from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
 from train.finetune import DataInputs, Job, finetune
 from train.learning.reward import Reward, RewardTrainer
 from train.learning.setup import evaluation_options
-from train.recipes import RECIPES
+from train.recipe import RECIPES
 
 PROMPTS = ["axial ct of the chest showing", "mri with", ""]
 

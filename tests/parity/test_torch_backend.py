@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from engine.bundle.graphs import STEP_INPUTS
+from engine.bundle.manifest import STEP_INPUTS
 from engine.decoding.backend import StepInputs
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions

@@ -22,8 +22,7 @@ from export.reference.huggingface import Reference
 from tests.helpers.other_device import DEVICE, other_device
 from tests.helpers.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, random_pictures
 from train import recipe
-from train.data.augment import radiology
-from train.data.batches import IGNORED, Collator, EpochOrder, Features, Pictures, PixelSpec, collate_captions
+from train.data.batches import IGNORED, Collator, EpochOrder, Features, Pictures, PixelSpec, collate_captions, radiology
 from train.data.dataset import Example, Split
 from train.learning.evaluate import Evaluator, references_by_id, sum_of_losses
 from train.learning.processes import share_of

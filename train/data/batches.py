@@ -1,28 +1,112 @@
-"""Image-caption batches for BLIP, with the targets generation needs, in an order that a resumed run repeats.
+"""Augmentation that keeps a radiology caption true; knows nothing of models.
 
-Knows nothing of optimisers.
+No flips: left and right are in the captions. No colour shifts, no crops that could cut off what a caption names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from engine.errors import ImageError
-from engine.inputs.depth import CLIP
-from engine.inputs.pixels import read_image
-from export.checkpoints.releases import BlipImageProcessor
+from engine.errors import DataError, ImageError, UsageError
+from engine.inputs.ids import join_some, shown
+from engine.inputs.pixels import CLIP, read_image
+from export.checkpoints.files import BlipImageProcessor
 from export.reference.huggingface import normalisation
-from train.data.augment import AUGMENTATIONS
 from train.data.dataset import Example
-from train.data.prompts import prompt_ids
+from train.data.problems import ACCENTS, WORDS
+
+MAX_DEGREES, MAX_SHIFT, MAX_ZOOM = 7.0, 0.04, 0.06
+"""Rotation, shift (share of the width) and zoom about the centre: how patients and scanners differ."""
+GAMMA, CONTRAST, MAX_BLUR_PX = (0.8, 1.25), (0.9, 1.1), 0.8
+"""Window and display differ: gamma, contrast about the mean, and a Gaussian blur in px."""
+
+
+def radiology(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return u8[h,w,3] a little turned, shifted, zoomed, blurred and windowed differently."""
+    height, width = pixels.shape[:2]
+    angle = np.deg2rad(rng.uniform(-MAX_DEGREES, MAX_DEGREES))
+    scale = 1 / (1 + rng.uniform(-MAX_ZOOM, MAX_ZOOM))
+    shift = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2) * (width, height)
+    turn = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    centre = np.array([width, height]) / 2
+    offset = centre - turn @ (centre + shift)
+    matrix = (*turn[0], offset[0], *turn[1], offset[1])
+    corner = tuple(int(value) for value in pixels[0, 0])  # the background, black or white
+    picture = Image.fromarray(pixels).transform(
+        (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=corner
+    )
+    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, MAX_BLUR_PX)))
+    values = np.asarray(picture, np.float32) / 255
+    values = values ** rng.uniform(*GAMMA)
+    values = (values - values.mean()) * rng.uniform(*CONTRAST) + values.mean()
+    return np.asarray(np.clip(values * 255 + 0.5, 0, 255), np.uint8)
+
+
+Augmentation = Callable[[NDArray[np.uint8], np.random.Generator], NDArray[np.uint8]]
+AUGMENTATIONS: dict[str, Augmentation | None] = {"none": None, "radiology": radiology}
+
+
+AROUND = 3
+"""Tokens that need room beside a prompt: [DEC], one word and [SEP]."""
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
+    """Return the ids of a prompt behind [DEC], none for an empty one; as CaptionTokenizer.prompt_ids has them."""
+    return tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else ()
+
+
+def lost_in_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return what a text loses in the tokenizer: WORDS where the vocabulary cannot spell some of it, else ACCENTS where
+    letters come back as others, else nothing. Case and white space do not count.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.unk_token_id in ids:
+        return WORDS
+    if text.isascii():
+        return ""
+    kept = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return "" if _letters(text) == _letters(kept) else ACCENTS
+
+
+def _letters(text: str) -> str:
+    """Return the letters of a text and their marks, in lower case."""
+    folded = unicodedata.normalize("NFC", text.casefold())
+    return "".join(one for one in folded if unicodedata.category(one)[0] in "LM")
+
+
+def check_fit(
+    examples: Iterable[Example], captions_file: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> None:
+    """Refuse what the model could not be told: prompts that spell a special token of the tokenizer (DataError), or
+    that leave no room for a caption within `max_tokens` tokens, [DEC] and [SEP] included (UsageError).
+    """
+    special = {tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
+    long: dict[str, int] = {}
+    for example in examples:
+        ids = prompt_ids(tokenizer, example.prompt)
+        if special.intersection(ids):
+            raise DataError(
+                f"{captions_file}: the prompt of {shown(example.id)} spells a special token of the tokenizer: "
+                f"{example.prompt}"
+            )
+        if len(ids) + AROUND > max_tokens:
+            long[example.id] = len(ids)
+    if long:
+        raise UsageError(
+            f"{captions_file}: prompts of up to {max(long.values())} tokens leave no room for a caption within "
+            f"{max_tokens} ({join_some(long, 3)}): shorten them, or raise max_tokens if the checkpoint allows it"
+        )
+
 
 IGNORED = -100
 """Label that torch's cross entropy skips (torch.nn.CrossEntropyLoss, ignore_index)."""
@@ -34,7 +118,7 @@ EpochIndex = tuple[int, int]
 @dataclass(frozen=True)
 class PixelSpec:
     """What an image becomes: its size in px, Pillow's filter by name, the processor's normalisation, and how more than
-    8 bits a channel are read (engine/inputs/depth.py).
+    8 bits a channel are read (engine/inputs/pixels.py).
     """
 
     size: int

@@ -13,9 +13,7 @@ from typing import TypeVar
 
 from engine.errors import DataError, ImageError
 from engine.host import available_cores
-from engine.inputs.depth import CLIP
-from engine.inputs.notes import CLIPPED, FRAMES, TRANSPARENT, ImageNote
-from engine.inputs.pixels import decode_image
+from engine.inputs.pixels import CLIP, CLIPPED, FRAMES, TRANSPARENT, ImageNote, decode_image
 from train.data.dataset import Split
 from train.data.problems import Problems, is_empty
 
@@ -46,7 +44,7 @@ def check_split(
 ) -> Problems:
     """Return what reading the split found, and what only its pictures and a tokenizer can tell.
 
-    With `decode` every picture is decoded once, in threads, as `depth` says (engine/inputs/depth.py). `count_tokens`
+    With `decode` every picture is decoded once, in threads, as `depth` says (engine/inputs/pixels.py). `count_tokens`
     returns the length of a caption as the model gets it, its prompt in front, and `max_tokens` is what fits: both count
     [DEC] and [SEP]. `lost_in` returns what a text loses when it is tokenized: "", ACCENTS or WORDS
     (prompts.lost_in_tokens).

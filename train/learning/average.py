@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.errors import DataError, OutputError, UsageError
-from export.manifest import checkpoint_sha256
+from export.bundle import checkpoint_sha256
 from export.reference.huggingface import Reference
 from train.learning.evaluate import LOSS
 from train.learning.run_dir import BestModels, save_checkpoint

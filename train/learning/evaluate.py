@@ -15,15 +15,14 @@ from torch.nn import functional as F
 from transformers import BlipForConditionalGeneration, PreTrainedTokenizerBase
 
 from engine.bundle.tokenizer import detokenise
-from engine.inputs.depth import CLIP
+from engine.inputs.pixels import CLIP
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live, captioning
-from train.data.batches import IGNORED, Collator, PixelSpec, texts_of
+from train.data.batches import IGNORED, Collator, PixelSpec, prompt_ids, texts_of
 from train.data.dataset import Example
-from train.data.prompts import prompt_ids
 from train.learning.processes import gather, rank_and_world_size, share_of
 
 LOSS = "loss"

@@ -22,9 +22,8 @@ from engine.scoring.base import Items, Measured, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
-from train.data.batches import EpochIndex, Item, Pictures, PixelSpec
+from train.data.batches import EpochIndex, Item, Pictures, PixelSpec, prompt_ids
 from train.data.dataset import Example
-from train.data.prompts import prompt_ids
 from train.learning.evaluate import references_by_id, sum_of_losses, text_behind
 from train.learning.trainer import CaptionTrainer
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 from engine.scoring.base import MetricInputs
+from export.checkpoints.files import IS_5
 from export.checkpoints.load import resize_position_table
-from export.checkpoints.releases import IS_5
 from export.reference.huggingface import Reference
 from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
 from train.data.dataset import Example, Split

@@ -1,34 +1,265 @@
-"""Decoding settings for a checkpoint: chosen on one half of the images of a split, reported on the other half.
-
-    OUT/bundle/                       the exported checkpoint, unless a bundle is given
-    OUT/tune/tuning_SETTINGS.csv      captions of the half that settings are chosen on
-    OUT/tune/held_back_SETTINGS.csv   captions of the other half: the checkpoint's own settings, and the chosen ones
-    OUT/tune/HALF_references.jsonl    what these are scored against, by `engine score compare` too
-    OUT/tuned.md, tuned.json
-
-search.py knows how to search, halves.py which image is in which half, settings.py what is tried.
-"""
+"""Two halves of the images of a split: one to choose settings on, one to report them on. Knows nothing of captions."""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
-from engine.errors import UsageError
+from engine.errors import DataError, UsageError
 from engine.files.atomic import write_atomically
+from engine.inputs.ids import join_some
 from engine.options import DecodeOptions
-from train.data.dataset import Split
-from train.sweep.bench import Bench, Half, check_metric, difference
-from train.sweep.halves import halve
-from train.sweep.images import choose_images, choose_split, prompts_of
-from train.sweep.search import Found, search
-from train.sweep.settings import GRIDS, Tuning, effect, flags_of, settings_of, with_settings
-from train.sweep.sweep import Sweep, check_request, hold, prepare_bundle, write_references
-from train.sweep.tuned import as_markdown
+from train.data.dataset import Split, draw
+from train.sweep.runs import choose_images, choose_split, prompts_of
+from train.sweep.settings import (
+    GRIDS,
+    Bench,
+    Half,
+    Tuning,
+    check_metric,
+    difference,
+    effect,
+    flags_of,
+    settings_of,
+    with_settings,
+)
+from train.sweep.sweep import TITLES, Sweep, check_request, hold, markdown_rows, prepare_bundle, write_references
+
+FEWEST = 2
+"""Images of a half; a difference has no interval with fewer."""
+
+
+def halve(ids: Sequence[str], seed: int, group: str | None = None) -> tuple[list[str], list[str]]:
+    """Return (tuning, held back): all ids, each in one half, in the order given.
+
+    Who is in which half depends on the ids and the seed, not on their order. Ids that share a group, the part that
+    the regular expression `group` matches (its first group where it has one), stay together; without it each id is
+    alone. The halves are as equal as the groups allow. Raises UsageError for a pattern that is none, DataError where
+    ids lack a group or a half would have fewer than FEWEST images.
+    """
+    members: dict[str, list[str]] = {}
+    for name, own in zip(ids, _groups(ids, group), strict=True):
+        members.setdefault(own, []).append(name)
+    drawn = sorted(members, key=lambda own: (draw(own, seed), own))
+    sizes = [sum(len(members[own]) for own in drawn[:cut]) for cut in range(len(drawn) + 1)]
+    cut = min(range(len(sizes)), key=lambda cut: abs(2 * sizes[cut] - len(ids)))
+    if min(sizes[cut], len(ids) - sizes[cut]) < FEWEST:
+        alone = "" if group is None else f" in {len(drawn)} groups"
+        raise DataError(
+            f"{len(ids)} images{alone} do not make two halves of at least {FEWEST} images: tune on more of them"
+        )
+    tuning = {name for own in drawn[:cut] for name in members[own]}
+    return [name for name in ids if name in tuning], [name for name in ids if name not in tuning]
+
+
+def _groups(ids: Sequence[str], group: str | None) -> list[str]:
+    """Return the group of each id."""
+    if group is None:
+        return list(ids)
+    try:
+        pattern = re.compile(group)
+    except re.error as error:
+        raise UsageError(f"--tune-group {group} is no regular expression: {error}") from error
+    found = [pattern.search(name) for name in ids]
+    parts = [match and match[1 if pattern.groups else 0] for match in found]
+    without = [name for name, part in zip(ids, parts, strict=True) if not part]
+    if without:
+        raise DataError(
+            f"--tune-group {group} matches nothing in {len(without)} of {len(ids)} ids ({join_some(without, 3)}): "
+            "it must find the group of every id"
+        )
+    return [str(part) for part in parts]
+
+
+MOST_ROUNDS = 5
+"""Small grids settle after two or three."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings by name, and their score: the higher, the better."""
+
+    settings: dict[str, Any]
+    score: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """How a search went: every trial in its order, the start first, and the best, of equal ones the earliest.
+
+    `settled` says that the last of the `rounds` changed nothing; else they were used up.
+    """
+
+    trials: list[Trial]
+    best: Trial
+    rounds: int
+    settled: bool
+
+
+def all_of(settings: Mapping[str, Any]) -> Hashable:
+    """Return what tells settings apart where each of them counts."""
+    return tuple(sorted(settings.items()))
+
+
+def search(
+    score: Callable[[dict[str, Any]], float],
+    start: Mapping[str, Any],
+    grids: Mapping[str, Sequence[Any]],
+    effect: Callable[[Mapping[str, Any]], Hashable] = all_of,
+    most_rounds: int = MOST_ROUNDS,
+) -> Found:
+    """Search from `start` for the settings with the highest score: each setting of `grids` in turn takes the best of
+    its values while the others stay, round after round, until a round changes nothing.
+
+    `score` is asked once for settings with one `effect`. Only a higher score changes a setting.
+    """
+    trials: dict[Hashable, Trial] = {}
+
+    def tried(settings: dict[str, Any]) -> Trial:
+        key = effect(settings)
+        if key not in trials:
+            trials[key] = Trial(settings, score(settings))
+        return trials[key]
+
+    best, rounds, settled = tried(dict(start)), 0, False
+    while not settled and rounds < most_rounds:
+        rounds, before = rounds + 1, best
+        for name, values in grids.items():
+            for trial in [tried({**best.settings, name: value}) for value in values]:
+                if trial.score > best.score:
+                    best = trial
+        settled = best is before
+    return Found(list(trials.values()), best, rounds, settled)
+
+
+VERDICTS = {"gain": "a gain", "loss": "a loss", "none": "no gain is shown"}
+
+
+def verdict(shown: dict[str, Any]) -> str:
+    """Return `gain` or `loss` where the interval of a difference lies on that side of zero, else `none`."""
+    return "gain" if shown["low"] > 0 else "loss" if shown["high"] < 0 else "none"
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """Return what tuned.json holds for people: what is shown on the images held back first, then how it came about."""
+    name, images = result["checkpoint"].get("name", "a bundle"), result["images"]
+    title = TITLES.get(result["metric"], result["metric"])
+    lines = [
+        f"# {name}, split {result['split']}: decoding settings chosen by {title}",
+        "",
+        f"Chosen on {images['tuning']} images, compared on {images['held_back']} others that the search has not seen.",
+        "",
+        *_settings(result),
+        "",
+        f"## The {images['held_back']} images held back",
+        "",
+        _statement(result, title),
+        "",
+        *_differences(result),
+        "",
+        "The difference is chosen minus own, with its 95 % interval (paired bootstrap over images).",
+        "",
+        "To caption with the chosen settings:",
+        "",
+        f"```sh\n{result['command']}\n```",
+        "",
+        f"## The {images['tuning']} images of the tuning half",
+        "",
+        *_trials(result, title),
+        "",
+        "The chosen settings look better here than they are, for they were chosen by these scores.",
+        "",
+        *_notes(result),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            f"`{name}`",
+            _cell(value),
+            _cell(result["chosen"][name]),
+            ", ".join(map(_cell, result["grids"].get(name, ()))) or "given, not tuned",
+        ]
+        for name, value in result["own"].items()
+    ]
+    return markdown_rows(["setting", "the checkpoint's own", "chosen", "values tried"], rows)
+
+
+def _cell(value: Any) -> str:
+    return "its min_length" if value is None else f"{value:g}"
+
+
+def _statement(result: dict[str, Any], title: str) -> str:
+    """Return in a sentence what the images held back show of the metric that chose."""
+    if result["own"] == result["chosen"]:
+        return "No gain is shown: no other settings were better on the tuning half, so the checkpoint keeps its own."
+    shown = result["held_back"][result["metric"]]
+    if "unavailable" in shown:
+        return f"{title} is unavailable here, so no gain is shown."
+    return {
+        "gain": f"A gain is shown: the interval of {title} lies above zero.",
+        "loss": f"A loss is shown: the interval of {title} lies below zero. Keep the checkpoint's own settings.",
+        "none": f"No gain is shown: the interval of {title} includes zero.",
+    }[verdict(shown)]
+
+
+def _differences(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for metric, shown in result["held_back"].items():
+        title = TITLES.get(metric, metric)
+        if "unavailable" in shown:
+            rows.append([title, "unavailable", "unavailable", "-", "-", "-"])
+            continue
+        rows.append(
+            [
+                title,
+                f"{shown['own']:.4f}",
+                f"{shown['chosen']:.4f}",
+                f"{shown['difference']:+.4f} [{shown['low']:+.4f}, {shown['high']:+.4f}]",
+                f"{shown['wins']}, {shown['losses']}, {shown['ties']}",
+                VERDICTS[verdict(shown)],
+            ]
+        )
+    header = ["metric", "own", "chosen", "difference", "images better, worse, equal", "shown"]
+    return markdown_rows(header, rows)
+
+
+def _trials(result: dict[str, Any], title: str) -> list[str]:
+    rows = []
+    for trial in result["trials"]:
+        marks = [word for word in ("own", "chosen") if trial["settings"] == result[word]]
+        rows.append([*map(_cell, trial["settings"].values()), f"{trial['value']:.4f}", ", ".join(marks)])
+    return markdown_rows([*(f"`{name}`" for name in result["own"]), title, ""], rows)
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    """Return with what it was made."""
+    halves, (height, width) = result["halves"], result["image_size"]
+    end = "the last changed nothing" if result["settled"] else "more rounds might find better ones"
+    grouped = f", ids grouped by `{halves['group']}`" if halves["group"] else ""
+    lines = [
+        f"* search: one setting after the other, runs: {len(result['trials'])}, rounds: {result['rounds']}; {end}",
+        f"* data: {result['data']}, split {result['split']}, resized to {height} x {width} px; halves by id, seed "
+        f"{halves['seed']}{grouped}",
+        f"* checkpoint: {result['checkpoint'].get('name', 'a bundle')}, sha256 "
+        f"{result['checkpoint'].get('sha256', 'unknown')}",
+    ]
+    if result["fixed"]:
+        lines.append(f"* given, for both: `{' '.join(result['fixed'])}`")
+    lines += [f"* not tried: `{name}` {', '.join(map(_cell, some))}" for name, some in result["left_out"].items()]
+    for metric, shown in result["held_back"].items():
+        how = f"unavailable: {shown['unavailable']}" if "unavailable" in shown else f"`{shown['signature']}`"
+        lines.append(f"* {TITLES.get(metric, metric)}: {how}")
+    return lines
+
 
 Say = Callable[[str], None]
 

@@ -49,8 +49,8 @@ def test_encoder_work_is_what_torch_counts(tiny_checkpoint, tiny_reference):
 
 @pytest.mark.parametrize(("rows", "cached"), [(1, 0), (3, 5)])
 def test_a_row_and_a_position_cost_what_torch_counts(tiny_checkpoint, tiny_reference, rows, cached):
+    from export.graphs.exporters import DecoderSpec
     from export.graphs.modules import DecoderStep
-    from export.graphs.specs import DecoderSpec
 
     step, config = DecoderStep(tiny_reference.model), DecoderSpec(tiny_reference.model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

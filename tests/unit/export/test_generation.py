@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from engine.options import GENERATION_SETTINGS
-from export.checkpoints.generation import DEFAULTS, WITHOUT_EFFECT, verdict
+from export.checkpoints.settings import DEFAULTS, WITHOUT_EFFECT, verdict
 
 PAGE = Path(__file__).parents[3] / "docs/generation-config.md"
 

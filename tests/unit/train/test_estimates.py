@@ -10,12 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.tiny import IMAGE_SIZE
 from train.data.dataset import Example
-from train.dry_run import on_this_machine
-from train.estimates import disk, flop_of_step, on_an_a100, passes, tokens_of_batches
+from train.dry_run import disk, flop_of_step, on_an_a100, on_this_machine, passes, tokens_of_batches
 from train.learning.evaluate import sum_of_losses
 from train.learning.setup import load_reference
-from train.recipe import Recipe
-from train.recipes import RECIPES
+from train.recipe import RECIPES, Recipe
 
 SMALL = Recipe(batch_size=4, device_batch=2, image_size=None, eval_max_new_tokens=7, samples=3)
 

@@ -10,8 +10,7 @@ from engine.errors import UsageError
 from tests.helpers.tiny import make_checkpoint
 from train.learning.setup import load_reference
 from train.learning.trainer import stopped_falling
-from train.recipe import Recipe
-from train.recipes import RECIPES, load_recipe, parse_changes
+from train.recipe import RECIPES, Recipe, load_recipe, parse_changes
 
 
 def rates_of_torch(scheduler_class, epochs, steps_per_epoch, each_step, rate, **settings):

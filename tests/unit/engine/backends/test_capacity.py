@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.backends.capacity import MEMORY_SHARE, slot_bytes, slots_for
+from engine.backends.device import MEMORY_SHARE, slot_bytes, slots_for
 from engine.bundle.manifest import ModelDims
 from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Search

@@ -13,8 +13,8 @@ import onnx
 import pytest
 
 from engine.backends import open_backend
-from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import Bundle
+from engine.bundle.open import open_bundle
 from engine.errors import BackendError, BundleError, EngineError
 from engine.files.atomic import file_sha256
 from engine.inputs.remote import RemoteFolder

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer, clean_up, detokenise
 from engine.errors import BundleError, UsageError
-from engine.files.run_files import format_row, write_run
+from engine.run.outputs import format_row, write_run
 
 BUNDLE = Bundle.load()
 TOKENIZER = CaptionTokenizer(BUNDLE)

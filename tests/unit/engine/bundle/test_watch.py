@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.bundle.ensemble import combine
-from engine.bundle.manifest import Bundle
-from engine.bundle.watch import watched
+from engine.bundle.manifest import Bundle, watched
+from engine.bundle.open import combine
 from engine.errors import BundleError
 
 WEIGHTS = "decoder.onnx.data"

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.cluster.driver import WorkerPlan, plan_workers
-from engine.cluster.worker import MOST_ATTEMPTS, AttemptCounter, too_many_attempts
 from engine.errors import EngineError, UsageError
 from engine.inputs.images import ImageFile
+from engine.workers.cluster import MOST_ATTEMPTS, AttemptCounter, WorkerPlan, plan_workers, too_many_attempts
 from engine.workers.messages import pack_images, unpack_answer
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.backends.prefix import PrefixBackend
 from engine.decoding.beam import Beams, Search, Start
 from engine.decoding.scheduler import Scheduler, Waiting
+from export.reference.huggingface import PrefixBackend
 
 BOS, EOS = 3, 4
 VOCAB_SIZE = 5  # three words, [DEC] and [SEP]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from engine.cli.app import main
-from engine.decoding.sampling import Sampling, draw, probabilities
+from engine.decoding.processors import Sampling, draw, probabilities
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 from tests.helpers.tiny import random_pictures, save_pictures

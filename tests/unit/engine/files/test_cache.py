@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import BackendError
-from engine.files.cache import cache_folder, cache_root, draft_folder, require_private
+from engine.files.atomic import cache_folder, cache_root, draft_folder, require_private
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs user ids and permissions")
 

@@ -9,10 +9,8 @@ import pytest
 from PIL import Image
 
 from engine.errors import ImageError, UsageError
-from engine.inputs import depth as depth_module
-from engine.inputs.depth import as_rgb, is_deep, to_bytes, window_of
-from engine.inputs.notes import CLIPPED, ImageNote
-from engine.inputs.pixels import decode_image, read_image
+from engine.inputs import pixels as depth_module
+from engine.inputs.pixels import CLIPPED, ImageNote, as_rgb, decode_image, is_deep, read_image, to_bytes, window_of
 
 VALUES = np.array([[0, 100, 255], [256, 2048, 4095]])
 

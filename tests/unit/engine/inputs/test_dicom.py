@@ -18,9 +18,8 @@ from pydicom.uid import ExplicitVRLittleEndian
 from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs import dicom
 from engine.inputs.images import describe_ignored, find_images
-from engine.inputs.notes import FRAMES, ImageNote
 from engine.inputs.paths import find_inputs
-from engine.inputs.pixels import decode_image
+from engine.inputs.pixels import FRAMES, ImageNote, decode_image
 from tests.helpers.datasets import imageless
 
 

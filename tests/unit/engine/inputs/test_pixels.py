@@ -19,8 +19,7 @@ from PIL import Image
 
 from engine.errors import ImageError
 from engine.inputs import pixels
-from engine.inputs.notes import CLIPPED, FRAMES, TRANSPARENT, ImageNote, note_lines
-from engine.inputs.pixels import decode_image, read_image
+from engine.inputs.pixels import CLIPPED, FRAMES, TRANSPARENT, ImageNote, decode_image, note_lines, read_image
 from tests.helpers.datasets import extreme_png
 
 SIZE = 224

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.errors import DataError
-from engine.inputs.prompts import read_prompts
+from engine.inputs.tables import read_prompts
 
 
 def test_prompts_are_found_by_id_or_file_name_and_may_be_empty_or_quoted(tmp_path):

@@ -10,13 +10,13 @@ import fsspec
 import pytest
 
 import engine.inputs.remote
-from engine.bundle.fetch import open_bundle
 from engine.bundle.manifest import MANIFEST
+from engine.bundle.open import open_bundle
 from engine.errors import BundleError, EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile, find_images
 from engine.inputs.pixels import decode_image
 from engine.inputs.remote import RemoteFolder, location
-from engine.run.fingerprints import fingerprints
+from engine.run.record import fingerprints
 from tests.helpers.tiny import random_pictures
 
 

@@ -12,8 +12,8 @@ from pyarrow import parquet
 
 from engine.errors import DataError, UsageError
 from engine.inputs.columns import Columns
-from engine.inputs.delimited import read_ids
 from engine.inputs.ids import Ids
+from engine.inputs.readers import read_ids
 from engine.inputs.tables import MAX_SIDECAR_BYTES, read_table
 
 EXPECTED = {"a1": ("CT, axial view",), "b 2": ("NA",), "003": ("null",)}

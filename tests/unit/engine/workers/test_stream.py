@@ -10,7 +10,7 @@ import pytest
 from engine.captions import Alternative, Caption
 from engine.errors import BundleError, EngineError, OutOfMemoryError, UsageError
 from engine.inputs.images import ImageFile, find_images
-from engine.inputs.notes import ImageNote
+from engine.inputs.pixels import ImageNote
 from engine.inputs.remote import RemoteFolder
 from engine.workers.messages import (
     pack_captions,
@@ -23,7 +23,7 @@ from engine.workers.messages import (
     unpack_answer,
     unpack_images,
 )
-from engine.workers.stream import CaptionStream, Unreadable
+from engine.workers.worker import CaptionStream, Unreadable
 from tests.helpers.tiny import save_pictures
 
 CAPTION = Caption(

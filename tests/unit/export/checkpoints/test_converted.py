@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import BackendError, CheckpointError
-from export.checkpoints.converted import kept_or_made
 from export.checkpoints.files import SAFE
+from export.checkpoints.find import kept_or_made
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs user ids and permissions")
 

@@ -13,13 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 from engine.errors import CheckpointError
+from export.bundle import checkpoint_sha256
 from export.checkpoints.files import weight_files
-from export.checkpoints.find import find_checkpoint
+from export.checkpoints.find import HEAD_WIDTH, find_checkpoint, read_sizes
 from export.checkpoints.load import HEAD, WORDS, load_checkpoint, read_config
-from export.checkpoints.original import HEAD_WIDTH, read_sizes
-from export.checkpoints.processor import assumed_settings, read_processor
-from export.checkpoints.tokenizer import read_tokenizer
-from export.manifest import checkpoint_sha256
+from export.checkpoints.settings import assumed_settings, read_processor, read_tokenizer
 from export.reference.golden import record_golden
 from export.reference.huggingface import Reference
 from tests.helpers.tiny import WORDS as ALL_WORDS

@@ -14,13 +14,13 @@ from PIL import Image
 
 from engine.errors import DataError, OutputError, UsageError
 from engine.inputs.columns import Columns
-from export.checkpoints.releases import word_pieces
+from export.checkpoints.files import word_pieces
 from tests.helpers.datasets import extreme_png, imageless, picture, png, seen, write, write_parquet
+from train.data.batches import lost_in_tokens
 from train.data.check import check_split, drop_unusable, fingerprint
 from train.data.dataset import Example, Split, hold_out, read_dataset
 from train.data.inspect import inspect_dataset
 from train.data.problems import Problems
-from train.data.prompts import lost_in_tokens
 
 CUIS = ("C0040405", "C0817096")
 

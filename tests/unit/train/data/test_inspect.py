@@ -14,8 +14,7 @@ from engine.errors import OutputError, UsageError
 from tests.helpers.datasets import picture, write
 from tests.helpers.tiny import save_pictures
 from train.data.dataset import Example, Split, draw
-from train.data.inspect import MODALITIES, NO_MODALITY, inspect_dataset, inspect_directory, lines
-from train.data.plots import draw_dataset
+from train.data.inspect import MODALITIES, NO_MODALITY, draw_dataset, inspect_dataset, inspect_directory, lines
 from train.finetune import DataInputs, prepare_data
 from train.recipe import Recipe
 

@@ -15,8 +15,7 @@ from export.checkpoints.load import resize_position_table
 from tests.helpers.tiny import make_tokenizer
 from train.data.batches import IGNORED, collate_captions
 from train.demo import assets
-from train.demo.build import regions_of, score_captions
-from train.demo.initial_weights import round_to_fp16
+from train.demo.build import regions_of, round_to_fp16, score_captions
 from train.demo.volumes import BRAIN, HEAD, compose_caption
 
 

@@ -8,8 +8,7 @@ from itertools import product
 import pytest
 
 from engine.errors import DataError, UsageError
-from train.sweep.halves import halve
-from train.sweep.search import search
+from train.sweep.tune import halve, search
 
 GRIDS = {"a": [0, 1, 2, 3], "b": [0, 1, 2], "c": [0, 1]}
 START = {"a": 2, "b": 9, "c": 0}

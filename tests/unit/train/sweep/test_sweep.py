@@ -21,13 +21,12 @@ from engine.inputs.tables import read_table
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
-from export.manifest import checkpoint_sha256
+from export.bundle import checkpoint_sha256
 from tests.helpers.tiny import make_checkpoint, random_pictures
 from train.__main__ import main
 from train.data.dataset import Example, Split
-from train.sweep.images import choose_images, spaced
-from train.sweep.sweep import Sweep, sweep
-from train.sweep.table1 import PAPER, draw_examples, example_lines
+from train.sweep.runs import choose_images, spaced
+from train.sweep.sweep import PAPER, Sweep, draw_examples, example_lines, sweep
 
 DECODING = DecodeOptions(no_repeat_ngram_size=3, max_new_tokens=12)
 NAMES = [f"case_{i}" for i in range(6)]

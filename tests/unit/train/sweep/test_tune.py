@@ -18,17 +18,14 @@ from engine.cli.app import main as engine
 from engine.errors import DataError, EngineError, UsageError
 from engine.inputs.tables import read_table
 from engine.options import DecodeOptions
-from engine.scoring.base import Items, MetricInputs
-from engine.scoring.bootstrap import compare
+from engine.scoring.base import Items, MetricInputs, compare
 from engine.scoring.profiles import make_metric
 from tests.helpers.tiny import WORDS, random_pictures
 from train.__main__ import main as train
 from train.data.dataset import read_dataset
-from train.sweep.halves import halve
 from train.sweep.settings import Tuning, flags_of, in_file_name
 from train.sweep.sweep import Sweep
-from train.sweep.tune import command, draw_halves, tune
-from train.sweep.tuned import as_markdown
+from train.sweep.tune import as_markdown, command, draw_halves, halve, tune
 
 NAMES = [f"case_{i}" for i in range(9)]
 SHORT = Tuning(tune=True, grid="length_penalty=1,3 repetition_penalty=1,2 min_new_tokens=0,6")

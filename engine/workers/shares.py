@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from engine.backends.nvidia import VISIBLE, visible_gpus
+from engine.backends.providers import VISIBLE, visible_gpus
 from engine.errors import UsageError
 from engine.host import available_cores, core_shares
 from engine.runtime import CPU_BACKENDS, Runtime, Workers

@@ -20,11 +20,11 @@ from typing import Literal
 
 from engine.errors import DataError, EngineError, UsageError
 from engine.files.atomic import replace_file
-from engine.files.run_files import CONTROL, format_row
 from engine.inputs.columns import USUAL, Columns
-from engine.inputs.delimited import read_ids
 from engine.inputs.ids import Ids, join_some
 from engine.inputs.kinds import cut_suffix, image_id
+from engine.inputs.readers import read_ids
+from engine.run.outputs import CONTROL, format_row
 
 MEMBER = "submission.csv"
 """The only file in the archive of 2025 and 2026."""

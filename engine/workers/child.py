@@ -14,10 +14,10 @@ from queue import SimpleQueue
 
 from engine.errors import EngineError
 from engine.inputs.images import ImageFile
-from engine.processes.shares import Share
 from engine.workers.messages import WorkOrder, pack_images
+from engine.workers.shares import Share
 
-PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from engine.processes.worker import main; main()"
+PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from engine.workers.worker import main; main()"
 """The packages are this process's, wherever it found them."""
 
 

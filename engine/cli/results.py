@@ -1,20 +1,21 @@
-"""The commands that score a finished run: score, compare, rerank; see app.py for the others."""
+"""The commands that work on a finished run: score, compare, rerank, submit, check, report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from engine.cli.group import Group
-from engine.cli.shared import PATH, column_options, say
+from engine.cli.shared import PATH, Group, column_options, say
 from engine.errors import EngineError, UsageError
 from engine.inputs.columns import Columns
-from engine.inputs.depth import CLIP
-from engine.inputs.depth import HELP as DEPTH_HELP
+from engine.inputs.pixels import CLIP
+from engine.inputs.pixels import HELP as DEPTH_HELP
 
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 PROFILE_NAMES = ("imageclef2024", "imageclef2025", "imageclef2026")
@@ -216,7 +217,7 @@ def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: A
         raise UsageError(f"{', '.join(sorted(idle))}: only with --references, where runs are scored first")
     from dataclasses import asdict
 
-    from engine.scoring import bootstrap
+    from engine.scoring import base
 
     one, other = (_measured(path, **given) for path in (first, second))
     if one[0] != other[0]:
@@ -228,7 +229,7 @@ def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: A
             f"{first} ({names[0]}) and {second} ({names[1]}) have no metric measured in one way, against the same "
             "references, in common"
         )
-    results = {name: bootstrap.compare(one[1][name], other[1][name], resamples) for name in shared}
+    results = {name: base.compare(one[1][name], other[1][name], resamples) for name in shared}
     for name, found in results.items():
         click.echo(
             f"{name.partition('@')[0]:14} {one[1][name].value:.4f} -> {other[1][name].value:.4f}  "
@@ -297,7 +298,7 @@ def rerank(
 ) -> None:
     """Choose of each image's candidates the one the others agree with most (minimum Bayes risk)."""
     from engine.files.atomic import check_outputs
-    from engine.files.run_files import write_run
+    from engine.run.outputs import write_run
     from engine.scoring.rerank import make_utility, read_n_best, rerank_candidates
     from engine.scoring.score import refuse_unused
 
@@ -321,7 +322,7 @@ def rerank(
 def _read_support(path: Path, candidates: Any, metric: Any, named: Columns, **how: Any) -> tuple[Any, str]:
     """Return the support that a file of captions gives to candidates, and that in words."""
     from engine.inputs.tables import read_table
-    from engine.scoring.support import SupportCaptions
+    from engine.scoring.rerank import SupportCaptions
 
     captions = SupportCaptions(read_table(path, named))
     named.require_found()
@@ -341,3 +342,95 @@ def _refuse_idle(uniform: bool, support_file: Path | None) -> None:
     idle = [name for name in given if name in ("--nearest", "--support-share", "--id-column", "--caption-column")]
     if idle and support_file is None:
         raise UsageError(f"{', '.join(idle)}: only with --support, a file of the captions that may vote")
+
+
+FORMAT_NAMES = ("imageclef2022", "imageclef2023", "imageclef2024", "imageclef2025", "imageclef2026")
+
+
+@click.command()
+@click.option("--run", type=PATH, required=True, help="run.csv, or captions in another layout.")
+@click.option("--manifest", type=PATH, required=True, help="File of the ids, in the order wanted.")
+@click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
+@click.option("--out", type=PATH, required=True, help="submission.csv, or submission.zip for 2025 and 2026.")
+@column_options("caption")
+def submit(run: Path, manifest: Path, form: str, out: Path, named: Columns) -> None:
+    """Write a run as a submission, then read the file back and check it."""
+    from engine.files.atomic import check_outputs
+    from engine.inputs.tables import read_table
+    from engine.submission import manifest_ids, write_submission
+
+    check_outputs({"--out": out}, [run, manifest])
+    ids, notes = manifest_ids(manifest, named)
+    captions = read_table(run, named).single()
+    named.require_found()
+    for note in notes:
+        say(f"note: {note}")
+    for note in write_submission(captions, ids, form, out):
+        say(note)
+    say(f"{len(ids)} captions -> {out}, read back and checked as {form}")
+
+
+@click.command()
+@click.argument("file", type=PATH)
+@click.option("--manifest", type=PATH, required=True, help="File of the ids, in the order wanted.")
+@click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
+@column_options()
+def check(file: Path, manifest: Path, form: str, named: Columns) -> None:
+    """Check any submission file as the organisers' checker does; exit 1 when it would be refused."""
+    from engine.submission import MOST_PROBLEMS, check_submission, manifest_ids
+
+    if not file.is_file():
+        raise UsageError(f"{file} is not a file")
+    ids, notes = manifest_ids(manifest, named)
+    named.require_found()
+    for note in notes:
+        say(f"note: {note}")
+    verdict = check_submission(file, ids, form)
+    for line in verdict.warnings[:10]:
+        say(f"allowed, but unwise: {line}")
+    if len(verdict.warnings) > 10:
+        least = "" if len(verdict.warnings) < MOST_PROBLEMS else "at least "
+        say(f"allowed, but unwise: {least}{len(verdict.warnings) - 10} more like these")
+    if verdict.errors:
+        more = f"{len(verdict.errors) - 1} more" if len(verdict.errors) > 1 else ""
+        more += "" if verdict.is_whole else f"{', ' if more else ''}not checked to the end"
+        raise EngineError(f"{file} is no {form} submission: {verdict.errors[0]}{f' ({more})' if more else ''}")
+    say(f"{file}: {len(ids)} captions, a correct {form} submission")
+
+
+@click.command()
+@click.option("--run", type=PATH, required=True, help="run.csv, or captions in another layout.")
+@click.option("--images", type=PATH, required=True, help="Folder of the images.")
+@click.option("--out", type=PATH, required=True, help="Folder for the page: a new one, or an earlier report.")
+@click.option("--references", type=PATH, help="Reference captions, in any layout that `score` reads.")
+@click.option("--scores", type=PATH, help="Scores of every image, from `score --per-image`.")
+@click.option("--n-best", type=PATH, help="Candidates, from `caption --n-best-out`.")
+@click.option("--against", type=PATH, help="Another run of the same images, to compare with.")
+@click.option("--against-scores", type=PATH, help="Scores of every image of the other run: who wins where.")
+@click.option(
+    "--columns", type=PATH, multiple=True, help="CSV of anything else by ID: `caption --timings-out`, labels; several."
+)
+@click.option("--signature", "signatures", multiple=True, help="A line of `caption` or `score` to show; several.")
+@click.option("--recursive", is_flag=True, help="Look for images in the folders of the directory, too.")
+@click.option("--dicom-frame", type=click.IntRange(0), default=0, help="Frame of DICOM files, counted from 0.")
+@click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)
+@click.option("--thumbnail-px", type=click.IntRange(32, 2048), default=320, show_default=True)
+@column_options("caption")
+def report(**given: Any) -> None:
+    """Make a page to look at a run: open index.html of --out in any browser, no server needed.
+
+    Pictures, captions, references with the words that differ, scores, candidates and a second run, to search, sort,
+    filter and step through.
+    """
+    from engine.report.build import build_report
+    from engine.report.gather import ReportRequest
+
+    summary = build_report(ReportRequest(**given), say=say, progress=_progress_bar)
+    say(summary.signature)
+    say(f"{summary.images} images, {summary.thumbnails_made} new thumbnails -> {summary.page}")
+
+
+@contextmanager
+def _progress_bar(length: int) -> Iterator[Callable[[], None]]:
+    with click.progressbar(length=length, label="thumbnails", file=sys.stderr, show_pos=True) as bar:
+        yield lambda: bar.update(1)

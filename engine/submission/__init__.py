@@ -1,1 +1,0 @@
-"""Submission files of ImageCLEFmedical Caption: written and checked."""

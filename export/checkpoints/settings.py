@@ -1,0 +1,323 @@
+"""What makes pixels of pictures: the image processor's settings, wherever a release of transformers wrote them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, BlipForConditionalGeneration, PreTrainedTokenizerFast
+
+from engine.errors import CheckpointError
+from engine.options import GENERATION_SETTINGS
+from export.checkpoints.files import IS_5, BlipImageProcessor, read_json, refuse_stand_in
+
+OWN_FILE, NESTING_FILE = "preprocessor_config.json", "processor_config.json"
+"""transformers 4 writes the first; 5 writes the second alone, with the image processor nested in it."""
+
+SETTINGS: dict[str, Any] = {
+    "do_resize": True,
+    "size": {"height": 384, "width": 384},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "do_convert_rgb": True,
+}
+"""What BlipImageProcessor knows, with its defaults (the same in transformers 4.57 and 5)."""
+WITHOUT_EFFECT = {
+    *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"),
+    *("data_format", "input_data_format", "default_to_square", "device", "disable_grouping", "return_tensors"),
+    *("image_seq_length", "num_query_tokens", "crop_size", "pad_size", "size_divisor", "transformers_version"),
+}
+"""Keys that change no pixel of a BLIP processor."""
+
+
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """Settings of an image processor and the file they come from; None without one."""
+
+    values: dict[str, Any]
+    file: Path | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in px."""
+        return self.values["size"]["height"], self.values["size"]["width"]
+
+    def build(self) -> BlipImageProcessor:
+        """Return Hugging Face's processor of these settings."""
+        return BlipImageProcessor(**self.values)
+
+
+def read_processor(directory: Path) -> ProcessorSettings:
+    """Read the image processor of a checkpoint, BLIP's own where it has none.
+
+    Raises CheckpointError for two files that differ, for another model's processor, and for settings that change pixels
+    in ways the engine does not.
+    """
+    found = [(path, raw) for path, raw in _candidates(directory) if raw is not None]
+    if not found:
+        return ProcessorSettings(dict(SETTINGS), None)
+    settings = [_checked(path, raw) for path, raw in found]
+    if any(other != settings[0] for other in settings[1:]):
+        differ = sorted(name for name in SETTINGS if settings[0][name] != settings[1][name])
+        raise CheckpointError(
+            f"{directory}: {OWN_FILE} and {NESTING_FILE} differ in {', '.join(differ)}: remove the wrong one"
+        )
+    return ProcessorSettings(settings[0], found[0][0])
+
+
+def assumed_settings(directory: Path) -> list[str]:
+    """Return a line about a checkpoint without an image processor: the settings are BLIP's own, and may be wrong."""
+    if read_processor(directory).file is not None:
+        return []
+    return [
+        f"{directory} has no {OWN_FILE}: images are resized and normalised with BLIP's own settings (bicubic, its mean "
+        "and std); if the model was trained with others, copy the file from the checkpoint the training started from"
+    ]
+
+
+def _candidates(directory: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    own, nesting = directory / OWN_FILE, directory / NESTING_FILE
+    nested = read_json(nesting).get("image_processor") if nesting.is_file() else None
+    if nested is not None and not isinstance(nested, dict):
+        raise CheckpointError(f"{nesting}: image_processor is not a JSON object")
+    return [(own, read_json(own) if own.is_file() else None), (nesting, nested)]
+
+
+def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file, completed by the defaults. Raises CheckpointError naming what is not done."""
+    kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "BlipImageProcessor"
+    if not str(kind).startswith("Blip"):
+        raise CheckpointError(f"{path} is of a {kind}: BLIP's images are made by BlipImageProcessor")
+    if raw.get("auto_map"):
+        raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
+    others = sorted(
+        name for name, value in raw.items() if name not in SETTINGS and name not in WITHOUT_EFFECT and value
+    )
+    if others:
+        listed = ", ".join(f"{name}={raw[name]!r}" for name in others)
+        raise CheckpointError(f"{path} asks for what is not done to images here ({listed}): remove it")
+    values = dict(SETTINGS) | {name: raw[name] for name in SETTINGS if raw.get(name) is not None}
+    values["size"] = _size(path, values["size"])
+    if values["do_convert_rgb"] is not True:
+        values["do_convert_rgb"] = True  # every picture is made RGB, as generate's callers do
+    for name in ("image_mean", "image_std"):
+        values[name] = _channels(path, name, values[name])
+    above_zero = {"image_std": values["image_std"], "rescale_factor": [values["rescale_factor"]]}
+    for name, numbers in ({"image_mean": values["image_mean"]} | above_zero).items():
+        is_valid = all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
+        if not is_valid or (name in above_zero and min(numbers) <= 0):
+            raise CheckpointError(
+                f"{path}: {name} is {values[name]!r}, it must be finite{' and above 0' if name in above_zero else ''}: "
+                "copy the file from the checkpoint that the training started from"
+            )
+    if values["resample"] not in range(6):
+        raise CheckpointError(f"{path}: resample {values['resample']!r} is no filter of Pillow (0 to 5)")
+    if not values["do_resize"]:
+        raise CheckpointError(
+            f"{path} asks for what the engine does not do (do_resize=False): remove it and export again"
+        )
+    return values
+
+
+def _size(path: Path, size: Any) -> dict[str, int]:
+    if isinstance(size, int) and not isinstance(size, bool):
+        size = {"height": size, "width": size}
+    if not isinstance(size, dict) or not {"height", "width"} <= set(size):
+        raise CheckpointError(f"{path} gives the size {size!r}: BLIP needs a height and a width in pixels")
+    if not all(type(size[name]) in (int, float) and 1 <= size[name] < math.inf for name in ("height", "width")):
+        raise CheckpointError(f"{path} gives the size {size!r}: a height and a width are numbers of at least 1")
+    return {name: int(size[name]) for name in ("height", "width")}
+
+
+def _channels(path: Path, name: str, value: Any) -> list[float]:
+    """Return three numbers, one a channel; a single one is for all of them."""
+    values = [value] * 3 if isinstance(value, int | float) else value
+    if not isinstance(values, list) or len(values) != 3 or not all(isinstance(one, int | float) for one in values):
+        raise CheckpointError(f"{path}: {name} is {value!r}, not a number a channel")
+    return [float(one) for one in values]
+
+
+FILES = ("tokenizer.json", "vocab.txt")
+"""Either is enough."""
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """Return the fast tokenizer of a checkpoint, whose model has `vocab_size` token embeddings.
+
+    Raises CheckpointError without a usable tokenizer, or for one with ids that the model has no embedding for. Code of
+    the checkpoint is never run.
+    """
+    if not any((directory / name).is_file() for name in FILES):
+        raise CheckpointError(_missing(directory))
+    for name in (*FILES, *TOKENIZER_SETTINGS):
+        if (directory / name).is_file():
+            refuse_stand_in(directory / name)
+    tokenizer = _read(directory)
+    entries = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if vocab_size is not None and entries > vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {entries} entries, the model {vocab_size} token embeddings: call "
+            "model.resize_token_embeddings(len(tokenizer)), train the new ones and save the model again"
+        )
+    if all(id_ in tokenizer.added_tokens_decoder for id_ in tokenizer.get_vocab().values()) and all(
+        token.special for token in tokenizer.added_tokens_decoder.values()
+    ):
+        raise CheckpointError(
+            f"{directory}: every token of the tokenizer is special, so that all captions would be empty: mark only "
+            "tokens such as [DEC] as special"
+        )
+    return tokenizer
+
+
+def _missing(directory: Path) -> str:
+    """Return what to do about a checkpoint without a tokenizer: Trainer saves it only if it is given the processor."""
+    config = directory / "config.json"
+    base = (read_json(config).get("_name_or_path") if config.is_file() else None) or "BASE"
+    return (
+        f"{directory} has no tokenizer (tokenizer.json or vocab.txt): copy it and preprocessor_config.json from the "
+        f"checkpoint that the training started from, as in AutoProcessor.from_pretrained({str(base)!r})"
+        f".save_pretrained({str(directory)!r})"
+    )
+
+
+def _read(directory: Path) -> PreTrainedTokenizerFast:
+    path = directory / "tokenizer_config.json"
+    if path.is_file() and "auto_map" in read_json(path):
+        raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, use_fast=True, trust_remote_code=False)
+    except Exception as error:
+        if not (directory / "tokenizer.json").is_file():
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{directory} has no usable tokenizer ({reason}): add tokenizer.json") from error
+    return _from_tokenizer_json(directory)
+
+
+def _from_tokenizer_json(directory: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of tokenizer.json with the special tokens that tokenizer_config.json names: what
+    transformers 5 writes beside them, 4 does not understand.
+    """
+    path = directory / "tokenizer_config.json"
+    raw = read_json(path) if path.is_file() else {}
+    settings: dict[str, Any] = {name: _text(raw[name]) for name in SPECIAL if raw.get(name)}
+    extra = raw.get("extra_special_tokens") or raw.get("additional_special_tokens") or []
+    if isinstance(extra, list):
+        settings["additional_special_tokens"] = [_text(token) for token in extra]
+    for name in ("do_lower_case", "strip_accents", "clean_up_tokenization_spaces", "model_max_length"):
+        if name in raw:
+            settings[name] = raw[name]
+    file = directory / "tokenizer.json"
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _text(token: Any) -> str:
+    """Return a token that is written as text, or as an object with its content."""
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
+
+
+DEFAULTS: dict[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "num_return_sequences": 1,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "max_new_tokens": None,
+    "min_new_tokens": None,
+}
+"""Generation settings that stand in a configuration, with their defaults (transformers 4.57, PretrainedConfig)."""
+
+
+IGNORED_SETTINGS = (
+    # ids come from text_config, caching and bookkeeping change no caption
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "low_memory"),
+    *("_from_model_config", "transformers_version", "return_dict_in_generate", "return_legacy_cache"),
+    *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+    *("disable_compile", "compile_config", "max_cache_len"),
+    # these count only when captions are drawn, and a checkpoint that asks for that is refused
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    # and these only beside a second model, which a checkpoint cannot bring
+    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_early_exit", "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind"),
+    "max_matching_ngram_size",
+)
+"""Settings that may differ from Hugging Face's defaults without changing what `generate` says."""
+
+
+def verdict(setting: str) -> str:
+    """Return what becomes of a field of GenerationConfig: "yes", "no effect", or "refused" where it is not neutral."""
+    if setting in GENERATION_SETTINGS:
+        return "yes"
+    return "no effect" if setting in IGNORED_SETTINGS else "refused"
+
+
+def check_supported(model: BlipForConditionalGeneration, checkpoint: Path) -> None:
+    """Raise CheckpointError for settings under which Hugging Face would caption in ways the engine cannot."""
+    text = model.config.text_config
+    settings = model.text_decoder.generation_config.to_diff_dict()
+    unknown = {name: value for name, value in settings.items() if verdict(name) == "refused" and value is not None}
+    if getattr(text, "position_embedding_type", "absolute") != "absolute":
+        unknown["position_embedding_type"] = text.position_embedding_type
+    if unknown:
+        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
+        raise CheckpointError(
+            f"{checkpoint} asks for what the engine does not do ({listed}): remove it and export again"
+        )
+
+
+def settings_of_text_config(directory: Path) -> dict[str, Any]:
+    """Return the generation settings of config.json's text_config that are not the defaults."""
+    text = read_json(directory / "config.json").get("text_config") or {}
+    return {
+        name: text[name] for name, default in DEFAULTS.items() if text.get(name) is not None and text[name] != default
+    }
+
+
+def apply_settings(model: BlipForConditionalGeneration, directory: Path) -> None:
+    """Put the settings of text_config where generate reads them, where the release has not done so."""
+    if IS_5:
+        for name, value in settings_of_text_config(directory).items():
+            setattr(model.text_decoder.generation_config, name, value)
+
+
+def ignored_settings(directory: Path) -> list[str]:
+    """Return a line where generation_config.json asks for something else than text_config: generate ignores it."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return []
+    own = settings_of_text_config(directory)
+    other = {
+        name: value
+        for name, value in read_json(path).items()
+        if name in DEFAULTS and value is not None and value != own.get(name, DEFAULTS[name])
+    }
+    listed = ", ".join(f"{name}={value!r}" for name, value in sorted(other.items()))
+    return [f"{path.name} asks for {listed}: BLIP's generate reads text_config in config.json alone"] if listed else []
