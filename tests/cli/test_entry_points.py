@@ -27,6 +27,8 @@ ELSEWHERE = {
     ".cache/fontconfig": "matplotlib's search for fonts",
 }
 """Folders of HOME that libraries make, and why."""
+INTERNAL = {"benchmarks.host_worker", "benchmarks.gpu.parts", "benchmarks.gpu.runs"}
+"""Programs that only other benchmarks start."""
 VARIABLES = ("ORT_DISABLE_TELEMETRY", "HF_HOME", "HF_HUB_CACHE", "MPLCONFIGDIR", "ENGINE_TRT_LOG", "DISPLAY")
 
 
@@ -44,12 +46,8 @@ def runnable() -> set[str]:
         if path.name == "__main__.py":
             found.add(".".join(path.relative_to(ROOT).parts[:-1]))
         elif path.read_text("utf-8").rstrip().endswith('if __name__ == "__main__":\n    main()'):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            found.add("benchmarks." + parts[-1] if parts[0] == "benchmarks" else ".".join(parts))
-    return found - {
-        "benchmarks.host_worker",
-        "benchmarks.gpu_parts",
-    }  # started by benchmarks.host and benchmarks.gpu_check
+            found.add(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    return found - INTERNAL
 
 
 def subcommands(group: click.Group, words: list[str]) -> list[list[str]]:
