@@ -205,7 +205,7 @@ def _check_rows(lines: _Lines, form: Format, ids: Sequence[str]) -> Verdict:
             )
         else:
             found.append(row[0])
-            if count + form.is_headed in lines.unquoted:
+            if "," in row[1] and count + form.is_headed in lines.unquoted:
                 errors.append(f"{where}: a caption with a comma must be quoted, from end to end of one line")
             if row[0] != row[0].strip():
                 errors.append(f"{where}: white space at an end of the id")

@@ -119,12 +119,16 @@ def test_what_cannot_be_read_and_what_is_clipped_is_told(image_dir, tiny_bundle,
 def test_killed_workers_images_are_done_again(image_dir, tiny_bundle, tmp_path, undisturbed, started, monkeypatch):
     add = RunRecord.add
     bound: list[set[int]] = []
+    killed: set[int] = set()
 
     def add_and_kill(record: RunRecord, made) -> None:
         add(record, made)
         if len(record.captions) in (10, 30, 60):
             bound.extend(os.sched_getaffinity(one.pid) for one in started[:2] if len(bound) < 2)
-            os.kill(started[-1].pid, signal.SIGKILL)
+            # one that asked for images: a worker that is still loading holds none that could be done again
+            victim = next(one.pid for one in reversed(started) if one.wants and one.pid not in killed)
+            killed.add(victim)
+            os.kill(victim, signal.SIGKILL)
 
     monkeypatch.setattr(RunRecord, "add", add_and_kill)
     result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", *TWO, *SLOW)
