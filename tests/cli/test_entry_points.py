@@ -27,7 +27,7 @@ ELSEWHERE = {
     ".cache/fontconfig": "matplotlib's search for fonts",
 }
 """Folders of HOME that libraries make, and why."""
-INTERNAL = {"benchmarks.host_worker", "benchmarks.gpu.parts", "benchmarks.gpu.runs"}
+INTERNAL = {"benchmarks.host_worker", "benchmarks.gpu.first", "benchmarks.gpu.parts", "benchmarks.gpu.runs"}
 """Programs that only other benchmarks start."""
 VARIABLES = ("ORT_DISABLE_TELEMETRY", "HF_HOME", "HF_HUB_CACHE", "MPLCONFIGDIR", "ENGINE_TRT_LOG", "DISPLAY")
 

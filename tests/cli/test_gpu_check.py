@@ -7,7 +7,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.gpu import check, parts, runs
+from benchmarks import workload
+from benchmarks.gpu import check, first, parts, runs
 from benchmarks.gpu.check import compare, in_process, main
 from engine.backends.providers import Gpu
 from tests.helpers.gpu import missing_gpu
@@ -112,3 +113,20 @@ def test_an_unknown_backend_is_refused(tmp_path):
     result = CliRunner().invoke(main, ["--json", str(tmp_path / "out.json"), "--backends", "tpu"])
     assert result.exit_code == 1
     assert "tpu" in result.stderr
+
+
+def test_first_parts_run_on_the_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(workload.SHAPES, "tiny", None)  # `make` replaces both; they are restored after the test
+    monkeypatch.setattr(workload, "TEXT_WIDTH", workload.TEXT_WIDTH)
+    for name, value in {"W": tmp_path, "DEVICE": "cpu", "SHAPE": "tiny", "SECONDS": 0.1, "IMAGES": 8}.items():
+        monkeypatch.setattr(first, name, value)
+    first.make()
+    first.ids("cpu", "fp32", "4")
+    first.ids("cpu", "fp16", "4")
+    first.engine("cpu", "fp32", "8")
+    first.generate("2")
+    first.live("8")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["part"] for line in lines[-6:]] == ["ids", "ids", "engine", "generate", "generate", "live"]
+    assert lines[-6]["same_as"] == {"cpu_fp32": "4/4"}
+    assert all(line["images_per_s"] > 0 for line in lines[-6:])
