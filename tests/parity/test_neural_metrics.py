@@ -190,7 +190,7 @@ def test_clipscore_reads_deep_images_as_the_run_did(depth, levels, signed, clip_
     deep, plain = found
     assert deep["value"] == pytest.approx(plain["value"], abs=1e-6)
     assert f"|text:raw{signed}|transformers" in deep["signature"]
-    assert ("1 images have more than 8 bits" in deep.get("note", "")) == (depth == "clip")
+    assert ("1 image has more than 8 bits" in deep.get("note", "")) == (depth == "clip")
 
 
 @pytest.mark.usefixtures("clip_tokenizer")

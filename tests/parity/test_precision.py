@@ -24,7 +24,7 @@ from engine.decoding.beam import Hypothesis
 from engine.machine.verify import Golden, verify
 from engine.options import DecodeOptions
 from engine.runtime import Runtime
-from export import bundle
+from export import bundle as exporter
 from export.__main__ import main as export_main
 from export.bundle import write_manifest
 from export.graphs.quantise import HEAD
@@ -139,7 +139,7 @@ def test_golden_recordings_stay_pytorchs_and_what_differs_is_listed(precision, b
         assert report["identical"] + len(different) == report["images"] == len(theirs.pixel_values)
         for i, (ours, expected) in enumerate(zip(mine.expected(setting), theirs.expected(setting), strict=True)):
             assert ours == (None if f"golden picture {i}" in different else expected)
-    assert listed["encoder_error"] <= listed["encoder_bound"] == bundle.ENCODER_BOUND[precision]
+    assert listed["encoder_error"] <= listed["encoder_bound"] == exporter.ENCODER_BOUND[precision]
     result = invoke(engine_main, "verify", "--bundle", bundle.path, "--backend", "cpu")
     assert result.exit_code == 0, result.output
     assert f"precision:{precision}" in run_signature(bundle, "cpu", OPTIONS)
@@ -187,7 +187,7 @@ def test_a_checkpoint_whose_numbers_float16_cannot_hold_is_refused(
 
 
 def test_an_encoder_that_is_off_by_more_than_the_bound_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(bundle.ENCODER_BOUND, "int8", 1e-4)
+    monkeypatch.setitem(exporter.ENCODER_BOUND, "int8", 1e-4)
     result = invoke(export_main, "--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle", "--precision", "int8")
     assert result.exit_code == 1
     assert "of its own peak, 0.0001 is the bound" in result.output.splitlines()[-1]
@@ -250,7 +250,7 @@ def test_the_report_compares_a_directory_and_refuses_strangers(bundles, image_di
     assert report["images"] == 24
     assert report["identical"] + len(report["differences"]) == 24
     assert report["share"] == report["identical"] / 24
-    assert 0 < report["encoder_error"] < bundle.ENCODER_BOUND["int8"]
+    assert 0 < report["encoder_error"] < exporter.ENCODER_BOUND["int8"]
     assert 0 < report["mean_score_drift"] <= report["max_score_drift"]
     swapped = invoke(main, "--bundle", bundles["fp32"], "--against", bundles["fp16"], *arguments)
     assert swapped.exit_code == 2
