@@ -105,9 +105,7 @@ def _describe(file: Path, chosen: Columns) -> list[Any]:
     chosen.note(file, names)
     indices = (chosen.place_of_id(names), chosen.place_of_caption(names), chosen.place_of_prompt(names))
     roles = (chosen.id, chosen.caption, chosen.prompt)
-    by_name = {
-        str(role): names[index] for role, index in zip(roles, indices, strict=True) if role and index is not None
-    }
+    by_role = {str(role): names[i] for role, i in zip(roles, indices, strict=True) if role and i is not None}
     described = [file.name, status.st_size, status.st_mtime_ns, *([PROMPT] if has_prompts else [])]
     return [*described, *([by_role] if by_role else [])]
 
