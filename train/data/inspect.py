@@ -341,9 +341,7 @@ def lines(stats: Stats) -> list[str]:
                     f"mean {span['mean']:.1f}, 95 % have at most {span['p95']}"
                 )
         if split["prompts"]:
-            out.append(
-                f"  prompts: {split['prompts']} of {split['captions']} captions have one, included in the tokens"
-            )
+            out.append(f"  prompts: {split['prompts']} of {split['captions']} captions have one; tokens include it")
         out += [f"  {line}" for line in (*_modality_lines(split), *_size_lines(split["sizes"]))]
     for kind, noun in (("files", "images with the same bytes"), ("captions", "images with the same caption")):
         out.append(f"{noun}: {_repeat_line(stats['duplicates'][kind])}")

@@ -263,9 +263,8 @@ def _roco(root: Listing, split: str) -> SplitFiles | None:
 
 
 def _file_of_split(root: Listing, split: str) -> SplitFiles | None:
-    wanted = [
-        alias + suffix for alias in SPLITS[split] for suffix in TABLES if suffix != ".txt"
-    ]  # .txt is often a list of ids
+    # Not .txt: train.txt is often a list of ids.
+    wanted = [alias + suffix for alias in SPLITS[split] for suffix in TABLES if suffix != ".txt"]
     names = [name for name in root.files if name.lower() in wanted]
     if not names:
         return None
