@@ -152,7 +152,7 @@ def read_pairs(directory: Path) -> list[Pair]:
 
 
 def _slices(source, variant, volume, atlas, names) -> Iterator[tuple[Pair, np.ndarray]]:
-    """Yield pairs and pixels u8[H,W] of one variant. Variants after the first are tilted, blurred and change contrast."""
+    """Yield pairs and pixels u8[H,W] of one variant. All but the first are tilted, blurred and change contrast."""
     voxels = np.asanyarray(volume.dataobj).astype(np.float32)
     rng = np.random.default_rng([variant, *source.volume.encode()])
     tilt = np.eye(4)
