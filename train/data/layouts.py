@@ -103,7 +103,7 @@ class SplitFiles:
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a file or folder name contains, or None if there is none or more than one.
+    """Return the split that a file or folder name contains, or None if it contains no split or more than one.
 
     `train2017` is "train", `trainval` is None.
     """
