@@ -165,6 +165,7 @@ def _image_folders(root: Listing, split: str = "", first: tuple[Path, ...] = ())
 
 
 def _parquet(root: Listing, split: str) -> SplitFiles | None:
+    """Find {split}-*.parquet in the directory or in data/, or *.parquet in {split}/ or default/{split}/."""
     for here in (root, Listing.of(root.directory / "data")):
         files = [name for name in here.files if name.lower().endswith(".parquet") and split_of(name) == split]
         if files:
@@ -234,6 +235,7 @@ def _require_one(here: Listing, names: list[str], what: str) -> str:
 
 
 def _imagefolder(root: Listing, split: str) -> SplitFiles | None:
+    """Find {split}/metadata.csv, .jsonl or .parquet, the imagefolder layout of Hugging Face."""
     for folder in root.of_split(split):
         name = next((name for name in METADATA if (folder / name).is_file()), None)
         if name is not None:
@@ -254,6 +256,7 @@ def _coco(root: Listing, split: str) -> SplitFiles | None:
 
 
 def _roco(root: Listing, split: str) -> SplitFiles | None:
+    """Find {split}/radiology/captions.txt of ROCO, or *data.csv in Kaggle's copy of it."""
     for folder in root.of_split(split):
         tables = sorted((folder / "radiology").glob("*data.csv"))  # Kaggle's copy has other image names
         captions = tables[0] if tables else folder / "radiology" / "captions.txt"
@@ -263,6 +266,7 @@ def _roco(root: Listing, split: str) -> SplitFiles | None:
 
 
 def _file_of_split(root: Listing, split: str) -> SplitFiles | None:
+    """Find a table named after the split, such as train.jsonl or train.csv."""
     # Not .txt: train.txt is often a list of ids.
     wanted = [alias + suffix for alias in SPLITS[split] for suffix in TABLES if suffix != ".txt"]
     names = [name for name in root.files if name.lower() in wanted]
@@ -272,6 +276,7 @@ def _file_of_split(root: Listing, split: str) -> SplitFiles | None:
 
 
 def _text_files(root: Listing, split: str) -> SplitFiles | None:
+    """Find a folder of the split that holds images, each with a text file of the same name."""
     for folder in root.of_split(split):
         if find_sidecars(folder):
             return _next_to_images(folder)

@@ -33,8 +33,8 @@ SUFFIX_OF = {"PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WebP": ".webp", "TIFF
 class Row:
     """A caption of an image, as read from a table, a parquet file or any other layout.
 
-    `file` is the path of the image if the row itself holds one (parquet), else None: the image is then found by `id`.
-    `caption` and `prompt` are empty if the row has none, `concepts` is ().
+    `file` is the path of an image that was unpacked from parquet. It is None for a parquet row without an image, and in
+    all other layouts, where the image is found by `id`. `caption`, `concepts` and `prompt` may be empty.
     """
 
     id: str
