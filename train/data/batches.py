@@ -1,6 +1,7 @@
-"""Augmentation that keeps a radiology caption true; knows nothing of models.
+"""Datasets, augmentation, sampler and collator: turn captioned images into training batches.
 
-No flips: left and right are in the captions. No colour shifts, no crops that could cut off what a caption names.
+The augmentation must keep a radiology caption true. It does not flip, because captions name left and right. It does not
+shift colours, and it does not crop, because a crop could cut off what the caption names.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ from train.data.dataset import Example
 from train.data.problems import ACCENTS, WORDS
 
 MAX_DEGREES, MAX_SHIFT, MAX_ZOOM = 7.0, 0.04, 0.06
-"""Rotation, shift (share of the width) and zoom about the centre: how patients and scanners differ."""
+"""Largest rotation in degrees, shift (fraction of width and height) and zoom about the centre. They imitate the
+differences between patients and scanners.
+"""
 GAMMA, CONTRAST, MAX_BLUR_PX = (0.8, 1.25), (0.9, 1.1), 0.8
-"""Window and display differ: gamma, contrast about the mean, and a Gaussian blur in px."""
+"""Ranges of gamma and of contrast about the mean, and the largest Gaussian blur in px. They imitate different window
+settings and displays.
+"""
 
 
 def radiology(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return u8[h,w,3] a little turned, shifted, zoomed, blurred and windowed differently."""
+    """Return a copy of u8[h,w,3] with a small random rotation, shift, zoom, blur and change of gamma and contrast."""
     height, width = pixels.shape[:2]
     angle = np.deg2rad(rng.uniform(-MAX_DEGREES, MAX_DEGREES))
     scale = 1 / (1 + rng.uniform(-MAX_ZOOM, MAX_ZOOM))
@@ -41,12 +46,13 @@ def radiology(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np
     centre = np.array([width, height]) / 2
     offset = centre - turn @ (centre + shift)
     matrix = (*turn[0], offset[0], *turn[1], offset[1])
-    corner = tuple(int(value) for value in pixels[0, 0])  # the background, black or white
-    picture = Image.fromarray(pixels).transform(
+    # The corner pixel is background in radiology images, black or white: fill the uncovered border with it.
+    corner = tuple(int(value) for value in pixels[0, 0])
+    image = Image.fromarray(pixels).transform(
         (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=corner
     )
-    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, MAX_BLUR_PX)))
-    values = np.asarray(picture, np.float32) / 255
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, MAX_BLUR_PX)))
+    values = np.asarray(image, np.float32) / 255
     values = values ** rng.uniform(*GAMMA)
     values = (values - values.mean()) * rng.uniform(*CONTRAST) + values.mean()
     return np.asarray(np.clip(values * 255 + 0.5, 0, 255), np.uint8)
@@ -57,68 +63,74 @@ AUGMENTATIONS: dict[str, Augmentation | None] = {"none": None, "radiology": radi
 
 
 AROUND = 3
-"""Tokens that need room beside a prompt: [DEC], one word and [SEP]."""
+"""Tokens that need room in addition to the prompt: [DEC], one word and [SEP]."""
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
-    """Return the ids of a prompt behind [DEC], none for an empty one; as CaptionTokenizer.prompt_ids has them."""
+    """Return the token ids that follow [DEC] for a prompt, () if it is empty, as CaptionTokenizer.prompt_ids does."""
     return tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else ()
 
 
 def lost_in_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Return what a text loses in the tokenizer: WORDS where the vocabulary cannot spell some of it, else ACCENTS where
-    letters come back as others, else nothing. Case and white space do not count.
+    """Return what a text loses when it is tokenized: WORDS, ACCENTS or "" (nothing).
+
+    WORDS: the vocabulary cannot spell a part of the text. ACCENTS: decoding returns other letters than the text has.
+    Case and white space are ignored.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.unk_token_id in ids:
         return WORDS
     if text.isascii():
         return ""
-    kept = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return "" if _letters(text) == _letters(kept) else ACCENTS
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return "" if _letters(text) == _letters(decoded) else ACCENTS
 
 
 def _letters(text: str) -> str:
-    """Return the letters of a text and their marks, in lower case."""
+    """Return the letters of a text and their combining marks, case-folded and in NFC."""
     folded = unicodedata.normalize("NFC", text.casefold())
-    return "".join(one for one in folded if unicodedata.category(one)[0] in "LM")
+    return "".join(char for char in folded if unicodedata.category(char)[0] in "LM")
 
 
 def check_fit(
     examples: Iterable[Example], captions_file: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> None:
-    """Refuse what the model could not be told: prompts that spell a special token of the tokenizer (DataError), or
-    that leave no room for a caption within `max_tokens` tokens, [DEC] and [SEP] included (UsageError).
+    """Check that every prompt can be trained with.
+
+    Raises DataError if a prompt contains a special token of the tokenizer, and UsageError if a prompt leaves no room
+    for a caption within `max_tokens` tokens, [DEC] and [SEP] included.
     """
     special = {tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
-    long: dict[str, int] = {}
+    too_long: dict[str, int] = {}
     for example in examples:
         ids = prompt_ids(tokenizer, example.prompt)
         if special.intersection(ids):
             raise DataError(
-                f"{captions_file}: the prompt of {shown(example.id)} spells a special token of the tokenizer: "
+                f"{captions_file}: the prompt of {shown(example.id)} contains a special token of the tokenizer: "
                 f"{example.prompt}"
             )
         if len(ids) + AROUND > max_tokens:
-            long[example.id] = len(ids)
-    if long:
+            too_long[example.id] = len(ids)
+    if too_long:
         raise UsageError(
-            f"{captions_file}: prompts of up to {max(long.values())} tokens leave no room for a caption within "
-            f"{max_tokens} ({join_some(long, 3)}): shorten them, or raise max_tokens if the checkpoint allows it"
+            f"{captions_file}: prompts of up to {max(too_long.values())} tokens leave no room for a caption within "
+            f"{max_tokens} ({join_some(too_long, 3)}): shorten them, or raise max_tokens if the checkpoint allows it"
         )
 
 
 IGNORED = -100
-"""Label that torch's cross entropy skips (torch.nn.CrossEntropyLoss, ignore_index)."""
+"""Label that torch's cross entropy skips (`ignore_index` of torch.nn.CrossEntropyLoss)."""
 
 EpochIndex = tuple[int, int]
-"""An epoch and an index into the data set; an index past its end is a blank, which no loss sees."""
+"""An epoch and an index into the data set. An index past the end is a blank: it pads the batch and adds no loss."""
 
 
 @dataclass(frozen=True)
 class PixelSpec:
-    """What an image becomes: its size in px, Pillow's filter by name, the processor's normalisation, and how more than
-    8 bits a channel are read (engine/inputs/pixels.py).
+    """How images are preprocessed.
+
+    `size` in px (square), `resample` as the name of a Pillow filter, the image processor's normalisation (`rescale`,
+    `mean`, `std`), and `depth`: how images with more than 8 bits per channel are read (engine/inputs/pixels.py).
     """
 
     size: int
@@ -130,20 +142,23 @@ class PixelSpec:
 
     @classmethod
     def of(cls, processor: BlipImageProcessor, depth: str = CLIP) -> PixelSpec:
-        """Take over a slow image processor's settings, by the function that the exported graphs use, too."""
+        """Return the settings of a slow image processor. Uses the same function as the exported graphs."""
         resample = Image.Resampling(processor.resample).name.lower()
         rescale, mean, std = normalisation(processor)
         return cls(processor.size["height"], resample, rescale, tuple(mean), tuple(std), depth)
 
     def read(self, source: object) -> NDArray[np.uint8]:
-        """Return u8[size,size,3]; see engine.inputs.pixels.read_image. Raises ImageError, also without the memory."""
+        """Return u8[size,size,3]; see engine.inputs.pixels.read_image.
+
+        Raises ImageError, also if the image needs more memory than is free.
+        """
         try:
             return read_image(source, self.size, self.size, self.resample, depth=self.depth)  # type: ignore[arg-type]
         except MemoryError as error:
             raise ImageError(str(source), "needs more memory than is free: remove this image or shrink it") from error
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return f32[B,3,size,size] of u8[B,size,size,3] on its device, as BlipImageProcessor computes it."""
+        """Convert u8[B,size,size,3] to f32[B,3,size,size] on the same device, as BlipImageProcessor does."""
         scaled = (pixels.double() * self.rescale).float()
         mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
         return ((scaled - mean) / std).permute(0, 3, 1, 2).contiguous()
@@ -151,11 +166,15 @@ class PixelSpec:
 
 Item = dict[str, torch.Tensor | str | None]
 TEXTS = ("caption", "prompt")
-"""What an item holds beside tensors: a caption, None for a blank, and the prompt in front of it, which may be empty."""
+"""Keys of an item that are not tensors: the caption (None for a blank) and the prompt before it (may be empty)."""
 
 
 class Pictures(Dataset[Item]):
-    """Image-caption pairs read from disk; `augmentation` draws from a generator of its own for every place."""
+    """Image-caption pairs read from disk.
+
+    `augmentation` is a key of AUGMENTATIONS. Every (epoch, index) seeds a separate generator, so an item does not
+    depend on the order in which items are read.
+    """
 
     def __init__(self, examples: Sequence[Example], spec: PixelSpec, *, augmentation: str = "none", seed: int = 0):
         self.examples, self.spec, self.seed = examples, spec, seed
@@ -164,18 +183,18 @@ class Pictures(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, place: EpochIndex) -> Item:
-        """Return pixels u8[size,size,3], caption and prompt, TEXTS. Raises ImageError.
+    def __getitem__(self, position: EpochIndex) -> Item:
+        """Return pixels u8[size,size,3], caption and prompt (TEXTS). Raises ImageError.
 
-        They are normalised on the model's device: so a batch takes a quarter of the shared memory, of which containers
-        have little.
+        The pixels are normalised later, on the model's device. As u8, a batch takes a quarter of the shared memory, and
+        containers have little of it.
         """
-        pixels, example = self.pixels(place)
+        pixels, example = self.pixels(position)
         return {"pixels": torch.tensor(pixels)} | texts_of(example)
 
-    def pixels(self, place: EpochIndex) -> tuple[NDArray[np.uint8], Example | None]:
+    def pixels(self, position: EpochIndex) -> tuple[NDArray[np.uint8], Example | None]:
         """Return u8[size,size,3] and the example; zeros and None for a blank. Raises ImageError."""
-        epoch, index = place
+        epoch, index = position
         if index >= len(self.examples):
             return np.zeros((self.spec.size, self.spec.size, 3), np.uint8), None
         example = self.examples[index]
@@ -186,7 +205,7 @@ class Pictures(Dataset[Item]):
 
 
 class Features(Dataset[Item]):
-    """A frozen encoder's output f16[N,S,D], kept in memory, with the examples it is of."""
+    """The output f16[N,S,D] of a frozen encoder, kept in memory, and the N examples it was computed from."""
 
     def __init__(self, features: torch.Tensor, examples: Sequence[Example]) -> None:
         self.features, self.examples = features, examples
@@ -194,25 +213,25 @@ class Features(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, place: EpochIndex) -> Item:
-        """Return encoder_hidden_states f32[S,D], caption and prompt, TEXTS."""
-        _, index = place
+    def __getitem__(self, position: EpochIndex) -> Item:
+        """Return encoder_hidden_states f32[S,D], caption and prompt (TEXTS)."""
+        _, index = position
         if index >= len(self.examples):
             return {"encoder_hidden_states": torch.zeros_like(self.features[0]).float()} | texts_of(None)
         return {"encoder_hidden_states": self.features[index].float()} | texts_of(self.examples[index])
 
 
 def texts_of(example: Example | None) -> Item:
-    """Return TEXTS of an example, of a blank for None."""
+    """Return the caption and prompt (TEXTS) of an example; None stands for a blank."""
     caption, prompt = (None, "") if example is None else (example.caption, example.prompt)
     return {"caption": caption, "prompt": prompt}
 
 
 class EpochOrder(Sampler[EpochIndex]):
-    """Every index once an epoch, in an order that only the seed and the epoch decide; blanks fill the last batch.
+    """Sampler that yields every index once per epoch and fills the last batch with blanks.
 
-    So a resumed run sees the same batches, and processes that share a batch need neither drop nor repeat an image to
-    get equal parts.
+    The order depends only on the seed and the epoch, so a resumed run sees the same batches. Because of the blanks,
+    processes that share a batch get equal parts without dropping or repeating an image.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
@@ -220,7 +239,7 @@ class EpochOrder(Sampler[EpochIndex]):
         self.padded = -(-count // batch_size) * batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the start of every epoch."""
+        """Set the epoch. The Trainer calls this at the start of every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -239,38 +258,40 @@ def collate_captions(
     max_tokens: int = 200,
     prompts: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """Tokenise captions into input_ids, attention_mask and labels, each i64[B,L]; None is a blank without targets.
+    """Tokenize captions into input_ids, attention_mask and labels, each i64[B,L].
 
-    With `prompts`, one a caption or '', a row is [DEC] prompt caption [SEP], as captions are generated behind prompts;
-    of a longer one than `max_tokens` the caption is cut. A prompt is told, not learned: its labels are IGNORED.
+    A caption of None is a blank, which has no targets. `prompts` holds one prompt per caption, '' for no prompt. A row
+    is then [DEC] prompt caption [SEP], the order in which captions are generated after prompts. If a row is longer than
+    `max_tokens`, its caption is cut. The prompt is given to the model and not learned: its labels are IGNORED.
 
-    Two traps of Hugging Face's BLIP are avoided here: sequences from the processor start with [CLS] while
-    generation starts with [DEC] (`bos_token_id`), and its loss does not mask padding; so the first id is [DEC], and
-    padded labels are IGNORED. BlipTextLMHeadModel shifts the labels itself, so the first one is never a target: it is
-    IGNORED, too, which makes the labels that count as many as the terms of the loss.
+    This avoids two traps of Hugging Face's BLIP. Sequences from the processor start with [CLS], while generation starts
+    with [DEC] (`bos_token_id`): here the first id is [DEC]. And its loss does not mask padding: here padded labels are
+    IGNORED. BlipTextLMHeadModel shifts the labels itself, so the first label is never a target. It is IGNORED as well,
+    so that the number of labels other than IGNORED is the number of terms in the loss.
     """
     texts = [caption or "" for caption in captions]
-    before = [prompt_ids(tokenizer, prompt) for prompt in prompts] or [()] * len(texts)
+    prefixes = [prompt_ids(tokenizer, prompt) for prompt in prompts] or [()] * len(texts)
     rows = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    # row[1:-1] drops the tokenizer's [CLS] and [SEP]; row[-1] is [SEP].
     rows = [
         [bos_token_id, *ids, *row[1:-1][: max_tokens - 2 - len(ids)], row[-1]]
-        for ids, row in zip(before, rows, strict=True)
+        for ids, row in zip(prefixes, rows, strict=True)
     ]
     input_ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
-    for i, (ids, row, caption) in enumerate(zip(before, rows, captions, strict=True)):
+    for i, (ids, row, caption) in enumerate(zip(prefixes, rows, captions, strict=True)):
         input_ids[i, : len(row)] = torch.tensor(row)
         attention_mask[i, : len(row)] = 1
         if caption is not None:
-            told = 1 + len(ids)
-            labels[i, told : len(row)] = input_ids[i, told : len(row)]
+            start = 1 + len(ids)  # after [DEC] and the prompt
+            labels[i, start : len(row)] = input_ids[i, start : len(row)]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of what Pictures or Features hold."""
+    """Collate function of a DataLoader over Pictures or Features."""
 
     tokenizer: PreTrainedTokenizerBase
     bos_token_id: int
@@ -279,7 +300,7 @@ class Collator:
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """Return the stacked tensors with input_ids, attention_mask and labels.
 
-        In a process of a DataLoader they are moved to shared memory here, where an error reaches the trainer. torch
+        In a DataLoader worker the tensors are moved to shared memory here, where an error reaches the trainer. torch
         would move them in a thread whose errors are only printed, and the trainer would wait forever.
         """
         stacked = {

@@ -1,4 +1,4 @@
-"""What is wrong with the captioned images of a split, and the rest of it; knows nothing of layouts and models."""
+"""Check the images and captions of a split, drop the unusable examples and compute a fingerprint of the rest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.data.dataset import Split
 from train.data.problems import Problems, is_empty
 
 Progress = Callable[[int, int], None]
-"""Told how many images of how many are done."""
+"""Called with (images done, images in total)."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -27,9 +27,9 @@ REASONS = {
     TRANSPARENT: "which is dropped",
     FRAMES: "the first is used",
 }
-"""What becomes of the images of a kind of note."""
+"""How an image is read, by the kind of note that reading it gives."""
 AT_ONCE = 512
-"""Images handed to the threads at a time: Ctrl-C and a full queue of 70,000 both wait for no more."""
+"""Images submitted to the threads at a time. With all 70,000 in the queue, Ctrl-C would wait for every one of them."""
 
 
 def check_split(
@@ -42,16 +42,16 @@ def check_split(
     lost_in: Callable[[str], str] | None = None,
     progress: Progress | None = None,
 ) -> Problems:
-    """Return what reading the split found, and what only its pictures and a tokenizer can tell.
+    """Return the problems of a split: those found while reading it, and those of its images and tokenized captions.
 
-    With `decode` every picture is decoded once, in threads, as `depth` says (engine/inputs/pixels.py). `count_tokens`
-    returns the length of a caption as the model gets it, its prompt in front, and `max_tokens` is what fits: both count
-    [DEC] and [SEP]. `lost_in` returns what a text loses when it is tokenized: "", ACCENTS or WORDS
-    (prompts.lost_in_tokens).
-    Raises EngineError for trouble that is the system's and not the picture's, such as too many open files.
+    With `decode`, every image is decoded once, in threads; `depth` is explained in engine/inputs/pixels.py.
+    `count_tokens` returns the length of a caption with its prompt, as the model gets it, and `max_tokens` is the limit.
+    Both include [DEC] and [SEP]. `lost_in` returns what a text loses when it is tokenized: "", ACCENTS or WORDS
+    (train.data.batches.lost_in_tokens).
+    Raises EngineError for errors of the system rather than of an image, such as too many open files.
     """
-    gone = {name for name, _ in split.problems.missing}
-    files = {example.image: example.id for example in split.examples if example.id not in gone} if decode else {}
+    missing = {name for name, _ in split.problems.missing}
+    files = {example.image: example.id for example in split.examples if example.id not in missing} if decode else {}
     notes: list[ImageNote] = []
     reasons = in_threads(partial(_why_unreadable, depth=depth, notes=notes), list(files), progress)
     unreadable = [(name, why) for name, why in zip(files.values(), reasons, strict=True) if why]
@@ -60,7 +60,7 @@ def check_split(
         for example in split.examples:
             tokens = count_tokens(example.text)
             if tokens > max_tokens:
-                cut.append((example.id, f"{tokens} tokens where {max_tokens} fit"))
+                cut.append((example.id, f"{tokens} tokens, at most {max_tokens} fit"))
     noted = {
         kind: sorted((files[Path(note.name)], reason) for note in notes if note.kind == kind)
         for kind, reason in REASONS.items()
@@ -70,12 +70,12 @@ def check_split(
 
 
 def _lost(split: Split, lost_in: Callable[[str], str]) -> dict[str, list[tuple[str, str]]]:
-    """Return the captions of a split that lose something in the tokenizer, by what they lose."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    """Return findings for the captions that the tokenizer changes, by category (ACCENTS or WORDS)."""
+    findings: dict[str, list[tuple[str, str]]] = {}
     for example in split.examples:
-        if what := lost_in(example.text):
-            found.setdefault(what, []).append((example.id, ""))
-    return found
+        if category := lost_in(example.text):
+            findings.setdefault(category, []).append((example.id, ""))
+    return findings
 
 
 def _why_unreadable(path: Path, *, depth: str, notes: list[ImageNote]) -> str:
@@ -89,7 +89,7 @@ def _why_unreadable(path: Path, *, depth: str, notes: list[ImageNote]) -> str:
 
 
 def in_threads(work: Callable[[T], R], items: list[T], progress: Progress | None = None) -> Iterator[R]:
-    """Yield work(item) in the order of the items, computed in as many threads as there are cores for this process."""
+    """Yield work(item) in the order of the items, with one thread for each core available to this process."""
     with ThreadPoolExecutor(available_cores()) as pool:
         for start in range(0, len(items), AT_ONCE):
             yield from pool.map(work, items[start : start + AT_ONCE])
@@ -98,33 +98,33 @@ def in_threads(work: Callable[[T], R], items: list[T], progress: Progress | None
 
 
 def drop_unusable(split: Split, problems: Problems) -> Split:
-    """Return the split minus missing images, unreadable images and empty captions; raise DataError if nothing is left.
+    """Return the split without missing images, unreadable images and empty captions.
 
-    Of an image with several captions only the empty ones go.
+    If an image has several captions, only the empty ones are dropped. Raises DataError if nothing is left.
     """
-    lost = {name for name, _ in (*problems.missing, *problems.unreadable)}
-    silent = {name for name, _ in problems.empty}
+    without_image = {name for name, _ in (*problems.missing, *problems.unreadable)}
+    with_empty = {name for name, _ in problems.empty}
     kept = [
         example
         for example in split.examples
-        if example.id not in lost and not (example.id in silent and is_empty(example.caption))
+        if example.id not in without_image and not (example.id in with_empty and is_empty(example.caption))
     ]
     if not kept:
-        raise DataError(f"{split.captions_file}: no usable example is left of split {split.name}: {_why(problems)}")
+        raise DataError(f"{split.captions_file}: split {split.name} has no usable examples: {_why(problems)}")
     rest = replace(problems, missing=[], unreadable=[], empty=[])
     return replace(split, examples=kept, problems=rest)
 
 
 def _why(problems: Problems) -> str:
-    return "; ".join(problems.fatal.lines(1)) or "it had none"
+    return "; ".join(problems.fatal.lines(1)) or "it is empty"
 
 
 def fingerprint(split: Split) -> str:
-    """Return a sha256 (hexadecimal) over ids, captions, image file sizes in bytes and prompts where there are any, in
-    the order of the examples.
+    """Return the sha256 (hexadecimal) of a split: its ids, captions, image file sizes in bytes and non-empty prompts.
 
-    Pictures are not read, so that 70,000 of them take a second: one replaced by another of the same size goes unseen. A
-    missing file has the size -1. The order counts because training's shuffle starts from it; names of folders do not.
+    Images are not read, so that 70,000 of them take one second. An image replaced by another of the same size is
+    therefore not noticed. A missing file has the size -1. The order of the examples counts, because the shuffle of
+    training starts from it. Names of folders do not count.
     """
     digest = hashlib.sha256()
     sizes = _sizes(example.image for example in split.examples)

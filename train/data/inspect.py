@@ -1,4 +1,4 @@
-"""Draw what a data set is like, from the numbers of inspect.py."""
+"""Compute and plot statistics of a data set: caption lengths, modalities, image sizes, duplicates and overlaps."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from train.data.dataset import Example, Split, read_dataset
 
 COLOURS = {"train": "#3b5b92", "valid": "#c98b2b", "test": "#0b6e4f"}
 SHOWN = 0.99
-"""Share of a split's captions that a plot of lengths shows at least; a longer tail is cut, and the axis says so."""
+"""Smallest fraction of a split's captions that a plot of lengths shows. A cut tail is noted in the axis label."""
 
 
 Stats = dict[str, Any]
 
 
 def draw_dataset(stats: Stats, out: Path) -> None:
-    """Draw caption lengths (words, and tokens where they were counted) and modalities by split into a PNG.
+    """Plot caption lengths (in words, and in tokens if they were counted) and modalities by split into a PNG.
 
-    Shares of each split, so that a small one can be compared with a large one. Raises OutputError when the file cannot
-    be written.
+    Values are percentages of each split, so that a small split can be compared with a large one. Raises OutputError if
+    the file cannot be written.
     """
     import matplotlib as mpl
 
@@ -41,15 +41,15 @@ def draw_dataset(stats: Stats, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     splits = stats["splits"]
-    units = [unit for unit in ("words", "tokens") if any(found[unit] for found in splits.values())]
-    has_modalities = any(found["modalities"]["with_concepts"] for found in splits.values())
+    units = [unit for unit in ("words", "tokens") if any(split[unit] for split in splits.values())]
+    has_modalities = any(split["modalities"]["with_concepts"] for split in splits.values())
     panels = max(1, len(units) + has_modalities)
     figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.4), layout="constrained", squeeze=False)
     try:
         for unit, panel in zip(units, axes[0], strict=False):
-            _draw_lengths(panel, {name: found[unit] for name, found in splits.items() if found[unit]}, unit)
+            _draw_lengths(panel, {name: split[unit] for name, split in splits.items() if split[unit]}, unit)
         if has_modalities:
-            _draw_modalities(axes[0][-1], {name: found["modalities"] for name, found in splits.items()})
+            _draw_modalities(axes[0][-1], {name: split["modalities"] for name, split in splits.items()})
         figure.savefig(out, dpi=150)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
@@ -58,26 +58,26 @@ def draw_dataset(stats: Stats, out: Path) -> None:
 
 
 def _draw_lengths(panel: Any, lengths: dict[str, Stats], unit: str) -> None:
-    """Steps: share of the captions of each split that have a length."""
-    longest = max(found["max"] for found in lengths.values())
-    end = min(longest, max(_enough(found["counts"]) for found in lengths.values()) * 5 // 4)
+    """Draw a step plot of caption lengths, as percentages of the captions of each split."""
+    longest = max(split["max"] for split in lengths.values())
+    end = min(longest, max(_percentile(split["counts"]) for split in lengths.values()) * 5 // 4)
     width = max(1, -(-end // 60))
-    end += width - 1 - end % width  # the last step is a whole one
+    end += width - 1 - end % width  # makes the last step as wide as the others
     beyond = 0
-    for name, found in lengths.items():
-        counts = {int(length): count for length, count in found["counts"].items()}
+    for name, split in lengths.items():
+        counts = {int(length): count for length, count in split["counts"].items()}
         total = sum(counts.values())
         beyond += sum(count for length, count in counts.items() if length > end)
-        shares = [0.0] * (end // width + 1 + (longest <= end))  # a last line comes down to zero, a cut one does not
+        shares = [0.0] * (end // width + 1 + (longest <= end))  # a complete curve ends at zero, a cut one does not
         for length, count in counts.items():
             if length <= end:
                 shares[length // width] += 100 * count / total
         centres = [i * width + (width - 1) / 2 for i in range(len(shares))]
-        label = f"{name}: {total} captions, median {found['median']:g}"
+        label = f"{name}: {total} captions, median {split['median']:g}"
         panel.plot(centres, shares, drawstyle="steps-mid", linewidth=1.3, color=COLOURS.get(name), label=label)
-    whole = sum(sum(found["counts"].values()) for found in lengths.values())
-    tail = f"\n({beyond} of {whole} captions are longer, up to {longest}: not shown)" if beyond else ""
-    panel.set_xlabel(f"{unit} a caption" + (f", in steps of {width}" if width > 1 else "") + tail)
+    captions = sum(sum(split["counts"].values()) for split in lengths.values())
+    tail = f"\n({beyond} of {captions} captions are longer, up to {longest}: not shown)" if beyond else ""
+    panel.set_xlabel(f"{unit} per caption" + (f", in steps of {width}" if width > 1 else "") + tail)
     panel.set_ylabel("% of the captions of the split")
     panel.set_title(f"Caption length in {unit}")
     panel.set_xlim(left=0)
@@ -86,8 +86,8 @@ def _draw_lengths(panel: Any, lengths: dict[str, Stats], unit: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _enough(counts: dict[str, int]) -> int:
-    """Return the length that SHOWN of the captions do not exceed."""
+def _percentile(counts: dict[str, int]) -> int:
+    """Return the length that a fraction SHOWN of the captions do not exceed."""
     left = SHOWN * sum(counts.values())
     for length, count in counts.items():
         left -= count
@@ -97,20 +97,20 @@ def _enough(counts: dict[str, int]) -> int:
 
 
 def _draw_modalities(panel: Any, modalities: dict[str, Stats]) -> None:
-    """Bars: share of the images of each split that have a modality, with their number."""
+    """Draw bars of modalities, as percentages of the images of each split, labelled with the number of images."""
     known = next(iter(modalities.values()))["counts"]
-    names = [name for name in known if any(found["counts"][name] for found in modalities.values())]
+    names = [name for name in known if any(split["counts"][name] for split in modalities.values())]
     height = 0.8 / len(modalities)
-    for i, (split, found) in enumerate(modalities.items()):
-        images = found["images"] or 1
-        places = [j + (i - (len(modalities) - 1) / 2) * height for j in range(len(names))]
-        counts = [found["counts"][name] for name in names]
-        bars = panel.barh(places, [100 * n / images for n in counts], height, color=COLOURS.get(split), label=split)
+    for i, (split, stats) in enumerate(modalities.items()):
+        images = stats["images"] or 1
+        positions = [j + (i - (len(modalities) - 1) / 2) * height for j in range(len(names))]
+        counts = [stats["counts"][name] for name in names]
+        bars = panel.barh(positions, [100 * n / images for n in counts], height, color=COLOURS.get(split), label=split)
         panel.bar_label(bars, [str(count) for count in counts], fontsize=6.5, padding=2, color="#444")
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.invert_yaxis()
     panel.margins(x=0.12)
-    panel.set_xlabel("% of the images of the split, and their number")
+    panel.set_xlabel("% of the images of the split, and number of images")
     panel.set_title("Modality, from the concepts")
     panel.legend(fontsize=8, frameon=False)
     panel.spines[["top", "right"]].set_visible(False)
@@ -128,12 +128,12 @@ MODALITIES = {
 """UMLS concepts of imaging modalities in ROCOv2 (doi:10.1038/s41597-024-03496-6) and their names."""
 NO_MODALITY = "other/none"
 FIRST = 5
-"""So many duplicates, overlaps and unread images are named; all are counted."""
+"""How many duplicates, overlaps and unread images are listed. All of them are counted."""
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """What a file says of its picture: size in px, Pillow's mode, sha256 of the bytes; or why it says nothing."""
+class _Header:
+    """Size in px, Pillow's mode and sha256 of an image file, or the `reason` why it cannot be read."""
 
     width: int = 0
     height: int = 0
@@ -149,19 +149,19 @@ def inspect_dataset(
     images: bool = True,
     progress: Progress | None = None,
 ) -> Stats:
-    """Return statistics of the splits that json can write.
+    """Return statistics of the splits as JSON-compatible dicts.
 
-    `count_tokens` adds lengths in tokens, prompts included. With `images` every file is read once, in threads, for the
-    size in its header and the sha256 of its bytes; only DICOM is decoded. "duplicates" counts images with the same
-    bytes, and others with the same caption, within splits and between them; "overlaps" counts ids that two splits
-    share. Raises EngineError for trouble of the system, such as too many open files.
+    `count_tokens` adds caption lengths in tokens, prompts included. With `images`, every file is read once, in threads,
+    for the size in its header and the sha256 of its bytes. Only DICOM is decoded. "duplicates" counts images with the
+    same bytes and images with the same caption, within splits and between them. "overlaps" counts ids that two splits
+    share. Raises EngineError for errors of the system, such as too many open files.
     """
     paths = list(dict.fromkeys(e.image for split in splits.values() for e in split.examples)) if images else []
-    pictures = dict(zip(paths, in_threads(_read_header, paths, progress), strict=True))
-    stats: Stats = {"splits": {name: _describe(split, count_tokens, pictures) for name, split in splits.items()}}
+    headers = dict(zip(paths, in_threads(_read_header, paths, progress), strict=True))
+    stats: Stats = {"splits": {name: _describe(split, count_tokens, headers) for name, split in splits.items()}}
     examples = [(name, example) for name, split in splits.items() for example in split.examples]
     stats["duplicates"] = {
-        "files": _repeats((name, e.id, pictures[e.image].digest) for name, e in examples if e.image in pictures),
+        "files": _repeats((name, e.id, headers[e.image].digest) for name, e in examples if e.image in headers),
         "captions": _repeats((name, e.id, e.caption.strip()) for name, e in examples),
     }
     stats["overlaps"] = _overlaps({name: [e.id for e in split.examples] for name, split in splits.items()})
@@ -171,7 +171,7 @@ def inspect_dataset(
 def inspect_directory(
     data: Path,
     out: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     model: Path | None = None,
     decode: bool = True,
@@ -180,10 +180,10 @@ def inspect_directory(
     max_tokens: int = 200,
     high_bit_depth: str = CLIP,
 ) -> bool:
-    """Describe a data set on the terminal, in out/inspect.json and out/inspect.png; return whether all of it is usable.
+    """Describe a data set with `log`, in out/inspect.json and in out/inspect.png; return whether all of it is usable.
 
-    With `model`, a checkpoint, its tokenizer counts tokens, and captions beyond `max_tokens` are listed, as are those
-    that lose accents or words in it.
+    If `model` is given (the folder of a checkpoint), its tokenizer counts tokens. Captions with more than `max_tokens`
+    tokens are then listed, and captions that lose accents or words when they are tokenized.
     """
     window_of(high_bit_depth)
     count_tokens, lost_in = None, None
@@ -196,43 +196,44 @@ def inspect_directory(
         tokenizer = read_tokenizer(model)
         count_tokens = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
         lost_in = lambda text: lost_in_tokens(tokenizer, text)  # noqa: E731
-    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=say)
+    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=log)
     stats = inspect_dataset(splits, count_tokens=count_tokens)
     counting: dict[str, Any] = {"count_tokens": count_tokens, "max_tokens": max_tokens, "lost_in": lost_in}
-    found = {
+    by_split = {
         name: check_split(split, decode=decode, depth=high_bit_depth, **counting) for name, split in splits.items()
     }
-    stats["problems"] = {name: asdict(problems) for name, problems in found.items()}
+    stats["problems"] = {name: asdict(problems) for name, problems in by_split.items()}
     for line in lines(stats):
-        say(line)
-    for name, problems in found.items():
+        log(line)
+    for name, problems in by_split.items():
         for line in problems.lines():
-            say(f"{name}: {line}")
+            log(f"{name}: {line}")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "inspect.json", json.dumps(stats, indent=1) + "\n")
     draw_dataset(stats, out / "inspect.png")
-    say(f"-> {out / 'inspect.json'}, {out / 'inspect.png'}")
-    return not any(problems.fatal for problems in found.values())
+    log(f"-> {out / 'inspect.json'}, {out / 'inspect.png'}")
+    return not any(problems.fatal for problems in by_split.values())
 
 
-def _describe(split: Split, count_tokens: Callable[[str], int] | None, pictures: dict[Path, _Picture]) -> Stats:
+def _describe(split: Split, count_tokens: Callable[[str], int] | None, headers: dict[Path, _Header]) -> Stats:
     captions = [example.caption for example in split.examples]
-    found: Stats = {
+    files = {example.image: example.id for example in split.examples}
+    return {
         "captions_file": str(split.captions_file),
         "images": len({example.id for example in split.examples}),
         "captions": len(captions),
         "prompts": sum(bool(example.prompt) for example in split.examples),
         "words": _lengths(len(caption.split()) for caption in captions),
-        "tokens": _lengths(count_tokens(one.text) for one in split.examples) if count_tokens is not None else None,
+        "tokens": _lengths(count_tokens(example.text) for example in split.examples)
+        if count_tokens is not None
+        else None,
         "modalities": _modalities(split.examples),
+        "sizes": _sizes([(name, headers[path]) for path, name in files.items()]) if headers else None,
     }
-    files = {example.image: example.id for example in split.examples}
-    found["sizes"] = _sizes([(name, pictures[path]) for path, name in files.items()]) if pictures else None
-    return found
 
 
 def _lengths(lengths: Iterable[int]) -> Stats | None:
-    """Return least, median, mean, 95th percentile and greatest length, and how many captions have each."""
+    """Return min, median, mean, 95th percentile and max of the lengths, and the number of captions per length."""
     ordered = sorted(lengths)
     if not ordered:
         return None
@@ -247,7 +248,7 @@ def _lengths(lengths: Iterable[int]) -> Stats | None:
 
 
 def _modalities(examples: list[Example]) -> Stats:
-    """Count images by the modality among their concepts; an image with two counts for both, and among "several"."""
+    """Count images by the modality among their concepts. An image with two counts for both, and in "several"."""
     by_image = {example.id: set(example.concepts) for example in examples}
     counts = dict.fromkeys([*MODALITIES.values(), NO_MODALITY], 0)
     several = 0
@@ -260,14 +261,14 @@ def _modalities(examples: list[Example]) -> Stats:
     return {"images": len(by_image), "with_concepts": with_concepts, "several": several, "counts": counts}
 
 
-def _sizes(pictures: list[tuple[str, _Picture]]) -> Stats:
-    """Return least, median and greatest width and height in px, modes, and the files that tell neither."""
-    read = [picture for _, picture in pictures if not picture.reason]
-    unread = [[name, picture.reason] for name, picture in pictures if picture.reason]
-    modes = Counter(picture.mode for picture in read)
+def _sizes(headers: list[tuple[str, _Header]]) -> Stats:
+    """Return min, median and max of width and height in px, the modes, and the files whose header cannot be read."""
+    read = [header for _, header in headers if not header.reason]
+    unread = [[name, header.reason] for name, header in headers if header.reason]
+    modes = Counter(header.mode for header in read)
     spans = {}
     for side in ("width", "height"):
-        values = sorted(getattr(picture, side) for picture in read)
+        values = sorted(getattr(header, side) for header in read)
         spans[side] = {"min": values[0], "median": statistics.median(values), "max": values[-1]} if values else None
     return {
         **spans,
@@ -278,70 +279,70 @@ def _sizes(pictures: list[tuple[str, _Picture]]) -> Stats:
 
 
 def _repeats(items: Iterable[tuple[str, str, Hashable]]) -> Stats:
-    """Count what occurs at several images: (split, id, content); empty content is nobody's duplicate.
+    """Count contents that several images share. Items are (split, id, content); empty contents are ignored.
 
-    "within" counts, by split, the images that repeat an earlier one; "between" counts contents found in both splits.
+    "within" counts, by split, the images that repeat an earlier one. "between" counts contents found in both splits.
     """
     groups: dict[Hashable, list[tuple[str, str]]] = defaultdict(list)
     for split, name, content in dict.fromkeys(items):
         if content:
             groups[content].append((split, name))
-    several = [group for group in groups.values() if len(group) > 1]
+    shared = [group for group in groups.values() if len(group) > 1]
     within: Counter[str] = Counter()
     between: Counter[str] = Counter()
-    for group in several:
+    for group in shared:
         counts = Counter(split for split, _ in group)
         within.update({split: count - 1 for split, count in counts.items() if count > 1})
         between.update(" and ".join(pair) for pair in combinations(counts, 2))
-    first = [[f"{split}: {name}" for split, name in group[:FIRST]] for group in several[:FIRST]]
-    return {"groups": len(several), "within": dict(within), "between": dict(between), "first": first}
+    first = [[f"{split}: {name}" for split, name in group[:FIRST]] for group in shared[:FIRST]]
+    return {"groups": len(shared), "within": dict(within), "between": dict(between), "first": first}
 
 
 def _overlaps(ids: dict[str, list[str]]) -> Stats:
-    found = {}
-    for one, other in combinations(ids, 2):
-        theirs = set(ids[other])
-        shared = [name for name in dict.fromkeys(ids[one]) if name in theirs]
-        found[f"{one} and {other}"] = {"count": len(shared), "first": shared[:FIRST]}
-    return found
+    overlaps = {}
+    for first, second in combinations(ids, 2):
+        second_ids = set(ids[second])
+        shared = [name for name in dict.fromkeys(ids[first]) if name in second_ids]
+        overlaps[f"{first} and {second}"] = {"count": len(shared), "first": shared[:FIRST]}
+    return overlaps
 
 
-def _read_header(path: Path) -> _Picture:
-    """Return what a file says of its picture. Raises EngineError for trouble of the system."""
+def _read_header(path: Path) -> _Header:
+    """Read the header of an image file. Raises EngineError for errors of the system."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-            return _Picture(reason="not a file, or too large")  # opening a pipe would wait for its writer
+            return _Header(reason="not a file, or too large")  # opening a pipe would wait for its writer
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             if is_dicom(path):
-                return _Picture(*decode_image(path).size, "DICOM", digest)
+                return _Header(*decode_image(path).size, "DICOM", digest)
             stream.seek(0)
-            with image_errors(path), open_image(stream) as picture:
-                return _Picture(*picture.size, picture.mode, digest)
+            with image_errors(path), open_image(stream) as image:
+                return _Header(*image.size, image.mode, digest)
     except ImageError as error:
-        return _Picture(reason=error.reason)
+        return _Header(reason=error.reason)
     except OSError as error:
         if error.errno in SYSTEM_TROUBLE:
             raise EngineError(f"{path} cannot be read: {error.strerror}") from error
-        return _Picture(reason=error.strerror or str(error))
+        return _Header(reason=error.strerror or str(error))
 
 
 def lines(stats: Stats) -> list[str]:
     """Return the statistics as lines for a terminal."""
     out: list[str] = []
-    for name, found in stats["splits"].items():
-        out.append(f"{name}: {found['images']} images, {found['captions']} captions ({found['captions_file']})")
+    for name, split in stats["splits"].items():
+        out.append(f"{name}: {split['images']} images, {split['captions']} captions ({split['captions_file']})")
         for unit in ("words", "tokens"):
-            span = found[unit]
+            span = split[unit]
             if span:
                 out.append(
-                    f"  {unit} a caption: {span['min']} to {span['max']}, median {span['median']:g}, "
+                    f"  {unit} per caption: {span['min']} to {span['max']}, median {span['median']:g}, "
                     f"mean {span['mean']:.1f}, 95 % have at most {span['p95']}"
                 )
-        if found["prompts"]:
-            out.append(f"  prompts: {found['prompts']} of {found['captions']} captions have one; tokens count it")
-        out += [f"  {line}" for line in (*_modality_lines(found), *_size_lines(found["sizes"]))]
+        if split["prompts"]:
+            out.append(f"  prompts: {split['prompts']} of {split['captions']} captions have one; tokens include it")
+        out += [f"  {line}" for line in (*_modality_lines(split), *_size_lines(split["sizes"]))]
     for kind, noun in (("files", "images with the same bytes"), ("captions", "images with the same caption")):
         out.append(f"{noun}: {_repeat_line(stats['duplicates'][kind])}")
     for pair, shared in stats["overlaps"].items():
@@ -350,12 +351,12 @@ def lines(stats: Stats) -> list[str]:
     return out
 
 
-def _modality_lines(found: Stats) -> list[str]:
-    seen = found["modalities"]
-    if not seen["with_concepts"]:
+def _modality_lines(split: Stats) -> list[str]:
+    modalities = split["modalities"]
+    if not modalities["with_concepts"]:
         return ["modalities: unknown, no concepts"]
-    counts = ", ".join(f"{name} {count}" for name, count in seen["counts"].items() if count)
-    several = f" ({seen['several']} images have more than one)" if seen["several"] else ""
+    counts = ", ".join(f"{name} {count}" for name, count in modalities["counts"].items() if count)
+    several = f" ({modalities['several']} images have more than one)" if modalities["several"] else ""
     return [f"modalities: {counts}{several}"]
 
 
@@ -370,7 +371,7 @@ def _size_lines(sizes: Stats | None) -> list[str]:
     unread = sizes["unread"]
     if unread["count"]:
         named = ", ".join(f"{name} ({reason})" for name, reason in unread["first"])
-        out.append(f"of unknown size: {unread['count']}: {named}" + (", ..." if unread["count"] > FIRST else ""))
+        out.append(f"{unread['count']} of unknown size: {named}" + (", ..." if unread["count"] > FIRST else ""))
     return out
 
 
@@ -378,9 +379,9 @@ def _sides(sizes: Stats) -> list[tuple[str, Stats]]:
     return [(side, sizes[side]) for side in ("width", "height")]
 
 
-def _repeat_line(found: Stats) -> str:
-    parts = [f"{count} repeat an earlier one of {name}" for name, count in found["within"].items()]
-    parts += [f"{count} shared by {pair}" for pair, count in found["between"].items()]
+def _repeat_line(repeats: Stats) -> str:
+    parts = [f"{count} repeat an earlier one of {name}" for name, count in repeats["within"].items()]
+    parts += [f"{count} shared by {pair}" for pair, count in repeats["between"].items()]
     if not parts:
         return "none"
-    return ", ".join(parts) + f"; such as {', '.join(found['first'][0])}"
+    return ", ".join(parts) + f"; for example {', '.join(repeats['first'][0])}"

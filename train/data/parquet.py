@@ -1,4 +1,4 @@
-"""Unpack parquet files of pictures and captions into picture files, once; knows nothing of splits and other layouts."""
+"""Unpack parquet files with images and captions into image files, once."""
 
 from __future__ import annotations
 
@@ -19,17 +19,23 @@ from engine.inputs.columns import CAPTION_COLUMNS, PROMPT, USUAL, Columns
 from engine.inputs.kinds import HEAD_BYTES, SUFFIXES, image_id, kind_of
 
 INDEX = "index.jsonl"
-"""Rows of an unpacked folder. Its first line names the parquet files it was made of; written last, it is the marker."""
+"""The rows of an unpacked folder. Its first line describes the parquet files they came from. It is written last, so its
+existence marks a complete folder.
+"""
 ROWS_AT_ONCE = 64
 NUMBERED = re.compile(r"captions?_?\d+")
 CONCEPT_COLUMNS = ("cui", "cuis", "concepts")
 SUFFIX_OF = {"PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "WebP": ".webp", "TIFF": ".tif", "DICOM": ".dcm"}
-"""Suffixes of unnamed pictures by what they are; .jpg for any other, since readers go by the content."""
+"""Suffixes of images without a file name, by image format. All others get .jpg: readers go by the content."""
 
 
 @dataclass(frozen=True)
-class ParquetRow:
-    """One row: `file` is the picture's path, None where the row had none; texts are empty where they were null."""
+class Row:
+    """A caption of an image, as read from a table, a parquet file or any other layout.
+
+    `file` is the path of an image that was unpacked from parquet. It is None for a parquet row without an image, and in
+    all other layouts, where the image is found by `id`. `caption`, `concepts` and `prompt` may be empty.
+    """
 
     id: str
     file: Path | None
@@ -38,15 +44,16 @@ class ParquetRow:
     prompt: str = ""
 
 
-def unpack(files: list[Path], into: Path, chosen: Columns = USUAL) -> list[ParquetRow]:
-    """Write the pictures of parquet files as files into the folder `into`, unless they are there; return the rows.
+def unpack(files: list[Path], into: Path, chosen: Columns = USUAL) -> list[Row]:
+    """Write the images of parquet files into the folder `into`, unless this was done before, and return the rows.
 
-    Needed are a column of images (a struct of bytes and path, or bytes alone) and captions; image_id, cui and prompt
-    are read where they are.
-    A few rows are in memory at a time. The work is done in a folder beside, renamed at its end: what was cut off is
-    unpacked again, and so are parquet files that changed. Ids come from strangers and name no path: see `safe_name`.
-    Raises DataError naming the file, UsageError when pyarrow is missing or another process unpacks, OutputError when
-    `into` cannot be written or holds something else.
+    The files need a column of images (a struct of bytes and path, or bytes alone) and a column of captions. The columns
+    image_id, cui and prompt are optional.
+    Only a few rows are in memory at a time. The images are written to a temporary folder next to `into`, which is
+    renamed at the end, so an interrupted run unpacks again. So does a run whose parquet files have changed. Ids come
+    from strangers and are not used as paths: see `safe_name`.
+    Raises DataError naming the file, UsageError if pyarrow is missing or another process is unpacking, and OutputError
+    if `into` cannot be written or holds something else.
     """
     made_of = [_describe(file, chosen) for file in files]
     rows = _read_index(into, made_of)
@@ -55,11 +62,11 @@ def unpack(files: list[Path], into: Path, chosen: Columns = USUAL) -> list[Parqu
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
         with OutputLock(into):
-            rows = _read_index(into, made_of)  # whoever held the lock before may have done it
+            rows = _read_index(into, made_of)  # the previous holder of the lock may have unpacked it
             if rows is not None:
                 return rows
             if into.exists() and not (into / INDEX).is_file():
-                raise OutputError(f"{into} exists and was not unpacked from parquet: move it, or unpack elsewhere")
+                raise OutputError(f"{into} exists and was not unpacked from parquet: move it, or set --unpack-into")
             partial = into.with_name(f".{into.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -70,13 +77,13 @@ def unpack(files: list[Path], into: Path, chosen: Columns = USUAL) -> list[Parqu
     except OSError as error:
         raise OutputError(
             f"{error.filename or into} cannot be written: {error.strerror or error}: the images of parquet files are "
-            "unpacked there, --unpack-into takes another folder"
+            "unpacked there, set --unpack-into to another folder"
         ) from error
     return _read_index(into, made_of) or []
 
 
 def safe_name(name: str) -> str:
-    """Return a file name (without extension) for an id: itself where it is harmless, else what is left and its hash."""
+    """Return a file name (without extension) for an id: the id if it is safe, else its safe characters and a hash."""
     if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,159}", name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -84,35 +91,35 @@ def safe_name(name: str) -> str:
 
 
 def _describe(file: Path, chosen: Columns) -> list[Any]:
-    """Return what tells whether a file is still the one that was unpacked: name, bytes, time of change in ns.
+    """Return what identifies an unpacked parquet file: name, size in bytes, modification time in ns, column choices.
 
-    Also whether it has prompts: folders that an earlier version unpacked lack them.
+    It also records whether the file has prompts, because folders unpacked by an earlier version lack them.
     """
     try:
         status = file.stat()
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
-    with _opened(file) as opened:
+    with _open_parquet(file) as opened:
         has_prompts = any(name.lower() == PROMPT for name in opened.schema_arrow.names)
         names = list(opened.schema_arrow.names)
     chosen.note(file, names)
-    places = (chosen.place_of_id(names), chosen.place_of_caption(names), chosen.place_of_prompt(names))
+    indices = (chosen.place_of_id(names), chosen.place_of_caption(names), chosen.place_of_prompt(names))
     roles = (chosen.id, chosen.caption, chosen.prompt)
-    by_name = {str(role): names[place] for role, place in zip(roles, places, strict=True) if role and place is not None}
+    by_role = {str(role): names[i] for role, i in zip(roles, indices, strict=True) if role and i is not None}
     described = [file.name, status.st_size, status.st_mtime_ns, *([PROMPT] if has_prompts else [])]
-    return [*described, *([by_name] if by_name else [])]
+    return [*described, *([by_role] if by_role else [])]
 
 
-def _read_index(folder: Path, made_of: list[list[Any]]) -> list[ParquetRow] | None:
-    """Return the rows of a folder that was unpacked from these files, None where there is none."""
+def _read_index(folder: Path, made_of: list[list[Any]]) -> list[Row] | None:
+    """Return the rows of a folder that was unpacked from these files, or None if there is no such folder."""
     try:
         header, *lines = (folder / INDEX).read_text("utf-8").splitlines()
         if json.loads(header) != made_of:
             return None
         rows = [json.loads(line) for line in lines]
-        # Only the last part of a path counts: the folder may come with the data set, from a stranger.
+        # Use only the file name: the index may come with a data set from a stranger and must not lead elsewhere.
         return [
-            ParquetRow(
+            Row(
                 str(row["id"]),
                 folder / Path(row["file"]).name if row["file"] else None,
                 str(row["caption"]),
@@ -132,14 +139,14 @@ def _write(rows: Iterable[_Cells], made_of: list[list[Any]], folder: Path) -> No
         index.write(json.dumps(made_of) + "\n")
         for row in rows:
             file = None
-            if row.picture is not None:
-                digest = hashlib.sha256(row.picture).digest()
-                pictures = written.setdefault(row.id, [])
-                file = next((known for known_digest, known in pictures if known_digest == digest), None)
-                if file is None:  # an id may come twice, with different pictures: each gets a file of its own
-                    file = _free_name(row.id, len(pictures), row.suffix, taken)
-                    (folder / file).write_bytes(row.picture)
-                    pictures.append((digest, file))
+            if row.image is not None:
+                digest = hashlib.sha256(row.image).digest()
+                images = written.setdefault(row.id, [])
+                file = next((known for known_digest, known in images if known_digest == digest), None)
+                if file is None:  # an id may occur twice with different images: each image gets a separate file
+                    file = _free_name(row.id, len(images), row.suffix, taken)
+                    (folder / file).write_bytes(row.image)
+                    images.append((digest, file))
             entry = {"id": row.id, "file": file, "caption": row.caption, "cui": row.concepts}
             index.write(json.dumps(entry | ({"prompt": row.prompt} if row.prompt else {})) + "\n")
         index.flush()
@@ -148,7 +155,7 @@ def _write(rows: Iterable[_Cells], made_of: list[list[Any]], folder: Path) -> No
 
 
 def _free_name(name: str, number: int, suffix: str, taken: set[str]) -> str:
-    """Return a file name nobody has, also where file systems do not tell upper from lower case."""
+    """Return an unused file name. Names that differ only in case count as equal, for case-insensitive file systems."""
     stem = safe_name(name) + (f"~{number + 1}" if number else "")
     if stem.lower() in taken:
         stem += "~" + hashlib.sha256(stem.encode()).hexdigest()[:16]
@@ -157,8 +164,8 @@ def _free_name(name: str, number: int, suffix: str, taken: set[str]) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a parquet file as pyarrow has it. Raises DataError naming the file, UsageError without pyarrow."""
+def _open_parquet(path: Path) -> Iterator[Any]:
+    """Open a pyarrow ParquetFile. Raises DataError naming an unreadable file, and UsageError without pyarrow."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -172,10 +179,10 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 class _Cells(NamedTuple):
-    """What is wanted of a row: `picture` are the bytes of an image file, None without one, `suffix` its extension."""
+    """The cells of a row: `image` is the content of an image file, or None, and `suffix` its extension."""
 
     id: str
-    picture: bytes | None
+    image: bytes | None
     suffix: str
     caption: str
     concepts: list[str]
@@ -183,10 +190,10 @@ class _Cells(NamedTuple):
 
 
 def _rows(files: list[Path], prefix: str, chosen: Columns) -> Iterator[_Cells]:
-    """Yield every row, one for each of its captions."""
+    """Yield the cells of every row, once for each of its captions."""
     number = 0
     for path in files:
-        with _opened(path) as file:
+        with _open_parquet(path) as file:
             names = _columns(path, file.schema_arrow, chosen)
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names.wanted):
                 for row in batch.to_pylist():
@@ -195,30 +202,31 @@ def _rows(files: list[Path], prefix: str, chosen: Columns) -> Iterator[_Cells]:
 
 
 def _row(row: dict[str, Any], names: _Columns, fallback: str) -> Iterator[_Cells]:
-    """Take one row apart, a caption at a time; without an id it is called by its picture's file name, or `fallback`."""
-    picture, identity, concepts = row.get(names.picture), row.get(names.identity), row.get(names.concepts)
-    if isinstance(picture, list):
-        picture = picture[0] if picture else None
-    picture = {"bytes": picture} if isinstance(picture, bytes) else picture or {}
-    content, label = picture.get("bytes"), str(picture.get("path") or "")
+    """Yield the cells of one row for each of its captions.
+
+    A row without an id gets the file name of its image as its id, else `fallback`.
+    """
+    image, identity, concepts = row.get(names.image), row.get(names.identity), row.get(names.concepts)
+    if isinstance(image, list):
+        image = image[0] if image else None
+    image = {"bytes": image} if isinstance(image, bytes) else image or {}
+    content, label = image.get("bytes"), str(image.get("path") or "")
     name = ("" if identity is None else str(identity)) or image_id(label) or fallback
     captions: list[str | None] = []
     for column in names.captions:
         value = row.get(column)
         captions += value if isinstance(value, list) else [value]
-    kept = [caption for caption in captions if caption] or [""]
+    texts = [caption for caption in captions if caption] or [""]
     prompt = str(row.get(names.prompt) or "")
-    for caption in kept:
+    for caption in texts:
         yield _Cells(name, content, _suffix(label, content or b""), str(caption), split_concepts(concepts), prompt)
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Names of columns; those of ids, concepts and prompts may be ''. There are several of captions where they are
-    numbered.
-    """
+    """Names of columns; those of ids, concepts and prompts may be ''. Numbered columns give several captions."""
 
-    picture: str
+    image: str
     identity: str
     captions: tuple[str, ...]
     concepts: str
@@ -226,11 +234,11 @@ class _Columns:
 
     @property
     def wanted(self) -> list[str]:
-        return [name for name in (self.picture, self.identity, *self.captions, self.concepts, self.prompt) if name]
+        return [name for name in (self.image, self.identity, *self.captions, self.concepts, self.prompt) if name]
 
 
 def _require_text(path: Path, entry: Any, *, is_prompt: bool) -> None:
-    """Raise DataError for a column that does not hold text, nor lists of text where it is one of captions."""
+    """Raise DataError if a column does not hold text. A column of captions may also hold lists of text."""
     import pyarrow
 
     kind = entry.type
@@ -242,31 +250,31 @@ def _require_text(path: Path, entry: Any, *, is_prompt: bool) -> None:
 
 
 def _columns(path: Path, schema: Any, chosen: Columns) -> _Columns:
-    """Return the columns that are read. Raises DataError where there are no images or no captions of text."""
+    """Return the columns to read. Raises DataError if there are no images or no captions of text."""
     lowered = {entry.name.lower(): entry.name for entry in schema}
-    pictures = [entry.name for entry in schema if _holds_images(entry.type)]
-    pictures = pictures or [entry.name for entry in schema if _is_binary(entry.type)]
-    texts = [entry.name for entry in schema if entry.name not in pictures]
-    place = chosen.place_of_caption(texts, [name for name in CAPTION_COLUMNS if name != PROMPT])
-    captions = [texts[place]] if place is not None else [name for name in texts if NUMBERED.fullmatch(name.lower())]
-    if not pictures or not captions:
+    images = [entry.name for entry in schema if _holds_images(entry.type)]
+    images = images or [entry.name for entry in schema if _is_binary(entry.type)]
+    texts = [entry.name for entry in schema if entry.name not in images]
+    index = chosen.place_of_caption(texts, [name for name in CAPTION_COLUMNS if name != PROMPT])
+    captions = [texts[index]] if index is not None else [name for name in texts if NUMBERED.fullmatch(name.lower())]
+    if not images or not captions:
         raise DataError(
-            f"{path} has no {'captions' if pictures else 'pictures'}, only {', '.join(lowered.values())}: it needs a "
-            "column of images (a struct of bytes and path, or bytes) and one named caption, or give --caption-column"
+            f"{path} has no {'captions' if images else 'images'}, only {', '.join(lowered.values())}: it needs a "
+            "column of images (a struct of bytes and path, or bytes) and one named caption, or set --caption-column"
         )
-    place = chosen.place_of_id(texts, ("image_id", "id", "__key__"))
-    identity = "" if place is None else texts[place]
+    index = chosen.place_of_id(texts, ("image_id", "id", "__key__"))
+    identity = "" if index is None else texts[index]
     concepts = next((lowered[name] for name in CONCEPT_COLUMNS if name in lowered), "")
-    place = chosen.place_of_prompt(texts)
-    prompt = "" if place is None else texts[place]
+    index = chosen.place_of_prompt(texts)
+    prompt = "" if index is None else texts[index]
     for entry in schema:
         if entry.name in (*captions, prompt):
             _require_text(path, entry, is_prompt=entry.name == prompt)
-    return _Columns(pictures[0], identity, tuple(captions), concepts, prompt)
+    return _Columns(images[0], identity, tuple(captions), concepts, prompt)
 
 
 def _holds_images(kind: Any) -> bool:
-    """Return whether a column holds images as Hugging Face writes them, or lists of them, of which the first counts."""
+    """Return whether a column holds images as Hugging Face writes them, or lists of them (only the first is read)."""
     import pyarrow
 
     kind = kind.value_type if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) else kind
@@ -280,14 +288,15 @@ def _is_binary(kind: Any) -> bool:
 
 
 def split_concepts(value: Any) -> list[str]:
-    """Return the concepts of a cell: a list, or text separated by `;` (or commas, where there is no `;`)."""
+    """Return the concepts of a cell: a list, or text separated by `;` (by commas if it contains no `;`)."""
     if isinstance(value, list):
-        return [str(one) for one in value if one is not None]
+        return [str(item) for item in value if item is not None]
     text = str(value or "").strip().removeprefix("[").removesuffix("]")
-    return [one for part in text.split(";" if ";" in text else ",") if (one := part.strip(" \t\r\n'\""))]
+    parts = text.split(";" if ";" in text else ",")
+    return [concept for part in parts if (concept := part.strip(" \t\r\n'\""))]
 
 
 def _suffix(label: str, content: bytes) -> str:
-    """Return the extension of a picture's own name, else that of its first bytes."""
+    """Return the extension in an image's file name, else the one of the format that its first bytes have."""
     suffix = Path(label).suffix.lower()
     return suffix if suffix in SUFFIXES else SUFFIX_OF.get(kind_of(content[:HEAD_BYTES]) or "", ".jpg")

@@ -1,4 +1,4 @@
-"""What can be wrong with the captioned images of a split."""
+"""The problems that the images and captions of a split can have, by category."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 Finding = tuple[str, str]
-"""An id (for an image without caption its path) and the reason."""
+"""An id (or the path, for an image without caption) and the reason."""
 
 NOUNS = {
     "missing": ("missing image", "missing images"),
@@ -16,7 +16,7 @@ NOUNS = {
     "imageless": ("DICOM file without an image, skipped", "DICOM files without an image, skipped"),
     "repeated": ("id with several captions", "ids with several captions"),
     "cut": ("caption that will be cut", "captions that will be cut"),
-    "clipped": ("image of more than 8 bits a channel", "images of more than 8 bits a channel"),
+    "clipped": ("image with more than 8 bits per channel", "images with more than 8 bits per channel"),
     "accents": (
         "caption loses its accents in the tokenizer and is learned without them",
         "captions lose their accents in the tokenizer and are learned without them",
@@ -30,19 +30,20 @@ NOUNS = {
 }
 ACCENTS, WORDS = "accents", "words"
 OF_NO_ID = ("uncaptioned", "imageless")
+"""Categories whose findings are paths instead of ids."""
 FATAL = ("missing", "unreadable", "empty")
 
 
 @dataclass(frozen=True)
 class Problems:
-    """What is wrong with a split, each category a list of findings in the order of the data set.
+    """The problems of a split: a list of findings for each category, in the order of the data set.
 
-    missing: captioned, but there is no file. unreadable: the file is not an image, or damaged. empty: a caption without
-    a visible character. uncaptioned: an image that no caption names. imageless: a DICOM file that is not an image, such
-    as a report. repeated: an id with several captions where the layout has one each. cut: a caption with more tokens
-    than fit. clipped: an image of more than 8 bits a channel, of which only values up to 255 are kept. accents, words:
-    a caption that the tokenizer does not give back. transparent: an image with transparency, which is dropped. frames:
-    a file of several frames, of which the first is used.
+    missing: a captioned image without a file. unreadable: a file that is damaged or not an image. empty: a caption
+    without a visible character. uncaptioned: an image without a caption. imageless: a DICOM file that is not an image,
+    such as a report. repeated: an id with several captions in a layout that has one caption per image. cut: a caption
+    with more tokens than fit. clipped: an image with more than 8 bits per channel, of which only values up to 255 are
+    kept. accents, words: a caption that changes when it is tokenized and decoded. transparent: an image with
+    transparency, which is dropped. frames: a file with several frames, of which the first is used.
     """
 
     missing: list[Finding] = field(default_factory=list)
@@ -63,26 +64,28 @@ class Problems:
 
     @property
     def fatal(self) -> Problems:
-        """Those with which training must not start silently: missing and unreadable images, empty captions."""
+        """The problems that training must not ignore silently: missing and unreadable images, empty captions."""
         return Problems(**{name: getattr(self, name) for name in FATAL})
 
     def select(self, wanted: Callable[[str], bool]) -> Problems:
-        """Return the findings whose id is wanted; those that belong to no id, stay out."""
-        kept = {name: [one for one in getattr(self, name) if wanted(one[0])] for name in NOUNS if name not in OF_NO_ID}
+        """Return the findings whose id is wanted. Findings without an id (OF_NO_ID) are left out."""
+        kept = {
+            name: [item for item in getattr(self, name) if wanted(item[0])] for name in NOUNS if name not in OF_NO_ID
+        }
         return Problems(**kept)
 
     def lines(self, most: int = 3) -> list[str]:
-        """Return a line for every category that holds something, naming the first `most` of it."""
+        """Return one line for every category with findings. Each line names the first `most` findings."""
         lines = []
         for name, nouns in NOUNS.items():
-            found: list[Finding] = getattr(self, name)
-            if found:
-                named = ", ".join(f"{one} ({reason})" if reason else one for one, reason in found[:most])
-                more = f", ... and {len(found) - most} more" if len(found) > most else ""
-                lines.append(f"{len(found)} {nouns[len(found) > 1]}: {named}{more}")
+            findings: list[Finding] = getattr(self, name)
+            if findings:
+                named = ", ".join(f"{item} ({reason})" if reason else item for item, reason in findings[:most])
+                more = f", ... and {len(findings) - most} more" if len(findings) > most else ""
+                lines.append(f"{len(findings)} {nouns[len(findings) > 1]}: {named}{more}")
         return lines
 
 
 def is_empty(caption: str) -> bool:
-    """Return whether a caption holds nothing to learn: no character but white space."""
+    """Return whether a caption is empty or only white space, so that there is nothing to learn."""
     return not caption.strip()

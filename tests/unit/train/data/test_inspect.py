@@ -1,4 +1,4 @@
-"""Statistics of a data set: lengths, modalities, sizes, duplicates, overlaps, and their plot."""
+"""Statistics of a data set: lengths, modalities, sizes, duplicates, overlaps, and the plot."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def test_lengths_are_counted_in_words_and_tokens():
     }
     assert found["tokens"]["counts"] == {"3": 1, "4": 2, "11": 1}
     assert json.loads(json.dumps(stats)) == stats
-    assert "  words a caption: 1 to 9, median 2, mean 3.5, 95 % have at most 9" in lines(stats)
+    assert "  words per caption: 1 to 9, median 2, mean 3.5, 95 % have at most 9" in lines(stats)
 
 
-def test_the_95th_percentile_is_a_length_that_95_of_100_do_not_exceed():
+def test_95th_percentile_is_not_exceeded_by_95_of_100():
     stats = inspect_dataset({"train": made("train", words(*range(1, 101)))}, images=False)
     assert stats["splits"]["train"]["words"]["p95"] == 95
 
 
-def test_modalities_come_from_concepts_and_never_from_captions():
+def test_modalities_come_from_concepts_not_captions():
     rows = [
         ("a", "one", (CT, "C0817096")),
         ("a", "another caption of a", (CT, "C0817096")),
@@ -68,17 +68,17 @@ def test_modalities_come_from_concepts_and_never_from_captions():
     assert (found["images"], found["captions"]) == (4, 5)
 
 
-def test_sizes_and_modes_come_from_headers_and_what_has_none_is_named(tmp_path):
+def test_sizes_and_modes_come_from_headers(tmp_path):
     Image.new("RGB", (30, 10)).save(tmp_path / "a.png")
     Image.new("L", (10, 20)).save(tmp_path / "b.png")
     Image.new("L", (20, 60)).save(tmp_path / "c.png")
-    cut = (tmp_path / "c.png").read_bytes()[:60]  # its header is whole, its pixels are not
+    cut = (tmp_path / "c.png").read_bytes()[:60]  # a complete header, but not all pixels
     (tmp_path / "c.png").write_bytes(cut)
     (tmp_path / "d.png").write_bytes(b"none")
     os.mkfifo(tmp_path / "f.png")
     rows = [(name, name, ()) for name in "abcdef"]
-    told: list[tuple[int, int]] = []
-    stats = inspect_dataset({"train": made("train", rows, tmp_path)}, progress=lambda *n: told.append(n))
+    progress: list[tuple[int, int]] = []
+    stats = inspect_dataset({"train": made("train", rows, tmp_path)}, progress=lambda *n: progress.append(n))
     sizes = stats["splits"]["train"]["sizes"]
     assert sizes["width"] == {"min": 10, "median": 20, "max": 30}
     assert sizes["height"] == {"min": 10, "median": 20, "max": 60}
@@ -92,12 +92,12 @@ def test_sizes_and_modes_come_from_headers_and_what_has_none_is_named(tmp_path):
             ["f", "not a file, or too large"],
         ],
     }
-    assert told == [(6, 6)]
+    assert progress == [(6, 6)]
     assert "  pixels: width 10 to 30, median 20; height 10 to 60, median 20; 66.7% not RGB (L 2, RGB 1)" in lines(stats)
-    assert any(line.startswith("  of unknown size: 3: d (not an image") for line in lines(stats))
+    assert any(line.startswith("  3 of unknown size: d (not an image") for line in lines(stats))
 
 
-def test_duplicates_and_overlaps_are_counted_within_splits_and_between_them(tmp_path):
+def test_duplicates_within_and_between_splits(tmp_path):
     shades = {"a": 0, "b": 0, "c": 1, "v": 0, "w": 2, "x": 2}
     for name, shade in shades.items():
         Image.new("L", (2, 2), shade).save(tmp_path / f"{name}.png")
@@ -118,22 +118,23 @@ def test_duplicates_and_overlaps_are_counted_within_splits_and_between_them(tmp_
         "train and test": {"count": 0, "first": []},
         "valid and test": {"count": 0, "first": []},
     }
-    said = lines(stats)
-    assert "ids in train and valid: 1: a" in said
-    assert "ids in train and test: none" in said
-    assert "images with the same caption: 1 repeat an earlier one of train, 1 shared by train and valid; such as " in (
-        "\n".join(said)
+    shown = lines(stats)
+    assert "ids in train and valid: 1: a" in shown
+    assert "ids in train and test: none" in shown
+    assert (
+        "images with the same caption: 1 repeat an earlier one of train, 1 shared by train and valid; for example "
+        in ("\n".join(shown))
     )
 
 
-def test_a_split_without_examples_has_no_lengths():
+def test_empty_split_has_no_lengths():
     stats = inspect_dataset({"train": made("train", [])}, images=False)
     assert stats["splits"]["train"]["words"] is None
     assert lines(stats)[0] == "train: 0 images, 0 captions (train.csv)"
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, stats: dict, out: Path) -> list[dict[str, list[str]]]:
-    """Return the texts of every panel of a plot that was drawn."""
+    """Draw a plot and return the texts of its panels."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -160,7 +161,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, stats: dict, out: Path) -> list[dict[
     return panels
 
 
-def test_the_plot_shows_lengths_and_modalities_and_says_what_it_cuts(tmp_path, monkeypatch):
+def test_plot_shows_lengths_and_modalities_and_notes_cut_tail(tmp_path, monkeypatch):
     rows = [(f"i{n}", " ".join(["w"] * (n % 30 + 1)), (CT,) if n % 2 else (MR,)) for n in range(300)]
     splits = {"train": made("train", [*rows, ("long", "w " * 5000, ())]), "valid": made("valid", rows[:10])}
     stats = inspect_dataset(splits, images=False, count_tokens=lambda text: len(text.split()) + 2)
@@ -177,10 +178,10 @@ def test_the_plot_shows_lengths_and_modalities_and_says_what_it_cuts(tmp_path, m
         assert plot.width > 1500
 
 
-def test_the_plot_leaves_out_what_is_unknown_and_cuts_nothing_it_can_show(tmp_path, monkeypatch):
+def test_plot_omits_panels_without_data(tmp_path, monkeypatch):
     stats = inspect_dataset({"train": made("train", words(1, 2, 3))}, images=False)
     (panel,) = drawn(monkeypatch, stats, tmp_path / "plot.png")
-    assert panel["axes"] == ["words a caption", "% of the captions of the split"]
+    assert panel["axes"] == ["words per caption", "% of the captions of the split"]
     with pytest.raises(OutputError, match="cannot be written: No such file or directory"):
         draw_dataset(stats, tmp_path / "nowhere" / "plot.png")
 
@@ -189,17 +190,17 @@ def test_inspect_and_finetune_count_captions_that_lose_words(tiny_checkpoint, ti
     picture(tmp_path / "data" / "a.png")
     picture(tmp_path / "data" / "b.png")
     write(tmp_path / "data" / "captions.csv", "ID,Caption\na,chest ct\nb,ภาพ\n")
-    told: list[str] = []
-    assert inspect_directory(tmp_path / "data", tmp_path / "out", told.append, model=tiny_checkpoint)
+    logged: list[str] = []
+    assert inspect_directory(tmp_path / "data", tmp_path / "out", logged.append, model=tiny_checkpoint)
     line = "1 caption has words that the vocabulary cannot spell, learned as [UNK]: b"
-    assert f"train: {line}" in told
-    told.clear()
+    assert f"train: {line}" in logged
+    logged.clear()
     recipe = Recipe(valid_share=0.5, seed=next(s for s in range(50) if (draw("a", s) < 0.5) != (draw("b", s) < 0.5)))
-    prepare_data(DataInputs(tmp_path / "data"), recipe, tiny_reference, told.append)
-    assert any(line in one for one in told)
+    prepare_data(DataInputs(tmp_path / "data"), recipe, tiny_reference, logged.append)
+    assert any(line in entry for entry in logged)
 
 
-def test_tokens_are_counted_with_a_tokenizer_of_transformers_5(tiny_checkpoint, tmp_path):
+def test_tokens_are_counted_with_transformers_5_tokenizer(tiny_checkpoint, tmp_path):
     save_pictures(tmp_path / "data", 2)
     write(tmp_path / "data" / "captions.csv", "ID,Caption\n0,axial ct\n1,mri\n")
     model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
@@ -210,6 +211,6 @@ def test_tokens_are_counted_with_a_tokenizer_of_transformers_5(tiny_checkpoint, 
     assert found["splits"]["train"]["tokens"]["max"] == 4
 
 
-def test_a_model_folder_that_is_missing_is_named(tmp_path):
+def test_missing_model_folder_is_named(tmp_path):
     with pytest.raises(UsageError, match="--model nowhere: there is no such folder"):
         inspect_directory(tmp_path, tmp_path / "out", lambda _: None, model=Path("nowhere"))

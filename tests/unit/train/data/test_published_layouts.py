@@ -1,4 +1,4 @@
-"""Data sets are read as their makers publish them: files, names and columns."""
+"""Data sets in the layouts in which they are published: files, names and columns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_rocov2(folder, tmp_path):
     assert not any(split.problems for split in splits.values())
 
 
-def test_imageclef_2023_has_both_tasks_beside_each_other(tmp_path):
+def test_imageclef_2023_with_both_tasks(tmp_path):
     stem = "ImageCLEFmedical_Caption_2023_"
     for split in ("train", "valid"):
         picture(tmp_path / f"{stem}{split}_images" / split / "a.jpg")
@@ -124,7 +124,7 @@ def test_karpathys_file_has_all_splits(tmp_path):
     assert not splits["train"].problems.missing
 
 
-def test_r2gens_file_has_a_report_for_each_picture(tmp_path):
+def test_r2gens_file_gives_each_image_its_report(tmp_path):
     reports = {
         "train": [{"id": "x", "report": "normal heart", "image_path": ["x/0.png", "x/1.png"], "split": "train"}],
         "val": [{"id": "y", "report": "a mass", "image_path": ["y/0.png"], "split": "val"}],
@@ -141,7 +141,7 @@ def test_r2gens_file_has_a_report_for_each_picture(tmp_path):
 
 
 @pytest.mark.parametrize("named", ["PMC1_g002.jpg", "ROCO_00002.jpg"])
-def test_kaggles_roco_leads_from_ids_to_names(named, tmp_path):
+def test_kaggles_roco_maps_ids_to_image_names(named, tmp_path):
     radiology = tmp_path / "train" / "radiology"
     picture(radiology / "images" / named)
     write(radiology / "captions.txt", "ROCO_00002\t axial ct\n")
@@ -151,7 +151,7 @@ def test_kaggles_roco_leads_from_ids_to_names(named, tmp_path):
     assert not split.problems.missing
 
 
-def test_img2datasets_shards_have_a_text_beside_each_picture(tmp_path):
+def test_img2dataset_shards_with_text_files(tmp_path):
     for shard, key in (("00000", "000000000"), ("00000", "000000001"), ("00001", "000010000")):
         picture(tmp_path / shard / f"{key}.jpg")
         write(tmp_path / shard / f"{key}.txt", f"caption of {key}\n")
@@ -182,7 +182,7 @@ def test_kohyas_folders_may_repeat_names(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["", "Flickr8k_text"])
-def test_flickr8k_is_divided_by_its_lists(folder, tmp_path):
+def test_flickr8k_splits_come_from_its_lists(folder, tmp_path):
     for name in ("a", "b", "c", "d"):
         picture(tmp_path / "Flicker8k_Dataset" / f"{name}.jpg")
     lines = [f"{name}.jpg#{i}\t{name} {i} .\n" for name in ("a", "b", "c", "d") for i in range(2)]

@@ -1,4 +1,4 @@
-"""The demo's data and the checkpoint surgery, without downloads."""
+"""The data of the demo and changes to its checkpoint, without downloads."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from train.demo.volumes import BRAIN, HEAD, compose_caption
         ("coronal", BRAIN, {"Unlisted_Area": 900.0}, None, None),
     ],
 )
-def test_captions_name_small_structures_first_and_only_what_is_large_enough(plane, subject, areas, x_mm, expected):
+def test_captions_name_large_enough_regions_small_first(plane, subject, areas, x_mm, expected):
     assert compose_caption(plane, subject, areas, x_mm) == expected
 
 
-def test_targets_start_with_dec_and_padding_is_not_learned(tmp_path):
+def test_targets_start_with_dec_and_ignore_padding(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     batch = collate_captions(tokenizer, ["axial ct of the chest", "mri"], tokenizer.bos_token_id)
     assert (batch["input_ids"][:, 0] == tokenizer.bos_token_id).all()
@@ -71,7 +71,7 @@ def vision_model(image_size: int) -> BlipForConditionalGeneration:
     return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).eval()
 
 
-def test_resizing_keeps_the_class_row_and_equals_hugging_faces_interpolation():
+def test_position_resize_equals_hugging_face():
     model = vision_model(64)
     table = model.vision_model.embeddings.position_embedding
     torch.nn.init.normal_(table)
@@ -86,7 +86,7 @@ def test_resizing_keeps_the_class_row_and_equals_hugging_faces_interpolation():
     assert model.config.vision_config.image_size == 32
 
 
-def test_a_size_that_is_no_multiple_of_the_patch_is_refused():
+def test_size_not_multiple_of_patch_is_refused():
     with pytest.raises(CheckpointError, match="not a multiple of the patch size 8"):
         resize_position_table(vision_model(64), 30)
 
@@ -109,14 +109,14 @@ def test_scores_of_perfect_and_wrong_captions():
     assert (perfect["region_f1"], swapped["region_f1"]) == (1.0, 0.0)
 
 
-def test_a_precuneus_is_no_cuneus_and_half_the_regions_give_a_half():
+def test_region_f1_matches_whole_words():
     assert regions_of("axial image, showing the precuneus and caudate nucleus") == {"precuneus", "caudate nucleus"}
     score = score_captions(["Showing the insula and putamen."], ["showing the insula, cuneus"])
     assert score["region_f1"] == 0.5
 
 
 def debian_package(content: bytes) -> bytes:
-    """An ar archive holding data.tar with one file, as dpkg writes it."""
+    """Return an ar archive that contains data.tar with one file, as dpkg writes it."""
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w:xz") as archive:
         entry = tarfile.TarInfo("./usr/share/x.txt")
@@ -129,7 +129,7 @@ def debian_package(content: bytes) -> bytes:
     return out
 
 
-def test_assets_come_from_packages_lying_there_and_are_checked(tmp_path, monkeypatch):
+def test_existing_packages_are_used_and_checked(tmp_path, monkeypatch):
     (tmp_path / "some-data_1.0_all.deb").write_bytes(debian_package(b"hello"))
     right = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"  # sha256 of hello
     package = assets.Package("some-data", None, "none", {"./usr/share/x.txt": right})
@@ -140,7 +140,7 @@ def test_assets_come_from_packages_lying_there_and_are_checked(tmp_path, monkeyp
         assets.fetch_assets(tmp_path)
 
 
-def test_a_package_that_cannot_be_had_says_what_to_put_where(tmp_path, monkeypatch):
+def test_failed_download_names_the_file_to_provide(tmp_path, monkeypatch):
     package = assets.Package("no-such-package-of-ours", "9.9", "none", {"x": "0"})
     monkeypatch.setattr(assets, "PACKAGES", (package,))
     monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
@@ -148,7 +148,7 @@ def test_a_package_that_cannot_be_had_says_what_to_put_where(tmp_path, monkeypat
         assets.fetch_assets(tmp_path)
 
 
-def test_the_tilt_of_a_volume_leaves_its_centre_in_place():
+def test_tilt_keeps_the_centre():
     from train.demo.volumes import _tilt_about_centre
 
     matrix = _tilt_about_centre(np.array([5.0, -3.0, 8.0]), (11, 21, 31))

@@ -1,4 +1,4 @@
-"""The search of a tuning on scores that are made up, and who is in which half."""
+"""The search for settings on synthetic scores, and the division of ids into halves."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from train.sweep.tune import halve, search
 
 GRIDS = {"a": [0, 1, 2, 3], "b": [0, 1, 2], "c": [0, 1]}
 START = {"a": 2, "b": 9, "c": 0}
-"""b is at a value that its grid lacks."""
+"""The start value of b is not in its grid."""
 
 
 class Scores:
-    """A function of settings that keeps what it was asked."""
+    """A score function that records the settings it is called with."""
 
     def __init__(self, function):
-        self.function, self.asked = function, []
+        self.function, self.calls = function, []
 
     def __call__(self, settings):
-        self.asked.append(dict(settings))
+        self.calls.append(dict(settings))
         return self.function(settings)
 
 
-def test_the_best_of_settings_that_do_not_depend_on_each_other_is_found():
+def test_search_finds_best_of_independent_settings():
     score = Scores(lambda s: -((s["a"] - 1) ** 2) - (s["b"] - 2) ** 2 + s["c"])
     found = search(score, START, GRIDS)
     assert found.best.settings == {"a": 1, "b": 2, "c": 1}
     assert found.best.score == max(score.function(dict(zip("abc", s, strict=True))) for s in product(*GRIDS.values()))
     assert found.settled
-    assert [trial.settings for trial in found.trials] == score.asked
-    assert score.asked[0] == START
+    assert [trial.settings for trial in found.trials] == score.calls
+    assert score.calls[0] == START
 
 
-def test_a_setting_is_tried_anew_when_another_one_has_changed():
+def test_setting_is_tried_again_after_another_changed():
     table = {(0, 0): 1, (1, 0): 0, (0, 1): 2, (1, 1): 3}
     found = search(lambda s: table[s["a"], s["b"]], {"a": 0, "b": 0}, {"a": [0, 1], "b": [0, 1]})
     assert found.best.settings == {"a": 1, "b": 1}
@@ -44,50 +44,50 @@ def test_a_setting_is_tried_anew_when_another_one_has_changed():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_nothing_is_scored_twice_and_no_neighbour_of_the_best_is_better(seed):
+def test_search_ends_in_local_optimum_without_repeats(seed):
     drawn = random.Random(seed)
     values = {key: drawn.randrange(6) for key in product(range(4), (0, 1, 2, 9), range(2))}
     score = Scores(lambda s: values[s["a"], s["b"], s["c"]])
-    found = search(score, START, GRIDS, most_rounds=50)
-    assert len({tuple(asked.items()) for asked in score.asked}) == len(score.asked)
+    found = search(score, START, GRIDS, max_rounds=50)
+    assert len({tuple(call.items()) for call in score.calls}) == len(score.calls)
     assert found.settled
     for name, grid in GRIDS.items():
         for value in grid:
             assert score.function({**found.best.settings, name: value}) <= found.best.score
 
 
-def test_of_equal_scores_the_earlier_setting_stays():
+def test_equal_scores_keep_the_earlier_setting():
     assert search(lambda _: 1.0, START, GRIDS).best.settings == START
     found = search(lambda s: float(s["a"] in (1, 3)), START, GRIDS)
     assert found.best.settings == {**START, "a": 1}
 
 
-def test_settings_of_one_effect_are_scored_once():
+def test_settings_with_equal_effect_are_scored_once():
     score = Scores(lambda s: -s["a"])
     found = search(score, START, GRIDS, effect=lambda settings: settings["a"])
-    assert [asked["a"] for asked in score.asked] == [2, 0, 1, 3]
+    assert [call["a"] for call in score.calls] == [2, 0, 1, 3]
     assert found.best.settings == {**START, "a": 0}
 
 
-def test_a_search_ends_when_its_rounds_are_used_up():
+def test_search_stops_at_max_rounds():
     start, grids = {"a": 0, "b": 0}, dict.fromkeys("ab", range(3))
-    found = search(lambda s: s["a"] + s["b"], start, grids, most_rounds=1)
+    found = search(lambda s: s["a"] + s["b"], start, grids, max_rounds=1)
     assert (found.rounds, found.settled) == (1, False)
-    found = search(lambda s: -abs(s["a"] - s["b"]), start, grids, most_rounds=1)
+    found = search(lambda s: -abs(s["a"] - s["b"]), start, grids, max_rounds=1)
     assert (found.rounds, found.settled) == (1, True)
 
 
 IDS = [f"p{i // 3}_slice{i}" for i in range(30)]
 
 
-def test_halves_are_of_one_size_and_share_nothing():
+def test_halves_are_equal_in_size_and_disjoint():
     for count in (4, 5, 30):
         tuning, held_back = halve(IDS[:count], 0)
         assert sorted(tuning + held_back) == sorted(IDS[:count])
         assert abs(len(tuning) - len(held_back)) <= 1
 
 
-def test_halves_do_not_depend_on_the_order_of_the_ids_but_on_the_seed():
+def test_halves_depend_on_seed_not_order():
     shuffled = random.Random(1).sample(IDS, len(IDS))
     first, second = halve(IDS, 0), halve(shuffled, 0)
     assert [set(half) for half in first] == [set(half) for half in second]
@@ -97,7 +97,7 @@ def test_halves_do_not_depend_on_the_order_of_the_ids_but_on_the_seed():
 
 
 @pytest.mark.parametrize("pattern", ["^[^_]+", r"^p(\d+)_"])
-def test_ids_of_one_group_stay_together(pattern):
+def test_ids_of_a_group_stay_together(pattern):
     tuning, held_back = halve(IDS, 0, pattern)
     of = [{name.split("_")[0] for name in half} for half in (tuning, held_back)]
     assert not of[0] & of[1]
@@ -107,13 +107,13 @@ def test_ids_of_one_group_stay_together(pattern):
 @pytest.mark.parametrize(
     ("ids", "group", "kind", "message"),
     [
-        (IDS[:3], None, DataError, "3 images do not make two halves of at least 2 images: tune on more of them"),
-        (IDS[:3], "^p", DataError, "3 images in 1 groups do not make two halves"),
-        ([*IDS[:9], "x"], "^p.", DataError, "--tune-group ^p. matches nothing in 1 of 10 ids (x): it must"),
-        (IDS, "(", UsageError, "--tune-group ( is no regular expression: "),
+        (IDS[:3], None, DataError, "3 images cannot be divided into two halves of at least 2: use more images"),
+        (IDS[:3], "^p", DataError, "3 images in 1 groups cannot be divided into two halves"),
+        ([*IDS[:9], "x"], "^p.", DataError, "--tune-group ^p. matches nothing in 1 of 10 ids (x): it must match"),
+        (IDS, "(", UsageError, "--tune-group ( is not a valid regular expression: "),
     ],
 )
-def test_halves_that_cannot_be_are_refused(ids, group, kind, message):
+def test_impossible_halves_are_refused(ids, group, kind, message):
     with pytest.raises(kind) as caught:
         halve(ids, 0, group)
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""The sweep over numbers of beams: what it says is the engine's, and a sweep that was cut off goes on."""
+"""The sweep over numbers of beams: its captions and scores equal the engine's, and it resumes when interrupted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from export.bundle import checkpoint_sha256
 from tests.helpers.tiny import make_checkpoint, random_pictures
 from train.__main__ import main
 from train.data.dataset import Example, Split
-from train.sweep.runs import choose_images, spaced
+from train.sweep.runs import choose_images, evenly_spaced
 from train.sweep.sweep import PAPER, Sweep, draw_examples, example_lines, sweep
 
 DECODING = DecodeOptions(no_repeat_ngram_size=3, max_new_tokens=12)
@@ -34,7 +34,7 @@ CAPTIONS = ["axial ct of the chest", "mri of the brain", "a large mass", "x-ray"
 
 
 def make_data(directory: Path, split: str = "valid") -> Path:
-    """Six pictures; the first one has a second caption."""
+    """Write a split of six images, of which the first has two captions."""
     (directory / split).mkdir(parents=True)
     for name, picture in zip(NAMES, random_pictures(len(NAMES), seed=3), strict=True):
         picture.save(directory / split / f"{name}.png")
@@ -50,8 +50,8 @@ def job(tmp_path, tiny_bundle) -> Sweep:
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[tuple[int, list[str]]]:
-    """What the captioner is asked for: (beams, ids) a call."""
+def calls(monkeypatch) -> list[tuple[int, list[str]]]:
+    """The calls of the captioner, as (beams, ids)."""
     calls = []
     caption = Captioner.caption
 
@@ -64,22 +64,22 @@ def asked(monkeypatch) -> list[tuple[int, list[str]]]:
     return calls
 
 
-def quiet(_: str) -> None:
+def silent(_: str) -> None:
     pass
 
 
-def test_captions_and_scores_are_the_engines_own(job, tiny_captioner):
-    table = sweep(job, quiet)
+def test_captions_and_scores_equal_the_engines(job, tiny_captioner):
+    table = sweep(job, silent)
     assert [row["beams"] for row in table["rows"]] == [3, 1]
     references = [(text,) for text in CAPTIONS]
     references[0] = (CAPTIONS[0], "ct image showing a nodule")
-    said = {}
+    captions = {}
     for row in table["rows"]:
         options = tiny_captioner.bundle.options(num_beams=row["beams"], no_repeat_ngram_size=3, max_new_tokens=12)
         files = [job.data / "valid" / f"{name}.png" for name in NAMES]
         expected = {caption.id: caption.text for caption in tiny_captioner.caption(files, options)}
-        said[row["beams"]] = read_table(job.out / f"run_beams_{row['beams']}.csv").single()
-        assert list(said[row["beams"]].items()) == list(expected.items())
+        captions[row["beams"]] = read_table(job.out / f"run_beams_{row['beams']}.csv").single()
+        assert list(captions[row["beams"]].items()) == list(expected.items())
         items = Items(NAMES, list(expected.values()), references)
         for name in ("rouge1", "bleu1"):
             metric = make_metric(name, MetricInputs(), {})
@@ -87,40 +87,40 @@ def test_captions_and_scores_are_the_engines_own(job, tiny_captioner):
             assert row["scores"][name]["signature"] == metric.signature()
         assert row["distinct_captions"] == len(set(expected.values()))
         assert row["images_per_s"] > 0
-    assert said[1] != said[3]  # else nothing above could tell one number of beams from another
+    assert captions[1] != captions[3]  # otherwise this test could not detect a wrong number of beams
 
 
-def test_captions_start_from_the_prompts_of_the_split_and_are_scored_without(job, asked, tiny_captioner):
-    """Other prompts are another run, also for what a journal kept."""
+def test_prompts_start_the_captions_and_are_not_scored(job, calls, tiny_captioner):
+    """Changed prompts make a new run."""
     prompts = dict(zip(NAMES, ["axial ct of", "", "mri showing", "axial ct of", "", "a"], strict=True))
     rows = [f'{name},"{text}",{prompts[name]}' for name, text in zip(NAMES, CAPTIONS, strict=True)]
     (job.data / "valid_captions.csv").write_text("\n".join(["ID,Caption,prompt", *rows]) + "\n")
     notes = []
     job = replace(job, beams=(3,))
     (row,) = sweep(job, notes.append)["rows"]
-    assert "4 of 6 images have a prompt: scored is what follows it" in notes
+    assert "4 of 6 images have a prompt, which is not scored" in notes
     options = tiny_captioner.bundle.options(num_beams=3, no_repeat_ngram_size=3, max_new_tokens=12)
     files = [ImageFile(name, job.data / "valid" / f"{name}.png") for name in NAMES]
     expected = {}
     for caption in tiny_captioner.caption(files, options, prompts=prompts):
-        told = len(tiny_captioner.tokenizer.prompt_ids(prompts[caption.id]))
-        expected[caption.id] = detokenise(tiny_captioner.tokenizer.decode(caption.ids[told:]))
+        length = len(tiny_captioner.tokenizer.prompt_ids(prompts[caption.id]))
+        expected[caption.id] = detokenise(tiny_captioner.tokenizer.decode(caption.ids[length:]))
         assert caption.text.startswith(prompts[caption.id])
     assert read_table(job.out / "run_beams_3.csv").single() == expected
     items = Items(NAMES, list(expected.values()), [(text,) for text in CAPTIONS])
     assert row["scores"]["rouge1"]["value"] == make_metric("rouge1", MetricInputs(), {}).measure(items).value
     assert "|prompts:4:" in row["signature"]
-    del asked[:]
-    sweep(job, quiet)
-    assert asked == []
+    del calls[:]
+    sweep(job, silent)
+    assert calls == []
     (job.data / "valid_captions.csv").write_text("\n".join(["ID,Caption,prompt", *rows[:-1], f"{rows[-1]} ct"]) + "\n")
-    sweep(job, quiet)
-    assert asked == [(3, NAMES)]
+    sweep(job, silent)
+    assert calls == [(3, NAMES)]
     with pytest.raises(UsageError, match="exclude each other"):
-        sweep(replace(job, decoding=DECODING.replace(prompt="mri")), quiet)
+        sweep(replace(job, decoding=DECODING.replace(prompt="mri")), silent)
 
 
-def test_a_sweep_that_is_cut_off_takes_no_caption_of_other_prompts(job, asked):
+def test_resumed_sweep_ignores_captions_of_other_prompts(job, calls):
     job, broken = replace(job, beams=(1,)), job.data / "valid" / "case_4.png"
     whole = broken.read_bytes()
     broken.write_bytes(b"no picture")
@@ -128,14 +128,14 @@ def test_a_sweep_that_is_cut_off_takes_no_caption_of_other_prompts(job, asked):
         rows = (f'{name},"{text}",{prompt}' for name, text in zip(NAMES, CAPTIONS, strict=True))
         (job.data / "valid_captions.csv").write_text("\n".join(["ID,Caption,prompt", *rows]) + "\n")
         with pytest.raises(DataError, match="cannot be read"):
-            sweep(job, quiet)
+            sweep(job, silent)
     broken.write_bytes(whole)
-    sweep(job, quiet)
-    assert asked == [(1, NAMES), (1, NAMES), (1, ["case_4"])]
+    sweep(job, silent)
+    assert calls == [(1, NAMES), (1, NAMES), (1, ["case_4"])]
 
 
-def test_a_metric_without_weights_is_shown_as_unavailable_in_all_three_tables(job):
-    table = sweep(job, quiet)
+def test_metric_without_weights_is_unavailable_in_all_tables(job):
+    table = sweep(job, silent)
     assert json.loads((job.out / "table1.json").read_text())["rows"] == table["rows"]
     for row in csv.DictReader(io.StringIO((job.out / "table1.csv").read_text())):
         assert row["bertscore"] == ""
@@ -150,8 +150,8 @@ def test_a_metric_without_weights_is_shown_as_unavailable_in_all_three_tables(jo
     assert "|num_beams:K|no_repeat_ngram_size:3|" in ours
 
 
-def test_the_papers_table_is_set_apart_and_without_its_rows_of_ten_beams(job):
-    sweep(job, quiet)
+def test_papers_table_is_separate_and_lacks_ten_beams(job):
+    sweep(job, silent)
     paper = (job.out / "table1.md").read_text().split("## NOT comparable")[1]
     assert "another task (ROCOv2 / ImageCLEF test data)" in paper
     assert "| base | 5 | 0.2647 | 0.6596 | - |" in paper
@@ -159,20 +159,20 @@ def test_the_papers_table_is_set_apart_and_without_its_rows_of_ten_beams(job):
     assert {tuple(rows) for rows in PAPER.values()} == {(1, 3, 4, 5)}
 
 
-def test_what_is_there_is_not_captioned_again(job, asked):
-    first, notes = sweep(job, quiet), []
-    del asked[:]
+def test_existing_runs_are_reused(job, calls):
+    first, notes = sweep(job, silent), []
+    del calls[:]
     assert sweep(job, notes.append) == first
-    assert asked == []
+    assert calls == []
     assert sum("not captioned again" in note for note in notes) == 2
-    sweep(replace(job, beams=(1, 2)), quiet)
-    assert [beams for beams, _ in asked] == [2]
+    sweep(replace(job, beams=(1, 2)), silent)
+    assert [beams for beams, _ in calls] == [2]
 
 
-@pytest.mark.parametrize("what", ["an image", "an option", "the list", "the captions", "the note beside"])
-def test_a_run_of_something_else_is_captioned_again(job, asked, what):
+@pytest.mark.parametrize("what", ["an image", "an option", "the list", "the captions", "the JSON file"])
+def test_changed_run_is_captioned_again(job, calls, what):
     job = replace(job, beams=(1,))
-    sweep(job, quiet)
+    sweep(job, silent)
     before = read_table(job.out / "run_beams_1.csv").single()
     if what == "an image":
         random_pictures(1, seed=9)[0].save(job.data / "valid" / "case_2.png")
@@ -184,16 +184,16 @@ def test_a_run_of_something_else_is_captioned_again(job, asked, what):
         (job.out / "run_beams_1.csv").write_text('ID,Caption\ncase_0,"of another kind"\n')
     else:
         (job.out / "run_beams_1.json").write_text("[")
-    del asked[:]
-    sweep(job, quiet)
-    assert [len(ids) for _, ids in asked] == [3 if what == "the list" else 6]
+    del calls[:]
+    sweep(job, silent)
+    assert [len(ids) for _, ids in calls] == [3 if what == "the list" else 6]
     after = read_table(job.out / "run_beams_1.csv").single()
     if what != "an option":
         assert [name for name in after if after[name] != before[name]] == ["case_2"] * (what == "an image")
 
 
-def test_a_sweep_that_is_cut_off_within_a_number_of_beams_goes_on_there(job, asked, monkeypatch):
-    whole = sweep(replace(job, out=job.out.with_name("whole")), quiet)
+def test_interrupted_sweep_resumes_within_a_run(job, calls, monkeypatch):
+    whole = sweep(replace(job, out=job.out.with_name("whole")), silent)
     counted = Captioner.caption
 
     def cut(self, images, options, **given):
@@ -204,30 +204,30 @@ def test_a_sweep_that_is_cut_off_within_a_number_of_beams_goes_on_there(job, ask
 
     monkeypatch.setattr(Captioner, "caption", cut)
     with pytest.raises(KeyboardInterrupt):
-        sweep(job, quiet)
+        sweep(job, silent)
     assert not (job.out / "run_beams_1.csv").exists()
     monkeypatch.setattr(Captioner, "caption", counted)
-    del asked[:]
-    table = sweep(job, quiet)
-    assert asked == [(1, NAMES[2:])]
+    del calls[:]
+    table = sweep(job, silent)
+    assert calls == [(1, NAMES[2:])]
     assert [row["scores"] for row in table["rows"]] == [row["scores"] for row in whole["rows"]]
     assert (job.out / "run_beams_1.csv").read_bytes() == (job.out.with_name("whole") / "run_beams_1.csv").read_bytes()
 
 
-def test_unreadable_images_are_named_and_no_run_is_written_until_they_are_mended(job, asked):
+def test_unreadable_images_leave_no_run_until_fixed(job, calls):
     broken = job.data / "valid" / "case_4.png"
     whole = broken.read_bytes()
     broken.write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"1 of 6 images cannot be read \(\S*case_4\.png: not an image, or damaged\)"):
-        sweep(job, quiet)
+        sweep(job, silent)
     assert not list(job.out.glob("run_beams_*.csv"))
     broken.write_bytes(whole)
-    del asked[:]
-    sweep(job, quiet)
-    assert asked == [(3, ["case_4"]), (1, NAMES)]
+    del calls[:]
+    sweep(job, silent)
+    assert calls == [(3, ["case_4"]), (1, NAMES)]
 
 
-def test_an_image_that_changes_meanwhile_leaves_no_run(job, monkeypatch):
+def test_image_changed_during_run_leaves_no_run(job, monkeypatch):
     caption = Captioner.caption
 
     def changing(self, images, options, **given):
@@ -236,40 +236,40 @@ def test_an_image_that_changes_meanwhile_leaves_no_run(job, monkeypatch):
 
     monkeypatch.setattr(Captioner, "caption", changing)
     with pytest.raises(EngineError, match=r"1 images changed during the run \(case_2\.png\)"):
-        sweep(job, quiet)
+        sweep(job, silent)
     assert not list(job.out.glob("run_beams_*"))[1:]  # the journal alone
 
 
-def test_missing_images_stop_a_sweep_before_any_work(job, asked):
+def test_missing_images_stop_a_sweep_before_any_work(job, calls):
     (job.data / "valid" / "case_1.png").unlink()
     with pytest.raises(DataError, match=r"1 of 6 images are missing \(case_1\)"):
-        sweep(job, quiet)
-    assert asked == []
+        sweep(job, silent)
+    assert calls == []
     assert not job.out.exists()
 
 
-def test_one_id_for_two_pictures_is_refused():
+def test_id_with_two_images_is_refused():
     examples = [Example("a", Path("x/a.png"), "one"), Example("a", Path("y/b.png"), "two")]
-    with pytest.raises(DataError, match=r"a stands for two pictures, a\.png and b\.png"):
+    with pytest.raises(DataError, match=r"the id a has two images, a\.png and b\.png"):
         choose_images(Split("valid", examples, Path("captions.csv")), None)
 
 
-def test_the_test_split_stands_in_for_a_missing_validation_split_and_no_other_does(job, tmp_path):
+def test_only_test_split_replaces_missing_valid(job, tmp_path):
     notes = []
     table = sweep(replace(job, data=make_data(tmp_path / "other", "test")), notes.append)
     assert table["split"] == "test"
-    assert any("has no split valid: the sweep is made on its split test" in note for note in notes)
-    with pytest.raises(DataError, match="has no split train, only test: choose with --split"):
-        sweep(replace(job, data=tmp_path / "other", split="train"), quiet)
-    with pytest.raises(DataError, match="has no split valid or test, only train: choose with --split"):
-        sweep(replace(job, data=make_data(tmp_path / "third", "train")), quiet)
+    assert any("has no split valid: using its split test" in note for note in notes)
+    with pytest.raises(DataError, match="has no split train, only test: choose one with --split"):
+        sweep(replace(job, data=tmp_path / "other", split="train"), silent)
+    with pytest.raises(DataError, match="has no split valid or test, only train: choose one with --split"):
+        sweep(replace(job, data=make_data(tmp_path / "third", "train")), silent)
 
 
-def test_a_limit_takes_images_from_the_whole_of_the_split(job):
-    assert spaced(6, 3) == [0, 2, 4]
-    assert spaced(6, 5) == [0, 1, 2, 3, 4]
-    assert spaced(2, 9) == [0, 1]
-    table = sweep(replace(job, limit=3, beams=(1,)), quiet)
+def test_limit_takes_evenly_spaced_images(job):
+    assert evenly_spaced(6, 3) == [0, 2, 4]
+    assert evenly_spaced(6, 5) == [0, 1, 2, 3, 4]
+    assert evenly_spaced(2, 9) == [0, 1]
+    table = sweep(replace(job, limit=3, beams=(1,)), silent)
     assert table["images"] == 3
     assert list(read_table(job.out / "run_beams_1.csv").captions) == ["case_0", "case_2", "case_4"]
 
@@ -282,23 +282,23 @@ def test_a_limit_takes_images_from_the_whole_of_the_split(job):
         ({"beams": (1, 40)}, "40 beams are too many for a vocabulary"),
         ({"decoding": DecodeOptions(max_new_tokens=500)}, "set --max-new-tokens"),
         ({"metrics": ("rouge9",)}, "unknown metric 'rouge9'"),
-        ({"weights": {"bleurt": Path()}}, "--weights bleurt=... is for no metric of this sweep"),
+        ({"weights": {"bleurt": Path()}}, "--weights bleurt=... is not used by the metrics of this sweep"),
         ({"weights": {"bertscore": Path("nowhere")}}, "no folder with config.json"),
-        ({"image_size": 64}, "takes images of 32 x 32 px: leave --image-size 64 out"),
-        ({"bundle": None}, "--checkpoint DIR, or --bundle DIR"),
-        ({"examples": 51}, "change --examples"),
-        ({"limit": 0}, "at least one image"),
-        ({"out": Path(__file__)}, "is a file: name a directory"),
+        ({"image_size": 64}, "has an image size of 32 x 32 px: remove --image-size 64"),
+        ({"bundle": None}, "--checkpoint DIR or --bundle DIR"),
+        ({"examples": 51}, "--examples must be between 0 and 50, not 51"),
+        ({"limit": 0}, "--limit must be at least 1"),
+        ({"out": Path(__file__)}, "is a file: choose a directory"),
     ],
 )
-def test_what_cannot_end_well_is_refused_before_an_image_is_captioned(job, asked, change, message):
+def test_invalid_options_are_refused_before_captioning(job, calls, change, message):
     with pytest.raises(UsageError) as caught:
-        sweep(replace(job, **change), quiet)
+        sweep(replace(job, **change), silent)
     assert message in str(caught.value)
-    assert asked == []
+    assert calls == []
 
 
-def test_a_checkpoint_is_exported_once_and_again_when_its_weights_change(job, tiny_checkpoint, tmp_path, monkeypatch):
+def test_checkpoint_is_exported_once_per_weights(job, tiny_checkpoint, tmp_path, monkeypatch):
     from export import bundle as exporter
 
     exports, export = [], exporter.export_bundle
@@ -309,72 +309,70 @@ def test_a_checkpoint_is_exported_once_and_again_when_its_weights_change(job, ti
 
     monkeypatch.setattr(exporter, "export_bundle", counted)
     job = replace(job, checkpoint=tiny_checkpoint, bundle=None, beams=(1,))
-    first = sweep(job, quiet)
-    assert sweep(job, quiet) == first
+    first = sweep(job, silent)
+    assert sweep(job, silent) == first
     assert exports == [tiny_checkpoint]
     assert first["checkpoint"]["sha256"] == checkpoint_sha256(tiny_checkpoint)
     other = make_checkpoint(tmp_path / "other", seed=1)
-    second = sweep(replace(job, checkpoint=other), quiet)
+    second = sweep(replace(job, checkpoint=other), silent)
     assert exports == [tiny_checkpoint, other]
     assert second["bundle"] != first["bundle"]
     with pytest.raises(UsageError, match="was not exported from"):
-        sweep(replace(job, bundle=job.out / "bundle"), quiet)
+        sweep(replace(job, bundle=job.out / "bundle"), silent)
 
 
-def test_a_sweep_takes_checkpoints_as_the_export_does(tiny_checkpoint, tmp_path, monkeypatch):
+def test_sweep_finds_checkpoints_like_export(tiny_checkpoint, tmp_path, monkeypatch):
     """A hub's id or a .pth file is found or converted by the same function."""
-    asked, jobs = [], []
-    monkeypatch.setattr("export.checkpoints.find.find_checkpoint", lambda name: asked.append(name) or tiny_checkpoint)
+    calls, jobs = [], []
+    monkeypatch.setattr("export.checkpoints.find.find_checkpoint", lambda name: calls.append(name) or tiny_checkpoint)
     monkeypatch.setattr("train.sweep.tune.tune", lambda job, *_: jobs.append(job) or {})
     (tmp_path / "tuned.md").write_text("table\n")
     words = ["sweep", "--checkpoint", "owner/name", "--data", tmp_path, "--out", tmp_path, "--tune"]
     result = CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == 0, result.output
-    assert (asked, [job.checkpoint for job in jobs]) == (["owner/name"], [tiny_checkpoint])
+    assert (calls, [job.checkpoint for job in jobs]) == (["owner/name"], [tiny_checkpoint])
 
 
-def test_something_else_in_the_place_of_the_bundle_is_left_alone(job, tiny_checkpoint):
+def test_other_files_in_bundle_folder_are_kept(job, tiny_checkpoint):
     (job.out / "bundle").mkdir(parents=True)
     (job.out / "bundle" / "thesis.txt").write_text("mine")
     with pytest.raises(ExportError, match="exists and is more than a bundle"):
-        sweep(replace(job, checkpoint=tiny_checkpoint, bundle=None), quiet)
+        sweep(replace(job, checkpoint=tiny_checkpoint, bundle=None), silent)
     assert (job.out / "bundle" / "thesis.txt").read_text() == "mine"
 
 
-def test_two_sweeps_into_one_directory_are_one_too_many(job):
+def test_two_sweeps_into_one_directory_are_refused(job):
     refused = []
 
     def again(note: str) -> None:
         if "captioned in" in note:
             refused.append(True)
             with pytest.raises(EngineError, match="is being written by process"):
-                sweep(job, quiet)
+                sweep(job, silent)
 
     sweep(job, again)
     assert refused == [True, True]
 
 
-def test_numbers_of_beams_that_say_the_same_share_a_line_and_control_characters_are_no_lines():
+def test_equal_captions_share_a_line_in_examples():
     lines = example_lines("a", ("one\x07two",), {1: "x", 3: "y\u2028z\ud800", 4: "x"})
     assert [text for text, _ in lines] == ["a", "reference: one two", "1, 4 beams: x", "3 beams: y z?"]
 
 
-def test_examples_show_captions_as_they_are(tmp_path):
-    """As a formula this dollar text would not parse and the drawing would fail; a glyph no font has, a control
-    character and an empty caption are drawn, too.
-    """
+def test_examples_draw_captions_literally(tmp_path):
+    """The dollar signs are not a valid formula. Missing glyphs, control characters and empty captions are drawn."""
     images = []
     for name, picture in zip(("one $", "two"), random_pictures(2), strict=True):
         picture.save(tmp_path / f"{name}.png")
         images.append(ImageFile(name, tmp_path / f"{name}.png"))
     texts = {1: ["costs $\\frac{1}{$ a day", ""], 4: ["\u4e00 \U0001f9e0 $x^$", "long " * 400]}
     runs = {}
-    for beams, said in texts.items():
+    for beams, captions in texts.items():
         runs[beams] = tmp_path / f"{beams}.jsonl"
-        lines = [json.dumps({"id": image.id, "caption": text}) for image, text in zip(images, said, strict=True)]
+        lines = [json.dumps({"id": image.id, "caption": text}) for image, text in zip(images, captions, strict=True)]
         runs[beams].write_text("\n".join(lines))
     draw_examples(images, {"one $": ("$_$", "a \x07 bell"), "two": ("plain",)}, runs, tmp_path)
     drawn = np.asarray(Image.open(tmp_path / "examples.png").convert("L"))
     assert 750 < drawn.shape[1] < 1000
-    assert 350 < drawn.shape[0] < 600  # the long caption is cut, and its lines have room
-    assert (drawn[:, 300:] < 128).sum() > 2000  # there is text beside the pictures
+    assert 350 < drawn.shape[0] < 600  # the long caption is cut, and its lines fit
+    assert (drawn[:, 300:] < 128).sum() > 2000  # there is text next to the images

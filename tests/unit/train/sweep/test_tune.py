@@ -1,4 +1,4 @@
-"""Settings are chosen on one half of the images and compared on the other half, which the choice never sees."""
+"""`sweep --tune` chooses settings on one half of the images and compares them on the other half only."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ NAMES = [f"case_{i}" for i in range(9)]
 SHORT = Tuning(tune=True, grid="length_penalty=1,3 repetition_penalty=1,2 min_new_tokens=0,6")
 
 
-def quiet(_: str) -> None:
+def silent(_: str) -> None:
     pass
 
 
 @pytest.fixture
 def job(tmp_path, tiny_bundle) -> Sweep:
-    """Nine pictures; what is said of them has nothing to do with them, so that any setting may be the best."""
+    """A sweep over nine images with references unrelated to them, so that any setting may be the best."""
     data = tmp_path / "data"
     (data / "valid").mkdir(parents=True)
     rows = []
@@ -58,7 +58,7 @@ def job(tmp_path, tiny_bundle) -> Sweep:
 
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[tuple, list[str]]]:
-    """What the captioner is asked for: (settings, ids) a call."""
+    """The calls of the captioner, as (settings, ids)."""
     calls = []
     caption = Captioner.caption
 
@@ -76,26 +76,27 @@ def values(settings: dict) -> tuple:
     return tuple(settings.values())
 
 
-def test_only_the_tuning_half_is_captioned_until_the_settings_are_chosen(job, asked):
-    result = tune(job, SHORT, quiet)
+def test_search_captions_only_the_tuning_half(job, asked):
+    result = tune(job, SHORT, silent)
     tuning, held_back = halve(NAMES, 0)
     assert result["images"] == {"tuning": 4, "held_back": 5}
     assert asked[:-2] == [(values(trial["settings"]), tuning) for trial in result["trials"]]
     assert asked[-2:] == [(values(result["own"]), held_back), (values(result["chosen"]), held_back)]
     assert len({settings for settings, _ in asked[:-2]}) == len(asked) - 2
     assert values(result["own"]) == (1, 1.0, 1.0, 0)  # the bundle's, which are Hugging Face's
-    assert result["own"] != result["chosen"]  # else nothing here could go wrong
+    assert result["own"] != result["chosen"]  # otherwise this test could not detect an error
 
 
-def test_what_is_reported_is_what_the_engines_own_functions_say(job, tiny_captioner):
-    result = tune(job, SHORT, quiet)
+def test_reported_scores_equal_the_engines(job, tiny_captioner):
+    result = tune(job, SHORT, silent)
     references = read_table(job.data / "valid_captions.csv").captions
 
-    def measured(name: str, settings: dict, ids: list[str]):
+    def measured(metric: str, settings: dict, ids: list[str]):
         options = tiny_captioner.bundle.options(max_new_tokens=12, **settings)
-        files = [job.data / "valid" / f"{one}.png" for one in ids]
-        said = [caption.text for caption in tiny_captioner.caption(files, options)]
-        return make_metric(name, MetricInputs(), {}).measure(Items(ids, said, [references[one] for one in ids]))
+        files = [job.data / "valid" / f"{name}.png" for name in ids]
+        captions = [caption.text for caption in tiny_captioner.caption(files, options)]
+        items = Items(ids, captions, [references[name] for name in ids])
+        return make_metric(metric, MetricInputs(), {}).measure(items)
 
     tuning, held_back = map(sorted, halve(NAMES, 0))
     for trial in result["trials"]:
@@ -111,9 +112,9 @@ def test_what_is_reported_is_what_the_engines_own_functions_say(job, tiny_captio
         assert expected["difference"] != 0
 
 
-def test_a_tuning_that_is_cut_off_goes_on_there_and_ends_the_same(job, asked, monkeypatch):
+def test_interrupted_tuning_resumes_with_equal_result(job, asked, monkeypatch):
     few = replace(SHORT, grid="length_penalty=1 repetition_penalty=1,2 min_new_tokens=0")
-    whole = tune(replace(job, out=job.out.with_name("whole")), few, quiet)
+    whole = tune(replace(job, out=job.out.with_name("whole")), few, silent)
     calls, counted = list(asked), Captioner.caption
 
     def cut_at(call: int):
@@ -126,33 +127,33 @@ def test_a_tuning_that_is_cut_off_goes_on_there_and_ends_the_same(job, asked, mo
         del asked[:]
         monkeypatch.setattr(Captioner, "caption", cut)
         with pytest.raises(KeyboardInterrupt):
-            tune(job, few, quiet)
+            tune(job, few, silent)
 
     cut_at(3)
     assert asked == calls[:3]
-    cut_at(len(calls) - 2)  # counted from the third run, which goes on: in the last one
+    cut_at(len(calls) - 2)  # counted from the third run, which resumes: interrupt the last run
     assert [settings for settings, _ in asked] == [settings for settings, _ in calls[2:]]
     assert [ids for _, ids in asked] == [calls[2][1][2:], *(ids for _, ids in calls[3:])]
     del asked[:]
     monkeypatch.setattr(Captioner, "caption", counted)
-    result = tune(job, few, quiet)
+    result = tune(job, few, silent)
     assert asked == [(calls[-1][0], calls[-1][1][2:])]
     assert {**result, "data": "", "command": ""} == {**whole, "data": "", "command": ""}
     del asked[:]
-    assert tune(job, few, quiet) == result == json.loads((job.out / "tuned.json").read_text())
+    assert tune(job, few, silent) == result == json.loads((job.out / "tuned.json").read_text())
     assert asked == []
 
 
-def test_what_is_given_is_not_tuned(job, asked):
+def test_given_options_are_not_tuned(job, asked):
     job = replace(job, beams=(3,), decoding=DecodeOptions(max_new_tokens=12, length_penalty=2.0, min_new_tokens=2))
-    result = tune(job, Tuning(tune=True), quiet)
+    result = tune(job, Tuning(tune=True), silent)
     assert {settings[:2] + settings[3:] for settings, _ in asked} == {(3, 2.0, 2)}
     assert sorted(settings[2] for settings, _ in asked[:4]) == [1.0, 1.2, 1.5, 2.5]
     assert result["grids"] == {"repetition_penalty": [1.0, 1.2, 1.5, 2.5]}
     assert result["fixed"] == shlex.split("--beams 3 --max-new-tokens 12 --min-new-tokens 2 --length-penalty 2")
 
 
-def test_values_that_do_not_fit_are_named_and_left_out_unless_they_were_asked_for(job):
+def test_invalid_default_values_are_skipped(job):
     notes = []
     job = replace(job, beams=(1,), decoding=DecodeOptions(max_new_tokens=5, length_penalty=1.0, repetition_penalty=1.0))
     result = tune(job, Tuning(tune=True), notes.append)
@@ -160,19 +161,19 @@ def test_values_that_do_not_fit_are_named_and_left_out_unless_they_were_asked_fo
     assert any(note.startswith("min_new_tokens 8 is not tried: the minimum length (") for note in notes)
     assert "* not tried: `min_new_tokens` 8" in (job.out / "tuned.md").read_text()
     with pytest.raises(UsageError, match=r"^min_new_tokens 8 cannot be tried: the minimum length \("):
-        tune(job, Tuning(tune=True, grid="min_new_tokens=0,8"), quiet)
+        tune(job, Tuning(tune=True, grid="min_new_tokens=0,8"), silent)
 
 
-def test_a_length_penalty_is_not_tried_with_one_beam(job, asked):
+def test_length_penalty_is_not_tried_with_one_beam(job, asked):
     job = replace(job, beams=(1,))
-    result = tune(job, Tuning(tune=True, grid="repetition_penalty=1 min_new_tokens=0"), quiet)
+    result = tune(job, Tuning(tune=True, grid="repetition_penalty=1 min_new_tokens=0"), silent)
     assert len(result["trials"]) == 1
     assert [ids for _, ids in asked] == list(halve(NAMES, 0))
     page = (job.out / "tuned.md").read_text()
     assert "No gain is shown: no other settings were better on the tuning half" in page
 
 
-def test_another_seed_draws_other_halves_and_groups_stay_together(job):
+def test_halves_follow_seed_and_group(job):
     seen = []
     for given in ({}, {"seed": 1}, {"group": "case_(?=[0-3])|case(?=_[4-8])"}):
         halves = draw_halves(job, replace(SHORT, **given), read_dataset(job.data)["valid"])
@@ -190,22 +191,26 @@ def test_another_seed_draws_other_halves_and_groups_stay_together(job):
         (
             {"metrics": ("bertscore", "rouge1")},
             {},
-            "bertscore is to choose the settings and is unavailable: needs weig",
+            "bertscore, the first of --metrics, is unavailable and cannot choose the settings: needs weig",
         ),
-        ({"limit": 3}, {}, "3 images do not make two halves of at least 2 images"),
+        ({"limit": 3}, {}, "3 images cannot be divided into two halves of at least 2"),
         ({"beams": (1, 40)}, {}, "num_beams 40 cannot be tried: 40 beams are too many for a vocabulary"),
         (
             {"beams": (3,)},
             {"grid": "length_penalty=1 repetition_penalty=1 min_new_tokens=0"},
-            "nothing is left to tune",
+            "there is nothing to tune",
         ),
-        ({"decoding": DecodeOptions(length_penalty=1.0)}, {}, "length_penalty is both fixed and tuned: leave out"),
+        (
+            {"decoding": DecodeOptions(length_penalty=1.0)},
+            {},
+            "length_penalty is both fixed and tuned: remove its option",
+        ),
         ({"decoding": DecodeOptions(max_new_tokens=500)}, {}, "set --max-new-tokens"),
     ],
 )
-def test_what_cannot_end_well_is_refused_before_an_image_is_captioned(job, asked, change, tuning, message):
+def test_invalid_options_are_refused_before_captioning(job, asked, change, tuning, message):
     with pytest.raises((UsageError, DataError)) as caught:
-        tune(replace(job, **change), replace(SHORT, **tuning), quiet)
+        tune(replace(job, **change), replace(SHORT, **tuning), silent)
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert asked == []
@@ -214,32 +219,35 @@ def test_what_cannot_end_well_is_refused_before_an_image_is_captioned(job, asked
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"grid": "length_penalty=1"}, "are for --tune: add it"),
-        ({"seed": 3}, "are for --tune: add it"),
-        ({"tune": True, "grid": "num_beams=1,2"}, "--tune-grid num_beams=1,2: wanted is SETTING=VALUE,VALUE, with one"),
+        ({"grid": "length_penalty=1"}, "need --tune: add it"),
+        ({"seed": 3}, "need --tune: add it"),
+        ({"tune": True, "grid": "num_beams=1,2"}, "--tune-grid num_beams=1,2: expected SETTING=VALUE,VALUE with one"),
         ({"tune": True, "grid": "length=1"}, "with one of length_penalty, repetition_penalty, min_new_tokens"),
-        ({"tune": True, "grid": "length_penalty=1,x"}, "--tune-grid length_penalty=1,x: give numbers, separated by"),
-        ({"tune": True, "grid": "length_penalty"}, "--tune-grid length_penalty=: give numbers"),
-        ({"tune": True, "grid": "min_new_tokens=1.5"}, "give whole numbers, separated by commas"),
+        (
+            {"tune": True, "grid": "length_penalty=1,x"},
+            "--tune-grid length_penalty=1,x: expected numbers, separated by",
+        ),
+        ({"tune": True, "grid": "length_penalty"}, "--tune-grid length_penalty=: expected numbers"),
+        ({"tune": True, "grid": "min_new_tokens=1.5"}, "expected whole numbers, separated by commas"),
         ({"tune": True, "grid": "repetition_penalty=nan"}, "repetition_penalty must be a number of at least 0.01"),
-        ({"tune": True, "grid": "min_new_tokens=1 min_new_tokens=2"}, "--tune-grid gives min_new_tokens twice"),
+        ({"tune": True, "grid": "min_new_tokens=1 min_new_tokens=2"}, "--tune-grid contains min_new_tokens twice"),
     ],
 )
-def test_a_wrong_grid_is_refused_in_one_line(given, message):
+def test_invalid_grid_is_refused(given, message):
     with pytest.raises(UsageError) as caught:
         Tuning(**given)
     assert message in str(caught.value)
 
 
-def test_a_metric_that_fails_for_a_setting_ends_the_search(job, monkeypatch):
+def test_metric_without_value_ends_the_search(job, monkeypatch):
     from engine.scoring.overlap import Rouge1
 
     measure = Rouge1.measure
     monkeypatch.setattr(Rouge1, "measure", lambda self, items: replace(measure(self, items), value=float("nan")))
     with pytest.raises(
-        EngineError, match=r"rouge1 says nothing of \S*tuning_beams1_length1_repetition1_min0\.csv: its val"
+        EngineError, match=r"rouge1 cannot be computed for \S*tuning_beams1_length1_repetition1_min0\.csv: its val"
     ):
-        tune(job, SHORT, quiet)
+        tune(job, SHORT, silent)
 
 
 def result_of(low: float, high: float) -> dict:
@@ -280,14 +288,14 @@ def result_of(low: float, high: float) -> dict:
 @pytest.mark.parametrize(
     ("low", "high", "statement"),
     [
-        (0.001, 0.02, "A gain is shown: the interval of ROUGE-1 lies above zero."),
+        (0.001, 0.02, "A gain is shown: the interval of ROUGE-1 is above zero."),
         (0.0, 0.02, "No gain is shown: the interval of ROUGE-1 includes zero."),
         (-0.02, 0.02, "No gain is shown: the interval of ROUGE-1 includes zero."),
         (-0.02, 0.0, "No gain is shown: the interval of ROUGE-1 includes zero."),
-        (-0.02, -0.01, "A loss is shown: the interval of ROUGE-1 lies below zero. Keep the checkpoint's own settings."),
+        (-0.02, -0.01, "A loss is shown: the interval of ROUGE-1 is below zero. Keep the checkpoint's own settings."),
     ],
 )
-def test_a_gain_is_only_claimed_where_the_interval_lies_above_zero(low, high, statement):
+def test_gain_needs_interval_above_zero(low, high, statement):
     page = as_markdown(result_of(low, high))
     assert statement in page
     assert f"| ROUGE-1 | 0.5000 | 0.5125 | +0.0125 [{low:+.4f}, {high:+.4f}] | 3, 1, 0 |" in page
@@ -295,7 +303,7 @@ def test_a_gain_is_only_claimed_where_the_interval_lies_above_zero(low, high, st
     assert "| 4 | 1 | 1 | its min_length | 0.6000 | chosen |" in page
 
 
-def test_flags_say_what_is_given():
+def test_flags_of_given_options():
     options = DecodeOptions(
         num_beams=4,
         length_penalty=0.5,
@@ -308,7 +316,7 @@ def test_flags_say_what_is_given():
     assert flags_of(options) == [*expected.split(), "a mri"]
 
 
-def test_prompts_of_the_split_are_those_of_its_halves_and_named_in_the_command(job, tiny_captioner):
+def test_halves_and_command_use_prompts(job, tiny_captioner):
     prompts = {name: "ct of" if i % 2 else "" for i, name in enumerate(NAMES)}
     table = (job.data / "valid_captions.csv").read_text().splitlines()
     rows = [f"{row},{prompts[row.split(',')[0]]}" for row in table[1:]]
@@ -319,9 +327,10 @@ def test_prompts_of_the_split_are_those_of_its_halves_and_named_in_the_command(j
     assert line.endswith(" --beams 2 --prompts PROMPTS --input IMAGES --out run.csv")
 
 
-def test_the_command_line_tunes_the_demo_and_the_line_it_prints_gives_the_captions_compared(tmp_path):
-    """Six of the example pictures, and settings of its own that do the demo no good; `engine score compare` says the
-    same of the files that are left.
+def test_tuned_command_reproduces_compared_captions(tmp_path):
+    """Tune on six example images with a bundle whose settings are bad for the demo.
+
+    `engine score compare` gives the same numbers for the files of the held-back half.
     """
     out, data = tmp_path / "out", tmp_path / "data"
     bundle = Path(shutil.copytree(demo_bundle(), tmp_path / "bundle"))
@@ -348,9 +357,9 @@ def test_the_command_line_tunes_the_demo_and_the_line_it_prints_gives_the_captio
     held = [out / "tune" / f"held_back_{in_file_name(result[which])}.csv" for which in ("own", "chosen")]
     references = str(out / "tune" / "held_back_references.jsonl")
     given = ["--references", references, "--metrics", "rouge1,bleu1,cider", "--json"]
-    said = json.loads(CliRunner().invoke(engine, ["score", "compare", *map(str, held), *given]).stdout)
+    compared = json.loads(CliRunner().invoke(engine, ["score", "compare", *map(str, held), *given]).stdout)
     for metric, shown in result["held_back"].items():
-        assert {key: shown[key] for key in said[metric]} == said[metric]
+        assert {key: shown[key] for key in compared[metric]} == compared[metric]
     ids = [row[0] for row in csv.reader(held[1].read_text().splitlines()[1:])]
     (tmp_path / "ids.txt").write_text("\n".join(ids) + "\n")
     line = result["command"].replace("IMAGES", str(data / "images")).replace("run.csv", str(tmp_path / "run.csv"))
@@ -363,11 +372,11 @@ def test_the_command_line_tunes_the_demo_and_the_line_it_prints_gives_the_captio
     ("given", "message"),
     [
         (["--tune", "--examples", "3"], "--examples is for a table by number of beams: leave it out with --tune"),
-        (["--tune-seed", "3"], "--tune-grid, --tune-group and --tune-seed are for --tune: add it, or leave them out"),
-        (["--tune", "--tune-grid", "x=1"], "--tune-grid x=1: wanted is SETTING=VALUE,VALUE"),
+        (["--tune-seed", "3"], "--tune-grid, --tune-group and --tune-seed need --tune: add it, or remove them"),
+        (["--tune", "--tune-grid", "x=1"], "--tune-grid x=1: expected SETTING=VALUE,VALUE"),
     ],
 )
-def test_a_wrong_command_line_is_one_line(given, message, tmp_path):
+def test_invalid_command_line_gives_one_line(given, message, tmp_path):
     words = ["sweep", "--bundle", "x", "--data", "y", "--out", str(tmp_path / "out"), *given]
     done = CliRunner().invoke(train, words)
     assert done.exit_code == 2
