@@ -105,7 +105,7 @@ def test_plots_are_drawn_from_the_records(tmp_path):
     ("bundle", "shown"),
     [
         ("0" * 64, "an earlier demo bundle, 000000000000"),
-        (None, "a demo bundle that was not recorded"),
+        (None, "an unrecorded demo bundle"),
         ("present", "the embedded demo bundle "),
     ],
 )
