@@ -1,76 +1,76 @@
-# Two environments: a lean one that captions (no torch), and a full one that trains, exports and tests.
+# Two environments: a lean one for captioning (no torch), and a full one for training, export and tests.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 LEAN := build/venv-lean
 FULL := build/venv-full
-# transformers 5, with as little as its tests need: parity must hold on both.
+# A third environment has transformers 5 and only what its tests need: parity must hold with both releases.
 NEXT := build/venv-next
-# The CPU build of torch where there is no NVIDIA GPU; choose yourself with `make test TORCH=torch==2.13.0`.
+# The CPU build of torch if there is no NVIDIA GPU; `make test TORCH=torch==2.13.0` overrides this.
 TORCH_VERSION := 2.13.0
 TORCH ?= torch==$(TORCH_VERSION)$(shell command -v nvidia-smi >/dev/null 2>&1 || echo +cpu)
 IMAGES ?= examples/images
 BEAMS ?= 4
 WORKLOAD ?= demo
 OUT ?= run.csv
-# `make bench RECORD=--record` writes over the record in benchmarks/results, else it goes to build/benchmarks.
+# `make bench RECORD=--record` overwrites the record in benchmarks/results; by default it goes to build/benchmarks.
 RECORD ?=
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
 .PHONY: all caption full test test-next lint parity fuzz golden bench soak plots figures docs recipe train-smoke demo restore help clean
 
-all: lint test  ## lint and test
+all: lint test  ## run lint and test
 
-caption: $(LEAN)/.ready  ## caption the example images into run.csv (lean environment, no torch; a minute)
-	@echo "captioning $(IMAGES): some seconds"
+caption: $(LEAN)/.ready  ## caption the example images into run.csv (lean environment without torch; a minute)
+	@echo "captioning $(IMAGES): a few seconds"
 	$(LEAN)/bin/engine caption --input $(IMAGES) --beams $(BEAMS) --out $(OUT)
 	@echo; head -n 6 $(OUT)
 
-full: $(FULL)/.ready  ## set up the full environment, for export and training: torch, some gigabytes
+full: $(FULL)/.ready  ## create the full environment for export and training (torch, some gigabytes)
 
-test: lint $(NEXT)/.ready  ## set up everything, lint, and run all tests, those against transformers 5 in a short form
+test: lint $(NEXT)/.ready  ## create all environments, lint, and run all tests (with transformers 5 a short selection)
 	@echo "running all tests: about 20 minutes on 2 cores"
 	$(FULL)/bin/python -m pytest
 	$(NEXT)/bin/python -m pytest tests/parity/test_releases.py tests/unit/export \
 	    tests/parity/test_generate.py -k "not equal_generate or penalties and ids or equal_generate and (1-0 or 3-3-None)"
 
-test-next: $(NEXT)/.ready  ## the parity grid and the export's tests on the newest transformers 5
+test-next: $(NEXT)/.ready  ## run the parity grid and the export tests with the newest transformers 5
 	$(NEXT)/bin/python -m pytest tests/parity/test_releases.py tests/unit/export tests/parity/test_generate.py \
 	    tests/parity/test_export.py
 
-lint: $(FULL)/.ready  ## style, types and the architecture's import rules
+lint: $(FULL)/.ready  ## check style, types and the import rules between packages
 	$(FULL)/bin/ruff check .
 	$(FULL)/bin/ruff format --check .
 	$(FULL)/bin/mypy
 	$(FULL)/bin/lint-imports
 
-fuzz: $(FULL)/.ready  ## feed damaged files to every reader for minutes (the tests do it for seconds)
+fuzz: $(FULL)/.ready  ## fuzz all file readers with damaged files for minutes (the tests do it for seconds)
 	HYPOTHESIS_PROFILE=long $(FULL)/bin/python -m pytest tests/unit/engine/inputs/test_fuzz.py tests/unit/engine/run/test_journal.py
 
-golden: $(LEAN)/.ready  ## replay PyTorch's answers recorded in the demo bundle (no torch)
+golden: $(LEAN)/.ready  ## replay PyTorch's captions recorded in the demo bundle (no torch)
 	$(LEAN)/bin/engine verify
 
-parity: restore  ## compare the demo bundle with Hugging Face generate on the example images
+parity: restore  ## compare the demo bundle with Hugging Face's generate on the example images
 	$(FULL)/bin/python -m export.parity --checkpoint $(DEMO)/restored --bundle engine/assets/demo \
 	    --images examples/images --beams 1,3,4,5,10 --out build/parity.json
 
-bench: $(FULL)/.ready  ## time the engine beside generate, the usual ONNX loop and OpenVINO (WORKLOAD=base|large|demo)
+bench: $(FULL)/.ready  ## compare the speed of the engine, generate, the usual ONNX loop and OpenVINO (WORKLOAD=base|large|demo)
 	$(FULL)/bin/python -m benchmarks.throughput --workload $(WORKLOAD) --beams $(BEAMS) $(RECORD)
 
-soak: $(FULL)/.ready  ## caption 17,237 generated images: does it slow down, does memory grow? (half an hour on 2 cores)
+soak: $(FULL)/.ready  ## check speed and memory over a run of 17,237 generated images (half an hour on 2 cores)
 	$(FULL)/bin/python -m benchmarks.soak $(RECORD)
 
-plots: $(FULL)/.ready  ## draw the records of benchmarks/results
+plots: $(FULL)/.ready  ## draw the plots from the records in benchmarks/results
 	$(FULL)/bin/python -m benchmarks.plots
 
-figures: $(FULL)/.ready  ## write the tables of README.md and docs/ anew, from records and commands
+figures: $(FULL)/.ready  ## update the tables of README.md and docs/ from records and commands
 	$(FULL)/bin/python -m benchmarks.figures
 	$(FULL)/bin/python -m docs.scripts.reference
 
-docs: $(FULL)/.ready  ## build the documentation as a site in build/site; anything that does not fit is an error
+docs: $(FULL)/.ready  ## build the documentation site in build/site; warnings are errors
 	$(FULL)/bin/python -m mkdocs build --strict --quiet
-	@echo "the site: build/site/index.html; with its search: python3 -m http.server --directory build/site"
+	@echo "open build/site/index.html; for the search run: python3 -m http.server --directory build/site"
 
-recipe: $(FULL)/.ready  ## from the example pictures to scores (BERTScore by a small proxy), a checked submission, a report
+recipe: $(FULL)/.ready  ## caption the examples, score (BERTScore by a small proxy), write and check a submission, make a report
 	@mkdir -p build/recipe
 	$(FULL)/bin/engine caption --input examples/images --beams $(BEAMS) --out build/recipe/run.csv \
 	    --n-best $(BEAMS) --n-best-out build/recipe/run.jsonl --timings-out build/recipe/timings.csv
@@ -98,26 +98,26 @@ train-smoke: restore  ## fine-tune the demo checkpoint on the example pairs, exp
 restore: $(FULL)/.ready
 	$(FULL)/bin/python -m export.restore --bundle engine/assets/demo --out $(DEMO)/restored
 
-demo: $(FULL)/.ready  ## retrain the demo checkpoint from packaged assets and export it (about an hour on 2 cores)
+demo: $(FULL)/.ready  ## train the demo checkpoint again from packaged assets and export it (about an hour on 2 cores)
 	$(FULL)/bin/python -m train demo --out $(DEMO)/checkpoint --work $(DEMO)
 	$(FULL)/bin/python -m export --checkpoint $(DEMO)/checkpoint --out $(DEMO)/bundle
 
-help:  ## this list
+help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-clean:  ## remove environments and everything built
+clean:  ## remove the environments and all build outputs
 	rm -rf build run.csv
 
 $(LEAN)/.ready: pyproject.toml
-	@tools/environment.sh "$(PYTHON)" $(@D) "some 50 MB to fetch, less than a minute" --editable '.[cpu]'
+	@tools/environment.sh "$(PYTHON)" $(@D) "about 50 MB to download, less than a minute" --editable '.[cpu]'
 	@touch $@
 
 $(FULL)/.ready: pyproject.toml
-	@tools/environment.sh "$(PYTHON)" $(@D) "torch and all that the tests need, gigabytes to fetch, some minutes" \
+	@tools/environment.sh "$(PYTHON)" $(@D) "torch and all test dependencies, gigabytes to download, some minutes" \
 	    --torch '$(TORCH)' torch==$(TORCH_VERSION) --editable '.[cpu]' --group test --group lint
 	@touch $@
 
 $(NEXT)/.ready: pyproject.toml
-	@tools/environment.sh "$(PYTHON)" $(@D) "torch and transformers 5, a gigabyte to fetch, some minutes" \
+	@tools/environment.sh "$(PYTHON)" $(@D) "torch and transformers 5, a gigabyte to download, some minutes" \
 	    --torch '$(TORCH)' torch==$(TORCH_VERSION) --editable '.[cpu]' --group next
 	@touch $@

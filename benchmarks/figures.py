@@ -2,8 +2,9 @@
 
     python -m benchmarks.figures
 
-A table stands between `<!-- figures: NAME -->` and `<!-- end -->`; below it stands what its records were measured with.
-A record of another demo bundle than the embedded one is shown as such. Measures nothing.
+A table is between `<!-- figures: NAME -->` and `<!-- end -->`. The lines below a table name its records, the machine,
+the package versions and the date. If a record was made with another demo bundle than the embedded one, they say so.
+This program only formats existing records; it runs no benchmark.
 """
 
 from __future__ import annotations
@@ -31,32 +32,32 @@ WIDTH = 120
 
 
 def fill(text: str, kind: str, make: Callable[[str], str]) -> str:
-    """Return a page with `make(NAME)` between every `<!-- kind: NAME -->` and the `<!-- end -->` behind it."""
+    """Return a page with `make(NAME)` written between every `<!-- kind: NAME -->` and the next `<!-- end -->`."""
     return re.sub(
         rf"(<!-- {kind}: ([^\n]+?) -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}{make(found[2])}\n{found[3]}",
+        lambda match: f"{match[1]}{make(match[2])}\n{match[3]}",
         text,
         flags=re.DOTALL,
     )
 
 
 def read_record(name: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """Return the record of a file in benchmarks/results."""
+    """Return the record `NAME.json` of benchmarks/results, or of another folder."""
     record: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return record
 
 
 def figures(name: str, page: Path, folder: Path = RESULTS) -> str:
-    """Return the table `name` with what its records were measured with, as it stands in `page`."""
+    """Return the table `name` and the lines below it, with links relative to `page`."""
     table = TABLES[name]
-    records = {one: read_record(one, folder) for one in table.records}
-    others = [read_record(one, folder) for one in table.elsewhere]
+    records = {record: read_record(record, folder) for record in table.records}
+    others = [read_record(record, folder) for record in table.elsewhere]
     to_results = FROM_REPOSITORY if page.parent == ROOT else f"../{FROM_REPOSITORY}"
     return f"\n{table.make(*records.values(), *others)}\n\n{_measured_with(table, records, to_results)}\n"
 
 
 def _measured_with(table: Table, records: dict[str, dict[str, Any]], to_results: str) -> str:
-    """Return the lines below a table: records, machine, versions and date of each group that has them alike."""
+    """Return the lines below a table. Records with the same machine, versions and date share one paragraph."""
     if table.as_above:
         return "*Records:* as above."
     groups: dict[str, list[str]] = {}
@@ -65,7 +66,7 @@ def _measured_with(table: Table, records: dict[str, dict[str, Any]], to_results:
     lines = []
     for circumstances, names in groups.items():
         links = ", ".join(f"[{name}]({to_results}/{name}.json)" for name in names)
-        what = f"*{'Records' if len(names) > 1 else 'Record'}:* {links}, of {circumstances}."
+        what = f"*{'Records' if len(names) > 1 else 'Record'}:* {links}: {circumstances}."
         lines.append(textwrap.fill(what, WIDTH, break_long_words=False, break_on_hyphens=False))
     return "\n\n".join(lines)
 
@@ -84,32 +85,32 @@ def _circumstances(record: dict[str, Any], needs_bundle: bool) -> str:
 
 
 def _bundle(record: dict[str, Any]) -> str:
-    """Return in words which bundle a record is of, and whether that is the embedded demo of today."""
+    """Describe the bundle of a record, and whether it is the current demo bundle."""
     workload = record.get("workload") or record.get("setting", {}).get("workload", "demo")
     digest = record.get("bundle_sha256") or record.get("bundle") or record.get("start", "").removeprefix("bundle ")
     if workload != "demo":
-        return f"BLIP-{workload}'s shape with random weights" + (f", bundle {digest[:12]}" if digest else "")
-    present = Bundle.load().digest[:12]
+        return f"random weights in the shape of BLIP-{workload}" + (f", bundle {digest[:12]}" if digest else "")
+    current = Bundle.load().digest[:12]
     if not digest:
-        return f"**a demo bundle that was not recorded**, perhaps not the present one ({present})"
-    if digest[:12] != present:
-        return f"**an earlier demo bundle, {digest[:12]}**, not the present one ({present})"
-    return f"the embedded demo bundle {present}"
+        return f"**an unrecorded demo bundle**, possibly not the current one ({current})"
+    if digest[:12] != current:
+        return f"**an earlier demo bundle, {digest[:12]}**, not the current one ({current})"
+    return f"the embedded demo bundle {current}"
 
 
 def render(page: Path, folder: Path = RESULTS) -> str:
-    """Return the text of a page with its tables as the records have them now."""
+    """Return the text of a page with its tables updated from the records."""
     return fill(page.read_text(encoding="utf-8"), "figures", lambda name: figures(name, page, folder))
 
 
 @click.command()
 def main() -> None:
-    """Write every table anew; say which pages changed."""
+    """Update the tables of all pages from the records and print the pages that changed."""
     for page in PAGES:
         text = render(page)
         if text != page.read_text(encoding="utf-8"):
             write_atomically(page, text)
-            click.echo(f"{page.relative_to(ROOT)}: written anew")
+            click.echo(f"{page.relative_to(ROOT)}: updated")
 
 
 if __name__ == "__main__":

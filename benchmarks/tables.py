@@ -1,4 +1,4 @@
-"""The tables of figures.py: which records each is made of, and how."""
+"""Define the tables that figures.py writes: the records of each table and the function that formats them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a table; a row has a cell for each word of the header."""
+    """Return a Markdown table. Every row needs one cell per entry of the header."""
     header = list(header)
     lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -21,25 +21,29 @@ PROGRAMS = {"generate": "`generate`", "conventional": "the usual ONNX loop", "op
 
 
 def beams(count: int) -> str:
+    """Return `greedy` for one beam, `N beams` otherwise."""
     return "greedy" if count == 1 else f"{count} beams"
 
 
 def name_of(record: Record) -> str:
+    """Return workload and search of a record, such as `base, 4 beams`."""
     return f"{record['workload']}, {beams(record['setting']['beams'])}"
 
 
 def seconds_and_ratio(record: Record, program: str) -> str:
+    """Return seconds per image of a program and how many times the engine's time that is, such as `0.407 (2.6 x)`."""
     row = record["programs"][program]
     return f"{row['seconds_per_image']:.3f} ({row['times_engine']:.1f} x)"
 
 
 def ratios(records: Sequence[Record], program: str) -> str:
-    found = [record["programs"][program]["times_engine"] for record in records]
-    return f"{min(found):.1f} to {max(found):.1f} times"
+    """Return the smallest and the largest ratio to a program, such as `2.2 to 6.9 times`."""
+    values = [record["programs"][program]["times_engine"] for record in records]
+    return f"{min(values):.1f} to {max(values):.1f} times"
 
 
 def readme_speeds(*everything: Record) -> str:
-    """The table of one processor, and a sentence on the last two records, of another one."""
+    """Format the README's speed table; the last two records, of another processor, only appear in the lead sentence."""
     records, others = everything[:-2], everything[-2:]
     rows = [
         [
@@ -52,25 +56,27 @@ def readme_speeds(*everything: Record) -> str:
         for record in records
     ]
     lead = (
-        f"{ratios(everything, 'generate')} as fast as `generate` on a CPU, {ratios(everything, 'conventional')} as the "
-        "usual ONNX loop. Seconds an image, from pixels to token ids, float32, 3-gram ban, each program at its best "
-        "batch size. On a slower processor, where torch multiplies almost as fast as ONNX Runtime, base and large "
-        f"with 4 beams are {ratios(others, 'generate')} as fast as `generate`."
+        f"On a CPU, the engine is {ratios(everything, 'generate')} as fast as `generate` and "
+        f"{ratios(everything, 'conventional')} as fast as the usual ONNX loop. Below: seconds per image from pixels "
+        "to token ids, float32, 3-gram ban, each program at its best batch size. On a slower processor, where torch's "
+        "matrix product is almost as fast as ONNX Runtime's, base and large with 4 beams are "
+        f"{ratios(others, 'generate')} as fast."
     )
-    header = ["model", "engine", "`generate`", "usual ONNX loop", "memory: engine, loop"]
+    header = ["model", "engine", "`generate`", "usual ONNX loop", "peak memory: engine, loop"]
     return f"{textwrap.fill(lead, 120, break_long_words=False, break_on_hyphens=False)}\n\n{table(header, rows)}"
 
 
 def agreement(record: Record) -> str:
+    """Return how many captions of each other program equal the engine's, with the reasons of the differences."""
     images = record["setting"]["images"]
     parts = []
-    for found in record["agreement"].values():
+    for counts in record["agreement"].values():
         explained = [
-            f"{found[kind]} {word}" for kind, word in (("tie", "a tie"), ("batch", "its batch")) if found[kind]
+            f"{counts[kind]} {word}" for kind, word in (("tie", "tie"), ("batch", "batch effect")) if counts[kind]
         ]
         note = f" ({', '.join(explained)})" if explained else ""
-        parts.append(f"{found['identical']} of {images}{note}")
-    return "all the same" if set(parts) == {f"{images} of {images}"} else "; ".join(parts)
+        parts.append(f"{counts['identical']} of {images}{note}")
+    return "all" if set(parts) == {f"{images} of {images}"} else "; ".join(parts)
 
 
 def speeds(*records: Record) -> str:
@@ -90,10 +96,10 @@ def speeds(*records: Record) -> str:
         )
     header = [
         "workload",
-        "engine, s an image",
+        "engine, s/image",
         *PROGRAMS.values(),
-        "captions like the engine's",
-        "of the roofline",
+        "captions equal to the engine's",
+        "share of the roofline",
     ]
     return table(header, rows)
 
@@ -113,7 +119,7 @@ def products(*records: Record) -> str:
         ]
         for record in records
     ]
-    return table(["GFLOP/s", "torch's matrix product", "ONNX Runtime's", "useful work of the engine"], rows)
+    return table(["GFLOP/s", "torch matrix product", "ONNX Runtime matrix product", "engine, useful work"], rows)
 
 
 def by_length(*records: Record) -> str:
@@ -127,54 +133,60 @@ def by_length(*records: Record) -> str:
         ]
         for record in records
     ]
-    header = ["new tokens of every caption", "engine, s an image", "`generate`", "usual ONNX loop", "captions"]
+    header = [
+        "new tokens per caption",
+        "engine, s/image",
+        "`generate`",
+        "usual ONNX loop",
+        "captions equal to the engine's",
+    ]
     return table(header, rows)
 
 
 def by_rows(record: Record) -> str:
-    found = record["images_per_s"]
-    return table(["rows side by side", *found], [["images/s", *(f"{speed:.1f}" for speed in found.values())]])
+    speeds_by_rows = record["images_per_s"]
+    return table(["rows", *speeds_by_rows], [["images/s", *(f"{speed:.1f}" for speed in speeds_by_rows.values())]])
 
 
 AVERAGES = (("valid", "rouge1"), ("test", "rouge1"), ("test", "bertscore"))
-"""Splits and metrics in the table of averages."""
+"""Split and metric of each column in the table of averages."""
 
 
-def difference(found: Record, digits: int = 4) -> str:
-    """Return a difference with its interval."""
-    return f"{found['difference']:+.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+def difference(result: Record, digits: int = 4) -> str:
+    """Return a difference with its 95 % interval, such as `+0.0009 [-0.0021, 0.0038]`."""
+    return f"{result['difference']:+.{digits}f} [{result['low']:.{digits}f}, {result['high']:.{digits}f}]"
 
 
 def consensus(record: Record) -> str:
-    """Best beam against what was chosen otherwise."""
+    """Compare the best beam with captions chosen by consensus."""
     metrics = {"rouge1": "ROUGE-1", "bertscore": "BERTScore (proxy)", "bleu1": "BLEU-1", "cider": "CIDEr-D"}
     rows = [
-        [name, *(f"{found[m]['value']:.4f}" if name == "best beam" else difference(found[m]) for m in metrics)]
-        for name, found in record["runs"].items()
+        [name, *(f"{scores[m]['value']:.4f}" if name == "best beam" else difference(scores[m]) for m in metrics)]
+        for name, scores in record["runs"].items()
     ]
-    lines = table(["chosen among", *metrics.values()], rows)
+    lines = table(["caption", *metrics.values()], rows)
     remarks = []
     if further := record.get("further_bundles"):
-        remarks.append(f"Several bundles: that of the other rows and {', '.join(further)}, each with the same share.")
+        remarks.append(f"Several bundles: the bundle of the other rows and {', '.join(further)}, with equal weights.")
     if together := record.get("together"):
-        remarks.append(f"One search: log-probabilities of {together} averaged; the first has the weights of the demo.")
+        remarks.append(f"One search: mean log-probabilities of {together}; the first has the weights of the demo.")
     if support := record["setting"].get("support"):
         remarks.append(
             f"Support: {support['captions']:,} distinct captions of the training head; the {support['nearest']} "
-            f"nearest have {support['share']:.0%} of the vote."
+            f"nearest captions have {support['share']:.0%} of the vote."
         )
     return "\n\n".join([lines, *([textwrap.fill(" ".join(remarks), 120)] if remarks else [])])
 
 
 def averages(record: Record) -> str:
-    """Averaged weights against those of one epoch."""
+    """Compare averaged weights with those of one epoch."""
     first = next(iter(record["runs"]))
     rows = []
-    for name, found in record["runs"].items():
+    for name, scores in record["runs"].items():
         row = [name]
         for split, metric in AVERAGES:
-            one = found[split][metric]
-            row.append(f"{one['value']:.4f}" if name == first else difference(one))
+            score = scores[split][metric]
+            row.append(f"{score['value']:.4f}" if name == first else difference(score))
         rows.append(row)
     splits, metrics = (
         {"valid": "validation", "test": "held-out"},
@@ -184,17 +196,17 @@ def averages(record: Record) -> str:
 
 
 def tuned(record: Record) -> str:
-    """Settings chosen on one half, compared on the other."""
+    """Compare settings that were chosen on the tuning half on the test half."""
     rows = [
         [setting, own, record["chosen"][setting], ", ".join(f"{value:g}" for value in record["grids"][setting])]
         for setting, own in record["own"].items()
     ]
-    settings = table(["setting", "the demo's own", "chosen", "tried"], rows)
+    settings = table(["setting", "default of the demo", "chosen", "values tried"], rows)
     half, names = record["images"], {"rouge1": "ROUGE-1", "bleu1": "BLEU-1"}
     values = record["tuning"]
     rows = [
         [
-            f"the {half['tuning']} slices it was chosen on",
+            f"tuning half, {half['tuning']} slices",
             "ROUGE-1",
             f"{values['own']:.4f}",
             f"{values['chosen']:.4f}",
@@ -203,24 +215,24 @@ def tuned(record: Record) -> str:
     ]
     rows += [
         [
-            f"the {half['held_back']} slices held back",
+            f"test half, {half['held_back']} slices",
             names[metric],
-            f"{one['own']:.4f}",
-            f"{one['chosen']:.4f}",
-            difference(one),
+            f"{score['own']:.4f}",
+            f"{score['chosen']:.4f}",
+            difference(score),
         ]
-        for metric, one in record["held_back"].items()
+        for metric, score in record["held_back"].items()
     ]
-    scores = table(["slices", "metric", "own settings", "chosen settings", "difference"], rows)
+    scores = table(["slices", "metric", "default settings", "chosen settings", "difference"], rows)
     return f"{settings}\n\n{scores}"
 
 
 def rewards(*records: Record) -> str:
-    """What reward training changed."""
+    """Show how reward training changed the reward and the held-out scores."""
     rows = []
     for record in records:
         learnt = record.get("slices learnt from") or record["training slices"]
-        slices = "slices that no gradient had seen" if learnt.get("head") == "valid" else "training slices"
+        slices = "slices not used in training before" if learnt.get("head") == "valid" else "training slices"
         recipe = record["recipe"]
         how = [f"baseline {recipe.get('baseline', 'greedy')}"]
         how += [f"augmentation {recipe['augmentation']}"] if recipe["augmentation"] != "none" else []
@@ -234,14 +246,25 @@ def rewards(*records: Record) -> str:
                 difference(record["held-out volume"]["bertscore"]),
             ]
         )
-    header = ["learnt from", "reward, greedy", "reward, drawn", "held-out ROUGE-1", "held-out BERTScore (proxy)"]
+    header = [
+        "trained on",
+        "reward, greedy captions",
+        "reward, sampled captions",
+        "held-out ROUGE-1",
+        "held-out BERTScore (proxy)",
+    ]
     return table(header, rows)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Names of records, and what makes Markdown of them. Without `needs_bundle` no bundle took part; with `as_above`
-    the records are those of the table before. What `elsewhere` were measured with stands below another table.
+    """A table of the documentation.
+
+    records:      names of the records in benchmarks/results
+    make:         formats the records as Markdown
+    needs_bundle: name the bundle below the table; False if the benchmark used none
+    as_above:     the records are those of the table before, so that their circumstances are not repeated
+    elsewhere:    further records for `make`, whose circumstances are listed below another table
     """
 
     records: tuple[str, ...]
@@ -254,15 +277,18 @@ class Table:
 def _soak(record: Record) -> str:
     calm, disturbed, setting = record["undisturbed"], record["disturbed"], record["setting"]
     growth = calm["peak_gib"] / calm["peak_gib_of_500"] - 1
-    survived = "nothing lost, nothing twice, the same bytes" if not disturbed["problems"] else disturbed["problems"]
+    survived = "no caption lost or repeated, identical output" if not disturbed["problems"] else disturbed["problems"]
     return table(
-        ["what", "figure"],
+        ["what", "result"],
         [
             ["undisturbed", f"{setting['images']:,} images, {calm['images_per_s']:.1f} images/s"],
-            ["does it slow down?", f"the last tenth is {calm['last_over_second_tenth']:.2f} x as fast as the second"],
-            ["does memory grow?", f"peak {calm['peak_gib']:.2f} GiB, {growth:.0%} above a run of 500"],
             [
-                f"through {setting['kills']} `kill -9`, {setting['terms']} SIGTERM, {setting['full_disks']} full "
+                "speed over time",
+                f"the last tenth of the images runs {calm['last_over_second_tenth']:.2f} x as fast as the second",
+            ],
+            ["memory", f"peak {calm['peak_gib']:.2f} GiB, {growth:.0%} above a run of 500 images"],
+            [
+                f"with {setting['kills']} `kill -9`, {setting['terms']} SIGTERM, {setting['full_disks']} full "
                 f"disks, {disturbed['unreadable']} unreadable files",
                 survived,
             ],
@@ -273,10 +299,10 @@ def _soak(record: Record) -> str:
 def _update(record: Record) -> str:
     runs, setting = record["runs"], record["setting"]
     names = {
-        "first": f"the first run, {setting['images']:,} images",
-        "nothing_changed": "again, with nothing changed",
-        "some_changed": f"again, with {setting['changed']} images changed",
-        "scratch": "what is there then, from scratch",
+        "first": f"first run, {setting['images']:,} images",
+        "nothing_changed": "second run, nothing changed",
+        "some_changed": f"third run, {setting['changed']} images changed",
+        "scratch": "the changed folder from scratch",
     }
     scratch = runs["scratch"]["seconds"]
     rows = [
@@ -288,9 +314,11 @@ def _update(record: Record) -> str:
         ]
         for name, what in names.items()
     ]
-    same = "the same bytes" if record["same_as_from_scratch"] else "OTHER BYTES"
-    rows.append(["only listing the folder, looking at each file", "", f"{record['listing_s']:.1f}", ""])
-    return table([f"{beams(setting['beams'])}; run.csv: {same}", "captioned", "s in all", "of from scratch"], rows)
+    same = "identical to a run from scratch" if record["same_as_from_scratch"] else "DIFFERENT"
+    rows.append(["only listing the folder and the status of its files", "", f"{record['listing_s']:.1f}", ""])
+    return table(
+        [f"{beams(setting['beams'])}; run.csv: {same}", "captioned", "total, s", "relative to a run from scratch"], rows
+    )
 
 
 def _faults(*records: Record) -> str:
@@ -299,9 +327,9 @@ def _faults(*records: Record) -> str:
         setting, disturbed = record["setting"], record["disturbed"]
         kinds = {"kills": "`kill -9`", "terms": "SIGTERM", "full_disks": "full disks"}
         what = ", ".join(f"{setting[key]} {word}" for key, word in kinds.items() if setting[key])
-        outcome = "nothing lost, nothing twice, the same bytes" if disturbed["passed"] else disturbed["problems"]
+        outcome = "no caption lost or repeated, identical output" if disturbed["passed"] else disturbed["problems"]
         rows.append([what, f"{disturbed['images']}, {disturbed['unreadable']} of them unreadable", outcome])
-    return table(["faults", "images", "outcome"], rows)
+    return table(["faults", "images", "result"], rows)
 
 
 def _page(record: Record) -> str:
@@ -312,19 +340,19 @@ def _page(record: Record) -> str:
     frames = {kind: max(run[kind]["slowest_frame_s"] for run in runs) for kind in ("reading", "flicking", "dragging")}
     gaps = sum(run[kind]["gaps"] for run in runs for kind in frames)
     return table(
-        ["what", "figure"],
+        ["what", "result"],
         [
             [
-                "making it, all thumbnails new; none new",
+                "building the page: thumbnails new; thumbnails exist",
                 f"{record['making_first_s']:.1f} s; {record['making_again_s']:.1f} s",
             ],
-            ["page; thumbnails", f"{record['page_MB']:.1f} MB; {record['thumbnails_MB']} MB"],
-            ["until something is painted", spread([run["first_paint_s"] for run in runs])],
-            ["until the first rows are there", spread([run["first_rows_s"] for run in runs])],
-            ["slowest frame: reading, flicking, dragging", ", ".join(f"{one:.2f} s" for one in frames.values())],
-            ["places without a row while scrolling", gaps],
+            ["size: page; thumbnails", f"{record['page_MB']:.1f} MB; {record['thumbnails_MB']} MB"],
+            ["first paint", spread([run["first_paint_s"] for run in runs])],
+            ["first rows visible", spread([run["first_rows_s"] for run in runs])],
+            ["slowest frame: reading, flicking, dragging", ", ".join(f"{frame:.2f} s" for frame in frames.values())],
+            ["blank places while scrolling", gaps],
             [
-                "a first search; another order",
+                "first search; new sort order",
                 f"{spread([r['search_s'] for r in runs])}; {spread([r['sort_s'] for r in runs])}",
             ],
         ],
@@ -335,17 +363,17 @@ def _cluster(*records: Record) -> str:
     rows = []
     for record in records:
         alone = record["ways"]["one process"]
-        for way, found in record["ways"].items():
+        for way, timing in record["ways"].items():
             rows.append(
                 [
                     f"{record['setting']['workload']}: {way}",
-                    f"{found['image_s']:.3f} ({found['image_s'] / alone['image_s']:.2f} x)",
-                    f"{found['fixed_s']:.1f}",
-                    ", ".join(f"{wall:.0f}" for wall in found["wall_s"][-1]),
+                    f"{timing['image_s']:.3f} ({timing['image_s'] / alone['image_s']:.2f} x)",
+                    f"{timing['fixed_s']:.1f}",
+                    ", ".join(f"{wall:.0f}" for wall in timing["wall_s"][-1]),
                 ]
             )
     images = records[0]["setting"]["images"]
-    return table(["", "s an image", "starting, s", f"{images} images in all, s"], rows)
+    return table(["", "s/image", "startup, s", f"total for {images} images, s"], rows)
 
 
 def _simulated(record: Record) -> str:
@@ -360,7 +388,7 @@ def _simulated(record: Record) -> str:
         ]
         for one in chosen
     ]
-    return table(["images", "workers", "images/s", "what is in the way", "workers are busy"], rows)
+    return table(["images", "workers", "images/s", "bottleneck", "workers busy"], rows)
 
 
 def _host(record: Record) -> str:
@@ -372,7 +400,7 @@ def _host(record: Record) -> str:
         ]
         for one in record["measured"]
     ]
-    return table(["a device that answers at once", "images/s", "images/s of 084ae4d", "ratio"], rows)
+    return table(["zero-latency device", "images/s", "images/s at commit 084ae4d", "ratio"], rows)
 
 
 def _devices(*records: Record) -> str:
@@ -388,7 +416,7 @@ def _devices(*records: Record) -> str:
         for one in record["measured"]
     ]
     images = records[0]["measured"][0]["images"]
-    header = [f"{images:,} images", "s in all", "the device, s", "the host alone, s", "over the slower of the two"]
+    header = [f"{images:,} images", "total, s", "device alone, s", "host alone, s", "total / slower of the two"]
     return table(header, rows)
 
 

@@ -1,9 +1,9 @@
-"""Write the option tables of README.md and docs/ from the declarations of the commands themselves.
+"""Write the option tables of README.md and docs/ from the declarations of the commands.
 
     python -m docs.scripts.reference
 
-A table stands between `<!-- options: NAME -->` and `<!-- end -->`. NAME is a command (`engine caption`), a section of
-its help (`engine caption / Inputs`), or one of `decoding`, `recipes`, `settings`, `make`.
+A table is between `<!-- options: NAME -->` and `<!-- end -->`. NAME is a command (`engine caption`), a section of its
+help (`engine caption / Inputs`), or one of `decoding`, `recipes`, `settings`, `make`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.files.atomic import write_atomically
 from engine.options import DECODE_OPTIONS, DEFAULT_NEW_TOKENS, DEFAULTS
 
 GROUPS = {"engine": "engine.cli.app", "python -m export": "export.__main__", "python -m train": "train.__main__"}
-"""How a command line begins, and the module whose `main` it is."""
+"""Prefix of a command line, and the module whose `main` it runs."""
 
 
 def find_command(words: str) -> click.Command:
@@ -35,7 +35,7 @@ def find_command(words: str) -> click.Command:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a Markdown table; bars within cells are escaped."""
+    """Return a Markdown table; bars inside cells are escaped."""
     header = list(header)
     lines = [header, ["---"] * len(header), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -45,51 +45,56 @@ def options_of(command: click.Command, section: str = "") -> str:
     """Return the options of a command, or of one section of its help, as a table."""
     context = click.Context(command)
     rows = []
-    for one in command.params:
-        if not section and isinstance(one, click.Argument):
-            rows.append([f"`{one.make_metavar(context)}`", "required" if one.required else "", ""])
-        elif isinstance(one, click.Option) and section in ("", getattr(one, "section", "Other")):
-            rows.append([f"`{_written(one)}`", _default(one), one.help or ""])
+    for param in command.params:
+        if not section and isinstance(param, click.Argument):
+            rows.append([f"`{param.make_metavar(context)}`", "required" if param.required else "", ""])
+        elif isinstance(param, click.Option) and section in ("", getattr(param, "section", "Other")):
+            rows.append([f"`{_usage(param)}`", _default(param), param.help or ""])
     return table(["option", "default", "what it does"], rows)
 
 
-def _written(one: click.Option) -> str:
-    if one.is_flag or one.count:
-        return " / ".join([*one.opts, *one.secondary_opts])
-    if isinstance(one.type, click.Choice):
-        return f"{one.opts[0]} {{{','.join(one.type.choices)}}}"
-    kind = one.metavar or {"integer": "N", "integer range": "N", "float": "X"}.get(one.type.name, one.type.name.upper())
-    return f"{one.opts[0]} {kind}"
+def _usage(option: click.Option) -> str:
+    """Return an option with its metavar or its choices, such as `--threads N`."""
+    if option.is_flag or option.count:
+        return " / ".join([*option.opts, *option.secondary_opts])
+    if isinstance(option.type, click.Choice):
+        return f"{option.opts[0]} {{{','.join(option.type.choices)}}}"
+    names = {"integer": "N", "integer range": "N", "float": "X"}
+    metavar = option.metavar or names.get(option.type.name, option.type.name.upper())
+    return f"{option.opts[0]} {metavar}"
 
 
-def _default(one: click.Option) -> str:
-    if one.required:
+def _default(option: click.Option) -> str:
+    """Return the cell `default` of an option: empty for flags and for options without a default."""
+    if option.required:
         return "required"
-    if one.multiple:
+    if option.multiple:
         return "may be repeated"
-    given = one.to_info_dict()["default"]
-    if getattr(one, "section", "") == "Decoding":
-        declaration = next(option for option, _ in DECODE_OPTIONS.values() if option.flag == one.opts[0])
+    default = option.to_info_dict()["default"]
+    if getattr(option, "section", "") == "Decoding":
+        # click's default of a decoding option is None, so that an option that was not passed does not override the
+        # bundle. The real default is in the declaration.
+        declaration = next(declared for declared, _ in DECODE_OPTIONS.values() if declared.flag == option.opts[0])
         own = "" if declaration.default is None else f"`{_value(declaration.default)}`"
         return ", else ".join(filter(None, ["the bundle's", own])) if declaration.in_bundle else own
-    return "" if given is None or isinstance(given, bool) or given == () else f"`{given}`"
+    return "" if default is None or isinstance(default, bool) or default == () else f"`{default}`"
 
 
 def decoding() -> str:
-    """Return Hugging Face's names of the decoding options, with option, default and meaning."""
+    """Return the decoding options under Hugging Face's names, with option, default and meaning."""
     rows = []
     for name, (option, _) in DECODE_OPTIONS.items():
         default = DEFAULTS[name]
         shown = "" if default is None else f"`{str(default).lower() if isinstance(default, bool) else default}`"
         if name == "max_new_tokens":
-            shown = f"`{DEFAULT_NEW_TOKENS}`, where `max_length` is not given either"
+            shown = f"`{DEFAULT_NEW_TOKENS}`, if `max_length` is not set either"
         flag = f"`{option.flag}`" if option.flag else ""
         rows.append([f"`{name}`", flag, shown, option.help])
     return table(["Hugging Face's name", "option", "default", "meaning"], rows)
 
 
 def recipes() -> str:
-    """Return the named recipes: what differs from medblip-base."""
+    """Return the named recipes with the settings that differ from medblip-base."""
     from train.recipe import RECIPES
 
     base = RECIPES["medblip-base"].settings()
@@ -101,7 +106,7 @@ def recipes() -> str:
 
 
 def settings() -> str:
-    """Return every setting of a recipe with the value of medblip-base."""
+    """Return every setting of a recipe with its value in medblip-base."""
     from train.recipe import RECIPES
 
     values = {key: value for key, value in RECIPES["medblip-base"].settings().items() if key != "name"}
@@ -115,16 +120,16 @@ def _value(value: Any) -> str:
 
 
 def make_targets() -> str:
-    """Return what `make help` lists."""
-    found = re.findall(r"^([a-z-]+):.*?## (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    return table(["command", "what it does"], ([f"`make {name}`", text] for name, text in found))
+    """Return the targets that `make help` lists."""
+    targets = re.findall(r"^([a-z-]+):.*?## (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    return table(["command", "what it does"], ([f"`make {name}`", text] for name, text in targets))
 
 
 def reference(name: str) -> str:
-    """Return the table `name` as it stands in a page."""
-    own = {"decoding": decoding, "recipes": recipes, "settings": settings, "make": make_targets}
-    if name in own:
-        return f"\n{own[name]()}\n"
+    """Return the table `name`, with the description of the command above it."""
+    special = {"decoding": decoding, "recipes": recipes, "settings": settings, "make": make_targets}
+    if name in special:
+        return f"\n{special[name]()}\n"
     words, _, section = name.partition(" / ")
     command = find_command(words)
     text = "" if section or words == "python -m export" else f"\n{' '.join((command.help or '').split())}\n"
@@ -132,18 +137,18 @@ def reference(name: str) -> str:
 
 
 def render(page: Path) -> str:
-    """Return the text of a page with its option tables as the commands have them now."""
+    """Return the text of a page with its option tables updated from the commands."""
     return fill(page.read_text(encoding="utf-8"), "options", reference)
 
 
 @click.command()
 def main() -> None:
-    """Write every table anew; say which pages changed."""
+    """Update the option tables of all pages and print the pages that changed."""
     for page in PAGES:
         text = render(page)
         if text != page.read_text(encoding="utf-8"):
             write_atomically(page, text)
-            click.echo(f"{page.relative_to(ROOT)}: written anew")
+            click.echo(f"{page.relative_to(ROOT)}: updated")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A hook of MkDocs: pages and pictures that lie outside docs/ become part of the site, and links to them work.
+"""MkDocs hook: add pages and images from outside docs/ to the site, and fix the links to them.
 
-In the repository a page of docs/ links to `../benchmarks/LOG.md`. In the site that file lies at `benchmarks/LOG.md`.
+In the repository a page of docs/ links to `../benchmarks/LOG.md`. In the site that file is at `benchmarks/LOG.md`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OTHERS = ("benchmarks/results/*.png", "benchmarks/results/*.json")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add what the pages link to."""
+    """Add the files outside docs/ that the pages link to."""
     others = [path.relative_to(ROOT).as_posix() for pattern in OTHERS for path in sorted(ROOT.glob(pattern))]
     for name in (*PAGES, *others):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
@@ -27,7 +27,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
-    """Turn links that leave docs/ into links within the site."""
+    """Rewrite links that leave docs/ as links within the site."""
     if page.file.src_uri in PAGES:
         return markdown
     return re.sub(r"\]\(\.\./", "](", markdown)

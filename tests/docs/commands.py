@@ -1,4 +1,4 @@
-"""Commands as the pages write them: which of ours a line calls, whether its options exist, and running it."""
+"""Parse, check and run the commands that the documentation shows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from benchmarks.figures import ROOT
 from tests.docs.pages import Block, words_of
 
 SHELL = re.compile(r"[|&;<>$`(]|^\. |^\w+=")
-"""What only a shell understands."""
+"""Syntax that needs a shell."""
 SMALL = {"train sweep": "--examples 2 --max-new-tokens 5", "export.parity": "--beams 1,3"}
-"""Options behind those of a page, so that what takes days with real data takes seconds with ours."""
+"""Options that are appended to a command, because with the options of the page it would take too long in a test."""
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str], str] | None:
-    """Return the command that a line calls, its arguments and its name; None where it is none of ours."""
+    """Return the command that a line calls, its arguments and its name, or None if the project has no such command."""
     if words[0] == "engine":
         module, rest = "engine.cli.app", words[1:]
     elif words[:2] == ["python", "-m"] and words[2].split(".")[0] in ("export", "train", "benchmarks"):
@@ -40,7 +40,7 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str], str] | None:
 
 
 def check_options(line: str) -> None:
-    """Assert that a line calls what exists, with options that exist."""
+    """Assert that the command or make target of a line exists and accepts its options."""
     words = words_of(line)
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -51,7 +51,7 @@ def check_options(line: str) -> None:
 
 
 def run_block(block: Block, folder: Path) -> None:
-    """Run a shell block in a folder, line by line: our own commands in this process, anything else by bash."""
+    """Run a shell block in a folder, line by line: commands of this project in this process, all others with bash."""
     for line in block.lines:
         words = words_of(line)
         if words[0] == "make":

@@ -1,4 +1,4 @@
-"""The pages of the documentation, taken apart: code blocks with their marks, headings, links."""
+"""Parse the pages of the documentation: code blocks with their marks, headings, links."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from benchmarks.figures import PAGES, ROOT
 
 LINKING = (*PAGES, ROOT / "CONTRIBUTING.md")
-"""Pages whose links are looked at."""
+"""Pages whose links are checked."""
 MARK = re.compile(r"<!-- (needs|run by): (.+?) -->")
 CANNOT = ("gpu", "network", "a cluster")
-"""What a block may need that the machine of the tests lacks."""
+"""Allowed values of `<!-- needs: ... -->`: what the test machine does not have."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A code block: where it begins, its language, its text, and the mark above it, such as ("needs", "gpu")."""
+    """A code block: first line, language, text, and the mark above it, such as ("needs", "gpu")."""
 
     page: Path
     line: int
@@ -31,38 +31,38 @@ class Block:
 
     @property
     def lines(self) -> list[str]:
-        """Return the lines of a shell block, continued ones joined, without comments."""
+        """Return the commands of a shell block, with continued lines joined and without comments."""
         joined = self.text.replace("\\\n", " ").splitlines()
         return [line.strip() for line in joined if line.strip() and not line.lstrip().startswith("#")]
 
 
 def name_of(page: Path) -> str:
-    """Return a page's path in the repository."""
+    """Return the path of a page relative to the repository."""
     return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, language: str) -> list[Block]:
-    """Return the blocks of a language in a page."""
+    """Return the code blocks of one language in a page."""
     lines = page.read_text(encoding="utf-8").splitlines()
-    found, start = [], None
+    parsed, start = [], None
     for number, line in enumerate(lines):
         if start is None and (opening := re.fullmatch(r"```(\w+)", line)):
             start, kind = number, opening[1]
         elif start is not None and line == "```":
             mark = MARK.fullmatch(lines[start - 1].strip())
             text = "\n".join(lines[start + 1 : number])
-            found.append(Block(page, start + 1, kind, text, (mark[1], mark[2]) if mark else None))
+            parsed.append(Block(page, start + 1, kind, text, (mark[1], mark[2]) if mark else None))
             start = None
-    return [block for block in found if block.language == language]
+    return [block for block in parsed if block.language == language]
 
 
 def words_of(line: str) -> list[str]:
-    """Return the words of one command, without a comment behind it."""
+    """Split a command into words, without a comment at its end."""
     return shlex.split(line, comments=True)
 
 
 def slug(heading: str) -> str:
-    """Return the anchor of a heading, as it is made in the repository and in the site."""
+    """Return the anchor of a heading, which is the same on GitHub and in the site."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -77,6 +77,6 @@ def anchors(page: Path) -> set[str]:
 
 
 def links(page: Path) -> list[str]:
-    """Return the targets of a page's links and pictures within the repository."""
+    """Return the targets of all links and images of a page that are inside the repository."""
     targets = re.findall(r"\]\(([^)\s]+)\)", without_code(page))
     return [target for target in targets if not re.match(r"[a-z]+:", target)]

@@ -1,4 +1,4 @@
-"""What the pages tell people to type is typed here, in a folder of small things."""
+"""Run the shell and Python blocks of the documentation in a folder with small inputs."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def _engine(line: str) -> None:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, tiny_checkpoint, tiny_bundle) -> Path:
-    """What docs/contributing.md says there is, and what a page takes from the pages before it."""
+    """Create the inputs that docs/contributing.md lists, and the files that a page uses from earlier pages."""
     here = tmp_path_factory.mktemp("docs")
     captions = dict(csv.reader((ROOT / "examples/captions.csv").read_text(encoding="utf-8").splitlines()))
-    for place, names in (("examples", [f"{one}.jpg" for one in EXAMPLES]), (".", NAMES), ("DATA", NAMES)):
-        images = here / place / "images"
+    for target, names in (("examples", [f"{example}.jpg" for example in EXAMPLES]), (".", NAMES), ("DATA", NAMES)):
+        images = here / target / "images"
         images.mkdir(parents=True)
         for source, name in zip(EXAMPLES, names, strict=True):
             Image.open(ROOT / f"examples/images/{source}.jpg").save(images / name)
-        rows = [f'{Path(name).stem},"{captions[one]}"' for one, name in zip(EXAMPLES, names, strict=True)]
+        rows = [f'{Path(name).stem},"{captions[example]}"' for example, name in zip(EXAMPLES, names, strict=True)]
         (images.parent / "captions.csv").write_text("\n".join(["ID,Caption", *rows]) + "\n", encoding="utf-8")
     splits = [f"{line},{split}" for line, split in zip(["ID,Caption", *rows], SPLITS, strict=True)]
     (here / "DATA/captions.csv").write_text("\n".join(splits) + "\n", encoding="utf-8")
@@ -58,7 +58,7 @@ def prepared(tmp_path_factory, tiny_checkpoint, tiny_bundle) -> Path:
 
 @pytest.fixture
 def folder(prepared, tmp_path, monkeypatch) -> Path:
-    """A copy of it to work in."""
+    """Work in a copy of the prepared folder."""
     here = Path(shutil.copytree(prepared, tmp_path / "here"))
     monkeypatch.chdir(here)
     return here
@@ -72,7 +72,8 @@ def test_every_shell_block_runs(page, folder):
 
 
 @pytest.mark.parametrize("block", [block for block in SHELL if block.mark], ids=str)
-def test_a_block_that_does_not_run_says_why_and_has_options_that_exist(block: Block):
+def test_block_that_does_not_run_is_valid(block: Block):
+    """Its mark says why it does not run here, and its commands and options exist."""
     assert block.mark is not None
     kind, what = block.mark
     if kind == "needs":
@@ -83,7 +84,7 @@ def test_a_block_that_does_not_run_says_why_and_has_options_that_exist(block: Bl
         check_options(line)
 
 
-def test_options_that_do_not_exist_are_noticed(folder):
+def test_unknown_options_are_detected(folder):
     for line in ("engine caption --input images --beam-count 4 --out run.csv", "python -m train sweep --data DATA"):
         with pytest.raises(click.UsageError, match=r"beam-count|out"):
             check_options(line)
@@ -93,8 +94,8 @@ def test_options_that_do_not_exist_are_noticed(folder):
         check_options("make nothing")
 
 
-def test_the_captions_that_are_shown_are_the_demo_models(tmp_path):
-    """Lines such as `colin27_axial_082,"axial ...`, perhaps cut off by an ellipsis."""
+def test_shown_captions_are_current(tmp_path):
+    """Caption the images of lines such as `colin27_axial_082,"axial ...`, which may end with an ellipsis."""
     shown = {line for page in PAGES for line in re.findall(r'^colin27\w+,".+$', page.read_text("utf-8"), re.MULTILINE)}
     assert len(shown) >= 3
     (tmp_path / "ids.txt").write_text("".join(f"{name}\n" for name in sorted({line.split(",")[0] for line in shown})))

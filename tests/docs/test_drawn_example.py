@@ -1,4 +1,4 @@
-"""The example drawn on "How it works", fed to the code that it explains."""
+"""Run the drawn example of "How it works" through the search that it explains."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ STEPS = [
     [("sits", 1, -1.7), ("[SEP]", 0, -1.8), ("runs", 0, -2.2), ("[SEP]", 1, -2.6)],
     [("[SEP]", 0, -1.9), ("fast", 1, -2.6), ("there", 0, -2.7), ("[SEP]", 1, -3.0)],
 ]
-"""The best four candidates of each step: word, beam continued, sum of log-probabilities. The first step's last two are
-not drawn.
+"""The best four candidates of each step: token, parent beam, sum of log-probabilities.
+
+The last two candidates of the first step are not in the drawing.
 """
 PASTS = [
     [[0], [0]],
     [[0, 2], [0, 2]],
     [[0, 2, 5], [0, 2, 4]],
 ]
-"""Columns of both beams after steps 1 to 3, as drawn: 0 [DEC], 1 idle, 2 a, 3 the, 4 dog, 5 cat."""
+"""Cache columns of both beams after steps 1 to 3, as drawn: 0 [DEC], 1 unused, 2 a, 3 the, 4 dog, 5 cat."""
 
 
 def text(ids) -> str:
+    """Return the words of token ids, separated by spaces."""
     return " ".join(WORDS[i] for i in ids)
 
 
-def test_the_search_goes_as_it_is_drawn():
+def test_search_matches_the_drawing():
     search = Search(
         prompt=(0,),
         num_beams=2,
@@ -61,16 +63,16 @@ def test_the_search_goes_as_it_is_drawn():
     running = [text(row[: beams.lengths[0]]) for row in beams.tokens[0]]
     assert running == ["[DEC] a dog runs fast", "[DEC] a cat sits there"]
     assert beams.closed[0]
-    found = [(text(one.ids), round(one.score, 3)) for one in beams.results(0)]
-    assert found == [("[DEC] a cat sits [SEP]", -0.475), ("[DEC] a dog [SEP]", -0.6)]
+    results = [(text(result.ids), round(result.score, 3)) for result in beams.results(0)]
+    assert results == [("[DEC] a cat sits [SEP]", -0.475), ("[DEC] a dog [SEP]", -0.6)]
     columns = ancestry.compact(np.array([0]))
     assert not {1, 3} & set(columns[0].tolist())
 
 
-@pytest.mark.parametrize("picture", ["beams.svg", "ancestry.svg"])
-def test_the_pictures_show_these_words(picture):
-    shown = re.findall(r">([^<>\n]+)</text>", (ROOT / "docs/assets" / picture).read_text(encoding="utf-8"))
-    drawn = STEPS[1:] if picture == "beams.svg" else STEPS[:2]
+@pytest.mark.parametrize("drawing", ["beams.svg", "ancestry.svg"])
+def test_drawings_show_the_tokens(drawing):
+    shown = re.findall(r">([^<>\n]+)</text>", (ROOT / "docs/assets" / drawing).read_text(encoding="utf-8"))
+    drawn = STEPS[1:] if drawing == "beams.svg" else STEPS[:2]
     assert {word for step in drawn for word, *_ in step} <= set(shown)
-    if picture == "beams.svg":
+    if drawing == "beams.svg":
         assert all(any(line.startswith(str(score)) for line in shown) for step in drawn for *_, score in step)
