@@ -110,21 +110,21 @@ def test_paths_on_standard_input_are_relative_to_the_working_directory(here, mon
 @pytest.mark.parametrize(
     ("places", "sentence"),
     [
-        (["nowhere"], "nowhere is not a directory, a picture or a list of paths: nothing is there"),
+        (["nowhere"], "nowhere does not exist: give a folder, an image, a pattern or a list of paths"),
         (["a/*.tif"], r"nothing matches a/\*\.tif"),
         (["nowhere/*.png"], "nothing matches nowhere"),
-        (["a/notes.md"], "notes.md is no picture that can be read$"),
+        (["a/notes.md"], "notes.md is not a readable image$"),
         (["a/x.heic"], "HEIC needs the extra"),
-        (["pipe.png"], "pipe.png is no picture"),
-        (["pipe"], "pipe is no picture"),
+        (["pipe.png"], "pipe.png is not a readable image"),
+        (["pipe"], "pipe is not a readable image"),
         (["a", "a/1.png"], "a/1.png is named twice by the inputs"),
         (["b/empty.txt"], "empty.txt lists no paths"),
         (
             ["b/list.txt"],
-            r"list.txt, line 3: gone.png is not there \(and 1 more\): paths are relative to its folder b$",
+            r"list.txt, line 3: gone.png does not exist \(and 1 more\): paths are relative to its folder b$",
         ),
-        (["b/links.txt"], "links.txt, line 2: b/2.txt is no picture"),
-        ([], "there is no input"),
+        (["b/links.txt"], "links.txt, line 2: b/2.txt is not a readable image"),
+        ([], "no input: give a folder"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(here, places, sentence):
@@ -145,7 +145,7 @@ def test_ids_of_all_inputs_differ_and_paths_are_relative_to_each(here):
     with pytest.raises(RepeatedIdError, match=r"hold two images with the id '1': a/1.png and b/1.png; ids are paths"):
         find_inputs([Path("a"), Path("b")])
     for how in ("path", "file"):
-        with pytest.raises(RepeatedIdError, match="ids are paths relative to each --input: name their folder once"):
+        with pytest.raises(RepeatedIdError, match="ids are paths relative to each --input: give their common folder"):
             find_inputs([Path("a"), Path("b")], ids=how)
     assert ids("?/1.png", ids="path") == ["a/1", "b/1"]
     assert ids("a/1.png", "b/1.png", ids="path") == ["a/1", "b/1"]

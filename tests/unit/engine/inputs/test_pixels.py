@@ -130,7 +130,7 @@ def test_previews_of_telephones_are_not_noted(tmp_path):
 def test_notes_become_a_line_for_each_kind():
     notes = [ImageNote(FRAMES, "a.gif"), *(ImageNote(CLIPPED, f"{i}.png") for i in (3, 1, 0, 2, 1))]
     deep, frames = note_lines(notes)
-    assert deep.startswith("4 images have more than 8 bits a channel: ")
+    assert deep.startswith("4 images have more than 8 bits per channel: ")
     assert deep.endswith("0.png, 1.png, 2.png and 1 more; --high-bit-depth scale keeps their range")
     assert frames.startswith("1 image has more frames than the one that is used: a.gif")
 

@@ -19,8 +19,8 @@ def test_prompts_are_found_by_id_or_file_name_and_may_be_empty_or_quoted(tmp_pat
     [
         ("ID,prompt\na,x\n", r"prompts.csv has no prompt for 2 of 3 images \(b, c\): add their rows"),
         ("ID,text\na,x\nb,y\nc,z\n", "prompts.csv has no column 'prompt', only text"),
-        ("ID,prompt\na,x\na,y\n", "a is there twice"),
-        ("ID,prompt\na,x\na.png,y\nb,\nc,\n", "are two names of a|a is there twice"),
+        ("ID,prompt\na,x\na,y\n", "id a is repeated"),
+        ("ID,prompt\na,x\na.png,y\nb,\nc,\n", "are two names of a|id a is repeated"),
     ],
 )
 def test_what_is_missing_or_twice_is_said(text, sentence, tmp_path):

@@ -169,7 +169,7 @@ def test_without_pyarrow_one_sentence_names_the_extra(folder, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     engine.inputs.remote._open.cache_clear()
-    with pytest.raises(EngineError, match=r"is read by pyarrow, which is missing: pip install 'pyarrow>=15'$"):
+    with pytest.raises(EngineError, match=r"needs pyarrow, which is not installed: pip install 'pyarrow>=15'$"):
         find_images(RemoteFolder(folder.as_uri()))
 
 
@@ -183,7 +183,7 @@ def test_storage_that_fails_stops_the_run(folder, monkeypatch):
         raise OSError("AWS Error NETWORK_CONNECTION")
 
     monkeypatch.setattr("engine.inputs.remote._open", lambda _: (type("System", (), {"open_input_file": fail})(), "x"))
-    with pytest.raises(EngineError, match="is its storage there") as caught:
+    with pytest.raises(EngineError, match="check the address and your access rights") as caught:
         decode_image(ImageFile("a", Path("a.png"), 0, RemoteFolder(folder.as_uri())).source)
     assert not isinstance(caught.value, ImageError)
 

@@ -141,7 +141,7 @@ def test_several_references_and_further_columns(tmp_path):
     [
         ("x.csv", b"", "is not a table of captions"),
         ("x.csv", b"ID,Caption\n", "holds no captions"),
-        ("x.csv", b"ID,Caption\na,b,c\n", "line 2: 3 columns where the header has 2"),
+        ("x.csv", b"ID,Caption\na,b,c\n", "line 2: 3 columns, but the header has 2"),
         ("x.csv", b'ID,Caption\na,b\nc,"open\n', "line 3"),
         ("x.csv", b"ID,Caption\n,b\n", "line 2: an empty id"),
         ("x.csv", b"ID,Caption\na,\xff\n", "byte 13 is not UTF-8"),
@@ -153,9 +153,9 @@ def test_several_references_and_further_columns(tmp_path):
         ("x.jsonl", b'{"caption": "a"}', "line 1: no id"),
         ("x.jsonl", b"[1]", "line 1: not an object"),
         ("x.json", b"[" * 200_000, "not valid JSON"),
-        ("x.json", b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a"}]}', "no known layout"),
-        ("x.json", b'{"annotations": [3]}', "no known layout"),
-        ("x.jsonl", b'{"id": "a", "hypotheses": ["x"]}', "no known layout"),
+        ("x.json", b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a"}]}', "not in a known layout"),
+        ("x.json", b'{"annotations": [3]}', "not in a known layout"),
+        ("x.jsonl", b'{"id": "a", "hypotheses": ["x"]}', "not in a known layout"),
         ("x.jsonl", b'{"id": "a", "caption": "x\\ud800"}', "half a character"),
         ("x.parquet", b"PAR1", "cannot be read as parquet"),
     ],
@@ -256,7 +256,7 @@ def test_a_chosen_column_that_no_table_has_is_named(tmp_path):
     (tmp_path / "run.csv").write_text("ID,Caption\na,CT\n")
     columns = Columns(caption="impresion")
     assert read_table(tmp_path / "run.csv", columns).captions == {"a": ("CT",)}
-    with pytest.raises(UsageError, match=r"--caption-column impresion: there is no such column: .*run.csv has ID, "):
+    with pytest.raises(UsageError, match=r"--caption-column impresion: no table has this column: .*run.csv has ID, "):
         columns.require_found()
 
 
@@ -331,7 +331,7 @@ def test_ids_that_are_not_utf8_are_read_and_captions_are_not(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"ID,Caption\ncaf\xe9,CT\n")
     assert read_table(tmp_path / "x.csv").captions == {os.fsdecode(b"caf\xe9"): ("CT",)}
     (tmp_path / "x.csv").write_bytes(b"ID,Modality,Caption\na,\xe9,CT\n")
-    with pytest.raises(DataError, match=r"byte 22 is not UTF-8 \(saved by Excel"):
+    with pytest.raises(DataError, match=r"byte 22 is not UTF-8 \(if it comes from Excel"):
         read_table(tmp_path / "x.csv")
 
 
