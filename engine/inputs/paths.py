@@ -57,7 +57,12 @@ class FoundInputs:
 
 
 def find_inputs(
-    places: Sequence[Location], *, recursive: bool = False, dicom_frame: int = 0, ids: str = "stem", depth: str = CLIP
+    locations: Sequence[Location],
+    *,
+    recursive: bool = False,
+    dicom_frame: int = 0,
+    ids: str = "stem",
+    depth: str = CLIP,
 ) -> FoundInputs:
     """Return the images of all inputs.
 
@@ -76,20 +81,20 @@ def find_inputs(
     Raises UsageError if an input has no images, DataError if a list is not valid or has entries that cannot be read,
     RepeatedIdError if two images have the same id, and EngineError if there are DICOM files and pydicom is missing.
     """
-    if not places:
+    if not locations:
         raise UsageError("no input: give a folder, an image, a pattern or a list of paths")
     finder = _Finder(recursive, dicom_frame, ids, depth)
-    if len(places) == 1 and (isinstance(places[0], RemoteFolder) or places[0].is_dir()):
-        found = find_images(places[0], recursive=recursive, dicom_frame=dicom_frame, ids=ids, depth=depth)
-        left_aside = {str(places[0]): found.ignored} if found.ignored else {}
+    if len(locations) == 1 and (isinstance(locations[0], RemoteFolder) or locations[0].is_dir()):
+        found = find_images(locations[0], recursive=recursive, dicom_frame=dicom_frame, ids=ids, depth=depth)
+        left_aside = {str(locations[0]): found.ignored} if found.ignored else {}
         return FoundInputs(found.images, left_aside, imageless=set(found.imageless))
-    for place in places:
-        finder.add(place)
-    _refuse_named_twice(finder.found.images)
-    refuse_repeated(finder.found.images, "the inputs hold", ids, whole_paths=True)
+    for location in locations:
+        finder.add(location)
+    _refuse_named_twice(finder.result.images)
+    refuse_repeated(finder.result.images, "the inputs hold", ids, whole_paths=True)
     if finder.has_dicom:
         dicom.require_pydicom()
-    return finder.found
+    return finder.result
 
 
 def _instead(path: Path) -> str:
@@ -107,26 +112,26 @@ class _Finder:
     """Collects the images of several inputs."""
 
     def __init__(self, recursive: bool, dicom_frame: int, ids: str, depth: str) -> None:
-        self.found = FoundInputs()
+        self.result = FoundInputs()
         self.has_dicom = False
         self._recursive, self._dicom_frame, self._ids, self._depth = recursive, dicom_frame, ids, depth
 
-    def add(self, place: Location) -> None:
+    def add(self, location: Location) -> None:
         """Add the images of one --input."""
-        if isinstance(place, RemoteFolder) or (place != STDIN and place.is_dir()):
-            self._add_folder(place, None)
-        elif place == STDIN:
+        if isinstance(location, RemoteFolder) or (location != STDIN and location.is_dir()):
+            self._add_folder(location, None)
+        elif location == STDIN:
             self._add_list(_read_stdin(), Path(), "standard input", "the working directory")
-        elif os.path.lexists(place):
-            if place.suffix.lower() == LIST and place.is_file():
-                self.found.lists.append(place)
-                self._add_list(_read_list(place), place.parent, str(place), f"its folder {place.parent}")
+        elif os.path.lexists(location):
+            if location.suffix.lower() == LIST and location.is_file():
+                self.result.lists.append(location)
+                self._add_list(_read_list(location), location.parent, str(location), f"its folder {location.parent}")
             else:
-                self._add_image(place, Path(), "")
-        elif glob.has_magic(str(place)):
-            self._add_pattern(place)
+                self._add_image(location, Path(), "")
+        elif glob.has_magic(str(location)):
+            self._add_pattern(location)
         else:
-            raise UsageError(f"{place} does not exist: give a folder, an image, a pattern or a list of paths")
+            raise UsageError(f"{location} does not exist: give a folder, an image, a pattern or a list of paths")
 
     def _add_image(self, path: Path, root: Path, where: str) -> None:
         kind = kind_named(path)
@@ -138,16 +143,16 @@ class _Finder:
     def _take(self, path: Path, root: Path, kind: str) -> None:
         self.has_dicom |= kind == "DICOM"
         image = local_image(path, root, dicom_frame=self._dicom_frame, ids=self._ids, depth=self._depth)
-        self.found.images.append(image)
+        self.result.images.append(image)
 
-    def _add_folder(self, place: Location, root: Path | None) -> None:
-        found = self._images_in(place, root)
-        self.found.images.extend(found.images)
-        self._skip(str(place), [f"{place}/{name}" for name in found.ignored])
+    def _add_folder(self, location: Location, root: Path | None) -> None:
+        found = self._images_in(location, root)
+        self.result.images.extend(found.images)
+        self._skip(str(location), [f"{location}/{name}" for name in found.ignored])
 
-    def _images_in(self, place: Location, root: Path | None) -> FoundImages:
+    def _images_in(self, location: Location, root: Path | None) -> FoundImages:
         found = images_in(
-            place,
+            location,
             recursive=self._recursive,
             dicom_frame=self._dicom_frame,
             ids=self._ids,
@@ -155,12 +160,12 @@ class _Finder:
             root=root,
         )
         self.has_dicom |= found.has_dicom
-        self.found.imageless.update(f"{place}/{name}" for name in found.imageless)
+        self.result.imageless.update(f"{location}/{name}" for name in found.imageless)
         return found
 
-    def _skip(self, place: str, names: list[str]) -> None:
+    def _skip(self, location: str, names: list[str]) -> None:
         if names:
-            self.found.left_aside.setdefault(place, []).extend(names)
+            self.result.left_aside.setdefault(location, []).extend(names)
 
     def _add_pattern(self, pattern: Path) -> None:
         parts = pattern.parts
@@ -169,7 +174,7 @@ class _Finder:
         matches = sorted(set(_matches(root, parts[fixed:])))
         if not matches:
             raise UsageError(f"nothing matches {pattern}: check the folder and the quotes around the pattern")
-        before, skipped = len(self.found.images), []
+        before, skipped = len(self.result.images), []
         for path in matches:
             if self._recursive and path.is_dir() and not path.is_symlink():
                 skipped += self._add_below(path, root)
@@ -177,11 +182,11 @@ class _Finder:
                 self._take(path, root, kind)
             else:
                 skipped.append(str(path))
-                self.found.imageless.update([str(path)] if kind == IMAGELESS else [])
-        if len(self.found.images) == before:
+                self.result.imageless.update([str(path)] if kind == IMAGELESS else [])
+        if len(self.result.images) == before:
             hint = "" if self._recursive else "; --recursive looks into folders"
             raise UsageError(
-                f"{pattern} matches no images, but {describe_ignored(skipped, self.found.imageless)}{hint}"
+                f"{pattern} matches no images, but {describe_ignored(skipped, self.result.imageless)}{hint}"
             )
         self._skip(str(pattern), skipped)
 
@@ -191,7 +196,7 @@ class _Finder:
             found = self._images_in(folder, root)
         except UsageError:
             return [str(folder)]
-        self.found.images.extend(found.images)
+        self.result.images.extend(found.images)
         return [f"{folder}/{name}" for name in found.ignored]
 
     def _add_list(self, content: bytes, root: Path, where: str, relative_to: str) -> None:

@@ -165,17 +165,17 @@ def read_rows(path: Path, text: str, delimiter: str, width: int | None = None) -
     hand, after a space or escaped as `\\"`, are accepted if every row then has `width` columns (None: as many as the
     first row).
     """
-    rows, trouble = _parse(text, delimiter)
+    rows, error = _parse(text, delimiter)
     width = width or len(rows[0][1] if rows else ())
     is_odd = any(re.fullmatch(r'(?s)\s+".*"\s*', cell) for _, row in rows for cell in row) and delimiter in ",;"
-    if delimiter in ",;" and (trouble or is_odd or any(len(row) != width for _, row in rows)):
+    if delimiter in ",;" and (error or is_odd or any(len(row) != width for _, row in rows)):
         unescaped = text.replace('\\"', '""')
         for variant, with_space in ((text, True), (unescaped, False), (unescaped, True)):
-            parsed, error = _parse(variant, delimiter, with_space)
-            if not error and parsed and all(len(row) == width for _, row in parsed):
+            parsed, variant_error = _parse(variant, delimiter, with_space)
+            if not variant_error and parsed and all(len(row) == width for _, row in parsed):
                 return parsed
-    if trouble:
-        raise DataError(f"{path}, {trouble}")
+    if error:
+        raise DataError(f"{path}, {error}")
     return rows
 
 
@@ -235,8 +235,8 @@ def delimited_rows(path: Path, columns: Columns = USUAL) -> Iterator[CaptionRow]
 
 def _headless(path: Path, text: str, delimiter: str) -> Rows:
     """Return the rows of a table without a header. If each line begins with an image, captions may contain commas."""
-    rows, trouble = _parse(text, delimiter)
-    if delimiter == "," and (trouble or any(len(row) != 2 for _, row in rows)):
+    rows, error = _parse(text, delimiter)
+    if delimiter == "," and (error or any(len(row) != 2 for _, row in rows)):
         lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         if '"' not in text and all(_is_image(line.partition(",")[0]) for _, line in lines):
             return [(number, [line.partition(",")[0], line.partition(",")[2]]) for number, line in lines]
@@ -287,8 +287,8 @@ def _layout(path: Path, text: str, separator: str | None, columns: Columns) -> t
 
 def _cells(line: str, delimiter: str) -> list[str]:
     """Return the cells of a header line."""
-    rows, trouble = _parse(line, delimiter, with_space=True)
-    return [cell.strip() for cell in rows[0][1]] if rows and not trouble else []
+    rows, error = _parse(line, delimiter, with_space=True)
+    return [cell.strip() for cell in rows[0][1]] if rows and not error else []
 
 
 def _others(lines: Sequence[str], delimiter: str) -> Others:

@@ -66,9 +66,9 @@ class Table:
 
     def single(self) -> dict[str, str]:
         """Return {id: caption} of a run. Raises DataError if an id has several captions."""
-        several = [name for name, captions in self.captions.items() if len(captions) != 1]
-        if several:
-            raise DataError(f"{self.path} has more than one caption for {join_some(several)}: a run has one per image")
+        repeated = [name for name, captions in self.captions.items() if len(captions) != 1]
+        if repeated:
+            raise DataError(f"{self.path} has more than one caption for {join_some(repeated)}: a run has one per image")
         return {name: captions[0] for name, captions in self.captions.items()}
 
 
@@ -129,7 +129,7 @@ def _collect(path: Path, rows: Iterable[CaptionRow], aliases: dict[str, str] | N
             table.varying |= {column: name for column in differing if column not in table.varying}
     if not captions:
         raise DataError(f"{path} holds no captions")
-    table.captions = {name: tuple(several) for name, several in captions.items()}
+    table.captions = {name: tuple(texts) for name, texts in captions.items()}
     return table
 
 
@@ -162,7 +162,7 @@ def _read_folder(path: Path, columns: Columns) -> Table:
             if not (path / name).is_file():
                 raise DataError(f"{path / name} is not a file but a folder, a pipe or a device")
             return read_table(path / name, columns)
-    texts = [(name, text) for name, several in find_sidecars(path).items() for text in several]
+    texts = [(name, text) for name, paths in find_sidecars(path).items() for text in paths]
     return _collect(path, ((1, FILE + name, _read_sidecar(text, path), {}) for name, text in texts))
 
 

@@ -28,7 +28,7 @@ ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 )
-"""Chromium has no sandbox if it runs as root in a container. The other options stop requests to its vendor's servers."""
+"""Chromium has no sandbox if it runs as root in a container. The others stop requests to its vendor's servers."""
 FONTS = """<?xml version="1.0"?>
 <!DOCTYPE fontconfig SYSTEM "fonts.dtd">
 <fontconfig>
