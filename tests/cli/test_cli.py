@@ -224,7 +224,7 @@ def test_folders_pictures_patterns_and_lists_are_one_run(image_dir, tiny_bundle,
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "sentence"),
     [
-        (["--input", "{tmp}/nowhere"], 2, "nowhere is not a directory"),
+        (["--input", "{tmp}/nowhere"], 2, "nowhere does not exist: give a folder"),
         (["--input", "{tmp}/empty"], 2, "holds no images"),
         (["--input", "{tmp}/images/*.tif"], 2, "nothing matches"),
         (["--beams", "0"], 2, "Invalid value for '--beams': 0 is not in the range"),
