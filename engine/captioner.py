@@ -28,7 +28,7 @@ from engine.errors import BundleError, ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
 from engine.inputs.images import ImageFile
 from engine.inputs.kinds import cut_suffix
-from engine.inputs.pixels import CLIPPED, ImageNote, Picture, read_image, window_of
+from engine.inputs.pixels import CLIPPED, ImageInput, ImageNote, read_image, window_of
 from engine.inputs.read_ahead import read_ahead, read_live
 from engine.inputs.remote import Location, location
 from engine.options import DecodeOptions
@@ -475,7 +475,7 @@ def _digest(pixels: NDArray[np.uint8]) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(pixels).reshape(-1).data).digest()  # without the interpreter lock
 
 
-def _identify(number: int, source: ImageSource, depth: str | None) -> tuple[str, Picture, dict[str, Any]]:
+def _identify(number: int, source: ImageSource, depth: str | None) -> tuple[str, ImageInput, dict[str, Any]]:
     """Return an image's id (the file's stem, or its running number without a file), what to read, and how."""
     if isinstance(source, ImageFile):
         return source.id, source.source, {"frame": source.frame, "depth": source.depth}

@@ -1,1 +1,1 @@
-"""What goes in: images, DICOM files, tables of ids and captions, folders at a URI."""
+"""Inputs: images, DICOM files, tables of ids and captions, local folders and folders at a URI."""

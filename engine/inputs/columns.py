@@ -1,4 +1,4 @@
-"""Which columns of a table hold ids, captions and prompts: by their usual names, or by names that the user gives."""
+"""Find the columns of a table that hold ids, captions and prompts, by their usual names or by names the user gives."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ HEADER_WORDS = frozenset(
         "references target answer output split",
     )
 )
-"""Words that headers are made of in published tables; a first line of such words alone is not a row of data."""
+"""Words of the headers of published tables. A first line that has only such words is a header, not a row of data."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns chosen by name, each used in every table that has it; None means the usual names.
+    """The names of the columns that the user chose; None stands for the usual names.
 
-    A run and its references often have different headers, so a table without a chosen column is read by the usual
-    names. `require_found` then reports a name that no table had.
+    A chosen column is used in every table that has it. A run and its references often have different headers, so a
+    table without the chosen column is read by the usual names. `require_found` reports a name that no table had.
     """
 
     id: str | None = None
@@ -45,29 +45,28 @@ class Columns:
     _headers: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
 
     def place_of_id(self, names: Sequence[str], usual: Sequence[str] = ID_COLUMNS) -> int | None:
-        """Return which of the columns holds ids."""
-        return self._place("id", names, usual)
+        """Return the index of the column that holds ids, or None if there is no such column."""
+        return self._index("id", names, usual)
 
     def place_of_caption(self, names: Sequence[str], usual: Sequence[str] = CAPTION_COLUMNS) -> int | None:
-        """Return which of the columns holds captions."""
-        return self._place("caption", names, usual)
+        """Return the index of the column that holds captions, or None if there is no such column."""
+        return self._index("caption", names, usual)
 
     def place_of_prompt(self, names: Sequence[str]) -> int | None:
-        """Return which of the columns holds prompts."""
-        return self._place("prompt", names, (PROMPT,))
+        """Return the index of the column that holds prompts, or None if there is no such column."""
+        return self._index("prompt", names, (PROMPT,))
 
-    def _place(self, role: str, names: Sequence[str], usual: Iterable[str]) -> int | None:
+    def _index(self, role: str, names: Sequence[str], usual: Iterable[str]) -> int | None:
         chosen: str | None = getattr(self, role)
         if chosen is not None:
-            place = find_column(names, (chosen,))
-            place = names.index(chosen) if chosen in names else place
-            if place is not None:
+            index = names.index(chosen) if chosen in names else find_column(names, (chosen,))
+            if index is not None:
                 self._found.add(role)
-                return place
+                return index
         return find_column(names, usual)
 
     def note(self, path: Path, names: Iterable[str]) -> None:
-        """Remember the columns of a table for the message of `require_found`."""
+        """Store the columns of a table for the message of `require_found`."""
         if self is not USUAL and path not in self._headers:
             self._headers[path] = f"{path} has {', '.join(name for name in names if name)}"
 
@@ -76,25 +75,25 @@ class Columns:
         for role in ("id", "caption", "prompt"):
             chosen: str | None = getattr(self, role)
             if chosen is not None and role not in self._found:
-                there = "; ".join(self._headers.values()) or "no table with a header was read"
-                raise UsageError(f"--{role}-column {chosen}: there is no such column: {there}")
+                headers = "; ".join(self._headers.values()) or "no table with a header was read"
+                raise UsageError(f"--{role}-column {chosen}: no table has this column: {headers}")
 
 
 USUAL = Columns()
-ID_HELP = "Column of ids or file names in the tables that are read; by its usual names when absent."
-CAPTION_HELP = "Column of captions in the tables that are read; by its usual names when absent."
-PROMPT_HELP = "Column of prompts in the tables that are read; `prompt` when absent."
+ID_HELP = "Column of ids or file names in input tables; by default the usual names are looked for."
+CAPTION_HELP = "Column of captions in input tables; by default the usual names are looked for."
+PROMPT_HELP = "Column of prompts in input tables; `prompt` by default."
 
 
 def _bare(name: str) -> str:
-    """Return a column's name without what people write differently: `Image ID`, `image_id` and `imageId` are one."""
+    """Normalise a column's name, so that `Image ID`, `image_id` and `imageId` are the same."""
     return re.sub(r"[\s_-]+", "", name.strip().strip('"').lower())
 
 
 def find_column(names: Iterable[str], wanted: Iterable[str]) -> int | None:
-    """Return the place of the first of the `wanted` names that there is, by any spelling."""
+    """Return the index of the first of the `wanted` names that is among `names` in any spelling, or None."""
     bare = [_bare(name) for name in names]
-    return next((bare.index(one) for one in map(_bare, wanted) if one in bare), None)
+    return next((bare.index(name) for name in map(_bare, wanted) if name in bare), None)
 
 
 def holds_files(name: str) -> bool:
@@ -103,16 +102,16 @@ def holds_files(name: str) -> bool:
 
 
 def is_header(cells: Sequence[str], others: Sequence[tuple[str, str]], columns: Columns = USUAL) -> bool:
-    """Return whether the first line of a table is a header of unknown names rather than a row of data.
+    """Return whether the first line of a table looks like a header, even if its names are unknown.
 
-    `others` are the first cell and the rest of further lines. A header is made of HEADER_WORDS, or has a known name, or
-    is a line of bare words before lines that all begin with an image or a numbered id.
+    `others` holds (first cell, rest of the line) of further lines. A line is a header if it has only HEADER_WORDS, or
+    has a known name, or has only words while all further lines begin with an image or a numbered id.
     """
     names = [cell.strip() for cell in cells if cell.strip()]
     if not names or not others or any(cut_suffix(name) != name for name in names):
         return False
     words = [re.findall(r"[a-z]+", name.lower()) for name in names]
-    if not any(re.search(r"\d", name) for name in names) and all(one and set(one) <= HEADER_WORDS for one in words):
+    if not any(re.search(r"\d", name) for name in names) and all(cell and set(cell) <= HEADER_WORDS for cell in words):
         return True
     if len(names) < 2 or len(others) < 2:
         return len(names) > 1 and columns.place_of_id(names) is not None
@@ -124,17 +123,17 @@ def is_header(cells: Sequence[str], others: Sequence[tuple[str, str]], columns: 
 
 
 def unknown_header(path: Path, names: Sequence[str], columns: Columns = USUAL, *, captions: bool = True) -> DataError:
-    """Return the error of a table whose header does not name the columns that are needed."""
+    """Return the error for a table whose header lacks a required column."""
     lacks = ["ids"] if columns.place_of_id(names) is None else []
     lacks += ["captions"] if captions and columns.place_of_caption(names) is None else []
     only = f"only {', '.join(name for name in names if name)}"
     for role, chosen in (("id", columns.id), ("caption", columns.caption)):
         if chosen is not None and f"{role}s" in lacks:
             return DataError(f"--{role}-column {chosen}: {path} has no such column, {only}")
-    options = " and ".join(f"--{one.removesuffix('s')}-column" for one in lacks)
+    options = " and ".join(f"--{role.removesuffix('s')}-column" for role in lacks)
     known = {"ids": ID_COLUMNS, "captions": CAPTION_COLUMNS}
-    usual = "; ".join(f"{one} are known as {', '.join(known[one])}" for one in lacks)
+    usual = "; ".join(f"known names for {role}: {', '.join(known[role])}" for role in lacks)
     return DataError(
         f"{path} has no known column of {' and '.join(lacks)}, {only}: give "
-        f"{options} ({usual}), or if this line is a row, add the header ID,Caption"
+        f"{options} ({usual}); if the first line is a row of data, add the header ID,Caption"
     )

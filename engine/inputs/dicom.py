@@ -1,7 +1,7 @@
-"""One frame of a DICOM file as an RGB image; needs the extra `dicom` (pydicom).
+"""Read one frame of a DICOM file as an RGB image. Needs the extra `dicom` (pydicom).
 
-Only the tags listed here are read. Names, dates and private tags of the header never reach this program's memory as
-values, its messages or its files.
+Only the tags listed in TAGS are read. The header's names, dates and private tags are never read as values, so they
+cannot appear in messages or output files.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from engine.errors import EngineError, install_command
 from engine.inputs.kinds import HEAD_BYTES, kind_of
 
 MAX_PIXELS = 40_000_000
-"""Of one frame; a mammogram has 20 million."""
+"""Pixel limit of one frame. A mammogram has 20 million."""
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
-"""Kinds of colour that pydicom turns into RGB, beside palettes."""
+"""Photometric interpretations that pydicom converts to RGB, in addition to palettes."""
 
 TAGS = [
     *("BitsAllocated", "BitsStored", "Columns", "HighBit", "NumberOfFrames", "PhotometricInterpretation"),
@@ -38,60 +38,61 @@ TAGS = [
 
 TRANSFER_SYNTAX = 0x0002_0010
 SOP_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([0-9.]+)", re.DOTALL)
-"""The element (0002,0002) of the file meta information, which is in explicit little endian always (PS3.10, 7.1)."""
+"""The element (0002,0002) of the file meta information, which is always in explicit little endian (PS3.10, 7.1)."""
 CLASS_BYTES = 512
-"""Of a file, in which its SOP class stands."""
+"""Number of bytes at the start of a file that contain its SOP class."""
 
 
 def require_pydicom() -> Any:
-    """Import pydicom, or raise EngineError naming the extra that brings it."""
+    """Import pydicom. Raises EngineError naming the extra to install if it is missing."""
     try:
         import pydicom.pixels
     except ImportError as error:
         raise EngineError(f"DICOM files need pydicom ({error}): {install_command('dicom')}") from error
-    # Warnings quote values of tags, and a damaged file is reported by us.
+    # pydicom's warnings quote values of tags, which may identify a patient. Damaged files are reported by this module.
     warnings.filterwarnings("ignore", module=r"pydicom\b")
     return pydicom
 
 
 class _RefusedError(ValueError):
-    """A reason that quotes nothing of the file."""
+    """A reason for refusing a file. Its message quotes nothing of the file."""
 
 
 class Frame(NamedTuple):
-    """One frame as RGB, 8 bits a channel, and how many the file has."""
+    """One frame as RGB with 8 bits per channel, and the number of frames in the file."""
 
     image: Image.Image
     frames: int
 
 
 def holds_image(stream: IO[bytes]) -> bool:
-    """Return whether a DICOM file is an image: directories, reports and presentation states have no Rows.
+    """Return whether a DICOM file holds an image. Directories, reports and presentation states have no Rows.
 
-    Its SOP class tells without pydicom reading the tags, if it is one of images. A file that cannot be judged, being
-    damaged or deflated, counts as an image, so that reading it reports the reason.
+    If the SOP class is one of images, pydicom need not read the tags. A damaged or deflated file counts as an image, so
+    that reading it later reports the reason.
     """
     pydicom = require_pydicom()
     head = stream.read(CLASS_BYTES)
     stream.seek(0)
-    found = SOP_CLASS.search(head)
-    if found and "Image Storage" in pydicom.uid.UID(found[1].decode("ascii")).name:
+    sop_class = SOP_CLASS.search(head)
+    if sop_class and "Image Storage" in pydicom.uid.UID(sop_class[1].decode("ascii")).name:
         return True
     try:
         if _is_deflated(pydicom, stream):
             return True
         is_bare = head[128:132] != b"DICM"
         return "Rows" in pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=["Rows"], force=is_bare)
-    except Exception:  # as read_dicom, which says what it is
+    except Exception:  # read_dicom fails in the same way and reports the reason
         return True
 
 
 def read_dicom(stream: IO[bytes], frame: int = 0) -> Frame:
-    """Return frame number `frame` (from 0).
+    """Return frame number `frame`, counted from 0.
 
-    Stored values go through the modality transform, then the window or VOI table of the tags (their first view; the
-    whole range of the frame where there is none), and MONOCHROME1 is inverted (DICOM PS3.3, C.7.6.3.1.2, C.11.1,
-    C.11.2). Raises ValueError with a reason, quoting no tag of the file, and OSError as the disk does.
+    Stored values go through the modality transform, then through the window or VOI table of the tags. If the tags have
+    several, the first is used; without any, the frame's whole range of values. MONOCHROME1 is inverted (DICOM PS3.3,
+    C.7.6.3.1.2, C.11.1, C.11.2). Raises ValueError with a reason that quotes no tag of the file, and OSError if the
+    disk fails.
     """
     pydicom = require_pydicom()
     try:
@@ -100,14 +101,14 @@ def read_dicom(stream: IO[bytes], frame: int = 0) -> Frame:
         raise ValueError("not a DICOM file, or damaged") from None
     except (MemoryError, OSError, _RefusedError):
         raise
-    except Exception as error:  # damaged tags fail in many ways, and in words that quote them
-        raise ValueError(f"damaged, or not of the standard ({type(error).__name__})") from None
+    except Exception as error:  # damaged tags raise many kinds of errors, and their messages quote the tags
+        raise ValueError(f"damaged, or not valid DICOM ({type(error).__name__})") from None
 
 
 def _is_deflated(pydicom: Any, stream: IO[bytes]) -> bool:
-    """Return whether the data set is deflated as a whole; the position in the stream is 0 afterwards.
+    """Return whether the whole data set is deflated; the position in the stream is 0 afterwards.
 
-    Read from the file meta information alone: pydicom's dcmread would inflate the rest at once, a thousandfold perhaps.
+    Only the file meta information is read: pydicom's dcmread would inflate the rest at once, perhaps a thousandfold.
     """
     head = stream.read(HEAD_BYTES)
     start = 132 if head[128:132] == b"DICM" else 0
@@ -128,42 +129,42 @@ def _is_deflated(pydicom: Any, stream: IO[bytes]) -> bool:
 
 def _read(pydicom: Any, stream: IO[bytes], frame: int) -> Frame:
     if _is_deflated(pydicom, stream):
-        raise _RefusedError("deflated as a whole, which may hide a decompression bomb: write it in another encoding")
+        raise _RefusedError("deflated as a whole, which may hide a decompression bomb: save it in another encoding")
     head = stream.read(HEAD_BYTES)
     stream.seek(0)
-    is_bare = head[128:132] != b"DICM" and kind_of(head) == "DICOM"  # tags at once, as old programs write them
+    is_bare = head[128:132] != b"DICM" and kind_of(head) == "DICOM"  # without preamble, as old programs write
     header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=TAGS, force=is_bare)
     frames = int(header.get("NumberOfFrames") or 1)
     if "Rows" not in header or "Columns" not in header:
-        raise _RefusedError("a DICOM file without an image (a directory, a report, a presentation state?)")
+        raise _RefusedError("a DICOM file without an image (a directory, a report or a presentation state?)")
     if not frame < frames:
-        raise _RefusedError(f"frame {frame} was asked for, and it has {frames}, counted from 0")
+        raise _RefusedError(f"frame {frame} does not exist: the file has {frames}, counted from 0")
     if int(header.Rows) * int(header.Columns) > MAX_PIXELS:
         raise _RefusedError(f"a frame of more than {MAX_PIXELS} pixels, refused")
     if int(header.HighBit) != int(header.BitsStored) - 1:
-        raise _RefusedError("its values do not begin at the lowest bit, which is not read")
+        raise _RefusedError("unsupported: its values do not begin at the lowest bit (HighBit is not BitsStored - 1)")
     stored = _stored_values(pydicom, header, stream, frame)
     interpretation = str(header.PhotometricInterpretation)
     if interpretation == "PALETTE COLOR":
         colours = pydicom.pixels.apply_color_lut(stored, header)
         if colours.dtype.itemsize == 2 and not header.original_encoding[1]:
             colours = colours.byteswap()  # pydicom 3.0 reads big-endian tables in the machine's own order
-        share = colours / np.float32(_ones(_palette_bits(header)))
+        brightness = colours / np.float32(_ones(_palette_bits(header)))
     elif stored.ndim == 3:
         if interpretation not in COLOURS:
-            raise _RefusedError("colours of a kind that is not read (neither RGB, YBR nor a palette)")
-        share = stored / np.float32(_ones(int(header.BitsStored)))
+            raise _RefusedError("unsupported colours (expected RGB, YBR or a palette)")
+        brightness = stored / np.float32(_ones(int(header.BitsStored)))
     else:
-        share = _grey(header, stored, frame)
-    pixels = (np.clip(share, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
+        brightness = _grey(header, stored, frame)
+    pixels = (np.clip(brightness, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
     return Frame(Image.fromarray(pixels).convert("RGB"), frames)
 
 
 def _stored_values(pydicom: Any, header: Any, stream: IO[bytes], frame: int) -> NDArray[Any]:
-    """Return one frame, [rows,columns] or, with YBR turned into RGB, [rows,columns,3]."""
+    """Return the stored values of a frame: [rows,columns], or [rows,columns,3] for colours, YBR converted to RGB."""
     stream.seek(0)
     syntax, pixels = header.file_meta.get("TransferSyntaxUID"), stream
-    if syntax is None:  # without the header of PS3.10 pixels are plain, in the encoding of the tags
+    if syntax is None:  # without the header of PS3.10 pixels are uncompressed, in the encoding of the tags
         pixels = pydicom.dcmread(stream, specific_tags=[*TAGS, "PixelData"], force=True)
         is_implicit, is_little = pixels.original_encoding
         uids = pydicom.uid
@@ -177,13 +178,13 @@ def _stored_values(pydicom: Any, header: Any, stream: IO[bytes], frame: int) -> 
         except ValueError:
             if pixels is not stream:
                 raise
-            # Tags in another encoding than the header names: only dcmread notices, and finds the pixels.
+            # The tags have a different encoding than the header names. Only dcmread detects that and finds the pixels.
             stream.seek(0)
             pixels = pydicom.dcmread(stream, specific_tags=[*TAGS, "PixelData"])
             stored = pydicom.pixels.pixel_array(pixels, index=frame)
     except (MemoryError, OSError):
         raise
-    except Exception as error:  # each decoder meets damage in its own way
+    except Exception as error:  # each decoder raises different errors for damaged data
         if "missing dependencies" in str(error):
             raise _RefusedError(f"no decoder for {name} is installed (see pydicom's list of plugins)") from None
         raise _RefusedError(f"its pixels ({name}) cannot be decoded ({type(error).__name__})") from None
@@ -191,23 +192,23 @@ def _stored_values(pydicom: Any, header: Any, stream: IO[bytes], frame: int) -> 
 
 
 def _grey(header: Any, stored: NDArray[Any], frame: int) -> NDArray[np.float32]:
-    """Return stored grey values [rows,columns] as brightness 0 to 1, 1 being white."""
+    """Convert stored grey values [rows,columns] to brightness: 0 is black, 1 is white, and values may lie outside."""
     transform = _group(header, "PixelValueTransformationSequence", frame)
     values = _modality_values(transform if _has(transform, "RescaleSlope") else header, stored)
     view = _group(header, "FrameVOILUTSequence", frame)
     view = view if _has(view, "WindowWidth") or _has(view, "VOILUTSequence") else header
     if _has(view, "VOILUTSequence"):
-        share = _looked_up(values, view.VOILUTSequence[0])
+        brightness = _looked_up(values, view.VOILUTSequence[0])
     elif _has(view, "WindowCenter") and _has(view, "WindowWidth"):
-        share = _window(values, _first(view.WindowCenter), _first(view.WindowWidth), view.get("VOILUTFunction"))
+        brightness = _window(values, _first(view.WindowCenter), _first(view.WindowWidth), view.get("VOILUTFunction"))
     else:
-        share = _whole_range(values, stored, header)
+        brightness = _whole_range(values, stored, header)
     is_inverted = header.PhotometricInterpretation == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE"
-    return np.float32(1.0) - share if is_inverted else share
+    return np.float32(1.0) - brightness if is_inverted else brightness
 
 
 def _modality_values(tags: Any, stored: NDArray[Any]) -> NDArray[np.float32]:
-    """Return what stored values stand for: by table, by slope and intercept, or as they are (PS3.3 C.11.1)."""
+    """Apply the modality transform to stored values: a table, or slope and intercept, or none (PS3.3 C.11.1)."""
     if _has(tags, "ModalityLUTSequence"):
         table, first = _table(tags.ModalityLUTSequence[0])
         return table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)].astype(np.float32)
@@ -217,14 +218,14 @@ def _modality_values(tags: Any, stored: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _looked_up(values: NDArray[np.float32], item: Any) -> NDArray[np.float32]:
-    """Send values through a VOI table (PS3.3 C.11.2.1.1), as a share of its largest possible entry."""
+    """Map values through a VOI table (PS3.3 C.11.2.1.1), relative to its largest possible entry."""
     table, first = _table(item)
-    places = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
-    return table[places].astype(np.float32) / np.float32(_ones(int(item.LUTDescriptor[2])))
+    indices = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
+    return table[indices].astype(np.float32) / np.float32(_ones(int(item.LUTDescriptor[2])))
 
 
 def _table(item: Any) -> tuple[NDArray[np.int64], int]:
-    """Return the entries of a lookup table and the value its first entry is for."""
+    """Return the entries of a lookup table and the value that its first entry is for."""
     count, first, _ = (int(number) for number in item.LUTDescriptor)
     data = item.LUTData
     if isinstance(data, bytes):
@@ -234,9 +235,9 @@ def _table(item: Any) -> tuple[NDArray[np.int64], int]:
 
 
 def _window(values: NDArray[np.float32], center: float, width: float, function: str | None) -> NDArray[np.float32]:
-    """The three window functions of DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3, scaled to 0 .. 1."""
+    """Apply one of the window functions of DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3, scaled to 0 .. 1."""
     if function == "SIGMOID":
-        # beyond 20 widths it is 0 or 1 anyway
+        # more than 20 widths from the centre the result is 0 or 1 anyway; the clip avoids an overflow in exp
         steps = -4.0 * (values - np.float32(center)) / np.float32(max(width, 1e-9))
         return np.asarray(1.0 / (1.0 + np.exp(np.clip(steps, -80.0, 80.0))), np.float32)
     if function == "LINEAR_EXACT":
@@ -245,7 +246,7 @@ def _window(values: NDArray[np.float32], center: float, width: float, function: 
 
 
 def _whole_range(values: NDArray[np.float32], stored: NDArray[Any], header: Any) -> NDArray[np.float32]:
-    """Stretch a frame without a window from its smallest to its largest value, padding left out."""
+    """Scale a frame without a window, so that its smallest value becomes 0 and its largest 1; padding is ignored."""
     seen = values
     if _has(header, "PixelPaddingValue"):
         ends = [int(header.PixelPaddingValue)]
@@ -257,7 +258,7 @@ def _whole_range(values: NDArray[np.float32], stored: NDArray[Any], header: Any)
 
 
 def _group(header: Any, name: str, frame: int) -> Any:
-    """Return a frame's own item of a functional group, else the one all frames share, else None."""
+    """Return the frame's item of a functional group, or the item that all frames share, or None."""
     for groups, number in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         items = header.get(groups) or []
         if number < len(items) and items[number].get(name):
@@ -271,7 +272,7 @@ def _palette_bits(header: Any) -> int:
 
 
 def _has(tags: Any, name: str) -> bool:
-    """Return whether a tag is there and not empty, as anonymising programs leave it."""
+    """Return whether a tag is present and not empty. Anonymising programs leave empty tags."""
     value = tags.get(name) if tags is not None else None
     return value is not None and value != "" and not (hasattr(value, "__len__") and len(value) == 0)
 
@@ -281,5 +282,5 @@ def _ones(bits: int) -> int:
 
 
 def _first(value: Any) -> float:
-    """Return a tag's value, its first where it offers several views."""
+    """Return a tag's value, or its first value if it has several."""
     return float(value[0]) if hasattr(value, "__len__") and not isinstance(value, str) else float(value)

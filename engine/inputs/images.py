@@ -1,4 +1,4 @@
-"""Find the images of a directory, or at a URI; knows nothing of pixels and models."""
+"""Find the images of a local directory or at a URI. This module does not read pixels."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ from engine.inputs.remote import Location, RemoteFile, RemoteFolder
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One input: its id (the file name without a picture's suffix), its path, and which frame of a DICOM file is meant.
+    """One input image: its id (by default the file name without suffix), its path, and the frame of a DICOM file.
 
-    With `folder`, a URI, `path` is the path inside it. `depth` is how more than 8 bits a channel are read (depth.py).
-    `root` is the folder that ids by path are relative to; its own folder when None.
+    If `folder` is given, a folder at a URI, `path` is relative to it. `depth` says how images with more than 8 bits per
+    channel are read (see pixels.to_bytes). `root` is the folder to which ids by path are relative; None stands for the
+    image's own folder.
     """
 
     id: str
@@ -50,19 +51,20 @@ class ImageFile:
 
     @property
     def source(self) -> Path | RemoteFile:
-        """Where its bytes are."""
+        """The file to read: a local path, or a file at a URI."""
         return self.path if self.folder is None else RemoteFile(self.folder, self.path.as_posix())
 
     @property
     def inside(self) -> Path:
-        """Its path relative to its root; where it lies elsewhere, its whole path without the `/` it begins with."""
+        """The path relative to `root`, or the whole path without its leading `/` if the image is not below `root`."""
         return self.path if self.folder is not None else path_inside(self.path, self.root)
 
 
 @dataclass(frozen=True)
 class FoundImages:
-    """The images of a directory in the order of their names, the names of what was skipped, those among them that are
-    DICOM files without an image, and whether any image is DICOM.
+    """The images of a directory in the order of their names, and the names of skipped entries.
+
+    `imageless` are the skipped DICOM files without an image. `has_dicom` is true if at least one image is DICOM.
     """
 
     images: list[ImageFile]
@@ -73,23 +75,27 @@ class FoundImages:
 
 IMAGELESS = "DICOM without an image"
 HAS_PYDICOM = find_spec("pydicom") is not None
-"""Whether the extra `dicom` is installed; without it every DICOM file counts as an image, and the run stops at once."""
+"""Whether the extra `dicom` is installed. Without it every DICOM file counts as an image, and the run stops at once."""
 
 
 class RepeatedIdError(UsageError):
-    """Two images share an id: their names alone do not tell them apart."""
+    """Two images have the same id."""
 
 
 def find_images(
     directory: Location, *, recursive: bool = False, dicom_frame: int = 0, ids: str = "stem", depth: str = CLIP
 ) -> FoundImages:
-    """List the images directly inside `directory`, sorted by file name: by suffix, here also by their first bytes.
+    """List the images of `directory`, sorted by file name.
 
-    With `recursive`, those of its folders too, sorted by their path inside `directory`; links to folders are not
-    followed. An id is the file's name without suffix, with `ids="path"` its path inside `directory` without suffix, and
-    with `ids="file"` that path with suffix.
-    Raises UsageError when there is no such directory or no image in it, RepeatedIdError when two images share an id,
-    and EngineError when there are DICOM files and nothing to read them.
+    Images are recognised by their suffix, and in local directories also by their first bytes. With `recursive`, the
+    images of all its folders are listed too, sorted by their path inside `directory`. Links to folders are not
+    followed.
+
+    `ids` selects how ids are made: "stem" is the file name without suffix, "path" the path inside `directory` without
+    suffix, "file" that path with suffix. For `ct/s1/0001.png` these are `0001`, `ct/s1/0001` and `ct/s1/0001.png`.
+
+    Raises UsageError if the directory does not exist or holds no image, RepeatedIdError if two images have the same id,
+    and EngineError if there are DICOM files and pydicom is missing.
     """
     found = images_in(directory, recursive=recursive, dicom_frame=dicom_frame, ids=ids, depth=depth)
     refuse_repeated(found.images, f"{directory} holds", ids)
@@ -107,9 +113,9 @@ def images_in(
     depth: str = CLIP,
     root: Path | None = None,
 ) -> FoundImages:
-    """Return the images of one directory, see find_images, before anything is said of their ids.
+    """Return the images of one directory like find_images, but do not check their ids or require pydicom.
 
-    With `root`, ids by path are relative to that folder.
+    If `root` is given, ids by path are relative to that folder.
     """
     imageless: frozenset[str] = frozenset()
     if isinstance(directory, RemoteFolder):
@@ -129,21 +135,21 @@ def images_in(
     ignored = sorted(set(names) - set(taken))
     if not images:
         hint = "" if recursive else "; --recursive looks into its folders"
-        there = f", but {describe_ignored(ignored, imageless)}" if ignored else ""
-        raise UsageError(f"{directory} holds no images{there}{hint}")
+        skipped = f", but {describe_ignored(ignored, imageless)}" if ignored else ""
+        raise UsageError(f"{directory} holds no images{skipped}{hint}")
     return FoundImages(images, ignored, "DICOM" in kinds, imageless)
 
 
 def local_image(path: Path, root: Path, *, dicom_frame: int = 0, ids: str = "stem", depth: str = CLIP) -> ImageFile:
-    """Return the image at a path, with the id that it has by `ids`."""
+    """Return the ImageFile of a path, with an id of the kind `ids`; see find_images."""
     return ImageFile(id_of(Path(utf8(str(path_inside(path, root)))), ids), path, dicom_frame, depth=depth, root=root)
 
 
 def utf8(name: str) -> str:
-    """Return a name of the file system read as UTF-8, which all our files are, whatever encoding the locale gives.
+    """Decode a file name as UTF-8, independent of the locale's encoding. All output files are UTF-8.
 
-    Under a Latin-1 locale Python reads the bytes of `café.png` as `cafÃ©.png`. Bytes that are not UTF-8 stay what they
-    are.
+    Under a Latin-1 locale Python reads the bytes of `café.png` as `cafÃ©.png`. Bytes that are not UTF-8 are kept
+    (surrogateescape).
     """
     if sys.getfilesystemencoding() == "utf-8":
         return name
@@ -151,7 +157,7 @@ def utf8(name: str) -> str:
 
 
 def path_inside(path: Path, root: Path | None) -> Path:
-    """Return ImageFile.inside of a path."""
+    """Return a path relative to `root`; see ImageFile.inside."""
     if root is None:
         return Path(path.name)
     if path.is_relative_to(root) and ".." not in path.parts:
@@ -169,42 +175,47 @@ REMEDIES = {"path": "; --ids path makes ids of paths", "file": "; --ids file mak
 
 
 def refuse_repeated(images: Sequence[ImageFile], holds: str, ids: str, *, whole_paths: bool = False) -> None:
-    """Raise RepeatedIdError where two images share an id; `holds` says who has them, `ids` how ids were made.
+    """Raise RepeatedIdError if two images have the same id.
 
-    The two are shown by their paths inside their root, or with `whole_paths` as they were found. The message names
-    other `ids` that distinguish all images.
+    `holds` begins the message, as in "/data/images holds", and `ids` is the kind of ids that was used. The message
+    shows the two paths, relative to their root or with `whole_paths` in full, and suggests a kind of ids that
+    distinguishes all images.
     """
     by_id: dict[str, ImageFile] = {}
     for image in images:
-        if (other := by_id.setdefault(image.id, image)) is not image:
-            first, second = ((i.source if whole_paths else i.inside) for i in (other, image))
+        if (earlier := by_id.setdefault(image.id, image)) is not image:
+            first, second = ((i.source if whole_paths else i.inside) for i in (earlier, image))
             finer = [
                 how for how in REMEDIES if how != ids and len({id_of(i.inside, how) for i in images}) == len(images)
             ]
-            hint = REMEDIES[finer[0]] if finer else "; ids are paths relative to each --input: name their folder once"
+            hint = (
+                REMEDIES[finer[0]]
+                if finer
+                else "; ids are paths relative to each --input: give their common folder as one --input"
+            )
             raise RepeatedIdError(f"{holds} two images with the id {image.id!r}: {first} and {second}{hint}")
 
 
 def find_images_of(
     ids: Iterable[str], directory: Location, *, recursive: bool = False, dicom_frame: int = 0, depth: str = CLIP
 ) -> dict[str, ImageFile]:
-    """Return the images of these ids, by id: the reverse of find_images. Ids with a `/` were made of paths."""
+    """Return {id: image} for the given ids, the reverse of find_images. Ids with a `/` were made from paths."""
     wanted = list(ids)
     find = partial(find_images, directory, recursive=recursive, dicom_frame=dicom_frame, depth=depth)
     try:
-        found = find(ids="path" if any("/" in name for name in wanted) else "stem")
+        images = find(ids="path" if any("/" in name for name in wanted) else "stem").images
     except RepeatedIdError:
         if not any(cut_suffix(name) != name for name in wanted):
             raise
-        found = find(ids="file")
-    by_id = {image.id: image for image in found.images}
-    return {name: by_id[one] for name, one in Ids(by_id).find_all(dict.fromkeys(wanted), "the run").items()}
+        images = find(ids="file").images
+    by_id = {image.id: image for image in images}
+    return {name: by_id[match] for name, match in Ids(by_id).find_all(dict.fromkeys(wanted), "the run").items()}
 
 
 def describe_ignored(names: list[str], imageless: Collection[str] = ()) -> str:
-    """Return what was skipped, by kind and count, with a remedy where there is one.
+    """Return a phrase for skipped files: the number of each kind, and a remedy if there is one.
 
-    Those of the names that are `imageless` are DICOM files without an image.
+    `imageless` are those of the names that are DICOM files without an image. Example: `3 .heic, 1 .txt`.
     """
     others = [name for name in names if name not in imageless]
     count = len(names) - len(others)
@@ -213,32 +224,32 @@ def describe_ignored(names: list[str], imageless: Collection[str] = ()) -> str:
 
 
 def remedy_for(names: Iterable[str]) -> str:
-    """Return in words what makes files readable that are not, where that is known."""
+    """Return a hint on how to make unreadable files readable, or an empty string."""
     heic = any(Path(name).suffix.lower() in HEIC - SUFFIXES for name in names)
     return " (HEIC needs the extra [heic], or convert it to JPEG)" if heic else ""
 
 
 def _names_at(folder: RemoteFolder, recursive: bool) -> tuple[list[str], list[str]]:
-    """Return the names of everything in a remote folder, and of those taken for images, both sorted."""
-    found = folder.list(recursive=recursive)
-    if recursive:  # hidden folders are not entered, and the others are no entries of their own
-        found = {name: stamp for name, stamp in found.items() if stamp and not is_hidden(Path(name).parent)}
-    taken = [n for n, stamp in found.items() if stamp and Path(n).suffix.lower() in SUFFIXES]
-    return sorted(found), sorted(n for n in taken if not Path(n).name.startswith("."))
+    """Return the names of all entries of a remote folder and the names of its images, both sorted."""
+    entries = folder.list(recursive=recursive)
+    if recursive:  # files in hidden folders are ignored, and folders do not count as entries
+        entries = {name: stamp for name, stamp in entries.items() if stamp and not is_hidden(Path(name).parent)}
+    taken = [n for n, stamp in entries.items() if stamp and Path(n).suffix.lower() in SUFFIXES]
+    return sorted(entries), sorted(n for n in taken if not Path(n).name.startswith("."))
 
 
 def is_hidden(path: Path) -> bool:
-    """Return whether a part of a path is hidden, or a folder that file servers and archives leave behind."""
+    """Return whether a part of a path is hidden or in LITTER."""
     return any(part.startswith(".") or part.lower() in LITTER for part in path.parts)
 
 
 def _names_below(directory: Path) -> list[str]:
-    """Return everything below a directory by its path inside: files, and folders that are not entered."""
+    """Return the paths of all files below a directory, relative to it, and of the folders that are not entered."""
     names: list[str] = []
     for folder, folders, files in os.walk(directory, onerror=_raise):
         entered = [name for name in folders if not is_hidden(Path(name)) and not Path(folder, name).is_symlink()]
-        left = set(folders) - set(entered)
-        names += [os.path.relpath(os.path.join(folder, name), directory) for name in (*files, *left)]  # noqa: PTH118
+        not_entered = set(folders) - set(entered)
+        names += [os.path.relpath(os.path.join(folder, name), directory) for name in (*files, *not_entered)]  # noqa: PTH118
         folders[:] = entered
     return names
 
@@ -248,46 +259,48 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def kind_taken(path: Path) -> str | None:
-    """Return the kind of an entry that is taken for an image: a file or link, not hidden, by suffix or first bytes.
+    """Return the kind of a directory entry that counts as an image, or None if it is skipped.
 
-    IMAGELESS for a DICOM file that holds no image, which is skipped.
+    An image is a file or link that is not hidden, recognised by its suffix or first bytes. The kind is "image", a name
+    in kinds.DECODED, or IMAGELESS for a DICOM file that holds no image, which callers skip.
     """
     suffix = path.suffix.lower()
     if path.name.startswith(".") or suffix in NEVER | HEIC - SUFFIXES:
         return None
     mode = os.lstat(path).st_mode
-    if suffix in SUFFIXES:  # a link is taken whatever it leads to: reading it will tell
+    if suffix in SUFFIXES:  # a link counts whatever its target is: reading it reports a bad one
         kind = _kind_by_suffix(suffix) if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else None
     else:
         kind = _kind(path) if stat.S_ISREG(mode) else None
     if kind == "DICOM" and HAS_PYDICOM and _is_imageless(path):
         return IMAGELESS
-    return kind if kind == "picture" or kind in DECODED else None
+    return kind if kind == "image" or kind in DECODED else None
 
 
 def _is_imageless(path: Path) -> bool:
     try:
         with open_file(path) as stream:
             return kind_of(stream.read(HEAD_BYTES)) == "DICOM" and not (stream.seek(0) or dicom.holds_image(stream))
-    except (OSError, ValueError):  # reading it will tell
+    except (OSError, ValueError):  # reading the image later reports the error
         return False
 
 
 def kind_named(path: Path) -> str | None:
-    """Return the kind of a file that is named as a picture: by suffix or first bytes, None for anything else.
+    """Return the kind of a file that the user named as an image, or None if it is not an image.
 
-    Hidden files and links count, too; what is or leads to a folder, a pipe or a device is never opened.
+    The kind comes from the suffix or the first bytes. Unlike in kind_taken, hidden files and links are accepted too.
+    Folders, pipes and devices, and links to them, are never opened.
     """
     suffix = path.suffix.lower()
     mode = os.lstat(path).st_mode
-    if suffix in SUFFIXES:  # a link is taken whatever it leads to: reading it will tell
+    if suffix in SUFFIXES:  # a link counts whatever its target is: reading it reports a bad one
         return _kind_by_suffix(suffix) if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else None
     kind = _kind(path) if path.is_file() else None
     return kind if kind in DECODED else None
 
 
 def _kind_by_suffix(suffix: str) -> str:
-    return "DICOM" if suffix in DICOM else "picture"
+    return "DICOM" if suffix in DICOM else "image"
 
 
 def _kind(path: Path) -> str | None:
@@ -299,22 +312,23 @@ def _kind(path: Path) -> str | None:
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a file is DICOM: by suffix, else by its first bytes."""
+    """Return whether a file is DICOM, by its suffix or else by its first bytes."""
     suffix = path.suffix.lower()
     return suffix in DICOM or (suffix not in SUFFIXES and _kind(path) == "DICOM")
 
 
 def order_by_manifest(images: Iterable[ImageFile], manifest: Path, columns: Columns = USUAL) -> list[ImageFile]:
-    """Return the images named in a manifest, in its order; raise DataError listing the ids without an image.
+    """Return the images that a manifest lists, in its order.
 
-    A manifest is a text file with one id a line, or a table with a column of ids, separated by commas, TABs or `|`.
+    A manifest is a text file with one id per line, or a table with a column of ids, separated by commas, TABs or `|`.
+    Raises DataError if an id has no image.
     """
     ids = read_ids(manifest, columns, whole=True)
     by_id = {image.id: image for image in images}
     known = Ids(by_id)
-    found = known.find_all(ids, manifest)
-    missing = [name for name in ids if name not in found]
+    matches = known.find_all(ids, manifest)
+    missing = [name for name in ids if name not in matches]
     if missing:
         hint = known.hint(missing[0])
         raise DataError(f"{manifest} lists {len(missing)} ids without an image: {join_some(missing)}{hint}")
-    return [by_id[found[name]] for name in ids]
+    return [by_id[matches[name]] for name in ids]

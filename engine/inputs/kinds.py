@@ -1,4 +1,4 @@
-"""What a file is: by its name where that tells, else by its first bytes; and the id that its name stands for."""
+"""Recognise the kind of a file by its suffix or first bytes, and derive image ids from file names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo"})
-"""Every name that JPEG has; .mpo holds several, of which the first counts."""
+"""All suffixes of JPEG files. An .mpo file holds several images, of which the first is used."""
 JPEG_2000 = frozenset({".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"})
 OTHERS = frozenset(
     {".bmp", ".dib", ".gif", ".png", ".apng", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -21,18 +21,18 @@ OTHERS = frozenset(
 HEIC = frozenset({".heic", ".heif", ".hif"})
 DICOM = frozenset({".dcm", ".dicom", ".ima"})
 HAS_HEIF = find_spec("pi_heif") is not None
-"""Whether the extra `heic` is installed; without it such files are left aside, by name."""
+"""Whether the extra `heic` is installed. Without it HEIC files are skipped and reported."""
 SUFFIXES = JPEG | JPEG_2000 | OTHERS | DICOM | (HEIC if HAS_HEIF else frozenset())
-"""Suffixes, in lower case, of files that are taken for images."""
+"""Suffixes, in lower case, of files that count as images."""
 NEVER = frozenset(
     {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".pdf", ".npy", ".npz", ".parquet", ".arrow"}
     | {".zip", ".tar", ".gz", ".db", ".ini", ".log", ".py", ".yaml", ".yml", ".journal", ".lock", ".caption"}
 )
-"""Suffixes of files beside pictures, which are not opened to see what they are."""
+"""Suffixes of files that often lie next to images. They are not opened to look at their first bytes."""
 LITTER = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "@recycle", "system volume information"})
-"""Folders that file servers and archives leave behind, in lower case: previews and deleted files are in them."""
+"""Folders that file servers and archive programs create, in lower case. They hold previews and deleted files."""
 HEAD_BYTES = 144
-"""Of a file that are read to tell its kind; a DICOM file has its mark at 128."""
+"""Number of bytes that are read to recognise a file. A DICOM file has its mark at offset 128."""
 
 DECODED = frozenset({"JPEG", "PNG", "GIF", "BMP", "TIFF", "WebP", "AVIF", "JPEG 2000", "PPM", "DICOM"}) | (
     {"HEIC"} if HAS_HEIF else set()
@@ -54,11 +54,11 @@ _BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", 
 _REPRESENTATIONS = (
     b"AE AS AT CS DA DS DT FL FD IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
 )
-"""DICOM PS3.5, 6.2: the two letters behind a tag."""
+"""DICOM PS3.5, 6.2: value representations, the two letters after a tag."""
 
 
 def kind_of(head: bytes) -> str | None:
-    """Return the kind of a file by its first HEAD_BYTES, None for no picture that is known."""
+    """Return the kind of a file by its first HEAD_BYTES, or None if it is not a known image format."""
     if head[128:132] == b"DICM" or _begins_with_tags(head):
         return "DICOM"
     if head[4:8] == b"ftyp":
@@ -77,7 +77,7 @@ def kind_of(head: bytes) -> str | None:
 
 
 def _begins_with_tags(head: bytes) -> bool:
-    """Return whether a file begins with DICOM's tags at once: without preamble, or without the header of PS3.10."""
+    """Return whether a file begins directly with DICOM tags: without the preamble, or without the header of PS3.10."""
     if len(head) < 16:
         return False
     group, element, length = struct.unpack("<HHI", head[:8])
@@ -86,14 +86,14 @@ def _begins_with_tags(head: bytes) -> bool:
     if head[4:6] in _REPRESENTATIONS:
         return True
     following = head[8 + length : 10 + length] if length <= HEAD_BYTES else b""
-    return group == 8 and length % 2 == 0 and following in (b"\x08\0", b"\x10\0")  # an implicit tag, and the next one
+    return group == 8 and length % 2 == 0 and following in (b"\x08\0", b"\x10\0")  # an implicit tag followed by another
 
 
 def wrong_content(head: bytes) -> str | None:
-    """Return why a file is not what its name promises, judged by its first bytes; None if nothing is known.
+    """Return why the first bytes of a file do not fit its name, or None if nothing is wrong.
 
-    Knows what stands in for a file after an incomplete clone or download: an empty file, a Git LFS pointer
-    (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md), an HTML page. Callers add the file's name in front.
+    Recognises what an incomplete clone or download leaves in place of a file: an empty file, a Git LFS pointer
+    (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md), an HTML page. Callers put the file's name in front.
     """
     if not head:
         return "empty file: copy or download it again"
@@ -105,7 +105,7 @@ def wrong_content(head: bytes) -> str | None:
 
 
 def packed_content(head: bytes, suffix: str) -> str | None:
-    """Return what a file is that has its content packed, with the remedy; None for anything else."""
+    """Return a description of a workbook or archive with the remedy, or None if the file is neither."""
     is_workbook = suffix.lower() in (".xlsx", ".xlsm", ".ods") or b"xl/" in head
     is_zip = head.startswith((b"PK\x03\x04", b"PK\x05\x06"))
     if head.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1") or (is_zip and is_workbook):
@@ -116,9 +116,9 @@ def packed_content(head: bytes, suffix: str) -> str | None:
 
 
 def open_regular(path: Path, most_bytes: int, *, follow: bool = True) -> IO[bytes]:
-    """Open a regular file of at most `most_bytes`, never a pipe, which would keep its reader waiting, or a device.
+    """Open a regular file of at most `most_bytes`. Never opens a pipe, on which a reader would hang, or a device.
 
-    A link may lead to such; without `follow` no link is opened. Raises OSError, or ValueError saying what it is.
+    Links are followed only with `follow`. Raises OSError, or ValueError if the file is of another type or too large.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     file = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
@@ -135,27 +135,27 @@ def open_regular(path: Path, most_bytes: int, *, follow: bool = True) -> IO[byte
 
 
 def cut_suffix(name: str) -> str:
-    """Return a file name without its suffix, where that is one of pictures: 1.2.840 and scan.v2 are whole ids."""
+    """Return a file name without its suffix if that is an image suffix. 1.2.840 and scan.v2 stay unchanged."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and stem and f".{suffix.lower()}" in SUFFIXES | HEIC else name
 
 
 def image_id(name: str) -> str:
-    """Return the id of a picture as tables name it: without folders (of POSIX or Windows), suffix and `#n`."""
+    """Return the id of an image that a table names: without folders (POSIX or Windows), suffix and `#n`."""
     return cut_caption_number(re.split(r"[/\\]", name)[-1])
 
 
 def cut_caption_number(name: str) -> str:
-    """Return a name without suffix, and without the `#0` by which Flickr's tables count the captions of `x.jpg#0`."""
+    """Return a name without suffix and without the caption number of Flickr's tables: `x` for `x.jpg#0`."""
     bare = re.sub(r"#\d+$", "", name)
     return cut_suffix(bare) if cut_suffix(bare) != bare else cut_suffix(name)
 
 
 def count_kinds(names: Iterable[str]) -> str:
-    """Return how many files there are of each suffix, in words: `3 .heic, 1 .txt`."""
+    """Return the number of files of each suffix as text: `3 .heic, 1 .txt`."""
     suffixes = Counter(_shown_suffix(name) for name in names)
     return ", ".join(
-        f"{count} {suffix}" for suffix, count in sorted(suffixes.items(), key=lambda one: (-one[1], one[0]))
+        f"{count} {suffix}" for suffix, count in sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
     )
 
 

@@ -1,4 +1,7 @@
-"""What `--input` names: folders, pictures, patterns, lists of paths, standard input; knows nothing of pixels."""
+"""Find the images that `--input` names: folders, images, patterns, lists of paths, standard input.
+
+This module does not read pixels.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +35,19 @@ from engine.inputs.pixels import CLIP, MAX_FILE_BYTES
 from engine.inputs.remote import Location, RemoteFolder
 
 STDIN = Path("-")
-"""Among the inputs it stands for paths on standard input."""
+"""The input that stands for a list of paths on standard input."""
 LIST = ".txt"
-"""Suffix, in lower case, of a file that lists paths."""
+"""Suffix, in lower case, of files that list paths."""
 MOST_SHOWN = 300
-"""Characters of a path that a message shows: a file that is no list has lines of any length."""
+"""Characters of a path that a message shows. A file that is not a list may have lines of any length."""
 
 
 @dataclass(frozen=True)
 class FoundInputs:
-    """The images of all inputs in the order these are given; what was skipped, by input; the lists that were read;
-    which of the skipped names are DICOM files without an image.
+    """The images of all inputs, in the order of the inputs, and what was skipped.
 
-    What is skipped is named by its path inside a folder that is the only input, else by its path.
+    `left_aside` holds the skipped names by input: paths inside the folder if a folder is the only input, else whole
+    paths. `lists` are the lists of paths that were read. `imageless` are the skipped DICOM files without an image.
     """
 
     images: list[ImageFile] = field(default_factory=list)
@@ -54,37 +57,48 @@ class FoundInputs:
 
 
 def find_inputs(
-    places: Sequence[Location], *, recursive: bool = False, dicom_frame: int = 0, ids: str = "stem", depth: str = CLIP
+    locations: Sequence[Location],
+    *,
+    recursive: bool = False,
+    dicom_frame: int = 0,
+    ids: str = "stem",
+    depth: str = CLIP,
 ) -> FoundInputs:
-    """Return the images of all that is named; a folder or URI is read as by find_images.
+    """Return the images of all inputs.
 
-    A `.txt` file lists paths of pictures and folders, one a line or with NULs between them, relative to its own folder;
-    STDIN gives such a list, relative to the working directory. What does not exist is a pattern: it stands for the
-    pictures that it matches, with `recursive` for those in folders that it matches, too; links to folders are not
-    followed and hidden names only matched by a part that begins with a dot. Any other file must be a picture.
+    An input may be:
+    - a folder or a URI, which find_images lists
+    - a `.txt` file with paths of images and folders, one per line or separated by NULs, relative to the file's folder
+    - STDIN, which is such a list on standard input, relative to the working directory
+    - a pattern with wildcards that does not exist as a path. It stands for the images that it matches and, with
+      `recursive`, for the images in folders that it matches. Links to folders are not followed. Hidden names are
+      matched only if that part of the pattern begins with a dot.
+    - any other file, which must be an image
 
-    Ids by path are relative to the folder of --input, to a pattern's part without wildcards, to a list's folder, and
-    else to the working directory. Raises UsageError for an input without images, DataError for a list that does not
-    hold what it should, RepeatedIdError when two images share an id, EngineError without a reader for DICOM.
+    Ids by path are relative to the folder of --input, to the part of a pattern before its wildcards, to the folder of a
+    list, or else to the working directory.
+
+    Raises UsageError if an input has no images, DataError if a list is not valid or has entries that cannot be read,
+    RepeatedIdError if two images have the same id, and EngineError if there are DICOM files and pydicom is missing.
     """
-    if not places:
-        raise UsageError("there is no input: name a folder, a picture, a pattern or a list of paths")
+    if not locations:
+        raise UsageError("no input: give a folder, an image, a pattern or a list of paths")
     finder = _Finder(recursive, dicom_frame, ids, depth)
-    if len(places) == 1 and (isinstance(places[0], RemoteFolder) or places[0].is_dir()):
-        found = find_images(places[0], recursive=recursive, dicom_frame=dicom_frame, ids=ids, depth=depth)
-        left_aside = {str(places[0]): found.ignored} if found.ignored else {}
+    if len(locations) == 1 and (isinstance(locations[0], RemoteFolder) or locations[0].is_dir()):
+        found = find_images(locations[0], recursive=recursive, dicom_frame=dicom_frame, ids=ids, depth=depth)
+        left_aside = {str(locations[0]): found.ignored} if found.ignored else {}
         return FoundInputs(found.images, left_aside, imageless=set(found.imageless))
-    for place in places:
-        finder.add(place)
-    _refuse_named_twice(finder.found.images)
-    refuse_repeated(finder.found.images, "the inputs hold", ids, whole_paths=True)
+    for location in locations:
+        finder.add(location)
+    _refuse_named_twice(finder.result.images)
+    refuse_repeated(finder.result.images, "the inputs hold", ids, whole_paths=True)
     if finder.has_dicom:
         dicom.require_pydicom()
-    return finder.found
+    return finder.result
 
 
 def _instead(path: Path) -> str:
-    """Return what a file is that is not an image, where its first bytes tell."""
+    """Return the end of a message about a file that is not an image: what its first bytes show it to be, if known."""
     try:
         with open_regular(path, MAX_FILE_BYTES) as stream:
             head = stream.read(HEAD_BYTES)
@@ -95,50 +109,50 @@ def _instead(path: Path) -> str:
 
 
 class _Finder:
-    """Collects the images of one input after the other."""
+    """Collects the images of several inputs."""
 
     def __init__(self, recursive: bool, dicom_frame: int, ids: str, depth: str) -> None:
-        self.found = FoundInputs()
+        self.result = FoundInputs()
         self.has_dicom = False
         self._recursive, self._dicom_frame, self._ids, self._depth = recursive, dicom_frame, ids, depth
 
-    def add(self, place: Location) -> None:
-        """Add what one --input names."""
-        if isinstance(place, RemoteFolder) or (place != STDIN and place.is_dir()):
-            self._add_folder(place, None)
-        elif place == STDIN:
+    def add(self, location: Location) -> None:
+        """Add the images of one --input."""
+        if isinstance(location, RemoteFolder) or (location != STDIN and location.is_dir()):
+            self._add_folder(location, None)
+        elif location == STDIN:
             self._add_list(_read_stdin(), Path(), "standard input", "the working directory")
-        elif os.path.lexists(place):
-            if place.suffix.lower() == LIST and place.is_file():
-                self.found.lists.append(place)
-                self._add_list(_read_list(place), place.parent, str(place), f"its folder {place.parent}")
+        elif os.path.lexists(location):
+            if location.suffix.lower() == LIST and location.is_file():
+                self.result.lists.append(location)
+                self._add_list(_read_list(location), location.parent, str(location), f"its folder {location.parent}")
             else:
-                self._add_picture(place, Path(), "")
-        elif glob.has_magic(str(place)):
-            self._add_pattern(place)
+                self._add_image(location, Path(), "")
+        elif glob.has_magic(str(location)):
+            self._add_pattern(location)
         else:
-            raise UsageError(f"{place} is not a directory, a picture or a list of paths: nothing is there")
+            raise UsageError(f"{location} does not exist: give a folder, an image, a pattern or a list of paths")
 
-    def _add_picture(self, path: Path, root: Path, where: str) -> None:
+    def _add_image(self, path: Path, root: Path, where: str) -> None:
         kind = kind_named(path)
         if kind is None:
             error = DataError if where else UsageError
-            raise error(f"{where}{path} is no picture that can be read{remedy_for([path.name])}{_instead(path)}")
+            raise error(f"{where}{path} is not a readable image{remedy_for([path.name])}{_instead(path)}")
         self._take(path, root, kind)
 
     def _take(self, path: Path, root: Path, kind: str) -> None:
         self.has_dicom |= kind == "DICOM"
         image = local_image(path, root, dicom_frame=self._dicom_frame, ids=self._ids, depth=self._depth)
-        self.found.images.append(image)
+        self.result.images.append(image)
 
-    def _add_folder(self, place: Location, root: Path | None) -> None:
-        found = self._images_in(place, root)
-        self.found.images.extend(found.images)
-        self._leave_aside(str(place), [f"{place}/{name}" for name in found.ignored])
+    def _add_folder(self, location: Location, root: Path | None) -> None:
+        found = self._images_in(location, root)
+        self.result.images.extend(found.images)
+        self._skip(str(location), [f"{location}/{name}" for name in found.ignored])
 
-    def _images_in(self, place: Location, root: Path | None) -> FoundImages:
+    def _images_in(self, location: Location, root: Path | None) -> FoundImages:
         found = images_in(
-            place,
+            location,
             recursive=self._recursive,
             dicom_frame=self._dicom_frame,
             ids=self._ids,
@@ -146,12 +160,12 @@ class _Finder:
             root=root,
         )
         self.has_dicom |= found.has_dicom
-        self.found.imageless.update(f"{place}/{name}" for name in found.imageless)
+        self.result.imageless.update(f"{location}/{name}" for name in found.imageless)
         return found
 
-    def _leave_aside(self, place: str, names: list[str]) -> None:
+    def _skip(self, location: str, names: list[str]) -> None:
         if names:
-            self.found.left_aside.setdefault(place, []).extend(names)
+            self.result.left_aside.setdefault(location, []).extend(names)
 
     def _add_pattern(self, pattern: Path) -> None:
         parts = pattern.parts
@@ -159,28 +173,30 @@ class _Finder:
         root = Path(*parts[:fixed])
         matches = sorted(set(_matches(root, parts[fixed:])))
         if not matches:
-            raise UsageError(f"nothing matches {pattern}: is the folder right, and the pattern quoted as it should be?")
-        before, left = len(self.found.images), []
+            raise UsageError(f"nothing matches {pattern}: check the folder and the quotes around the pattern")
+        before, skipped = len(self.result.images), []
         for path in matches:
             if self._recursive and path.is_dir() and not path.is_symlink():
-                left += self._add_below(path, root)
+                skipped += self._add_below(path, root)
             elif (kind := kind_taken(path)) not in (None, IMAGELESS):
                 self._take(path, root, kind)
             else:
-                left.append(str(path))
-                self.found.imageless.update([str(path)] if kind == IMAGELESS else [])
-        if len(self.found.images) == before:
+                skipped.append(str(path))
+                self.result.imageless.update([str(path)] if kind == IMAGELESS else [])
+        if len(self.result.images) == before:
             hint = "" if self._recursive else "; --recursive looks into folders"
-            raise UsageError(f"{pattern} matches no images, but {describe_ignored(left, self.found.imageless)}{hint}")
-        self._leave_aside(str(pattern), left)
+            raise UsageError(
+                f"{pattern} matches no images, but {describe_ignored(skipped, self.result.imageless)}{hint}"
+            )
+        self._skip(str(pattern), skipped)
 
     def _add_below(self, folder: Path, root: Path) -> list[str]:
-        """Add the images of a folder that a pattern matches, none perhaps; return what was left aside."""
+        """Add the images, if any, of a folder that a pattern matches, and return what was skipped."""
         try:
             found = self._images_in(folder, root)
         except UsageError:
             return [str(folder)]
-        self.found.images.extend(found.images)
+        self.result.images.extend(found.images)
         return [f"{folder}/{name}" for name in found.ignored]
 
     def _add_list(self, content: bytes, root: Path, where: str, relative_to: str) -> None:
@@ -192,7 +208,7 @@ class _Finder:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             number, line = missing[0]
             raise DataError(
-                f"{where}, line {number}: {shown(line[:MOST_SHOWN])} is not there{more}: paths are relative to "
+                f"{where}, line {number}: {shown(line[:MOST_SHOWN])} does not exist{more}: paths are relative to "
                 f"{relative_to}"
             )
         for number, line in lines:
@@ -200,11 +216,14 @@ class _Finder:
             if path.is_dir():
                 self._add_folder(path, root)
             else:
-                self._add_picture(path, root, f"{where}, line {number}: ")
+                self._add_image(path, root, f"{where}, line {number}: ")
 
 
 def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """Yield what a pattern matches below a folder, some of it twice; a part that exists as it is written is itself."""
+    """Yield the paths below a folder that a pattern matches, possibly repeated.
+
+    A part of the pattern that exists literally, such as a folder `a[1]`, matches only that name.
+    """
     first, *rest = parts
     if first == "**":
         yield from _matches(folder, rest or ["*"])
@@ -248,28 +267,31 @@ def _read_list(path: Path) -> bytes:
 
 
 def _lines(content: bytes, where: str) -> Iterator[tuple[int, str]]:
-    """Yield the numbers and the paths of a list, without empty lines; file names that are not UTF-8 keep their bytes.
+    """Yield (line number, path) of a list, without empty lines. File names that are not UTF-8 keep their bytes.
 
-    A list with NULs has them between its paths, as `find -print0` writes it; one with a byte order mark is decoded.
+    If the list contains NULs, they separate the paths, as in the output of `find -print0`. A list with a byte order
+    mark is decoded.
     """
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         try:
             content = content.decode("utf-16").encode()
         except UnicodeError as error:
-            raise DataError(f"{where} begins as UTF-16 and is not: save it as UTF-8") from error
+            raise DataError(
+                f"{where} has a UTF-16 byte order mark but is not valid UTF-16: save it as UTF-8"
+            ) from error
     content = content.removeprefix(b"\xef\xbb\xbf")
-    between = b"\0" if b"\0" in content else b"\n"
-    for number, line in enumerate(content.split(between), 1):
-        path = line if between == b"\0" else line.removesuffix(b"\r")
+    separator = b"\0" if b"\0" in content else b"\n"
+    for number, line in enumerate(content.split(separator), 1):
+        path = line if separator == b"\0" else line.removesuffix(b"\r")
         if path:
             yield number, os.fsdecode(path)
 
 
 def _refuse_named_twice(images: Sequence[ImageFile]) -> None:
-    """Raise UsageError where two inputs name the same file."""
+    """Raise UsageError if two inputs name the same file."""
     seen: set[str] = set()
     for image in images:
-        place = os.path.abspath(image.path) if image.folder is None else str(image.source)  # noqa: PTH100
-        if place in seen:
-            raise UsageError(f"{image.source} is named twice by the inputs: name it once")
-        seen.add(place)
+        location = os.path.abspath(image.path) if image.folder is None else str(image.source)  # noqa: PTH100
+        if location in seen:
+            raise UsageError(f"{image.source} is named twice by the inputs: remove one of them")
+        seen.add(location)

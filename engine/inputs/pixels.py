@@ -1,4 +1,8 @@
-"""What reading dropped from images that can be read: collected for the run's log, a line for each kind."""
+"""Read images as RGB bytes: files, Pillow images and arrays, of 8 bits or more per channel.
+
+Limits protect against hostile files. Notes collect what reading dropped (transparency, further frames, values above
+255) for the log of a run.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,73 +31,67 @@ from engine.inputs.kinds import DECODED, DICOM, HAS_HEIF, HEAD_BYTES, kind_of, o
 from engine.inputs.remote import RemoteFile
 
 CLIPPED, TRANSPARENT, FRAMES = "clipped", "transparent", "frames"
-"""More than 8 bits a channel, of which values above 255 became white; transparency; more frames than the one used."""
+"""Kinds of notes: values above 255 became white, transparency was dropped, the file has further frames."""
 NOTE_TEXTS = {
     CLIPPED: (
-        "more than 8 bits a channel: values above 255 become white, as in Hugging Face's processor",
+        "more than 8 bits per channel: values above 255 become white, as in Hugging Face's processor",
         "; --high-bit-depth scale keeps their range",
     ),
     TRANSPARENT: ("transparency, which is dropped, as in transformers 4.57", ""),
-    FRAMES: ("more frames than the one that is used", "; of DICOM files --dicom-frame chooses it"),
+    FRAMES: ("more frames than the one that is used", "; for DICOM files --dicom-frame selects the frame"),
 }
-"""What the images of a kind have, and what to do about it."""
+"""For each kind of note, what is dropped and how to avoid it."""
 
 
 class ImageNote(NamedTuple):
-    """An image that was read without something: one of the kinds above, and the image's file or id."""
+    """Something that reading dropped: one of the kinds above, and the image's file or id."""
 
     kind: str
     name: str
 
 
 def note_lines(notes: Iterable[ImageNote]) -> list[str]:
-    """Return one line for each kind of note: how many images, the first three names, the remedy."""
+    """Return one line per kind of note, with the number of images, the first three names and the remedy."""
     names: dict[str, set[str]] = {}
     for kind, name in notes:
         names.setdefault(kind, set()).add(name)
     lines = []
     for kind, (what, remedy) in NOTE_TEXTS.items():
-        if found := sorted(names.get(kind, ())):
-            images = "1 image has" if len(found) == 1 else f"{len(found)} images have"
-            lines.append(f"{images} {what}: {join_some(found, 3)}{remedy}")
+        if affected := sorted(names.get(kind, ())):
+            images = "1 image has" if len(affected) == 1 else f"{len(affected)} images have"
+            lines.append(f"{images} {what}: {join_some(affected, 3)}{remedy}")
     return lines
 
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from PIL import Image
-
 CLIP, SCALE = "clip", "scale"
-"""As Hugging Face's processor reads them, values above 255 white; or each picture's own range made 0 to 255."""
+"""CLIP makes values above 255 white, like Hugging Face's processor. SCALE maps each image's range to 0 to 255."""
 STRIP_PIXELS = 1 << 20
-"""Pixels that are scaled at a time."""
-HELP = "Pictures of more than 8 bits: `clip` (above 255 white, as Hugging Face), `scale` (own range), or LOW,HIGH."
+"""Number of pixels that are scaled at a time."""
+HELP = (
+    "How images with more than 8 bits become 8: `clip` (above 255 is white, as in Hugging Face), `scale` (each image's "
+    "range), or a range LOW,HIGH."
+)
 
 
-def is_deep(picture: Image.Image) -> bool:
-    """Return whether a picture has more than 8 bits a channel here. Pillow itself halves 16-bit colour to 8 bits."""
-    return picture.mode in ("I", "F") or picture.mode.startswith("I;")
+def is_deep(image: Image.Image) -> bool:
+    """Return whether an opened image has more than 8 bits per channel. Pillow reads 16-bit colour as 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;")
 
 
-def as_rgb(picture: Image.Image, depth: str | None = CLIP) -> Image.Image:
-    """Return an image as RGB, one with more than 8 bits a channel read as `depth` says, see to_bytes (None is CLIP)."""
-    from PIL import Image  # here, since the command line reads this file for its help
-
-    if depth in (None, CLIP) or not is_deep(picture):
-        return picture.convert("RGB")
-    return Image.fromarray(to_bytes(picture, depth)).convert("RGB")
+def as_rgb(image: Image.Image, depth: str | None = CLIP) -> Image.Image:
+    """Convert an image to RGB. `depth` applies to images with more than 8 bits per channel; None means CLIP."""
+    if depth in (None, CLIP) or not is_deep(image):
+        return image.convert("RGB")
+    return Image.fromarray(to_bytes(image, depth)).convert("RGB")
 
 
 def to_bytes(source: Image.Image | NDArray[Any], depth: str) -> NDArray[np.uint8]:
-    """Return a deep image, or an array [h,w] or [h,w,3] of real numbers, as u8 of the same shape.
+    """Convert a deep image, or an array [h,w] or [h,w,3] of real numbers, to u8 of the same shape.
 
-    With a window of values LOW to HIGH, v becomes round(255 (v - LOW) / (HIGH - LOW)), held between 0 and 255; SCALE
-    takes the image's least and greatest value, and makes an image of one value black. CLIP holds v itself between 0 and
-    255 and cuts its fraction, as Pillow does. What is not a number is black.
+    A window "LOW,HIGH" maps v to round(255 (v - LOW) / (HIGH - LOW)), clipped to 0 to 255. SCALE uses the image's
+    smallest and largest value as the window; an image of a single value becomes black. CLIP clips v itself to 0 to 255
+    and drops its fraction, as Pillow does. NaN and infinity become black.
     """
-    import numpy as np
-
     window = (0.0, 255.0) if depth == CLIP else window_of(depth) or _range_of(source)
     low, high = window
     strips = []
@@ -108,18 +106,14 @@ def to_bytes(source: Image.Image | NDArray[Any], depth: str) -> NDArray[np.uint8
 
 
 def _range_of(source: Image.Image | NDArray[Any]) -> tuple[float, float]:
-    """Return the least and the greatest number in an image; 0 and 1 where nothing in it is a number."""
-    import numpy as np
-
-    seen = (strip[np.isfinite(strip)] for strip in _strips(source))
-    ends = [(float(numbers.min()), float(numbers.max())) for numbers in seen if numbers.size]
+    """Return the smallest and the largest finite value of an image, or (0, 1) if it has no finite value."""
+    finite = (strip[np.isfinite(strip)] for strip in _strips(source))
+    ends = [(float(values.min()), float(values.max())) for values in finite if values.size]
     return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (0.0, 1.0)
 
 
 def _strips(source: Image.Image | NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Yield an image in strips of rows: float64 copies of 89 million pixels at once would take gigabytes."""
-    import numpy as np
-
+    """Yield an image in strips of rows, because a float64 copy of 89 million pixels would take gigabytes."""
     width, height = source.shape[1::-1] if isinstance(source, np.ndarray) else source.size
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
@@ -131,7 +125,7 @@ def _strips(source: Image.Image | NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 @functools.lru_cache(maxsize=16)
 def window_of(depth: str) -> tuple[float, float] | None:
-    """Return the window of values a text LOW,HIGH names, None for CLIP and SCALE. Raises UsageError for any other."""
+    """Parse LOW,HIGH into a window of values. Returns None for CLIP and SCALE; raises UsageError for other texts."""
     if depth in (CLIP, SCALE):
         return None
     try:
@@ -144,36 +138,37 @@ def window_of(depth: str) -> tuple[float, float] | None:
 
 
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "HEIF")
-"""Decoders Pillow may use, whatever a file calls itself: a small surface for files from strangers."""
+"""The only decoders that Pillow may use, whatever a file's name. This reduces the attack surface of hostile files."""
 
 SYSTEM_TROUBLE = (
     *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
 )
-"""The system's trouble, not the image's: the run stops instead of listing every image that follows as unreadable."""
+"""Errors of the system, not of an image. The run stops, instead of reporting every further image as unreadable."""
 MAX_FILE_BYTES = 1 << 30
-"""A larger file is refused unread: some decoders read all of it before they look at the size of the picture."""
+"""Larger files are refused without reading them: some decoders read the whole file before they check the image size."""
 READ_AT_ONCE_BYTES = 1 << 26
-"""A file up to this size is read into memory as a whole when its digest is wanted."""
+"""Files up to this size are read into memory as a whole if their digest is needed."""
 MAX_SIDE = 1_000_000
-"""Pixels of a side. Pillow's resize needs 32 bytes for each pixel of the longer side, however narrow the image is: 2 GB
-for 68,000,000 x 1 pixels, which are a PNG of 66 KB. The largest slides of pathology have about 200,000."""
+"""Limit of an image's width and height in pixels. Pillow's resize needs 32 bytes per pixel of the longer side, however
+narrow the image is: 2 GB for 68,000,000 x 1 pixels, which fit in a PNG of 66 KB. The largest pathology slides have
+sides of about 200,000 pixels."""
 MAX_SCANS = 256
-"""Scans of a progressive JPEG; programs write about 10. NVIDIA's nvImageCodec has the same limit."""
+"""Limit of scans in a progressive JPEG. Programs write about 10; NVIDIA's nvImageCodec has the same limit."""
 SCAN_BLOCK = 1 << 16
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
-"""A marker in the data of a scan: what is followed by 0 is a byte of the data, d0 to d7 are restarts."""
+"""A marker in the data of a scan. ff 00 is an escaped data byte, and ff d0 to ff d7 are restart markers."""
 TILE_WIDTH, TILE_LENGTH = 322, 323
-"""TIFF 6.0, section 15."""
+"""Tags of TIFF 6.0, section 15."""
 _ALONE = threading.Lock()
-"""Held while an image is read for which memory did not suffice next to others."""
+"""Held while an image is read again, alone, after the first attempt ran out of memory."""
 
-Picture = Path | str | RemoteFile | Image.Image | NDArray[np.uint8]
-"""What can be read: a file, a Pillow image or an array u8[h,w,3]; see decode_image for other arrays."""
+ImageInput = Path | str | RemoteFile | Image.Image | NDArray[np.uint8]
+"""A file, a Pillow image or an array u8[h,w,3]; see decode_image for other arrays."""
 RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 
 
 def read_image(
-    source: Picture,
+    source: ImageInput,
     height: int,
     width: int,
     resample: str,
@@ -183,15 +178,15 @@ def read_image(
     notes: list[ImageNote] | None = None,
     sha256: list[str] | None = None,
 ) -> NDArray[np.uint8]:
-    """Return RGB bytes u8[height,width,3] of a file, a Pillow image or an array.
+    """Read a file, a Pillow image or an array and resize it. Returns RGB bytes u8[height,width,3].
 
-    The steps are those of Hugging Face's slow BlipImageProcessor (transformers 4.57): convert to RGB, then
-    resize to exactly height x width px with Pillow's filter, ignoring the aspect ratio and EXIF rotation. See
-    decode_image for what is read, for `frame`, `depth` and `notes`, and for the errors. `sha256` gets the digest of a
-    file's bytes, in hexadecimal.
+    The steps are those of Hugging Face's slow BlipImageProcessor (transformers 4.57): convert to RGB, then resize to
+    exactly height x width pixels with Pillow's filter `resample`, ignoring the aspect ratio and EXIF rotation.
+    decode_image describes the sources, `frame`, `depth`, `notes` and the errors. The SHA-256 digest of a file's bytes,
+    in hexadecimal, is appended to `sha256`.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == (height, width, 3):
-        return source.copy()  # nothing to convert or to resize: Pillow would copy it four times
+        return source.copy()  # nothing to do, and Pillow would copy the array four times
 
     def read() -> NDArray[np.uint8]:
         image = _decode(source, frame, depth, notes, sha256)
@@ -200,22 +195,24 @@ def read_image(
     with image_errors(source):
         with suppress(MemoryError):
             return read()
-        with _ALONE:  # memory was short, perhaps only because other threads read large images at that moment
+        with _ALONE:  # memory may be short only because other threads are reading large images at the same time
             return read()
 
 
 def decode_image(
-    source: Picture, *, frame: int = 0, depth: str | None = None, notes: list[ImageNote] | None = None
+    source: ImageInput, *, frame: int = 0, depth: str | None = None, notes: list[ImageNote] | None = None
 ) -> Image.Image:
-    """Return a file, a Pillow image or an array as an RGB image.
+    """Decode a file, a Pillow image or an array to an RGB image.
 
-    An array is u8 [h,w], [h,w,1], [h,w,3] or [h,w,4], or bool [h,w]. Of a file with several frames the first is read,
-    of a DICOM file number `frame`. Transparency is dropped. More than 8 bits a channel are read as `depth` says
-    (depth.py), without it as CLIP from a file; Pillow images and arrays of other numbers than u8 are refused then,
-    since values from 0 to 1 would become black and 16 bits white. `notes` gets what was dropped.
+    Arrays are u8 [h,w], [h,w,1], [h,w,3] or [h,w,4], or bool [h,w]. Of a file with several frames the first is read; of
+    a DICOM file, frame number `frame`. Transparency is dropped.
 
-    Raises ImageError with the file's name and the reason, also when the image needs more memory than there is, and
-    EngineError when the system has no more file handles or the disk fails.
+    `depth` says how more than 8 bits per channel become 8 (see to_bytes). If it is None, files are read with CLIP,
+    while deep Pillow images and arrays of other types than u8 are refused: their range is unknown, and values from 0 to
+    1 would become black and 16-bit values white. What was dropped is appended to `notes`.
+
+    Raises ImageError with the file's name and the reason, also if the image needs more memory than is free, and
+    EngineError if the system has no more file handles or the disk fails.
     """
     with image_errors(source):
         return _decode(source, frame, depth, notes)
@@ -223,7 +220,7 @@ def decode_image(
 
 @contextmanager
 def image_errors(source: object) -> Iterator[None]:
-    """Turn whatever a decoder raises into ImageError, and the system's trouble into EngineError."""
+    """Convert any error of a decoder to ImageError, and errors in SYSTEM_TROUBLE to EngineError."""
     name = str(source) if isinstance(source, Path | str | RemoteFile) else "image"
     try:
         yield
@@ -231,11 +228,9 @@ def image_errors(source: object) -> Iterator[None]:
         raise ImageError(name, f"larger than {Image.MAX_IMAGE_PIXELS} pixels, refused: a decompression bomb?") from None
     except EngineError:
         raise
-    except Exception as error:  # decoders meet hostile bytes in more ways than they document
+    except Exception as error:  # for hostile bytes decoders raise more kinds of errors than they document
         if isinstance(error, OSError) and error.errno in SYSTEM_TROUBLE:
-            hint = (
-                "raise the limit (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else "is its disk there?"
-            )
+            hint = "raise the limit (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else "check its disk"
             raise EngineError(f"{name} cannot be read: {error.strerror}: {hint}") from error
         is_short = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
         if is_short or "out of memory" in str(error):
@@ -246,13 +241,13 @@ def image_errors(source: object) -> Iterator[None]:
 
 
 def _decode(
-    source: Picture,
+    source: ImageInput,
     frame: int,
     depth: str | None,
     notes: list[ImageNote] | None,
     sha256: list[str] | None = None,
 ) -> Image.Image:
-    """See decode_image; raises whatever the decoders raise."""
+    """Decode like decode_image, but let the decoders' own errors pass."""
     if isinstance(source, Image.Image):
         check_size(*source.size)
         if depth is None and is_deep(source):
@@ -285,13 +280,13 @@ def _decode(
 
 
 def open_image(stream: IO[bytes]) -> Image.Image:
-    """Open an image file of Pillow's, decoding no pixel yet; raise ValueError for one that would take too much."""
-    image = Image.open(stream, formats=picture_formats())
+    """Open an image file with Pillow without decoding pixels. Raises ValueError if decoding would take too much."""
+    image = Image.open(stream, formats=image_formats())
     check_size(*image.size)
     limit = Image.MAX_IMAGE_PIXELS
-    tags = getattr(image, "tag_v2", {})  # TIFF: a small image may lie in one huge tile
+    tags = getattr(image, "tag_v2", {})  # TIFF: a small image may be stored in one huge tile
     largest = max(image.width * image.height, int(tags.get(TILE_WIDTH, 0)) * int(tags.get(TILE_LENGTH, 0)))
-    if limit is not None and largest > limit:  # Pillow itself only warns of images up to twice its limit
+    if limit is not None and largest > limit:  # Pillow only warns up to twice its limit
         raise Image.DecompressionBombError
     if image.info.get("progressive") and has_too_many_scans(stream):
         raise ValueError(f"a progressive JPEG of more than {MAX_SCANS} scans, refused: it would take minutes to decode")
@@ -299,7 +294,7 @@ def open_image(stream: IO[bytes]) -> Image.Image:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise ValueError for an image without a pixel, and for one with a side that no camera or scanner makes."""
+    """Raise ValueError if an image has no pixels or a side longer than MAX_SIDE."""
     if width == 0 or height == 0:
         raise ValueError(f"an empty image ({width} x {height} pixels)")
     if max(width, height) > MAX_SIDE:
@@ -307,33 +302,33 @@ def check_size(width: int, height: int) -> None:
 
 
 def has_too_many_scans(stream: IO[bytes]) -> bool:
-    """Return whether a JPEG has more than MAX_SCANS scans; the position in the stream stays.
+    """Return whether a JPEG has more than MAX_SCANS scans. The position in the stream does not change.
 
-    Each scan of a progressive JPEG is a pass over all coefficients, and may take only a few hundred bytes of the file.
+    Each scan of a progressive JPEG is a pass over all coefficients, but may take only a few hundred bytes of the file.
     """
-    before, at, scans = stream.tell(), 2, 0
+    before, offset, scans = stream.tell(), 2, 0
     while scans <= MAX_SCANS:
-        stream.seek(at)
+        stream.seek(offset)
         block = stream.read(SCAN_BLOCK)
         marker = JPEG_MARKER.search(block)
-        if marker is None or marker.end() > len(block) - 2:  # none here, or without the length that follows it
+        if marker is None or marker.end() > len(block) - 2:  # no marker in this block, or its length is cut off
             if len(block) < SCAN_BLOCK:
                 break
-            at += len(block) - 1 if marker is None else marker.start()
+            offset += len(block) - 1 if marker is None else marker.start()
             continue
-        if marker[0] == b"\xff\xd9":  # the end of the image; what follows are previews, videos, further frames
+        if marker[0] == b"\xff\xd9":  # end of image; previews, videos or further frames may follow
             break
-        scans += marker[0] == b"\xff\xda"
+        scans += marker[0] == b"\xff\xda"  # start of scan
         length = int.from_bytes(block[marker.end() : marker.end() + 2])
-        at += marker.end() + max(2, length)
+        offset += marker.end() + max(2, length)
     stream.seek(before)
     return scans > MAX_SCANS
 
 
 def _converted(image: Image.Image, name: str, depth: str | None, notes: list[ImageNote] | None) -> Image.Image:
-    """Return an image as RGB; `notes` gets what was dropped."""
+    """Convert an image to RGB and append what was dropped to `notes`."""
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the same colours in the end, without Pillow's warning
+        image = image.convert("RGBA")  # gives the same colours without a warning of Pillow's
     rgb = as_rgb(image, depth)
     if notes is not None:
         if depth in (None, CLIP) and is_deep(image):
@@ -344,29 +339,29 @@ def _converted(image: Image.Image, name: str, depth: str | None, notes: list[Ima
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    """Return whether any pixel lets a background through: many programs write an alpha channel that is opaque."""
+    """Return whether any pixel is not fully opaque. Many programs write an alpha channel that is opaque everywhere."""
     if not image.has_transparency_data:
         return False
-    with suppress(ValueError):  # no way from this mode to RGBA
+    with suppress(ValueError):  # this mode cannot be converted to RGBA
         opaque = image if image.mode in ("RGBA", "LA", "PA") else image.convert("RGBA")
         least, _ = opaque.getchannel("A").getextrema()
-        return bool(least < 255)  # type: ignore[operator]  # of one channel it is a number
+        return bool(least < 255)  # type: ignore[operator]  # the extrema of a single channel are numbers
     return True
 
 
 def _has_more_frames(image: Image.Image) -> bool:
-    """Return whether a file holds more frames than the first, which must have been decoded: GIF has to look for more.
+    """Return whether a file holds more than one frame. The first must be decoded already, for GIF to look further.
 
-    Not of MPO: telephones add previews and gain maps to photographs.
+    Always false for MPO, where phones store previews and gain maps as further frames.
     """
     try:
         return image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    except Exception:  # the second frame of a GIF is damaged: the first is fine
+    except Exception:  # the second frame of a GIF may be damaged while the first is fine
         return False
 
 
 def _image_of_array(array: NDArray[Any], depth: str | None, notes: list[ImageNote] | None) -> Image.Image:
-    """Return an array as a Pillow image of 8 bits a channel; see decode_image for the arrays that are taken."""
+    """Convert an array to a Pillow image with 8 bits per channel; see decode_image for the accepted arrays."""
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or channels not in (1, 3, 4):
         shape = ", ".join(map(str, array.shape))
@@ -387,16 +382,16 @@ def _image_of_array(array: NDArray[Any], depth: str | None, notes: list[ImageNot
 
 
 UNCLEAR_RANGE = (
-    "{what} instead of uint8: give high_bit_depth='scale' (its own range becomes 0 to 255) or 'LOW,HIGH' (that range), "
-    "or convert it to uint8"
+    "{what} instead of uint8: give high_bit_depth='scale' (maps the image's range to 0 to 255) or 'LOW,HIGH' (maps "
+    "that range), or convert it to uint8"
 )
 NOT_DECODED = "{kind}, which is not decoded: {remedy}convert it to JPEG or PNG"
 REMEDIES = {"HEIC": "install the extra [heic], or "}
 
 
 @functools.lru_cache(maxsize=1)
-def picture_formats() -> tuple[str, ...]:
-    """Return those of FORMATS that this Pillow has."""
+def image_formats() -> tuple[str, ...]:
+    """Return the FORMATS that the installed Pillow supports."""
     Image.init()
     _silence_libtiff()
     if HAS_HEIF:
@@ -407,29 +402,31 @@ def picture_formats() -> tuple[str, ...]:
 
 
 def _silence_libtiff() -> None:
-    """Keep libtiff from printing warnings and errors to standard error; Pillow raises what matters.
+    """Keep libtiff from printing warnings and errors to standard error. Pillow raises the errors that matter.
 
-    Done in the library itself, since redirecting file descriptor 2 would take the lines of other threads along.
+    This sets the handlers of the library itself, because redirecting file descriptor 2 would also redirect the output
+    of other threads.
     """
     extension = find_spec("PIL._imaging")
-    with suppress(OSError, AttributeError):  # linked statically, its functions cannot be found: it stays loud
+    with suppress(OSError, AttributeError):  # a statically linked libtiff hides its functions and keeps printing
         library = ctypes.CDLL(extension.origin if extension else None)
         library.TIFFSetWarningHandler(None)
         library.TIFFSetErrorHandler(None)
 
 
 def open_file(path: Path | RemoteFile) -> IO[bytes]:
-    """Open a regular file; a link may lead to a pipe, which would keep its reader waiting, or to a device."""
+    """Open an image file, local or at a URI. Refuses pipes and devices, also as targets of links; see open_regular."""
     if isinstance(path, RemoteFile):
         return path.open(most_bytes=MAX_FILE_BYTES)
     return open_regular(path, MAX_FILE_BYTES)
 
 
 def _hashed(stream: IO[bytes], sha256: list[str]) -> IO[bytes]:
-    """Return a stream of the same bytes, whose digest is added to `sha256`.
+    """Append the SHA-256 digest of a stream to `sha256` and return a stream of the same bytes.
 
-    The bytes that are hashed are those that are decoded, even if the file changes meanwhile. A large file is hashed
-    before it is decoded and not kept in memory: a change in between leads to a digest that the file does not have.
+    A file of up to READ_AT_ONCE_BYTES is read once, so the hashed bytes are those that are decoded even if the file
+    changes meanwhile. A larger file is hashed first and then read again. If it changes in between, the digest does not
+    match the decoded bytes.
     """
     content = stream.read(READ_AT_ONCE_BYTES + 1)
     if len(content) <= READ_AT_ONCE_BYTES:

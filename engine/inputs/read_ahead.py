@@ -1,4 +1,4 @@
-"""Read images in threads, in order, a bounded way ahead of the consumer."""
+"""Read images in threads, in order, at most a fixed number of items ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ B = TypeVar("B")
 
 
 class _NotYetError(Exception):
-    """A result is not there."""
+    """A result is not available yet."""
 
 
 class _EndOfItemsError(Exception):
@@ -21,14 +21,15 @@ class _EndOfItemsError(Exception):
 
 
 class _Readers(Generic[A, B]):
-    """Threads that compute function(item) of the items they are asked for, by the number of the item.
+    """Threads that compute function(item) of submitted items. Items and results are matched by number.
 
-    The threads are daemons: a program that is stopped does not wait for a disk that hangs, as it would for those of
-    concurrent.futures. Two queues do for all items: a future for each costs the consumer as much as choosing its beams.
+    The threads are daemons, so that a program that is stopped does not wait for a disk that hangs. It would wait for
+    the threads of concurrent.futures. All items share two queues, because a future per item costs the consumer as much
+    as choosing the item's beams.
     """
 
     def __init__(self, function: Callable[[A], B], threads: int) -> None:
-        self._asked: SimpleQueue[tuple[int, A] | None] = SimpleQueue()
+        self._submitted: SimpleQueue[tuple[int, A] | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[int, B | None, BaseException | None]] = SimpleQueue()
         self._early: dict[int, tuple[B | None, BaseException | None]] = {}
         self._function, self._threads = function, threads
@@ -36,38 +37,38 @@ class _Readers(Generic[A, B]):
         for _ in range(threads):
             threading.Thread(target=self._work, name="read ahead", daemon=True).start()
 
-    def ask(self, number: int, item: A) -> None:
-        """Ask for the result of an item."""
-        self._asked.put((number, item))
+    def submit(self, number: int, item: A) -> None:
+        """Queue an item for the threads."""
+        self._submitted.put((number, item))
 
     def finish(self, number: int, error: BaseException) -> None:
-        """Let the result of a number be an error, without asking a thread."""
+        """Set an error as the result of a number, without using a thread."""
         self._done.put((number, None, error))
 
     def result(self, number: int, *, wait: bool = True) -> B:
-        """Return the result of a number, or raise its error. Without `wait`, raise _NotYetError if it is not there."""
+        """Return the result of a number or raise its error. Without `wait`, raise _NotYetError if it is not ready."""
         while number not in self._early:
             try:
                 finished, value, error = self._done.get(block=wait)
             except Empty:
-                raise _NotYetError from None  # Empty itself may come from the source, which has queues, too
+                raise _NotYetError from None  # not Empty itself, which the source might raise for its own queues
             self._early[finished] = value, error
         value, error = self._early.pop(number)
         if error is not None:
             try:
                 raise error
             finally:
-                del error  # which would know this frame, and with it all that the consumer holds
+                del error  # its traceback would keep this frame alive, and with it all that the consumer holds
         return value  # type: ignore[return-value]
 
     def stop(self) -> None:
-        """Let the threads end once they have finished their items."""
+        """Make the threads exit after their current items."""
         self.stopped.set()
         for _ in range(self._threads):
-            self._asked.put(None)
+            self._submitted.put(None)
 
     def _work(self) -> None:
-        while (task := self._asked.get()) is not None and not self.stopped.is_set():
+        while (task := self._submitted.get()) is not None and not self.stopped.is_set():
             number, item = task
             try:
                 self._done.put((number, self._function(item), None))
@@ -76,12 +77,12 @@ class _Readers(Generic[A, B]):
 
 
 def read_ahead(function: Callable[[A], B], items: Iterable[A], *, threads: int, window: int) -> Iterator[B]:
-    """Yield function(item) in order, computed in threads, never more than `window` items ahead of the consumer."""
+    """Yield function(item) in order, computed in threads, at most `window` items ahead of the consumer."""
     readers = _Readers(function, threads)
     numbers, sent = count(), 0
     try:
         for item in items:
-            readers.ask(sent, item)
+            readers.submit(sent, item)
             sent += 1
             if sent >= window:
                 yield readers.result(next(numbers))
@@ -96,10 +97,10 @@ def read_ahead(function: Callable[[A], B], items: Iterable[A], *, threads: int, 
 def read_live(
     function: Callable[[A], B], items: Iterable[A], *, threads: int, window: int, may_wait: Callable[[], bool]
 ) -> Iterator[B | None]:
-    """Like read_ahead, but take the items in a thread of their own and yield None while the next result is not there.
+    """Like read_ahead, but iterate over `items` in a separate thread and yield None while no result is available.
 
-    So a source may deliver slowly, or wait for what becomes of its earlier items. Where `may_wait()` is true, wait for
-    the next result instead of yielding None.
+    So `items` may be slow, or wait for the results of its earlier items. If `may_wait()` is true, wait for the next
+    result instead of yielding None.
     """
     readers = _Readers(function, threads)
     room = threading.Semaphore(window)
@@ -111,7 +112,7 @@ def read_live(
                 room.acquire()
                 if readers.stopped.is_set():
                     return
-                readers.ask(number, item)
+                readers.submit(number, item)
                 number += 1
             readers.finish(number, _EndOfItemsError())
         except BaseException as error:  # the consumer raises it

@@ -1,7 +1,7 @@
-"""Folders at a URI: s3://, gs://, hdfs://, file:// through pyarrow, anything else through fsspec; knows no images.
+"""Read folders at a URI: s3://, gs://, hdfs:// and file:// through pyarrow, other schemes through fsspec.
 
-Needs pyarrow, which the extra `ray` brings. Credentials and options (`user:key@`, `?...`) may be part of a URI;
-messages never show them.
+Needs pyarrow, which the extra `ray` installs. A URI may contain credentials and options (`user:key@`, `?...`). Messages
+never show them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 from engine.errors import EngineError, UsageError, install_command
 
 PLAIN = ("file", "memory")
-"""Schemes in which `?` is part of a name; elsewhere it begins options, or a signature that lets its bearer in."""
+"""Schemes in which `?` is part of a name. In others it begins options, or a signature that grants access."""
 NOT_THERE = (404, 410)
-"""HTTP status codes of an answer that nothing is at a URL."""
+"""HTTP status codes for a URL that does not exist."""
 _CREDENTIALS = re.compile(r"^(?:[^\s'\"?#]*:(?!\d+/)[^\s'\"?#]*@|[^\s'\"/?#]*@)")
-"""What stands before the host. A secret key may hold a `/`, which would end the host; a port is no secret."""
+"""Credentials before the host. A secret key may contain a `/`, which would end the host; a port is not a secret."""
 _URI = re.compile(r"\b([a-z][a-z0-9+.-]*)://([^\s'\"]+)", re.IGNORECASE)
 _QUERY = re.compile(r"\?[\w.%-]+=[^\s'\"]*")
 """Libraries also name URLs without scheme and host, as in `with url: /x?sig=1`."""
@@ -29,7 +29,7 @@ _QUERY = re.compile(r"\?[\w.%-]+=[^\s'\"]*")
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder at a URI; as a string without its credentials and options."""
+    """A folder at a URI. Its string form has no credentials or options."""
 
     uri: str
 
@@ -38,31 +38,31 @@ class RemoteFolder:
         return f"{scheme}://{_public(scheme, rest)}".rstrip("/")
 
     def list(self, *, recursive: bool = False) -> dict[str, tuple[int, ...] | None]:
-        """Return {path inside the folder: (bytes, time of change in ns)} of files, None for what is not a file.
+        """Return {path inside the folder: (bytes, modification time in ns)}; the value is None if it is not a file.
 
-        Raises UsageError when there is no such folder, EngineError when its storage does not answer.
+        Raises UsageError if the folder does not exist, and EngineError if its storage does not answer.
         """
         system, base = _open(self.uri)
         from pyarrow import fs
 
         try:
-            found = system.get_file_info(fs.FileSelector(base, recursive=recursive))
+            entries = system.get_file_info(fs.FileSelector(base, recursive=recursive))
         except (FileNotFoundError, NotADirectoryError):
-            if (reason := _failure_behind(system, base)) is not None:
+            if (reason := _hidden_failure(system, base)) is not None:
                 raise _trouble(str(self), reason) from reason
             raise UsageError(f"{self} is not a directory: give a folder") from None
-        except Exception as error:  # fsspec passes on what each storage's library raises
+        except Exception as error:  # fsspec passes on the errors of each storage's own library
             raise _trouble(str(self), error) from error
         return {
             _relative(info.path, base): (info.size or 0, info.mtime_ns or 0) if info.type == fs.FileType.File else None
-            for info in found
+            for info in entries
         }
 
     def read(self, name: str, *, most_bytes: int) -> bytes:
         """Return the content of a file inside the folder.
 
-        Raises FileNotFoundError or PermissionError, ValueError when it is larger than `most_bytes`, and EngineError
-        when the storage does not answer.
+        Raises FileNotFoundError or PermissionError, ValueError if it is larger than `most_bytes`, and EngineError if
+        the storage does not answer.
         """
         with self.open(name) as stream:
             if stream.size() > most_bytes:
@@ -74,7 +74,7 @@ class RemoteFolder:
         return content
 
     def open(self, name: str) -> Any:
-        """Return a pyarrow NativeFile; see `read` for the errors."""
+        """Open a file inside the folder as a pyarrow NativeFile; see `read` for the errors."""
         system, base = _open(self.uri)
         path = _join(base, name)
         try:
@@ -82,7 +82,7 @@ class RemoteFolder:
         except (PermissionError, IsADirectoryError):
             raise
         except FileNotFoundError:
-            if (reason := _failure_behind(system, path)) is not None:
+            if (reason := _hidden_failure(system, path)) is not None:
                 raise _trouble(str(RemoteFile(self, name)), reason) from reason
             raise
         except Exception as error:
@@ -104,7 +104,7 @@ class RemoteFile:
         return Path(self.name).suffix
 
     def open(self, *, most_bytes: int) -> IO[bytes]:
-        """Return its whole content as a stream: decoders read in small steps, each of which would be a request."""
+        """Read the whole file and return it as a stream. Decoders read in small steps, and each would be a request."""
         return io.BytesIO(self.folder.read(self.name, most_bytes=most_bytes))
 
 
@@ -112,7 +112,7 @@ Location = Path | RemoteFolder
 
 
 def location(text: str) -> Location:
-    """Return the folder that a text means: a URI where it has a scheme, else a path. Raises UsageError."""
+    """Parse a path or URI. Returns a RemoteFolder if the text has a scheme; raises UsageError for an invalid URI."""
     if "://" not in text:
         return Path(text)
     try:
@@ -123,27 +123,27 @@ def location(text: str) -> Location:
 
 
 def without_secrets(text: str) -> str:
-    """Return a message without the credentials and the query strings of the URIs in it.
+    """Remove the credentials and query strings of all URIs in a message.
 
     Example: `GET http://user:key@host/x?sig=1 failed` becomes `GET http://host/x failed`.
     """
-    return _URI.sub(lambda found: f"{found[1]}://{_public(found[1].lower(), found[2])}", text)
+    return _URI.sub(lambda match: f"{match[1]}://{_public(match[1].lower(), match[2])}", text)
 
 
 def _public(scheme: str, rest: str) -> str:
-    """Return what follows `scheme://` as it may be shown."""
+    """Return the part of a URI after `scheme://` without secrets."""
     return _CREDENTIALS.sub("", rest if scheme in PLAIN else rest.partition("?")[0])
 
 
 @functools.lru_cache(maxsize=16)
 def _open(uri: str) -> tuple[Any, str]:
-    """Return the file system of a URI and the path of the folder in it."""
+    """Return the file system of a URI, and the path of the folder inside it."""
     try:
         import pyarrow as pa
         from pyarrow import fs
     except ImportError:
         raise EngineError(
-            f"{RemoteFolder(uri)} is read by pyarrow, which is missing: {install_command('parquet')}"
+            f"{RemoteFolder(uri)} needs pyarrow, which is not installed: {install_command('parquet')}"
         ) from None
     try:
         system, base = fs.FileSystem.from_uri(uri)
@@ -155,7 +155,7 @@ def _open(uri: str) -> tuple[Any, str]:
 
 
 def _open_fsspec(uri: str) -> tuple[Any, str]:
-    """The same through fsspec, which knows more schemes."""
+    """Like `_open`, through fsspec, which supports more schemes."""
     from pyarrow import fs
 
     shown = RemoteFolder(uri)
@@ -166,27 +166,27 @@ def _open_fsspec(uri: str) -> tuple[Any, str]:
     except ImportError as error:
         raise EngineError(f"{shown} cannot be opened: {one_line_of(error)}") from None
     except ValueError as error:
-        raise UsageError(f"{shown} is no folder that pyarrow or fsspec can open: {one_line_of(error)}") from None
+        raise UsageError(f"{shown} cannot be opened by pyarrow or fsspec: {one_line_of(error)}") from None
     return fs.PyFileSystem(fs.FSSpecHandler(system)), base
 
 
 def _join(base: str, name: str) -> str:
-    """Return the path of a file in a folder. HTTP's folder is a whole URL: its query follows the file's name."""
+    """Return the path of a file in a folder. For HTTP `base` is a whole URL, whose query moves after the file name."""
     folder, mark, query = base.partition("?") if "://" in base else (base, "", "")
     return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
 
 def _relative(path: str, base: str) -> str:
-    if "://" in base and not path.startswith(f"{base}/"):  # a signed URL, and what its server lists is signed, too
+    if "://" in base and not path.startswith(f"{base}/"):  # a signed URL, whose server lists signed paths
         path, base = path.partition("?")[0], base.partition("?")[0]
     return path.lstrip("/").removeprefix(base.lstrip("/")).lstrip("/")
 
 
-def _failure_behind(system: Any, path: str) -> Exception | None:
-    """Return why a storage could not tell what is at `path`; None if it answered that nothing is there.
+def _hidden_failure(system: Any, path: str) -> Exception | None:
+    """Return the error that made a storage report `path` as missing, or None if the path really does not exist.
 
-    isdir, isfile and exists of fsspec are False after any error, a refused connection included. Its info raises the
-    error, but over HTTP as the cause of a FileNotFoundError.
+    fsspec's isdir, isfile and exists return False after any error, including a refused connection. Its info raises the
+    error, but over HTTP only as the cause of a FileNotFoundError.
     """
     storage = getattr(getattr(system, "handler", None), "fs", None)
     if storage is None:
@@ -203,9 +203,9 @@ def _failure_behind(system: Any, path: str) -> Exception | None:
 
 
 def _trouble(name: str, error: Exception) -> EngineError:
-    return EngineError(f"{name} cannot be read: {one_line_of(error)}: is its storage there, and are you allowed in?")
+    return EngineError(f"{name} cannot be read: {one_line_of(error)}: check the address and your access rights")
 
 
 def one_line_of(error: Exception) -> str:
-    """Return what a storage's library says of a failure, on one line and without secrets."""
+    """Return the message of a storage library's error on one line, without secrets."""
     return " ".join(_QUERY.sub("", without_secrets(str(error))).split())[:300] or type(error).__name__

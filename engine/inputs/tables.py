@@ -1,6 +1,6 @@
-"""Read captions by id in every layout that runs, references and data sets come in; knows nothing of scores.
+"""Read captions by id from all supported layouts of runs, references and data sets.
 
-Ids and captions are taken as they are: never sorted or padded, and "NA", "null" and "None" are captions.
+Ids and captions are not changed: they are never sorted or padded, and "NA", "null" and "None" are captions.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ from engine.inputs.readers import (
 T = TypeVar("T")
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Files of captions in a Hugging Face imagefolder."""
+"""Caption files of a Hugging Face imagefolder."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_SIDECAR_BYTES = 1 << 24
 """Size limit of a text file next to an image."""
 SIDECARS = (".txt", ".caption")
-"""Suffixes of text files beside pictures; the second is kohya's."""
+"""Suffixes of text files next to images; `.caption` is kohya's."""
 
 
 @dataclass
 class Table:
-    """Captions by id in the order of the file, one or several an id, and further columns by id (text as it is).
+    """Captions by id in the order of the file, one or several per id, and further columns by id.
 
-    A column that is not the same in all rows of an id has the last row's value, and `varying` names such an id.
-    `aliases` leads from other names of the images to their ids: COCO numbers images and names their files.
-    `files` are the paths, as written, of ids that were file names: an id alone may have lost its folder.
+    columns    {column: {id: value}}, with unchanged text; if the rows of an id differ, the value of its last row
+    varying    {column: id} of the columns whose rows differ for an id, with one such id
+    aliases    {other name of an image: id}; COCO both numbers its images and names their files
+    files      {id: path as written} of the ids that come from file names, since the id may have lost its folder
     """
 
     path: Path
@@ -60,31 +61,31 @@ class Table:
 
     @cached_property
     def ids(self) -> Ids:
-        """The ids, to be found however they are written; asked for once the table is read."""
+        """The ids for lookups in any spelling. Use it only after the table is read, because the result is cached."""
         return Ids(self.captions, self.aliases, self.files)
 
     def single(self) -> dict[str, str]:
-        """Return the captions of a run, one an id; raise DataError naming an id that has several."""
-        several = [name for name, captions in self.captions.items() if len(captions) != 1]
-        if several:
-            raise DataError(f"{self.path} has more than one caption for {join_some(several)}: a run has one an image")
+        """Return {id: caption} of a run. Raises DataError if an id has several captions."""
+        repeated = [name for name, captions in self.captions.items() if len(captions) != 1]
+        if repeated:
+            raise DataError(f"{self.path} has more than one caption for {join_some(repeated)}: a run has one per image")
         return {name: captions[0] for name, captions in self.captions.items()}
 
 
 def by_reference_id(
-    references: Table, found: Mapping[str, T], source: Path, files: Mapping[str, str] | None = None
+    references: Table, values: Mapping[str, T], source: Path, files: Mapping[str, str] | None = None
 ) -> dict[str, T]:
-    """Return what `source` has by id under the ids of `references`, however these write them (Ids)."""
-    ids = references.ids.find_all(found, source, files)
-    return {ids.get(name, name): value for name, value in found.items()}
+    """Return the values of `source` under the ids of `references`, which may be spelled differently (see Ids)."""
+    ids = references.ids.find_all(values, source, files)
+    return {ids.get(name, name): value for name, value in values.items()}
 
 
 def read_table(path: Path, columns: Columns = USUAL) -> Table:
     """Read captions from a file or a folder.
 
-    A folder is a Hugging Face imagefolder (METADATA) or images with a text file of the same name next to each, in
-    folders at any depth. The extension of a file decides: .json (COCO captions, or {id: caption}), .jsonl, .parquet,
-    anything else is a table with commas, semicolons, TABs or bars. Raises DataError naming the file and the line.
+    A folder is a Hugging Face imagefolder (METADATA), or has a text file of the same name next to each image, at any
+    depth. The suffix of a file selects its layout: .json (see json_rows), .jsonl or .parquet. Files with other suffixes
+    are tables with commas, semicolons, TABs or bars. Raises DataError naming the file and the line.
     """
     if path.is_dir():
         return _read_folder(path, columns)
@@ -102,7 +103,7 @@ def read_table(path: Path, columns: Columns = USUAL) -> Table:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {str(error)[:200]}") from error
     except (TypeError, KeyError, AttributeError, IndexError) as error:
-        raise DataError(f"{path} is JSON of no known layout of captions ({error!r})") from error
+        raise DataError(f"{path} is JSON, but not in a known layout of captions ({error!r})") from error
 
 
 def _collect(path: Path, rows: Iterable[CaptionRow], aliases: dict[str, str] | None = None) -> Table:
@@ -124,20 +125,22 @@ def _collect(path: Path, rows: Iterable[CaptionRow], aliases: dict[str, str] | N
         for column, value in columns.items():
             table.columns.setdefault(column, {})[name] = value
         if (earlier := first.setdefault(name, columns)) != columns:
-            differing = [one for one in {**earlier, **columns} if earlier.get(one) != columns.get(one)]
+            differing = [key for key in {**earlier, **columns} if earlier.get(key) != columns.get(key)]
             table.varying |= {column: name for column in differing if column not in table.varying}
     if not captions:
         raise DataError(f"{path} holds no captions")
-    table.captions = {name: tuple(several) for name, several in captions.items()}
+    table.captions = {name: tuple(texts) for name, texts in captions.items()}
     return table
 
 
 def _ids_of_files(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the ids of names that are files, and their paths: those of a column of files, and all where each has an
-    image's suffix, or the `#0` of Flickr's tables, one of whose files has the suffix `.jpg.1`.
+    """Return {name: id} and {name: path} of the names that are file names.
 
-    The id is the last part of the path without suffix; where two files would have one id, the whole path without
-    suffix; where that is not enough (a.jpg, a.png), with it.
+    These are the names from a column of files (marked by FILE), and all names if each has an image's suffix or the `#0`
+    of Flickr's tables, one of whose files has the suffix `.jpg.1`.
+
+    The id is the last part of the path without suffix. If two files would have the same id, all ids are whole paths
+    without suffix, and if these are not unique either (a.jpg, a.png), whole paths with suffix.
     """
     known = dict.fromkeys(names)
     bare = [name.removeprefix(FILE) for name in known]
@@ -159,14 +162,15 @@ def _read_folder(path: Path, columns: Columns) -> Table:
             if not (path / name).is_file():
                 raise DataError(f"{path / name} is not a file but a folder, a pipe or a device")
             return read_table(path / name, columns)
-    texts = [(name, text) for name, several in find_sidecars(path).items() for text in several]
+    texts = [(name, text) for name, paths in find_sidecars(path).items() for text in paths]
     return _collect(path, ((1, FILE + name, _read_sidecar(text, path), {}) for name, text in texts))
 
 
 def _read_sidecar(path: Path, folder: Path) -> str:
-    """Return the text of a sidecar; raise DataError for what is not a text file inside the folder.
+    """Return the text of a sidecar file. Raises DataError if it is not a text file inside the folder.
 
-    Folders come from strangers: a link to a file elsewhere would put that into captions and reports.
+    A folder may come from someone else. A link in it to a private file elsewhere would copy that file's content into
+    captions and reports.
     """
     if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise DataError(f"{path} is a link to a file outside {folder}: copy the folder with `cp -rL`")
@@ -175,46 +179,46 @@ def _read_sidecar(path: Path, folder: Path) -> str:
             content = stream.read()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read as the text of an image: {reason}") from error
+        raise DataError(f"{path} cannot be read as the caption of an image: {reason}") from error
     return decode_text(path, content).strip()
 
 
 def find_sidecars(folder: Path) -> dict[str, list[Path]]:
-    """Return the text files that lie beside pictures and have their names, by the picture's path without suffix.
+    """Return {image's path without suffix: text files of the same name next to it}.
 
-    Those of the folder itself; where it has none, those of its folders, at any depth (img2dataset, kohya).
+    If the folder itself has such files, only these are returned; otherwise those of its folders at any depth, as
+    img2dataset and kohya write them.
     """
-    found: dict[str, list[Path]] = {}
-    for here, folders, files in os.walk(folder):
+    sidecars: dict[str, list[Path]] = {}
+    for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures = {cut_suffix(name) for name in files if not name.endswith(SIDECARS)}
+        images = {cut_suffix(name) for name in files if not name.endswith(SIDECARS)}
         for name in sorted(files):
             stem, suffix = os.path.splitext(name)  # noqa: PTH122
-            if suffix in SIDECARS and stem in pictures:
-                found.setdefault(os.path.relpath(os.path.join(here, stem), folder), []).append(Path(here, name))  # noqa: PTH118
-        if found and here == os.fspath(folder):
+            if suffix in SIDECARS and stem in images:
+                sidecars.setdefault(os.path.relpath(os.path.join(parent, stem), folder), []).append(Path(parent, name))  # noqa: PTH118
+        if sidecars and parent == os.fspath(folder):
             break
-    return found
+    return sidecars
 
 
 def read_prompts(path: Path, ids: Sequence[str], columns: Columns = USUAL) -> dict[str, str]:
-    """Return {id: prompt} of all `ids` from a table with a column `prompt`; rows of other images are skipped.
+    """Return {id: prompt} of all `ids` from a table with a column `prompt`. Rows of other images are skipped.
 
-    Names mean ids as elsewhere (inputs/ids.py). An empty prompt is not a prompt. Raises DataError naming what is
-    missing.
+    Names in the table may be spelled differently than `ids` (see Ids). An empty prompt means that the image has no
+    prompt. Raises DataError if the column or the row of an image is missing.
     """
     table = read_columns(path, columns, whole=True)
-    found = [column for column in table if column.lower() == PROMPT]
-    if not found:
+    prompt_columns = [column for column in table if column.lower() == PROMPT]
+    if not prompt_columns:
         raise DataError(
-            f"{path} has no column {PROMPT!r}, only {join_some(table, 3)}: it needs ID and {PROMPT}, or give "
-            "--prompt-column"
+            f"{path} has no column {PROMPT!r}, only {join_some(table, 3)}: add this column or give --prompt-column"
         )
-    prompts = table[found[0]]
-    of_id = {one: prompts[name] for name, one in Ids(ids).find_all(prompts, path).items()}
-    if missing := [one for one in ids if one not in of_id]:
+    prompts = table[prompt_columns[0]]
+    prompt_of = {match: prompts[name] for name, match in Ids(ids).find_all(prompts, path).items()}
+    if missing := [name for name in ids if name not in prompt_of]:
         raise DataError(
-            f"{path} has no prompt for {len(missing)} of {len(ids)} images ({join_some(missing, 3)}): add their rows, "
+            f"{path} has no prompt for {len(missing)} of {len(ids)} images ({join_some(missing, 3)}): add their rows; "
             "the prompt may be empty"
         )
-    return of_id
+    return prompt_of

@@ -103,7 +103,7 @@ def test_pictures_of_more_than_8_bits_are_told(image_dir, tiny_bundle, tmp_path)
     Image.fromarray((grey * 4095).astype(np.uint16)).save(folder / "x.png")
     result = run("caption", "--input", folder, "--bundle", tiny_bundle, "--out", tmp_path / "r.csv")
     assert result.exit_code == 0
-    assert "2 images have more than 8 bits a channel" in result.stderr
+    assert "2 images have more than 8 bits per channel" in result.stderr
     assert "f.tif" in result.stderr
     again = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "r2.csv")
     assert "more than 8 bits" not in again.stderr
@@ -224,7 +224,7 @@ def test_folders_pictures_patterns_and_lists_are_one_run(image_dir, tiny_bundle,
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "sentence"),
     [
-        (["--input", "{tmp}/nowhere"], 2, "nowhere is not a directory"),
+        (["--input", "{tmp}/nowhere"], 2, "nowhere does not exist: give a folder"),
         (["--input", "{tmp}/empty"], 2, "holds no images"),
         (["--input", "{tmp}/images/*.tif"], 2, "nothing matches"),
         (["--beams", "0"], 2, "Invalid value for '--beams': 0 is not in the range"),

@@ -93,5 +93,5 @@ def test_an_error_without_a_bundle_stays_one_line(tmp_path):
     failed = run("caption", "--input", tmp_path / "nowhere", "--out", tmp_path / "run.csv")
     assert failed.exit_code == 2
     assert [line for line in failed.stderr.splitlines() if line != "backend: cpu"] == [
-        f"error: {tmp_path}/nowhere is not a directory, a picture or a list of paths: nothing is there"
+        f"error: {tmp_path}/nowhere does not exist: give a folder, an image, a pattern or a list of paths"
     ]

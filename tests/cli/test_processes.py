@@ -112,7 +112,7 @@ def test_what_cannot_be_read_and_what_is_clipped_is_told(image_dir, tiny_bundle,
     Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(folder / "deep.png")
     Image.new("RGBA", (40, 40)).save(folder / "clear.png")
     clipped = caption(folder, tiny_bundle, tmp_path / "run.csv", *TWO)
-    assert "1 image has more than 8 bits a channel" in clipped.stderr
+    assert "1 image has more than 8 bits per channel" in clipped.stderr
     assert f"1 image has transparency, which is dropped, as in transformers 4.57: {folder}/clear.png" in clipped.stderr
 
 

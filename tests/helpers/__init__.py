@@ -1,1 +1,1 @@
-"""A tiny checkpoint, stand-ins and checks that several tests share."""
+"""A tiny checkpoint, test doubles and checks that several tests share."""

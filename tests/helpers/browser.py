@@ -1,6 +1,6 @@
-"""Find a headless Chromium to look at pages with: one that is installed, or one that an npm package carries.
+"""Find and start a headless Chromium for page tests: an installed one, or one from an npm package.
 
-No browser's own download server is needed. Nothing here is part of the package that ships.
+So the download server of a browser is not needed. This module is not part of the published package.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 
 PACKAGE, VERSION = "@sparticuz/chromium", "147.0.0"
 SHA256 = "18fe5404ce845594cd7d592fc07f37a19514079ba4d9c27192ad8b908743f16b"
-"""Of the package's tarball, 68 MB: MIT, it holds Chromium's headless shell (BSD-3-Clause), its libraries and a font."""
+"""SHA-256 of the package's tarball (68 MB, MIT): Chromium's headless shell (BSD-3-Clause), its libraries and a font."""
 INSTALLED = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FOLDER = Path("build/chromium")
 ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 )
-"""Root in a container has no sandbox; the rest keeps the browser from looking for its maker's servers."""
+"""Chromium has no sandbox if it runs as root in a container. The others stop requests to its vendor's servers."""
 FONTS = """<?xml version="1.0"?>
 <!DOCTYPE fontconfig SYSTEM "fonts.dtd">
 <fontconfig>
@@ -41,23 +41,26 @@ FONTS = """<?xml version="1.0"?>
 
 
 class NoBrowserError(Exception):
-    """There is no browser here; the message says what was looked for."""
+    """No browser is available. The message names what was searched for."""
 
 
 @dataclass(frozen=True)
 class Chromium:
-    """A program and the environment it needs."""
+    """The path of a Chromium program and the environment variables it needs."""
 
     program: Path
     environment: dict[str, str] = field(default_factory=dict)
 
 
 def find_chromium() -> Chromium:
-    """Return an installed Chromium, else that of the npm package, unpacked into build/ once. Raises NoBrowserError."""
+    """Return an installed Chromium, or else that of the npm package, which is unpacked into build/ once.
+
+    Raises NoBrowserError if neither is available.
+    """
     for name in INSTALLED:
-        found = shutil.which(name)
-        if found:
-            return Chromium(Path(found))
+        program = shutil.which(name)
+        if program:
+            return Chromium(Path(program))
     folder = (FOLDER / VERSION).resolve()
     if not (folder / "chromium").exists():
         _unpack(_tarball(), folder)
@@ -66,7 +69,7 @@ def find_chromium() -> Chromium:
 
 @contextmanager
 def open_browser() -> Iterator[Any]:
-    """Start the browser through Playwright. Raises NoBrowserError when there is none, or none that starts."""
+    """Start the browser through Playwright. Raises NoBrowserError if there is no browser or it does not start."""
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError as error:
@@ -89,10 +92,12 @@ def open_browser() -> Iterator[Any]:
 
 
 def _tarball() -> bytes:
-    """Fetch the package with npm, from whatever registry it is set up for."""
+    """Fetch the package with npm, from the registry that npm is configured for."""
     npm = shutil.which("npm")
     if npm is None:
-        raise NoBrowserError(f"none of {', '.join(INSTALLED)} is installed, nor npm, to fetch {PACKAGE}")
+        raise NoBrowserError(
+            f"none of {', '.join(INSTALLED)} is installed, and npm, which could fetch {PACKAGE}, is not either"
+        )
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         raise NoBrowserError(f"none of {', '.join(INSTALLED)} is installed, and {PACKAGE} is for Linux on x86_64")
     with tempfile.TemporaryDirectory() as folder:
@@ -100,17 +105,17 @@ def _tarball() -> bytes:
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=300, text=True)
         except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            raise NoBrowserError(f"npm cannot fetch {PACKAGE}@{VERSION}: {said[-1] if said else error!r}") from error
+            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            raise NoBrowserError(f"npm cannot fetch {PACKAGE}@{VERSION}: {lines[-1] if lines else error!r}") from error
         content = next(Path(folder).glob("*.tgz")).read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise NoBrowserError(f"{PACKAGE}@{VERSION} has sha256 {found}, not {SHA256}: it is not used")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHA256:
+        raise NoBrowserError(f"{PACKAGE}@{VERSION} has the SHA-256 {digest} instead of {SHA256}: it is not used")
     return content
 
 
 def _unpack(tarball: bytes, folder: Path) -> None:
-    """Unpack program, libraries and font; the program, whose presence says that all is there, comes last."""
+    """Unpack the libraries, the font and, last, the program, whose presence means that the folder is complete."""
     try:
         import brotli
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Small data sets made by tests."""
+"""Write small data sets for tests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def png(shade: int = 0) -> bytes:
 
 
 def extreme_png(width: int, height: int) -> bytes:
-    """Return a PNG of black lines, of any width and height."""
+    """Return a black PNG of any width and height."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -38,7 +38,7 @@ def extreme_png(width: int, height: int) -> bytes:
 
 
 def imageless(path: Path, sop_class: str, **tags: object) -> Path:
-    """Write a DICOM file of a class, without Rows unless `tags` has them."""
+    """Write a DICOM file of a SOP class without an image: it has no Rows unless `tags` has them."""
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian
 
@@ -61,7 +61,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def seen(splits: dict[str, Split], root: Path) -> dict[str, list[tuple[str, str, str]]]:
-    """Return (id, picture below the root, caption) of every example."""
+    """Return {split: [(id, image path relative to the root, caption), ...]}."""
     return {
         name: [(e.id, e.image.relative_to(root).as_posix(), e.caption) for e in split.examples]
         for name, split in splits.items()

@@ -1,4 +1,4 @@
-"""The demo bundle as 084ae4d had it, in format 1: its graph, recordings and manifest, with the weights of today."""
+"""The demo bundle of commit 084ae4d, in format 1: its graph, recordings and manifest, with the current weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OWN_FILES = Path(__file__).parents[1] / "data/bundle_of_084ae4d"
 
 
 def bundle_of_084ae4d(folder: Path) -> Path:
-    """Write the bundle into a new folder; return it."""
+    """Write the bundle into a new folder and return the folder."""
     shutil.copytree(demo_bundle(), folder)
     shutil.copytree(OWN_FILES, folder, dirs_exist_ok=True)
     return folder

@@ -1,10 +1,10 @@
-"""Run many programs as `python -m` does, each in a fork of one process, and list the files that each one writes.
+"""Run many programs like `python -m`, each in a fork of one process, and list the files that each one writes.
 
     python tests/helpers/entry_points.py < JOBS      # JSON: [[module, argument, ...], ...]
 
-The working directory, HOME and TMPDIR are looked at after every program; what Python itself opens for writing elsewhere
-is seen by an audit hook. Prints a JSON list of {code, errors, files, opened}. torch is imported once, before the forks:
-it takes most of the time. onnxruntime is not: what it does when it is imported first is part of the question.
+The working directory, HOME and TMPDIR are compared before and after every program. An audit hook records the files that
+Python opens for writing elsewhere. Prints a JSON list of {code, errors, files, opened}. torch is imported once, before
+the forks, because it takes most of the time. onnxruntime is not, because the tests also check what its import writes.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ PRELOADED = ("torch", "transformers.models.blip.modeling_blip", "transformers.mo
 
 
 def listing() -> dict[str, tuple[int, int]]:
-    """Return {path: (size, time of change)} of everything in the watched folders and the working directory."""
-    found = {}
+    """Return {path: (size, modification time)} of all files in the watched folders and the working directory."""
+    states = {}
     for folder in (*map(os.environ.__getitem__, WATCHED), "."):
         for path in Path(folder).resolve().rglob("*"):
             status = path.lstat()
-            found[str(path)] = (0, 0) if path.is_dir() else (status.st_size, status.st_mtime_ns)
-    return found
+            states[str(path)] = (0, 0) if path.is_dir() else (status.st_size, status.st_mtime_ns)
+    return states
 
 
 def report_writes(descriptor: int) -> None:
-    """Write a line to `descriptor` for every file that Python opens for writing and every folder that it makes."""
+    """Write a line to `descriptor` for every file that Python opens for writing and every folder that it creates."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         is_write = event == "os.mkdir" or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING)
         if is_write and isinstance(arguments[0], str | bytes | os.PathLike):
-            path = os.path.abspath(os.fsdecode(arguments[0]))  # noqa: PTH100 (links stay as they are)
+            path = os.path.abspath(os.fsdecode(arguments[0]))  # noqa: PTH100 (links are not resolved)
             os.write(descriptor, path.encode("utf-8", "backslashreplace") + b"\n")
 
     sys.addaudithook(hook)
 
 
 def become(job: list[str]) -> NoReturn:
-    """Run a program and end the process as it would, without the second that taking torch apart costs."""
+    """Run a program and exit like it would, without the second that unloading torch takes."""
     sys.argv, code = list(job), 0
     try:
         runpy.run_module(job[0], run_name="__main__", alter_sys=True)
@@ -67,7 +67,7 @@ def become(job: list[str]) -> NoReturn:
 
 
 def run(job: list[str]) -> dict[str, Any]:
-    """Run one program in a fork; in the fork this does not return but ends the process as the program would."""
+    """Run one program in a fork and return its result. In the fork this function does not return."""
     before = listing()
     with tempfile.TemporaryFile(dir="/dev/shm") as errors, tempfile.TemporaryFile(dir="/dev/shm") as opened:
         sys.stdout.flush()
@@ -82,8 +82,8 @@ def run(job: list[str]) -> dict[str, Any]:
         errors.seek(0)
         opened.seek(0)
         files = [path for path, state in listing().items() if before.get(path) != state]
-        said = errors.read()[-ERROR_BYTES:].decode(errors="replace")
-        return {"code": code, "errors": said, "files": files, "opened": opened.read().decode().splitlines()}
+        stderr = errors.read()[-ERROR_BYTES:].decode(errors="replace")
+        return {"code": code, "errors": stderr, "files": files, "opened": opened.read().decode().splitlines()}
 
 
 if __name__ == "__main__":
@@ -91,5 +91,5 @@ if __name__ == "__main__":
         importlib.import_module(module)
     jobs, results = json.load(sys.stdin), []
     for each in jobs:
-        results.append(run(each))  # noqa: PERF401 (a fork leaves from here)
+        results.append(run(each))  # noqa: PERF401 (the fork exits inside run)
     print(json.dumps(results))

@@ -1,4 +1,4 @@
-"""Whether this machine has a GPU, for tests of what is said where there is none."""
+"""Detect a GPU, for tests of the errors on machines without one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from engine.errors import BackendError
 
 
 def missing_gpu() -> str | None:
-    """Return why no GPU can be used, or None when one can."""
+    """Return why no GPU can be used, or None if one can."""
     try:
         find_gpu()
     except BackendError as error:

@@ -1,4 +1,7 @@
-"""A Hugging Face hub on the loopback interface, as much of it as its client asks: to be set as HF_ENDPOINT."""
+"""A minimal Hugging Face hub on the loopback interface, to be set as HF_ENDPOINT.
+
+It supports only what huggingface_hub requests.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,21 @@ JSON = {"Content-Type": "application/json"}
 
 @dataclass
 class Hub:
-    """Repositories {owner/name: folder}; those in `gated` ask for access. Files in `cut` end early once."""
+    """Repositories {owner/name: folder}, of which those in `gated` require access.
+
+    The first download of a file in `cut` stops halfway.
+    """
 
     endpoint: str
     repositories: dict[str, Path] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     cut: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
-    """Paths that were asked for, with the first byte of a range behind them."""
+    """Downloads, as `NAME from FIRST_BYTE`."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers what huggingface_hub asks for: lists of files, and files from any byte on."""
+    """Handles the requests of huggingface_hub: lists of files, and files or byte ranges up to their end."""
 
     protocol_version = "HTTP/1.1"
     server: HubServer
@@ -95,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class HubServer(ThreadingHTTPServer):
-    """A hub on a port of its own."""
+    """A hub on a free port."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -103,7 +109,7 @@ class HubServer(ThreadingHTTPServer):
 
 
 def list_files(folder: Path, name: str, commit: str, *, as_tree: bool) -> object:
-    """Return the files of a repository as the hub's API lists them; as a tree for clients of release 1 and later."""
+    """Return the files of a repository in the format of the hub's API, as a tree for clients of release 1 and later."""
     paths = sorted(folder.iterdir())
     if as_tree:
         return [{"type": "file", "path": path.name, "size": path.stat().st_size, "oid": commit} for path in paths]
@@ -113,7 +119,7 @@ def list_files(folder: Path, name: str, commit: str, *, as_tree: bool) -> object
 
 @contextmanager
 def loopback_hub() -> Iterator[Hub]:
-    """Serve a hub until the context is left."""
+    """Serve a hub until the context exits."""
     server = HubServer()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -1,8 +1,7 @@
-"""Made-up figure legends, and what writing like a tokenizer costs: ROUGE-1 of a perfect captioner whose words went
-through BLIP's tokenizer.
+"""Generate figure legends, and measure the ROUGE-1 of a perfect captioner whose words went through BLIP's tokenizer.
 
-The organisers delete punctuation without leaving a space, so "t2 - weighted" counts as two words where the reference
-has one. The captions are made up here, in the manner of figure legends, by templates and a seed.
+The organisers delete punctuation without leaving a space, so "t2 - weighted" counts as two words, while the
+reference has one. The captions are generated from templates and a seed, in the style of figure legends.
 """
 
 from __future__ import annotations
@@ -44,19 +43,19 @@ FINDINGS = (
 )
 
 
-def make_caption(chance: random.Random) -> str:
-    """Return one made-up figure legend."""
+def make_caption(rng: random.Random) -> str:
+    """Return one generated figure legend."""
 
     def number() -> str:
-        return chance.choice([f"{chance.uniform(0.4, 9.9):.1f}", str(chance.randint(1, 1500)), "1,200"])
+        return rng.choice([f"{rng.uniform(0.4, 9.9):.1f}", str(rng.randint(1, 1500)), "1,200"])
 
-    level = chance.randint(1, 4)
+    level = rng.randint(1, 4)
     findings = [
-        chance.choice(FINDINGS).format(size=number(), count=chance.randint(2, 90), level=level, next=level + 1)
-        for _ in range(chance.choice([1, 1, 1, 2]))
+        rng.choice(FINDINGS).format(size=number(), count=rng.randint(2, 90), level=level, next=level + 1)
+        for _ in range(rng.choice([1, 1, 1, 2]))
     ]
-    modality, plane = chance.choice(MODALITIES), chance.choice(PLANES)
-    return chance.choice(
+    modality, plane = rng.choice(MODALITIES), rng.choice(PLANES)
+    return rng.choice(
         [
             f"{modality} showing {' and '.join(findings)}.",
             f"{modality}, {plane}: {', '.join(findings)}.",
@@ -66,18 +65,16 @@ def make_caption(chance: random.Random) -> str:
 
 
 def measure(count: int, seed: int = 0) -> dict[str, float]:
-    """Return ROUGE-1 of a perfect captioner: as the tokenizer joins words, with Hugging Face's clean-up, and with
-    ours.
-    """
-    chance = random.Random(seed)
-    references = [make_caption(chance) for _ in range(count)]
+    """Return the ROUGE-1 of a perfect captioner: without clean-up, with Hugging Face's, and with the engine's."""
+    rng = random.Random(seed)
+    references = [make_caption(rng) for _ in range(count)]
     tokenizer = Tokenizer.from_file(str(demo_bundle() / "tokenizer.json"))
     ids = [tokenizer.encode(reference, add_special_tokens=False).ids for reference in references]
-    raw = [_joined(tokenizer, one) for one in ids]
+    raw = [_joined(tokenizer, sequence) for sequence in ids]
     written = {
         "raw": raw,
-        "hugging_face_clean_up": [clean_up(one) for one in raw],
-        "ours": [detokenise(one) for one in raw],
+        "hugging_face_clean_up": [clean_up(text) for text in raw],
+        "ours": [detokenise(text) for text in raw],
     }
     rouge = Rouge1()
     names = [str(i) for i in range(count)]
@@ -88,8 +85,6 @@ def measure(count: int, seed: int = 0) -> dict[str, float]:
 
 
 def _joined(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Join word pieces as decoding does before any clean-up: a space before every piece that does not continue a
-    word.
-    """
-    pieces = [tokenizer.id_to_token(one) for one in ids]
+    """Join word pieces without clean-up: with a space before every piece that does not continue a word."""
+    pieces = [tokenizer.id_to_token(token) for token in ids]
     return " ".join(pieces).replace(" ##", "")

@@ -1,4 +1,4 @@
-"""The input files of a challenge-sized report, and how long its page takes to appear and to scroll in a browser."""
+"""Write the input files of a challenge-sized report, and measure how fast its page loads and scrolls in a browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WATCH = """window.firstRow = new Promise((done) => new MutationObserver((_, watc
     watching.disconnect();
     requestAnimationFrame(() => setTimeout(() => done(performance.now())));
 }).observe(document, { childList: true, subtree: true }));"""
-"""The first row is there when the frame that holds it has been handed over."""
+"""The first row counts as painted after the frame that contains it."""
 PAINTED_S = """async () => {
     const firstRow = await window.firstRow;
     const anything = performance.getEntriesByName("first-contentful-paint")[0].startTime;
@@ -40,31 +40,35 @@ SCROLL = """async ([step, frames]) => {
     }
     return { gaps, most_rows: most, slowest_frame_s: Math.round(slowest) / 1000, place: scrollY };
 }"""
-"""One jump a frame; a gap is a point of the window, 40 px from the next, that shows no row when the frame is made."""
+"""Scroll by one step per frame. A gap is a point of a grid with steps of 40 px that shows no row in a frame."""
 
 
 def write_inputs(folder: Path, ids: Sequence[str], seed: int = 0) -> dict[str, Path]:
-    """Write two runs, references, candidates and scores of made-up captions; return them by option."""
-    chance = random.Random(seed)
+    """Write two runs, references, candidates and scores of generated captions. Returns {option: file}."""
+    rng = random.Random(seed)
     files = {name: folder / f"{name}.csv" for name in ("run", "against", "references", "scores", "against_scores")}
-    texts = {name: [make_caption(chance) for _ in ids] for name in ("run", "against", "references")}
+    texts = {name: [make_caption(rng) for _ in ids] for name in ("run", "against", "references")}
     for name, captions in texts.items():
         write_run(files[name], zip(ids, captions, strict=True))
     for name in ("scores", "against_scores"):
         lines = ["ID,bertscore@0a,rouge1@0b,bleurt@0c,clipscore@0d"]
-        lines += [",".join([image_id, *(f"{chance.betavariate(5, 3):.6f}" for _ in range(4))]) for image_id in ids]
+        lines += [",".join([image_id, *(f"{rng.betavariate(5, 3):.6f}" for _ in range(4))]) for image_id in ids]
         files[name].write_text("\n".join(lines) + "\n")
     files["n_best"] = folder / "run.jsonl"
     with files["n_best"].open("w") as stream:
         for image_id, text in zip(ids, texts["run"], strict=True):
-            several = [text, *(make_caption(chance) for _ in range(3))]
-            found = [{"text": one, "sum_log_prob": -9.0 - k * chance.random()} for k, one in enumerate(several)]
-            stream.write(json.dumps({"id": image_id, "hypotheses": found}) + "\n")
+            texts_of_image = [text, *(make_caption(rng) for _ in range(3))]
+            hypotheses = [{"text": t, "sum_log_prob": -9.0 - k * rng.random()} for k, t in enumerate(texts_of_image)]
+            stream.write(json.dumps({"id": image_id, "hypotheses": hypotheses}) + "\n")
     return files
 
 
 def measure_page(browser: Any, page: Path) -> dict[str, Any]:
-    """Open a report as from disk; return seconds until anything and until the first rows are painted, and scrolling."""
+    """Open a report from disk and measure it.
+
+    Returns the seconds until the first paint and until the first rows are painted, the results of SCROLL for three
+    speeds, and the seconds of a search and a sort.
+    """
     context = browser.new_context(viewport=SIZE)
     tab = context.new_page()
     tab.add_init_script(WATCH)

@@ -1,6 +1,6 @@
-"""A stand-in for TensorRT's runtime on the host: runs a plan's graph on ONNX Runtime, from and to bare addresses.
+"""A fake of TensorRT's runtime on the host: it runs a plan's graph with ONNX Runtime, on raw addresses like TensorRT.
 
-It checks what TensorRT leaves unchecked: that every tensor has an address, and that what is written fits there.
+It also checks what TensorRT does not check: that every tensor has an address, and that outputs fit there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = {
 
 
 class RecordingDevice(HostDevice):
-    """The host with CUDA graphs: work that is captured is not done, and keeps its shapes and addresses."""
+    """A host device with CUDA graphs. Captured work is recorded with its shapes and addresses instead of executed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class RecordingDevice(HostDevice):
 
 
 class Context:
-    """IExecutionContext of one graph."""
+    """The IExecutionContext of one graph."""
 
     def __init__(self, path, device: RecordingDevice) -> None:
         options = onnxruntime.SessionOptions()
@@ -67,7 +67,7 @@ class Context:
         assert not self.is_captured, "a context that was captured from must not change"
         declared = {entry.name: entry.shape for entry in self._session.get_inputs()}[name]
         self._shapes[name] = shape
-        return len(declared) == len(shape) and all(size > 0 for size in shape)  # TensorRT takes no empty tensor
+        return len(declared) == len(shape) and all(size > 0 for size in shape)  # TensorRT does not accept empty tensors
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert not self.is_captured, "a context that was captured from must not change"
@@ -79,7 +79,7 @@ class Context:
         self.runs.append(tuple(sorted(self._shapes.items())))
         work = partial(self._compute, dict(self._shapes), dict(self._addresses))
         if self._device.recording is not None:
-            assert self.runs[-2:-1] == self.runs[-1:], "an ordinary run comes before a capture"
+            assert self.runs[-2:-1] == self.runs[-1:], "run a graph normally before capturing it"
             self.is_captured = True
             self._device.recording.append(work)
         else:
@@ -104,7 +104,7 @@ class Context:
 
 
 def stand_in_backend(bundle: Bundle, bounds: Bounds, *, uses_cuda_graphs: bool = False) -> TrtBackend:
-    """Return the trt backend on the host, with this file's contexts for plans."""
+    """Return the trt backend on the host, with Context instead of TensorRT plans."""
     device = RecordingDevice()
     graphs = {}
     for graph in ("encoder", "decoder", "regroup"):

@@ -1,4 +1,7 @@
-"""Small random BLIP checkpoints for tests: seconds to make, yet with real tokenizers and captions that differ."""
+"""Small random BLIP checkpoints for tests.
+
+They take seconds to create, but have real tokenizers and give different captions for different images.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,7 @@ IMAGE_SIZE, PATCH_SIZE = 32, 8
 
 
 def make_tokenizer(directory: Path) -> BertTokenizerFast:
-    """Return a WordPiece tokenizer of SPECIAL + WORDS, then [DEC] and [ENC]."""
+    """Return a WordPiece tokenizer of SPECIAL + WORDS, followed by [DEC] and [ENC]."""
     vocabulary = directory / "vocab.txt"
     vocabulary.write_text("\n".join(SPECIAL + WORDS) + "\n")
     tokenizer = word_pieces(vocabulary, do_lower_case=True)
@@ -96,10 +99,11 @@ def make_checkpoint(
     text: dict | None = None,
     vision: dict | None = None,
 ) -> Path:
-    """Write a checkpoint whose weights are all redrawn (HF's own random vision init has std 1e-10).
+    """Write a checkpoint with random weights and return its directory.
 
-    `end_bias` is added to the logit of the end token, so that captions of different images end at different
-    lengths; `std` is large, so that images and words matter and near-ties are rare.
+    All weights are drawn again, because Hugging Face's random initialisation of the vision model has std 1e-10.
+    `end_bias` is added to the logit of the end token, so that captions of different images have different lengths.
+    `std` is large, so that images and words matter and near-ties are rare.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(directory)
@@ -138,10 +142,11 @@ def make_checkpoint(
 
 
 def make_tie_rich_checkpoint(directory: Path) -> Path:
-    """Write a checkpoint in which every word ties with three others, yet each leads to other next words.
+    """Write a checkpoint in which every word ties with three others, while each leads to different next words.
 
-    Words in groups of four share the half of their embedding that the head reads, and differ in the other half, which
-    only the next step reads. Rounding decides the ties of every step, and captions of very different scores follow.
+    The words of a group of four share the half of their embedding that the head reads. They differ in the other half,
+    which only the next step reads. So rounding decides the ties of every step and leads to captions with very different
+    scores.
     """
     make_checkpoint(directory, end_bias=0.0)
     model = BlipForConditionalGeneration.from_pretrained(directory)
@@ -155,18 +160,18 @@ def make_tie_rich_checkpoint(directory: Path) -> Path:
 
 
 def random_pictures(count: int, seed: int = 0, size: tuple[int, int] = (41, 37)) -> list[Image.Image]:
-    """Return RGB pictures of random colour blocks, each unlike the others."""
+    """Return different RGB images of random colour blocks."""
     rng = np.random.default_rng(seed)
-    pictures = []
+    images = []
     for _ in range(count):
         blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        pictures.append(Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC))
-    return pictures
+        images.append(Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC))
+    return images
 
 
 def save_pictures(folder: Path, count: int, *, seed: int = 0, name: str = "{}.png") -> Path:
-    """Write random_pictures under `name`, numbered from 0, into a folder, made where it is missing; return it."""
+    """Write random_pictures into a folder, numbered from 0 and named by the pattern `name`. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(random_pictures(count, seed)):
-        picture.save(folder / name.format(i))
+    for i, image in enumerate(random_pictures(count, seed)):
+        image.save(folder / name.format(i))
     return folder

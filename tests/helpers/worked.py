@@ -1,4 +1,4 @@
-"""Three captions with references, and items made of texts, for tests of metrics."""
+"""Three captions with references for tests of metrics, and a helper that makes Items of texts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CANDIDATES = [
 
 
 def items(candidates: list[str], references: list) -> Items:
-    several = [reference if isinstance(reference, tuple) else (reference,) for reference in references]
-    return Items([str(i) for i in range(len(candidates))], candidates, several)
+    tuples = [reference if isinstance(reference, tuple) else (reference,) for reference in references]
+    return Items([str(i) for i in range(len(candidates))], candidates, tuples)
 
 
 WORKED = items(CANDIDATES, REFERENCES)

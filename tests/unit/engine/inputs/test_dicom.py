@@ -1,4 +1,4 @@
-"""DICOM: windows, inversions and frames against hand-made files, and the pictures of pydicom-data."""
+"""DICOM: windows, inversions and frames of generated files, and the files of pydicom-data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_dicom(path: Path, frames: np.ndarray, **tags: object) -> Path:
 
 
 def grey(path: Path, frame: int = 0) -> list[int]:
-    """The first row of a picture, one number a pixel."""
+    """The first row of an image, one number per pixel."""
     pixels = np.asarray(decode_image(path, frame=frame))
     assert (pixels == pixels[..., :1]).all(), "not grey"
     return pixels[0, :, 0].tolist()
@@ -87,7 +87,7 @@ def table(entries: list[int], first: int, bits: int) -> Dataset:
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
-def test_voi_tables_are_looked_up_beyond_their_depth(bits, tmp_path):
+def test_voi_tables_of_any_depth(bits, tmp_path):
     most = 2**bits - 1
     entries = [round(i / 400 * most) for i in range(401)]
     path = make_dicom(tmp_path / "x.dcm", RAMP, VOILUTSequence=[table(entries, 0, bits)])
@@ -115,10 +115,10 @@ def test_signed_values(tmp_path):
     ("tags", "sentence"),
     [
         ({"HighBit": 14}, "do not begin at the lowest bit"),
-        ({"PhotometricInterpretation": "HSV", "SamplesPerPixel": 3, "PlanarConfiguration": 0}, "colours of a kind"),
+        ({"PhotometricInterpretation": "HSV", "SamplesPerPixel": 3, "PlanarConfiguration": 0}, "unsupported colours"),
     ],
 )
-def test_what_would_come_out_wrong_is_refused(tags, sentence, tmp_path):
+def test_unsupported_encodings_are_refused(tags, sentence, tmp_path):
     frames = np.zeros((1, 2, 6), np.uint8) if "SamplesPerPixel" in tags else RAMP
     if "SamplesPerPixel" in tags:
         tags = tags | {"Columns": 2}
@@ -126,22 +126,22 @@ def test_what_would_come_out_wrong_is_refused(tags, sentence, tmp_path):
         decode_image(make_dicom(tmp_path / "x.dcm", frames, **tags))
 
 
-def test_a_flat_picture_is_not_divided_by_zero(tmp_path):
+def test_flat_image_is_not_divided_by_zero(tmp_path):
     assert grey(make_dicom(tmp_path / "x.dcm", np.full((1, 1, 3), 7, np.uint16))) == [0, 0, 0]
 
 
-def test_a_frame_is_the_first_unless_asked_for(tmp_path):
+def test_first_frame_is_the_default(tmp_path):
     frames = np.array([[[0, 255]], [[255, 0]]], np.uint8)
     path = make_dicom(tmp_path / "x.dcm", frames)
     assert grey(path) == [0, 255]
     assert grey(path, 1) == [255, 0]
-    with pytest.raises(ImageError, match="frame 2 was asked for, and it has 2, counted from 0"):
+    with pytest.raises(ImageError, match="frame 2 does not exist: the file has 2, counted from 0"):
         decode_image(path, frame=2)
     (image,) = find_images(tmp_path, dicom_frame=1).images
     assert image.frame == 1
 
 
-def test_windows_of_frames_come_from_their_functional_groups(tmp_path):
+def test_windows_of_frames_come_from_functional_groups(tmp_path):
     def group(center: float) -> Dataset:
         view, item = Dataset(), Dataset()
         view.WindowCenter, view.WindowWidth = center, 101
@@ -154,7 +154,7 @@ def test_windows_of_frames_come_from_their_functional_groups(tmp_path):
     assert grey(path, 1) == [0, 0, 0, 255]
 
 
-def test_nothing_private_is_read_or_said(tmp_path, monkeypatch):
+def test_private_tags_are_neither_read_nor_reported(tmp_path, monkeypatch):
     path = make_dicom(tmp_path / "x.dcm", RAMP)
     seen = []
     read = pydicom.dcmread
@@ -176,13 +176,13 @@ def test_nothing_private_is_read_or_said(tmp_path, monkeypatch):
             assert "ecret" not in str(error)
 
 
-def test_a_frame_larger_than_the_limit_is_refused_before_it_is_decoded(tmp_path):
+def test_too_large_frame_is_refused_before_decoding(tmp_path):
     path = make_dicom(tmp_path / "x.dcm", RAMP, Rows=60_000, Columns=60_000)
     with pytest.raises(ImageError, match="a frame of more than 40000000 pixels, refused"):
         decode_image(path)
 
 
-def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
+def test_missing_pydicom_names_the_extra(tmp_path, monkeypatch):
     make_dicom(tmp_path / "x.dcm", RAMP)
     monkeypatch.setitem(__import__("sys").modules, "pydicom.pixels", None)
     with pytest.raises(EngineError, match="pip install 'pydicom"):
@@ -190,21 +190,21 @@ def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
 
 
 FOLDERS = (Path(data_store.__file__).parent / "data", Path(pydicom.__file__).parent / "data" / "test_files")
-"""pydicom-data, and what pydicom itself brings."""
+"""The files of pydicom-data, and the test files in pydicom itself."""
 DAMAGED = {
     "image_dfl",
     *("MR_truncated", "badVR", "JPEG2000-embedded-sequence-delimiter", "GDCMJ2K_TextGBR"),
-    *("JPEG-lossy", "JPGExtended"),  # 12 bits, which Pillow's JPEG decoder does not do
+    *("JPEG-lossy", "JPGExtended"),  # 12 bits, which Pillow's JPEG decoder does not support
 }
-"""Broken on purpose, or encoded as neither pydicom nor Pillow can decode."""
-PICTURES = [path for folder in FOLDERS for path in sorted(folder.glob("*.dcm")) if path.stat().st_size < 3_000_000]
+"""Broken on purpose, or in an encoding that neither pydicom nor Pillow can decode."""
+DICOM_FILES = [path for folder in FOLDERS for path in sorted(folder.glob("*.dcm")) if path.stat().st_size < 3_000_000]
 
 
-def test_the_pictures_of_pydicom_data():
-    """Each is a picture that is not flat, or is refused with a reason."""
-    assert len(PICTURES) > 60
+def test_files_of_pydicom_data():
+    """Each file gives an image that is not flat, or is refused with a reason."""
+    assert len(DICOM_FILES) > 60
     read, refused = {}, {}
-    for path in PICTURES:
+    for path in DICOM_FILES:
         try:
             read[path.stem] = np.asarray(decode_image(path))
         except ImageError as error:
@@ -229,21 +229,21 @@ def test_the_pictures_of_pydicom_data():
         ("US1_UNCR", "US1_J2KR"),
     ],
 )
-def test_one_picture_in_two_encodings_is_one_picture(name, other):
-    paths = {path.stem: path for path in PICTURES}
+def test_two_encodings_of_an_image_give_equal_pixels(name, other):
+    paths = {path.stem: path for path in DICOM_FILES}
     np.testing.assert_array_equal(
         np.asarray(decode_image(paths[name]), int), np.asarray(decode_image(paths[other]), int)
     )
 
 
-def test_content_decides_over_a_pictures_stream():
+def test_stream_that_is_not_dicom_is_refused():
     with pytest.raises(ValueError, match="not a DICOM file"):
         dicom.read_dicom(io.BytesIO(b"x" * 500))
 
 
 @pytest.mark.parametrize("name", ["IM-0001-0001", "1.2.840.113619.2.55.3", "x.IMA", "y.dcm"])
 @pytest.mark.parametrize("form", ["whole", "without preamble", "without header", "implicit"])
-def test_dicom_is_known_by_its_bytes_whatever_it_is_called(form, name, tmp_path):
+def test_dicom_is_recognised_by_its_bytes(form, name, tmp_path):
     frames = np.array([[[0, 100, 200, 250], [1, 2, 3, 4]]], np.uint8)
     tags = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "Modality": "OT", "WindowCenter": 128, "WindowWidth": 256}
     whole = make_dicom(tmp_path / "whole", frames, **tags)
@@ -279,7 +279,7 @@ NOT_IMAGES = {
 
 @pytest.fixture
 def disc(tmp_path):
-    """A folder with one image, and what else is on a disc."""
+    """A folder with one image, and the other files that a DICOM disc has."""
     make_dicom(tmp_path / "ct.dcm", RAMP)
     for name, sop_class in NOT_IMAGES.items():
         imageless(tmp_path / name, sop_class)
@@ -292,8 +292,8 @@ def test_dicom_files_without_an_image_are_skipped_and_counted(disc):
     assert [image.id for image in found.images] == ["ct"]
     assert found.imageless == set(NOT_IMAGES)
     assert describe_ignored(found.ignored, found.imageless) == "1 .txt, 5 DICOM files without an image"
-    for place, names in ((disc / "*", {str(disc / name) for name in NOT_IMAGES}), (disc, set(NOT_IMAGES))):
-        inputs = find_inputs([place])
+    for location, names in ((disc / "*", {str(disc / name) for name in NOT_IMAGES}), (disc, set(NOT_IMAGES))):
+        inputs = find_inputs([location])
         assert [image.id for image in inputs.images] == ["ct"]
         assert inputs.imageless == names
     (disc / "ct.dcm").unlink()
@@ -301,14 +301,14 @@ def test_dicom_files_without_an_image_are_skipped_and_counted(disc):
         find_images(disc)
 
 
-def test_a_dicom_file_without_an_image_that_is_named_is_an_error(disc):
+def test_named_dicom_file_without_an_image_is_an_error(disc):
     (image,) = find_inputs([disc / "dose.dcm"]).images
     with pytest.raises(ImageError, match=r"dose\.dcm: a DICOM file without an image"):
         decode_image(image.path)
 
 
-def test_images_of_classes_with_other_names_are_found(tmp_path):
-    """A dose grid has pixels though its class is not one of images; so has a class that is not known."""
+def test_images_of_other_sop_classes_are_found(tmp_path):
+    """A dose grid has pixels although its SOP class is not an image class. An unknown class may have pixels too."""
     for name, sop_class in (("dose.dcm", "1.2.840.10008.5.1.4.1.1.481.2"), ("new.dcm", "1.2.3")):
         path = make_dicom(tmp_path / name, RAMP)
         header = pydicom.dcmread(path)
@@ -317,19 +317,19 @@ def test_images_of_classes_with_other_names_are_found(tmp_path):
     assert [image.id for image in find_images(tmp_path).images] == ["dose", "new"]
 
 
-def test_a_damaged_dicom_file_is_reported_when_it_is_read(tmp_path):
+def test_damaged_dicom_file_is_reported_when_read(tmp_path):
     (tmp_path / "x.dcm").write_bytes(bytes(128) + b"DICM" + b"\xff" * 50)
     (image,) = find_images(tmp_path).images
     with pytest.raises(ImageError, match=r"x\.dcm"):
         decode_image(image.path)
 
 
-def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path):
+def test_deflated_file_is_refused_before_inflation(tmp_path):
     path = imageless(tmp_path / "x.dcm", "1.2.840.10008.5.1.4.1.1.7", Rows=1, Columns=1)
     whole = path.read_bytes()
     syntax = b"1.2.840.10008.1.2.1\0"
     assert whole.count(syntax) == 1
-    start = whole.index(b"\x08\0\x16\0")  # the first tag behind the header
+    start = whole.index(b"\x08\0\x16\0")  # the first tag after the header
     header = whole[:start].replace(struct.pack("<H", len(syntax)) + syntax, b"\x16\0" + b"1.2.840.10008.1.2.1.99")
     length = struct.unpack("<I", header[140:144])[0] + 2
     squeezer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
@@ -345,8 +345,11 @@ def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path):
     assert peak < 10_000_000
 
 
-def test_tags_in_another_encoding_than_the_header_names_are_read(tmp_path):
-    """Explicit by the header, implicit in fact: pydicom notices when it reads tags, but not when it seeks pixels."""
+def test_tags_in_another_encoding_than_the_header_are_read(tmp_path):
+    """The header says explicit, but the tags are implicit.
+
+    pydicom detects that when it reads the tags, but not when it seeks the pixels.
+    """
     path = make_dicom(tmp_path / "x.dcm", RAMP, WindowCenter=150.5, WindowWidth=301)
     header = pydicom.dcmread(path)
     stream = io.BytesIO()

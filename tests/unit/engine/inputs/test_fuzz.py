@@ -1,6 +1,6 @@
-"""Bytes from strangers, by the hundred: every reader answers with a value or with the engine's own error.
+"""Fuzz tests of the readers: any bytes give a value or one of the engine's own errors.
 
-CI runs seconds of it; HYPOTHESIS_PROFILE=long runs minutes.
+CI runs them for seconds. HYPOTHESIS_PROFILE=long runs them for minutes.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ here = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, Heal
 
 @st.composite
 def damaged(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """A valid file with some bytes changed, and perhaps cut short or with bytes put in."""
+    """A valid file with some bytes changed, possibly cut short or with bytes appended."""
     content = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 8))):
         content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
-    place = draw(st.integers(0, len(content)))
-    return bytes(content[: draw(st.sampled_from([place, len(content)]))]) + draw(st.binary(max_size=16))
+    end = draw(st.integers(0, len(content)))
+    return bytes(content[: draw(st.sampled_from([end, len(content)]))]) + draw(st.binary(max_size=16))
 
 
 @here
 @given(content=damaged(SEEDS), extension=st.sampled_from([".png", ".jpg", ".webp", ".dcm"]))
-def test_a_damaged_picture_is_pixels_or_one_reason(content, extension, tmp_path):
+def test_damaged_image_gives_pixels_or_one_reason(content, extension, tmp_path):
     path = tmp_path / f"x{extension}"
     path.write_bytes(content)
     try:
@@ -60,7 +60,7 @@ def test_a_damaged_picture_is_pixels_or_one_reason(content, extension, tmp_path)
 @given(
     content=st.one_of(st.binary(max_size=300), st.text(max_size=300).map(lambda text: text.encode("utf-8", "ignore")))
 )
-def test_any_bytes_as_a_manifest_are_a_choice_of_images_or_one_sentence(content, tmp_path):
+def test_any_bytes_as_id_list_select_images_or_one_error(content, tmp_path):
     images = [ImageFile(str(i), tmp_path / f"{i}.png") for i in range(10)]
     manifest = tmp_path / "ids.csv"
     manifest.write_bytes(content)
@@ -86,15 +86,15 @@ def bundle_copy(tiny_bundle, tmp_path_factory):
 
 @here
 @given(data=st.data())
-def test_a_bundle_with_any_manifest_is_a_bundle_or_refused(data, bundle_copy, tiny_bundle):
+def test_bundle_with_any_manifest_loads_or_is_refused(data, bundle_copy, tiny_bundle):
     manifest = json.loads((tiny_bundle / "manifest.json").read_text())
-    place = manifest
+    node = manifest
     while True:
-        key = data.draw(st.sampled_from(sorted(place)))
-        if isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
-            place = place[key]
+        key = data.draw(st.sampled_from(sorted(node)))
+        if isinstance(node[key], dict) and node[key] and data.draw(st.booleans()):
+            node = node[key]
             continue
-        place[key] = data.draw(JSON)
+        node[key] = data.draw(JSON)
         break
     (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
     try:
@@ -107,10 +107,12 @@ def test_a_bundle_with_any_manifest_is_a_bundle_or_refused(data, bundle_copy, ti
 
 @here
 @given(data=st.data())
-def test_a_damaged_journal_never_gives_a_caption_nobody_wrote(data, tmp_path_factory):
+def test_damaged_journal_never_gives_a_false_caption(data, tmp_path_factory):
     from engine.captions import Alternative, Caption
 
-    directory = tmp_path_factory.getbasetemp() / "damaged journal"  # one name, so that journals have one length
+    directory = (
+        tmp_path_factory.getbasetemp() / "damaged journal"
+    )  # always the same name, so that all journals have the same length
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     images = [ImageFile(f"image {i}", directory / f"{i}.png") for i in range(4)]
@@ -126,7 +128,7 @@ def test_a_damaged_journal_never_gives_a_caption_nobody_wrote(data, tmp_path_fac
     journal.write_bytes(content)
     try:
         resumed = RunRecord(images, out, "made with")
-    except UsageError:  # nothing of a journal is left in it
+    except UsageError:  # no longer recognised as a journal
         assert journal.read_bytes() == content
         return
     with resumed as record:

@@ -1,4 +1,4 @@
-"""One rule for ids: a name finds its picture however it is written, and never another one's."""
+"""Lookup of ids: a name finds its image in any spelling, and never another image."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ NAMES = st.text(
         ("a.txt", "a.txt"),
     ],
 )
-def test_only_a_known_suffix_of_pictures_is_cut(name, expected):
+def test_only_image_suffixes_are_cut(name, expected):
     assert image_id(name) == expected
 
 
 @given(st.sets(NAMES, min_size=1, max_size=8), st.sampled_from(sorted(SUFFIXES)), st.sampled_from(["NFC", "NFD"]))
-def test_no_picture_is_lost_or_taken_for_another(names, suffix, form):
+def test_every_spelling_finds_its_own_id(names, suffix, form):
     if len({unicodedata.normalize("NFC", name) for name in names}) < len(names):
-        return  # two names that look the same: found as they are written only
+        return  # names that differ only in Unicode form are found only as they are written
     ids = Ids(names)
     for name in names:
         for written in (name, name + suffix, f"folder/{name}{suffix}", f"folder\\{name}{suffix}", f"./{name}"):
             assert ids.find(unicodedata.normalize(form, written)) == name
 
 
-def test_what_two_pictures_could_be_is_neither():
+def test_ambiguous_name_matches_no_id():
     ids = Ids(["s1/0001", "s2/0001", "s2/0002"])
     assert ids.find("0001") is None
     assert ids.find("s1\\0001.dcm") == "s1/0001"
     assert ids.find("0002.png") == "s2/0002"
 
 
-def test_two_names_of_one_picture_are_an_error():
+def test_two_names_of_one_id_are_an_error():
     with pytest.raises(DataError, match=r"ids.txt: a and a.png are two names of a"):
         Ids(["a"]).find_all(["a", "a.png"], Path("ids.txt"))
 
 
-def test_messages_show_what_the_eye_does_not_see():
+def test_messages_escape_invisible_characters():
     assert shown("plain é") == "plain é"
     assert shown("e\u0301") == "'e\\u0301'"
     assert join_some(["a ", "b"]) == "'a ', b"
@@ -80,7 +80,7 @@ def test_messages_show_what_the_eye_does_not_see():
         (" a", "a.png", " a"),
     ],
 )
-def test_a_name_of_another_folder_is_not_found(known, name, expected):
+def test_name_in_another_folder_is_not_found(known, name, expected):
     assert Ids([known]).find(name) == expected
 
 

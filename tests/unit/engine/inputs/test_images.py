@@ -1,4 +1,4 @@
-"""Finding and reading images, friendly and not."""
+"""Finding and reading images: manifests, formats, damaged files and ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.inputs.pixels import read_image
 from tests.helpers.tiny import random_pictures
 
 
-def test_images_are_found_by_extension_in_name_order_and_the_rest_is_named(tmp_path):
+def test_images_are_sorted_and_other_files_listed(tmp_path):
     for name in ("b.JPG", "a.png", "c.txt", "d.jpeg"):
         (tmp_path / name).touch()
     found = find_images(tmp_path)
@@ -34,7 +34,7 @@ def test_images_are_found_by_extension_in_name_order_and_the_rest_is_named(tmp_p
         ('"ID","Caption"\na,"two\nlines, \u2028 more"\nb,x\n', ["a", "b"]),
     ],
 )
-def test_manifests_choose_and_order(content, ids, tmp_path):
+def test_manifests_select_and_order_images(content, ids, tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
     manifest = tmp_path / "ids.csv"
@@ -51,7 +51,7 @@ def test_manifests_choose_and_order(content, ids, tmp_path):
         ('ID,Caption\na,"open\n', "line 2: unexpected end of data"),
     ],
 )
-def test_manifests_that_do_not_fit_are_refused(content, sentence, tmp_path):
+def test_invalid_manifests_are_refused(content, sentence, tmp_path):
     (tmp_path / "a.png").touch()
     manifest = tmp_path / "ids.csv"
     manifest.write_text(content)
@@ -60,7 +60,7 @@ def test_manifests_that_do_not_fit_are_refused(content, sentence, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif", "tif", "webp"])
-def test_every_listed_format_is_read_as_rgb_of_the_wanted_size(suffix, tmp_path):
+def test_formats_are_read_as_rgb_of_the_requested_size(suffix, tmp_path):
     path = tmp_path / f"x.{suffix}"
     random_pictures(1)[0].save(path)
     pixels = read_image(path, 20, 30, "bicubic")
@@ -68,16 +68,16 @@ def test_every_listed_format_is_read_as_rgb_of_the_wanted_size(suffix, tmp_path)
     assert pixels.dtype == np.uint8
 
 
-def test_files_pictures_and_arrays_give_the_same_bytes(tmp_path):
-    picture = random_pictures(1)[0]
-    picture.save(tmp_path / "x.png")
-    expected = read_image(picture, 32, 32, "bicubic")
+def test_files_images_and_arrays_give_the_same_bytes(tmp_path):
+    image = random_pictures(1)[0]
+    image.save(tmp_path / "x.png")
+    expected = read_image(image, 32, 32, "bicubic")
     np.testing.assert_array_equal(read_image(tmp_path / "x.png", 32, 32, "bicubic"), expected)
     np.testing.assert_array_equal(read_image(str(tmp_path / "x.png"), 32, 32, "bicubic"), expected)
-    np.testing.assert_array_equal(read_image(np.asarray(picture), 32, 32, "bicubic"), expected)
+    np.testing.assert_array_equal(read_image(np.asarray(image), 32, 32, "bicubic"), expected)
 
 
-def test_a_format_outside_the_list_is_not_decoded(tmp_path):
+def test_format_outside_the_list_is_not_decoded(tmp_path):
     random_pictures(1)[0].save(tmp_path / "x.sgi")
     (tmp_path / "x.sgi").rename(tmp_path / "x.png")
     with pytest.raises(ImageError, match=r"x\.png: not an image, or damaged"):
@@ -92,13 +92,13 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff", b"just text"])
-def test_damaged_files_name_themselves(content, tmp_path):
+def test_error_of_a_damaged_file_names_it(content, tmp_path):
     (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(ImageError, match=r"x\.jpg"):
         read_image(tmp_path / "x.jpg", 32, 32, "bicubic")
 
 
-def test_hidden_files_directories_and_pipes_are_left_aside(tmp_path):
+def test_hidden_files_directories_and_pipes_are_skipped(tmp_path):
     random_pictures(1)[0].save(tmp_path / "a.png")
     (tmp_path / "._a.png").write_bytes(b"resource fork")
     (tmp_path / "b.png").mkdir()
@@ -110,16 +110,14 @@ def test_hidden_files_directories_and_pipes_are_left_aside(tmp_path):
 
 @pytest.mark.parametrize("mode", ["I;16", "1", "CMYK", "P", "LA", "F"])
 def test_unusual_modes_are_read(mode, tmp_path):
-    picture = random_pictures(1)[0]
-    picture = (
-        Image.fromarray(np.asarray(picture.convert("L"), np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
-    )
+    image = random_pictures(1)[0]
+    image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257) if mode == "I;16" else image.convert(mode)
     suffix = "tif" if mode in ("CMYK", "F") else "png"
-    picture.save(tmp_path / f"x.{suffix}")
+    image.save(tmp_path / f"x.{suffix}")
     assert read_image(tmp_path / f"x.{suffix}", 8, 8, "bicubic").shape == (8, 8, 3)
 
 
-def test_an_animation_is_read_by_its_first_frame(tmp_path):
+def test_first_frame_of_an_animation_is_read(tmp_path):
     first, second = random_pictures(2)
     first.save(tmp_path / "x.gif", save_all=True, append_images=[second])
     first.save(tmp_path / "y.gif")
@@ -127,8 +125,8 @@ def test_an_animation_is_read_by_its_first_frame(tmp_path):
     assert np.abs(animated.astype(int) - still.astype(int)).mean() < 4
 
 
-def test_pictures_are_known_by_content_where_the_name_does_not_tell(tmp_path):
-    picture = random_pictures(1)[0]
+def test_images_are_recognised_by_content(tmp_path):
+    image = random_pictures(1)[0]
     for name, form in {
         "a.jpg": "JPEG",
         "b.jfif": "JPEG",
@@ -140,7 +138,7 @@ def test_pictures_are_known_by_content_where_the_name_does_not_tell(tmp_path):
         "f.ppm": "PPM",
         "g.jpg": "AVIF",
     }.items():
-        picture.save(tmp_path / name, form)
+        image.save(tmp_path / name, form)
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "Thumbs.db").write_bytes(b"x")
     (tmp_path / "strange").write_bytes(b"no picture")
@@ -156,13 +154,13 @@ def test_pictures_are_known_by_content_where_the_name_does_not_tell(tmp_path):
     ("head", "kind"),
     [(b"\0\0\0\x18ftypheic", "HEIC"), (b"\xff\x0a", "JPEG XL"), (b"8BPS", "Photoshop")],
 )
-def test_what_is_not_decoded_is_named_for_what_it_is(head, kind, tmp_path):
+def test_error_names_the_undecodable_format(head, kind, tmp_path):
     (tmp_path / "x.jpg").write_bytes(head + b"\0" * 200)
     with pytest.raises(ImageError, match=f"{kind}, which is not decoded: .*convert it to JPEG or PNG"):
         read_image(tmp_path / "x.jpg", 32, 32, "bicubic")
 
 
-def test_names_that_repeat_in_folders_become_ids_by_their_paths(tmp_path):
+def test_repeated_names_in_folders_get_ids_by_path(tmp_path):
     for name in ("s1/0001.png", "s2/0001.png", "__MACOSX/0001.png", "@eaDir/0001.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         random_pictures(1)[0].save(tmp_path / name)
@@ -175,7 +173,7 @@ def test_names_that_repeat_in_folders_become_ids_by_their_paths(tmp_path):
     assert [image.id for image in order_by_manifest(images, tmp_path / "ids.txt")] == ["s2/0001"]
 
 
-def test_names_that_differ_in_suffix_become_ids_with_suffix(tmp_path):
+def test_names_that_differ_in_suffix_get_ids_with_suffix(tmp_path):
     for name in ("IMG_1.jpg", "IMG_1.png", "s/IMG_1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         random_pictures(1)[0].save(tmp_path / name)

@@ -1,7 +1,7 @@
-"""Pixels are Pillow's: where its releases differ, and where not. What is dropped is noted, and extremes are refused.
+"""Reading images: equality with Pillow across its releases, notes on what is dropped, and limits.
 
-Pillow 13 shrinks a picture that is narrower and taller than the target in another order of its two passes. The digests
-are of the releases named beside them, recorded by this very picture.
+Pillow 13 changed the order of its two resize passes for images that are narrower and taller than the target. The
+digests were recorded with make_image and the releases named next to them.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ SAME = {
     (224, 500): "0c2f12d968f5db00",
     (640, 480): "93d216d26c5e8813",
 }
-"""Width and height -> sha256 of the 224 px pixels by Pillow 10.4.0 and 13.0.0."""
+"""(width, height): SHA-256 of the resized pixels, equal with Pillow 10.4.0 and 13.0.0."""
 DIFFERENT = {
     (216, 256): ("916c71216f1726d2", "b468808ab3fc4f5d"),
     (200, 500): ("499f616db30bad0e", "103fdf7996ee8094"),
     (223, 300): ("964328239cf1b73c", "e172efeabcf7a281"),
 }
-"""The same by Pillow 10.4.0, and by 13.0.0."""
+"""(width, height): SHA-256 with Pillow 10.4.0, and with 13.0.0."""
 
 
-def picture(width: int, height: int) -> Image.Image:
-    """A picture with detail at every scale, drawn by integers alone."""
+def make_image(width: int, height: int) -> Image.Image:
+    """An image with detail at every scale, computed with integers only, so that it is the same everywhere."""
     x, y, channel = np.arange(width)[None, :, None], np.arange(height)[:, None, None], np.arange(3)
     return Image.fromarray(((x * x * 3 + y * y * 5 + x * y * 7 + channel * 41) % 256).astype(np.uint8))
 
 
 def digest(width: int, height: int) -> str:
-    pixels = read_image(picture(width, height), SIZE, SIZE, "bicubic")
+    pixels = read_image(make_image(width, height), SIZE, SIZE, "bicubic")
     assert pixels.shape == (SIZE, SIZE, 3)
     return hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
 
 
 @pytest.mark.parametrize(("size", "expected"), SAME.items())
-def test_most_shapes_are_the_same_by_every_release(size, expected):
+def test_most_sizes_are_equal_in_all_pillow_releases(size, expected):
     assert digest(*size) == expected
 
 
 @pytest.mark.parametrize(("size", "expected"), DIFFERENT.items())
-def test_narrow_and_tall_pictures_are_as_this_release_makes_them(size, expected):
+def test_narrow_and_tall_images_match_this_pillow_release(size, expected):
     assert digest(*size) == expected[int(PIL.__version__.partition(".")[0]) >= 13]
 
 
 @pytest.mark.parametrize("limit", [1 << 26, 100])
-def test_the_digest_is_of_the_bytes_that_were_read(tmp_path, monkeypatch, limit):
+def test_digest_is_of_the_bytes_that_were_read(tmp_path, monkeypatch, limit):
     monkeypatch.setattr("engine.inputs.pixels.READ_AT_ONCE_BYTES", limit)
     path = tmp_path / "a.png"
     Image.fromarray(np.arange(2700, dtype=np.uint8).reshape(30, 30, 3)).save(path)
@@ -81,7 +81,7 @@ def kinds_noted(path) -> list[str]:
 
 
 def with_alpha(values: list[int], mode: str) -> Image.Image:
-    rgba = picture(len(values), 1).convert("RGBA")
+    rgba = make_image(len(values), 1).convert("RGBA")
     rgba.putalpha(Image.fromarray(np.array([values], np.uint8)))
     return rgba.quantize(method=Image.Quantize.FASTOCTREE) if mode == "P" else rgba.convert(mode)
 
@@ -95,11 +95,11 @@ def test_transparency_is_dropped_and_noted(mode, tmp_path):
         warnings.simplefilter("ignore")
         assert decode_image(path).tobytes() == opened.convert("RGB").tobytes()
     with_alpha([255, 255, 255], mode).save(path)
-    assert kinds_noted(path) == [], "an opaque alpha channel hides nothing"
+    assert kinds_noted(path) == [], "an opaque alpha channel is not transparency"
 
 
 def test_a_transparent_colour_is_noted(tmp_path):
-    colours = picture(3, 1)
+    colours = make_image(3, 1)
     colours.save(tmp_path / "x.png", transparency=colours.getpixel((1, 0)))
     assert kinds_noted(tmp_path / "x.png") == [TRANSPARENT]
     notes: list[ImageNote] = []
@@ -119,18 +119,18 @@ def test_further_frames_are_noted_and_the_first_is_read(suffix, tmp_path):
     assert kinds_noted(path) == []
 
 
-def test_previews_of_telephones_are_not_noted(tmp_path):
+def test_previews_in_mpo_files_are_not_noted(tmp_path):
     path = tmp_path / "x.mpo"
-    picture(8, 8).save(path, save_all=True, append_images=[picture(4, 4)])
+    make_image(8, 8).save(path, save_all=True, append_images=[make_image(4, 4)])
     with Image.open(path) as opened:
         assert opened.n_frames == 2
     assert kinds_noted(path) == []
 
 
-def test_notes_become_a_line_for_each_kind():
+def test_notes_become_one_line_per_kind():
     notes = [ImageNote(FRAMES, "a.gif"), *(ImageNote(CLIPPED, f"{i}.png") for i in (3, 1, 0, 2, 1))]
     deep, frames = note_lines(notes)
-    assert deep.startswith("4 images have more than 8 bits a channel: ")
+    assert deep.startswith("4 images have more than 8 bits per channel: ")
     assert deep.endswith("0.png, 1.png, 2.png and 1 more; --high-bit-depth scale keeps their range")
     assert frames.startswith("1 image has more frames than the one that is used: a.gif")
 
@@ -144,7 +144,7 @@ def test_extreme_sides_are_refused_before_they_are_decoded(size, tmp_path, monke
         read_image(path, 8, 8, "bicubic")
 
 
-def test_memory_that_one_image_lacks_is_its_own_failure(monkeypatch):
+def test_image_that_needs_too_much_memory_fails_alone(monkeypatch):
     tries = []
 
     def short(*_: object) -> Image.Image:
@@ -153,14 +153,14 @@ def test_memory_that_one_image_lacks_is_its_own_failure(monkeypatch):
 
     monkeypatch.setattr(Image.Image, "resize", short)
     with pytest.raises(ImageError, match="image: reading it needs more memory than is free"):
-        read_image(picture(9, 9), 8, 8, "bicubic")
-    assert tries == [False, True], "it is tried again while no other such image is read"
+        read_image(make_image(9, 9), 8, 8, "bicubic")
+    assert tries == [False, True], "it is read again while no other large image is read"
     monkeypatch.setattr(Image.Image, "convert", short)
     with pytest.raises(ImageError, match="more memory than is free"):
-        decode_image(picture(9, 9))
+        decode_image(make_image(9, 9))
 
 
-def test_memory_that_is_short_for_a_moment_costs_no_image(monkeypatch):
+def test_image_is_read_again_after_a_memory_error(monkeypatch):
     resize, lock = Image.Image.resize, threading.Lock()
 
     def short_once(self, *arguments: object) -> Image.Image:
@@ -168,12 +168,12 @@ def test_memory_that_is_short_for_a_moment_costs_no_image(monkeypatch):
             raise MemoryError
         return resize(self, *arguments)
 
-    expected = read_image(picture(9, 9), 8, 8, "bicubic")
+    expected = read_image(make_image(9, 9), 8, 8, "bicubic")
     monkeypatch.setattr(Image.Image, "resize", short_once)
-    np.testing.assert_array_equal(read_image(picture(9, 9), 8, 8, "bicubic"), expected)
+    np.testing.assert_array_equal(read_image(make_image(9, 9), 8, 8, "bicubic"), expected)
 
 
-def test_a_small_tiff_in_a_huge_tile_is_refused(tmp_path):
+def test_small_tiff_in_a_huge_tile_is_refused(tmp_path):
     path = tmp_path / "x.tif"
     entries = [(256, 3, 64), (257, 3, 64), (258, 3, 8), (259, 3, 1), (262, 3, 1), (277, 3, 1)]
     entries += [(322, 3, 26_000), (323, 3, 26_000), (324, 4, 8), (325, 4, 4096)]
@@ -185,15 +185,15 @@ def test_a_small_tiff_in_a_huge_tile_is_refused(tmp_path):
 
 
 def progressive_jpeg(further_scans: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+    """A progressive JPEG whose last scan is repeated `further_scans` times."""
     stream = io.BytesIO()
-    picture(16, 16).convert("L").save(stream, "JPEG", progressive=True)
-    whole = stream.getvalue()
-    last = whole.rindex(b"\xff\xda")
-    return whole[:-2] + whole[last:-2] * further_scans + whole[-2:]
+    make_image(16, 16).convert("L").save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    last = content.rindex(b"\xff\xda")
+    return content[:-2] + content[last:-2] * further_scans + content[-2:]
 
 
-def test_a_progressive_jpeg_of_very_many_scans_is_refused(tmp_path):
+def test_progressive_jpeg_with_too_many_scans_is_refused(tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(progressive_jpeg(pixels.MAX_SCANS))
     with pytest.raises(ImageError, match=r"x\.jpg: a progressive JPEG of more than 256 scans, refused"):
@@ -201,7 +201,7 @@ def test_a_progressive_jpeg_of_very_many_scans_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("block", [4, 7, 1 << 16])
-def test_scans_are_counted_to_the_end_of_the_image_alone(block, tmp_path, monkeypatch):
+def test_scans_are_counted_only_up_to_the_end_of_the_image(block, tmp_path, monkeypatch):
     monkeypatch.setattr(pixels, "SCAN_BLOCK", block)
     plain = progressive_jpeg(0)
     monkeypatch.setattr(pixels, "MAX_SCANS", plain.count(b"\xff\xda"))
@@ -215,10 +215,10 @@ def test_scans_are_counted_to_the_end_of_the_image_alone(block, tmp_path, monkey
         decode_image(path)
 
 
-def test_a_bitmap_without_file_header_is_read(tmp_path):
-    picture(9, 5).save(tmp_path / "x.bmp")
+def test_bitmap_without_file_header_is_read(tmp_path):
+    make_image(9, 5).save(tmp_path / "x.bmp")
     (tmp_path / "x.dib").write_bytes((tmp_path / "x.bmp").read_bytes()[14:])
-    assert decode_image(tmp_path / "x.dib").tobytes() == picture(9, 5).tobytes()
+    assert decode_image(tmp_path / "x.dib").tobytes() == make_image(9, 5).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_bitmap_without_file_header_is_read(tmp_path):
         (b"", "empty file"),
     ],
 )
-def test_what_stands_in_for_an_image_is_named(content, reason, tmp_path):
+def test_lfs_pointers_html_and_empty_files_are_recognised(content, reason, tmp_path):
     (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(ImageError, match=rf"x\.jpg: {reason}"):
         decode_image(tmp_path / "x.jpg")
@@ -237,7 +237,7 @@ def test_what_stands_in_for_an_image_is_named(content, reason, tmp_path):
 
 def test_libtiff_prints_nothing(tmp_path, capfd):
     stream = io.BytesIO()
-    picture(64, 64).save(stream, "TIFF", compression="tiff_lzw")
+    make_image(64, 64).save(stream, "TIFF", compression="tiff_lzw")
     content = bytearray(stream.getvalue())
     content[100:3000] = b"\x77" * 2900
     (tmp_path / "x.tif").write_bytes(content)

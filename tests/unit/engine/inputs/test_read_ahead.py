@@ -1,4 +1,4 @@
-"""Reading ahead: in order, bounded, and never in the way of a program that stops."""
+"""Reading ahead: order, window, errors, and programs that stop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from engine.inputs.read_ahead import read_ahead
 
 
-def test_results_come_in_order_and_no_more_than_the_window_ahead():
-    asked = []
+def test_results_come_in_order_within_the_window():
+    taken = []
 
     def slow_at_first(item: int) -> int:
         time.sleep(0.02 if item == 0 else 0)
@@ -20,22 +20,22 @@ def test_results_come_in_order_and_no_more_than_the_window_ahead():
 
     def items():
         for item in range(40):
-            asked.append(item)
+            taken.append(item)
             yield item
 
-    for place, found in enumerate(read_ahead(slow_at_first, items(), threads=4, window=6)):
-        assert found == place * place
-        assert len(asked) <= place + 6
-    assert len(asked) == 40
+    for number, result in enumerate(read_ahead(slow_at_first, items(), threads=4, window=6)):
+        assert result == number * number
+        assert len(taken) <= number + 6
+    assert len(taken) == 40
 
 
-def test_what_goes_wrong_in_a_thread_reaches_the_consumer():
-    found = read_ahead(lambda item: 1 // item, [1, 0], threads=2, window=2)
+def test_errors_of_a_thread_reach_the_consumer():
+    results = read_ahead(lambda item: 1 // item, [1, 0], threads=2, window=2)
     with pytest.raises(ZeroDivisionError):
-        list(found)
+        list(results)
 
 
-def test_a_program_that_stops_does_not_wait_for_a_disk_that_hangs():
+def test_stopped_program_does_not_wait_for_a_hanging_disk():
     program = (
         "import time\nfrom engine.inputs.read_ahead import read_ahead\n"
         "def read(item):\n    time.sleep(60 * item)\n    return item\n"

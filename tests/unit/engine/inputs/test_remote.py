@@ -22,14 +22,14 @@ from tests.helpers.tiny import random_pictures
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (picture,) = random_pictures(1)
+    (image,) = random_pictures(1)
     for name in ("b.png", "a.png", ".hidden.png", "notes.txt", "deep/c.png", "deep/.no/d.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(tmp_path / name, "png")
+        image.save(tmp_path / name, "png")
     return tmp_path
 
 
-def test_what_has_a_scheme_is_a_uri():
+def test_location_with_a_scheme_is_a_uri():
     assert location("s3://bucket/a") == RemoteFolder("s3://bucket/a")
     assert location("a/b") == Path("a/b")
     with pytest.raises(UsageError, match="not a valid URI: s3://"):
@@ -46,7 +46,7 @@ def test_credentials_are_never_shown():
 
 
 class Storage(fsspec.AbstractFileSystem):
-    """An HTTP server as fsspec shows it: paths are whole URLs, with their query; after an error nothing exists."""
+    """An HTTP server like fsspec's: paths are whole URLs with their query, and after an error nothing exists."""
 
     protocol = "signed"
     cachable = False
@@ -75,7 +75,7 @@ class Storage(fsspec.AbstractFileSystem):
 
 
 class StatusError(Exception):
-    """Not an OSError, as those of aiohttp."""
+    """Not an OSError, like the errors of aiohttp."""
 
     status = 500
 
@@ -103,17 +103,17 @@ def test_signature_follows_the_file_name():
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=["status", "refused"])
-def test_a_storage_failure_is_named_without_secrets(failure, storage):
+def test_storage_failure_is_reported_without_secrets(failure, storage):
     storage(failure)
-    said = r"^signed://host/x.* cannot be read: .*(Internal|Cannot connect)"
+    sentence = r"^signed://host/x.* cannot be read: .*(Internal|Cannot connect)"
     for call in (lambda: find_images(SIGNED), lambda: open_bundle(SIGNED), lambda: SIGNED.read("a", most_bytes=1)):
-        with pytest.raises(EngineError, match=said) as caught:
+        with pytest.raises(EngineError, match=sentence) as caught:
             call()
         assert "SECRET" not in str(caught.value)
         assert not isinstance(caught.value, UsageError | BundleError)
 
 
-def test_an_answer_that_nothing_is_there_is_no_failure(storage):
+def test_missing_uri_is_not_a_storage_failure(storage):
     storage(type("NotFoundError", (StatusError,), {"status": 404})("404, url='signed://host/x?sig=SECRET'"))
     with pytest.raises(UsageError, match=r"^signed://host/x is not a directory"):
         find_images(SIGNED)
@@ -122,14 +122,14 @@ def test_an_answer_that_nothing_is_there_is_no_failure(storage):
 
 
 @pytest.mark.parametrize("recursive", [False, True])
-def test_a_uri_is_listed_as_its_directory_is(folder, recursive):
-    (folder / "deep/.no/d.png").unlink()  # for a directory a hidden folder is an entry that was left aside
+def test_uri_is_listed_like_its_directory(folder, recursive):
+    (folder / "deep/.no/d.png").unlink()  # a local hidden folder is reported as skipped, a remote one is not
     (folder / "deep/.no").rmdir()
-    here = find_images(folder, recursive=recursive)
-    there = find_images(RemoteFolder(folder.as_uri()), recursive=recursive)
-    assert [image.id for image in there.images] == [image.id for image in here.images]
-    assert there.ignored == here.ignored
-    for a, b in zip(here.images, there.images, strict=True):
+    local = find_images(folder, recursive=recursive)
+    remote = find_images(RemoteFolder(folder.as_uri()), recursive=recursive)
+    assert [image.id for image in remote.images] == [image.id for image in local.images]
+    assert remote.ignored == local.ignored
+    for a, b in zip(local.images, remote.images, strict=True):
         assert decode_image(b.source).tobytes() == decode_image(a.source).tobytes()
 
 
@@ -138,14 +138,14 @@ def test_hidden_folders_are_not_entered(folder):
     assert [image.path.as_posix() for image in found.images] == ["a.png", "b.png", "deep/c.png"]
 
 
-def test_fsspec_opens_what_pyarrow_does_not_know(folder):
+def test_fsspec_opens_schemes_unknown_to_pyarrow(folder):
     fsspec.filesystem("memory").pipe("/corpus/a.png", (folder / "a.png").read_bytes())
     (image,) = find_images(RemoteFolder("memory://corpus")).images
     assert str(image.source) == "memory://corpus/a.png"
     assert decode_image(image.source).tobytes() == decode_image(folder / "a.png").tobytes()
 
 
-def test_a_replaced_file_has_another_fingerprint(folder):
+def test_replaced_file_has_another_fingerprint(folder):
     images = find_images(RemoteFolder(folder.as_uri()), recursive=True).images
     before = fingerprints(images)
     (folder / "deep/c.png").write_bytes(b"other")
@@ -156,51 +156,52 @@ def test_a_replaced_file_has_another_fingerprint(folder):
 
 
 @pytest.mark.parametrize(
-    ("uri", "said"), [("file:///no/such", "is not a directory"), ("nosuch://x", "no folder that pyarrow or fsspec")]
+    ("uri", "sentence"),
+    [("file:///no/such", "is not a directory"), ("nosuch://x", "cannot be opened by pyarrow or fsspec")],
 )
-def test_a_uri_that_leads_nowhere_is_named(uri, said):
-    with pytest.raises(UsageError, match=said) as caught:
+def test_error_names_a_uri_that_does_not_exist(uri, sentence):
+    with pytest.raises(UsageError, match=sentence) as caught:
         find_images(RemoteFolder(uri))
     assert str(caught.value).startswith(uri)
 
 
-def test_without_pyarrow_one_sentence_names_the_extra(folder, monkeypatch):
+def test_missing_pyarrow_names_the_install_command(folder, monkeypatch):
     for module in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     engine.inputs.remote._open.cache_clear()
-    with pytest.raises(EngineError, match=r"is read by pyarrow, which is missing: pip install 'pyarrow>=15'$"):
+    with pytest.raises(EngineError, match=r"needs pyarrow, which is not installed: pip install 'pyarrow>=15'$"):
         find_images(RemoteFolder(folder.as_uri()))
 
 
-def test_a_file_that_is_gone_is_one_unreadable_image(folder):
+def test_missing_file_is_an_unreadable_image(folder):
     with pytest.raises(ImageError, match=r"gone\.png"):
         decode_image(ImageFile("gone", Path("gone.png"), 0, RemoteFolder(folder.as_uri())).source)
 
 
-def test_storage_that_fails_stops_the_run(folder, monkeypatch):
+def test_failing_storage_stops_the_run(folder, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("AWS Error NETWORK_CONNECTION")
 
     monkeypatch.setattr("engine.inputs.remote._open", lambda _: (type("System", (), {"open_input_file": fail})(), "x"))
-    with pytest.raises(EngineError, match="is its storage there") as caught:
+    with pytest.raises(EngineError, match="check the address and your access rights") as caught:
         decode_image(ImageFile("a", Path("a.png"), 0, RemoteFolder(folder.as_uri())).source)
     assert not isinstance(caught.value, ImageError)
 
 
-def test_a_bundle_is_copied_once_and_again_when_its_copy_is_damaged(tiny_bundle, tmp_path, monkeypatch):
+def test_bundle_is_copied_once_unless_its_copy_is_damaged(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    there = RemoteFolder(tiny_bundle.as_uri())
-    bundle = open_bundle(there)
+    remote = RemoteFolder(tiny_bundle.as_uri())
+    bundle = open_bundle(remote)
     assert bundle.digest == open_bundle(tiny_bundle).digest == bundle.path.name
     copied = (bundle.path / "encoder.onnx").stat().st_ino
-    assert (open_bundle(there).path / "encoder.onnx").stat().st_ino == copied
+    assert (open_bundle(remote).path / "encoder.onnx").stat().st_ino == copied
     (bundle.path / "encoder.onnx").write_bytes(b"damaged")
-    assert open_bundle(there).path == bundle.path
+    assert open_bundle(remote).path == bundle.path
     assert (bundle.path / "encoder.onnx").read_bytes() == (tiny_bundle / "encoder.onnx").read_bytes()
 
 
-def test_a_bundle_that_is_none_or_not_whole_is_refused(tiny_bundle, tmp_path, monkeypatch):
+def test_missing_or_incomplete_bundle_is_refused(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     other = tmp_path / "bundle"
     other.mkdir()
@@ -219,7 +220,7 @@ def test_a_bundle_that_is_none_or_not_whole_is_refused(tiny_bundle, tmp_path, mo
         open_bundle(RemoteFolder(other.as_uri()))
 
 
-def test_a_cache_and_a_storage_that_fail_are_told_apart(tiny_bundle, tmp_path, monkeypatch):
+def test_errors_of_cache_and_storage_are_distinguished(tiny_bundle, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(BundleError, match=r"cannot be kept in .*: Not a directory: set XDG_CACHE_HOME"):

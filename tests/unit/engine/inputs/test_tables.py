@@ -1,4 +1,4 @@
-"""Captions and ids in every layout that challenges and datasets use."""
+"""Captions and ids in all supported layouts of challenges and data sets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_says_the_same(name, tmp_path):
+def test_all_layouts_give_the_same_captions(name, tmp_path):
     (tmp_path / name).write_bytes(LAYOUTS[name].encode())
     table = read_table(tmp_path / name)
     assert table.captions == EXPECTED
@@ -76,7 +76,7 @@ def test_parquet(tmp_path):
     assert table.columns["cui"]["a1"] == "C1"
 
 
-def test_parquet_of_pictures_names_them_by_file(tmp_path):
+def test_parquet_of_images_uses_their_file_names(tmp_path):
     rows = {
         "image": [{"bytes": b"x", "path": f"train/{name}.jpg"} for name in EXPECTED],
         "caption": [v for (v,) in EXPECTED.values()],
@@ -90,7 +90,7 @@ def test_parquet_of_pictures_names_them_by_file(tmp_path):
     assert read_table(tmp_path / "y.parquet").captions == {"a1": ("x",)}
 
 
-def test_coco_pictures_have_a_number_beside_their_file(tmp_path):
+def test_coco_images_have_a_number_and_a_file_name(tmp_path):
     (tmp_path / "coco.json").write_text(LAYOUTS["coco.json"])
     assert read_table(tmp_path / "coco.json").aliases == {"0": "a1", "1": "b 2", "2": "003"}
 
@@ -109,13 +109,13 @@ def test_manifests_with_other_headers(content, ids, tmp_path):
     assert read_ids(tmp_path / "ids") == ids
 
 
-def test_a_caption_with_one_more_tab_is_named(tmp_path):
+def test_caption_with_an_extra_tab_is_reported(tmp_path):
     (tmp_path / "captions.txt").write_text("a\t one, two\nb\t three\t, four\n")
     with pytest.raises(DataError, match="line 2: 3 columns"):
         read_table(tmp_path / "captions.txt")
 
 
-def test_folders(tmp_path):
+def test_folders_with_text_files_or_metadata(tmp_path):
     for name, (caption,) in EXPECTED.items():
         (tmp_path / f"{name}.txt").write_text(caption + "\n")
         (tmp_path / f"{name}.jpg").touch()
@@ -141,7 +141,7 @@ def test_several_references_and_further_columns(tmp_path):
     [
         ("x.csv", b"", "is not a table of captions"),
         ("x.csv", b"ID,Caption\n", "holds no captions"),
-        ("x.csv", b"ID,Caption\na,b,c\n", "line 2: 3 columns where the header has 2"),
+        ("x.csv", b"ID,Caption\na,b,c\n", "line 2: 3 columns, but the header has 2"),
         ("x.csv", b'ID,Caption\na,b\nc,"open\n', "line 3"),
         ("x.csv", b"ID,Caption\n,b\n", "line 2: an empty id"),
         ("x.csv", b"ID,Caption\na,\xff\n", "byte 13 is not UTF-8"),
@@ -153,14 +153,18 @@ def test_several_references_and_further_columns(tmp_path):
         ("x.jsonl", b'{"caption": "a"}', "line 1: no id"),
         ("x.jsonl", b"[1]", "line 1: not an object"),
         ("x.json", b"[" * 200_000, "not valid JSON"),
-        ("x.json", b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a"}]}', "no known layout"),
-        ("x.json", b'{"annotations": [3]}', "no known layout"),
-        ("x.jsonl", b'{"id": "a", "hypotheses": ["x"]}', "no known layout"),
+        (
+            "x.json",
+            b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a"}]}',
+            "not in a known layout",
+        ),
+        ("x.json", b'{"annotations": [3]}', "not in a known layout"),
+        ("x.jsonl", b'{"id": "a", "hypotheses": ["x"]}', "not in a known layout"),
         ("x.jsonl", b'{"id": "a", "caption": "x\\ud800"}', "half a character"),
         ("x.parquet", b"PAR1", "cannot be read as parquet"),
     ],
 )
-def test_what_is_no_table_gets_one_line_that_says_where(name, content, sentence, tmp_path):
+def test_invalid_tables_give_one_line_with_the_location(name, content, sentence, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=sentence):
         read_table(tmp_path / name)
@@ -171,13 +175,13 @@ def test_ids_are_never_parsed_sorted_or_padded(tmp_path):
     assert read_ids(tmp_path / "ids") == ["007", "1e5", "NA", " b"]
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_is_reported(tmp_path):
     with pytest.raises(UsageError, match=r"nowhere\.csv cannot be read: No such file"):
         read_table(Path(tmp_path / "nowhere.csv"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
-def test_utf_16_is_read_where_a_byte_order_mark_says_so(encoding, tmp_path):
+def test_utf_16_with_a_byte_order_mark_is_read(encoding, tmp_path):
     (tmp_path / "x.csv").write_bytes("ID,Caption\na,Schädel\n".encode(encoding))
     assert read_table(tmp_path / "x.csv").captions == {"a": ("Schädel",)}
 
@@ -189,18 +193,18 @@ def test_utf_16_is_read_where_a_byte_order_mark_says_so(encoding, tmp_path):
         ("ID,Caption\na,x\n".encode("utf-16-le"), "UTF-16 without a byte order mark"),
     ],
 )
-def test_other_encodings_are_named(content, sentence, tmp_path):
+def test_other_encodings_are_reported(content, sentence, tmp_path):
     (tmp_path / "x.csv").write_bytes(content)
     with pytest.raises(DataError, match=sentence):
         read_table(tmp_path / "x.csv")
 
 
-def test_several_captions_of_a_file_are_one_images(tmp_path):
+def test_several_captions_of_a_file_belong_to_one_image(tmp_path):
     (tmp_path / "t.txt").write_text("a.jpg#0\tone\na.jpg#1\ttwo\n")
     assert read_table(tmp_path / "t.txt").captions == {"a": ("one", "two")}
 
 
-def test_files_of_one_name_in_two_folders_keep_their_folders(tmp_path):
+def test_equal_names_in_two_folders_keep_their_folders(tmp_path):
     (tmp_path / "x.csv").write_text("file_name,caption\ncat/1.png,a cat\ndog\\1.png,a dog\n")
     assert read_table(tmp_path / "x.csv").captions == {"cat/1": ("a cat",), "dog/1": ("a dog",)}
 
@@ -208,7 +212,7 @@ def test_files_of_one_name_in_two_folders_keep_their_folders(tmp_path):
 @pytest.mark.parametrize(
     "content", ["a.png\nb.v2.jpg\n", ",ID,Caption\n0,a,\n1,b.v2,\n", "file_name;x\np/a.png;1\np/b.v2.jpg;2\n"]
 )
-def test_manifests_as_people_make_them(content, tmp_path):
+def test_manifests_with_suffixes_indices_and_paths(content, tmp_path):
     (tmp_path / "ids").write_text(content)
     names = read_ids(tmp_path / "ids")
     assert [Ids(["a", "b.v2"]).find(name) for name in names] == ["a", "b.v2"]
@@ -225,7 +229,7 @@ HEADERS = (
 
 
 @pytest.mark.parametrize("header", HEADERS)
-def test_an_unknown_header_is_an_error_and_no_row(header, tmp_path):
+def test_unknown_header_is_an_error_and_not_a_row(header, tmp_path):
     rest = ",x" * (header.count(",") - 1)
     (tmp_path / "x.csv").write_text(f"{header}\nr1,an axial view{rest}\nr2,a lesion{rest}\n")
     with pytest.raises(DataError, match=rf"only {header.replace(',', ', ')}: give --(id|caption)-column"):
@@ -252,11 +256,11 @@ def test_columns_are_chosen_by_name(name, content, tmp_path):
     assert table.columns["prompt"] == {"a": "look", "b": ""}
 
 
-def test_a_chosen_column_that_no_table_has_is_named(tmp_path):
+def test_chosen_column_that_no_table_has_is_reported(tmp_path):
     (tmp_path / "run.csv").write_text("ID,Caption\na,CT\n")
     columns = Columns(caption="impresion")
     assert read_table(tmp_path / "run.csv", columns).captions == {"a": ("CT",)}
-    with pytest.raises(UsageError, match=r"--caption-column impresion: there is no such column: .*run.csv has ID, "):
+    with pytest.raises(UsageError, match=r"--caption-column impresion: no table has this column: .*run.csv has ID, "):
         columns.require_found()
 
 
@@ -278,7 +282,7 @@ def test_known_columns_are_read_in_any_spelling(header, tmp_path):
         "a.png,CT, axial\nb.png,MR\n",
     ],
 )
-def test_tables_as_hands_write_them(content, tmp_path):
+def test_tables_written_by_hand_are_read(content, tmp_path):
     (tmp_path / "x.csv").write_bytes(content.encode())
     assert read_table(tmp_path / "x.csv").captions == {"a": ("CT, axial",), "b": ("MR",)}
 
@@ -300,7 +304,7 @@ def test_quotes_escaped_by_backslashes_are_read(tmp_path):
         ("x.csv", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ],
 )
-def test_packed_tables_are_named(name, content, sentence, tmp_path):
+def test_packed_tables_are_reported(name, content, sentence, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name} is not text but .*{sentence}"):
         read_table(tmp_path / name)
@@ -312,7 +316,7 @@ def test_dictionaries_of_pycocoevalcap(tmp_path):
     assert read_table(tmp_path / "x.json").captions == {"a": ("CT", "MR"), "b": ("US",), "c": ("x", "y")}
 
 
-def test_conversations_of_one_answer_are_captions(tmp_path):
+def test_conversations_with_one_answer_are_captions(tmp_path):
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a CT"}]
     (tmp_path / "x.json").write_text(json.dumps([{"id": "1", "image": "x/a.png", "conversations": turns}]))
     assert read_table(tmp_path / "x.json").captions == {"a": ("a CT",)}
@@ -321,21 +325,21 @@ def test_conversations_of_one_answer_are_captions(tmp_path):
         read_table(tmp_path / "x.json")
 
 
-def test_a_file_without_caption_is_named_as_written(tmp_path):
+def test_file_without_caption_is_named_as_written(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"file_name": "a.png", "text": null}\n')
     with pytest.raises(DataError, match=r"no caption for a\.png$"):
         read_table(tmp_path / "x.jsonl")
 
 
-def test_ids_that_are_not_utf8_are_read_and_captions_are_not(tmp_path):
+def test_ids_but_not_captions_may_be_invalid_utf8(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"ID,Caption\ncaf\xe9,CT\n")
     assert read_table(tmp_path / "x.csv").captions == {os.fsdecode(b"caf\xe9"): ("CT",)}
     (tmp_path / "x.csv").write_bytes(b"ID,Modality,Caption\na,\xe9,CT\n")
-    with pytest.raises(DataError, match=r"byte 22 is not UTF-8 \(saved by Excel"):
+    with pytest.raises(DataError, match=r"byte 22 is not UTF-8 \(if it comes from Excel"):
         read_table(tmp_path / "x.csv")
 
 
-def test_texts_next_to_images_are_opened_as_images_are(tmp_path):
+def test_sidecar_links_pipes_and_large_files_are_refused(tmp_path):
     folder, text = tmp_path / "in", tmp_path / "in" / "a.txt"
     folder.mkdir()
     (folder / "a.png").touch()
@@ -365,7 +369,7 @@ def test_manifests_with_unknown_headers_are_refused(content, expected, tmp_path)
             read_ids(tmp_path / "ids")
         assert read_ids(tmp_path / "ids", Columns("uid"))[0] == "1"
     else:
-        assert [Ids(["1", "2"]).find(one) for one in read_ids(tmp_path / "ids")] == expected
+        assert [Ids(["1", "2"]).find(name) for name in read_ids(tmp_path / "ids")] == expected
 
 
 def test_files_that_differ_only_in_suffix_keep_it(tmp_path):
