@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.backends.ort import OrtBackend, OrtCache, check_graphs, open_session, ort_errors
 from engine.backends.providers import CPU, import_libraries
-from engine.bundle.manifest import CANDIDATES, CHOICE, CHOSEN_BY, LOG_PROBS, NUM_CANDIDATES, Bundle
+from engine.bundle.manifest import CANDIDATES, CHOICE, CHOICE_INPUTS, LOG_PROBS, NUM_CANDIDATES, Bundle
 from engine.bundle.open import shares
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.errors import BundleError
@@ -73,7 +73,7 @@ class EnsembleBackend:
                 raise BundleError(f"a decoder returns {log_probs.shape} instead of {shape}: export its bundle again")
             np.multiply(log_probs, weight, out=log_probs)
             mean += log_probs
-        feed = {name: np.ascontiguousarray(getattr(inputs, name)) for name in CHOSEN_BY}
+        feed = {name: np.ascontiguousarray(getattr(inputs, name)) for name in CHOICE_INPUTS}
         feed |= {LOG_PROBS: mean, NUM_CANDIDATES: np.array([inputs.num_candidates], np.int64)}
         with ort_errors(self.name):
             scores, ids = self._choice.run([*CANDIDATES], feed)

@@ -16,8 +16,8 @@ from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_l
 from engine.backends.shapes import gpu_batch_sizes
 from engine.bundle.manifest import (
     CANDIDATES,
-    FED,
     LOG_PROBS,
+    LOG_PROBS_INPUTS,
     NUM_CANDIDATES,
     Bundle,
     cache_names,
@@ -184,7 +184,9 @@ class OrtBackend:
         is_host = self._device.name == "cpu"
         threads = (threads or available_cores()) if is_host else 1  # with a GPU the CPU only computes shapes
         self._step_inputs = {
-            name: field for name, field in step_inputs(bundle.format).items() if decoder != LOG_PROBS or field in FED
+            name: field
+            for name, field in step_inputs(bundle.format).items()
+            if decoder != LOG_PROBS or field in LOG_PROBS_INPUTS
         }
         graphs = ("encoder", decoder, "regroup")
         self._names = {

@@ -261,4 +261,4 @@ def test_on_arm_onnx_runtime_gets_its_fast_math(tiny_bundle, tmp_path, monkeypat
     open_backend(bundle, Runtime("cpu", threads=1))
     assert set(seen) == {""}
     info = CliRunner().invoke(main, ["info", "--json"])
-    assert json.loads(info.stdout)["bf16"] == "--backend cpu --cpu-precision bf16 is for this processor; not parity"
+    assert json.loads(info.stdout)["bf16"] == "this processor supports --backend cpu --cpu-precision bf16 (not parity)"

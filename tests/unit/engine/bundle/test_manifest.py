@@ -52,7 +52,7 @@ def test_everything_wrong_is_listed_at_once(bundle_copy):
     [
         ({"format": 99}, "bundle format 99"),
         ({"files": {}}, "encoder.onnx is not listed"),
-        ({"precision": "fp8"}, "its precision is 'fp8', known are fp32, fp16, int8"),
+        ({"precision": "fp8"}, "its precision is 'fp8', supported are fp32, fp16, int8"),
         ({"files": {"../evil": "0"}}, "not a plain file name"),
         ({"model": {}}, "ModelDims needs"),
         ({"generation": {"num_beams": 0}}, "num_beams must be"),
@@ -105,10 +105,10 @@ def test_a_bundle_of_links_runs(backend, linked, tiny_bundle):
     ("target", "sentence"),
     [
         ("/etc/passwd", r"golden\.npz has changed"),
-        ("/dev/zero", r"is not whole: it has no golden\.npz"),
+        ("/dev/zero", r"is incomplete: it has no golden\.npz"),
         ("/proc/version", r"golden\.npz has changed \(empty file"),  # as every file of /proc it claims to have no bytes
-        ("golden.npz", r"is not whole: it has no golden\.npz"),
-        ("nowhere", r"is not whole: it has no golden\.npz"),
+        ("golden.npz", r"is incomplete: it has no golden\.npz"),
+        ("nowhere", r"is incomplete: it has no golden\.npz"),
     ],
 )
 def test_hostile_links_in_a_bundle_are_refused(target, sentence, linked, tmp_path):
@@ -215,7 +215,7 @@ def add_function(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize("change", [loop_for_ever, add_function])
 def test_a_graph_that_may_never_end_is_refused(change, bundle_copy):
     rewrite_graph(bundle_copy, "regroup", change)
-    with pytest.raises(BundleError, match=r"regroup\.onnx holds control flow"):
+    with pytest.raises(BundleError, match=r"regroup\.onnx contains control flow"):
         Bundle.load(bundle_copy)
 
 
