@@ -333,7 +333,7 @@ def _loaded(
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan.content)
     if engine is None:
-        (path,) = build_plans(bundle, folder, plan.bounds, plan.target, lambda _: None, graphs=(graph,), anew=True)
+        (path,) = build_plans(bundle, folder, plan.bounds, plan.target, lambda _: None, graphs=(graph,), force=True)
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise BackendError(f"{folder / graph}.plan was just built and does not load: {logger.last()}")

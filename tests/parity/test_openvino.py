@@ -223,8 +223,8 @@ def test_a_run_in_bf16_is_labelled_and_reported(image_dir, tiny_bundle, tmp_path
     ("backend", "sentence"),
     [
         ("openvino", "this processor has no instructions for bf16 (AVX512_BF16 or AMX)"),
-        ("cpu", "ONNX Runtime multiplies bf16 on ARM processors with instructions for it alone"),
-        ("auto", "take --backend openvino, or leave --cpu-precision out"),
+        ("cpu", "ONNX Runtime supports bf16 only on ARM processors with bf16 instructions"),
+        ("auto", "use --backend openvino, or remove --cpu-precision"),
     ],
 )
 def test_bf16_is_refused_in_one_line_where_the_processor_has_none(

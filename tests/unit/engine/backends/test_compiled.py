@@ -110,7 +110,7 @@ def test_without_a_place_to_keep_them_graphs_are_compiled_and_it_is_said(tiny_bu
     bundle = Bundle.load(tiny_bundle)
     backend = OpenVinoBackend(bundle)
     assert all(check.passed for check in verify(bundle, backend))
-    assert "compiled graphs are not kept: " in capfd.readouterr().err
+    assert "compiled graphs are not cached: " in capfd.readouterr().err
 
 
 def test_a_graph_that_says_something_else_when_read_back_is_not_kept(fresh, bundle_copy):
