@@ -78,8 +78,8 @@ class OpenVinoBackend:
 
     def admit(self, cache: OpenVinoCache, slot: int, encoded: list[NDArray[Any]], image: int) -> None:
         """See Backend.admit."""
-        for place, new in zip(cache.cross, encoded, strict=True):
-            place[slot] = new[image]
+        for keys, new in zip(cache.cross, encoded, strict=True):
+            keys[slot] = new[image]
 
     def step(self, cache: OpenVinoCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See Backend.step."""

@@ -107,7 +107,7 @@ def test_pytorchs_answers_are_replayed(captioner, tmp_path):
 def test_rounded_bundles_run_too(precision, rounded_bundles):
     bundle = Bundle.load(rounded_bundles[precision])
     assert all(check.passed for check in verify(bundle, open_backend(bundle, Runtime("openvino", threads=1))))
-    with pytest.raises(UsageError, match=f"is {precision}: --cpu-precision bf16 is for fp32 bundles"):
+    with pytest.raises(UsageError, match=f"is {precision}, but --cpu-precision bf16 is for fp32 bundles"):
         OpenVinoBackend(bundle, cpu_precision="bf16")
 
 
