@@ -66,7 +66,7 @@ class OpenVinoBackend:
         shape = self._cross_shape(len(pixel_values))
         for value in encoded:
             if value.shape != shape:
-                raise BundleError(f"the encoder returns {value.shape}, the manifest says {shape}: export it again")
+                raise BundleError(f"the encoder returns {value.shape}, but the manifest has {shape}: export it again")
         return encoded
 
     def allocate(self, num_slots: int) -> OpenVinoCache:

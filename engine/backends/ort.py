@@ -76,8 +76,8 @@ def check_graphs(bundle: Bundle, sessions: Mapping[str, Any]) -> None:
             # shape[0] is the number of images or slots, which is dynamic
             if entry.name in fixed and tuple(entry.shape[1:]) != fixed[entry.name]:
                 raise BundleError(
-                    f"{bundle.path / graph}.onnx: {entry.name} has the sizes {tuple(entry.shape[1:])}, the manifest "
-                    f"says {fixed[entry.name]}: export it again"
+                    f"{bundle.path / graph}.onnx: {entry.name} has the sizes {tuple(entry.shape[1:])}, but the "
+                    f"manifest has {fixed[entry.name]}: export it again"
                 )
 
 
@@ -89,8 +89,8 @@ def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:
         wanted = keys if is_key else "tensor(float)"
         if (is_key or entry.name in FLOAT32_ALWAYS) and entry.type != wanted:
             raise BundleError(
-                f"{bundle.path / graph}.onnx: {entry.name} is {entry.type}, {bundle.precision} of the manifest means "
-                f"{wanted}: export it again"
+                f"{bundle.path / graph}.onnx: {entry.name} is {entry.type}, but the manifest's precision "
+                f"{bundle.precision} requires {wanted}: export it again"
             )
 
 
@@ -240,7 +240,7 @@ class OrtBackend:
         for value in encoded:
             if tuple(value.shape()) != shape:
                 raise BundleError(
-                    f"the encoder returns {value.shape()}, the manifest says {shape}: export the bundle again"
+                    f"the encoder returns {value.shape()}, but the manifest has {shape}: export the bundle again"
                 )
         return encoded
 

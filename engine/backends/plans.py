@@ -150,9 +150,9 @@ def build_plans(
                 timings = folder / f"timings-{target.version}-{target.compute_capability}.cache"
                 plan = build_plan(bundle, graph, bounds, target, timings)
                 replace_file(path, plan, mode=PRIVATE_MODE)
-                kept = key | {"plan_sha256": hashlib.sha256(plan).hexdigest()}
-                note = json.dumps(kept, indent=1, sort_keys=True) + "\n"
-                replace_file(path.with_suffix(".json"), note.encode(), mode=PRIVATE_MODE)
+                stored = key | {"plan_sha256": hashlib.sha256(plan).hexdigest()}
+                content = json.dumps(stored, indent=1, sort_keys=True) + "\n"
+                replace_file(path.with_suffix(".json"), content.encode(), mode=PRIVATE_MODE)
             paths.append(path)
     return paths
 
@@ -229,32 +229,33 @@ def parse(trt: Any, builder: Any, logger: Any, path: Path) -> tuple[Any, Any]:
     return network, parser
 
 
-def read_plan(folder: Path, bundle: Bundle, graph: str, here: Callable[[str], Target] = target_for) -> Plan:
+def read_plan(folder: Path, bundle: Bundle, graph: str, local_target: Callable[[str], Target] = target_for) -> Plan:
     """Read a plan after checking that it belongs to this bundle and this machine.
 
-    `here` returns this machine's target for a builder. Raises BackendError that names the difference.
+    `local_target` returns this machine's target for a builder. Raises BackendError that names the difference.
     """
     path = folder / f"{graph}.plan"
-    note = path.with_suffix(".json")
-    if not path.is_file() or not note.is_file():
+    key_file = path.with_suffix(".json")
+    if not path.is_file() or not key_file.is_file():
         raise BackendError(f"{folder} has no plan of the {graph}: build it with `engine plan --bundle {bundle.path}`")
-    for checked in (folder, path, note):
+    for checked in (folder, path, key_file):
         require_private(checked, REASON)
     try:
-        kept = json.loads(note.read_text(encoding="utf-8"))
-        bounds = Bounds(**kept["bounds"])
-        target = here(kept["builder"])
+        stored = json.loads(key_file.read_text(encoding="utf-8"))
+        bounds = Bounds(**stored["bounds"])
+        target = local_target(stored["builder"])
         wanted = plan_key(bundle, graph, bounds, target)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackendError(f"{note} is not the key of a plan ({error}): run `engine plan` again") from error
-    different = [name for name, value in wanted.items() if kept.get(name) != value]
+        raise BackendError(f"{key_file} is not the key of a plan ({error}): run `engine plan` again") from error
+    different = [name for name, value in wanted.items() if stored.get(name) != value]
     if different:
         name = different[0]
         raise BackendError(
-            f"{path} was built for another {name} ({kept.get(name)!r}, here {wanted[name]!r}): run `engine plan` again"
+            f"{path} was built for another {name} ({stored.get(name)!r}, here {wanted[name]!r}): "
+            "run `engine plan` again"
         )
     plan = path.read_bytes()
-    if hashlib.sha256(plan).hexdigest() != kept.get("plan_sha256"):
+    if hashlib.sha256(plan).hexdigest() != stored.get("plan_sha256"):
         raise BackendError(f"{path} has changed since it was built: run `engine plan` again")
     return Plan(plan, bounds, target)
 
@@ -262,8 +263,8 @@ def read_plan(folder: Path, bundle: Bundle, graph: str, here: Callable[[str], Ta
 def _is_current(path: Path, key: dict[str, Any]) -> bool:
     """Return whether a plan exists, is undamaged and was built for `key`."""
     try:
-        kept = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return bool(kept == key | {"plan_sha256": file_sha256(path)})
+        stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return bool(stored == key | {"plan_sha256": file_sha256(path)})
     except (OSError, ValueError):
         return False
 

@@ -95,7 +95,7 @@ class Bounds:
         for name, size in wanted.items():
             most = getattr(self, name)
             if size > most:
-                raise BackendError(f"{name.replace('_', ' ')} is {size}, at most {most} is possible: {hint}")
+                raise BackendError(f"{name.replace('_', ' ')} is {size}, but the maximum is {most}: {hint}")
 
     def settings(self) -> dict[str, int]:
         """Return the bounds for JSON."""
@@ -292,17 +292,17 @@ class PaddedBackend:
 
     def regroup(self, cache: PaddedCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""
-        kept, settled = columns.shape
+        num_slots, settled = columns.shape
         padded_slots = cache.padded_slots
-        while padded_slots > cache.fewest_slots and kept <= -(-padded_slots // SHRINK):
+        while padded_slots > cache.fewest_slots and num_slots <= -(-padded_slots // SHRINK):
             padded_slots = max(cache.fewest_slots, -(-padded_slots // SHRINK))
         padded_settled = max(cache.padded_settled, bucket_size(settled, FEWEST_SETTLED))
         front = cache.padded_settled - cache.settled
         padded_columns = np.zeros((padded_slots, padded_settled), np.int64)
-        padded_columns[:kept, padded_settled - settled :] = columns + front
-        kept_slots = np.append(slots, np.arange(kept, padded_slots))
+        padded_columns[:num_slots, padded_settled - settled :] = columns + front
+        kept_slots = np.append(slots, np.arange(num_slots, padded_slots))
         self.inner.regroup(cache.inner, kept_slots, padded_columns, keep_recent=True)
-        cache.slots, cache.padded_slots = kept, padded_slots
+        cache.slots, cache.padded_slots = num_slots, padded_slots
         cache.settled, cache.padded_settled, cache.recent = settled, padded_settled, 0
 
 

@@ -260,13 +260,13 @@ class TrtBackend:
     ) -> None:
         """See FillableBackend.regroup. Requires `keep_recent`."""
         assert keep_recent
-        kept, settled = columns.shape
+        num_slots, settled = columns.shape
         self._bounds.refuse_beyond(OTHER_PLANS, settled=settled)
         small = {"slots": np.ascontiguousarray(slots), "columns": np.ascontiguousarray(columns)}
         addresses = self._sent(small)
         addresses |= self._addresses("settled", cache.settled, cache.num_slots, cache.num_settled)
         addresses |= self._addresses("recent", cache.recent, cache.num_slots, cache.num_recent)
-        addresses |= self._addresses("regrouped", cache.spare_settled, kept, settled)
+        addresses |= self._addresses("regrouped", cache.spare_settled, num_slots, settled)
         shapes: dict[str, Shape] = {name: array.shape for name, array in small.items()}
         self._graphs["regroup"].run(shapes | self._past_shapes(cache), addresses)
         for slot, source in enumerate(slots.tolist()):
@@ -274,7 +274,7 @@ class TrtBackend:
                 for region in cache.cross:
                     self._copy_slot(region, slot, region, source)
         cache.settled, cache.spare_settled = cache.spare_settled, cache.settled
-        cache.num_slots, cache.num_settled = kept, settled
+        cache.num_slots, cache.num_settled = num_slots, settled
 
     def _regions(self) -> list[Region]:
         return [Region(self._device) for _ in self._names["cross"]]
@@ -324,8 +324,10 @@ def _is_installed(builder: str) -> bool:
 def _loaded(
     plan: Plan, folder: Path, bundle: Bundle, graph: str
 ) -> tuple[Callable[[], Any], frozenset[str], Callable[[], str]]:
-    """Return a factory of execution contexts, the tensors that TensorRT reads on the host, and a getter of its last
-    error. A plan that TensorRT rejects is rebuilt once.
+    """Load a plan; one that TensorRT rejects is rebuilt once.
+
+    Returns a factory of execution contexts, the tensors that TensorRT reads on the host, and a getter of its last
+    error.
     """
     trt = import_builder(plan.target.builder)
     logger = make_logger(trt)
