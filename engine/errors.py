@@ -1,4 +1,4 @@
-"""Every error raised on purpose, here and in export and train: what, which file and what to do, in one line."""
+"""The errors that engine, export and train raise on purpose. Messages are one line: what, where, what to do."""
 
 from __future__ import annotations
 
@@ -19,48 +19,49 @@ PACKAGES = {
     "trt": ("tensorrt>=10.12", "cuda-bindings>=12.8"),
     "rtx": ("tensorrt-rtx>=1.7", "cuda-bindings>=12.8"),
 }
-"""What the extras of pyproject.toml bring, for install_command; a test compares the two."""
+"""Extra of pyproject.toml -> the packages it installs, for install_command. A test compares the two."""
 
 
 def install_command(extra: str) -> str:
-    """Return the pip command that installs what an extra brings.
+    """Return the pip command that installs the packages of an extra.
 
-    It names the packages, so that it works however the engine was installed: pip finds `blip-caption-engine[extra]`
-    only in an index that has it, and `.[extra]` replaces an editable installation by a copy.
+    The command lists the packages instead of the extra, so that it works for every kind of installation: pip finds
+    `blip-caption-engine[extra]` only in an index that has it, and `.[extra]` replaces an editable installation with a
+    copy.
     """
     return "pip install " + " ".join(f"'{package}'" for package in PACKAGES[extra])
 
 
 class EngineError(Exception):
-    """Base of all errors a user can cause or meet; the command line prints it and exits with `exit_code`."""
+    """Base class of all errors a user can see; the command line prints the message and exits with `exit_code`."""
 
     exit_code = 1
 
 
 class UsageError(EngineError):
-    """The request itself is wrong: a missing directory, an option out of range, an unknown backend."""
+    """The request is invalid: a missing directory, an option out of range, an unknown backend."""
 
     exit_code = 2
 
 
 class DataError(EngineError):
-    """A table of ids or captions does not hold what it should; the message names the line or the ids."""
+    """A table of ids or captions has invalid content; the message names the line or the ids."""
 
 
 class BundleError(EngineError):
-    """A bundle is incomplete, damaged or of another format."""
+    """A bundle is incomplete, damaged or has an unsupported format."""
 
 
 class CheckpointError(EngineError):
-    """A checkpoint is not one that can be used; the message names the directory and the remedy."""
+    """A checkpoint cannot be used; the message names the directory and what to do."""
 
 
 class ExportError(EngineError):
-    """An export did not end in a bundle that says what PyTorch says."""
+    """An export failed, or its bundle does not give the same captions as PyTorch."""
 
 
 class AssetError(EngineError):
-    """A package with data for the demo cannot be had, or holds something else."""
+    """A package with demo data cannot be downloaded, or has unexpected content."""
 
 
 class ImageError(EngineError):
@@ -73,11 +74,11 @@ class ImageError(EngineError):
 
 
 class BackendError(EngineError):
-    """A runtime or a provider is missing, or failed."""
+    """A runtime or an execution provider is missing or failed."""
 
 
 class OutOfMemoryError(BackendError):
-    """A runtime could not get the memory it asked for; fewer rows side by side need less."""
+    """A runtime could not allocate memory; fewer beams in flight (`--rows`) need less."""
 
 
 class OutputError(EngineError):

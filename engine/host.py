@@ -1,4 +1,4 @@
-"""Cores and memory that this process may use, and the processes below it."""
+"""CPU cores and memory available to this process, and its child processes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
 UNKNOWN_MEMORY = 4 << 30
-"""Bytes taken as available where the system does not say."""
+"""Bytes assumed to be available if the system does not report them."""
 CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A processor by Linux's names: its model, empty where unknown, and its instructions."""
+    """A processor as Linux reports it: the model name (empty if unknown) and the instruction flags."""
 
     name: str
     flags: frozenset[str]
 
     @property
     def is_x86(self) -> bool:
-        """Return whether it is known to be one: all have this flag, and no other family does."""
+        """Return whether this is known to be an x86 processor: all of them have the flag `fpu`, and no others do."""
         return "fpu" in self.flags
 
 
 def processor() -> Processor:
-    """Return what the system says of the first processor; nothing where it does not say (only Linux does)."""
+    """Return the first processor from /proc/cpuinfo; its fields are empty on systems other than Linux."""
     try:
         lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -41,29 +41,31 @@ def processor() -> Processor:
     for line in lines:
         name, _, value = line.partition(":")
         first.setdefault(name.strip(), value.strip())
-    flags = first.get("flags") or first.get("Features") or ""  # on x86 and on ARM
+    flags = first.get("flags") or first.get("Features") or ""  # the names on x86 and on ARM
     return Processor(first.get("model name", ""), frozenset(flags.split()))
 
 
 def available_cores() -> int:
-    """Return how many CPU cores this process may use: those it is bound to, and no more than its container's quota."""
+    """Return the number of CPU cores this process may use: the lower of its CPU affinity and the container's quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(bound, _cpu_quota())))
 
 
 def core_shares(count: int) -> list[frozenset[int]]:
-    """Divide the cores this process is bound to among `count` workers; those of a socket, and the threads of one core,
-    stay together. Shares are empty where there are fewer cores, or the system binds no process to some.
+    """Divide the cores of this process's CPU affinity among `count` workers.
+
+    Neighbouring cores go to the same worker: first the threads of one physical core, then the cores of one socket. All
+    shares are empty if there are fewer cores than workers, or if the system has no CPU affinity.
     """
     cores = sorted(os.sched_getaffinity(0), key=_position) if hasattr(os, "sched_setaffinity") else []
     if len(cores) < count:
         return [frozenset()] * count
-    bounds = [-(-len(cores) * place // count) for place in range(count + 1)]
+    bounds = [-(-len(cores) * i // count) for i in range(count + 1)]
     return [frozenset(cores[first:end]) for first, end in itertools.pairwise(bounds)]
 
 
 def _position(core: int) -> tuple[int, ...]:
-    """Return socket, die, physical core and number of what the system calls a core."""
+    """Return (socket, die, physical core, number) of a logical core, to sort neighbours next to each other."""
     position = []
     for name in ("physical_package_id", "die_id", "core_id"):
         try:
@@ -74,7 +76,7 @@ def _position(core: int) -> tuple[int, ...]:
 
 
 def _cpu_quota() -> float:
-    """Return the cores that control groups allow (cpu.max of version 2, cpu.cfs_* of 1); infinite without a limit."""
+    """Return the number of cores that cgroups allow (v2: cpu.max, v1: cpu.cfs_*), or infinity without a limit."""
     quotas = [math.inf]
     for group in _groups("cpu"):
         try:
@@ -90,7 +92,7 @@ def _cpu_quota() -> float:
 
 
 def available_memory() -> int:
-    """Return the bytes this process may still take: of the machine and, where there is one, of its control group."""
+    """Return the bytes this process can still allocate: the smaller of the machine's and the cgroup's free memory."""
     return min(_machine_memory(), _group_memory())
 
 
@@ -108,10 +110,10 @@ def _machine_memory() -> int:
 
 
 def _group_memory() -> int:
-    """Return what the limits of a container or a batch job leave (control groups); a very large number without any.
+    """Return the bytes left below the memory limits of a container or a batch job (cgroups); very large without limits.
 
-    A group is bound by its own limit and by those of all above it. Cached file contents count as used there, but are
-    given up when memory is asked for.
+    The limits of all parent groups apply as well. The page cache (`inactive_file`) is part of a group's usage, but the
+    kernel reclaims it when memory is needed, so it counts as free.
     """
     left = [1 << 62]
     for group in _groups("memory"):
@@ -132,9 +134,9 @@ CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def _groups(controller: str) -> list[Path]:
-    """List the directories of this process's control groups of a controller, from its own up to the root.
+    """Return the directories of this process's cgroups for a controller, from its own group up to the root.
 
-    Of version 2 there is one tree; of version 1 one for each controller, or for some together (`cpu,cpuacct`).
+    Version 2 has one tree. Version 1 has one tree per controller or per set of controllers (`cpu,cpuacct`).
     """
     try:
         lines = OWN_CGROUP.read_text().splitlines()
@@ -151,20 +153,22 @@ def _groups(controller: str) -> list[Path]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the processes below a process, children last; none where the system has no /proc."""
-    found: list[int] = []
+    """Return the ids of all descendants of a process, each before its parent; empty if the system has no /proc."""
+    pids: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for child in map(int, path.read_text().split()):
-                found += [*descendants(child), child]
-    return found
+                pids += [*descendants(child), child]
+    return pids
 
 
 def started_at(pid: int) -> str | None:
-    """Return when a process was started, in the system's ticks: with its id it names the process for good. None if it
-    has ended, even if its parent has not asked for its exit code yet.
+    """Return the start time of a process in clock ticks, or None if it has ended, zombies included.
+
+    Process ids are reused; the pair of id and start time identifies a process.
     """
     try:
+        # the command name before the last ")" may contain spaces and parentheses
         state, *others = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
@@ -172,11 +176,11 @@ def started_at(pid: int) -> str | None:
 
 
 def wait_or_kill(processes: Mapping[int, str | None], patience_s: float) -> None:
-    """Wait until processes {id: started_at} have ended, and kill those that have not after `patience_s` seconds."""
+    """Wait until the processes {id: started_at} have ended; after `patience_s` seconds, kill the remaining ones."""
     end = time.monotonic() + patience_s
-    while living := [pid for pid, start in processes.items() if start is not None and started_at(pid) == start]:
+    while alive := [pid for pid, start in processes.items() if start is not None and started_at(pid) == start]:
         if time.monotonic() > end:
-            for pid in living:
+            for pid in alive:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
             return

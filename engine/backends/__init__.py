@@ -1,4 +1,4 @@
-"""Runtimes that execute a bundle's graphs; `open_backend` picks one by name."""
+"""Backends: runtimes that execute a bundle's graphs. `open_backend` loads one by name."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = [
 
 
 def require_backend(name: str, cpu_precision: str = "fp32") -> str:
-    """Return the name of the backend that `name` means here: only `auto` may choose.
+    """Check that a backend can run on this machine, before anything is loaded. Return its name (`auto` is resolved).
 
-    Raises UsageError for an unknown name, BackendError, in one sentence and at once, when something is missing, were it
-    only the processor's instructions for `cpu_precision`.
+    Raises UsageError for an unknown name, BackendError if a library, a device or the processor's instructions for
+    `cpu_precision` are missing.
     """
-    Runtime(name, cpu_precision=cpu_precision)  # refuses an unknown one
+    Runtime(name, cpu_precision=cpu_precision)  # raises UsageError for an unknown name
     if name == "openvino":
         from engine.backends.compiled import require_openvino
 
@@ -45,39 +45,41 @@ def require_backend(name: str, cpu_precision: str = "fp32") -> str:
 
         name = choose(name)
         require_provider(name)
-        Runtime(name, cpu_precision=cpu_precision)  # `auto` may have become a GPU
+        Runtime(name, cpu_precision=cpu_precision)  # again, because `auto` may have become a GPU
         if name == "cpu":
             require_cpu_precision(cpu_precision)
     return name
 
 
 OF_ENSEMBLES = ("cpu", "cuda")
+"""Backends that support ensembles."""
 CORES_OF_A_STREAM = 8
-"""From twice as many on, a CPU is divided: small products do not get quicker with more threads. A guess: no machine of
-so many was at hand.
+"""Threads per stream by default, so a CPU with at least twice as many is divided: small matrix products do not get
+faster with more threads. A guess: it was never measured on a machine with so many cores.
 """
 
 
 def open_backends(bundle: Bundle, runtime: Runtime = DEFAULT) -> list[Backend]:
-    """Load the bundle's graphs once for each stream of `runtime`, on a CPU, with a share of its threads; else once.
+    """Load the bundle's graphs once for each stream of `runtime`; the threads are divided among the streams.
 
-    Raises UsageError where streams were asked for and the backend is another; see open_backend for the rest.
+    Backends other than `cpu` have one stream; if `runtime.streams` is set for them, this raises UsageError. Otherwise
+    raises as open_backend does.
     """
     name = require_backend(runtime.backend, runtime.cpu_precision)
     if name != "cpu":
         if runtime.streams is not None:
-            raise UsageError(f"streams are for the backend cpu, not for {name}: leave --streams out")
+            raise UsageError(f"streams are for the backend cpu, not for {name}: remove --streams")
         return [open_backend(bundle, runtime)]
     threads = runtime.threads or available_cores()
     streams = min(threads, runtime.streams or max(1, threads // CORES_OF_A_STREAM))
-    shares = [threads // streams + (i < threads % streams) for i in range(streams)]
-    return [open_backend(bundle, replace(runtime, backend=name, threads=share, streams=None)) for share in shares]
+    counts = [threads // streams + (i < threads % streams) for i in range(streams)]
+    return [open_backend(bundle, replace(runtime, backend=name, threads=count, streams=None)) for count in counts]
 
 
 def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
-    """Load the bundle's graphs as `runtime` says; what `auto` chose is `Backend.name`.
+    """Load the bundle's graphs with the backend and settings of `runtime`. `Backend.name` is the resolved name.
 
-    Raises as require_backend does, and BundleError or BackendError where graphs or plans are not the bundle's.
+    Raises as require_backend does, and BundleError or BackendError if graphs or plans do not match the bundle.
     """
     name = require_backend(runtime.backend, runtime.cpu_precision)
     if bundle.members:
@@ -104,7 +106,7 @@ def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
 def _open_ensemble(bundle: Bundle, name: str, runtime: Runtime) -> Backend:
     if name not in OF_ENSEMBLES:
         raise UsageError(
-            f"several bundles caption together on {' and '.join(OF_ENSEMBLES)}, not on {name}: choose another --backend"
+            f"several bundles caption together on {' and '.join(OF_ENSEMBLES)}, not on {name}: change --backend"
         )
     from engine.backends.ensemble import EnsembleBackend
     from engine.backends.shapes import PaddedBackend

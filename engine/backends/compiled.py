@@ -1,8 +1,8 @@
-"""Graphs compiled by OpenVINO: read and checked as a stranger's, then compiled, or taken from what was compiled before.
+"""Compile graphs with OpenVINO, and cache the compiled graphs.
 
-What is kept is the compiled graph without its weights, half a megabyte or so; these come from the bundle, whose hashes
-were checked. It is keyed by bundle, release, processor and precision, and kept only where it was seen to give the same
-numbers.
+Graphs are read and checked like untrusted input first. A cached file is the compiled graph without its weights, about
+half a megabyte; the weights come from the bundle, whose hashes were checked. The cache is keyed by bundle, OpenVINO
+release, processor and precision. A graph is cached only if it gives the same numbers after it is read back.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from engine.host import processor
 
 NAME = "openvino"
 OLDEST = (2026, 4)
-"""Release: of older ones nobody has seen that they refuse weights outside the bundle."""
+"""Oldest supported release. It is not verified that older ones refuse weights outside the bundle."""
 HINTS = {"fp32": "f32", "bf16": "bf16"}
-"""Precision -> OpenVINO's word. It must be said: by itself OpenVINO takes bf16 where the processor has it."""
+"""Precision -> OpenVINO's hint. It is always set, because OpenVINO's default is bf16 if the processor supports it."""
 OUT_OF_MEMORY = (*ORT_OUT_OF_MEMORY, "can't allocate")
-"""What OpenVINO's message holds, in lower case, when memory is short."""
+"""Parts of OpenVINO's messages, in lower case, that mean out of memory."""
 TELEMETRY = "openvino_telemetry"
 DIGEST_CHARACTERS = 64
 REASON = "compiled graphs are executable code"
 PRIVATE_MODE = 0o600
-"""Nobody else may read or write what decides how a graph is run."""
+"""Mode of cached files: no one else may read or write them, because they are executable code."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output in ONNX Runtime's words; None is a size that is not fixed."""
+    """An input or output with ONNX Runtime's names for types; a size of None is dynamic."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -52,15 +52,15 @@ class Port:
 
 @dataclass(frozen=True)
 class Ports:
-    """Inputs and outputs of a graph, for check_graphs."""
+    """Inputs and outputs of a graph, with the interface of an ONNX Runtime session that check_graphs needs."""
 
     inputs: list[Port]
     outputs: list[Port]
 
     @classmethod
     def of(cls, model: Any) -> Ports:
-        """Return those of an OpenVINO model."""
-        return cls([_port(one) for one in model.inputs], [_port(one) for one in model.outputs])
+        """Return the inputs and outputs of an OpenVINO model."""
+        return cls([_port(value) for value in model.inputs], [_port(value) for value in model.outputs])
 
     def get_inputs(self) -> list[Port]:
         return self.inputs
@@ -72,15 +72,15 @@ class Ports:
 TYPES = {"f32": "tensor(float)", "f16": "tensor(float16)"}
 
 
-def _port(one: Any) -> Port:
-    shape = one.partial_shape
+def _port(value: Any) -> Port:
+    shape = value.partial_shape
     sizes = () if shape.rank.is_dynamic else tuple(d.get_length() if d.is_static else None for d in shape)
-    kind = one.element_type.get_type_name()
-    return Port(one.any_name, sizes, TYPES.get(kind, f"tensor({kind})"))
+    kind = value.element_type.get_type_name()
+    return Port(value.any_name, sizes, TYPES.get(kind, f"tensor({kind})"))
 
 
 def import_openvino() -> Any:
-    """Import openvino, or raise BackendError naming the extra that brings it."""
+    """Import openvino. Raises BackendError with the command that installs it."""
     try:
         with _without_telemetry():
             import openvino
@@ -95,9 +95,9 @@ def import_openvino() -> Any:
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Hide OpenVINO's telemetry from its import, as if it were not installed.
+    """Make the package openvino_telemetry look uninstalled while openvino is imported.
 
-    It would report the import to Google Analytics, from a forked process that hangs where threads run already.
+    It would report the import to Google Analytics from a forked process, which hangs if threads are already running.
     """
     known = sys.modules.get(TELEMETRY)
     sys.modules[TELEMETRY] = None  # type: ignore[assignment]
@@ -110,35 +110,35 @@ def _without_telemetry() -> Iterator[None]:
 
 
 def require_openvino(cpu_precision: str = "fp32") -> None:
-    """Raise BackendError, in one sentence, where OpenVINO or the instructions for bf16 are missing."""
+    """Raise BackendError if OpenVINO or, for bf16, the processor's instructions are missing."""
     openvino = import_openvino()
     if cpu_precision == "bf16":
-        can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if "BF16" not in can:
+        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if "BF16" not in capabilities:
             raise BackendError(
-                "this processor has no instructions for bf16 (AVX512_BF16 or AMX), where it would only be slower: "
-                "leave --cpu-precision out"
+                "this processor has no instructions for bf16 (AVX512_BF16 or AMX), so bf16 would only be slower: "
+                "remove --cpu-precision"
             )
 
 
 @contextmanager
 def openvino_errors(what: str) -> Iterator[None]:
-    """Turn what OpenVINO raises into our errors, `what` being the beginning of the sentence."""
+    """Convert OpenVINO's exceptions into BackendError or OutOfMemoryError; `what` starts the message."""
     try:
         yield
     except EngineError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        is_short = isinstance(error, MemoryError) or any(sign in reason.lower() for sign in OUT_OF_MEMORY)
-        raise (OutOfMemoryError if is_short else BackendError)(f"{what}: {reason}") from error
+        is_out_of_memory = isinstance(error, MemoryError) or any(sign in reason.lower() for sign in OUT_OF_MEMORY)
+        raise (OutOfMemoryError if is_out_of_memory else BackendError)(f"{what}: {reason}") from error
 
 
 def compile_graphs(bundle: Bundle, threads: int, cpu_precision: str) -> dict[str, Any]:
-    """Return graph -> OpenVINO's compiled model of it, for `threads` threads.
+    """Return {graph: OpenVINO's compiled model} for `threads` threads.
 
-    Raises BundleError for graphs that are not the manifest's, before any is compiled, and BackendError for one that
-    OpenVINO refuses.
+    Raises BundleError if graphs do not match the manifest, before any is compiled, and BackendError if OpenVINO rejects
+    a graph.
     """
     openvino = import_openvino()
     models = {graph: _read(bundle.path / f"{graph}.onnx") for graph in GRAPHS}
@@ -148,7 +148,7 @@ def compile_graphs(bundle: Bundle, threads: int, cpu_precision: str) -> dict[str
 
 
 def _read(path: Path) -> Any:
-    """Read an ONNX file, and nothing else by that name: OpenVINO would look at the content and take other formats."""
+    """Read an ONNX file. Core.read_model would detect and read other formats as well, whatever the file's name."""
     from openvino.frontend import FrontEndManager
 
     with openvino_errors(f"{path} cannot be loaded"):
@@ -157,9 +157,10 @@ def _read(path: Path) -> Any:
 
 
 class Store:
-    """Compiles the graphs of one bundle, and keeps what was compiled in the user's cache folder.
+    """Compiles the graphs of one bundle and caches them in the user's cache folder.
 
-    A file there that is damaged, or a folder that cannot be used, is a line on standard error and costs time, no run.
+    A damaged file or an unusable folder does not stop a run: it is reported on standard error, and the graph is
+    compiled again.
     """
 
     def __init__(self, openvino: Any, bundle: Bundle, threads: int, cpu_precision: str) -> None:
@@ -170,36 +171,42 @@ class Store:
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINTS[cpu_precision],
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # nor are activations rounded to 8 bits beside int8 weights
-            "ENABLE_CPU_PINNING": False,  # two processes would be bound to the same cores
-            "CACHE_MODE": "OPTIMIZE_SIZE",  # exported without weights
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # do not round activations to 8 bits when weights are int8
+            "ENABLE_CPU_PINNING": False,  # it would bind several processes to the same cores
+            "CACHE_MODE": "OPTIMIZE_SIZE",  # export_model omits the weights
         }
         name = self._core.get_property("CPU", "FULL_DEVICE_NAME")
         self._key = f"{openvino.__version__}|{name}|{sorted(processor().flags)}|{cpu_precision}"
 
     def take(self, graph: str, model: Any) -> Any:
-        """Return the compiled model of a graph: the kept one, or a new one, which is kept then."""
+        """Return the compiled model of a graph, from the cache if possible; a new one is added to the cache."""
         weights = f"{graph}.onnx.data"
-        path = self._path(graph) if weights in self._bundle.files else None  # regroup has none, and is quick
-        if path is not None and (kept := self._kept(path, graph)) is not None:
-            return kept
+        path = (
+            self._path(graph) if weights in self._bundle.files else None
+        )  # regroup has no weights and compiles quickly
+        if path is not None and (cached := self._load(path, graph)) is not None:
+            return cached
         with openvino_errors(f"{self._bundle.path / graph}.onnx cannot be compiled"):
             compiled = self._core.compile_model(model, "CPU", self._settings)
         if path is not None:
-            self._keep(path, graph, compiled)
+            self._save(path, graph, compiled)
         return compiled
 
     def _path(self, graph: str) -> Path | None:
-        """Return where a compiled graph is kept, None where that cannot be."""
+        """Return the cache file of a graph, or None if the cache folder cannot be used."""
         try:
             folder = cache_folder(self._bundle.digest, NAME, REASON)
-        except (OSError, RuntimeError, EngineError) as error:  # no home, a full disk, a folder open to others
-            _note(f"compiled graphs are not kept: {error}")
+        except (
+            OSError,
+            RuntimeError,
+            EngineError,
+        ) as error:  # no home, a full disk, a folder that others may write into
+            _log(f"compiled graphs are not cached: {error}")
             return None
         return folder / f"{graph}-{hashlib.sha256(self._key.encode()).hexdigest()[:16]}.blob"
 
-    def _kept(self, path: Path, graph: str) -> Any:
-        """Return the compiled graph that `path` holds, None where there is none or it is damaged."""
+    def _load(self, path: Path, graph: str) -> Any:
+        """Return the compiled graph in `path`, or None if the file is missing or damaged."""
         if not path.exists():
             return None
         try:
@@ -210,11 +217,11 @@ class Store:
                 raise BackendError("its content does not match its checksum")
             return self._import(compiled, graph)
         except (OSError, EngineError) as error:
-            _note(f"{path} cannot be used, its graph is compiled again: {error}")
+            _log(f"{path} cannot be used, its graph is compiled again: {error}")
             return None
 
-    def _keep(self, path: Path, graph: str, compiled: Any) -> None:
-        """Keep a compiled graph if it says the same when it is read back."""
+    def _save(self, path: Path, graph: str, compiled: Any) -> None:
+        """Cache a compiled graph if it gives the same numbers when it is read back."""
         try:
             with openvino_errors("OpenVINO cannot write it"):
                 stream = BytesIO()
@@ -225,12 +232,12 @@ class Store:
             with OutputLock(path):
                 replace_file(path, self._digest(graph, content) + content, mode=PRIVATE_MODE)
         except UsageError:
-            return  # another process is just writing it
+            return  # another process is writing the same file
         except EngineError as error:
-            _note(f"the compiled {graph} is not kept: {error}")
+            _log(f"the compiled {graph} is not cached: {error}")
 
     def _digest(self, graph: str, compiled: bytes) -> bytes:
-        """Return the checksum of what is kept, which no other graph, bundle, release or processor has."""
+        """Return the checksum of a cached graph; it includes the key, so that a file for another key never matches."""
         key = f"{self._bundle.digest}|{graph}|{self._key}"
         return hashlib.sha256(key.encode() + compiled).hexdigest().encode()
 
@@ -240,17 +247,17 @@ class Store:
             return self._core.import_model(BytesIO(compiled), "CPU", self._settings | weights)
 
     def _agree(self, graph: str, *compiled: Any) -> bool:
-        """Return whether compiled models give the same numbers, bit for bit, for inputs drawn at random."""
-        feed = probe(self._bundle, graph, [one.any_name for one in compiled[0].inputs])
+        """Return whether two compiled models give bit-identical outputs for random inputs."""
+        feed = probe(self._bundle, graph, [port.any_name for port in compiled[0].inputs])
         first, second = (model(feed, share_inputs=True).to_dict() for model in compiled)
         return all(
-            np.array_equal(one, other, equal_nan=True)
-            for one, other in zip(first.values(), second.values(), strict=True)
+            np.array_equal(output, expected, equal_nan=True)
+            for output, expected in zip(first.values(), second.values(), strict=True)
         )
 
 
 def probe(bundle: Bundle, graph: str, names: list[str]) -> dict[str, NDArray[Any]]:
-    """Return inputs of the encoder or the decoder: random pixels, or two beams of one image with random keys."""
+    """Return random inputs: pixels for the encoder, or one step of two beams of one image for the decoder."""
     rng, model = np.random.default_rng(0), bundle.model
     if graph == "encoder":
         return {"pixel_values": rng.integers(0, 256, (1, bundle.image.height, bundle.image.width, 3), np.uint8)}
@@ -273,5 +280,5 @@ def probe(bundle: Bundle, graph: str, names: list[str]) -> dict[str, NDArray[Any
     return {name: feed[name] for name in names}
 
 
-def _note(line: str) -> None:
+def _log(line: str) -> None:
     print(" ".join(line.split()), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How many images are decoded in parallel: enough to keep the device busy, and no more than fit into memory."""
+"""The number of slots that fit into memory, and the memory of the host and of a CUDA device."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def slots_for(
         return max(1, rows // search.num_beams)
     memory_bytes = batch_sizes.memory_bytes if memory_bytes is None else memory_bytes
     memory_bytes = available_memory() if memory_bytes is None else memory_bytes
-    a_slot = sum(slot_bytes(search, model, batch_sizes.item_bytes) for model in models)
-    affordable = int(MEMORY_SHARE * memory_bytes) // a_slot
+    bytes_per_slot = sum(slot_bytes(search, model, batch_sizes.item_bytes) for model in models)
+    affordable = int(MEMORY_SHARE * memory_bytes) // bytes_per_slot
     return max(1, min(batch_sizes.rows // search.num_beams, affordable, batch_sizes.slots or affordable))
 
 
@@ -57,9 +57,9 @@ def slot_bytes(search: Search, model: ModelDims, item_bytes: int = 4) -> int:
 
 
 OUT_OF_MEMORY = 2
-"""cudaErrorMemoryAllocation."""
+"""The code of cudaErrorMemoryAllocation."""
 GONE = (4, 709)
-"""cudaErrorCudartUnloading, cudaErrorContextIsDestroyed."""
+"""The codes of cudaErrorCudartUnloading and cudaErrorContextIsDestroyed."""
 
 
 class Device(Protocol):

@@ -1,4 +1,4 @@
-"""Several bundles as one backend: candidates are chosen by the weighted mean of their log-probabilities."""
+"""Run several bundles as one backend: candidates are chosen by the weighted mean of their log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.backends.ort import OrtBackend, OrtCache, check_graphs, open_session, ort_errors
 from engine.backends.providers import CPU, import_libraries
-from engine.bundle.manifest import CANDIDATES, CHOICE, CHOSEN_BY, LOG_PROBS, NUM_CANDIDATES, Bundle
+from engine.bundle.manifest import CANDIDATES, CHOICE, CHOICE_INPUTS, LOG_PROBS, NUM_CANDIDATES, Bundle
 from engine.bundle.open import shares
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.errors import BundleError
@@ -53,13 +53,13 @@ class EnsembleBackend:
 
     def set_recent(self, cache: list[OrtCache], recent: int) -> None:
         """See FillableBackend.set_recent."""
-        for member, own in zip(self._members, cache, strict=True):
-            member.set_recent(own, recent)
+        for member, member_cache in zip(self._members, cache, strict=True):
+            member.set_recent(member_cache, recent)
 
     def admit(self, cache: list[OrtCache], slot: int, encoded: list[list[Any]], image: int) -> None:
         """See Backend.admit."""
-        for member, own, values in zip(self._members, cache, encoded, strict=True):
-            member.admit(own, slot, values, image)
+        for member, member_cache, values in zip(self._members, cache, encoded, strict=True):
+            member.admit(member_cache, slot, values, image)
 
     def step(
         self, cache: list[OrtCache], inputs: StepInputs, at: int | None = None
@@ -67,13 +67,13 @@ class EnsembleBackend:
         """See FillableBackend.step."""
         shape = (*inputs.input_ids.shape, self._vocab_size)
         mean = np.zeros(shape, np.float32)
-        for member, own, weight in zip(self._members, cache, self._weights, strict=True):
-            log_probs = member.log_probs(own, inputs, at)
+        for member, member_cache, weight in zip(self._members, cache, self._weights, strict=True):
+            log_probs = member.log_probs(member_cache, inputs, at)
             if log_probs.shape != shape:
                 raise BundleError(f"a decoder returns {log_probs.shape} instead of {shape}: export its bundle again")
             np.multiply(log_probs, weight, out=log_probs)
             mean += log_probs
-        feed = {name: np.ascontiguousarray(getattr(inputs, name)) for name in CHOSEN_BY}
+        feed = {name: np.ascontiguousarray(getattr(inputs, name)) for name in CHOICE_INPUTS}
         feed |= {LOG_PROBS: mean, NUM_CANDIDATES: np.array([inputs.num_candidates], np.int64)}
         with ort_errors(self.name):
             scores, ids = self._choice.run([*CANDIDATES], feed)
@@ -88,19 +88,19 @@ class EnsembleBackend:
         keep_recent: bool = False,
     ) -> None:
         """See FillableBackend.regroup."""
-        for member, own in zip(self._members, cache, strict=True):
-            member.regroup(own, slots, columns, keep_recent=keep_recent)
+        for member, member_cache in zip(self._members, cache, strict=True):
+            member.regroup(member_cache, slots, columns, keep_recent=keep_recent)
 
 
 def smallest(sizes: list[BatchSizes]) -> BatchSizes:
     """Return batch sizes that suit several backends on one device: the smallest of each, and the least free memory."""
-    first = min(sizes, key=lambda one: one.rows)
-    slots = [one.slots for one in sizes if one.slots is not None]
-    memory = [one.memory_bytes for one in sizes if one.memory_bytes is not None]
+    first = min(sizes, key=lambda size: size.rows)
+    slots = [size.slots for size in sizes if size.slots is not None]
+    memory = [size.memory_bytes for size in sizes if size.memory_bytes is not None]
     return replace(
         first,
-        encode_batch=min(one.encode_batch for one in sizes),
+        encode_batch=min(size.encode_batch for size in sizes),
         slots=min(slots, default=None),
         memory_bytes=min(memory, default=None),
-        item_bytes=max(one.item_bytes for one in sizes),
+        item_bytes=max(size.item_bytes for size in sizes),
     )

@@ -66,7 +66,7 @@ class OpenVinoBackend:
         shape = self._cross_shape(len(pixel_values))
         for value in encoded:
             if value.shape != shape:
-                raise BundleError(f"the encoder returns {value.shape}, the manifest says {shape}: export it again")
+                raise BundleError(f"the encoder returns {value.shape}, but the manifest has {shape}: export it again")
         return encoded
 
     def allocate(self, num_slots: int) -> OpenVinoCache:
@@ -78,8 +78,8 @@ class OpenVinoBackend:
 
     def admit(self, cache: OpenVinoCache, slot: int, encoded: list[NDArray[Any]], image: int) -> None:
         """See Backend.admit."""
-        for place, new in zip(cache.cross, encoded, strict=True):
-            place[slot] = new[image]
+        for keys, new in zip(cache.cross, encoded, strict=True):
+            keys[slot] = new[image]
 
     def step(self, cache: OpenVinoCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See Backend.step."""

@@ -1,4 +1,4 @@
-"""ONNX Runtime's sessions: opened with the provider that was asked for, and only of graphs that are the manifest's."""
+"""The ONNX Runtime backend, and the check that a bundle's graphs match its manifest."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_l
 from engine.backends.shapes import gpu_batch_sizes
 from engine.bundle.manifest import (
     CANDIDATES,
-    FED,
     LOG_PROBS,
+    LOG_PROBS_INPUTS,
     NUM_CANDIDATES,
     Bundle,
     cache_names,
@@ -30,60 +30,67 @@ from engine.errors import BackendError, BundleError, OutOfMemoryError, UsageErro
 from engine.host import available_cores
 
 FLOAT32_ALWAYS = ("scores", "penalties", "candidate_scores", LOG_PROBS)
-"""What scores are made of, whatever the weights are; keys and values have the precision's own type."""
+"""Inputs and outputs that are float32 in every precision. Keys and values have the type of the bundle's precision."""
 
 LOG_ERRORS_ONLY = 3
 STOP_SPINNING = ("session.force_spinning_stop", "1")
-"""Threads of one graph would else spin on the cores the next graph needs: 8 to 20 % of a run (benchmarks/LOG.md)."""
+"""Otherwise idle threads of one graph spin on the cores that the next graph needs: 8 to 20 % of a run
+(benchmarks/LOG.md).
+"""
 BF16_ON_ARM = ("mlas.enable_gemm_fastmath_arm64_bfloat16", "1")
 
 
 def refuse_rounded_twice(bundle: Bundle, cpu_precision: str) -> None:
-    """Raise UsageError for bf16 of a bundle whose weights are rounded already."""
+    """Raise UsageError for bf16 with a bundle whose weights are already rounded (fp16, int8)."""
     if cpu_precision != "fp32" and bundle.precision != "fp32":
         raise UsageError(
-            f"{bundle.path} is {bundle.precision}: --cpu-precision {cpu_precision} is for fp32 bundles, leave it out"
+            f"{bundle.path} is {bundle.precision}, but --cpu-precision {cpu_precision} is for fp32 bundles: remove it"
         )
 
 
 def check_graphs(bundle: Bundle, sessions: Mapping[str, Any]) -> None:
-    """Refuse graphs, by their names, that are not those of the manifest, before any is run. Raises BundleError."""
+    """Check {graph: session} against the manifest, before any graph is run. Raises BundleError for the first mismatch.
+
+    Names of inputs and outputs, their types and their fixed sizes must be those of this engine's exports.
+    """
     model, image = bundle.model, bundle.image
     inputs, outputs = graph_inputs(model.num_layers, bundle.format), graph_outputs(model.num_layers)
     for graph, session in sessions.items():
-        for kind, wanted, found in (
+        for kind, wanted, actual in (
             ("inputs", inputs[graph], session.get_inputs()),
             ("outputs", outputs[graph], session.get_outputs()),
         ):
-            other = sorted(set(wanted) ^ {entry.name for entry in found})
-            if other:
+            different = sorted(set(wanted) ^ {entry.name for entry in actual})  # both missing and unknown names
+            if different:
                 raise BundleError(
                     f"{bundle.path / graph}.onnx does not have the {kind} of this engine's bundles "
-                    f"({', '.join(other[:3])}): export it again"
+                    f"({', '.join(different[:3])}): export it again"
                 )
-            _check_types(bundle, graph, found)
+            _check_types(bundle, graph, actual)
+    # Caches are allocated with the manifest's sizes, so absurd sizes must be found before they exhaust the memory.
     keys = (model.num_heads, model.encoder_positions, model.head_width)
     fixed = dict.fromkeys(cache_names(model.num_layers, "cross"), keys)
     fixed["pixel_values"] = (image.height, image.width, 3)
     for graph, session in sessions.items():
         for entry in session.get_inputs():
+            # shape[0] is the number of images or slots, which is dynamic
             if entry.name in fixed and tuple(entry.shape[1:]) != fixed[entry.name]:
                 raise BundleError(
-                    f"{bundle.path / graph}.onnx: {entry.name} has the sizes {tuple(entry.shape[1:])}, the manifest "
-                    f"says {fixed[entry.name]}: export it again"
+                    f"{bundle.path / graph}.onnx: {entry.name} has the sizes {tuple(entry.shape[1:])}, but the "
+                    f"manifest has {fixed[entry.name]}: export it again"
                 )
 
 
 def _check_types(bundle: Bundle, graph: str, entries: list[Any]) -> None:
-    """Refuse keys, values and scores of another type than the manifest's precision has. Raises BundleError."""
+    """Check that keys, values and scores have the types of the manifest's precision. Raises BundleError."""
     keys = "tensor(float16)" if bundle.precision == "fp16" else "tensor(float)"
     for entry in entries:
         is_key = "." in entry.name  # keys and values: cross.key.0 and so on
         wanted = keys if is_key else "tensor(float)"
         if (is_key or entry.name in FLOAT32_ALWAYS) and entry.type != wanted:
             raise BundleError(
-                f"{bundle.path / graph}.onnx: {entry.name} is {entry.type}, {bundle.precision} of the manifest means "
-                f"{wanted}: export it again"
+                f"{bundle.path / graph}.onnx: {entry.name} is {entry.type}, but the manifest's precision "
+                f"{bundle.precision} requires {wanted}: export it again"
             )
 
 
@@ -97,14 +104,15 @@ def open_session(
     has_patterns: bool,
     is_bf16: bool = False,
 ) -> Any:
-    """Load one graph and check that the provider asked for is the one in use (else ONNX Runtime only logs it).
+    """Load one graph and check that the first of `providers` is in use.
 
-    Without `has_patterns` memory is not planned for each combination of shapes: on a GPU each plan would be kept. With
-    `is_bf16` an ARM processor rounds what it multiplies; others take no notice.
+    `has_patterns` enables memory planning for each combination of input shapes. With `is_bf16`, ARM processors round
+    the factors of matrix products to bf16; other processors ignore it.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = LOG_ERRORS_ONLY
+    # a memory plan is kept for every combination of input shapes, so it is off on a GPU if the shapes vary
     options.enable_mem_pattern = has_patterns
     options.add_session_config_entry(*STOP_SPINNING)
     if is_bf16:
@@ -115,24 +123,25 @@ def open_session(
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         raise BackendError(f"{path} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    # if a provider cannot be loaded, ONNX Runtime only logs a line and uses the next one
     wanted, _ = providers[0]
     if session.get_providers()[0] != wanted:
         raise BackendError(
-            f"{wanted} was asked for and ONNX Runtime fell back to {session.get_providers()[0]}: "
-            f"`engine info` says what is missing"
+            f"{wanted} was requested, but ONNX Runtime fell back to {session.get_providers()[0]}: "
+            "run `engine info` to see what is missing"
         )
     return session
 
 
 CPU_BATCH_SIZES = BatchSizes(rows=160, encode_batch=2)
-"""Measured on 2 cores (benchmarks/LOG.md): more rows gain a few percent at most, larger encode batches miss the
-processor's cache.
+"""Measured on 2 cores (benchmarks/LOG.md): more beams in flight gain a few percent at most, and larger encode batches
+are slower because they exceed the processor's cache.
 """
 
 OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "available memory")
 """Parts of ONNX Runtime's messages, in lower case, that mean out of memory; it has no error code for that."""
-Places = dict[str, tuple[Any, tuple[int, ...]]]
-"""Input name -> OrtValue on the device, and the shape of the part that is fed."""
+Located = dict[str, tuple[Any, tuple[int, ...]]]
+"""Input name -> (OrtValue on the device, shape of the part of it that is fed)."""
 OTHER_BACKEND = "lower --beams, --rows or --max-new-tokens, or use --backend cuda or trt"
 
 
@@ -184,7 +193,9 @@ class OrtBackend:
         is_host = self._device.name == "cpu"
         threads = (threads or available_cores()) if is_host else 1  # with a GPU the CPU only computes shapes
         self._step_inputs = {
-            name: field for name, field in step_inputs(bundle.format).items() if decoder != LOG_PROBS or field in FED
+            name: field
+            for name, field in step_inputs(bundle.format).items()
+            if decoder != LOG_PROBS or field in LOG_PROBS_INPUTS
         }
         graphs = ("encoder", decoder, "regroup")
         self._names = {
@@ -201,6 +212,7 @@ class OrtBackend:
         self._dtype: type[np.float16] | type[np.float32] = np.float16 if bundle.precision == "fp16" else np.float32
         model = bundle.model
         self._slot_shape = (model.num_heads, model.encoder_positions, model.head_width)
+        # keys or values of one slot in one layer: the unit of the copies in admit and regroup
         self._slot_bytes = int(np.prod(self._slot_shape)) * np.dtype(self._dtype).itemsize
 
     def _open(
@@ -223,11 +235,12 @@ class OrtBackend:
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Any]:
         """See Backend.encode. Returns 2L OrtValues [N,H,S,d] on the device."""
         encoded = self._run(self._encoder, {"pixel_values": self._value(pixel_values)}, [], self._names["cross"])
+        # admit copies slots by address, so outputs of another size would be read beyond their end
         shape = (len(pixel_values), *self._slot_shape)
         for value in encoded:
             if tuple(value.shape()) != shape:
                 raise BundleError(
-                    f"the encoder returns {value.shape()}, the manifest says {shape}: export the bundle again"
+                    f"the encoder returns {value.shape()}, but the manifest has {shape}: export the bundle again"
                 )
         return encoded
 
@@ -235,6 +248,7 @@ class OrtBackend:
         """See FillableBackend.allocate."""
         if self._bounds is not None:
             self._bounds.refuse_beyond(OTHER_BACKEND, slots=num_slots)
+        # zeros, not empty: masked positions have the weight 0, but 0 * NaN is NaN
         cross = [self._on_device(np.zeros((num_slots, *self._slot_shape), self._dtype)) for _ in self._names["cross"]]
         return OrtCache(num_slots, cross, self._zeros(num_slots, settled), self._zeros(num_slots, 0))
 
@@ -246,14 +260,14 @@ class OrtBackend:
 
     def admit(self, cache: OrtCache, slot: int, encoded: list[Any], image: int) -> None:
         """See Backend.admit."""
-        for place, new in zip(cache.cross, encoded, strict=True):
-            self._copy_slot(place.data_ptr(), slot, new.data_ptr(), image)
+        for value, new in zip(cache.cross, encoded, strict=True):
+            self._copy_slot(value.data_ptr(), slot, new.data_ptr(), image)
 
     def step(
         self, cache: OrtCache, inputs: StepInputs, at: int | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See FillableBackend.step."""
-        if self._bounds is not None:
+        if self._bounds is not None:  # checked here, where the error can name the options to change
             rows, marks = inputs.marked_ids.shape[1:]
             settled = cache.settled[0].shape()[2]
             self._bounds.refuse_beyond(OTHER_BACKEND, beams=rows, marked_ids=marks, settled=settled)
@@ -263,8 +277,8 @@ class OrtBackend:
 
     def log_probs(self, cache: OrtCache, inputs: StepInputs, at: int | None = None) -> NDArray[np.float32]:
         """Run a step and return log-probabilities f32[B,T,V]; scores, marks and penalties of `inputs` are ignored."""
-        (found,) = self._decode(cache, inputs, {}, [LOG_PROBS], at)
-        return found
+        (log_probs,) = self._decode(cache, inputs, {}, [LOG_PROBS], at)
+        return log_probs
 
     def _decode(
         self, cache: OrtCache, inputs: StepInputs, more: dict[str, Any], to_host: list[str], at: int | None
@@ -276,23 +290,24 @@ class OrtBackend:
             **self._named("settled", cache.settled),
             **self._growing(cache),
         }
-        places = self._cross_places(cache) | self._recent_places(cache)
-        found = self._run(self._decoder, feed, to_host, self._names["extended"], places)
-        extended = found[len(to_host) :]
+        located = self._cross_located(cache) | self._recent_located(cache)
+        outputs = self._run(self._decoder, feed, to_host, self._names["extended"], located)
+        extended = outputs[len(to_host) :]
         if at is None:
-            cache.recent = extended
+            cache.recent = extended  # the output becomes the next input: nothing is copied
         else:
             self._keep_newest(cache, extended, at, inputs.input_ids.shape[1])
-        return [value.numpy() for value in found[: len(to_host)]]
+        return [value.numpy() for value in outputs[: len(to_host)]]
 
     def _keep_newest(self, cache: OrtCache, extended: list[Any], at: int, count: int) -> None:
         """Copy the last `count` positions of [B,H,R+count,d] into the recent block [B0,H,R,d], starting at `at`."""
         assert cache.fixed_recent is not None
         position = self._model.head_width * np.dtype(self._dtype).itemsize
+        # A block is the part of one slot and one head: `recent` bytes in the cache, `grown` bytes in the output.
         recent, grown = cache.fixed_recent * position, (cache.fixed_recent + count) * position
-        for place, new in zip(cache.recent, extended, strict=True):
+        for value, new in zip(cache.recent, extended, strict=True):
             self._device.copy_blocks(
-                (place.data_ptr() + at * position, recent),
+                (value.data_ptr() + at * position, recent),
                 (new.data_ptr() + recent, grown),
                 count * position,
                 cache.num_slots * self._model.num_heads,
@@ -309,15 +324,17 @@ class OrtBackend:
                 **self._named("settled", cache.settled),
                 **self._growing(cache),
             }
-            cache.settled = self._run(self._regroup, feed, [], self._names["regrouped"], self._recent_places(cache))
+            cache.settled = self._run(self._regroup, feed, [], self._names["regrouped"], self._recent_located(cache))
         else:
-            cache.settled = self._zeros(len(slots), 0)
+            cache.settled = self._zeros(len(slots), 0)  # no position is kept, so there is nothing to compute
         if not keep_recent:
             cache.recent = self._zeros(len(slots), 0)
+        # In ascending order a source is never overwritten before it is read, see Backend.regroup. Copies into
+        # new arrays took 26 ms an image on a CPU, copies in place take 2 ms (benchmarks/LOG.md).
         for slot, source in enumerate(slots.tolist()):
             if slot != source:
-                for place in cache.cross:
-                    self._copy_slot(place.data_ptr(), slot, place.data_ptr(), source)
+                for value in cache.cross:
+                    self._copy_slot(value.data_ptr(), slot, value.data_ptr(), source)
         cache.num_slots = len(slots)
 
     def _copy_slot(self, target: int, slot: int, source: int, image: int) -> None:
@@ -326,8 +343,8 @@ class OrtBackend:
 
     def _zeros(self, num_slots: int, positions: int) -> list[Any]:
         """Return keys and values of positions that are never attended to; all layers share one array."""
-        nothing = np.zeros((num_slots, self._model.num_heads, positions, self._model.head_width), self._dtype)
-        return [self._on_device(nothing)] * len(self._names["cross"])
+        zeros = np.zeros((num_slots, self._model.num_heads, positions, self._model.head_width), self._dtype)
+        return [self._on_device(zeros)] * len(self._names["cross"])
 
     def _on_device(self, array: NDArray[Any]) -> Any:
         with ort_errors(self.name):
@@ -337,9 +354,10 @@ class OrtBackend:
         return dict(zip(self._names[part], values, strict=True))
 
     def _value(self, array: NDArray[Any]) -> Any:
+        # an OrtValue on the CPU shares the array's memory, which must be contiguous
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
-    def _cross_places(self, cache: OrtCache) -> Places:
+    def _cross_located(self, cache: OrtCache) -> Located:
         shape = (cache.num_slots, *self._slot_shape)
         return {name: (value, shape) for name, value in self._named("cross", cache.cross).items()}
 
@@ -347,7 +365,7 @@ class OrtBackend:
         """Return the recent block as inputs if it grows with every step, else nothing."""
         return self._named("recent", cache.recent) if cache.fixed_recent is None else {}
 
-    def _recent_places(self, cache: OrtCache) -> Places:
+    def _recent_located(self, cache: OrtCache) -> Located:
         """Return the recent block by address if it stays in place, else nothing."""
         if cache.fixed_recent is None:
             return {}
@@ -355,22 +373,27 @@ class OrtBackend:
         return {name: (value, shape) for name, value in self._named("recent", cache.recent).items()}
 
     def _run(
-        self, session: Any, feed: dict[str, Any], to_host: list[str], on_device: list[str], places: Places | None = None
+        self,
+        session: Any,
+        feed: dict[str, Any],
+        to_host: list[str],
+        on_device: list[str],
+        located: Located | None = None,
     ) -> list[Any]:
         """Run a graph and return its outputs as OrtValues, those of `to_host` first.
 
-        An input of `places` is fed by address and with the given shape, so that only the slots in use are read.
+        An input of `located` is fed by address and with the given shape, so that only the slots in use are read.
         """
         self._device.wait()  # for earlier copies: ONNX Runtime has its own stream
         binding, device = session.io_binding(), self._device.name
         with ort_errors(self.name):
             for name, value in feed.items():
                 binding.bind_ortvalue_input(name, value)
-            for name, (value, shape) in (places or {}).items():
+            for name, (value, shape) in (located or {}).items():
                 binding.bind_input(name, device, 0, self._dtype, shape, value.data_ptr())
             for name in to_host:
                 binding.bind_output(name, "cpu")
-            for name in on_device:
+            for name in on_device:  # the KV cache stays on the device; ONNX Runtime allocates these outputs
                 binding.bind_output(name, device)
             session.run_with_iobinding(binding)
             # outputs keep the binding alive, and its inputs would keep the previous step's KV cache alive

@@ -1,8 +1,8 @@
-"""Plans: what NVIDIA's builder makes of a bundle's graphs for one kind of GPU. Builds, keeps and checks them.
+"""Build, store and check TensorRT plans: a bundle's graphs, compiled for one kind of GPU.
 
-FOLDER/encoder.plan ... and beside each a JSON file with its key: everything that decides whether it may be used. The
-builder is TensorRT, which needs the GPU it builds for, or TensorRT-RTX, its sibling, which needs none and finishes on
-the user's machine. Only the latter has run here.
+A folder has one plan per graph, such as encoder.plan, and next to it encoder.json with the key of the plan: everything
+that decides whether it may be used. The builder is TensorRT, which needs the GPU it builds for, or TensorRT-RTX, which
+needs no GPU and finishes the build on the user's machine. During development only TensorRT-RTX was run.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from engine.files.atomic import cache_folder, file_sha256, replace_file, require
 from engine.files.lock import OutputLock
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Builder -> the module that brings it."""
+"""Builder -> its Python module."""
 PORTABLE = "tensorrt-rtx"
-"""The builder that needs no GPU, and whose plans run on every GPU of a compute capability."""
+"""The builder that needs no GPU. Its plans run on every GPU of one compute capability."""
 ANY_GPU = "any"
 MANY_KINDS = "portable"
-"""Instead of a compute capability: PORTABLE's own choice of kinds, made where none is set. Never tried on a GPU."""
+"""Used instead of a compute capability: PORTABLE chooses the GPUs itself if none is set. Never tested on a GPU."""
 REASON = "plans are executable code"
 PRIVATE_MODE = 0o600
-"""Nobody else may read or write what will be executed."""
+"""Mode of plan files: no one else may read or write them, because they are executable code."""
 LOG_VARIABLE = "ENGINE_TRT_LOG"
-"""Environment variable: with any value, everything the builder and its runtime say goes to standard error."""
+"""Environment variable. If set, all messages of the builder and its runtime are printed to standard error."""
 OLDEST = (10, 12)
-"""TensorRT: older ones do not type networks strongly in every operator used here."""
+"""Oldest supported TensorRT. Older ones do not support strong typing in every operator used here."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan is built with and for."""
+    """Builder and version of a plan, and the GPU it is built for."""
 
     builder: str
     version: str
@@ -62,9 +62,9 @@ class Plan:
 
 
 def import_builder(builder: str) -> Any:
-    """Import a builder's module. Raises BackendError when it is missing or too old.
+    """Import a builder's module. Raises BackendError if it is missing or too old.
 
-    Some of its functions end the process where there is no driver: see find_gpu.
+    Some of its functions end the process on machines without a driver, so call find_gpu before they are used.
     """
     name = MODULES[builder]
     if importlib.util.find_spec(name) is None:
@@ -77,35 +77,35 @@ def import_builder(builder: str) -> Any:
 
 
 def target_for(builder: str, compute_capability: str | None = None) -> Target:
-    """Return what to build for: the GPU of this machine, or with PORTABLE any of `compute_capability`.
+    """Return the target of a build: this machine's GPU, or for PORTABLE all GPUs of `compute_capability`.
 
     A capability may be written `8.0`, `80`, `sm_80` or `SM80`. Raises UsageError for any other spelling, BackendError
-    where a GPU is needed and there is none, or the capability is not one the builder knows.
+    if a GPU is needed but missing, or if the builder does not support the capability.
     """
     if compute_capability is not None:
         compute_capability = canonical_capability(compute_capability)
     if builder == PORTABLE and compute_capability is not None:
         return _portable(compute_capability)
-    gpu = find_gpu(f"build for another with --builder {PORTABLE} --compute-capability 8.0")
+    gpu = find_gpu(f"build for another GPU with --builder {PORTABLE} --compute-capability 8.0")
     if compute_capability not in (None, gpu.compute_capability):
         raise BackendError(
-            f"{builder} builds for the GPU of this machine ({gpu.compute_capability}): leave --compute-capability out, "
-            f"or take --builder {PORTABLE}"
+            f"{builder} builds for the GPU of this machine ({gpu.compute_capability}): remove --compute-capability, or "
+            f"use --builder {PORTABLE}"
         )
     if builder == PORTABLE:
         module = import_builder(PORTABLE)
-        if _capability(module, gpu.compute_capability) is None:  # such as 9.0: a plan for many kinds may run there
+        if _capability(module, gpu.compute_capability) is None:  # such as 9.0: a plan for many GPUs may still run there
             return Target(PORTABLE, module.__version__, MANY_KINDS, ANY_GPU)
         return _portable(gpu.compute_capability)
     return Target(builder, import_builder(builder).__version__, gpu.compute_capability, gpu.name)
 
 
 def canonical_capability(text: str) -> str:
-    """Return a compute capability as plans have it: `8.0` for `8.0`, `80`, `sm_80` and `SM80`. Raises UsageError."""
-    found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.strip(), re.IGNORECASE)
-    if found is None:
+    """Return a compute capability as `8.0` if written `8.0`, `80`, `sm_80` or `SM80`. Raises UsageError."""
+    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.strip(), re.IGNORECASE)
+    if match is None:
         raise UsageError(f"--compute-capability takes a number such as 8.0, or sm_80, not {text!r}")
-    return f"{found[1]}.{found[2]}"
+    return f"{match[1]}.{match[2]}"
 
 
 def _portable(compute_capability: str) -> Target:
@@ -113,12 +113,12 @@ def _portable(compute_capability: str) -> Target:
     if _capability(module, compute_capability) is None:
         names = [name for name in module.ComputeCapability.__members__ if name.startswith("SM")]
         known = [canonical_capability(name) for name in names if name[2:].isdecimal()]
-        raise BackendError(f"{PORTABLE} does not build for {compute_capability}: it knows {', '.join(known)}")
+        raise BackendError(f"{PORTABLE} does not build for {compute_capability}: choose one of {', '.join(known)}")
     return Target(PORTABLE, module.__version__, compute_capability, ANY_GPU)
 
 
 def default_folder(bundle: Bundle) -> Path:
-    """Return where plans of a bundle are put and looked for when nobody says otherwise."""
+    """Return the default folder of a bundle's plans, in the user's cache folder."""
     return cache_folder(bundle.digest, "plans", REASON)
 
 
@@ -127,15 +127,15 @@ def build_plans(
     folder: Path,
     bounds: Bounds,
     target: Target,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     graphs: tuple[str, ...] = GRAPHS,
-    anew: bool = False,
+    force: bool = False,
 ) -> list[Path]:
-    """Build the plans of a bundle into `folder`, keeping those that fit already unless `anew`; return all.
+    """Build the plans of a bundle into `folder` and return their paths.
 
-    Raises BackendError when the builder refuses a graph, or when the folder is not this user's own, UsageError when
-    another process is building there.
+    Plans that already match are kept unless `force` is set. Raises BackendError if the builder rejects a graph or the
+    folder is not private to this user, UsageError if another process is building there.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     require_private(folder, REASON)
@@ -143,22 +143,22 @@ def build_plans(
     with OutputLock(folder):
         for graph in graphs:
             path, key = folder / f"{graph}.plan", plan_key(bundle, graph, bounds, target)
-            if not anew and _is_whole(path, key):
-                say(f"{path} is there already")
+            if not force and _is_current(path, key):
+                log(f"{path} is up to date")
             else:
-                say(f"building {path}")
+                log(f"building {path}")
                 timings = folder / f"timings-{target.version}-{target.compute_capability}.cache"
                 plan = build_plan(bundle, graph, bounds, target, timings)
                 replace_file(path, plan, mode=PRIVATE_MODE)
-                kept = key | {"plan_sha256": hashlib.sha256(plan).hexdigest()}
-                note = json.dumps(kept, indent=1, sort_keys=True) + "\n"
-                replace_file(path.with_suffix(".json"), note.encode(), mode=PRIVATE_MODE)
+                stored = key | {"plan_sha256": hashlib.sha256(plan).hexdigest()}
+                content = json.dumps(stored, indent=1, sort_keys=True) + "\n"
+                replace_file(path.with_suffix(".json"), content.encode(), mode=PRIVATE_MODE)
             paths.append(path)
     return paths
 
 
 def plan_key(bundle: Bundle, graph: str, bounds: Bounds, target: Target) -> dict[str, Any]:
-    """Return everything that decides what a plan does and where it runs."""
+    """Return everything that decides what a plan computes and where it runs."""
     return {
         "graph": graph,
         "graph_sha256": bundle.files[f"{graph}.onnx"],
@@ -171,9 +171,9 @@ def plan_key(bundle: Bundle, graph: str, bounds: Bounds, target: Target) -> dict
 
 
 def build_plan(bundle: Bundle, graph: str, bounds: Bounds, target: Target, timings: Path | None = None) -> bytes:
-    """Build one graph's plan, strongly typed: every precision is the graph's own.
+    """Build one graph's plan, strongly typed: every tensor has the precision of the ONNX graph.
 
-    Raises BackendError with the parser's or builder's own words.
+    Raises BackendError with the message of the parser or the builder.
     """
     trt = import_builder(target.builder)
     return build_network(
@@ -184,98 +184,99 @@ def build_plan(bundle: Bundle, graph: str, bounds: Bounds, target: Target, timin
 def build_network(
     trt: Any, path: Path, profile: ShapeRange, compute_capability: str, timings: Path | None = None
 ) -> bytes:
-    """Parse an ONNX file strongly typed, and build it for `profile`; see build_plan."""
+    """Parse an ONNX file as a strongly typed network and build it for `profile`; see build_plan."""
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     network, _ = parse(trt, builder, logger, path)
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and float32 here means float32
+    config.clear_flag(trt.BuilderFlag.TF32)  # it is on by default and would round float32 products
     shapes = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
-        three = profile.get(tensor.name)
-        if three is None:
+        min_opt_max = profile.get(tensor.name)
+        if min_opt_max is None:
             continue
         if tensor.is_shape_tensor:
-            shapes.set_shape_input(tensor.name, *three)
+            shapes.set_shape_input(tensor.name, *min_opt_max)
         elif -1 in tuple(tensor.shape):
-            shapes.set_shape(tensor.name, *three)
+            shapes.set_shape(tensor.name, *min_opt_max)
     config.add_optimization_profile(shapes)
     capability = _capability(trt, compute_capability)
     if capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(capability, 0)
-        timings = None  # ahead of time nothing is timed
+        timings = None  # without a GPU no kernel is timed
     elif timings is not None and compute_capability != MANY_KINDS:
-        known = timings.read_bytes() if timings.exists() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)
+        cached = timings.read_bytes() if timings.exists() else b""
+        config.set_timing_cache(config.create_timing_cache(cached), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BackendError(f"{path} cannot be built: {logger.last()}")
-    kept = config.get_timing_cache() if timings is not None and compute_capability != MANY_KINDS else None
-    if timings is not None and kept is not None:
-        replace_file(timings, bytes(kept.serialize()), mode=PRIVATE_MODE)
+    measured = config.get_timing_cache() if timings is not None and compute_capability != MANY_KINDS else None
+    if timings is not None and measured is not None:
+        replace_file(timings, bytes(measured.serialize()), mode=PRIVATE_MODE)
     return bytes(plan)
 
 
 def parse(trt: Any, builder: Any, logger: Any, path: Path) -> tuple[Any, Any]:
-    """Return (network, parser) of an ONNX file, strongly typed. Raises BackendError where the parser refuses it."""
+    """Parse an ONNX file as a strongly typed network; return (network, parser). Raises BackendError if that fails."""
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         reasons = "; ".join(f"{error.node_name()}: {error.desc()}" for error in errors)
-        raise BackendError(f"{path} is not for TensorRT: {' '.join(reasons.split())[:400] or logger.last()}")
+        raise BackendError(f"TensorRT rejects {path}: {' '.join(reasons.split())[:400] or logger.last()}")
     return network, parser
 
 
-def read_plan(folder: Path, bundle: Bundle, graph: str, here: Callable[[str], Target] = target_for) -> Plan:
-    """Read a plan after checking that it is this bundle's and this machine's.
+def read_plan(folder: Path, bundle: Bundle, graph: str, local_target: Callable[[str], Target] = target_for) -> Plan:
+    """Read a plan after checking that it belongs to this bundle and this machine.
 
-    `here` gives this machine's target for a builder. Raises BackendError saying what differs.
+    `local_target` returns this machine's target for a builder. Raises BackendError that names the difference.
     """
     path = folder / f"{graph}.plan"
-    note = path.with_suffix(".json")
-    if not path.is_file() or not note.is_file():
-        raise BackendError(f"{folder} has no plan of the {graph}: make it with `engine plan --bundle {bundle.path}`")
-    for one in (folder, path, note):
-        require_private(one, REASON)
+    key_file = path.with_suffix(".json")
+    if not path.is_file() or not key_file.is_file():
+        raise BackendError(f"{folder} has no plan of the {graph}: build it with `engine plan --bundle {bundle.path}`")
+    for checked in (folder, path, key_file):
+        require_private(checked, REASON)
     try:
-        kept = json.loads(note.read_text(encoding="utf-8"))
-        bounds = Bounds(**kept["bounds"])
-        target = here(kept["builder"])
+        stored = json.loads(key_file.read_text(encoding="utf-8"))
+        bounds = Bounds(**stored["bounds"])
+        target = local_target(stored["builder"])
         wanted = plan_key(bundle, graph, bounds, target)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackendError(f"{note} is not the note of a plan ({error}): run `engine plan` again") from error
-    other = [name for name, value in wanted.items() if kept.get(name) != value]
-    if other:
+        raise BackendError(f"{key_file} is not the key of a plan ({error}): run `engine plan` again") from error
+    different = [name for name, value in wanted.items() if stored.get(name) != value]
+    if different:
+        name = different[0]
         raise BackendError(
-            f"{path} was built for another {other[0]} ({kept.get(other[0])!r}, here {wanted[other[0]]!r}): "
+            f"{path} was built for another {name} ({stored.get(name)!r}, here {wanted[name]!r}): "
             "run `engine plan` again"
         )
     plan = path.read_bytes()
-    if hashlib.sha256(plan).hexdigest() != kept.get("plan_sha256"):
+    if hashlib.sha256(plan).hexdigest() != stored.get("plan_sha256"):
         raise BackendError(f"{path} has changed since it was built: run `engine plan` again")
     return Plan(plan, bounds, target)
 
 
-def _is_whole(path: Path, key: dict[str, Any]) -> bool:
-    """Return whether a plan is there, undamaged, and was built for `key`."""
+def _is_current(path: Path, key: dict[str, Any]) -> bool:
+    """Return whether a plan exists, is undamaged and was built for `key`."""
     try:
-        kept = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return bool(kept == key | {"plan_sha256": file_sha256(path)})
+        stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return bool(stored == key | {"plan_sha256": file_sha256(path)})
     except (OSError, ValueError):
         return False
 
 
 def _capability(trt: Any, text: str) -> Any:
-    """Return the builder's own constant for a compute capability such as "8.0", None where it has none."""
+    """Return the builder's constant for a compute capability such as "8.0", or None if it has none."""
     known = getattr(trt, "ComputeCapability", None)
     return known.__members__.get("SM" + text.replace(".", "")) if known is not None else None
 
 
 def make_logger(trt: Any) -> Any:
-    """Return a logger of a builder's module that keeps errors for our own messages instead of printing them."""
+    """Return a logger for a builder's module that stores errors for our messages instead of printing them."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

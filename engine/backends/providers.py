@@ -1,7 +1,8 @@
-"""Detects NVIDIA GPUs through the driver, before any of NVIDIA's packages is imported.
+"""Detect NVIDIA GPUs, and choose ONNX Runtime's execution providers and their options.
 
-Some of these packages crash with a segmentation fault on machines without a driver, and ONNX Runtime lists a provider
-that was compiled in even if it cannot work.
+GPUs are detected through the driver, before any of NVIDIA's packages is imported: some of these packages crash with a
+segmentation fault on machines without a driver, and ONNX Runtime lists a provider that was compiled in even if it
+cannot work.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from engine.host import processor
 
 DRIVER = "libcuda.so.1"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-"""Environment variable with the GPUs that are visible to a process."""
+"""Environment variable that limits the GPUs a process sees."""
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
-"""CUdevice_attribute of the CUDA driver API."""
+"""Values of CUdevice_attribute in the CUDA driver API."""
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 """Two packages that install into the same folder: the last one overwrites the other, and removing one breaks both."""
 
@@ -47,7 +48,7 @@ class Gpu:
 def find_gpu(otherwise: str = "use --backend cpu") -> Gpu:
     """Return the first GPU.
 
-    Raises BackendError that names what is missing (driver, permission or device) and ends in `otherwise`, the advice
+    Raises BackendError that names what is missing (driver, permission or device) and ends with `otherwise`, the advice
     for machines without a GPU.
     """
     driver, _ = _open_driver(otherwise)
@@ -107,13 +108,13 @@ def refuse_old_driver(gpu: Gpu) -> None:
 def clashing_runtimes() -> str | None:
     """Return a warning if both ONNX Runtime packages are installed into the same folder, else None."""
     try:
-        places = {
+        folders = {
             Path(str(importlib.metadata.distribution(package).locate_file("onnxruntime"))).resolve()
             for package in RUNTIMES
         }
     except importlib.metadata.PackageNotFoundError:
         return None
-    if len(places) > 1:  # separate folders: the first on the path is used, and complete
+    if len(folders) > 1:  # separate folders: Python imports the first one, which is complete
         return None
     return (
         "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, then install "
@@ -125,8 +126,8 @@ def _call(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
     code = getattr(driver, function)(*arguments)
     if code:
         text = ctypes.c_char_p()
-        known = driver.cuGetErrorString(code, ctypes.byref(text)) == 0 and text.value
-        reason = text.value.decode(errors="replace") if known and text.value else f"error {code}"
+        is_known = driver.cuGetErrorString(code, ctypes.byref(text)) == 0 and text.value
+        reason = text.value.decode(errors="replace") if is_known and text.value else f"error {code}"
         raise BackendError(f"the NVIDIA driver reports for {function}: {reason}: check nvidia-smi")
 
 
@@ -136,9 +137,9 @@ CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "Tensorrt
 
 @dataclass(frozen=True)
 class Kind:
-    """A backend that is ONNX Runtime with some providers, in order of preference; the first is the one asked for.
+    """A backend that runs ONNX Runtime: its execution providers in order of preference; the first one is required.
 
-    `device` is where keys and values stay, in ONNX Runtime's words.
+    `device` is ONNX Runtime's name of the device that holds the KV cache. `modules` must be importable.
     """
 
     providers: tuple[str, ...]
@@ -152,22 +153,23 @@ CUDA_OPTIONS = {
     "cudnn_conv_algo_search": "HEURISTIC",
     "enable_skip_layer_norm_strict_mode": "1",
 }
-"""torch multiplies float32 without TF32, too. The convolution is not chosen by a stopwatch, which may choose another in
-the next run, and half precision sums layer norms in float32.
+"""TF32 is off, as in torch's float32 matrix products. The convolution algorithm is chosen by a heuristic, because
+measuring (the default) may choose another one in the next run. In half precision, layer norms are summed in float32.
 """
 WIDEST_BEAMS = 10
-"""Beams the TensorRT provider is built for where a bundle's own search has fewer."""
+"""The TensorRT provider is built for at least so many beams, even if the bundle's own search has fewer."""
 TENSORRT_OPTIONS = {
     "trt_engine_cache_enable": "1",
     "trt_timing_cache_enable": "1",
     "trt_builder_optimization_level": "3",
-    # this provider builds weakly typed networks: selection must stay float32, so it stays out of them; the few
-    # operators between those three would be networks of their own, with inputs that no profile knows
+    # This provider builds weakly typed networks, which may compute in half precision. The choice of candidates must be
+    # float32, so its operators are excluded. The few operators between them would become separate small networks with
+    # inputs that have no profile, hence the minimum size.
     "trt_op_types_to_exclude": "LogSoftmax,TopK,ScatterElements",
     "trt_min_subgraph_size": "50",
 }
 ARM_BF16 = "bf16"
-"""Linux's name of the instructions that ONNX Runtime's fast math takes."""
+"""Linux's flag of the ARM instructions that ONNX Runtime's bf16 fast math uses."""
 KINDS: dict[str, Kind] = {
     "cpu": Kind((CPU,), device="cpu"),
     "cuda": Kind((CUDA, CPU), options={CUDA: CUDA_OPTIONS}),
@@ -175,11 +177,11 @@ KINDS: dict[str, Kind] = {
         (TENSORRT, CUDA, CPU), modules=("tensorrt",), options={TENSORRT: TENSORRT_OPTIONS, CUDA: CUDA_OPTIONS}
     ),
 }
-"""Backend name -> what it takes."""
+"""Backend name -> its providers, device, modules and options."""
 
 
 def import_onnxruntime(extra: str) -> Any:
-    """Import onnxruntime or raise BackendError naming the extra that brings it."""
+    """Import onnxruntime. Raises BackendError with the command that installs it."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -188,12 +190,12 @@ def import_onnxruntime(extra: str) -> Any:
 
 
 def import_libraries(name: str) -> Any:
-    """Import onnxruntime and load what a backend's providers link, for which a driver must be there."""
-    if name == "tensorrt":  # its provider has no option for it, and cuBLAS asks when it is loaded
+    """Import onnxruntime and load the libraries of a backend's providers. On a GPU, check for a driver first."""
+    if name == "tensorrt":  # the provider has no TF32 option, and cuBLAS reads this variable when it is loaded
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     ort = import_onnxruntime(name)
     if KINDS[name].device != "cpu":
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+        with contextlib.redirect_stdout(sys.stderr):  # it prints missing libraries to standard output
             ort.preload_dlls()
     for module in KINDS[name].modules:
         importlib.import_module(module)
@@ -201,7 +203,7 @@ def import_libraries(name: str) -> Any:
 
 
 def choose(name: str) -> str:
-    """Resolve `auto`: cuda where nothing is missing for it, else cpu."""
+    """Resolve `auto`: `cuda` if nothing is missing for it, else `cpu`. Return other names unchanged."""
     if name != "auto":
         return name
     try:
@@ -213,9 +215,9 @@ def choose(name: str) -> str:
 
 
 def require_provider(name: str) -> None:
-    """Raise BackendError, in one sentence, where the backend `name` cannot work on this machine.
+    """Raise BackendError if the backend `name` cannot run on this machine.
 
-    Quick, and asks the driver before anything of NVIDIA's is imported.
+    This is fast. It checks the driver before any of NVIDIA's packages is imported.
     """
     kind = KINDS[name]
     if kind.device != "cpu":
@@ -230,30 +232,30 @@ def require_provider(name: str) -> None:
     wanted = kind.providers[0]
     if wanted not in available:
         raise BackendError(
-            f"backend {name} needs ONNX Runtime's {wanted}, and the one installed has only {', '.join(available)}: "
+            f"backend {name} needs ONNX Runtime's {wanted}, but the installed one has only {', '.join(available)}: "
             f"pip uninstall onnxruntime, then {install_command(name)}"
         )
 
 
 def require_cpu_precision(cpu_precision: str) -> None:
-    """Raise BackendError where ONNX Runtime cannot multiply so here: it has bf16 on ARM and Linux alone."""
+    """Raise BackendError if ONNX Runtime does not support a precision here: it has bf16 only on ARM with Linux."""
     if cpu_precision == "bf16" and ARM_BF16 not in processor().flags:
         raise BackendError(
-            "ONNX Runtime multiplies bf16 on ARM processors with instructions for it alone, and this is none: take "
-            "--backend openvino, or leave --cpu-precision out"
+            "ONNX Runtime supports bf16 only on ARM processors with bf16 instructions: use --backend openvino, or "
+            "remove --cpu-precision"
         )
 
 
 def bounds_for(name: str, bundle: Bundle) -> Bounds | None:
-    """Return what a backend is built for before it is known which searches will be run; None where anything goes."""
+    """Return the bounds that a backend is built for before its searches are known, or None if it has no bounds."""
     if KINDS[name].providers[0] != TENSORRT:
         return None
-    own = bundle.options().num_beams
-    return Bounds.of(bundle, beams=max(WIDEST_BEAMS, own), usual_beams=own)
+    usual = bundle.options().num_beams
+    return Bounds.of(bundle, beams=max(WIDEST_BEAMS, usual), usual_beams=usual)
 
 
 def providers_for(name: str, bundle: Bundle, graph: str, bounds: Bounds | None = None) -> list[Provider]:
-    """Return the providers with their options for one graph of a bundle; TensorRT needs `bounds` for its profile."""
+    """Return (provider, options) for one graph of a bundle; TensorRT needs `bounds` for its profile."""
     kind = KINDS[name]
     chosen = []
     for provider in kind.providers:
@@ -276,10 +278,10 @@ def providers_for(name: str, bundle: Bundle, graph: str, bounds: Bounds | None =
 
 
 def profile_options(profile: ShapeRange) -> dict[str, str]:
-    """Write a profile as TensorRT's provider wants it: name:AxBxC,name:AxB."""
+    """Return a profile in the format of ONNX Runtime's TensorRT provider: `name:AxBxC,name:AxB`."""
     texts = []
-    for which in range(3):
-        shapes = {name: three[which] for name, three in profile.items() if name != "num_candidates"}
+    for i in range(3):  # smallest, usual, largest
+        shapes = {name: sizes[i] for name, sizes in profile.items() if name != "num_candidates"}
         texts.append(",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items()))
     return dict(zip(("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes"), texts, strict=True))
 

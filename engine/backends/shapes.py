@@ -95,7 +95,7 @@ class Bounds:
         for name, size in wanted.items():
             most = getattr(self, name)
             if size > most:
-                raise BackendError(f"{name.replace('_', ' ')} is {size}, at most {most} is possible: {hint}")
+                raise BackendError(f"{name.replace('_', ' ')} is {size}, but the maximum is {most}: {hint}")
 
     def settings(self) -> dict[str, int]:
         """Return the bounds for JSON."""
@@ -130,10 +130,10 @@ def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, ShapeRange]:
     names = {part: cache_names(model.num_layers, part) for part in ("cross", "settled", "recent")}
 
     def keys(part: str, slots: Shape, positions: Shape) -> dict[str, Any]:
-        three = tuple(
+        min_opt_max = tuple(
             (size, model.num_heads, length, model.head_width) for size, length in zip(slots, positions, strict=True)
         )
-        return dict.fromkeys(names[part], three)
+        return dict.fromkeys(names[part], min_opt_max)
 
     slots = (1, bounds.slots, bounds.slots)
     usual_beams = bounds.usual_beams or bounds.beams
@@ -141,7 +141,7 @@ def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, ShapeRange]:
     settled = (FEWEST_SETTLED, min(4 * FEWEST_SETTLED, bounds.settled), bounds.settled)
     recent = (SETTLE_EVERY, SETTLE_EVERY * usual_beams, bounds.recent)
     marks = (FEWEST_MARKS, FEWEST_MARKS, bounds.marked_ids)
-    width = tuple(sum(three) for three in zip(settled, recent, rows, strict=True))
+    width = tuple(map(sum, zip(settled, recent, rows, strict=True)))
     row = tuple(zip(slots, rows, strict=True))
     sizes: dict[str, tuple[Shape, ...]] = {
         "input_ids": row,
@@ -265,12 +265,13 @@ class PaddedBackend:
         if cache.padded_recent != SETTLE_EVERY * rows:  # in the first step
             cache.padded_recent = SETTLE_EVERY * rows
             self.inner.set_recent(cache.inner, cache.padded_recent)
-        own = cache.padded_settled + cache.padded_recent
-        ancestry = np.zeros((cache.padded_slots, rows, own + rows), bool)
+        past = cache.padded_settled + cache.padded_recent
+        ancestry = np.zeros((cache.padded_slots, rows, past + rows), bool)  # padding is False: never attended to
         ancestry[:slots, :, front : cache.padded_settled + cache.recent] = inputs.ancestry[:, :, :-rows]
-        ancestry[:slots, :, own:] = inputs.ancestry[:, :, -rows:]
+        ancestry[:slots, :, past:] = inputs.ancestry[:, :, -rows:]
         marks = inputs.marked_ids
         cache.padded_marks = max(cache.padded_marks, bucket_size(marks.shape[2], FEWEST_MARKS))
+        # pad with a copy of the first id: marking an id twice changes nothing
         marks = np.concatenate([marks, np.repeat(marks[:, :, :1], cache.padded_marks - marks.shape[2], 2)], 2)
         self.shapes.add((*ancestry.shape, cache.padded_marks, inputs.num_candidates))
         scores, ids = self.inner.step(
@@ -291,17 +292,17 @@ class PaddedBackend:
 
     def regroup(self, cache: PaddedCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""
-        kept, settled = columns.shape
+        num_slots, settled = columns.shape
         padded_slots = cache.padded_slots
-        while padded_slots > cache.fewest_slots and kept <= -(-padded_slots // SHRINK):
+        while padded_slots > cache.fewest_slots and num_slots <= -(-padded_slots // SHRINK):
             padded_slots = max(cache.fewest_slots, -(-padded_slots // SHRINK))
         padded_settled = max(cache.padded_settled, bucket_size(settled, FEWEST_SETTLED))
         front = cache.padded_settled - cache.settled
-        places = np.zeros((padded_slots, padded_settled), np.int64)
-        places[:kept, padded_settled - settled :] = columns + front
-        kept_slots = np.append(slots, np.arange(kept, padded_slots))
-        self.inner.regroup(cache.inner, kept_slots, places, keep_recent=True)
-        cache.slots, cache.padded_slots = kept, padded_slots
+        padded_columns = np.zeros((padded_slots, padded_settled), np.int64)
+        padded_columns[:num_slots, padded_settled - settled :] = columns + front
+        kept_slots = np.append(slots, np.arange(num_slots, padded_slots))
+        self.inner.regroup(cache.inner, kept_slots, padded_columns, keep_recent=True)
+        cache.slots, cache.padded_slots = num_slots, padded_slots
         cache.settled, cache.padded_settled, cache.recent = settled, padded_settled, 0
 
 

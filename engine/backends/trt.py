@@ -1,4 +1,4 @@
-"""Running plans: growing device memory, and the execution contexts and captured graphs of one plan."""
+"""The TensorRT backend: runs the plans of a bundle, with growing device memory and captured CUDA graphs."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ class PlanRunner:
         `values` are the values of inputs that TensorRT reads on the host: another value needs another capture.
         """
         key = (tuple(shapes.items()), tuple(addresses.items()), values)
-        known = self.captured.get(key)
-        if known is not None:
-            self.device.replay(known)
+        recorded = self.captured.get(key)
+        if recorded is not None:
+            self.device.replay(recorded)
         elif not self.capturing or len(self.contexts) > MOST_CAPTURED:
             self._queue(self.contexts[0], shapes, addresses)
         elif key not in self.captured:
             self._queue(self.contexts[0], shapes, addresses)
-            self.captured[key] = None
+            self.captured[key] = None  # seen once; the next time it is captured
         else:
             self.contexts.append(self.new_context())
             self._queue(self.contexts[-1], shapes, addresses)  # this step runs even if the capture fails
@@ -146,15 +146,14 @@ class TrtBackend:
         model = bundle.model
         self.batch_sizes = gpu_batch_sizes(bundle, device.free_bytes(), bounds)
         self._graphs, self._bounds, self._device = graphs, bounds, device
-        self._heads, self._width, self._places = model.num_heads, model.head_width, model.encoder_positions
+        self._heads, self._width, self._encoder_positions = model.num_heads, model.head_width, model.encoder_positions
         self._item_bytes = 2 if bundle.precision == "fp16" else 4
         self._names = {
             part: cache_names(model.num_layers, part)
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
-        other = (NUM_CANDIDATES, "pixel_values", "slots", "columns", *CANDIDATES)
         self._step_inputs = step_inputs(bundle.format)
-        small = (*self._step_inputs, *other)
+        small = (*self._step_inputs, NUM_CANDIDATES, "pixel_values", "slots", "columns", *CANDIDATES)
         self._small = {name: Region(device) for name in small}
         self._encoded = self._regions()
         self._extended = self._regions()
@@ -171,7 +170,7 @@ class TrtBackend:
         find_gpu()
         folder = folder or default_folder(bundle)
         plans = {graph: read_plan(folder, bundle, graph) for graph in GRAPHS}
-        if any(one.bounds != plans["decoder"].bounds for one in plans.values()):
+        if any(plan.bounds != plans["decoder"].bounds for plan in plans.values()):
             raise BackendError(f"the plans in {folder} were built for different sizes: run `engine plan` again")
         if uses_cuda_graphs and plans["decoder"].target.builder == PORTABLE:
             raise BackendError(f"plans of {PORTABLE} cannot be captured: remove --cuda-graphs")
@@ -188,7 +187,7 @@ class TrtBackend:
         count = len(pixel_values)
         self._bounds.refuse_beyond(OTHER_PLANS, encode_batch=count)
         addresses = self._sent({"pixel_values": pixel_values})
-        addresses |= self._addresses("cross", self._encoded, count, self._places)
+        addresses |= self._addresses("cross", self._encoded, count, self._encoder_positions)
         self._graphs["encoder"].run({"pixel_values": pixel_values.shape}, addresses)
         return self._encoded
 
@@ -197,7 +196,7 @@ class TrtBackend:
         self._bounds.refuse_beyond(OTHER_PLANS, slots=num_slots)
         parts = [self._regions() for _ in range(4)]
         usual = min(2 * FEWEST_SETTLED, self._bounds.settled)  # now, not later: captured graphs contain addresses
-        for regions, positions in zip(parts, (self._places, usual, 0, usual), strict=True):
+        for regions, positions in zip(parts, (self._encoder_positions, usual, 0, usual), strict=True):
             for region in regions:
                 region.at_least(self._bytes(num_slots, positions))
         return TrtCache(num_slots, settled, 0, *parts)
@@ -210,8 +209,8 @@ class TrtBackend:
 
     def admit(self, cache: TrtCache, slot: int, encoded: list[Region], image: int) -> None:
         """See Backend.admit."""
-        for place, new in zip(cache.cross, encoded, strict=True):
-            self._copy_slot(place, slot, new, image)
+        for region, new in zip(cache.cross, encoded, strict=True):
+            self._copy_slot(region, slot, new, image)
 
     def step(
         self, cache: TrtCache, inputs: StepInputs, at: int | None = None
@@ -237,17 +236,17 @@ class TrtBackend:
         for name, array in (("candidate_scores", scores), ("candidate_ids", ids)):
             addresses[name] = self._small[name].at_least(array.nbytes)
         grown = cache.num_recent + rows
-        addresses |= self._addresses("cross", cache.cross, slots, self._places)
+        addresses |= self._addresses("cross", cache.cross, slots, self._encoder_positions)
         addresses |= self._addresses("settled", cache.settled, slots, cache.num_settled)
         addresses |= self._addresses("recent", cache.recent, slots, cache.num_recent)
         addresses |= self._addresses("extended", self._extended, slots, grown)
         shapes: dict[str, Shape] = {name: array.shape for name, array in small.items()}
-        shapes |= dict.fromkeys(self._names["cross"], (slots, self._heads, self._places, self._width))
+        shapes |= dict.fromkeys(self._names["cross"], (slots, self._heads, self._encoder_positions, self._width))
         self._graphs["decoder"].run(shapes | self._past_shapes(cache), addresses, (count,))
         position = self._width * self._item_bytes
-        for place, new in zip(cache.recent, self._extended, strict=True):
+        for region, new in zip(cache.recent, self._extended, strict=True):
             self._device.copy_blocks(
-                (place.address + at * position, cache.num_recent * position),
+                (region.address + at * position, cache.num_recent * position),
                 (new.address + cache.num_recent * position, grown * position),
                 rows * position,
                 slots * self._heads,
@@ -261,21 +260,21 @@ class TrtBackend:
     ) -> None:
         """See FillableBackend.regroup. Requires `keep_recent`."""
         assert keep_recent
-        kept, settled = columns.shape
+        num_slots, settled = columns.shape
         self._bounds.refuse_beyond(OTHER_PLANS, settled=settled)
         small = {"slots": np.ascontiguousarray(slots), "columns": np.ascontiguousarray(columns)}
         addresses = self._sent(small)
         addresses |= self._addresses("settled", cache.settled, cache.num_slots, cache.num_settled)
         addresses |= self._addresses("recent", cache.recent, cache.num_slots, cache.num_recent)
-        addresses |= self._addresses("regrouped", cache.spare_settled, kept, settled)
+        addresses |= self._addresses("regrouped", cache.spare_settled, num_slots, settled)
         shapes: dict[str, Shape] = {name: array.shape for name, array in small.items()}
         self._graphs["regroup"].run(shapes | self._past_shapes(cache), addresses)
         for slot, source in enumerate(slots.tolist()):
             if slot != source:
-                for place in cache.cross:
-                    self._copy_slot(place, slot, place, source)
+                for region in cache.cross:
+                    self._copy_slot(region, slot, region, source)
         cache.settled, cache.spare_settled = cache.spare_settled, cache.settled
-        cache.num_slots, cache.num_settled = kept, settled
+        cache.num_slots, cache.num_settled = num_slots, settled
 
     def _regions(self) -> list[Region]:
         return [Region(self._device) for _ in self._names["cross"]]
@@ -284,7 +283,7 @@ class TrtBackend:
         return slots * self._heads * positions * self._width * self._item_bytes
 
     def _copy_slot(self, target: Region, slot: int, source: Region, image: int) -> None:
-        size = self._bytes(1, self._places)
+        size = self._bytes(1, self._encoder_positions)
         self._device.copy(target.address + slot * size, source.address + image * size, size)
 
     def _sent(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
@@ -325,22 +324,24 @@ def _is_installed(builder: str) -> bool:
 def _loaded(
     plan: Plan, folder: Path, bundle: Bundle, graph: str
 ) -> tuple[Callable[[], Any], frozenset[str], Callable[[], str]]:
-    """Return a factory of execution contexts, the tensors that TensorRT reads on the host, and a getter of its last
-    error. A plan that TensorRT rejects is rebuilt once.
+    """Load a plan; one that TensorRT rejects is rebuilt once.
+
+    Returns a factory of execution contexts, the tensors that TensorRT reads on the host, and a getter of its last
+    error.
     """
     trt = import_builder(plan.target.builder)
     logger = make_logger(trt)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan.content)
     if engine is None:
-        (path,) = build_plans(bundle, folder, plan.bounds, plan.target, lambda _: None, graphs=(graph,), anew=True)
+        (path,) = build_plans(bundle, folder, plan.bounds, plan.target, lambda _: None, graphs=(graph,), force=True)
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise BackendError(f"{folder / graph}.plan was just built and does not load: {logger.last()}")
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     on_host = frozenset(name for name in names if engine.get_tensor_location(name) == trt.TensorLocation.HOST)
 
-    settings = () if plan.target.builder != PORTABLE else (_whole_shapes(trt, engine),)
+    settings = () if plan.target.builder != PORTABLE else (_without_specialised_kernels(trt, engine),)
 
     def new_context() -> Any:
         context = engine.create_execution_context(*settings)
@@ -351,7 +352,7 @@ def _loaded(
     return new_context, on_host, logger.last
 
 
-def _whole_shapes(trt: Any, engine: Any) -> Any:
+def _without_specialised_kernels(trt: Any, engine: Any) -> Any:
     """Return TensorRT-RTX's settings for contexts without kernels specialised to a shape.
 
     By default it compiles kernels for each new shape in the background, which takes CPU cores, and the new kernels

@@ -1,1 +1,1 @@
-"""What export wrote: the manifest and its files, the tokenizer, copies from a URI, the cache folder."""
+"""Exported bundles: the manifest and its files, the tokenizer, local copies of remote bundles, run signatures."""

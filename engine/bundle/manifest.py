@@ -1,4 +1,7 @@
-"""The graphs of a bundle: their names, and those of their inputs and outputs; for shapes see export/graphs."""
+"""Bundles: graph, input and output names, the manifest, the check of all files, and a watch for later changes.
+
+For the shapes of inputs and outputs see export/graphs.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from engine.options import DecodeOptions, options_from
 
 GRAPHS = ("encoder", "decoder", "regroup")
 LOG_PROBS, CHOICE = "log_probs", "choice"
-"""The decoder in two graphs, for bundles that caption together: up to the log-probabilities, and from them on."""
+"""The split decoder of ensembles: one graph computes log-probabilities, the other chooses candidates from them."""
 HALVES = (LOG_PROBS, CHOICE)
 
 STEP_INPUTS: dict[str, type[np.generic]] = {
@@ -31,45 +34,47 @@ STEP_INPUTS: dict[str, type[np.generic]] = {
     "penalties": np.float32,
     "ancestry": np.bool_,
 }
-"""Inputs of the decoder that come from the host at every step, see engine.decoding.backend.StepInputs."""
+"""Inputs of the decoder that the host sends at every step: name -> dtype, see engine.decoding.backend.StepInputs."""
 WITH_PENALTIES = 2
-"""The first format of bundles whose decoder knows penalties; before, marked ids are `banned_ids` and nothing else."""
-FED, CHOSEN_BY = ("input_ids", "positions", "ancestry"), ("scores", "marked_ids", "penalties")
-"""Of these inputs, those that log-probabilities depend on, and those that candidates are chosen by."""
+"""First bundle format whose decoder supports penalties. Before it, the input was `banned_ids`, without `penalties`."""
+LOG_PROBS_INPUTS, CHOICE_INPUTS = ("input_ids", "positions", "ancestry"), ("scores", "marked_ids", "penalties")
+"""The step inputs of the two graphs of the split decoder."""
 NUM_CANDIDATES = "num_candidates"
 CANDIDATES = ("candidate_scores", "candidate_ids")
-"""Outputs of the decoder that go to the host."""
+"""Outputs of the decoder that the host reads at every step."""
 
 
 def cache_names(num_layers: int, part: str) -> list[str]:
-    """Return the names of the 2L key and value tensors of a part of the cache: cross, settled, recent, and as outputs
-    extended (recent ones with the new) and regrouped.
+    """Return the names of the 2L key and value tensors of a part of the KV cache.
+
+    Parts are cross (cross-attention), settled (the folded block) and recent (the recent block). As outputs they are
+    extended (recent plus the new positions) and regrouped. Example: `settled.key.0`.
     """
     return [f"{part}.{kind}.{i}" for i in range(num_layers) for kind in ("key", "value")]
 
 
 def step_inputs(bundle_format: int) -> dict[str, str]:
-    """Return name of a decoder's input -> name of the field of StepInputs, for a format of bundles."""
+    """Return {input name of the decoder: field name of StepInputs} for a bundle format."""
     if bundle_format >= WITH_PENALTIES:
         return {name: name for name in STEP_INPUTS}
     return {"banned_ids" if name == "marked_ids" else name: name for name in STEP_INPUTS if name != "penalties"}
 
 
 def graph_inputs(num_layers: int, bundle_format: int) -> dict[str, list[str]]:
-    """Return graph -> the names of its inputs."""
+    """Return {graph: names of its inputs}."""
     past = cache_names(num_layers, "settled") + cache_names(num_layers, "recent")
     keys = [*cache_names(num_layers, "cross"), *past]
     return {
         "encoder": ["pixel_values"],
         "decoder": [*step_inputs(bundle_format), NUM_CANDIDATES, *keys],
         "regroup": ["slots", "columns", *past],
-        LOG_PROBS: [*FED, *keys],
-        CHOICE: [LOG_PROBS, *CHOSEN_BY, NUM_CANDIDATES],
+        LOG_PROBS: [*LOG_PROBS_INPUTS, *keys],
+        CHOICE: [LOG_PROBS, *CHOICE_INPUTS, NUM_CANDIDATES],
     }
 
 
 def graph_outputs(num_layers: int) -> dict[str, list[str]]:
-    """Return graph -> the names of its outputs."""
+    """Return {graph: names of its outputs}."""
     return {
         "encoder": cache_names(num_layers, "cross"),
         "decoder": [*CANDIDATES, *cache_names(num_layers, "extended")],
@@ -80,10 +85,11 @@ def graph_outputs(num_layers: int) -> dict[str, list[str]]:
 
 
 def may_loop(model: bytes) -> bool:
-    """Return whether an ONNX file holds a node with a graph of its own (Loop, If, Scan), or functions.
+    """Return whether an ONNX model contains nodes with subgraphs (Loop, If, Scan) or functions.
 
-    No graph of a bundle needs one, and an endless Loop hangs the process when it is opened. Only as much of protobuf is
-    read as this needs, by the field numbers of onnx.proto. Raises ValueError for another file.
+    Exported graphs have neither, and an endless Loop would hang the process when the graph is opened. This reads just
+    enough of the protobuf, by the field numbers of onnx.proto, so that the package onnx is not needed. Raises
+    ValueError if the content is not protobuf.
     """
     for number, part in _fields(memoryview(model)):
         if number == 25:  # ModelProto.functions
@@ -100,7 +106,7 @@ def _parts(message: memoryview, field: int) -> Iterator[memoryview]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield number and content of the fields of a protobuf message that have a length: messages, strings, bytes."""
+    """Yield (field number, content) of the length-delimited fields of a protobuf message: messages, strings, bytes."""
     position = 0
 
     def varint() -> int:
@@ -118,7 +124,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
     while position < len(message):
         tag = varint()
-        number, kind = tag >> 3, tag & 7
+        number, kind = tag >> 3, tag & 7  # wire types: 0 varint, 1 eight bytes, 2 with a length, 5 four bytes
         if kind == 0:
             varint()
             continue
@@ -135,31 +141,31 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 T = TypeVar("T")
 
 Stamp = tuple[int, int, int]
-"""Of a file: size in bytes, time of the last change of content and of status in ns."""
+"""Size of a file in bytes, and the times in ns of the last change of its content (mtime) and of its status (ctime)."""
 
 FORMAT = 2
-"""Version of the bundle layout; raised whenever an older engine could not read a newer bundle correctly."""
+"""Version of the bundle format. It increases whenever an older engine could not read a newer bundle correctly."""
 OLDER_FORMATS = (1,)
-"""Those that are read, too; what they cannot do is refused where it is asked for (graphs.WITH_PENALTIES)."""
+"""Older formats that this engine reads. Options they do not support raise an error when used, see WITH_PENALTIES."""
 
 MANIFEST = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8")
-"""What weights and activations may be; scores and what is summed along a caption are float32 in all of them."""
+"""Precisions of weights and activations. Scores and their sums over a caption are float32 in all of them."""
 REQUIRED_FILES = (*(f"{graph}.onnx" for graph in GRAPHS), "tokenizer.json", "golden.npz")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NUMBER = 10**7
-"""No size or id of a captioning model comes near it."""
+"""Upper limit of sizes and ids in a manifest, far above those of any captioning model."""
 MAX_LAYERS = 1000
-"""Neither does a number of layers or heads come near this."""
+"""Upper limit of the number of layers and heads."""
 SMALL_NUMBERS = ("num_layers", "num_heads")
 SHORT_DIGEST = 12
 RESAMPLE_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""Names of Pillow's filters."""
+"""Names of Pillow's resampling filters."""
 
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Sizes of the exported model; the letters are those of engine.decoding.backend."""
+    """Sizes of the exported model; engine.decoding.backend defines the letters L, H, d, V and S for them."""
 
     num_layers: int
     num_heads: int
@@ -171,10 +177,10 @@ class ModelDims:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What the encoder wants: u8 RGB of exactly height x width px, resized with Pillow's `resample` filter.
+    """Input image of the encoder: u8 RGB of exactly height x width px, resized with Pillow's `resample` filter.
 
-    `mean`, `std` (per channel, after scaling to 0..1) are applied inside the encoder graph and stand here for
-    the reader only.
+    `mean` and `std` (per channel, after scaling to 0..1) are applied inside the encoder graph; here they are for
+    information only.
     """
 
     height: int
@@ -195,11 +201,12 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle. `digest` is the sha256 of the manifest, which holds that of every other file: `files`.
+    """A checked bundle, or an ensemble of bundles.
 
-    `generation_from` says where in the checkpoint each of the `generation` settings stood. An ensemble is its first
-    bundle with all of them as `members` and the `weights` of each (engine/bundle/open.py). `stamps` are those of
-    the files just before they were checked (engine/bundle/manifest.py).
+    `digest` is the sha256 of the manifest, which has the sha256 of every other file in `files`. `generation_from` maps
+    each of the `generation` settings to its source in the checkpoint. An ensemble is a copy of its first bundle with
+    all bundles as `members` and one of the `weights` for each (see engine.bundle.open.combine). `stamps` are the file
+    stamps from just before the files were checked, for BundleWatch.
     """
 
     path: Path
@@ -221,36 +228,36 @@ class Bundle:
 
     @property
     def models(self) -> tuple[ModelDims, ...]:
-        """Sizes of all models that run: one, or an ensemble's."""
+        """Sizes of all models that run: one, or those of an ensemble's members."""
         return tuple(member.model for member in self.members) or (self.model,)
 
     @property
     def short_digest(self) -> str:
-        """The beginning of the digest; of an ensemble those of its bundles, with their weights where these differ."""
+        """The first 12 digits of the digest; for an ensemble those of its members, with the weights if they differ."""
         if not self.members:
             return self.digest[:SHORT_DIGEST]
         factors = [f"{weight!r}*" if len(set(self.weights)) > 1 else "" for weight in self.weights]
         return "+".join(
-            f"{factor}{one.digest[:SHORT_DIGEST]}" for factor, one in zip(factors, self.members, strict=True)
+            f"{factor}{member.digest[:SHORT_DIGEST]}" for factor, member in zip(factors, self.members, strict=True)
         )
 
     @classmethod
     def load(cls, path: Path | None = None) -> Bundle:
-        """Read the bundle in directory `path` (the embedded demo when None) and verify every file's sha256.
+        """Read the bundle in directory `path` (None: the embedded demo) and verify every file's sha256.
 
-        See open_bundle for one at a URI. Raises BundleError that lists everything missing or different at once.
+        See open_bundle for bundles at a URI. Raises BundleError, which lists all missing and changed files.
         """
         path = demo_bundle() if path is None else Path(path)
         try:
             stamps = {}
-            if path.is_dir():  # before the files are checked: what is written into one afterwards shows
+            if path.is_dir():  # before the check, so that later changes are detected
                 stamps = {entry.name: stamp_of(entry.stat()) for entry in path.iterdir() if entry.is_file()}
             manifest, digest = _read_manifest(path)
             problems = _file_problems(path, manifest.get("files"))
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}: {error.filename}") from error
         if problems:
-            listed = " ".join("; ".join(problems).split())  # names come from the manifest, line breaks and all
+            listed = " ".join("; ".join(problems).split())  # names from the manifest may contain line breaks
             raise BundleError(f"{path} is damaged: {listed}: copy it again, or export it again")
         _refuse_loops(path, manifest["files"])
         try:
@@ -262,7 +269,7 @@ class Bundle:
                 tokens=_dataclass_from_json(TokenIds, manifest["tokens"]),
                 precision=str(manifest["precision"]),
                 generation=dict(manifest["generation"]),
-                generation_from=dict(manifest.get("generation_from", {})),  # bundles of before have none
+                generation_from=dict(manifest.get("generation_from", {})),  # older bundles have none
                 checkpoint=dict(manifest["checkpoint"]),
                 versions=dict(manifest["versions"]),
                 files=dict(manifest["files"]),
@@ -272,7 +279,7 @@ class Bundle:
             )
             bundle.options()
             if bundle.precision not in PRECISIONS:
-                raise ValueError(f"its precision is {bundle.precision[:40]!r}, known are {', '.join(PRECISIONS)}")
+                raise ValueError(f"its precision is {bundle.precision[:40]!r}, supported are {', '.join(PRECISIONS)}")
             if max(bundle.tokens.bos, bundle.tokens.eos, bundle.tokens.pad) >= bundle.model.vocab_size:
                 raise ValueError(f"{bundle.tokens} do not fit a vocabulary of {bundle.model.vocab_size}")
         except (KeyError, TypeError, ValueError, EngineError) as error:
@@ -280,12 +287,12 @@ class Bundle:
         return bundle
 
     def options(self, **given: Any) -> DecodeOptions:
-        """Return decoding options: `given` over the bundle's own generation defaults over the engine's."""
+        """Return decoding options: `given` overrides the bundle's generation settings, which override the defaults."""
         return options_from(self.generation, given)
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """Return what changes when a file is overwritten in place."""
+    """Return size and times of a file, at least one of which changes when the file is overwritten in place."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -311,22 +318,21 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     except (ValueError, RecursionError) as error:
         reason = wrong_content(raw) or f"not valid JSON ({str(error)[:200]}): export the bundle again"
         raise BundleError(f"{file}: {reason}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if type(found) is not int or found not in (*OLDER_FORMATS, FORMAT):
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(version) is not int or version not in (*OLDER_FORMATS, FORMAT):  # bool is an int, and True == 1
         raise BundleError(
-            f"{file} has bundle format {repr(found)[:40]}, this engine reads "
+            f"{file} has bundle format {repr(version)[:40]}, this engine reads "
             f"{' and '.join(map(str, (*OLDER_FORMATS, FORMAT)))}: export the bundle again"
         )
     return manifest, hashlib.sha256(raw).hexdigest()
 
 
 def _file_problems(path: Path, files: object) -> list[str]:
-    """Compare the directory with the manifest's {file name: sha256} and list every difference."""
+    """Compare the directory with the manifest's {file name: sha256} and return all differences."""
     if not isinstance(files, dict):
         return [f"{MANIFEST} lists no files"]
-    present = {entry.name for entry in path.iterdir()} - {
-        MANIFEST
-    }  # hidden ones, too: a graph may read its weights there
+    # hidden files count as well: a graph may read its weights from one
+    present = {entry.name for entry in path.iterdir()} - {MANIFEST}
     problems = [f"{name} is not listed" for name in sorted({*REQUIRED_FILES, *present} - set(files))]
     for name, expected in sorted(files.items()):
         file = path / name
@@ -342,7 +348,7 @@ def _file_problems(path: Path, files: object) -> list[str]:
 
 
 def _refuse_loops(path: Path, files: Iterable[str]) -> None:
-    """Raise BundleError for a graph that could run for ever, and for a file that is not a graph."""
+    """Raise BundleError if a graph could run forever, or if a file is not an ONNX graph."""
     for file in (path / name for name in sorted(files) if name.endswith(".onnx")):
         try:
             has_loops = may_loop(file.read_bytes())
@@ -350,20 +356,20 @@ def _refuse_loops(path: Path, files: Iterable[str]) -> None:
             raise BundleError(f"{file} cannot be loaded: it is not an ONNX file ({error}): export it again") from error
         if has_loops:
             raise BundleError(
-                f"{file} holds control flow (Loop, If, Scan or functions), which no exported bundle has and which may "
-                "never end: export it again"
+                f"{file} contains control flow (Loop, If, Scan or functions), which may never end and which exported "
+                "bundles do not have: export it again"
             )
 
 
 def change_of(file: Path) -> str:
-    """Return in words that a file has not the manifest's sha256, and what it is instead where that is known."""
+    """Return the words for a file with another sha256 than in the manifest; they name its actual content if known."""
     with file.open("rb") as stream:
         reason = wrong_content(stream.read(HEAD_BYTES))
     return f"has changed ({reason})" if reason else "has changed"
 
 
 def _dataclass_from_json(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Build a dataclass from JSON, with lists as tuples; unknown, missing, negative or absurd values are errors."""
+    """Build a dataclass from JSON, with lists as tuples. Raises ValueError for unknown, missing or bad values."""
     wanted = {entry.name: entry.type for entry in fields(kind)}  # type: ignore[arg-type]
     if set(values) != set(wanted):
         raise ValueError(f"{kind.__name__} needs {sorted(wanted)}, found {sorted(values)}")
@@ -381,14 +387,17 @@ def _dataclass_from_json(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 SIZE_AND_TIME = 2
-"""The first numbers of a stamp; the last one also changes with chmod, a hard link or the removal of a name."""
+"""Length of the part of a stamp without ctime, which also changes with chmod, hard links and renames."""
 
 
 class BundleWatch:
-    """The open files of a bundle, or of all members of an ensemble, and what they were when it was loaded."""
+    """Detects changes to the files of a bundle, or of all members of an ensemble, since it was loaded.
+
+    The files are kept open. Replacing the folder by a rename is not a change: the run keeps the files it opened.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
-        """Raises BundleError where a file is not the one that was checked when the bundle was loaded."""
+        """Open the files. Raises BundleError if one has changed since the bundle was loaded."""
         self._held = ExitStack()
         self._files: list[tuple[Path, IO[bytes], str]] = []
         self._stamps: list[Stamp] = []
@@ -408,14 +417,18 @@ class BundleWatch:
             self._held = opened.pop_all()
 
     def check(self) -> None:
-        """Raise BundleError where a file was overwritten since it was loaded: some microseconds, so call it often."""
-        for place, (path, stream, digest) in enumerate(self._files):
-            stamp, before = stamp_of(os.fstat(stream.fileno())), self._stamps[place]
+        """Raise BundleError if a file was overwritten since the bundle was loaded.
+
+        This takes microseconds, so call it often.
+        """
+        for i, (path, stream, digest) in enumerate(self._files):
+            stamp, before = stamp_of(os.fstat(stream.fileno())), self._stamps[i]
             if stamp == before:
                 continue
+            # only the ctime differs: this may be a harmless chmod, or a write with the old mtime restored
             if stamp[:SIZE_AND_TIME] != before[:SIZE_AND_TIME] or _sha256(stream) != digest:
                 raise _overwritten(path)
-            self._stamps[place] = stamp
+            self._stamps[i] = stamp
 
     def close(self) -> None:
         """Close the files."""
@@ -424,7 +437,7 @@ class BundleWatch:
 
 @contextmanager
 def watched(bundle: Bundle) -> Iterator[BundleWatch]:
-    """Watch a bundle's files for a time."""
+    """Yield a BundleWatch and close it at the end."""
     watch = BundleWatch(bundle)
     try:
         yield watch
@@ -434,11 +447,11 @@ def watched(bundle: Bundle) -> Iterator[BundleWatch]:
 
 def _sha256(stream: IO[bytes]) -> str:
     stream.seek(0)
-    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
+    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # the stream has readinto
 
 
 def _overwritten(path: Path) -> BundleError:
     return BundleError(
-        f"{path} was overwritten during the run, so captions may be of other weights: put a new bundle into another "
-        "folder, and run the same command again"
+        f"{path} was overwritten during the run, so captions may come from different weights: put a new bundle into "
+        "another folder, and run the same command again"
     )

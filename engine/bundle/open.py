@@ -1,4 +1,4 @@
-"""Bundles from a URI or made of links, copied once a node into a cache keyed by their manifest's sha256."""
+"""Open bundles: local folders, cached copies of remote or linked ones, and ensembles of several bundles."""
 
 from __future__ import annotations
 
@@ -21,36 +21,37 @@ from engine.inputs.remote import Location, RemoteFolder, one_line_of
 
 CHUNK_BYTES = 1 << 22
 Folder = RemoteFolder | Path
-"""Where files are copied from: a URI, or a folder of this machine whose entries are links."""
+"""Source of a copy: a URI, or a local folder whose entries are links."""
 
 
 def open_bundle(location: Location | None = None) -> Bundle:
-    """Read and check the bundle in a directory, at a URI, or the embedded demo.
+    """Read and check the bundle in a directory, at a URI, or the embedded demo (None).
 
-    A bundle at a URI is copied into a cache first, and so is one that is made of links, as in the caches of Hugging
-    Face, DVC and git-annex: runtimes refuse weights outside the graph's folder, onnx those with hard links, too. Only
-    files with the manifest's sha256 are taken. Raises BundleError, see Bundle.load and fetch_bundle.
+    A bundle at a URI is copied into the cache first. So is one that consists of links, as in the caches of Hugging
+    Face, DVC and git-annex: runtimes refuse weights outside the graph's folder, and onnx also refuses hard links. Only
+    files with the manifest's sha256 are accepted. Raises BundleError, see Bundle.load and fetch_bundle.
     """
     if location is None or (isinstance(location, Path) and not _has_links(location)):
         return Bundle.load(location)
     path = fetch_bundle(location)
     try:
         return Bundle.load(path)
-    except BundleError:  # a damaged copy is made again, once
-        return Bundle.load(fetch_bundle(location, anew=True))
+    except BundleError:  # the cached copy is damaged: copy again, once
+        return Bundle.load(fetch_bundle(location, force=True))
 
 
 def _has_links(path: Path) -> bool:
-    with suppress(OSError):  # Bundle.load says what is wrong
+    with suppress(OSError):  # Bundle.load reports it
         return any(entry.is_symlink() for entry in path.iterdir())
     return False
 
 
-def fetch_bundle(folder: Folder, *, anew: bool = False) -> Path:
-    """Return a local copy of the bundle at a URI or behind links, made once however many processes ask for it.
+def fetch_bundle(folder: Folder, *, force: bool = False) -> Path:
+    """Return a local copy of a bundle at a URI or made of links, cached by the sha256 of its manifest.
 
-    Bundle.load checks its files. A copy that is not complete, or any with `anew`, is made again. Raises BundleError
-    when there is no bundle or a file is not the manifest's, EngineError when the storage does not answer.
+    Concurrent processes of a node make only one copy. An incomplete copy is made again; with `force`, any copy.
+    Bundle.load checks the files. Raises BundleError if there is no bundle or a file does not match the manifest,
+    EngineError if the storage does not respond.
     """
     manifest = b""
     try:
@@ -72,16 +73,16 @@ def fetch_bundle(folder: Folder, *, anew: bool = False) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with waiting_lock(target.with_suffix(".lock")):
-            if anew or not _is_complete(target, manifest, plain):
+            if force or not _is_complete(target, manifest, plain):
                 _copy(folder, manifest, plain, target)
     except OSError as error:
         reason = error.strerror or error
-        raise BundleError(f"{folder} cannot be kept in {target}: {reason}: set XDG_CACHE_HOME") from error
+        raise BundleError(f"{folder} cannot be copied to {target}: {reason}: set XDG_CACHE_HOME") from error
     return target
 
 
 def _read(folder: Folder) -> bytes:
-    """Return the content of the manifest."""
+    """Return the content of the manifest. Raises ValueError if it is too large."""
     if not isinstance(folder, Path):
         return folder.read(MANIFEST, most_bytes=MAX_MANIFEST_BYTES)
     path = _regular(folder, MANIFEST)
@@ -91,7 +92,7 @@ def _read(folder: Folder) -> bytes:
 
 
 def _regular(folder: Path, name: str) -> Path:
-    """Return the file that a link leads to. Raises FileNotFoundError if it is missing, a pipe, a device or a folder."""
+    """Resolve a link to a regular file. Raises FileNotFoundError if it is missing, a pipe, a device or a folder."""
     path = Path(os.path.realpath(folder / name))
     if not path.is_file():
         raise FileNotFoundError(path)
@@ -105,7 +106,7 @@ def _is_complete(target: Path, manifest: bytes, files: dict[str, str]) -> bool:
 
 
 def _copy(folder: Folder, manifest: bytes, files: dict[str, str], target: Path) -> None:
-    """Copy into a temporary folder that then replaces the target: an incomplete copy is never opened."""
+    """Copy into a temporary folder, then rename it to the target, so that no one opens an incomplete copy."""
     shutil.rmtree(target, ignore_errors=True)
     with draft_folder(target) as draft:
         for name, expected in files.items():
@@ -119,21 +120,21 @@ def _copy(folder: Folder, manifest: bytes, files: dict[str, str], target: Path) 
 
 
 def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
-    """Yield a file; raise BundleError for whatever goes wrong there, not in the cache."""
+    """Yield the content of a file in chunks. Errors of the source become BundleError; those of the cache do not."""
     left = math.inf
     try:
         if isinstance(folder, Path):
             path = _regular(folder, name)
-            left = path.stat().st_size  # a hostile link may lead to a file without a size that never ends (/proc/kmsg)
+            left = path.stat().st_size  # a hostile link may lead to an endless file of size 0 (/proc/kmsg)
         with path.open("rb") if isinstance(folder, Path) else folder.open(name) as source:
             while left and (chunk := source.read(int(min(left, CHUNK_BYTES)))):
                 left -= len(chunk)
                 yield chunk
     except FileNotFoundError as error:
-        raise BundleError(f"{folder} is not whole: it has no {name}: export it again") from error
+        raise BundleError(f"{folder} is incomplete: it has no {name}: export it again") from error
     except EngineError:
         raise
-    except Exception as error:  # a storage's library raises its own errors, too
+    except Exception as error:  # storage libraries also raise their own errors
         raise BundleError(
             f"{folder}/{name} cannot be read: {one_line_of(error)}: run the same command again"
         ) from error
@@ -141,9 +142,9 @@ def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Where the bundles are, and the weight of each in the mean: equal ones where none are given.
+    """Locations of several bundles, and the weight of each in the mean (default: equal weights).
 
-    Raises UsageError for fewer than two bundles, for one twice, or for weights that are none.
+    Raises UsageError for fewer than two bundles, a bundle given twice, or invalid weights.
     """
 
     bundles: tuple[Location, ...]
@@ -151,7 +152,7 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         if len(self.bundles) < 2:
-            raise UsageError("bundles caption together from two on: leave the weight out, or give another --bundle")
+            raise UsageError("--bundle-weight needs at least two --bundle options: remove it, or add another --bundle")
         if len(set(self.bundles)) < len(self.bundles):
             raise UsageError("a bundle is given twice: give it once, with a larger --bundle-weight")
         if len(self.weights or self.bundles) != len(self.bundles):
@@ -167,72 +168,75 @@ class Ensemble:
 
 
 def shares(weights: Sequence[float]) -> list[float]:
-    """Return weights divided by their sum: what each bundle counts in the mean."""
+    """Return the weights divided by their sum."""
     return [weight / math.fsum(weights) for weight in weights]
 
 
 BundlePlace = Location | Ensemble
-"""Where a bundle is, or where several are that caption together."""
+"""Location of a bundle, or of the bundles of an ensemble."""
 
 
 def place_of(bundles: Sequence[Location], weights: Sequence[float]) -> BundlePlace | None:
-    """Return where to look for one bundle, or for several with their weights; None for none. Raises UsageError."""
+    """Return the location of one bundle, or an Ensemble of several, or None for no bundle. Raises UsageError."""
     if len(bundles) < 2 and not weights:
         return bundles[0] if bundles else None
     return Ensemble(tuple(bundles), tuple(weights))
 
 
-def absolute(place: BundlePlace | None) -> BundlePlace | None:
-    """Return the same place for processes that run in another folder."""
-    if isinstance(place, Ensemble):
-        return replace(place, bundles=tuple(one.absolute() if isinstance(one, Path) else one for one in place.bundles))
-    return place.absolute() if isinstance(place, Path) else place
+def absolute(location: BundlePlace | None) -> BundlePlace | None:
+    """Make local paths of a location absolute, for processes with another working directory."""
+    if isinstance(location, Ensemble):
+        paths = (path.absolute() if isinstance(path, Path) else path for path in location.bundles)
+        return replace(location, bundles=tuple(paths))
+    return location.absolute() if isinstance(location, Path) else location
 
 
-def where_read(place: BundlePlace | None, bundle: Bundle) -> BundlePlace:
-    """Return where a bundle that was opened at `place` lies on this machine: that of a URI is not asked for again."""
-    if isinstance(place, Ensemble):
-        return replace(place, bundles=tuple(member.path.absolute() for member in bundle.members))
+def where_read(location: BundlePlace | None, bundle: Bundle) -> BundlePlace:
+    """Return the local folder of a bundle that was opened at `location` (for a URI: its cached copy)."""
+    if isinstance(location, Ensemble):
+        return replace(location, bundles=tuple(member.path.absolute() for member in bundle.members))
     return bundle.path.absolute()
 
 
-def folders_of(place: BundlePlace | None) -> list[Path]:
-    """Return the local folders of a place."""
-    places = place.bundles if isinstance(place, Ensemble) else (place,)
-    return [one for one in places if isinstance(one, Path)]
+def folders_of(location: BundlePlace | None) -> list[Path]:
+    """Return the local folders of a location; URIs are omitted."""
+    locations = location.bundles if isinstance(location, Ensemble) else (location,)
+    return [path for path in locations if isinstance(path, Path)]
 
 
-def open_place(place: BundlePlace | None = None) -> Bundle:
-    """Read and check a bundle, or all of an ensemble; the embedded demo when None. Raises BundleError."""
-    if not isinstance(place, Ensemble):
-        return open_bundle(place)
-    return combine([open_bundle(one) for one in place.bundles], place.weights)
+def open_place(location: BundlePlace | None = None) -> Bundle:
+    """Read and check a bundle, or all bundles of an ensemble (None: the embedded demo). Raises BundleError."""
+    if not isinstance(location, Ensemble):
+        return open_bundle(location)
+    return combine([open_bundle(member) for member in location.bundles], location.weights)
 
 
 def on_halves(bundle: Bundle) -> Bundle | None:
-    """Return a bundle as the only one of an ensemble: what it says beside others, to the same numbers. None where it
-    cannot caption together with others.
+    """Wrap one bundle as an ensemble of one, so that it runs the same graphs as in an ensemble.
+
+    Returns None if the bundle does not have the graphs of the split decoder.
     """
     return combine([bundle], [1.0]) if all(f"{graph}.onnx" in bundle.files for graph in HALVES) else None
 
 
 def combine(bundles: Sequence[Bundle], weights: Sequence[float]) -> Bundle:
-    """Return what bundles are together: the first one, with the others as its `members`, and a digest of its own.
+    """Combine bundles into an ensemble: a copy of the first bundle with all of them as `members` and a new digest.
 
-    Settings for decoding are those of the first. Raises BundleError where bundles do not fit one another.
+    Generation settings are those of the first bundle. Raises BundleError if the bundles do not match, for example in
+    their tokenizers.
     """
     first = bundles[0]
     for bundle in bundles:
-        for what, mine, other in (
-            ("a tokenizer", bundle.files["tokenizer.json"], first.files["tokenizer.json"]),
+        for what, value, expected in (
+            ("tokenizer", bundle.files["tokenizer.json"], first.files["tokenizer.json"]),
             ("special tokens", bundle.tokens, first.tokens),
-            ("a vocabulary", bundle.model.vocab_size, first.model.vocab_size),
-            ("an image size", (bundle.image.height, bundle.image.width), (first.image.height, first.image.width)),
-            ("a way of resizing", bundle.image.resample, first.image.resample),
-            ("a way of writing", bundle.clean_up_tokenization_spaces, first.clean_up_tokenization_spaces),
+            ("vocabulary size", bundle.model.vocab_size, first.model.vocab_size),
+            ("image size", (bundle.image.height, bundle.image.width), (first.image.height, first.image.width)),
+            ("resize filter", bundle.image.resample, first.image.resample),
+            ("clean-up of spaces", bundle.clean_up_tokenization_spaces, first.clean_up_tokenization_spaces),
         ):
-            if mine != other:
-                raise BundleError(f"{bundle.path} has {what} of its own: it cannot caption together with {first.path}")
+            if value != expected:
+                raise BundleError(f"{bundle.path} and {first.path} differ in the {what}: they cannot caption together")
         if missing := [f"{graph}.onnx" for graph in HALVES if f"{graph}.onnx" not in bundle.files]:
             raise BundleError(
                 f"{bundle.path} was exported before bundles could caption together (no {', '.join(missing)}): export "

@@ -1,4 +1,4 @@
-"""Token ids <-> text for one bundle, and the detokeniser that undoes what WordPiece does to punctuation."""
+"""The tokenizer of a bundle, and a detokeniser that removes the spaces WordPiece puts around punctuation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLEAN_UP = (
     (" ' ", "'"),
     *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
 )
-"""Replacements in order (transformers 4.57, PreTrainedTokenizerBase.clean_up_tokenization)."""
+"""Replacements, applied in this order (transformers 4.57, PreTrainedTokenizerBase.clean_up_tokenization)."""
 
 DETOKENISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = tuple(
     (frozenset(marks), re.compile(pattern), replacement)
@@ -30,7 +30,7 @@ DETOKENISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = tuple(
         ("'", r"(?<=\w)\s*'\s*(?=(?:s|t|m|d|re|ve|ll)\b)", "'"),
     )
 )
-"""Patterns, each with the marks of which one must stand in a text that it changes."""
+"""(marks, pattern, replacement). A text without any of the marks is not searched for the pattern."""
 
 
 class CaptionTokenizer:
@@ -56,39 +56,39 @@ class CaptionTokenizer:
         self._pieces = None if first_word is None else _Pieces(self._decoded, first_word)
 
     def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
-        """Return the ids decoding starts from: [DEC], then the prompt's own (BlipForConditionalGeneration.generate)."""
+        """Return the ids that decoding starts with: [DEC], then the prompt (BlipForConditionalGeneration.generate)."""
         return (self._bundle.tokens.bos, *(self._encoded(prompt, "the prompt") if prompt else ()))
 
     def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Return the ids of words or phrases that no caption may hold, as they stand at the beginning of a word.
+        """Return the ids of banned words or phrases, for Hugging Face's `bad_words_ids`.
 
-        Hugging Face's `bad_words_ids` of `tokenizer(words, add_special_tokens=False)`. Raises UsageError for what the
-        vocabulary cannot spell.
+        They are the ids of `tokenizer(words, add_special_tokens=False)`, which spells each at the beginning of a word.
+        Raises UsageError for words that the vocabulary cannot spell.
         """
-        found = []
+        banned = []
         for word in words:
             ids = self._encoded(word, "the banned word")
             if not ids or (self._unknown is not None and self._unknown in ids):
-                raise UsageError(f"the banned word {word!r} is none that this bundle could say: leave it out")
-            found.append(ids)
-        return tuple(found)
+                raise UsageError(f"the vocabulary cannot spell the banned word {word!r}: remove it")
+            banned.append(ids)
+        return tuple(banned)
 
     def _encoded(self, text: str, what: str) -> tuple[int, ...]:
-        """Return the ids of a text. Raises UsageError for control characters and special tokens."""
+        """Return the ids of a text. Raises UsageError for non-printable characters, special or unknown tokens."""
         if not text.isprintable():
-            raise UsageError(f"{what} {text!r} holds characters that are no text")
+            raise UsageError(f"{what} {text!r} contains non-printable characters: remove them")
         ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
         if self._special.intersection(ids):
-            raise UsageError(f"{what} {text!r} spells a special token of the tokenizer")
+            raise UsageError(f"{what} {text!r} spells a special token of the tokenizer: change it")
         if any(token >= self._bundle.model.vocab_size for token in ids):
             raise UsageError(
-                f"{what} {text!r} holds a token that the model of {self._bundle.path} has no embedding for (its "
+                f"{what} {text!r} contains a token that the model of {self._bundle.path} has no embedding for (its "
                 f"vocabulary has {self._bundle.model.vocab_size} entries, the tokenizer more): choose other words"
             )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the raw text, as transformers' tokenizer.decode(ids, skip_special_tokens=True) gives it."""
+        """Return the same text as transformers' tokenizer.decode(ids, skip_special_tokens=True)."""
         words = [i for i in ids if i not in self._special]
         text = self._pieces.first(words[0]) if words and self._pieces is not None else ""
         if text and self._pieces is not None:
@@ -103,39 +103,41 @@ class CaptionTokenizer:
 
 
 class _Pieces(dict[int, str]):
-    """What a WordPiece decoder adds for each token that is not the first; it joins these and no more.
+    """Cache: token id -> the text that a WordPiece decoder appends for it. A caption is the concatenation of these.
 
-    The library is asked once for each token: asked for each caption, it takes as long as choosing the caption's beams.
+    The library decodes every token only once. Decoding each caption with it would take as long as the beam search's
+    choice of candidates.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], first_word: int) -> None:
-        """`first_word` is any token that is not special."""
+        """`first_word` is the id of any token that is not special."""
         self._decode = decode
         self._before = first_word
         self._firsts: dict[int, str] = {}
 
     def first(self, token: int) -> str:
-        """Return what a token is at the beginning; nothing where it is special, and the next one is the first."""
+        """Return the text of the first token of a caption; empty if it is special."""
         if token not in self._firsts:
             self._firsts[token] = self._decode([token])
         return self._firsts[token]
 
     def __missing__(self, token: int) -> str:
+        # the decoder treats the first token differently, so decode a pair and remove the first word
         piece = self[token] = self._decode([self._before, token]).removeprefix(self._decode([self._before]))
         return piece
 
 
 def clean_up(text: str) -> str:
-    """Undo some of the spacing around punctuation, as transformers does by default."""
+    """Remove some of the spaces around punctuation, as transformers does by default."""
     for old, new in CLEAN_UP:
         text = text.replace(old, new)
     return text
 
 
 def detokenise(text: str) -> str:
-    """Rejoin what WordPiece split: `t2 - weighted` -> `t2-weighted`, `( arrow )` -> `(arrow)`, `3 . 5` -> `3.5`.
+    """Remove spaces around punctuation: `t2 - weighted` -> `t2-weighted`, `( arrow )` -> `(arrow)`, `3 . 5` -> `3.5`.
 
-    The scorers delete punctuation without inserting a space, so a split hyphen turns one word into two.
+    The scorers delete punctuation without inserting a space: `t2 - weighted` is two words, `t2-weighted` is one.
     """
     present = set(text)
     for marks, pattern, replacement in DETOKENISE:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and whether an output may be written where it is wanted."""
+"""Atomic writes, checks of output paths, and the private cache folder."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 from engine.errors import BackendError, OutputError, UsageError
 
 LONGEST_NAME = 255
-"""Bytes of a file name, on every usual file system."""
+"""Limit of a file name in bytes on the common file systems."""
 
 
 def check_outputs(outputs: Mapping[str, Path], kept: Iterable[Path]) -> None:
-    """Refuse, before any work is spent, output files {option: path} that cannot be written or would destroy something.
+    """Check output files {option: path} before any work is done. Raises UsageError that names the option.
 
-    That is a directory, a device or a pipe, a missing or read-only folder, one of the `kept` files, or a file named
-    twice. Raises UsageError naming the option.
+    Refuses directories, devices and pipes, files in a missing or read-only folder, files that would overwrite one of
+    the `kept` files, and two options with the same file.
     """
     taken = {os.path.realpath(path): f"the input {path}" for path in kept}
     for option, path in outputs.items():
-        target = os.path.realpath(path)  # unlike Path.resolve, it takes a loop of links for a name like any other
+        target = os.path.realpath(path)  # unlike Path.resolve, this does not raise for a loop of links
         parent = Path(target).parent
         if path.exists() and not path.is_file():
             raise UsageError(f"{option} {path} is a directory, a device or a pipe: name a file")
@@ -39,20 +39,20 @@ def check_outputs(outputs: Mapping[str, Path], kept: Iterable[Path]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write text as UTF-8 with replace_file; file names that are not UTF-8 keep their bytes."""
+    """Write text as UTF-8 with replace_file; surrogates (file names that are not UTF-8) become their original bytes."""
     replace_file(path, text.encode("utf-8", "surrogateescape"))
 
 
 def replace_file(path: Path, content: bytes, *, mode: int | None = None, follow: bool = True) -> None:
-    """Write under a temporary name, then replace `path` (a link's target, keeping its permissions unless `mode` is
-    given). Without `follow` a link is replaced itself.
+    """Write a file under a temporary name, then rename it to `path`.
 
-    Raises OutputError and leaves nothing behind.
+    If `path` is a link, its target is replaced; with `follow=False` the link itself. The permissions of an existing
+    file are kept unless `mode` is given. Raises OutputError and removes the temporary file if writing fails.
     """
     target = Path(os.path.realpath(path)) if follow else path
     temporary = _temporary(target)
     try:
-        temporary.unlink(missing_ok=True)  # a killed run's, or a link that somebody put there: it is never followed
+        temporary.unlink(missing_ok=True)  # left by a killed run, or a planted link, which must not be followed
         with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
@@ -61,17 +61,18 @@ def replace_file(path: Path, content: bytes, *, mode: int | None = None, follow:
             temporary.chmod(target.stat().st_mode & 0o777 if mode is None else mode)
         temporary.replace(target)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}: make room, or choose another place") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror}: make room, or choose another folder") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def _temporary(target: Path) -> Path:
-    """Return a name beside a file, the same at every call; that of a long name is shorter, or it would be too long."""
+    """Return a hidden name in the same folder, always the same one. A name that would get too long is hashed."""
     name = os.fsencode(target.name)
-    whole = len(name) <= LONGEST_NAME - len("..tmp") or len(name) > LONGEST_NAME
-    return target.with_name(f".{target.name if whole else hashlib.sha256(name).hexdigest()[:32]}.tmp")
+    # a name that is over the limit itself is not shortened, so that writing reports the error
+    is_used = len(name) <= LONGEST_NAME - len("..tmp") or len(name) > LONGEST_NAME
+    return target.with_name(f".{target.name if is_used else hashlib.sha256(name).hexdigest()[:32]}.tmp")
 
 
 def file_sha256(path: Path) -> str:
@@ -82,33 +83,33 @@ def file_sha256(path: Path) -> str:
 
 NAME = "blip-caption-engine"
 UNFINISHED = ".unfinished"
-"""Begins the names of folders that are being filled; what a killed process left is deleted later."""
+"""Prefix of folders that are being filled. Those left by killed processes are deleted later, see draft_folder."""
 
 
 def cache_root() -> Path:
-    """Return this project's cache folder by the rules of the XDG base directories; it may not exist yet.
+    """Return this project's cache folder according to the XDG base directory rules; it may not exist yet.
 
-    Without a home, as in containers with a user id of their own, it is below the temporary directory and is made at
-    once, for this user alone. Raises BackendError where that cannot be.
+    Without a home directory, as in containers with an unknown user id, the folder is below the temporary directory. It
+    is then created here, private to this user. Raises BackendError if that fails.
     """
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / NAME
     try:
         home = Path.home() if os.environ.get("HOME") != "" else None
-    except RuntimeError:  # no HOME, and the user id has no entry among the accounts
+    except RuntimeError:  # no HOME, and the user id has no account
         home = None
     return _temporary_root() if home is None else home / ".cache" / NAME
 
 
 def _temporary_root() -> Path:
-    """Return the cache folder of a user without a home. Its name is known to all, so its owner is checked."""
+    """Create and return the cache folder of a user without a home. Its name can be guessed, so its owner is checked."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
     root = Path(tempfile.gettempdir()) / f"{NAME}-{user}"
     try:
         root.mkdir(mode=0o700, exist_ok=True)
         if root.is_symlink():
             raise BackendError(f"{root} is a link: set HOME or XDG_CACHE_HOME to a folder of your own")
-        require_private(root, "what is kept there decides captions")
+        require_private(root, "the files there decide captions")
     except OSError as error:
         raise BackendError(
             f"there is no home directory, and {root} cannot be used ({error.strerror}): set HOME or XDG_CACHE_HOME"
@@ -117,10 +118,10 @@ def _temporary_root() -> Path:
 
 
 def cache_folder(digest: str, name: str, reason: str) -> Path:
-    """Return the folder `name` for what is built from the bundle with this digest, made for this user alone.
+    """Create and return the private cache folder `name` of the bundle with this digest.
 
-    `reason` completes the error, see require_private. Raises BackendError when the folder is another user's or others
-    may write into it.
+    Raises BackendError, with `reason` as in require_private, if the folder belongs to another user or others may write
+    into it.
     """
     folder = cache_root() / digest[:16] / name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -129,9 +130,9 @@ def cache_folder(digest: str, name: str, reason: str) -> Path:
 
 
 def require_private(path: Path, reason: str) -> None:
-    """Raise BackendError unless a folder or file belongs to this user and no one else may write into it.
+    """Raise BackendError if a folder or file belongs to another user or others may write into it.
 
-    `reason` says why that matters, such as `plans are executable code`.
+    `reason` is part of the message and says why that matters, such as `plans are executable code`.
     """
     status = path.stat()
     if not hasattr(os, "getuid"):
@@ -146,9 +147,10 @@ def require_private(path: Path, reason: str) -> None:
 
 @contextmanager
 def draft_folder(target: Path) -> Iterator[Path]:
-    """Make an empty folder next to `target`, to be filled and renamed to it; afterwards nothing else is left.
+    """Yield an empty folder next to `target`, to be filled and renamed to `target`.
 
-    Hold a lock on `target`: what killed processes left unfinished for the same target is deleted.
+    The folder is deleted at the end if it was not renamed. The caller must hold a lock on `target`, because unfinished
+    folders of killed processes for the same target are deleted first.
     """
     prefix = f"{UNFINISHED}-{target.name}-"
     for entry in target.parent.iterdir():

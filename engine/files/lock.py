@@ -1,4 +1,4 @@
-"""One run at a time on one output: a lock that names its owner and ends with its process."""
+"""Locks for outputs and folders, so that only one run writes an output. A lock is released when its process ends."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from types import TracebackType
 from engine.errors import OutputError, UsageError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What file systems without locks answer, some of NFS and Lustre."""
+"""Errors of file systems without locks, such as some NFS and Lustre installations."""
 LONGEST_OWNER = 32
-"""Bytes of a lock file: a process number and a line end are fewer. A longer file is not a lock."""
+"""Limit of a lock file in bytes: it holds a process id and a line end. A longer file is not a lock."""
 ON_WINDOWS = os.name == "nt"
-"""There a lock covers the file's first byte, which no other process can read meanwhile, and an open file stays."""
+"""On Windows a lock covers the first byte, which other processes cannot read, and an open file cannot be deleted."""
 
 
 def lock_path(out: Path) -> Path:
-    """Return the path of an output's lock: next to the file that a link leads to, so that all its names share it."""
+    """Return the lock file of an output. A link is resolved first, so that all names of one file share one lock."""
     target = Path(os.path.realpath(out))
     return target.with_name(target.name + ".lock")
 
 
 def open_own(path: Path) -> int:
-    """Open or create a file of this program's own, such as a lock or a journal, for reading and writing.
+    """Open or create a file that belongs to this program (a lock, a journal) for reading and writing.
 
-    A link is never followed: in a folder that several people share, it could lead to a file that is not ours. Raises
-    UsageError for a link and for what is not a file, OSError as the system does.
+    Links are not followed: in a folder that several people share, a link could lead to a file that does not belong to
+    this program. Raises UsageError for a link or anything else that is not a regular file, and OSError if opening
+    fails.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
     if path.is_symlink():  # Windows has no O_NOFOLLOW
@@ -55,16 +56,16 @@ def _open_lock(path: Path) -> int:
 
 
 def _owner(file: int) -> str | None:
-    """Return the process number in a lock file, empty where there is none yet; None for another kind of file."""
+    """Return the process id in a lock file, "" if it is not written yet, or None if the file is not a lock."""
     os.lseek(file, 1 if ON_WINDOWS else 0, os.SEEK_SET)
-    content = os.read(file, LONGEST_OWNER + 1).strip(b" \r\n\0")  # NULs: a power cut
+    content = os.read(file, LONGEST_OWNER + 1).strip(b" \r\n\0")  # a power cut can leave NUL bytes
     is_number = len(content) <= LONGEST_OWNER and content.isdigit()
     return content.decode("ascii") if is_number or not content else None
 
 
 def _lock(file: int, *, wait: bool) -> bool | None:
-    """Lock an open file; return whether that worked, None where the file system has no locks."""
-    from filelock import lock_descriptor  # here: the command line's help does without it
+    """Lock an open file. Return whether that succeeded, or None if the file system has no locks."""
+    from filelock import lock_descriptor  # imported late: the command line's help does not need it
 
     try:
         return bool(lock_descriptor(file, blocking=wait))
@@ -76,7 +77,7 @@ def _lock(file: int, *, wait: bool) -> bool | None:
 
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """Wait until no other process of this node holds the lock, then hold it; without locks, do not wait."""
+    """Wait until no other process on this node holds the lock, then hold it. Without file locks, do not wait."""
     file = _open_lock(path)
     try:
         _lock(file, wait=True)
@@ -87,7 +88,7 @@ def waiting_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder as with waiting_lock, without a file in it. Windows cannot lock folders."""
+    """Lock a folder itself, like waiting_lock but without a lock file. Windows has no such locks: does nothing."""
     if ON_WINDOWS:
         yield
         return
@@ -96,7 +97,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         try:
             _lock(file, wait=True)
         except OSError as error:
-            if error.errno != errno.EBADF:  # NFS locks only what is open for writing
+            if error.errno != errno.EBADF:  # NFS locks only files opened for writing, and a folder cannot be
                 raise
         yield
     finally:
@@ -104,11 +105,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 class OutputLock:
-    """Holds `<out>.lock` while a run works on `out`; as a context manager.
+    """Context manager that holds `<out>.lock` while a run writes `out`.
 
-    The operating system drops the lock with the process, however it ends, so the file that a dead run left behind is
-    taken over. The file holds the owner's process number, for the message of the run that comes second. `note` is a
-    line for the user where the file system has no locks.
+    The operating system releases the lock when the process ends, even if it is killed, so a lock file left by a dead
+    run is reused. The file contains the owner's process id, for the error message of a second run. `note` is a line
+    for the user if the file system has no locks, else empty.
     """
 
     def __init__(self, out: Path) -> None:
@@ -120,7 +121,7 @@ class OutputLock:
     def __enter__(self) -> OutputLock:
         """Take the lock.
 
-        Raises UsageError when another run holds it or the file is not a lock, OutputError when it cannot be written.
+        Raises UsageError if another run holds it or the file is not a lock, OutputError if it cannot be written.
         """
         try:
             while True:
@@ -128,7 +129,7 @@ class OutputLock:
                 self._claim()
                 if self._is_current():
                     break
-                os.close(self._file)  # its last owner deleted the file between our opening and locking it
+                os.close(self._file)  # the last owner deleted the file after we opened it and before we locked it
             os.ftruncate(self._file, 0)
             os.lseek(self._file, 0, os.SEEK_SET)
             os.write(self._file, f" {os.getpid()}\n".encode())  # the space is the byte that Windows locks
@@ -141,10 +142,11 @@ class OutputLock:
     ) -> None:
         if ON_WINDOWS:
             os.close(self._file)
-            with suppress(OSError):  # the next run may have opened it
+            with suppress(OSError):  # the next run may have opened it already
                 self.path.unlink()
             return
-        self.path.unlink(missing_ok=True)  # while it is still locked
+        # before the lock is released, so that we never delete a file that the next run has locked
+        self.path.unlink(missing_ok=True)
         os.close(self._file)
 
     def _claim(self) -> None:
@@ -157,7 +159,7 @@ class OutputLock:
             raise UsageError(f"{self._out} is being written by process {owner}: wait for it, or choose another output")
 
     def _is_current(self) -> bool:
-        """Return whether the file we hold is the one others will find under the name."""
+        """Return whether the path still leads to the file we locked."""
         try:
             return os.path.samestat(os.fstat(self._file), self.path.stat())
         except FileNotFoundError:

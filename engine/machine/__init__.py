@@ -1,1 +1,1 @@
-"""This machine: what is installed, how fast it captions, and whether a bundle says here what PyTorch said."""
+"""Checks of this machine: what is installed, how fast it captions, and whether captions equal PyTorch's."""

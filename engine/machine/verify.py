@@ -1,4 +1,4 @@
-"""Replay a bundle's golden recordings: PyTorch's own answers, stored at export, checked without PyTorch."""
+"""Replay a bundle's golden recordings: compare captions with those of PyTorch, recorded at export, without PyTorch."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ Ids = tuple[int, ...]
 
 UNRECORDED = -1
 SCORE_TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.4}
-"""Largest accepted difference of a score from PyTorch's in float32, relative where it is beyond -1.
+"""Largest accepted difference of a score from PyTorch's in float32; relative for scores below -1.
 
 fp32: sums over a caption agree to about 1e-5 between two programs. fp16: a logit between 16 and 32 is rounded by up to
-2^-7 = 0.008, and a score is a mean of such; 0.005 is the most seen (tiny random models; the demo 0.0005). int8: 0.21 is
-the most seen (tiny random models; the demo 0.02), twice that: loose, and so the ids are what this check rests on."""
+2^-7 = 0.008, and a score is a mean of logits; the largest difference seen is 0.005 (tiny random models; the demo:
+0.0005). int8: twice the largest difference seen, 0.21 (tiny random models; the demo: 0.02). This is loose, so for int8
+the check relies on the ids.
+"""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One golden setting: how many images gave PyTorch's ids, and the largest difference of their scores.
+    """The result for one golden setting: how many images got PyTorch's ids, and the largest difference of scores.
 
-    The difference is divided by the score where that is beyond -1 (length penalties make scores of any size). With
-    num_return_sequences the ids of every recorded alternative count.
+    For scores below -1 the difference is divided by the score, because length penalties scale scores arbitrarily. With
+    num_return_sequences, an image is identical only if all of its recorded captions are.
     """
 
     setting: str
@@ -54,12 +56,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Golden:
-    """What golden.npz holds.
+    """The content of golden.npz.
 
-    pixel_values u8[N,height,width,3]; for each setting (DecodeOptions by name) ids i64[N,L], padded with UNRECORDED,
-    and scores f32[N], NaN where PyTorch reports none (greedy). A row of UNRECORDED alone is an image that is skipped,
-    because two of its candidates tie or the bundle's precision changes its caption. `alternatives` i64[N,n-1,L] has, by
-    setting, the ids of the captions after the best where num_return_sequences n is larger than 1.
+    pixel_values u8[N,height,width,3]. For each setting (DecodeOptions by name): ids i64[N,L], padded with UNRECORDED,
+    and scores f32[N], NaN if PyTorch reports no score (greedy search). A row that is all UNRECORDED is an image that is
+    skipped, because two of its candidates tie or the bundle's precision changes its caption. For settings with
+    num_return_sequences n > 1, `alternatives` i64[N,n-1,L] has the ids of the captions after the best one.
     """
 
     pixel_values: NDArray[np.uint8]
@@ -70,7 +72,7 @@ class Golden:
 
     @classmethod
     def load(cls, path: Path) -> Golden:
-        """Read golden.npz; raise BundleError when it cannot be read."""
+        """Read golden.npz. Raises BundleError if it cannot be read."""
         try:
             with np.load(path, allow_pickle=False) as archive:
                 settings = json.loads(str(archive["settings"]))
@@ -91,18 +93,18 @@ class Golden:
         np.savez_compressed(path, pixel_values=self.pixel_values, settings=settings, **arrays)
 
     def expected(self, setting: int) -> list[tuple[int, ...] | None]:
-        """Return the recorded ids of each image's best caption, None where the image is skipped."""
+        """Return the recorded ids of each image's best caption, or None for a skipped image."""
         return [_recorded(row) or None for row in self.ids[setting]]
 
     def n_best(self, setting: int) -> list[list[Ids]]:
-        """Return the recorded ids of each image's captions, best first: none where the image is skipped."""
-        found = [[best] if best else [] for best in self.expected(setting)]
-        for captions, rows in zip(found, self.alternatives.get(setting, ()), strict=False):
+        """Return the recorded ids of each image's captions, best first; an empty list for a skipped image."""
+        recorded = [[best] if best else [] for best in self.expected(setting)]
+        for captions, rows in zip(recorded, self.alternatives.get(setting, ()), strict=False):
             captions += [ids for row in rows if captions and (ids := _recorded(row))]
-        return found
+        return recorded
 
     def skip(self, setting: int, image: int, rank: int) -> None:
-        """Remove an image's captions from `rank` on from the recording of a setting; with 0 all of them."""
+        """Remove an image's captions of `rank` and below from the recording of a setting; rank 0 removes all."""
         if rank == 0:
             self.ids[setting][image] = UNRECORDED
         if setting in self.alternatives:
@@ -113,28 +115,27 @@ def _recorded(row: NDArray[np.int64]) -> Ids:
     return tuple(row[row != UNRECORDED].tolist())
 
 
-def first_difference(found: list[Hypothesis], expected: list[Ids]) -> int | None:
-    """Return the first rank at which an image's captions have other ids than the recorded ones; None if none has."""
-    ours = [hypothesis.ids for hypothesis in found[: len(expected)]]
+def first_difference(hypotheses: list[Hypothesis], expected: list[Ids]) -> int | None:
+    """Return the first rank at which an image's captions differ from the recorded ids, or None if all are equal."""
+    ours = [hypothesis.ids for hypothesis in hypotheses[: len(expected)]]
     return next((rank for rank, ids in enumerate(expected) if ours[rank : rank + 1] != [ids]), None)
 
 
 def verify(bundle: Bundle, backend: Backend) -> list[Check]:
-    """Replay every setting recorded in golden.npz and return a Check each.
+    """Replay every setting recorded in golden.npz and return one Check for each.
 
-    A setting passes when every image's ids equal PyTorch's and the scores agree within SCORE_TOLERANCE; captions that
-    another precision changes were left out of the recording at export (manifest.json, `conversion`). Raises
-    BundleError when the recording cannot be read.
+    A setting passes if every image's ids equal PyTorch's and the scores agree within SCORE_TOLERANCE. Captions that
+    change with the bundle's precision were removed from the recording at export (manifest.json, `conversion`). Raises
+    BundleError if the recording cannot be read.
     """
     golden, captioner = Golden.load(bundle.path / "golden.npz"), Captioner(bundle, backend)
     return [_check(captioner, golden, setting) for setting in range(len(golden.settings))]
 
 
 def verify_halves(bundle: Bundle, runtime: Runtime) -> list[Check]:
-    """Replay the settings on the halves of the decoder, by which bundles caption together, as `verify` does.
+    """Replay the settings of `same_on_halves` like `verify`, but on the split decoder, which ensembles use.
 
-    Only those that `same_on_halves` names. Returns no checks for a bundle without halves, or if `runtime` is not a
-    backend for several bundles.
+    Returns no checks if the bundle has no split decoder or the backend of `runtime` does not support ensembles.
     """
     single = on_halves(bundle)
     if single is None or require_backend(runtime.backend) not in OF_ENSEMBLES:
@@ -145,10 +146,10 @@ def verify_halves(bundle: Bundle, runtime: Runtime) -> list[Check]:
 
 
 def same_on_halves(golden: Golden) -> list[int]:
-    """Return the numbers of the settings under which one bundle gives the same captions on its halves.
+    """Return the indices of the settings for which the split decoder gives the same captions as the whole decoder.
 
-    This does not include greedy search with a repetition penalty: Hugging Face divides logits by it, and the halves
-    have only log-probabilities.
+    Greedy search with a repetition penalty is not among them: Hugging Face divides the logits by the penalty, but the
+    split decoder only has log-probabilities.
     """
     return [
         number
@@ -158,7 +159,7 @@ def same_on_halves(golden: Golden) -> list[int]:
 
 
 def replay(captioner: Captioner, golden: Golden, setting: int) -> list[list[Hypothesis]]:
-    """Decode the golden images under one setting; return the num_return_sequences hypotheses of each, best first."""
+    """Decode the golden images with one setting; return num_return_sequences hypotheses per image, best first."""
     search = captioner.search(options_from({}, golden.settings[setting]))
     scheduler = Scheduler(captioner.backend, search, num_slots=len(golden.pixel_values))
     results = dict(scheduler.decode(golden.pixel_values))
@@ -166,12 +167,12 @@ def replay(captioner: Captioner, golden: Golden, setting: int) -> list[list[Hypo
 
 
 def _check(captioner: Captioner, golden: Golden, setting: int) -> Check:
-    found = replay(captioner, golden, setting)
+    replayed = replay(captioner, golden, setting)
     expected, scores = golden.n_best(setting), golden.scores[setting]
     recorded = [i for i, captions in enumerate(expected) if captions]
-    identical = sum(first_difference(found[i], expected[i]) is None for i in recorded)
+    identical = sum(first_difference(replayed[i], expected[i]) is None for i in recorded)
     scored = [i for i in recorded if not np.isnan(scores[i])]
-    differences = [abs(found[i][0].score - scores[i]) / max(1.0, abs(scores[i])) for i in scored]
+    differences = [abs(replayed[i][0].score - scores[i]) / max(1.0, abs(scores[i])) for i in scored]
     largest = float(max(differences, default=0.0))
     tolerance = SCORE_TOLERANCE[captioner.bundle.precision]
     passed = identical == len(recorded) and all(difference <= tolerance for difference in differences)

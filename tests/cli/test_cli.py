@@ -540,7 +540,7 @@ def test_bench_needs_no_images_and_counts_those_it_is_given(image_dir, tiny_bund
     assert run("bench", "--images", 3, "--bundle", tiny_bundle).exit_code == 0
     result = run("bench", "--input", image_dir, "--images", 6, "--bundle", tiny_bundle)
     assert result.exit_code == 2
-    assert "holds 5 images: set --images to that or less" in result.output
+    assert "has 5 images: set --images to 5 or less" in result.output
 
 
 def test_a_sample_of_the_challenge_corpus_goes_through_the_command(tmp_path):

@@ -1,4 +1,4 @@
-"""The demo bundle, and the shapes that plans of it are built for."""
+"""The demo bundle, and the bounds that its plans are built for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped elsewhere, with the reason; ENGINE_GPU=required turns the skip into a failure."""
+"""Tests that need a GPU. They are skipped without one, with the reason; ENGINE_GPU=required makes them fail instead."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plans(tmp_path_factory) -> Path:
     pytest.skip("no builder of plans is installed")
 
 
-def test_pytorchs_answers_are_replayed(backend_name, request):
+def test_golden_recordings_are_replayed(backend_name, request):
     bundle = Bundle.load()
     folder = request.getfixturevalue("plans") if backend_name == "trt" else None
     backend = open_backend(bundle, Runtime(backend_name, plans=folder))
@@ -51,12 +51,12 @@ def test_pytorchs_answers_are_replayed(backend_name, request):
     assert all(check.passed for check in verify(bundle, backend))
 
 
-def test_the_gpu_says_what_the_cpu_says(backend_name, request):
+def test_gpu_and_cpu_give_the_same_captions(backend_name, request):
     bundle = Bundle.load()
     folder = request.getfixturevalue("plans") if backend_name == "trt" else None
     images = sorted(Path("examples/images").iterdir())[:8]
-    said = [
+    captions = [
         [caption.ids for caption in Captioner(bundle, backend).caption(images, rows=32)]
         for backend in (open_backend(bundle, Runtime("cpu")), open_backend(bundle, Runtime(backend_name, plans=folder)))
     ]
-    assert said[0] == said[1]
+    assert captions[0] == captions[1]

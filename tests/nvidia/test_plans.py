@@ -1,4 +1,4 @@
-"""Plans on disk: what decides that one is kept, built anew or refused. Building itself is replaced by a few bytes."""
+"""Plans on disk: when they are kept, rebuilt or refused. Building is replaced by a stub that returns a few bytes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_plans_are_built_once(bundle, bounds, built, tmp_path):
         {"files": {"decoder.onnx.data": "0" * 64}},
     ],
 )
-def test_whatever_decides_what_a_plan_is_makes_it_another(other, bundle, bounds, built, tmp_path):
+def test_plans_are_rebuilt_if_their_key_changes(other, bundle, bounds, built, tmp_path):
     make(bundle, tmp_path, bounds)
     built.clear()
     changed = replace(
@@ -81,16 +81,16 @@ def damage_plan(folder):
     (folder / "decoder.plan").write_bytes(b"something else")
 
 
-def damage_note(folder):
+def damage_key(folder):
     (folder / "decoder.json").write_text("{")
 
 
-def lose_note(folder):
+def delete_key(folder):
     (folder / "decoder.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_plan, damage_note, lose_note])
-def test_damaged_plans_are_refused_and_built_again(damage, bundle, bounds, built, tmp_path):
+@pytest.mark.parametrize("damage", [damage_plan, damage_key, delete_key])
+def test_damaged_plans_are_refused_and_rebuilt(damage, bundle, bounds, built, tmp_path):
     make(bundle, tmp_path, bounds)
     built.clear()
     damage(tmp_path)
@@ -131,12 +131,12 @@ def test_one_process_builds_at_a_time(bundle, bounds, built, tmp_path):
 
 
 @pytest.mark.usefixtures("built")
-def test_plans_are_code_so_others_may_not_write_them(bundle, bounds, tmp_path):
+def test_plans_in_a_shared_folder_are_refused(bundle, bounds, tmp_path):
     make(bundle, tmp_path, bounds)
     tmp_path.chmod(0o777)
     try:
         for attempt in (
-            lambda: make(bundle, tmp_path, bounds, anew=True),
+            lambda: make(bundle, tmp_path, bounds, force=True),
             lambda: read_plan(tmp_path, bundle, "decoder", here),
         ):
             with pytest.raises(BackendError, match="executable code"):
@@ -146,7 +146,7 @@ def test_plans_are_code_so_others_may_not_write_them(bundle, bounds, tmp_path):
 
 
 class Engine:
-    """ICudaEngine as far as loading goes."""
+    """The part of ICudaEngine that loading a plan needs."""
 
     num_io_tensors = 2
 
@@ -160,12 +160,12 @@ class Engine:
         return types.SimpleNamespace()
 
     def create_execution_context(self, settings) -> str:
-        assert settings.dynamic_shapes_kernel_specialization_strategy == "none"  # TensorRT-RTX's own default: lazy
+        assert settings.dynamic_shapes_kernel_specialization_strategy == "none"  # the default of TensorRT-RTX is lazy
         return "context"
 
 
-def runtime_that_takes(accepted):
-    """Return a module whose runtime loads only plans that `accepted` holds for."""
+def runtime_that_accepts(accepted):
+    """Return a module whose runtime only loads plans for which `accepted` returns true."""
 
     class Runtime:
         def __init__(self, logger) -> None: ...
@@ -187,26 +187,26 @@ def runtime_that_takes(accepted):
 
 
 @pytest.mark.parametrize(("accepted", "rebuilt"), [(b"decoder 2", []), (b"decoder 4", ["decoder"])])
-def test_a_plan_that_does_not_load_is_built_once_more(accepted, rebuilt, bundle, bounds, built, tmp_path, monkeypatch):
+def test_plan_that_does_not_load_is_rebuilt_once(accepted, rebuilt, bundle, bounds, built, tmp_path, monkeypatch):
     make(bundle, tmp_path, bounds)
     built[:] = built[:3]
     plan = read_plan(tmp_path, bundle, "decoder", here)
-    monkeypatch.setattr(trt, "import_builder", lambda _: runtime_that_takes(lambda content: content == accepted))
+    monkeypatch.setattr(trt, "import_builder", lambda _: runtime_that_accepts(lambda content: content == accepted))
     new_context, on_host, _ = trt._loaded(plan, tmp_path, bundle, "decoder")
     assert new_context() == "context"
     assert on_host == {"num_candidates"}
     assert built[3:] == rebuilt
 
 
-def test_a_plan_that_never_loads_is_an_error(bundle, bounds, built, tmp_path, monkeypatch):
+def test_plan_that_never_loads_is_an_error(bundle, bounds, built, tmp_path, monkeypatch):
     make(bundle, tmp_path, bounds)
-    monkeypatch.setattr(trt, "import_builder", lambda _: runtime_that_takes(lambda _: False))
+    monkeypatch.setattr(trt, "import_builder", lambda _: runtime_that_accepts(lambda _: False))
     with pytest.raises(BackendError, match="does not load"):
         trt._loaded(read_plan(tmp_path, bundle, "decoder", here), tmp_path, bundle, "decoder")
     assert built == ["encoder", "decoder", "regroup", "decoder"]
 
 
-def test_an_old_tensorrt_is_refused(monkeypatch):
+def test_old_tensorrt_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
     sys.modules["tensorrt"].__version__ = "10.9.0"
     sys.modules["tensorrt"].__spec__ = types.SimpleNamespace()
@@ -214,7 +214,7 @@ def test_an_old_tensorrt_is_refused(monkeypatch):
         plans.import_builder("tensorrt")
 
 
-def test_a_kind_of_gpu_the_portable_builder_has_no_name_for_gets_a_plan_for_many(monkeypatch):
+def test_gpu_unknown_to_the_portable_builder(monkeypatch):
     monkeypatch.setattr(plans, "find_gpu", lambda *_: providers.Gpu("NVIDIA H100", "9.0", 80 << 30, 13000))
     target = plans.target_for(PORTABLE)
     assert (target.compute_capability, target.gpu) == ("portable", "any")
@@ -222,7 +222,7 @@ def test_a_kind_of_gpu_the_portable_builder_has_no_name_for_gets_a_plan_for_many
         plans.target_for(PORTABLE, "9.0")
 
 
-def test_a_capture_that_fails_ends_capturing_and_not_the_run(capsys):
+def test_failed_capture_does_not_end_the_run(capsys):
     class Device(RecordingDevice):
         def capture(self, _):
             raise BackendError("the GPU refuses: operation not permitted when stream is capturing")
@@ -246,7 +246,7 @@ def test_a_capture_that_fails_ends_capturing_and_not_the_run(capsys):
     assert capsys.readouterr().err.count("CUDA graphs are disabled") == 1
 
 
-def test_what_tensorrt_said_is_in_the_error_and_all_of_it_on_request(monkeypatch, capsys):
+def test_tensorrt_messages_in_errors_and_log(monkeypatch, capsys):
     class Context:
         def execute_async_v3(self, _):
             return False
@@ -256,30 +256,30 @@ def test_what_tensorrt_said_is_in_the_error_and_all_of_it_on_request(monkeypatch
         runner.run({}, {})
     module = plans.import_builder(PORTABLE)
     logger = plans.make_logger(module)
-    logger.log(module.ILogger.Severity.WARNING, "quiet")
+    logger.log(module.ILogger.Severity.WARNING, "not logged")
     monkeypatch.setenv(plans.LOG_VARIABLE, "1")
     logger.log(module.ILogger.Severity.WARNING, "a hint")
     assert capsys.readouterr().err == "TensorRT WARNING: a hint\n"
 
 
-def test_numbers_for_tensorrt_lie_where_it_takes_them():
+def test_host_buffers_for_tensorrt_are_aligned():
     numbers = trt._aligned(3)
     assert numbers.ctypes.data % 256 == 0
     assert numbers.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("text", ["8.0", "80", "sm_80", "SM80", " sm80"])
-def test_a_compute_capability_has_one_form(text, monkeypatch):
+def test_compute_capability_spellings(text, monkeypatch):
     names = {"SM80": 80, "SM121": 121}
     builder = types.SimpleNamespace(__version__="1", ComputeCapability=types.SimpleNamespace(__members__=names))
     monkeypatch.setattr(plans, "import_builder", lambda _: builder)
     assert plans.target_for(PORTABLE, text).compute_capability == "8.0"
     assert plans.canonical_capability("sm_121") == "12.1"
-    with pytest.raises(BackendError, match=r"does not build for 7\.9: it knows 8\.0, 12\.1"):
+    with pytest.raises(BackendError, match=r"does not build for 7\.9: choose one of 8\.0, 12\.1"):
         plans.target_for(PORTABLE, "sm_79")
 
 
 @pytest.mark.parametrize("text", ["", "A100", "8", "8.0.0", "sm"])
-def test_what_is_no_compute_capability(text):
+def test_invalid_compute_capability_is_refused(text):
     with pytest.raises(UsageError, match=r"takes a number such as 8\.0, or sm_80"):
         plans.target_for(PORTABLE, text)

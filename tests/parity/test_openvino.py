@@ -107,7 +107,7 @@ def test_pytorchs_answers_are_replayed(captioner, tmp_path):
 def test_rounded_bundles_run_too(precision, rounded_bundles):
     bundle = Bundle.load(rounded_bundles[precision])
     assert all(check.passed for check in verify(bundle, open_backend(bundle, Runtime("openvino", threads=1))))
-    with pytest.raises(UsageError, match=f"is {precision}: --cpu-precision bf16 is for fp32 bundles"):
+    with pytest.raises(UsageError, match=f"is {precision}, but --cpu-precision bf16 is for fp32 bundles"):
         OpenVinoBackend(bundle, cpu_precision="bf16")
 
 
@@ -223,8 +223,8 @@ def test_a_run_in_bf16_is_labelled_and_reported(image_dir, tiny_bundle, tmp_path
     ("backend", "sentence"),
     [
         ("openvino", "this processor has no instructions for bf16 (AVX512_BF16 or AMX)"),
-        ("cpu", "ONNX Runtime multiplies bf16 on ARM processors with instructions for it alone"),
-        ("auto", "take --backend openvino, or leave --cpu-precision out"),
+        ("cpu", "ONNX Runtime supports bf16 only on ARM processors with bf16 instructions"),
+        ("auto", "use --backend openvino, or remove --cpu-precision"),
     ],
 )
 def test_bf16_is_refused_in_one_line_where_the_processor_has_none(
@@ -261,4 +261,4 @@ def test_on_arm_onnx_runtime_gets_its_fast_math(tiny_bundle, tmp_path, monkeypat
     open_backend(bundle, Runtime("cpu", threads=1))
     assert set(seen) == {""}
     info = CliRunner().invoke(main, ["info", "--json"])
-    assert json.loads(info.stdout)["bf16"] == "--backend cpu --cpu-precision bf16 is for this processor; not parity"
+    assert json.loads(info.stdout)["bf16"] == "this processor supports --backend cpu --cpu-precision bf16 (not parity)"

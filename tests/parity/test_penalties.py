@@ -82,7 +82,7 @@ def test_banned_words_come_from_a_file(pictures, tiny_bundle, tiny_captioner, tm
         ("--suppress-tokens", "7;8", "'7;8' is not a list of whole numbers"),
         ("--suppress-tokens", 99999, "banned token id 99999 is not in the vocabulary: ids must be below 66"),
         ("--bad-words", "nowhere.txt", "nowhere.txt cannot be read"),
-        ("--bad-words", "zebra\n", "the banned word 'zebra' is none that this bundle could say"),
+        ("--bad-words", "zebra\n", "the vocabulary cannot spell the banned word 'zebra'"),
         ("--bad-words", "[SEP]\n", "spells a special token"),
     ],
 )

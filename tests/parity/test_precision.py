@@ -279,7 +279,7 @@ def test_graphs_of_another_type_than_the_manifest_says_are_refused(graphs, said,
     result = invoke(engine_main, "verify", "--bundle", copied, "--backend", "cpu")
     assert result.exit_code == 1
     assert len(result.output.splitlines()) == 1
-    assert f"{said} of the manifest means tensor(float" in result.output
+    assert f"the manifest's precision {said} requires tensor(float" in result.output
 
 
 def test_parity_is_not_asked_of_other_precisions(bundles, tiny_checkpoint, tmp_path):

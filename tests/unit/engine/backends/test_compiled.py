@@ -1,4 +1,4 @@
-"""Graphs that OpenVINO compiled and the engine keeps: taken again, or said to be of no use and made anew."""
+"""The cache of graphs compiled by OpenVINO: reuse, and recompilation if a file is damaged."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def fresh(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def compiled(monkeypatch) -> list[str]:
-    """The graphs that are compiled from now on, by their first input."""
+    """The graphs compiled after this point, by the name of their first input."""
     names = []
     compile_model = openvino.Core.compile_model
 
-    def watched(core, model, *more):
+    def recording(core, model, *more):
         names.append(model.inputs[0].any_name)
         return compile_model(core, model, *more)
 
-    monkeypatch.setattr(openvino.Core, "compile_model", watched)
+    monkeypatch.setattr(openvino.Core, "compile_model", recording)
     return names
 
 
@@ -49,7 +49,7 @@ def blobs(cache: Path) -> list[Path]:
     return sorted(cache.rglob("*.blob"))
 
 
-def test_compiled_graphs_are_kept_and_taken_and_say_the_same(fresh, compiled, tiny_bundle):
+def test_compiled_graphs_are_cached_and_reused(fresh, compiled, tiny_bundle):
     bundle = Bundle.load(tiny_bundle)
     assert all(check.passed for check in verify(bundle, OpenVinoBackend(bundle)))
     assert len(compiled) == 3
@@ -59,7 +59,7 @@ def test_compiled_graphs_are_kept_and_taken_and_say_the_same(fresh, compiled, ti
     assert sum(path.stat().st_size for path in blobs(fresh)) < 1 << 21
     del compiled[:]
     assert all(check.passed for check in verify(bundle, OpenVinoBackend(bundle)))
-    assert compiled == ["slots"], "regroup has no weights, and is quick"
+    assert compiled == ["slots"], "regroup has no weights and is not cached"
     del compiled[:]
     OpenVinoBackend(bundle, cpu_precision="bf16")
     assert len(compiled) == 3
@@ -70,25 +70,25 @@ def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def turn_a_bit(path: Path) -> None:
+def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def swap(path: Path) -> None:
-    shutil.copyfile(next(other for other in path.parent.glob("*.blob") if other != path), path)
+    shutil.copyfile(next(blob for blob in path.parent.glob("*.blob") if blob != path), path)
 
 
 def open_to_others(path: Path) -> None:
     path.chmod(0o666)
 
 
-DAMAGE = [shorten, turn_a_bit, swap, open_to_others, lambda path: path.write_bytes(b"")]
+DAMAGE = [shorten, flip_a_bit, swap, open_to_others, lambda path: path.write_bytes(b"")]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_a_line_and_is_made_again(damage, fresh, compiled, tiny_bundle, capfd):
+def test_damaged_file_is_reported_and_recompiled(damage, fresh, compiled, tiny_bundle, capfd):
     bundle = Bundle.load(tiny_bundle)
     OpenVinoBackend(bundle)
     decoder, _ = blobs(fresh)
@@ -104,17 +104,17 @@ def test_a_damaged_file_is_a_line_and_is_made_again(damage, fresh, compiled, tin
     assert capfd.readouterr().err == ""
 
 
-def test_without_a_place_to_keep_them_graphs_are_compiled_and_it_is_said(tiny_bundle, tmp_path, monkeypatch, capfd):
+def test_unusable_cache_is_reported(tiny_bundle, tmp_path, monkeypatch, capfd):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     bundle = Bundle.load(tiny_bundle)
     backend = OpenVinoBackend(bundle)
     assert all(check.passed for check in verify(bundle, backend))
-    assert "compiled graphs are not kept: " in capfd.readouterr().err
+    assert "compiled graphs are not cached: " in capfd.readouterr().err
 
 
-def test_a_graph_that_says_something_else_when_read_back_is_not_kept(fresh, bundle_copy):
-    """OpenVINO is told one file of weights: where others were meant, numbers differ, and so much is asked."""
+def test_graph_that_differs_when_read_back_is_not_cached(fresh, bundle_copy):
+    """OpenVINO reads cached graphs with one file of weights. Here the decoder's weights are in another file."""
     for graph in ("encoder", "decoder"):
         path = bundle_copy / f"{graph}.onnx"
         model = onnx.load(str(path), load_external_data=False)
@@ -140,7 +140,7 @@ def bundle_copy(tiny_bundle, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
-def test_another_format_under_the_name_of_a_graph_is_refused(bundle_copy):
+def test_other_format_named_onnx_is_refused(bundle_copy):
     """OpenVINO would read its own format, or TensorFlow's, whatever the file is called."""
     model = openvino.Core().read_model(bundle_copy / "regroup.onnx")
     openvino.serialize(model, bundle_copy / "x.xml", bundle_copy / "regroup.bin")
@@ -163,20 +163,20 @@ def test_another_format_under_the_name_of_a_graph_is_refused(bundle_copy):
         (RuntimeError("Check 'x' failed\n\n at y"), BackendError),
     ],
 )
-def test_what_openvino_raises_is_one_line_of_ours(error, kind):
+def test_openvino_errors_become_one_line(error, kind):
     with pytest.raises(BackendError, match="decoder failed: ") as raised, openvino_errors("decoder failed"):
         raise error
     assert type(raised.value) is kind
     assert "\n" not in str(raised.value)
 
 
-def test_an_older_openvino_is_refused(monkeypatch):
+def test_old_openvino_is_refused(monkeypatch):
     monkeypatch.setattr(openvino, "__version__", "2025.4.1-12345-abc")
     with pytest.raises(BackendError, match=r"OpenVINO 2025\.4\.1 is too old: pip install 'openvino>=2026\.4'"):
         open_backend(Bundle.load(), Runtime("openvino"))
 
 
-def test_worker_processes_that_compile_at_once_say_the_same(tiny_bundle, tmp_path, fresh):
+def test_processes_that_compile_concurrently_agree(tiny_bundle, tmp_path, fresh):
     images = save_pictures(tmp_path / "images", 17, name="{:02}.png")
 
     def run(out: Path, *more: object):
@@ -185,7 +185,7 @@ def test_worker_processes_that_compile_at_once_say_the_same(tiny_bundle, tmp_pat
 
     whole = run(tmp_path / "whole.csv", "--backend", "cpu")
     assert whole.exit_code == 0, whole.output
-    for _ in range(2):  # with nothing kept, and with what the first ones kept
+    for _ in range(2):  # with an empty cache, then with a filled one
         out = tmp_path / "run.csv"
         shared = run(out, "--backend", "openvino", "--processes", 2, "--threads", 2)
         assert shared.exit_code == 0, shared.output

@@ -22,7 +22,7 @@ from engine.machine.verify import verify
 from engine.runtime import CPU_BACKENDS, Runtime
 
 IMAGE = {"height": 32, "width": 32, "resample": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-STAND_INS = {
+PLACEHOLDERS = {
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n": "a Git LFS pointer instead of the file",
     b"<!DOCTYPE html><html>404": "an HTML page instead of the file",
     b"": "empty file",
@@ -40,7 +40,7 @@ def edit_manifest(bundle: Path, **changes: object) -> None:
     (bundle / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
-def test_everything_wrong_is_listed_at_once(bundle_copy):
+def test_all_problems_are_listed(bundle_copy):
     (bundle_copy / "tokenizer.json").unlink()
     (bundle_copy / "decoder.onnx").write_bytes(b"other")
     with pytest.raises(BundleError, match=r"decoder\.onnx has changed; tokenizer\.json is missing"):
@@ -52,7 +52,7 @@ def test_everything_wrong_is_listed_at_once(bundle_copy):
     [
         ({"format": 99}, "bundle format 99"),
         ({"files": {}}, "encoder.onnx is not listed"),
-        ({"precision": "fp8"}, "its precision is 'fp8', known are fp32, fp16, int8"),
+        ({"precision": "fp8"}, "its precision is 'fp8', supported are fp32, fp16, int8"),
         ({"files": {"../evil": "0"}}, "not a plain file name"),
         ({"model": {}}, "ModelDims needs"),
         ({"generation": {"num_beams": 0}}, "num_beams must be"),
@@ -66,14 +66,14 @@ def test_everything_wrong_is_listed_at_once(bundle_copy):
         ({"image": IMAGE | {"mean": [1, 2]}}, "ImageSpec.mean is"),
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused(changes, sentence, bundle_copy):
+def test_invalid_manifest_values_are_refused(changes, sentence, bundle_copy):
     edit_manifest(bundle_copy, **changes)
     with pytest.raises(BundleError, match=sentence):
         Bundle.load(bundle_copy)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "null", "[" * 100_000])
-def test_a_manifest_that_is_not_one_is_refused(content, bundle_copy):
+def test_malformed_manifest_is_refused(content, bundle_copy):
     (bundle_copy / "manifest.json").write_text(content)
     with pytest.raises(BundleError, match=r"manifest\.json"):
         Bundle.load(bundle_copy)
@@ -81,7 +81,7 @@ def test_a_manifest_that_is_not_one_is_refused(content, bundle_copy):
 
 @pytest.fixture
 def linked(tiny_bundle, tmp_path, monkeypatch) -> Path:
-    """A bundle as Hugging Face's cache keeps it: links to files named by their hash; git-annex gives each a folder."""
+    """A bundle of links to files in folders named by their hash, as in the caches of Hugging Face and git-annex."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, blobs = tmp_path / "snapshots/main", tmp_path / "blobs"
     folder.mkdir(parents=True)
@@ -95,7 +95,7 @@ def linked(tiny_bundle, tmp_path, monkeypatch) -> Path:
 
 
 @CPU
-def test_a_bundle_of_links_runs(backend, linked, tiny_bundle):
+def test_bundle_of_links_runs(backend, linked, tiny_bundle):
     bundle = open_bundle(linked)
     assert bundle.digest == Bundle.load(tiny_bundle).digest
     assert all(check.passed for check in verify(bundle, open_backend(bundle, Runtime(backend))))
@@ -105,13 +105,13 @@ def test_a_bundle_of_links_runs(backend, linked, tiny_bundle):
     ("target", "sentence"),
     [
         ("/etc/passwd", r"golden\.npz has changed"),
-        ("/dev/zero", r"is not whole: it has no golden\.npz"),
-        ("/proc/version", r"golden\.npz has changed \(empty file"),  # as every file of /proc it claims to have no bytes
-        ("golden.npz", r"is not whole: it has no golden\.npz"),
-        ("nowhere", r"is not whole: it has no golden\.npz"),
+        ("/dev/zero", r"is incomplete: it has no golden\.npz"),
+        ("/proc/version", r"golden\.npz has changed \(empty file"),  # like all files of /proc, its size is 0
+        ("golden.npz", r"is incomplete: it has no golden\.npz"),
+        ("nowhere", r"is incomplete: it has no golden\.npz"),
     ],
 )
-def test_hostile_links_in_a_bundle_are_refused(target, sentence, linked, tmp_path):
+def test_hostile_links_are_refused(target, sentence, linked, tmp_path):
     (linked / "golden.npz").unlink()
     (linked / "golden.npz").symlink_to(target)
     with pytest.raises(BundleError, match=sentence):
@@ -119,22 +119,22 @@ def test_hostile_links_in_a_bundle_are_refused(target, sentence, linked, tmp_pat
     assert not list((tmp_path / "cache").rglob("golden.npz"))
 
 
-def test_a_folder_to_run_holds_no_links(linked):
+def test_load_refuses_links(linked):
     with pytest.raises(BundleError, match=r"golden\.npz is a link"):
         Bundle.load(linked)
 
 
-@pytest.mark.parametrize("content", STAND_INS)
+@pytest.mark.parametrize("content", PLACEHOLDERS)
 @pytest.mark.parametrize("name", ["decoder.onnx.data", "manifest.json"])
-def test_stand_ins_for_files_of_a_bundle_are_named(name, content, bundle_copy, tmp_path, monkeypatch):
+def test_placeholder_files_are_named(name, content, bundle_copy, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (bundle_copy / name).write_bytes(content)
-    for place in (bundle_copy, RemoteFolder(bundle_copy.as_uri())):
-        with pytest.raises(BundleError, match=f"{name}.*{STAND_INS[content]}"):
-            open_bundle(place)
+    for location in (bundle_copy, RemoteFolder(bundle_copy.as_uri())):
+        with pytest.raises(BundleError, match=f"{name}.*{PLACEHOLDERS[content]}"):
+            open_bundle(location)
 
 
-def test_files_nobody_vouches_for_are_refused(bundle_copy):
+def test_unlisted_file_is_refused(bundle_copy):
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     del manifest["files"]["decoder.onnx.data"]
     (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
@@ -142,7 +142,7 @@ def test_files_nobody_vouches_for_are_refused(bundle_copy):
         Bundle.load(bundle_copy)
 
 
-def test_verify_notices_other_words_and_other_scores(bundle_copy):
+def test_verify_detects_other_ids_and_scores(bundle_copy):
     bundle = Bundle.load(bundle_copy)
     with np.load(bundle_copy / "golden.npz") as archive:
         golden = dict(archive)
@@ -155,7 +155,7 @@ def test_verify_notices_other_words_and_other_scores(bundle_copy):
     assert checks[1].max_score_difference == pytest.approx(0.01, rel=0.1)
 
 
-def test_verify_does_not_pass_scores_that_are_no_numbers(tiny_bundle, tiny_captioner, monkeypatch):
+def test_verify_fails_for_nan_scores(tiny_bundle, tiny_captioner, monkeypatch):
     step = tiny_captioner.backend.step
 
     def broken(cache, inputs):
@@ -168,7 +168,7 @@ def test_verify_does_not_pass_scores_that_are_no_numbers(tiny_bundle, tiny_capti
 
 
 def rewrite_graph(bundle: Path, graph: str, change: Callable[[onnx.ModelProto], None]) -> None:
-    """Change a graph as a stranger would: with its new hash in the manifest."""
+    """Change a graph and its hash in the manifest, as an attacker would."""
     path = bundle / f"{graph}.onnx"
     model = onnx.load(str(path), load_external_data=False)
     change(model)
@@ -189,14 +189,14 @@ def point_outside(location: str) -> Callable[[onnx.ModelProto], None]:
 
 @CPU
 @pytest.mark.parametrize("location", ["../secret.bin", "{tmp}/secret.bin", "/dev/zero", "nowhere.bin"])
-def test_weights_outside_the_bundle_are_not_read(backend, location, bundle_copy, tmp_path):
+def test_weights_outside_the_bundle_are_refused(backend, location, bundle_copy, tmp_path):
     (tmp_path / "secret.bin").write_bytes(bytes(1 << 20))
     rewrite_graph(bundle_copy, "decoder", point_outside(location.format(tmp=tmp_path)))
     with pytest.raises(BackendError, match=r"decoder\.onnx cannot be loaded"):
         open_backend(Bundle.load(bundle_copy), Runtime(backend))
 
 
-def loop_for_ever(model: onnx.ModelProto) -> None:
+def add_endless_loop(model: onnx.ModelProto) -> None:
     yes = onnx.helper.make_tensor_value_info("yes", onnx.TensorProto.BOOL, [])
     entries = [onnx.helper.make_tensor_value_info("i", onnx.TensorProto.INT64, []), yes]
     same = onnx.helper.make_node("Identity", ["yes"], ["again"])
@@ -212,18 +212,18 @@ def add_function(model: onnx.ModelProto) -> None:
     model.functions.append(onnx.helper.make_function("local", "F", ["x"], ["y"], [same], model.opset_import))
 
 
-@pytest.mark.parametrize("change", [loop_for_ever, add_function])
-def test_a_graph_that_may_never_end_is_refused(change, bundle_copy):
+@pytest.mark.parametrize("change", [add_endless_loop, add_function])
+def test_graph_with_control_flow_is_refused(change, bundle_copy):
     rewrite_graph(bundle_copy, "regroup", change)
-    with pytest.raises(BundleError, match=r"regroup\.onnx holds control flow"):
+    with pytest.raises(BundleError, match=r"regroup\.onnx contains control flow"):
         Bundle.load(bundle_copy)
 
 
 def rename_input(model: onnx.ModelProto) -> None:
     name = model.graph.input[0].name
-    model.graph.input[0].name = "stranger"
+    model.graph.input[0].name = "renamed"
     for node in model.graph.node:
-        node.input[:] = ["stranger" if n == name else n for n in node.input]
+        node.input[:] = ["renamed" if n == name else n for n in node.input]
 
 
 def drop_output(model: onnx.ModelProto) -> None:
@@ -238,14 +238,14 @@ def other_size(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("graph", "change", "sentence"),
     [
-        ("encoder", rename_input, "does not have the inputs of this engine's bundles (pixel_values, stranger)"),
+        ("encoder", rename_input, "does not have the inputs of this engine's bundles (pixel_values, renamed)"),
         ("decoder", rename_input, "does not have the inputs"),
         ("regroup", rename_input, "does not have the inputs"),
         ("decoder", drop_output, "does not have the outputs"),
         ("encoder", other_size, "encoder.onnx"),
     ],
 )
-def test_graphs_that_are_not_the_manifests_are_refused_before_they_run(backend, graph, change, sentence, bundle_copy):
+def test_graphs_that_do_not_match_are_refused(backend, graph, change, sentence, bundle_copy):
     rewrite_graph(bundle_copy, graph, change)
     with pytest.raises(EngineError, match=re.escape(sentence)):
         open_backend(Bundle.load(bundle_copy), Runtime(backend))
@@ -262,21 +262,21 @@ def test_graphs_that_are_not_the_manifests_are_refused_before_they_run(backend, 
         {"encoder_positions": 10**6},
     ],
 )
-def test_sizes_the_graphs_do_not_have_are_refused_before_memory_is_asked_for(backend, absurd, bundle_copy):
+def test_wrong_sizes_are_refused_before_allocation(backend, absurd, bundle_copy):
     manifest = json.loads((bundle_copy / "manifest.json").read_text())
     edit_manifest(bundle_copy, model=manifest["model"] | absurd)
     with pytest.raises(BundleError, match="export it again"):
         open_backend(Bundle.load(bundle_copy), Runtime(backend))
 
 
-def test_hidden_files_are_not_overlooked(bundle_copy):
-    (bundle_copy / ".weights").write_bytes(b"weights nobody vouches for")
+def test_unlisted_hidden_file_is_refused(bundle_copy):
+    (bundle_copy / ".weights").write_bytes(b"unlisted weights")
     with pytest.raises(BundleError, match=r"\.weights is not listed"):
         Bundle.load(bundle_copy)
 
 
 @CPU
-def test_an_absurd_picture_size_is_refused(backend, bundle_copy):
+def test_absurd_image_size_is_refused(backend, bundle_copy):
     edit_manifest(bundle_copy, image=IMAGE | {"height": 10**6, "width": 10**6})
     with pytest.raises(BundleError, match=r"pixel_values has the sizes \(32, 32, 3\)"):
         open_backend(Bundle.load(bundle_copy), Runtime(backend))

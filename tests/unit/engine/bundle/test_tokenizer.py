@@ -1,4 +1,4 @@
-"""Detokenising and the rows of run.csv."""
+"""The tokenizer, detokenising and the rows of run.csv."""
 
 from __future__ import annotations
 
@@ -35,30 +35,32 @@ TOKENIZER = CaptionTokenizer(BUNDLE)
         ("", ""),
     ],
 )
-def test_detokenise_rejoins_what_wordpiece_splits(raw, expected):
+def test_detokenise_removes_spaces_around_punctuation(raw, expected):
     assert detokenise(raw) == expected
 
 
 @given(st.lists(st.integers(0, 30523), max_size=12))
 @settings(max_examples=300, deadline=None)
-def test_captions_joined_from_pieces_are_what_the_library_decodes(ids):
-    """Special tokens anywhere, pieces of words first, punctuation, ids the tokenizer does not know."""
+def test_decode_equals_the_tokenizers_library(ids):
+    """Includes special tokens anywhere, captions that start with a word piece, punctuation and unknown ids."""
     tokens = BUNDLE.tokens
     words = [i for i in ids if i not in (tokens.bos, tokens.eos, tokens.pad)]
     assert TOKENIZER.decode(ids) == clean_up(TOKENIZER._tokenizer.decode(words, skip_special_tokens=True))
 
 
-def test_a_prompt_beyond_the_models_vocabulary_is_refused():
+def test_prompt_outside_the_vocabulary_is_refused():
     size = TOKENIZER.prompt_ids("hippocampus")[-1]
     smaller = CaptionTokenizer(replace(BUNDLE, model=replace(BUNDLE.model, vocab_size=size)))
-    with pytest.raises(UsageError, match=r"the prompt 'a hippocampus' holds a token that the model of .* no embedding"):
+    with pytest.raises(
+        UsageError, match=r"the prompt 'a hippocampus' contains a token that the model of .* no embedding"
+    ):
         smaller.prompt_ids("a hippocampus")
-    with pytest.raises(UsageError, match="the banned word 'hippocampus' holds a token"):
+    with pytest.raises(UsageError, match="the banned word 'hippocampus' contains a token"):
         smaller.bad_words_ids(["hippocampus"])
     assert len(CaptionTokenizer(replace(BUNDLE, model=replace(BUNDLE.model, vocab_size=30524))).prompt_ids("a")) == 2
 
 
-def test_a_tokenizer_of_special_tokens_only_is_refused(tmp_path):
+def test_tokenizer_with_only_special_tokens_is_refused(tmp_path):
     content = json.loads((BUNDLE.path / "tokenizer.json").read_text())
     content["model"]["vocab"] = {token["content"]: token["id"] for token in content["added_tokens"]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -84,20 +86,20 @@ def test_rows_quote_captions_and_stay_on_one_line(image_id, caption, row):
 
 
 @given(st.text(), st.text(min_size=1))
-def test_any_row_reads_back_as_one_record_of_two_fields(caption, image_id):
+def test_any_row_is_read_back_as_two_fields(caption, image_id):
     (record,) = csv.reader(io.StringIO(format_row(image_id, caption), newline=""))
     assert len(record) == 2
     assert record[0] == image_id
 
 
-def test_run_csv_has_header_order_and_unix_line_ends(tmp_path):
+def test_run_csv_has_header_and_unix_line_ends(tmp_path):
     write_run(tmp_path / "run.csv", [("b", "second é"), ("a", "first")])
     assert (tmp_path / "run.csv").read_bytes() == 'ID,Caption\nb,"second é"\na,"first"\n'.encode()
     assert [path.name for path in tmp_path.iterdir()] == ["run.csv"]
 
 
-def test_detokenising_is_worth_what_the_readme_says():
+def test_detokenising_gains_what_the_readme_states():
     from tests.helpers.legends import measure
 
-    found = measure(300)
-    assert found["raw"] <= found["hugging_face_clean_up"] < 0.8 < 0.97 < found["ours"]
+    scores = measure(300)
+    assert scores["raw"] <= scores["hugging_face_clean_up"] < 0.8 < 0.97 < scores["ours"]

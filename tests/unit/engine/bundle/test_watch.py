@@ -32,7 +32,7 @@ def overwrite(path: Path, *, keep_times: bool) -> None:
 
 
 @pytest.mark.parametrize("keep_times", [False, True])
-def test_overwriting_in_place_is_noticed(folder, keep_times):
+def test_overwriting_in_place_is_detected(folder, keep_times):
     with watched(Bundle.load(folder)) as watch:
         watch.check()
         overwrite(folder / WEIGHTS, keep_times=keep_times)
@@ -40,7 +40,7 @@ def test_overwriting_in_place_is_noticed(folder, keep_times):
             watch.check()
 
 
-def test_overwriting_while_it_is_loaded_is_noticed(folder):
+def test_overwriting_after_load_is_detected(folder):
     bundle = Bundle.load(folder)
     overwrite(folder / WEIGHTS, keep_times=True)
     with pytest.raises(BundleError, match=rf"{WEIGHTS} was overwritten"), watched(bundle):
@@ -56,8 +56,8 @@ def test_every_bundle_of_an_ensemble_is_watched(folder, tiny_bundle):
             watch.check()
 
 
-def test_what_leaves_the_weights_as_they_were_is_allowed(folder, tmp_path):
-    """A chmod, and an export to the same path: it renames the new folder, and the run keeps the files it has open."""
+def test_chmod_and_replaced_folder_are_allowed(folder, tmp_path):
+    """An export to the same path renames a new folder to it, and the run keeps the files it has open."""
     with watched(Bundle.load(folder)) as watch:
         for path in folder.iterdir():
             path.chmod(0o600)

@@ -1,4 +1,4 @@
-"""The cache folder: where it is, and who may write into it."""
+"""The location of the cache folder, and the check of its owner and permissions."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def no_home(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_without_a_home_the_cache_is_private_and_temporary(no_home):
+def test_cache_without_home_is_private_and_temporary(no_home):
     root = cache_root()
     assert root == no_home / f"blip-caption-engine-{os.getuid()}"
     assert root.stat().st_mode & 0o777 == 0o700
     assert cache_root() == root
 
 
-def test_an_empty_home_is_not_a_home(no_home, monkeypatch):
+def test_empty_home_counts_as_no_home(no_home, monkeypatch):
     monkeypatch.setenv("HOME", "")
     assert cache_root().parent == no_home
 
 
-def test_a_temporary_cache_of_others_is_refused(no_home, tmp_path):
+def test_foreign_temporary_cache_is_refused(no_home, tmp_path):
     root = no_home / f"blip-caption-engine-{os.getuid()}"
     (tmp_path / "elsewhere").mkdir()
     root.symlink_to("elsewhere")
@@ -58,7 +58,7 @@ def test_a_temporary_cache_of_others_is_refused(no_home, tmp_path):
         cache_root()
 
 
-def test_the_cache_of_another_user_is_refused_by_its_kind(tmp_path, monkeypatch):
+def test_foreign_cache_folder_is_refused_with_its_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = cache_folder("0" * 64, "openvino", "compiled graphs are executable code")
     folder.chmod(0o770)
@@ -69,10 +69,10 @@ def test_the_cache_of_another_user_is_refused_by_its_kind(tmp_path, monkeypatch)
         require_private(folder, "plans are executable code")
 
 
-def test_what_a_killed_process_left_unfinished_is_deleted(tmp_path):
+def test_draft_folder_deletes_leftovers_of_killed_processes(tmp_path):
     (tmp_path / ".unfinished-bundle-killed" / "draft").mkdir(parents=True)
     with draft_folder(tmp_path / "other") as other, draft_folder(tmp_path / "bundle") as draft:
         assert not (tmp_path / ".unfinished-bundle-killed").exists()
-        assert other.is_dir(), "another process is at work there"
+        assert other.is_dir(), "another process is filling it"
         draft.rename(tmp_path / "bundle")
     assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"]

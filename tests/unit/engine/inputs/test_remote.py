@@ -213,7 +213,7 @@ def test_missing_or_incomplete_bundle_is_refused(tiny_bundle, tmp_path, monkeypa
     with pytest.raises(BundleError, match=r"encoder\.onnx has changed"):
         open_bundle(RemoteFolder(other.as_uri()))
     (other / "encoder.onnx").unlink()
-    with pytest.raises(BundleError, match=r"is not whole: it has no encoder\.onnx: export it again"):
+    with pytest.raises(BundleError, match=r"is incomplete: it has no encoder\.onnx: export it again"):
         open_bundle(RemoteFolder(other.as_uri()))
     (other / MANIFEST).write_text("{")
     with pytest.raises(BundleError, match="not a manifest"):
@@ -223,7 +223,7 @@ def test_missing_or_incomplete_bundle_is_refused(tiny_bundle, tmp_path, monkeypa
 def test_errors_of_cache_and_storage_are_distinguished(tiny_bundle, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(BundleError, match=r"cannot be kept in .*: Not a directory: set XDG_CACHE_HOME"):
+    with pytest.raises(BundleError, match=r"cannot be copied to .*: Not a directory: set XDG_CACHE_HOME"):
         open_bundle(RemoteFolder(tiny_bundle.as_uri()))
 
     class Broken:
