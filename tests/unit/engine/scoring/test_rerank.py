@@ -97,7 +97,7 @@ def test_shares_are_parts_of_their_sum_and_equal_ones_are_as_none_to_the_last_bi
         ("--share 1e308 --share 1e308", "takes finite numbers above 0"),
         ("--share 1e-320 --share 1", "takes finite numbers above 0"),
         ("--share two --share 1", "'two' is not a valid float"),
-        ("--share 2 --share 1 --uniform", "--share does nothing beside --uniform"),
+        ("--share 2 --share 1 --uniform", "--share has no effect with --uniform"),
         ("--nearest 3", "--nearest: only with --support"),
         ("--support-share 0.1", "--support-share: only with --support"),
         ("--support training.csv --nearest 0", "--nearest"),
@@ -155,7 +155,7 @@ def test_the_nearest_training_captions_vote(support, expected, rerank):
     assert result.exit_code == 0, result.output
     assert written == HEAD.format(expected)
     is_on = support and not support.endswith("-share 0")
-    said = ", with the support of 4 distinct captions ->" if is_on else "another than the first candidate ->"
+    said = ", supported by 4 distinct captions ->" if is_on else "differ from the first candidate ->"
     assert said in result.stderr
 
 
@@ -180,7 +180,7 @@ def test_a_picture_does_not_see_its_own_caption(other, expected, rerank, tmp_pat
 def test_images_without_a_near_caption_are_counted_and_choose_among_themselves(rerank, tmp_path):
     n_best(tmp_path / "many.jsonl", a=["ct head", "ct head", "mri"], b=["x y", "x", "x"], c=["foot"])
     result, written = rerank("--n-best many.jsonl --support training.csv")
-    assert "with the support of 4 distinct captions (none of them near for 1 images) -> run.csv" in result.stderr
+    assert "supported by 4 distinct captions (1 images have no near caption) -> run.csv" in result.stderr
     _, alone = rerank("--n-best many.jsonl")
     assert written.splitlines()[2:] == alone.splitlines()[2:] == ['b,"x"', 'c,"foot"']
 
@@ -244,7 +244,7 @@ def test_rerank_takes_what_the_others_agree_with(tmp_path):
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "run.csv").read_text() == 'ID,Caption\na,"mri of the brain"\nb,"only one"\n'
-    assert "2 captions, 1 of them another" in result.stderr
+    assert "2 captions, 1 differ from the first candidate" in result.stderr
 
 
 def test_candidates_count_by_their_probability_and_equal_ones_together(tmp_path):

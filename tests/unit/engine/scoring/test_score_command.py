@@ -145,9 +145,12 @@ def test_two_runs_are_compared_by_file_or_by_what_was_kept_of_them(files):
     assert found["rouge1"]["wins"] == 2
     assert found["bleu1"]["difference"] == pytest.approx(1 - 11 / 21, abs=1e-6)
     (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n")
-    assert "not of the same images" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+    assert "do not cover the same images" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
     (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n1,1.0\n2,1.0\n")
-    assert "no metric measured in one way" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+    assert (
+        "share no metric with the same signature"
+        in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+    )
     assert "is no file of --per-image" in run("score", "compare", files / "run.csv", files / "better.csv").stderr
     (files / "better.pi").write_text("ID,recall@12345678,recall:0\n0,1.0,2\n1,1.0,2\n2,1.0,2\n")
     assert "holds counts of recall" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
@@ -158,7 +161,10 @@ def test_options_that_would_do_nothing_are_refused(files):
     for arguments, said in (
         (["score", "compare", "run.pi", "run.pi", "--metrics", "bleu1"], "--metrics: only with --references"),
         (["score", "compare", "run.pi", "run.pi", "--weights", "bertscore=/x"], "--weights: only with --references"),
-        (["score", "--metrics", "bleu1", "compare", "run.pi", "run.pi"], "--metrics: give what is for `score compare`"),
+        (
+            ["score", "--metrics", "bleu1", "compare", "run.pi", "run.pi"],
+            "--metrics: give the options of `score compare`",
+        ),
         (
             ["rerank", "--n-best", "run.jsonl", "--out", "x.csv", "--weights", "bertscore=/x"],
             "is for no metric of this",
@@ -196,7 +202,9 @@ def test_scores_are_printed_without_a_file(files):
 def test_no_available_metric_is_a_failure(files):
     result = score(files, "--metrics", "clipscore,bleurt", "--per-image", files / "per_image.csv")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("error: nothing was scored, for none of the metrics is available")
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: nothing was scored: none of the metrics (clipscore, bleurt) is available"
+    )
     assert not (files / "scores.json").exists()
     assert not (files / "per_image.csv").exists()
     compared = run(

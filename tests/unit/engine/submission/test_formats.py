@@ -174,7 +174,7 @@ def test_every_unwise_line_is_counted(tmp_path):
     given = ["check", tmp_path / "x.csv", "--manifest", tmp_path / "ids.txt", "--format", "imageclef2024"]
     result = CliRunner().invoke(main, [str(word) for word in given])
     assert result.exit_code == 0
-    assert "allowed, but unwise: 2 more like these" in result.stderr
+    assert "warning: 2 more warnings like these" in result.stderr
 
 
 def test_a_byte_that_is_not_utf8_is_found_wherever_it_is(tmp_path):
