@@ -228,7 +228,7 @@ def test_the_signature_changes_with_every_file_shown(work):
         ({"out": "{tmp}/run.csv"}, 2, "is a file: name a folder"),
         ({"out": "{tmp}/no/report"}, 2, "no does not exist, create it first"),
         ({"references": "{tmp}/strangers.csv"}, 1, "have no id in common (a against q)"),
-        ({"scores": "{tmp}/run.csv"}, 1, "is no file of --per-image"),
+        ({"scores": "{tmp}/run.csv"}, 1, "is not a file of --per-image"),
         ({"n_best": "{tmp}/run.csv"}, 1, "run.csv, line 1: not a line of --n-best-out"),
         ({"columns": "{tmp}/strangers.csv"}, 1, "have no id in common (a against q)"),
         ({"columns": "{tmp}/ragged.csv"}, 1, "ragged.csv, line 3: 3 columns where the header has 2"),
@@ -259,7 +259,7 @@ def test_scores_that_are_not_numbers_get_one_line(work):
     result = report(work, **given)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert "scores.csv is no file of --per-image: b has a value that is not a number" in line
+    assert "scores.csv is not a file of --per-image: b has a value that is not a number" in line
 
 
 def test_a_failed_run_leaves_the_earlier_page_and_its_thumbnails(work, monkeypatch):

@@ -283,7 +283,7 @@ def test_a_limit_takes_images_from_the_whole_of_the_split(job):
         ({"decoding": DecodeOptions(max_new_tokens=500)}, "set --max-new-tokens"),
         ({"metrics": ("rouge9",)}, "unknown metric 'rouge9'"),
         ({"weights": {"bleurt": Path()}}, "--weights bleurt=... is for no metric of this sweep"),
-        ({"weights": {"bertscore": Path("nowhere")}}, "no folder with config.json"),
+        ({"weights": {"bertscore": Path("nowhere")}}, "not a folder with config.json"),
         ({"image_size": 64}, "takes images of 32 x 32 px: leave --image-size 64 out"),
         ({"bundle": None}, "--checkpoint DIR, or --bundle DIR"),
         ({"examples": 51}, "change --examples"),
