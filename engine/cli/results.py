@@ -506,7 +506,7 @@ def report(**given: Any) -> None:
     from engine.report.build import build_report
     from engine.report.gather import ReportRequest
 
-    summary = build_report(ReportRequest(**given), say=say, progress=_progress_bar)
+    summary = build_report(ReportRequest(**given), log=say, progress=_progress_bar)
     say(summary.signature)
     say(f"{summary.images} images, {summary.thumbnails_made} new thumbnails -> {summary.page}")
 

@@ -132,7 +132,7 @@
       canvas.className = "canvas";
       canvas.setAttribute("role", "img");
       const note = document.createElement("figcaption");
-      canvas.title = "Draw across a range to show its images only";
+      canvas.title = "Drag across a range to show only its images";
       figure.append(label, canvas, note);
       place.append(figure);
       const chart = { select, canvas, note, choose, plot: null };

@@ -28,7 +28,7 @@
     rows.draw(sortBy);
     by("nothing").hidden = view.shown.length > 0;
     by("direction").textContent = view.descending ? "↓" : "↑";
-    by("direction").setAttribute("aria-label", `${view.descending ? "Falling" : "Rising"} order, turn round`);
+    by("direction").setAttribute("aria-label", `${view.descending ? "Descending" : "Ascending"} order, reverse`);
     by("sort").value = view.sort;
     drawChips();
     summary.showCount();

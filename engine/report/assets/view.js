@@ -8,7 +8,7 @@
 
   const TESTS = {
     text: { has: "contains", hasNot: "does not contain", is: "is", empty: "is empty" },
-    number: { between: "is between", empty: "is not known" },
+    number: { between: "is between", empty: "is unknown" },
   };
 
   function texts() {
