@@ -84,9 +84,8 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
     if form.is_zip != (out.suffix.lower() == ".zip"):
         wanted = "an archive: name it submission.zip" if form.is_zip else "a plain file: name it submission.csv"
         raise UsageError(f"{name} takes {wanted}, not {out.name}")
-    run_names = Ids(captions).find_all(
-        ids, "the manifest"
-    )  # id -> the name in the run, which may be written differently
+    # {id: name in the run}: the run may write an id differently, for example with a folder or a suffix
+    run_names = Ids(captions).find_all(ids, "the manifest")
     matched = set(run_names.values())
     unmatched = {name: caption for name, caption in captions.items() if name not in matched}
     captions = unmatched | {name: captions[run_name] for name, run_name in run_names.items()}

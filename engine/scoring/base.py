@@ -57,11 +57,11 @@ class Measured:
     counts: NDArray[np.float64] | None = None
     combine: Any = None
 
-    def resampled(self, places: NDArray[np.int64]) -> float:
-        """Return the value for the images at the indices `places` i64[N], which may repeat (a bootstrap sample)."""
+    def resampled(self, indices: NDArray[np.int64]) -> float:
+        """Return the value for the images at `indices` i64[N], which may repeat (a bootstrap sample)."""
         if self.counts is not None and self.combine is not None:
-            return float(self.combine(self.counts[places].sum(0)))
-        return float(self.per_image[places].mean())
+            return float(self.combine(self.counts[indices].sum(0)))
+        return float(self.per_image[indices].mean())
 
 
 def mean(per_image: Sequence[float] | NDArray[np.float64], note: str = "") -> Measured:
@@ -138,9 +138,9 @@ RESAMPLES, SEED = 1000, 0
 class Difference:
     """The second run's value minus the first's, with its 95 % interval and a two-sided p-value.
 
-    `p` is 2 * (k + 1) / (resamples + 1), at most 1, where k counts the resamples in which the difference is zero or has
-    the opposite sign (Davison and Hinkley 1997). `wins`, `losses` and `ties` count the images on which the second run
-    scores higher, lower or the same.
+    `p` is 2 * (k + 1) / (resamples + 1), at most 1 (Davison and Hinkley 1997). k is the number of resamples with a
+    difference <= 0 or with a difference >= 0, whichever is smaller. `wins`, `losses` and `ties` count the images on
+    which the second run scores higher, lower or the same.
     """
 
     difference: float
@@ -154,7 +154,7 @@ class Difference:
 
 def interval(measured: Measured, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of a score."""
-    values = [measured.resampled(places) for places in _resamples(len(measured.per_image), resamples)]
+    values = [measured.resampled(sample) for sample in _resamples(len(measured.per_image), resamples)]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -162,16 +162,16 @@ def interval(measured: Measured, resamples: int = RESAMPLES) -> tuple[float, flo
 def compare(first: Measured, second: Measured, resamples: int = RESAMPLES) -> Difference:
     """Compare two runs by a paired bootstrap. Both must hold the same images in the same order (not checked)."""
     differences = np.array(
-        [second.resampled(places) - first.resampled(places) for places in _resamples(len(first.per_image), resamples)]
+        [second.resampled(sample) - first.resampled(sample) for sample in _resamples(len(first.per_image), resamples)]
     )
     low, high = np.percentile(differences, [2.5, 97.5])
-    turned = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    opposite = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     gain = second.per_image - first.per_image
     return Difference(
         difference=second.value - first.value,
         low=float(low),
         high=float(high),
-        p=min(1.0, 2 * (turned + 1) / (resamples + 1)),
+        p=min(1.0, 2 * (opposite + 1) / (resamples + 1)),
         wins=int((gain > 0).sum()),
         losses=int((gain < 0).sum()),
         ties=int((gain == 0).sum()),

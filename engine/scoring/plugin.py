@@ -28,9 +28,9 @@ CONTRACT = 1
 NEEDS = {
     "clinicalbleurt": "BLEURT-20 fine-tuned on clinical notes, which is licensed",
     "medbertscore": "MedCAT and a licensed UMLS model pack",
-    "similarity": "MedImageInsight in an environment of its own",
+    "similarity": "MedImageInsight in a separate environment",
     "umls_f1": "MedCAT and a licensed UMLS model pack",
-    "alignscore": "AlignScore in an environment of its own",
+    "alignscore": "AlignScore in a separate environment",
 }
 """Organisers' metrics that are not built in, and what each needs."""
 

@@ -79,7 +79,9 @@ def group_places(
     columns = read_columns(labels, named) if labels else references.columns
     where = labels or references.path
     if group_by not in columns:
-        raise UsageError(f"{where} has no column {group_by!r} but {', '.join(sorted(columns)) or 'none'}")
+        raise UsageError(
+            f"{where} has no column {group_by!r}: it has {', '.join(sorted(columns)) or 'no further columns'}"
+        )
     cells = columns[group_by]
     if not set(cells) & set(items.ids):
         raise UsageError(f"{where} labels none of the images: are these the labels of another split?")

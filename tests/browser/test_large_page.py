@@ -22,7 +22,7 @@ def selected(page: Any) -> str:
 
 @pytest.fixture(scope="module")
 def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with 17,237 images as in the challenge, two runs, four scores each and candidates; 16 thumbnails in all."""
+    """A page with the 17,237 images of a challenge, two runs, four scores each and candidates; 16 thumbnails."""
     work = tmp_path_factory.mktemp("large")
     save_pictures(work / "report" / "thumbnails", 16, name="{}.jpg")
     save_pictures(work / "images", 1, name="ID_00000.png")

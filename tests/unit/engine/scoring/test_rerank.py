@@ -197,16 +197,16 @@ def test_search_by_words_equals_rouge_1_of_all_pairs():
     captions = SupportCaptions(Table("training.csv", {f"t{i}": (text,) for i, text in enumerate(training)}))
     for nearest in (1, 7, 250):
         texts = list(dict.fromkeys(made_up(5, chance)))
-        several = [Candidate(text, share) for text, share in zip(texts, (0.4, 0.3, 0.2, 0.1, 0.05), strict=False)]
-        pairs = [(one, text) for one in several for text in training]
-        items = Items(["i"] * len(pairs), [one.text for one, _ in pairs], [(text,) for _, text in pairs])
-        shares = [one.share for one in several]
-        expected = shares @ Rouge1().measure(items).per_image.reshape(len(several), -1)
-        (found,) = captions.near({"a": several}, Rouge1(), nearest=nearest, share=0.5).near.values()
-        places = [training.index(text) for text in found]
-        assert all(one < other for one, other in pairwise(places))
+        candidates = [Candidate(text, share) for text, share in zip(texts, (0.4, 0.3, 0.2, 0.1, 0.05), strict=False)]
+        pairs = [(candidate.text, text) for candidate in candidates for text in training]
+        items = Items(["i"] * len(pairs), [text for text, _ in pairs], [(reference,) for _, reference in pairs])
+        shares = [candidate.share for candidate in candidates]
+        expected = shares @ Rouge1().measure(items).per_image.reshape(len(candidates), -1)
+        (near,) = captions.near({"a": candidates}, Rouge1(), nearest=nearest, share=0.5).near.values()
+        indices = [training.index(text) for text in near]
+        assert all(first < second for first, second in pairwise(indices))
         best = np.sort(expected[expected > 0])[-nearest:]
-        np.testing.assert_allclose(np.sort(expected[places]), best, rtol=1e-12)
+        np.testing.assert_allclose(np.sort(expected[indices]), best, rtol=1e-12)
 
 
 def test_other_utility_chooses_among_rouge_1_results():
@@ -220,7 +220,7 @@ def test_other_utility_chooses_among_rouge_1_results():
     captions = SupportCaptions(Table("training.csv", training))
     candidates = {"a": [Candidate("ct of the head", 0.95), Candidate("ct", 0.05)], "b": [Candidate("ct", 1.0)]}
     support = captions.near(candidates, Bleu(1), nearest=1, share=0.9)
-    assert {name: len(several) for name, several in support.near.items()} == {"a": POOL}
+    assert {name: len(near) for name, near in support.near.items()} == {"a": POOL}
     assert rerank_candidates(candidates, "bleu1", MetricInputs(), support=support) == {"a": "ct", "b": "ct"}
     support = captions.near(candidates, Rouge1(), nearest=1, share=0.9)
     assert support.near == {"a": list(training["long"])}

@@ -89,7 +89,7 @@ def test_scores_are_broken_down_by_a_column(files):
     assert groups["MR"] == {"images": 6, "rouge1": 1.0}
     result = score(files, "--by", "colour")
     assert result.exit_code == 2
-    assert "has no column 'colour' but Modality" in result.stderr
+    assert "has no column 'colour': it has Modality" in result.stderr
 
 
 @pytest.mark.parametrize(
