@@ -1,6 +1,4 @@
-"""Submission files of ImageCLEFmedical Caption: write one, and check any as strictly as the organisers' checker
-does.
-"""
+"""Write and check submission files of ImageCLEFmedical Caption, by the rules of the organisers' checker."""
 
 from __future__ import annotations
 
@@ -27,18 +25,18 @@ from engine.inputs.readers import read_ids
 from engine.run.outputs import CONTROL, format_row
 
 MEMBER = "submission.csv"
-"""The only file in the archive of 2025 and 2026."""
+"""Name of the only file in a zip submission (2025 and 2026)."""
 MAX_BYTES = 1 << 28
-"""No submission comes near it; an archive may claim anything."""
+"""Largest size of a submission in bytes, far above any real one. It bounds what a malicious archive can unpack to."""
 MAX_LINE = 1 << 20
-"""Characters; no caption comes near it, and a line is held in memory."""
+"""Longest line in characters, far above any caption; a line is held in memory."""
 MOST_PROBLEMS = 100
-"""Errors at which a check stops: a file of wrong lines alone has as many as lines."""
+"""Number of errors at which a check stops. A file with only wrong lines has one error per line."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One year's file: in an archive or not, a header or not, and what separates id and caption."""
+    """The file format of one year: zip archive or plain, header or not, and the delimiter between id and caption."""
 
     is_zip: bool
     is_headed: bool = True
@@ -55,65 +53,66 @@ FORMATS = {
 
 
 def manifest_ids(manifest: Path, columns: Columns = USUAL) -> tuple[list[str], list[str]]:
-    """Return the ids of a submission in their order, and notes on what is odd about their list.
+    """Return the ids of a submission in the order of `manifest`, and notes on a suspicious list.
 
-    A list of files (`ls`) stands for their ids. The organisers' list is in the order of its numbers, and their checker
-    takes no other order, while `ls` puts 10 before 2.
+    If every entry is a file name, as in the output of `ls`, the ids are the names without suffix. A list that is not in
+    numeric order gets a note: the organisers' list is, their checker requires its order, and `ls` puts 10 before 2.
     """
     ids, notes = read_ids(manifest, columns), []
-    if all(cut_suffix(one) != one for one in ids):
-        ids = [image_id(one) for one in ids]
-        notes.append(f"{manifest} lists files: ids are their names without suffix")
-    numbers = [re.fullmatch(r"(.*?)(\d+)", one) for one in ids]
-    pairs = [(one[1], int(one[2])) for one in numbers if one is not None]
+    if all(cut_suffix(name) != name for name in ids):
+        ids = [image_id(name) for name in ids]
+        notes.append(f"{manifest} lists files: the ids are their names without suffix")
+    numbers = [re.fullmatch(r"(.*?)(\d+)", name) for name in ids]
+    pairs = [(match[1], int(match[2])) for match in numbers if match is not None]
     if len(pairs) == len(ids) and len({prefix for prefix, _ in pairs}) == 1:
         row = next((i for i in range(1, len(pairs)) if pairs[i][1] < pairs[i - 1][1]), None)
         if row is not None:
             notes.append(
                 f"{manifest} is not in numeric order: row {row + 1} is {ids[row]}, after {ids[row - 1]}; the "
-                "organisers' checker takes no order but that of their own list (sort -V sorts by numbers)"
+                "organisers' checker accepts only the order of their own list (`sort -V` sorts by number)"
             )
     return ids, notes
 
 
 def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str, out: Path) -> list[str]:
-    """Write captions of `ids`, in that order, as the format `name`; read the file back, check it, and return notes.
+    """Write the captions of `ids` in that order in the format `name`, check the written file, and return notes.
 
-    Raises DataError where captions and ids do not fit, UsageError where the file name does not, EngineError when the
-    file just written does not pass.
+    Raises DataError if captions and ids do not match, UsageError if the suffix of `out` does not fit the format, and
+    EngineError if the written file does not pass the check.
     """
     form = FORMATS[name]
     if form.is_zip != (out.suffix.lower() == ".zip"):
         wanted = "an archive: name it submission.zip" if form.is_zip else "a plain file: name it submission.csv"
         raise UsageError(f"{name} takes {wanted}, not {out.name}")
-    found = Ids(captions).find_all(ids, "the manifest")
-    meant = set(found.values())
-    others = {name: caption for name, caption in captions.items() if name not in meant}
-    captions = others | {name: captions[one] for name, one in found.items()}
-    missing = [one for one in ids if one not in captions]
+    # {id: name in the run}: the run may write an id differently, for example with a folder or a suffix
+    run_names = Ids(captions).find_all(ids, "the manifest")
+    matched = set(run_names.values())
+    unmatched = {name: caption for name, caption in captions.items() if name not in matched}
+    captions = unmatched | {name: captions[run_name] for name, run_name in run_names.items()}
+    missing = [name for name in ids if name not in captions]
     if missing:
-        raise DataError(f"the run lacks {len(missing)} ids of the manifest: {join_some(missing)}")
+        raise DataError(f"the run has no caption for {len(missing)} ids of the manifest: {join_some(missing)}")
     extra = sorted(set(captions) - set(ids))
     if extra:
-        raise DataError(f"the run has {len(extra)} ids that the manifest has not: {join_some(extra)}")
-    refused = [one for one in ids if not one.isprintable() and re.search("[\ud800-\udfff]", one)]
-    if refused:
-        raise DataError(f"ids that are not UTF-8 cannot be in a submission: rename {join_some(refused)}")
-    content = "".join(_row(one, captions[one], form) for one in ids).encode("utf-8")
+        raise DataError(f"the run has {len(extra)} ids that are not in the manifest: {join_some(extra)}")
+    undecodable = [name for name in ids if not name.isprintable() and re.search("[\ud800-\udfff]", name)]
+    if undecodable:
+        raise DataError(f"ids that are not UTF-8 cannot be in a submission: rename {join_some(undecodable)}")
+    content = "".join(_row(name, captions[name], form) for name in ids).encode("utf-8")
     content = b"ID,Caption\n" + content if form.is_headed else content
     replace_file(out, _archive(content) if form.is_zip else content)
     verdict = check_submission(out, ids, name)
     if verdict.errors or verdict.warnings:
-        raise EngineError(f"{out} was written and does not pass: {(verdict.errors + verdict.warnings)[0]}")
-    empty = sum(not captions[one].strip() for one in ids)
+        raise EngineError(f"{out} was written but does not pass the check: {(verdict.errors + verdict.warnings)[0]}")
+    empty = sum(not captions[name].strip() for name in ids)
     return [f"{empty} captions are empty"] if empty else []
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the organisers' checker would refuse, and what it takes but a careful writer would not hand in; by line.
+    """The result of a check: `errors` that the organisers' checker rejects, and `warnings` that it accepts, by line.
 
-    Neither holds more than MOST_PROBLEMS entries. `is_whole` is False where the check stopped before the end.
+    Each holds at most MOST_PROBLEMS entries. `is_whole` is False if the check stopped before the end of the file.
     """
 
     errors: list[str]
@@ -122,66 +121,67 @@ class Verdict:
 
 
 def check_submission(path: Path, ids: Sequence[str], name: str) -> Verdict:
-    """Check a submission by the rules of the 2026 checker, applied to every year with its own delimiter and header.
+    """Check a submission by the rules of the 2026 checker, with the delimiter and header of the year `name`.
 
-    The file is read line by line and no further than its first MOST_PROBLEMS errors or one row more than `ids`, so that
-    an archive of any size takes little memory.
+    The file is read line by line, up to MOST_PROBLEMS errors or one row more than `ids`, so that an archive of any size
+    needs little memory.
     """
     form = FORMATS[name]
     try:
         with _open(path, form) as text:
             return _check_rows(_Lines(text, form, len(ids)), form, ids)
     except csv.Error as error:
-        return Verdict([f"it is not a table: {error}"], [], is_whole=False)
-    except _RefusedError as error:
+        return Verdict([f"not a table: {error}"], [], is_whole=False)
+    except _RejectedError as error:
         return Verdict([str(error)], [], is_whole=False)
     except UnicodeDecodeError:
         return Verdict([f"byte {_first_not_utf8(path, form)} is not UTF-8"], [], is_whole=False)
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        return Verdict([f"it cannot be read: {error}"], [], is_whole=False)
+        return Verdict([f"the file cannot be read: {error}"], [], is_whole=False)
 
 
-class _RefusedError(Exception):
-    """What makes the organisers' checker refuse a file without looking at its rows."""
+class _RejectedError(Exception):
+    """Raised for a fault for which the organisers' checker rejects a file without reading its rows."""
 
 
 class _Lines(Iterator[str]):
-    """The lines of a submission as the csv module needs them, checked on their way as the organisers check theirs.
+    """Iterate over the lines of a submission for the csv module, and check them as the organisers' checker does.
 
-    Theirs also end at form feeds, U+2028 and what else `str.splitlines` knows, and the n-th of these lines, not the
-    line of the n-th row, is where they look at how the n-th row is quoted. `unquoted` has the numbers of those that
-    they would refuse, as far as there can be rows. Raises _RefusedError for a blank line, a byte order mark or a line
-    that is too long for a caption.
+    That checker splits lines with `str.splitlines`, which also splits at form feeds, U+2028 and other separators. To
+    see whether the n-th row is quoted, it looks at the n-th of these lines, even if the n-th row is elsewhere.
+    `unquoted` collects the numbers of the lines that it would reject, up to the number of expected rows.
+
+    Raises _RejectedError for a blank line, a byte order mark or a line that is too long for a caption.
     """
 
     def __init__(self, text: io.TextIOWrapper, form: Format, rows: int) -> None:
-        self._text, self._delimiter, self._most = text, form.delimiter, rows + 2
-        self._read, self._number = 0, 0  # lines as the csv module counts them, and as the organisers do
+        self._text, self._delimiter, self._last = text, form.delimiter, rows + 2
+        self._read, self._number = 0, 0  # lines as counted by the csv module, and by str.splitlines
         self.unquoted: set[int] = set()
 
     def __next__(self) -> str:
         line = self._text.readline(MAX_LINE)
         if not line:
             if not self._number:
-                raise _RefusedError("it is empty")
+                raise _RejectedError("the file is empty")
             raise StopIteration
         if not self._number and line.startswith("\ufeff"):
-            raise _RefusedError("it begins with a byte order mark")
+            raise _RejectedError("the file begins with a byte order mark")
         self._read += 1
         for part in (parts := line.splitlines()):
             self._number += 1
             if not part.strip():
                 where = " before or after a line separator (a form feed, U+2028, ...)" if len(parts) > 1 else ""
-                raise _RefusedError(f"line {self._read} is blank{where}")
-            if self._number <= self._most and _is_unquoted(part.partition(self._delimiter)[2], self._delimiter):
+                raise _RejectedError(f"line {self._read} is blank{where}")
+            if self._number <= self._last and _is_unquoted(part.partition(self._delimiter)[2], self._delimiter):
                 self.unquoted.add(self._number)
         if len(line) == MAX_LINE:
-            raise _RefusedError(f"line {self._read} has {MAX_LINE} characters or more")
+            raise _RejectedError(f"line {self._read} has {MAX_LINE} characters or more")
         return line
 
 
 def _is_unquoted(text: str, delimiter: str) -> bool:
-    """Return whether what follows the first comma of a line has another one and is not in quotes from end to end."""
+    """Return whether the text after the first comma of a line has another comma and is not quoted from end to end."""
     return delimiter == "," and "," in text and not (text.startswith('"') and text.endswith('"'))
 
 
@@ -192,7 +192,7 @@ def _check_rows(lines: _Lines, form: Format, ids: Sequence[str]) -> Verdict:
     reader = csv.reader(lines, delimiter=form.delimiter, quoting=quoting)
     if form.is_headed and (header := next(reader)) != ["ID", "Caption"]:
         errors.append(f"line 1: the header is {form.delimiter.join(header)[:200]!r} instead of 'ID,Caption'")
-    found: list[str] = []
+    names: list[str] = []
     start = reader.line_num
     for count, row in enumerate(reader, 1):
         where = f"line {start + 1}"
@@ -204,35 +204,35 @@ def _check_rows(lines: _Lines, form: Format, ids: Sequence[str]) -> Verdict:
                 f"{where}: {len(row)} columns instead of an id and a caption; a caption with a comma must be quoted"
             )
         else:
-            found.append(row[0])
+            names.append(row[0])
             if "," in row[1] and count + form.is_headed in lines.unquoted:
                 errors.append(f"{where}: a caption with a comma must be quoted, from end to end of one line")
             if row[0] != row[0].strip():
-                errors.append(f"{where}: white space at an end of the id")
+                errors.append(f"{where}: white space before or after the id")
             if len(warnings) < MOST_PROBLEMS and row[1] != row[1].strip():
-                warnings.append(f"{where}: white space at an end of the caption")
+                warnings.append(f"{where}: white space before or after the caption")
             if len(warnings) < MOST_PROBLEMS and CONTROL.search(row[1]):
-                warnings.append(f"{where}: a line break or another control character in the caption")
+                warnings.append(f"{where}: a line break or other control character in the caption")
         if count > len(ids) or len(errors) >= MOST_PROBLEMS:
-            problems = _check_ids(found, ids, is_whole=False)
+            problems = _check_ids(names, ids, is_whole=False)
             return Verdict([*errors, *problems][:MOST_PROBLEMS], warnings, is_whole=False)
-    return Verdict(errors + _check_ids(found, ids), warnings)
+    return Verdict(errors + _check_ids(names, ids), warnings)
 
 
-def _check_ids(found: Sequence[str], ids: Sequence[str], *, is_whole: bool = True) -> list[str]:
-    """Return what is wrong with the ids `found`; in what is not the whole file missing ids are not known."""
+def _check_ids(names: Sequence[str], ids: Sequence[str], *, is_whole: bool = True) -> list[str]:
+    """Return the problems of the ids `names` of a file. Missing ids are only reported if the whole file was read."""
     problems = []
-    counts, expected = Counter(found), set(ids)
-    for what, names in (
-        ("ids are there twice", [one for one, count in counts.items() if count > 1]),
-        ("ids are not in the manifest", [one for one in counts if one not in expected]),
-        ("ids are missing", [one for one in ids if one not in counts and is_whole]),
+    counts, expected = Counter(names), set(ids)
+    for what, affected in (
+        ("ids occur twice", [name for name, count in counts.items() if count > 1]),
+        ("ids are not in the manifest", [name for name in counts if name not in expected]),
+        ("ids are missing", [name for name in ids if name not in counts and is_whole]),
     ):
-        if names:
-            problems.append(f"{len(names)} {what}: {join_some(names)}")
-    if is_whole and not problems and list(found) != list(ids):
-        place = next(i for i, (a, b) in enumerate(zip(found, ids, strict=True)) if a != b)
-        problems.append(f"other order than the manifest: row {place + 1} is {found[place]} instead of {ids[place]}")
+        if affected:
+            problems.append(f"{len(affected)} {what}: {join_some(affected)}")
+    if is_whole and not problems and list(names) != list(ids):
+        row = next(i for i, (a, b) in enumerate(zip(names, ids, strict=True)) if a != b)
+        problems.append(f"the order differs from the manifest: row {row + 1} is {names[row]} instead of {ids[row]}")
     return problems
 
 
@@ -244,7 +244,7 @@ def _row(image_id: str, caption: str, form: Format) -> str:
 
 
 def _archive(content: bytes) -> bytes:
-    """Return a zip whose bytes depend on the content alone."""
+    """Return a zip archive whose bytes depend only on the content: no time stamp."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(zipfile.ZipInfo(MEMBER), content, zipfile.ZIP_DEFLATED)
@@ -253,10 +253,10 @@ def _archive(content: bytes) -> bytes:
 
 @contextmanager
 def _open(path: Path, form: Format) -> Iterator[io.TextIOWrapper]:
-    """Open the table of a submission. Raises ValueError for what cannot be one."""
+    """Open the table of a submission. Raises ValueError if it is too large or the archive has other members."""
     if not form.is_zip:
         if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+            raise ValueError(f"larger than {MAX_BYTES} bytes")
         with path.open(encoding="utf-8", newline="") as text:
             yield text
         return
@@ -264,7 +264,7 @@ def _open(path: Path, form: Format) -> Iterator[io.TextIOWrapper]:
         members = archive.infolist()
         if [member.filename for member in members] != [MEMBER]:
             names = join_some([member.filename for member in members])
-            raise ValueError(f"the archive holds {names or 'nothing'} instead of {MEMBER} alone")
+            raise ValueError(f"the archive holds {names or 'nothing'} instead of only {MEMBER}")
         if members[0].file_size > MAX_BYTES:
             raise ValueError(f"{MEMBER} is larger than {MAX_BYTES} bytes")
         with archive.open(MEMBER) as stream, io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
@@ -272,14 +272,14 @@ def _open(path: Path, form: Format) -> Iterator[io.TextIOWrapper]:
 
 
 def _first_not_utf8(path: Path, form: Format) -> int:
-    """Return the place of the first byte of a submission that is not UTF-8."""
+    """Return the offset of the first byte of a submission that is not UTF-8."""
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     with _open(path, form) as text:
         while chunk := bytes(text.buffer.read(1 << 16)):
-            begun = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
+            pending = len(decoder.getstate()[0])  # bytes of a character that started in the previous chunk
             try:
                 decoder.decode(chunk)
             except UnicodeDecodeError as error:
-                return start - begun + error.start
+                return start - pending + error.start
             start += len(chunk)
         return start - len(decoder.getstate()[0])

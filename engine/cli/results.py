@@ -1,4 +1,4 @@
-"""The commands that work on a finished run: score, compare, rerank, submit, check, report."""
+"""Commands for finished runs: score, score compare, rerank, submit, check, report."""
 
 from __future__ import annotations
 
@@ -39,31 +39,41 @@ MEASURING = (
     *("metrics", "weights", "plugin", "device", "batch-size", "bertscore-layer"),
     *("id-column", "caption-column", "prompt-column"),
 )
-"""Options of measuring, which values of --per-image need no more."""
+"""Options of the metrics. They have no effect on files of --per-image, which hold computed scores."""
 MATCHING = ("prompt", "prompts", "keep-prompt", "only-common")
-"""Options of bringing a run and references together, which they do not need either."""
+"""Options that match a run with references. They have no effect on files of --per-image either."""
 
 
 def metric_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of every command that measures."""
+    """Add the options of every command that computes metrics."""
     for option in (
-        click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Of neural metrics."),
-        click.option("--device", help="torch device of neural metrics; a GPU where there is one when absent."),
-        click.option("--bertscore-layer", type=click.IntRange(1), help="40 for deberta-xlarge-mnli, else the last."),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(1),
+            default=64,
+            show_default=True,
+            help="Batch size of the neural metrics.",
+        ),
+        click.option("--device", help="torch device of the neural metrics; default: a GPU if available, else the CPU."),
+        click.option(
+            "--bertscore-layer",
+            type=click.IntRange(1),
+            help="Model layer that BERTScore uses; default: 40 for deberta-xlarge-mnli, else the last layer.",
+        ),
         click.option(
             "--plugin",
             "plugins",
             multiple=True,
             callback=_parse_pairs,
             metavar="NAME=COMMAND",
-            help="A metric computed by a command of yours.",
+            help="Compute the metric NAME with your own COMMAND (examples/plugins/); repeatable.",
         ),
         click.option(
             "--weights",
             multiple=True,
             callback=_parse_pairs,
             metavar="NAME=DIR",
-            help="Folder of a metric's weights; nothing is downloaded.",
+            help="Folder with the model weights of the metric NAME; repeatable. Nothing is downloaded.",
         ),
     ):
         command = option(command)
@@ -71,23 +81,23 @@ def metric_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def matching_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of every command that brings a run and references together."""
+    """Add the options of every command that matches a run with references."""
     for option in (
-        click.option("--only-common", is_flag=True, help="Score the ids that run and references both have."),
-        click.option("--keep-prompt", is_flag=True, help="Score captions with the prompt that they begin with."),
+        click.option("--only-common", is_flag=True, help="Score only the ids that the run and the references share."),
+        click.option("--keep-prompt", is_flag=True, help="Score whole captions, including the prompt they begin with."),
         click.option(
             "--prompts",
             type=PATH,
-            help="Table with ID and prompt: score what follows the prompt. The column `prompt` of the run or of the "
-            "references when absent.",
+            help="Table with the columns ID and prompt; only the text after the prompt is scored. Default: the column "
+            "`prompt` of the run or the references.",
         ),
-        click.option("--prompt", help="The prompt of all captions: score what follows it."),
+        click.option("--prompt", help="Prompt of all captions; only the text after it is scored."),
     ):
         command = option(command)
     return command
 
 
-def _setting(weights: dict[str, str], plugins: dict[str, str], device: str | None, batch_size: int) -> Any:
+def _metric_inputs(weights: dict[str, str], plugins: dict[str, str], device: str | None, batch_size: int) -> Any:
     from engine.scoring.base import MetricInputs
 
     folders = {name: Path(folder) for name, folder in weights.items()}
@@ -95,18 +105,30 @@ def _setting(weights: dict[str, str], plugins: dict[str, str], device: str | Non
 
 
 @click.group(cls=Group, invoke_without_command=True)
-@click.option("--run", type=PATH, help="run.csv, or captions in another layout.")
+@click.option("--run", type=PATH, help="Captions to score: run.csv or another table of captions.")
 @click.option("--references", type=PATH, help="Reference captions: CSV, TSV, JSON, JSONL, parquet or a folder.")
-@click.option("--profile", type=click.Choice(PROFILE_NAMES), help="The metrics of a challenge, under its names.")
-@click.option("--metrics", callback=_parse_names, help="Metrics by name, separated by commas, instead of a profile's.")
-@click.option("--images", type=PATH, help="Folder of the images, for metrics that look at them.")
-@click.option("--recursive", is_flag=True, help="Look for images in the folders of --images, too.")
-@click.option("--dicom-frame", type=click.IntRange(0), default=0, help="Frame of DICOM files, counted from 0.")
+@click.option(
+    "--profile",
+    type=click.Choice(PROFILE_NAMES),
+    help="Compute the metrics of a challenge and report them under its names.",
+)
+@click.option("--metrics", callback=_parse_names, help="Comma-separated metrics; overrides those of --profile.")
+@click.option("--images", type=PATH, help="Folder of the images, for metrics that need them (clipscore, refclipscore).")
+@click.option("--recursive", is_flag=True, help="Search the subfolders of --images as well.")
+@click.option(
+    "--dicom-frame", type=click.IntRange(0), default=0, show_default=True, help="Frame of DICOM files, counted from 0."
+)
 @click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)
-@click.option("--labels", type=PATH, help="Table of labels by ID, for --by.")
-@click.option("--by", "group_by", help="Column of --labels, or of the references, to break the scores down by.")
-@click.option("--out", type=PATH, help="JSON file for the scores; they are printed in any case.")
-@click.option("--per-image", type=PATH, help="CSV file for the values of every image.")
+@click.option("--labels", type=PATH, help="Table with a column ID and label columns, for --by.")
+@click.option(
+    "--by",
+    "group_by",
+    help="Report the scores per value of this column of --labels, or of the references without --labels.",
+)
+@click.option("--out", type=PATH, help="Also write the scores to this JSON file.")
+@click.option(
+    "--per-image", type=PATH, help="Write the scores of each image to this CSV file, the input of `score compare`."
+)
 @matching_options
 @metric_options
 @column_options("caption", "prompt")
@@ -122,17 +144,17 @@ def score(
     named: Columns,
     **given: Any,
 ) -> None:
-    """Score a run against references; `score compare` compares two.
+    """Score a run against references, with confidence intervals.
 
-    Every number comes with its signature. A metric that lacks weights, a plug-in or a library is reported as
-    unavailable.
+    Prints a signature with every score. A metric whose weights, plug-in or library are missing is reported as
+    unavailable. To compare two runs, use `score compare`.
     """
     context = click.get_current_context()
     if context.invoked_subcommand is not None:
         idle = _options_given(context)
         if idle:
             raise UsageError(
-                f"{', '.join(idle)}: give what is for `score {context.invoked_subcommand}` behind that word"
+                f"{', '.join(idle)}: give the options of `score {context.invoked_subcommand}` after that word"
             )
         return
     if run is None or references is None:
@@ -144,56 +166,56 @@ def score(
     outputs = {name: path for name, path in (("--out", out), ("--per-image", per_image)) if path is not None}
     check_outputs(outputs, [run, references, *filter(None, (given["labels"], given["prompts"]))])
     if given["labels"] and not given["group_by"]:
-        raise UsageError("--labels needs --by, the column to break the scores down by")
+        raise UsageError("--labels needs --by, the column to group the scores by")
     _refuse_pixels_without_images(context, given["images"])
-    setting = _setting(weights, plugins, device, batch_size)
-    report = _score(ScoreRequest(run, references, setting=setting, columns=named, **given))
+    inputs = _metric_inputs(weights, plugins, device, batch_size)
+    report = _score(ScoreRequest(run, references, setting=inputs, columns=named, **given))
     write_report(report, out, per_image)
     for line in _summary(report):
         click.echo(line)
 
 
 def _score(request: Any) -> Any:
-    """Score a run. Raises EngineError where not one metric has a value."""
+    """Score a run. Raises EngineError if no metric is available."""
     from engine.scoring.score import score_run
 
     report = score_run(request, say)
     if not report.measured:
         names = ", ".join(score.name for score in report.scores)
-        raise EngineError(f"nothing was scored, for none of the metrics is available ({names}): see the lines above")
+        raise EngineError(f"nothing was scored: none of the metrics ({names}) is available, see the lines above")
     return report
 
 
 def _refuse_pixels_without_images(context: click.Context, images: Path | None) -> None:
     idle = [name for name in _options_given(context) if name in ("--dicom-frame", "--high-bit-depth")]
     if idle and images is None:
-        raise UsageError(f"{', '.join(idle)}: only with --images, for metrics that look at them")
+        raise UsageError(f"{', '.join(idle)}: only with --images, for metrics that need the images")
 
 
 def _options_given(context: click.Context) -> list[str]:
-    """Return the options that stand on the command line."""
+    """Return the options that were given on the command line."""
     given = [p for p in context.command.params if p.name and context.get_parameter_source(p.name) is COMMANDLINE]
     return [parameter.opts[0] for parameter in given if isinstance(parameter, click.Option)]
 
 
 def _summary(report: Any) -> list[str]:
     lines = []
-    for one in report.scores:
-        if one.unavailable:
-            lines.append(f"{one.name:14} unavailable: {one.unavailable}")
+    for score in report.scores:
+        if score.unavailable:
+            lines.append(f"{score.name:14} unavailable: {score.unavailable}")
             continue
-        lines.append(f"{one.name:14} {one.value:.4f}  95% [{one.low:.4f}, {one.high:.4f}]  {one.signature}")
-        if one.note:
-            lines.append(f"{'':14} {one.note}")
-    seen, words, base = report.description, report.description["words"], report.baseline
-    known = ", ".join(f"{name} {value:.4f}" for name, value in base.items() if name != "caption")
-    if known:
-        lines.append(f"a constant caption ({len(base['caption'].split())} frequent words) reaches {known}")
+        lines.append(f"{score.name:14} {score.value:.4f}  95% [{score.low:.4f}, {score.high:.4f}]  {score.signature}")
+        if score.note:
+            lines.append(f"{'':14} {score.note}")
+    stats, words, baseline = report.description, report.description["words"], report.baseline
+    reached = ", ".join(f"{name} {value:.4f}" for name, value in baseline.items() if name != "caption")
+    if reached:
+        lines.append(f"a constant caption ({len(baseline['caption'].split())} frequent words) reaches {reached}")
     lines.append(
-        f"{seen['images']} images, {seen['empty_captions']} empty captions, {seen['unique_ratio']:.1%} distinct "
-        f"(references {seen['unique_ratio_of_references']:.1%}); words: median {words['median']:.0f}, "
-        f"p95 {words['p95']:.0f} (references {seen['words_of_references']['median']:.0f}, "
-        f"{seen['words_of_references']['p95']:.0f})"
+        f"{stats['images']} images, {stats['empty_captions']} empty captions, {stats['unique_ratio']:.1%} distinct "
+        f"(references {stats['unique_ratio_of_references']:.1%}); words: median {words['median']:.0f}, "
+        f"p95 {words['p95']:.0f} (references {stats['words_of_references']['median']:.0f}, "
+        f"{stats['words_of_references']['p95']:.0f})"
     )
     for value, row in report.groups.items():
         lines.append(f"  {value}: " + ", ".join(f"{name} {number}" for name, number in row.items()))
@@ -203,42 +225,59 @@ def _summary(report: Any) -> list[str]:
 @score.command()
 @click.argument("first", type=PATH)
 @click.argument("second", type=PATH)
-@click.option("--references", type=PATH, help="Needed when FIRST and SECOND are runs and not files of --per-image.")
-@click.option("--metrics", callback=_parse_names, help="Metrics to score runs with; the quick ones when absent.")
-@click.option("--resamples", type=click.IntRange(100), default=1000, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@click.option(
+    "--references",
+    type=PATH,
+    help="Reference captions; required if FIRST and SECOND are runs, not files of --per-image.",
+)
+@click.option(
+    "--metrics",
+    callback=_parse_names,
+    help="Comma-separated metrics to score the runs with; default: rouge1,bleu1,cider.",
+)
+@click.option(
+    "--resamples", type=click.IntRange(100), default=1000, show_default=True, help="Number of bootstrap resamples."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the results as one JSON line on stdout; the text goes to stderr."
+)
 @matching_options
 @metric_options
 @column_options("caption", "prompt")
 def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: Any) -> None:
-    """Compare two runs by the paired bootstrap: SECOND minus FIRST, with 95 % intervals (fixed seed)."""
+    """Compare two runs with a paired bootstrap.
+
+    Prints SECOND minus FIRST with a 95 % interval (fixed seed) for every metric.
+    """
     idle = set(_options_given(click.get_current_context())) & {f"--{name}" for name in MEASURING + MATCHING}
     if idle and given["references"] is None:
-        raise UsageError(f"{', '.join(sorted(idle))}: only with --references, where runs are scored first")
+        raise UsageError(f"{', '.join(sorted(idle))}: only with --references, to score two runs")
     from dataclasses import asdict
 
     from engine.scoring import base
 
-    one, other = (_measured(path, **given) for path in (first, second))
-    if one[0] != other[0]:
-        raise UsageError(f"{first} and {second} are not of the same images")
-    shared = [name for name in one[1] if name in other[1]]
+    (first_ids, first_scores), (second_ids, second_scores) = (_measured(path, **given) for path in (first, second))
+    if first_ids != second_ids:
+        raise UsageError(f"{first} and {second} do not cover the same images")
+    shared = [name for name in first_scores if name in second_scores]
     if not shared:
-        names = [", ".join(sorted(name.partition("@")[0] for name in found)) for _, found in (one, other)]
+        names = [
+            ", ".join(sorted(name.partition("@")[0] for name in scores)) for scores in (first_scores, second_scores)
+        ]
         raise UsageError(
-            f"{first} ({names[0]}) and {second} ({names[1]}) have no metric measured in one way, against the same "
-            "references, in common"
+            f"{first} ({names[0]}) and {second} ({names[1]}) share no metric with the same signature and the same "
+            "references: score both in the same way"
         )
-    results = {name: base.compare(one[1][name], other[1][name], resamples) for name in shared}
-    for name, found in results.items():
+    results = {name: base.compare(first_scores[name], second_scores[name], resamples) for name in shared}
+    for name, result in results.items():
         click.echo(
-            f"{name.partition('@')[0]:14} {one[1][name].value:.4f} -> {other[1][name].value:.4f}  "
-            f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]  p={found.p:.3f}  "
-            f"{found.wins} better, {found.losses} worse, {found.ties} equal",
+            f"{name.partition('@')[0]:14} {first_scores[name].value:.4f} -> {second_scores[name].value:.4f}  "
+            f"{result.difference:+.4f} [{result.low:+.4f}, {result.high:+.4f}]  p={result.p:.3f}  "
+            f"{result.wins} better, {result.losses} worse, {result.ties} equal",
             err=as_json,
         )
     if as_json:
-        click.echo(json.dumps({name.partition("@")[0]: asdict(found) for name, found in results.items()}))
+        click.echo(json.dumps({name.partition("@")[0]: asdict(result) for name, result in results.items()}))
 
 
 def _measured(
@@ -251,36 +290,60 @@ def _measured(
     named: Columns,
     **given: Any,
 ) -> tuple[list[str], dict[str, Any]]:
-    """Return sorted ids and what was measured: of a file of --per-image, or of a run that is scored now."""
+    """Return the sorted ids and {metric@how: scores} of `path`.
+
+    With `references`, `path` is a run, which is scored here. Without, it is a file of --per-image.
+    """
     from engine.scoring.files import how_measured, in_order_of_ids, read_per_image
     from engine.scoring.score import ScoreRequest
 
     if references is None:
         return in_order_of_ids(*read_per_image(path))
-    setting = _setting(weights, plugins, device, batch_size)
-    report = _score(ScoreRequest(path, references, setting=setting, columns=named, **given))
+    inputs = _metric_inputs(weights, plugins, device, batch_size)
+    report = _score(ScoreRequest(path, references, setting=inputs, columns=named, **given))
     how = {score.name: how_measured(score.signature, report.items) for score in report.scores}
-    return in_order_of_ids(report.items.ids, {f"{name}@{how[name]}": found for name, found in report.measured.items()})
+    scores = {f"{name}@{how[name]}": measured for name, measured in report.measured.items()}
+    return in_order_of_ids(report.items.ids, scores)
 
 
 @click.command()
-@click.option("--n-best", "files", type=PATH, multiple=True, required=True, help="JSON lines of --n-best-out; several.")
-@click.option("--out", type=PATH, required=True, help="CSV file to write: ID,Caption.")
-@click.option("--utility", default="rouge1", show_default=True, help="Metric two captions are compared with.")
-@click.option("--uniform", is_flag=True, help="Let all candidates count the same, not by their probability.")
+@click.option(
+    "--n-best",
+    "files",
+    type=PATH,
+    multiple=True,
+    required=True,
+    help="Candidates: a file of `caption --n-best-out`; repeat it to combine several.",
+)
+@click.option("--out", type=PATH, required=True, help="CSV file to write, with the columns ID,Caption.")
+@click.option("--utility", default="rouge1", show_default=True, help="Metric that scores a candidate against another.")
+@click.option("--uniform", is_flag=True, help="Weight all candidates equally instead of by probability.")
 @click.option(
     "--share",
     "shares",
     type=float,
     multiple=True,
-    help="How much a file of --n-best counts: once for each, in their order. All alike when absent.",
+    help="Weight of an --n-best file: once for each file, in the same order; default: equal weights.",
 )
 @click.option(
-    "--support", "support_file", type=PATH, help="Training captions: the nearest to the candidates vote, too."
+    "--support",
+    "support_file",
+    type=PATH,
+    help="Table of training captions; those nearest to the candidates vote as well, but are never chosen.",
 )
-@click.option("--nearest", type=click.IntRange(1), default=8, show_default=True, help="Of --support: how many vote.")
 @click.option(
-    "--support-share", type=float, default=0.5, show_default=True, help="Of --support: its share of the vote; 0 is off."
+    "--nearest",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Number of captions of --support that vote for an image.",
+)
+@click.option(
+    "--support-share",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Weight of the --support captions in the vote, from 0 (off) to below 1.",
 )
 @metric_options
 @column_options("caption")
@@ -296,7 +359,10 @@ def rerank(
     named: Columns,
     **given: Any,
 ) -> None:
-    """Choose of each image's candidates the one the others agree with most (minimum Bayes risk)."""
+    """Choose the best of several candidate captions for each image (minimum Bayes risk).
+
+    The chosen caption has the highest expected score (--utility) with the other candidates as references.
+    """
     from engine.files.atomic import check_outputs
     from engine.run.outputs import write_run
     from engine.scoring.rerank import make_utility, read_n_best, rerank_candidates
@@ -305,22 +371,22 @@ def rerank(
     _refuse_idle(uniform, support_file)
     check_outputs({"--out": out}, [*files, *([support_file] if support_file else [])])
     options = {"bertscore_layer": given.pop("bertscore_layer")}
-    setting = _setting(**given)
-    refuse_unused(setting, [utility])
+    inputs = _metric_inputs(**given)
+    refuse_unused(inputs, [utility])
     candidates = read_n_best(files, shares)
-    support, voted = None, ""
+    support, remark = None, ""
     if support_file is not None:
-        metric = make_utility(utility, setting, options)
+        metric = make_utility(utility, inputs, options)
         how = {"nearest": nearest, "share": support_share, "uniform": uniform}
-        support, voted = _read_support(support_file, candidates, metric, named, **how)
-    chosen = rerank_candidates(candidates, utility, setting, uniform=uniform, options=options, support=support)
+        support, remark = _read_support(support_file, candidates, metric, named, **how)
+    chosen = rerank_candidates(candidates, utility, inputs, uniform=uniform, options=options, support=support)
     write_run(out, chosen.items())
-    moved = sum(chosen[name] != several[0].text for name, several in candidates.items())
-    say(f"{len(chosen)} captions, {moved} of them another than the first candidate{voted} -> {out}")
+    changed = sum(chosen[name] != listed[0].text for name, listed in candidates.items())
+    say(f"{len(chosen)} captions, {changed} differ from the first candidate{remark} -> {out}")
 
 
 def _read_support(path: Path, candidates: Any, metric: Any, named: Columns, **how: Any) -> tuple[Any, str]:
-    """Return the support that a file of captions gives to candidates, and that in words."""
+    """Return the support captions of each image from a file, and a remark for the last line of output."""
     from engine.inputs.tables import read_table
     from engine.scoring.rerank import SupportCaptions
 
@@ -329,32 +395,34 @@ def _read_support(path: Path, candidates: Any, metric: Any, named: Columns, **ho
     support = captions.near(candidates, metric, **how)
     if not support.share:
         return support, ""
-    without = sum(not several for several in support.near.values())
-    remark = f" (none of them near for {without} images)" if without else ""
-    return support, f", with the support of {len(captions)} distinct captions{remark}"
+    without = sum(not near for near in support.near.values())
+    remark = f" ({without} images have no near caption)" if without else ""
+    return support, f", supported by {len(captions)} distinct captions{remark}"
 
 
 def _refuse_idle(uniform: bool, support_file: Path | None) -> None:
-    """Raise UsageError for options of rerank that would do nothing."""
+    """Raise UsageError for options of rerank that would have no effect."""
     given = _options_given(click.get_current_context())
     if uniform and "--share" in given:
-        raise UsageError("--share does nothing beside --uniform, by which all candidates count the same")
+        raise UsageError("--share has no effect with --uniform, which weights all candidates equally: remove one")
     idle = [name for name in given if name in ("--nearest", "--support-share", "--id-column", "--caption-column")]
     if idle and support_file is None:
-        raise UsageError(f"{', '.join(idle)}: only with --support, a file of the captions that may vote")
+        raise UsageError(f"{', '.join(idle)}: only with --support, the captions that may vote")
 
 
 FORMAT_NAMES = ("imageclef2022", "imageclef2023", "imageclef2024", "imageclef2025", "imageclef2026")
 
 
 @click.command()
-@click.option("--run", type=PATH, required=True, help="run.csv, or captions in another layout.")
-@click.option("--manifest", type=PATH, required=True, help="File of the ids, in the order wanted.")
-@click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
-@click.option("--out", type=PATH, required=True, help="submission.csv, or submission.zip for 2025 and 2026.")
+@click.option("--run", type=PATH, required=True, help="Captions to submit: run.csv or another table of captions.")
+@click.option("--manifest", type=PATH, required=True, help="File with the image ids, in the order of the submission.")
+@click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True, help="Challenge and year.")
+@click.option(
+    "--out", type=PATH, required=True, help="File to write: submission.csv, or submission.zip for 2025 and 2026."
+)
 @column_options("caption")
 def submit(run: Path, manifest: Path, form: str, out: Path, named: Columns) -> None:
-    """Write a run as a submission, then read the file back and check it."""
+    """Write a run as a submission file, then read the file back and check it."""
     from engine.files.atomic import check_outputs
     from engine.inputs.tables import read_table
     from engine.submission import manifest_ids, write_submission
@@ -372,11 +440,11 @@ def submit(run: Path, manifest: Path, form: str, out: Path, named: Columns) -> N
 
 @click.command()
 @click.argument("file", type=PATH)
-@click.option("--manifest", type=PATH, required=True, help="File of the ids, in the order wanted.")
-@click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True)
+@click.option("--manifest", type=PATH, required=True, help="File with the image ids, in the order of the submission.")
+@click.option("--format", "form", type=click.Choice(FORMAT_NAMES), required=True, help="Challenge and year.")
 @column_options()
 def check(file: Path, manifest: Path, form: str, named: Columns) -> None:
-    """Check any submission file as the organisers' checker does; exit 1 when it would be refused."""
+    """Check a submission file by the rules of the organisers' checker; exits with 1 if it would be rejected."""
     from engine.submission import MOST_PROBLEMS, check_submission, manifest_ids
 
     if not file.is_file():
@@ -387,45 +455,58 @@ def check(file: Path, manifest: Path, form: str, named: Columns) -> None:
         say(f"note: {note}")
     verdict = check_submission(file, ids, form)
     for line in verdict.warnings[:10]:
-        say(f"allowed, but unwise: {line}")
+        say(f"warning: {line}")
     if len(verdict.warnings) > 10:
         least = "" if len(verdict.warnings) < MOST_PROBLEMS else "at least "
-        say(f"allowed, but unwise: {least}{len(verdict.warnings) - 10} more like these")
+        say(f"warning: {least}{len(verdict.warnings) - 10} more warnings like these")
     if verdict.errors:
         more = f"{len(verdict.errors) - 1} more" if len(verdict.errors) > 1 else ""
         more += "" if verdict.is_whole else f"{', ' if more else ''}not checked to the end"
-        raise EngineError(f"{file} is no {form} submission: {verdict.errors[0]}{f' ({more})' if more else ''}")
-    say(f"{file}: {len(ids)} captions, a correct {form} submission")
+        raise EngineError(f"{file} is not a valid {form} submission: {verdict.errors[0]}{f' ({more})' if more else ''}")
+    say(f"{file}: {len(ids)} captions, a valid {form} submission")
 
 
 @click.command()
-@click.option("--run", type=PATH, required=True, help="run.csv, or captions in another layout.")
+@click.option("--run", type=PATH, required=True, help="Captions to show: run.csv or another table of captions.")
 @click.option("--images", type=PATH, required=True, help="Folder of the images.")
-@click.option("--out", type=PATH, required=True, help="Folder for the page: a new one, or an earlier report.")
-@click.option("--references", type=PATH, help="Reference captions, in any layout that `score` reads.")
-@click.option("--scores", type=PATH, help="Scores of every image, from `score --per-image`.")
+@click.option("--out", type=PATH, required=True, help="Folder to write: a new or empty one, or an earlier report.")
+@click.option("--references", type=PATH, help="Reference captions, in any format that `score` reads.")
+@click.option("--scores", type=PATH, help="Scores of each image, from `score --per-image`.")
 @click.option("--n-best", type=PATH, help="Candidates, from `caption --n-best-out`.")
-@click.option("--against", type=PATH, help="Another run of the same images, to compare with.")
-@click.option("--against-scores", type=PATH, help="Scores of every image of the other run: who wins where.")
+@click.option("--against", type=PATH, help="Second run of the same images, to compare with.")
 @click.option(
-    "--columns", type=PATH, multiple=True, help="CSV of anything else by ID: `caption --timings-out`, labels; several."
+    "--against-scores", type=PATH, help="Scores of each image of the --against run, from `score --per-image`."
 )
-@click.option("--signature", "signatures", multiple=True, help="A line of `caption` or `score` to show; several.")
-@click.option("--recursive", is_flag=True, help="Look for images in the folders of the directory, too.")
-@click.option("--dicom-frame", type=click.IntRange(0), default=0, help="Frame of DICOM files, counted from 0.")
+@click.option(
+    "--columns",
+    type=PATH,
+    multiple=True,
+    help="CSV file with a column ID and columns to show, such as `caption --timings-out` or labels; repeatable.",
+)
+@click.option("--signature", "signatures", multiple=True, help="Signature of `caption` or `score` to show; repeatable.")
+@click.option("--recursive", is_flag=True, help="Search the subfolders of --images as well.")
+@click.option(
+    "--dicom-frame", type=click.IntRange(0), default=0, show_default=True, help="Frame of DICOM files, counted from 0."
+)
 @click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)
-@click.option("--thumbnail-px", type=click.IntRange(32, 2048), default=320, show_default=True)
+@click.option(
+    "--thumbnail-px",
+    type=click.IntRange(32, 2048),
+    default=320,
+    show_default=True,
+    help="Largest width and height of the thumbnails, in pixels.",
+)
 @column_options("caption")
 def report(**given: Any) -> None:
-    """Make a page to look at a run: open index.html of --out in any browser, no server needed.
+    """Write an HTML page to browse a run: open index.html of --out in a browser, no server needed.
 
-    Pictures, captions, references with the words that differ, scores, candidates and a second run, to search, sort,
-    filter and step through.
+    The page shows images, captions, references with the differing words marked, scores, candidates and a second run.
+    Search, sort, filter or step through the images.
     """
     from engine.report.build import build_report
     from engine.report.gather import ReportRequest
 
-    summary = build_report(ReportRequest(**given), say=say, progress=_progress_bar)
+    summary = build_report(ReportRequest(**given), log=say, progress=_progress_bar)
     say(summary.signature)
     say(f"{summary.images} images, {summary.thumbnails_made} new thumbnails -> {summary.page}")
 

@@ -1,1 +1,1 @@
-"""A page to look at a run: build.py is the command top to bottom, assets/ what the browser runs."""
+"""Write an HTML page for a run. build.py is the entry point; assets/ holds the code that runs in the browser."""

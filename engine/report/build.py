@@ -1,4 +1,7 @@
-"""The folder of a report: taken only when it is new, empty or a report already, and never half a page."""
+"""Build a report: check the output folder, render the page and write it atomically.
+
+A report is only written to a folder that is new, empty or an earlier report.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +25,31 @@ from engine.report.thumbnails import Thumbnails, make_thumbnails, remove_stale
 from engine.version import __version__
 
 PAGE, MARK, THUMBNAILS = "index.html", "report.json", "thumbnails"
-"""Names in the folder. The mark is written first: a folder that was cut off before its page is a report, too."""
+"""Names in the folder. MARK identifies a report. It is written first, so that an interrupted report can be repeated."""
 OWN_FILES = {MARK, f".{MARK}.tmp", f"{PAGE}.lock"}
-"""What a report that begins at the same time, or one that was killed before its mark, may have put there."""
+"""Files that a concurrent report, or one that was killed before it wrote MARK, may have left in the folder."""
 KIND = "engine report"
 
 
 def open_folder(out: Path) -> None:
-    """Make the folder of a report with its mark, or find one. Raises UsageError when `out` is anything else."""
+    """Create the folder of a report, or reuse an earlier one. Raises UsageError if `out` holds anything else."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: name a folder for the report")
     if not out.exists() and not out.parent.is_dir():
         raise UsageError(f"--out {out}: {out.parent} does not exist, create it first")
-    others = set(os.listdir(out)) - OWN_FILES if out.is_dir() else set()
-    if others and not is_report(out):
-        raise UsageError(f"--out {out} is a folder with other things in it: name a new one, or one of a report")
+    foreign = set(os.listdir(out)) - OWN_FILES if out.is_dir() else set()
+    if foreign and not is_report(out):
+        raise UsageError(f"--out {out} contains other files: name a new folder, or one of an earlier report")
     try:
         out.mkdir(exist_ok=True)
         write_atomically(out / MARK, json.dumps({"kind": KIND, "engine": __version__}) + "\n")
         (out / THUMBNAILS).mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{out} cannot be made: {error.strerror}: choose another --out") from error
+        raise OutputError(f"{out} cannot be created: {error.strerror}: choose another --out") from error
 
 
 def is_report(folder: Path) -> bool:
-    """Return whether a folder was made by this command."""
+    """Return whether a folder was created by this command."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -61,13 +64,13 @@ SCRIPTS = (
     "page.js",
 )
 FORMAT = 1
-"""Of the JSON block; page and data are written together, so nothing reads another one's."""
+"""Version of the JSON block. Page and data are written together, so no page reads the data of another version."""
 DIGITS = 6
-"""Significant digits of a score in the page."""
+"""Significant digits of the scores in the page."""
 
 
 def page_signature(content: Content) -> str:
-    """Return `name:value` pairs joined by `|`: engine, page, and the digest of every file that is shown."""
+    """Return `name:value` pairs joined by `|`: engine version, page format, input file hashes and number of images."""
     parts = {"engine": __version__, "report": str(FORMAT)}
     parts |= {source.role.replace(" ", "_"): (source.sha256 or "folder")[:12] for source in content.sources}
     parts |= {"images": str(len(content.ids))}
@@ -75,7 +78,11 @@ def page_signature(content: Content) -> str:
 
 
 def render(content: Content, thumbnails: Thumbnails, *, notes: list[str], signatures: Iterable[str] = ()) -> str:
-    """Return the page. Nothing in it is executed but the scripts of assets/, nothing is fetched but thumbnails."""
+    """Return the HTML page.
+
+    Its Content-Security-Policy allows only the scripts and styles of assets/, by their hashes, and local images. Text
+    from captions or tables cannot run as a script.
+    """
     styles, scripts = ([(ASSETS / name).read_text(encoding="utf-8") for name in names] for names in (STYLES, SCRIPTS))
     policy = (
         f"default-src 'none'; img-src 'self' file:; style-src {_hashes(styles)}; script-src {_hashes(scripts)}; "
@@ -89,14 +96,14 @@ def render(content: Content, thumbnails: Thumbnails, *, notes: list[str], signat
         "<!--scripts-->": "\n".join(f"<script>{script}</script>" for script in scripts),
     }
     rest, page = (ASSETS / "page.html").read_text(encoding="utf-8"), []
-    for mark, part in parts.items():  # in the order of the page, so that no part is searched for marks
+    for mark, part in parts.items():  # in page order: inserted data is never searched for further marks
         before, _, rest = rest.partition(mark)
         page += [before, part]
     return "".join([*page, rest])
 
 
 def as_json(content: Content, thumbnails: Thumbnails, *, notes: list[str], signatures: Iterable[str]) -> str:
-    """Return what the page shows as JSON without `<`, `>` and `&`: nothing in it can end its block."""
+    """Return the data of the page as JSON, with `<`, `>` and `&` escaped so that no text can end the script."""
     data: dict[str, Any] = {
         "format": FORMAT,
         "signature": page_signature(content),
@@ -112,21 +119,21 @@ def as_json(content: Content, thumbnails: Thumbnails, *, notes: list[str], signa
         "captions": content.captions,
         "references": content.references,
         "candidates": content.candidates
-        and [[[one.text, _rounded(one.share)] for one in several] for several in content.candidates],
+        and [[[item.text, _rounded(item.share)] for item in items] for items in content.candidates],
         "columns": [asdict(column) for column in content.columns],
-        "scores": [_score(one, len(content.ids)) for one in content.scores],
-        "comparisons": [asdict(one) for one in content.comparisons],
+        "scores": [_score(column, len(content.ids)) for column in content.scores],
+        "comparisons": [asdict(comparison) for comparison in content.comparisons],
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _score(one: ScoreColumn, images: int) -> dict[str, Any]:
+def _score(column: ScoreColumn, images: int) -> dict[str, Any]:
     values: list[float | None] = [None] * images
-    for place, value in zip(one.places.tolist(), one.measured.per_image.tolist(), strict=True):
-        values[place] = _rounded(value)
-    total = {"value": one.measured.value, "low": one.low, "high": one.high}
-    return {"name": one.name, "how": one.how, "run": one.run, "values": values} | {
+    for index, value in zip(column.indices.tolist(), column.measured.per_image.tolist(), strict=True):
+        values[index] = _rounded(value)
+    total = {"value": column.measured.value, "low": column.low, "high": column.high}
+    return {"name": column.name, "how": column.how, "run": column.run, "values": values} | {
         name: _rounded(number) for name, number in total.items()
     }
 
@@ -141,12 +148,12 @@ def _hashes(texts: Iterable[str]) -> str:
 
 
 Progress = Callable[[int], AbstractContextManager[Callable[[], None]]]
-"""Called with the number of images, gives what to call after each."""
+"""Called with the number of images; yields a function to call after each image."""
 
 
 @dataclass(frozen=True)
 class ReportSummary:
-    """What was written, for the command's last lines."""
+    """What was written, for the last lines of the command."""
 
     page: Path
     images: int
@@ -154,14 +161,14 @@ class ReportSummary:
     signature: str
 
 
-def build_report(request: ReportRequest, *, say: Callable[[str], None], progress: Progress) -> ReportSummary:
-    """Write a report; `say` gets one line for each thing that is missing or cannot be read.
+def build_report(request: ReportRequest, *, log: Callable[[str], None], progress: Progress) -> ReportSummary:
+    """Write a report; `log` gets one line for each input that is missing or cannot be read.
 
-    The page replaces an earlier one when it is whole, and only then are the earlier one's thumbnails removed. Raises
-    EngineError for inputs that cannot be read or do not belong together, and for a folder that cannot be written.
+    The page replaces an earlier one atomically, and only then are old thumbnails removed. Raises EngineError if an
+    input cannot be read, if inputs do not match, or if the folder cannot be written.
     """
     if request.against_scores is not None and request.against is None:
-        raise UsageError("--against-scores needs --against, the run that they are of")
+        raise UsageError("--against-scores needs --against, the run that they belong to")
     content = gather(request)
     open_folder(request.out)
     page, folder = request.out / PAGE, request.out / THUMBNAILS
@@ -170,7 +177,7 @@ def build_report(request: ReportRequest, *, say: Callable[[str], None], progress
             thumbnails = make_thumbnails(content.images, folder, size_px=request.thumbnail_px, advance=advance)
         notes = content.notes + _unreadable(content, thumbnails)
         for line in notes:
-            say(line)
+            log(line)
         write_atomically(page, render(content, thumbnails, notes=notes, signatures=request.signatures))
         remove_stale(folder, set(thumbnails.names))
     return ReportSummary(page, len(content.ids), thumbnails.made, page_signature(content))
@@ -179,8 +186,8 @@ def build_report(request: ReportRequest, *, say: Callable[[str], None], progress
 def _unreadable(content: Content, thumbnails: Thumbnails) -> list[str]:
     if not thumbnails.unreadable:
         return []
-    told = []
-    for place, reason in thumbnails.unreadable.items():
-        image = content.images[place]
-        told.append(f"{image.path.name if image else content.ids[place]} ({reason})")
-    return [f"{len(told)} images cannot be read and have a placeholder: {join_some(told)}"]
+    images = []
+    for index, reason in thumbnails.unreadable.items():
+        image = content.images[index]
+        images.append(f"{image.path.name if image else content.ids[index]} ({reason})")
+    return [f"{len(images)} images cannot be read and have a placeholder: {join_some(images)}"]

@@ -1,4 +1,4 @@
-"""Scores of every image from files of --per-image, and how two runs differ by them; knows nothing of pages."""
+"""Read all inputs of a report, align them with the ids of the run, and compare two runs by their scores."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ from engine.scoring.rerank import Candidate, read_n_best
 
 @dataclass(frozen=True)
 class ScoreColumn:
-    """One metric of one run (0: the run, 1: the other), for the images of the report.
+    """The scores of one metric for one run (`run` is 0 for the run, 1 for the other run).
 
-    `places` i64[M] are the places in the report of the M images that `measured` is of; `value`, `low` and `high` are
-    theirs, not the whole file's. `how` tells metrics apart that were measured in another way or against other
-    references.
+    `measured` covers M images of the report, and `indices` i64[M] are their positions in it. The value and its interval
+    `low`, `high` are for these images, not for the whole file. `how` differs if the signature or the references do.
     """
 
     name: str
     how: str
     run: int
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
     measured: Measured
     low: float
     high: float
@@ -46,7 +45,7 @@ class ScoreColumn:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A metric's difference, run minus other run, over the `images` both have: see bootstrap.Difference."""
+    """The difference of a metric, run minus other run, over the `images` that both have (see base.Difference)."""
 
     name: str
     how: str
@@ -57,51 +56,51 @@ class Comparison:
 
 
 def read_scores(path: Path, ids: Sequence[str], run: int) -> tuple[list[ScoreColumn], list[str]]:
-    """Return the metrics of a file of --per-image for `ids`, and the ids of the file. Raises EngineError."""
-    known, measured = read_per_image(path)
-    place_of = {name: place for place, name in enumerate(known)}
-    places = np.array([i for i, name in enumerate(ids) if name in place_of], np.int64)
-    if not len(places):
-        return [], known
-    rows = np.array([place_of[ids[i]] for i in places], np.int64)
+    """Return the metrics of a --per-image file for `ids`, and the ids of the file. Raises EngineError."""
+    file_ids, measured = read_per_image(path)
+    row_of = {name: row for row, name in enumerate(file_ids)}
+    indices = np.array([i for i, name in enumerate(ids) if name in row_of], np.int64)
+    if not len(indices):
+        return [], file_ids
+    rows = np.array([row_of[ids[i]] for i in indices], np.int64)
     columns = []
-    for name_and_how, whole in measured.items():
+    for name_and_how, scores in measured.items():
         name, _, how = name_and_how.partition("@")
-        part = _subset(whole, rows)
-        columns.append(ScoreColumn(name, how, run, places, part, *base.interval(part)))
-    return columns, known
+        part = _subset(scores, rows)
+        columns.append(ScoreColumn(name, how, run, indices, part, *base.interval(part)))
+    return columns, file_ids
 
 
 def compare_scores(scores: Sequence[ScoreColumn]) -> tuple[list[Comparison], list[str]]:
-    """Compare the metrics both runs have, measured in one way; the lines say what could not be compared."""
-    ours, theirs = ({(one.name, one.how): one for one in scores if one.run == run} for run in (0, 1))
+    """Compare the metrics that both runs have with the same `how`; also return notes on those that differ in it."""
+    ours, theirs = ({(column.name, column.how): column for column in scores if column.run == run} for run in (0, 1))
     if not ours or not theirs:
         return [], []
-    comparisons, apart = [], {name for name, _ in ours} & {name for name, _ in theirs}
-    for key, one in ours.items():
-        other = theirs.get(key)
-        if other is None:
+    comparisons, differing = [], {name for name, _ in ours} & {name for name, _ in theirs}
+    for key, our_column in ours.items():
+        their_column = theirs.get(key)
+        if their_column is None:
             continue
-        apart.discard(one.name)
-        _, mine, his = np.intersect1d(one.places, other.places, return_indices=True)
-        if not len(mine):
+        differing.discard(our_column.name)
+        _, our_rows, their_rows = np.intersect1d(our_column.indices, their_column.indices, return_indices=True)
+        if not len(our_rows):
             continue
-        first, second = _subset(one.measured, mine), _subset(other.measured, his)
-        found = base.compare(second, first)
-        comparisons.append(Comparison(one.name, one.how, len(mine), first.value, second.value, found))
+        first, second = _subset(our_column.measured, our_rows), _subset(their_column.measured, their_rows)
+        difference = base.compare(second, first)
+        comparisons.append(Comparison(*key, len(our_rows), first.value, second.value, difference))
     notes = []
-    if apart:
+    if differing:
         notes.append(
-            f"{', '.join(sorted(apart))}: not compared, measured in another way or against other references in the two "
-            "files of scores"
+            f"{', '.join(sorted(differing))}: not compared, because the two files of scores differ in the signature or "
+            "the references"
         )
     return comparisons, notes
 
 
-def _subset(whole: Measured, rows: NDArray[np.int64]) -> Measured:
-    """Return what was measured of some images, with the value of these."""
-    counts = None if whole.counts is None else whole.counts[rows]
-    return replace(whole, per_image=whole.per_image[rows], counts=counts, value=whole.resampled(rows))
+def _subset(scores: Measured, rows: NDArray[np.int64]) -> Measured:
+    """Return the scores of some images, with the value recomputed for them."""
+    counts = None if scores.counts is None else scores.counts[rows]
+    return replace(scores, per_image=scores.per_image[rows], counts=counts, value=scores.resampled(rows))
 
 
 T = TypeVar("T")
@@ -109,7 +108,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """What a report is to show, as it was asked for; `against` is the run to compare with."""
+    """The options of `engine report`; `against` is the run to compare with."""
 
     run: Path
     images: Path
@@ -128,7 +127,7 @@ class ReportRequest:
     named: Columns = USUAL
 
     def files(self) -> dict[str, Path]:
-        """Return the inputs that were given, images apart, by what they are."""
+        """Return {role: path} of the input files that were given, without the images."""
         given = {
             "run": self.run,
             "references": self.references,
@@ -143,7 +142,7 @@ class ReportRequest:
 
 @dataclass(frozen=True)
 class InputFile:
-    """An input as the page names it; `sha256` is None for a folder."""
+    """An input file as the page lists it; `sha256` is None for a folder."""
 
     role: str
     name: str
@@ -152,7 +151,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Column:
-    """A further column of a table, N values as text (None where the table lacks the id) or as numbers."""
+    """An additional column of a table: N values, all text or all numbers, and None for an id that the table lacks."""
 
     name: str
     source: str
@@ -162,9 +161,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Content:
-    """N images in the order of the run with everything known about each; `notes` says which ids a file lacks.
+    """The content of a page: N images in the order of the run, with all data of each image.
 
-    `captions` holds the run's captions, then the other run's, where there is one.
+    `captions` holds the captions of the run and, if there is one, of the other run. `notes` lists the ids that a file
+    lacks.
     """
 
     ids: list[str]
@@ -181,18 +181,18 @@ class Content:
 
 
 def gather(request: ReportRequest) -> Content:
-    """Read all inputs. Raises EngineError for a file that cannot be read or shares no id with the run."""
+    """Read all inputs. Raises EngineError if a file cannot be read or shares no id with the run."""
     notes: list[str] = []
     tables = {role: read_table(path, request.named) for role, path in request.files().items() if role in TABLES}
     references = tables.get("references")
 
-    def by_id(found: Mapping[str, T], source: Path, files: Mapping[str, str] | None = None) -> dict[str, T]:
-        return dict(found) if references is None else by_reference_id(references, found, source, files)
+    def by_id(values: Mapping[str, T], source: Path, files: Mapping[str, str] | None = None) -> dict[str, T]:
+        return dict(values) if references is None else by_reference_id(references, values, source, files)
 
-    captioned = tables["run"]
-    said = by_id(captioned.single(), captioned.path, captioned.files)
-    ids = list(said)
-    captions: list[list[str | None]] = [list(said.values())]
+    run_table = tables["run"]
+    run_captions = by_id(run_table.single(), run_table.path, run_table.files)
+    ids = list(run_captions)
+    captions: list[list[str | None]] = [list(run_captions.values())]
     if "other run" in tables:
         against = tables["other run"]
         other = by_id(against.single(), against.path, against.files)
@@ -202,9 +202,9 @@ def gather(request: ReportRequest) -> Content:
         notes += matched(request.run, ids, references.path, references.captions)
     candidates = None
     if request.n_best is not None:
-        found = by_id(read_n_best([request.n_best]), request.n_best)
-        notes += matched(request.run, ids, request.n_best, found)
-        candidates = [found.get(name, []) for name in ids]
+        n_best = by_id(read_n_best([request.n_best]), request.n_best)
+        notes += matched(request.run, ids, request.n_best, n_best)
+        candidates = [n_best.get(name, []) for name in ids]
     if not request.images.is_dir():
         raise UsageError(f"{request.images} is not a directory: --images takes the folder that holds the images")
     images = find_images_of(
@@ -218,8 +218,8 @@ def gather(request: ReportRequest) -> Content:
     scores: list[ScoreColumn] = []
     for run, path in enumerate((request.scores, request.against_scores)):
         if path is not None:
-            measured, known = read_scores(path, ids, run)
-            notes += matched(request.run, ids, path, known)
+            measured, file_ids = read_scores(path, ids, run)
+            notes += matched(request.run, ids, path, file_ids)
             scores += measured
     columns = []
     for role, table in tables.items():
@@ -250,30 +250,30 @@ def gather(request: ReportRequest) -> Content:
 TABLES = ("run", "other run", "references")
 NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 EXACT = 2.0**53
-"""Whole numbers below it are exact in float64, which is all that a browser counts with."""
+"""Integers below this are exact in float64, the only number type of JSON in a browser."""
 
 
-def matched(run: Path, ids: Iterable[str], path: Path, found: Iterable[str]) -> list[str]:
-    """Return a line each for the run's ids that `path` lacks, and for those only `path` has.
+def matched(run: Path, ids: Iterable[str], path: Path, file_ids: Iterable[str]) -> list[str]:
+    """Return notes on the ids of the run that `path` lacks, and on those that only `path` has.
 
-    Raises DataError when the two have no id in common.
+    Raises DataError if the two have no id in common.
     """
-    wanted, there = dict.fromkeys(ids), dict.fromkeys(found)
-    missing = [name for name in wanted if name not in there]
-    extra = [name for name in there if name not in wanted]
-    if len(missing) == len(wanted):
-        first = f"{next(iter(wanted))} against {next(iter(there), 'none')}"
+    expected, available = dict.fromkeys(ids), dict.fromkeys(file_ids)
+    missing = [name for name in expected if name not in available]
+    extra = [name for name in available if name not in expected]
+    if len(missing) == len(expected):
+        first = f"{next(iter(expected))} against {next(iter(available), 'none')}"
         raise DataError(f"{run} and {path} have no id in common ({first}): give files of the same images")
     lines = []
     if missing:
-        lines.append(f"{path} lacks {len(missing)} of {len(wanted)} ids of {run}: {join_some(missing)}")
+        lines.append(f"{path} lacks {len(missing)} of {len(expected)} ids of {run}: {join_some(missing)}")
     if extra:
-        lines.append(f"{path} has {len(extra)} ids that {run} has not, which are not shown: {join_some(extra)}")
+        lines.append(f"{path} has {len(extra)} ids that {run} lacks, which are not shown: {join_some(extra)}")
     return lines
 
 
 def labels(paths: list[Path]) -> list[str]:
-    """Return short names of files: without extension, with as many folders in front as tell them apart."""
+    """Return short, distinct names of files: without extension, with as many parent folders as needed."""
     names = [path.stem for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -285,7 +285,7 @@ def labels(paths: list[Path]) -> list[str]:
 
 
 def further_columns(source: str, table: Mapping[str, Mapping[str, str]], ids: list[str]) -> list[Column]:
-    """Return the columns {name: {id: value}} of a table; one whose every value is a number is one of numbers."""
+    """Return the columns of a table {name: {id: value}}; a column is numeric if all its values are numbers."""
     columns = []
     for name, by_id in table.items():
         values = [by_id.get(image_id) for image_id in ids]
@@ -298,7 +298,10 @@ def further_columns(source: str, table: Mapping[str, Mapping[str, str]], ids: li
 
 
 def _number(value: str) -> float | None:
-    """Return the number that a text is, None for one that would not come back: 00012, 1_000, a UID of twenty digits."""
+    """Return a text as a number, or None if it is not one.
+
+    Identifiers stay text, because a number would not give them back: 00012, 1_000, a UID of twenty digits.
+    """
     if not NUMBER.fullmatch(value.strip()):
         return None
     number = float(value)

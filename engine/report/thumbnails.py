@@ -1,7 +1,7 @@
-"""Small pictures for the page, made once, in threads; knows nothing of captions.
+"""Create the thumbnails of a page in parallel threads, and reuse those that exist.
 
-A thumbnail is named by everything that decides how it looks, so a name that exists is fresh, and a page written earlier
-keeps its own until the new page has replaced it.
+The name of a thumbnail is a hash of everything that decides how it looks. An existing name is therefore up to date, and
+an earlier page keeps its thumbnails until the new page has replaced it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from engine.inputs.pixels import decode_image, image_errors
 
 QUALITY = 82
 THUMBNAIL_VERSION = 1
-"""Raise it when thumbnails are made in another way, so that old ones are not taken for fresh."""
+"""Part of the name. Increase it when thumbnails are created in another way, so that old ones are not reused."""
 NAME = re.compile(r"\.?[0-9a-f]{24}\.jpg(\.tmp)?")
-"""What a thumbnail, or one half written, may be called: nothing else in the folder is ever removed."""
+"""Names of thumbnails and of their temporary files. Nothing else in the folder is ever removed."""
 
 
 @dataclass(frozen=True)
 class Thumbnails:
-    """Names of N thumbnails (None without one), why some images have none by place, and how many were made now."""
+    """Names of N thumbnails (None if an image has none), {index: reason} of unreadable images, and how many are new."""
 
     names: list[str | None]
     unreadable: dict[int, str]
@@ -40,33 +40,33 @@ class Thumbnails:
 def make_thumbnails(
     images: Sequence[ImageFile | None], folder: Path, *, size_px: int, advance: Callable[[], None]
 ) -> Thumbnails:
-    """Write a JPEG at most `size_px` high and wide into `folder` for every image that has none there.
+    """Write a JPEG of at most `size_px` by `size_px` pixels to `folder` for every image that has none yet.
 
-    Images that cannot be read are told in the result. Raises EngineError for the system's trouble, OutputError when a
-    file cannot be written.
+    Images that cannot be read are listed in the result. Raises OutputError if a file cannot be written, and EngineError
+    for other errors of the system.
     """
     unreadable: dict[int, str] = {}
     made = 0
 
-    def one(place: int) -> tuple[str | None, bool]:
-        image = images[place]
+    def make(index: int) -> tuple[str | None, bool]:
+        image = images[index]
         if image is None:
             return None, False
         try:
             name = thumbnail_name(image, size_px)
             target = folder / name
-            if target.exists() and target.stat().st_size:  # an empty one is what a power cut may leave
+            if target.exists() and target.stat().st_size:  # a power cut may leave an empty file
                 return name, False
             _write(target, image, size_px)
         except ImageError as error:
-            unreadable[place] = error.reason or str(error)
+            unreadable[index] = error.reason or str(error)
             return None, False
         return name, True
 
     names: list[str | None] = []
     with ThreadPoolExecutor(available_cores()) as threads:
         try:
-            for name, is_new in threads.map(one, range(len(images))):
+            for name, is_new in threads.map(make, range(len(images))):
                 names.append(name)
                 made += is_new
                 advance()
@@ -77,9 +77,9 @@ def make_thumbnails(
 
 
 def thumbnail_name(image: ImageFile, size_px: int) -> str:
-    """Return the name of an image's thumbnail: a hash, since the names of images are strangers' words.
+    """Return the file name of an image's thumbnail, a hash: image names are untrusted and do not appear in it.
 
-    Raises ImageError when there is no such file.
+    Raises ImageError if the image does not exist.
     """
     try:
         status = image.path.stat()
@@ -99,21 +99,23 @@ def thumbnail_name(image: ImageFile, size_px: int) -> str:
 
 
 def remove_stale(folder: Path, kept: Collection[str | None]) -> None:
-    """Remove the thumbnails of a folder that no page shows any more, and those half written."""
+    """Remove all thumbnails of a folder except `kept`, and temporary files of interrupted runs."""
     for entry in os.listdir(folder):
         if entry not in kept and NAME.fullmatch(entry):
             (folder / entry).unlink(missing_ok=True)
 
 
 def _write(target: Path, image: ImageFile, size_px: int) -> None:
-    """Write one thumbnail, not to be seen before it is whole."""
+    """Write one thumbnail atomically."""
     with image_errors(image.path):
-        picture = decode_image(image.path, frame=image.frame, depth=image.depth)
-        picture.thumbnail((size_px, size_px), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        decoded = decode_image(image.path, frame=image.frame, depth=image.depth)
+        decoded.thumbnail((size_px, size_px), Image.Resampling.LANCZOS, reducing_gap=2.0)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        picture.save(temporary, "JPEG", quality=QUALITY)
+        decoded.save(temporary, "JPEG", quality=QUALITY)
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"{target} cannot be written: {error.strerror}: make room for --out") from error
+        raise OutputError(
+            f"{target} cannot be written: {error.strerror}: free space for --out or choose another folder"
+        ) from error

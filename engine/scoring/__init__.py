@@ -1,1 +1,1 @@
-"""Scores of a run against references. Start at score.py; there is one file for each family of metrics."""
+"""Score a run against references: score.py is the entry point, and each family of metrics has its own module."""

@@ -1,4 +1,4 @@
-"""What a metric is: text in, numbers out, with a signature that says how they were made."""
+"""The interface of a metric, the preprocessing of captions, and bootstrap intervals and comparisons."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from engine.errors import EngineError
 
 
 class UnavailableError(EngineError):
-    """A metric cannot be computed here; the message says what it needs."""
+    """Raised if a metric cannot be computed on this machine; the message names what is missing."""
 
 
 @dataclass(frozen=True)
 class Items:
-    """N images in one order: id, caption of the run, and one or several references each. Texts are raw.
+    """The input of a metric: N images, each with an id, a candidate caption and one or more references.
 
-    `how` is part of every signature: what else decides the scores, for example `|prompt:removed`.
+    Texts are raw; metrics that need preprocessed text call `preprocessed`. `how` is appended to every signature and
+    names what else the scores depend on, for example `|prompt:removed`.
     """
 
     ids: Sequence[str]
@@ -37,17 +38,17 @@ class Items:
         return len(self.ids)
 
     def preprocessed(self) -> Items:
-        """Return the same with every text as the organisers preprocess it."""
-        references = [tuple(map(preprocess, several)) for several in self.references]
+        """Return a copy whose candidates and references are preprocessed as by the organisers."""
+        references = [tuple(map(preprocess, texts)) for texts in self.references]
         return replace(self, candidates=[preprocess(text) for text in self.candidates], references=references)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric's answer: per_image f64[N], and the value of the whole run.
+    """The result of a metric: `per_image` f64[N] and `value`, the score of the whole run.
 
-    `value` is their mean, unless the metric is a corpus metric; then `counts` f64[N,C] add up to what its value is
-    made of by `combine`. `note` says what a reader must know beside the number.
+    `value` is the mean of `per_image`, except for corpus metrics such as BLEU. Those also return `counts` f64[N,C], and
+    their value is `combine(counts.sum(0))`. `note` holds what a reader must know to interpret the number.
     """
 
     per_image: NDArray[np.float64]
@@ -56,22 +57,22 @@ class Measured:
     counts: NDArray[np.float64] | None = None
     combine: Any = None
 
-    def resampled(self, places: NDArray[np.int64]) -> float:
-        """Return the value of the run whose images are those at `places` i64[N], repeats included."""
+    def resampled(self, indices: NDArray[np.int64]) -> float:
+        """Return the value for the images at `indices` i64[N], which may repeat (a bootstrap sample)."""
         if self.counts is not None and self.combine is not None:
-            return float(self.combine(self.counts[places].sum(0)))
-        return float(self.per_image[places].mean())
+            return float(self.combine(self.counts[indices].sum(0)))
+        return float(self.per_image[indices].mean())
 
 
 def mean(per_image: Sequence[float] | NDArray[np.float64], note: str = "") -> Measured:
-    """Return the answer of a metric whose value is the mean over images."""
+    """Return the result of a metric whose value is the mean over images."""
     values = np.asarray(per_image, np.float64)
     return Measured(values, float(values.mean()) if len(values) else 0.0, note)
 
 
 @dataclass(frozen=True)
 class MetricInputs:
-    """What metrics may need: folders of weights by metric name, commands of plug-ins, torch device and batch size."""
+    """What metrics need besides text: weights folders and plug-in commands by metric name, torch device, batch size."""
 
     weights: dict[str, Path] = field(default_factory=dict)
     plugins: dict[str, str] = field(default_factory=dict)
@@ -80,7 +81,7 @@ class MetricInputs:
 
 
 class Metric(Protocol):
-    """One metric. `signature` is known before anything is measured, except by plug-ins, which sign what they did."""
+    """A metric. `signature` can be called before `measure`, except that a plug-in returns its own only afterwards."""
 
     name: str
 
@@ -89,7 +90,7 @@ class Metric(Protocol):
         ...
 
     def measure(self, items: Items) -> Measured:
-        """Score every image. Raises UnavailableError when something is missing."""
+        """Score every image. Raises UnavailableError if weights, images or a library are missing."""
         ...
 
 
@@ -99,8 +100,10 @@ def library(package: str) -> str:
 
 
 def settle_empty(items: Items, per_image: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Apply the organisers' rule for empty captions: 1 where caption and reference are both empty, as they were
-    written, 0 where one of them is.
+    """Apply the organisers' rule for empty captions and return the adjusted scores f64[N].
+
+    An empty candidate scores 1 if one of its references is empty as well, else 0. The rule looks at the raw texts:
+    "..." is not empty, although preprocessing leaves nothing of it. Non-empty candidates keep their score.
     """
     settled = per_image.copy()
     for i, (candidate, references) in enumerate(zip(items.candidates, items.references, strict=True)):
@@ -116,13 +119,14 @@ def settle_empty(items: Items, per_image: NDArray[np.float64]) -> NDArray[np.flo
 DIGITS = re.compile(r"\d+")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 SIGNATURE = "lower+number+punct"
-"""How signatures name it."""
+"""Name of the preprocessing in signatures."""
 
 
 def preprocess(caption: str) -> str:
-    """Lower the case, put "number" for every run of digits, delete ASCII punctuation (without a space in its place).
+    """Lower-case a caption, replace every run of digits with "number" and delete ASCII punctuation.
 
-    White space and Unicode punctuation stay. Source: the organisers' evaluators of 2023 to 2026.
+    Punctuation is deleted without leaving a space; white space and Unicode punctuation stay. For example "T2-weighted,
+    3.5 cm" becomes "tnumberweighted numbernumber cm". Source: the organisers' evaluators of 2023 to 2026.
     """
     return DIGITS.sub("number", caption.lower()).translate(NO_PUNCTUATION)
 
@@ -132,10 +136,11 @@ RESAMPLES, SEED = 1000, 0
 
 @dataclass(frozen=True)
 class Difference:
-    """The second run's value minus the first's, with its 95 % interval, and a two-sided p-value.
+    """The second run's value minus the first's, with its 95 % interval and a two-sided p-value.
 
-    `p` is the share of resamples in which the difference turns or vanishes, twice, one added above and below (Davison
-    and Hinkley 1997). `wins`, `losses`, `ties` count images by the second run's own value.
+    `p` is 2 * (k + 1) / (resamples + 1), at most 1 (Davison and Hinkley 1997). k is the number of resamples with a
+    difference <= 0 or with a difference >= 0, whichever is smaller. `wins`, `losses` and `ties` count the images on
+    which the second run scores higher, lower or the same.
     """
 
     difference: float
@@ -148,25 +153,25 @@ class Difference:
 
 
 def interval(measured: Measured, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Return the 95 % percentile interval of a score."""
-    values = [measured.resampled(places) for places in _resamples(len(measured.per_image), resamples)]
+    """Return the 95 % percentile bootstrap interval of a score."""
+    values = [measured.resampled(sample) for sample in _resamples(len(measured.per_image), resamples)]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
 def compare(first: Measured, second: Measured, resamples: int = RESAMPLES) -> Difference:
-    """Compare two runs on the same images in the same order."""
+    """Compare two runs by a paired bootstrap. Both must hold the same images in the same order (not checked)."""
     differences = np.array(
-        [second.resampled(places) - first.resampled(places) for places in _resamples(len(first.per_image), resamples)]
+        [second.resampled(sample) - first.resampled(sample) for sample in _resamples(len(first.per_image), resamples)]
     )
     low, high = np.percentile(differences, [2.5, 97.5])
-    turned = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    opposite = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     gain = second.per_image - first.per_image
     return Difference(
         difference=second.value - first.value,
         low=float(low),
         high=float(high),
-        p=min(1.0, 2 * (turned + 1) / (resamples + 1)),
+        p=min(1.0, 2 * (opposite + 1) / (resamples + 1)),
         wins=int((gain > 0).sum()),
         losses=int((gain < 0).sum()),
         ties=int((gain == 0).sum()),
@@ -174,6 +179,6 @@ def compare(first: Measured, second: Measured, resamples: int = RESAMPLES) -> Di
 
 
 def _resamples(count: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(SEED)  # same samples in every call: this is what pairs two runs, and repeats a result
     for _ in range(resamples):
         yield rng.integers(0, count, count)

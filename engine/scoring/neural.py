@@ -1,4 +1,4 @@
-"""BERTScore and BLEURT: by their own libraries, with weights from folders the user names; nothing is downloaded."""
+"""BERTScore, BLEURT and CLIPScore, computed by their own libraries from local weights; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ ORGANISERS_BERT = {
     "num_hidden_layers": 48,
     "hidden_size": 1024,
 }
-"""microsoft/deberta-xlarge-mnli, by its config.json; without MNLI the architecture is another."""
+"""Identifies microsoft/deberta-xlarge-mnli by its config.json; the model without MNLI has a different architecture."""
 CHUNK = 1000
-"""Images measured at once: the vectors of all their words are kept."""
+"""Images per pass; the token vectors of all their texts are held in memory."""
 ORGANISERS_LAYER = 40
-"""bert-score's own choice for that model, and the organisers'."""
+"""Layer for that model: bert-score's default, which the organisers use as well."""
 TRIES = 10
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class BertScore:
-    """BERTScore F1 (Zhang et al. 2020), without rescaling; idf, where on, from all references given.
+    """BERTScore F1 (Zhang et al. 2020) without rescaling; with `idf`, the weights come from all references of the run.
 
-    Every pair is scored as if it were alone, which is how the organisers call bert-score. Its own batches pad shorter
-    pairs with zeros, and a word whose best cosine is negative then takes 0: a score would depend on the other pairs.
+    Every pair is scored independently of the others, as the organisers do by calling bert-score on one pair at a time.
+    bert-score's own batches pad shorter texts with zeros, and a token whose best cosine is negative then matches the
+    padding with 0. A score would depend on the other pairs of the batch.
 
-    The organisers' model is microsoft/deberta-xlarge-mnli at layer 40; another folder of weights makes a proxy, and its
-    signature says so.
+    The organisers use microsoft/deberta-xlarge-mnli at layer 40. Other weights give a proxy, which the signature marks.
     """
 
     name = "bertscore"
@@ -71,57 +71,58 @@ class BertScore:
     def measure(self, items: Items) -> Measured:
         directory = weights_folder(self._setting, self.name, "microsoft/deberta-xlarge-mnli")
         text = items.preprocessed()
-        # it prints a line for each empty caption
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        # bert-score prints a warning for each empty caption
+        with silence_logs(), contextlib.redirect_stderr(io.StringIO()):
             if self._scorer is None:
                 self._scorer = self._load(directory)
             if self._idf:
-                self._scorer._idf_dict = None  # it warns where one is replaced
-                self._scorer.compute_idf([one for several in text.references for one in several])
+                self._scorer._idf_dict = None  # avoids a warning when an earlier run's weights are replaced
+                self._scorer.compute_idf([reference for texts in text.references for reference in texts])
             best = np.full(len(items), -np.inf)
             for start in range(0, len(items), CHUNK):
-                places = [i for i in range(start, min(start + CHUNK, len(items))) for _ in text.references[i]]
-                references = [reference for several in text.references[start : start + CHUNK] for reference in several]
-                f1 = self._f1([(text.candidates[i], one) for i, one in zip(places, references, strict=True)])
-                np.maximum.at(best, places, f1)
-        return mean(settle_empty(items, best), self._cut(text))
+                indices = [i for i in range(start, min(start + CHUNK, len(items))) for _ in text.references[i]]
+                references = [reference for texts in text.references[start : start + CHUNK] for reference in texts]
+                f1 = self._f1([(text.candidates[i], ref) for i, ref in zip(indices, references, strict=True)])
+                np.maximum.at(best, indices, f1)  # an image scores as its best reference
+        return mean(settle_empty(items, best), self._truncation_note(text))
 
     def _f1(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float64]:
-        """Return the F1 of (candidate, reference) pairs, f64[N], each as if it were alone.
+        """Return the F1 f64[N] of (candidate, reference) pairs, each independent of the others.
 
-        Pairs are computed together where their lengths in tokens are equal. Then nothing is padded, and bert-score's
-        own matching gives each pair the value that it has alone.
+        Only pairs with equal lengths in tokens are batched. They need no padding, so that bert-score's matching gives
+        each pair the same value as alone.
         """
         torch, utils = import_library("torch"), import_library("bert_score.utils")
         vectors = self._vectors({text for pair in pairs for text in pair})
 
-        def shape(place: int) -> tuple[int, int]:
-            return len(vectors[pairs[place][0]][1]), len(vectors[pairs[place][1]][1])
+        def lengths(index: int) -> tuple[int, int]:
+            candidate, reference = pairs[index]
+            return len(vectors[candidate][1]), len(vectors[reference][1])
 
         scores = np.zeros(len(pairs))
-        for _, group in groupby(sorted(range(len(pairs)), key=shape), shape):
+        for _, group in groupby(sorted(range(len(pairs)), key=lengths), lengths):
             equal = list(group)
             for start in range(0, len(equal), self._setting.batch_size):
-                places = equal[start : start + self._setting.batch_size]
+                batch = equal[start : start + self._setting.batch_size]
                 sides = []
-                for which in (1, 0):  # references first
-                    chosen = [vectors[pairs[i][which]] for i in places]
+                for side in (1, 0):  # greedy_cos_idf takes the references first
+                    chosen = [vectors[pairs[i][side]] for i in batch]
                     words, weights = (torch.stack(part) for part in zip(*chosen, strict=True))
                     sides += [words, torch.ones_like(weights), weights]
-                scores[places] = utils.greedy_cos_idf(*sides)[2].double().cpu().numpy()
+                scores[batch] = utils.greedy_cos_idf(*sides)[2].double().cpu().numpy()
         return scores
 
     def _vectors(self, texts: set[str]) -> Mapping[str, tuple[Any, Any]]:
-        """Return of each text the vectors f32[L,D] and the weights f32[L] of its L tokens."""
+        """Return {text: (vectors f32[L,D], idf weights f32[L])} for its L tokens."""
         torch, utils = import_library("torch"), import_library("bert_score.utils")
         scorer = self._scorer
         idf = scorer._idf_dict
         if not self._idf:
             idf = defaultdict(lambda: 1.0, {scorer._tokenizer.sep_token_id: 0.0, scorer._tokenizer.cls_token_id: 0.0})
-        listed, vectors = sorted(texts, key=lambda text: (len(text), text)), {}
+        ordered, vectors = sorted(texts, key=lambda text: (len(text), text)), {}  # similar lengths: little padding
         with torch.inference_mode():
-            for start in range(0, len(listed), self._setting.batch_size):
-                batch = listed[start : start + self._setting.batch_size]
+            for start in range(0, len(ordered), self._setting.batch_size):
+                batch = ordered[start : start + self._setting.batch_size]
                 model = (scorer._model, scorer._tokenizer, idf)
                 words, masks, weights = utils.get_bert_embedding(batch, *model, device=scorer.device)
                 lengths = masks.sum(1).tolist()
@@ -130,10 +131,10 @@ class BertScore:
         return vectors
 
     def _load(self, directory: Path) -> Any:
-        """Load the model; it serves any number of runs."""
+        """Load the model, once for all runs."""
         scorer_class = import_library("bert_score", "BERTScorer")
         _, layer = self._model(directory)
-        with _neutral_name(directory) as model, whole(directory):
+        with _neutral_path(directory) as model, checked_weights(directory):
             scorer = scorer_class(
                 model_type=model, num_layers=layer, idf=self._idf, nthreads=0, device=self._setting.device
             )
@@ -141,29 +142,31 @@ class BertScore:
         tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(scorer._model.config))
         return scorer
 
-    def _cut(self, text: Items) -> str:
-        """Return a note on texts that are longer than the model; a token has a character at least."""
+    def _truncation_note(self, items: Items) -> str:
+        """Return a note on texts that were truncated to the model's length, or an empty string."""
         tokenizer = self._scorer._tokenizer
-        most = tokenizer.model_max_length
-        texts = {one for one in text.candidates if len(one) > most - 2}
-        texts |= {one for several in text.references for one in several if len(one) > most - 2}
-        cut = sum(len(tokenizer(one)["input_ids"]) > most for one in texts)
-        return f"{cut} texts are longer than the model's {most} tokens: what is beyond was not looked at" if cut else ""
+        limit = tokenizer.model_max_length
+        # a token has at least one character, and two tokens are special: shorter texts need no tokenizer
+        long = {text for text in items.candidates if len(text) > limit - 2}
+        long |= {text for texts in items.references for text in texts if len(text) > limit - 2}
+        truncated = sum(len(tokenizer(text)["input_ids"]) > limit for text in long)
+        return f"{truncated} texts are longer than the model's {limit} tokens and were truncated" if truncated else ""
 
     def _model(self, directory: Path) -> tuple[bool, int]:
-        """Return whether these are the organisers' weights, and the layer to take."""
+        """Return whether model and layer are the organisers', and the layer to use."""
         config = read_config(directory, self.name)
         is_official = all(config.get(name) == value for name, value in ORGANISERS_BERT.items())
-        most = int(config.get("num_hidden_layers", 0))
-        layer = self._layer or (ORGANISERS_LAYER if is_official else most)
-        if not 1 <= layer <= most:
-            raise UsageError(f"--bertscore-layer {layer}: the model in {directory} has layers 1 to {most}")
+        layers = int(config.get("num_hidden_layers", 0))
+        layer = self._layer or (ORGANISERS_LAYER if is_official else layers)
+        if not 1 <= layer <= layers:
+            raise UsageError(f"--bertscore-layer {layer}: the model in {directory} has layers 1 to {layers}")
         return is_official and layer == ORGANISERS_LAYER, layer
 
 
 class Bleurt:
-    """BLEURT (Sellam et al. 2020): the regression output of a BLEURT-20 model in PyTorch; the best of several
-    references.
+    """BLEURT (Sellam et al. 2020): the regression output of a BLEURT-20 model in PyTorch.
+
+    With several references, an image gets its best score.
     """
 
     name = "bleurt"
@@ -181,31 +184,35 @@ class Bleurt:
         torch = import_library("torch")
         library_module = import_library("bleurt_pytorch")
         text = items.preprocessed()
-        places = [i for i, several in enumerate(text.references) for _ in several]
-        references = [reference for several in text.references for reference in several]
+        indices = [i for i, texts in enumerate(text.references) for _ in texts]
+        references = [reference for texts in text.references for reference in texts]
         best = np.full(len(items), -np.inf)
         device = self._setting.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with whole(directory):
+        with checked_weights(directory):
             model = library_module.BleurtForSequenceClassification.from_pretrained(str(directory)).eval().to(device)
-        with quiet(), torch.inference_mode():
+        with silence_logs(), torch.inference_mode():
             tokenizer = library_module.BleurtTokenizer.from_pretrained(str(directory))
-            for start in range(0, len(places), self._setting.batch_size):
+            for start in range(0, len(indices), self._setting.batch_size):
                 part = slice(start, start + self._setting.batch_size)
                 inputs = tokenizer(
                     references[part],
-                    [text.candidates[i] for i in places[part]],
+                    [text.candidates[i] for i in indices[part]],
                     padding="longest",
                     truncation=True,
                     max_length=min(512, _positions(model.config)),
                     return_tensors="pt",
                 ).to(device)
                 scores = model(**inputs).logits.flatten().double().cpu().numpy()
-                np.maximum.at(best, places[part], scores)
+                np.maximum.at(best, indices[part], scores)
         return mean(best)
 
 
 def weights_folder(setting: MetricInputs, name: str, wanted: str) -> Path:
-    """Return the folder of a metric's weights. Raises UnavailableError without one, UsageError when it is none."""
+    """Return the weights folder of a metric.
+
+    Raises UnavailableError if none was given, UsageError if it does not hold a model. `wanted` names the model in the
+    message.
+    """
     directory = setting.weights.get(name)
     if directory is None:
         raise UnavailableError(f"needs weights: --weights {name}=DIR, a folder with {wanted}")
@@ -214,24 +221,24 @@ def weights_folder(setting: MetricInputs, name: str, wanted: str) -> Path:
 
 
 def check_weights(name: str, directory: Path) -> None:
-    """Raise UsageError when what was given as the weights of a metric is no folder of a model."""
+    """Raise UsageError if the weights folder given for a metric does not hold a model."""
     if not (directory / "config.json").is_file() or not _weight_file(directory):
-        raise UsageError(f"--weights {name}={directory}: no folder with config.json and {' or '.join(WEIGHT_FILES)}")
+        raise UsageError(f"--weights {name}={directory}: not a folder with config.json and {' or '.join(WEIGHT_FILES)}")
 
 
 def read_config(directory: Path, name: str) -> dict[str, Any]:
-    """Return the configuration of a metric's weights. Raises UsageError when it is none."""
+    """Return the config.json of a metric's weights. Raises UsageError if it is not a JSON object."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--weights {name}={directory}: config.json cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise UsageError(f"--weights {name}={directory}: config.json is no JSON object")
+        raise UsageError(f"--weights {name}={directory}: config.json is not a JSON object")
     return config
 
 
 def fingerprint(directory: Path) -> str:
-    """Return `<folder name>@<12 hexadecimal digits>` of a folder's configuration and weights."""
+    """Return `<folder name>@<12 hexadecimal digits>`, a hash of a folder's configuration and weights."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     digest.update(file_sha256(_weight_file(directory)).encode())
     return f"{directory.resolve().name}@{digest.hexdigest()[:12]}"
@@ -242,23 +249,26 @@ def _weight_file(directory: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _neutral_name(directory: Path) -> Iterator[str]:
-    """Give bert-score a path that means no other model to it, as "t5" anywhere and "scibert" in front would."""
+def _neutral_path(directory: Path) -> Iterator[str]:
+    """Yield a symbolic link to a model whose path bert-score does not misread.
+
+    bert-score chooses the model class by its path: "t5" anywhere and "scibert" at the start have a meaning.
+    """
     with contextlib.ExitStack() as folders:
-        for _ in range(TRIES):  # a random name has "t5" in it once in 200 times
+        for _ in range(TRIES):  # one random name in 200 contains "t5"
             folder = folders.enter_context(tempfile.TemporaryDirectory(prefix="weights"))
             link = Path(folder).resolve() / "model"
             if "t5" not in str(link):
                 break
         else:
-            raise UsageError(f"{link.parent.parent}: bert-score takes a path with 't5' for a T5 model: set TMPDIR")
+            raise UsageError(f"{link.parent.parent}: bert-score takes every path with 't5' for a T5 model: set TMPDIR")
         link.symlink_to(directory.resolve(), target_is_directory=True)
         yield str(link)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' notes on unused heads."""
+def silence_logs() -> Iterator[None]:
+    """Silence the warnings of transformers, for example about unused heads."""
     logging = import_library("transformers.utils.logging")
     before = logging.get_verbosity()
     logging.set_verbosity(ERROR)
@@ -269,35 +279,36 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole(directory: Path) -> Iterator[None]:
-    """Load a model quietly, and raise UnavailableError where its weights lack a part that counts.
+def checked_weights(directory: Path) -> Iterator[None]:
+    """Capture the warnings while a model is loaded; raise UnavailableError if weights that a metric uses are missing.
 
-    transformers fills what is missing with random numbers and says so in a warning; a metric of them means nothing.
+    transformers initializes missing weights randomly and only logs a warning. The scores would be meaningless.
     """
     logging = import_library("transformers.utils.logging")
-    said, before = _Said(), logging.get_verbosity()
+    captured, before = _CapturedLogs(), logging.get_verbosity()
     logger = getLogger("transformers")
-    handlers, logger.handlers = logger.handlers, [said]
+    handlers, logger.handlers = logger.handlers, [captured]
     logging.set_verbosity(WARNING)
     try:
         yield
     finally:
         logging.set_verbosity(before)
         logger.handlers = handlers
-    listed = [name for text in said.texts for name in re.findall(r"'([\w.]+)'", text.partition("newly initialized")[2])]
-    missing = [name for name in listed if not re.search(UNUSED, name)]
+    warnings = [text.partition("newly initialized")[2] for text in captured.texts]
+    names = [name for text in warnings for name in re.findall(r"'([\w.]+)'", text)]
+    missing = [name for name in names if not re.search(UNUSED, name)]
     if missing:
         raise UnavailableError(
-            f"the weights in {directory} are of another model: {len(missing)} parts are missing ({missing[0]}, ...)"
+            f"the weights in {directory} belong to a different model: {len(missing)} are missing ({missing[0]}, ...)"
         )
 
 
 UNUSED = r"(^|\.)(pooler\.|position_ids$)"
-"""Parts that no metric here looks at."""
+"""Weights that none of the metrics uses."""
 
 
-class _Said(Handler):
-    """Keeps what a library logs."""
+class _CapturedLogs(Handler):
+    """Collects the messages that a library logs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,14 +319,14 @@ class _Said(Handler):
 
 
 def _positions(config: Any) -> int:
-    """Return how many tokens fit; RoBERTa's positions begin behind that of padding."""
+    """Return how many tokens fit; RoBERTa's positions start after the padding index."""
     positions = int(getattr(config, "max_position_embeddings", 0) or 512)
     reserved = 1 + (config.pad_token_id or 0) if "roberta" in str(config.model_type) else 0
     return positions - reserved
 
 
 def import_library(module: str, name: str | None = None) -> Any:
-    """Import a library of the neural metrics, told to stay offline, or raise UnavailableError naming the extra."""
+    """Import a library of the neural metrics in offline mode. Raises UnavailableError with its install command."""
     from importlib import import_module
     from importlib.metadata import version
 
@@ -323,7 +334,7 @@ def import_library(module: str, name: str | None = None) -> Any:
     try:
         imported = import_module(module)
         if int(version("transformers").partition(".")[0]) >= 5:
-            raise UnavailableError("needs transformers below 5, with which bert-score and bleurt-pytorch work")
+            raise UnavailableError("needs transformers below 5: bert-score and bleurt-pytorch do not support 5")
     except ImportError as error:
         raise UnavailableError(f"needs {module.replace('_', '-')} ({error}): {EXTRA}") from error
     return getattr(imported, name) if name else imported
@@ -333,12 +344,12 @@ WANTED = "openai/clip-vit-base-patch32"
 PREFIX = "A photo depicts "
 WEIGHT = 2.5
 TOKENS = 77
-"""Prefix, weight and length of the paper's own code."""
+"""Prompt prefix, weight and maximum length in the code of the paper (Hessel et al. 2021)."""
 
 
 @dataclass(frozen=True)
 class _Pixels:
-    """Which images are read, and how: the frame of DICOM files, and what becomes of more than 8 bits a channel."""
+    """Which images are read and how: the frame of DICOM files, and the conversion of more than 8 bits per channel."""
 
     paths: tuple[Path, ...]
     frame: int
@@ -346,10 +357,10 @@ class _Pixels:
 
 
 class ClipScore:
-    """2.5 * max(cos(image, "A photo depicts " + caption), 0), mean over images; captions as they are.
+    """CLIPScore: 2.5 * max(cos(image, "A photo depicts " + caption), 0) of raw captions, mean over images.
 
-    Images are read as a run reads them: frame number `frame` of DICOM files, more than 8 bits a channel as `depth` says
-    (engine/inputs/pixels.py).
+    Images are read as for captioning: `frame` is the frame of DICOM files, `depth` converts more than 8 bits per
+    channel (engine/inputs/pixels.py).
     """
 
     name = "clipscore"
@@ -368,7 +379,7 @@ class ClipScore:
         return mean(clip_scores(image, text), note)
 
     def _features(self, items: Items) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
-        """Return unit vectors f64[N,D] of the images and of the captions, and a note on the images."""
+        """Return unit vectors f64[N,D] of the images and of the captions, and a note on how the images were read."""
         if items.images is None:
             raise UnavailableError("needs the images: --images DIR")
         model = self._model()
@@ -381,20 +392,20 @@ class ClipScore:
 
 
 class _Clip:
-    """The model, and the vectors of the images it read last: two metrics ask for the same."""
+    """The CLIP model. It caches the vectors of the last images, because clipscore and refclipscore need the same."""
 
     def __init__(self, directory: str, device: str | None, batch_size: int) -> None:
         self._torch, transformers = import_library("torch"), import_library("transformers")
         self._device = device or ("cuda" if self._torch.cuda.is_available() else "cpu")
         self._batch_size = batch_size
-        with whole(Path(directory)):
+        with checked_weights(Path(directory)):
             self._model = transformers.CLIPModel.from_pretrained(directory).eval().to(self._device)
-        with quiet():
+        with silence_logs():
             self._processor = transformers.CLIPProcessor.from_pretrained(directory)
         self._images: tuple[_Pixels, NDArray[np.float64], list[ImageNote]] | None = None
 
     def image_features(self, pixels: _Pixels) -> tuple[NDArray[np.float64], list[ImageNote]]:
-        """Return unit vectors f64[N,D] of images, and notes of what reading dropped from them."""
+        """Return unit vectors f64[N,D] of images, and notes on what was dropped when they were read."""
         if self._images is None or self._images[0] != pixels:
             notes: list[ImageNote] = []
 
@@ -436,16 +447,16 @@ _load = lru_cache(maxsize=1)(_Clip)
 
 
 class RefClipScore(ClipScore):
-    """Harmonic mean of CLIPScore and the best cosine of caption and reference (below 0 counted as 0)."""
+    """RefCLIPScore: harmonic mean of CLIPScore and the best cosine of caption and reference (at least 0)."""
 
     name = "refclipscore"
 
     def measure(self, items: Items) -> Measured:
         image, text, note = self._features(items)
-        places = [i for i, several in enumerate(items.references) for _ in several]
+        indices = [i for i, texts in enumerate(items.references) for _ in texts]
         references = self._model().text_features(tuple(_flat(items.references)))
         closest = np.zeros(len(items))
-        np.maximum.at(closest, places, (text[places] * references).sum(1))
+        np.maximum.at(closest, indices, (text[indices] * references).sum(1))
         return mean(harmonic(clip_scores(image, text), closest), note)
 
 
@@ -455,11 +466,11 @@ def clip_scores(image: NDArray[np.float64], text: NDArray[np.float64]) -> NDArra
 
 
 def harmonic(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the harmonic means of two arrays f64[N] of numbers from 0; 0 where both are."""
+    """Return the element-wise harmonic mean of two non-negative arrays f64[N]; 0 where both are 0."""
     total = first + second
     return np.divide(2 * first * second, total, out=np.zeros_like(total), where=total > 0)
 
 
-def _flat(several: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    for references in several:
-        yield from references
+def _flat(lists: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    for texts in lists:
+        yield from texts

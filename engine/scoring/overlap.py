@@ -1,4 +1,4 @@
-"""Metrics of shared words: ROUGE, BLEU and CIDEr, by the libraries the field uses; METEOR is in meteor.py."""
+"""ROUGE, BLEU and CIDEr, computed by the libraries that the field uses. METEOR is in meteor.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ EXTRA = install_command("score")
 
 
 class Rouge1:
-    """ROUGE-1 F: clipped overlap of unigrams `[a-z0-9]+`, without stemmer, mean over images; the best of several
-    references.
+    """ROUGE-1 F: clipped overlap of unigrams `[a-z0-9]+` without stemming, mean over images.
+
+    With several references, an image gets its best score.
     """
 
     name = "rouge1"
@@ -35,17 +36,17 @@ class Rouge1:
             scorer.score_multi(references, candidate)["rouge1"].fmeasure
             for candidate, references in zip(text.candidates, text.references, strict=True)
         ]
-        texts = [one for several in text.references for one in several if one]
-        unread = sum(not re.search(r"[a-z0-9]", one.lower()) for one in texts)
-        note = f"{unread} of {len(texts)} references hold no token that rouge-score knows, [a-z0-9]+: they say nothing"
+        filled = [reference for references in text.references for reference in references if reference]
+        unread = sum(not re.search(r"[a-z0-9]", reference.lower()) for reference in filled)
+        note = f"{unread} of {len(filled)} references have no token that rouge-score reads ([a-z0-9]+) and score 0"
         return mean(settle_empty(items, np.array(scores)), note if unread else "")
 
 
 class RougeL:
     """ROUGE-L F of pycocoevalcap (beta 1.2): longest common subsequence, mean over images (Lin and Hovey 2004).
 
-    Its tokens are separated by single spaces, so that two spaces in a row make an empty token, as pycocoevalcap counts
-    them. Of several references the best precision and the best recall count.
+    Texts are split at single spaces, so that two spaces in a row make an empty token, as in pycocoevalcap. With several
+    references, the best precision and the best recall are combined.
     """
 
     name = "rouge_l"
@@ -67,8 +68,8 @@ class RougeL:
 class Bleu:
     """Corpus BLEU with n-grams up to `n`, as pycocoevalcap computes it (Papineni et al. 2002).
 
-    Clipped n-gram precisions of the whole run, their geometric mean, times the brevity penalty. Tokens are what white
-    space separates; the reference nearest in length counts.
+    The geometric mean of the run's clipped n-gram precisions, times the brevity penalty. Tokens are separated by white
+    space. With several references, the one nearest in length sets the reference length.
     """
 
     def __init__(self, n: int) -> None:
@@ -103,13 +104,14 @@ class Bleu:
 
 
 def _closest(lengths: Any, length: int) -> float:
-    return float(min((abs(one - length), one) for one in np.atleast_1d(lengths))[1])
+    return float(min((abs(reference - length), reference) for reference in np.atleast_1d(lengths))[1])
 
 
 def bleu_of_counts(counts: NDArray[np.float64]) -> float:
-    """Return BLEU-n of summed counts f64[2n+2]: n times matches, n times guessed n-grams, both lengths.
+    """Return BLEU-n from summed counts f64[2n+2]: n numbers of matches, n of guessed n-grams, and both lengths.
 
-    The small numbers are pycocoevalcap's. They keep BLEU of a run without a single match of n words from being 0.
+    The small constants are pycocoevalcap's. Because of them, a run without a single n-gram match does not score
+    exactly 0.
     """
     n = len(counts) // 2 - 1
     matches, guessed, (length, reference_length) = counts[:n], counts[n : 2 * n], counts[2 * n :]
@@ -119,8 +121,9 @@ def bleu_of_counts(counts: NDArray[np.float64]) -> float:
 
 
 class Cider:
-    """CIDEr-D: n-grams up to 4, sigma 6, times 10, document frequencies over the references given (Vedantam et al.
-    2015).
+    """CIDEr-D: n-grams up to 4, sigma 6, times 10 (Vedantam et al. 2015).
+
+    Document frequencies come from the references of the run, so that scores on different images are not comparable.
     """
 
     name = "cider"
@@ -134,21 +137,21 @@ class Cider:
         scorer = cider.CiderScorer(n=4, sigma=6.0)
         for candidate, references in zip(text.candidates, text.references, strict=True):
             scorer += (candidate, list(references))
-        if not any(several for references in scorer.crefs for several in references):
-            raise UnavailableError("needs a reference with a word: all are empty once preprocessed")
+        if not any(ngrams for references in scorer.crefs for ngrams in references):
+            raise UnavailableError("needs a reference with a word: all are empty after preprocessing")
         value, per_image = scorer.compute_score()
-        note = "weighs words by how rare they are in these references: other images, another scale"
+        note = "weights words by their rarity in these references: scores on other images are not comparable"
         worthless = sum(_is_everywhere(references, scorer, len(items)) for references in scorer.crefs)
         if worthless:
             note += (
-                f"; {worthless} of {len(items)} images have no word that another image lacks, so that they score 0 "
-                "whatever is said: it takes more, and different, images"
+                f"; {worthless} of {len(items)} images have only words that all images share and score 0 with any "
+                "caption: score more, and more varied, images"
             )
         return Measured(np.asarray(per_image, np.float64), float(value), note)
 
 
 def _is_everywhere(references: Any, scorer: Any, images: int) -> bool:
-    """Return whether every n-gram of an image's references is in those of all images, whose weight is log(1) = 0."""
+    """Return whether the references of all images hold every n-gram of these references: their weight is log(1) = 0."""
     ngrams = {ngram for counts in references for ngram in counts}
     return all(scorer.document_frequency[ngram] >= images for ngram in ngrams)
 

@@ -1,4 +1,4 @@
-"""Which metrics a challenge asks for, and under which names its organisers write them down."""
+"""The metrics of each challenge, the names its organisers use for them, and the built-in metrics."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ BUILT_IN: dict[str, Callable[[MetricInputs, Mapping[str, Any]], Metric]] = {
     "meteor": lambda *_: Meteor(),
     "meteor_mean": lambda *_: MeteorMean(),
     "cider": lambda *_: Cider(),
-    "clipscore": lambda setting, options: ClipScore(setting, **_how_read(options)),
-    "refclipscore": lambda setting, options: RefClipScore(setting, **_how_read(options)),
+    "clipscore": lambda setting, options: ClipScore(setting, **_pixel_options(options)),
+    "refclipscore": lambda setting, options: RefClipScore(setting, **_pixel_options(options)),
 }
 COMBINE = {**{f"bleu{n}": bleu_of_counts for n in (1, 2, 3, 4)}, "meteor": meteor_of_counts}
-"""Corpus metric -> its value from the summed counts of its images."""
+"""Corpus metric -> function that computes its value from summed counts."""
 CHEAP = ("rouge1", "bleu1", "cider")
-"""Metrics of seconds, which the baseline is measured with, and the ones chosen when nothing is asked for."""
+"""Metrics that take seconds: the default ones, and those of the constant-caption baseline."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A challenge: its metrics in order, options of theirs, the organisers' keys, and their averages of metrics."""
+    """A challenge: its metrics in order, their options, the organisers' key of each metric, and averages of metrics."""
 
     metrics: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -64,30 +64,30 @@ IMAGECLEF_2025 = Profile(
         "overall": ("score", "score_secondary"),
     },
 )
-"""Relevance is `score`, factuality is `score_secondary`."""
+"""`score` is the relevance, `score_secondary` the factuality."""
 PROFILES = {"imageclef2024": IMAGECLEF_2024, "imageclef2025": IMAGECLEF_2025, "imageclef2026": IMAGECLEF_2025}
 
 
 def make_metric(name: str, setting: MetricInputs, options: Mapping[str, Any]) -> Metric:
-    """Return a metric by name: built in, or a plug-in. Raises UsageError for a name that is neither."""
+    """Return a built-in metric or a plug-in by name. Raises UsageError for an unknown name."""
     if name in setting.plugins or name in NEEDS:
         return Plugin(name, setting)
     if name not in BUILT_IN:
         known = ", ".join([*BUILT_IN, *NEEDS])
-        raise UsageError(f"unknown metric {name!r}: there are {known}, and any name given with --plugin NAME=COMMAND")
+        raise UsageError(f"unknown metric {name!r}: choose from {known}, or define it with --plugin NAME=COMMAND")
     return BUILT_IN[name](setting, options)
 
 
-def _how_read(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how images are read, under the names of ClipScore."""
+def _pixel_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options for reading images as keyword arguments of ClipScore."""
     return {"frame": options.get("dicom_frame", 0), "depth": options.get("high_bit_depth", CLIP)}
 
 
 def organisers_names(profile: Profile, values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return the values under the organisers' keys, averages first; None where a part is not available."""
+    """Return the values under the organisers' keys, averages first; an average with a missing part is None."""
     known: dict[str, float | None] = dict(values)
     for name, parts in profile.averages.items():
-        found = [known.get(part) for part in parts]
-        known[name] = sum(found) / len(found) if None not in found else None  # type: ignore[arg-type]
+        numbers = [known.get(part) for part in parts]
+        known[name] = sum(numbers) / len(numbers) if None not in numbers else None  # type: ignore[arg-type]
     named = {profile.keys.get(name, name): known.get(name) for name in profile.metrics}
     return {name: known[name] for name in profile.averages} | named

@@ -1,4 +1,8 @@
-"""What a score means: how the run looks, what a caption that knows nothing reaches, and scores by group of images."""
+"""Score a run: match it with references, compute the metrics, and describe the result.
+
+The report also holds statistics of the captions, the scores of a constant caption as a baseline, and scores per group
+of images. `score_run` is the entry point.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,12 @@ from engine.scoring.neural import check_weights
 from engine.scoring.profiles import BUILT_IN, CHEAP, PROFILES, Profile, make_metric, organisers_names
 
 LEAST_GROUP = 5
-"""Images a group must have to be a line of the breakdown."""
+"""Smallest number of images for which a group is listed."""
 
 
 def describe(items: Items) -> dict[str, Any]:
-    """Return how a run looks beside its references: distinct captions, empty ones, lengths in words."""
-    references = [reference for several in items.references for reference in several]
+    """Return statistics of a run and its references: distinct captions, empty captions, lengths in words."""
+    references = [reference for texts in items.references for reference in texts]
     return {
         "images": len(items),
         "empty_captions": sum(not caption.strip() for caption in items.candidates),
@@ -41,17 +45,18 @@ def describe(items: Items) -> dict[str, Any]:
 
 
 def constant_caption(items: Items) -> str:
-    """Return the caption that knows nothing: the most frequent words of the references, as many as their median
-    length.
+    """Return one caption for all images: the most frequent words of the references, as many as their median length.
+
+    It ignores the images, so its scores show how much of a metric frequent words alone reach.
     """
-    references = [preprocess(reference) for several in items.references for reference in several]
+    references = [preprocess(reference) for texts in items.references for reference in texts]
     words = Counter(word for reference in references for word in dict.fromkeys(reference.split()))
     length = max(1, int(np.median([len(reference.split()) for reference in references])))
     return " ".join(word for word, _ in words.most_common(length))
 
 
 def baseline_scores(items: Items, names: Sequence[str]) -> dict[str, Any]:
-    """Return the constant caption and what the metrics `names` give it."""
+    """Return the constant caption and its scores by the metrics `names`."""
     caption = constant_caption(items)
     constant = Items(items.ids, [caption] * len(items), items.references)
     values = {name: round(make_metric(name, MetricInputs(), {}).measure(constant).value, 6) for name in names}
@@ -61,120 +66,124 @@ def baseline_scores(items: Items, names: Sequence[str]) -> dict[str, Any]:
 def _lengths(captions: Sequence[str]) -> dict[str, float]:
     lengths = np.array([len(caption.split()) for caption in captions])
     shares = dict(zip(("p5", "median", "p95"), np.percentile(lengths, [5, 50, 95]), strict=True))
-    found = {"least": lengths.min(), **shares, "mean": lengths.mean(), "most": lengths.max()}
-    return {name: round(float(value), 1) for name, value in found.items()}
+    stats = {"least": lengths.min(), **shares, "mean": lengths.mean(), "most": lengths.max()}
+    return {name: round(float(value), 1) for name, value in stats.items()}
 
 
 def group_places(
     group_by: str | None, labels: Path | None, references: Table, items: Items, named: Columns = USUAL
 ) -> dict[str, list[int]]:
-    """Return {value of the column: places of its images}; a cell may hold several values separated by `;`."""
+    """Return {value of the column: indices of its images}. A cell may hold several values, separated by `;`."""
     if group_by is None:
         return {}
     columns = read_columns(labels, named) if labels else references.columns
     where = labels or references.path
     if group_by not in columns:
-        raise UsageError(f"{where} has no column {group_by!r} but {', '.join(sorted(columns)) or 'none'}")
+        raise UsageError(
+            f"{where} has no column {group_by!r}: it has {', '.join(sorted(columns)) or 'no further columns'}"
+        )
     cells = columns[group_by]
     if not set(cells) & set(items.ids):
-        raise UsageError(f"{where} labels none of the images: labels of another split?")
+        raise UsageError(f"{where} labels none of the images: are these the labels of another split?")
     groups: dict[str, list[int]] = {}
-    for place, name in enumerate(items.ids):
+    for index, name in enumerate(items.ids):
         for value in cells.get(name, "").split(";"):
-            groups.setdefault(value.strip() or "(none)", []).append(place)
+            groups.setdefault(value.strip() or "(none)", []).append(index)
     return dict(sorted(groups.items(), key=lambda entry: (-len(entry[1]), entry[0])))
 
 
 def scores_by_group(groups: Mapping[str, Sequence[int]], measured: Mapping[str, Measured]) -> dict[str, Any]:
-    """Return images and scores of every group of LEAST_GROUP images or more; the rest is counted."""
+    """Return the size and scores of every group with at least LEAST_GROUP images, and the number of smaller groups."""
     shown: dict[str, Any] = {}
-    for value, places in groups.items():
-        if len(places) < LEAST_GROUP:
+    for value, indices in groups.items():
+        if len(indices) < LEAST_GROUP:
             continue
-        at = np.array(places)
-        shown[value] = {"images": len(places)} | {
-            name: round(result.resampled(at), 6) for name, result in measured.items()
+        members = np.array(indices)
+        shown[value] = {"images": len(indices)} | {
+            name: round(result.resampled(members), 6) for name, result in measured.items()
         }
-    small = sum(len(places) < LEAST_GROUP for places in groups.values())
+    small = sum(len(indices) < LEAST_GROUP for indices in groups.values())
     return shown | ({"(smaller groups)": {"groups": small}} if small else {})
 
 
 LEAST_WORDS, LEAST_IMAGES = 2, 5
-"""Words that all captions of a run have in common at the start, and images of the run, before the two are noted."""
+"""Smallest number of shared first words, and of images, for which the note on a common start is printed."""
 
 
 def remove_prompts(items: Items, prompts: Mapping[str, str], source: str) -> tuple[Items, str]:
-    """Return items whose candidates lack the prompts of their ids, and a note; `source` is where the prompts are from.
+    """Remove the prompt that each candidate begins with; return the items and a note, which names `source`.
 
-    Captions remain as they are where none begins with its prompt. Raises DataError where only some do, which may be
-    chance: then it is unknown which of them hold a prompt. Empty captions and prompts do not count.
+    If no caption begins with its prompt, all are scored unchanged. Raises DataError if only some do: that may be
+    chance, so that it is unknown which captions hold a prompt. Empty captions and empty prompts are ignored.
     """
     prompted = {
         i: after_prompt(caption, prompts[name])
         for i, (name, caption) in enumerate(zip(items.ids, items.candidates, strict=True))
         if caption.strip() and prompts.get(name, "").strip()
     }
-    others = [items.ids[i] for i, rest in prompted.items() if rest is None]
-    if len(others) == len(prompted):
-        return items, f"no caption begins with its prompt (from {source}): captions are scored as they are"
-    if others:
+    without = [items.ids[i] for i, rest in prompted.items() if rest is None]
+    if len(without) == len(prompted):
+        return items, f"no caption begins with its prompt (from {source}): captions are scored unchanged"
+    if without:
         raise DataError(
-            f"{len(prompted) - len(others)} captions begin with their prompt (from {source}), {len(others)} do not "
-            f"({join_some(others, 3)}): give the run's prompts with --prompts, or --keep-prompt to score whole captions"
+            f"{len(prompted) - len(without)} captions begin with their prompt (from {source}), {len(without)} do not "
+            f"({join_some(without, 3)}): give the run's prompts with --prompts, or --keep-prompt "
+            "to score whole captions"
         )
     candidates = [caption if (rest := prompted.get(i)) is None else rest for i, caption in enumerate(items.candidates)]
     note = (
-        f"{len(prompted)} captions begin with their prompt (from {source}): what follows it is scored; --keep-prompt "
-        "scores whole captions"
+        f"{len(prompted)} captions begin with their prompt (from {source}), which is not scored; --keep-prompt scores "
+        "whole captions"
     )
     return replace(items, candidates=candidates, how=f"{items.how}|prompt:removed"), note
 
 
 def after_prompt(caption: str, prompt: str) -> str | None:
-    """Return what follows the prompt, None where the caption does not begin with it.
+    """Return the text after the prompt, or None if the caption does not begin with it.
 
-    Case, accents and white space may differ: a tokenizer changes them.
+    Case, accents and white space are ignored, because a tokenizer changes them: "T2-weighted" matches "t2 - weighted".
     """
-    wanted, seen = _letters(prompt), ""
+    expected, seen = _letters(prompt), ""
     for end, character in enumerate(caption):
-        if seen == wanted:
+        if seen == expected:
             return caption[end:].strip()
         seen += _letters(character)
-        if not wanted.startswith(seen):
+        if not expected.startswith(seen):
             return None
-    return "" if seen == wanted else None
+    return "" if seen == expected else None
 
 
 def common_start(items: Items) -> str:
-    """Return the words that all captions and less than half of the references begin with, empty where there are none.
+    """Return the words that all captions, but fewer than half of the references, begin with, or an empty string.
 
-    They are likely to be a prompt.
+    Such words are likely to be a prompt.
     """
     captions = [caption.split() for caption in items.candidates if caption.strip()]
     if len(captions) < LEAST_IMAGES:
         return ""
-    first, last = min(captions), max(captions)  # in order, all others are between the two
+    first, last = min(captions), max(captions)  # in sort order: a start that these two share is shared by all
     count = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
     start = " ".join(first[:count])
-    references = [after_prompt(one, start) is not None for several in items.references for one in several]
-    is_told = count >= LEAST_WORDS and first != last and sum(references) < len(references) / 2
-    return start if is_told else ""
+    references = [after_prompt(reference, start) is not None for texts in items.references for reference in texts]
+    is_prompt = count >= LEAST_WORDS and first != last and sum(references) < len(references) / 2
+    return start if is_prompt else ""
 
 
 def _letters(text: str) -> str:
+    """Return a text without case, accents and white space."""
     decomposed = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(one for one in decomposed if not one.isspace() and not unicodedata.combining(one))
+    return "".join(char for char in decomposed if not char.isspace() and not unicodedata.combining(char))
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What is to be scored, as it was asked for. `group_by` is a column of `labels`, or of the references without
-    them.
+    """The options of `engine score`.
 
-    Captions are scored without the prompts they begin with: `prompt` for all images, those of the table `prompts`, or
-    the column `prompt` of the run or the references; with `keep_prompt` they are scored as they are. With `only_common`
-    ids that only one file has are left out. Raises UsageError for a high bit depth that is not valid, and for options
-    that exclude each other.
+    `group_by` is a column of `labels`, or of the references if `labels` is None. Captions are scored without the
+    prompts they begin with: `prompt` for all images, else the table `prompts`, else the column `prompt` of the run or
+    of the references. `keep_prompt` scores whole captions. `only_common` skips ids that only one of the files has.
+
+    Raises UsageError for an invalid `high_bit_depth` and for options that exclude each other.
     """
 
     run: Path
@@ -200,12 +209,12 @@ class ScoreRequest:
         given = {"--prompt": self.prompt is not None, "--prompts": self.prompts, "--keep-prompt": self.keep_prompt}
         names = [name for name, is_given in given.items() if is_given]
         if len(names) > 1:
-            raise UsageError(f"{' and '.join(names)}: give one of them")
+            raise UsageError(f"{' and '.join(names)}: give only one")
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric's answer: a value with its 95 % interval and signature, or what it needs."""
+    """One metric's score with its 95 % interval and signature, or the reason why it is unavailable."""
 
     name: str
     value: float | None = None
@@ -219,7 +228,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """Everything a reader of a score should see. `measured` holds the values by image of the scores that are there."""
+    """The result of `score_run`. `measured` holds the scores per image of the metrics that are available."""
 
     request: ScoreRequest
     items: Items
@@ -232,9 +241,10 @@ class ScoreReport:
     notes: list[str]
 
 
-def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
-    """Score a run file. Raises DataError where the files do not fit each other; an absent metric is reported, not
-    raised.
+def score_run(request: ScoreRequest, log: Callable[[str], None]) -> ScoreReport:
+    """Score a run file; `log` gets a line for each metric.
+
+    Raises DataError if the files do not match. An unavailable metric is reported, not raised.
     """
     profile = PROFILES[request.profile] if request.profile else Profile(request.metrics or CHEAP)
     names = request.metrics or profile.metrics
@@ -255,7 +265,7 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
             check_weights(name, folder)
     metrics = {name: make_metric(name, request.setting, options) for name in names}
 
-    scores, measured = measure(metrics, items, say)
+    scores, measured = measure(metrics, items, log)
     values = {name: result.value for name, result in measured.items()}
     return ScoreReport(
         request=request,
@@ -271,11 +281,11 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
 
 
 def measure(
-    metrics: Mapping[str, Metric], items: Items, say: Callable[[str], None]
+    metrics: Mapping[str, Metric], items: Items, log: Callable[[str], None]
 ) -> tuple[list[Score], dict[str, Measured]]:
-    """Measure by every metric; return their answers, and the values by image of those that have one.
+    """Compute every metric; return its score, and the scores per image of the available ones.
 
-    A metric that fails, in whatever way, is unavailable: it takes no other one with it.
+    A metric that raises any exception is reported as unavailable and does not affect the others.
     """
     scores: list[Score] = []
     measured: dict[str, Measured] = {}
@@ -284,58 +294,60 @@ def measure(
         try:
             result = metric.measure(items)
             if not np.isfinite(result.per_image).all():
-                raise EngineError(f"gives no number for {items.ids[int(np.argmin(np.isfinite(result.per_image)))]}")
+                raise EngineError(
+                    f"returned no finite number for {items.ids[int(np.argmin(np.isfinite(result.per_image)))]}"
+                )
             signature, (low, high) = metric.signature() + items.how, interval(result)
-        except Exception as error:  # libraries, weights and strangers' commands fail in ways of their own
+        except Exception as error:  # libraries, weights and plug-ins may raise anything
             scores.append(Score(name, unavailable=(reason := _first_line(error))))
-            say(f"{name}: unavailable: {reason}")
+            log(f"{name}: unavailable: {reason}")
             continue
         seconds = time.perf_counter() - start
         measured[name] = result
         scores.append(Score(name, result.value, low, high, signature, result.note, seconds=seconds))
-        say(f"{name}: {result.value:.4f} [{low:.4f}, {high:.4f}] in {seconds:.1f} s")
+        log(f"{name}: {result.value:.4f} [{low:.4f}, {high:.4f}] in {seconds:.1f} s")
     return scores, measured
 
 
 def _first_line(error: Exception) -> str:
-    """Return an error in one line: our own words as they are, a library's with the kind of error in front."""
+    """Return an error in one line; an error that is not ours is prefixed with its type."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
     if isinstance(error, EngineError):
         return line
-    return f"it failed: {type(error).__name__}{f': {line}' if line else ''}"
+    return f"failed with {type(error).__name__}{f': {line}' if line else ''}"
 
 
 def match(run: Table, references: Table, request: ScoreRequest) -> tuple[Items, list[str]]:
-    """Bring a run and references together in the run's order; also return notes on ids and prompts.
+    """Match a run with references by id, in the order of the run; also return notes on ids and prompts.
 
-    Raises DataError naming the ids that are in one file only, unless these are to be left out, and those without an
-    image where images are given.
+    Raises DataError with the ids that only one file has, unless `request.only_common` is set, and with the ids that
+    have no image in `request.images`.
     """
-    said, expected = by_reference_id(references, run.single(), run.path, run.files), references.captions
-    if not set(said) & set(expected):
-        first = f"{shown(next(iter(said)))} against {shown(next(iter(expected)))}"
+    captions, expected = by_reference_id(references, run.single(), run.path, run.files), references.captions
+    if not set(captions) & set(expected):
+        first = f"{shown(next(iter(captions)))} against {shown(next(iter(expected)))}"
         raise DataError(
-            f"{run.path} and {references.path} have no id in common ({first}): references of another split?"
+            f"{run.path} and {references.path} have no id in common ({first}): are these references of another split?"
         )
-    missing = [name for name in expected if name not in said]
-    extra = [name for name in said if name not in expected]
+    missing = [name for name in expected if name not in captions]
+    extra = [name for name in captions if name not in expected]
     remedy = "give --only-common to score the ids that both files have"
     if missing and not request.only_common:
         raise DataError(f"{run.path} lacks {len(missing)} ids of {references.path}: {join_some(missing)}; {remedy}")
     if extra and not request.only_common:
-        raise DataError(f"{run.path} has {len(extra)} ids that {references.path} has not: {join_some(extra)}; {remedy}")
-    ids, how, notes = [name for name in said if name in expected], "", []
+        raise DataError(f"{run.path} has {len(extra)} ids that {references.path} lacks: {join_some(extra)}; {remedy}")
+    ids, how, notes = [name for name in captions if name in expected], "", []
     if missing or extra:
         how = f"|only-common:{len(ids)} of {len(expected)} references"
         notes.append(
             f"only the {len(ids)} ids that both files have are scored: {len(missing)} of {references.path} and "
-            f"{len(extra)} of {run.path} are left out"
+            f"{len(extra)} of {run.path} are skipped"
         )
-    items = Items(ids, [said[name] for name in ids], [expected[name] for name in ids], _images(ids, request), how)
-    run_ids = dict(zip(run.captions, said, strict=True))
+    items = Items(ids, [captions[name] for name in ids], [expected[name] for name in ids], _images(ids, request), how)
+    run_ids = dict(zip(run.captions, captions, strict=True))
     prompts, source = _prompts(run, run_ids, references, ids, request)
     if prompts is not None and request.keep_prompt:
-        notes.append(f"captions are scored with their prompts (from {source}), as --keep-prompt asks")
+        notes.append(f"--keep-prompt: captions are scored with their prompts (from {source})")
     elif prompts is not None:
         items, note = remove_prompts(items, prompts, source)
         notes.append(note)
@@ -349,19 +361,20 @@ def match(run: Table, references: Table, request: ScoreRequest) -> tuple[Items, 
 def _images(ids: Sequence[str], request: ScoreRequest) -> list[Path] | None:
     if request.images is None:
         return None
-    found = find_images_of(ids, request.images, recursive=request.recursive)
-    without = [name for name in ids if name not in found]
+    images = find_images_of(ids, request.images, recursive=request.recursive)
+    without = [name for name in ids if name not in images]
     if without:
         raise DataError(f"{request.images} lacks the images of {len(without)} ids: {join_some(without)}")
-    return [found[name].path for name in ids]
+    return [images[name].path for name in ids]
 
 
 def _prompts(
     run: Table, run_ids: Mapping[str, str], references: Table, ids: Sequence[str], request: ScoreRequest
 ) -> tuple[dict[str, str] | None, str]:
-    """Return the prompts by id and where they are from, (None, "") where none are known.
+    """Return {id: prompt} and the source of the prompts, or (None, "") if there are no prompts.
 
-    What was asked for overrides the run's column, and that the references'. `run_ids` are the ids by the run's names.
+    `request.prompt` and `request.prompts` override the column of the run, which overrides that of the references.
+    `run_ids` maps the names in the run to ids.
     """
     if request.prompt is not None:
         return dict.fromkeys(ids, request.prompt), "--prompt"
@@ -374,28 +387,28 @@ def _prompts(
         if column in table.varying and not request.keep_prompt:
             raise DataError(
                 f"{table.path} has several prompts for {table.varying[column]}: give the run's with --prompts, or "
-                "--keep-prompt to score captions as they are"
+                "--keep-prompt to score whole captions"
             )
         return {names[name]: prompt for name, prompt in table.columns[column].items()}, str(table.path)
     return None, ""
 
 
 def refuse_unused(setting: MetricInputs, names: Sequence[str]) -> None:
-    """Raise DataError for weights or a plug-in that no metric of this run takes: a typing mistake, most likely."""
-    taken = {*names, *(["clipscore"] if "refclipscore" in names else [])}
+    """Raise DataError for weights or a plug-in that no metric of this run uses, most likely a typing error."""
+    used = {*names, *(["clipscore"] if "refclipscore" in names else [])}
     for option, given in (("--weights", setting.weights), ("--plugin", setting.plugins)):
-        unused = sorted(set(given) - taken)
+        unused = sorted(set(given) - used)
         if unused:
-            raise DataError(f"{option} {unused[0]}=... is for no metric of this run: {', '.join(names)}")
+            raise DataError(f"{option} {unused[0]}=... is not used by the metrics of this run: {', '.join(names)}")
 
 
 def _notes(references: Table, items: Items) -> list[str]:
     notes = []
-    several = sum(len(captions) > 1 for captions in references.captions.values())
-    if several:
-        how = "the best of them counts, for BLEU the nearest in length, for CIDEr their mean"
-        notes.append(f"{several} images have several references: {how}")
-    empty = sum(not any(one.strip() for one in several) for several in items.references)
+    multiple = sum(len(captions) > 1 for captions in references.captions.values())
+    if multiple:
+        how = "most metrics take the best one, BLEU the nearest in length, CIDEr their mean"
+        notes.append(f"{multiple} images have several references: {how}")
+    empty = sum(not any(reference.strip() for reference in texts) for texts in items.references)
     if empty:
-        notes.append(f"{empty} references are empty: an empty caption scores 1 there in most metrics, any other 0")
+        notes.append(f"{empty} references are empty: most metrics score an empty caption 1 there, any other 0")
     return notes

@@ -2,13 +2,13 @@
 
     engine score ... --metrics spice --plugin "spice=python examples/plugins/spice.py"
 
-SPICE needs more than pycocoevalcap installs: its first run downloads Stanford CoreNLP 3.6 (about 400 MB) into
-pycocoevalcap's own folder, and its jar is known to need Java 8 as `java` on the path and 8 GB of memory. This project
-downloads nothing, so only the exchange with `engine score` is tested, with a stand-in for SPICE. Run it in an
-environment of its own: `pip install pycocoevalcap`, then name that environment's python in --plugin.
+SPICE needs more than `pip install pycocoevalcap` provides. Its first run downloads Stanford CoreNLP 3.6 (about 400 MB)
+into the folder of pycocoevalcap, and its jar is known to need Java 8 as `java` on the path and 8 GB of memory. This
+project does not download anything, so only the exchange with `engine score` is tested, with a stand-in for SPICE. Run
+it in a separate environment: `pip install pycocoevalcap`, then pass that environment's python to --plugin.
 
-The contract is in engine/scoring/plugin.py. Texts arrive as they were written, and go to SPICE's parser like that. The
-score of an image is its F1. Where that is not a number, `engine score` names the image and gives SPICE no value.
+The contract is documented in engine/scoring/plugin.py. Texts are not preprocessed, neither here nor by `engine score`.
+The score of an image is its F1. If it is not a number, `engine score` names the image and reports SPICE as unavailable.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from importlib.metadata import version
 
 
 def main():
-    """Answer the head and the items on stdin with a signature and a score each."""
-    sys.stdin.readline()  # the head: nothing in it is needed here
+    """Read the header and the items from stdin; print a signature and one score per item."""
+    sys.stdin.readline()  # the header, which is not needed here
     items = [json.loads(line) for line in sys.stdin]
-    with contextlib.redirect_stdout(sys.stderr):  # it prints its progress, and stdout is for the answer
+    with contextlib.redirect_stdout(sys.stderr):  # SPICE prints its progress, but stdout is reserved for the scores
         from pycocoevalcap.spice.spice import Spice
 
-        references = {place: item["references"] for place, item in enumerate(items)}
-        candidates = {place: [item["candidate"]] for place, item in enumerate(items)}
+        references = {i: item["references"] for i, item in enumerate(items)}
+        candidates = {i: [item["candidate"]] for i, item in enumerate(items)}
         _, scores = Spice().compute_score(references, candidates)
     print(json.dumps({"signature": f"spice:F1|text:raw|pycocoevalcap:{version('pycocoevalcap')}"}))
     for item, score in zip(items, scores, strict=True):

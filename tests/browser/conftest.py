@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of pages; without one they are skipped, unless REPORT_BROWSER=required."""
+"""Fixtures with a headless Chromium. Without it the tests are skipped, unless REPORT_BROWSER=required."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tests.helpers.browser import NoBrowserError, open_browser
 def browser() -> Iterator[Any]:
     with ExitStack() as stack:
         try:
-            found = stack.enter_context(open_browser())
+            chromium = stack.enter_context(open_browser())
         except NoBrowserError as error:
             if os.environ.get("REPORT_BROWSER") == "required":
                 raise
             pytest.skip(f"no browser: {error}")
-        yield found
+        yield chromium
 
 
 @pytest.fixture
 def open_from_disk(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a page; afterwards nothing may have been complained of, and nothing fetched from anywhere but disk."""
+    """Return a function that opens a page. The test fails if the console logs anything or a request leaves the disk."""
     contexts, trouble = [], []
 
     def opened(path: Path, *, width: int = 1440, theme: str = "light", anchor: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""The page of a challenge-sized run: it appears at once, and scrolls to its last image."""
+"""The page of a challenge-sized run opens quickly and scrolls to its last image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def selected(page: Any) -> str:
 
 @pytest.fixture(scope="module")
 def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of a challenge's 17,237 images, two runs, four scores each and candidates; they share 16 pictures."""
+    """A page with the 17,237 images of a challenge, two runs, four scores each and candidates; 16 thumbnails."""
     work = tmp_path_factory.mktemp("large")
     save_pictures(work / "report" / "thumbnails", 16, name="{}.jpg")
     save_pictures(work / "images", 1, name="ID_00000.png")
@@ -35,17 +35,17 @@ def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_challenge_sized_run_appears_and_scrolls_without_gaps(browser, large_page):
+def test_large_page_opens_and_scrolls_without_gaps(browser, large_page):
     measured = measure_page(browser, large_page)
     print(json.dumps(measured))
     for manner in ("reading", "flicking", "dragging"):
         assert measured[manner]["gaps"] == 0
         assert measured[manner]["most_rows"] < 40
     assert measured["dragging"]["place"] > 1_000_000
-    assert measured["first_rows_s"] < 5, "the aim is 2 s; CI's cores are shared"
+    assert measured["first_rows_s"] < 5, "the goal is 2 s, with a margin for the shared cores of CI"
 
 
-def test_the_last_of_many_images_is_reached_by_keyboard(open_from_disk, large_page):
+def test_keyboard_reaches_the_last_of_many_images(open_from_disk, large_page):
     page = open_from_disk(large_page)
     page.focus("#grid")
     page.keyboard.press("End")

@@ -1,4 +1,4 @@
-"""The page of `engine report` in a headless Chromium, opened from disk as people open it."""
+"""The page of `engine report` in a headless Chromium, opened from disk as users open it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SCORES = {"axial_1": (0.8, 1.0), "axial_2": (0.9, 0.9), "coronal_10": (0.0, 0.7)
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("report")
     (work / "images").mkdir()
-    for name, picture in zip(RUN, random_pictures(3), strict=False):
-        picture.save(work / "images" / f"{name}.png")
+    for name, image in zip(RUN, random_pictures(3), strict=False):
+        image.save(work / "images" / f"{name}.png")
     (work / "images" / "coronal_10.png").write_bytes(b"not an image")
     header = "ID,Caption,latency_s,modality"
     facts = {"axial_1": "0.5,x-ray", "axial_2": "0.25,ct", "coronal_10": "1.5,mr", "coronal_9": ",ct"}
@@ -59,15 +59,15 @@ def open_page(open_from_disk: Callable[..., Any], page_path: Path) -> Callable[.
 
 def shown(page: Any) -> list[str]:
     rows = page.locator("#rows .row")
-    found = [(int(row.get_attribute("aria-rowindex")), row.locator(".id").inner_text()) for row in rows.all()]
-    return [name for _, name in sorted(found)]
+    indexed = [(int(row.get_attribute("aria-rowindex")), row.locator(".id").inner_text()) for row in rows.all()]
+    return [name for _, name in sorted(indexed)]
 
 
 def selected(page: Any) -> str:
     return page.locator("#rows .row.selected .id").inner_text()
 
 
-def test_a_row_shows_picture_captions_reference_and_scores(open_page):
+def test_row_shows_image_captions_reference_and_scores(open_page):
     page = open_page()
     row = page.locator("#rows .row", has_text="axial_1")
     assert row.locator("img").evaluate("(image) => image.decode().then(() => image.naturalWidth)") > 0
@@ -80,7 +80,7 @@ def test_a_row_shows_picture_captions_reference_and_scores(open_page):
     assert "1 images cannot be read and have a placeholder: coronal_10.png" in page.locator("#notes").inner_text()
 
 
-def test_a_caption_that_is_markup_is_shown_as_text(open_page):
+def test_markup_in_a_caption_is_shown_as_text(open_page):
     page = open_page()
     page.locator("#rows .row", has_text="coronal_9").click()
     assert page.locator("#rows .selected .line-0 .words").inner_text() == INJECTED
@@ -89,7 +89,7 @@ def test_a_caption_that_is_markup_is_shown_as_text(open_page):
     assert page.locator("#rows img[src='x'], #detail img[src='x']").count() == 0
 
 
-def test_the_policy_stops_a_script_that_got_in_all_the_same(open_page):
+def test_policy_blocks_an_injected_script(open_page):
     page = open_page()
     blocked = page.evaluate(
         """() => new Promise((done) => {
@@ -105,7 +105,7 @@ def test_the_policy_stops_a_script_that_got_in_all_the_same(open_page):
 
 
 @pytest.mark.parametrize(
-    ("query", "found"),
+    ("query", "expected"),
     [
         ("axial", ["axial_1", "axial_2"]),
         ("LARGE nodule", ["axial_1"]),
@@ -114,15 +114,15 @@ def test_the_policy_stops_a_script_that_got_in_all_the_same(open_page):
         ("nowhere", []),
     ],
 )
-def test_search_looks_at_ids_captions_and_references(query, found, open_page):
+def test_search_covers_ids_captions_and_references(query, expected, open_page):
     page = open_page()
     page.fill("#search", query)
-    assert shown(page) == found
-    assert page.locator("#count").inner_text() == f"{len(found)} of 4 images"
-    assert page.locator("#nothing").is_visible() == (not found)
+    assert shown(page) == expected
+    assert page.locator("#count").inner_text() == f"{len(expected)} of 4 images"
+    assert page.locator("#nothing").is_visible() == (not expected)
 
 
-def test_any_column_sorts_both_ways_and_what_is_not_known_comes_last(open_page):
+def test_sort_by_any_column_with_unknown_values_last(open_page):
     page = open_page()
     for label, order in {
         "rouge1 (run)": ["coronal_10", "coronal_9", "axial_1", "axial_2"],
@@ -139,7 +139,7 @@ def test_any_column_sorts_both_ways_and_what_is_not_known_comes_last(open_page):
     assert shown(page) == ["coronal_10", "axial_1", "axial_2", "coronal_9"]
 
 
-def test_a_score_in_the_head_sorts_and_says_so(open_page):
+def test_column_header_sorts_and_shows_the_order(open_page):
     page = open_page()
     page.get_by_role("columnheader", name="rouge1").get_by_role("button").click()
     assert shown(page)[0] == "coronal_10"
@@ -149,7 +149,7 @@ def test_a_score_in_the_head_sorts_and_says_so(open_page):
     assert page.locator('[aria-sort="descending"]').inner_text() == "rouge1 ↓"
 
 
-def test_filters_by_number_by_one_of_few_values_and_by_words_add_up(open_page):
+def test_filters_by_number_value_and_words_combine(open_page):
     page = open_page()
     page.click("#filter-open")
     page.select_option("#filter-column", label="rouge1 (run)")
@@ -173,7 +173,7 @@ def test_filters_by_number_by_one_of_few_values_and_by_words_add_up(open_page):
     assert shown(page) == ["axial_1", "axial_2", "coronal_10"]
 
 
-def test_the_keyboard_steps_through_images_and_keeps_its_place(open_page):
+def test_keyboard_steps_through_images(open_page):
     page = open_page()
     page.keyboard.press("j")
     assert selected(page) == "axial_1"
@@ -200,7 +200,7 @@ def test_the_keyboard_steps_through_images_and_keeps_its_place(open_page):
     assert page.input_value("#search") == "jk"
 
 
-def test_on_a_phone_what_the_image_covers_is_out_of_reach(open_page):
+def test_on_a_phone_covered_elements_are_inert(open_page):
     page = open_page(width=390)
     page.locator("#rows .row", has_text="axial_2").click()
     for _ in range(6):
@@ -214,7 +214,7 @@ def test_on_a_phone_what_the_image_covers_is_out_of_reach(open_page):
     assert shown(page)[0] == "coronal_9"
 
 
-def test_single_letters_can_be_switched_off(open_page):
+def test_letter_shortcuts_can_be_switched_off(open_page):
     page = open_page()
     page.keyboard.press("?")
     page.uncheck("#letters")
@@ -223,7 +223,7 @@ def test_single_letters_can_be_switched_off(open_page):
     assert page.locator("#rows .selected").count() == 0
 
 
-def test_wins_and_losses_lead_to_the_images(open_page):
+def test_wins_and_losses_filter_the_images(open_page):
     page = open_page()
     cells = page.locator("#scores tbody tr").first.locator("td").all_inner_texts()
     assert cells[:3] == ["0.500", "0.675", "−0.175"]
@@ -249,9 +249,7 @@ def test_wins_and_losses_lead_to_the_images(open_page):
         ("1 2 3, 4", ["9 2 9"], ["1", "3, 4"], ["9", "9"]),
     ],
 )
-def test_words_differ_from_the_nearest_reference_case_and_punctuation_aside(
-    caption, references, extra, lacking, open_page
-):
+def test_word_differences_ignore_case_and_punctuation(caption, references, extra, lacking, open_page):
     found = open_page().evaluate(
         """([caption, references]) => {
             const { a, b, aAlone, bAlone } = Report.words.nearest(caption, references).compared;
@@ -262,7 +260,7 @@ def test_words_differ_from_the_nearest_reference_case_and_punctuation_aside(
     assert found == [extra, lacking]
 
 
-def test_a_run_and_its_images_are_enough(open_from_disk, page_path):
+def test_page_of_only_a_run_and_its_images(open_from_disk, page_path):
     work = page_path.parents[1]
     words = ("report", "--run", work / "other.csv", "--images", work / "images", "--out", work / "least")
     assert CliRunner().invoke(main, [str(word) for word in words]).exit_code == 0
@@ -275,7 +273,7 @@ def test_a_run_and_its_images_are_enough(open_from_disk, page_path):
     assert page.locator("#detail .said").all_inner_texts() == ["ct of the head"]
 
 
-def test_candidates_stand_with_their_share_of_the_probability(open_page):
+def test_candidates_show_their_probability(open_page):
     page = open_page()
     page.locator("#rows .row", has_text="axial_2").click()
     items = page.locator("#detail .candidates li")
@@ -283,7 +281,7 @@ def test_candidates_stand_with_their_share_of_the_probability(open_page):
     assert items.nth(1).locator("mark").inner_text() == "a knee"
 
 
-def test_a_range_drawn_in_a_distribution_becomes_a_filter(open_page):
+def test_range_dragged_in_a_chart_becomes_a_filter(open_page):
     page = open_page()
     charts = page.locator(".chart")
     assert charts.locator("select").evaluate_all("(all) => all.map((one) => one.selectedOptions[0].text)") == [
@@ -300,7 +298,7 @@ def test_a_range_drawn_in_a_distribution_becomes_a_filter(open_page):
     assert shown(page) == ["axial_1", "axial_2"]
 
 
-def test_the_address_keeps_the_view(open_page):
+def test_address_keeps_the_view(open_page):
     page = open_page()
     page.fill("#search", "a")
     page.select_option("#sort", label="rouge1 (run)")
@@ -314,7 +312,7 @@ def test_the_address_keeps_the_view(open_page):
     assert shown(odd) == list(RUN)[::-1]
 
 
-def test_the_page_names_its_sources_and_signatures(open_page):
+def test_page_lists_sources_and_signatures(open_page):
     page = open_page()
     page.click(".about summary")
     text = page.locator(".about").inner_text()
@@ -327,7 +325,7 @@ def test_the_page_names_its_sources_and_signatures(open_page):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 390])
-def test_axe_finds_nothing_serious(theme, width, open_page):
+def test_axe_finds_no_serious_violation(theme, width, open_page):
     from axe_playwright_python.sync_playwright import Axe
 
     page = open_page(width=width, theme=theme)
@@ -340,7 +338,7 @@ def test_axe_finds_nothing_serious(theme, width, open_page):
 
 
 @pytest.mark.parametrize("width", [390, 820, 1440])
-def test_nothing_is_wider_than_the_window(width, open_page):
+def test_page_fits_the_window_width(width, open_page):
     page = open_page(width=width)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.locator("#rows .row").first.click()

@@ -115,7 +115,7 @@ def test_ids_of_other_folders_are_of_other_images(tmp_path):
     assert "lacks 1 ids" in refused("score", *files, "--metrics", "bleu1", "--out", tmp_path / "s.json")
     (tmp_path / "ids").write_text("patientB/1\npatientB/2\n")
     submission = ("--manifest", tmp_path / "ids", "--format", "imageclef2023", "--out", tmp_path / "x.csv")
-    assert "lacks 1 ids" in refused("submit", "--run", tmp_path / "run.csv", *submission)
+    assert "no caption for 1 ids" in refused("submit", "--run", tmp_path / "run.csv", *submission)
 
     (tmp_path / "in" / "patientC").mkdir(parents=True)
     save_pictures(tmp_path / "in" / "patientC", 3)

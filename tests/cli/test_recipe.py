@@ -36,5 +36,5 @@ def test_from_pictures_to_a_submission_that_passes():
     assert "proxy:not the organisers' model" in scores["details"]["scores"]["bertscore"]["signature"]
     assert scores["meteor"] > 0.5
     assert "unavailable" in scores["details"]["scores"]["medbertscore"]
-    assert "a correct imageclef2026 submission" in said
+    assert "a valid imageclef2026 submission" in said
     assert "icbm09a_axial_095" in Path("build/recipe/report/index.html").read_text(encoding="utf-8")

@@ -96,7 +96,7 @@ def test_ids_that_a_file_lacks_are_said_in_one_line_and_on_the_page(work):
     assert result.exit_code == 0, result.output
     for line in (
         f"{work}/references.csv lacks 1 of 3 ids of {work}/run.csv: b",
-        f"{work}/references.csv has 1 ids that {work}/run.csv has not, which are not shown: z",
+        f"{work}/references.csv has 1 ids that {work}/run.csv lacks, which are not shown: z",
         f"{work}/scores.csv lacks 1 of 3 ids of {work}/run.csv: c",
         f"{work}/run.jsonl lacks 2 of 3 ids of {work}/run.csv: b, c",
         f"{work}/images lacks 1 of 3 ids of {work}/run.csv: b",
@@ -138,7 +138,7 @@ def test_two_runs_are_compared_by_the_scores_measured_in_one_way(work):
     scores = {"scores": work / "scores.csv", "against_scores": work / "others.csv"}
     result = report(work, against=work / "other.csv", **scores)
     assert result.exit_code == 0, result.output
-    assert "bleurt: not compared, measured in another way" in result.stderr
+    assert "bleurt: not compared, because the two files of scores differ in the signature" in result.stderr
     (one,) = page_data(work)["comparisons"]
     assert (one["name"], one["images"], one["found"]["wins"], one["found"]["losses"]) == ("rouge1", 3, 1, 1)
     assert one["found"]["difference"] == pytest.approx(0.0)
@@ -224,11 +224,11 @@ def test_the_signature_changes_with_every_file_shown(work):
     [
         ({"images": "{tmp}/nowhere"}, 2, "nowhere is not a directory: --images takes"),
         ({"run": "{tmp}/nowhere.csv"}, 2, "nowhere.csv cannot be read"),
-        ({"out": "{tmp}/images"}, 2, "is a folder with other things in it"),
+        ({"out": "{tmp}/images"}, 2, "contains other files: name a new folder"),
         ({"out": "{tmp}/run.csv"}, 2, "is a file: name a folder"),
         ({"out": "{tmp}/no/report"}, 2, "no does not exist, create it first"),
         ({"references": "{tmp}/strangers.csv"}, 1, "have no id in common (a against q)"),
-        ({"scores": "{tmp}/run.csv"}, 1, "is no file of --per-image"),
+        ({"scores": "{tmp}/run.csv"}, 1, "is not a file of --per-image"),
         ({"n_best": "{tmp}/run.csv"}, 1, "run.csv, line 1: not a line of --n-best-out"),
         ({"columns": "{tmp}/strangers.csv"}, 1, "have no id in common (a against q)"),
         ({"columns": "{tmp}/ragged.csv"}, 1, "ragged.csv, line 3: 3 columns, but the header has 2"),
@@ -259,7 +259,7 @@ def test_scores_that_are_not_numbers_get_one_line(work):
     result = report(work, **given)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert "scores.csv is no file of --per-image: b has a value that is not a number" in line
+    assert "scores.csv is not a file of --per-image: b has a value that is not a number" in line
 
 
 def test_a_failed_run_leaves_the_earlier_page_and_its_thumbnails(work, monkeypatch):

@@ -261,7 +261,7 @@ def test_captions_longer_than_the_model_are_cut_and_counted(limit, tmp_path):
     long = "chest x-ray " * 40
     found = metric.measure(Items(["a", "b"], [long, "x"], [("chest x-ray",), ("x",)]))
     assert np.isfinite(found.per_image).all()
-    assert found.note == "1 texts are longer than the model's 16 tokens: what is beyond was not looked at"
+    assert found.note == "1 texts are longer than the model's 16 tokens and were truncated"
 
 
 def test_weights_of_another_model_are_no_metric(tmp_path):
@@ -271,7 +271,7 @@ def test_weights_of_another_model_are_no_metric(tmp_path):
     weights = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.layer.1.")}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UnavailableError, match=r"are of another model: \d+ parts are missing \(encoder\.layer\.1"):
+    with pytest.raises(UnavailableError, match=r"belong to a different model: \d+ are missing \(encoder\.layer\.1"):
         BertScore(MetricInputs(weights={"bertscore": folder})).measure(ITEMS)
-    with pytest.raises(UnavailableError, match="are of another model"):
+    with pytest.raises(UnavailableError, match="belong to a different model"):
         Bleurt(MetricInputs(weights={"bleurt": folder})).measure(ITEMS)

@@ -1,5 +1,5 @@
 "use strict";
-/* Distributions of the images in view; a range drawn in one becomes a filter. */
+/* Histograms of the images in view; dragging across a range adds a filter. */
 (function (Report) {
   const { view, format, rows: { make } } = Report;
   const place = document.getElementById("charts");
@@ -8,7 +8,7 @@
 
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-  /* The columns drawn together: a number of the run with that of the other run. */
+  /* The columns of one chart: a number of the run, and that of the other run. */
   function partner(column) {
     const pair = Report.pairs.find((one) => one.first === column);
     if (pair) return pair.second;
@@ -35,7 +35,7 @@
     return Float64Array.from(found).sort();
   }
 
-  /* Bins over all images, so that they stay where they are when the view changes. */
+  /* Bins over all images, so that they do not move when the view changes. */
   function edges(columns) {
     let low = Infinity, high = -Infinity;
     for (const column of columns) {
@@ -88,7 +88,7 @@
           if (plot.select.width < 3) return;
           const [low, high] = [plot.select.left, plot.select.left + plot.select.width].map((x) => plot.posToVal(x, "x"));
           plot.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
-          const unit = 10 ** Math.floor(Math.log10((bins.bins * bins.width) / 1000)); // rounded outwards: what is drawn over is in
+          const unit = 10 ** Math.floor(Math.log10((bins.bins * bins.width) / 1000)); // rounded outwards, to include all of the dragged range
           chart.choose(columns[0].key, +(Math.floor(low / unit) * unit).toPrecision(12), +(Math.ceil(high / unit) * unit).toPrecision(12));
         }],
       },
@@ -132,7 +132,7 @@
       canvas.className = "canvas";
       canvas.setAttribute("role", "img");
       const note = document.createElement("figcaption");
-      canvas.title = "Draw across a range to show its images only";
+      canvas.title = "Drag across a range to show only its images";
       figure.append(label, canvas, note);
       place.append(figure);
       const chart = { select, canvas, note, choose, plot: null };

@@ -1,5 +1,5 @@
 "use strict";
-/* What the page shows, column by column: every value that can be sorted by, filtered by or drawn. */
+/* The data of the page as columns: every value that the page can sort by, filter by or draw. */
 window.Report = {};
 (function (Report) {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -8,7 +8,7 @@ window.Report = {};
   const columns = [];
   const byKey = new Map();
 
-  /* Values are made when they are first asked for: the page appears before anything is counted. */
+  /* Values are computed on first access, so that the page appears before anything is counted. */
   function add(key, label, kind, group, make, more) {
     let values = null;
     const column = { key, label, kind, group, ...more };
@@ -83,7 +83,7 @@ window.Report = {};
   function format(column, value) {
     if (value === null || value === undefined) return "–";
     if (column.kind !== "number") return value;
-    const exact = Number.isInteger(value) || Math.abs(value) >= 1e4; // a date or a number of a patient is not rounded
+    const exact = Number.isInteger(value) || Math.abs(value) >= 1e4; // dates and patient numbers are not rounded
     const text = column.group === "table" ? String(exact ? value : +value.toPrecision(5)) : value.toFixed(column.whole ? 0 : Math.abs(value) >= 100 ? 1 : 3);
     const number = /^-0(\.0*)?$/.test(text) ? text.slice(1) : text.replace("-", "−");
     return (column.signed && value > 0 ? "+" : "") + number;

@@ -1,5 +1,5 @@
 "use strict";
-/* One image with everything known about it. */
+/* The panel of the selected image, with all its data. */
 (function (Report) {
   const { data, view, words, rows } = Report;
   const panel = document.getElementById("detail");

@@ -7,28 +7,28 @@
   let letters = true, drawingCharts = 0, keepingAddress = 0;
 
   function remember(key, value) {
-    try { localStorage.setItem(key, value); } catch { /* a browser that keeps nothing of pages from disk */ }
+    try { localStorage.setItem(key, value); } catch { /* some browsers store nothing for pages from disk */ }
   }
 
   function recall(key) {
     try { return localStorage.getItem(key); } catch { return null; }
   }
 
-  /* A moment later, since browsers refuse an address that changes with every key held down. */
+  /* Delayed, because browsers limit how often the address may change, for example while a key is held down. */
   function keepAddress() {
     clearTimeout(keepingAddress);
     keepingAddress = setTimeout(() => {
-      try { history.replaceState(null, "", view.toAddress()); } catch { /* a browser that keeps addresses of files as they are */ }
+      try { history.replaceState(null, "", view.toAddress()); } catch { /* some browsers do not change the address of a file */ }
     }, 200);
   }
 
-  /* Everything that follows from another query, order or filter. */
+  /* Update everything that depends on the query, order or filters. */
   function refresh({ sameImages = false } = {}) {
     view.compute();
     rows.draw(sortBy);
     by("nothing").hidden = view.shown.length > 0;
     by("direction").textContent = view.descending ? "↓" : "↑";
-    by("direction").setAttribute("aria-label", `${view.descending ? "Falling" : "Rising"} order, turn round`);
+    by("direction").setAttribute("aria-label", `${view.descending ? "Descending" : "Ascending"} order, reverse`);
     by("sort").value = view.sort;
     drawChips();
     summary.showCount();
@@ -40,7 +40,7 @@
     keepAddress();
   }
 
-  /* On a phone the image covers everything else, which then is out of reach for keyboard and screen reader, too. */
+  /* On a phone the image covers everything else, so the rest is made inert for keyboard and screen reader as well. */
   function showDetail() {
     detail.show(step, close);
     const covers = narrow.matches && view.selected >= 0;
@@ -55,7 +55,7 @@
     sorted?.focus({ preventScroll: true });
   }
 
-  /* After another order the list begins at its start again, if its start was above. */
+  /* After a change of order, scroll back to the start of the list if it is above the window. */
   function toStart(change) {
     change();
     const start = document.querySelector(".split").getBoundingClientRect().top;
@@ -119,7 +119,7 @@
     }
   }
 
-  /* The form of a filter follows the column: two numbers, one of few values, or words. */
+  /* The fields of the filter form depend on the column: two numbers, a choice of values, or text. */
   function drawForm() {
     const column = Report.column(by("filter-column").value), test = by("filter-test"), place = by("filter-values");
     const tests = view.TESTS[column.kind], before = test.value;
@@ -238,7 +238,7 @@
     by("letters").addEventListener("change", () => { letters = by("letters").checked; remember("letters", letters ? "" : "off"); });
     by("theme").addEventListener("click", () => theme({ light: "dark", dark: "" }[document.documentElement.dataset.theme] ?? "light"));
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", charts.draw);
-    const bar = document.querySelector(".bar"); // what sticks below it needs to know how high it is
+    const bar = document.querySelector(".bar"); // the sticky elements below it are placed by its height
     new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${bar.offsetHeight}px`)).observe(bar);
     narrow.addEventListener("change", showDetail);
     document.addEventListener("keydown", onKey);

@@ -1,5 +1,5 @@
 "use strict";
-/* The list: only the rows in view exist, each as high as the style sheet says, and rows that leave are used again. */
+/* The list is virtual: only the rows in view exist, with the fixed height of the style sheet, and elements are reused. */
 (function (Report) {
   const { data, view, words } = Report;
   const MOST_SCORES = 4;
@@ -17,7 +17,7 @@
     return element;
   }
 
-  /* A picture of an image, or a box that says why there is none. */
+  /* The thumbnail of an image, or a box with the reason why it is missing. */
   function picture(i, alt) {
     const name = data.pictures[i];
     if (name === null) {
@@ -32,7 +32,7 @@
     return image;
   }
 
-  /* The numbers a row has room for: the first scores, and always what the list is sorted by. */
+  /* The numbers that fit into a row: the first scores, and always the column that sorts the list. */
   function chosen() {
     const found = [...Report.ours, Report.column("words:0")].slice(0, MOST_SCORES);
     const sorted = Report.column(view.sort);
@@ -41,7 +41,7 @@
     return found;
   }
 
-  /* What stands below a number: the same of the other run, and the gain. */
+  /* The second line of a number: the value of the other run, and the gain. */
   function partners(column) {
     const pair = Report.pairs.find((one) => one.first === column);
     if (pair) return [pair.second, pair.gain];
@@ -119,7 +119,7 @@
     row.setAttribute("aria-selected", isSelected);
   }
 
-  /* Make the rows in view, and a screenful around them, exist. */
+  /* Create the rows in view, and one screen above and below them. */
   function update() {
     const box = body.getBoundingClientRect(), screen = window.innerHeight;
     const first = Math.max(0, Math.floor((-box.top - screen * 0.75) / height));
@@ -180,7 +180,7 @@
     }
   }
 
-  /* Show the view from the start: other images, another order or other numbers. */
+  /* Redraw the list from its start, after a change of images, order or numbers. */
   function draw(sortBy) {
     numbers = chosen();
     grid.style.setProperty("--numbers", numbers.length);
@@ -202,7 +202,7 @@
     update();
   }
 
-  /* Scroll so that a place of the view is to be seen below what sticks to the top. */
+  /* Scroll a row of the view below the sticky bar. */
   function reveal(place, { atTop = false } = {}) {
     const top = document.querySelector(".bar").offsetHeight + (head.offsetParent ? head.offsetHeight : 0);
     const start = body.getBoundingClientRect().top + place * height;

@@ -1,5 +1,5 @@
 "use strict";
-/* The top of the page: what is shown, the scores of the run, wins and losses, and where everything comes from. */
+/* The top of the page: title, scores of the run, wins and losses, and the sources of the data. */
 (function (Report) {
   const { data, view, format, rows: { make, sign } } = Report;
   const FOR_WIDE = ["95 % of A − B", "p"];

@@ -8,7 +8,7 @@
 
   const TESTS = {
     text: { has: "contains", hasNot: "does not contain", is: "is", empty: "is empty" },
-    number: { between: "is between", empty: "is not known" },
+    number: { between: "is between", empty: "is unknown" },
   };
 
   function texts() {
@@ -32,7 +32,7 @@
     const unknown = (value) => value === null || value === "";
     return (i, j) => {
       const a = values[i], b = values[j];
-      if (unknown(a) || unknown(b)) return unknown(a) - unknown(b) || i - j; // what is not known comes last, either way
+      if (unknown(a) || unknown(b)) return unknown(a) - unknown(b) || i - j; // unknown values come last in both orders
       return sign * (column.kind === "number" ? a - b : collator.compare(a, b)) || i - j;
     };
   }
@@ -62,7 +62,7 @@
     return filter.test === "empty" ? `${column.label} ${name}` : `${column.label} ${name} “${filter.text}”`;
   }
 
-  /* A column has few values: they are offered instead of a field to type in. */
+  /* Columns with few values get a choice instead of a text field. */
   function choices(column, most = 40) {
     const counts = new Map();
     for (const value of column.values) {
@@ -97,7 +97,7 @@
         const column = Report.column(key);
         if (!column || !Object.hasOwn(TESTS[column.kind], test)) continue;
         view.filters.push({ key, test, text: String(words ?? ""), low: low ?? -Infinity, high: high ?? Infinity });
-      } catch { /* an address typed by hand: the rest of it counts */ }
+      } catch { /* ignore an invalid filter in an edited address */ }
     }
     const selected = parts.has("id") ? data.ids.indexOf(parts.get("id")) : -1;
     return selected;

@@ -1,5 +1,5 @@
 "use strict";
-/* Which words of two texts differ: the longest common subsequence of words, case and punctuation aside. */
+/* Find the words in which two texts differ: longest common subsequence of words, ignoring case and punctuation. */
 (function (Report) {
   const MOST_CELLS = 1 << 20;
   const EDGES = /[\p{P}\p{S}]/gu;
@@ -7,7 +7,7 @@
   const split = (text) => (text.trim() ? text.trim().split(/\s+/) : []);
   const plain = (word) => word.toLowerCase().replace(EDGES, "") || word;
 
-  /* Returns which words of each side have no partner, and how alike the two are, 0 to 1. */
+  /* Return which words of each side have no partner, and the similarity of the texts, 0 to 1. */
   function compare(first, second) {
     const a = split(first), b = split(second);
     const x = a.map(plain), y = b.map(plain);
@@ -30,7 +30,7 @@
     return { a, b, aAlone, bAlone, alike: a.length + b.length ? (2 * best[0]) / (a.length + b.length) : 1 };
   }
 
-  /* Fill an element with words as text, runs of those that stand alone inside <mark>. */
+  /* Fill an element with words as text; runs of words without a partner are inside <mark>. */
   function fill(element, words, alone, name) {
     element.textContent = "";
     for (let i = 0; i < words.length;) {
@@ -50,7 +50,7 @@
     }
   }
 
-  /* The runs of words that stand alone, for a list: without the punctuation behind them. */
+  /* Return the runs of words without a partner, without trailing punctuation. */
   function alone(words, marks) {
     const runs = [];
     words.forEach((word, i) => {
@@ -61,7 +61,7 @@
     return runs.map((run) => run.replace(/[.,;:!?]+$/, "") || run);
   }
 
-  /* The reference most like a caption: of several, words are compared with that one. */
+  /* Return the reference most similar to a caption; the words are compared with that one. */
   function nearest(caption, references) {
     let found = null;
     for (const [place, reference] of references.entries()) {

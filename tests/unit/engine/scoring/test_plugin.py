@@ -1,4 +1,4 @@
-"""Metrics that are not built in: plug-ins, and those that need weights."""
+"""Plug-ins, and metrics that need weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_plugin_runs_in_its_own_interpreter(tmp_path):
 
 
 def test_the_spice_plugin_keeps_the_contract(tmp_path, monkeypatch):
-    """With a stand-in for SPICE, which needs downloads."""
+    """Uses a stand-in for SPICE, which would download files."""
     package = tmp_path / "pycocoevalcap" / "spice"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -55,14 +55,20 @@ def test_the_spice_plugin_keeps_the_contract(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        ("", "gave no score for 3 images, 0 among them"),
-        ('print(\'{"id": "9", "score": 1}\')', "gave no score"),
-        ('for i in \'01233\': print(\'{"id": "%s", "score": 1}\' % i)', "line 5 of its answer: 3 is there twice"),
-        ('for i in \'0123\': print(\'{"id": "%s", "score": 1}\' % i)', "gave a score for 3, which is not in the run"),
-        ("print('hello')", "line 1 of its answer is not of the contract"),
-        ('print(\'{"id": "0", "score": NaN}\')', "has no finite score"),
-        ("raise SystemExit(3)", "ended with exit code 3"),
-        ('print(\'{"id": 0, "score": 1}\')', "is no text"),
+        ("", "returned no score for 3 images, for example 0"),
+        ('print(\'{"id": "9", "score": 1}\')', "returned no score"),
+        (
+            'for i in \'01233\': print(\'{"id": "%s", "score": 1}\' % i)',
+            r"returned 3 twice or without a finite score \(line 5\)",
+        ),
+        (
+            'for i in \'0123\': print(\'{"id": "%s", "score": 1}\' % i)',
+            "returned a score for 3, which is not in the run",
+        ),
+        ("print('hello')", "returned an invalid line 1"),
+        ('print(\'{"id": "0", "score": NaN}\')', "without a finite score"),
+        ("raise SystemExit(3)", "exited with code 3"),
+        ('print(\'{"id": 0, "score": 1}\')', "is not a string"),
     ],
 )
 def test_a_plugin_that_breaks_the_contract_is_an_error(code, sentence, tmp_path):
@@ -72,26 +78,26 @@ def test_a_plugin_that_breaks_the_contract_is_an_error(code, sentence, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("command", "sentence"), [("python 'a", "a command that is not one"), (" ", "an empty command")]
+    ("command", "sentence"), [("python 'a", "a command that cannot be parsed"), (" ", "an empty command")]
 )
-def test_a_plugin_command_that_is_none(command, sentence):
+def test_plugin_with_an_invalid_command(command, sentence):
     with pytest.raises(EngineError, match=sentence):
         Plugin("umls_f1", plugin(command)).measure(WORKED)
 
 
-def test_a_plugin_that_is_not_there_is_named():
+def test_plugin_that_does_not_exist_is_named():
     with pytest.raises(EngineError, match="cannot be started: No such file"):
         Plugin("umls_f1", plugin("/nowhere/at-all")).measure(WORKED)
 
 
 @pytest.mark.parametrize("name", ["clinicalbleurt", "medbertscore", "similarity", "umls_f1", "alignscore"])
-def test_what_is_not_built_in_says_what_it_needs(name):
+def test_metric_that_is_not_built_in_names_its_needs(name):
     with pytest.raises(UnavailableError, match=f"--plugin {name}=COMMAND"):
         make_metric(name, MetricInputs(), {}).measure(WORKED)
 
 
 @pytest.mark.parametrize("name", ["bertscore", "bleurt", "clipscore", "refclipscore"])
-def test_metrics_without_weights_say_which(name):
+def test_metrics_without_weights_name_the_option(name):
     metric = make_metric(name, MetricInputs(), {})
     with_images = Items(WORKED.ids, WORKED.candidates, WORKED.references, [Path("x")] * 3)
     with pytest.raises(UnavailableError, match="needs weights: --weights "):

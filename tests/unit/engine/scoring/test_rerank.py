@@ -1,4 +1,4 @@
-"""Consensus over several files with shares of their own, and with training captions as support, by hand."""
+"""Reranking with several weighted files and with training captions as support, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINING = "ID,Caption\nt1,MRI of brain\nt2,foot\nt3,Brain MRI.\nt4,CT chest\n"
 
 
 def n_best(path, **drawn):
-    """Write a file of captions that were drawn, so that each has the share it was drawn with."""
+    """Write an n-best file of sampled captions; a caption's share is the number of times it was sampled."""
     lines = [
         {"id": name, "drawn": True, "hypotheses": [{"text": text, "sum_log_prob": -1} for text in texts]}
         for name, texts in drawn.items()
@@ -33,7 +33,7 @@ def n_best(path, **drawn):
 
 @pytest.fixture
 def rerank(tmp_path, monkeypatch):
-    """Rerank in a folder with two files of candidates and training captions; return the result and what was written."""
+    """Run rerank in a folder with files of candidates and training captions; return the result and the output."""
     monkeypatch.chdir(tmp_path)
     n_best(tmp_path / "one.jsonl", a=["ct head"] * 3 + ["mri brain"])
     n_best(tmp_path / "two.jsonl", a=["mri brain scan"])
@@ -62,13 +62,13 @@ def rerank(tmp_path, monkeypatch):
         ("--share 1 --share 2", "mri brain scan"),
     ],
 )
-def test_a_file_counts_as_much_as_its_share(shares, expected, rerank):
+def test_share_weights_a_file(shares, expected, rerank):
     result, written = rerank(f"--n-best one.jsonl --n-best two.jsonl {shares}")
     assert result.exit_code == 0, result.output
     assert written == HEAD.format(expected)
 
 
-def test_shares_are_parts_of_their_sum_and_equal_ones_are_as_none_to_the_last_bit(tmp_path):
+def test_shares_are_normalised_and_equal_ones_change_nothing(tmp_path):
     files = [n_best(tmp_path / f"{i}.jsonl", a=["x"] * (i + 2) + ["y"] * 3 + [f"z{i}"]) for i in range(3)]
     shares = {one.text: one.share for one in read_n_best(files, [5, 3, 2])["a"]}
     assert shares == pytest.approx(
@@ -86,7 +86,7 @@ def test_shares_are_parts_of_their_sum_and_equal_ones_are_as_none_to_the_last_bi
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("--share 2", "--share 2: 1 for 2 files of --n-best"),
         ("--share 2 --share 1 --share 1", "--share 2, 1, 1: 3 for 2 files"),
@@ -97,32 +97,32 @@ def test_shares_are_parts_of_their_sum_and_equal_ones_are_as_none_to_the_last_bi
         ("--share 1e308 --share 1e308", "takes finite numbers above 0"),
         ("--share 1e-320 --share 1", "takes finite numbers above 0"),
         ("--share two --share 1", "'two' is not a valid float"),
-        ("--share 2 --share 1 --uniform", "--share does nothing beside --uniform"),
+        ("--share 2 --share 1 --uniform", "--share has no effect with --uniform"),
         ("--nearest 3", "--nearest: only with --support"),
         ("--support-share 0.1", "--support-share: only with --support"),
         ("--support training.csv --nearest 0", "--nearest"),
         ("--support training.csv --support-share 1", "--support-share 1: takes a number from 0 to below 1"),
         ("--support training.csv --support-share -0.1", "--support-share -0.1: takes"),
         ("--support training.csv --support-share nan", "--support-share nan: takes"),
-        ("--support training.csv --utility cider", "cider looks at the image or at the whole run"),
+        ("--support training.csv --utility cider", "--utility cider needs the image or the whole run"),
         ("--support nowhere.csv", "nowhere.csv cannot be read"),
         ("--support empty.csv", "empty.csv holds no captions"),
         ("--support greek.csv", "greek.csv holds no caption with a word"),
         ("--support damaged.csv", "damaged.csv, line 3: 3 columns"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_line(line, said, rerank, tmp_path):
+def test_invalid_options_are_refused_in_one_line(line, message, rerank, tmp_path):
     (tmp_path / "empty.csv").write_text("ID,Caption\n")
     (tmp_path / "greek.csv").write_text("ID,Caption\nt1,ακτινογραφία\nt2,\n")
     (tmp_path / "damaged.csv").write_text("ID,Caption\nt1,a\nt2,b,c\n")
     result, written = rerank(f"--n-best one.jsonl --n-best two.jsonl {line}")
     (error,) = result.stderr.splitlines()
-    assert said in error
+    assert message in error
     assert result.exit_code in (1, 2)
     assert written is None
 
 
-def test_the_support_is_no_output(rerank, tmp_path):
+def test_support_file_is_not_overwritten(rerank, tmp_path):
     result, _ = rerank("--n-best one.jsonl --support training.csv --out training.csv")
     assert "would overwrite the input training.csv" in result.stderr
     assert (tmp_path / "training.csv").read_text() == TRAINING
@@ -155,11 +155,11 @@ def test_the_nearest_training_captions_vote(support, expected, rerank):
     assert result.exit_code == 0, result.output
     assert written == HEAD.format(expected)
     is_on = support and not support.endswith("-share 0")
-    said = ", with the support of 4 distinct captions ->" if is_on else "another than the first candidate ->"
-    assert said in result.stderr
+    message = ", supported by 4 distinct captions ->" if is_on else "differ from the first candidate ->"
+    assert message in result.stderr
 
 
-def test_the_gains_of_a_support_by_hand():
+def test_support_join_by_hand():
     """The two nearest of training.csv, in another order, at one half."""
     support = Support({}, nearest=2, share=0.5)
     utilities = [[0.0, 0.5, 0.0, 0.0], [0.8, 0.0, 0.0, 1.0], [0.4, 0.0, 0.0, 0.5]]
@@ -170,67 +170,69 @@ def test_the_gains_of_a_support_by_hand():
 
 
 @pytest.mark.parametrize(("other", "expected"), [("head", "ct head"), ("mri brain", "mri brain")])
-def test_a_picture_does_not_see_its_own_caption(other, expected, rerank, tmp_path):
-    """It is found by its id, however that is written; what another picture has as well stays."""
+def test_image_is_not_supported_by_its_own_caption(other, expected, rerank, tmp_path):
+    """The caption is found by its id, however that is written. A caption that another image shares still votes."""
     (tmp_path / "training.csv").write_text(f"file_name,text\nx/a.png,mri brain\nx/b.png,{other}\n")
     _, written = rerank("--n-best three.jsonl --support training.csv --support-share 0.9")
     assert written == HEAD.format(expected)
 
 
-def test_images_without_a_near_caption_are_counted_and_choose_among_themselves(rerank, tmp_path):
+def test_images_without_near_captions_use_candidates_only(rerank, tmp_path):
     n_best(tmp_path / "many.jsonl", a=["ct head", "ct head", "mri"], b=["x y", "x", "x"], c=["foot"])
     result, written = rerank("--n-best many.jsonl --support training.csv")
-    assert "with the support of 4 distinct captions (none of them near for 1 images) -> run.csv" in result.stderr
+    assert "supported by 4 distinct captions (1 images have no near caption) -> run.csv" in result.stderr
     _, alone = rerank("--n-best many.jsonl")
     assert written.splitlines()[2:] == alone.splitlines()[2:] == ['b,"x"', 'c,"foot"']
 
 
 def made_up(count, chance):
-    """Captions of few words, many of them more than once, with what preprocessing changes."""
+    """Return random captions from a small vocabulary, with repeated words and with text that preprocessing changes."""
     words = ("ct", "CT", "mri", "of", "the", "head", "T2-weighted", "12", "x-ray", "(arrow)", "…")
     return [" ".join(chance.choices(words, k=chance.randint(1, 9))) for _ in range(count)]
 
 
-def test_the_search_by_words_is_rouge_1_of_all_pairs():
+def test_search_by_words_equals_rouge_1_of_all_pairs():
     chance = random.Random(0)
     training = list(dict.fromkeys(made_up(300, chance)))
     captions = SupportCaptions(Table("training.csv", {f"t{i}": (text,) for i, text in enumerate(training)}))
     for nearest in (1, 7, 250):
         texts = list(dict.fromkeys(made_up(5, chance)))
-        several = [Candidate(text, share) for text, share in zip(texts, (0.4, 0.3, 0.2, 0.1, 0.05), strict=False)]
-        pairs = [(one, text) for one in several for text in training]
-        items = Items(["i"] * len(pairs), [one.text for one, _ in pairs], [(text,) for _, text in pairs])
-        shares = [one.share for one in several]
-        expected = shares @ Rouge1().measure(items).per_image.reshape(len(several), -1)
-        (found,) = captions.near({"a": several}, Rouge1(), nearest=nearest, share=0.5).near.values()
-        places = [training.index(text) for text in found]
-        assert all(one < other for one, other in pairwise(places))
+        candidates = [Candidate(text, share) for text, share in zip(texts, (0.4, 0.3, 0.2, 0.1, 0.05), strict=False)]
+        pairs = [(candidate.text, text) for candidate in candidates for text in training]
+        items = Items(["i"] * len(pairs), [text for text, _ in pairs], [(reference,) for _, reference in pairs])
+        shares = [candidate.share for candidate in candidates]
+        expected = shares @ Rouge1().measure(items).per_image.reshape(len(candidates), -1)
+        (near,) = captions.near({"a": candidates}, Rouge1(), nearest=nearest, share=0.5).near.values()
+        indices = [training.index(text) for text in near]
+        assert all(first < second for first, second in pairwise(indices))
         best = np.sort(expected[expected > 0])[-nearest:]
-        np.testing.assert_allclose(np.sort(expected[places]), best, rtol=1e-12)
+        np.testing.assert_allclose(np.sort(expected[indices]), best, rtol=1e-12)
 
 
-def test_another_utility_chooses_among_what_rouge_1_finds():
-    """How near "ct" is by BLEU-1: 0.95 * 1/4 + 0.05 = 0.29; the long one 0.95 * 3/4 * exp(1 - 9/4) = 0.20. By ROUGE-1
-    it is 0.95 * 2/5 + 0.05 = 0.43 and 0.95 * 6/13 + 0.05 * 2/10 = 0.45: the long one would choose the long candidate.
+def test_other_utility_chooses_among_rouge_1_results():
+    """BLEU-1 prefers the short caption: 0.95 * 1/4 + 0.05 = 0.29, against 0.95 * 3/4 * exp(1 - 9/4) = 0.20.
+
+    ROUGE-1 prefers the long one: 0.95 * 2/5 + 0.05 = 0.43, against 0.95 * 6/13 + 0.05 * 2/10 = 0.45. With the long one
+    as the only support, the long candidate would be chosen.
     """
     training = {"short": ("ct",), "long": ("ct of the big old aorta wall here now",)}
     training |= {f"t{i}": (f"head {i} {i}",) for i in range(9)}
     captions = SupportCaptions(Table("training.csv", training))
     candidates = {"a": [Candidate("ct of the head", 0.95), Candidate("ct", 0.05)], "b": [Candidate("ct", 1.0)]}
     support = captions.near(candidates, Bleu(1), nearest=1, share=0.9)
-    assert {name: len(several) for name, several in support.near.items()} == {"a": POOL}
+    assert {name: len(near) for name, near in support.near.items()} == {"a": POOL}
     assert rerank_candidates(candidates, "bleu1", MetricInputs(), support=support) == {"a": "ct", "b": "ct"}
     support = captions.near(candidates, Rouge1(), nearest=1, share=0.9)
     assert support.near == {"a": list(training["long"])}
     assert rerank_candidates(candidates, "bleu1", MetricInputs(), support=support)["a"] == "ct of the head"
 
 
-def test_numbers_of_a_support_are_checked_from_python_too():
+def test_support_checks_its_numbers():
     with pytest.raises(UsageError, match="--nearest 0"):
         Support({}, nearest=0, share=0.5)
 
 
-def test_rerank_takes_what_the_others_agree_with(tmp_path):
+def test_rerank_chooses_the_consensus(tmp_path):
     lists = {
         "a": [("ct of the head", -1.0), ("mri of the brain", -1.1), ("mri of the brain now", -1.2)],
         "b": [("only one", -3.0)],
@@ -244,10 +246,10 @@ def test_rerank_takes_what_the_others_agree_with(tmp_path):
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "run.csv").read_text() == 'ID,Caption\na,"mri of the brain"\nb,"only one"\n'
-    assert "2 captions, 1 of them another" in result.stderr
+    assert "2 captions, 1 differ from the first candidate" in result.stderr
 
 
-def test_candidates_count_by_their_probability_and_equal_ones_together(tmp_path):
+def test_candidates_are_weighted_and_equal_ones_merged(tmp_path):
     from engine.scoring.rerank import read_n_best, rerank_candidates
 
     (tmp_path / "n.jsonl").write_text(
@@ -261,7 +263,7 @@ def test_candidates_count_by_their_probability_and_equal_ones_together(tmp_path)
     hypotheses = [{"text": "x", "sum_log_prob": -1}] * 3 + [{"text": "y", "sum_log_prob": -2}]
     (tmp_path / "drawn.jsonl").write_text(json.dumps({"id": "a", "drawn": True, "hypotheses": hypotheses}) + "\n")
     drawn = {one.text: one.share for one in read_n_best([tmp_path / "drawn.jsonl"])["a"]}
-    assert drawn == {"x": 0.75, "y": 0.25}, "a drawn caption counts as often as it was drawn"
+    assert drawn == {"x": 0.75, "y": 0.25}, "a sampled caption counts as often as it was sampled"
     (tmp_path / "more.jsonl").write_text((tmp_path / "n.jsonl").read_text().replace('"a"', '"b"'))
     for files in (("n", "more"), ("more", "n")):
         with pytest.raises(DataError, match="differ in 2 ids: a, b"):
@@ -277,10 +279,10 @@ def test_candidates_count_by_their_probability_and_equal_ones_together(tmp_path)
         ("{}\n", "line 1: not a line of --n-best-out"),
         ('{"id": "a", "hypotheses": []}\n', "line 1: no candidates"),
         ('{"id": "a", "hypotheses": [{"text": "x", "sum_log_prob": "nan"}]}\n', "without a finite sum_log_prob"),
-        ('{"id": "a", "hypotheses": [{"text": "x", "sum_log_prob": 0}]}\n' * 2, "line 2: a is there twice"),
+        ('{"id": "a", "hypotheses": [{"text": "x", "sum_log_prob": 0}]}\n' * 2, "line 2: a occurs twice"),
     ],
 )
-def test_n_best_files_that_are_none(content, sentence, tmp_path):
+def test_invalid_n_best_files(content, sentence, tmp_path):
     from engine.scoring.rerank import read_n_best
 
     (tmp_path / "n.jsonl").write_text(content)

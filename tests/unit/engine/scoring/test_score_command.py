@@ -1,4 +1,4 @@
-"""`engine score` and `score compare`: what they print, keep and refuse."""
+"""`engine score` and `score compare`: output, files and refused input."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_score_writes_numbers_with_signatures(files):
     assert len(rows) == 3
 
 
-def test_coco_results_meet_coco_annotations(files):
+def test_coco_results_against_coco_annotations(files):
     annotations = [{"image_id": 10 + i, "caption": c} for i, c in enumerate(REFERENCES)]
     images = [{"id": 10 + i, "file_name": f"COCO_{i}.jpg"} for i in range(3)]
     (files / "references.json").write_text(json.dumps({"images": images, "annotations": annotations}))
@@ -81,15 +81,15 @@ def test_scores_are_broken_down_by_a_column(files):
     names = [f"i{n}" for n in range(12)]
     lines = [f"{n},a caption,{'CT;MR' if i % 2 else 'CT'}" for i, n in enumerate(names)]
     (files / "references.csv").write_text("ID,Caption,Modality\n" + "\n".join(lines) + "\n")
-    said = [f"{n},{'a caption' if i % 2 else 'nothing'}" for i, n in enumerate(names)]
-    (files / "run.csv").write_text("ID,Caption\n" + "\n".join(said) + "\n")
+    rows = [f"{n},{'a caption' if i % 2 else 'nothing'}" for i, n in enumerate(names)]
+    (files / "run.csv").write_text("ID,Caption\n" + "\n".join(rows) + "\n")
     assert score(files, "--metrics", "rouge1", "--by", "Modality").exit_code == 0
     groups = json.loads((files / "scores.json").read_text())["details"]["groups"]
     assert groups["CT"] == {"images": 12, "rouge1": 0.5}
     assert groups["MR"] == {"images": 6, "rouge1": 1.0}
     result = score(files, "--by", "colour")
     assert result.exit_code == 2
-    assert "has no column 'colour' but Modality" in result.stderr
+    assert "has no column 'colour': it has Modality" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_scores_are_broken_down_by_a_column(files):
         (None, "ID,Caption\n0,a,b\n", "line 2: 3 columns"),
     ],
 )
-def test_files_that_do_not_fit_get_one_line(run_text, references, sentence, files):
+def test_mismatching_files_are_refused_in_one_line(run_text, references, sentence, files):
     if run_text is not None:
         (files / "run.csv").write_text(run_text)
     if references is not None:
@@ -121,15 +121,15 @@ def test_unknown_metrics_and_wrong_pairs_are_refused(files):
     assert "unknown metric 'rogue'" in score(files, "--metrics", "rogue").stderr
     assert "--weights takes NAME=..." in score(files, "--weights", "bertscore").stderr
     assert "score needs --run and --references" in run("score").stderr
-    assert "--prompt and --keep-prompt: give one" in score(files, "--prompt", "a", "--keep-prompt").stderr
+    assert "--prompt and --keep-prompt: give only one" in score(files, "--prompt", "a", "--keep-prompt").stderr
     assert "only with --images" in score(files, "--high-bit-depth", "scale").stderr
     assert "give clip, scale, or two numbers" in score(files, "--images", files, "--high-bit-depth", "x").stderr
-    assert "--weights bert=... is for no metric of this run" in score(files, "--weights", "bert=/").stderr
+    assert "--weights bert=... is not used by the metrics of this run" in score(files, "--weights", "bert=/").stderr
     assert "--labels needs --by" in score(files, "--labels", files / "references.csv").stderr
-    assert "no folder with config.json" in score(files, "--metrics", "bertscore", "--weights", "bertscore=/").stderr
+    assert "not a folder with config.json" in score(files, "--metrics", "bertscore", "--weights", "bertscore=/").stderr
 
 
-def test_two_runs_are_compared_by_file_or_by_what_was_kept_of_them(files):
+def test_compare_runs_and_per_image_files(files):
     (files / "better.csv").write_text("ID,Caption\n" + "".join(f'{i},"{c}"\n' for i, c in enumerate(REFERENCES)))
     for name in ("run", "better"):
         given = ("--run", files / f"{name}.csv", "--references", files / "references.csv")
@@ -145,28 +145,37 @@ def test_two_runs_are_compared_by_file_or_by_what_was_kept_of_them(files):
     assert found["rouge1"]["wins"] == 2
     assert found["bleu1"]["difference"] == pytest.approx(1 - 11 / 21, abs=1e-6)
     (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n")
-    assert "not of the same images" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+    assert "do not cover the same images" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
     (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n1,1.0\n2,1.0\n")
-    assert "no metric measured in one way" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
-    assert "is no file of --per-image" in run("score", "compare", files / "run.csv", files / "better.csv").stderr
+    assert (
+        "share no metric with the same signature"
+        in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+    )
+    assert "is not a file of --per-image" in run("score", "compare", files / "run.csv", files / "better.csv").stderr
     (files / "better.pi").write_text("ID,recall@12345678,recall:0\n0,1.0,2\n1,1.0,2\n2,1.0,2\n")
-    assert "holds counts of recall" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+    assert (
+        "has counts of recall, which is no known corpus metric"
+        in run("score", "compare", files / "run.pi", files / "better.pi").stderr
+    )
 
 
-def test_options_that_would_do_nothing_are_refused(files):
+def test_options_without_effect_are_refused(files):
     assert score(files, "--per-image", files / "run.pi").exit_code == 0
-    for arguments, said in (
+    for arguments, message in (
         (["score", "compare", "run.pi", "run.pi", "--metrics", "bleu1"], "--metrics: only with --references"),
         (["score", "compare", "run.pi", "run.pi", "--weights", "bertscore=/x"], "--weights: only with --references"),
-        (["score", "--metrics", "bleu1", "compare", "run.pi", "run.pi"], "--metrics: give what is for `score compare`"),
+        (
+            ["score", "--metrics", "bleu1", "compare", "run.pi", "run.pi"],
+            "--metrics: give the options of `score compare`",
+        ),
         (
             ["rerank", "--n-best", "run.jsonl", "--out", "x.csv", "--weights", "bertscore=/x"],
-            "is for no metric of this",
+            "is not used by the metrics of this run",
         ),
     ):
         result = run(*(files / word if word.startswith(("run.", "x.")) else word for word in arguments))
         assert result.exit_code != 0
-        assert said in result.stderr
+        assert message in result.stderr
 
 
 def test_the_command_line_offers_every_profile_and_format():
@@ -174,7 +183,7 @@ def test_the_command_line_offers_every_profile_and_format():
     assert set(FORMAT_NAMES) == set(FORMATS)
 
 
-def test_measured_values_that_are_kept_are_read_back_exactly(files):
+def test_per_image_values_are_read_back_exactly(files):
     from engine.scoring.files import read_per_image
 
     score(files, "--per-image", files / "per_image.csv")
@@ -193,10 +202,12 @@ def test_scores_are_printed_without_a_file(files):
     assert sorted(path.name for path in files.iterdir()) == ["references.csv", "run.csv"]
 
 
-def test_no_available_metric_is_a_failure(files):
+def test_no_available_metric_fails(files):
     result = score(files, "--metrics", "clipscore,bleurt", "--per-image", files / "per_image.csv")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("error: nothing was scored, for none of the metrics is available")
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: nothing was scored: none of the metrics (clipscore, bleurt) is available"
+    )
     assert not (files / "scores.json").exists()
     assert not (files / "per_image.csv").exists()
     compared = run(
@@ -207,7 +218,7 @@ def test_no_available_metric_is_a_failure(files):
     assert "nothing was scored" in compared.stderr
 
 
-def test_values_that_are_not_numbers_are_not_read_back(files):
+def test_per_image_value_that_is_not_a_number_is_refused(files):
     (files / "a.csv").write_text("ID,rouge1@12345678\n0,1.0\n1,nan\n")
     result = run("score", "compare", files / "a.csv", files / "a.csv")
     assert result.exit_code == 1
@@ -221,7 +232,7 @@ def test_a_metric_without_a_number_is_unavailable():
             return Measured(np.array([0.5, np.nan, 0.5]), 0.5)
 
     (found,), _ = measure({"x": NotANumber()}, WORKED, lambda _: None)
-    assert found.unavailable == "gives no number for 1"
+    assert found.unavailable == "returned no finite number for 1"
 
 
 def test_only_common_ids_are_scored(files):
@@ -238,7 +249,7 @@ def test_only_common_ids_are_scored(files):
     assert "only the 2 ids that both files have are scored" in result.stdout
 
 
-def test_only_common_changes_nothing_where_ids_agree(files):
+def test_only_common_changes_nothing_if_ids_agree(files):
     assert score(files, "--only-common").exit_code == 0
     details = json.loads((files / "scores.json").read_text())["details"]
     assert details["notes"] == []
@@ -266,7 +277,7 @@ def rouge1(files: Path) -> tuple[float, str, list[str]]:
 
 
 @pytest.mark.parametrize("where", ["references", "run"])
-def test_what_follows_the_prompt_is_scored(where, files):
+def test_text_after_the_prompt_is_scored(where, files):
     prompted(files, "t2 axial mass", "t2  axial mass", "", where=where)
     assert score(files, "--metrics", "rouge1").exit_code == 0
     value, signature, (note,) = rouge1(files)
@@ -293,7 +304,7 @@ def test_prompts_of_a_table_or_the_command_line_override_columns(files):
     assert note.startswith("no caption begins with its prompt")
 
 
-def test_a_run_that_begins_with_some_of_its_prompts_is_refused(files):
+def test_run_with_only_some_prompts_is_refused(files):
     prompted(files, "t2 axial mass", "mass")
     result = score(files)
     assert result.exit_code == 1
@@ -310,7 +321,7 @@ def test_compared_runs_are_scored_without_prompts(files):
     assert "0.2500 -> 1.0000" in run(*given, "--metrics", "rouge1", "--keep-prompt").stdout
 
 
-def test_words_that_all_captions_begin_with_are_noted(files):
+def test_common_start_of_all_captions_is_noted(files):
     captions = [f"a picture of {word}" for word in ("mass", "ct", "mri", "nodule", "mass")]
     prompted(files, *captions, where="nowhere")
     assert score(files, "--metrics", "rouge1").exit_code == 0
@@ -331,11 +342,11 @@ def test_words_that_all_captions_begin_with_are_noted(files):
         ("a mass", "mass", None),
     ],
 )
-def test_a_prompt_is_found_as_a_tokenizer_writes_it(caption, prompt, rest):
+def test_prompt_is_found_despite_tokenization(caption, prompt, rest):
     assert after_prompt(caption, prompt) == rest
 
 
-# Consensus
+# Failing metrics
 
 
 class Failing:
@@ -354,23 +365,23 @@ class Failing:
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (OverflowError("int too big to convert\nmore"), "it failed: OverflowError: int too big to convert"),
-        (IndexError(), "it failed: IndexError"),
-        (MemoryError("no room"), "it failed: MemoryError: no room"),
-        (UsageError("--weights x: no folder"), "--weights x: no folder"),
+        (OverflowError("int too big to convert\nmore"), "failed with OverflowError: int too big to convert"),
+        (IndexError(), "failed with IndexError"),
+        (MemoryError("no room"), "failed with MemoryError: no room"),
+        (UsageError("--weights x: not a folder"), "--weights x: not a folder"),
     ],
 )
-def test_a_metric_that_fails_takes_no_other_with_it(error, reason):
-    said = []
-    scores, measured = measure({"failing": Failing(error), "rouge1": Rouge1()}, WORKED, said.append)
+def test_failing_metric_does_not_affect_the_others(error, reason):
+    lines = []
+    scores, measured = measure({"failing": Failing(error), "rouge1": Rouge1()}, WORKED, lines.append)
     assert [score.unavailable for score in scores] == [reason, ""]
     assert list(measured) == ["rouge1"]
-    assert said[0] == f"failing: unavailable: {reason}"
+    assert lines[0] == f"failing: unavailable: {reason}"
 
 
 def test_empty_references_are_counted(tmp_path):
     (tmp_path / "run.csv").write_text("ID,Caption\na,x\nb,\n")
     (tmp_path / "references.csv").write_text("ID,Caption\na,\nb,\n")
     report = score_run(ScoreRequest(tmp_path / "run.csv", tmp_path / "references.csv", metrics=("rouge1",)), print)
-    assert report.notes == ["2 references are empty: an empty caption scores 1 there in most metrics, any other 0"]
+    assert report.notes == ["2 references are empty: most metrics score an empty caption 1 there, any other 0"]
     assert report.scores[0].value == 0.5

@@ -1,4 +1,4 @@
-"""Submission files: what the organisers' checker takes and what it refuses."""
+"""Submission files: what the organisers' checker accepts and what it rejects."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ REFUSED = {
     "line of spaces": (GOOD + "  \n", "line 5 is blank"),
     "other order": ("ID,Caption\nID1,b\nID2,a\nID03,c\n", "row 1 is ID1 instead of ID2"),
     "missing id": (GOOD.replace("ID03,c\n", ""), "1 ids are missing: ID03"),
-    "id twice": (GOOD + "ID1,b\n", "1 ids are there twice: ID1"),
+    "id twice": (GOOD + "ID1,b\n", "1 ids occur twice: ID1"),
     "extra id": (GOOD + "ID9,b\n", "1 ids are not in the manifest: ID9"),
     "padded id": (GOOD.replace("ID03", "ID3"), "1 ids are not in the manifest: ID3"),
     "third column": (GOOD.replace("ID1,b", "ID1,b,c"), "line 3: 3 columns"),
@@ -79,11 +79,11 @@ REFUSED = {
     "file names": (GOOD.replace("ID1,", "ID1.jpg,"), "1 ids are not in the manifest: ID1.jpg"),
     "not UTF-8": (GOOD.encode().replace(b"b", b"\xe9"), "byte 21 is not UTF-8"),
     "newline and comma in a caption": (GOOD.replace("b", '"b,\nd"'), "line 3: a caption with a comma must be quoted"),
-    "space behind the closing quote": (GOOD.replace("b", '"b, d" '), "line 3: a caption with a comma must be quoted"),
+    "space after the closing quote": (GOOD.replace("b", '"b, d" '), "line 3: a caption with a comma must be quoted"),
     "quote that never closes": (GOOD.replace("b", '"b'), "ids are missing"),
     "space in the id": (GOOD.replace("ID1", " ID1"), "line 3: white space"),
     "TABs": (GOOD.replace(",", "\t"), "the header is"),
-    "nothing": ("", "it is empty"),
+    "nothing": ("", "the file is empty"),
     "form feed at the end of a line": (GOOD.replace("b", "b\f"), "line 3 is blank before or after a line separator"),
     "comma without quotes, after a form feed": (GOOD.replace("b", "b\fd").replace(",c", ",c, d"), "line 4: 3 columns"),
 }
@@ -91,20 +91,20 @@ REFUSED = {
 
 @pytest.mark.parametrize("form", ["imageclef2023", "imageclef2024", "imageclef2025", "imageclef2026"])
 @pytest.mark.parametrize("case", ACCEPTED)
-def test_accepted(case, form, tmp_path):
+def test_check_accepts(case, form, tmp_path):
     assert check_submission(put(tmp_path / "x", ACCEPTED[case], form), IDS, form).errors == []
 
 
 @pytest.mark.parametrize("form", ["imageclef2024", "imageclef2026"])
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case, form, tmp_path):
+def test_check_rejects(case, form, tmp_path):
     text, sentence = REFUSED[case]
     problems = check_submission(put(tmp_path / "x", text, form), IDS, form).errors
     assert any(sentence in problem for problem in problems), problems
 
 
 @pytest.mark.parametrize("case", UNWISE)
-def test_what_is_allowed_and_unwise_is_said(case, tmp_path):
+def test_unwise_content_is_a_warning(case, tmp_path):
     verdict = check_submission(put(tmp_path / "x", ACCEPTED[case], "imageclef2026"), IDS, "imageclef2026")
     assert len(verdict.warnings) == 1
     assert verdict.warnings[0].startswith("line 3: ")
@@ -118,7 +118,7 @@ CAPTIONS = {
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_what_is_written_is_right_in_manifest_order(form, tmp_path):
+def test_written_files_pass_in_manifest_order(form, tmp_path):
     out = tmp_path / ("x.zip" if FORMATS[form].is_zip else "x.csv")
     assert write_submission(CAPTIONS, IDS, form, out) == ["1 captions are empty"]
     assert check_submission(out, IDS, form) == Verdict([], [])
@@ -140,7 +140,7 @@ def test_a_bar_in_a_caption_of_2022_becomes_a_space(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["ab\n", "ID1,c\n", 'ID1,"c\n', "ID1,"])
-def test_an_archive_that_unpacks_to_many_lines_takes_little_memory(line, tmp_path):
+def test_archive_with_many_lines_needs_little_memory(line, tmp_path):
     import tracemalloc
 
     content = "ID,Caption\n" + line * (40_000_000 // len(line))
@@ -156,35 +156,35 @@ def test_an_archive_that_unpacks_to_many_lines_takes_little_memory(line, tmp_pat
     assert peak < 20_000_000
 
 
-def test_a_check_stops_after_enough_errors_and_says_so(tmp_path):
+def test_check_stops_after_many_errors(tmp_path):
     ids = [f"ID{i}" for i in range(1000)]
     (tmp_path / "ids.txt").write_text("\n".join(ids))
     (tmp_path / "x.csv").write_text("ID,Caption\n" + "".join(f"{name}\n" for name in ids))
     verdict = check_submission(tmp_path / "x.csv", ids, "imageclef2024")
     assert len(verdict.errors) == MOST_PROBLEMS
-    assert not any("missing" in error for error in verdict.errors)  # the rest was not looked at
+    assert not any("missing" in error for error in verdict.errors)  # the rest was not read
     given = ["check", tmp_path / "x.csv", "--manifest", tmp_path / "ids.txt", "--format", "imageclef2024"]
     result = CliRunner().invoke(main, [str(word) for word in given])
     assert result.stderr.endswith("must be quoted (99 more, not checked to the end)\n")
 
 
-def test_every_unwise_line_is_counted(tmp_path):
+def test_all_warnings_are_counted(tmp_path):
     (tmp_path / "ids.txt").write_text("\n".join(f"ID{i}" for i in range(12)))
     (tmp_path / "x.csv").write_text("ID,Caption\n" + "".join(f"ID{i},a \n" for i in range(12)))
     given = ["check", tmp_path / "x.csv", "--manifest", tmp_path / "ids.txt", "--format", "imageclef2024"]
     result = CliRunner().invoke(main, [str(word) for word in given])
     assert result.exit_code == 0
-    assert "allowed, but unwise: 2 more like these" in result.stderr
+    assert "warning: 2 more warnings like these" in result.stderr
 
 
-def test_a_byte_that_is_not_utf8_is_found_wherever_it_is(tmp_path):
+def test_byte_that_is_not_utf8_is_located(tmp_path):
     content = ('ID,Caption\nID2,"' + "\u00e9" * 70_000).encode() + b"\xff"
     (tmp_path / "x.csv").write_bytes(content)
     expected = [f"byte {len(content) - 1} is not UTF-8"]
     assert check_submission(tmp_path / "x.csv", IDS, "imageclef2024").errors == expected
 
 
-def test_archives_that_are_not_right(tmp_path):
+def test_invalid_archives(tmp_path):
     path = tmp_path / "x.zip"
     path.write_bytes(b"no zip")
     assert "not a zip file" in check_submission(path, IDS, "imageclef2026").errors[0]
@@ -196,10 +196,10 @@ def test_archives_that_are_not_right(tmp_path):
     assert "cannot be read" in check_submission(path, IDS, "imageclef2026").errors[0]
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("run.csv", GOOD)
-    assert "holds run.csv instead of submission.csv alone" in check_submission(path, IDS, "imageclef2026").errors[0]
+    assert "holds run.csv instead of only submission.csv" in check_submission(path, IDS, "imageclef2026").errors[0]
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("submission.csv", GOOD)
-    assert "instead of submission.csv alone" in check_submission(path, IDS, "imageclef2026").errors[0]
+    assert "instead of only submission.csv" in check_submission(path, IDS, "imageclef2026").errors[0]
 
 
 @pytest.mark.parametrize(
@@ -207,17 +207,17 @@ def test_archives_that_are_not_right(tmp_path):
     [
         (CAPTIONS, "imageclef2026", "x.csv", "name it submission.zip"),
         (CAPTIONS, "imageclef2024", "x.zip", "name it submission.csv"),
-        ({"ID1": "a"}, "imageclef2024", "x.csv", "lacks 2 ids of the manifest: ID2, ID03"),
-        (CAPTIONS | {"new": ""}, "imageclef2024", "x.csv", "1 ids that the manifest has not: new"),
+        ({"ID1": "a"}, "imageclef2024", "x.csv", "no caption for 2 ids of the manifest: ID2, ID03"),
+        (CAPTIONS | {"new": ""}, "imageclef2024", "x.csv", "1 ids that are not in the manifest: new"),
     ],
 )
-def test_runs_that_do_not_fit_are_refused_and_nothing_is_written(captions, form, out, sentence, tmp_path):
+def test_mismatching_runs_are_refused_without_output(captions, form, out, sentence, tmp_path):
     with pytest.raises(UsageError if "name it" in sentence else DataError, match=sentence):
         write_submission(captions, IDS, form, tmp_path / out)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_commands(tmp_path):
+def test_submit_and_check_commands(tmp_path):
     (tmp_path / "run.csv").write_text('ID,Caption\nID1,"a, b"\nID2,"c"\nID03,"d"\n')
     (tmp_path / "ids.csv").write_text("ID\nID2\nID1\nID03\n")
     out = tmp_path / "submission.zip"
@@ -234,10 +234,10 @@ def test_the_commands(tmp_path):
     result = run("check", out, *given)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert "other order than the manifest: row 1 is ID2 instead of ID1" in line
+    assert "the order differs from the manifest: row 1 is ID2 instead of ID1" in line
 
 
-def test_a_manifest_of_files_out_of_numeric_order_is_noted(tmp_path):
+def test_manifest_out_of_numeric_order_is_noted(tmp_path):
     (tmp_path / "ids.txt").write_text("test_0.jpg\ntest_1.jpg\ntest_10.jpg\ntest_2.jpg\n")
     ids, notes = manifest_ids(tmp_path / "ids.txt")
     assert ids == ["test_0", "test_1", "test_10", "test_2"]
@@ -247,7 +247,7 @@ def test_a_manifest_of_files_out_of_numeric_order_is_noted(tmp_path):
     assert manifest_ids(tmp_path / "ids.txt") == (["test_0", "test_2", "test_10"], [])
 
 
-def test_a_run_whose_ids_are_written_otherwise_still_fits(tmp_path):
+def test_ids_with_folder_or_suffix_still_match(tmp_path):
     out = tmp_path / "submission.csv"
     assert write_submission({"a": "x", "folder/b": "y"}, ["a.png", "b"], "imageclef2023", out) == []
     assert out.read_text() == 'ID,Caption\na.png,"x"\nb,"y"\n'

@@ -283,7 +283,7 @@ def test_limit_takes_evenly_spaced_images(job):
         ({"decoding": DecodeOptions(max_new_tokens=500)}, "set --max-new-tokens"),
         ({"metrics": ("rouge9",)}, "unknown metric 'rouge9'"),
         ({"weights": {"bleurt": Path()}}, "--weights bleurt=... is not used by the metrics of this sweep"),
-        ({"weights": {"bertscore": Path("nowhere")}}, "no folder with config.json"),
+        ({"weights": {"bertscore": Path("nowhere")}}, "not a folder with config.json"),
         ({"image_size": 64}, "has an image size of 32 x 32 px: remove --image-size 64"),
         ({"bundle": None}, "--checkpoint DIR or --bundle DIR"),
         ({"examples": 51}, "--examples must be between 0 and 50, not 51"),
