@@ -336,7 +336,7 @@ def test_a_sweep_takes_checkpoints_as_the_export_does(tiny_checkpoint, tmp_path,
 def test_something_else_in_the_place_of_the_bundle_is_left_alone(job, tiny_checkpoint):
     (job.out / "bundle").mkdir(parents=True)
     (job.out / "bundle" / "thesis.txt").write_text("mine")
-    with pytest.raises(ExportError, match="exists and is more than a bundle"):
+    with pytest.raises(ExportError, match="exists and is not a bundle"):
         sweep(replace(job, checkpoint=tiny_checkpoint, bundle=None), quiet)
     assert (job.out / "bundle" / "thesis.txt").read_text() == "mine"
 
