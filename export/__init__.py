@@ -1,3 +1,3 @@
-"""From a BLIP checkpoint to a bundle, in torch; the only place that knows both sides."""
+"""Export BLIP checkpoints to bundles with torch. Only this package handles both formats."""
 
-import engine  # noqa: F401  (first: it turns off ONNX Runtime's telemetry)
+import engine  # noqa: F401  (import it first: it turns off ONNX Runtime's telemetry)

@@ -15,26 +15,33 @@ from engine.cli.shared import NAME, PATH, OneLine, say
     "--checkpoint",
     type=NAME,
     required=True,
-    help="BLIP captioning checkpoint: a folder, a hub's id, a .pth file.",
+    help="BLIP captioning checkpoint: a folder, a Hugging Face Hub id such as owner/name, or an original .pth file.",
 )
-@click.option("--out", type=PATH, required=True, help="Bundle directory to write.")
+@click.option(
+    "--out", type=PATH, required=True, help="Folder to write the bundle to; a bundle that is already there is replaced."
+)
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="fp32 says what PyTorch says; the others are compared with it first.",
+    help="Precision of the graphs. fp32 reproduces PyTorch's captions; fp16 and int8 are checked against fp32 and may "
+    "change some captions.",
 )
-@click.option("--image-size", type=click.IntRange(1), help="Resize the position table to this many pixels first.")
+@click.option(
+    "--image-size",
+    type=click.IntRange(1),
+    help="Image height and width in pixels; the position table is resized to it. Default: the checkpoint's size.",
+)
 @click.option(
     "--exporter",
     type=click.Choice(["torch", "optimum"]),
     default="torch",
     show_default=True,
-    help="Who writes the ONNX files; both write the same bytes.",
+    help="Library that writes the ONNX files; both write the same bytes.",
 )
 def main(checkpoint: str, out: Path, precision: str, image_size: int | None, exporter: str) -> None:
-    """Export a checkpoint to a bundle, and check that the bundle says what PyTorch says."""
+    """Export a checkpoint to a bundle and check that the bundle reproduces PyTorch's captions."""
     from export.bundle import export_bundle
     from export.checkpoints.find import find_checkpoint
 

@@ -1,4 +1,8 @@
-"""What a bundle's manifest says of the checkpoint it was made from."""
+"""Export a checkpoint to a bundle: graphs, manifest, golden recordings and the checks before it is released.
+
+`export_bundle` is the entry point. It writes a draft next to the output folder, replays the golden recordings on it and
+moves it into place only if all checks pass.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,7 @@ def generation_defaults(reference: Reference) -> dict:
 
 
 def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
-    """Return everything but the files' sha256."""
+    """Return the manifest of a checkpoint's fp32 bundle, without the sha256 of the bundle's files."""
     model, processor = reference.model, reference.image_processor
     text, vision = model.config.text_config, model.config.vision_config
     _, mean, std = normalisation(reference.image_processor)
@@ -81,7 +85,7 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
             "sha256": checkpoint_sha256(checkpoint),
             "files": {path.name: file_sha256(path) for path in weight_files(checkpoint)},
         },
-        "restore": {  # what `python -m export.restore` needs and the engine does not read
+        "restore": {  # read only by `python -m export.restore`, not by the engine
             "config": model.config.to_diff_dict(),
             "image_processor": processor.to_dict(),
             "tokenizer": {
@@ -93,47 +97,51 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
 
 
 def checkpoint_sha256(checkpoint: Path) -> str:
-    """Hash the sha256 of every weights file, in name order."""
+    """Return one sha256 for a checkpoint: the hash of its weight files' sha256 digests, in name order."""
     digests = "".join(file_sha256(path) for path in weight_files(checkpoint))
     return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def write_manifest(draft: Path, manifest: dict) -> None:
-    """Write a bundle's manifest with the sha256 of every other file in its directory."""
+    """Write manifest.json into a bundle's folder, with the sha256 of every other file there."""
     files = {path.name: file_sha256(path) for path in sorted(draft.iterdir()) if path.name != MANIFEST}
     text = json.dumps(manifest | {"files": files}, indent=1, sort_keys=True)
     (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 ENCODER_BOUND = {"fp16": 0.05, "int8": 0.25}
-"""Largest accepted encoder error over its own peak (export.precision.encoder_error), from the demo (benchmarks/LOG.md).
-fp16: it is off by 0.008 with every operator rounded; roundings add up like a random walk, so 24 layers for its 8 make
-0.014, and the bound is three times that; what overflows is off by far more or not finite. int8: it is off by 0.085,
-three times that; 0.25 with one scale for all of a weight, and then a fifth of the captions change."""
+"""Largest accepted encoder error, relative to the peak value (export.precision.encoder_error).
+
+Both bounds come from the demo model (benchmarks/LOG.md). fp16: with every operator rounded, its error is 0.008.
+Rounding errors add up like a random walk, so 24 layers instead of its 8 give 0.014, and the bound is three times that.
+A model that overflows has a far larger or non-finite error. int8: the error is 0.085, and the bound is three times
+that. With one scale per weight tensor the error is 0.25, and a fifth of the captions change."""
 
 
 def convert(
-    reference: Reference, float32: Bundle, out: Path, precision: str, exporter: str, say: Callable[[str], None]
+    reference: Reference, float32: Bundle, out: Path, precision: str, exporter: str, log: Callable[[str], None]
 ) -> Path:
-    """Write the bundle of `precision` ("fp16" or "int8") for a float32 one into the new directory `out`; return it.
+    """Write a bundle of `precision` ("fp16" or "int8") from a float32 bundle into the new folder `out` and return
+    `out`.
 
-    Raises ExportError where the encoder is off by more than ENCODER_BOUND, a number overflows, or `verify` fails.
+    The golden captions of both bundles are compared, and the differences are listed in the manifest. Raises
+    ExportError if the encoder error exceeds ENCODER_BOUND, if a number overflows, or if `verify` fails.
     """
     out.mkdir()
     for name in ("tokenizer.json", "golden.npz"):
         shutil.copy(float32.path / name, out / name)
     manifest = json.loads((float32.path / MANIFEST).read_text(encoding="utf-8")) | {"precision": precision}
-    say(f"exporting graphs in {precision}")
+    log(f"exporting graphs in {precision}")
     model = copy.deepcopy(reference.model).half() if precision == "fp16" else reference.model
     write_graphs(model, out, normalisation(reference.image_processor), is_int8=precision == "int8", exporter=exporter)
     write_manifest(out, manifest)
     ours, theirs = Captioner.load(out, backend="cpu"), Captioner(float32, open_backend(float32, Runtime("cpu")))
-    say(f"comparing {precision} with float32 on the golden pictures")
+    log(f"comparing {precision} with float32 on the golden images")
     others: list[Backend] = [ours.backend]
     if precision == "fp16":
         others.append(TorchBackend(model, reference.image_processor))
     error = _check_numbers(theirs, others, precision)
-    reports = _settle_differences(theirs, ours, say)
+    reports = _skip_differences(theirs, ours, log)
     manifest["conversion"] = {
         "encoder_error": error,
         "encoder_bound": ENCODER_BOUND[precision],
@@ -144,65 +152,78 @@ def convert(
     checks = verify(bundle, ours.backend) + verify_halves(bundle, Runtime("cpu"))
     if failed := [check for check in checks if not check.passed]:
         raise ExportError(
-            f"{precision} scores captions too differently from float32: {'; '.join(map(str, failed))}: export fp32"
+            f"the {precision} scores differ too much from float32: {'; '.join(map(str, failed))}: export with "
+            "--precision fp32"
         )
     return out
 
 
 def _check_numbers(float32: Captioner, others: list[Backend], precision: str) -> float:
-    """Return the worst encoder error on the golden pictures; raise ExportError beyond the bound or on an overflow.
+    """Return the largest encoder error on the golden images.
 
-    float16 is looked at twice: ONNX Runtime's CPU provider computes much of such a graph in float32, torch rounds after
-    every operator as a GPU does, so only torch shows what overflows there.
+    float16 is checked on two backends. ONNX Runtime's CPU provider computes much of a float16 graph in float32. Torch
+    rounds after every operator, as a GPU does, so only torch shows the overflows that a GPU would have. Raises
+    ExportError if the error exceeds the bound, or if a value is not finite.
     """
     golden = Golden.load(float32.bundle.path / "golden.npz")
     error = max(encoder_error(float32.backend, other, golden.pixel_values) for other in others)
     bound = ENCODER_BOUND[precision]
     if not error <= bound:
-        what = f"off by {error:.2g} of its own peak" if np.isfinite(error) else "not finite"
-        raise ExportError(f"in {precision} the encoder is {what}, {bound} is the bound: export fp32")
+        if np.isfinite(error):
+            reason = f"the encoder error is {error:.2g} of the peak value, above the bound of {bound}"
+        else:
+            reason = "the encoder output is not finite"
+        raise ExportError(f"in {precision} {reason}: export with --precision fp32")
     vocab_size = float32.bundle.model.vocab_size
-    for picture, (hypothesis,) in zip(golden.pixel_values, replay(float32, golden, 0), strict=True):
+    for image, (hypothesis,) in zip(golden.pixel_values, replay(float32, golden, 0), strict=True):
         for other in others:
-            if not np.isfinite(forced_log_prob(other, vocab_size, picture, hypothesis.ids, 1)):
-                raise ExportError(f"in {precision} the decoder's log-probabilities are not finite: export fp32")
+            if not np.isfinite(forced_log_prob(other, vocab_size, image, hypothesis.ids, 1)):
+                raise ExportError(
+                    f"in {precision} the decoder's log-probabilities are not finite: export with --precision fp32"
+                )
     return error
 
 
-def _settle_differences(float32: Captioner, ours: Captioner, say: Callable[[str], None]) -> list[PrecisionReport]:
-    """Compare the golden captions, and remove images that get another caption from our bundle's recording."""
+def _skip_differences(float32: Captioner, ours: Captioner, log: Callable[[str], None]) -> list[PrecisionReport]:
+    """Compare the golden captions and drop the images whose caption changed from the recording of our bundle.
+
+    The recording stays PyTorch's: `engine verify` then checks the captions that both precisions agree on. Raises
+    ExportError if no caption is left.
+    """
     path = ours.bundle.path / "golden.npz"
     golden = Golden.load(path)
-    pictures = [(f"golden picture {i}", picture) for i, picture in enumerate(golden.pixel_values)]
+    images = [(f"golden picture {i}", image) for i, image in enumerate(golden.pixel_values)]
     reports = []
     for setting, options in enumerate(golden.settings):
         replayed = replay(ours, golden, setting)
-        theirs, found = (
+        float32_captions, our_captions = (
             [ScoredCaption(best.ids, best.score) for best, *_ in captions]
             for captions in (replay(float32, golden, setting), replayed)
         )
-        report = compare_captions(float32, options_from({}, options), pictures, theirs, found)
-        say(f"{', '.join(f'{key} {value}' for key, value in options.items())}: {summary(report)}")
-        for i, (expected, other) in enumerate(zip(theirs, found, strict=True)):
+        report = compare_captions(float32, options_from({}, options), images, float32_captions, our_captions)
+        log(f"{', '.join(f'{key} {value}' for key, value in options.items())}: {summary(report)}")
+        for i, (expected, other) in enumerate(zip(float32_captions, our_captions, strict=True)):
             if expected.ids != other.ids:
                 golden.skip(setting, i, 0)
             elif rank := first_difference(replayed[i], golden.n_best(setting)[i]):
                 golden.skip(setting, i, rank)
         reports.append(report)
     if not any(expected for setting in range(len(golden.settings)) for expected in golden.expected(setting)):
-        raise ExportError(f"{ours.bundle.precision} captions no golden picture as float32 does: export fp32")
+        raise ExportError(
+            f"in {ours.bundle.precision} every golden caption differs from float32: export with --precision fp32"
+        )
     golden.save(path)
     return reports
 
 
 REPLACED = "replaced"
-"""Where an earlier bundle waits, in the draft's folder, until the new one has its place."""
+"""Name, in the draft folder, of the previous bundle while the new one is moved into place."""
 
 
 def export_bundle(
     checkpoint: Path,
     out: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     precision: str = "fp32",
     image_size: int | None = None,
@@ -210,26 +231,26 @@ def export_bundle(
 ) -> Bundle:
     """Export a BLIP captioning checkpoint and return the bundle, after replaying its golden recordings.
 
-    Precisions other than fp32 are made from a float32 bundle that has passed, and compared with it; see convert.
-    Everything is written next to `out` and moved there at the end, so a failed export leaves nothing behind. An
-    earlier bundle at `out` is replaced, anything else there is refused. Raises CheckpointError, ExportError,
-    OutputError or, while another export writes `out`, UsageError.
+    `log` receives progress lines. fp16 and int8 bundles are made from a float32 bundle that passed its checks, and are
+    compared with it (see convert). Everything is written next to `out` and moved there at the end, so a failed export
+    leaves no files. A bundle that is already at `out` is replaced; any other content there raises ExportError. Raises
+    CheckpointError, ExportError or OutputError, and UsageError while another export writes to `out`.
     """
     if not _is_replaceable(out):
-        raise ExportError(f"{out} exists and is more than a bundle: choose another --out")
+        raise ExportError(f"{out} exists and is not a bundle, or holds other files as well: choose another --out")
     reference = Reference.load(checkpoint, image_size)
     check_supported(reference.model, checkpoint)
     for line in (*ignored_settings(checkpoint), *assumed_settings(checkpoint)):
-        say(f"note: {line}")
-    with _drafting(out, say) as folder:
+        log(f"note: {line}")
+    with _draft_folder(out, log) as folder:
         draft = folder / "bundle"
         draft.mkdir()
-        # before the graphs are written: optimum switches use_cache off in every config it meets
+        # read the config before the graphs are written: optimum sets use_cache to False in every config it sees
         manifest = describe_checkpoint(reference, checkpoint)
-        _write_files(reference, draft, exporter, say)
+        _write_files(reference, draft, exporter, log)
         write_manifest(draft, manifest)
-        say("replaying the golden recordings")
-        _settle_ties(reference, draft, say)
+        log("replaying the golden recordings")
+        _skip_ties(reference, draft, log)
         write_manifest(draft, manifest)
         bundle = Bundle.load(draft)
         runtime = Runtime("cpu")
@@ -237,32 +258,32 @@ def export_bundle(
         if failed := [check for check in checks if not check.passed]:
             more = f", and {len(failed) - 1} more settings fail" if failed[1:] else ""
             raise ExportError(
-                f"{checkpoint}: the exported graphs do not give PyTorch's captions, and no tie explains it: {failed[0]}"
-                f"{more}. No bundle was written: report this as a bug"
+                f"{checkpoint}: the exported graphs do not give PyTorch's captions, and the difference is not a tie: "
+                f"{failed[0]}{more}. No bundle was written: report this as a bug"
             )
         if precision != "fp32":
-            draft = convert(reference, bundle, folder / precision, precision, exporter, say)
+            draft = convert(reference, bundle, folder / precision, precision, exporter, log)
         _move(draft, out)
     return Bundle.load(out)
 
 
 @contextmanager
-def _drafting(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
-    """Hold `out` for this export alone and make a folder next to it for drafts, removed at the end.
+def _draft_folder(out: Path, log: Callable[[str], None]) -> Iterator[Path]:
+    """Lock `out` for this export and yield a temporary folder next to it for drafts.
 
-    What killed exports to `out` left behind is removed first; the lock shows that no live one needs it. Raises
-    OutputError, which names the folder, where files cannot be written.
+    Drafts of killed exports to `out` are removed first. That is safe because the lock excludes a running export.
+    Raises OutputError, which names the folder, if files cannot be written.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with OutputLock(out) as lock:
             if lock.note:
-                say(lock.note)
-            _remove_dead_drafts(out, say)
+                log(lock.note)
+            _remove_dead_drafts(out, log)
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
                 yield Path(temporary)
     except OSError as error:
-        if error.errno == errno.EPIPE:  # not a file of ours: whoever read our messages has left
+        if error.errno == errno.EPIPE:  # a closed pipe, not an output file: the reader of our log has exited
             raise
         raise OutputError(
             f"{out.parent} cannot be written ({error.strerror or error}): check its free space and permissions, or "
@@ -270,27 +291,27 @@ def _drafting(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
         ) from error
 
 
-def _remove_dead_drafts(out: Path, say: Callable[[str], None]) -> None:
-    """Remove draft folders of killed exports; an earlier bundle that one of them had moved aside is put back first."""
+def _remove_dead_drafts(out: Path, log: Callable[[str], None]) -> None:
+    """Remove the draft folders of killed exports, and restore the previous bundle if one of them had moved it."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*"):
         contents = {entry.name for entry in folder.iterdir()} if _is_draft_folder(folder, out) else {""}
         if not contents <= {"bundle", REPLACED, *PRECISIONS}:
             continue
         if REPLACED in contents and not out.exists():
             (folder / REPLACED).replace(out)
-            say(f"note: {out} is back, which a killed export had moved to {folder}")
+            log(f"note: restored {out}, which a killed export had moved to {folder}")
         shutil.rmtree(folder)
-        say(f"note: removed {folder}, the draft of a killed export")
+        log(f"note: removed {folder}, the draft of a killed export")
 
 
 def _is_draft_folder(folder: Path, out: Path) -> bool:
-    """Return whether a folder has the name that tempfile gives to drafts of `out`: 8 of its characters at the end."""
+    """Return whether a folder is named as tempfile names the drafts of `out`: with a suffix of 8 random characters."""
     is_ours = re.fullmatch(r"[a-z0-9_]{8}", folder.name.removeprefix(f".{out.name}."))
     return bool(is_ours) and folder.is_dir() and not folder.is_symlink()
 
 
 def _move(draft: Path, out: Path) -> None:
-    """Move a draft to `out`; an earlier bundle there is put back if that fails."""
+    """Move a draft to `out`. If that fails, the previous bundle is moved back."""
     replaced = draft.parent / REPLACED
     if out.exists():
         out.replace(replaced)
@@ -302,33 +323,36 @@ def _move(draft: Path, out: Path) -> None:
         raise
 
 
-def _settle_ties(reference: Reference, draft: Path, say: Callable[[str], None]) -> None:
-    """Remove a golden image from a setting's recording where the engine's caption differs because of a tie."""
-    whole, path = Captioner.load(draft, backend="cpu"), draft / "golden.npz"
-    golden, single = Golden.load(path), on_halves(whole.bundle)
-    todo = [(whole, setting) for setting in range(len(golden.settings))]
-    if single is not None:
-        halves = Captioner(single, open_backend(single, Runtime("cpu")))
-        todo += [(halves, setting) for setting in same_on_halves(golden)]
-    for captioner, setting in todo:
-        found, options = replay(captioner, golden, setting), options_from({}, golden.settings[setting])
+def _skip_ties(reference: Reference, draft: Path, log: Callable[[str], None]) -> None:
+    """Drop a golden image from a setting's recording if the engine's caption differs because of a tie.
+
+    Both the whole decoder and the split decoder are replayed, because each must reproduce what is recorded.
+    """
+    captioner, path = Captioner.load(draft, backend="cpu"), draft / "golden.npz"
+    golden, split_bundle = Golden.load(path), on_halves(captioner.bundle)
+    replays = [(captioner, setting) for setting in range(len(golden.settings))]
+    if split_bundle is not None:
+        split_captioner = Captioner(split_bundle, open_backend(split_bundle, Runtime("cpu")))
+        replays += [(split_captioner, setting) for setting in same_on_halves(golden)]
+    for captioner, setting in replays:
+        captions, options = replay(captioner, golden, setting), options_from({}, golden.settings[setting])
         for i, expected in enumerate(golden.n_best(setting)):
-            rank = first_difference(found[i], expected)
+            rank = first_difference(captions[i], expected)
             if rank is None:
                 continue
-            picture = Image.fromarray(golden.pixel_values[i])
-            verdict, divergence = judge(reference, captioner, picture, options, found[i][rank], rank)
+            image = Image.fromarray(golden.pixel_values[i])
+            verdict, divergence = judge(reference, captioner, image, options, captions[i][rank], rank)
             if verdict != "real":
-                say(f"golden image {i} is skipped in setting {setting}: a tie, {divergence.gap:.1e} apart")
+                log(f"golden image {i} is skipped in setting {setting}: its captions tie, {divergence.gap:.1e} apart")
                 golden.skip(setting, i, rank)
     for setting in range(len(golden.settings)):
         if not any(golden.expected(setting)):
-            say(f"note: every golden image ties in setting {setting}: `engine verify` cannot check it")
+            log(f"note: every golden image ties in setting {setting}: `engine verify` cannot check it")
     golden.save(path)
 
 
 def _is_replaceable(out: Path) -> bool:
-    """Return whether `out` does not exist, is an empty directory, or is a bundle without other files."""
+    """Return whether `out` does not exist, is an empty folder, or holds a bundle and no other files."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         return False
     present = {entry.name for entry in out.iterdir()} if out.exists() else set()
@@ -341,13 +365,14 @@ def _is_replaceable(out: Path) -> bool:
         return False
 
 
-def _write_files(reference: Reference, out: Path, exporter: str, say: Callable[[str], None]) -> None:
-    say("recording golden outputs")
+def _write_files(reference: Reference, out: Path, exporter: str, log: Callable[[str], None]) -> None:
+    """Write golden recordings, tokenizer and graphs: all files of a bundle but its manifest."""
+    log("recording golden outputs")
     record_golden(reference).save(out / "golden.npz")
     tokenizer = reference.tokenizer.backend_tokenizer
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    # written by Python, whose errors name the file: the tokenizer's own save raises a bare Exception on a full disk
+    # written by Python, whose errors name the file: tokenizer.save raises a plain Exception if the disk is full
     (out / "tokenizer.json").write_bytes(tokenizer.to_str(pretty=True).encode())
-    say("exporting graphs")
+    log("exporting graphs")
     write_graphs(reference.model, out, normalisation(reference.image_processor), exporter=exporter)

@@ -1,11 +1,12 @@
-"""Compare a bundle with Hugging Face's generate: caption the same images both ways and explain every difference.
+"""Compare a bundle with Hugging Face's `generate`: caption the same images with both and explain every difference.
 
     python -m export.parity --checkpoint DIR --bundle DIR --images DIR --beams 1,3,4,5,10 --out parity.json
 
-Two correct float32 programs can differ where two candidates score the same to the last digits. So a mismatch is
-traced: both decode the image again, step by step, and the scores at the first divergence decide whether it is a tie or
-real. Images decoded in a batch can diverge at a tie as well ("batch", see export.reference.trace.judge). A real
-mismatch makes the exit code 1, and so do another text for the same ids and a score that is off.
+Two correct float32 programs can give different captions if two candidates have the same score up to rounding. So each
+mismatch is traced: both programs decode the image again, step by step, and the scores at the first divergence decide
+whether it is a tie or a real mismatch. Images that are decoded in a batch can diverge at a tie as well (verdict
+"batch", see export.reference.trace.judge). The exit code is 1 if there is a real mismatch, if the same ids give another
+text, or if a score differs by more than SCORE_TOLERANCE.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from export.restore import graph_weights
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One image whose ids differ: at which step the candidates first differ, by what gap, and the verdict."""
+    """One image whose ids differ: the step at which the searches diverge, the score gap there, and the verdict."""
 
     image: str
     ours: list[int]
@@ -52,7 +53,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class SettingReport:
-    """All images under one setting."""
+    """The comparison of all images under one set of decoding options."""
 
     options: dict
     images: int
@@ -67,7 +68,7 @@ class SettingReport:
 
     @property
     def passed(self) -> bool:
-        """No real mismatch, the same text for the same ids, and scores within tolerance."""
+        """True if there is no real mismatch, the same ids give the same text, and scores are within tolerance."""
         same_text = self.identical_text >= self.identical
         return not self.real and same_text and self.max_score_difference <= SCORE_TOLERANCE
 
@@ -75,22 +76,25 @@ class SettingReport:
 def compare_setting(
     reference: Reference,
     captioner: Captioner,
-    pictures: dict[str, Image.Image],
+    images: dict[str, Image.Image],
     options: DecodeOptions,
     batch_size: int,
 ) -> SettingReport:
-    """Caption {name: RGB image} both ways under one setting; with num_return_sequences every alternative must agree."""
-    names = list(pictures)
+    """Caption {name: RGB image} with both programs under one setting.
+
+    With num_return_sequences above 1, all alternatives of an image must agree.
+    """
+    names = list(images)
     theirs: list[list[ReferenceCaption]] = []
     for i in range(0, len(names), batch_size):
-        theirs += reference.generate(reference.pixels([pictures[name] for name in names[i : i + batch_size]]), options)
-    ours = list(captioner.caption(pictures.values(), options))
+        theirs += reference.generate(reference.pixels([images[name] for name in names[i : i + batch_size]]), options)
+    ours = list(captioner.caption(images.values(), options))
     same_text, differences, mismatches = 0, [0.0], []
     for name, caption, expected in zip(names, ours, theirs, strict=True):
         mine = caption.alternatives
         rank = next((i for i, (a, b) in enumerate(zip(mine, expected, strict=True)) if a.ids != b.ids), None)
         if rank is not None:
-            verdict, divergence = judge(reference, captioner, pictures[name], options, mine[rank], rank)
+            verdict, divergence = judge(reference, captioner, images[name], options, mine[rank], rank)
             ids = list(mine[rank].ids), list(expected[rank].ids)
             mismatches.append(Mismatch(name, *ids, divergence.step, divergence.gap, verdict))
             continue
@@ -113,41 +117,41 @@ def compare_setting(
     )
 
 
-def load_pictures(directory: Path | None, size: int, limit: int | None) -> dict[str, Image.Image]:
-    """Return {name: RGB image} of a directory, or the synthetic golden images without one."""
+def load_images(directory: Path | None, size: int, limit: int | None) -> dict[str, Image.Image]:
+    """Return the images of a directory, or the synthetic golden images if it is None, as {name: RGB image}."""
     if directory is None:
-        return {f"synthetic {i}": Image.fromarray(picture) for i, picture in enumerate(golden_pictures(size))}
-    pictures, failures = {}, []
+        return {f"synthetic {i}": Image.fromarray(image) for i, image in enumerate(golden_pictures(size))}
+    images, failures = {}, []
     for image in find_images(directory).images[:limit]:
         try:
-            pictures[image.path.name] = decode_image(image.path)
+            images[image.path.name] = decode_image(image.path)
         except ImageError as error:
             failures.append(str(error))
     if failures:
         raise EngineError(f"{len(failures)} images cannot be read: {'; '.join(failures)}")
-    return pictures
+    return images
 
 
 def _check_float32(bundle: Bundle) -> None:
-    """Refuse other precisions: they change some captions, and that is neither a tie nor a fault."""
+    """Raise UsageError for other precisions: they change some captions, which is neither a tie nor an error."""
     if bundle.precision != "fp32":
         raise UsageError(
-            f"{bundle.path} is {bundle.precision}, and parity is id for id in float32 only: compare it with its "
-            "float32 twin, python -m export.precision"
+            f"{bundle.path} is {bundle.precision}, but only fp32 bundles reproduce generate id for id: compare it with "
+            "the fp32 bundle of the same checkpoint (python -m export.precision)"
         )
 
 
 def _check_same_weights(reference: Reference, bundle: Bundle, checkpoint: Path) -> None:
     """Raise CheckpointError unless the bundle was exported from this checkpoint, which `reference` has loaded.
 
-    An equal sha256 of the weights files decides at once. Other files can hold the same weights (a restored checkpoint,
-    or one that was saved again), so tensors are compared before a bundle is refused.
+    If the sha256 of the weight files is equal, nothing else is compared. Otherwise the tensors are: other files can
+    hold the same weights, such as a restored checkpoint or one that was saved again.
     """
     size = reference.model.config.vision_config.image_size
     if size != bundle.image.height:
         raise CheckpointError(
             f"{bundle.path} takes images of {bundle.image.height} px, the checkpoint {size} px: "
-            f"add --image-size {bundle.image.height}, or give the bundle's own --checkpoint"
+            f"add --image-size {bundle.image.height}, or pass the checkpoint that the bundle was exported from"
         )
     if bundle.checkpoint.get("sha256") == checkpoint_sha256(checkpoint):
         return
@@ -158,7 +162,7 @@ def _check_same_weights(reference: Reference, bundle: Bundle, checkpoint: Path) 
     if differing or not weights:
         raise CheckpointError(
             f"{bundle.path} was exported from another checkpoint than {checkpoint} ({differing} of {len(weights)} "
-            "weights differ): give the bundle's own --checkpoint, or export this one"
+            "weights differ): pass the bundle's own checkpoint, or export this one"
         )
 
 
@@ -176,18 +180,53 @@ def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
     type=NAME,
     required=True,
     multiple=True,
-    help="BLIP captioning checkpoint: a folder, a hub's id, a .pth file. With several bundles, one for each, in their "
-    "order.",
+    help="BLIP captioning checkpoint: a folder, a Hugging Face Hub id such as owner/name, or an original .pth file. "
+    "Repeat it for each --bundle, in the same order.",
 )
-@click.option("--bundle", "bundles", type=PATH, required=True, multiple=True, help="Bundle; several caption together.")
-@click.option("--bundle-weight", "weights", type=float, multiple=True, help="As in `engine caption`.")
-@click.option("--images", type=PATH, help="Directory of images; synthetic ones when absent.")
-@click.option("--limit", type=click.IntRange(1), help="Use only the first N images.")
-@click.option("--beams", callback=_numbers, default="1,3,4,5,10", show_default=True, help="Numbers of beams to try.")
-@click.option("--no-repeat-ngram", callback=_numbers, default="0,3", show_default=True, help="N-gram sizes to try.")
-@click.option("--image-size", type=click.IntRange(1), help="As given to `python -m export`.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images per generate call.")
-@click.option("--out", type=PATH, required=True, help="JSON report to write.")
+@click.option(
+    "--bundle",
+    "bundles",
+    type=PATH,
+    required=True,
+    multiple=True,
+    help="Bundle to compare. Repeat it to compare an ensemble of several bundles.",
+)
+@click.option(
+    "--bundle-weight",
+    "weights",
+    type=float,
+    multiple=True,
+    help="Weight of a bundle in the ensemble's mean log-probability, one for each --bundle. Default: equal weights.",
+)
+@click.option("--images", type=PATH, help="Folder of images to caption. Default: three synthetic images.")
+@click.option("--limit", type=click.IntRange(1), help="Use only the first N images of --images. Default: all.")
+@click.option(
+    "--beams",
+    callback=_numbers,
+    default="1,3,4,5,10",
+    show_default=True,
+    help="Numbers of beams to compare, separated by commas.",
+)
+@click.option(
+    "--no-repeat-ngram",
+    callback=_numbers,
+    default="0,3",
+    show_default=True,
+    help="N-gram sizes that must not repeat within a caption, separated by commas; 0 is off.",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(1),
+    help="Image size in pixels that was passed to `python -m export`. Default: the checkpoint's size.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Images that Hugging Face's generate captions per call.",
+)
+@click.option("--out", type=PATH, required=True, help="JSON file to write the report to.")
 @takes(decoding=DecodeOptions, leaving_out=("num_beams", "no_repeat_ngram_size", *SAMPLING))
 def main(
     checkpoints,
@@ -202,14 +241,16 @@ def main(
     out,
     decoding,
 ) -> None:
-    """Compare a bundle with Hugging Face generate, id for id.
+    """Compare the captions of a bundle with those of Hugging Face generate, id for id.
 
-    Decoding options apply to both. What is not given comes from the bundle's generation settings. Sampling options are
-    not accepted: the two programs draw different random numbers.
+    Decoding options apply to both programs; the default of each is the bundle's generation setting. Sampling options
+    are not accepted, because the two programs draw different random numbers.
     """
     check_outputs({"--out": out}, [])
     if len(checkpoints) != len(bundles):
-        raise UsageError(f"{len(checkpoints)} checkpoints and {len(bundles)} bundles: give one --checkpoint for each")
+        raise UsageError(
+            f"{len(checkpoints)} checkpoints for {len(bundles)} bundles: pass one --checkpoint for each --bundle"
+        )
     checkpoints = [find_checkpoint(checkpoint) for checkpoint in checkpoints]
     captioner = Captioner.open(place_of(bundles, weights), Runtime("cpu"))
     settings = [
@@ -218,14 +259,14 @@ def main(
         for size in no_repeat_ngram
     ]
     for options in settings:
-        captioner.search(options)  # refuses what does not fit, before anything is captioned
+        captioner.search(options)  # raises an error for options that do not fit, before any image is captioned
     references = []
     for checkpoint, bundle in zip(checkpoints, captioner.bundle.members or (captioner.bundle,), strict=True):
         _check_float32(bundle)
         references.append(Reference.load(checkpoint, image_size))
         _check_same_weights(references[-1], bundle, checkpoint)
     reference = ensemble(references, captioner.bundle.weights) if len(references) > 1 else references[0]
-    pictures = load_pictures(images, captioner.bundle.image.height, limit)
+    pictures = load_images(images, captioner.bundle.image.height, limit)
     reports = []
     for options in settings:
         report = compare_setting(reference, captioner, pictures, options, batch_size)

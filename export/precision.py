@@ -1,12 +1,12 @@
-"""What a bundle of another precision says otherwise than its float32 twin on ONNX Runtime's CPU provider.
+"""Compare a bundle of lower precision with the float32 bundle of the same checkpoint on ONNX Runtime's CPU provider.
 
     python -m export.precision --bundle FP16 --against FP32 --images DIR --beams 4 --out report.json
 
-The same of a float32 bundle whose products a CPU rounds: `--bundle FP32 --backend openvino --cpu-precision bf16`.
+`--bundle FP32 --backend openvino --cpu-precision bf16` measures a float32 bundle whose matrix products the CPU rounds.
 
-Rounded weights change scores, and where two captions score nearly alike they change the caption. Every caption that
-differs is listed with its gap: how much less the float32 bundle thinks of the other caption than of its own. Knows
-nothing of torch or of how bundles are made.
+Rounding changes scores, and if two captions have nearly the same score it changes the caption. The report lists every
+caption that differs, with its gap: how much lower the float32 bundle scores the other caption than its own. This module
+does not depend on torch or on how bundles are written.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from engine.options import DecodeOptions
 from engine.runtime import CPU_BACKENDS
 
 PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino"}
-ENCODED_PICTURES = 8
-"""So many pictures' encoder outputs are compared in a report; captions are of all."""
+ENCODED_IMAGES = 8
+"""Number of images whose encoder outputs a report compares. Captions are compared for all images."""
 
 
 @dataclass(frozen=True)
 class ScoredCaption:
-    """One picture's caption by one bundle: ids (prompt and end included) and score."""
+    """The caption of one image by one bundle: token ids (prompt and end token included) and score."""
 
     ids: tuple[int, ...]
     score: float
@@ -47,11 +47,11 @@ class ScoredCaption:
 
 @dataclass(frozen=True)
 class Difference:
-    """One picture with two captions: where their ids part, and what the float32 bundle thinks of the other caption.
+    """An image with two different captions, and the float32 bundle's scores of both.
 
-    `position` counts ids from 0, the prompt included; `gap` is float32's score of its own caption less its score of the
-    other one, in the units of scores (nats a token where length_penalty is 1). A gap below 0: float32's search missed
-    a caption it likes better.
+    `position` is the index of the first id that differs, counted from 0 with the prompt. `gap` is float32's score of
+    its own caption minus its score of the other caption, in the unit of scores (nats per token if length_penalty is 1).
+    A negative gap means that float32's beam search missed a caption with a higher score.
     """
 
     image: str
@@ -63,7 +63,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """All pictures under one setting; drifts are |score - float32's| of identical captions, relative beyond -1."""
+    """The comparison of all images under one setting.
+
+    Drifts are |score - float32's score| over the identical captions, divided by |float32's score| if that is above 1.
+    """
 
     options: dict
     images: int
@@ -74,17 +77,18 @@ class PrecisionReport:
 
     @property
     def share(self) -> float:
-        """Share of pictures with the same ids."""
+        """Share of the images whose captions have the same ids."""
         return self.identical / max(1, self.images)
 
 
-def encoder_error(float32: Backend, other: Backend, pictures: NDArray[np.uint8]) -> float:
-    """Return how far `other`'s encoder is off on pictures u8[N,height,width,3]: the largest difference over the peak.
+def encoder_error(float32: Backend, other: Backend, images: NDArray[np.uint8]) -> float:
+    """Return the error of `other`'s encoder on images u8[N,height,width,3]: the largest difference over the peak value.
 
-    Taken for every layer's cross keys and values by itself, the worst of them returned; infinite where a value is none.
+    It is computed for the cross-attention keys and values of each layer, and the largest of these errors is returned.
+    It is infinite if a value is not finite.
     """
     worst = 0.0
-    for mine, theirs in zip(float32.encode(pictures), other.encode(pictures), strict=True):
+    for mine, theirs in zip(float32.encode(images), other.encode(images), strict=True):
         difference = np.abs(np.asarray(theirs, np.float32) - np.asarray(mine, np.float32))
         if not np.isfinite(difference).all():
             return float("inf")
@@ -93,53 +97,58 @@ def encoder_error(float32: Backend, other: Backend, pictures: NDArray[np.uint8])
 
 
 def forced_log_prob(
-    backend: Backend, vocab_size: int, picture: NDArray[np.uint8], ids: tuple[int, ...], prompt_length: int
+    backend: Backend, vocab_size: int, image: NDArray[np.uint8], ids: tuple[int, ...], prompt_length: int
 ) -> float:
-    """Return the summed log-probability of a caption's ids behind the prompt, given a picture u8[height,width,3].
+    """Return the summed log-probability of a caption's ids after the prompt, given an image u8[height,width,3].
 
-    NaN where the backend's scores are no numbers.
+    The ids are fed one by one (teacher forcing). Returns NaN if the backend's scores are not numbers.
     """
     cache, total = backend.allocate(1), 0.0
-    backend.admit(cache, 0, backend.encode(picture[None]), 0)
-    for place, following in enumerate(ids[1:]):
+    backend.admit(cache, 0, backend.encode(image[None]), 0)
+    for position, next_id in enumerate(ids[1:]):
         inputs = StepInputs(
-            input_ids=np.array([[ids[place]]]),
-            positions=np.array([[place]]),
+            input_ids=np.array([[ids[position]]]),
+            positions=np.array([[position]]),
             scores=np.zeros((1, 1), np.float32),
             marked_ids=np.full((1, 1, 1), -1),
             penalties=np.ones(2, np.float32),
-            ancestry=np.ones((1, 1, place + 1), bool),
+            ancestry=np.ones((1, 1, position + 1), bool),
             num_candidates=vocab_size,
         )
         scores, candidates = backend.step(cache, inputs)
-        if place + 1 >= prompt_length:
-            found = scores[0, candidates[0] == following]
-            total += float(found[0]) if len(found) else float("nan")
+        if position + 1 >= prompt_length:
+            log_prob = scores[0, candidates[0] == next_id]
+            total += float(log_prob[0]) if len(log_prob) else float("nan")
     return total
 
 
 def compare_captions(
     float32: Captioner,
     options: DecodeOptions,
-    pictures: Iterable[tuple[str, NDArray[np.uint8]]],
-    theirs: Iterable[ScoredCaption],
-    others: Iterable[ScoredCaption],
+    images: Iterable[tuple[str, NDArray[np.uint8]]],
+    float32_captions: Iterable[ScoredCaption],
+    other_captions: Iterable[ScoredCaption],
 ) -> PrecisionReport:
-    """Compare the float32 bundle's captions (`theirs`) of (name, u8[height,width,3]) with another bundle's."""
+    """Compare the captions of the float32 bundle with those of another bundle.
+
+    `images` are (name, u8[height,width,3]), in the order of the captions.
+    """
     prompt_length, vocab_size, count = len(float32.search(options).prompt), float32.bundle.model.vocab_size, 0
     drifts, differences = [], []
-    for (name, picture), expected, found in zip(pictures, theirs, others, strict=True):
+    for (name, image), expected, other in zip(images, float32_captions, other_captions, strict=True):
         count += 1
-        if found.ids == expected.ids:
-            drifts.append(abs(found.score - expected.score) / max(1.0, abs(expected.score)))
+        if other.ids == expected.ids:
+            drifts.append(abs(other.score - expected.score) / max(1.0, abs(expected.score)))
             continue
-        position = next(i for i, (a, b) in enumerate(zip_longest(expected.ids, found.ids)) if a != b)
-        own, other = (
-            forced_log_prob(float32.backend, vocab_size, picture, ids, prompt_length)
+        position = next(i for i, (a, b) in enumerate(zip_longest(expected.ids, other.ids)) if a != b)
+        expected_score, other_score = (
+            forced_log_prob(float32.backend, vocab_size, image, ids, prompt_length)
             / (len(ids) - prompt_length) ** options.length_penalty
-            for ids in (expected.ids, found.ids)
+            for ids in (expected.ids, other.ids)
         )
-        differences.append(Difference(name, list(expected.ids), list(found.ids), position, own - other))
+        differences.append(
+            Difference(name, list(expected.ids), list(other.ids), position, expected_score - other_score)
+        )
     return PrecisionReport(
         options=options.values(),
         images=count,
@@ -151,54 +160,82 @@ def compare_captions(
 
 
 def compare_bundles(float32: Captioner, other: Captioner, directory: Path, options: DecodeOptions) -> PrecisionReport:
-    """Caption every image of a directory with both bundles under one setting; raise ImageError on one unreadable."""
+    """Caption every image of a directory with both bundles under one setting and compare the captions.
+
+    Raises UsageError if the directory has no images, and ImageError if one cannot be read.
+    """
     spec, images = float32.bundle.image, find_images(directory).images
     if not images:
         raise UsageError(f"{directory} holds no images")
-    sayings = [
+    captions = [
         [ScoredCaption(caption.ids, caption.score) for caption in captioner.caption(images, options)]
         for captioner in (float32, other)
     ]
-    pictures = (
+    pixels = (
         (image.path.name, read_image(image.path, spec.height, spec.width, spec.resample, frame=image.frame))
         for image in images
     )
-    return compare_captions(float32, options, pictures, *sayings)
+    return compare_captions(float32, options, pixels, *captions)
 
 
 def check_twins(float32: Captioner, other: Captioner) -> None:
-    """Raise UsageError unless both bundles are of one checkpoint and `float32` is what it is called."""
+    """Raise UsageError unless both bundles come from the same checkpoint and `float32` has that precision."""
     mine, theirs = float32.bundle, other.bundle
     if mine.precision != "fp32":
-        raise UsageError(f"{mine.path} is {mine.precision}: --against takes the fp32 bundle")
+        raise UsageError(f"{mine.path} is {mine.precision}, but --against needs the fp32 bundle")
     if (mine.checkpoint.get("sha256"), mine.model, mine.image) != (
         theirs.checkpoint.get("sha256"),
         theirs.model,
         theirs.image,
     ):
-        raise UsageError(f"{theirs.path} and {mine.path} are not of one checkpoint: export both from the same weights")
+        raise UsageError(
+            f"{theirs.path} and {mine.path} come from different checkpoints: export both from the same weights"
+        )
 
 
 def summary(report: PrecisionReport) -> str:
-    """Return one line on a report."""
+    """Return a report in one line."""
     gaps = [difference.gap for difference in report.differences]
-    listed = f", float32 scores the others {min(gaps):.1e} to {max(gaps):.1e} lower" if gaps else ""
+    gap_range = f", float32 scores the others {min(gaps):.1e} to {max(gaps):.1e} lower" if gaps else ""
     return (
         f"{report.identical}/{report.images} captions as in float32 ({100 * report.share:.1f} %), their scores within "
-        f"{report.max_score_drift:.1e} (mean {report.mean_score_drift:.1e}){listed}"
+        f"{report.max_score_drift:.1e} (mean {report.mean_score_drift:.1e}){gap_range}"
     )
 
 
 @click.command(cls=OneLine)
-@click.option("--bundle", type=PATH, required=True, help="The bundle in question.")
-@click.option("--against", type=PATH, required=True, help="Its fp32 twin.")
-@click.option("--images", type=PATH, required=True, help="Directory of pictures.")
-@click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--no-repeat-ngram", type=click.IntRange(0), default=3, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="All cores when absent.")
-@click.option("--backend", type=click.Choice(CPU_BACKENDS), default="cpu", show_default=True, help="Runs --bundle.")
-@click.option("--cpu-precision", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Of --backend.")
-@click.option("--out", type=PATH, required=True, help="JSON report to write.")
+@click.option(
+    "--bundle",
+    type=PATH,
+    required=True,
+    help="Bundle to measure: fp16 or int8, or the fp32 bundle with --cpu-precision bf16.",
+)
+@click.option("--against", type=PATH, required=True, help="The fp32 bundle of the same checkpoint.")
+@click.option("--images", type=PATH, required=True, help="Folder of images to caption with both bundles.")
+@click.option("--beams", type=click.IntRange(1), default=4, show_default=True, help="Number of beams; 1 is greedy.")
+@click.option(
+    "--no-repeat-ngram",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="Never repeat an n-gram of this size within a caption; 0 is off.",
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each backend. Default: all cores.")
+@click.option(
+    "--backend",
+    type=click.Choice(CPU_BACKENDS),
+    default="cpu",
+    show_default=True,
+    help="Backend that runs --bundle; --against always runs on cpu.",
+)
+@click.option(
+    "--cpu-precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Precision of the matrix products of --bundle; bf16 needs a CPU with such instructions.",
+)
+@click.option("--out", type=PATH, required=True, help="JSON file to write the report to.")
 def main(
     bundle: Path,
     against: Path,
@@ -210,7 +247,7 @@ def main(
     cpu_precision: str,
     out: Path,
 ) -> None:
-    """Compare a bundle's captions with those of its float32 twin."""
+    """Compare the captions of a bundle with those of the float32 bundle of the same checkpoint."""
     check_outputs({"--out": out}, [])
     float32 = Captioner.load(against, backend="cpu", threads=threads)
     other = Captioner.load(bundle, backend=backend, threads=threads, cpu_precision=cpu_precision)
@@ -218,9 +255,9 @@ def main(
     options = replace(float32.bundle.options(), num_beams=beams, no_repeat_ngram_size=no_repeat_ngram)
     report = compare_bundles(float32, other, images, options)
     spec = float32.bundle.image
-    found = find_images(images).images[:ENCODED_PICTURES]
-    some = [read_image(i.path, spec.height, spec.width, spec.resample, frame=i.frame) for i in found]
-    error = encoder_error(float32.backend, other.backend, np.stack(some))
+    encoded = find_images(images).images[:ENCODED_IMAGES]
+    pixels = [read_image(image.path, spec.height, spec.width, spec.resample, frame=image.frame) for image in encoded]
+    error = encoder_error(float32.backend, other.backend, np.stack(pixels))
     document = {
         "bundle": other.bundle.digest,
         "precision": other.bundle.precision,
@@ -233,8 +270,8 @@ def main(
         **asdict(report),
     }
     write_atomically(out, json.dumps(document, indent=1) + "\n")
-    rounded = other.bundle.precision if cpu_precision == "fp32" else f"{cpu_precision} on {backend}"
-    click.echo(f"{rounded}: {summary(report)}; encoder off by {error:.1e} of its peak -> {out}")
+    precision = other.bundle.precision if cpu_precision == "fp32" else f"{cpu_precision} on {backend}"
+    click.echo(f"{precision}: {summary(report)}; encoder error {error:.1e} of the peak value -> {out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Turn a bundle back into the checkpoint it came from: its graphs hold the checkpoint's tensors under their own names.
+"""Restore the checkpoint of a bundle. The graphs store the checkpoint's tensors under their original names.
 
     python -m export.restore --bundle engine/assets/demo --out DIR
 
-So a sceptic who has only a bundle can run Hugging Face on the very same weights.
+With it, anyone who has only a bundle can run Hugging Face on the same weights and compare the captions.
 """
 
 from __future__ import annotations
@@ -25,10 +25,16 @@ from export.graphs.exporters import FP16_SUFFIX
 
 
 def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
-    """Write the bundle's weights, config, image processor and tokenizer as a Hugging Face directory; return it."""
+    """Write a bundle's weights, config, image processor and tokenizer in Hugging Face's layout to `out` and return
+    `out`.
+
+    Raises EngineError if the bundle is not fp32 or lacks weights.
+    """
     bundle = open_bundle(bundle_dir)
     if bundle.precision != "fp32":
-        raise EngineError(f"{bundle_dir} holds weights rounded to {bundle.precision}: restore from the fp32 bundle")
+        raise EngineError(
+            f"the weights of {bundle_dir} are rounded to {bundle.precision}: restore from the fp32 bundle"
+        )
     source = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))["restore"]
     model = BlipForConditionalGeneration(BlipConfig.from_dict(source["config"])).eval()
     weights: dict[str, torch.Tensor] = {}
@@ -38,9 +44,11 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
     report = model.load_state_dict({n: w for n, w in weights.items() if n in expected}, strict=False)
     model.tie_weights()
     tied = {f"text_decoder.cls.predictions.decoder.{kind}" for kind in ("weight", "bias")}
-    lacking = set(report.missing_keys) - tied
-    if lacking:
-        raise EngineError(f"{bundle_dir} lacks {len(lacking)} weights of its checkpoint ({sorted(lacking)[0]}, ...)")
+    missing = set(report.missing_keys) - tied
+    if missing:
+        raise EngineError(
+            f"{bundle_dir} lacks {len(missing)} weights of its checkpoint ({sorted(missing)[0]}, ...): export it again"
+        )
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     BlipImageProcessor(**source["image_processor"]).save_pretrained(out)
@@ -53,7 +61,10 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
 
 
 def graph_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return a graph's initialisers in float32 by their checkpoint names, equal tensors stored once included."""
+    """Return a graph's initialisers in float32, by their names in the checkpoint.
+
+    The exporter stores equal tensors once and adds an Identity node for each other name; those names are included.
+    """
     graph = onnx.load(str(path)).graph
     weights = {
         tensor.name.removesuffix(FP16_SUFFIX): torch.tensor(numpy_helper.to_array(tensor)).float()
@@ -66,10 +77,10 @@ def graph_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @click.command(cls=OneLine)
-@click.option("--bundle", type=PATH, required=True)
-@click.option("--out", type=PATH, required=True)
+@click.option("--bundle", type=PATH, required=True, help="The fp32 bundle to restore the checkpoint from.")
+@click.option("--out", type=PATH, required=True, help="Folder to write the checkpoint to, in Hugging Face's layout.")
 def main(bundle: Path, out: Path) -> None:
-    """Write the checkpoint a bundle was exported from."""
+    """Write the Hugging Face checkpoint that a bundle was exported from."""
     click.echo(restore_checkpoint(bundle, out))
 
 

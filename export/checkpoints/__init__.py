@@ -1,1 +1,1 @@
-"""Checkpoints: found by name, loaded safely."""
+"""Find checkpoints by name, convert them to Hugging Face's layout, and load them safely."""

@@ -1,4 +1,4 @@
-"""What differs between releases 4 and 5 of transformers, in one place: the same names for both."""
+"""Read the files of a checkpoint, and hide what differs between transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from engine.inputs.kinds import HEAD_BYTES, wrong_content
 
 IS_5 = int(transformers.__version__.partition(".")[0]) >= 5
 
-if IS_5:  # its BlipImageProcessor is torchvision's where that is installed, which resizes otherwise by a level or two
+# release 5 uses torchvision for BlipImageProcessor if it is installed, whose resized pixels differ by a level or two
+if IS_5:
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil as BlipImageProcessor
 else:
     from transformers import BlipImageProcessor
@@ -29,7 +30,10 @@ __all__ = ["IS_5", "BlipImageProcessor", "word_pieces"]
 
 
 def word_pieces(vocabulary: Path, **settings: Any) -> BertTokenizerFast:
-    """Return BERT's tokenizer of a vocab.txt, a word piece a line; release 5 takes the words themselves."""
+    """Return the BERT tokenizer of a vocab.txt with one word piece per line.
+
+    transformers 4 takes the file, 5 takes the words.
+    """
     if not IS_5:
         return BertTokenizerFast(vocab_file=str(vocabulary), **settings)
     words = vocabulary.read_text(encoding="utf-8").splitlines()
@@ -39,11 +43,11 @@ def word_pieces(vocabulary: Path, **settings: Any) -> BertTokenizerFast:
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
-"""What may lie in a folder instead of weights that can be read."""
+"""Patterns of weight files that cannot be read; errors name them."""
 
 
 def refuse_stand_in(path: Path) -> None:
-    """Raise CheckpointError for a file that is empty, or a Git LFS pointer or an HTML page instead of its content."""
+    """Raise CheckpointError if a file is empty, or holds a Git LFS pointer or an HTML page instead of its content."""
     try:
         with path.open("rb") as stream:
             reason = wrong_content(stream.read(HEAD_BYTES))
@@ -54,7 +58,10 @@ def refuse_stand_in(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Return a JSON object, with or without byte order mark. Raises CheckpointError naming the file."""
+    """Return the JSON object of a file, with or without a byte order mark.
+
+    Raises CheckpointError, which names the file, if it is not a JSON object.
+    """
     refuse_stand_in(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -68,36 +75,38 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the files that hold a checkpoint's weights: safetensors where there are any, else pickles of torch.
+    """Return the weight files of a checkpoint: safetensors files if there are any, else torch pickles.
 
-    Raises CheckpointError when there are none, or one that an index names is missing.
+    Raises CheckpointError if there are none, or if a file that an index names is missing.
     """
-    for whole, index in ((SAFE, SAFE_INDEX), (PICKLE, PICKLE_INDEX)):
-        if (directory / whole).is_file():
-            return [directory / whole]
+    for single, index in ((SAFE, SAFE_INDEX), (PICKLE, PICKLE_INDEX)):
+        if (directory / single).is_file():
+            return [directory / single]
         if (directory / index).is_file():
             return _indexed(directory / index)
-        if whole == SAFE and (others := sorted(directory.glob("*.safetensors"))):
+        if single == SAFE and (others := sorted(directory.glob("*.safetensors"))):
             return others
-    found = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))
-    holds = f"no weights that can be read, only {', '.join(found)}" if found else "no weights"
-    raise CheckpointError(f"{directory} holds {holds}: it needs {SAFE} or {PICKLE}, as save_pretrained writes them")
+    unreadable = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))
+    content = f"no weights that can be read, only {', '.join(unreadable)}" if unreadable else "no weights"
+    raise CheckpointError(f"{directory} has {content}: it needs {SAFE} or {PICKLE}, as save_pretrained writes them")
 
 
 def _indexed(index: Path) -> list[Path]:
+    """Return the weight files that an index lists. Raises CheckpointError if it lists none, or if one is missing."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{index} names no weights (weight_map)")
+        raise CheckpointError(f"{index} lists no weights (weight_map): save the model again")
     files = [index.with_name(Path(str(name)).name) for name in sorted(set(names.values()))]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise CheckpointError(f"{index} names files that are missing: {', '.join(missing[:3])}: fetch them again")
+        raise CheckpointError(f"{index} lists files that are missing: {', '.join(missing[:3])}: download them again")
     return files
 
 
 def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
-    """Return the tensors of weight files by name. Raises CheckpointError where one cannot be read, or is more than
-    weights.
+    """Return the tensors of weight files by name.
+
+    Raises CheckpointError if a file cannot be read, or if it holds anything but weights.
     """
     weights: dict[str, torch.Tensor] = {}
     for path in files:
@@ -106,7 +115,7 @@ def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file. Raises CheckpointError."""
+    """Return the tensors of a safetensors file by name. Raises CheckpointError if it cannot be read."""
     refuse_stand_in(path)
     try:
         return load_file(path)
@@ -115,21 +124,23 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file of torch.save, by torch's weights-only unpickler: nothing else is loaded, no code
-    runs. Raises CheckpointError naming what the file asked for instead.
+    """Return the tensors of a torch.save file by name.
+
+    Torch's weights-only unpickler reads it, so no code of the file runs. Raises CheckpointError, which names the object
+    that the file asks for, if it holds anything but weights.
     """
     refuse_stand_in(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is refused: it asks to load {_asked_for(error)}, and only weights are read from pickles: save the "
-            "weights alone, as safetensors"
+            f"{path} is refused: it asks to load {_refused_object(error)}, but only weights are read from pickles: "
+            "save only the weights, as safetensors"
         ) from error
-    except Exception as error:  # what a damaged file makes torch raise is of many kinds
-        reason = " ".join(str(error).split())[:200] or "it is empty or cut off"
-        raise CheckpointError(f"{path} cannot be read as a file of torch.save: {reason}: fetch it again") from error
-    while isinstance(content, Mapping) and len(content) <= MOST_WRAPPERS:
+    except Exception as error:  # a damaged file can make torch raise almost any exception
+        reason = " ".join(str(error).split())[:200] or "it is empty or truncated"
+        raise CheckpointError(f"{path} cannot be read as a torch.save file ({reason}): download it again") from error
+    while isinstance(content, Mapping) and len(content) <= MAX_WRAPPER_ENTRIES:
         inner = next(
             (content[name] for name in ("model", "state_dict") if isinstance(content.get(name), Mapping)), None
         )
@@ -137,16 +148,19 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             break
         content = inner
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not weights by name")
+        raise CheckpointError(f"{path} holds a {type(content).__name__} instead of a dict of weights")
     return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
 
 
-MOST_WRAPPERS = 16
-"""A dict around the weights, under `model` or `state_dict`, has a few entries: epoch, optimizer, config."""
+MAX_WRAPPER_ENTRIES = 16
+"""Largest dict that is searched for the weights under `model` or `state_dict`.
+
+A wrapper of a training script has a few entries, such as epoch, optimizer and config. A larger dict holds the weights.
+"""
 
 
-def _asked_for(error: pickle.UnpicklingError) -> str:
-    """Return what a pickle wanted that is no tensor: torch names it in its message."""
+def _refused_object(error: pickle.UnpicklingError) -> str:
+    """Return the name of the object that the weights-only unpickler refused, taken from torch's message."""
     text = " ".join(str(error).split())
-    found = re.search(r"(?:GLOBAL|global|class|Unsupported operand)\s*:?\s+`?([\w.]+)`?", text)
-    return found[1] if found else "something that is not a tensor"
+    match = re.search(r"(?:GLOBAL|global|class|Unsupported operand)\s*:?\s+`?([\w.]+)`?", text)
+    return match[1] if match else "something that is not a tensor"

@@ -1,4 +1,4 @@
-"""Load a BLIP checkpoint safely, and resize its position table; where every torch program of this project begins."""
+"""Load a BLIP checkpoint safely and resize its position table. Export, training and parity all load models here."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from export.checkpoints.files import read_json, read_weights, weight_files
 from export.checkpoints.settings import apply_settings, read_processor
 
 PREFIXES = ("_orig_mod.", "module.", "model.")
-"""What torch.compile, DataParallel and trainers put in front of every name."""
+"""Prefixes that torch.compile, DataParallel and trainers add to all weight names."""
 NO_WEIGHTS = (".position_ids",)
-"""Ends of names that older releases saved and that are counted, not learned."""
+"""Name endings of buffers that older releases saved: position numbers, which are not weights."""
 HEAD, WORDS = "text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"
 TIED = {HEAD: WORDS, "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias"}
-"""One tensor under two names, where tie_word_embeddings is set, as in every published checkpoint."""
+"""Names of one tensor if tie_word_embeddings is set, as it is in every published checkpoint."""
 OTHER_HEADS = {
     "itm_head.": "an image-text matching (retrieval) checkpoint",
     "text_encoder.": "a question answering or retrieval checkpoint",
     "text_projection.": "a retrieval checkpoint",
 }
-"""Names of BLIP's other models, which caption nothing."""
-MOST_NAMED = 5
-"""Checkpoints of a run that an error lists: the last ones."""
+"""Weight-name prefixes of BLIP's other models, which do not generate captions."""
+MAX_LISTED = 5
+"""Number of a run's checkpoints that an error lists; the last ones are listed."""
 
 
 def load_checkpoint(directory: Path, image_size: int | None = None) -> BlipForConditionalGeneration:
-    """Load a BLIP captioning checkpoint (Hugging Face layout, safetensors or pickled weights) in float32, in eval mode.
+    """Load a BLIP captioning checkpoint in float32 and eval mode, from Hugging Face's layout.
 
-    With `image_size` (px) the position table is resized to it first. Raises CheckpointError when the directory
-    is not a BLIP captioning checkpoint, holds no weights that can be read safely, or its image processor, its
-    config.image_size and its position table disagree (a 384 px table fed 224 px images silently uses its first
-    197 rows in Hugging Face: wrong geometry, no error).
+    With `image_size` (px), the position table is resized to it. Raises CheckpointError if the directory is not a BLIP
+    captioning checkpoint, if it has no weights that can be read safely, or if its image processor, its
+    config.image_size and its position table disagree. Hugging Face would not notice the last: with 224 px images and a
+    384 px table it uses the first 197 rows, which have the wrong geometry, and raises no error.
     """
     config = read_config(directory)
     weights = clean_names(read_weights(weight_files(directory)), directory)
@@ -57,7 +57,7 @@ def load_checkpoint(directory: Path, image_size: int | None = None) -> BlipForCo
 
 
 def read_config(directory: Path) -> BlipConfig:
-    """Read config.json. Raises CheckpointError when it is not of a BLIP captioning checkpoint."""
+    """Read config.json. Raises CheckpointError if it does not describe a BLIP captioning checkpoint."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a checkpoint: {_what_it_is(directory)}")
@@ -73,17 +73,18 @@ def read_config(directory: Path) -> BlipConfig:
             raise CheckpointError(f"{path}: {part} is not a JSON object")
     text = raw.get("text_config") or {}
     if not text.get("is_decoder", True):
-        raise CheckpointError(f"{path}: text_config.is_decoder is false, so the text model cannot look at an image")
+        raise CheckpointError(f"{path}: text_config.is_decoder is false, so the text model cannot attend to an image")
     if "auto_map" in raw:
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
     try:
         return BlipConfig.from_dict(_without_kernels({name: value for name, value in raw.items() if value is not None}))
-    except Exception as error:  # each setting that transformers does not understand raises in its own way
+    except Exception as error:  # transformers raises many kinds of exceptions for bad settings
         raise CheckpointError(f"{path} cannot be used: {' '.join(str(error).split())[:200]}") from error
 
 
 def _without_kernels(raw: dict) -> dict:
-    """Return the settings of config.json without those that choose a kernel, at the top or in a part's configuration.
+    """Return the settings of config.json without those that choose a kernel, at the top level and in nested
+    configurations.
 
     transformers 4.56 to 5.2 loads code from the hub if `_attn_implementation` or `_attn_implementation_internal` is an
     id such as `owner/kernel` and the package `kernels` is installed (CVE-2026-4372).
@@ -96,29 +97,34 @@ def _without_kernels(raw: dict) -> dict:
 
 
 def _what_it_is(directory: Path) -> str:
-    """Return why a folder without config.json is not a checkpoint, and what to give instead."""
+    """Return why a folder without config.json is not a checkpoint, and what to pass instead."""
     if not directory.is_dir():
         return "no such folder"
     if (directory / "adapter_config.json").is_file():
-        return "it is an adapter (LoRA or the like), and a base must be a whole model"
+        return "it is an adapter (such as LoRA), but a base must be a full model"
     originals = sorted(path.name for pattern in ("*.pth", "*.pt") for path in directory.glob(pattern))
     if originals:
-        return f"it has no config.json; a file of BLIP's first authors is given itself: {directory / originals[0]}"
+        return f"it has no config.json; to use an original .pth file, pass its path: {directory / originals[0]}"
     names = (path.parent.name for path in directory.glob("*/config.json"))
-    inside = sorted(names, key=lambda name: (len(name), name))  # checkpoint-1000 after checkpoint-500
-    if inside:
-        return f"it has no config.json, its folders have: give one of {', '.join(inside[-MOST_NAMED:])}"
+    subfolders = sorted(names, key=lambda name: (len(name), name))  # checkpoint-1000 after checkpoint-500
+    if subfolders:
+        return f"it has no config.json, but its subfolders have: pass one of {', '.join(subfolders[-MAX_LISTED:])}"
     return "it has no config.json"
 
 
 def clean_names(weights: Mapping[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
-    """Return weights under Hugging Face's names, in float32: prefixes of wrappers and old buffers are taken away."""
+    """Return weights in float32 under Hugging Face's names, without the prefixes of wrappers and without old buffers.
+
+    Raises CheckpointError for the weights of another BLIP model.
+    """
     named = dict(weights)
     while (prefix := _common_prefix(named)) is not None:
         named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
     for start, what in OTHER_HEADS.items():
         if any(name.startswith(start) for name in named):
-            raise CheckpointError(f"{source} is {what} of BLIP, which captions nothing: take a captioning checkpoint")
+            raise CheckpointError(
+                f"{source} is {what} of BLIP, which cannot generate captions: use a captioning checkpoint"
+            )
     return {name: tensor.float() for name, tensor in named.items() if not name.endswith(NO_WEIGHTS)}
 
 
@@ -130,7 +136,7 @@ def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> 
         total, first = sum(broken.values()), next(iter(broken))
         raise CheckpointError(
             f"{source}: {total} weight{' is' if total == 1 else 's are'} NaN or infinite (in {first}"
-            f"{f' and {len(broken) - 1} more tensors' if len(broken) > 1 else ''}): the training diverged, take an "
+            f"{f' and {len(broken) - 1} more tensors' if len(broken) > 1 else ''}): the training diverged, use an "
             "earlier checkpoint"
         )
     for part in ("vision_model.", "text_decoder."):
@@ -140,17 +146,18 @@ def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> 
 
 
 def _common_prefix(names: Iterable[str]) -> str | None:
+    """Return the wrapper's prefix that all names start with, or None if there is no such prefix."""
     return next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
 
 
 def build_model(config: BlipConfig, weights: dict[str, torch.Tensor], source: Path) -> BlipForConditionalGeneration:
-    """Return the model of a configuration with these weights. Raises CheckpointError where they do not fit."""
+    """Return the model of a configuration with these weights. Raises CheckpointError if they do not fit."""
     tied = config.text_config.tie_word_embeddings
     for copy, original in TIED.items() if tied else ():
         if copy in weights and original in weights and not torch.equal(weights[copy], weights[original]):
             raise CheckpointError(
-                f"{source}: {copy} differs from {original}, and tie_word_embeddings says that they are one: set it to "
-                "false in text_config, or remove one of the two"
+                f"{source}: {copy} differs from {original}, but tie_word_embeddings requires them to be equal: set it "
+                "to false in text_config, or remove one of the two"
             )
         if original not in weights and copy in weights:
             weights[original] = weights[copy]
@@ -162,7 +169,7 @@ def build_model(config: BlipConfig, weights: dict[str, torch.Tensor], source: Pa
     for name, tensor in weights.items():
         if name in shapes and tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(
-                f"{source}: {name} has the sizes {tuple(tensor.shape)}, config.json makes them {shapes[name]}"
+                f"{source}: {name} has the shape {tuple(tensor.shape)}, but config.json requires {shapes[name]}"
             )
     missing = sorted(set(shapes) - set(weights) - (set(TIED) if tied else set()))
     missing = [name for name in missing if not name.endswith(NO_WEIGHTS)]
@@ -177,15 +184,16 @@ def build_model(config: BlipConfig, weights: dict[str, torch.Tensor], source: Pa
 
 
 def encoder_positions(vision: BlipVisionConfig) -> int:
-    """Return the rows of the vision position table: one a patch, and the class row."""
+    """Return the number of rows of the vision position table: one per patch, and one for the class token."""
     return int((vision.image_size // vision.patch_size) ** 2 + 1)
 
 
 def resize_position_table(model: BlipForConditionalGeneration, image_size: int) -> None:
-    """Resize the vision position table in place to `image_size` px, bicubic, the class row kept apart.
+    """Resize the vision position table in place to `image_size` px by bicubic interpolation; the class row is kept.
 
-    The same interpolation as BlipVisionEmbeddings.interpolate_pos_encoding (transformers 4.57), done once so
-    that the checkpoint and the exported graph hold a plain table.
+    This is the interpolation of BlipVisionEmbeddings.interpolate_pos_encoding (transformers 4.57). It is done once
+    here, so that the checkpoint and the exported graph hold a plain table. Raises CheckpointError if `image_size` is
+    not a multiple of the patch size.
     """
     embeddings, vision_config = model.vision_model.embeddings, model.config.vision_config
     if image_size % vision_config.patch_size:

@@ -1,4 +1,4 @@
-"""What makes pixels of pictures: the image processor's settings, wherever a release of transformers wrote them."""
+"""Read a checkpoint's image processor, tokenizer and generation settings, as transformers 4 and 5 write them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.options import GENERATION_SETTINGS
 from export.checkpoints.files import IS_5, BlipImageProcessor, read_json, refuse_stand_in
 
 OWN_FILE, NESTING_FILE = "preprocessor_config.json", "processor_config.json"
-"""transformers 4 writes the first; 5 writes the second alone, with the image processor nested in it."""
+"""transformers 4 writes the first file; 5 writes only the second, with the image processor nested in it."""
 
 SETTINGS: dict[str, Any] = {
     "do_resize": True,
@@ -27,61 +27,62 @@ SETTINGS: dict[str, Any] = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "do_convert_rgb": True,
 }
-"""What BlipImageProcessor knows, with its defaults (the same in transformers 4.57 and 5)."""
+"""Settings of BlipImageProcessor with their defaults, which are the same in transformers 4.57 and 5."""
 WITHOUT_EFFECT = {
     *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"),
     *("data_format", "input_data_format", "default_to_square", "device", "disable_grouping", "return_tensors"),
     *("image_seq_length", "num_query_tokens", "crop_size", "pad_size", "size_divisor", "transformers_version"),
 }
-"""Keys that change no pixel of a BLIP processor."""
+"""Keys that do not change the pixels that a BLIP image processor returns."""
 
 
 @dataclass(frozen=True)
 class ProcessorSettings:
-    """Settings of an image processor and the file they come from; None without one."""
+    """Settings of an image processor, and the file they come from (None if the checkpoint has no such file)."""
 
     values: dict[str, Any]
     file: Path | None
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in px."""
+        """Height and width in pixels."""
         return self.values["size"]["height"], self.values["size"]["width"]
 
     def build(self) -> BlipImageProcessor:
-        """Return Hugging Face's processor of these settings."""
+        """Return Hugging Face's image processor with these settings."""
         return BlipImageProcessor(**self.values)
 
 
 def read_processor(directory: Path) -> ProcessorSettings:
-    """Read the image processor of a checkpoint, BLIP's own where it has none.
+    """Read the image processor of a checkpoint, or return BLIP's default settings if it has none.
 
-    Raises CheckpointError for two files that differ, for another model's processor, and for settings that change pixels
-    in ways the engine does not.
+    Raises CheckpointError if two files differ, if the processor belongs to another model, or if a setting changes
+    pixels in a way that the engine does not support.
     """
-    found = [(path, raw) for path, raw in _candidates(directory) if raw is not None]
-    if not found:
+    files = [(path, raw) for path, raw in _candidates(directory) if raw is not None]
+    if not files:
         return ProcessorSettings(dict(SETTINGS), None)
-    settings = [_checked(path, raw) for path, raw in found]
+    settings = [_checked(path, raw) for path, raw in files]
     if any(other != settings[0] for other in settings[1:]):
         differ = sorted(name for name in SETTINGS if settings[0][name] != settings[1][name])
         raise CheckpointError(
             f"{directory}: {OWN_FILE} and {NESTING_FILE} differ in {', '.join(differ)}: remove the wrong one"
         )
-    return ProcessorSettings(settings[0], found[0][0])
+    return ProcessorSettings(settings[0], files[0][0])
 
 
 def assumed_settings(directory: Path) -> list[str]:
-    """Return a line about a checkpoint without an image processor: the settings are BLIP's own, and may be wrong."""
+    """Return a note if a checkpoint has no image processor: BLIP's default settings are used and may be wrong."""
     if read_processor(directory).file is not None:
         return []
     return [
-        f"{directory} has no {OWN_FILE}: images are resized and normalised with BLIP's own settings (bicubic, its mean "
-        "and std); if the model was trained with others, copy the file from the checkpoint the training started from"
+        f"{directory} has no {OWN_FILE}: images are resized and normalised with BLIP's default settings (bicubic, its "
+        "mean and std). If the model was trained with others, copy the file from the checkpoint it was trained from"
     ]
 
 
 def _candidates(directory: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Return both files that can hold an image processor, each with its settings, or None if it has none."""
     own, nesting = directory / OWN_FILE, directory / NESTING_FILE
     nested = read_json(nesting).get("image_processor") if nesting.is_file() else None
     if nested is not None and not isinstance(nested, dict):
@@ -90,10 +91,12 @@ def _candidates(directory: Path) -> list[tuple[Path, dict[str, Any] | None]]:
 
 
 def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file, completed by the defaults. Raises CheckpointError naming what is not done."""
+    """Return the settings of a file, completed with the defaults. Raises CheckpointError for an unsupported setting."""
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "BlipImageProcessor"
     if not str(kind).startswith("Blip"):
-        raise CheckpointError(f"{path} is of a {kind}: BLIP's images are made by BlipImageProcessor")
+        raise CheckpointError(
+            f"{path} is for {kind}, but BLIP needs BlipImageProcessor: copy the file from a BLIP checkpoint"
+        )
     if raw.get("auto_map"):
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
     others = sorted(
@@ -101,59 +104,67 @@ def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     )
     if others:
         listed = ", ".join(f"{name}={raw[name]!r}" for name in others)
-        raise CheckpointError(f"{path} asks for what is not done to images here ({listed}): remove it")
+        raise CheckpointError(f"{path} has settings that the engine does not support ({listed}): remove them")
     values = dict(SETTINGS) | {name: raw[name] for name in SETTINGS if raw.get(name) is not None}
     values["size"] = _size(path, values["size"])
     if values["do_convert_rgb"] is not True:
-        values["do_convert_rgb"] = True  # every picture is made RGB, as generate's callers do
+        values["do_convert_rgb"] = True  # the engine converts every image to RGB, as callers of generate do
     for name in ("image_mean", "image_std"):
         values[name] = _channels(path, name, values[name])
     above_zero = {"image_std": values["image_std"], "rescale_factor": [values["rescale_factor"]]}
     for name, numbers in ({"image_mean": values["image_mean"]} | above_zero).items():
-        is_valid = all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
+        is_valid = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
         if not is_valid or (name in above_zero and min(numbers) <= 0):
+            limits = "finite and above 0" if name in above_zero else "finite"
             raise CheckpointError(
-                f"{path}: {name} is {values[name]!r}, it must be finite{' and above 0' if name in above_zero else ''}: "
-                "copy the file from the checkpoint that the training started from"
+                f"{path}: {name} is {values[name]!r}, but it must be {limits}: copy the file from the checkpoint that "
+                "the training started from"
             )
     if values["resample"] not in range(6):
-        raise CheckpointError(f"{path}: resample {values['resample']!r} is no filter of Pillow (0 to 5)")
+        raise CheckpointError(f"{path}: resample {values['resample']!r} is not one of Pillow's filters (0 to 5)")
     if not values["do_resize"]:
         raise CheckpointError(
-            f"{path} asks for what the engine does not do (do_resize=False): remove it and export again"
+            f"{path} has a setting that the engine does not support (do_resize=False): remove it and export again"
         )
     return values
 
 
 def _size(path: Path, size: Any) -> dict[str, int]:
+    """Return a size as height and width in pixels. Raises CheckpointError if it is not one."""
     if isinstance(size, int) and not isinstance(size, bool):
         size = {"height": size, "width": size}
     if not isinstance(size, dict) or not {"height", "width"} <= set(size):
-        raise CheckpointError(f"{path} gives the size {size!r}: BLIP needs a height and a width in pixels")
+        raise CheckpointError(f"{path} has the size {size!r}, but BLIP needs a height and a width in pixels")
     if not all(type(size[name]) in (int, float) and 1 <= size[name] < math.inf for name in ("height", "width")):
-        raise CheckpointError(f"{path} gives the size {size!r}: a height and a width are numbers of at least 1")
+        raise CheckpointError(f"{path} has the size {size!r}, but height and width must be numbers of at least 1")
     return {name: int(size[name]) for name in ("height", "width")}
 
 
 def _channels(path: Path, name: str, value: Any) -> list[float]:
-    """Return three numbers, one a channel; a single one is for all of them."""
+    """Return three numbers, one per channel; a single number applies to all channels."""
     values = [value] * 3 if isinstance(value, int | float) else value
-    if not isinstance(values, list) or len(values) != 3 or not all(isinstance(one, int | float) for one in values):
-        raise CheckpointError(f"{path}: {name} is {value!r}, not a number a channel")
-    return [float(one) for one in values]
+    if (
+        not isinstance(values, list)
+        or len(values) != 3
+        or not all(isinstance(number, int | float) for number in values)
+    ):
+        raise CheckpointError(
+            f"{path}: {name} is {value!r}, but it must be a number, or three numbers for three channels"
+        )
+    return [float(number) for number in values]
 
 
 FILES = ("tokenizer.json", "vocab.txt")
-"""Either is enough."""
+"""A tokenizer needs one of these files."""
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
-    """Return the fast tokenizer of a checkpoint, whose model has `vocab_size` token embeddings.
+    """Return the fast tokenizer of a checkpoint; its model has `vocab_size` token embeddings.
 
-    Raises CheckpointError without a usable tokenizer, or for one with ids that the model has no embedding for. Code of
-    the checkpoint is never run.
+    Raises CheckpointError if there is no usable tokenizer, or if it has ids without an embedding in the model. Custom
+    code of the checkpoint is never run.
     """
     if not any((directory / name).is_file() for name in FILES):
         raise CheckpointError(_missing(directory))
@@ -164,21 +175,21 @@ def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrained
     entries = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if vocab_size is not None and entries > vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer has {entries} entries, the model {vocab_size} token embeddings: call "
-            "model.resize_token_embeddings(len(tokenizer)), train the new ones and save the model again"
+            f"{directory}: the tokenizer has {entries} entries, but the model has {vocab_size} token embeddings: call "
+            "model.resize_token_embeddings(len(tokenizer)), train the new embeddings and save the model again"
         )
     if all(id_ in tokenizer.added_tokens_decoder for id_ in tokenizer.get_vocab().values()) and all(
         token.special for token in tokenizer.added_tokens_decoder.values()
     ):
         raise CheckpointError(
-            f"{directory}: every token of the tokenizer is special, so that all captions would be empty: mark only "
+            f"{directory}: every token of the tokenizer is special, so all captions would be empty: mark only "
             "tokens such as [DEC] as special"
         )
     return tokenizer
 
 
 def _missing(directory: Path) -> str:
-    """Return what to do about a checkpoint without a tokenizer: Trainer saves it only if it is given the processor."""
+    """Return the error for a checkpoint without a tokenizer. Trainer saves one only if it gets the processor."""
     config = directory / "config.json"
     base = (read_json(config).get("_name_or_path") if config.is_file() else None) or "BASE"
     return (
@@ -189,6 +200,7 @@ def _missing(directory: Path) -> str:
 
 
 def _read(directory: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a directory by AutoTokenizer or, if that fails, from tokenizer.json alone."""
     path = directory / "tokenizer_config.json"
     if path.is_file() and "auto_map" in read_json(path):
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
@@ -202,8 +214,9 @@ def _read(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _from_tokenizer_json(directory: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of tokenizer.json with the special tokens that tokenizer_config.json names: what
-    transformers 5 writes beside them, 4 does not understand.
+    """Return the tokenizer of tokenizer.json with the special tokens that tokenizer_config.json names.
+
+    The other settings there are ignored, because transformers 4 cannot read all that transformers 5 writes.
     """
     path = directory / "tokenizer_config.json"
     raw = read_json(path) if path.is_file() else {}
@@ -222,7 +235,7 @@ def _from_tokenizer_json(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _text(token: Any) -> str:
-    """Return a token that is written as text, or as an object with its content."""
+    """Return the text of a token, which is stored as a string or as an object with its content."""
     return str(token.get("content")) if isinstance(token, dict) else str(token)
 
 
@@ -253,34 +266,40 @@ DEFAULTS: dict[str, Any] = {
     "max_new_tokens": None,
     "min_new_tokens": None,
 }
-"""Generation settings that stand in a configuration, with their defaults (transformers 4.57, PretrainedConfig)."""
+"""Generation settings that a model configuration may contain, with their defaults.
+
+Source: transformers 4.57, PretrainedConfig.
+"""
 
 
 IGNORED_SETTINGS = (
-    # ids come from text_config, caching and bookkeeping change no caption
+    # ids come from text_config; caching and bookkeeping do not change captions
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "low_memory"),
     *("_from_model_config", "transformers_version", "return_dict_in_generate", "return_legacy_cache"),
     *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
     *("disable_compile", "compile_config", "max_cache_len"),
-    # these count only when captions are drawn, and a checkpoint that asks for that is refused
+    # these apply to sampling only, and a checkpoint that asks for sampling is refused
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-    # and these only beside a second model, which a checkpoint cannot bring
+    # these apply to assisted generation with a second model, which a checkpoint cannot contain
     *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
     *("assistant_early_exit", "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind"),
     "max_matching_ngram_size",
 )
-"""Settings that may differ from Hugging Face's defaults without changing what `generate` says."""
+"""Settings that may differ from Hugging Face's defaults without changing the captions of `generate`."""
 
 
 def verdict(setting: str) -> str:
-    """Return what becomes of a field of GenerationConfig: "yes", "no effect", or "refused" where it is not neutral."""
+    """Return whether the engine supports a field of GenerationConfig: "yes", "no effect" or "refused".
+
+    A "refused" field is accepted if it has its neutral value.
+    """
     if setting in GENERATION_SETTINGS:
         return "yes"
     return "no effect" if setting in IGNORED_SETTINGS else "refused"
 
 
 def check_supported(model: BlipForConditionalGeneration, checkpoint: Path) -> None:
-    """Raise CheckpointError for settings under which Hugging Face would caption in ways the engine cannot."""
+    """Raise CheckpointError if the checkpoint has generation settings that the engine does not support."""
     text = model.config.text_config
     settings = model.text_decoder.generation_config.to_diff_dict()
     unknown = {name: value for name, value in settings.items() if verdict(name) == "refused" and value is not None}
@@ -289,12 +308,12 @@ def check_supported(model: BlipForConditionalGeneration, checkpoint: Path) -> No
     if unknown:
         listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
         raise CheckpointError(
-            f"{checkpoint} asks for what the engine does not do ({listed}): remove it and export again"
+            f"{checkpoint} has settings that the engine does not support ({listed}): remove them and export again"
         )
 
 
 def settings_of_text_config(directory: Path) -> dict[str, Any]:
-    """Return the generation settings of config.json's text_config that are not the defaults."""
+    """Return the generation settings in text_config of config.json that differ from the defaults."""
     text = read_json(directory / "config.json").get("text_config") or {}
     return {
         name: text[name] for name, default in DEFAULTS.items() if text.get(name) is not None and text[name] != default
@@ -302,14 +321,14 @@ def settings_of_text_config(directory: Path) -> dict[str, Any]:
 
 
 def apply_settings(model: BlipForConditionalGeneration, directory: Path) -> None:
-    """Put the settings of text_config where generate reads them, where the release has not done so."""
+    """Copy the settings of text_config to the generation config. Only transformers 5 needs this; 4 does it itself."""
     if IS_5:
         for name, value in settings_of_text_config(directory).items():
             setattr(model.text_decoder.generation_config, name, value)
 
 
 def ignored_settings(directory: Path) -> list[str]:
-    """Return a line where generation_config.json asks for something else than text_config: generate ignores it."""
+    """Return a note if generation_config.json differs from text_config: BLIP's generate ignores that file."""
     path = directory / "generation_config.json"
     if not path.is_file():
         return []
@@ -320,4 +339,8 @@ def ignored_settings(directory: Path) -> list[str]:
         if name in DEFAULTS and value is not None and value != own.get(name, DEFAULTS[name])
     }
     listed = ", ".join(f"{name}={value!r}" for name, value in sorted(other.items()))
-    return [f"{path.name} asks for {listed}: BLIP's generate reads text_config in config.json alone"] if listed else []
+    return (
+        [f"{path.name} sets {listed}, which is ignored: BLIP's generate reads only text_config in config.json"]
+        if listed
+        else []
+    )

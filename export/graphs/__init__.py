@@ -1,1 +1,1 @@
-"""A model as the graphs of a bundle: the modules, ONNX files, int8."""
+"""Write the ONNX graphs of a bundle: torch modules, export to ONNX files, and int8 quantisation."""

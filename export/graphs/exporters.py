@@ -1,4 +1,7 @@
-"""The three graphs as an exporter sees them: names, dynamic axes, example inputs; knows no exporter."""
+"""Export the three graphs of a bundle to ONNX files, with torch's or optimum's exporter.
+
+A GraphSpec describes a graph for either exporter: names, dynamic axes and example inputs.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from export.graphs.quantise import kept_float32, quantise, write_halves
 
 
 class GraphSpec:
-    """What an exporter needs to know of one graph; subclasses give the names, axes and example inputs."""
+    """Describes one graph for an exporter. Subclasses define the names, dynamic axes and example inputs."""
 
     def __init__(self, blip: BlipForConditionalGeneration) -> None:
         self.config = blip.config
@@ -32,33 +35,39 @@ class GraphSpec:
         self.cache_type = blip.dtype
 
     def cache_names(self, part: str) -> list[str]:
+        """Return the names of the keys and values `part` ("cross", "settled", ...) of all layers."""
         return cache_names(self.layers, part)
 
     def cache_axes(self, part: str, images: str, positions: str | None) -> dict[str, dict[int, str]]:
+        """Return the dynamic axes of keys and values [B,H,positions,d]; without a name, `positions` is a fixed size."""
         axes = {0: images} | ({2: positions} if positions else {})
         return dict.fromkeys(self.cache_names(part), axes)
 
     def cache(self, images: int, positions: int) -> list[torch.Tensor]:
+        """Return random example keys and values [B,H,positions,d] of all layers, keys and values alternately."""
         shape = (images, self.heads, positions, self.width)
         return [torch.randn(shape, dtype=self.cache_type) for _ in range(2 * self.layers)]
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
         """Names of the inputs in order, and the names of their dynamic axes."""
-        raise AssertionError("each graph gives its own")
+        raise AssertionError("a subclass must define it")
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
         """Names of the outputs in order, and the names of their dynamic axes."""
-        raise AssertionError("each graph gives its own")
+        raise AssertionError("a subclass must define it")
 
     def examples(self) -> dict:
-        """Example inputs for tracing: every dynamic axis has its own length, so that none is frozen by accident."""
-        raise AssertionError("each graph gives its own")
+        """Return example inputs for tracing.
+
+        Every dynamic axis has a different length, so that tracing cannot mistake one for another and fix its size.
+        """
+        raise AssertionError("a subclass must define it")
 
 
 class EncoderSpec(GraphSpec):
-    """encoder.onnx: pixels u8[B,height,width,3] -> cross keys and values."""
+    """encoder.onnx: pixels u8[B,height,width,3] -> keys and values of cross-attention."""
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -73,7 +82,7 @@ class EncoderSpec(GraphSpec):
 
 
 class DecoderSpec(GraphSpec):
-    """decoder.onnx: one step, prefill included."""
+    """decoder.onnx: one decoding step. The prefill uses the same graph."""
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -117,7 +126,7 @@ class DecoderSpec(GraphSpec):
 
 
 class RegroupSpec(GraphSpec):
-    """regroup.onnx: recent positions settled, slots and positions kept."""
+    """regroup.onnx: folds the recent block of the KV cache into the settled block; keeps only chosen positions."""
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -143,7 +152,7 @@ class RegroupSpec(GraphSpec):
 
 FP16_SUFFIX = ".fp16"
 MIN_FP16_ELEMENTS = 1024
-"""Smaller tensors stay float32: nothing is gained, and scalars keep their type."""
+"""Smaller tensors stay float32: converting them saves nothing, and scalars must keep their type."""
 
 
 def write_graphs(
@@ -154,11 +163,11 @@ def write_graphs(
     is_int8: bool = False,
     exporter: str = "torch",
 ) -> None:
-    """Write encoder.onnx, decoder.onnx and regroup.onnx with their weights beside them into `out`, and the decoder in
-    halves.
+    """Write encoder.onnx, decoder.onnx, regroup.onnx and the two graphs of the split decoder into the folder `out`.
 
-    They have the model's own type, float32 or float16; of a float32 model `is_int8` makes the dense layers int8.
-    `normalisation` is export.reference.huggingface.normalisation, `exporter` one of EXPORTERS.
+    Weights are stored in separate files next to the graphs. The graphs have the model's type, float32 or float16. With
+    `is_int8`, the dense layers of a float32 model become int8. `normalisation` is the result of
+    export.reference.huggingface.normalisation, and `exporter` is one of EXPORTERS.
     """
     graphs: tuple[tuple[str, ExportedModule, GraphSpec], ...] = (
         ("encoder", Encoder(blip, *normalisation), EncoderSpec(blip)),
@@ -169,8 +178,9 @@ def write_graphs(
         path = out / f"{name}.onnx"
         EXPORTERS[exporter](module, spec, path)
         model = onnx.load(str(path))
-        for stray in out.glob(f"{name}.onnx?data"):
-            stray.unlink()
+        # onnx.load has read the exporter's weight file; _save writes another
+        for exported_weights in out.glob(f"{name}.onnx?data"):
+            exported_weights.unlink()
         if is_int8:
             model = quantise(model, kept_float32(blip.config))
         _check_operators(model, name)
@@ -181,13 +191,16 @@ def write_graphs(
 
 
 def _check_operators(model: onnx.ModelProto, name: str) -> None:
-    """Only standard operators may be in the files: every runtime must take the same graphs."""
+    """Assert that a graph has only standard ONNX operators, because every runtime must accept the same files."""
     foreign = {node.domain for node in model.graph.node if node.domain not in ("", "ai.onnx")}
-    assert not foreign, f"{name}.onnx holds operators of {foreign}"
+    assert not foreign, f"{name}.onnx has operators of {foreign}"
 
 
 def _store_exact_weights_as_fp16(model: onnx.ModelProto) -> None:
-    """Store float32 weights that are exact in float16 at half the size, with a Cast that runtimes fold at load."""
+    """Store float32 weights that float16 represents exactly at half the size.
+
+    A Cast restores float32, and runtimes fold it when they load the graph.
+    """
     casts = []
     for tensor in model.graph.initializer:
         if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < MIN_FP16_ELEMENTS:
@@ -206,7 +219,7 @@ def _store_exact_weights_as_fp16(model: onnx.ModelProto) -> None:
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
-    """Save with the weights in one file beside the graph, so that a changed graph does not rewrite them."""
+    """Save a graph with its weights in a separate file, so that a change to the graph does not rewrite the weights."""
     model.producer_name, model.doc_string = "blip-caption-engine", ""
     for node in model.graph.node:
         node.doc_string = ""
@@ -222,10 +235,10 @@ OPSET = 18
 
 
 def export_by_torch(module: ExportedModule, spec: GraphSpec, path: Path) -> None:
-    """Trace a module with torch.onnx.export."""
+    """Export a module with torch.onnx.export, by tracing."""
     axes = {name: named for name, named in (spec.inputs | spec.outputs).items() if named}
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch deprecates its TorchScript exporter
+        warnings.simplefilter("ignore")  # torch warns that its TorchScript exporter is deprecated
         torch.onnx.export(
             module.eval(),
             tuple(spec.examples().values()),
@@ -240,15 +253,15 @@ def export_by_torch(module: ExportedModule, spec: GraphSpec, path: Path) -> None
 
 
 def export_by_optimum(module: ExportedModule, spec: GraphSpec, path: Path) -> None:
-    """Trace a module with optimum's exporter. Raises ExportError where it does not work with what is installed."""
+    """Export a module with optimum's exporter. Raises ExportError if it cannot be imported."""
     try:
         from optimum.exporters.onnx import export
         from optimum.exporters.onnx.base import OnnxConfig
     except ImportError as error:
-        raise ExportError(f"optimum's exporter cannot be imported ({error}): leave --exporter optimum out") from error
+        raise ExportError(f"optimum's exporter cannot be imported ({error}): use --exporter torch") from error
 
     class Config(OnnxConfig):
-        """A GraphSpec in optimum's words."""
+        """The GraphSpec as optimum's OnnxConfig."""
 
         NORMALIZED_CONFIG_CLASS = staticmethod(lambda config, **_: config)
         DEFAULT_ONNX_OPSET = OPSET
@@ -260,7 +273,7 @@ def export_by_optimum(module: ExportedModule, spec: GraphSpec, path: Path) -> No
             return spec.examples()
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates its TorchScript exporter, which optimum uses
+        warnings.simplefilter("ignore")  # torch warns that its TorchScript exporter, which optimum uses, is deprecated
         config = Config(spec.config, task="feature-extraction")
         export(module.eval(), config, path, opset=OPSET, do_constant_folding=False, disable_dynamic_axes_fix=True)
 

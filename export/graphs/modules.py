@@ -1,8 +1,8 @@
-"""The three graphs of a bundle as torch modules that reuse a checkpoint's own weights under their own names.
+"""The three graphs of a bundle as torch modules that use a checkpoint's weights under their original names.
 
-Shape letters are those of engine/decoding/backend.py. Parameters stay exactly as they are in the checkpoint (packing
-and transposing happens in the graph, and runtimes fold it at load), so a graph's initialisers are the checkpoint's
-tensors, tied ones once. Reference: transformers 4.57, models/blip/modeling_blip.py and modeling_blip_text.py.
+Shape letters are those of engine/decoding/backend.py. Parameters are not changed: packing and transposing happens in
+the graph, and runtimes fold it when they load the graph. So a graph's initialisers are the checkpoint's tensors, and
+tied tensors are stored once. Reference: transformers 4.57, models/blip/modeling_blip.py and modeling_blip_text.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import BlipConfig, BlipForConditionalGeneration, PreTrainedModel
 
 MASKED = -1e4
-"""Added to attention scores outside a beam's own past; exp(MASKED) is 0, and float16 holds it."""
+"""Added to the attention scores of positions outside a beam's past; exp(MASKED) is 0, and float16 can represent it."""
 
 
 class ExportedModule(PreTrainedModel):
-    """Base of the exported modules; optimum's exporter wants a PreTrainedModel with a config."""
+    """Base class of the exported modules. optimum's exporter needs a PreTrainedModel with a config."""
 
     config_class = BlipConfig
 
@@ -28,19 +28,19 @@ class ExportedModule(PreTrainedModel):
         self.heads = blip.config.text_config.num_attention_heads
         self.width = blip.config.text_config.hidden_size // self.heads
         self.weights_type = blip.dtype
-        """float32 or float16; what is computed in float32 all the same is said where it is."""
+        """float32 or float16. Some operations use float32 in either case, see the comments there."""
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast where needed only: a cast to the same type would stand in a float32 graph for nothing."""
+    """Cast to another type. A cast to the same type is skipped, because tracing would add it to the graph."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 class Encoder(ExportedModule):
-    """Pixels to the cross-attention keys and values of every decoder layer, once an image."""
+    """Turns pixels into the cross-attention keys and values of every decoder layer; runs once per image."""
 
     def __init__(self, blip: BlipForConditionalGeneration, rescale: float, mean: list[float], std: list[float]) -> None:
-        """`rescale`, `mean` and `std` are the image processor's: (x * rescale - mean) / std."""
+        """Set the normalisation of the image processor: (x * rescale - mean) / std."""
         super().__init__(blip)
         self.rescale = rescale
         self.register_buffer("image_mean", torch.tensor(mean))
@@ -58,7 +58,7 @@ class Encoder(ExportedModule):
         )
 
     def _vision(self, pixels: Tensor) -> Tensor:
-        """BlipVisionModel.forward with a packed, mask-free attention; returns f32[B,S,D]."""
+        """Run BlipVisionModel.forward with packed attention and without a mask; returns f32[B,S,D]."""
         vision, batch = self.vision_model, pixels.shape[0]
         embeddings = vision.embeddings
         patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
@@ -76,7 +76,7 @@ class Encoder(ExportedModule):
 
 
 class DecoderStep(ExportedModule):
-    """One step of the text decoder: T tokens an image, attention over a tree-shaped cache, selection of candidates."""
+    """One step of the text decoder: T tokens per image, attention over a tree-shaped cache, and the best candidates."""
 
     def forward(
         self,
@@ -91,9 +91,11 @@ class DecoderStep(ExportedModule):
         settled: list[Tensor],
         recent: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """Inputs as engine.decoding.backend.StepInputs has them; cross f32[B,H,S,d], settled f32[B,H,F,d] and recent
-        f32[B,H,R,d] each hold keys and values alternately, layer by layer. num_candidates is i64[1] in a graph, and a
-        0-dimensional CPU tensor where torch runs the step, whatever the device of the other inputs.
+        """Run one step.
+
+        The inputs are those of engine.decoding.backend.StepInputs. cross f32[B,H,S,d], settled f32[B,H,F,d] and recent
+        f32[B,H,R,d] each hold keys and values alternately, layer by layer. num_candidates is i64[1] in a graph. If
+        torch runs the step, it is a 0-dimensional CPU tensor, on whatever device the other inputs are.
 
         Returns candidate_scores f32[B,C], candidate_ids i64[B,C] and the recent cache extended to f32[B,H,R+T,d].
         """
@@ -111,23 +113,29 @@ class DecoderStep(ExportedModule):
             x = self._cross_attention(layer.crossattention, x, cross[pair], batch)
             x = layer.output(layer.intermediate(x), x)
         logits = self.text_decoder.cls(x).view(batch, -1, self.config.text_config.vocab_size)
+        # scores stay float32 in a float16 model too
         processed = self._process(logits.float(), marked_ids, penalties)
         return (*self._select(processed, scores, num_candidates), *extended)
 
     def _split_heads(self, x: Tensor, batch: Tensor) -> Tensor:
-        """f32[B*T,D] -> f32[B,H,T,d]."""
+        """Reshape f32[B*T,D] to f32[B,H,T,d]."""
         return x.view(batch, -1, self.heads, self.width).transpose(1, 2)
 
     def _merge_heads(self, x: Tensor) -> Tensor:
-        """f32[B,H,T,d] -> f32[B*T,D]."""
+        """Reshape f32[B,H,T,d] to f32[B*T,D]."""
         return x.transpose(1, 2).reshape(-1, self.heads * self.width)
 
     def _self_attention(self, attention, x, bias, settled, recent, batch):
-        """Attend over settled, recent and fed positions; `bias` f32[B,1,T,F+R+T] hides what is not a row's past."""
+        """Attend over settled, recent and fed positions.
+
+        `bias` f32[B,1,T,F+R+T] masks the positions that are not in a row's past. Returns the layer's output and the
+        recent keys and values with those of the fed tokens appended.
+        """
         parts = (attention.self.query, attention.self.key, attention.self.value)
         q, k, v = (self._split_heads(part(x), batch) for part in parts)
         k, v = torch.cat([recent[0], k], 2), torch.cat([recent[1], v], 2)
         q = q * (1 / math.sqrt(self.width))
+        # the two blocks are multiplied separately: concatenating them would copy the large settled block every step
         weights = torch.cat([q @ settled[0].transpose(-1, -2), q @ k.transpose(-1, -2)], -1)
         weights = torch.softmax(weights + bias, -1)
         split = settled[0].shape[2]
@@ -135,34 +143,36 @@ class DecoderStep(ExportedModule):
         return attention.output(self._merge_heads(mixed), x), [k, v]
 
     def _cross_attention(self, attention, x, cross, batch):
-        """Attend over the image; its keys and values are shared by its rows, which ride on the query axis."""
+        """Attend over the image. All rows of an image share its keys and values, so the rows are on the query axis."""
         q = self._split_heads(attention.self.query(x), batch) * (1 / math.sqrt(self.width))
         weights = torch.softmax(q @ cross[0].transpose(-1, -2), -1)
         return attention.output(self._merge_heads(weights @ cross[1]), x)
 
     @staticmethod
     def _process(logits: Tensor, marked_ids: Tensor, penalties: Tensor) -> Tensor:
-        """Return log-probabilities f32[B,T,V] with the repetition penalty and bans of marked_ids i64[B,T,M].
+        """Return log-probabilities f32[B,T,V] with the repetition penalty and the bans of marked_ids i64[B,T,M].
 
-        In Hugging Face the penalty is on raw logits where captions are greedy or drawn (log_softmax moves them all by
-        one number, so the change is added), on log-probabilities in beam search: penalties f32[2]; 1 is none, to the
-        last bit.
-        Marks of -1 (rows without any) write back what stands at id 0, so all writes to one place agree.
+        Hugging Face applies the penalty to raw logits in greedy search and sampling, and to log-probabilities in beam
+        search. penalties f32[2] holds both; 1 is off and changes no bit. A change of raw logits is added to the
+        log-probabilities, because log_softmax shifts all logits by the same number.
+
+        A mark of -1 (in a row without marks) writes back the value at id 0. So all writes to one position agree, and
+        the result does not depend on their order.
         """
         log_probs = torch.log_softmax(logits, -1)
         index = torch.where(marked_ids < 0, -2 - marked_ids, marked_ids).clamp(min=0)
         raw, log_prob = logits.gather(2, index), log_probs.gather(2, index)
         on_logits, on_log_probs = penalties[0], penalties[1]
-        said = log_prob + (torch.where(raw < 0, raw * on_logits, raw / on_logits) - raw)
-        said = torch.where(said < 0, said * on_log_probs, said / on_log_probs)
+        penalised = log_prob + (torch.where(raw < 0, raw * on_logits, raw / on_logits) - raw)
+        penalised = torch.where(penalised < 0, penalised * on_log_probs, penalised / on_log_probs)
         banned = torch.where(marked_ids < 0, log_prob, float("-inf"))
-        return log_probs.scatter(2, index, torch.where(marked_ids < -1, said, banned))
+        return log_probs.scatter(2, index, torch.where(marked_ids < -1, penalised, banned))
 
     @staticmethod
     def _select(log_probs: Tensor, scores: Tensor, num_candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Best continuations over the rows of each image: + running scores, top C.
+        """Add the running scores and return the best C continuations over all rows of each image.
 
-        The top C of each row are taken first: the best C over all rows are among them.
+        The top C of each row are selected first, because the best C over all rows are among them.
         """
         row_scores, row_ids = TopK.apply(log_probs, num_candidates)
         totals = (row_scores + scores.unsqueeze(2)).flatten(1)
@@ -172,8 +182,9 @@ class DecoderStep(ExportedModule):
 
 
 class TopK(torch.autograd.Function):
-    """torch.topk over the last axis whose count is a tensor of one element, so that one graph serves every number of
-    beams.
+    """torch.topk over the last axis with a tensor of one element as k.
+
+    With k as an input, one graph serves every number of beams. torch.topk itself would be traced with a constant.
     """
 
     @staticmethod
@@ -186,12 +197,16 @@ class TopK(torch.autograd.Function):
 
 
 class Regroup(ExportedModule):
-    """Fold recent keys and values into the settled ones, keeping chosen slots and positions; no weights."""
+    """Folds recent keys and values into the settled ones, and keeps only chosen slots and positions. Has no weights."""
 
     def forward(
         self, slots: Tensor, columns: Tensor, settled: list[Tensor], recent: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """slots i64[B'], columns i64[B',F'] into settled then recent positions -> settled caches f32[B',H,F',d]."""
+        """Return the settled caches f32[B',H,F',d] of the slots and positions to keep.
+
+        slots i64[B'] are the slots to keep. columns i64[B',F'] are the positions to keep of each, counted over the
+        settled positions and then the recent ones.
+        """
         positions = settled[0].shape[2] + recent[0].shape[2]
         heads = torch.arange(self.heads)
         flat = (slots[:, None, None] * self.heads + heads[None, :, None]) * positions + columns[:, None, :]

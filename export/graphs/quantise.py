@@ -1,8 +1,8 @@
-"""Make the dense layers of a float32 graph int8 with onnxruntime's dynamic quantiser; knows nothing of bundles.
+"""Quantise the dense layers of a float32 graph to int8 with onnxruntime, and split the decoder graph in two.
 
-Weights become int8 with a scale for each output, activations uint8 with a scale for each tensor, found while the graph
-runs. Everything else stays float32: attention, layer norms, embeddings, the LM head and the first and last layer of
-the vision tower, which benchmarks/LOG.md ("Half and int8") shows to be where most of the error came from.
+Quantisation is dynamic: weights become int8 with one scale per output, and activations become uint8 with one scale per
+tensor, which is computed while the graph runs. All else stays float32: attention, layer norms, embeddings, the LM head,
+and the first and last layer of the vision tower, which caused most of the error (benchmarks/LOG.md, "Half and int8").
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from transformers import BlipConfig
 from engine.bundle.manifest import CHOICE, FORMAT, LOG_PROBS, graph_inputs, graph_outputs
 
 HEAD = ("word_embeddings", "cls.predictions")
-"""What the weights of the LM head are called: the tied embedding and the transformation before it."""
+"""Parts of the names of the LM head's weights: the tied embedding and the transformation before it."""
 
 
 def kept_float32(config: BlipConfig) -> tuple[str, ...]:
-    """Return the parts of weights' names that mark a layer as staying float32."""
+    """Return the parts of weight names by which a layer stays float32."""
     ends = (0, config.vision_config.num_hidden_layers - 1)
     return (*HEAD, *(f"vision_model.encoder.layers.{i}." for i in ends))
 
 
 def quantise(model: ModelProto, kept: tuple[str, ...]) -> ModelProto:
-    """Return the graph with int8 dense layers, but for weights whose names hold one of `kept`; `model` is used up.
+    """Return the graph with int8 dense layers, except for weights whose names contain one of `kept`.
 
-    Only operators of the ONNX standard come in (DynamicQuantizeLinear, MatMulInteger). Weights use 7 of their 8 bits
-    (`reduce_range`): processors without VNNI add two products in 16 bits, which 8 would overflow without a word.
+    `model` is changed in place and must not be used afterwards. Only standard ONNX operators are added
+    (DynamicQuantizeLinear, MatMulInteger). Weights use 7 of their 8 bits (`reduce_range`), because processors without
+    VNNI add two products in 16 bits, and 8-bit weights would overflow silently.
     """
     _prepare(model, kept)
-    add_pre_process_metadata(model)  # else a warning: shapes are inferred, and optimising is the runtime's business
+    add_pre_process_metadata(model)  # avoids a warning; the runtime infers shapes and optimises the graph
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "quantised.onnx"
         quantize_dynamic(
@@ -56,25 +57,26 @@ def quantise(model: ModelProto, kept: tuple[str, ...]) -> ModelProto:
 
 
 def _prepare(model: ModelProto, kept: tuple[str, ...]) -> None:
-    """Give every dense layer that is to become int8 a weight the quantiser takes, and hide the others from it.
+    """Rewrite the dense layers so that the quantiser converts exactly those that should become int8.
 
-    It takes a MatMul by an initialiser, and a Gemm, which it would split in two with a copy of the weight (a second
-    embedding, for the LM head). A MatMul by a Transpose it leaves alone.
+    The quantiser converts a MatMul with an initialiser. It also converts a Gemm, which it would split in two with a
+    copy of the weight (for the LM head, a second embedding). It ignores a MatMul with the output of a Transpose. So
+    weights to convert are transposed here, and a Gemm to keep becomes a Transpose, a MatMul and an Add.
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     transposed = {node.output[0]: node for node in model.graph.node if node.op_type == "Transpose"}
     uses = Counter(name for node in model.graph.node for name in node.input)
     nodes: list[NodeProto] = []
     for node in model.graph.node:
-        turn = transposed.get(node.input[1]) if node.op_type == "MatMul" else None
-        if turn is not None and turn.input[0] in weights and not _is_kept(turn.input[0], kept):
-            weight = weights[turn.input[0]]
-            assert uses[weight.name] == uses[turn.output[0]] == 1, f"{weight.name} has another use"
+        transpose = transposed.get(node.input[1]) if node.op_type == "MatMul" else None
+        if transpose is not None and transpose.input[0] in weights and not _is_kept(transpose.input[0], kept):
+            weight = weights[transpose.input[0]]
+            assert uses[weight.name] == uses[transpose.output[0]] == 1, f"{weight.name} has another use"
             weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).T.copy(), weight.name))
-            nodes.remove(turn)
+            nodes.remove(transpose)
             node.input[1] = weight.name
         if node.op_type == "Gemm" and _is_kept(node.input[1], kept):
-            nodes += _spelt_out(node)
+            nodes += _split_gemm(node)
         else:
             nodes.append(node)
     del model.graph.node[:]
@@ -85,8 +87,8 @@ def _is_kept(weight: str, kept: tuple[str, ...]) -> bool:
     return any(part in weight for part in kept)
 
 
-def _spelt_out(gemm: NodeProto) -> list[NodeProto]:
-    """Return x W^T + b, which torch writes as one Gemm, as three nodes."""
+def _split_gemm(gemm: NodeProto) -> list[NodeProto]:
+    """Return x W^T + b as three nodes: Transpose, MatMul and Add. torch exports it as one Gemm."""
     x, weight, bias = gemm.input
     (out,) = gemm.output
     return [
@@ -97,7 +99,10 @@ def _spelt_out(gemm: NodeProto) -> list[NodeProto]:
 
 
 def write_halves(out: Path, num_layers: int, vocab_size: int) -> None:
-    """Write log_probs.onnx and choice.onnx beside the decoder.onnx in `out`."""
+    """Write the split decoder, log_probs.onnx and choice.onnx, next to decoder.onnx in `out`.
+
+    An ensemble averages log-probabilities between the two graphs.
+    """
     for graph in (LOG_PROBS, CHOICE):
         model = onnx.load(str(out / "decoder.onnx"), load_external_data=False)
         (node,) = (node for node in model.graph.node if node.op_type == "LogSoftmax")
@@ -113,7 +118,7 @@ def write_halves(out: Path, num_layers: int, vocab_size: int) -> None:
 
 
 def _rename(model: onnx.ModelProto, name: str) -> None:
-    """Give a tensor the name LOG_PROBS."""
+    """Rename the tensor `name` to LOG_PROBS."""
     for node in model.graph.node:
         for names in (node.input, node.output):
-            names[:] = [LOG_PROBS if one == name else one for one in names]
+            names[:] = [LOG_PROBS if tensor == name else tensor for tensor in names]

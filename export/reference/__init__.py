@@ -1,1 +1,1 @@
-"""What PyTorch says: Hugging Face's generate, recordings of it, and why a caption differs."""
+"""The PyTorch reference: Hugging Face's generate, recordings of its captions, and tracing of mismatches."""

@@ -1,4 +1,7 @@
-"""Golden recordings: synthetic images, decoding settings, and the captions of `generate`; independent of bundles."""
+"""Record golden captions: what Hugging Face's `generate` returns for synthetic images under several settings.
+
+`engine verify` replays the recording of a bundle. This module does not depend on bundles.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +41,21 @@ GOLDEN_SETTINGS = (
         "early_stopping": True,
     },
 )
-"""Every decoding option that is not for sampling is in one of them, or in BANS. An option that is absent is off, even
-if the checkpoint's own default differs: `Reference.generate` passes it to generate explicitly."""
+"""Settings that are recorded. Each decoding option, except those for sampling, is in one of them or in BANS.
+
+An option that a setting lacks is off, even if the checkpoint's default differs: `Reference.generate` passes it to
+generate explicitly."""
 BANS = {1: ("bad_words",), 3: ("suppress_tokens",), 5: ("bad_words_ids", "begin_suppress_tokens")}
-"""Options that ban ids, by the number of the setting that gets them. What is banned is in the captions without it."""
+"""Options that ban ids, by the index of the setting that gets them.
+
+The ids are taken from the captions without the ban, so that each ban changes a caption."""
 GOLDEN_IMAGES = 3
 LONGEST_PROMPT = 24
-"""Room kept for the golden prompt where a checkpoint has few positions."""
+"""Positions reserved for the golden prompt if a checkpoint has few positions."""
 
 
 def golden_pictures(size: int) -> np.ndarray:
-    """Return smooth synthetic images u8[N,size,size,3], the same on every machine: sums of a few cosine waves."""
+    """Return smooth synthetic images u8[N,size,size,3], sums of a few cosine waves. They are equal on every machine."""
     rng = np.random.default_rng(20260101)
     y, x = np.mgrid[0:size, 0:size] / size
     pictures = []
@@ -64,14 +71,17 @@ def golden_pictures(size: int) -> np.ndarray:
 
 
 def record_golden(reference: Reference) -> Golden:
-    """Record `generate` on the golden images in every one of GOLDEN_SETTINGS."""
+    """Record the captions of `generate` on the golden images under each of GOLDEN_SETTINGS.
+
+    Raises CheckpointError if the model's scores are not finite.
+    """
     pictures = golden_pictures(reference.model.config.vision_config.image_size)
     pixel_values = reference.pixels([Image.fromarray(picture) for picture in pictures])
-    most = reference.model.config.text_config.max_position_embeddings
-    room = {"max_length": most, "min_length": most}
-    room |= dict.fromkeys(("max_new_tokens", "min_new_tokens"), max(1, most - LONGEST_PROMPT))
+    num_positions = reference.model.config.text_config.max_position_embeddings
+    limits = {"max_length": num_positions, "min_length": num_positions}
+    limits |= dict.fromkeys(("max_new_tokens", "min_new_tokens"), max(1, num_positions - LONGEST_PROMPT))
     settings: list[dict[str, Any]] = [
-        setting | {name: min(setting[name], most) for name, most in room.items() if name in setting}
+        setting | {name: min(setting[name], limit) for name, limit in limits.items() if name in setting}
         for setting in GOLDEN_SETTINGS
     ]
     golden = Golden(pictures, settings, [], [])
@@ -89,13 +99,13 @@ def record_golden(reference: Reference) -> Golden:
         scores = [np.nan if best.score is None else best.score for best, *_ in captions]
         golden.scores.append(np.array(scores, np.float32))
         if len(captions[0]) > 1:
-            alternatives = _table([one.ids for _, *others in captions for one in others])
+            alternatives = _table([caption.ids for _, *others in captions for caption in others])
             golden.alternatives[number] = alternatives.reshape(len(captions), len(captions[0]) - 1, -1)
     return golden
 
 
 def _table(captions: list[Ids]) -> np.ndarray:
-    """Return ids as i64[N,L], padded with UNRECORDED."""
+    """Return the ids of captions as i64[N,L], padded with UNRECORDED."""
     table = np.full((len(captions), max(map(len, captions))), UNRECORDED, np.int64)
     for row, ids in zip(table, captions, strict=True):
         row[: len(ids)] = ids
@@ -103,28 +113,28 @@ def _table(captions: list[Ids]) -> np.ndarray:
 
 
 def _bans(captions: list[Ids], reference: Reference) -> dict[str, Any]:
-    """Return, for every option of BANS, something that these captions, without their prompts, contain."""
+    """Return a value for each option of BANS that bans something in these captions (without their prompts)."""
     eos = reference.model.config.text_config.sep_token_id
-    words = [[one for one in ids if one != eos] for ids in captions]
+    words = [[token for token in ids if token != eos] for ids in captions]
     first, *others = words
-    said = list(dict.fromkeys(one for ids in words for one in ids))
+    distinct = list(dict.fromkeys(token for ids in words for token in ids))
     return {
         "bad_words_ids": [ids for ids in (first[:1], *(ids[1:3] for ids in others)) if ids],
-        "suppress_tokens": said[1:2] or [reference.model.config.text_config.pad_token_id],
+        "suppress_tokens": distinct[1:2] or [reference.model.config.text_config.pad_token_id],
         "begin_suppress_tokens": list(dict.fromkeys(ids[0] for ids in words if ids)) or [eos],
         "bad_words": _spelled(words, reference),
     }
 
 
 def _spelled(captions: list[list[int]], reference: Reference) -> list[str]:
-    """Return one text of up to 3 ids in a caption that the tokenizer spells with the same ids.
+    """Return a text of up to 3 ids of a caption that the tokenizer encodes to the same ids.
 
-    Without one (captions of word pieces or special ids alone), return a word that the tokenizer knows: some text has to
-    be banned.
+    If there is none (captions of word pieces or special ids only), return a word of the vocabulary, so that some text
+    is banned.
     """
     tokenizer = reference.tokenizer
     spans = [ids[i : i + n] for ids in captions for n in (1, 2, 3) for i in range(len(ids) + 1 - n)]
-    known = ([one] for one in range(reference.model.config.text_config.vocab_size))
+    known = ([token] for token in range(reference.model.config.text_config.vocab_size))
     for ids in itertools.chain(spans, known):
         text = tokenizer.decode(ids).strip()
         is_plain = text.isalpha() and not set(ids) & set(tokenizer.all_special_ids)

@@ -1,4 +1,4 @@
-"""The reference: Hugging Face's generate, scores and pixels, also for the mean of several models."""
+"""The reference that the engine must match: Hugging Face's generate, scores and pixels, also for an ensemble."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from export.checkpoints.settings import read_processor, read_tokenizer
 
 @dataclass
 class PrefixCache:
-    """The image in every slot, and the token at every cached position, i64[B,W]."""
+    """A cache of tokens, not keys and values: the image of each slot, and the token at each position, i64[B,W]."""
 
     images: list[NDArray[np.uint8] | None]
     tokens: NDArray[np.int64]
@@ -39,7 +39,7 @@ class PrefixCache:
         return cls([None] * num_slots, np.zeros((num_slots, 0), np.int64))
 
     def feed(self, inputs: StepInputs) -> list[list[tuple[int, ...]]]:
-        """Append the step's tokens; return the past of each row, itself included, as B lists of T prefixes."""
+        """Append the step's tokens; return the tokens of each row's past and its own, as B lists of T prefixes."""
         self.tokens = np.concatenate([self.tokens, inputs.input_ids], 1)
         return [
             [tuple(tokens[past].tolist()) for past in rows]
@@ -53,13 +53,13 @@ class PrefixCache:
 
 
 class PrefixBackend(ABC):
-    """Implements Backend on top of `log_probs`, which subclasses provide."""
+    """A Backend without keys and values: subclasses implement `log_probs` of whole prefixes."""
 
     name = "prefix"
     batch_sizes = BatchSizes(rows=32, encode_batch=4)
 
     def logits(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
-        """Return raw logits f32[len(prefixes),V]; a backend without them returns log-probabilities."""
+        """Return raw logits f32[len(prefixes),V]. The default returns log-probabilities."""
         return self.log_probs(image, prefixes)
 
     @abstractmethod
@@ -79,7 +79,7 @@ class PrefixBackend(ABC):
         cache.images[slot] = encoded[image]
 
     def step(self, cache: PrefixCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """See Backend.step: log-probabilities, marks, plus running scores, best C, written in the simplest way."""
+        """See Backend.step. This is the simplest implementation: no selection per row, one stable sort per slot."""
         prefixes = cache.feed(inputs)
         all_scores = np.full((len(prefixes), inputs.num_candidates), -np.inf, np.float32)
         all_ids = np.zeros(all_scores.shape, np.int64)
@@ -102,7 +102,7 @@ class PrefixBackend(ABC):
 
 @dataclass(frozen=True)
 class ReferenceCaption:
-    """One sequence `generate` returned: ids cut after the first end token, and its score (None when greedy)."""
+    """A sequence that `generate` returned: ids up to the first end token, and its score (None if greedy)."""
 
     ids: tuple[int, ...]
     score: float | None
@@ -110,7 +110,7 @@ class ReferenceCaption:
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint as Hugging Face runs it: model (eval, float32), slow image processor and fast tokenizer."""
+    """A checkpoint in Hugging Face: model (eval mode, float32), slow image processor and fast tokenizer."""
 
     model: BlipForConditionalGeneration
     image_processor: BlipImageProcessor
@@ -118,25 +118,25 @@ class Reference:
 
     @classmethod
     def load(cls, checkpoint: Path, image_size: int | None = None) -> Reference:
-        """Load a checkpoint directory; raise CheckpointError where load_checkpoint would, or without a tokenizer."""
+        """Load a checkpoint directory. Raises CheckpointError as load_checkpoint does, or if there is no tokenizer."""
         model = load_checkpoint(checkpoint, image_size)
         processor = read_processor(checkpoint).build()
         size = model.config.vision_config.image_size
         processor.size = {"height": size, "width": size}
         return cls(model, processor, read_tokenizer(checkpoint, model.config.text_config.vocab_size))
 
-    def pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
-        """Return what the processor makes of RGB pictures: f32[B,3,height,width]."""
-        return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    def pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        """Return the pixel values of RGB images by the image processor: f32[B,3,height,width]."""
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def prompt_ids(self, prompt: str | None) -> torch.Tensor | None:
-        """Return the processor's ids of a prompt, i64[1,P+1] with [CLS] and [SEP], or None without one."""
+        """Return the token ids of a prompt with [CLS] and [SEP], i64[1,P+1], or None if there is no prompt."""
         if not prompt:
             return None
         return self.tokenizer(prompt, padding=False, truncation=False, return_tensors="pt")["input_ids"]
 
     def bad_words_ids(self, options: DecodeOptions) -> list[list[int]] | None:
-        """Return generate's argument of that name: the tokenizer's ids of bad_words, or those given as ids."""
+        """Return generate's argument `bad_words_ids`: the ids of the option bad_words, or the option bad_words_ids."""
         if options.bad_words:
             return self.tokenizer(list(options.bad_words), add_special_tokens=False)["input_ids"]
         return [list(ids) for ids in options.bad_words_ids or ()] or None
@@ -144,9 +144,9 @@ class Reference:
     def generate(
         self, pixel_values: torch.Tensor, options: DecodeOptions, *, with_scores: bool = True
     ) -> list[list[ReferenceCaption]]:
-        """Caption f32[B,3,height,width]: num_return_sequences captions an image, best first.
+        """Caption f32[B,3,height,width] and return num_return_sequences captions per image, best first.
 
-        `with_scores` False spares generate the copies that scores cost; ReferenceCaption.score is None then.
+        With `with_scores` False, generate does not copy its scores, and ReferenceCaption.score is None.
         """
         images, count = len(pixel_values), options.num_return_sequences
         with_scores = with_scores and options.num_beams > 1
@@ -154,7 +154,7 @@ class Reference:
         with torch.inference_mode():
             output = self.model.generate(
                 pixel_values=pixel_values,
-                # generate writes into the ids it is given
+                # a clone, because generate changes its input_ids in place
                 input_ids=None if prompt is None else prompt.repeat(images, 1).clone(),
                 return_dict_in_generate=True,
                 output_scores=with_scores,
@@ -171,7 +171,7 @@ class Reference:
         return [captions[i * count : (i + 1) * count] for i in range(images)]
 
     def caption_log_prob(self, pixel_values: torch.Tensor, ids: tuple[int, ...], prompt_length: int) -> float:
-        """Return the summed log-probability of a caption's ids behind the prompt, in one pass over f32[1,3,h,w]."""
+        """Return the summed log-probability of a caption's ids after the prompt, in one pass over f32[1,3,h,w]."""
         sequence = torch.tensor([ids])
         with torch.inference_mode():
             output = self.model.text_decoder(
@@ -185,7 +185,7 @@ class Reference:
 
 
 def normalisation(processor: BlipImageProcessor) -> tuple[float, list[float], list[float]]:
-    """Return (rescale, mean, std) for (x * rescale - mean) / std; 1, 0 and 1 where the processor leaves a part out."""
+    """Return (rescale, mean, std) of (x * rescale - mean) / std: 1, 0 and 1 for a step that the processor skips."""
     rescale = processor.rescale_factor if processor.do_rescale else 1.0
     if not processor.do_normalize:
         return rescale, [0.0] * 3, [1.0] * 3
@@ -193,7 +193,7 @@ def normalisation(processor: BlipImageProcessor) -> tuple[float, list[float], li
 
 
 def generate_arguments(options: DecodeOptions) -> dict:
-    """Return generate's keyword arguments; without a longest length none is passed, so generate's default applies."""
+    """Return generate's keyword arguments. Without a maximum length none is passed: generate's default applies."""
     arguments = {
         "do_sample": False,
         "num_beams": options.num_beams,
@@ -208,7 +208,10 @@ def generate_arguments(options: DecodeOptions) -> dict:
     if options.max_new_tokens is not None:
         arguments["max_new_tokens"] = options.max_new_tokens
     elif options.max_length is not None:
-        arguments |= {"max_length": options.max_length, "max_new_tokens": None}  # a checkpoint's own would win
+        arguments |= {
+            "max_length": options.max_length,
+            "max_new_tokens": None,
+        }  # a checkpoint's max_new_tokens would override max_length
     if options.min_new_tokens is not None:
         arguments["min_new_tokens"] = options.min_new_tokens
     else:
@@ -217,7 +220,7 @@ def generate_arguments(options: DecodeOptions) -> dict:
 
 
 def _cut(ids: list[int], eos: int, prompt_length: int) -> tuple[int, ...]:
-    """Cut after the first end token: what follows is padding (with eos after beam search, with pad after greedy)."""
+    """Return ids up to the first end token. The rest is padding (eos after beam search, pad after greedy search)."""
     for i in range(prompt_length, len(ids)):
         if ids[i] == eos:
             return tuple(ids[: i + 1])
@@ -225,10 +228,10 @@ def _cut(ids: list[int], eos: int, prompt_length: int) -> tuple[int, ...]:
 
 
 class UncachedBackend(PrefixBackend):
-    """The decoding core's Backend on Hugging Face's own forward pass, without its caches: for tracing a mismatch.
+    """A Backend that runs Hugging Face's forward pass without KV caches, to trace a mismatch.
 
-    What was computed for an image is kept until the next image comes: a trace and the scores of its captions ask for
-    the same prefixes again and again.
+    The results of an image are cached until the next image, because a trace and the scores of its captions need the
+    same prefixes many times.
     """
 
     name = "torch"
@@ -240,13 +243,13 @@ class UncachedBackend(PrefixBackend):
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
 
     def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
-        """Return f32[len(prefixes),V] from passes over whole prefixes."""
+        """Return log-probabilities f32[len(prefixes),V] by forward passes over whole prefixes."""
         log_probs: NDArray[np.float32] = torch.log_softmax(torch.tensor(self.logits(image, prefixes)), -1).numpy()
         return log_probs
 
     def logits(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
-        """Return f32[len(prefixes),V] from passes over whole prefixes, one for those that begin each other."""
-        missing = set(prefixes) - self._rows.keys() if self._is_kept(image) else set(prefixes)
+        """Return logits f32[len(prefixes),V]. One forward pass serves a prefix and all prefixes that it starts with."""
+        missing = set(prefixes) - self._rows.keys() if self._is_cached(image) else set(prefixes)
         with torch.inference_mode():
             for prefix in sorted(missing, key=len, reverse=True):
                 if prefix in self._rows:
@@ -262,8 +265,8 @@ class UncachedBackend(PrefixBackend):
                 self._rows |= {prefix[:end]: logits[end - 1].float().clone() for end in ends}
         return np.stack([self._rows[prefix].numpy() for prefix in prefixes])
 
-    def _is_kept(self, image: NDArray[np.uint8]) -> bool:
-        """Return whether the image is the last one; encode it and forget the last one's rows if it is not."""
+    def _is_cached(self, image: NDArray[np.uint8]) -> bool:
+        """Return whether this is the last image again. If not, encode it and clear the cached rows."""
         if (content := image.tobytes()) == self._image:
             return True
         with torch.inference_mode():
@@ -274,19 +277,19 @@ class UncachedBackend(PrefixBackend):
 
 
 class MeanVision(nn.Module):
-    """The vision towers side by side: hidden states f32[B,S,D1+D2+...]."""
+    """The vision towers of several models: their hidden states, concatenated to f32[B,S,D1+D2+...]."""
 
     def __init__(self, models: Sequence[BlipForConditionalGeneration]) -> None:
         super().__init__()
         self.towers = nn.ModuleList(model.vision_model for model in models)
 
     def forward(self, pixel_values: Tensor, **_: object) -> tuple[Tensor]:
-        """pixel_values f32[B,3,height,width]."""
+        """Encode pixel_values f32[B,3,height,width]."""
         return (torch.cat([tower(pixel_values)[0] for tower in self.towers], -1),)
 
 
 class MeanDecoder(BlipTextLMHeadModel):
-    """The text decoders, each on its own part of the hidden states; keeps no keys and values."""
+    """The text decoders of several models, each on its part of the hidden states. It has no KV cache."""
 
     def __init__(self, models: Sequence[BlipForConditionalGeneration], weights: Sequence[float]) -> None:
         super().__init__(copy.deepcopy(models[0].config.text_config))
@@ -305,7 +308,7 @@ class MeanDecoder(BlipTextLMHeadModel):
         encoder_attention_mask: Tensor | None = None,
         **_: object,
     ) -> CausalLMOutputWithCrossAttentions:
-        """Return logits f32[B,T,V]: the sum of weight * log_softmax of the decoders, in their order."""
+        """Return logits f32[B,T,V]: the sum of weight * log_softmax over the decoders, in their order."""
         parts = encoder_hidden_states.split(self.widths, -1)
         mean: Tensor | float = 0.0
         for decoder, hidden, weight in zip(self.decoders, parts, self.weights, strict=True):
@@ -321,16 +324,16 @@ class MeanDecoder(BlipTextLMHeadModel):
 
 
 def ensemble(references: Sequence[Reference], weights: Sequence[float]) -> Reference:
-    """Return several references as one, with weights as in engine.bundle.open; the first gives tokenizer and
-    settings.
+    """Combine several references into one, with weights as in engine.bundle.open.
 
-    Raises CheckpointError where their pictures are not prepared alike, which a batch of pixels has to be.
+    Tokenizer and settings are those of the first. Raises CheckpointError if their image processors differ, because all
+    models get the same batch of pixels.
     """
     first = references[0]
     for other in references[1:]:
         if other.image_processor.to_dict() != first.image_processor.to_dict():
             raise CheckpointError(
-                "the checkpoints prepare pictures in different ways: parity is shown for such that do it alike"
+                "the checkpoints have different image processors: parity of several checkpoints needs equal ones"
             )
     models = [reference.model for reference in references]
     model = copy.copy(first.model)

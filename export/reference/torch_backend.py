@@ -1,7 +1,7 @@
-"""A live torch model as a backend of the decoding core: captions while a model is being trained, on its own device.
+"""Run a live torch model as a backend of the decoding core, to caption during training on the model's device.
 
-The modules are those that become the graphs of a bundle (export/graphs/modules.py), so what is said here is what the
-bundle will say. Knows nothing of training.
+It runs the modules that are exported as the graphs of a bundle (export/graphs/modules.py), so its captions are those
+that the bundle will give. This module does not depend on training.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from export.reference.huggingface import normalisation
 
 CPU_APPETITE = BatchSizes(rows=96, encode_batch=4)
 GPU_APPETITE = BatchSizes(rows=512, encode_batch=32)
-"""A guess that has never run: no GPU was at hand."""
+"""An estimate that was never measured, because no GPU was available."""
 
 
 @dataclass
 class TorchCache:
-    """Keys and values of B slots, a pair a layer in each flat list: cross [B,H,S,d], settled [B,H,F,d], recent
-    [B,H,R,d].
+    """Keys and values of B slots: cross [B,H,S,d], settled [B,H,F,d] and recent [B,H,R,d].
+
+    Each list holds keys and values alternately, layer by layer.
     """
 
     cross: list[Tensor]
@@ -47,7 +48,7 @@ class TorchCache:
 class TorchBackend:
     """Implements engine.decoding.backend.Backend with a checkpoint's live weights.
 
-    They may change between captions; leave the model in eval mode while captioning (see `captioning`).
+    The weights may change between captions. The model must be in eval mode while it captions (see `captioning`).
     """
 
     name = "torch"
@@ -68,20 +69,20 @@ class TorchBackend:
         """See Backend.allocate."""
         text, vision = self._config.text_config, self._config.vision_config
         heads, width = text.num_attention_heads, text.hidden_size // text.num_attention_heads
-        places = encoder_positions(vision)
+        positions = encoder_positions(vision)
 
-        def fresh(length: int) -> list[Tensor]:
+        def zeros(length: int) -> list[Tensor]:
             count = 2 * text.num_hidden_layers
-            shape, kind = (num_slots, heads, length, width), self._decoder.weights_type
-            return [torch.zeros(shape, device=self._device, dtype=kind) for _ in range(count)]
+            shape, dtype = (num_slots, heads, length, width), self._decoder.weights_type
+            return [torch.zeros(shape, device=self._device, dtype=dtype) for _ in range(count)]
 
-        return TorchCache(fresh(places), fresh(0), fresh(0))
+        return TorchCache(zeros(positions), zeros(0), zeros(0))
 
     def admit(self, cache: TorchCache, slot: int, encoded: list[Tensor], image: int) -> None:
         """See Backend.admit."""
         with torch.inference_mode():
-            for place, new in zip(cache.cross, encoded, strict=True):
-                place[slot] = new[image]
+            for cached, new in zip(cache.cross, encoded, strict=True):
+                cached[slot] = new[image]
 
     def step(self, cache: TorchCache, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See Backend.step."""
@@ -89,7 +90,7 @@ class TorchBackend:
         with torch.inference_mode():
             scores, ids, *cache.recent = self._decoder(
                 *(torch.from_numpy(array).to(self._device) for array in fed),
-                torch.tensor(inputs.num_candidates),  # 0-dimensional, or CUDA tensors refuse it
+                torch.tensor(inputs.num_candidates),  # 0-dimensional: only such CPU tensors combine with CUDA tensors
                 cache.cross,
                 cache.settled,
                 cache.recent,
@@ -98,22 +99,24 @@ class TorchBackend:
 
     def regroup(self, cache: TorchCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""
-        rows, places = (torch.from_numpy(array).to(self._device) for array in (slots, columns))
+        rows, positions = (torch.from_numpy(array).to(self._device) for array in (slots, columns))
         with torch.inference_mode():
             cache.cross = [pair[rows] for pair in cache.cross]
             cache.settled = [
-                torch.cat([old, new], 2)[rows].take_along_dim(places[:, None, :, None], 2)
+                torch.cat([old, new], 2)[rows].take_along_dim(positions[:, None, :, None], 2)
                 for old, new in zip(cache.settled, cache.recent, strict=True)
             ]
             cache.recent = [old[rows, :, :0] for old in cache.recent]
 
 
 def search_of(model: BlipForConditionalGeneration, options: DecodeOptions, prompt: tuple[int, ...] = ()) -> Search:
-    """Resolve options for a model that has no bundle yet, behind [DEC] and the ids `prompt`; captions end where its
-    positions do.
+    """Resolve options for a model without a bundle. Captions start with [DEC] and the ids `prompt`.
+
+    The length limit is reduced to the number of the model's positions. Raises UsageError for bad_words, because there
+    is no tokenizer here.
     """
     if options.bad_words:
-        raise UsageError("without a tokenizer banned words are taken as bad_words_ids only")
+        raise UsageError("bad_words needs a tokenizer, which is not available here: pass bad_words_ids")
     text = model.config.text_config
     longest = text.max_position_embeddings
     if options.max_total_length(1 + len(prompt)) > longest > 1 + len(prompt):
@@ -129,7 +132,7 @@ def search_of(model: BlipForConditionalGeneration, options: DecodeOptions, promp
 
 @contextmanager
 def captioning(model: BlipForConditionalGeneration) -> Iterator[None]:
-    """Put a model into eval mode, and back into its own mode afterwards."""
+    """Put a model into eval mode, and restore its previous mode at the end."""
     was_training = model.training
     model.eval()
     try:
@@ -145,17 +148,17 @@ def caption_live(
     options: DecodeOptions,
     prompts: Mapping[Key, tuple[int, ...]] | None = None,
 ) -> Iterator[tuple[Key, list[Hypothesis]]]:
-    """Caption (key, pixels u8[height,width,3]) with the weights as they are now; yield as Scheduler.run does.
+    """Caption (key, pixels u8[height,width,3]) with the current weights; yield (key, hypotheses) as Scheduler.run does.
 
-    `prompts` are ids that the captions of some images start with behind [DEC], which the hypotheses include. Exhaust it
-    before the weights change: the model is in eval mode until then.
+    `prompts` are the ids that follow [DEC] at the start of some images' captions; the hypotheses include them. Consume
+    the iterator to its end before the weights change, because the model stays in eval mode until then.
     """
     backend, search = TorchBackend(model, processor), search_of(model, options)
     starts = {prompt: search_of(model, options, prompt).start for prompt in {(), *(prompts or {}).values()}}
     search = replace(search, max_length=max(start.max_length for start in starts.values()))
     slots = max(1, backend.batch_sizes.rows // search.num_beams)
     scheduler = Scheduler(backend, search, num_slots=slots, encode_batch=backend.batch_sizes.encode_batch)
-    waiting = (Waiting(key, pixels, starts[(prompts or {}).get(key, ())]) for key, pixels in images)
+    queue = (Waiting(key, pixels, starts[(prompts or {}).get(key, ())]) for key, pixels in images)
     with captioning(model):
-        for closed in scheduler.steps(waiting):
+        for closed in scheduler.steps(queue):
             yield from closed

@@ -1,7 +1,8 @@
-"""Why two programs captioned one image differently: both searches step by step, down to the scores that decided.
+"""Explain why the engine and Hugging Face captioned an image differently.
 
-Both sides run the decoding core, one on the bundle, one on Hugging Face's own uncached forward pass. Reports and exit
-codes belong to the callers.
+Both searches are run again step by step, and the scores at the point where they diverge decide whether the difference
+is a tie. Both run the decoding core: one on the bundle, the other on Hugging Face's uncached forward pass. Callers
+write the reports and set the exit code.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from engine.options import DecodeOptions
 from export.reference.huggingface import PrefixBackend, PrefixCache, Reference, UncachedBackend
 
 TIE_ABSOLUTE, TIE_RELATIVE = 1e-5, 2e-6
-"""Gap below which two candidates tie: float32 keeps 24 bits (6e-8 relative), and a caption's sum adds some 30 terms
-whose rounding differs between programs; 1e-5 is also the largest score difference seen between correct ones. The
-relative part is of the sum or of the spread of the log-probabilities over the vocabulary, whichever is larger: logits
-that are far apart are rounded in larger steps."""
+"""Score gap up to which two candidates tie.
+
+float32 has 24 bits (6e-8 relative), and a caption's score sums some 30 terms that different programs round differently.
+1e-5 is also the largest score difference that was seen between correct programs. The relative part applies to the sum
+or to the spread of the log-probabilities over the vocabulary, whichever is larger, because logits that are far apart
+are rounded in larger steps."""
 
 SCORE_TOLERANCE = 1e-4
-"""Largest accepted difference of a score, relative where the score is beyond -1."""
+"""Largest accepted difference of two scores, relative to the score if that is below -1."""
 
 Ids = tuple[int, ...]
 Verdict = Literal["tie", "batch", "real"]
@@ -40,7 +43,7 @@ Verdict = Literal["tie", "batch", "real"]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one image: the beams that were fed, and the finite candidates that came back, best first."""
+    """One step of one image: the beams that were fed, and the finite candidates that were returned, best first."""
 
     fed: frozenset[Ids]
     candidates: list[tuple[Ids, float]]
@@ -48,7 +51,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two searches part, how far apart in score the parting choices are, and whether that is a tie."""
+    """The step at which two searches diverge, the score gap of the two choices there, and whether that is a tie."""
 
     step: int
     gap: float
@@ -56,16 +59,16 @@ class Divergence:
 
 
 class Trace:
-    """A Backend around another that notes every step of the one picture it decodes."""
+    """A Backend that wraps another, decodes one image with it and records every step."""
 
     name = "trace"
 
-    def __init__(self, backend: Backend, search: Search, picture: NDArray[np.uint8]) -> None:
-        """Decode `picture` u8[height,width,3] into `steps`, the final `hypotheses`, and the `ids` of the best."""
+    def __init__(self, backend: Backend, search: Search, image: NDArray[np.uint8]) -> None:
+        """Decode `image` u8[height,width,3]: set `steps`, the final `hypotheses` and the `ids` of the best one."""
         self.backend, self.batch_sizes = backend, backend.batch_sizes
         self.steps: list[Step] = []
         self._vocab_size = search.vocab_size
-        ((_, self.hypotheses),) = Scheduler(self, search, num_slots=1).decode(picture[None])
+        ((_, self.hypotheses),) = Scheduler(self, search, num_slots=1).decode(image[None])
         self.ids: Ids = self.hypotheses[0].ids
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> object:
@@ -83,7 +86,7 @@ class Trace:
         past = cache[1].feed(inputs)[0]
         scores, ids = self.backend.step(cache[0], inputs)
         rows, tokens = np.divmod(ids[0], self._vocab_size)
-        # -inf: a banned id, or a row that only feeds a part of the prompt; neither can be chosen
+        # a score of -inf is a banned id, or a row that only feeds a part of the prompt: neither can be chosen
         candidates = [
             ((*past[row], int(token)), float(score))
             for row, token, score in zip(rows, tokens, scores[0], strict=True)
@@ -101,23 +104,26 @@ class Trace:
 def judge(
     reference: Reference,
     captioner: Captioner,
-    picture: Image.Image,
+    image: Image.Image,
     options: DecodeOptions,
     ours: Alternative | Hypothesis,
     rank: int = 0,
 ) -> tuple[Verdict, Divergence]:
-    """Return why the engine captioned an RGB image with `ours` and `generate` did not, and where the searches diverge.
+    """Return why the engine captioned an RGB image with `ours` but `generate` did not, and where the searches diverge.
 
-    "tie": for this image alone the two searches diverge at a tie and end in these very captions. "batch": in a batch
-    with other images, or with its caches, one of the programs took another path, because matrix products of another
-    shape are rounded differently. Alone they agree or diverge at a tie, two candidates of a search tie, and the
-    reference gives `ours` the score that the engine gave it. "real": anything else. The first divergence decides, not
-    the scores of the final captions: an early tie can lead to captions of quite different scores. `rank` is the place
-    of `ours` among num_return_sequences captions.
+    Verdicts:
+      tie    When each program decodes this image alone, the two searches diverge at a tie and end in these captions.
+      batch  One of the programs took another path in a batch with other images, or with its caches, because matrix
+             products of another shape are rounded differently. When they decode the image alone they agree or diverge
+             at a tie, two candidates of a search tie, and the reference gives `ours` the same score as the engine.
+      real   Anything else.
+
+    The first divergence decides, not the scores of the final captions: an early tie can lead to captions with very
+    different scores. `rank` is the index of `ours` among the num_return_sequences captions.
     """
-    alone = reference.generate(reference.pixels([picture]), options)[0][rank]
+    alone = reference.generate(reference.pixels([image]), options)[0][rank]
     spec, backend = captioner.bundle.image, UncachedBackend(reference)
-    pixels = read_image(picture, spec.height, spec.width, spec.resample)
+    pixels = read_image(image, spec.height, spec.width, spec.resample)
     divergence, mine, theirs = trace_both(captioner, backend, pixels, options)
     if not divergence.is_tie:
         return "real", divergence
@@ -128,11 +134,11 @@ def judge(
     if abs(score - ours.sum_log_prob) > SCORE_TOLERANCE * max(1.0, abs(score)):
         return "real", Divergence(divergence.step, abs(score - ours.sum_log_prob), False)
     if options.num_beams == 1:
-        step, gap = closest_words(backend, search, pixels, alone.ids)
+        step, gap = closest_tokens(backend, search, pixels, alone.ids)
     else:
         step, gap = min((closest_candidates(trace) for trace in (mine, theirs)), key=lambda closest: closest[1])
     is_tie = gap <= TIE_ABSOLUTE + TIE_RELATIVE * abs(score)
-    if not is_tie and ours.ids != alone.ids:  # no candidates tie at one step, but the final captions may
+    if not is_tie and ours.ids != alone.ids:  # no two candidates of a step tie, but the final captions may
         is_tie = caption_gap(backend, search, pixels, ours.ids, alone.ids).is_tie
     return ("batch" if is_tie else "real"), Divergence(step, gap, is_tie)
 
@@ -140,16 +146,17 @@ def judge(
 def caption_gap(
     reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ours: Ids, theirs: Ids
 ) -> Divergence:
-    """Return how far apart the reference scores two captions of one picture, and whether that is a tie.
+    """Return the gap between the reference's scores of two captions of an image, and whether that is a tie.
 
-    Of beams their scores count (Hypothesis.score), of greedy captions the two words where they part.
+    With beams, the final scores are compared (Hypothesis.score). For greedy captions, the log-probabilities of the
+    first two tokens that differ are compared.
     """
     prompt = len(search.prompt)
     step = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     if search.num_beams == 1:
         (row,) = next_log_probs(reference, search, pixels, [ours[:step]])
-        words = [float(row[ids[step]]) if step < len(ids) else -np.inf for ids in (ours, theirs)]
-        gap, scale = abs(words[0] - words[1]), float(np.ptp(row))
+        log_probs = [float(row[ids[step]]) if step < len(ids) else -np.inf for ids in (ours, theirs)]
+        gap, scale = abs(log_probs[0] - log_probs[1]), float(np.ptp(row))
         return Divergence(step - prompt, gap, gap <= TIE_ABSOLUTE + TIE_RELATIVE * scale)
     sums = [summed_log_prob(reference, search, pixels, ids) for ids in (ours, theirs)]
     scores = [
@@ -162,7 +169,7 @@ def caption_gap(
 def trace_both(
     captioner: Captioner, reference: PrefixBackend, pixels: NDArray[np.uint8], options: DecodeOptions
 ) -> tuple[Divergence, Trace, Trace]:
-    """Trace the engine's and the reference's search over one picture alone; return where they part, and both."""
+    """Trace the engine's and the reference's search on one image alone; return their divergence and both traces."""
     search = captioner.search(options)
 
     def score(ids: Ids) -> float:
@@ -176,31 +183,35 @@ def trace_both(
 def next_log_probs(
     reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], prefixes: list[Ids]
 ) -> NDArray[np.float32]:
-    """Return the reference's log-probabilities f32[len(prefixes),V] with the search's repetition penalty, bans left
-    aside.
+    """Return the reference's log-probabilities f32[len(prefixes),V] with the search's repetition penalty.
+
+    Bans are not applied.
     """
     rows = reference.log_probs(pixels, prefixes)
     if not search.processors.has_penalty:
         return rows
-    said = [penalised(np.unique(prefix)) for prefix in prefixes]
+    marked_ids = [penalised(np.unique(prefix)) for prefix in prefixes]
     logits = reference.logits(pixels, prefixes)
     return np.concatenate(
         [
             process(row[None], raw[None], marks[None], search.penalties)
-            for row, raw, marks in zip(rows, logits, said, strict=True)
+            for row, raw, marks in zip(rows, logits, marked_ids, strict=True)
         ]
     )
 
 
 def summed_log_prob(reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ids: Ids) -> float:
-    """Return the reference's summed log-probability of a caption's ids behind the prompt."""
+    """Return the reference's summed log-probability of a caption's ids after the prompt."""
     prompt = len(search.prompt)
     rows = next_log_probs(reference, search, pixels, [ids[:i] for i in range(prompt, len(ids))])
     return float(sum(row[i] for row, i in zip(rows, ids[prompt:], strict=True)))
 
 
-def closest_words(reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ids: Ids) -> tuple[int, float]:
-    """Return (step, gap) where the two likeliest next ids of a greedy caption score most alike (bans left aside)."""
+def closest_tokens(reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ids: Ids) -> tuple[int, float]:
+    """Return the step of a greedy caption at which the two most likely ids have the smallest gap, and that gap.
+
+    Bans are not applied.
+    """
     rows = next_log_probs(reference, search, pixels, [ids[:i] for i in range(len(search.prompt), len(ids))])
     best = -np.partition(-rows, 1, axis=1)[:, :2]
     gaps = best[:, 0] - best[:, 1]
@@ -209,21 +220,22 @@ def closest_words(reference: PrefixBackend, search: Search, pixels: NDArray[np.u
 
 
 def closest_candidates(trace: Trace) -> tuple[int, float]:
-    """Return (step, gap) where two neighbouring candidates of a beam search score most alike."""
+    """Return the step of a beam search at which two neighbouring candidates have the smallest gap, and that gap."""
     gaps = [
-        (step, abs(first - second))
-        for step, taken in enumerate(trace.steps)
-        for (_, first), (_, second) in itertools.pairwise(taken.candidates)
+        (number, abs(first - second))
+        for number, step in enumerate(trace.steps)
+        for (_, first), (_, second) in itertools.pairwise(step.candidates)
     ]
-    return min(gaps, key=lambda found: found[1], default=(0, float("inf")))
+    return min(gaps, key=lambda gap: gap[1], default=(0, float("inf")))
 
 
 def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float], spread: float = 0.0) -> Divergence:
     """Compare two traces step by step; `score` gives the reference's summed log-probability of any ids.
 
-    As long as both feed the same beams, every candidate must score the same on both sides and the ranked scores must
-    agree; a difference beyond a tie is real wherever it stands. The first step after which other beams run on (or, if
-    there is none, the first whose candidates are ranked otherwise) is where the captions parted.
+    As long as both searches feed the same beams, each candidate must have the same score on both sides, and the scores
+    at each rank must agree. A larger difference than a tie is real, at any candidate. The searches diverge at the first
+    step after which their beams differ or, if there is no such step, at the first step whose candidates are ranked
+    differently.
     """
     swapped: Divergence | None = None
     for number, (mine, reference) in enumerate(zip(ours.steps, theirs.steps, strict=False)):
@@ -243,7 +255,7 @@ def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float], s
 
 
 def _largest_disagreement(mine: Step, reference: Step, score: Callable[[Ids], float]) -> tuple[float, float]:
-    """Return the largest score difference of a candidate or a rank, and the size of the scores there."""
+    """Return the largest score difference of a candidate or a rank, and the absolute score there."""
     known = dict(reference.candidates)
     pairs = [(s, known[ids] if ids in known else score(ids)) for ids, s in mine.candidates]
     if len(mine.candidates) != len(reference.candidates):  # one side banned an id that the other allowed
@@ -253,13 +265,13 @@ def _largest_disagreement(mine: Step, reference: Step, score: Callable[[Ids], fl
 
 
 def _order_gap(mine: list[Ids], reference: list[Ids], score: Callable[[Ids], float]) -> float:
-    """Return the reference's score difference between the first two candidates that changed places."""
+    """Return the reference's score difference between the first two candidates that are ranked differently."""
     first = next((m, r) for m, r in zip(mine, reference, strict=True) if m != r)
     return abs(score(first[0]) - score(first[1]))
 
 
 def _choice_gap(mine: Step, reference: Step, score: Callable[[Ids], float]) -> float:
-    """Return by how much the beams only one side feeds differ, in the reference's scores."""
+    """Return how much the beams that only one side feeds differ in the reference's scores."""
     ours = [score(ids) for ids in mine.fed - reference.fed]
     theirs = [score(ids) for ids in reference.fed - mine.fed]
     return max(theirs, default=0.0) - min(ours, default=0.0)

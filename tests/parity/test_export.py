@@ -239,14 +239,14 @@ def test_the_position_table_is_resized_as_hugging_face_interpolates_it(tiny_chec
                 d / "config.json",
                 text_config=json.loads((d / "config.json").read_text())["text_config"] | {"forced_eos_token_id": 3},
             ),
-            "asks for what the engine does not do (forced_eos_token_id=3)",
+            "has settings that the engine does not support (forced_eos_token_id=3)",
         ),
         (
             lambda d: edit_json(
                 d / "config.json",
                 text_config=json.loads((d / "config.json").read_text())["text_config"] | {"is_decoder": False},
             ),
-            "cannot look at an image",
+            "cannot attend to an image",
         ),
         (lambda d: edit_json(d / "preprocessor_config.json", do_resize=False), "(do_resize=False)"),
         (
@@ -269,7 +269,7 @@ def test_the_position_table_is_resized_as_hugging_face_interpolates_it(tiny_chec
                 d / "config.json",
                 vision_config=json.loads((d / "config.json").read_text())["vision_config"] | {"image_size": 64},
             ),
-            "position_embedding has the sizes (1, 17, 24), config.json makes them (1, 65, 24)",
+            "position_embedding has the shape (1, 17, 24), but config.json requires (1, 65, 24)",
         ),
         (
             lambda d: [(d / n).unlink(missing_ok=True) for n in ("tokenizer.json", "vocab.txt")],
@@ -303,7 +303,7 @@ def test_a_directory_that_is_more_than_a_bundle_is_not_replaced(manifest, tiny_c
         (tmp_path / "manifest.json").write_text(manifest)
     result = export("--checkpoint", tiny_checkpoint, "--out", tmp_path)
     assert result.exit_code == 1
-    assert "exists and is more than a bundle" in result.stderr
+    assert "exists and is not a bundle" in result.stderr
     assert (tmp_path / "precious.txt").exists()
 
 
@@ -401,7 +401,7 @@ def quick_export(tiny_bundle, monkeypatch) -> None:
     monkeypatch.setattr(
         export_module, "_write_files", lambda _reference, out, *_: shutil.copytree(tiny_bundle, out, dirs_exist_ok=True)
     )
-    monkeypatch.setattr(export_module, "_settle_ties", lambda *_: None)
+    monkeypatch.setattr(export_module, "_skip_ties", lambda *_: None)
     monkeypatch.setattr(export_module, "verify", lambda *_: [])
     monkeypatch.setattr(export_module, "verify_halves", lambda *_: [])
 

@@ -166,7 +166,7 @@ def spoil(checkpoint: Path, parameter: str, factor: float) -> None:
 @pytest.mark.parametrize(
     ("parameter", "factor", "sentence"),
     [
-        ("vision_model.embeddings.patch_embedding.weight", 1e5, "the encoder is not finite"),
+        ("vision_model.embeddings.patch_embedding.weight", 1e5, "the encoder output is not finite"),
         ("text_decoder.bert.encoder.layer.1.output.dense.weight", 1e5, "log-probabilities are not finite"),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_checkpoint_whose_numbers_float16_cannot_hold_is_refused(
     assert len(errors) == 1
     assert sentence in errors[0]
     assert result.output.splitlines()[-1] == errors[0]
-    assert "comparing fp16 with float32 on the golden pictures" in result.output
+    assert "comparing fp16 with float32 on the golden images" in result.output
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -190,7 +190,7 @@ def test_an_encoder_that_is_off_by_more_than_the_bound_is_refused(tiny_checkpoin
     monkeypatch.setitem(exporter.ENCODER_BOUND, "int8", 1e-4)
     result = invoke(export_main, "--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle", "--precision", "int8")
     assert result.exit_code == 1
-    assert "of its own peak, 0.0001 is the bound" in result.output.splitlines()[-1]
+    assert "of the peak value, above the bound of 0.0001" in result.output.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 
@@ -254,20 +254,20 @@ def test_the_report_compares_a_directory_and_refuses_strangers(bundles, image_di
     assert 0 < report["mean_score_drift"] <= report["max_score_drift"]
     swapped = invoke(main, "--bundle", bundles["fp32"], "--against", bundles["fp16"], *arguments)
     assert swapped.exit_code == 2
-    assert "is fp16: --against takes the fp32 bundle" in swapped.output
+    assert "is fp16, but --against needs the fp32 bundle" in swapped.output
     stranger = Path(shutil.copytree(bundles["int8"], tmp_path / "stranger"))
     manifest = json.loads((stranger / "manifest.json").read_text())
     write_manifest(stranger, manifest | {"checkpoint": {"name": "other", "sha256": "0"}})
     refused = invoke(main, "--bundle", stranger, "--against", bundles["fp32"], *arguments)
     assert refused.exit_code == 2
     assert len(refused.output.splitlines()) == 1
-    assert "not of one checkpoint" in refused.output
+    assert "come from different checkpoints" in refused.output
 
 
 def test_rounded_weights_are_not_called_the_checkpoint(bundles, tmp_path):
     result = invoke(restore_main, "--bundle", bundles["fp16"], "--out", tmp_path / "restored")
     assert result.exit_code == 1
-    assert "rounded to fp16: restore from the fp32 bundle" in result.output
+    assert "are rounded to fp16: restore from the fp32 bundle" in result.output
     assert not (tmp_path / "restored").exists()
 
 
@@ -286,5 +286,5 @@ def test_parity_is_not_asked_of_other_precisions(bundles, tiny_checkpoint, tmp_p
     words = ("--checkpoint", tiny_checkpoint, "--bundle", bundles["fp16"], "--out", tmp_path / "parity.json")
     result = invoke(parity_main, *words)
     assert result.exit_code == 2
-    assert "is fp16, and parity is id for id in float32 only" in result.stderr
+    assert "is fp16, but only fp32 bundles reproduce generate id for id" in result.stderr
     assert not (tmp_path / "parity.json").exists()

@@ -1,4 +1,4 @@
-"""What becomes of the generation settings of a checkpoint, field by field."""
+"""How the export treats each generation setting of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from export.checkpoints.settings import DEFAULTS, WITHOUT_EFFECT, verdict
 PAGE = Path(__file__).parents[3] / "docs/generation-config.md"
 
 
-def test_the_page_names_every_field_with_what_the_export_does():
+def test_page_lists_every_field_and_its_effect():
     rows = dict(re.findall(r"^\| `(\w+)` \| ([a-z ]+) \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE))
     missing = (set(GenerationConfig().to_dict()) | set(DEFAULTS)) - set(rows)
     assert not missing

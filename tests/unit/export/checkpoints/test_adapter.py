@@ -1,4 +1,4 @@
-"""Adapters are merged into the base that they name, or refused in one line."""
+"""Adapters: merged into the base that they name, or refused with a one-line error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYER = "text_decoder.bert.encoder.layer.0.attention.self.query.weight"
 
 @pytest.fixture
 def adapter(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of a LoRA adapter of the tiny checkpoint whose weights do something."""
+    """Return the folder of a LoRA adapter of the tiny checkpoint with nonzero weights."""
     peft = pytest.importorskip("peft", reason="the group `adapters` is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["query", "qkv"], init_lora_weights=False)
@@ -34,7 +34,7 @@ def edit(adapter: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_an_adapter_is_merged_into_the_base_that_it_names(adapter, tiny_checkpoint):
+def test_adapter_is_merged_into_its_base(adapter, tiny_checkpoint):
     from safetensors.torch import load_file
 
     merged = load_checkpoint(find_checkpoint(str(adapter))).state_dict()
@@ -49,7 +49,7 @@ def test_an_adapter_is_merged_into_the_base_that_it_names(adapter, tiny_checkpoi
     assert all(name.endswith(("query.weight", "qkv.weight")) for name in changed)
 
 
-def test_the_adapters_own_image_processor_lies_over_that_of_its_base(adapter, tiny_checkpoint):
+def test_image_processor_of_adapter_overrides_base(adapter, tiny_checkpoint):
     processor = json.loads((tiny_checkpoint / "preprocessor_config.json").read_text())
     (adapter / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.5, 0.4, 0.3]}))
     folder = find_checkpoint(str(adapter))
@@ -59,16 +59,16 @@ def test_the_adapters_own_image_processor_lies_over_that_of_its_base(adapter, ti
     assert find_checkpoint(str(adapter)) == folder
 
 
-def test_an_adapter_in_a_pickle_is_read_by_the_weights_only_unpickler(adapter):
+def test_pickled_adapter_uses_weights_only_unpickler(adapter):
     from safetensors.torch import load_file
 
     expected = load_checkpoint(find_checkpoint(str(adapter))).state_dict()
     safe = adapter / "adapter_model.safetensors"
     torch.save(load_file(safe), adapter / "adapter_model.bin")
     safe.unlink()
-    found = load_checkpoint(find_checkpoint(str(adapter))).state_dict()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    torch.save({"x": Path("/")}, adapter / "adapter_model.bin")  # a class that is no tensor
+    merged = load_checkpoint(find_checkpoint(str(adapter))).state_dict()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    torch.save({"x": Path("/")}, adapter / "adapter_model.bin")  # a class that is not a tensor
     with pytest.raises(CheckpointError, match="this LORA adapter cannot be merged"):
         find_checkpoint(str(adapter))
 
@@ -76,8 +76,11 @@ def test_an_adapter_in_a_pickle_is_read_by_the_weights_only_unpickler(adapter):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda adapter: edit(adapter, base_model_name_or_path=None), "names no base checkpoint"),
-        (lambda adapter: edit(adapter, base_model_name_or_path=str(adapter)), "a base must be a whole model"),
+        (
+            lambda adapter: edit(adapter, base_model_name_or_path=None),
+            "has no base_model_name_or_path: add the base checkpoint",
+        ),
+        (lambda adapter: edit(adapter, base_model_name_or_path=str(adapter)), "a base must be a full model"),
         (lambda adapter: edit(adapter, peft_type="PROMPT_TUNING", num_virtual_tokens=3), "cannot be merged into"),
         (lambda adapter: edit(adapter, target_modules=["query", "qkv", "key"]), "does not fit its base"),
         (lambda adapter: edit(adapter, r=3), "cannot be merged into"),
@@ -87,14 +90,14 @@ def test_an_adapter_in_a_pickle_is_read_by_the_weights_only_unpickler(adapter):
         (lambda adapter: edit(adapter, megatron_config={"x": 1}, megatron_core="evil"), "asks for Megatron"),
     ],
 )
-def test_what_cannot_be_merged_is_one_line(damage, sentence, adapter):
+def test_unmergeable_adapter_is_a_one_line_error(damage, sentence, adapter):
     damage(adapter)
     with pytest.raises(CheckpointError, match=sentence) as caught:
         find_checkpoint(str(adapter))
     assert "\n" not in str(caught.value)
 
 
-def test_without_peft_it_says_what_to_install(adapter, monkeypatch):
+def test_error_without_peft_names_the_package(adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(CheckpointError, match="merging it needs peft"):
         find_checkpoint(str(adapter))

@@ -1,4 +1,4 @@
-"""Checkpoints that are converted once into the cache, whoever asks for them, and however many at a time."""
+"""The cache of converted checkpoints: written once, also by concurrent callers, and closed to other users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from engine.errors import BackendError, CheckpointError
 from export.checkpoints.files import SAFE
-from export.checkpoints.find import kept_or_made
+from export.checkpoints.find import cached
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs user ids and permissions")
 
@@ -27,53 +27,53 @@ def write(draft: Path) -> None:
     (draft / SAFE).write_text("weights")
 
 
-def test_several_at_a_time_make_it_once(cache):
-    made, together = [], threading.Barrier(4)
+def test_concurrent_callers_convert_once(cache):
+    drafts, barrier = [], threading.Barrier(4)
 
     def convert(draft: Path) -> None:
-        made.append(draft)
+        drafts.append(draft)
         (draft / SAFE).write_text("weights")
 
-    def ask(_: int) -> str:
-        together.wait()
-        return (kept_or_made("checkpoint", convert) / SAFE).read_text()
+    def request(_: int) -> str:
+        barrier.wait()
+        return (cached("checkpoint", convert) / SAFE).read_text()
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(ask, range(4))) == ["weights"] * 4
-    assert len(made) == 1
+        assert list(pool.map(request, range(4))) == ["weights"] * 4
+    assert len(drafts) == 1
     assert sorted(entry.name for entry in cache.iterdir()) == ["checkpoint", "checkpoint.lock"]
 
 
-def test_a_conversion_that_fails_leaves_nothing_unfinished(cache):
+def test_failed_conversion_leaves_no_folder(cache):
     def fail(draft: Path) -> None:
         (draft / "config.json").write_text("{}")
         raise CheckpointError("not a checkpoint")
 
     with pytest.raises(CheckpointError, match="not a checkpoint"):
-        kept_or_made("checkpoint", fail)
-    assert kept_or_made("checkpoint", write) == cache / "checkpoint"
+        cached("checkpoint", fail)
+    assert cached("checkpoint", write) == cache / "checkpoint"
 
 
 @pytest.mark.parametrize("what", ["the cache", "the folder", "the weights"])
-def test_what_others_could_have_written_is_refused(cache, what):
-    folder = kept_or_made("checkpoint", write)
+def test_files_writable_by_others_are_refused(cache, what):
+    folder = cached("checkpoint", write)
     open_to_all = {"the cache": cache, "the folder": folder, "the weights": folder / SAFE}[what]
     cache.chmod(0o755)
     open_to_all.chmod(0o777)
-    with pytest.raises(BackendError, match=f"others may write into {open_to_all}, and the weights kept there decide"):
-        kept_or_made("checkpoint", write)
+    with pytest.raises(BackendError, match=f"others may write into {open_to_all}, and the weights cached there decide"):
+        cached("checkpoint", write)
 
 
-def test_what_another_user_wrote_is_refused(cache, monkeypatch):
-    kept_or_made("checkpoint", write)
+def test_cache_of_another_user_is_refused(cache, monkeypatch):
+    cached("checkpoint", write)
     monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
     with pytest.raises(BackendError, match="converted belongs to another user"):
-        kept_or_made("checkpoint", write)
+        cached("checkpoint", write)
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_private_cache_needs_no_look_at_its_files():
-    """Where the default permissions let a group write, as on many machines, the folder above keeps it out."""
-    folder = kept_or_made("checkpoint", write)
+def test_files_in_a_private_cache_are_not_checked():
+    """Default permissions may let a group write to the folder, but its private parent keeps the group out."""
+    folder = cached("checkpoint", write)
     folder.chmod(0o775)
-    assert kept_or_made("checkpoint", write) == folder
+    assert cached("checkpoint", write) == folder

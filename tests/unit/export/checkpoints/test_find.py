@@ -1,4 +1,4 @@
-"""Checkpoints by name: folders before hubs; the hub's own client against a hub on the loopback interface."""
+"""Checkpoints by name: local folders, and the hub's client against a hub on the loopback interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BASE = (
     *(".gitattributes", "README.md", "config.json", "preprocessor_config.json", "pytorch_model.bin"),
     *("special_tokens_map.json", "tf_model.h5", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
 )
-"""The files of Salesforce/blip-image-captioning-base; -large has model.safetensors, too."""
+"""The files of Salesforce/blip-image-captioning-base; -large also has model.safetensors."""
 Find = Callable[..., str]
 
 
@@ -40,9 +40,9 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def find(hub: Hub, tmp_path: Path) -> Find:
-    """Ask in a process of its own: the hub's client reads its environment when it is imported."""
+    """Call find_checkpoint in a separate process: the hub's client reads its environment when it is imported."""
 
-    def ask(name: str, endpoint: str | None = None) -> str:
+    def call(name: str, endpoint: str | None = None) -> str:
         code = (
             "import sys\nfrom engine.errors import CheckpointError\n"
             "from export.checkpoints.find import find_checkpoint\n"
@@ -62,17 +62,18 @@ def find(hub: Hub, tmp_path: Path) -> Find:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    return ask
+    return call
 
 
-def test_a_folder_comes_before_a_hub(tmp_path, monkeypatch):
+def test_local_folder_comes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "best").mkdir(parents=True)
     for name in ("runs/best", "/nowhere/best", "./runs/other", "../runs/x", "best", "a/b/c"):
         assert find_checkpoint(name) == Path(name)
 
 
-def test_pickled_weights_are_fetched_only_where_there_are_no_others_and_code_never(hub, find):
+def test_pickles_are_fetched_only_without_safetensors(hub, find):
+    """Code is never fetched."""
     base = Path(find("Salesforce/blip-image-captioning-base"))
     assert sorted(path.name for path in base.iterdir()) == sorted(
         name for name in BASE if name.endswith((".json", ".txt", "pytorch_model.bin"))
@@ -82,7 +83,7 @@ def test_pickled_weights_are_fetched_only_where_there_are_no_others_and_code_nev
     assert not (large / "pytorch_model.bin").exists()
     hub.asked.clear()
     assert Path(find("Salesforce/blip-image-captioning-base")) == base
-    assert hub.asked == [], "what is cached is not fetched again"
+    assert hub.asked == [], "cached files were fetched again"
     assert Path(find("Salesforce/blip-image-captioning-base", "http://127.0.0.1:9")) == base, "without a network"
 
 
@@ -90,24 +91,24 @@ def test_pickled_weights_are_fetched_only_where_there_are_no_others_and_code_nev
     ("name", "sentence"),
     [
         ("nobody/nothing", "there is no such repository, or it is private: check the name, or set HF_TOKEN"),
-        ("Salesforce/blip-image-captioning-base@v9", "has no revision v9: look at its page"),
+        ("Salesforce/blip-image-captioning-base@v9", "has no revision v9: see its page for the revisions"),
         ("salesforce/gated", "it is gated: ask for access on its page, then set HF_TOKEN"),
-        ("salesforce/originals", "model_base_caption_capfilt_large.pth): fetch a .pth file"),
+        ("salesforce/originals", "model_base_caption_capfilt_large.pth): download an original .pth file"),
     ],
 )
-def test_what_the_hub_does_not_give_is_one_line_that_says_what_to_do(name, sentence, hub, find):
+def test_hub_errors_are_one_line_with_a_remedy(name, sentence, hub, find):
     hub.gated.add("salesforce/gated")
     (line,) = find(name).splitlines()
     assert line.startswith(f"refused: {name} ")
     assert sentence in line
 
 
-def test_without_a_network_and_a_cache_it_says_so(find):
+def test_error_without_network_and_cache(find):
     (line,) = find("Salesforce/blip-image-captioning-base", "http://127.0.0.1:9").splitlines()
-    assert "it cannot be reached, and nothing of it is cached: give the folder of a checkpoint" in line
+    assert "the hub cannot be reached, and the checkpoint is not cached: pass the folder of a checkpoint" in line
 
 
-def test_a_download_that_is_cut_off_goes_on(hub, find):
+def test_interrupted_download_resumes(hub, find):
     hub.cut.add("pytorch_model.bin")
     first = find("Salesforce/blip-image-captioning-base")
     folder = Path(first if not first.startswith("refused") else find("Salesforce/blip-image-captioning-base"))

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: pickled, wrapped, in halves, by transformers 5, by BLIP's first authors."""
+"""Load checkpoints as users have them: pickled, wrapped, sharded, from transformers 5, or the original .pth files."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 def assert_same_model(checkpoint: Path, tiny_checkpoint: Path) -> None:
-    found, expected = load_checkpoint(checkpoint).state_dict(), load_checkpoint(tiny_checkpoint).state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    loaded, expected = load_checkpoint(checkpoint).state_dict(), load_checkpoint(tiny_checkpoint).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
 def shard(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     names = sorted(weights)
     parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
-    for file, some in parts.items():
-        torch.save({name: weights[name] for name in some}, folder / file)
-    places = {name: file for file, some in parts.items() for name in some}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for file, part in parts.items():
+        torch.save({name: weights[name] for name in part}, folder / file)
+    files = {name: file for file, part in parts.items() for name in part}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def shard(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     ],
     ids=["zip", "legacy", "wrapped", "prefixes", "position_ids", "copy of the head", "shards", "safe with a prefix"],
 )
-def test_weights_load_however_they_were_saved(save, checkpoint, weights, tiny_checkpoint):
+def test_weights_load_in_every_format(save, checkpoint, weights, tiny_checkpoint):
     (checkpoint / "model.safetensors").unlink()
     save(checkpoint, weights)
     assert_same_model(checkpoint, tiny_checkpoint)
@@ -81,14 +81,14 @@ def test_weights_load_however_they_were_saved(save, checkpoint, weights, tiny_ch
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_loaded_as_float32(dtype, checkpoint, weights):
+def test_half_precision_is_loaded_as_float32(dtype, checkpoint, weights):
     (checkpoint / "model.safetensors").unlink()
     torch.save({name: tensor.to(dtype) for name, tensor in weights.items()}, checkpoint / "pytorch_model.bin")
     found = load_checkpoint(checkpoint).state_dict()
     assert all(torch.equal(found[name], weights[name].to(dtype).float()) for name in weights)
 
 
-def test_safetensors_win_and_a_pickle_beside_them_is_not_even_opened(checkpoint, tiny_checkpoint):
+def test_safetensors_are_preferred_to_a_pickle(checkpoint, tiny_checkpoint):
     (checkpoint / "pytorch_model.bin").write_bytes(b"never read")
     assert weight_files(checkpoint) == [checkpoint / "model.safetensors"]
     assert_same_model(checkpoint, tiny_checkpoint)
@@ -103,7 +103,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_malicious_pickle_is_refused_and_runs_nothing(is_zip, checkpoint, weights, tmp_path):
+def test_malicious_pickle_is_refused_and_not_run(is_zip, checkpoint, weights, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     mark = tmp_path / "ran"
     torch.save(
@@ -120,12 +120,15 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(is_zip, checkpoint, weig
     ("damage", "sentence"),
     [
         (lambda d: (d / "pytorch_model.bin").write_bytes(b"x" * 99), "pytorch_model.bin (cannot be read|is refused)"),
-        (lambda d: torch.save([1, 2], d / "pytorch_model.bin"), "pytorch_model.bin holds list, not weights by name"),
+        (
+            lambda d: torch.save([1, 2], d / "pytorch_model.bin"),
+            "pytorch_model.bin holds a list instead of a dict of weights",
+        ),
         (lambda d: torch.save({}, d / "pytorch_model.bin"), r"lacks \d+ weights of BlipForConditionalGeneration"),
-        (lambda d: (d / "pytorch_model.bin.index.json").write_text("{}"), "names no weights"),
+        (lambda d: (d / "pytorch_model.bin.index.json").write_text("{}"), "lists no weights"),
         (
             lambda d: (d / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "gone.bin"}}'),
-            "names files that are missing: gone.bin",
+            "lists files that are missing: gone.bin",
         ),
         (
             lambda d: (
@@ -134,15 +137,15 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(is_zip, checkpoint, weig
                     '{"peft_type": "LORA", "base_model_name_or_path": "Salesforce/blip-image-captioning-base"}'
                 )
             ),
-            "is not a checkpoint: it is an adapter .*, and a base must be a whole model",
+            "is not a checkpoint: it is an adapter .*, but a base must be a full model",
         ),
         (
             lambda d: (d / "config.json").unlink() or (d / "model_base_caption_capfilt_large.pth").touch(),
-            "a file of BLIP's first authors is given itself: .*capfilt_large.pth",
+            "to use an original .pth file, pass its path: .*capfilt_large.pth",
         ),
     ],
 )
-def test_what_is_no_checkpoint_is_one_line_with_a_remedy(damage, sentence, checkpoint):
+def test_bad_checkpoint_is_one_line_with_a_remedy(damage, sentence, checkpoint):
     (checkpoint / "model.safetensors").unlink()
     damage(checkpoint)
     with pytest.raises(CheckpointError, match=sentence) as found:
@@ -150,9 +153,9 @@ def test_what_is_no_checkpoint_is_one_line_with_a_remedy(damage, sentence, check
     assert "\n" not in str(found.value)
 
 
-def test_a_head_that_differs_from_the_words_it_is_tied_to_is_refused(checkpoint, weights):
+def test_head_that_differs_from_tied_embedding_is_refused(checkpoint, weights):
     save_file(weights | {HEAD: weights[WORDS] + 1}, checkpoint / "model.safetensors")
-    with pytest.raises(CheckpointError, match="tie_word_embeddings says that they are one"):
+    with pytest.raises(CheckpointError, match="tie_word_embeddings requires them to be equal"):
         load_checkpoint(checkpoint)
 
 
@@ -160,24 +163,26 @@ def test_a_head_that_differs_from_the_words_it_is_tied_to_is_refused(checkpoint,
     ("name", "what"),
     [("itm_head.weight", "an image-text matching"), ("text_encoder.pooler.weight", "a question answering")],
 )
-def test_blips_other_models_are_named(name, what, checkpoint, weights):
+def test_error_names_other_blip_models(name, what, checkpoint, weights):
     save_file(weights | {name: torch.zeros(2)}, checkpoint / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"is {what} .*checkpoint of BLIP, which captions nothing"):
+    with pytest.raises(CheckpointError, match=f"is {what} .*checkpoint of BLIP, which cannot generate captions"):
         load_checkpoint(checkpoint)
 
 
-def test_configurations_as_they_lie_about(checkpoint, tiny_checkpoint):
+def test_config_with_bom_and_missing_settings(checkpoint, tiny_checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     del config["text_config"]["encoder_hidden_size"]
     (checkpoint / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(config | {"_commit_hash": None}).encode())
     assert_same_model(checkpoint, tiny_checkpoint)
     edit = config | {"text_config": None}
     (checkpoint / "config.json").write_text(json.dumps(edit))
-    with pytest.raises(CheckpointError, match=r"config\.json makes them"):  # BLIP base's sizes, not this one's
+    with pytest.raises(
+        CheckpointError, match=r"config\.json requires"
+    ):  # the sizes of BLIP base, which are the default
         load_checkpoint(checkpoint)
 
 
-def test_the_image_processor_is_read_from_the_file_of_transformers_5(checkpoint):
+def test_image_processor_of_transformers_5_is_read(checkpoint):
     own = json.loads((checkpoint / "preprocessor_config.json").read_text())
     own |= {"image_mean": [0.5, 0.4, 0.3], "image_std": 0.5, "crop_size": None, "data_format": "channels_first"}
     (checkpoint / "processor_config.json").write_text(json.dumps({"image_processor": own}))
@@ -191,11 +196,11 @@ def test_the_image_processor_is_read_from_the_file_of_transformers_5(checkpoint)
     with pytest.raises(CheckpointError, match=r"processor_config\.json makes 48x48 px images, .* pass --image-size 48"):
         load_checkpoint(checkpoint)
     edit_json(checkpoint / "processor_config.json", image_processor=own | {"do_center_crop": True, "do_pad": False})
-    with pytest.raises(CheckpointError, match="what is not done to images here \\(do_center_crop=True\\)"):
+    with pytest.raises(CheckpointError, match="settings that the engine does not support \\(do_center_crop=True\\)"):
         read_processor(checkpoint)
 
 
-def test_a_tokenizer_of_transformers_5_needs_nothing_but_tokenizer_json(checkpoint, tiny_checkpoint):
+def test_tokenizer_of_transformers_5_needs_one_file(checkpoint, tiny_checkpoint):
     before = read_tokenizer(tiny_checkpoint)
     for name in ("vocab.txt", "special_tokens_map.json", "added_tokens.json"):
         (checkpoint / name).unlink(missing_ok=True)
@@ -208,7 +213,7 @@ def test_a_tokenizer_of_transformers_5_needs_nothing_but_tokenizer_json(checkpoi
     )
 
 
-def test_a_vocabulary_of_word_pieces_is_a_tokenizer_too(checkpoint, tiny_checkpoint):
+def test_vocab_txt_alone_is_a_tokenizer(checkpoint, tiny_checkpoint):
     before = read_tokenizer(tiny_checkpoint)
     words = sorted(before.get_vocab(), key=before.get_vocab().__getitem__)
     (checkpoint / "tokenizer.json").unlink()
@@ -230,8 +235,8 @@ ORIGINAL = (
 
 
 @pytest.mark.parametrize(("width", "layers"), [(768, 12), (1024, 24)], ids=["base", "large"])
-def test_the_sizes_of_the_first_authors_files_are_read_off_their_tensors(width, layers):
-    """Names and shapes alone, as a file of base or large has them; transformers' own model of these sizes is asked."""
+def test_sizes_of_original_files_are_read_from_tensors(width, layers):
+    """Only names and shapes, as in an original file of base or large, taken from transformers' model of that size."""
     config = BlipConfig(
         vision_config={
             "hidden_size": width,
@@ -251,7 +256,7 @@ def test_the_sizes_of_the_first_authors_files_are_read_off_their_tensors(width, 
     assert {name: one.shape for name, one in rebuilt.items()} == {name: one.shape for name, one in shapes.items()}
 
 
-def test_a_file_of_the_first_authors_is_the_model_that_it_was_made_from(tmp_path, monkeypatch):
+def test_original_file_is_converted_without_loss(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.manual_seed(0)
     sizes = {"hidden_size": HEAD_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1}
@@ -260,20 +265,21 @@ def test_a_file_of_the_first_authors_is_the_model_that_it_was_made_from(tmp_path
         text_config=sizes | {"vocab_size": 30524, "encoder_hidden_size": HEAD_WIDTH, "max_position_embeddings": 40},
     )
     expected = BlipForConditionalGeneration(config).state_dict()
-    theirs = {}
+    original_weights = {}
     for name, tensor in expected.items():
-        for ours, original in ORIGINAL:
-            name = name.replace(ours, original) if not name.startswith("text_decoder.") else name
-        theirs[name] = tensor.half() if name.endswith("class_embedding") else tensor
+        for new, original in ORIGINAL:
+            name = name.replace(new, original) if not name.startswith("text_decoder.") else name
+        original_weights[name] = tensor.half() if name.endswith("class_embedding") else tensor
     file = tmp_path / "model_base_caption.pth"
-    torch.save({"model": theirs | {"text_decoder.bert.embeddings.position_ids": torch.arange(40)[None]}}, file)
+    position_ids = {"text_decoder.bert.embeddings.position_ids": torch.arange(40)[None]}
+    torch.save({"model": original_weights | position_ids}, file)
     folder = find_checkpoint(str(file))
     found = load_checkpoint(folder)
     assert found.config.vision_config.image_size == 32
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
     assert read_tokenizer(folder).convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [30522, 30523]
     assert find_checkpoint(str(file)) == folder
-    torch.save({"model": theirs | {"text_encoder.x": torch.zeros(1)}}, tmp_path / "model_base_vqa.pth")
+    torch.save({"model": original_weights | {"text_encoder.x": torch.zeros(1)}}, tmp_path / "model_base_vqa.pth")
     with pytest.raises(CheckpointError, match="a question answering or retrieval checkpoint of BLIP"):
         find_checkpoint(str(tmp_path / "model_base_vqa.pth"))
 
@@ -293,14 +299,14 @@ FIRST = "text_decoder.bert.encoder.layer.0.output.dense.weight"
     ],
     ids=["nan", "infinite", "zero"],
 )
-def test_weights_of_a_diverged_training_are_refused(damage, sentence, checkpoint, weights):
+def test_weights_of_diverged_training_are_refused(damage, sentence, checkpoint, weights):
     damage(weights)
     save_file(weights, checkpoint / "model.safetensors")
     with pytest.raises(CheckpointError, match=sentence):
         load_checkpoint(checkpoint)
 
 
-def test_weights_that_overflow_are_refused_by_the_export(checkpoint, weights):
+def test_export_refuses_weights_that_overflow(checkpoint, weights):
     weights[FIRST].fill_(1e38)
     save_file(weights, checkpoint / "model.safetensors")
     with pytest.raises(CheckpointError, match="scores are NaN or infinite"):
@@ -319,7 +325,7 @@ STAND_INS = {
     "name",
     ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json", "special_tokens_map.json"],
 )
-def test_stand_ins_for_files_are_named(name, content, checkpoint):
+def test_error_names_placeholder_files(name, content, checkpoint):
     if name == "pytorch_model.bin":
         (checkpoint / "model.safetensors").unlink()
     (checkpoint / name).write_bytes(content)
@@ -327,15 +333,15 @@ def test_stand_ins_for_files_are_named(name, content, checkpoint):
         Reference.load(checkpoint)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint, tiny_checkpoint):
+def test_tokenizer_larger_than_the_model_is_refused(checkpoint, tiny_checkpoint):
     tokenizer = read_tokenizer(tiny_checkpoint)
     tokenizer.add_tokens(["hippocampus"])
     tokenizer.save_pretrained(checkpoint)
-    with pytest.raises(CheckpointError, match=r"has 67 entries, the model 66 .*resize_token_embeddings"):
+    with pytest.raises(CheckpointError, match=r"has 67 entries, but the model has 66 .*resize_token_embeddings"):
         Reference.load(checkpoint)
 
 
-def test_a_tokenizer_of_special_tokens_only_is_refused(checkpoint):
+def test_tokenizer_of_special_tokens_only_is_refused(checkpoint):
     content = json.loads((checkpoint / "tokenizer.json").read_text())
     template, named = content["added_tokens"][0], {token["content"] for token in content["added_tokens"]}
     rest = [template | {"id": content["model"]["vocab"][word], "content": word} for word in {*ALL_WORDS} - named]
@@ -378,14 +384,14 @@ def test_attention_kernels_of_a_config_are_dropped(checkpoint):
         ("config.json", "dtype", "__import__"),
     ],
 )
-def test_settings_without_a_meaning_are_one_line(file, setting, value, checkpoint):
+def test_invalid_settings_are_one_line_errors(file, setting, value, checkpoint):
     edit_json(checkpoint / file, **{setting: value})
     with pytest.raises(CheckpointError, match=f"{file}.*") as found:
         load_checkpoint(checkpoint)
     assert "\n" not in str(found.value)
 
 
-def test_what_trainer_leaves_names_what_is_missing(checkpoint, tmp_path):
+def test_error_names_files_that_trainer_does_not_save(checkpoint, tmp_path):
     assert assumed_settings(checkpoint) == []
     for file in checkpoint.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
@@ -396,5 +402,5 @@ def test_what_trainer_leaves_names_what_is_missing(checkpoint, tmp_path):
     assert "has no preprocessor_config.json" in note
     for step in (500, 1000):
         shutil.copytree(checkpoint, tmp_path / f"run/checkpoint-{step}")
-    with pytest.raises(CheckpointError, match="give one of checkpoint-500, checkpoint-1000"):
+    with pytest.raises(CheckpointError, match="pass one of checkpoint-500, checkpoint-1000"):
         load_checkpoint(tmp_path / "run")

@@ -336,7 +336,7 @@ def test_sweep_finds_checkpoints_like_export(tiny_checkpoint, tmp_path, monkeypa
 def test_other_files_in_bundle_folder_are_kept(job, tiny_checkpoint):
     (job.out / "bundle").mkdir(parents=True)
     (job.out / "bundle" / "thesis.txt").write_text("mine")
-    with pytest.raises(ExportError, match="exists and is more than a bundle"):
+    with pytest.raises(ExportError, match="exists and is not a bundle"):
         sweep(replace(job, checkpoint=tiny_checkpoint, bundle=None), silent)
     assert (job.out / "bundle" / "thesis.txt").read_text() == "mine"
 
