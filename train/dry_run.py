@@ -47,7 +47,7 @@ def memory(model: BlipForConditionalGeneration, recipe: Recipe, spec: PixelSpec)
     """Estimate what a process needs on a GPU in mixed precision, in GiB, for captions of max_tokens tokens.
 
     Weights in float32 with gradients and AdamW's two moments for those that are trained (16 bytes a trained
-    parameter, 20 with a moving average), their half-precision copies (2 bytes), and what autograd keeps for the
+    parameter), their half-precision copies (2 bytes), and what autograd keeps for the
     backward pass, measured here under bfloat16 autocast for one and two images; float16 keeps the same number of bytes.
     Not counted: the CUDA context, the allocator's slack and workspaces.
     """
@@ -61,7 +61,7 @@ def memory(model: BlipForConditionalGeneration, recipe: Recipe, spec: PixelSpec)
         sum(_kept_for_backward(model, spec, tokens, count, copies) for tokens, copies in each) for count in (1, 2)
     )
     device_batch, _ = recipe.micro_batches(1)
-    weights = (total * (4 + 2) + trained * (16 if recipe.ema else 12)) / GIB
+    weights = (total * (4 + 2) + trained * 12) / GIB
     activations = device_batch * (two - one) / GIB  # what one image adds: half-precision weights are in both
     return {
         "weights_gradients_moments": round(weights, 2),
@@ -115,14 +115,14 @@ def _kept_for_backward(
 
 def disk(model: BlipForConditionalGeneration, recipe: Recipe) -> dict[str, int]:
     """Return bytes on disk: of the models that a run keeps, of its states of training, and of both at the moment when
-    there are most. Weights are float32; a state has AdamW's two moments for what is trained, and the moving average.
+    there are most. Weights are float32; a state has AdamW's two moments for what is trained.
 
     Not counted: logs, captions, tokenizers; a few megabytes.
     """
     learning = model.text_decoder if recipe.cache_features else model
     one_model = 4 * sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in learning.parameters() if parameter.requires_grad)
-    one_state = 4 * sum(parameter.numel() for parameter in learning.parameters()) + (12 if recipe.ema else 8) * trained
+    one_state = 4 * sum(parameter.numel() for parameter in learning.parameters()) + 8 * trained
     saves = recipe.epochs if recipe.save_steps is None else KEPT_STATES + 1
     models, states = min(recipe.keep, recipe.epochs) * one_model, min(KEPT_STATES, saves) * one_state
     beside = max(one_model * (recipe.epochs > recipe.keep), one_state * (saves > KEPT_STATES))

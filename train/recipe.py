@@ -31,8 +31,7 @@ class Recipe:
     first tenth rising. `patience` epochs without a lower validation loss end the run (0: never). `freeze` names
     parts that stay as they are: vision (the tower), words (word and position embeddings), or all-but-cross (everything
     but cross-attention). With a frozen vision tower and no augmentation, `cache_features` encodes every image once.
-    With `ema` above 0 an exponential moving average of the weights with this decay is what is evaluated and kept
-    (learning/ema.py). `metric` is what the best epoch is chosen by: a metric of `engine score` over captions generated
+    `metric` is what the best epoch is chosen by: a metric of `engine score` over captions generated
     with `eval_beams` beams and the other `eval_` settings, or loss. With `write_decoding` the kept models carry these
     settings in place of the checkpoint's own, so that `generate` and an exported bundle caption as the validation did.
     `high_bit_depth` is how pictures of more than 8 bits are read, and `engine caption` has to be told the same
@@ -63,7 +62,6 @@ class Recipe:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     patience: int = 0
-    ema: float = 0.0
     metric: str = "rouge1"
     eval_images: int | None = 1000
     eval_beams: int = 1
@@ -105,7 +103,6 @@ class Recipe:
         refuse(0 < self.step_factor <= 1, "step_factor must be above 0 and at most 1")
         refuse(self.max_grad_norm > 0, "max_grad_norm must be above 0")
         refuse(0 <= self.label_smoothing < 1, "label_smoothing must be at least 0 and below 1")
-        refuse(0 <= self.ema < 1, "ema must be at least 0 and below 1")
         least = 2 if self.baseline == "others" else 1
         refuse(self.samples >= least, f"samples must be at least {least} with the baseline {self.baseline}")
         refuse(0 <= self.likelihood_share < 1, "likelihood_share must be at least 0 and below 1")

@@ -219,6 +219,7 @@ def write_or_compare_record(
         earlier = Recipe().settings() | (found or {}).get("recipe", {})  # a setting that came later was at its default
         changed = [name for name in record if name != "recipe" and (found or {}).get(name) != record[name]]
         changed += [name for name, value in settings.items() if earlier.get(name) != value]
+        changed += [name for name, value in earlier.items() if value and name not in recipe.settings()]  # since removed
         if not changed:
             return
         if not is_begun:

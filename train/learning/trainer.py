@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from transformers.trainer_utils import SaveStrategy
 
 from engine.errors import EngineError, OutOfMemoryError
 from train.data.batches import EpochOrder
-from train.learning.ema import MovingAverage
 from train.learning.evaluate import LOSS, sum_of_losses
 from train.recipe import Recipe
 
@@ -73,21 +72,8 @@ class SaveAfterEvaluation(TrainerCallback):
         control.should_save = args.save_strategy != SaveStrategy.NO
 
 
-class AverageAfterStep(TrainerCallback):
-    """Takes the weights of every step into their moving average, before they are evaluated or saved."""
-
-    def __init__(self, moving_average: MovingAverage) -> None:
-        self._average = moving_average
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """See TrainerCallback."""
-        self._average.update()
-
-
 class CaptionTrainer(Trainer):
     """Trains a BlipForConditionalGeneration, or its text decoder alone on features; see Recipe for the settings."""
-
-    moving_average: MovingAverage | None = None
 
     def __init__(
         self, *, recipe: Recipe, order: EpochOrder, judge: Judge, say: Callable[[str], None], **given: Any
@@ -99,9 +85,6 @@ class CaptionTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the targets of a whole step for us
         self.steps_per_epoch = order.padded // recipe.batch_size
         self.add_callback(SaveAfterEvaluation(self.steps_per_epoch))
-        if recipe.ema:
-            self.moving_average = MovingAverage(self.model, recipe.ema)
-            self.add_callback(AverageAfterStep(self.moving_average))
 
     def _inner_training_loop(self, batch_size: int | None = None, **given: Any) -> Any:  # noqa: ARG002
         """Take the batch size of this call: the Trainer would take that of the checkpoint it goes on from."""
@@ -151,9 +134,8 @@ class CaptionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Judge the model as it is, or its moving average where the recipe has one, and tell the callbacks."""
-        averaged = self.moving_average.applied() if self.moving_average is not None else nullcontext()
-        with self._explained(), averaged:
+        """Judge the model as it is and tell the callbacks."""
+        with self._explained():
             metrics = self._judge(round(self.state.epoch or 0))
         logged = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(logged)
@@ -197,8 +179,6 @@ class CaptionTrainer(Trainer):
                     f"the validation loss has stopped falling (patience {self.recipe.patience}): the run has ended"
                 )
                 return
-            if self.moving_average is not None:
-                self.moving_average.load(checkpoint)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -208,8 +188,6 @@ class CaptionTrainer(Trainer):
         if self.args.should_save:
             directory = Path(self.args.output_dir)
             newest = directory / f"checkpoint-{self.state.global_step}"
-            if self.moving_average is not None:
-                self.moving_average.save(newest)
             seal(newest)
             for old in in_order(directory)[:-KEPT_STATES]:  # only now that the new one is whole
                 shutil.rmtree(old)
