@@ -1,6 +1,6 @@
-"""What a run will need, before it runs: memory, floating point operations, disk.
+"""What a run will need, before it runs: steps, memory, disk, and hours on this machine by two trial steps.
 
-Nothing here has been checked on a GPU. Knows nothing of data sets on disk and of run directories.
+The estimate of GPU memory has not been checked on a GPU. Knows nothing of data sets on disk and of run directories.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,11 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipForConditionalGeneration, TrainerCallback
 
 from engine.errors import UsageError
-from export.checkpoints.load import encoder_positions
 from export.reference.huggingface import Reference
 from train.data.batches import EpochOrder, PixelSpec, collate_captions
 from train.data.dataset import Example, Split
@@ -34,10 +31,7 @@ from train.learning.trainer import KEPT_STATES
 from train.recipe import Recipe
 
 A100_GIB = 40.0
-A100_TFLOPS = {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0}
-"""NVIDIA's data sheet, dense; torch multiplies float32 without TF32 unless it is told otherwise."""
-SHARE_OF_PEAK = 0.3
-"""A guess: what is left of the peak for reading images, small kernels and the optimiser to take their time."""
+"""Memory of the smaller A100, to compare the estimate with."""
 GIB = float(1 << 30)
 MOST_BATCHES = 256
 """Batches whose length is looked at: a sample of some thousand captions."""
@@ -145,63 +139,6 @@ def tokens_of_batches(reference: Reference, examples: Sequence[Example], recipe:
     return float(np.mean(lengths))
 
 
-def flop_of_step(model: BlipForConditionalGeneration, recipe: Recipe, tokens: int) -> int:
-    """Count the floating point operations of the matrix products of one optimiser step, forward and backward, with
-    captions of `tokens` tokens; what is frozen is passed forward alone. Nothing is computed: tensors are on torch's
-    device "meta".
-
-    Drawing captions for a reward and scoring them is not counted.
-    """
-    with torch.device("meta"):
-        twin = BlipForConditionalGeneration(deepcopy(model.config))
-    is_trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(is_trained[name])
-    twin.train()
-    if recipe.gradient_checkpointing:
-        twin.gradient_checkpointing_enable({"use_reentrant": False})
-    with FlopCounterMode(display=False) as counter:
-        for length, copies in passes(recipe, tokens):
-            _learn(twin, recipe, min(length, model.config.text_config.max_position_embeddings), copies)
-    return int(counter.get_total_flops())
-
-
-def _learn(twin: BlipForConditionalGeneration, recipe: Recipe, tokens: int, copies: int) -> None:
-    """Pass a batch without content through a model on "meta", forward and backward, with `copies` captions an image."""
-    vision, images = twin.config.vision_config, recipe.batch_size
-    ids = torch.zeros(images * copies, tokens, dtype=torch.int64, device="meta")
-    if recipe.cache_features:
-        features = torch.zeros(images, encoder_positions(vision), vision.hidden_size, device="meta")
-    else:
-        features = twin.vision_model(
-            pixel_values=torch.zeros(images, 3, vision.image_size, vision.image_size, device="meta")
-        )[0]
-    logits = twin.text_decoder(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        encoder_hidden_states=features.repeat_interleave(copies, 0),
-        use_cache=False,
-    ).logits
-    sum_of_losses(logits, ids).backward()
-
-
-def on_an_a100(flop: int, recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:
-    """Return what a step and a run of `flop` operations a step would take on one A100 that reaches SHARE_OF_PEAK."""
-    seconds = flop / (A100_TFLOPS[recipe.precision] * 1e12 * SHARE_OF_PEAK)
-    hours = seconds * steps_per_epoch / 3600
-    generation = ["drawing captions and scoring them"] if recipe.reward else []
-    return {
-        "tflop_a_step": rounded(flop / 1e12),
-        "peak_tflops": A100_TFLOPS[recipe.precision],
-        "assumed_share_of_peak": SHARE_OF_PEAK,
-        "seconds_a_step": rounded(seconds),
-        "hours_an_epoch": rounded(hours),
-        "hours": rounded(hours * recipe.epochs),
-        "not_counted": [*generation, "validation", "writing to disk"],
-        "checked": "never: this code has not run on a GPU",
-    }
-
-
 def rounded(value: float) -> float:
     """Return a number with three digits."""
     return float(f"{value:.3g}")
@@ -249,7 +186,6 @@ def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dic
         "image_size": reference.model.config.vision_config.image_size,
         "memory_gib": memory(reference.model, recipe, PixelSpec.of(reference.image_processor, recipe.high_bit_depth)),
         "disk_gib": {name: rounded(size / GIB) for name, size in disk(reference.model, recipe).items()},
-        "a100_estimate": on_an_a100(flop_of_step(reference.model, recipe, round(tokens)), recipe, steps),
     }
     if trial:
         plan["trial"], later, seconds_an_image, images = _trial(job, reference, splits, batches, say)
