@@ -1,4 +1,4 @@
-"""The mean of a run's epochs, by hand to the last bit, and what cannot be averaged."""
+"""The average of a run's epochs, compared bit by bit with numpy, and epochs that cannot be averaged."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def average(*arguments):
         ((6, 2, 3), (2, 3, 6)),
     ],
 )
-def test_an_average_is_the_mean_in_float64_rounded_once(run, tmp_path, chosen, epochs):
+def test_average_is_float64_mean_rounded_once(run, tmp_path, chosen, epochs):
     done = average(run, *chosen, "--out", tmp_path / "mean")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout.splitlines()[-1])["epochs"] == list(epochs)
@@ -66,7 +66,7 @@ def test_an_average_is_the_mean_in_float64_rounded_once(run, tmp_path, chosen, e
     assert len(epochs) == 2 or any(not np.array_equal(found[name], rounded_often[name]) for name in found)
 
 
-def test_an_average_is_a_checkpoint_like_those_of_the_run(run, tmp_path):
+def test_average_is_checkpoint_like_those_of_run(run, tmp_path):
     assert average(run, 3, 5, "--out", tmp_path / "mean").exit_code == 0
     theirs = {path.name for path in (run / "models" / "epoch_03").iterdir()} - {"evaluation.json", "valid.csv"}
     assert {path.name for path in (tmp_path / "mean").iterdir()} == theirs | {"average.json"}
@@ -80,31 +80,31 @@ def test_an_average_is_a_checkpoint_like_those_of_the_run(run, tmp_path):
     ("chosen", "message"),
     [
         (("--last", 2, "--best", 2), "exclude each other"),
-        (("--best", 5), "keeps the epochs 2, 3, 5, 6, not 5 epochs"),
+        (("--best", 5), "keeps the epochs 2, 3, 5, 6, fewer than 5: train with keep=5"),
         (("--last", 3), "keeps the epochs 2, 3, 5, 6, and its last epoch is 6"),
         ((1, 2), "keeps the epochs 2, 3, 5, 6, not 1"),
-        ((2,), "two epochs or more, each once, not of 2"),
-        ((2, 3, 2), "two epochs or more, each once, not of 2, 3, 2"),
+        ((2,), "at least two different epochs, not 2"),
+        ((2, 3, 2), "at least two different epochs, not 2, 3, 2"),
     ],
 )
-def test_epochs_that_are_not_there_are_named(run, tmp_path, chosen, message):
+def test_missing_epochs_are_named(run, tmp_path, chosen, message):
     done = average(run, *chosen, "--out", tmp_path / "mean")
     assert done.exit_code == 2
     assert message in done.output
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_run_or_not_at_its_end_or_there_already_is_refused(run, tmp_path):
+def test_invalid_run_or_existing_output_is_refused(run, tmp_path):
     done = average(tmp_path, "--out", tmp_path / "mean")
-    assert "is no run directory of `train finetune`" in done.output
+    assert "is not a run directory of `train finetune`" in done.output
     (tmp_path / "run.json").write_bytes((run / "run.json").read_bytes())
-    assert "has not come to its end" in average(tmp_path, "--last", 2, "--out", tmp_path / "mean").output
+    assert "has not ended" in average(tmp_path, "--last", 2, "--out", tmp_path / "mean").output
     assert "keeps no epoch" in average(tmp_path, 1, 2, "--out", tmp_path / "mean").output
     done = average(run, "--out", tmp_path)
     assert (done.exit_code, "exists: name a new directory" in done.output) == (2, True)
 
 
-def test_models_of_other_image_sizes_have_no_mean(tmp_path):
+def test_models_of_other_image_sizes_are_refused(tmp_path):
     paths = [make_checkpoint(tmp_path / str(size), image_size=size) for size in (IMAGE_SIZE, 2 * IMAGE_SIZE)]
     with pytest.raises(DataError, match=r"other shapes than .* \(vision_model\.embeddings\.position_embedding\)"):
         mean_of(paths)

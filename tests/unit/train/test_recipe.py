@@ -154,7 +154,7 @@ def test_run_with_removed_setting_is_refused(tmp_path):
         (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe.settings() | {"ema": value}}))
         if not value:
             write_or_compare_record(tmp_path, recipe, {}, lines.append, is_begun=True)
-    with pytest.raises(UsageError, match="another ema"):
+    with pytest.raises(UsageError, match="differs in ema"):
         write_or_compare_record(tmp_path, recipe, {}, lines.append, is_begun=True)
 
 

@@ -362,7 +362,7 @@ def test_the_command_line_tunes_the_demo_and_the_line_it_prints_gives_the_captio
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--tune", "--examples", "3"], "--examples is for a table by number of beams: leave it out with --tune"),
+        (["--tune", "--examples", "3"], "--examples has no effect with --tune: leave it out"),
         (["--tune-seed", "3"], "--tune-grid, --tune-group and --tune-seed are for --tune: add it, or leave them out"),
         (["--tune", "--tune-grid", "x=1"], "--tune-grid x=1: wanted is SETTING=VALUE,VALUE"),
     ],
