@@ -53,7 +53,7 @@ def recipe_options(command: Command) -> Command:
         click.option(
             "--precision",
             type=click.Choice(["fp32", "bf16", "fp16"]),
-            help="Number format of forward and backward passes; weights stay fp32. bf16 on a GPU needs Ampere or later.",
+            help="Number format of forward and backward passes; weights stay fp32. bf16 needs an Ampere GPU or later.",
         ),
         click.option("--seed", type=click.IntRange(0), help="Random seed of shuffling, dropout and augmentation."),
     )
