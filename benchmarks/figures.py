@@ -1,9 +1,9 @@
-"""Write the tables of README.md and docs/ from the records in benchmarks/results, so that no figure is typed by hand.
+"""Write the tables of README.md and docs/ from the records in benchmarks/results.
 
     python -m benchmarks.figures
 
-A table stands between `<!-- figures: NAME -->` and `<!-- end -->`; below it stands what its records were measured with.
-A record of another demo bundle than the embedded one is shown as such. Measures nothing.
+A table is written between `<!-- figures: NAME -->` and `<!-- end -->`, with the machine and versions of its records
+below. Records of a demo bundle that is not the embedded one are marked. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ WIDTH = 120
 
 
 def fill(text: str, kind: str, make: Callable[[str], str]) -> str:
-    """Return a page with `make(NAME)` between every `<!-- kind: NAME -->` and the `<!-- end -->` behind it."""
+    """Return a page with `make(NAME)` between every `<!-- kind: NAME -->` and the next `<!-- end -->`."""
     return re.sub(
         rf"(<!-- {kind}: ([^\n]+?) -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}{make(found[2])}\n{found[3]}",
+        lambda match: f"{match[1]}{make(match[2])}\n{match[3]}",
         text,
         flags=re.DOTALL,
     )
 
 
 def read_record(name: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """Return the record of a file in benchmarks/results."""
+    """Read a record from benchmarks/results."""
     record: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return record
 
 
 def figures(name: str, page: Path, folder: Path = RESULTS) -> str:
-    """Return the table `name` with what its records were measured with, as it stands in `page`."""
+    """Return the table `name` and the lines about its records, with links relative to `page`."""
     table = TABLES[name]
-    records = {one: read_record(one, folder) for one in table.records}
-    others = [read_record(one, folder) for one in table.elsewhere]
+    records = {record: read_record(record, folder) for record in table.records}
+    others = [read_record(record, folder) for record in table.elsewhere]
     to_results = FROM_REPOSITORY if page.parent == ROOT else f"../{FROM_REPOSITORY}"
     return f"\n{table.make(*records.values(), *others)}\n\n{_measured_with(table, records, to_results)}\n"
 
 
 def _measured_with(table: Table, records: dict[str, dict[str, Any]], to_results: str) -> str:
-    """Return the lines below a table: records, machine, versions and date of each group that has them alike."""
+    """Return the lines below a table: records, grouped by equal machine, versions and date."""
     if table.as_above:
         return "*Records:* as above."
     groups: dict[str, list[str]] = {}
@@ -65,8 +65,8 @@ def _measured_with(table: Table, records: dict[str, dict[str, Any]], to_results:
     lines = []
     for circumstances, names in groups.items():
         links = ", ".join(f"[{name}]({to_results}/{name}.json)" for name in names)
-        what = f"*{'Records' if len(names) > 1 else 'Record'}:* {links}, of {circumstances}."
-        lines.append(textwrap.fill(what, WIDTH, break_long_words=False, break_on_hyphens=False))
+        line = f"*{'Records' if len(names) > 1 else 'Record'}:* {links}, of {circumstances}."
+        lines.append(textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False))
     return "\n\n".join(lines)
 
 
@@ -84,7 +84,7 @@ def _circumstances(record: dict[str, Any], needs_bundle: bool) -> str:
 
 
 def _bundle(record: dict[str, Any]) -> str:
-    """Return in words which bundle a record is of, and whether that is the embedded demo of today."""
+    """Describe the bundle of a record, and mark it if it is not the embedded demo of this version."""
     workload = record.get("workload") or record.get("setting", {}).get("workload", "demo")
     digest = record.get("bundle_sha256") or record.get("bundle") or record.get("start", "").removeprefix("bundle ")
     if workload != "demo":
@@ -98,18 +98,18 @@ def _bundle(record: dict[str, Any]) -> str:
 
 
 def render(page: Path, folder: Path = RESULTS) -> str:
-    """Return the text of a page with its tables as the records have them now."""
+    """Return the text of a page with its tables made from the current records."""
     return fill(page.read_text(encoding="utf-8"), "figures", lambda name: figures(name, page, folder))
 
 
 @click.command()
 def main() -> None:
-    """Write every table anew; say which pages changed."""
+    """Write every table again and print the pages that changed."""
     for page in PAGES:
         text = render(page)
         if text != page.read_text(encoding="utf-8"):
             write_atomically(page, text)
-            click.echo(f"{page.relative_to(ROOT)}: written anew")
+            click.echo(f"{page.relative_to(ROOT)}: updated")
 
 
 if __name__ == "__main__":

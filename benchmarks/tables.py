@@ -1,4 +1,4 @@
-"""The tables of figures.py: which records each is made of, and how."""
+"""The tables of benchmarks.figures: the records of each, and the function that makes Markdown of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a table; a row has a cell for each word of the header."""
+    """Return a Markdown table; each row has as many cells as the header."""
     header = list(header)
     lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -34,12 +34,12 @@ def seconds_and_ratio(record: Record, program: str) -> str:
 
 
 def ratios(records: Sequence[Record], program: str) -> str:
-    found = [record["programs"][program]["times_engine"] for record in records]
-    return f"{min(found):.1f} to {max(found):.1f} times"
+    factors = [record["programs"][program]["times_engine"] for record in records]
+    return f"{min(factors):.1f} to {max(factors):.1f} times"
 
 
 def readme_speeds(*everything: Record) -> str:
-    """The table of one processor, and a sentence on the last two records, of another one."""
+    """Return the table of one processor, and a sentence about the last two records, which are of another processor."""
     records, others = everything[:-2], everything[-2:]
     rows = [
         [
@@ -53,7 +53,7 @@ def readme_speeds(*everything: Record) -> str:
     ]
     lead = (
         f"{ratios(everything, 'generate')} as fast as `generate` on a CPU, {ratios(everything, 'conventional')} as the "
-        "usual ONNX loop. Seconds an image, from pixels to token ids, float32, 3-gram ban, each program at its best "
+        "usual ONNX loop. Seconds per image, from pixels to token ids, float32, 3-gram ban, each program at its best "
         "batch size. On a slower processor, where torch multiplies almost as fast as ONNX Runtime, base and large "
         f"with 4 beams are {ratios(others, 'generate')} as fast as `generate`."
     )
@@ -64,12 +64,12 @@ def readme_speeds(*everything: Record) -> str:
 def agreement(record: Record) -> str:
     images = record["setting"]["images"]
     parts = []
-    for found in record["agreement"].values():
+    for counts in record["agreement"].values():
         explained = [
-            f"{found[kind]} {word}" for kind, word in (("tie", "a tie"), ("batch", "its batch")) if found[kind]
+            f"{counts[kind]} {word}" for kind, word in (("tie", "a tie"), ("batch", "its batch")) if counts[kind]
         ]
         note = f" ({', '.join(explained)})" if explained else ""
-        parts.append(f"{found['identical']} of {images}{note}")
+        parts.append(f"{counts['identical']} of {images}{note}")
     return "all the same" if set(parts) == {f"{images} of {images}"} else "; ".join(parts)
 
 
@@ -90,7 +90,7 @@ def speeds(*records: Record) -> str:
         )
     header = [
         "workload",
-        "engine, s an image",
+        "engine, s per image",
         *PROGRAMS.values(),
         "captions like the engine's",
         "of the roofline",
@@ -127,30 +127,30 @@ def by_length(*records: Record) -> str:
         ]
         for record in records
     ]
-    header = ["new tokens of every caption", "engine, s an image", "`generate`", "usual ONNX loop", "captions"]
+    header = ["new tokens of every caption", "engine, s per image", "`generate`", "usual ONNX loop", "captions"]
     return table(header, rows)
 
 
 def by_rows(record: Record) -> str:
-    found = record["images_per_s"]
-    return table(["rows side by side", *found], [["images/s", *(f"{speed:.1f}" for speed in found.values())]])
+    speeds = record["images_per_s"]
+    return table(["beams in flight", *speeds], [["images/s", *(f"{speed:.1f}" for speed in speeds.values())]])
 
 
 AVERAGES = (("valid", "rouge1"), ("test", "rouge1"), ("test", "bertscore"))
 """Splits and metrics in the table of averages."""
 
 
-def difference(found: Record, digits: int = 4) -> str:
+def difference(result: Record, digits: int = 4) -> str:
     """Return a difference with its interval."""
-    return f"{found['difference']:+.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    return f"{result['difference']:+.{digits}f} [{result['low']:.{digits}f}, {result['high']:.{digits}f}]"
 
 
 def consensus(record: Record) -> str:
-    """Best beam against what was chosen otherwise."""
+    """Compare the best beam with other ways to choose a caption."""
     metrics = {"rouge1": "ROUGE-1", "bertscore": "BERTScore (proxy)", "bleu1": "BLEU-1", "cider": "CIDEr-D"}
     rows = [
-        [name, *(f"{found[m]['value']:.4f}" if name == "best beam" else difference(found[m]) for m in metrics)]
-        for name, found in record["runs"].items()
+        [name, *(f"{run[m]['value']:.4f}" if name == "best beam" else difference(run[m]) for m in metrics)]
+        for name, run in record["runs"].items()
     ]
     lines = table(["chosen among", *metrics.values()], rows)
     remarks = []
@@ -167,14 +167,14 @@ def consensus(record: Record) -> str:
 
 
 def averages(record: Record) -> str:
-    """Averaged weights against those of one epoch."""
+    """Compare averaged weights with those of one epoch."""
     first = next(iter(record["runs"]))
     rows = []
-    for name, found in record["runs"].items():
+    for name, run in record["runs"].items():
         row = [name]
         for split, metric in AVERAGES:
-            one = found[split][metric]
-            row.append(f"{one['value']:.4f}" if name == first else difference(one))
+            result = run[split][metric]
+            row.append(f"{result['value']:.4f}" if name == first else difference(result))
         rows.append(row)
     splits, metrics = (
         {"valid": "validation", "test": "held-out"},
@@ -184,7 +184,7 @@ def averages(record: Record) -> str:
 
 
 def tuned(record: Record) -> str:
-    """Settings chosen on one half, compared on the other."""
+    """Show settings that were chosen on one half of the slices and compared on the other half."""
     rows = [
         [setting, own, record["chosen"][setting], ", ".join(f"{value:g}" for value in record["grids"][setting])]
         for setting, own in record["own"].items()
@@ -205,18 +205,18 @@ def tuned(record: Record) -> str:
         [
             f"the {half['held_back']} slices held back",
             names[metric],
-            f"{one['own']:.4f}",
-            f"{one['chosen']:.4f}",
-            difference(one),
+            f"{result['own']:.4f}",
+            f"{result['chosen']:.4f}",
+            difference(result),
         ]
-        for metric, one in record["held_back"].items()
+        for metric, result in record["held_back"].items()
     ]
     scores = table(["slices", "metric", "own settings", "chosen settings", "difference"], rows)
     return f"{settings}\n\n{scores}"
 
 
 def rewards(*records: Record) -> str:
-    """What reward training changed."""
+    """Show the differences that reward training made."""
     rows = []
     for record in records:
         learnt = record.get("slices learnt from") or record["training slices"]
@@ -240,8 +240,10 @@ def rewards(*records: Record) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Names of records, and what makes Markdown of them. Without `needs_bundle` no bundle took part; with `as_above`
-    the records are those of the table before. What `elsewhere` were measured with stands below another table.
+    """Names of records, and the function that makes Markdown of them.
+
+    Without `needs_bundle` no bundle is named below the table. With `as_above` the records are those of the table
+    before. `elsewhere` are further records, whose machine and versions are given below another table.
     """
 
     records: tuple[str, ...]
@@ -276,7 +278,7 @@ def _update(record: Record) -> str:
         "first": f"the first run, {setting['images']:,} images",
         "nothing_changed": "again, with nothing changed",
         "some_changed": f"again, with {setting['changed']} images changed",
-        "scratch": "what is there then, from scratch",
+        "scratch": "the same folder from scratch",
     }
     scratch = runs["scratch"]["seconds"]
     rows = [
@@ -290,7 +292,9 @@ def _update(record: Record) -> str:
     ]
     same = "the same bytes" if record["same_as_from_scratch"] else "OTHER BYTES"
     rows.append(["only listing the folder, looking at each file", "", f"{record['listing_s']:.1f}", ""])
-    return table([f"{beams(setting['beams'])}; run.csv: {same}", "captioned", "s in all", "of from scratch"], rows)
+    return table(
+        [f"{beams(setting['beams'])}; run.csv: {same}", "captioned", "s in total", "relative to from scratch"], rows
+    )
 
 
 def _faults(*records: Record) -> str:
@@ -335,17 +339,17 @@ def _cluster(*records: Record) -> str:
     rows = []
     for record in records:
         alone = record["ways"]["one process"]
-        for way, found in record["ways"].items():
+        for way, times in record["ways"].items():
             rows.append(
                 [
                     f"{record['setting']['workload']}: {way}",
-                    f"{found['image_s']:.3f} ({found['image_s'] / alone['image_s']:.2f} x)",
-                    f"{found['fixed_s']:.1f}",
-                    ", ".join(f"{wall:.0f}" for wall in found["wall_s"][-1]),
+                    f"{times['image_s']:.3f} ({times['image_s'] / alone['image_s']:.2f} x)",
+                    f"{times['fixed_s']:.1f}",
+                    ", ".join(f"{wall:.0f}" for wall in times["wall_s"][-1]),
                 ]
             )
     images = records[0]["setting"]["images"]
-    return table(["", "s an image", "starting, s", f"{images} images in all, s"], rows)
+    return table(["", "s per image", "start, s", f"{images} images in total, s"], rows)
 
 
 def _simulated(record: Record) -> str:
@@ -360,7 +364,7 @@ def _simulated(record: Record) -> str:
         ]
         for one in chosen
     ]
-    return table(["images", "workers", "images/s", "what is in the way", "workers are busy"], rows)
+    return table(["images", "workers", "images/s", "bottleneck", "workers busy"], rows)
 
 
 def _host(record: Record) -> str:
@@ -388,7 +392,7 @@ def _devices(*records: Record) -> str:
         for one in record["measured"]
     ]
     images = records[0]["measured"][0]["images"]
-    header = [f"{images:,} images", "s in all", "the device, s", "the host alone, s", "over the slower of the two"]
+    header = [f"{images:,} images", "s in total", "device, s", "host alone, s", "relative to the slower of the two"]
     return table(header, rows)
 
 

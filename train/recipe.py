@@ -197,8 +197,8 @@ AdamW's default, 0.01) and the gradient clipping (here the Trainer's default, 1.
 """
 
 AS_PUBLISHED: dict[str, Any] = {"image_size": 384, "precision": "bf16"}
-"""BLIP was published at 384 px: its position table of 577 rows is not resized. bfloat16 is our choice: by the estimate of
-train/dry_run.py, 16 images per forward pass, as at 224 px, take 11 GiB (base) or 22 GiB (large) with captions of 200
+"""BLIP was published at 384 px: its position table of 577 rows is not resized. bfloat16 is our choice. By the estimate
+of train/dry_run.py, 16 images per forward pass, as at 224 px, take 11 GiB (base) or 22 GiB (large) with captions of 200
 tokens. An A100 of 40 GiB then needs neither accumulation nor gradient checkpointing.
 """
 
