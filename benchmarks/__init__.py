@@ -1,3 +1,3 @@
-"""Measurements: they print machine, versions, spread and a checksum of the captions, and assert nothing about time."""
+"""Benchmarks. They record the machine, versions, spread and a checksum of the captions; they assert no times."""
 
-import engine  # noqa: F401  (first: it turns off ONNX Runtime's telemetry)
+import engine  # noqa: F401  (first, because it turns off ONNX Runtime's telemetry)

@@ -1,6 +1,6 @@
-"""Files that a folder collected from the web may hold: those no reader can read, and odd ones it must.
+"""Fault injection: unreadable and unusual image files, and runs that are killed, terminated or short of disk space.
 
-Used by the tests, one by one, and by benchmarks.soak, mixed into the corpus.
+The tests use the files one by one; benchmarks.soak mixes them into the corpus.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _picture(size: int = 48) -> Image.Image:
 
 
 def encoded(kind: str, picture: Image.Image | None = None, **options: object) -> bytes:
-    """Return a picture, a small colourful one when None, as a file of Pillow's format `kind`."""
+    """Return an image, by default a small colourful one, encoded in Pillow's format `kind`."""
     stream = io.BytesIO()
     (picture or _picture()).save(stream, kind, **options)
     return stream.getvalue()
@@ -48,7 +48,7 @@ def _png_chunk(name: bytes, data: bytes) -> bytes:
 
 
 def _bomb() -> bytes:
-    """A PNG of a few kilobytes that says it is 30,000 pixels wide and high."""
+    """Return a PNG of a few kilobytes whose header claims 30,000 x 30,000 pixels."""
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
     data = zlib.compress(bytes(100_000), 9)
     return b"\x89PNG\r\n\x1a\n" + _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", data) + _png_chunk(b"IEND", b"")
@@ -83,7 +83,7 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "link to a device": (".jpg", lambda path: path.symlink_to("/dev/zero"), "a pipe or a device"),
     "text called DICOM": (".dcm", _write(b"not DICOM" * 50), "not a DICOM file, or damaged"),
 }
-"""What it is -> (extension, how to write it, what the reason says of it)."""
+"""Kind of file -> (extension, function that writes it, fragment of the expected error)."""
 
 
 def _grey(dtype: type) -> Image.Image:
@@ -101,7 +101,7 @@ def _animation() -> bytes:
 
 def _rotated() -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to view
+    exif[0x0112] = 6  # orientation: viewers rotate it by 90 degrees
     return encoded("JPEG", _picture(), exif=exif)
 
 
@@ -118,11 +118,11 @@ UNUSUAL: dict[str, tuple[str, bytes]] = {
     "one pixel": (".png", encoded("PNG", _picture().resize((1, 1)))),
     "a thousand times wider than high": (".png", encoded("PNG", _picture().resize((2000, 2)))),
 }
-"""What it is -> (extension, bytes); every one has a caption."""
+"""Kind of file -> (extension, content). The engine must caption each of them."""
 
 
 def write_unreadable(kind: str, directory: Path, stem: str) -> Path:
-    """Write a file of UNREADABLE into a directory; return its path."""
+    """Write a file of a kind in UNREADABLE into a directory; return its path."""
     extension, write, _ = UNREADABLE[kind]
     path = directory / (stem + extension)
     write(path)
@@ -131,18 +131,18 @@ def write_unreadable(kind: str, directory: Path, stem: str) -> Path:
 
 SAMPLE_S = 0.02
 EXIT_CODES = {"kill": -signal.SIGKILL, "term": 128 + signal.SIGTERM, "full disk": 1}
-"""Fault -> how the process must end."""
+"""Fault -> expected exit code of the process."""
 FULL_DISK = "cannot be written: File too large"
-"""What a run says when its disk, here the limit on the size of its files, is full."""
+"""Error of a run on a full disk, which is simulated by a limit on the size of its files."""
 NEAR_THE_END = 5
-"""A fault strikes at least so many captions before the end: behind it there is nothing to disturb."""
+"""Faults are injected at least this many captions before the end; after that the run may end first."""
 
 
 @dataclass
 class Disturbed:
-    """What became of a disturbed run: faults as (seconds, kind, captions kept), samples as (seconds, captions, bytes).
+    """Result of a disturbed run: faults as (seconds, kind, captions kept), samples as (seconds, captions, bytes).
 
-    `problems` is empty when everything held; `skipped` counts faults for which no captions were left.
+    `problems` is empty if every check passed. `skipped` counts faults for which no captions were left.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -153,7 +153,7 @@ class Disturbed:
 
 
 def mix_in_unreadable(pictures: Path, count: int, out: Path, *, seed: int = 0) -> list[str]:
-    """Fill `out` with links to the pictures and `count` unreadable files between them; return the ids of these."""
+    """Fill `out` with links to the images and `count` unreadable files; return the ids of these files."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     names = sorted(path.name for path in pictures.iterdir())
@@ -169,11 +169,11 @@ def mix_in_unreadable(pictures: Path, count: int, out: Path, *, seed: int = 0) -
 def run_disturbed(
     command: Sequence[str], images: int, out: Path, unreadable: Sequence[str], faults: Sequence[str], *, seed: int = 0
 ) -> Disturbed:
-    """Run `command`, which captions `images` images into `out`, through `faults` to its end, and judge it.
+    """Run `command`, which captions `images` images into `out`; inject `faults`, restart it each time, check it.
 
-    Each fault strikes after a random further share of the captions, never before its call has made one. Then come a
-    call that must refuse to write a run because of the unreadable images, one whose disk is too full for run.csv, and
-    one that ends.
+    Each fault is injected after a random further number of captions, at least one per call. Then follow a call that
+    must refuse to write a run because of the unreadable images, one whose disk is too full for run.csv, and one that
+    completes.
     """
     chance, result = random.Random(seed), Disturbed()
     journal, start, kept = journal_path(out), time.perf_counter(), 0
@@ -195,11 +195,11 @@ def run_disturbed(
         code = run.process.returncode
         ids = [record["id"] for record in read_journal(journal)[1]] if journal.exists() else []
         _expect(result, code == EXIT_CODES[fault], f"{fault}: exit code {code}: {errors[-300:]}")
-        _expect(result, fault != "full disk" or FULL_DISK in errors, f"{fault}: it said {errors[-300:]}")
+        _expect(result, fault != "full disk" or FULL_DISK in errors, f"{fault}: other errors: {errors[-300:]}")
         _expect(result, len(ids) == len(set(ids)), f"{fault}: a caption is in the journal twice")
         _expect(result, len(ids) >= kept, f"{fault}: {kept - len(ids)} captions were lost")
-        _expect(result, not out.exists(), f"{fault}: a run.csv was there before its time")
-        _expect(result, not list(out.parent.glob(f"{journal.name}.old*")), f"{fault}: the journal was set aside")
+        _expect(result, not out.exists(), f"{fault}: run.csv exists although the run is not complete")
+        _expect(result, not list(out.parent.glob(f"{journal.name}.old*")), f"{fault}: the journal was discarded")
         result.faults.append((time.perf_counter() - start, fault, len(ids)))
         kept = len(ids)
     _finish(command, journal, out, unreadable, start, result)
@@ -210,33 +210,33 @@ def run_disturbed(
 def _finish(
     command: Sequence[str], journal: Path, out: Path, unreadable: Sequence[str], start: float, result: Disturbed
 ) -> None:
-    """Let the run end: refused while files are unreadable, then on a disk too full for run.csv, then for good."""
+    """Finish the run: refused because of unreadable files, then on a disk too full for run.csv, then completely."""
     expected = set(unreadable)
     calls = [("refused", [], None, 1)] if unreadable else []
     allowed = ["--allow-missing"] if unreadable else []
     calls += [("full disk at the last write", allowed, 100, 1), ("the last call", allowed, None, 0)]
     for name, more, largest_file, code in calls:
         if largest_file is not None and not journal.exists():
-            continue  # there is nothing left to write but run.csv only where a call before was refused
+            continue  # without an earlier call's journal there is more to write than run.csv
         with _Run([*command, *more], largest_file) as run:
             _watch(run.process, journal, None, start, result)
             errors = run.errors()
         lines = [line.removeprefix("unreadable: ") for line in errors.splitlines() if line.startswith("unreadable: ")]
         named = {Path(line.partition(": ")[0]).stem for line in lines}
         _expect(result, run.process.returncode == code, f"{name}: exit code {run.process.returncode}: {errors[-300:]}")
-        _expect(result, largest_file is None or FULL_DISK in errors, f"{name}: it said {errors[-300:]}")
+        _expect(result, largest_file is None or FULL_DISK in errors, f"{name}: other errors: {errors[-300:]}")
         _expect(result, named == expected and len(lines) == len(expected), f"{name}: {len(lines)} files were named")
-        _expect(result, out.exists() == (code == 0), f"{name}: run.csv is {'' if out.exists() else 'not '}there")
+        _expect(result, out.exists() == (code == 0), f"{name}: run.csv {'exists' if out.exists() else 'is missing'}")
 
 
 def compare_runs(undisturbed: Path, disturbed: Path, unreadable: Sequence[str]) -> list[str]:
-    """Return what is wrong: rows, without the unreadable images' empty ones, must be the same bytes in one order."""
+    """Return the problems. Apart from the unreadable images' empty rows, both files must be equal byte by byte."""
     if not disturbed.exists():
-        return ["there is no run.csv"]
-    expected, found = (_rows(path) for path in (undisturbed, disturbed))
+        return ["run.csv is missing"]
+    expected, actual = (_rows(path) for path in (undisturbed, disturbed))
     bad = set(unreadable)
-    empty = [row[0] for row, _ in found if row[0] in bad and row[1] == ""]
-    others = [line for row, line in found if row[0] not in bad]
+    empty = [row[0] for row, _ in actual if row[0] in bad and row[1] == ""]
+    others = [line for row, line in actual if row[0] not in bad]
     problems = [] if sorted(empty) == sorted(bad) else ["the unreadable images do not have one empty caption each"]
     if others != [line for _, line in expected]:
         problems.append("run.csv differs from the undisturbed one")
@@ -249,7 +249,7 @@ def _rows(path: Path) -> list[tuple[list[str], str]]:
 
 
 class _Run:
-    """A process whose stderr goes to a file, so that it never waits for somebody to read it."""
+    """A process whose stderr goes to a file, so that it never blocks on a full pipe."""
 
     def __init__(self, command: Sequence[str], largest_file: int | None) -> None:
         def limit() -> None:
@@ -262,7 +262,7 @@ class _Run:
             stderr=subprocess.PIPE if largest_file is not None else self._errors,
             preexec_fn=limit if largest_file is not None else None,
         )
-        if largest_file is not None:  # the limit would hold for stderr's file, too
+        if largest_file is not None:  # the limit would apply to a file of stderr too, so copy it through a pipe
             self._reader = threading.Thread(target=self._copy)
             self._reader.start()
 
@@ -278,7 +278,7 @@ class _Run:
             shutil.copyfileobj(stream, self._errors)
 
     def errors(self) -> str:
-        """Wait for the end; return what it said."""
+        """Wait until the process ends; return its stderr."""
         self.process.wait()
         if self.process.stderr is not None:
             self._reader.join()
@@ -287,7 +287,7 @@ class _Run:
 
 
 def _full_disk_at(journal: Path, captions: int) -> int:
-    """Return the file size at which a disk is full after about so many further captions."""
+    """Return a limit on the file size that is reached after about `captions` more captions in the journal."""
     size = journal.stat().st_size if journal.exists() else 0
     lines = journal.read_bytes().count(b"\n") if size else 1
     return size + max(1, captions) * max(100, size // max(1, lines)) + 137
@@ -296,7 +296,7 @@ def _full_disk_at(journal: Path, captions: int) -> int:
 def _watch(
     process: subprocess.Popen[bytes], journal: Path, target: int | None, start: float, result: Disturbed
 ) -> None:
-    """Sample captions and memory until the process ends, or its journal holds `target` captions."""
+    """Sample captions and memory until the process ends or its journal holds `target` captions."""
     position, captions, sampled = 0, -1, 0.0
     while process.poll() is None:
         with contextlib.suppress(FileNotFoundError), journal.open("rb") as stream:
@@ -313,7 +313,7 @@ def _watch(
 
 
 def resident_bytes(pid: int) -> int:
-    """Return the memory a process holds now, 0 when it is gone."""
+    """Return the resident memory of a process in bytes, 0 if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):
@@ -327,5 +327,5 @@ def _expect(result: Disturbed, holds: bool, problem: str) -> None:
 
 
 def engine_command(pictures: Path, out: Path, *more: object) -> list[str]:
-    """Return the command line that captions `pictures` into `out`, as a user would type it."""
+    """Return the command line that captions the folder `pictures` into `out`."""
     return [sys.executable, "-m", "engine", "caption", "--input", str(pictures), "--out", str(out), *map(str, more)]

@@ -1,7 +1,7 @@
-"""Time the captioner around a device that is no model; a process of its own, see benchmarks/host.py.
+"""Time the captioner around a simulated device, in a separate process; see benchmarks/host.py.
 
-Knows of the engine only what its versions since 084ae4d have in common, so that one can be timed beside another:
-PYTHONPATH chooses. Prints one JSON line.
+It uses only what all versions of the engine since 084ae4d have in common, so that two checkouts can be compared.
+PYTHONPATH selects the checkout. It prints one JSON line.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 POOL = 8192
-"""Continuations that are drawn beforehand."""
+"""Number of continuations that are drawn in advance."""
 WORDS = (2000, 2600)
-"""Token ids of words: few enough that n-grams repeat now and then."""
+"""Range of token ids: small enough that n-grams repeat now and then."""
 SHORTEST, ENDS = 14, 0.09
-"""Tokens after which captions may end, and how often a continuation does: some 25 steps an image."""
+"""Tokens after which captions may end, and the probability that a continuation ends one: about 25 steps per image."""
 STAGES = {
     "digest": ("engine.captioner", "_digest"),
     "text": ("engine.captioner:Captioner", "_alternative"),
@@ -36,15 +36,15 @@ STAGES = {
     "compact": ("engine.decoding.ancestry:Ancestry", "compact"),
     "results": ("engine.decoding.beam:Beams", "results"),
 }
-"""Functions that are timed where they are; `inputs` includes `bans`, the rest exclude each other."""
+"""Stage -> (module and class, function) that is timed. `inputs` includes `bans`; the others do not overlap."""
 
 
 class Device:
-    """A backend whose words follow from the picture and the step alone, whatever else is decoded beside it.
+    """A simulated backend. Its tokens depend only on the image and the step, not on other images in flight.
 
-    encode_s seconds an image, step_s a step and row_s a row of it, and as much for regroup as a share of a step: all
-    waited for without the interpreter lock. `asked_s` is their sum, `busy_s` how long was really waited, `own_s` what
-    this stand-in itself takes.
+    `times` has the seconds per encoded image (encode_s), per step (step_s), per row of a step (row_s) and per regrouped
+    row (regroup_row_s). They are spent sleeping, without the interpreter lock. `asked_s` is their sum, `busy_s` the
+    time really slept, `own_s` the time that this class itself takes.
     """
 
     name = "cpu"
@@ -62,37 +62,36 @@ class Device:
         self._ends = np.where(rng.random((POOL, count)) < ENDS, eos, words) + self._rows * vocab_size
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Return a number for each picture, from its first bytes."""
+        """Return a number for each image, computed from its first bytes."""
         start = time.perf_counter()
         numbers = pixel_values.reshape(len(pixel_values), -1)[:, :8].astype(np.int64) @ (np.int64(7919) ** np.arange(8))
         self._wait(start, self._times["encode_s"] * len(pixel_values))
         return numbers
 
     def allocate(self, num_slots: int, *_: int) -> dict[str, Any]:
-        """Return a number for every slot."""
+        """Return a cache that holds one number per slot."""
         return {"seeds": np.zeros(num_slots, np.int64)}
 
     def set_recent(self, cache: dict[str, Any], recent: int) -> None:
-        """Of a backend that is padded."""
+        """Do nothing; padded backends set the length of the recent block here."""
 
     def admit(self, cache: dict[str, Any], slot: int, encoded: NDArray[np.int64], image: int) -> None:
-        """Note whose slot it is."""
+        """Put an image's number into a slot."""
         cache["seeds"][slot] = encoded[image]
 
     def step(self, cache: dict[str, Any], inputs: Any, **_: Any) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Continue every slot by drawn candidates."""
+        """Return candidates for every slot from the pool."""
         start = time.perf_counter()
-        place = cache["seeds"] + inputs.positions[:, 0] * 40503 + inputs.input_ids.sum(1) * 97
-        drawn = place % POOL
+        drawn = (cache["seeds"] + inputs.positions[:, 0] * 40503 + inputs.input_ids.sum(1) * 97) % POOL
         ids = np.where((inputs.positions[:, :1] >= SHORTEST), self._ends[drawn], self._words[drawn])
         scores = inputs.scores[:, :1] + self._falls[drawn]
-        marks = inputs.marked_ids if hasattr(inputs, "marked_ids") else inputs.banned_ids  # as it was at 084ae4d
+        marks = inputs.marked_ids if hasattr(inputs, "marked_ids") else inputs.banned_ids  # its name at 084ae4d
         self.shapes[(*inputs.ancestry.shape, marks.shape[2])] += 1
         self._wait(start, self._times["step_s"] + self._times["row_s"] * inputs.input_ids.size)
         return scores, ids
 
     def regroup(self, cache: dict[str, Any], slots: NDArray[np.int64], columns: NDArray[np.int64], **_: Any) -> None:
-        """Keep slots."""
+        """Keep the given slots."""
         start = time.perf_counter()
         cache["seeds"] = cache["seeds"][slots]
         self._wait(start, self._times["regroup_row_s"] * columns.shape[0])
@@ -102,15 +101,15 @@ class Device:
         self.own_s += own
         if seconds > own:
             time.sleep(seconds - own)
-        if seconds:  # a system may sleep longer than it is told: then the device is as much slower
+        if seconds:  # the system may sleep longer than requested; the device is then that much slower
             self.asked_s += seconds
             self.busy_s += time.perf_counter() - start
 
 
 def timed(spent: dict[str, float]) -> None:
-    """Put clocks around the functions of STAGES that this version of the engine has."""
-    for stage, (place, name) in STAGES.items():
-        module, _, owner = place.partition(":")
+    """Add timers to the functions of STAGES that this version of the engine has; `spent` collects the seconds."""
+    for stage, (location, name) in STAGES.items():
+        module, _, owner = location.partition(":")
         try:
             holder = importlib.import_module(module)
             holder = getattr(holder, owner) if owner else holder
@@ -129,7 +128,7 @@ def timed(spent: dict[str, float]) -> None:
 
 
 def pictures(count: int, height: int, width: int) -> Iterator[NDArray[np.uint8]]:
-    """Yield distinct pictures u8[height,width,3], each good until many others have come: they share memory."""
+    """Yield distinct images u8[height,width,3]. Their memory is reused: each stays valid for min(count, 512) images."""
     base = np.random.default_rng(1).integers(0, 255, (height, width, 3), np.uint8)
     pool = [base.copy() for _ in range(min(count, 512))]
     for number in range(count):
@@ -139,14 +138,14 @@ def pictures(count: int, height: int, width: int) -> Iterator[NDArray[np.uint8]]
 
 
 def main() -> None:
-    """Read the order, a JSON object, and print what was measured."""
+    """Read the settings, a JSON object in the first argument, and print the report."""
     order = json.loads(sys.argv[1])
     from engine.captioner import Captioner
 
     try:
         from engine.bundle.open import open_bundle
         from engine.decoding.backend import BatchSizes
-    except ImportError:  # as it was at 084ae4d
+    except ImportError:  # the names at 084ae4d
         base, bundles = importlib.import_module("engine.backends.base"), importlib.import_module("engine.bundle")
         BatchSizes, open_bundle = base.Appetite, bundles.Bundle.load  # noqa: N806
     bundle = open_bundle(None)

@@ -1,4 +1,4 @@
-"""Draw the records in benchmarks/results/ as PNG for the README.
+"""Plot the records in benchmarks/results/ as PNG files for the README.
 
 python -m benchmarks.plots
 """
@@ -35,7 +35,7 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
 
 
 def plot_beams(records: list[dict[str, Any]]) -> Any:
-    """Bars: speed of each program over that of generate, one group a workload and number of beams."""
+    """Plot bars: speed of each program relative to generate, one group per workload and number of beams."""
     runs = [r for r in records if r["benchmark"] == "throughput" and not r["setting"]["forced_tokens"]]
     order = ["base", "large", "demo"]
     runs.sort(key=lambda r: (order.index(r["workload"]), r["setting"]["beams"]))
@@ -66,7 +66,7 @@ def _beams(record: dict[str, Any]) -> str:
 
 
 def plot_lengths(records: list[dict[str, Any]]) -> Any:
-    """Lines: seconds an image against the length every caption is forced to."""
+    """Plot lines: seconds per image over the forced length of all captions."""
     runs = [
         record
         for record in records
@@ -93,7 +93,7 @@ def plot_lengths(records: list[dict[str, Any]]) -> Any:
 
 
 def plot_rows(records: list[dict[str, Any]]) -> Any:
-    """Lines: images/s of the engine against the beams it decodes side by side."""
+    """Plot lines: speed of the engine over the number of beams in flight."""
     figure, axes = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for record in (r for r in records if r["benchmark"] == "rows"):
         fastest = max(record["images_per_s"].values())
@@ -110,9 +110,7 @@ def plot_rows(records: list[dict[str, Any]]) -> Any:
 
 
 def plot_soak(records: list[dict[str, Any]]) -> Any:
-    """Two rows: images/s and memory over time of the largest soak, undisturbed on the left and disturbed on the
-    right.
-    """
+    """Plot images/s (top) and memory (bottom) over time of the largest soak: undisturbed left, disturbed right."""
     record = max((r for r in records if r["benchmark"] == "soak"), key=lambda r: r["setting"]["images"])
     figure, grid = plt.subplots(2, 2, figsize=(9, 3.8), sharex="col", sharey="row", layout="constrained")
     for column, part in enumerate(("undisturbed", "disturbed")):
@@ -147,7 +145,7 @@ def _finish(figure: Any, axes: Any) -> Any:
 
 
 def is_throughput(record: dict[str, Any], *, forced: bool) -> bool:
-    """Return whether a record compares programs, with captions of one forced length or not."""
+    """Return whether a record compares programs, and has a forced caption length or not, as `forced` says."""
     return record["benchmark"] == "throughput" and bool(record["setting"]["forced_tokens"]) == forced
 
 
@@ -157,17 +155,19 @@ PLOTS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], bool]]] = 
     "rows": (plot_rows, lambda record: record["benchmark"] == "rows"),
     "soak": (plot_soak, lambda record: record["benchmark"] == "soak"),
 }
-"""Name of a picture -> what draws it, and the records that it shows."""
+"""Name of a plot -> (function that draws it, predicate of the records that it shows)."""
 
 
 def digest_of(name: str, records: list[dict[str, Any]]) -> str:
-    """Return a checksum of the records that a picture shows. It is kept in the file: a test finds a stale picture."""
+    """Return a checksum of the records that a plot shows. It is stored in the PNG, so that a test finds stale plots."""
     shown = [record for record in records if PLOTS[name][1](record)]
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @click.command()
-@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="Folder of records."
+)
 def main(results: Path) -> None:
     """Write beams.png, lengths.png, rows.png and soak.png next to the records, if there are records to show."""
     records = read_records(results)

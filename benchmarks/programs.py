@@ -1,8 +1,8 @@
-"""BLIP the way the usual exporter recipes decode it: what one writes before knowing better, kept as a yardstick.
+"""The programs that benchmarks.throughput compares, and the baseline: BLIP as the usual ONNX export recipes decode it.
 
-One decoder step with a past: a row a beam, cross-attention keys repeated for every beam, caches grown by concatenation
-and reordered by Gather after every step, full logits copied to the host, and a batch that runs until its slowest image
-is finished. The search itself is the engine's, so that the words agree.
+The baseline has one decoder step with a past. There is one row per beam, cross-attention keys are repeated for every
+beam, caches grow by concatenation and are reordered by Gather after every step, the full logits are copied to the host,
+and a batch runs until its slowest image is finished. The search is the engine's, so that the tokens agree.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OPSET = 18
 
 
 class StepWithPast(ExportedModule):
-    """One token a row over its own past; every weight and operation as in transformers' BlipTextLMHeadModel."""
+    """One token per row with its past, with the weights and operations of transformers' BlipTextLMHeadModel."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, cross: list[Tensor], past: list[Tensor]) -> Any:
         """input_ids i64[R], positions i64[R], cross f32[R,H,S,d] and past f32[R,H,t,d] (keys and values alternate).
@@ -71,7 +71,7 @@ class StepWithPast(ExportedModule):
 
 
 class EncoderOnly(nn.Module):
-    """f32[B,3,height,width] to the image's hidden states and from there to every layer's cross keys and values."""
+    """From pixels f32[B,3,height,width] to the cross-attention keys and values of every decoder layer."""
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class EncoderOnly(nn.Module):
 
 
 def export_conventional(reference: Reference, out: Path) -> Path:
-    """Write encoder.onnx, step.onnx and reorder.onnx into `out`, unless they are there."""
+    """Write encoder.onnx, step.onnx and reorder.onnx into `out` unless they exist; return `out`."""
     if (out / "reorder.onnx").exists():
         return out
     out.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def _export(module: nn.Module, inputs: tuple, path: Path, names: list[str], outp
 
 
 def _reorder_graph(names: list[str], heads: int, width: int) -> onnx.ModelProto:
-    """Return a graph that gathers `rows` i64[R] out of every cache."""
+    """Return a graph that gathers the rows `rows` i64[R] of every cache."""
     shape = ["rows", heads, "past", width]
     return helper.make_model(
         helper.make_graph(
@@ -162,7 +162,7 @@ def _reorder_graph(names: list[str], heads: int, width: int) -> onnx.ModelProto:
 
 
 class Conventional:
-    """Captions batches with the three graphs above on ONNX Runtime's CPU provider."""
+    """Caption batches with the three graphs of export_conventional on ONNX Runtime's CPU provider."""
 
     def __init__(self, directory: Path, search: Search, threads: int | None = None) -> None:
         self._ort = import_onnxruntime("cpu")
@@ -183,7 +183,7 @@ class Conventional:
     def caption(self, pixel_values: NDArray[np.float32]) -> list[Hypothesis]:
         """Return the best hypothesis of each image f32[B,3,height,width]."""
         search, images = self.search, len(pixel_values)
-        assert len(search.prompt) == 1, "a longer prompt needs a prefill, which this yardstick leaves out"
+        assert len(search.prompt) == 1, "a longer prompt needs a prefill, which this baseline does not have"
         beams = Beams(search, images)
         beams.start(np.arange(images))
         encoded = self._run(self._encoder, {"pixel_values": pixel_values}, self._names(self._encoder))
@@ -191,8 +191,8 @@ class Conventional:
             name: self._value(np.repeat(value.numpy(), search.num_beams, 0))
             for name, value in zip(self._cross, encoded, strict=True)
         }
-        nothing = np.zeros((images * search.num_beams, self._heads, 0, self._width), np.float32)
-        past = {name: self._value(nothing) for name in self._past}
+        empty = np.zeros((images * search.num_beams, self._heads, 0, self._width), np.float32)
+        past = {name: self._value(empty) for name in self._past}
         while not beams.closed.all():
             feed = {
                 "input_ids": beams.last_tokens().reshape(-1),
@@ -215,7 +215,7 @@ class Conventional:
         return [beams.results(image)[0] for image in range(images)]
 
     def _select(self, logits: Tensor, beams: Beams) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Best continuations on the host, in the order of Hugging Face's operations."""
+        """Return the best continuations, selected on the host with Hugging Face's operations in their order."""
         search, images = self.search, len(beams.closed)
         log_probs = torch.log_softmax(logits, -1).view(images, search.num_beams, -1)
         for image, beam, bans in _bans(beams.marked_ids()):
@@ -237,19 +237,19 @@ class Conventional:
 
 
 def _bans(marked_ids: NDArray[np.int64]) -> list[tuple[int, int, list[int]]]:
-    """List (image, beam, ids) of the rows that have bans; a repetition penalty this yardstick leaves out."""
+    """Return (image, beam, banned ids) of the rows with bans. This baseline has no repetition penalty."""
     rows = np.argwhere(marked_ids[:, :, 0] >= 0)
     return [(image, beam, marked_ids[image, beam].tolist()) for image, beam in rows]
 
 
 Ids = list[tuple[int, ...]]
 Caption = Callable[[int, int], Ids]
-"""Captions the first N pictures (first argument) in batches of the second, which the engine ignores."""
+"""Function (count, batch size) that captions the first `count` images; the engine ignores the batch size."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What all programs of one measurement share."""
+    """The settings of a measurement, common to all programs."""
 
     workload: Workload
     options: DecodeOptions
@@ -259,7 +259,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Timing:
-    """One call of a program: seconds, the ids it gave, and the most memory its process held in that time."""
+    """One call of a program: seconds, the ids it returned, and the peak memory of its process during the call."""
 
     seconds: float
     ids: Ids
@@ -267,12 +267,12 @@ class Timing:
 
 
 def engine(setting: Comparison) -> Caption:
-    """Our engine on ONNX Runtime."""
+    """Load the engine on ONNX Runtime."""
     return _engine_on("cpu", setting)
 
 
 def openvino(setting: Comparison) -> Caption:
-    """Our engine on OpenVINO."""
+    """Load the engine on OpenVINO."""
     return _engine_on("openvino", setting)
 
 
@@ -291,7 +291,7 @@ def _engine_on(backend: str, setting: Comparison) -> Caption:
 
 
 def generate(setting: Comparison) -> Caption:
-    """Hugging Face generate, asked for nothing but ids."""
+    """Load Hugging Face generate, which returns only ids here."""
     import torch
 
     from export.reference.huggingface import Reference
@@ -310,7 +310,7 @@ def generate(setting: Comparison) -> Caption:
 
 
 def conventional(setting: Comparison) -> Caption:
-    """The usual ONNX loop; see benchmarks.programs."""
+    """Load the usual ONNX loop, see Conventional."""
     from engine.captioner import Captioner
     from export.reference.huggingface import Reference
 
@@ -323,10 +323,10 @@ def conventional(setting: Comparison) -> Caption:
     program = Conventional(directory, search, setting.threads)
 
     def caption(count: int, batch: int) -> Ids:
-        found = []
+        hypotheses = []
         for i in range(0, count, batch):
-            found += program.caption(pixel_values[i : min(i + batch, count)])
-        return [hypothesis.ids for hypothesis in found]
+            hypotheses += program.caption(pixel_values[i : min(i + batch, count)])
+        return [hypothesis.ids for hypothesis in hypotheses]
 
     return caption
 
@@ -338,24 +338,24 @@ PROGRAMS: dict[str, Callable[[Comparison], Caption]] = {
     "openvino": openvino,
 }
 BATCHED = ("generate", "conventional")
-"""Programs whose speed depends on a batch size."""
+"""Programs with a batch size."""
 
 
 class Worker:
-    """A program in a process of its own; idle until asked."""
+    """A program in a separate process, idle between calls."""
 
     def __init__(self, name: str, setting: Comparison) -> None:
-        """Start the process and load the program. Raises RuntimeError with the child's reason when it cannot."""
+        """Start the process and load the program. Raises RuntimeError with the traceback of the process if it fails."""
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(name, setting, theirs), daemon=True)
         self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        theirs.close()  # else this end stays open and recv would not raise EOFError when the process ends
         self.load_s: float = self._receive()
 
     def caption(self, count: int, batch: int = 1) -> Timing:
-        """Caption the first `count` pictures, in batches of `batch` where the program has batches."""
+        """Caption the first `count` images, in batches of `batch` if the program has batches."""
         self._connection.send((count, batch))
         timing: Timing = self._receive()
         return timing
@@ -378,7 +378,7 @@ class Worker:
 
 
 def forget_peak_memory() -> None:
-    """Let peak_memory_gib count from now on, where the system can do that (Linux; see proc_pid_clear_refs(5))."""
+    """Reset the peak that peak_memory_gib returns, if the system can do that (Linux, see proc_pid_clear_refs(5))."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -395,6 +395,6 @@ def _serve(name: str, setting: Comparison, connection: Connection) -> None:
             ids = caption(count, batch)
             connection.send(Timing(time.perf_counter() - start, ids, peak_memory_gib()))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return  # whoever asked is gone
+        return  # the parent has ended
     except Exception:
         connection.send(traceback.format_exc())

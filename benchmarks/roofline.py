@@ -1,10 +1,10 @@
-"""How much arithmetic the captions needed, and how fast this machine multiplies matrices: achieved over possible.
+"""Roofline: the arithmetic that captions need, relative to how fast this machine multiplies matrices.
 
     python -m benchmarks.roofline --workload base
-    python -m benchmarks.roofline --device a100      (on paper, see work.py)
+    python -m benchmarks.roofline --device a100      (theoretical, see work.py)
 
-Only useful work counts: rows that carry a running beam of an image Hugging Face's rule has not closed yet, and of the
-cached positions those a row descends from. Empty slots, masked positions and padding count for nothing.
+Only useful work counts: rows with a running beam of an image that Hugging Face's rule has not finished yet, and of the
+cached positions those in the history of the row. Empty slots, masked positions and padding do not count.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from engine.captioner import Captioner
 from engine.host import available_cores
 
 SHAPES = ((96, 768, 768), (144, 768, 3072), (144, 3072, 768), (394, 768, 3072), (1024, 1024, 1024), (2048, 2048, 2048))
-"""Products (M, K, N) tried for the peak: a decoder's, an encoder's, and square ones."""
+"""Matrix products (M, K, N) to find the peak: those of a decoder, of an encoder, and square ones."""
 
 
 def measure_matmul(threads: int | None = None, seconds: float = 1.0) -> dict[str, float]:
-    """Return the best FLOP/s of float32 matrix multiply over SHAPES, for ONNX Runtime and for torch."""
+    """Return the best FLOP/s of float32 matrix products over SHAPES, for ONNX Runtime and for torch."""
     threads = threads or available_cores()
     ort = import_onnxruntime("cpu")
     options = ort.SessionOptions()
@@ -64,7 +64,7 @@ def measure_matmul(threads: int | None = None, seconds: float = 1.0) -> dict[str
 
 
 def _fastest(call: Any, seconds: float) -> float:
-    """Return the shortest of the runs that fit into `seconds`, three at least."""
+    """Return the shortest time of the calls that fit into `seconds`, at least three calls."""
     call()
     end, best, runs = time.perf_counter() + seconds, float("inf"), 0
     while runs < 3 or time.perf_counter() < end:
@@ -75,10 +75,14 @@ def _fastest(call: Any, seconds: float) -> float:
 
 
 @click.command()
-@click.option("--workload", "name", type=click.Choice(["base", "large", "demo"]), default="base", show_default=True)
-@click.option("--images", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--device", type=click.Choice(["a100", "h100"]), help="Print the paper floor of this GPU instead.")
+@click.option(
+    "--workload", "name", type=click.Choice(["base", "large", "demo"]), default="base", show_default=True, help="Model."
+)
+@click.option("--images", type=click.IntRange(1), default=32, show_default=True, help="Number of images.")
+@click.option("--beams", type=click.IntRange(1), default=4, show_default=True, help="Number of beams.")
+@click.option(
+    "--device", type=click.Choice(["a100", "h100"]), help="Print the theoretical minimum times of this GPU instead."
+)
 def main(name: str, images: int, beams: int, device: str | None) -> None:
     """Print the share of this machine's matrix-multiply speed that captioning reaches, as one JSON line."""
     if device is not None:

@@ -1,4 +1,4 @@
-"""What a benchmark runs on: the machine, and a directory of challenge size made of real voxels."""
+"""What benchmarks share: where records are written, the machine, and a corpus of challenge size from real slices."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image
 
 RESULTS = Path("benchmarks/results")
-"""Records in the repository: tables of the docs are made of them, and a test compares both."""
+"""Records in the repository. The tables of the docs are made from them, and a test compares both."""
 SCRATCH = Path("build/benchmarks")
-"""Records of trials."""
+"""Records of trials, outside version control."""
 
 
 def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command --out and --record; see record_path."""
-    out = click.option("--out", type=click.Path(path_type=Path), help=f"Record to write; in {SCRATCH}/ when absent.")
-    record = click.option("--record", is_flag=True, help=f"Write into {RESULTS}/, over the record that is there.")
+    """Add --out and --record to a command; see record_path."""
+    out = click.option(
+        "--out", type=click.Path(path_type=Path), help=f"Record to write; the default is a file in {SCRATCH}/."
+    )
+    record = click.option("--record", is_flag=True, help=f"Write into {RESULTS}/ and replace the record there.")
     return out(record(command))
 
 
 def record_path(name: str, out: Path | None = None, record: bool = False) -> Path:
-    """Return the path of a record, its folder made: `out`, else `name` in RESULTS with `record`, or in SCRATCH."""
+    """Return the path of a record and create its folder: `out`, or `name` in RESULTS (with `record`) or SCRATCH."""
     path = out or (RESULTS if record else SCRATCH) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def describe_machine() -> dict[str, object]:
-    """Return the date, processor, cores, Python and the versions that decide a result."""
+    """Return the date, processor, cores, Python version and the versions of packages that affect results."""
     versions = {}
     for name in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"):
         try:
@@ -47,12 +49,12 @@ def describe_machine() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             continue
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"processor": _processor(), "cores": cores, "python": platform.python_version(), "versions": versions}
-    return {"date": date.today().isoformat()} | found
+    machine = {"processor": _processor(), "cores": cores, "python": platform.python_version(), "versions": versions}
+    return {"date": date.today().isoformat()} | machine
 
 
 def _processor() -> str:
-    """Return the processor's name, with the numbers of its kind: virtual machines often give a maker's name alone."""
+    """Return the processor's name, family and model number: in virtual machines the name is often only the vendor's."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
@@ -63,13 +65,13 @@ def _processor() -> str:
 
 
 CHALLENGE_SIZE = 17_237
-"""Test images of ImageCLEFmedical Caption 2024."""
+"""Number of test images of ImageCLEFmedical Caption 2024."""
 LONGER_SIDE = 320
-"""Pixels; most of ROCOv2's pictures are larger, a JPEG of this size already costs more to decode than to resize."""
+"""Pixels. Most images of ROCOv2 are larger, but a JPEG of this size already costs more to decode than to resize."""
 
 
 def make_picture(number: int, bases: list[Image.Image]) -> Image.Image:
-    """Return picture `number`: a base slice turned by up to 12 degrees, zoomed, shifted, gamma 0.7 to 1.4."""
+    """Return image `number`: a base slice rotated by up to 12 degrees, zoomed, shifted, gamma 0.7 to 1.4."""
     rng = np.random.default_rng(number)
     base = bases[number % len(bases)].convert("L")
     scale = LONGER_SIDE / max(base.size)
@@ -79,13 +81,13 @@ def make_picture(number: int, bases: list[Image.Image]) -> Image.Image:
     cos, sin = np.cos(angle) * zoom, np.sin(angle) * zoom
     x, y = base.width / 2, base.height / 2
     affine = (cos, sin, x - cos * x - sin * y + shift[0], -sin, cos, y + sin * x - cos * y + shift[1])
-    turned = base.transform(base.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    rotated = base.transform(base.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
     contrast = (np.linspace(0, 1, 256) ** rng.uniform(0.7, 1.4) * 255).astype(np.uint8)
-    return turned.point(contrast.tolist())
+    return rotated.point(contrast.tolist())
 
 
 def write_corpus(out: Path, count: int, pictures: Path) -> Path:
-    """Write `count` JPEGs made from the pictures of a directory into `out`; those already there are kept."""
+    """Write `count` JPEGs made from the images in the folder `pictures` into `out`; existing files are kept."""
     bases = [decode_image(image.path) for image in find_images(pictures).images]
     out.mkdir(parents=True, exist_ok=True)
 

@@ -1,11 +1,11 @@
-"""A challenge-sized run: does it slow down, does memory grow, and does it survive kills, a full disk and hostile files?
+"""Soak test of challenge size: constant speed, constant memory, and survival of kills, full disks and unreadable files.
 
     python -m benchmarks.soak --images 17237
 
-First 500 images and then all, undisturbed, each in a process of its own: the last tenth must be as fast as the second,
-and memory what 500 images need. Then the same corpus with unreadable files mixed in, while the run is killed,
-terminated and starved of disk (survival/faults.py). The corpus is made on the spot. Exits with 1 when something does
-not hold.
+First, 500 images and then all images are captioned undisturbed, each in a separate process. The last tenth must be as
+fast as the second tenth, and the memory that of 500 images. Then the same corpus, with unreadable files mixed in, is
+captioned while the run is killed, terminated and runs out of disk space (benchmarks/faults.py). The corpus is
+generated. The exit code is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from engine.run.pipeline import caption_directory
 
 FEW = 500
 SPEED_BOUND, MEMORY_BOUND = 0.05, 0.10
-"""The last tenth may be this share slower than the second tenth, and memory this share above a run of FEW images."""
+"""How much slower the last tenth may be than the second, and how much more memory may be used than for FEW images."""
 MAX_NEW_TOKENS, NGRAM = 40, 3
 ENOUGH_SLOTS = 40
-"""A disturbed run with fewer images a fault than four times this decodes fewer side by side: captions come in bursts
-of about half the slots, and each fault needs a burst before it and one after it."""
+"""A disturbed run with fewer than four times this many images per fault uses fewer slots. Captions arrive in bursts of
+about half the slots, and each fault needs a burst before and one after it."""
 POINTS = 200
-"""Samples kept for the plot."""
+"""Number of samples that are kept for the plot."""
 
 Samples = list[tuple[float, int, int]]
 
@@ -56,9 +56,9 @@ def caption_timed(corpus: Path, out: Path, beams: int) -> tuple[list[float], Sam
 
     @contextmanager
     def progress(length: int) -> Iterator[Callable[[int], None]]:
-        def tell(done: int) -> None:
+        def update(done: int) -> None:
             if done == len(stamps):
-                return  # the last one was told already
+                return  # the last count is reported twice
             stamps.append(time.perf_counter())
             if len(stamps) % max(1, length // POINTS) == 0:
                 samples.append((stamps[-1] - start, len(stamps), resident_bytes(os.getpid())))
@@ -66,7 +66,7 @@ def caption_timed(corpus: Path, out: Path, beams: int) -> tuple[list[float], Sam
                 speed = len(stamps) / (stamps[-1] - start)
                 click.echo(f"{len(stamps)} of {length}, {speed:.2f} images/s", err=True)
 
-        yield tell
+        yield update
 
     start = time.perf_counter()
     options = DecodeOptions(num_beams=beams, no_repeat_ngram_size=NGRAM, max_new_tokens=MAX_NEW_TOKENS)
@@ -76,14 +76,14 @@ def caption_timed(corpus: Path, out: Path, beams: int) -> tuple[list[float], Sam
 
 
 def tenth_speed(stamps: list[float], tenth: int) -> float:
-    """Return images/s of tenth 1 to 10 of a run."""
+    """Return the images/s of one tenth of a run, numbered 1 to 10."""
     edges = [0.0, *stamps]
     first, last = (tenth - 1) * len(stamps) // 10, tenth * len(stamps) // 10
     return (last - first) / (edges[last] - edges[first])
 
 
 def in_own_process(corpus: Path, out: Path, beams: int) -> tuple[list[float], Samples, float]:
-    """Run caption_timed where nothing else has used memory before."""
+    """Run caption_timed in a new process, so that its peak memory is its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(caption_timed, (corpus, out, beams))
 
@@ -92,7 +92,7 @@ def _undisturbed(corpus: Path, out: Path, few: Path, beams: int) -> dict[str, An
     _, _, few_gib = in_own_process(few, out.with_name("soak_few.csv"), beams)
     stamps, samples, many_gib = in_own_process(corpus, out, beams)
     speeds = [tenth_speed(stamps, tenth) for tenth in range(1, 11)]
-    is_long = len(stamps) >= 10 * FEW  # a tenth of a short run is all beginning or all end
+    is_long = len(stamps) >= 10 * FEW  # in a short run a tenth is mostly start or end
     return {
         "seconds": round(stamps[-1], 1),
         "images_per_s": round(len(stamps) / stamps[-1], 2),
@@ -132,19 +132,25 @@ def _disturbed(
 
 
 def _thin(samples: Samples) -> list[tuple[float, int, float]]:
-    """Keep POINTS samples, memory in GiB."""
+    """Return about POINTS of the samples, with memory in GiB."""
     every = max(1, len(samples) // POINTS)
     return [(round(at, 1), captions, round(size / 2**30, 3)) for at, captions, size in samples[::every]]
 
 
 @click.command()
-@click.option("--images", type=click.IntRange(10), default=CHALLENGE_SIZE, show_default=True)
-@click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--kills", type=click.IntRange(0), default=20, show_default=True, help="kill -9, at random moments.")
-@click.option("--terms", type=click.IntRange(0), default=5, show_default=True, help="SIGTERM, at random moments.")
-@click.option("--full-disks", type=click.IntRange(0), default=3, show_default=True)
-@click.option("--hostile", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Share of the files.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--images", type=click.IntRange(10), default=CHALLENGE_SIZE, show_default=True, help="Images.")
+@click.option("--beams", type=click.IntRange(1), default=4, show_default=True, help="Number of beams.")
+@click.option(
+    "--kills", type=click.IntRange(0), default=20, show_default=True, help="Number of kill -9 at random moments."
+)
+@click.option(
+    "--terms", type=click.IntRange(0), default=5, show_default=True, help="Number of SIGTERM at random moments."
+)
+@click.option("--full-disks", type=click.IntRange(0), default=3, show_default=True, help="Number of full disks.")
+@click.option(
+    "--hostile", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Share of unreadable files."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the faults.")
 @record_options
 def main(
     images: int,
@@ -157,7 +163,7 @@ def main(
     out: Path | None,
     record: bool,
 ) -> None:
-    """Caption the corpus with the demo bundle, undisturbed and disturbed, and judge both."""
+    """Caption the corpus with the demo bundle, undisturbed and disturbed, and check both runs."""
     few = write_corpus(BUILD / f"pictures_{FEW}", FEW, EXAMPLES)
     many = write_corpus(BUILD / f"pictures_{images}", images, EXAMPLES)
     faults = ["kill"] * kills + ["term"] * terms + ["full disk"] * full_disks

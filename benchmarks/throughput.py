@@ -1,11 +1,11 @@
-"""The engine beside Hugging Face generate, the usual ONNX loop and OpenVINO: same pictures, same weights, same words.
+"""Compare the engine with Hugging Face generate, the usual ONNX loop and OpenVINO: same images, weights and tokens.
 
     python -m benchmarks.throughput --workload base --beams 4
 
-Each program runs in its own process; all are warmed up, then take turns. Their ids are compared, and a run with a
-difference that is not a tie exits with 1 and is void. Batch sizes of programs that have one are tried first and the
-best is kept. The record goes to build/benchmarks/ (--record: benchmarks/results/) and, as one
-JSON line, to stdout.
+Each program runs in its own process. All are warmed up and then run alternately. Their ids are compared. If a
+difference is not a tie, the measurement is void and the exit code is 1. For programs with a batch size, several sizes
+are tried first and the best is used. The record is written to build/benchmarks/ (with --record: benchmarks/results/)
+and, as one JSON line, to stdout.
 """
 
 from __future__ import annotations
@@ -38,29 +38,51 @@ from export.reference.trace import summed_log_prob
 
 Ids1 = tuple[int, ...]
 BATCH_SIZES = (4, 8, 16, 32)
-"""Tried in this order for programs that have a batch size, until one is slower than the best by SLOWER."""
+"""Tried in this order for programs with a batch size, until one takes more than SLOWER times the best time."""
 SLOWER = 1.1
 TRIAL_IMAGES = 32
 LEAST_IDENTICAL = 0.75
-"""Below this share of captions identical to the engine's a measurement is void, whatever explains the others. Random
-weights tie often: long captions of flat distributions have sums near -200, whose last digit is 1.5e-5."""
+"""If fewer captions than this share are identical to the engine's, the measurement is void even if all differences are
+explained. Random weights tie often: long captions of flat distributions have sums near -200, where float32 has a
+resolution of 1.5e-5."""
 NEAR = 0.02
-"""Nats a token by which a caption beside others may score below what the reference says alone."""
+"""Nats per token by which a caption from a batch may score below the reference's caption of the image alone."""
 
 
 @click.command()
-@click.option("--workload", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), default="base", show_default=True)
-@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Pictures of the corpus.")
-@click.option("--beams", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--forced-tokens", type=click.IntRange(1), help="Make every caption that long.")
-@click.option("--program", "programs", type=click.Choice(list(PROGRAMS)), multiple=True, default=tuple(PROGRAMS))
-@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=BATCH_SIZES, show_default=True)
-@click.option("--rows", type=click.IntRange(1), help="Beams side by side in the engine; its own choice when absent.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of every program; all cores when absent.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "--workload", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), default="base", show_default=True, help="Model."
+)
+@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Number of images.")
+@click.option("--beams", type=click.IntRange(1), default=4, show_default=True, help="Number of beams.")
+@click.option(
+    "--forced-tokens",
+    type=click.IntRange(1),
+    help="Length of every caption in new tokens; by default captions end by themselves.",
+)
+@click.option(
+    "--program",
+    "programs",
+    type=click.Choice(list(PROGRAMS)),
+    multiple=True,
+    default=tuple(PROGRAMS),
+    help="Program to measure; may be repeated.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    default=BATCH_SIZES,
+    show_default=True,
+    help="Batch size to try; may be repeated.",
+)
+@click.option("--rows", type=click.IntRange(1), help="Beams in flight in the engine; chosen by the engine by default.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of every program; by default all cores.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each program.")
 @record_options
 def main(name, images, beams, forced_tokens, programs, batches, rows, threads, repeats, out, record) -> None:
-    """Measure, compare, and keep the record."""
+    """Measure the programs, compare their captions and write a record."""
     workload = prepare(name, images)
     options = workload.options(beams, forced_tokens=forced_tokens)
     setting = Comparison(workload, options, rows, threads)
@@ -97,12 +119,12 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
     out.write_text(json.dumps(report, indent=1) + "\n")
     _print(report, out)
     if not valid:
-        click.echo("error: the programs gave different ids that no tie explains, the measurement is void", err=True)
+        click.echo("error: the programs returned different ids that are not ties: the measurement is void", err=True)
         sys.exit(1)
 
 
 def _best_batch(worker: Worker, batches: tuple[int, ...], images: int) -> int:
-    """Return the batch size that is fastest on a few pictures; this also warms the program up."""
+    """Return the fastest batch size on a few images. This also warms up the program."""
     count = min(images, TRIAL_IMAGES)
     if worker.name not in BATCHED:
         worker.caption(count)
@@ -111,7 +133,7 @@ def _best_batch(worker: Worker, batches: tuple[int, ...], images: int) -> int:
     seconds: dict[int, float] = {}
     for batch in sorted(batches):
         seconds[batch] = worker.caption(count, batch).seconds
-        click.echo(f"{worker.name}, batch {batch}: {seconds[batch] / count:.3f} s an image on {count}", err=True)
+        click.echo(f"{worker.name}, batch {batch}: {seconds[batch] / count:.3f} s per image on {count}", err=True)
         if seconds[batch] > SLOWER * min(seconds.values()):
             break
     return min(seconds, key=seconds.__getitem__)
@@ -124,12 +146,12 @@ def _take_turns(
     for _ in range(repeats):
         for program, worker in workers.items():
             timings[program].append(worker.caption(images, batch[program]))
-            click.echo(f"{program}: {timings[program][-1].seconds / images:.3f} s an image", err=True)
+            click.echo(f"{program}: {timings[program][-1].seconds / images:.3f} s per image", err=True)
     return timings
 
 
 def _summary(runs: list[Timing], ours: list[Timing], images: int) -> dict[str, float]:
-    """Seconds an image (median, least, most), the ratio to the engine in the same turn (the same), and memory."""
+    """Return seconds per image and their ratio to the engine's of the same turn (median, least, most), and memory."""
     seconds = [run.seconds / images for run in runs]
     ratios = [run.seconds / mine.seconds for run, mine in zip(runs, ours, strict=True)]
     return {
@@ -144,7 +166,7 @@ def _summary(runs: list[Timing], ours: list[Timing], images: int) -> dict[str, f
 
 
 def _lengths(ids: Ids) -> dict[str, float]:
-    lengths = sorted(len(one) - 1 for one in ids)
+    lengths = sorted(len(caption) - 1 for caption in ids)
     return {
         "mean": round(statistics.mean(lengths), 1),
         "median": statistics.median(lengths),
@@ -154,26 +176,26 @@ def _lengths(ids: Ids) -> dict[str, float]:
 
 
 def agreement_of(workload: Workload, options: DecodeOptions, ids: dict[str, Ids]) -> dict[str, dict[str, int]]:
-    """Count for each program the captions identical to the engine's, and the verdicts (judge) on the others."""
+    """Count for each program the captions identical to the engine's, and the verdicts on the others."""
     ours = ids["engine"]
     differing = {
         program: [i for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)) if mine != other]
         for program, theirs in ids.items()
         if program != "engine"
     }
-    judge_one = _judge(workload, options) if any(differing.values()) else None
+    verdict_of = _judge(workload, options) if any(differing.values()) else None
     counts = {}
-    for program, places in differing.items():
-        verdicts = Counter(judge_one(i, ours[i], ids[program][i]) for i in places) if judge_one else Counter()
-        counts[program] = {"identical": len(ours) - len(places), "tie": 0, "batch": 0, "real": 0} | verdicts
+    for program, indices in differing.items():
+        verdicts = Counter(verdict_of(i, ours[i], ids[program][i]) for i in indices) if verdict_of else Counter()
+        counts[program] = {"identical": len(ours) - len(indices), "tie": 0, "batch": 0, "real": 0} | verdicts
     return counts
 
 
 def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, Ids1], str]:
-    """Return a function (picture, engine's ids, the other program's ids) -> verdict of why they differ.
+    """Return a function (image index, engine's ids, the other program's ids) -> reason for the difference.
 
-    The engine's caption must pass export.parity.judge, and both must be what the reference says about the picture alone
-    or score within NEAR of it, by the reference.
+    The engine's caption must pass export.parity.judge. By the reference, both captions must score at most NEAR below
+    the caption that it generates for the image alone. Otherwise the difference is "real".
     """
     reference, pictures = Reference.load(workload.checkpoint), read_pictures(workload)
     captioner = Captioner.load(workload.bundle, backend="cpu")
@@ -191,8 +213,8 @@ def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, I
             return reference.caption_log_prob(picture, ids, prompt_length) / (len(ids) - prompt_length)
 
         if i not in known:
-            said = Hypothesis(mine, summed_log_prob(backend, search, pixels, mine), 0.0)
-            known[i], _ = judge(reference, captioner, pictures[i], options, said)
+            hypothesis = Hypothesis(mine, summed_log_prob(backend, search, pixels, mine), 0.0)
+            known[i], _ = judge(reference, captioner, pictures[i], options, hypothesis)
             ((alone, *_),) = reference.generate(picture, options)
             least[i] = per_token(alone.ids) - NEAR
         is_near = all(per_token(ids) >= least[i] for ids in (mine, theirs))
@@ -226,7 +248,7 @@ def _print(record: dict[str, Any], out: Path) -> None:
     for program, row in record["programs"].items():
         batch = f", batch {record['batch'][program]}" if program in record["batch"] else ""
         click.echo(
-            f"{program + batch:24} {row['seconds_per_image']:.3f} s an image "
+            f"{program + batch:24} {row['seconds_per_image']:.3f} s per image "
             f"({row['seconds_least']:.3f}-{row['seconds_most']:.3f}), {row['times_engine']:.2f} x engine "
             f"({row['times_least']:.2f}-{row['times_most']:.2f}), {row['peak_gib']:.1f} GiB, "
             f"{record['agreement'].get(program, '')}",

@@ -1,7 +1,7 @@
-"""The arithmetic captions need, counted; needs the engine alone, no torch.
+"""Count the arithmetic that captions need, and the theoretical minimum times of GPUs. Needs no torch.
 
-Only useful work counts: rows that carry a running beam of an image Hugging Face's rule has not closed yet, and of the
-cached positions those a row descends from. Empty slots, masked positions and padding count for nothing.
+Only useful work counts: rows with a running beam of an image that Hugging Face's rule has not finished yet, and of the
+cached positions those in the history of the row. Empty slots, masked positions and padding do not count.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from engine.options import DecodeOptions
 class ModelWork:
     """Floating-point operations (a multiplication and an addition are two) and float32 bytes of one model.
 
-    Counted from the matrices of transformers' BlipForConditionalGeneration; normalisations, activations and softmax are
-    left out (under 1 % of the work).
+    Counted from the matrices of transformers' BlipForConditionalGeneration. Normalisations, activations and softmax are
+    not included (under 1 % of the work).
     """
 
     encoder_flops: float
@@ -45,12 +45,12 @@ class ModelWork:
 
     @classmethod
     def of(cls, checkpoint: Path) -> ModelWork:
-        """Count for a checkpoint."""
+        """Return the counts for a checkpoint."""
         return cls.of_config(json.loads((checkpoint / "config.json").read_text()))
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> ModelWork:
-        """Count for the content of a config.json: per image, per row fed, and per cached position a row sees."""
+        """Return the counts for the content of a config.json: per image, per row, and per cached position of a row."""
         vision, text = config["vision_config"], config["text_config"]
         positions = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
         width, inner = vision["hidden_size"], vision["intermediate_size"]
@@ -75,7 +75,7 @@ class ModelWork:
 
 @dataclass
 class Work:
-    """What some captions needed: images, search steps, rows fed, and cached positions seen by these rows."""
+    """The work of some captions: images, search steps, rows, and cached positions that these rows attend to."""
 
     images: int = 0
     image_steps: int = 0
@@ -87,9 +87,9 @@ class Work:
         return self.images * model.encoder_flops + self.rows * model.row_flops + self.positions * model.position_flops
 
     def least_bytes(self, model: ModelWork, images_at_once: int) -> float:
-        """Return the float32 bytes read when `images_at_once` images share each pass over the weights.
+        """Return the float32 bytes read if `images_at_once` images share each pass over the weights.
 
-        Each row reads the positions it descends from; beams that share some could read them once.
+        Each row reads the positions of its history. Beams with common history could read them once; that is ignored.
         """
         return (
             (self.images * model.encoder_bytes + self.image_steps * model.decoder_bytes) / images_at_once
@@ -99,12 +99,12 @@ class Work:
 
 
 RULED_OUT = -1e8
-"""The running score of a closed slot, a beam that is ruled out and a prompt's inner tokens is below this."""
+"""Running scores below this mark closed slots, ruled-out beams and the inner tokens of a prompt."""
 
 
 @dataclass
 class CountingBackend:
-    """A Backend around another that adds up the useful work."""
+    """A Backend that wraps another and counts the useful work."""
 
     backend: Backend
     work: Work = field(default_factory=Work)
@@ -125,7 +125,7 @@ class CountingBackend:
 
 
 def count_work(captioner: Captioner, pixels: NDArray[np.uint8], options: DecodeOptions) -> Work:
-    """Decode images u8[N,height,width,3] once and return the useful work."""
+    """Decode images u8[N,height,width,3] once; return the useful work."""
     counting = CountingBackend(captioner.backend)
     scheduler = Captioner(captioner.bundle, counting).scheduler(captioner.search(options))
     list(scheduler.decode(pixels))
@@ -146,9 +146,9 @@ DEVICES = {
 }
 """A100 40 GB SXM and H100 80 GB SXM; TensorFloat-32 and float16 without sparsity."""
 IMAGES_AT_ONCE = 256
-"""Images that share a pass over the weights."""
+"""Number of images that share a pass over the weights."""
 SHARE_OF_PEAK = 0.6
-"""Of the peak, what dense products of these sizes are expected to reach: an assumption."""
+"""Share of the peak that dense products of these sizes are assumed to reach."""
 TEXT = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -169,20 +169,20 @@ CONFIGS = {
 }
 """Salesforce/blip-image-captioning-base and -large at 224 px."""
 TOKENS = 30
-"""New tokens of a caption, [SEP] included."""
+"""New tokens per caption, including [SEP]."""
 BEAMS = (1, 4, 10)
 PICTURE_SIZE = (600, 480)
-"""Pixels of a picture whose decoding is timed; larger ones cost in proportion."""
+"""Pixels of the image whose decoding is timed; the cost is proportional to the size."""
 
 
 def model_work(bundle: Bundle) -> ModelWork:
-    """Return a bundle's arithmetic, from the checkpoint's sizes in its manifest."""
+    """Return the counts for a bundle, from the checkpoint's configuration in its manifest."""
     manifest = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))
     return ModelWork.of_config(manifest["restore"]["config"])
 
 
 def forced_work(images: int, beams: int, tokens: int = TOKENS) -> Work:
-    """Return the work of captions that are all `tokens` long: every step feeds K rows, each of which sees its past."""
+    """Return the work of captions of `tokens` tokens each: every step has `beams` rows, each of which sees its past."""
     steps = images * tokens
     return Work(images, steps, steps * beams, images * beams * tokens * (tokens + 1) // 2)
 
@@ -190,9 +190,9 @@ def forced_work(images: int, beams: int, tokens: int = TOKENS) -> Work:
 def floor_s(
     work: Work, model: ModelWork, gpu: Gpu, images: int, precision: str, *, share_of_peak: float = 1.0
 ) -> float:
-    """Return the least seconds `images` such captions take, which a real program takes more than.
+    """Return the theoretical minimum of seconds for `images` captions with the work per image of `work`.
 
-    The larger of arithmetic at `share_of_peak` and bytes at full bandwidth (halved for fp16).
+    It is the larger of the arithmetic at `share_of_peak` and the bytes at full bandwidth (halved for fp16).
     """
     scale = images / work.images
     arithmetic = scale * work.flops(model) / (gpu.flops[precision] * share_of_peak)
@@ -201,7 +201,7 @@ def floor_s(
 
 
 def floors(device: str, images: int = CHALLENGE_SIZE) -> list[dict[str, Any]]:
-    """Return base and large at BEAMS: seconds of arithmetic and of memory traffic for `images` captions."""
+    """Return the seconds of arithmetic and of memory traffic for `images` captions, for base and large at BEAMS."""
     gpu, rows = DEVICES[device], []
     for name, config in CONFIGS.items():
         model = ModelWork.of_config(config)
@@ -219,7 +219,7 @@ def floors(device: str, images: int = CHALLENGE_SIZE) -> list[dict[str, Any]]:
 
 
 class NullBackend:
-    """Answers every step at once with words drawn by number, so that what is left is the host's own work."""
+    """A backend that answers every step at once with random tokens, so that only the host's work is timed."""
 
     name = "null"
 
@@ -239,14 +239,14 @@ class NullBackend:
     def step(self, cache: None, inputs: StepInputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:  # noqa: ARG002
         slots, rows = inputs.input_ids.shape
         words = self._rng.integers(1000, self._vocab_size, (slots, inputs.num_candidates))
-        words[inputs.positions[:, 0] >= self._tokens - 1, :rows] = self._eos  # then they are long enough
+        words[inputs.positions[:, 0] >= self._tokens - 1, :rows] = self._eos  # every caption ends after `tokens` tokens
         from_row = np.arange(inputs.num_candidates) % rows
         best = inputs.scores.max(1, keepdims=True) - np.arange(1, inputs.num_candidates + 1, dtype=np.float32)
         return best.astype(np.float32), from_row * self._vocab_size + words
 
 
 def host_s_per_image(beams: int, images: int = 512, rows: int = 1024) -> float:
-    """Measure the decoding core alone, one thread of this machine, with `rows` beams side by side."""
+    """Measure the decoding core alone on one thread of this machine, with `rows` beams in flight."""
     search = Search(
         prompt=(30522,),
         num_beams=beams,
@@ -269,7 +269,7 @@ def host_s_per_image(beams: int, images: int = 512, rows: int = 1024) -> float:
 
 
 def decoding_s_per_image(folder: Path, count: int = 64) -> float:
-    """Measure reading a JPEG of PICTURE_SIZE and resizing it to 224 px, one thread of this machine."""
+    """Measure reading a JPEG of PICTURE_SIZE and resizing it to 224 px on one thread of this machine."""
     from PIL import Image
 
     from engine.inputs.images import find_images
@@ -285,7 +285,7 @@ def decoding_s_per_image(folder: Path, count: int = 64) -> float:
 
 
 def paper(device: str) -> dict[str, Any]:
-    """Return floors of `device`, and what this machine's cores take for the rest of the work, per image."""
+    """Return the minimum times of `device`, and the seconds per image that this machine takes for the host's work."""
     with tempfile.TemporaryDirectory() as folder:
         decoding = decoding_s_per_image(Path(folder))
     return {

@@ -1,9 +1,9 @@
-"""What is measured: a checkpoint with its bundle, pictures, and options under which captions end at many lengths.
+"""Workloads: a checkpoint with its bundle, images, and options for which captions have many different lengths.
 
     python -m benchmarks.workload --shape base
 
-No trained BLIP can be had from a package registry, and speed does not depend on what the words mean. It does depend on
-when captions end: the end token's bias is set so that they spread like real ones.
+No trained BLIP is available from a package registry, and speed does not depend on the meaning of the tokens. It does
+depend on the lengths of captions. The bias of the end token is set so that they vary like those of real captions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXAMPLES = Path("examples/images")
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a checkpoint, and the bias on its end token that spreads caption lengths."""
+    """Sizes of a checkpoint, and the bias of its end token, which makes caption lengths vary."""
 
     vision_layers: int
     vision_width: int
@@ -44,19 +44,19 @@ class Shape:
 
 
 SHAPES = {"base": Shape(12, 768, 12, 26.9), "large": Shape(24, 1024, 16, 20.7)}
-"""Salesforce/blip-image-captioning-base and -large; the text decoder is BERT-base in both. The bias gives captions of a
-mean of about 20 new tokens at 4 beams, some past 50."""
+"""Salesforce/blip-image-captioning-base and -large; the text decoder is BERT-base in both. With this bias captions have
+about 20 new tokens on average at 4 beams, and some more than 50."""
 IMAGE_SIZE, PATCH_SIZE, TEXT_WIDTH = 224, 16, 768
 STD, EMBEDDING_STD, OUTPUT_STD, CROSS_OUTPUT_STD = 0.05, 0.2, 0.02, 0.04
-"""A fresh model draws everything with 0.02, and then all words are nearly as likely behind any other: the search is
-full of ties that rounding decides. Large embeddings and small outputs of the text layers let a word depend on the one
-before; larger outputs of cross-attention let pictures change words."""
+"""Standard deviations of the random weights. With the usual 0.02 all tokens are almost equally likely after any other,
+and the search is full of ties that rounding decides. Large embeddings and small outputs of the text layers make a token
+depend on the one before. Larger outputs of cross-attention make it depend on the image."""
 MAX_NEW_TOKENS = {"base": 64, "large": 64, "demo": 40}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Directories of one workload, and the longest caption its searches may make."""
+    """Folders of one workload, and the maximum number of new tokens of its searches."""
 
     name: str
     checkpoint: Path
@@ -65,7 +65,7 @@ class Workload:
     max_new_tokens: int
 
     def options(self, num_beams: int, *, forced_tokens: int | None = None) -> DecodeOptions:
-        """Return `num_beams` beams with a 3-gram ban; every caption `forced_tokens` long where that is given."""
+        """Return options for `num_beams` beams with a 3-gram ban; `forced_tokens` sets the length of all captions."""
         longest = forced_tokens or self.max_new_tokens
         return DecodeOptions(
             num_beams=num_beams, no_repeat_ngram_size=3, max_new_tokens=longest, min_new_tokens=forced_tokens
@@ -73,22 +73,22 @@ class Workload:
 
 
 def prepare(name: str, images: int, build: Path = BUILD) -> Workload:
-    """Make what the workload `name` (base, large or demo) needs under `build`, or take what is there."""
+    """Create the files of the workload `name` (base, large or demo) under `build`, unless they exist."""
     pictures = write_corpus(build / f"pictures_{images}", images, EXAMPLES)
     checkpoint = build / name / "checkpoint"
     bundle = demo_bundle() if name == "demo" else build / name / "bundle"
     if not checkpoint.exists():
         if name == "demo":
-            _whole(checkpoint, lambda out: restore_checkpoint(bundle, out))
+            _make_complete(checkpoint, lambda out: restore_checkpoint(bundle, out))
         else:
-            _whole(checkpoint, lambda out: make_checkpoint(out, SHAPES[name]))
+            _make_complete(checkpoint, lambda out: make_checkpoint(out, SHAPES[name]))
     if not bundle.exists():
         export_bundle(checkpoint, bundle, click.echo)
     return Workload(name, checkpoint, bundle, pictures, MAX_NEW_TOKENS[name])
 
 
-def _whole(out: Path, make: Callable[[Path], object]) -> None:
-    """Make a directory under another name first, so that one that was cut off is not taken for whole."""
+def _make_complete(out: Path, make: Callable[[Path], object]) -> None:
+    """Create a folder under a temporary name and rename it, so that an incomplete one is never used."""
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
@@ -97,12 +97,12 @@ def _whole(out: Path, make: Callable[[Path], object]) -> None:
 
 
 def read_pictures(workload: Workload) -> list[Image.Image]:
-    """Return the workload's pictures, RGB."""
+    """Return the workload's images, RGB."""
     return [decode_image(image.path) for image in find_images(workload.pictures).images]
 
 
 def read_pixels(workload: Workload, bundle: Bundle) -> NDArray[np.uint8]:
-    """Return the pictures as the bundle's encoder wants them, u8[N,height,width,3]."""
+    """Return the images as input of the bundle's encoder, u8[N,height,width,3]."""
     spec = bundle.image
     return np.stack(
         [read_image(picture, spec.height, spec.width, spec.resample) for picture in read_pictures(workload)]
@@ -110,7 +110,7 @@ def read_pixels(workload: Workload, bundle: Bundle) -> NDArray[np.uint8]:
 
 
 def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD) -> Path:
-    """Write a checkpoint of `shape` into `out`, with the demo's tokenizer; return `out`."""
+    """Write a checkpoint of `shape` with random weights and the demo's tokenizer into `out`; return `out`."""
     tokenizer = BertTokenizerFast(tokenizer_file=str(demo_bundle() / "tokenizer.json"))
     text = {
         "vocab_size": 30524,
@@ -146,7 +146,7 @@ def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD)
 
 
 def _std(name: str, std: float) -> float:
-    """Return the standard deviation a weight matrix is drawn with."""
+    """Return the standard deviation of a weight matrix."""
     if "word_embeddings" in name or "position_embeddings" in name:
         return EMBEDDING_STD
     if name.startswith("text_decoder") and name.endswith("output.dense.weight"):
@@ -155,10 +155,10 @@ def _std(name: str, std: float) -> float:
 
 
 @click.command()
-@click.option("--shape", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), required=True)
-@click.option("--images", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--shape", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), required=True, help="Model.")
+@click.option("--images", type=click.IntRange(1), default=32, show_default=True, help="Number of images.")
 def main(name: str, images: int) -> None:
-    """Make a workload under build/workload and print where it lies."""
+    """Create a workload under build/workload and print its paths."""
     click.echo(prepare(name, images))
 
 

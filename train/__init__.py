@@ -1,3 +1,3 @@
-"""Fine-tuning, in torch, on top of what export knows of checkpoints and the engine of captions and scores."""
+"""Fine-tune BLIP checkpoints in torch, with the checkpoint code of `export` and the metrics of `engine`."""
 
-import engine  # noqa: F401  (first: it turns off ONNX Runtime's telemetry)
+import engine  # noqa: F401  (first, because it turns off ONNX Runtime's telemetry)

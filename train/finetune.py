@@ -1,7 +1,7 @@
-"""Fine-tune a checkpoint on captioned images: from a recipe and a data directory to a run directory. Start here.
+"""Fine-tune a checkpoint on captioned images: from a recipe and a data set to a run directory. Start reading here.
 
 OUT/run.json          recipe, data (hashes, counts, problems), checkpoint hash, versions
-OUT/checkpoints/      the last two states of training, for going on after a kill
+OUT/checkpoints/      the last two training states, from which an interrupted run resumes
 OUT/models/epoch_NN/  the best epochs as plain Hugging Face directories, with their scores and captions
 OUT/best              a link to the best of them: `python -m export --checkpoint OUT/best`
 OUT/log.jsonl, curves.png, tensorboard/
@@ -31,10 +31,10 @@ from train.learning.evaluate import LOSS, Evaluator
 from train.learning.processes import on_first_process, rank_and_world_size
 from train.learning.run_dir import BestModels, locked, write_log, write_or_compare_record
 from train.learning.setup import evaluation_options, load_reference, make_trainer
-from train.learning.trainer import CaptionTrainer, has_whole, newest_whole
+from train.learning.trainer import CaptionTrainer, has_complete_checkpoint, newest_complete_checkpoint
 from train.recipe import Recipe
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Evaluate = Callable[[], tuple[dict[str, float], list[tuple[str, str]]]]
 """Returns what Evaluator.evaluate does."""
 SPLITS = ("train", "valid")
@@ -42,8 +42,11 @@ SPLITS = ("train", "valid")
 
 @dataclass(frozen=True)
 class DataInputs:
-    """Captioned images: a data set, whether bad ones may be left out, whether every image is decoded beforehand, where
-    the images of parquet files are kept, and which columns were chosen by name.
+    """A data set of captioned images and how to read it.
+
+    With `allow_missing` unusable entries are skipped instead of stopping the run, with `decode_images` every image is
+    decoded before the training. `unpack_into` is the folder for the images of parquet files, `columns` the names of the
+    table's columns.
     """
 
     directory: Path
@@ -55,7 +58,7 @@ class DataInputs:
 
 @dataclass(frozen=True)
 class Job:
-    """A run as it was asked for. `metrics` is what the metrics of evaluation and reward need."""
+    """The inputs of a run. `metrics` holds what the metrics of the evaluation and the reward need."""
 
     checkpoint: Path
     data: DataInputs
@@ -64,43 +67,43 @@ class Job:
     metrics: MetricInputs = field(default_factory=MetricInputs)
 
 
-def finetune(job: Job, say: Say) -> dict[str, Any]:
-    """Fine-tune, going on where the same job was cut off; return a summary.
+def finetune(job: Job, log: Log) -> dict[str, Any]:
+    """Fine-tune, or resume the same job if it was interrupted; return a summary.
 
-    Raises UsageError, DataError (bad images without allow_missing), CheckpointError, or ImageError when a file
-    vanishes during training.
+    Raises UsageError, CheckpointError, DataError (bad images without allow_missing), or ImageError if a file disappears
+    during the training.
     """
     rank, world_size = rank_and_world_size()
-    say = say if rank == 0 else (lambda _: None)
+    log = log if rank == 0 else (lambda _: None)
     recipe = job.recipe
     batches = recipe.micro_batches(world_size)
     set_seed(recipe.seed)
     measured_by = signatures(recipe, job.metrics)
     reference = load_reference(job.checkpoint, recipe)
     for line in assumed_settings(job.checkpoint):
-        say(f"note: {line}")
-    splits = on_first_process(lambda: prepare_data(job.data, recipe, reference, say))
+        log(f"note: {line}")
+    splits = on_first_process(lambda: prepare_data(job.data, recipe, reference, log))
     with locked(job.out, rank):
-        resume_from = on_first_process(lambda: begin(job, splits, measured_by, say))
+        resume_from = on_first_process(lambda: begin(job, splits, measured_by, log))
         best, evaluator = best_models(job.out, recipe), make_evaluator(job, reference, splits["valid"].examples)
-        judge = make_judge(evaluator.evaluate, reference, best, rank, say)
-        trainer = make_trainer(recipe, reference, splits, judge, batches, job.metrics, job.out, say)
+        judge = make_judge(evaluator.evaluate, reference, best, rank, log)
+        trainer = make_trainer(recipe, reference, splits, judge, batches, job.metrics, job.out, log)
         start = time.perf_counter()
-        trainer.go_on(resume_from)
+        trainer.start_or_resume(resume_from)
         if rank:
             return {}
         write_log(job.out, trainer.state.log_history)
         return _summary(job, best, trainer, time.perf_counter() - start)
 
 
-def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, say: Say) -> dict[str, Split]:
-    """Read and check the splits `train` and `valid`; bad images stop the run, or are left out if that is allowed."""
-    splits = read_dataset(data.directory, unpack_into=data.unpack_into, columns=data.columns, log=say)
+def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, log: Log) -> dict[str, Split]:
+    """Read and check the splits `train` and `valid`. Raises DataError for bad entries unless they may be skipped."""
+    splits = read_dataset(data.directory, unpack_into=data.unpack_into, columns=data.columns, log=log)
     if "train" not in splits:
         raise DataError(f"{data.directory} has no training split, only {', '.join(splits)}")
     if "valid" not in splits:
         splits["train"], splits["valid"] = hold_out(splits["train"], recipe.valid_share, recipe.seed)
-        say(f"no validation split: {len(splits['valid'].examples)} captions held out of training")
+        log(f"no validation split: {len(splits['valid'].examples)} captions of the training split are held out")
     bad = []
     positions = reference.model.config.text_config.max_position_embeddings
     for name in SPLITS:
@@ -118,68 +121,68 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, say: Sa
         if recipe.max_tokens > positions and problems.cut:
             raise UsageError(
                 f"max_tokens {recipe.max_tokens}: the checkpoint has {positions} positions, and {len(problems.cut)} "
-                f"captions of {name} are longer: --set max_tokens={positions} cuts them"
+                f"captions of {name} are longer: --set max_tokens={positions} truncates them"
             )
         for line in problems.lines():
-            say(f"{name}: {line}")
+            log(f"{name}: {line}")
         bad += [f"{name}: {line}" for line in problems.fatal.lines()]
         splits[name] = drop_unusable(splits[name], problems)
         if with_prompt := sum(bool(example.prompt) for example in splits[name].examples):
-            say(f"{name}: {with_prompt} of {len(splits[name].examples)} captions start from a prompt of their image")
+            log(f"{name}: {with_prompt} of {len(splits[name].examples)} captions start from a prompt of their image")
     if bad and not data.allow_missing:
-        raise DataError(f"{data.directory}: {'; '.join(bad)}: mend the files, or leave these out with --allow-missing")
+        raise DataError(f"{data.directory}: {'; '.join(bad)}: fix the files, or skip these with --allow-missing")
     return splits
 
 
 def signatures(recipe: Recipe, metrics: MetricInputs) -> dict[str, str]:
-    """Return how each metric of the evaluation and the reward is measured; raise EngineError where one cannot be."""
+    """Return {metric: signature} of the evaluation and the reward. Raises EngineError if a metric is unavailable."""
     names = [*evaluation_metrics(recipe), *recipe.rewards()]
     return {name: make_metric(name, metrics, {}).signature() for name in names}
 
 
-def begin(job: Job, splits: dict[str, Split], measured_by: dict[str, str], say: Say) -> Path | None:
-    """Claim the run directory; return the state of training to resume from, or None."""
+def begin(job: Job, splits: dict[str, Split], measured_by: dict[str, str], log: Log) -> Path | None:
+    """Write or check the record of the run directory; return the training state to resume from, or None."""
     states = job.out / "checkpoints"
-    is_begun = has_whole(states) or any((job.out / "models").glob("epoch_*"))
+    is_begun = has_complete_checkpoint(states) or any((job.out / "models").glob("epoch_*"))
     record = run_identity(job, splits) | {"metrics": measured_by}
-    write_or_compare_record(job.out, job.recipe, record, say, is_begun=is_begun)
+    write_or_compare_record(job.out, job.recipe, record, log, is_begun=is_begun)
     states.mkdir(parents=True, exist_ok=True)
-    newest = newest_whole(states, say)
+    newest = newest_complete_checkpoint(states, log)
     if newest is not None:
-        say(f"resuming from {newest}")
+        log(f"resuming from {newest}")
     return newest
 
 
 def run_identity(job: Job, splits: dict[str, Split]) -> dict[str, Any]:
-    """Return what decides a run besides its recipe."""
+    """Return what identifies a run in addition to its recipe: hashes of the checkpoint and of the data."""
     data = {name: {"captions": len(splits[name].examples), "sha256": fingerprint(splits[name])} for name in SPLITS}
     return {"checkpoint": checkpoint_sha256(job.checkpoint), "data": data}
 
 
 def make_judge(
-    evaluate: Evaluate, reference: Reference, best: BestModels, rank: int, say: Say
+    evaluate: Evaluate, reference: Reference, best: BestModels, rank: int, log: Log
 ) -> Callable[[int], dict[str, float]]:
-    """Return what is called after each epoch: it judges the model, and the first process keeps the best models."""
+    """Return the function called after each epoch: it evaluates the model; the first process keeps the best models."""
 
     def judge(epoch: int) -> dict[str, float]:
-        found, captions = evaluate()
+        metrics, captions = evaluate()
         if rank == 0:
-            best.add(epoch, found, captions, reference)
-            say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            best.add(epoch, metrics, captions, reference)
+            log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             if tie := best.tie():
-                say(tie)
-        return found
+                log(tie)
+        return metrics
 
     return judge
 
 
 def best_models(out: Path, recipe: Recipe) -> BestModels:
-    """Return the keeper of a run's best models."""
+    """Return the store of a run's best models."""
     return BestModels(out / "models", recipe, evaluation_options(recipe) if recipe.write_decoding else None)
 
 
 def make_evaluator(job: Job, reference: Reference, examples: Sequence[Example]) -> Evaluator:
-    """Return what judges an epoch: by up to `eval_images` validation images, evenly spaced."""
+    """Return the evaluator of an epoch, on at most `eval_images` evenly spaced validation images."""
     recipe = job.recipe
     ids = list(dict.fromkeys(example.id for example in examples))
     if recipe.eval_images is not None and len(ids) > recipe.eval_images:
@@ -200,7 +203,7 @@ def make_evaluator(job: Job, reference: Reference, examples: Sequence[Example]) 
 
 
 def evaluation_metrics(recipe: Recipe) -> tuple[str, ...]:
-    """Return the metrics an epoch is judged by, besides the loss."""
+    """Return the metrics of an epoch in addition to the loss: ROUGE-1, and the recipe's metric."""
     return tuple(dict.fromkeys(["rouge1", *([recipe.metric] if recipe.metric != LOSS else [])]))
 
 

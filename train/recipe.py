@@ -1,4 +1,4 @@
-"""What a fine-tuning run does: every setting with its default and its limits. Knows nothing of models or data."""
+"""Recipes: every setting of a fine-tuning run with its default and limits, the named recipes, and YAML files."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ PARTS = ("vision", "words", "all-but-cross")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of one run; the defaults are MedBLIP's for BLIP-base where the paper gives a value.
+    """Settings of one run. The defaults are MedBLIP's for BLIP-base if the paper gives a value.
 
-    `batch_size` is the number of image-caption pairs an optimiser step learns from, whatever the number of
-    processes; each of them takes `device_batch` at once and accumulates the rest. `schedule` step multiplies the
-    learning rate by `step_factor` every `step_epochs` epochs (torch's StepLR), one-cycle is Smith's (2018), with the
-    first tenth rising. `patience` epochs without a lower validation loss end the run (0: never). `freeze` names
-    parts that stay as they are: vision (the tower), words (word and position embeddings), or all-but-cross (everything
-    but cross-attention). With a frozen vision tower and no augmentation, `cache_features` encodes every image once.
-    With `ema` above 0 an exponential moving average of the weights with this decay is what is evaluated and kept
-    (learning/ema.py). `metric` is what the best epoch is chosen by: a metric of `engine score` over captions generated
-    with `eval_beams` beams and the other `eval_` settings, or loss. With `write_decoding` the kept models carry these
-    settings in place of the checkpoint's own, so that `generate` and an exported bundle caption as the validation did.
-    `high_bit_depth` is how pictures of more than 8 bits are read, and `engine caption` has to be told the same
+    `batch_size` is the number of image-caption pairs per optimiser step, over all processes. Each process takes
+    `device_batch` pairs per forward pass and accumulates gradients for the rest.
+    `schedule`: `step` multiplies the learning rate by `step_factor` every `step_epochs` epochs (torch's StepLR);
+    `one-cycle` is Smith's (2018), and rises during the first tenth of the steps; `constant` never changes it.
+    `patience`: the run ends after this many epochs without a lower validation loss (0: never).
+    `freeze` names parts that are not trained: `vision` (the tower), `words` (word and position embeddings), or
+    `all-but-cross` (everything except cross-attention).
+    `cache_features` encodes every image once. It needs a frozen vision tower and no augmentation.
+    `metric` ranks the epochs: a metric of `engine score` on generated captions, or `loss`. Captions are generated with
+    `eval_beams` beams and the other `eval_` settings.
+    `write_decoding` writes these `eval_` settings into the kept models in place of the checkpoint's generation
+    settings, so that `generate` and an exported bundle caption as the validation did.
+    `high_bit_depth` is how images of more than 8 bits are read; give `engine caption` the same value
     (engine/inputs/pixels.py).
-
-    With a `reward`, such as "rouge1=1 bertscore=1", the run is the second stage, self-critical sequence training
-    (learning/reward.py): `samples` captions an image are drawn and compared with the `baseline`, the `others` or the
-    `greedy` caption, which is decoded by the `eval_` settings; `likelihood_share` of the loss stays what it was.
+    `reward`, such as "rouge1=1 bertscore=1", selects self-critical sequence training, the second stage
+    (learning/reward.py). It samples `samples` captions per image and compares them with the `baseline`: `others` (the
+    other samples) or `greedy` (a caption decoded with the `eval_` settings). `likelihood_share` is the share of cross
+    entropy in the loss.
     """
 
     name: str = "medblip-base"
@@ -63,7 +65,6 @@ class Recipe:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     patience: int = 0
-    ema: float = 0.0
     metric: str = "rouge1"
     eval_images: int | None = 1000
     eval_beams: int = 1
@@ -94,7 +95,7 @@ class Recipe:
             value = getattr(self, setting)
             refuse(value in known, f"{setting} is {value!r}, not one of {', '.join(known)}")
         for part in self.freeze:
-            refuse(part in PARTS, f"freeze names {part!r}: parts are {', '.join(PARTS)}")
+            refuse(part in PARTS, f"freeze names {part!r}, not one of {', '.join(PARTS)}")
         for setting in ("epochs", "step_epochs", "batch_size", "device_batch", "keep", "eval_beams"):
             refuse(getattr(self, setting) >= 1, f"{setting} must be at least 1")
         for setting in ("image_size", "eval_images", "save_steps"):
@@ -105,31 +106,30 @@ class Recipe:
         refuse(0 < self.step_factor <= 1, "step_factor must be above 0 and at most 1")
         refuse(self.max_grad_norm > 0, "max_grad_norm must be above 0")
         refuse(0 <= self.label_smoothing < 1, "label_smoothing must be at least 0 and below 1")
-        refuse(0 <= self.ema < 1, "ema must be at least 0 and below 1")
-        least = 2 if self.baseline == "others" else 1
-        refuse(self.samples >= least, f"samples must be at least {least} with the baseline {self.baseline}")
+        minimum = 2 if self.baseline == "others" else 1
+        refuse(self.samples >= minimum, f"samples must be at least {minimum} with the baseline {self.baseline}")
         refuse(0 <= self.likelihood_share < 1, "likelihood_share must be at least 0 and below 1")
-        refuse(not (self.reward and self.cache_features), "a reward needs the images: cache_features must be off")
+        refuse(not (self.reward and self.cache_features), "a reward needs the images: turn cache_features off")
         refuse(
             not (self.reward and self.label_smoothing),
-            "a reward goes without label_smoothing",
+            "a reward cannot be combined with label_smoothing: set it to 0",
         )
         refuse(
             not (self.cache_features and self.gradient_checkpointing),
-            "cache_features trains the decoder alone, which knows no gradient_checkpointing",
+            "cache_features trains the decoder alone, without gradient_checkpointing: turn one of them off",
         )
         self.rewards()
         window_of(self.high_bit_depth)
         DecodeOptions(**self.eval_decoding())
         refuse(0 < self.valid_share < 1, "valid_share must be between 0 and 1")
-        refuse(self.max_tokens >= 3, "max_tokens must be at least 3: [DEC], a word and [SEP]")
+        refuse(self.max_tokens >= 3, "max_tokens must be at least 3, for [DEC], a word and [SEP]")
         refuse(
             not self.cache_features or ("vision" in self.freeze and self.augmentation == "none"),
             "cache_features needs a frozen vision tower and no augmentation: the features would be stale",
         )
 
     def eval_decoding(self) -> dict[str, Any]:
-        """Return the decoding options of validation captions by Hugging Face's names."""
+        """Return the decoding options of validation captions under Hugging Face's names."""
         return {
             "num_beams": self.eval_beams,
             "max_new_tokens": self.eval_max_new_tokens,
@@ -140,41 +140,41 @@ class Recipe:
         }
 
     def rewards(self) -> dict[str, float]:
-        """Return {metric: weight} of the reward; raise UsageError where it is not made of NAME=WEIGHT."""
-        found = {}
+        """Return {metric: weight} of the reward. Raises UsageError if an entry is not METRIC=WEIGHT."""
+        weights = {}
         for text in self.reward:
             name, _, weight = text.partition("=")
             try:
-                found[name] = float(weight or 1)
+                weights[name] = float(weight or 1)
             except ValueError:
                 raise UsageError(f"recipe {self.name}: reward {text!r} is not METRIC=WEIGHT") from None
-        return found
+        return weights
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting as JSON and YAML can hold it."""
+        """Return {setting: value} with types that JSON and YAML can store: tuples become lists."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
-        """Return (pairs a process takes at once, how often it does so in a step).
+        """Return (pairs per process and forward pass, forward passes per step).
 
-        Raises UsageError where batch_size cannot be split so among `world_size` processes.
+        Their product with `world_size` is batch_size. Raises UsageError if there is no such split.
         """
         share, rest = divmod(self.batch_size, world_size)
         if rest or not share:
-            raise UsageError(f"batch_size {self.batch_size} cannot be shared by {world_size} processes evenly")
+            raise UsageError(f"batch_size {self.batch_size} cannot be divided evenly among {world_size} processes")
         device_batch = min(share, self.device_batch)
         if share % device_batch:
             raise UsageError(
-                f"batch_size {self.batch_size} among {world_size} processes is {share} each, which is no multiple of "
-                f"device_batch {device_batch}"
+                f"batch_size {self.batch_size} divided among {world_size} processes is {share} each, which is not a "
+                f"multiple of device_batch {device_batch}"
             )
         return device_batch, share // device_batch
 
     def learning_rate_factor(self, step: int, steps_per_epoch: int) -> float:
-        """Return what the learning rate is multiplied by in optimiser step `step`, counted from 0.
+        """Return the factor of the learning rate in optimiser step `step`, counted from 0.
 
-        step: torch.optim.lr_scheduler.StepLR, stepped after every epoch. one-cycle: OneCycleLR with cosine
-        annealing and its own defaults (start at 1/25, end at 1/250,000), but the first tenth rising.
+        step: torch.optim.lr_scheduler.StepLR, stepped after every epoch. one-cycle: OneCycleLR with cosine annealing
+        and its defaults (start at 1/25, end at 1/250,000), except that it rises during the first tenth of the steps.
         """
         if self.schedule == "step":
             return float(self.step_factor ** (step // steps_per_epoch // self.step_epochs))
@@ -191,15 +191,15 @@ class Recipe:
 
 MEDBLIP_BASE = Recipe(name="medblip-base")
 MEDBLIP_LARGE = Recipe(name="medblip-large", epochs=5, patience=1)
-"""MedBLIP: AdamW, learning rate 1e-5, StepLR x0.1 every 3 epochs, 224 px, at most 200 tokens, 15 epochs (base), 5
-epochs until the loss stops falling (large). The paper gives no batch size, weight decay (AdamW's own 0.01 is taken) or
-gradient clipping (the Trainer's 1.0): these are ours.
+"""MedBLIP: AdamW, learning rate 1e-5, StepLR x0.1 every 3 epochs, 224 px, at most 200 tokens; 15 epochs (base), or at
+most 5 epochs, until the loss stops falling (large). The paper does not give the batch size, the weight decay (here
+AdamW's default, 0.01) and the gradient clipping (here the Trainer's default, 1.0).
 """
 
 AS_PUBLISHED: dict[str, Any] = {"image_size": 384, "precision": "bf16"}
-"""BLIP was published for 384 px: its position table of 577 rows stays as it is. bfloat16 is ours. In it 16 images at
-once, as at 224 px, are estimated at 11 GiB for base and 22 GiB for large (train/dry_run.py, captions of 200 tokens),
-so that an A100 of 40 GiB needs neither accumulation nor gradient checkpointing.
+"""BLIP was published at 384 px: its position table of 577 rows is not resized. bfloat16 is our choice. By the estimate
+of train/dry_run.py, 16 images per forward pass, as at 224 px, take 11 GiB (base) or 22 GiB (large) with captions of 200
+tokens. An A100 of 40 GiB then needs neither accumulation nor gradient checkpointing.
 """
 
 SCST = Recipe(
@@ -221,9 +221,9 @@ WINNER_2026: dict[str, Any] = {
     "eval_no_repeat_ngram": 0,
     "write_decoding": True,
 }
-"""How the winner of ImageCLEFmedical Caption 2026 decodes. We know this, and that they trained in two stages, by
-likelihood and then by SCST. We know nothing of their model, image size, learning rates, batches and rewards: those of
-the recipes are MedBLIP's and our own. Nor do we know whether they ban n-grams; the recipes ban none.
+"""Decoding of the winner of ImageCLEFmedical Caption 2026. It is also known that they trained in two stages, likelihood
+and then SCST. Their model, image size, learning rates, batches and rewards are not known: those of the recipes are
+MedBLIP's or ours. It is not known whether they ban repeated n-grams; the recipes do not.
 """
 
 SMOKE = Recipe(
@@ -288,10 +288,10 @@ RECIPES = {
 
 
 def load_recipe(source: str, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Return a named recipe, or the one of a YAML file (settings over `base`, medblip-base when it names none).
+    """Return a recipe by its name or from a YAML file.
 
-    `changes` come on top; text is read as YAML, so that flags and files mean the same. Raises UsageError naming the
-    setting.
+    A file's settings override those of the recipe that its `base` names, by default medblip-base. `changes` override
+    both. Raises UsageError that names the setting.
     """
     changes = dict(changes or {})
     if source in RECIPES:
@@ -305,14 +305,14 @@ def load_recipe(source: str, changes: Mapping[str, Any] | None = None) -> Recipe
         content.setdefault("name", Path(source).stem)
         recipe = _changed(RECIPES[base], content, path)
     else:
-        raise UsageError(f"there is no recipe {source!r}: give one of {', '.join(RECIPES)}, or a YAML file")
+        raise UsageError(f"there is no recipe {source!r}: use one of {', '.join(RECIPES)}, or a YAML file")
     return _changed(recipe, changes, "flag")
 
 
-def parse_changes(given: tuple[str, ...]) -> dict[str, Any]:
-    """Return {setting: value} of texts like `learning_rate=3e-5`; values are YAML."""
+def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
+    """Parse texts like `learning_rate=3e-5` into {setting: value}. Values are read as YAML, like those of files."""
     changes = {}
-    for text in given:
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set {text}: give SETTING=VALUE")
@@ -334,10 +334,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any], origin: str) -> Recipe:
-    known = {one.name: one for one in fields(Recipe)}
+    known = {field.name: field for field in fields(Recipe)}
     unknown = sorted(set(changes) - set(known))
     if unknown:
-        raise UsageError(f"{origin}: unknown settings {', '.join(unknown)}; there are {', '.join(known)}")
+        raise UsageError(f"{origin}: unknown settings {', '.join(unknown)}; the settings are {', '.join(known)}")
     values = {
         name: _converted(name, value, getattr(recipe, name), str(known[name].type)) for name, value in changes.items()
     }
@@ -345,11 +345,11 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any], origin: str) -> Recipe:
 
 
 def _converted(name: str, value: Any, default: Any, kind: str) -> Any:
-    """Return a value as the type the setting has; YAML reads 1e-5 as text, as it wants 1.0e-5."""
+    """Return a value converted to the type of its setting. YAML reads 1e-5 as text, because it expects 1.0e-5."""
     if kind.startswith("tuple"):
-        several = value.replace(",", " ").split() if isinstance(value, str) else value or []
-        if isinstance(several, list | tuple) and all(isinstance(one, str) for one in several):
-            return tuple(several)
+        entries = value.replace(",", " ").split() if isinstance(value, str) else value or []
+        if isinstance(entries, list | tuple) and all(isinstance(entry, str) for entry in entries):
+            return tuple(entries)
     elif kind == "bool":
         if isinstance(value, bool):
             return value
@@ -367,4 +367,4 @@ def _converted(name: str, value: Any, default: Any, kind: str) -> Any:
                 return int(number)
         except (TypeError, ValueError, OverflowError):
             pass
-    raise UsageError(f"{name} cannot be {value!r}: it is of the kind {kind}, like {default!r}")
+    raise UsageError(f"{name} cannot be {value!r}: its type is {kind}, such as {default!r}")

@@ -1,1 +1,1 @@
-"""For owners of a GPU: parity, speed and the machine itself. Never run on one yet."""
+"""Checks on a GPU: parity, speed and the machine itself. They have not been run on a GPU yet."""

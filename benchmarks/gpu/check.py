@@ -1,13 +1,13 @@
-"""For whoever has a GPU: what works there, with the same words, and how fast.
+"""Check a machine with a GPU: which backends work, whether their captions are the CPU's, and how fast they are.
 
     python -m benchmarks.gpu.check --bundle BUNDLE --json out.json
 
-First the machine itself (parts.py): driver, memory, host, kernels. Then backends: their captions of 8 pictures,
-beams on and off, are held against the CPU's of the same bundle, PyTorch's golden answers are replayed, the session is
-opened twice (what is cached the first time should make the second quick), and pictures from memory are captioned with
-more and more beams side by side. Where one works, a profile, two processes side by side and the whole challenge follow
-(runs.py), with the last bundle. All of it in processes of their own, so that one that crashes is a line in the
-report. A bundle of another precision is another --bundle.
+First the machine itself is checked (parts.py): driver, memory, host, kernels. Then each backend captions 8 images,
+greedily and with beams, which are compared with the CPU's captions of the same bundle. PyTorch's golden recordings are
+replayed. The session is opened twice, as caches should make the second time fast. Images from memory are captioned with
+increasing numbers of beams in flight. If a backend works, a profile, two concurrent processes and a run of challenge
+size follow (runs.py), with the last bundle. Everything runs in separate processes, so that a crash is an entry in the
+report. To check several precisions, give a --bundle for each.
 """
 
 from __future__ import annotations
@@ -52,35 +52,35 @@ SEARCHES = {"greedy": {"num_beams": 1}, "4 beams, 3-gram ban": {"num_beams": 4, 
 TIMED = "4 beams, 3-gram ban"
 WITH_GRAPHS = "+graphs"
 WAVES = 8
-"""Images timed for each slot at least: in two waves most of the time is start and end."""
+"""At least this many images are timed per slot. With two, most of the time would be start and end of the run."""
 KEPT_BYTES = 8192
-"""Of what a failed check wrote to standard error."""
+"""Number of characters that are kept of the stderr of a failed check."""
 CHECKS = ("cuda", "tensorrt", "trt", "trt" + WITH_GRAPHS)
-"""Backends, the last with captured CUDA graphs."""
+"""Backends to check, the last one with captured CUDA graphs."""
 MOST_BEAMS = 4
-"""Of SEARCHES and the golden recordings."""
+"""Largest number of beams in SEARCHES and in the golden recordings."""
 
 
 def make_pixels(bundle: Bundle, count: int) -> NDArray[np.uint8]:
-    """Return u8[count,height,width,3]: pictures of the corpus, as the encoder wants them."""
+    """Return images of the corpus as input of the bundle's encoder, u8[count,height,width,3]."""
     spec, bases = bundle.image, [decode_image(image.path) for image in find_images(EXAMPLES).images]
     return np.stack([read_image(make_picture(i, bases), spec.height, spec.width, spec.resample) for i in range(count)])
 
 
 def options_of(bundle: Bundle, search: str) -> DecodeOptions:
-    """Return a search's options over the bundle's own."""
+    """Return the options of a search; they override the bundle's settings."""
     return bundle.options(**SEARCHES[search])
 
 
-def say_all(captioner: Captioner, pixels: NDArray[np.uint8], search: str, rows: int | None) -> list[dict[str, Any]]:
-    """Return ids and score of every picture's caption."""
+def caption_all(captioner: Captioner, pixels: NDArray[np.uint8], search: str, rows: int | None) -> list[dict[str, Any]]:
+    """Return the ids and the score of the caption of each image."""
     scheduler = captioner.scheduler(captioner.search(options_of(captioner.bundle, search)), rows)
-    found = dict(scheduler.decode(pixels))
-    return [{"ids": list(found[i][0].ids), "score": float(found[i][0].score)} for i in range(len(pixels))]
+    best = {i: hypotheses[0] for i, hypotheses in scheduler.decode(pixels)}
+    return [{"ids": list(best[i].ids), "score": float(best[i].score)} for i in range(len(pixels))]
 
 
 def check_one(bundle: Bundle, check: str, images: int, rows: list[int], folder: Path) -> dict[str, Any]:
-    """Run one of CHECKS in this process and return what it said and how long it took; plans are built into `folder`."""
+    """Run one of CHECKS in this process; return its captions and times. Plans are built into `folder`."""
     backend, graphs = check.removesuffix(WITH_GRAPHS), check.endswith(WITH_GRAPHS)
     report: dict[str, Any] = {"backend": check, "precision": bundle.precision}
     runtime = Runtime(backend)
@@ -93,19 +93,19 @@ def check_one(bundle: Bundle, check: str, images: int, rows: list[int], folder: 
     report["first_load_s"] = time.perf_counter() - start
     report["used"] = captioner.backend.name
     pixels = make_pixels(bundle, images)
-    report["said"] = {search: say_all(captioner, pixels[:PARITY_IMAGES], search, None) for search in SEARCHES}
+    report["said"] = {search: caption_all(captioner, pixels[:PARITY_IMAGES], search, None) for search in SEARCHES}
     report["speed"] = []
     for number in rows:
         slots = max(1, number // MOST_BEAMS)
         count = max(images, WAVES * slots)
         timed = pixels[np.arange(count) % len(pixels)]
-        say_all(captioner, timed[: 2 * slots], TIMED, number)  # newcomers in flight, too, before the clock starts
+        caption_all(captioner, timed[: 2 * slots], TIMED, number)  # warm up, including slots that are refilled
         start = time.perf_counter()
-        captions = say_all(captioner, timed, TIMED, number)
+        captions = caption_all(captioner, timed, TIMED, number)
         seconds = time.perf_counter() - start
         tokens = sum(len(caption["ids"]) - 1 for caption in captions) / count
         report["speed"].append({"rows": number, "images": count, "images_per_s": count / seconds, "tokens": tokens})
-    report["golden"] = [asdict(one) for one in verify(bundle, captioner.backend)]
+    report["golden"] = [asdict(check) for check in verify(bundle, captioner.backend)]
     del captioner
     start = time.perf_counter()
     open_backend(bundle, runtime)
@@ -114,7 +114,7 @@ def check_one(bundle: Bundle, check: str, images: int, rows: list[int], folder: 
 
 
 def build_for(bundle: Bundle, rows: list[int], folder: Path) -> Path:
-    """Build plans for SEARCHES and the golden ones, with TensorRT, or where that is not installed with TensorRT-RTX."""
+    """Build plans for SEARCHES and the golden recordings, with TensorRT, or TensorRT-RTX if only that is installed."""
     builder = next((name for name, module in MODULES.items() if importlib.util.find_spec(module)), "tensorrt")
     bounds = Bounds.of(bundle, beams=MOST_BEAMS, rows=MOST_BEAMS * max(PARITY_IMAGES, *(row // 4 for row in rows), 1))
     build_plans(bundle, folder, bounds, target_for(builder), lambda _: None)
@@ -122,7 +122,7 @@ def build_for(bundle: Bundle, rows: list[int], folder: Path) -> Path:
 
 
 def compare(mine: dict[str, Any], cpu: dict[str, Any]) -> dict[str, Any]:
-    """Return, for each search, how many captions are the CPU's and the largest difference of their scores."""
+    """Return for each search the number of captions identical to the CPU's and the largest difference of scores."""
     compared = {}
     for search, theirs in cpu["said"].items():
         pairs = list(zip(mine["said"][search], theirs, strict=True))
@@ -137,9 +137,9 @@ def compare(mine: dict[str, Any], cpu: dict[str, Any]) -> dict[str, Any]:
 def in_process(
     bundle: Path, backend: str, images: int, rows: list[int], timeout_s: float, plans: Path | None = None
 ) -> dict[str, Any]:
-    """Run check_one in a process of its own; what went wrong there is an entry of the report.
+    """Run check_one in a separate process. A failure is returned as an entry of the report.
 
-    `plans` is where plans are built, or lie already.
+    `plans` is the folder where plans are built, unless it has them already.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "one.json"
@@ -150,29 +150,29 @@ def in_process(
         try:
             result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            return failed | {"error": f"not done after {timeout_s:.0f} s"}
+            return failed | {"error": f"timed out after {timeout_s:.0f} s"}
         if result.returncode or not out.exists():
             lines = result.stderr.strip().splitlines() or ["no message"]
-            said = {"error": lines[-1].removeprefix("error: "), "stderr": result.stderr[-KEPT_BYTES:]}
-            return failed | said | {"exit_code": result.returncode}
+            reason = {"error": lines[-1].removeprefix("error: "), "stderr": result.stderr[-KEPT_BYTES:]}
+            return failed | reason | {"exit_code": result.returncode}
         return json.loads(out.read_text())
 
 
-def run_part(name: str, timeout_s: float, *given: str) -> dict[str, Any]:
-    """Run one of parts.py, or with arguments of runs.py, in a process of its own; a failure is its result."""
-    module = "benchmarks.gpu.runs" if given else "benchmarks.gpu.parts"
-    command = [sys.executable, "-m", module, name, *given]
+def run_part(name: str, timeout_s: float, *arguments: str) -> dict[str, Any]:
+    """Run a part of parts.py, or with arguments one of runs.py, in a separate process. A failure is its result."""
+    module = "benchmarks.gpu.runs" if arguments else "benchmarks.gpu.parts"
+    command = [sys.executable, "-m", module, name, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        return {"error": f"not done after {timeout_s:.0f} s"}
+        return {"error": f"timed out after {timeout_s:.0f} s"}
     if done.returncode:
-        return {"error": f"ended with {done.returncode}", "stderr": done.stderr[-KEPT_BYTES:]}
+        return {"error": f"exit code {done.returncode}", "stderr": done.stderr[-KEPT_BYTES:]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def check_bundle(path: Path, checks: tuple[str, ...], images: int, rows: list[int], timeout_s: float) -> Iterator[Any]:
-    """Yield an entry for every check of one bundle; the CPU's captions are made first, to compare with."""
+    """Yield an entry for every check of one bundle. The CPU's captions are made first, for comparison."""
     bundle = Bundle.load(path)
     named = {"bundle": bundle.digest[:12], "precision": bundle.precision}
     cpu = in_process(path, "cpu", PARITY_IMAGES, [], timeout_s)
@@ -192,7 +192,7 @@ def check_bundle(path: Path, checks: tuple[str, ...], images: int, rows: list[in
 
 
 def share_of_floor(entry: dict[str, Any], bundle: Bundle, work: Work) -> float | None:
-    """Return the paper floor over the best time, for a GPU whose data sheet is known."""
+    """Return the theoretical minimum time divided by the best time, or None if the GPU's data sheet is not known."""
     try:
         name = find_gpu().name
     except EngineError:
@@ -205,25 +205,25 @@ def share_of_floor(entry: dict[str, Any], bundle: Bundle, work: Work) -> float |
 
 
 def summary(entry: dict[str, Any]) -> str:
-    """Say one backend's result in a line."""
+    """Return the result of one backend as a line."""
     if "error" in entry:
         return f"failed: {entry['error']}"
     same = ", ".join(f"{c['identical']}/{c['images']} {search}" for search, c in entry["against_cpu"].items())
     golden = sum(check["identical"] for check in entry["golden"]), sum(check["images"] for check in entry["golden"])
     speeds = ", ".join(f"{speed['images_per_s']:.1f} at {speed['rows']} rows" for speed in entry["speed"])
     loads = f"loaded in {entry['first_load_s']:.1f} s, again in {entry['second_load_s']:.1f} s"
-    return f"as the CPU: {same}; PyTorch's: {golden[0]}/{golden[1]}; images/s: {speeds or 'not timed'}; {loads}"
+    return f"same as the CPU: {same}; as PyTorch: {golden[0]}/{golden[1]}; images/s: {speeds or 'not timed'}; {loads}"
 
 
 @click.command(cls=OneLine)
-@click.option("--bundle", "bundles", type=click.Path(path_type=Path), multiple=True, help="Several for precisions.")
+@click.option("--bundle", "bundles", type=click.Path(path_type=Path), multiple=True, help="Bundle; may be repeated.")
 @click.option("--json", "out", type=click.Path(path_type=Path), required=True, help="Report to write.")
-@click.option("--backends", default=",".join(CHECKS), show_default=True)
-@click.option("--images", type=click.IntRange(PARITY_IMAGES), default=512, show_default=True, help="Images timed.")
-@click.option("--rows", default="64,256,1024", show_default=True, help="Beams side by side that are timed.")
-@click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one backend.")
-@click.option("--one", hidden=True, help="Run this backend here; what the others are started with.")
-@click.option("--plans", type=click.Path(path_type=Path), hidden=True, help="Of --one: where plans are built.")
+@click.option("--backends", default=",".join(CHECKS), show_default=True, help="Backends, separated by commas.")
+@click.option("--images", type=click.IntRange(PARITY_IMAGES), default=512, show_default=True, help="Images to time.")
+@click.option("--rows", default="64,256,1024", show_default=True, help="Beams in flight to time.")
+@click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Limit per check, s.")
+@click.option("--one", hidden=True, help="Run only this check, in this process.")
+@click.option("--plans", type=click.Path(path_type=Path), hidden=True, help="With --one: folder of plans.")
 def main(
     bundles: tuple[Path, ...],
     out: Path,
@@ -234,17 +234,17 @@ def main(
     one: str | None,
     plans: Path | None,
 ) -> None:
-    """Check backends, say the results and keep them."""
+    """Check backends, print the results and write a report."""
     chosen, numbers = tuple(backends.split(",")), [int(number) for number in rows.split(",") if number]
     paths = bundles or (Bundle.load().path,)
     if one is not None:
-        found = check_one(Bundle.load(paths[0]), one, images, numbers, plans or out.parent / "plans")
-        out.write_text(json.dumps(found) + "\n")
+        entry = check_one(Bundle.load(paths[0]), one, images, numbers, plans or out.parent / "plans")
+        out.write_text(json.dumps(entry) + "\n")
         return
     unknown = set(chosen) - {"cpu", *CHECKS}
     if unknown:
-        raise EngineError(f"--backends knows no {', '.join(sorted(unknown))}: there are cpu, {', '.join(CHECKS)}")
-    gpu = asdict(find_gpu("look at --backends cpu")) if set(chosen) - {"cpu"} else None
+        raise EngineError(f"--backends: unknown {', '.join(sorted(unknown))}; choose from cpu, {', '.join(CHECKS)}")
+    gpu = asdict(find_gpu("use --backends cpu")) if set(chosen) - {"cpu"} else None
     report: dict[str, Any] = {
         "benchmark": "gpu_check",
         "machine": describe_machine(),
@@ -255,9 +255,9 @@ def main(
         "entries": [],
     }
 
-    def keep_part(part: str, *given: str) -> None:
-        report["parts"][part] = run_part(part, timeout_s, *given)
-        out.write_text(json.dumps(report, indent=1) + "\n")  # after each: none is lost by the next
+    def keep_part(part: str, *arguments: str) -> None:
+        report["parts"][part] = run_part(part, timeout_s, *arguments)
+        out.write_text(json.dumps(report, indent=1) + "\n")  # after each part, so that a later crash loses nothing
         click.echo(f"{part}: {report['parts'][part].get('error', 'done')}", err=True)
 
     for part in FIRST if gpu else ():

@@ -1,8 +1,8 @@
-"""What benchmarks/gpu/check.py looks at before any model: the machine, its memory, its host, its kernels.
+"""The parts of benchmarks/gpu/check.py without a model: the machine, its memory, its host, its kernels.
 
     python -m benchmarks.gpu.parts PART
 
-Each part is a process of its own and prints one JSON object; one that fails leaves the others.
+Each part runs in a separate process and prints one JSON object, so that a failure does not affect the others.
 """
 
 from __future__ import annotations
@@ -32,46 +32,46 @@ from engine.inputs.pixels import read_image
 EXAMPLES = Path("examples/images")
 LIBRARIES = ("cudnn", "cublas", "nvinfer", "cudart")
 SIZES = (1, 303_000, 77_000_000)
-"""Bytes: one, an image's keys of a layer, those of 256."""
+"""Bytes: one byte, the keys of an image in one layer, those of 256 images."""
 TOO_MUCH = 1 << 40
 REPEATS = 50
 
 
 def probe() -> dict[str, Any]:
-    """Return the GPU, its driver, NVIDIA's libraries that the system knows, and the cores."""
+    """Return the GPU, its driver, the NVIDIA libraries that ldconfig lists, and the number of cores."""
     tool = shutil.which("ldconfig") or "/sbin/ldconfig"
     known = subprocess.run([tool, "-p"], capture_output=True, text=True, check=False).stdout
-    found = [line.strip() for line in known.splitlines() if any(name in line for name in LIBRARIES)]
-    return {"gpu": asdict(find_gpu()), "libraries": found, "cores": os.cpu_count()}
+    libraries = [line.strip() for line in known.splitlines() if any(name in line for name in LIBRARIES)]
+    return {"gpu": asdict(find_gpu()), "libraries": libraries, "cores": os.cpu_count()}
 
 
 def memory(device: CapturingDevice | None = None) -> dict[str, Any]:
-    """Move bytes to the device, within it and back, capture copies and replay them, and ask for too much."""
+    """Copy bytes to the device, within it and back; capture copies and replay them; allocate too much."""
     device = device or CudaDevice()
-    rng, found = np.random.default_rng(0), {}
+    rng, report = np.random.default_rng(0), {}
     for size in SIZES:
         sent, back = rng.integers(0, 255, size, np.uint8), np.empty(size, np.uint8)
-        one, other = device.allocate(size), device.allocate(size)
-        device.download(back, one)
+        first, second = device.allocate(size), device.allocate(size)
+        device.download(back, first)
         is_zero = not back.any()
-        device.upload(one, sent)
-        device.copy(other, one, size)
-        device.download(back, other)
-        found[f"{size}_bytes"] = {"zero": is_zero, "equal": bool((back == sent).all())}
-        device.free(one)
-        device.free(other)
-    found["blocks_equal"] = _blocks_are_equal(device)
-    found["replays_equal"] = _replays_are_equal(device)
+        device.upload(first, sent)
+        device.copy(second, first, size)
+        device.download(back, second)
+        report[f"{size}_bytes"] = {"zero": is_zero, "equal": bool((back == sent).all())}
+        device.free(first)
+        device.free(second)
+    report["blocks_equal"] = _blocks_are_equal(device)
+    report["replays_equal"] = _replays_are_equal(device)
     try:
         device.free(device.allocate(TOO_MUCH))
-        found["too_much"] = "was given"
+        report["too_much"] = "was given"
     except (OutOfMemoryError, MemoryError) as error:
-        found["too_much"] = f"refused: {error}"
-    return found
+        report["too_much"] = f"refused: {error}"
+    return report
 
 
 def _blocks_are_equal(device: CapturingDevice) -> bool:
-    """Copy columns of a matrix u8[100,64] into another's, as a step's new keys are."""
+    """Copy columns of a matrix u8[100,64] into another matrix, as it is done with the new keys of a step."""
     matrix = np.random.default_rng(1).integers(1, 255, (100, 64), np.uint8)
     source, target, back = device.allocate(6400), device.allocate(9600), np.empty((100, 96), np.uint8)
     device.upload(source, matrix)
@@ -83,7 +83,7 @@ def _blocks_are_equal(device: CapturingDevice) -> bool:
 
 
 def _replays_are_equal(device: CapturingDevice) -> bool:
-    """Capture two copies and replay them three times, with other bytes each time."""
+    """Capture two copies and replay them three times with different bytes."""
     size = 4096
     first, second, third = (device.allocate(size) for _ in range(3))
     device.wait()
@@ -103,10 +103,10 @@ def _replays_are_equal(device: CapturingDevice) -> bool:
 
 
 def host(images: int = 4096, files: int = 256) -> dict[str, Any]:
-    """Time the decoding core around a device that answers at once, JPEGs by threads, and digests."""
+    """Time the decoding core with a device that answers at once, reading JPEGs in threads, and digests."""
     here = {"here": Path(__file__).parents[2]}
     order = {"images": images, "sets": 2, "encode_batch": 16, "pictures": "", "rows": 1024}
-    found: dict[str, Any] = {"core": [measure(order | {"beams": beams}, "instant", here, 1) for beams in (1, 4, 10)]}
+    report: dict[str, Any] = {"core": [measure(order | {"beams": beams}, "instant", here, 1) for beams in (1, 4, 10)]}
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), files)
         paths = sorted(Path(folder).iterdir())
@@ -114,18 +114,18 @@ def host(images: int = 4096, files: int = 256) -> dict[str, Any]:
             start = time.perf_counter()
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(lambda path: read_image(path, 384, 384, "bicubic"), paths))
-            found[f"jpegs_per_s_{threads}_threads"] = round(files / (time.perf_counter() - start), 1)
+            report[f"jpegs_per_s_{threads}_threads"] = round(files / (time.perf_counter() - start), 1)
     pixels = np.zeros(224 * 224 * 3, np.uint8)
-    found["digest_ms"] = 1000 * _seconds(lambda: hashlib.sha256(pixels.data).digest())
-    return found
+    report["digest_ms"] = 1000 * _seconds(lambda: hashlib.sha256(pixels.data).digest())
+    return report
 
 
 def kernels(device: str = "cuda", repeats: int = REPEATS) -> dict[str, float]:
-    """Time, in ms, the products and selections of a step of BLIP-base, at sizes that tensor cores may like better."""
+    """Time products and selections of a step of BLIP-base in ms, also at sizes that may suit tensor cores better."""
     import torch
 
     kind = torch.float16 if device == "cuda" else torch.float32
-    found = {}
+    times = {}
 
     def clock(name: str, call: Callable[[], Any]) -> None:
         for _ in range(3):
@@ -137,13 +137,13 @@ def kernels(device: str = "cuda", repeats: int = REPEATS) -> dict[str, float]:
             call()
         if device == "cuda":
             torch.cuda.synchronize()
-        found[name] = 1000 * (time.perf_counter() - start) / repeats
+        times[name] = 1000 * (time.perf_counter() - start) / repeats
 
     rows = 1024 if device == "cuda" else 16
     queries = torch.zeros(rows * 3, 4, 64, device=device, dtype=kind)
-    for places in (197, 200, 208):
-        keys = torch.zeros(rows * 3, 64, places, device=device, dtype=kind)
-        clock(f"attention over {places}", lambda keys=keys: torch.bmm(queries, keys))  # type: ignore[misc]
+    for positions in (197, 200, 208):
+        keys = torch.zeros(rows * 3, 64, positions, device=device, dtype=kind)
+        clock(f"attention over {positions}", lambda keys=keys: torch.bmm(queries, keys))  # type: ignore[misc]
     states = torch.zeros(rows, 768, device=device, dtype=kind)
     for width in (768, 3072, 30_524, 30_528):
         layer = torch.nn.Linear(768, width, device=device, dtype=kind)
@@ -156,7 +156,7 @@ def kernels(device: str = "cuda", repeats: int = REPEATS) -> dict[str, float]:
         for batch in (16, 32, 64) if device == "cuda" else (1,):
             image = torch.zeros(batch, 197, 768, device=device, dtype=kind)
             clock(f"vision block, batch {batch}", lambda image=image: block(image))  # type: ignore[misc]
-    return found
+    return times
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -167,11 +167,11 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 FIRST: dict[str, Callable[[], dict[str, Any]]] = {"probe": probe, "memory": memory, "host": host, "kernels": kernels}
-"""In the order in which each tells what the next needs."""
+"""The parts in the order in which they run: each checks what the next one needs."""
 
 
 def main() -> None:
-    """Print what a part found."""
+    """Print the report of a part."""
     print(json.dumps(FIRST[sys.argv[1]]()))
 
 

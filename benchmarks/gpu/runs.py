@@ -1,8 +1,8 @@
-"""What benchmarks/gpu/check.py runs with a backend that works: a profile, two processes side by side, the challenge.
+"""The runs of benchmarks/gpu/check.py with a working backend: a profile, two concurrent processes, the challenge.
 
     python -m benchmarks.gpu.runs RUN BUNDLE BACKEND [IMAGES]
 
-An empty BUNDLE is the demo. Each is a process of its own and prints one JSON object.
+An empty BUNDLE is the demo. Each run is a separate process and prints one JSON object.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def profile(bundle: Path | None = None, backend: str = "cuda", images: int = 64)
         onnxruntime.SessionOptions = Profiled
         try:
             captioner = Captioner.load(bundle, backend=backend)
-            made = list(pictures(images, captioner.bundle.image.height, captioner.bundle.image.width))
-            list(captioner.caption(made, num_beams=4))
+            images_in_memory = list(pictures(images, captioner.bundle.image.height, captioner.bundle.image.width))
+            list(captioner.caption(images_in_memory, num_beams=4))
             del captioner
-            gc.collect()  # sessions write what they noted when they end
+            gc.collect()  # sessions write their profile when they are destroyed
         finally:
             onnxruntime.SessionOptions = plain
         events = [event for path in Path(folder).glob("profile*") for event in json.loads(path.read_text())]
@@ -64,21 +64,21 @@ def profile(bundle: Path | None = None, backend: str = "cuda", images: int = 64)
 
 
 def side_by_side(bundle: Path | None = None, backend: str = "cuda", images: int = 1024) -> dict[str, Any]:
-    """Caption half of the pictures in each of two processes at a time, against all of them in one."""
-    found = {}
+    """Compare two concurrent processes, each with half of the images, with one process that captions all of them."""
+    report = {}
     for processes in (1, 2):
         command = [sys.executable, "-m", "benchmarks.gpu.runs", "alone", str(bundle or ""), backend]
         started = [
             subprocess.Popen([*command, str(images // processes)], stdout=subprocess.PIPE, text=True)
             for _ in range(processes)
         ]
-        seconds = [json.loads(one.communicate()[0].splitlines()[-1])["seconds"] for one in started]
-        found[f"{processes}_processes_images_per_s"] = images / max(seconds)
-    return found
+        seconds = [json.loads(process.communicate()[0].splitlines()[-1])["seconds"] for process in started]
+        report[f"{processes}_processes_images_per_s"] = images / max(seconds)
+    return report
 
 
 def alone(bundle: Path | None = None, backend: str = "cuda", images: int = 1024) -> dict[str, Any]:
-    """Time pictures from memory, once the model has been loaded and has captioned some."""
+    """Time the captioning of images from memory, after loading the model and a warm-up."""
     captioner = Captioner.load(bundle, backend=backend)
     height, width = captioner.bundle.image.height, captioner.bundle.image.width
     list(captioner.caption(list(pictures(min(images, 64), height, width)), num_beams=4))
@@ -88,28 +88,28 @@ def alone(bundle: Path | None = None, backend: str = "cuda", images: int = 1024)
 
 
 def minute(bundle: Path | None = None, backend: str = "cuda", images: int = CHALLENGE_SIZE) -> dict[str, Any]:
-    """Caption a directory of JPEGs as users do, then once more, killed at half: the same run.csv, byte for byte?"""
+    """Caption a folder of JPEGs, then again with a kill -9 halfway and a restart; compare both run.csv bytewise."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_corpus(Path(folder) / "corpus", images, EXAMPLES)
         command = [sys.executable, "-m", "engine", "caption", "--input", str(corpus), "--backend", backend]
         command += ["--beams", "4", "--no-repeat-ngram", "3", *(["--bundle", str(bundle)] if bundle else [])]
-        whole, cut = Path(folder) / "whole.csv", Path(folder) / "cut.csv"
+        whole, interrupted = Path(folder) / "whole.csv", Path(folder) / "interrupted.csv"
         start = time.perf_counter()
         subprocess.run([*command, "--out", str(whole), "--timings-out", f"{folder}/timings.csv"], check=True)
         seconds = time.perf_counter() - start
-        journal = cut.with_name("cut.csv.journal")
-        killed = subprocess.Popen([*command, "--out", str(cut)])
+        journal = interrupted.with_name("interrupted.csv.journal")
+        killed = subprocess.Popen([*command, "--out", str(interrupted)])
         while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > images // 2):
             time.sleep(0.05)
         killed.kill()
         killed.wait()
-        subprocess.run([*command, "--out", str(cut)], check=True)
-        same = whole.read_bytes() == cut.read_bytes()
+        subprocess.run([*command, "--out", str(interrupted)], check=True)
+        same = whole.read_bytes() == interrupted.read_bytes()
     return {"images": images, "seconds": seconds, "images_per_s": images / seconds, "same_after_kill_9": same}
 
 
 def portable(bundle: Path | None = None, _: str = "") -> dict[str, Any]:
-    """Build a plan with TensorRT-RTX for this machine's GPU, and ask its runtime whether it is valid here."""
+    """Build a plan with TensorRT-RTX for this machine's GPU and check its validity with the runtime."""
     loaded = Bundle.load(bundle)
     target = target_for(PORTABLE)
     trt = import_builder(PORTABLE)
@@ -138,7 +138,7 @@ LAST: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Print what a run found."""
+    """Print the report of a run."""
     name, bundle, backend, *images = sys.argv[1:]
     run = (LAST | {"alone": alone})[name]
     print(json.dumps(run(Path(bundle) if bundle else None, backend, *map(int, images))))

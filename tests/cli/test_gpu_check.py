@@ -80,7 +80,7 @@ def test_a_part_that_fails_says_why_and_leaves_the_others(monkeypatch):
 
     monkeypatch.setattr(check.subprocess, "run", crash)
     found = check.run_part("kernels", 10)
-    assert found["error"] == "ended with 1"
+    assert found["error"] == "exit code 1"
     assert found["stderr"].endswith("the reason")
     assert len(found["stderr"]) == check.KEPT_BYTES
 

@@ -172,7 +172,7 @@ def test_a_directory_holds_one_run(undisturbed, checkpoint, data):
     out, summary = undisturbed
     changed = CliRunner().invoke(main, finetune(checkpoint, data, out, "--recipe", "smoke", "--epochs", "4")[2:])
     assert changed.exit_code == 2
-    assert "holds another run, with another epochs, learning_rate" in changed.output
+    assert "holds another run, which differs in epochs, learning_rate" in changed.output
     again = run(*finetune(checkpoint, data, out, *SETTINGS))
     assert json.loads(again.stdout.splitlines()[-1])["best"] == summary["best"]
 
@@ -181,7 +181,7 @@ def test_failed_start_does_not_block_the_next(extended):
     out, (refused, corrected, _) = extended
     assert "fp16 needs a GPU" in refused.output
     assert corrected.exit_code == 0, corrected.output
-    assert "holds a start without a finished state of training: its record is replaced" in corrected.output
+    assert "holds a start that saved no training state: its record is replaced" in corrected.output
     assert json.loads((out / "run.json").read_text())["recipe"]["precision"] == "fp32"
 
 
@@ -200,7 +200,7 @@ def test_one_cycle_run_is_not_extended(undisturbed, checkpoint, data):
     out, _ = undisturbed
     longer = CliRunner().invoke(main, finetune(checkpoint, data, out, *SETTINGS, "--epochs", "4")[2:])
     assert longer.exit_code == 2
-    assert "another epochs: learning rates of the schedule one-cycle depend on" in longer.output
+    assert "differs in epochs: the learning rates of the schedule one-cycle depend on" in longer.output
     assert f"take --model {out / 'best'} and another --out" in longer.output
 
 
@@ -215,7 +215,7 @@ def test_damaged_record_is_one_line(extended, checkpoint, data, content):
         (out / "run.json").write_text(before)
     assert (done.exit_code, done.output.splitlines()[1:]) == (
         1,
-        [f"error: {out / 'run.json'} is damaged: restore it, or delete {out} to start afresh"],
+        [f"error: {out / 'run.json'} is damaged: restore it, or delete {out} to start again"],
     )
 
 
@@ -239,7 +239,7 @@ def test_shared_memory_is_checked_before_training(checkpoint, data, tmp_path, mo
     monkeypatch.setattr("train.learning.setup.os.statvfs", lambda _: SimpleNamespace(f_bavail=64, f_frsize=2**10))
     done = invoke(checkpoint, data, tmp_path / "out", "--set", "workers=2", "--image-size", "64")
     assert done.exit_code == 2
-    assert "/dev/shm has 0 MiB free, 1 are needed by 2 reading processes: docker run --shm-size=1g" in done.output
+    assert "/dev/shm has 0 MiB free, but 2 processes that read images need 1 MiB: docker run" in done.output
     assert "or --set workers=0" in done.output
 
 
@@ -260,7 +260,7 @@ def no_memory(*_: object, **__: object) -> NoReturn:
     ("broken", "failure", "message"),
     [
         ("train.data.batches.collate_captions", kill_reader, "step 1: a process that reads images ended (DataLoader"),
-        ("torch.Tensor.share_memory_", no_room, "step 1: no room in shared memory (/dev/shm)"),
+        ("torch.Tensor.share_memory_", no_room, "step 1: shared memory (/dev/shm) is full"),
         ("train.data.batches.read_image", no_memory, ".png: needs more memory than is free"),
     ],
 )
@@ -309,8 +309,7 @@ def test_a_plan_has_the_papers_rates_and_keeps_nothing(checkpoint, data, tmp_pat
     assert here["validation_images"] == plan["captions"]["valid"]
     assert here["hours_an_epoch"] * 3600 == pytest.approx(seconds, rel=0.02)
     assert here["hours"] == pytest.approx(15 * here["hours_an_epoch"], rel=0.02)
-    assert f"on this machine: about {here['hours_an_epoch']:g} hours an epoch" in done.stderr
-    assert plan["a100_estimate"]["hours"] > 0
+    assert f"on this machine: about {here['hours_an_epoch']:g} hours per epoch" in done.stderr
     assert plan["disk_gib"]["most"] > plan["disk_gib"]["models"] > 0
     assert not (tmp_path / "none").exists()
 
@@ -330,14 +329,14 @@ def test_a_plan_says_how_much_disk_a_run_takes(undisturbed, checkpoint):
     assert size("checkpoints/*/model.safetensors") + moments == estimate["states"]
 
 
-def test_a_plan_of_a_reward_says_what_it_does_not_count(checkpoint, data, tmp_path):
+def test_plan_of_reward_times_drawn_captions(checkpoint, data, tmp_path):
     settings = ["--recipe", "scst", "--set", "reward=rouge1=1", "--batch-size", "4", "--dry-run"]
     settings += ["--set", "workers=0", "--set", "samples=2", "--set", "eval_max_new_tokens=4"]
     done = CliRunner().invoke(main, finetune(checkpoint, data, tmp_path / "none", *settings)[2:])
     assert done.exit_code == 0, done.output
     plan = json.loads(done.stdout.splitlines()[-1])
-    assert "drawing captions and scoring them" in plan["a100_estimate"]["not_counted"]
-    assert "drawing captions and scoring them" not in plan["this_machine"]["not_counted"]  # the trial really does it
+    not_counted = plan["this_machine"]["not_counted"]
+    assert not_counted == ["checking the data", "scoring validation captions", "writing to disk"]  # drawing is timed
 
 
 def test_rewards_are_logged_and_a_second_stage_starts_from_the_first(undisturbed, data, tmp_path):

@@ -71,7 +71,7 @@ def test_a_run_on_prompts_learns_their_captions_and_keeps_what_follows_them(chec
     other = table.read_text().replace("mri with", "mri")
     try:
         before, _ = table.read_text(), table.write_text(other)
-        with pytest.raises(UsageError, match="holds another run, with another data"):
+        with pytest.raises(UsageError, match="holds another run, which differs in data"):
             finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), said.append)
     finally:
         table.write_text(before)

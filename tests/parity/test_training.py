@@ -39,7 +39,14 @@ from train.learning.reward import (
 )
 from train.learning.run_dir import BestModels
 from train.learning.setup import encode_images, make_trainer
-from train.learning.trainer import WHOLE, CaptionTrainer, explain, in_order, newest_whole, seal
+from train.learning.trainer import (
+    COMPLETE,
+    CaptionTrainer,
+    explain,
+    newest_complete_checkpoint,
+    seal,
+    sorted_checkpoints,
+)
 from train.recipe import Recipe
 
 CAPTIONS = ["axial ct of the chest showing a large mass", "mri", "plain x ray of the left upper lobe"]
@@ -289,13 +296,13 @@ def test_a_checkpoint_cut_off_while_it_was_saved_is_passed_over(tmp_path):
         if step != 100:
             seal(directory)
     (tmp_path / "checkpoint-backup").mkdir()  # the user's own
-    assert [path.name for path in in_order(tmp_path)] == ["checkpoint-8", "checkpoint-16", "checkpoint-100"]
+    assert [path.name for path in sorted_checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-16", "checkpoint-100"]
     (tmp_path / "checkpoint-16" / "model.safetensors").write_bytes(b"we")
     said = []
-    assert newest_whole(tmp_path, said.append) == tmp_path / "checkpoint-8"
+    assert newest_complete_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-8"
     assert [line.split(" was")[0].rpartition("/")[2] for line in said] == ["checkpoint-100", "checkpoint-16"]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-backup"}
-    assert json.loads((tmp_path / "checkpoint-8" / WHOLE).read_text()) == {"model.safetensors": 7}
+    assert json.loads((tmp_path / "checkpoint-8" / COMPLETE).read_text()) == {"model.safetensors": 7}
 
 
 @pytest.mark.parametrize(
@@ -307,7 +314,10 @@ def test_a_checkpoint_cut_off_while_it_was_saved_is_passed_over(tmp_path):
         ),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "step 3: out of memory: halve"),
         (MemoryError(), "step 3: out of memory"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), "no room in shared memory"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "),
+            "shared memory (/dev/shm) is full",
+        ),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
             "ended (DataLoader worker (pid 7) is",
@@ -341,16 +351,16 @@ def test_among_equal_scores_the_lower_loss_is_best(tmp_path):
     assert best.tie() == ""
 
 
-def test_a_run_that_stopped_early_does_not_train_on_when_it_is_called_again(tmp_path):
+def test_resume_of_converged_run_does_not_train(tmp_path):
     trainer = CaptionTrainer.__new__(CaptionTrainer)
     trainer.recipe, calls, said = Recipe(patience=1), [], []
-    trainer._say = said.append
+    trainer._log_line = said.append
     trainer.train = lambda **given: calls.append(given)
     for losses, trains in (([2.0, 2.1], False), ([2.0, 1.9], True)):
         state = TrainerState(log_history=[{"eval_loss": loss} for loss in losses], global_step=7)
         state.save_to_json(str(tmp_path / "trainer_state.json"))
         calls.clear()
-        trainer.go_on(tmp_path)
+        trainer.start_or_resume(tmp_path)
         assert calls == ([{"resume_from_checkpoint": str(tmp_path)}] if trains else [])
         assert trainer.state.global_step == 7
     assert said == ["the validation loss has stopped falling (patience 1): the run has ended"]

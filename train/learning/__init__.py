@@ -1,1 +1,1 @@
-"""One run of training: the loop, rewards, evaluation, and what is left in its directory."""
+"""One training run: the loop, rewards, evaluation and the files of the run directory."""

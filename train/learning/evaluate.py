@@ -1,6 +1,6 @@
-"""What a model is worth after an epoch: its loss, and the scores of captions it generates, by the engine's own code.
+"""Evaluate a model after an epoch: its loss, and metrics of generated captions by the code of `engine score`.
 
-Shared among the processes of a distributed run. Knows nothing of optimisers.
+The work is divided among the processes of a distributed run.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ LOSS = "loss"
 
 
 def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Return the summed cross entropy of logits f32[B,L,V] and the labels i64[B,L] that come after each, f32[].
+    """Return the summed cross entropy f32[] of logits f32[B,L,V] with the labels i64[B,L].
 
-    As BlipTextLMHeadModel.forward computes it (transformers 4.57), but summed, so that a mean over several batches
-    can be taken over their tokens.
+    Labels are in the positions of the input ids: logits[:, i] predict labels[:, i + 1]. As
+    BlipTextLMHeadModel.forward computes it (transformers 4.57), but summed, so that the mean over several batches can
+    be taken over their tokens.
     """
     predicted, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
     return F.cross_entropy(predicted, targets, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
@@ -40,8 +41,10 @@ def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Judges a model on `examples`. `metrics` are names of `engine score`; captions are decoded by `options`, pictures
-    read as `high_bit_depth` says.
+    """Evaluate a model on `examples`.
+
+    `metrics` are names of `engine score`, `setting` holds what they need. Captions are decoded with `options`;
+    `high_bit_depth` is how images of more than 8 bits are read.
     """
 
     reference: Reference
@@ -54,16 +57,16 @@ class Evaluator:
     high_bit_depth: str = CLIP
 
     def evaluate(self) -> tuple[dict[str, float], list[tuple[str, str]]]:
-        """Return (loss and metrics by name, (id, caption) pairs) over all processes' shares.
+        """Return ({loss and metrics by name}, [(id, caption), ...]) over the shares of all processes.
 
-        The loss is the mean over tokens, without label smoothing. Of an image with several captions each counts for the
-        loss, and all are its references.
+        The loss is the mean per token in nats, without label smoothing. If an image has several captions, each counts
+        for the loss, and all of them are its references.
         """
         loss, captions = self.observe()
         return {LOSS: loss} | self.scores(captions), captions
 
     def observe(self) -> tuple[float, list[tuple[str, str]]]:
-        """Return the loss and the (id, caption) pairs that `evaluate` returns, without scoring them."""
+        """Return the loss and the (id, caption) pairs of `evaluate` without scoring the captions."""
         model, (rank, world_size) = self.reference.model, rank_and_world_size()
         mine = [self.examples[i] for i in share_of(len(self.examples), rank, world_size)]
         with captioning(model):
@@ -71,48 +74,50 @@ class Evaluator:
         loss, tokens = np.sum(gather([tuple(sums.tolist())]), axis=0)
         by_id = {example.id: example for example in self.examples}
         my_ids = [list(by_id)[i] for i in share_of(len(by_id), rank, world_size)]
-        captions = dict(gather(list(self._captions(model, [by_id[one] for one in my_ids]))))
-        return float(loss / max(1, tokens)), [(one, captions[one]) for one in by_id]
+        captions = dict(gather(list(self._captions(model, [by_id[image_id] for image_id in my_ids]))))
+        return float(loss / max(1, tokens)), [(image_id, captions[image_id]) for image_id in by_id]
 
     def scores(self, captions: Sequence[tuple[str, str]]) -> dict[str, float]:
-        """Return the metrics of (id, caption) pairs by name."""
+        """Return {metric: value} of (id, caption) pairs."""
         references = references_by_id(self.examples)
-        items = Items(
-            [one for one, _ in captions], [text for _, text in captions], [references[one] for one, _ in captions]
-        )
+        ids, texts = [image_id for image_id, _ in captions], [text for _, text in captions]
+        items = Items(ids, texts, [references[image_id] for image_id in ids])
         return {name: make_metric(name, self.setting, {}).measure(items).value for name in self.metrics}
 
     def _losses(self, model: BlipForConditionalGeneration, mine: Sequence[Example]) -> Iterator[tuple[float, int]]:
-        """Yield (summed loss, tokens) of batches."""
+        """Yield (summed loss, number of targets) of each batch."""
         spec = PixelSpec.of(self.reference.image_processor, self.high_bit_depth)
         collator = Collator(self.reference.tokenizer, model.config.text_config.bos_token_id, self.max_tokens)
         with torch.inference_mode():
             for start in range(0, len(mine), self.batch_size):
-                part = mine[start : start + self.batch_size]
-                items = [{"pixels": torch.tensor(spec.read(e.image))} | texts_of(e) for e in part]
+                chunk = mine[start : start + self.batch_size]
+                items = [{"pixels": torch.tensor(spec.read(e.image))} | texts_of(e) for e in chunk]
                 batch = {name: tensor.to(model.device) for name, tensor in collator(items).items()}
                 labels, pixels = batch.pop("labels"), spec.normalise(batch.pop("pixels"))
                 logits = model(pixel_values=pixels, **batch).logits
                 yield sum_of_losses(logits, labels).item(), int((labels != IGNORED).sum())
 
     def _captions(self, model: BlipForConditionalGeneration, examples: Sequence[Example]) -> Iterator[tuple[str, str]]:
-        """Yield (id, caption) of images, each caption as what follows the image's prompt."""
+        """Yield (id, caption) of images; a caption does not include the image's prompt."""
         spec, tokenizer = PixelSpec.of(self.reference.image_processor, self.high_bit_depth), self.reference.tokenizer
-        pixels: Iterator[tuple[str, NDArray[np.uint8]]] = ((one.id, spec.read(one.image)) for one in examples)
-        prompts = {one.id: prompt_ids(tokenizer, one.prompt) for one in examples}
-        for one, hypotheses in caption_live(model, self.reference.image_processor, pixels, self.options, prompts):
-            yield one, text_behind(tokenizer, hypotheses[0].ids, prompts[one])
+        pixels: Iterator[tuple[str, NDArray[np.uint8]]] = (
+            (example.id, spec.read(example.image)) for example in examples
+        )
+        prompts = {example.id: prompt_ids(tokenizer, example.prompt) for example in examples}
+        for image_id, hypotheses in caption_live(model, self.reference.image_processor, pixels, self.options, prompts):
+            yield image_id, text_after_prompt(tokenizer, hypotheses[0].ids, prompts[image_id])
 
 
-def text_behind(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt: Sequence[int]) -> str:
-    """Return a caption's text from its ids, [DEC] and the ids of its prompt included: what follows the prompt, which
-    no reference holds and no metric may count.
+def text_after_prompt(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt: Sequence[int]) -> str:
+    """Return the text of a caption without its prompt, which references do not contain and metrics must not count.
+
+    `ids` start with [DEC] and the ids of `prompt`.
     """
     return detokenise(tokenizer.decode(ids[1 + len(prompt) :], skip_special_tokens=True))
 
 
 def references_by_id(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
-    """Return the captions of each image, in the order of first appearance."""
+    """Return {image id: its captions}, in the order of first appearance."""
     references: dict[str, tuple[str, ...]] = {}
     for example in examples:
         references[example.id] = (*references.get(example.id, ()), example.caption)

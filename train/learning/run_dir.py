@@ -1,4 +1,4 @@
-"""Draw how a run went, from the Trainer's log."""
+"""The files of a run directory: record, best models, log and curves."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from train.recipe import Recipe
 
 
 def draw_curves(history: list[dict[str, Any]], out: Path) -> None:
-    """Draw losses, validation metrics and the learning rate over epochs into a PNG."""
+    """Plot losses, validation metrics and the learning rate over epochs into a PNG."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     def series(name: str) -> tuple[list[float], list[float]]:
-        found = [(entry["epoch"], entry[name]) for entry in history if name in entry and "epoch" in entry]
-        return [x for x, _ in found], [y for _, y in found]
+        points = [(entry["epoch"], entry[name]) for entry in history if name in entry and "epoch" in entry]
+        return [x for x, _ in points], [y for _, y in points]
 
     metrics = sorted({name for entry in history for name in entry if name.startswith("eval_")} - {"eval_loss"})
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
@@ -40,9 +40,9 @@ def draw_curves(history: list[dict[str, Any]], out: Path) -> None:
     axes[0].plot(*series("eval_loss"), "o-", label="validation")
     rewards = sorted({name for entry in history for name in entry if name.startswith("reward_")})
     if rewards:
-        axes[0].set(title="loss: training self-critical, validation in nats a token", xlabel="epoch")
+        axes[0].set(title="loss: training self-critical, validation in nats per token", xlabel="epoch")
     else:
-        axes[0].set(title="loss: cross entropy a token, nats", xlabel="epoch", ylim=(0, None))
+        axes[0].set(title="loss: cross entropy per token, nats", xlabel="epoch", ylim=(0, None))
     axes[0].legend(frameon=False)
     for name in metrics:
         axes[1].plot(*series(name), "o-", label=name.removeprefix("eval_"))
@@ -62,15 +62,17 @@ def draw_curves(history: list[dict[str, Any]], out: Path) -> None:
 EVALUATION = "evaluation.json"
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "pillow")
 EXTENSIBLE = ("step", "constant")
-"""Schedules whose learning rates do not depend on the number of epochs: a run may be given more of them."""
+"""Schedules whose learning rates do not depend on the number of epochs, so that a run can be given more epochs."""
 WITHOUT_EFFECT = ("device_batch", "workers")
-"""Settings that change how the work is shared and no result, so that a run may go on with others."""
+"""Settings that change how the work is divided but no result. They may change when a run is resumed."""
 
 
 @dataclass(frozen=True)
 class BestModels:
-    """The best epochs' models in `directory`, judged by the recipe's metric; everything is read from disk, so that a
-    resumed run knows of those before. With `decoding` they caption so by themselves, see save_checkpoint.
+    """The models of the best epochs in `directory`, ranked by the recipe's metric.
+
+    The ranking is read from disk each time, so that a resumed run includes the epochs before. With `decoding` the
+    models are saved with these generation settings, see save_checkpoint.
     """
 
     directory: Path
@@ -80,35 +82,35 @@ class BestModels:
     def add(
         self, epoch: int, metrics: dict[str, float], captions: Sequence[tuple[str, str]], reference: Reference
     ) -> None:
-        """Keep a model as epoch_NN and point `best` to the best one; drop what is no longer among the best."""
-        target, half = self.directory / f"epoch_{epoch:02d}", self.directory / f".epoch_{epoch:02d}.tmp"
-        shutil.rmtree(half, ignore_errors=True)
-        half.mkdir(parents=True)
-        save_checkpoint(reference, half, self.decoding)
-        write_run(half / "valid.csv", captions)
-        (half / EVALUATION).write_text(json.dumps({"epoch": epoch, "metrics": metrics}) + "\n")
+        """Save a model as epoch_NN, point `best` to the best one, and delete those that are no longer kept."""
+        target, partial = self.directory / f"epoch_{epoch:02d}", self.directory / f".epoch_{epoch:02d}.tmp"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_checkpoint(reference, partial, self.decoding)
+        write_run(partial / "valid.csv", captions)
+        (partial / EVALUATION).write_text(json.dumps({"epoch": epoch, "metrics": metrics}) + "\n")
         _remove(target)
-        half.replace(target)
+        partial.replace(target)  # a directory named epoch_NN is always complete
         ranked = self.ranked()
         _point_to(self.directory.parent / "best", ranked[0][1])
         for _, directory, _ in ranked[self.recipe.keep :]:
             _remove(directory)
 
     def ranked(self) -> list[tuple[int, Path, dict[str, float]]]:
-        """Return (epoch, directory, metrics), the best first; among equals the lower loss counts, then the earlier."""
-        found = []
+        """Return (epoch, directory, metrics), best first. The lower loss breaks ties, then the earlier epoch."""
+        entries = []
         for path in sorted(self.directory.glob("epoch_*")):
             try:
                 content = json.loads((path / EVALUATION).read_text())
-                found.append((content["epoch"], path, content["metrics"]))
+                entries.append((content["epoch"], path, content["metrics"]))
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # a power cut left it half written
+                continue  # half written when the power failed
         metric = self.recipe.metric
         sign = 1 if metric == LOSS else -1
-        return sorted(found, key=lambda entry: (sign * entry[2][metric], entry[2][LOSS], entry[0]))
+        return sorted(entries, key=lambda entry: (sign * entry[2][metric], entry[2][LOSS], entry[0]))
 
     def tie(self) -> str:
-        """Return that the metric cannot choose among the kept epochs, so that the loss did; empty where it can."""
+        """Return a note if the metric is equal in all kept epochs, so that the loss chose the best; empty otherwise."""
         ranked, metric = self.ranked(), self.recipe.metric
         values = {metrics[metric] for _, _, metrics in ranked}
         if metric == LOSS or len(ranked) < 2 or len(values) > 1:
@@ -119,14 +121,13 @@ class BestModels:
 def save_checkpoint(reference: Reference, directory: Path, decoding: DecodeOptions | None = None) -> None:
     """Write a plain Hugging Face directory: weights, configuration, tokenizer and image processor.
 
-    With `decoding` its generation settings are these and no others, in the text_config that BLIP's generate reads and
-    in generation_config.json for readers; without, they are those of the checkpoint that was loaded.
-
-    Saving the decoder alone, as the Trainer does with cached features, moves generation settings out of the
-    configuration into the decoder's generation_config, which BLIP loses on the way to disk: they are put back.
+    With `decoding`, its generation settings are exactly these, in the text_config, which BLIP's generate reads, and in
+    generation_config.json for readers. Without, they are those of the loaded checkpoint.
     """
     text = reference.model.config.text_config
     if decoding is None:
+        # When the Trainer saves the decoder alone (cached features), transformers moves generation settings from the
+        # configuration into the decoder's generation_config, which BLIP does not write to disk: put them back.
         for name, value in generation_defaults(reference).items():
             setattr(text, name, value)
         reference.model.save_pretrained(directory, safe_serialization=True)
@@ -139,8 +140,10 @@ def save_checkpoint(reference: Reference, directory: Path, decoding: DecodeOptio
 
 
 def generation_settings(decoding: DecodeOptions, positions: int) -> dict[str, Any]:
-    """Return every generation setting that a bundle carries, by Hugging Face's name: what is not given is at its
-    default there. Captions end where the model's `positions` do, as those of the validation.
+    """Return every generation setting that a bundle stores, by Hugging Face's name.
+
+    Settings that `decoding` does not give have Hugging Face's defaults. max_new_tokens is limited by the model's
+    `positions`, as in the validation.
     """
     settings = {name: DEFAULTS[name] for name in GENERATION_SETTINGS} | decoding.values()
     settings = {name: settings[name] for name in GENERATION_SETTINGS}
@@ -148,13 +151,13 @@ def generation_settings(decoding: DecodeOptions, positions: int) -> dict[str, An
         settings["max_new_tokens"] = min(settings["max_new_tokens"], positions - 1)
     settings["min_new_tokens"] = settings["min_new_tokens"] or None
     if settings["num_beams"] == 1:
-        settings["length_penalty"] = DEFAULTS["length_penalty"]  # Hugging Face saves none that has no effect
+        settings["length_penalty"] = DEFAULTS["length_penalty"]  # Hugging Face does not save one without effect
     return settings
 
 
 @contextmanager
 def _set(config: Any, settings: dict[str, Any]) -> Iterator[None]:
-    """Give a configuration other settings for a while."""
+    """Change settings of a configuration while the context is open."""
     before = {name: vars(config)[name] for name in settings if name in vars(config)}
     changed = {name: value for name, value in settings.items() if value is not None or name in before}
     try:
@@ -167,7 +170,7 @@ def _set(config: Any, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def _remove(directory: Path) -> None:
-    """Delete a directory; cut off in the middle, nothing of it is left under its name."""
+    """Delete a directory. It is renamed first, so that an interruption leaves no incomplete one under its name."""
     if directory.exists():
         doomed = directory.with_name(f".{directory.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -183,15 +186,14 @@ def _point_to(link: Path, target: Path) -> None:
 
 
 def write_log(out: Path, history: list[dict[str, Any]]) -> None:
-    """Write the Trainer's log and draw it."""
-
+    """Write the Trainer's log and plot it."""
     write_atomically(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
     draw_curves(history, out / "curves.png")
 
 
 @contextmanager
 def locked(out: Path, rank: int) -> Iterator[None]:
-    """Let one run at a time work on a directory."""
+    """Lock a run directory, so that one run at a time works on it; the first process of a distributed run locks it."""
     if rank:
         yield
         return
@@ -201,13 +203,14 @@ def locked(out: Path, rank: int) -> Iterator[None]:
 
 
 def write_or_compare_record(
-    out: Path, recipe: Recipe, record: dict[str, Any], say: Callable[[str], None], *, is_begun: bool
+    out: Path, recipe: Recipe, record: dict[str, Any], log: Callable[[str], None], *, is_begun: bool
 ) -> None:
-    """Write run.json, or compare with the one that is there: a directory holds one run.
+    """Write run.json, or compare it with the existing one: a directory holds one run.
 
-    `record` says what the run is made of besides the recipe. The record of a start that left no state of training and
-    no model (`is_begun` False) is replaced. More epochs are accepted where the schedule does not depend on them.
-    Raises UsageError naming what differs, DataError for a damaged record of a run that was begun.
+    `record` identifies the run in addition to the recipe, such as by the hashes of its data. The record of a start that
+    left no training state and no model (`is_begun` False) is replaced. More epochs are accepted if the schedule does
+    not depend on their number. Raises UsageError that names what differs, and DataError if the record of a run that has
+    begun is damaged.
     """
     settings = {name: value for name, value in recipe.settings().items() if name not in WITHOUT_EFFECT}
     record = {"recipe": settings} | record
@@ -215,16 +218,19 @@ def write_or_compare_record(
     found = _read_record(path)
     if path.exists():
         if found is None and is_begun:
-            raise DataError(f"{path} is damaged: restore it, or delete {out} to start afresh")
-        earlier = Recipe().settings() | (found or {}).get("recipe", {})  # a setting that came later was at its default
+            raise DataError(f"{path} is damaged: restore it, or delete {out} to start again")
+        # a run that is older than a setting has its default
+        earlier = Recipe().settings() | (found or {}).get("recipe", {})
         changed = [name for name in record if name != "recipe" and (found or {}).get(name) != record[name]]
         changed += [name for name, value in settings.items() if earlier.get(name) != value]
+        # a setting that was removed since, unless it was off
+        changed += [name for name, value in earlier.items() if value and name not in recipe.settings()]
         if not changed:
             return
         if not is_begun:
-            say(f"{out} holds a start without a finished state of training: its record is replaced")
+            log(f"{out} holds a start that saved no training state: its record is replaced")
         elif changed == ["epochs"] and recipe.epochs > earlier["epochs"] and recipe.schedule in EXTENSIBLE:
-            say(f"{out} is a run with epochs={earlier['epochs']}: it resumes up to epoch {recipe.epochs}")
+            log(f"{out} is a run with epochs={earlier['epochs']}: it resumes up to epoch {recipe.epochs}")
         else:
             raise UsageError(_refusal(out, recipe, changed))
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -233,7 +239,7 @@ def write_or_compare_record(
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
-    """Return what run.json holds, None where it is missing or damaged."""
+    """Return the content of run.json, or None if it is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -243,11 +249,11 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 
 
 def _refusal(out: Path, recipe: Recipe, changed: Sequence[str]) -> str:
-    """Return why a run cannot resume in a directory, and what to do."""
-    text, best = f"{out} holds another run, with another {', '.join(changed)}", out / "best"
+    """Return an error message: why a run cannot resume in a directory, and what to do."""
+    text, best = f"{out} holds another run, which differs in {', '.join(changed)}", out / "best"
     if list(changed) == ["epochs"] and recipe.schedule not in EXTENSIBLE and best.exists():
         return (
-            f"{text}: learning rates of the schedule {recipe.schedule} depend on the number of epochs. To train "
-            f"further, take --model {best} and another --out"
+            f"{text}: the learning rates of the schedule {recipe.schedule} depend on the number of epochs. To train "
+            f"further, use --model {best} and another --out"
         )
-    return f"{text}: choose another --out, or delete it to start afresh"
+    return f"{text}: choose another --out, or delete it to start again"

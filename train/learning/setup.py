@@ -1,4 +1,4 @@
-"""Put together what a run of training needs: the model in training shape, the Trainer, its arguments."""
+"""Build the model in training shape, the Trainer and its arguments from a recipe."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from train.learning.reward import RewardedPictures, RewardTrainer, make_reward
 from train.learning.trainer import MORE_SHARED_MEMORY, CaptionTrainer
 from train.recipe import Recipe
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 SHARED_MEMORY, MIB = Path("/dev/shm"), 1 << 20
 PREFETCHED = 2
-"""Batches that a reading process of torch's DataLoader prepares in advance (prefetch_factor)."""
+"""Batches that a worker of torch's DataLoader prepares in advance (its default prefetch_factor)."""
 WORDS = ("word_embeddings", "position_embeddings", "embeddings.LayerNorm")
 
 
 def load_reference(checkpoint: Path, recipe: Recipe) -> Reference:
-    """Load a checkpoint in training shape: position table resized, parts frozen as the recipe says."""
+    """Load a checkpoint, resize its position table to the recipe's image size and freeze the recipe's parts."""
     reference = Reference.load(checkpoint, recipe.image_size)
     model = reference.model
     if recipe.image_size is None:
-        resize_position_table(model, model.config.vision_config.image_size)  # checks that they agree
+        resize_position_table(model, model.config.vision_config.image_size)  # raises an error if they do not agree
     for name, parameter in model.named_parameters():
         is_vision = name.startswith("vision_model.")
         is_frozen = (
@@ -55,27 +55,27 @@ def make_trainer(
     batches: tuple[int, int],
     metrics: MetricInputs,
     out: Path,
-    say: Say,
+    log: Log,
     *,
     max_steps: int | None = None,
 ) -> CaptionTrainer:
-    """Put model, data and the recipe into a Trainer that writes into `out`.
+    """Build the Trainer of a recipe, which writes into `out`.
 
-    `batches` are captions a process takes at once and how often they add up to a step, `metrics` what a reward's
-    metrics need; `max_steps` is for trials, which keep nothing.
+    `batches` is (captions per process and forward pass, forward passes per step), as Recipe.micro_batches returns it.
+    `metrics` holds what the metrics of a reward need. With `max_steps` the Trainer is for a trial and saves nothing.
     """
     model = reference.model
     examples = splits["train"].examples
     spec = PixelSpec.of(reference.image_processor, recipe.high_bit_depth)
     order = EpochOrder(len(examples), recipe.batch_size, recipe.seed)
-    args = training_arguments(recipe, batches, order.padded // recipe.batch_size, out, max_steps, say)
-    model.to(args.device)  # all of it, also where only the decoder is trained
+    args = training_arguments(recipe, batches, order.padded // recipe.batch_size, out, max_steps, log)
+    model.to(args.device)  # also the vision tower if only the decoder is trained: it encodes images
     trained: PreTrainedModel = model
     dataset: Pictures | Features | RewardedPictures
     kind: Callable[..., CaptionTrainer] = CaptionTrainer
     if recipe.cache_features:
-        trained = model.text_decoder  # the only part that learns, and all that its inputs need
-        dataset = Features(encode_images(reference, examples, spec, say), examples)
+        trained = model.text_decoder  # the frozen vision tower has no work left once the features are cached
+        dataset = Features(encode_images(reference, examples, spec, log), examples)
     elif recipe.reward:
         dataset = RewardedPictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
         reward = make_reward(recipe.rewards(), metrics, examples)
@@ -84,13 +84,13 @@ def make_trainer(
         dataset = Pictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
     collator = Collator(reference.tokenizer, model.config.text_config.bos_token_id, recipe.max_tokens)
     if recipe.workers:
-        one = collator([dataset[(0, 0)]])
-        require_shared_memory(sum(tensor.nbytes for tensor in one.values()) * batches[0], recipe.workers)
+        sample = collator([dataset[(0, 0)]])
+        require_shared_memory(sum(tensor.nbytes for tensor in sample.values()) * batches[0], recipe.workers)
     return kind(
         recipe=recipe,
         order=order,
         judge=judge,
-        say=say,
+        log=log,
         model=trained,
         args=args,
         train_dataset=dataset,
@@ -100,10 +100,9 @@ def make_trainer(
 
 
 def require_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Refuse a run whose reading processes would fill the shared memory, of which Docker gives a container 64 MiB.
+    """Raise UsageError if the DataLoader workers would fill the shared memory; Docker gives a container 64 MiB.
 
-    Each process of the run has `workers` of them, and each of these prepares PREFETCHED batches of `batch_bytes`.
-    Raises UsageError.
+    Each process of the run has `workers` of them, and each worker prepares PREFETCHED batches of `batch_bytes`.
     """
     if not SHARED_MEMORY.is_dir():  # not Linux
         return
@@ -113,24 +112,24 @@ def require_shared_memory(batch_bytes: int, workers: int) -> None:
     needed = batch_bytes * PREFETCHED * processes
     if free < needed:
         raise UsageError(
-            f"{SHARED_MEMORY} has {free // MIB} MiB free, {-(-needed // MIB)} are needed by {processes} reading "
-            f"processes: {MORE_SHARED_MEMORY}"
+            f"{SHARED_MEMORY} has {free // MIB} MiB free, but {processes} processes that read images need "
+            f"{-(-needed // MIB)} MiB: {MORE_SHARED_MEMORY}"
         )
 
 
 def training_arguments(
-    recipe: Recipe, batches: tuple[int, int], steps_per_epoch: int, out: Path, max_steps: int | None, say: Say
+    recipe: Recipe, batches: tuple[int, int], steps_per_epoch: int, out: Path, max_steps: int | None, log: Log
 ) -> TrainingArguments:
-    """Translate a recipe for Hugging Face's Trainer. Raises UsageError for a precision this machine has not."""
+    """Translate a recipe into TrainingArguments. Raises UsageError if this machine does not support the precision."""
     device_batch, accumulated = batches
     every = {"save_strategy": "steps", "save_steps": recipe.save_steps} if recipe.save_steps else {}
     is_trial = max_steps is not None
     if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise UsageError("precision fp16 needs a GPU: take bf16 or fp32 on a CPU")
+        raise UsageError("precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     if recipe.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise UsageError("precision bf16 needs an NVIDIA GPU of Ampere or later: take fp16")
+        raise UsageError("precision bf16 needs an NVIDIA GPU of Ampere or later: use fp16")
     logs = {} if IS_5 else {"logging_dir": str(out / "tensorboard")}
-    if IS_5:  # where it reads it from since the argument is gone
+    if IS_5:  # transformers 5 has no such argument and reads this variable instead
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -159,34 +158,34 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # they never change, and a process may call its model more often than another
+        ddp_broadcast_buffers=False,  # buffers never change, and a process may call its model more often than others
         use_cpu=not torch.cuda.is_available(),
     )
-    if arguments.n_gpu > 1:  # else one process would share every batch among them and take a larger one
-        say(f"one of {arguments.n_gpu} GPUs is used: start with torchrun --nproc_per_node {arguments.n_gpu} for all")
+    if arguments.n_gpu > 1:  # else the Trainer would use DataParallel and multiply the batch size
+        log(f"one of {arguments.n_gpu} GPUs is used: start with torchrun --nproc_per_node {arguments.n_gpu} to use all")
         arguments._n_gpu = 1
     return arguments
 
 
 def encode_images(
-    reference: Reference, examples: Sequence[Example], spec: PixelSpec, say: Say, *, batch_size: int = 16
+    reference: Reference, examples: Sequence[Example], spec: PixelSpec, log: Log, *, batch_size: int = 16
 ) -> torch.Tensor:
-    """Run the frozen vision tower over images; return features f16[N,S,D]."""
+    """Run the frozen vision tower on the images; return features f16[N,S,D]."""
     features = None
     start = time.perf_counter()
     with torch.inference_mode():
         for i in range(0, len(examples), batch_size):
-            pixels = torch.stack([torch.tensor(spec.read(one.image)) for one in examples[i : i + batch_size]])
+            pixels = torch.stack([torch.tensor(spec.read(example.image)) for example in examples[i : i + batch_size]])
             normal = spec.normalise(pixels.to(reference.model.device))
             encoded = reference.model.vision_model(pixel_values=normal)[0]
             if features is None:  # one allocation: at full size two copies would not fit
                 features = torch.empty(len(examples), *encoded.shape[1:], dtype=torch.float16)
             features[i : i + len(encoded)] = encoded.cpu()
     assert features is not None
-    say(f"encoded {len(examples)} images in {time.perf_counter() - start:.0f} s")
+    log(f"encoded {len(examples)} images in {time.perf_counter() - start:.0f} s")
     return features.clone() if features.is_inference() else features
 
 
 def evaluation_options(recipe: Recipe) -> DecodeOptions:
-    """Return how validation images are captioned, and the baseline of a reward."""
+    """Return the decoding options of validation captions and of a reward's greedy baseline."""
     return DecodeOptions(**recipe.eval_decoding())

@@ -1,6 +1,6 @@
-"""Hugging Face's Trainer with BLIP's loss, an order that a resumed run repeats, and checkpoints known to be whole.
+"""Hugging Face's Trainer with BLIP's loss, an order that a resumed run repeats, and complete checkpoints.
 
-Knows nothing of where images and recipes come from.
+This module does not depend on where images and recipes come from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,27 @@ from transformers.trainer_utils import SaveStrategy
 
 from engine.errors import EngineError, OutOfMemoryError
 from train.data.batches import EpochOrder
-from train.learning.ema import MovingAverage
 from train.learning.evaluate import LOSS, sum_of_losses
 from train.recipe import Recipe
 
-WHOLE = "whole.json"
-"""Written last into a checkpoint: one without it was cut off while it was being saved."""
+COMPLETE = "whole.json"
+"""Written last into a checkpoint: a checkpoint without this file was interrupted while it was saved."""
 
 KEPT_STATES = 2
-"""States of training that are kept: the newest, and the one before it."""
+"""Number of training states that are kept: the newest and the one before it."""
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 MORE_SHARED_MEMORY = "docker run --shm-size=1g, or --set workers=0 to read images in the training process"
 
 Judge = Callable[[int], dict[str, float]]
-"""Evaluates the model as it is after `epoch` epochs and keeps what is worth keeping; returns metrics by name."""
+"""Evaluates the model after `epoch` epochs, keeps it if it is among the best, and returns {metric: value}."""
 
 
 class LogPrinter(TrainerCallback):
-    """Tells the user what the Trainer logs, one line each, on stderr where its own printer would use stdout."""
+    """Log the Trainer's values as one line each. The Trainer's own printer writes to stdout, which holds results."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
         """See TrainerCallback."""
@@ -52,12 +51,14 @@ class LogPrinter(TrainerCallback):
                 f", {name.replace('_', ' ')} {logs[name]:.4f}" for name in sorted(logs) if "reward" in name
             )
             at = f"step {state.global_step} of {state.max_steps}, epoch {logs['epoch']:.2f}"
-            self._say(f"{at}: loss {logs['loss']:.4f}{rewards}, learning rate {logs['learning_rate']:.3g}")
+            self._log(f"{at}: loss {logs['loss']:.4f}{rewards}, learning rate {logs['learning_rate']:.3g}")
 
 
 class SaveAfterEvaluation(TrainerCallback):
-    """Saves and logs at the end of every epoch; saves only after the evaluation, which a resumed run would not make up
-    for.
+    """Log at the last step of every epoch, and save only after the epoch's evaluation.
+
+    With `save_steps` the Trainer may save at that step, before it evaluates. A run killed between the two would resume
+    with the next epoch and never evaluate this one.
     """
 
     def __init__(self, steps_per_epoch: int) -> None:
@@ -65,53 +66,45 @@ class SaveAfterEvaluation(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """See TrainerCallback."""
-        if state.global_step % self._steps == 0:
+        if state.global_step % self._steps == 0:  # the last step of an epoch: on_epoch_end saves instead
             control.should_save, control.should_log = False, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """See TrainerCallback."""
+        # after this event the Trainer evaluates first and saves then
         control.should_save = args.save_strategy != SaveStrategy.NO
 
 
-class AverageAfterStep(TrainerCallback):
-    """Takes the weights of every step into their moving average, before they are evaluated or saved."""
-
-    def __init__(self, moving_average: MovingAverage) -> None:
-        self._average = moving_average
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """See TrainerCallback."""
-        self._average.update()
-
-
 class CaptionTrainer(Trainer):
-    """Trains a BlipForConditionalGeneration, or its text decoder alone on features; see Recipe for the settings."""
+    """Train a BlipForConditionalGeneration, or only its text decoder on cached features.
 
-    moving_average: MovingAverage | None = None
+    `recipe` holds the settings, `order` the order of the examples, `judge` evaluates an epoch, `log` takes a line for
+    the user. Other keywords are those of Trainer.
+    """
 
     def __init__(
-        self, *, recipe: Recipe, order: EpochOrder, judge: Judge, say: Callable[[str], None], **given: Any
+        self, *, recipe: Recipe, order: EpochOrder, judge: Judge, log: Callable[[str], None], **settings: Any
     ) -> None:
-        super().__init__(**given)
+        super().__init__(**settings)
         self.remove_callback(PrinterCallback)
-        self.add_callback(LogPrinter(say))
-        self.recipe, self.order, self._judge, self._say = recipe, order, judge, say
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the targets of a whole step for us
+        self.add_callback(LogPrinter(log))
+        self.recipe, self.order, self._judge, self._log_line = recipe, order, judge, log
+        # so that the Trainer passes compute_loss the number of targets of a step, over all micro-batches and processes
+        self.model_accepts_loss_kwargs = True
         self.steps_per_epoch = order.padded // recipe.batch_size
         self.add_callback(SaveAfterEvaluation(self.steps_per_epoch))
-        if recipe.ema:
-            self.moving_average = MovingAverage(self.model, recipe.ema)
-            self.add_callback(AverageAfterStep(self.moving_average))
 
-    def _inner_training_loop(self, batch_size: int | None = None, **given: Any) -> Any:  # noqa: ARG002
-        """Take the batch size of this call: the Trainer would take that of the checkpoint it goes on from."""
-        return super()._inner_training_loop(batch_size=self.args.train_batch_size, **given)
+    def _inner_training_loop(self, batch_size: int | None = None, **settings: Any) -> Any:  # noqa: ARG002
+        """Train with the batch size of this call."""
+        # The Trainer would use the checkpoint's batch size, but `device_batch` may change between two starts of a run.
+        return super()._inner_training_loop(batch_size=self.args.train_batch_size, **settings)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:  # noqa: ARG002
         return self.order
 
     def create_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over everything that is trained; unlike the Trainer's own it decays biases too, as the paper's does."""
+        """Create AdamW over all trained parameters."""
+        # The Trainer's own optimiser excludes biases and LayerNorms from weight decay; the paper's AdamW does not.
         if self.optimizer is None:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.optimizer = torch.optim.AdamW(
@@ -120,7 +113,9 @@ class CaptionTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
-        """The recipe's schedule; it knows its own length, so a run cut short by max_steps has the same rates."""
+        """Create the recipe's learning rate schedule."""
+        # `num_training_steps` is ignored: the length follows from the recipe, so that a run limited by max_steps
+        # (--dry-run) has the rates of the full run.
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
@@ -135,51 +130,55 @@ class CaptionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """Return the part of a step's mean loss over tokens that this batch brings.
+        """Return this batch's contribution to the mean loss per token of its optimiser step, f32[].
 
-        `num_items_in_batch` counts the targets of all batches and processes of the step. Processes average their
-        gradients, hence the factor.
+        `num_items_in_batch` is the number of targets in all batches and processes of the step.
         """
         labels = inputs.pop("labels")
         if "pixels" in inputs:
             inputs["pixel_values"] = self.train_dataset.spec.normalise(inputs.pop("pixels"))
         outputs = model(**inputs)
-        if num_items_in_batch is None:
+        if num_items_in_batch is None:  # outside the training loop
             num_items_in_batch = (labels[:, 1:] != -100).sum()
         total = sum_of_losses(outputs.logits, labels, label_smoothing=self.recipe.label_smoothing)
+        # A mean per batch would weigh the words of short batches more. DDP averages gradients over processes, hence the
+        # factor: together they amount to the sum over the step divided by its number of targets.
         loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Judge the model as it is, or its moving average where the recipe has one, and tell the callbacks."""
-        averaged = self.moving_average.applied() if self.moving_average is not None else nullcontext()
-        with self._explained(), averaged:
+        """Evaluate the model, log the metrics and stop the training if the loss stopped falling.
+
+        Raises EngineError if the validation loss is not finite.
+        """
+        with self._explained():
             metrics = self._judge(round(self.state.epoch or 0))
         logged = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(logged)
         if not math.isfinite(metrics[LOSS]):
-            raise EngineError(f"the validation loss is {metrics[LOSS]}: start again with a lower learning_rate")
+            raise EngineError(f"the validation loss is {metrics[LOSS]}: train again with a lower learning_rate")
         if self.has_converged():
             self.control.should_training_stop = True
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
         return logged
 
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002
-        """The Trainer's guess knows no images."""
+        """Return 0: the Trainer's estimate does not include images."""
         return 0
 
     def has_converged(self) -> bool:
-        """Return whether the validation loss stopped falling; those of before a resume count."""
+        """Return whether the validation loss stopped falling for `patience` epochs, including those before a resume."""
         losses = [entry[f"eval_{LOSS}"] for entry in self.state.log_history if f"eval_{LOSS}" in entry]
         return bool(self.recipe.patience) and stopped_falling(losses, self.recipe.patience)
 
-    def train(self, *args: Any, **given: Any) -> Any:
-        """See Trainer.train. Raises EngineError for failures of torch that a user can do something about."""
+    def train(self, *args: Any, **settings: Any) -> Any:
+        """See Trainer.train. Raises EngineError for failures of torch that a user can fix."""
         with self._explained():
-            return super().train(*args, **given)
+            return super().train(*args, **settings)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
+        """Turn known failures into EngineErrors that name the step and a remedy."""
         try:
             yield
         except Exception as error:
@@ -188,96 +187,98 @@ class CaptionTrainer(Trainer):
                 raise
             raise known from error
 
-    def go_on(self, checkpoint: Path | None) -> None:
-        """Train from the start, or from a checkpoint unless the run had come to its end there."""
+    def start_or_resume(self, checkpoint: Path | None) -> None:
+        """Train from the start if `checkpoint` is None, else resume from it unless the run had already ended."""
         if checkpoint is not None:
+            # Else the Trainer would train another epoch before `evaluate` stops it again.
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if self.has_converged():
-                self._say(
+                self._log_line(
                     f"the validation loss has stopped falling (patience {self.recipe.patience}): the run has ended"
                 )
                 return
-            if self.moving_average is not None:
-                self.moving_average.load(checkpoint)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1:  # every process writes its random state: wait until all are there
             torch.distributed.barrier()
         if self.args.should_save:
             directory = Path(self.args.output_dir)
             newest = directory / f"checkpoint-{self.state.global_step}"
-            if self.moving_average is not None:
-                self.moving_average.save(newest)
             seal(newest)
-            for old in in_order(directory)[:-KEPT_STATES]:  # only now that the new one is whole
+            for old in sorted_checkpoints(directory)[:-KEPT_STATES]:  # only now that the new one is complete
                 shutil.rmtree(old)
 
 
 def explain(error: Exception, where: str) -> EngineError | None:
-    """Return the error in one line with its remedy, None for one that is not known here."""
+    """Return a one-line error with its remedy, or None if `error` is not one of the known failures of torch.
+
+    `where` is the step, such as "step 7".
+    """
     text = str(error).strip()
     if isinstance(error, EngineError) and "Traceback (most recent call last)" not in text:
-        return None  # it is in one line already
+        return None  # already one line
     last = text.splitlines()[-1] if text else type(error).__name__
     if "unable to allocate shared memory" in text or "killed by signal: Bus error" in text:
-        return EngineError(f"{where}: no room in shared memory (/dev/shm) for the next images: {MORE_SHARED_MEMORY}")
+        return EngineError(f"{where}: shared memory (/dev/shm) is full: {MORE_SHARED_MEMORY}")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in OUT_OF_MEMORY):
         return OutOfMemoryError(
-            f"{where}: out of memory: halve --device-batch (the batch stays the same, in more passes), or --set "
-            "gradient_checkpointing=true"
+            f"{where}: out of memory: halve --device-batch (--batch-size stays the same, in more passes), or use "
+            "--set gradient_checkpointing=true"
         )
     if text.startswith("Caught ") or "Traceback (most recent call last)" in text:
-        return EngineError(re.sub(r"^[\w.]+(Error|Exception): ", "", last))  # raised in a reading process
+        # raised in a DataLoader worker: torch puts the worker's whole traceback into the message
+        return EngineError(re.sub(r"^[\w.]+(Error|Exception): ", "", last))
     if text.startswith("DataLoader worker"):
         return EngineError(
-            f"{where}: a process that reads images ended ({text.splitlines()[0].rstrip('. ')}): is memory short? "
-            "--set workers=0 reads images in the training process"
+            f"{where}: a process that reads images ended ({text.splitlines()[0].rstrip('. ')}), perhaps for lack of "
+            "memory: --set workers=0 reads images in the training process"
         )
     return None
 
 
 def stopped_falling(losses: list[float], patience: int) -> bool:
-    """Return whether the last `patience` losses are all no lower than the lowest before them."""
+    """Return whether none of the last `patience` losses is lower than the lowest loss before them."""
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
 
 def seal(checkpoint: Path) -> None:
-    """Bring a checkpoint's files to disk and mark it as whole."""
-    files = sorted(path for path in checkpoint.iterdir() if path.name != WHOLE)
-    for path in files:
+    """Flush a checkpoint's files to disk and mark it as complete: whole.json holds the size of every file."""
+    files = sorted(path for path in checkpoint.iterdir() if path.name != COMPLETE)
+    for path in files:  # the mark must never reach the disk before the files that it vouches for
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-    mark = checkpoint / f"{WHOLE}.tmp"
+    mark = checkpoint / f"{COMPLETE}.tmp"
     mark.write_text(json.dumps({path.name: path.stat().st_size for path in files}))
-    mark.replace(checkpoint / WHOLE)
+    mark.replace(checkpoint / COMPLETE)  # atomic
 
 
-def in_order(checkpoints: Path) -> list[Path]:
-    """Return the states of training in a directory, the oldest first; other names there are the user's."""
+def sorted_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return the training states in a directory, oldest first."""
+    # glob alone would also match names that a user made, such as checkpoint-8-copy, which must never be removed
     states = [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(states, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def has_whole(checkpoints: Path) -> bool:
-    """Return whether a run could resume from a state of training there; nothing is removed."""
-    return any(map(_is_whole, in_order(checkpoints)))
+def has_complete_checkpoint(checkpoints: Path) -> bool:
+    """Return whether a run could resume from one of the training states there. Removes nothing."""
+    return any(map(_is_complete, sorted_checkpoints(checkpoints)))
 
 
-def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that was saved to its end, or None; those cut off are removed, and named."""
-    for path in reversed(in_order(checkpoints)):
-        if _is_whole(path):
+def newest_complete_checkpoint(checkpoints: Path, log: Callable[[str], None]) -> Path | None:
+    """Return the newest complete checkpoint, or None. Newer, incomplete ones are removed and logged."""
+    for path in reversed(sorted_checkpoints(checkpoints)):
+        if _is_complete(path):
             return path
-        say(f"{path} was cut off while it was being saved: removed")
+        log(f"{path} was interrupted while it was saved: removed")
         shutil.rmtree(path)
     return None
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
-        sizes = json.loads((checkpoint / WHOLE).read_text())
+        sizes = json.loads((checkpoint / COMPLETE).read_text())
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -371,7 +371,7 @@ def test_tuned_command_reproduces_compared_captions(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--tune", "--examples", "3"], "--examples is for a table by number of beams: leave it out with --tune"),
+        (["--tune", "--examples", "3"], "--examples has no effect with --tune: leave it out"),
         (["--tune-seed", "3"], "--tune-grid, --tune-group and --tune-seed need --tune: add it, or remove them"),
         (["--tune", "--tune-grid", "x=1"], "--tune-grid x=1: expected SETTING=VALUE,VALUE"),
     ],
