@@ -23,7 +23,7 @@ from engine.captions import Alternative, Caption
 from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Hypothesis, Search, Start
 from engine.decoding.resolve import resolve_search
-from engine.decoding.scheduler import NOTHING_YET, Arrival, Scheduler, Waiting
+from engine.decoding.scheduler import NOTHING_YET, Arrival, Request, Scheduler
 from engine.errors import BundleError, ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
 from engine.inputs.images import ImageFile
@@ -309,7 +309,7 @@ class Captioner:
                     yield known_before
                 else:
                     is_first = repeats.wait(key, index, name, file_sha256)
-                    yield Waiting(key, pixels, start) if is_first else None
+                    yield Request(key, pixels, start) if is_first else None
 
         if self._is_running and self.batch_sizes.sets > 1:
             raise UsageError("this captioner is captioning already: read those captions to their end first")
@@ -412,7 +412,7 @@ class Captioner:
         return Alternative(detokenise(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
 
 
-class Todo(Protocol):
+class PendingImages(Protocol):
     """Images that wait for captions."""
 
     def remaining(self) -> Iterator[ImageFile]:
@@ -442,15 +442,15 @@ def caption_within_memory(
     on_error: Callable[[ImageError], None],
     on_note: Callable[[ImageNote], None],
     rows: int | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Iterator[Caption]:
     """Caption what remains; where memory does not suffice, go on with half as many images side by side.
 
-    `remaining` is asked again then, and must leave out what has been yielded; `say` gets a note of it before.
+    `remaining` is asked again then, and must leave out what has been yielded; `log` gets a note of it before.
     Unreadable images go to `on_error`, what was dropped from the others to `on_note`.
     """
     search, _ = captioner.searches(options, prompts)
-    num_slots = captioner.scheduler(search, rows).side_by_side
+    num_slots = captioner.scheduler(search, rows).concurrency
     while True:
         gc.collect()  # an error holds on to the frames it came through, and these to the keys that did not fit
         try:
@@ -467,7 +467,7 @@ def caption_within_memory(
                     f"there is not enough memory for one image at a time{reason}: close other programs, or raise the "
                     "memory limit (ulimit -v, a container's)"
                 ) from error
-            say(f"memory is short with {num_slots} images side by side: going on with {num_slots // 2}")
+            log(f"memory is short with {num_slots} images side by side: going on with {num_slots // 2}")
             num_slots //= 2
 
 

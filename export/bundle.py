@@ -113,7 +113,7 @@ three times that; 0.25 with one scale for all of a weight, and then a fifth of t
 
 
 def convert(
-    reference: Reference, float32: Bundle, out: Path, precision: str, exporter: str, say: Callable[[str], None]
+    reference: Reference, float32: Bundle, out: Path, precision: str, exporter: str, log: Callable[[str], None]
 ) -> Path:
     """Write the bundle of `precision` ("fp16" or "int8") for a float32 one into the new directory `out`; return it.
 
@@ -123,17 +123,17 @@ def convert(
     for name in ("tokenizer.json", "golden.npz"):
         shutil.copy(float32.path / name, out / name)
     manifest = json.loads((float32.path / MANIFEST).read_text(encoding="utf-8")) | {"precision": precision}
-    say(f"exporting graphs in {precision}")
+    log(f"exporting graphs in {precision}")
     model = copy.deepcopy(reference.model).half() if precision == "fp16" else reference.model
     write_graphs(model, out, normalisation(reference.image_processor), is_int8=precision == "int8", exporter=exporter)
     write_manifest(out, manifest)
     ours, theirs = Captioner.load(out, backend="cpu"), Captioner(float32, open_backend(float32, Runtime("cpu")))
-    say(f"comparing {precision} with float32 on the golden pictures")
+    log(f"comparing {precision} with float32 on the golden pictures")
     others: list[Backend] = [ours.backend]
     if precision == "fp16":
         others.append(TorchBackend(model, reference.image_processor))
     error = _check_numbers(theirs, others, precision)
-    reports = _settle_differences(theirs, ours, say)
+    reports = _settle_differences(theirs, ours, log)
     manifest["conversion"] = {
         "encoder_error": error,
         "encoder_bound": ENCODER_BOUND[precision],
@@ -169,7 +169,7 @@ def _check_numbers(float32: Captioner, others: list[Backend], precision: str) ->
     return error
 
 
-def _settle_differences(float32: Captioner, ours: Captioner, say: Callable[[str], None]) -> list[PrecisionReport]:
+def _settle_differences(float32: Captioner, ours: Captioner, log: Callable[[str], None]) -> list[PrecisionReport]:
     """Compare the golden captions, and remove images that get another caption from our bundle's recording."""
     path = ours.bundle.path / "golden.npz"
     golden = Golden.load(path)
@@ -182,7 +182,7 @@ def _settle_differences(float32: Captioner, ours: Captioner, say: Callable[[str]
             for captions in (replay(float32, golden, setting), replayed)
         )
         report = compare_captions(float32, options_from({}, options), pictures, theirs, found)
-        say(f"{', '.join(f'{key} {value}' for key, value in options.items())}: {summary(report)}")
+        log(f"{', '.join(f'{key} {value}' for key, value in options.items())}: {summary(report)}")
         for i, (expected, other) in enumerate(zip(theirs, found, strict=True)):
             if expected.ids != other.ids:
                 golden.skip(setting, i, 0)
@@ -202,7 +202,7 @@ REPLACED = "replaced"
 def export_bundle(
     checkpoint: Path,
     out: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     precision: str = "fp32",
     image_size: int | None = None,
@@ -220,16 +220,16 @@ def export_bundle(
     reference = Reference.load(checkpoint, image_size)
     check_supported(reference.model, checkpoint)
     for line in (*ignored_settings(checkpoint), *assumed_settings(checkpoint)):
-        say(f"note: {line}")
-    with _drafting(out, say) as folder:
+        log(f"note: {line}")
+    with _drafting(out, log) as folder:
         draft = folder / "bundle"
         draft.mkdir()
         # before the graphs are written: optimum switches use_cache off in every config it meets
         manifest = describe_checkpoint(reference, checkpoint)
-        _write_files(reference, draft, exporter, say)
+        _write_files(reference, draft, exporter, log)
         write_manifest(draft, manifest)
-        say("replaying the golden recordings")
-        _settle_ties(reference, draft, say)
+        log("replaying the golden recordings")
+        _settle_ties(reference, draft, log)
         write_manifest(draft, manifest)
         bundle = Bundle.load(draft)
         runtime = Runtime("cpu")
@@ -241,13 +241,13 @@ def export_bundle(
                 f"{more}. No bundle was written: report this as a bug"
             )
         if precision != "fp32":
-            draft = convert(reference, bundle, folder / precision, precision, exporter, say)
+            draft = convert(reference, bundle, folder / precision, precision, exporter, log)
         _move(draft, out)
     return Bundle.load(out)
 
 
 @contextmanager
-def _drafting(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
+def _drafting(out: Path, log: Callable[[str], None]) -> Iterator[Path]:
     """Hold `out` for this export alone and make a folder next to it for drafts, removed at the end.
 
     What killed exports to `out` left behind is removed first; the lock shows that no live one needs it. Raises
@@ -257,8 +257,8 @@ def _drafting(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with OutputLock(out) as lock:
             if lock.note:
-                say(lock.note)
-            _remove_dead_drafts(out, say)
+                log(lock.note)
+            _remove_dead_drafts(out, log)
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
                 yield Path(temporary)
     except OSError as error:
@@ -270,7 +270,7 @@ def _drafting(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
         ) from error
 
 
-def _remove_dead_drafts(out: Path, say: Callable[[str], None]) -> None:
+def _remove_dead_drafts(out: Path, log: Callable[[str], None]) -> None:
     """Remove draft folders of killed exports; an earlier bundle that one of them had moved aside is put back first."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*"):
         contents = {entry.name for entry in folder.iterdir()} if _is_draft_folder(folder, out) else {""}
@@ -278,9 +278,9 @@ def _remove_dead_drafts(out: Path, say: Callable[[str], None]) -> None:
             continue
         if REPLACED in contents and not out.exists():
             (folder / REPLACED).replace(out)
-            say(f"note: {out} is back, which a killed export had moved to {folder}")
+            log(f"note: {out} is back, which a killed export had moved to {folder}")
         shutil.rmtree(folder)
-        say(f"note: removed {folder}, the draft of a killed export")
+        log(f"note: removed {folder}, the draft of a killed export")
 
 
 def _is_draft_folder(folder: Path, out: Path) -> bool:
@@ -302,7 +302,7 @@ def _move(draft: Path, out: Path) -> None:
         raise
 
 
-def _settle_ties(reference: Reference, draft: Path, say: Callable[[str], None]) -> None:
+def _settle_ties(reference: Reference, draft: Path, log: Callable[[str], None]) -> None:
     """Remove a golden image from a setting's recording where the engine's caption differs because of a tie."""
     whole, path = Captioner.load(draft, backend="cpu"), draft / "golden.npz"
     golden, single = Golden.load(path), on_halves(whole.bundle)
@@ -319,11 +319,11 @@ def _settle_ties(reference: Reference, draft: Path, say: Callable[[str], None]) 
             picture = Image.fromarray(golden.pixel_values[i])
             verdict, divergence = judge(reference, captioner, picture, options, found[i][rank], rank)
             if verdict != "real":
-                say(f"golden image {i} is skipped in setting {setting}: a tie, {divergence.gap:.1e} apart")
+                log(f"golden image {i} is skipped in setting {setting}: a tie, {divergence.gap:.1e} apart")
                 golden.skip(setting, i, rank)
     for setting in range(len(golden.settings)):
         if not any(golden.expected(setting)):
-            say(f"note: every golden image ties in setting {setting}: `engine verify` cannot check it")
+            log(f"note: every golden image ties in setting {setting}: `engine verify` cannot check it")
     golden.save(path)
 
 
@@ -341,13 +341,13 @@ def _is_replaceable(out: Path) -> bool:
         return False
 
 
-def _write_files(reference: Reference, out: Path, exporter: str, say: Callable[[str], None]) -> None:
-    say("recording golden outputs")
+def _write_files(reference: Reference, out: Path, exporter: str, log: Callable[[str], None]) -> None:
+    log("recording golden outputs")
     record_golden(reference).save(out / "golden.npz")
     tokenizer = reference.tokenizer.backend_tokenizer
     tokenizer.no_padding()
     tokenizer.no_truncation()
     # written by Python, whose errors name the file: the tokenizer's own save raises a bare Exception on a full disk
     (out / "tokenizer.json").write_bytes(tokenizer.to_str(pretty=True).encode())
-    say("exporting graphs")
+    log("exporting graphs")
     write_graphs(reference.model, out, normalisation(reference.image_processor), exporter=exporter)

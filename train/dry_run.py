@@ -225,14 +225,14 @@ class StepClock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dict[str, Any]:
+def plan_run(job: Job, log: Callable[[str], None], *, trial: bool = True) -> dict[str, Any]:
     """Return what a run will be; with `trial`, take TRIAL_STEPS optimiser steps and validate (nothing is kept)."""
     recipe = job.recipe
     if rank_and_world_size()[1] > 1:
         raise UsageError("--dry-run looks at one process: run it without torchrun")
     signatures(recipe, job.metrics)
     reference = load_reference(job.checkpoint, recipe)
-    splits = prepare_data(job.data, recipe, reference, say)
+    splits = prepare_data(job.data, recipe, reference, log)
     batches = recipe.micro_batches(1)
     steps = -(-len(splits["train"].examples) // recipe.batch_size)
     parameters = list(reference.model.parameters())
@@ -252,9 +252,9 @@ def plan_run(job: Job, say: Callable[[str], None], *, trial: bool = True) -> dic
         "a100_estimate": on_an_a100(flop_of_step(reference.model, recipe, round(tokens)), recipe, steps),
     }
     if trial:
-        plan["trial"], later, seconds_an_image, images = _trial(job, reference, splits, batches, say)
+        plan["trial"], later, seconds_an_image, images = _trial(job, reference, splits, batches, log)
         plan["this_machine"] = on_this_machine(recipe, steps, later, seconds_an_image, images)
-        say(in_words(plan))
+        log(in_words(plan))
     return plan
 
 
@@ -293,7 +293,7 @@ def learning_rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
 
 
 def _trial(
-    job: Job, reference: Reference, splits: dict[str, Split], batches: tuple[int, int], say: Callable[[str], None]
+    job: Job, reference: Reference, splits: dict[str, Split], batches: tuple[int, int], log: Callable[[str], None]
 ) -> tuple[dict[str, Any], float, float, int]:
     """Take two optimiser steps on the first images of the data, then do all of a first validation with TRIAL_IMAGES
     images: what would fail there fails here.
@@ -315,7 +315,7 @@ def _trial(
     with _room_beside(job.out) as out:
         judge = make_judge(evaluate, reference, best_models(out, job.recipe), 0, lambda _: None)
         steps = {"max_steps": TRIAL_STEPS}
-        trainer = make_trainer(job.recipe, reference, splits, judge, batches, job.metrics, out, say, **steps)
+        trainer = make_trainer(job.recipe, reference, splits, judge, batches, job.metrics, out, log, **steps)
         trainer.args.logging_steps = trainer.state.logging_steps = 1
         clock = StepClock()
         trainer.add_callback(clock)

@@ -34,7 +34,7 @@ from train.learning.setup import evaluation_options, load_reference, make_traine
 from train.learning.trainer import CaptionTrainer, has_whole, newest_whole
 from train.recipe import Recipe
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Evaluate = Callable[[], tuple[dict[str, float], list[tuple[str, str]]]]
 """Returns what Evaluator.evaluate does."""
 SPLITS = ("train", "valid")
@@ -64,27 +64,27 @@ class Job:
     metrics: MetricInputs = field(default_factory=MetricInputs)
 
 
-def finetune(job: Job, say: Say) -> dict[str, Any]:
+def finetune(job: Job, log: Log) -> dict[str, Any]:
     """Fine-tune, going on where the same job was cut off; return a summary.
 
     Raises UsageError, DataError (bad images without allow_missing), CheckpointError, or ImageError when a file
     vanishes during training.
     """
     rank, world_size = rank_and_world_size()
-    say = say if rank == 0 else (lambda _: None)
+    log = log if rank == 0 else (lambda _: None)
     recipe = job.recipe
     batches = recipe.micro_batches(world_size)
     set_seed(recipe.seed)
     measured_by = signatures(recipe, job.metrics)
     reference = load_reference(job.checkpoint, recipe)
     for line in assumed_settings(job.checkpoint):
-        say(f"note: {line}")
-    splits = on_first_process(lambda: prepare_data(job.data, recipe, reference, say))
+        log(f"note: {line}")
+    splits = on_first_process(lambda: prepare_data(job.data, recipe, reference, log))
     with locked(job.out, rank):
-        resume_from = on_first_process(lambda: begin(job, splits, measured_by, say))
+        resume_from = on_first_process(lambda: begin(job, splits, measured_by, log))
         best, evaluator = best_models(job.out, recipe), make_evaluator(job, reference, splits["valid"].examples)
-        judge = make_judge(evaluator.evaluate, reference, best, rank, say)
-        trainer = make_trainer(recipe, reference, splits, judge, batches, job.metrics, job.out, say)
+        judge = make_judge(evaluator.evaluate, reference, best, rank, log)
+        trainer = make_trainer(recipe, reference, splits, judge, batches, job.metrics, job.out, log)
         start = time.perf_counter()
         trainer.go_on(resume_from)
         if rank:
@@ -93,14 +93,14 @@ def finetune(job: Job, say: Say) -> dict[str, Any]:
         return _summary(job, best, trainer, time.perf_counter() - start)
 
 
-def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, say: Say) -> dict[str, Split]:
+def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, log: Log) -> dict[str, Split]:
     """Read and check the splits `train` and `valid`; bad images stop the run, or are left out if that is allowed."""
-    splits = read_dataset(data.directory, unpack_into=data.unpack_into, columns=data.columns, log=say)
+    splits = read_dataset(data.directory, unpack_into=data.unpack_into, columns=data.columns, log=log)
     if "train" not in splits:
         raise DataError(f"{data.directory} has no training split, only {', '.join(splits)}")
     if "valid" not in splits:
         splits["train"], splits["valid"] = hold_out(splits["train"], recipe.valid_share, recipe.seed)
-        say(f"no validation split: {len(splits['valid'].examples)} captions held out of training")
+        log(f"no validation split: {len(splits['valid'].examples)} captions held out of training")
     bad = []
     positions = reference.model.config.text_config.max_position_embeddings
     for name in SPLITS:
@@ -121,11 +121,11 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, say: Sa
                 f"captions of {name} are longer: --set max_tokens={positions} cuts them"
             )
         for line in problems.lines():
-            say(f"{name}: {line}")
+            log(f"{name}: {line}")
         bad += [f"{name}: {line}" for line in problems.fatal.lines()]
         splits[name] = drop_unusable(splits[name], problems)
         if with_prompt := sum(bool(example.prompt) for example in splits[name].examples):
-            say(f"{name}: {with_prompt} of {len(splits[name].examples)} captions start from a prompt of their image")
+            log(f"{name}: {with_prompt} of {len(splits[name].examples)} captions start from a prompt of their image")
     if bad and not data.allow_missing:
         raise DataError(f"{data.directory}: {'; '.join(bad)}: mend the files, or leave these out with --allow-missing")
     return splits
@@ -137,16 +137,16 @@ def signatures(recipe: Recipe, metrics: MetricInputs) -> dict[str, str]:
     return {name: make_metric(name, metrics, {}).signature() for name in names}
 
 
-def begin(job: Job, splits: dict[str, Split], measured_by: dict[str, str], say: Say) -> Path | None:
+def begin(job: Job, splits: dict[str, Split], measured_by: dict[str, str], log: Log) -> Path | None:
     """Claim the run directory; return the state of training to resume from, or None."""
     states = job.out / "checkpoints"
     is_begun = has_whole(states) or any((job.out / "models").glob("epoch_*"))
     record = run_identity(job, splits) | {"metrics": measured_by}
-    write_or_compare_record(job.out, job.recipe, record, say, is_begun=is_begun)
+    write_or_compare_record(job.out, job.recipe, record, log, is_begun=is_begun)
     states.mkdir(parents=True, exist_ok=True)
-    newest = newest_whole(states, say)
+    newest = newest_whole(states, log)
     if newest is not None:
-        say(f"resuming from {newest}")
+        log(f"resuming from {newest}")
     return newest
 
 
@@ -157,7 +157,7 @@ def run_identity(job: Job, splits: dict[str, Split]) -> dict[str, Any]:
 
 
 def make_judge(
-    evaluate: Evaluate, reference: Reference, best: BestModels, rank: int, say: Say
+    evaluate: Evaluate, reference: Reference, best: BestModels, rank: int, log: Log
 ) -> Callable[[int], dict[str, float]]:
     """Return what is called after each epoch: it judges the model, and the first process keeps the best models."""
 
@@ -165,9 +165,9 @@ def make_judge(
         found, captions = evaluate()
         if rank == 0:
             best.add(epoch, found, captions, reference)
-            say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
             if tie := best.tie():
-                say(tie)
+                log(tie)
         return found
 
     return judge

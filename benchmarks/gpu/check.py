@@ -99,7 +99,7 @@ def check_one(bundle: Bundle, check: str, images: int, rows: list[int], folder: 
         slots = max(1, number // MOST_BEAMS)
         count = max(images, WAVES * slots)
         timed = pixels[np.arange(count) % len(pixels)]
-        say_all(captioner, timed[: 2 * slots], TIMED, number)  # newcomers in flight, too, before the clock starts
+        say_all(captioner, timed[: 2 * slots], TIMED, number)  # requests in flight, too, before the clock starts
         start = time.perf_counter()
         captions = say_all(captioner, timed, TIMED, number)
         seconds = time.perf_counter() - start

@@ -127,7 +127,7 @@ def build_plans(
     folder: Path,
     bounds: Bounds,
     target: Target,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     graphs: tuple[str, ...] = GRAPHS,
     anew: bool = False,
@@ -144,9 +144,9 @@ def build_plans(
         for graph in graphs:
             path, key = folder / f"{graph}.plan", plan_key(bundle, graph, bounds, target)
             if not anew and _is_whole(path, key):
-                say(f"{path} is there already")
+                log(f"{path} is there already")
             else:
-                say(f"building {path}")
+                log(f"building {path}")
                 timings = folder / f"timings-{target.version}-{target.compute_capability}.cache"
                 plan = build_plan(bundle, graph, bounds, target, timings)
                 replace_file(path, plan, mode=PRIVATE_MODE)

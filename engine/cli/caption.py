@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.cli.shared import SectionCommand, bundles_option, rows_option, say, takes
+from engine.cli.shared import SectionCommand, bundles_option, log, rows_option, takes
 from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
 from engine.options import DecodeOptions
@@ -67,27 +67,27 @@ def caption(
             rows=rows,
             runtime=runtime,
             workers=workers,
-            say=say,
+            log=log,
             progress=progress,
         )
     except ReaderGoneError:
         end(BROKEN_PIPE)
     where = "standard output" if outputs.is_stream else outputs.out
     new = summary.captions - summary.resumed
-    say(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {where}")
+    log(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {where}")
     if summary.empty:
-        say(
+        log(
             f"{summary.empty} of all {summary.captions} captions are empty: the model ended at once, or no hypothesis "
             "was left by the options"
         )
-    say(summary.signature)
+    log(summary.signature)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
 
 
 def _progress_of_demo(length: int) -> AbstractContextManager[Callable[[int], None]]:
     """Note, when nothing stands in the way of captioning any more, what the embedded demo does not know."""
-    say(
+    log(
         "note: no --bundle is given: this is the embedded demo model, which knows T1-weighted head MRI and nothing else"
     )
     return _progress(length)
@@ -136,16 +136,16 @@ def _progress_lines(length: int) -> Iterator[Callable[[int], None]]:
     """A line on stderr at the start and every LOG_EVERY_S seconds, also while no image finishes."""
     pace, ended = Pace(length), threading.Event()
 
-    def log() -> None:
+    def repeat() -> None:
         with suppress(OSError, ValueError):  # standard error was closed
             while not ended.wait(LOG_EVERY_S):
-                say(f"captioning: {pace.done} of {length} images{f', {pace}' if str(pace) else ''}")
+                log(f"captioning: {pace.done} of {length} images{f', {pace}' if str(pace) else ''}")
 
-    say(f"captioning {length} image{'' if length == 1 else 's'}")
-    logger = threading.Thread(target=log, name="progress", daemon=True)
-    logger.start()
+    log(f"captioning {length} image{'' if length == 1 else 's'}")
+    thread = threading.Thread(target=repeat, name="progress", daemon=True)
+    thread.start()
     try:
         yield pace.tell
     finally:
         ended.set()
-        logger.join()
+        thread.join()

@@ -15,9 +15,9 @@ from engine.cli.shared import (
     SectionCommand,
     bundle_option,
     bundles_option,
+    log,
     printable,
     rows_option,
-    say,
     takes,
 )
 from engine.errors import EngineError
@@ -51,11 +51,11 @@ def bench(
 
     pictures = images_to_measure(directory, images, recursive=recursive)
     speed = measure_speed(bundle, pictures, decoding, runtime, rows=rows)
-    say(
+    log(
         f"{speed.images_per_s:.2f} images/s ({1 / speed.images_per_s:.3f} s an image) over {speed.images} images, "
         f"{speed.side_by_side} side by side on {speed.cores} cores; loaded in {speed.load_s:.1f} s"
     )
-    say(f"{speed.new_tokens_mean:.1f} new tokens a caption, {speed.new_tokens_most} at most: time grows with them")
+    log(f"{speed.new_tokens_mean:.1f} new tokens a caption, {speed.new_tokens_most} at most: time grows with them")
     click.echo(json.dumps(asdict(speed)))
 
 
@@ -119,8 +119,8 @@ def plan(
     loaded = open_bundle(bundle)
     bounds = Bounds.of(loaded, beams=beams, max_new_tokens=max_new_tokens, rows=rows)
     folder = out or default_folder(loaded)
-    build_plans(loaded, folder, bounds, target, say)
-    say(
+    build_plans(loaded, folder, bounds, target, log)
+    log(
         f"up to {bounds.slots} images of {bounds.beams} beams; {target.builder} {target.version}, compute capability "
         f"{target.compute_capability}"
     )

@@ -94,7 +94,7 @@ def _refuse_empty(value: Any, parameter: click.Parameter | None) -> Any:
     return value
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print one line to stderr. Errors and notes of every command pass here: what file names and URIs in them hold
     neither controls the terminal nor shows a secret.
     """
@@ -338,7 +338,7 @@ def _end_if_interrupted(error: BaseException) -> None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, KeyboardInterrupt):
-            say(STOPPED)
+            log(STOPPED)
             end(TERMINATED if isinstance(cause, Terminated) else INTERRUPTED)
         cause = cause.__cause__ or cause.__context__
 
@@ -386,5 +386,5 @@ def hinted(error: click.UsageError) -> str:
 
 
 def _stop(message: str, exit_code: int) -> NoReturn:
-    say(f"error: {message}")
+    log(f"error: {message}")
     sys.exit(exit_code)

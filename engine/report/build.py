@@ -154,8 +154,8 @@ class ReportSummary:
     signature: str
 
 
-def build_report(request: ReportRequest, *, say: Callable[[str], None], progress: Progress) -> ReportSummary:
-    """Write a report; `say` gets one line for each thing that is missing or cannot be read.
+def build_report(request: ReportRequest, *, log: Callable[[str], None], progress: Progress) -> ReportSummary:
+    """Write a report; `log` gets one line for each thing that is missing or cannot be read.
 
     The page replaces an earlier one when it is whole, and only then are the earlier one's thumbnails removed. Raises
     EngineError for inputs that cannot be read or do not belong together, and for a folder that cannot be written.
@@ -170,7 +170,7 @@ def build_report(request: ReportRequest, *, say: Callable[[str], None], progress
             thumbnails = make_thumbnails(content.images, folder, size_px=request.thumbnail_px, advance=advance)
         notes = content.notes + _unreadable(content, thumbnails)
         for line in notes:
-            say(line)
+            log(line)
         write_atomically(page, render(content, thumbnails, notes=notes, signatures=request.signatures))
         remove_stale(folder, set(thumbnails.names))
     return ReportSummary(page, len(content.ids), thumbnails.made, page_signature(content))

@@ -13,7 +13,7 @@ from engine.backends import require_backend
 from engine.bundle.manifest import Bundle, watched
 from engine.bundle.open import BundlePlace, folders_of
 from engine.bundle.signature import environment, run_signature, settings_line
-from engine.captioner import Captioner, Todo, caption_within_memory
+from engine.captioner import Captioner, PendingImages, caption_within_memory
 from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
@@ -28,9 +28,9 @@ from engine.run.record import RowStream, RunRecord, rows_of, text_of
 from engine.runtime import Runtime, Workers
 from engine.workers.cluster import open_cluster, require_ray
 from engine.workers.driver import open_processes
-from engine.workers.shares import shares_of
+from engine.workers.resources import plan_workers
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Source(Protocol):
@@ -50,13 +50,13 @@ class Source(Protocol):
         """
         ...
 
-    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
         """Yield a caption of every image that remains, each once and in any order; unreadable ones fail in `todo`."""
         ...
 
 
-def choose_runtime(runtime: Runtime, workers: Workers, say: Say) -> Runtime:
-    """Return the runtime with what `auto` means here, which `say` gets a note of; that of a cluster as it is.
+def choose_runtime(runtime: Runtime, workers: Workers, log: Log) -> Runtime:
+    """Return the runtime with what `auto` means here, which `log` gets a note of; that of a cluster as it is.
 
     Raises an EngineError, in one sentence and at once, when something that is needed is missing here.
     """
@@ -65,20 +65,20 @@ def choose_runtime(runtime: Runtime, workers: Workers, say: Say) -> Runtime:
         return runtime
     wanted = "cuda" if workers.devices is not None and runtime.backend == "auto" else runtime.backend
     chosen = replace(runtime, backend=require_backend(wanted, runtime.cpu_precision))
-    shares_of(chosen, workers)
+    plan_workers(chosen, workers)
     if runtime.backend == "auto":
-        say(f"backend: {chosen.backend}")
+        log(f"backend: {chosen.backend}")
     return chosen
 
 
 def open_source(
-    bundle: BundlePlace | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
+    bundle: BundlePlace | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, log: Log
 ) -> AbstractContextManager[Source]:
-    """Load what captions a run; `say` gets notes of its workers. Raises an EngineError of the kind that fits."""
+    """Load what captions a run; `log` gets notes of its workers. Raises an EngineError of the kind that fits."""
     if workers.address is not None:
-        return open_cluster(bundle, asked, rows, runtime, workers, say)
-    if shares := shares_of(runtime, workers):
-        return open_processes(bundle, asked, rows, runtime, shares, say)
+        return open_cluster(bundle, asked, rows, runtime, workers, log)
+    if shares := plan_workers(runtime, workers):
+        return open_processes(bundle, asked, rows, runtime, shares, log)
     return nullcontext(LocalSource(Captioner.open(bundle, runtime), rows))
 
 
@@ -97,16 +97,16 @@ class LocalSource:
         self._captioner.searches(options, prompts)
         return options
 
-    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
         return caption_within_memory(
             self._captioner,
             options,
-            todo.remaining,
-            prompts=todo.prompts,
-            on_error=todo.fail,
+            pending.remaining,
+            prompts=pending.prompts,
+            on_error=pending.fail,
             on_note=self.notes.append,
             rows=self._rows,
-            say=say,
+            log=log,
         )
 
 
@@ -203,7 +203,7 @@ def caption_directory(
     rows: int | None = None,
     runtime: Runtime = Runtime(),
     workers: Workers = Workers(),
-    say: Say,
+    log: Log,
     progress: Progress,
 ) -> RunSummary:
     """Caption every image of the inputs into `outputs.out`; that file appears only when the whole run has succeeded.
@@ -212,25 +212,25 @@ def caption_directory(
     by side, None for what suits device and memory. Until the end every caption is kept in a journal next to the output,
     and the same call resumes where it was cut off.
 
-    `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
+    `log` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
     """
-    runtime = choose_runtime(runtime, workers, say)  # before a large folder is listed: what is missing is said at once
-    images, left_aside = find(inputs, outputs, bundle, say)
+    runtime = choose_runtime(runtime, workers, log)  # before a large folder is listed: what is missing is said at once
+    images, left_aside = find(inputs, outputs, bundle, log)
     prompts = _prompts(inputs, images)
     with (
-        lock(outputs, say),
-        open_source(bundle, asked, rows, runtime, workers, say) as source,
+        lock(outputs, log),
+        open_source(bundle, asked, rows, runtime, workers, log) as source,
         open_record(
-            images, source, options := source.resolve(asked, prompts), outputs, say, runtime=runtime, prompts=prompts
+            images, source, options := source.resolve(asked, prompts), outputs, log, runtime=runtime, prompts=prompts
         ) as record,
     ):
         for note in notes_on(asked, options, rows):
-            say(f"note: {note}")
+            log(f"note: {note}")
         stream = RowStream(record, outputs) if outputs.is_stream else None
-        seconds = keep(source.captions(options, record, say), record, progress, stream)
+        seconds = keep(source.captions(options, record, log), record, progress, stream)
         for line in note_lines(source.notes):
-            say(line)
-        write(record, outputs, options, say)
+            log(line)
+        write(record, outputs, options, log)
     return RunSummary(
         images=len(images),
         captions=len(record.captions),
@@ -255,7 +255,7 @@ def _prompts(inputs: Inputs, images: list[ImageFile]) -> dict[str, str] | None:
     return prompts
 
 
-def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, say: Say) -> tuple[list[ImageFile], list[str]]:
+def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, log: Log) -> tuple[list[ImageFile], list[str]]:
     """Return the images to caption, in order, and the names of what was left aside.
 
     Raises UsageError where there are no images, or an output would harm them.
@@ -274,7 +274,7 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, say: Say)
     kept = [image.path for image in found.images if image.folder is None] + found.lists + tables
     check(outputs, images, kept, bundle)
     for place, names in found.left_aside.items():
-        say(f"skipped in {place}: {describe_ignored(names, found.imageless)}")
+        log(f"skipped in {place}: {describe_ignored(names, found.imageless)}")
     return images, [name for names in found.left_aside.values() for name in names]
 
 
@@ -295,13 +295,13 @@ def check(outputs: Outputs, images: list[ImageFile], kept: list[Path], bundle: B
 
 
 @contextmanager
-def lock(outputs: Outputs, say: Say) -> Iterator[None]:
+def lock(outputs: Outputs, log: Log) -> Iterator[None]:
     """Hold the outputs for this run alone. Raises UsageError while another run writes one of them."""
     with ExitStack() as held:
         for path in outputs.files().values():
             one = held.enter_context(OutputLock(path))
             if one.note:
-                say(one.note)
+                log(one.note)
         yield
 
 
@@ -311,7 +311,7 @@ def open_record(
     source: Source,
     options: DecodeOptions,
     outputs: Outputs,
-    say: Say,
+    log: Log,
     *,
     runtime: Runtime = Runtime(),
     prompts: Mapping[str, str] | None = None,
@@ -333,18 +333,18 @@ def open_record(
         ) as record,
     ):
         if record.set_aside:
-            say(
+            log(
                 "the journal of an earlier run with another bundle, other options or packages, or one that is damaged "
                 f"or not wanted, was moved to {record.set_aside}: starting afresh"
             )
         if record.resumed:
-            say(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
+            log(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
         if record.update:
             if record.earlier:
                 left = len(images) - record.resumed
-                say(f"{left} of {len(images)} images are to be captioned: new, changed, or not reached before")
+                log(f"{left} of {len(images)} images are to be captioned: new, changed, or not reached before")
         elif record.not_reused:
-            say(
+            log(
                 f"{record.not_reused} more of its captions are not used: their image has changed or is not among the "
                 "inputs any more, or they are damaged"
             )
@@ -353,7 +353,7 @@ def open_record(
         except BaseException:
             if record.captions and record.journal_path is not None:
                 kept = f"{len(record.captions)} captions are kept in {record.journal_path}"
-                say(f"{kept}: {record.same_command} resumes from there")
+                log(f"{kept}: {record.same_command} resumes from there")
             raise
 
 
@@ -372,10 +372,10 @@ def keep(captions: Iterable[Caption], record: RunRecord, progress: Progress, str
     return time.perf_counter() - start
 
 
-def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, say: Say) -> None:
+def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, log: Log) -> None:
     """Write the files of a run. Raises EngineError where images failed or changed, and writes nothing then."""
     for failure in record.failures:
-        say(f"unreadable: {failure}")
+        log(f"unreadable: {failure}")
     record.check_complete(allow_missing=outputs.allow_missing)
     record.check_unchanged()
     if outputs.sidecar is not None:
@@ -383,5 +383,5 @@ def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, say: Say)
         texts = {image.id: text_of(record.captions[image.id], outputs) for image in captioned}
         paths = sidecar_paths(captioned, outputs.sidecar_dir)
         written, left = write_sidecars(texts, paths, outputs.sidecar, outputs.sidecar_dir)
-        say(f"sidecars: {written} written, {left} left as they were")
+        log(f"sidecars: {written} written, {left} left as they were")
     record.write(outputs, rows_of(record, outputs), drawn=options.do_sample)

@@ -232,7 +232,7 @@ class ScoreReport:
     notes: list[str]
 
 
-def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
+def score_run(request: ScoreRequest, log: Callable[[str], None]) -> ScoreReport:
     """Score a run file. Raises DataError where the files do not fit each other; an absent metric is reported, not
     raised.
     """
@@ -255,7 +255,7 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
             check_weights(name, folder)
     metrics = {name: make_metric(name, request.setting, options) for name in names}
 
-    scores, measured = measure(metrics, items, say)
+    scores, measured = measure(metrics, items, log)
     values = {name: result.value for name, result in measured.items()}
     return ScoreReport(
         request=request,
@@ -271,7 +271,7 @@ def score_run(request: ScoreRequest, say: Callable[[str], None]) -> ScoreReport:
 
 
 def measure(
-    metrics: Mapping[str, Metric], items: Items, say: Callable[[str], None]
+    metrics: Mapping[str, Metric], items: Items, log: Callable[[str], None]
 ) -> tuple[list[Score], dict[str, Measured]]:
     """Measure by every metric; return their answers, and the values by image of those that have one.
 
@@ -288,12 +288,12 @@ def measure(
             signature, (low, high) = metric.signature() + items.how, interval(result)
         except Exception as error:  # libraries, weights and strangers' commands fail in ways of their own
             scores.append(Score(name, unavailable=(reason := _first_line(error))))
-            say(f"{name}: unavailable: {reason}")
+            log(f"{name}: unavailable: {reason}")
             continue
         seconds = time.perf_counter() - start
         measured[name] = result
         scores.append(Score(name, result.value, low, high, signature, result.note, seconds=seconds))
-        say(f"{name}: {result.value:.4f} [{low:.4f}, {high:.4f}] in {seconds:.1f} s")
+        log(f"{name}: {result.value:.4f} [{low:.4f}, {high:.4f}] in {seconds:.1f} s")
     return scores, measured
 
 

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from engine.errors import EngineError
 from engine.inputs.images import ImageFile
 from engine.workers.messages import WorkOrder, pack_images
-from engine.workers.shares import Share
+from engine.workers.resources import WorkerResources
 
 PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from engine.workers.worker import main; main()"
 """The packages are this process's, wherever it found them."""
@@ -27,7 +27,9 @@ class Child:
     It says first how many images it `wants` at a time, which whoever reads the events keeps here.
     """
 
-    def __init__(self, place: int, share: Share, order: WorkOrder, events: SimpleQueue[tuple[Child, bytes]]) -> None:
+    def __init__(
+        self, place: int, share: WorkerResources, order: WorkOrder, events: SimpleQueue[tuple[Child, bytes]]
+    ) -> None:
         """Raises EngineError where no process can be started."""
         self.place = place
         self.wants = 0

@@ -24,7 +24,7 @@ from engine.bundle.manifest import Bundle
 from engine.bundle.open import BundlePlace, absolute, open_place
 from engine.bundle.signature import environment
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import Todo, search_for, searches_for
+from engine.captioner import PendingImages, search_for, searches_for
 from engine.captions import Caption
 from engine.errors import BackendError, EngineError, ImageError, UsageError, install_command
 from engine.host import available_cores, descendants, started_at, wait_or_kill
@@ -358,7 +358,7 @@ class CaptionWorker:
         yield from map(pack_note, notes)
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 MOST_IN_BLOCK = 512
 """Images in a block at most: what a killed worker has to do again."""
@@ -391,9 +391,9 @@ class WorkerPlan:
 
 @contextmanager
 def open_cluster(
-    place: BundlePlace | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
+    place: BundlePlace | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, log: Log
 ) -> Iterator[ClusterSource]:
-    """Connect to a cluster, and ask a node what the backend is there; `say` gets how many workers there will be."""
+    """Connect to a cluster, and ask a node what the backend is there; `log` gets how many workers there will be."""
     bundle = open_place(place)  # a damaged bundle or a wrong option is found before a cluster starts
     search_for(bundle, tokenizer := CaptionTokenizer(bundle), asked)
     with cluster(workers.address or LOCAL) as ray:
@@ -401,8 +401,8 @@ def open_cluster(
         node = _ask_a_node(ray, runtime.backend, min(gpus, 1))
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = 0 if node.backend in CPU_BACKENDS else gpus
-        team = plan_workers(resources, gpus, actors=workers.actors, threads=runtime.threads)
-        say(f"backend: {node.backend}, {team}")
+        team = plan_actors(resources, gpus, actors=workers.actors, threads=runtime.threads)
+        log(f"backend: {node.backend}, {team}")
         order = WorkOrder(
             bundle=absolute(place),
             digest=bundle.digest,
@@ -429,7 +429,7 @@ def _ask_a_node(ray: Any, backend: str, gpus: int) -> NodeFacts:
     return node
 
 
-def plan_workers(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None, threads: int | None) -> WorkerPlan:
+def plan_actors(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None, threads: int | None) -> WorkerPlan:
     """Return one worker a GPU, where there are `gpus` of them; on CPUs as many as there is room for with `threads` CPUs
     each, by default a node's.
 
@@ -476,21 +476,21 @@ class ClusterSource:
         searches_for(self.bundle, self._tokenizer, options, prompts)
         return options
 
-    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
         """See Source. A worker that dies is replaced and its block done again; what is nevertheless missing in the end
         goes out once more.
         """
-        self._order = replace(self._order, options=options, prompts=todo.prompts)
-        while missing := list(todo.remaining()):
+        self._order = replace(self._order, options=options, prompts=pending.prompts)
+        while missing := list(pending.remaining()):
             paths = {image.id: str(image.source) for image in missing}
             for answer in map(unpack_answer, self._answers(missing)):
                 for name, reason in answer.failures.items():
-                    todo.fail(ImageError(paths[name], reason))
+                    pending.fail(ImageError(paths[name], reason))
                 self.notes += answer.image_notes
                 if answer.note:
-                    say(answer.note)
-                yield from (caption for caption in answer.captions if not todo.has(caption.id))
-            if len(list(todo.remaining())) == len(missing):
+                    log(answer.note)
+                yield from (caption for caption in answer.captions if not pending.has(caption.id))
+            if len(list(pending.remaining())) == len(missing):
                 raise EngineError("the workers answered without captions: run the same command again, or without --ray")
 
     def _answers(self, images: list[ImageFile]) -> Iterator[str]:

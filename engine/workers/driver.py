@@ -12,7 +12,7 @@ from engine.bundle.manifest import Bundle
 from engine.bundle.open import BundlePlace, open_place, where_read
 from engine.bundle.signature import environment
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import Todo, search_for, searches_for
+from engine.captioner import PendingImages, search_for, searches_for
 from engine.captions import Caption
 from engine.errors import BackendError, ImageError
 from engine.inputs.images import ImageFile
@@ -21,7 +21,7 @@ from engine.options import DecodeOptions
 from engine.runtime import Runtime
 from engine.workers.child import Child
 from engine.workers.messages import Answer, WorkOrder, unpack_answer
-from engine.workers.shares import Share
+from engine.workers.resources import WorkerResources
 
 REFILL = 8
 """A worker is asked for more once this part of what it wants is answered: fewer messages."""
@@ -29,7 +29,7 @@ TRIALS = 64
 """Groups in which a dead worker's images are tried again: up to so many images are tried one by one."""
 
 
-class HandOut:
+class WorkQueue:
     """The images of a run, each waiting, held by one of `workers` workers, or answered.
 
     Of the images that a dead worker held nobody knows which one killed it, if any did. They are tried again last, in
@@ -82,7 +82,7 @@ class HandOut:
         return held, None
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 EXIT_S = 1.0
 """Seconds for a process that has closed its output to end by itself, so that its exit code is its own."""
@@ -96,15 +96,15 @@ def open_processes(
     asked: DecodeOptions,
     rows: int | None,
     runtime: Runtime,
-    shares: Sequence[Share],
-    say: Say,
+    shares: Sequence[WorkerResources],
+    log: Log,
 ) -> Iterator[ProcessSource]:
-    """Check bundle and options, which processes start for only then; `say` gets how many there will be. All of them
+    """Check bundle and options, which processes start for only then; `log` gets how many there will be. All of them
     have ended when this is left.
     """
     bundle = open_place(place)
     search_for(bundle, tokenizer := CaptionTokenizer(bundle), asked)
-    say(describe(shares))
+    log(describe(shares))
     order = WorkOrder(
         bundle=where_read(place, bundle),
         digest=bundle.digest,
@@ -120,7 +120,7 @@ def open_processes(
         source.end()
 
 
-def describe(shares: Sequence[Share]) -> str:
+def describe(shares: Sequence[WorkerResources]) -> str:
     """Return in words who will work."""
     who = f"{len(shares)} worker processes" if len(shares) > 1 else "a worker process"
     if all(share.device for share in shares):
@@ -131,7 +131,9 @@ def describe(shares: Sequence[Share]) -> str:
 class ProcessSource:
     """Worker processes, started when captions are asked for."""
 
-    def __init__(self, bundle: Bundle, tokenizer: CaptionTokenizer, order: WorkOrder, shares: Sequence[Share]) -> None:
+    def __init__(
+        self, bundle: Bundle, tokenizer: CaptionTokenizer, order: WorkOrder, shares: Sequence[WorkerResources]
+    ) -> None:
         self.bundle = bundle
         self._tokenizer = tokenizer
         self.backend_name = order.runtime.backend
@@ -147,26 +149,26 @@ class ProcessSource:
         searches_for(self.bundle, self._tokenizer, options, prompts)
         return options
 
-    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
         """See Source. An image that its worker dies of, alone, too, is one that cannot be read."""
-        images = list(todo.remaining())
+        images = list(pending.remaining())
         places = range(min(len(self._shares), len(images)))
-        self._order = replace(self._order, options=options, prompts=todo.prompts, peers=len(places))
+        self._order = replace(self._order, options=options, prompts=pending.prompts, peers=len(places))
         self._events = SimpleQueue()
-        handout = HandOut(images, len(places))
+        queue = WorkQueue(images, len(places))
         for place in places:
             self._start(place)
-        while handout.unanswered:
+        while queue.unanswered:
             child, line = self._events.get()
             if line:
                 answer = unpack_answer(line.decode("ascii"))
-                self._take_in(child, answer, handout, todo, say)
-                self._give(child, handout)
+                self._take_in(child, answer, queue, pending, log)
+                self._give(child, queue)
                 yield from answer.captions
             else:
-                self._replace(child, handout, todo, say)
+                self._replace(child, queue, pending, log)
                 for other in self._children.values():  # what it held may be for others, which wait for nothing else
-                    self._give(other, handout)
+                    self._give(other, queue)
         self.end()
 
     def end(self) -> None:
@@ -179,42 +181,42 @@ class ProcessSource:
         order = replace(self._order, runtime=replace(self._order.runtime, threads=share.threads))
         self._children[place] = Child(place, share, order, self._events)
 
-    def _take_in(self, child: Child, answer: Answer, handout: HandOut, todo: Todo, say: Say) -> None:
+    def _take_in(self, child: Child, answer: Answer, queue: WorkQueue, pending: PendingImages, log: Log) -> None:
         child.wants = answer.wants or child.wants
         self.notes += answer.image_notes
         if answer.note:
-            say(answer.note)
+            log(answer.note)
         for name, reason in answer.failures.items():
-            todo.fail(ImageError(str(handout.answer(child.place, name).source), reason))
+            pending.fail(ImageError(str(queue.answer(child.place, name).source), reason))
         for caption in answer.captions:
-            handout.answer(child.place, caption.id)
+            queue.answer(child.place, caption.id)
         if answer.captions or answer.failures:
             del self._deaths[child.place]
 
-    def _give(self, child: Child, handout: HandOut) -> None:
-        if child.wants and (images := handout.give(child.place, child.wants)):
+    def _give(self, child: Child, queue: WorkQueue) -> None:
+        if child.wants and (images := queue.give(child.place, child.wants)):
             child.ask(images)
 
-    def _replace(self, child: Child, handout: HandOut, todo: Todo, say: Say) -> None:
+    def _replace(self, child: Child, queue: WorkQueue, pending: PendingImages, log: Log) -> None:
         """Bury a worker and start another in its place. Raises BackendError when none is left."""
         place = child.place
         del self._children[place]
         how = child.end(patience_s=EXIT_S)
-        again, given_up = handout.died(place)
+        again, given_up = queue.died(place)
         if given_up is not None:
-            todo.fail(ImageError(str(given_up.source), f"the process that was to caption it died each time ({how})"))
+            pending.fail(ImageError(str(given_up.source), f"the process that was to caption it died each time ({how})"))
         held = f": its {len(again)} images are done again" if again else ""
-        say(f"worker process {child.pid} died ({how}){held if given_up is None else f' of {given_up.source}'}")
-        if not handout.unanswered:
+        log(f"worker process {child.pid} died ({how}){held if given_up is None else f' of {given_up.source}'}")
+        if not queue.unanswered:
             return
         self._deaths[place] += 1
         if self._deaths[place] < MOST_DEATHS:
             self._start(place)
             return
-        handout.workers -= 1
-        if not handout.workers:
+        queue.workers -= 1
+        if not queue.workers:
             raise BackendError(
                 f"no worker process lives, the last ones died {MOST_DEATHS} times in a row ({how}): is memory short? "
                 "Fewer --processes or --rows need less"
             )
-        say(f"it died {MOST_DEATHS} times in a row: going on with {handout.workers} worker processes")
+        log(f"it died {MOST_DEATHS} times in a row: going on with {queue.workers} worker processes")

@@ -70,8 +70,8 @@ class CaptionStream:
         self._check_bundle = check_bundle or (lambda: None)
         self._captioner, self._options, self._rows, self._prompts = captioner, options, rows, prompts
         search, _ = captioner.searches(options, prompts)
-        side_by_side = captioner.scheduler(search, rows).side_by_side
-        self.wants = captioner.images_ahead + TURNS_AHEAD * side_by_side
+        concurrency = captioner.scheduler(search, rows).concurrency
+        self.wants = captioner.images_ahead + TURNS_AHEAD * concurrency
         """Images that callers may ask for at a time; with many fewer slots run empty."""
         self._inbox: SimpleQueue[tuple[ImageFile, Outbox]] = SimpleQueue()
         self._notes: list[ImageNote] = []
@@ -139,7 +139,7 @@ class CaptionStream:
                     on_error=self._fail,
                     on_note=self._notes.append,
                     rows=self._rows,
-                    say=self._tell_all,
+                    log=self._tell_all,
                 ):
                     self._check_bundle()
                     self._open.pop(caption.id)[1].put(caption)

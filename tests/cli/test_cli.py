@@ -21,7 +21,7 @@ from PIL import Image
 from engine.bundle.manifest import Bundle
 from engine.captions import Caption
 from engine.cli.app import main
-from engine.cli.shared import LinesType, LocationType, NameType, PathType, say
+from engine.cli.shared import LinesType, LocationType, NameType, PathType, log
 from engine.errors import PACKAGES, install_command
 from engine.run.record import RunRecord
 from export.__main__ import main as export
@@ -306,7 +306,7 @@ def test_names_neither_control_the_terminal_nor_turn_text_around(image_dir, tiny
 
 
 def test_no_message_shows_the_secrets_of_a_uri(capsys):
-    say("GET https://user:SECRET@host/a?sig=SECRET failed, file:///a?b is there")
+    log("GET https://user:SECRET@host/a?sig=SECRET failed, file:///a?b is there")
     assert capsys.readouterr().err == "GET https://host/a failed, file:///a?b is there\n"
 
 

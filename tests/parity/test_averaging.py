@@ -137,8 +137,8 @@ def test_a_moving_average_is_what_is_judged_and_kept_and_a_killed_run_goes_on_to
         update(self)
         seen.append((before, {n: w.detach().clone() for n, w in zip(self._names, self._weights, strict=True)}))
 
-    def train(name, recipe, say=lambda _: None):
-        return finetune(Job(checkpoint, DataInputs(tmp_path / "data"), tmp_path / name, recipe), say)
+    def train(name, recipe, log=lambda _: None):
+        return finetune(Job(checkpoint, DataInputs(tmp_path / "data"), tmp_path / name, recipe), log)
 
     def files(pattern):
         return {path.relative_to(path.parents[1]).as_posix(): load_file(path) for path in tmp_path.glob(pattern)}

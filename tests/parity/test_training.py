@@ -344,7 +344,7 @@ def test_among_equal_scores_the_lower_loss_is_best(tmp_path):
 def test_a_run_that_stopped_early_does_not_train_on_when_it_is_called_again(tmp_path):
     trainer = CaptionTrainer.__new__(CaptionTrainer)
     trainer.recipe, calls, said = Recipe(patience=1), [], []
-    trainer._say = said.append
+    trainer._log = said.append
     trainer.train = lambda **given: calls.append(given)
     for losses, trains in (([2.0, 2.1], False), ([2.0, 1.9], True)):
         state = TrainerState(log_history=[{"eval_loss": loss} for loss in losses], global_step=7)

@@ -171,7 +171,7 @@ def inspect_dataset(
 def inspect_directory(
     data: Path,
     out: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     model: Path | None = None,
     decode: bool = True,
@@ -196,7 +196,7 @@ def inspect_directory(
         tokenizer = read_tokenizer(model)
         count_tokens = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
         lost_in = lambda text: lost_in_tokens(tokenizer, text)  # noqa: E731
-    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=say)
+    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=log)
     stats = inspect_dataset(splits, count_tokens=count_tokens)
     counting: dict[str, Any] = {"count_tokens": count_tokens, "max_tokens": max_tokens, "lost_in": lost_in}
     found = {
@@ -204,14 +204,14 @@ def inspect_directory(
     }
     stats["problems"] = {name: asdict(problems) for name, problems in found.items()}
     for line in lines(stats):
-        say(line)
+        log(line)
     for name, problems in found.items():
         for line in problems.lines():
-            say(f"{name}: {line}")
+            log(f"{name}: {line}")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "inspect.json", json.dumps(stats, indent=1) + "\n")
     draw_dataset(stats, out / "inspect.png")
-    say(f"-> {out / 'inspect.json'}, {out / 'inspect.png'}")
+    log(f"-> {out / 'inspect.json'}, {out / 'inspect.png'}")
     return not any(problems.fatal for problems in found.values())
 
 

@@ -125,7 +125,7 @@ EXAMPLES = {"icbm09a": (8, 9, 9), "icbm09c": (1, 1, 1), "colin27": (1, 1, 1)}
 """Example pictures of each volume by plane: 26 held out, 3 that chose the epoch, 3 of the training head."""
 
 
-def build_demo(out: Path, work: Path, say: Callable[[str], None], *, seed: int = 0) -> dict:
+def build_demo(out: Path, work: Path, log: Callable[[str], None], *, seed: int = 0) -> dict:
     """Train the demo checkpoint into `out` and return its report (also written to out/demo_report.json).
 
     Two runs of train.finetune, by the recipes STAGES: the decoder alone on features of the frozen encoder, then
@@ -133,11 +133,11 @@ def build_demo(out: Path, work: Path, say: Callable[[str], None], *, seed: int =
     call goes on where the first was cut off.
     """
     pairs, pairs_dir = demo_pairs(work), work / "pairs"
-    say(f"{len(pairs)} slices in {pairs_dir}")
+    log(f"{len(pairs)} slices in {pairs_dir}")
     checkpoint = initial_checkpoint(work, seed)
     for name in STAGES:
         job = Job(checkpoint, DataInputs(pairs_dir), work / name, load_recipe(name, {"seed": seed}))
-        say(f"{name}: {finetune(job, say)['best']}")
+        log(f"{name}: {finetune(job, log)['best']}")
         checkpoint = job.out / "best"
     reference = Reference.load(checkpoint)
     round_to_fp16(reference.model)

@@ -34,7 +34,7 @@ class Choice:
     epochs: tuple[int, ...] = ()
 
 
-def average(run: Path, choice: Choice, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def average(run: Path, choice: Choice, out: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Write the mean of the chosen epochs' weights into the new directory `out`; return what average.json says.
 
     Each weight is summed in float64 in the order of the epochs, divided by their number and rounded to float32 once.
@@ -44,7 +44,7 @@ def average(run: Path, choice: Choice, out: Path, say: Callable[[str], None]) ->
     chosen = choose_epochs(run, choice)
     if out.exists():
         raise UsageError(f"--out {out} exists: name a new directory")
-    say(f"averaging the epochs {', '.join(map(str, chosen))}")
+    log(f"averaging the epochs {', '.join(map(str, chosen))}")
     reference = mean_of(list(chosen.values()))
     report = {
         "run": run.resolve().name,

@@ -201,7 +201,7 @@ def locked(out: Path, rank: int) -> Iterator[None]:
 
 
 def write_or_compare_record(
-    out: Path, recipe: Recipe, record: dict[str, Any], say: Callable[[str], None], *, is_begun: bool
+    out: Path, recipe: Recipe, record: dict[str, Any], log: Callable[[str], None], *, is_begun: bool
 ) -> None:
     """Write run.json, or compare with the one that is there: a directory holds one run.
 
@@ -222,9 +222,9 @@ def write_or_compare_record(
         if not changed:
             return
         if not is_begun:
-            say(f"{out} holds a start without a finished state of training: its record is replaced")
+            log(f"{out} holds a start without a finished state of training: its record is replaced")
         elif changed == ["epochs"] and recipe.epochs > earlier["epochs"] and recipe.schedule in EXTENSIBLE:
-            say(f"{out} is a run with epochs={earlier['epochs']}: it resumes up to epoch {recipe.epochs}")
+            log(f"{out} is a run with epochs={earlier['epochs']}: it resumes up to epoch {recipe.epochs}")
         else:
             raise UsageError(_refusal(out, recipe, changed))
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -23,7 +23,7 @@ from train.learning.reward import RewardedPictures, RewardTrainer, make_reward
 from train.learning.trainer import MORE_SHARED_MEMORY, CaptionTrainer
 from train.recipe import Recipe
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 SHARED_MEMORY, MIB = Path("/dev/shm"), 1 << 20
 PREFETCHED = 2
 """Batches that a reading process of torch's DataLoader prepares in advance (prefetch_factor)."""
@@ -55,7 +55,7 @@ def make_trainer(
     batches: tuple[int, int],
     metrics: MetricInputs,
     out: Path,
-    say: Say,
+    log: Log,
     *,
     max_steps: int | None = None,
 ) -> CaptionTrainer:
@@ -68,14 +68,14 @@ def make_trainer(
     examples = splits["train"].examples
     spec = PixelSpec.of(reference.image_processor, recipe.high_bit_depth)
     order = EpochOrder(len(examples), recipe.batch_size, recipe.seed)
-    args = training_arguments(recipe, batches, order.padded // recipe.batch_size, out, max_steps, say)
+    args = training_arguments(recipe, batches, order.padded // recipe.batch_size, out, max_steps, log)
     model.to(args.device)  # all of it, also where only the decoder is trained
     trained: PreTrainedModel = model
     dataset: Pictures | Features | RewardedPictures
     kind: Callable[..., CaptionTrainer] = CaptionTrainer
     if recipe.cache_features:
         trained = model.text_decoder  # the only part that learns, and all that its inputs need
-        dataset = Features(encode_images(reference, examples, spec, say), examples)
+        dataset = Features(encode_images(reference, examples, spec, log), examples)
     elif recipe.reward:
         dataset = RewardedPictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
         reward = make_reward(recipe.rewards(), metrics, examples)
@@ -90,7 +90,7 @@ def make_trainer(
         recipe=recipe,
         order=order,
         judge=judge,
-        say=say,
+        log=log,
         model=trained,
         args=args,
         train_dataset=dataset,
@@ -119,7 +119,7 @@ def require_shared_memory(batch_bytes: int, workers: int) -> None:
 
 
 def training_arguments(
-    recipe: Recipe, batches: tuple[int, int], steps_per_epoch: int, out: Path, max_steps: int | None, say: Say
+    recipe: Recipe, batches: tuple[int, int], steps_per_epoch: int, out: Path, max_steps: int | None, log: Log
 ) -> TrainingArguments:
     """Translate a recipe for Hugging Face's Trainer. Raises UsageError for a precision this machine has not."""
     device_batch, accumulated = batches
@@ -163,13 +163,13 @@ def training_arguments(
         use_cpu=not torch.cuda.is_available(),
     )
     if arguments.n_gpu > 1:  # else one process would share every batch among them and take a larger one
-        say(f"one of {arguments.n_gpu} GPUs is used: start with torchrun --nproc_per_node {arguments.n_gpu} for all")
+        log(f"one of {arguments.n_gpu} GPUs is used: start with torchrun --nproc_per_node {arguments.n_gpu} for all")
         arguments._n_gpu = 1
     return arguments
 
 
 def encode_images(
-    reference: Reference, examples: Sequence[Example], spec: PixelSpec, say: Say, *, batch_size: int = 16
+    reference: Reference, examples: Sequence[Example], spec: PixelSpec, log: Log, *, batch_size: int = 16
 ) -> torch.Tensor:
     """Run the frozen vision tower over images; return features f16[N,S,D]."""
     features = None
@@ -183,7 +183,7 @@ def encode_images(
                 features = torch.empty(len(examples), *encoded.shape[1:], dtype=torch.float16)
             features[i : i + len(encoded)] = encoded.cpu()
     assert features is not None
-    say(f"encoded {len(examples)} images in {time.perf_counter() - start:.0f} s")
+    log(f"encoded {len(examples)} images in {time.perf_counter() - start:.0f} s")
     return features.clone() if features.is_inference() else features
 
 

@@ -42,8 +42,8 @@ Judge = Callable[[int], dict[str, float]]
 class LogPrinter(TrainerCallback):
     """Tells the user what the Trainer logs, one line each, on stderr where its own printer would use stdout."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
         """See TrainerCallback."""
@@ -52,7 +52,7 @@ class LogPrinter(TrainerCallback):
                 f", {name.replace('_', ' ')} {logs[name]:.4f}" for name in sorted(logs) if "reward" in name
             )
             at = f"step {state.global_step} of {state.max_steps}, epoch {logs['epoch']:.2f}"
-            self._say(f"{at}: loss {logs['loss']:.4f}{rewards}, learning rate {logs['learning_rate']:.3g}")
+            self._log(f"{at}: loss {logs['loss']:.4f}{rewards}, learning rate {logs['learning_rate']:.3g}")
 
 
 class SaveAfterEvaluation(TrainerCallback):
@@ -90,12 +90,12 @@ class CaptionTrainer(Trainer):
     moving_average: MovingAverage | None = None
 
     def __init__(
-        self, *, recipe: Recipe, order: EpochOrder, judge: Judge, say: Callable[[str], None], **given: Any
+        self, *, recipe: Recipe, order: EpochOrder, judge: Judge, log: Callable[[str], None], **given: Any
     ) -> None:
         super().__init__(**given)
         self.remove_callback(PrinterCallback)
-        self.add_callback(LogPrinter(say))
-        self.recipe, self.order, self._judge, self._say = recipe, order, judge, say
+        self.add_callback(LogPrinter(log))
+        self.recipe, self.order, self._judge, self._log = recipe, order, judge, log
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the targets of a whole step for us
         self.steps_per_epoch = order.padded // recipe.batch_size
         self.add_callback(SaveAfterEvaluation(self.steps_per_epoch))
@@ -193,7 +193,7 @@ class CaptionTrainer(Trainer):
         if checkpoint is not None:
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if self.has_converged():
-                self._say(
+                self._log(
                     f"the validation loss has stopped falling (patience {self.recipe.patience}): the run has ended"
                 )
                 return
@@ -265,12 +265,12 @@ def has_whole(checkpoints: Path) -> bool:
     return any(map(_is_whole, in_order(checkpoints)))
 
 
-def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
+def newest_whole(checkpoints: Path, log: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint that was saved to its end, or None; those cut off are removed, and named."""
     for path in reversed(in_order(checkpoints)):
         if _is_whole(path):
             return path
-        say(f"{path} was cut off while it was being saved: removed")
+        log(f"{path} was cut off while it was being saved: removed")
         shutil.rmtree(path)
     return None
 

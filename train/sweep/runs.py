@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.bundle.signature import run_signature
 from engine.bundle.tokenizer import detokenise
-from engine.captioner import Todo
+from engine.captioner import PendingImages
 from engine.captions import Alternative, Caption
 from engine.errors import DataError
 from engine.files.atomic import file_sha256, write_atomically
@@ -22,23 +22,23 @@ from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile
 from engine.options import DecodeOptions
 from engine.run.job import Outputs
-from engine.run.pipeline import LocalSource, Progress, Say, keep, open_record, write
+from engine.run.pipeline import LocalSource, Log, Progress, keep, open_record, write
 from engine.run.record import RunRecord, fingerprint, run_key
 from train.data.dataset import Split, read_dataset
 
 
-def choose_split(data: Path, name: str, unpack_into: Path | None, say: Say, columns: Columns = USUAL) -> Split:
+def choose_split(data: Path, name: str, unpack_into: Path | None, log: Log, columns: Columns = USUAL) -> Split:
     """Return the split to caption: the one asked for, `test` in place of a missing `valid`. Raises DataError."""
-    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=say)
+    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=log)
     if name == "valid" and name not in splits and "test" in splits:
-        say(f"{data} has no split valid: the sweep is made on its split test")
+        log(f"{data} has no split valid: the sweep is made on its split test")
         name = "test"
     if name not in splits:
         wanted = "valid or test" if name == "valid" else name
         raise DataError(f"{data} has no split {wanted}, only {', '.join(splits)}: choose with --split")
     split = splits[name]
     for line in split.problems.lines():
-        say(f"{name}: {line}")
+        log(f"{name}: {line}")
     return split
 
 
@@ -81,10 +81,10 @@ def spaced(count: int, wanted: int) -> list[int]:
 class PromptedSource(LocalSource):
     """A captioner in this process whose captions come without the prompts, which no reference holds."""
 
-    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
         """See Source.captions."""
-        captions = super().captions(options, todo, say)
-        _, starts = self._captioner.searches(options, todo.prompts)
+        captions = super().captions(options, pending, log)
+        _, starts = self._captioner.searches(options, pending.prompts)
         if starts is None:
             yield from captions
             return
@@ -107,7 +107,7 @@ def caption_run(
     images: list[ImageFile],
     prompts: dict[str, str] | None,
     path: Path,
-    say: Say,
+    log: Log,
 ) -> dict[str, Any]:
     """Caption the images into the CSV file `path`, unless it is there and of the same bundle, options, prompts and
     images; a JSON file of that name says so. Return what is known of the run.
@@ -123,24 +123,24 @@ def caption_run(
     key = hashlib.sha256((run_key(images, made_with) + files).encode()).hexdigest()
     known = _known_run(path, key)
     if known is not None:
-        say(f"{path.name} is there, of the same bundle, options and images: not captioned again")
+        log(f"{path.name} is there, of the same bundle, options and images: not captioned again")
         return known
 
     outputs = Outputs(path)
-    with open_record(images, source, options, outputs, say, prompts=prompts) as record:
-        seconds = keep(source.captions(options, record, say), record, now_and_then(say))
+    with open_record(images, source, options, outputs, log, prompts=prompts) as record:
+        seconds = keep(source.captions(options, record, log), record, now_and_then(log))
         _check_failures(record)
-        write(record, outputs, options, say)
+        write(record, outputs, options, log)
     new = len(record.captions) - record.resumed
     speed = new / seconds if new else None
-    say(f"{new} images captioned in {seconds:.1f} s")
+    log(f"{new} images captioned in {seconds:.1f} s")
     run = {"beams": options.num_beams, "run": path.name, "signature": signature, "images_per_s": speed}
     beside = run | {"key": key, "sha256": file_sha256(path)}
     write_atomically(path.with_suffix(".json"), json.dumps(beside, indent=1) + "\n")
     return run
 
 
-def now_and_then(tell: Say) -> Progress:
+def now_and_then(tell: Log) -> Progress:
     """Return a progress that is told in a line now and then: a sweep may write to a file for days."""
 
     @contextmanager

@@ -134,7 +134,7 @@ def _number(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Settings = Mapping[str, Any]
 
 
@@ -165,7 +165,7 @@ class Bench:
     captioner: Captioner
     given: DecodeOptions
     inputs: MetricInputs
-    say: Say
+    log: Log
 
     def options(self, settings: Settings) -> DecodeOptions:
         """Return every option of a run with these settings."""
@@ -175,10 +175,10 @@ class Bench:
     def measure(self, settings: Settings, half: Half, metrics: tuple[str, ...]) -> ScoreReport:
         """Caption the half, unless its captions are there; return what `engine score` says of them."""
         path = half.run_file(settings)
-        say = prefixed(path.stem, self.say)
+        log = prefixed(path.stem, self.log)
         source = PromptedSource(self.captioner)
-        caption_run(source, self.options(settings), half.images, half.prompts, path, say)
-        return score_run(score_request(path, half.references_file, half.images, metrics, self.inputs), say)
+        caption_run(source, self.options(settings), half.images, half.prompts, path, log)
+        return score_run(score_request(path, half.references_file, half.images, metrics, self.inputs), log)
 
     def value(self, settings: Settings, half: Half, metric: str) -> float:
         """Return the value of one metric. Raises EngineError where it has none."""

@@ -189,7 +189,7 @@ def _wrap(text: str) -> list[str]:
     return textwrap.wrap(shown, LINE_CHARS, subsequent_indent="    ")
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 MOST_EXAMPLES = 50
 """A taller picture nears what a PNG is good for."""
@@ -223,23 +223,23 @@ class Sweep:
     named: Columns = USUAL
 
 
-def sweep(job: Sweep, say: Say) -> dict[str, Any]:
+def sweep(job: Sweep, log: Log) -> dict[str, Any]:
     """Caption and score a split with every number of beams, write the tables and return what table1.json holds.
 
     Goes on where the same job was cut off. Raises UsageError, DataError (missing or unreadable images, too),
     BundleError, CheckpointError, ExportError or OutputError; a metric that is unavailable is reported, not raised.
     """
     setting = check_request(job)
-    split = choose_split(job.data, job.split, job.unpack_into, say, job.named)
+    split = choose_split(job.data, job.split, job.unpack_into, log, job.named)
     images, references = choose_images(split, job.limit)
     prompts = prompts_of(split, images)
     if prompts is not None:
-        say(f"{sum(map(bool, prompts.values()))} of {len(images)} images have a prompt: scored is what follows it")
-    with hold(job.out, say):
-        bundle = prepare_bundle(job, say)
-        runs = caption_runs(job, bundle, images, prompts, say)
+        log(f"{sum(map(bool, prompts.values()))} of {len(images)} images have a prompt: scored is what follows it")
+    with hold(job.out, log):
+        bundle = prepare_bundle(job, log)
+        runs = caption_runs(job, bundle, images, prompts, log)
         write_references(job.out / REFERENCES, references)
-        rows = [score_row(job, run, images, setting, say) for run in runs]
+        rows = [score_row(job, run, images, setting, log) for run in runs]
         table = {
             "checkpoint": dict(bundle.checkpoint),
             "bundle": bundle.digest,
@@ -262,12 +262,12 @@ def sweep(job: Sweep, say: Say) -> dict[str, Any]:
 
 
 @contextmanager
-def hold(out: Path, say: Say) -> Iterator[None]:
+def hold(out: Path, log: Log) -> Iterator[None]:
     """Make the directory of a sweep, and hold it for this one alone. Raises UsageError while another works there."""
     out.mkdir(parents=True, exist_ok=True)
     with OutputLock(out / "table1.json") as lock:
         if lock.note:
-            say(lock.note)
+            log(lock.note)
         yield
 
 
@@ -300,7 +300,7 @@ def check_request(job: Sweep) -> MetricInputs:
     return setting
 
 
-def prepare_bundle(job: Sweep, say: Say) -> Bundle:
+def prepare_bundle(job: Sweep, log: Log) -> Bundle:
     """Return the bundle given, or the one exported into `out` before if it is of this checkpoint, or export it."""
     if job.checkpoint is None:
         if job.bundle is None:
@@ -323,12 +323,12 @@ def prepare_bundle(job: Sweep, say: Say) -> Bundle:
         try:
             bundle = Bundle.load(out)
             if bundle.checkpoint.get("sha256") == digest and size in (None, (bundle.image.height, bundle.image.width)):
-                say(f"{out} is of this checkpoint: taken as it is")
+                log(f"{out} is of this checkpoint: taken as it is")
                 return bundle
-            say(f"{out} is of another checkpoint or image size: exporting again")
+            log(f"{out} is of another checkpoint or image size: exporting again")
         except BundleError as error:
-            say(f"{error}: exporting again")
-    return export_bundle(job.checkpoint, out, say, image_size=job.image_size)
+            log(f"{error}: exporting again")
+    return export_bundle(job.checkpoint, out, log, image_size=job.image_size)
 
 
 def _of_size(bundle: Bundle, size: int | None) -> Bundle:
@@ -339,7 +339,7 @@ def _of_size(bundle: Bundle, size: int | None) -> Bundle:
 
 
 def caption_runs(
-    job: Sweep, bundle: Bundle, images: list[ImageFile], prompts: dict[str, str] | None, say: Say
+    job: Sweep, bundle: Bundle, images: list[ImageFile], prompts: dict[str, str] | None, log: Log
 ) -> list[dict[str, Any]]:
     """Caption the images with every number of beams, in the order given; return what is known of each run."""
     captioner = Captioner.load(bundle.path)
@@ -350,14 +350,14 @@ def caption_runs(
     runs = []
     for one in options:
         path = job.out / f"run_beams_{one.num_beams}.csv"
-        tell = prefixed(f"beams {one.num_beams}", say)
+        tell = prefixed(f"beams {one.num_beams}", log)
         runs.append(caption_run(PromptedSource(captioner), one, images, prompts, path, tell))
     return runs
 
 
-def prefixed(what: str, say: Say) -> Say:
-    """Return a `say` whose lines begin with what they are about."""
-    return lambda line: say(f"{what}: {line}")
+def prefixed(what: str, log: Log) -> Log:
+    """Return a `log` whose lines begin with what they are about."""
+    return lambda line: log(f"{what}: {line}")
 
 
 def score_request(
@@ -372,11 +372,11 @@ def score_request(
 
 
 def score_row(
-    job: Sweep, run: dict[str, Any], images: list[ImageFile], setting: MetricInputs, say: Say
+    job: Sweep, run: dict[str, Any], images: list[ImageFile], setting: MetricInputs, log: Log
 ) -> dict[str, Any]:
     """Score one run as `engine score` does; return its row of the table."""
     request = score_request(job.out / run["run"], job.out / REFERENCES, images, job.metrics, setting)
-    report = score_run(request, prefixed(f"beams {run['beams']}", say))
+    report = score_run(request, prefixed(f"beams {run['beams']}", log))
     return run | {"scores": _scores(report), "distinct_captions": len(set(report.items.candidates))}
 
 

@@ -261,10 +261,10 @@ def _notes(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def tune(job: Sweep, tuning: Tuning, say: Say) -> dict[str, Any]:
+def tune(job: Sweep, tuning: Tuning, log: Log) -> dict[str, Any]:
     """Choose settings on one half of the images by the first metric, compare them with the checkpoint's own on the
     other half, write tuned.md and tuned.json and return what the latter holds.
 
@@ -276,14 +276,14 @@ def tune(job: Sweep, tuning: Tuning, say: Say) -> dict[str, Any]:
     given = job.decoding.replace(num_beams=job.beams[0]) if len(job.beams) == 1 else job.decoding
     if twice := [name for name in tuning.grids() if name in given.given]:
         raise UsageError(f"{twice[0]} is both fixed and tuned: leave out its option, or --tune-grid {twice[0]}=...")
-    split = choose_split(job.data, job.split, job.unpack_into, say, job.named)
+    split = choose_split(job.data, job.split, job.unpack_into, log, job.named)
     halves = draw_halves(job, tuning, split)
-    say(f"{len(halves[0].images)} images choose the settings, {len(halves[1].images)} are held back")
+    log(f"{len(halves[0].images)} images choose the settings, {len(halves[1].images)} are held back")
     metric = job.metrics[0]
     check_metric(metric, halves[0], inputs)
-    with hold(job.out, say):
-        bundle = prepare_bundle(job, say)
-        bench = Bench(Captioner.load(bundle.path), given, inputs, say)
+    with hold(job.out, log):
+        bundle = prepare_bundle(job, log)
+        bench = Bench(Captioner.load(bundle.path), given, inputs, log)
         start = settings_of(bench.options({}))
         grids, left_out = choose_grids(job, tuning, bench, start, halves)
         for half in halves:
@@ -343,7 +343,7 @@ def choose_grids(
             except UsageError as error:
                 if name in asked:
                     raise UsageError(f"{name} {value} cannot be tried: {error}") from error
-                bench.say(f"{name} {value} is not tried: {error}")
+                bench.log(f"{name} {value} is not tried: {error}")
                 left_out.setdefault(name, []).append(value)
             else:
                 grids.setdefault(name, []).append(value)

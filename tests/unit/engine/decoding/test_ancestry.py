@@ -29,9 +29,9 @@ def test_masks_select_exactly_the_tokens_each_beam_descends_from(seed, slots, be
         ancestry.choose(fed, parents)
         prefixes = [[[*prefixes[i][p], tokens[i, p]] for p in parents[i]] for i in range(slots)]
         if rng.random() < 0.3:
-            newcomer = rng.integers(slots)
-            ancestry.reset(np.array([newcomer]))
-            prefixes[newcomer] = [[] for _ in range(beams)]
+            slot = rng.integers(slots)
+            ancestry.reset(np.array([slot]))
+            prefixes[slot] = [[] for _ in range(beams)]
         if rng.random() < 0.3:
             kept = np.flatnonzero(rng.random(slots) < 0.8)
             if len(kept) == 0:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.decoding.beam import Beams, Search, Start
-from engine.decoding.scheduler import Scheduler, Waiting
+from engine.decoding.scheduler import Request, Scheduler
 from export.reference.huggingface import PrefixBackend
 
 BOS, EOS = 3, 4
@@ -177,7 +177,7 @@ def test_images_with_prompts_of_their_own_say_what_they_say_alone(prompts, num_s
     alone = replace(SEARCH, num_beams=num_beams, num_return_sequences=num_beams, **processors)
     starts = [Start((BOS, *prompt), len(prompt) + 5, len(prompt) + 2) for prompt in prompts]
     search = replace(alone, max_length=max(start.max_length for start in starts))
-    waiting = [Waiting(i, pixels(i)[0], start) for i, start in enumerate(starts)]
+    waiting = [Request(i, pixels(i)[0], start) for i, start in enumerate(starts)]
     scheduler = Scheduler(backend, search, num_slots=num_slots, encode_batch=2, num_sets=num_sets)
     together = dict(found for closed in scheduler.steps(waiting) for found in closed)
     for i, start in enumerate(starts):

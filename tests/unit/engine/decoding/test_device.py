@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine.decoding.device import DeviceQueue
-from engine.decoding.scheduler import Scheduler, Waiting
+from engine.decoding.scheduler import Request, Scheduler
 from tests.unit.engine.decoding.test_beam import SEARCH, TableBackend, pixels
 
 IMAGES = range(23)
@@ -82,7 +82,7 @@ def test_the_device_works_on_one_set_while_the_host_goes_on_with_the_other():
         spent.update(device=0.0, host=0.0)
         scheduler = Scheduler(Slow(3), SEARCH, num_slots=4, encode_batch=2, num_sets=num_sets)
         start = time.perf_counter()
-        for _ in scheduler.steps(itertools.starmap(Waiting, enumerate(pixels(*IMAGES)))):
+        for _ in scheduler.steps(itertools.starmap(Request, enumerate(pixels(*IMAGES)))):
             work("host")
         return time.perf_counter() - start
 
@@ -115,9 +115,9 @@ def test_nothing_is_done_after_an_error():
             raise ValueError("damaged")
 
     with DeviceQueue(Noting(0), in_thread=True) as device:
-        later = device.encode(np.zeros((1, 1, 1, 3), np.uint8))
-        device.admit(None, 0, later, 0)
-        for call in (device.step(None, None), later):
+        future = device.encode(np.zeros((1, 1, 1, 3), np.uint8))
+        device.admit(None, 0, future, 0)
+        for call in (device.step(None, None), future):
             with pytest.raises(ValueError, match="damaged"):
                 call.wait()
     assert done == []
@@ -135,7 +135,7 @@ def test_slots_that_stay_empty_make_no_cache_grow(num_sets):
 
     def images():
         for number in range(200):
-            yield Waiting(number, pixels(number)[0])
+            yield Request(number, pixels(number)[0])
             yield from [None] * 23
 
     search = replace(SEARCH, num_beams=2)
@@ -163,7 +163,7 @@ def test_what_ended_early_keeps_no_cache(num_sets, end):
             return super().step(cache, inputs)
 
     scheduler = Scheduler(Failing(3), SEARCH, num_slots=4, encode_batch=2, num_sets=num_sets)
-    steps = scheduler.steps(itertools.starmap(Waiting, enumerate(pixels(*IMAGES))))
+    steps = scheduler.steps(itertools.starmap(Request, enumerate(pixels(*IMAGES))))
     try:
         for _, _ in zip(range(12), steps, strict=False):
             pass

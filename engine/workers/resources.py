@@ -12,7 +12,7 @@ from engine.runtime import CPU_BACKENDS, Runtime, Workers
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerResources:
     """`threads` for one worker, the cores it is bound to (none: to all that this process has), the GPU that is its own
     by its name here, and what its environment has besides.
     """
@@ -23,7 +23,7 @@ class Share:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def shares_of(runtime: Runtime, workers: Workers) -> list[Share]:
+def plan_workers(runtime: Runtime, workers: Workers) -> list[WorkerResources]:
     """Return the share of each worker process, none where captions are made in this one.
 
     `runtime` names what `auto` means here. Raises UsageError where backend, cores or GPUs are not there for it.
@@ -42,10 +42,13 @@ def shares_of(runtime: Runtime, workers: Workers) -> list[Share]:
         what = "cores" if runtime.threads is None else "threads"
         raise UsageError(f"{count} processes cannot share {threads} {what}: ask for fewer --processes")
     replace(runtime, threads=threads // count)  # refuses more streams than one of them has threads
-    return [Share(number, cores) for number, cores in zip(_divide(threads, count), core_shares(count), strict=True)]
+    return [
+        WorkerResources(number, cores)
+        for number, cores in zip(_divide(threads, count), core_shares(count), strict=True)
+    ]
 
 
-def _on_gpus(runtime: Runtime, workers: Workers) -> list[Share]:
+def _on_gpus(runtime: Runtime, workers: Workers) -> list[WorkerResources]:
     """Return a share for each GPU. The worker sees no other, so that its first one is the one that is meant."""
     if runtime.backend in CPU_BACKENDS:
         raise UsageError(f"--devices are GPUs, which the backend {runtime.backend} does not use: leave one of them out")
@@ -56,7 +59,7 @@ def _on_gpus(runtime: Runtime, workers: Workers) -> list[Share]:
         raise UsageError(f"there is no cuda:{missing[0]}, only {there}: look at nvidia-smi and {VISIBLE}")
     threads = _divide(runtime.threads or available_cores(), len(workers.gpus))
     return [
-        Share(max(1, number), device=f"cuda:{gpu}", environment={VISIBLE: gpus[gpu]})
+        WorkerResources(max(1, number), device=f"cuda:{gpu}", environment={VISIBLE: gpus[gpu]})
         for gpu, number in zip(workers.gpus, threads, strict=True)
     ]
 

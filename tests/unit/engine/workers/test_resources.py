@@ -9,24 +9,30 @@ import pytest
 from engine.backends import providers
 from engine.errors import UsageError
 from engine.runtime import Runtime, Workers
-from engine.workers import shares
+from engine.workers import resources
 from engine.workers.driver import describe
-from engine.workers.shares import Share, shares_of
+from engine.workers.resources import WorkerResources, plan_workers
 
 FOUR = (frozenset({0, 1}), frozenset({2, 3}))
 
 
 @pytest.fixture(autouse=True)
 def _five_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "available_cores", lambda: 5)
-    monkeypatch.setattr(shares, "core_shares", lambda count: list(FOUR[:count]))
+    monkeypatch.setattr(resources, "available_cores", lambda: 5)
+    monkeypatch.setattr(resources, "core_shares", lambda count: list(FOUR[:count]))
 
 
 def test_processes_share_cores_and_threads():
-    assert shares_of(Runtime("cpu"), Workers(processes=2)) == [Share(3, FOUR[0]), Share(2, FOUR[1])]
-    assert shares_of(Runtime("cpu", threads=2), Workers(processes=2)) == [Share(1, FOUR[0]), Share(1, FOUR[1])]
-    assert shares_of(Runtime("cpu"), Workers()) == []
-    assert describe(shares_of(Runtime("cpu"), Workers(processes=2))) == "2 worker processes with 5 threads in all"
+    assert plan_workers(Runtime("cpu"), Workers(processes=2)) == [
+        WorkerResources(3, FOUR[0]),
+        WorkerResources(2, FOUR[1]),
+    ]
+    assert plan_workers(Runtime("cpu", threads=2), Workers(processes=2)) == [
+        WorkerResources(1, FOUR[0]),
+        WorkerResources(1, FOUR[1]),
+    ]
+    assert plan_workers(Runtime("cpu"), Workers()) == []
+    assert describe(plan_workers(Runtime("cpu"), Workers(processes=2))) == "2 worker processes with 5 threads in all"
 
 
 @pytest.mark.parametrize(
@@ -41,9 +47,9 @@ def test_processes_share_cores_and_threads():
     ],
 )
 def test_what_cannot_be_is_refused(runtime, workers, said, monkeypatch):
-    monkeypatch.setattr(shares, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(resources, "visible_gpus", lambda: ["0", "1"])
     with pytest.raises(UsageError, match=said):
-        shares_of(runtime, workers)
+        plan_workers(runtime, workers)
 
 
 class Driver:
@@ -66,7 +72,7 @@ def test_a_worker_sees_the_gpu_that_is_meant_here_and_no_other(visible, seen, mo
         monkeypatch.delenv(providers.VISIBLE, raising=False)
     else:
         monkeypatch.setenv(providers.VISIBLE, visible)
-    first, second = shares_of(Runtime("cuda"), Workers(devices="cuda:0,cuda:2"))
+    first, second = plan_workers(Runtime("cuda"), Workers(devices="cuda:0,cuda:2"))
     assert [first.environment, second.environment] == [{providers.VISIBLE: name} for name in seen]
     assert (first.threads, second.threads, first.cores) == (3, 2, frozenset())
     assert describe([first, second]) == "2 worker processes on cuda:0, cuda:2"
