@@ -114,12 +114,12 @@ class Scheduler:
 
 
 class _QueuedRequest(NamedTuple, Generic[Key]):
-    """A queued request, one per copy of an image: owner (key and copy number), Start, encoded batch, index in it."""
+    """A queued request, one per copy of an image: owner (key and copy number), Start, encoded batch, position in it."""
 
     owner: tuple[Key, int]
     start: Start | None
     encoded: Future[Encoded]
-    index: int
+    position: int
 
 
 class _RequestQueue(Generic[Key]):
@@ -143,9 +143,9 @@ class _RequestQueue(Generic[Key]):
             if not batch:
                 return None
             encoded = device.encode(np.stack([image.pixels for image in batch]))
-            for index, image in enumerate(batch):
+            for position, image in enumerate(batch):
                 owners = ((image.key, copy) for copy in range(self._copies))
-                self._waiting += [_QueuedRequest(owner, image.start, encoded, index) for owner in owners]
+                self._waiting += [_QueuedRequest(owner, image.start, encoded, position) for owner in owners]
         return self._waiting.popleft()
 
     def _pull(self) -> list[Arrival[Key]]:
@@ -207,7 +207,7 @@ class _Slots(Generic[Key]):
                 break
             self.owners[slot] = request.owner
             # at once, because `encoded` is valid only until the next batch is encoded
-            self.device.admit(self.cache, slot, request.encoded, request.index)
+            self.device.admit(self.cache, slot, request.encoded, request.position)
             if self.search.sampling is not None:  # each drawn caption has its own random generator
                 self.generators[slot] = generator(self.search.sampling.seed, *request.owner)
             filled.append(slot)

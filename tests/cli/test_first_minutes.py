@@ -16,7 +16,7 @@ from tests.helpers.tiny import random_pictures
 from train.__main__ import main as train
 
 CACHES = ("XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_DATA_HOME")
-NOTE = "the embedded demo model, which knows T1-weighted head MRI and nothing else"
+NOTE = "the embedded demo model is used, which only knows T1-weighted head MRI"
 
 
 def run(*arguments: object) -> click.testing.Result:

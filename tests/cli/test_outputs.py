@@ -192,7 +192,7 @@ def test_sidecars_of_all_modes(run, images, captions):
     (images / "000.txt").write_text("kept\n")
     first = run("--sidecar")
     assert first.exit_code == 0, first.output
-    assert "sidecars: 7 written, 1 left as they were" in first.stderr
+    assert "sidecars: 7 written, 1 unchanged" in first.stderr
     assert texts(images) == {name: f"{text}\n" for name, text in some(captions).items()} | {"000": "kept\n"}
     assert run("--sidecar", "overwrite").exit_code == 0
     assert texts(images) == {name: f"{text}\n" for name, text in some(captions).items()}
@@ -219,7 +219,7 @@ def test_sidecars_of_an_update_follow_the_pictures(run, images, pictures, captio
     assert run("--sidecar", "overwrite", "--update").exit_code == 0
     shutil.copy(pictures / "020.png", images / "003.png")
     result = run("--sidecar", "overwrite", "--update")
-    assert "sidecars: 1 written, 7 left as they were" in result.stderr
+    assert "sidecars: 1 written, 7 unchanged" in result.stderr
     assert texts(images)["003"] == f"{captions['020']}\n"
 
 
@@ -230,7 +230,7 @@ def test_sidecars_of_an_update_follow_the_pictures(run, images, pictures, captio
         (("--n-best-out", "{images}/003.txt"), "would overwrite --n-best-out"),
         (("--input", "{images}/003.txt"), "named twice|would overwrite the input"),
         (("--sidecar-dir", "{images}/no/where"), "no does not exist, create it first"),
-        (("--sidecar-dir", "{images}/003.png"), "003.png is not a folder that is writable"),
+        (("--sidecar-dir", "{images}/003.png"), "003.png is not a writable folder"),
     ],
 )
 def test_sidecars_that_would_do_harm_are_refused_before_the_run(run, images, tmp_path, more, sentence):

@@ -201,8 +201,8 @@ def test_short_of_memory_it_goes_on_with_fewer_images_side_by_side(
     arguments = command(tmp_path / "images", tiny_bundle, tmp_path / "run.csv", "--rows", "24")[3:]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert "memory is short with 8 images side by side: going on with 4" in result.stderr
-    assert "memory is short with 4 images side by side: going on with 2" in result.stderr
+    assert "memory is short with 8 images in parallel: continuing with 4" in result.stderr
+    assert "memory is short with 4 images in parallel: continuing with 2" in result.stderr
     assert (tmp_path / "run.csv").read_bytes() == undisturbed
 
 

@@ -32,10 +32,10 @@ def test_options_know_what_was_given():
     assert asked.replace(num_beams=2, top_k=50).given == {"num_beams", "prompt", "top_k"}
     everything = DecodeOptions(num_beams=2).over({})
     assert everything.over({"num_beams": 3, "max_length": 64}) == everything
-    with pytest.raises(UsageError, match="3 captions an image need at least as many beams, not 1"):
+    with pytest.raises(UsageError, match="3 captions per image need at least as many beams, not 1"):
         DecodeOptions(num_return_sequences=3).over({})
     assert DecodeOptions(num_return_sequences=3).over({"num_beams": 3}).num_return_sequences == 3
-    with pytest.raises(UsageError, match="top_k: only for drawn captions"):
+    with pytest.raises(UsageError, match="top_k: only for sampling"):
         DecodeOptions(top_k=50).over({})
     with pytest.raises(UsageError, match="unknown decoding options: beams"):
         DecodeOptions().over({"beams": 3})
@@ -113,21 +113,21 @@ def test_banned_words_take_the_place_of_a_bundles_and_none_take_them_away():
 def test_where_and_how_a_bundle_runs_is_checked_at_once():
     with pytest.raises(UsageError, match=f"unknown backend 'gpu': choose one of {', '.join(BACKENDS)}"):
         Runtime("gpu")
-    with pytest.raises(UsageError, match="plans and CUDA graphs are for the backend trt, not for cpu"):
+    with pytest.raises(UsageError, match="--plans and --cuda-graphs are for the backend trt, not for cpu"):
         Runtime("cpu", cuda_graphs=True)
     with pytest.raises(UsageError, match="bf16 is for the backends cpu and openvino, not for trt"):
         Runtime("trt", cpu_precision="bf16")
     with pytest.raises(UsageError, match="cpu_precision must be fp32 or bf16, not 'fp8'"):
         Runtime("cpu", cpu_precision="fp8")
-    with pytest.raises(UsageError, match="--ray-actors is how many workers --ray has"):
+    with pytest.raises(UsageError, match="--ray-actors is the number of workers on a Ray cluster"):
         Workers(actors=2)
-    with pytest.raises(UsageError, match="--ray has workers of its own, see --ray-actors: leave --processes"):
+    with pytest.raises(UsageError, match="--ray starts its workers on the cluster: remove --processes"):
         Workers("local", processes=2)
-    with pytest.raises(UsageError, match="--devices is one worker process a GPU: leave --processes out"):
+    with pytest.raises(UsageError, match="--devices starts one worker process per GPU: remove --processes"):
         Workers(processes=2, devices="cuda:0")
-    with pytest.raises(UsageError, match="--devices cuda:0, cuda:00 names a GPU twice"):
+    with pytest.raises(UsageError, match="--devices cuda:0, cuda:00 lists a GPU twice"):
         Workers(devices="cuda:0, cuda:00")
     for none in ("gpu", "cuda", "0,1", "cuda:0,", "cuda:-1", "cpu", ""):
-        with pytest.raises(UsageError, match=r"--devices takes GPUs of this machine, cuda:0,cuda:1, not '"):
+        with pytest.raises(UsageError, match=r"--devices expects GPUs such as cuda:0,cuda:1, not '"):
             Workers(devices=none)
     assert Workers(devices="cuda:0, cuda:3").gpus == [0, 3]

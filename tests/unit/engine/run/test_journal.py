@@ -173,7 +173,7 @@ def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OutputError, match=r"No space left on device: make room and run the same command again"):
+    with pytest.raises(OutputError, match=r"No space left on device: free disk space and run the same command again"):
         journal.append({"id": 1})
     monkeypatch.setattr(os, "write", write)
     journal.append({"id": 2})

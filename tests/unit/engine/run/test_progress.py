@@ -32,7 +32,7 @@ def test_the_time_left_is_right_from_the_start(shortest, longest):
         now = float(second)
         while times[done] <= now:
             done += 1
-            pace.tell(done)
+            pace.update(done)
         if (left := pace.left_s) is not None:
             shown.append((second, left / (times[-1] - now)))
     assert shown[0][0] < 0.25 * times[-1]
@@ -45,12 +45,12 @@ def test_nothing_is_said_before_the_first_wave_is_over():
     pace = Pace(600, lambda: now)
     assert str(pace) == ""
     now = 10.0
-    pace.tell(1)
+    pace.update(1)
     assert str(pace) == ""
     for wave in range(1, 6):
         now = 10.0 * wave
         for done in range(20 * wave - 18, 20 * wave + 1):
-            pace.tell(done)
+            pace.update(done)
     assert str(pace) == "2.00 images/s, about 4 min left"
 
 

@@ -104,7 +104,7 @@ def test_what_must_not_be_written_is_found_before_the_run(tmp_path, monkeypatch,
         kept = {tmp_path / "a.txt": "the list"}
     else:
         monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UsageError, match=r"a.txt|not a folder that is writable") as raised:
+    with pytest.raises(UsageError, match=r"a.txt|not a writable folder") as raised:
         check_sidecars(paths, mode, None, kept)
     assert "\n" not in str(raised.value)
 

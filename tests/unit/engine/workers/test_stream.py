@@ -111,7 +111,7 @@ def test_short_of_memory_a_stream_says_so_and_loses_nothing(images, tiny_caption
 
     monkeypatch.setattr(tiny_captioner.backend, "step", tight)
     said = list(CaptionStream(tiny_captioner, options, rows=12).caption(images))
-    assert "memory is short with 4 images side by side: going on with 2" in said
+    assert "memory is short with 4 images in parallel: continuing with 2" in said
     assert sorted(answer.id for answer in said if isinstance(answer, Caption)) == [
         image.id for image in images if image.id != "05"
     ]
