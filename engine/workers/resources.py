@@ -1,4 +1,4 @@
-"""What each worker process of a machine has: threads, and cores or a GPU of its own."""
+"""Divide threads and cores, or GPUs, among the worker processes of a machine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from engine.runtime import CPU_BACKENDS, Runtime, Workers
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """`threads` for one worker, the cores it is bound to (none: to all that this process has), the GPU that is its own
-    by its name here, and what its environment has besides.
+    """What one worker process may use.
+
+    threads      number of CPU threads
+    cores        cores that the process is bound to; empty: all of this process
+    device       name of its GPU on this machine, such as cuda:1; empty without one
+    environment  additional environment variables
     """
 
     threads: int
@@ -24,9 +28,10 @@ class WorkerResources:
 
 
 def plan_workers(runtime: Runtime, workers: Workers) -> list[WorkerResources]:
-    """Return the share of each worker process, none where captions are made in this one.
+    """Return the resources of each worker process; an empty list if this process makes the captions.
 
-    `runtime` names what `auto` means here. Raises UsageError where backend, cores or GPUs are not there for it.
+    `runtime` has the backend that `auto` stands for. Raises UsageError if the backend, the cores or the GPUs do not
+    allow these workers.
     """
     if workers.devices is not None:
         return _on_gpus(runtime, workers)
@@ -34,14 +39,14 @@ def plan_workers(runtime: Runtime, workers: Workers) -> list[WorkerResources]:
         return []
     if runtime.backend not in CPU_BACKENDS:
         raise UsageError(
-            f"--processes are for the backends cpu and openvino, not for {runtime.backend}: add --backend cpu, or name "
+            f"--processes are for the backends cpu and openvino, not for {runtime.backend}: add --backend cpu, or list "
             "GPUs with --devices"
         )
     count, threads = workers.processes, runtime.threads or available_cores()
     if count > threads:
         what = "cores" if runtime.threads is None else "threads"
-        raise UsageError(f"{count} processes cannot share {threads} {what}: ask for fewer --processes")
-    replace(runtime, threads=threads // count)  # refuses more streams than one of them has threads
+        raise UsageError(f"{count} processes need at least as many {what}, not {threads}: lower --processes")
+    replace(runtime, threads=threads // count)  # raises UsageError if there are more streams than threads per worker
     return [
         WorkerResources(number, cores)
         for number, cores in zip(_divide(threads, count), core_shares(count), strict=True)
@@ -49,14 +54,16 @@ def plan_workers(runtime: Runtime, workers: Workers) -> list[WorkerResources]:
 
 
 def _on_gpus(runtime: Runtime, workers: Workers) -> list[WorkerResources]:
-    """Return a share for each GPU. The worker sees no other, so that its first one is the one that is meant."""
+    """Return the resources of a worker per GPU. It sees no other GPU, so that its first device is the requested one."""
     if runtime.backend in CPU_BACKENDS:
-        raise UsageError(f"--devices are GPUs, which the backend {runtime.backend} does not use: leave one of them out")
+        raise UsageError(
+            f"--devices are GPUs, which the backend {runtime.backend} does not use: remove one of the two options"
+        )
     gpus = visible_gpus()
     missing = [number for number in workers.gpus if number >= len(gpus)]
     if missing:
-        there = ", ".join(f"cuda:{number}" for number in range(len(gpus)))
-        raise UsageError(f"there is no cuda:{missing[0]}, only {there}: look at nvidia-smi and {VISIBLE}")
+        available = ", ".join(f"cuda:{number}" for number in range(len(gpus)))
+        raise UsageError(f"there is no cuda:{missing[0]}, only {available}: check nvidia-smi and {VISIBLE}")
     threads = _divide(runtime.threads or available_cores(), len(workers.gpus))
     return [
         WorkerResources(max(1, number), device=f"cuda:{gpu}", environment={VISIBLE: gpus[gpu]})

@@ -131,7 +131,7 @@ def test_killed_workers_images_are_done_again(image_dir, tiny_bundle, tmp_path, 
     assert result.exit_code == 0, result.stderr
     assert len(started) == 5
     assert result.stderr.count("died (SIGKILL)") == 3
-    assert "images are done again" in result.stderr
+    assert "images are retried" in result.stderr
     assert not bound[0] & bound[1], "the workers have cores of their own"
     assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes()
     assert not any(is_running(one.pid) for one in started)
@@ -155,7 +155,7 @@ def test_a_picture_that_kills_its_workers_is_one_that_cannot_be_read(
     (folder / "zz_poison.png").symlink_to(image_dir / "image_000.png")
     result = caption(folder, tiny_bundle, tmp_path / "run.csv", *TWO, "--allow-missing")
     assert result.exit_code == 0, result.stderr
-    assert f"unreadable: {folder}/zz_poison.png: the process that was to caption it died each time" in result.stderr
+    assert f"unreadable: {folder}/zz_poison.png: its worker process died each time" in result.stderr
     assert 3 <= len(started) <= 4, "it kills two workers, and the second is not missed where it was the last image"
     assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes() + b'zz_poison,""\n'
 
@@ -163,7 +163,12 @@ def test_a_picture_that_kills_its_workers_is_one_that_cannot_be_read(
 @pytest.mark.parametrize(
     ("preparation", "exit_code", "said", "starts"),
     [
-        ("import os; os._exit(3)", 1, "no worker process lives, the last ones died 5 times in a row (exit code 3)", 10),
+        (
+            "import os; os._exit(3)",
+            1,
+            "no worker process is left, the last one died 5 times in a row (exit code 3)",
+            10,
+        ),
         (
             "import engine.workers.worker as s; s.open_backends = lambda *_: s.missing",
             1,
@@ -247,7 +252,7 @@ def test_each_worker_sees_the_gpu_that_is_its_own(image_dir, tiny_bundle, tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--processes", "2", "--threads", "1"], "2 processes cannot share 1 threads: ask for fewer --processes"),
+        (["--processes", "2", "--threads", "1"], "2 processes need at least as many threads, not 1: lower --processes"),
         (["--processes", "2", "--threads", "2", "--streams", "2"], "2 streams need at least as many threads, not 1"),
         (["--processes", "2", "--ray"], "--ray starts its workers on the cluster"),
         (["--devices", "gpu"], "--devices expects GPUs such as cuda:0,cuda:1, not 'gpu'"),

@@ -307,15 +307,15 @@ def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there():
         raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379") from AuthenticationError("missing")
 
     fake = SimpleNamespace(init=refuse, exceptions=SimpleNamespace(RayError=RuntimeError))
-    with pytest.raises(EngineError, match=r"10.0.0.1:6379 wants a token: set RAY_AUTH_MODE=token, .*ray/auth_token"):
+    with pytest.raises(EngineError, match=r"10.0.0.1:6379 requires a token: set RAY_AUTH_MODE=token, .*ray/auth_token"):
         _connect(fake, "10.0.0.1:6379")
 
 
 @pytest.mark.parametrize(
     ("options", "exit_code", "said"),
     [
-        (["--ray", "127.0.0.1:1"], 1, "no Ray cluster answers at 127.0.0.1:1: Connection refused"),
-        (["--ray", "nowhere"], 2, "--ray takes HOST:PORT"),
+        (["--ray", "127.0.0.1:1"], 1, "no Ray cluster responds at 127.0.0.1:1: Connection refused"),
+        (["--ray", "nowhere"], 2, "--ray expects HOST:PORT"),
         (["--ray-actors", "2"], 2, "give both, or neither"),
         (["--ray", "--backend", "gpu"], 2, "unknown backend 'gpu'"),
         (["--ray", "--backend", "cpu", "--cuda-graphs"], 2, "are for the backend trt, not for cpu"),

@@ -73,7 +73,8 @@ def test_several_streams_say_what_one_says(tiny_bundle):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [({"backend": "cuda"}, "for the backend cpu"), ({"threads": 2}, "at least as many threads, not 2")]
+    ("wrong", "said"),
+    [({"backend": "cuda"}, "for the backend cpu"), ({"threads": 2}, "at least as many threads, not 2")],
 )
 def test_streams_that_cannot_be_are_refused(wrong, said):
     with pytest.raises(UsageError, match=said):

@@ -41,8 +41,8 @@ def test_processes_share_cores_and_threads():
         (Runtime("cuda"), Workers(processes=2), "are for the backends cpu and openvino, not for cuda"),
         (Runtime("cpu"), Workers(devices="cuda:0"), "--devices are GPUs, which the backend cpu does not use"),
         (Runtime("openvino"), Workers(devices="cuda:0"), "--devices are GPUs, which the backend openvino does not use"),
-        (Runtime("cpu"), Workers(processes=6), "6 processes cannot share 5 cores: ask for fewer --processes"),
-        (Runtime("cpu", threads=1), Workers(processes=2), "2 processes cannot share 1 threads"),
+        (Runtime("cpu"), Workers(processes=6), "6 processes need at least as many cores, not 5: lower --processes"),
+        (Runtime("cpu", threads=1), Workers(processes=2), "2 processes need at least as many threads, not 1"),
         (Runtime("trt"), Workers(devices="cuda:1,cuda:2"), "no cuda:2, only cuda:0, cuda:1"),
     ],
 )
