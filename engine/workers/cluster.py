@@ -482,8 +482,8 @@ class ClusterSource:
         return options
 
     def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
-        """See Source. Ray replaces a worker that dies and repeats its block. Images that are missing in the end are sent
-        again.
+        """See Source. Ray replaces a worker that dies and repeats its block. Images that are missing at the end are
+        sent again.
         """
         self._order = replace(self._order, options=options, prompts=pending.prompts)
         while missing := list(pending.remaining()):

@@ -25,7 +25,7 @@ def finish_times(shortest: int, longest: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("shortest", "longest"), [(20, 20), (8, 20), (5, 40)])
-def test_the_time_left_is_right_from_the_start(shortest, longest):
+def test_time_left_is_right_from_the_start(shortest, longest):
     times, now = finish_times(shortest, longest), 0.0
     pace, shown, done = Pace(IMAGES, lambda: now), [], 0
     for second in range(int(0.9 * times[-1])):
@@ -40,7 +40,7 @@ def test_the_time_left_is_right_from_the_start(shortest, longest):
     assert shown[-1][1] == pytest.approx(1, abs=0.35)
 
 
-def test_nothing_is_said_before_the_first_wave_is_over():
+def test_no_speed_before_the_first_wave_is_over():
     now = 0.0
     pace = Pace(600, lambda: now)
     assert str(pace) == ""

@@ -46,7 +46,7 @@ def test_processes_share_cores_and_threads():
         (Runtime("trt"), Workers(devices="cuda:1,cuda:2"), "no cuda:2, only cuda:0, cuda:1"),
     ],
 )
-def test_what_cannot_be_is_refused(runtime, workers, said, monkeypatch):
+def test_impossible_workers_are_refused(runtime, workers, said, monkeypatch):
     monkeypatch.setattr(resources, "visible_gpus", lambda: ["0", "1"])
     with pytest.raises(UsageError, match=said):
         plan_workers(runtime, workers)
@@ -66,7 +66,7 @@ class Driver:
 @pytest.mark.parametrize(
     ("visible", "seen"), [(None, ["0", "2"]), ("5, GPU-3f,7", ["5", "7"]), ("5,6,7,-1,8", ["5", "7"])]
 )
-def test_a_worker_sees_the_gpu_that_is_meant_here_and_no_other(visible, seen, monkeypatch):
+def test_worker_sees_only_its_gpu(visible, seen, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver())
     if visible is None:
         monkeypatch.delenv(providers.VISIBLE, raising=False)

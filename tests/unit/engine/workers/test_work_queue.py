@@ -15,12 +15,12 @@ def images(count: int) -> list[ImageFile]:
     return [ImageFile(str(number), Path(f"{number}.png")) for number in range(count)]
 
 
-def test_a_small_run_is_for_all_workers():
+def test_small_run_is_divided_among_all_workers():
     queue = WorkQueue(images(10), 2)
     assert [len(queue.give(worker, 100)) for worker in (0, 1, 0, 1)] == [5, 5, 0, 0]
 
 
-def test_a_worker_is_kept_as_full_as_it_wants_and_never_fuller():
+def test_worker_never_holds_more_than_it_wants():
     queue = WorkQueue(images(1000), 2)
     held = {worker: queue.give(worker, 40) for worker in (0, 1)}
     assert [len(batch) for batch in held.values()] == [40, 40]
@@ -32,7 +32,7 @@ def test_a_worker_is_kept_as_full_as_it_wants_and_never_fuller():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_image_is_answered_once_but_the_poisonous_ones_which_end(seed):
+def test_every_image_is_answered_or_given_up_once(seed):
     chance = random.Random(seed)
     count, workers, wants = chance.randint(1, 900), chance.randint(1, 5), chance.randint(1, 200)
     poison = {str(number) for number in chance.sample(range(count), min(count, chance.randint(0, 3)))}
@@ -61,7 +61,7 @@ def test_every_image_is_answered_once_but_the_poisonous_ones_which_end(seed):
     assert deaths <= len(poison) * (2 if wants <= TRIALS else 3)
 
 
-def test_an_image_that_was_held_alone_gets_a_second_worker():
+def test_image_held_alone_is_retried_once():
     queue = WorkQueue(images(1), 1)
     (image,) = queue.give(0, 5)
     assert queue.died(0) == ([image], None)
