@@ -71,7 +71,7 @@ def caption_timed(corpus: Path, out: Path, beams: int) -> tuple[list[float], Sam
     start = time.perf_counter()
     options = DecodeOptions(num_beams=beams, no_repeat_ngram_size=NGRAM, max_new_tokens=MAX_NEW_TOKENS)
     inputs, outputs = Inputs((corpus,)), Outputs(out, resume=False)
-    caption_directory(inputs, outputs, asked=options, say=lambda _: None, progress=progress)
+    caption_directory(inputs, outputs, requested=options, log=lambda _: None, progress=progress)
     return [stamp - start for stamp in stamps], samples, peak_memory_gib() or 0.0
 
 

@@ -1,4 +1,4 @@
-"""The search that options mean for a bundle, and where the captions of images with prompts of their own start."""
+"""Captioner, the Python API: load a bundle and caption images, equal ones only once, in order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from engine.captions import Alternative, Caption
 from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Hypothesis, Search, Start
 from engine.decoding.resolve import resolve_search
-from engine.decoding.scheduler import NOTHING_YET, Arrival, Scheduler, Waiting
+from engine.decoding.scheduler import NOTHING_YET, Arrival, Request, Scheduler
 from engine.errors import BundleError, ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
 from engine.inputs.images import ImageFile
@@ -36,11 +36,11 @@ from engine.runtime import Runtime
 
 
 def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions) -> Search:
-    """Resolve options over a bundle's settings; raise UsageError where they do not fit it."""
+    """Return the Search of options that override a bundle's settings. Raises UsageError if they do not fit it."""
     options = options.over(bundle.generation)
     if options.repetition_penalty != 1.0 and bundle.format < WITH_PENALTIES:
         raise UsageError(
-            f"{bundle.path} was exported before its decoder knew a repetition penalty: export its checkpoint again"
+            f"{bundle.path} was exported before its decoder supported a repetition penalty: export its checkpoint again"
         )
     return resolve_search(
         options,
@@ -55,28 +55,29 @@ def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptio
 def searches_for(
     bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions, prompts: Mapping[str, str] | None
 ) -> tuple[Search, dict[str, Start] | None]:
-    """Return the search that has room for all images, and where their captions start, by id (None: all alike).
+    """Return a search that is long enough for all prompts, and each image's Start by id (None: the search's own).
 
-    Raises UsageError for options or a prompt that do not fit the bundle.
+    Raises UsageError if an option or a prompt does not fit the bundle.
     """
     if not prompts:
         return search_for(bundle, tokenizer, options), None
     if options.prompt:
-        raise UsageError("a prompt for all images and prompts for each of them exclude each other: give one")
-    of_prompt = {
+        raise UsageError("one prompt for all images and a prompt per image exclude each other: give one")
+    search_of = {
         prompt: search_for(bundle, tokenizer, options.replace(prompt=prompt))
         for prompt in sorted(set(prompts.values()))
     }
-    search = max(of_prompt.values(), key=lambda one: one.max_length)
-    return search, {name: of_prompt[prompt].start for name, prompt in prompts.items()}
+    # the searches only differ in their prompts and lengths: the longest has room for all
+    search = max(search_of.values(), key=lambda search: search.max_length)
+    return search, {name: search_of[prompt].start for name, prompt in prompts.items()}
 
 
 REMEMBERED = 4096
-"""Distinct images whose captions are kept for repeats: a few megabytes."""
+"""Number of distinct images whose captions are kept for repeats; they take a few megabytes."""
 
 
 class Repeats:
-    """Equal pixels are captioned once; the last REMEMBERED captions are kept, so that memory does not grow."""
+    """Cache of captions by pixels, so that equal images are captioned once; it keeps the last REMEMBERED ones."""
 
     def __init__(self) -> None:
         self._waiting: dict[bytes, list[tuple[int, str, str | None, float]]] = {}
@@ -84,15 +85,15 @@ class Repeats:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether any image waits for a caption."""
+        """Whether any image is waiting for a caption."""
         return bool(self._waiting)
 
     def known(self, digest: bytes) -> tuple[Alternative, ...] | None:
-        """Return what was said of these pixels, None where nothing was."""
+        """Return the caption of these pixels, or None if it is not known yet."""
         return self._known.get(digest)
 
     def wait(self, digest: bytes, index: int, name: str, file_sha256: str | None = None) -> bool:
-        """Let image `index` wait for the caption of these pixels; return whether it is the first that does."""
+        """Make image `index` wait for the caption of these pixels; return whether it is the first that waits for it."""
         self._waiting.setdefault(digest, []).append((index, name, file_sha256, time.perf_counter()))
         return len(self._waiting[digest]) == 1
 
@@ -101,24 +102,24 @@ class Repeats:
         now = time.perf_counter()
         self._known[digest] = alternatives
         if len(self._known) > REMEMBERED:
-            del self._known[next(iter(self._known))]
+            del self._known[next(iter(self._known))]  # dicts keep their order: the oldest
         for index, name, file_sha256, since in self._waiting.pop(digest):
             yield index, Caption(name, alternatives, latency_s=now - since, file_sha256=file_sha256)
 
 
 class InOrder:
-    """Hands out captions in the order of their images."""
+    """Puts captions that finish in any order into the order of their images."""
 
     def __init__(self) -> None:
         self._early: dict[int, Caption] = {}
         self._next = 0
 
     def add(self, index: int, caption: Caption) -> None:
-        """Take in the caption of image `index`."""
+        """Add the caption of image `index`."""
         self._early[index] = caption
 
     def ready(self) -> Iterator[Caption]:
-        """Yield the captions whose turn it is."""
+        """Yield the captions that are next in order."""
         while self._next in self._early:
             yield self._early.pop(self._next)
             self._next += 1
@@ -127,15 +128,15 @@ class InOrder:
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
 
 MOST_CLIPPED = 1000
-"""Names that `Captioner.clipped` keeps."""
+"""Maximum number of names that `Captioner.clipped` keeps."""
 AHEAD = 4
-"""Images read ahead for each reader, or for each one of a batch to encode, of which there are more on a GPU."""
+"""Images read ahead per reader thread, or per image of an encoder batch if that is larger, as on a GPU."""
 FEWEST_READERS = 4
-"""Threads that decode images at least, else one a core: Pillow releases the interpreter lock meanwhile."""
+"""Minimum number of threads that decode images, otherwise one per core: Pillow releases the GIL while decoding."""
 
 
 class _Reading(NamedTuple):
-    """What Captioner.caption was asked about reading; see there."""
+    """Arguments of Captioner.caption that concern reading images."""
 
     on_error: Callable[[ImageError], None] | None
     on_note: Callable[[ImageNote], None] | None
@@ -144,8 +145,13 @@ class _Reading(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """An image: its id, pixels u8[height,width,3] or why it cannot be read, their digest, the sha256 of its file, and
-    what was dropped.
+    """An image that was read, or that cannot be read.
+
+    name         id
+    pixels       u8[height,width,3], or the error
+    digest       sha256 of the pixels
+    file_sha256  sha256 of the file in hexadecimal, or None if there is no file
+    notes        what was dropped, such as transparency
     """
 
     name: str
@@ -156,18 +162,24 @@ class _Read(NamedTuple):
 
 
 class Captioner:
-    """A loaded bundle, ready to caption.
+    """A loaded bundle, ready to caption images.
 
-    It can be pickled and copied: the copy loads the same bundle again. As a context manager it is closed at the end.
+    A captioner can be pickled and copied; the copy loads the same bundle again. As a context manager it closes itself.
+
+        with Captioner.load("bundle") as captioner:
+            for caption in captioner.caption(["a.png", "b.png"], num_beams=4):
+                print(caption.id, caption.text)
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *more_backends: Backend, threads: int | None = None) -> None:
-        """`threads` is how many cores are this captioner's; all of them when None. With `more_backends`, all of the
-        same bundle, each decodes a set of the images.
+        """Create a captioner from open parts; use `load` instead.
+
+        `threads` is the number of cores it may use (None: all). With `more_backends`, which must have loaded the same
+        bundle, the images are divided among the backends.
         """
         self._readers = max(FEWEST_READERS, threads or available_cores())
         self.clipped: list[str] = []
-        """Names of the images of the latest call of which values above 255 became white; at most MOST_CLIPPED."""
+        """Names of images of the latest call with values above 255, which became white; at most MOST_CLIPPED."""
         self._origin: tuple[BundlePlace | None, Runtime] | None = None
         self._is_closed = False
         self.bundle = bundle
@@ -189,12 +201,18 @@ class Captioner:
         plans: Path | str | None = None,
         cuda_graphs: bool = False,
     ) -> Captioner:
-        """Load a bundle from a directory or a URI (the embedded demo when None), with `threads` CPU threads.
+        """Load a bundle from a directory or a URI (None: the embedded demo).
 
-        Several bundles caption together: in each step the mean of their log-probabilities counts, by `weights`.
-        `streams` is for the backend `cpu`, `cpu_precision` (fp32 or bf16, which is not parity) for `cpu` and
-        `openvino`, `plans` and `cuda_graphs` are for `trt`. Raises BundleError, BackendError or UsageError; see
-        open_bundle and open_backends.
+        Several bundles are averaged: each step uses the mean of their log-probabilities, weighted by `weights`.
+
+        backend        auto, cpu, openvino, cuda, tensorrt or trt; auto takes a GPU if one works, else the CPU
+        threads        number of CPU threads (None: all cores)
+        streams        number of parallel decoding streams, for `cpu`
+        cpu_precision  fp32, or bf16 (captions may differ), for `cpu` and `openvino`
+        plans          folder written by `engine plan`, for `trt`
+        cuda_graphs    whether to replay decoding steps as CUDA graphs, for `trt`
+
+        Raises BundleError, BackendError or UsageError, see open_bundle and open_backends.
         """
         folder = None if plans is None else Path(plans)
         runtime = Runtime(
@@ -205,14 +223,15 @@ class Captioner:
             plans=folder,
             cuda_graphs=cuda_graphs,
         )
-        several = [] if bundle is None else [bundle] if isinstance(bundle, Location | str) else bundle
-        places = [location(one) if isinstance(one, str) else one for one in several]
-        return cls.open(place_of(places, weights), runtime)
+        bundles = [] if bundle is None else [bundle] if isinstance(bundle, Location | str) else bundle
+        locations = [location(entry) if isinstance(entry, str) else entry for entry in bundles]
+        return cls.open(place_of(locations, weights), runtime)
 
     @classmethod
     def open(cls, bundle: BundlePlace | None, runtime: Runtime) -> Captioner:
-        """Load a bundle, or several that caption together, for a runtime; see load."""
-        name = require_backend(runtime.backend, runtime.cpu_precision)  # what is missing is said at once
+        """Load a bundle, or several that are averaged, for a runtime; see load."""
+        # before the bundle is read, so that a missing library is reported at once
+        name = require_backend(runtime.backend, runtime.cpu_precision)
         runtime = replace(runtime, backend=name)
         checked = open_place(bundle)
         captioner = cls(checked, *open_backends(checked, runtime), threads=runtime.threads)
@@ -221,11 +240,11 @@ class Captioner:
 
     def __reduce__(self) -> tuple[Callable[..., Captioner], tuple[BundlePlace | None, Runtime, str]]:
         if self._origin is None:
-            raise TypeError("this captioner was built from open parts and cannot be pickled: use Captioner.load")
+            raise TypeError("this captioner was created from open parts and cannot be pickled: use Captioner.load")
         return _reopen, (*self._origin, self.bundle.digest)
 
     def close(self) -> None:
-        """Free the model's memory, once captions that are being read have come to their end; close again at will."""
+        """Free the model's memory, as soon as captions that are being read are finished. Closing twice is allowed."""
         self._is_closed = True
         self._more_backends = ()
         if "backend" in self.__dict__:
@@ -250,32 +269,33 @@ class Captioner:
         live: bool = False,
         **given: Any,
     ) -> Iterator[Caption]:
-        """Caption images (paths, ImageFiles, Pillow images, arrays u8[h,w,3]) and yield a Caption each, in order.
+        """Caption images (paths, ImageFiles, Pillow images, arrays u8[h,w,3]); yield one Caption per image, in order.
 
         Keywords (num_beams=4) override `options`, which override the bundle's settings, which override Hugging Face's
-        defaults, as on the command line. `prompts` are the texts captions start with, by the ids of their images,
-        for all of them, instead of one for all. `rows` is how many beams are decoded in parallel, None what suits
-        device, bundle and memory. On a GPU, or with streams, one such iteration at a time: the device works ahead of
-        what is read.
+        defaults, as on the command line.
 
-        Images are read ahead of the captions, so a source must not wait for one. With `live` it may: images are taken
-        from it in a thread of its own, and what has arrived is captioned while it waits. `rows=8` then keeps the time
-        of a single image short.
+        rows            number of beams in flight (None: what suits device, bundle and memory)
+        prompts         the text that each caption starts with, by image id, for every image; instead of one `prompt`
+        on_error        gets the ImageError of each unreadable image, which is skipped; without it the error is raised
+        on_note         gets what was dropped from an image: transparency, values above 255, further frames
+        high_bit_depth  how images with more than 8 bits per channel, or floats, become 8 bits: "scale" (the image's own
+                        range), "LOW,HIGH" or "clip" (values above 255 become white). By default files are clipped as on
+                        the command line, and such Pillow images and arrays raise ImageError
+        live            whether `images` may wait for captions, see below
 
-        `high_bit_depth` says how more than 8 bits a channel, or floats, become 8 bits: "scale" (the image's own range),
-        "LOW,HIGH" or "clip" (values above 255 white). Without it, paths are clipped as on the command line, and Pillow
-        images and arrays of such numbers are refused.
+        Images are read ahead of the captions, so that `images` must not wait for a caption. With `live` it may: a
+        separate thread reads from it, and images that have arrived are captioned while it waits. Then `rows=8` keeps
+        the latency of a single image low.
 
-        An unreadable image raises ImageError, or is passed to `on_error` and left out. `on_note` gets what was dropped
-        from an image that was read: transparency, values above 255, further frames. Options that do not fit the bundle
-        raise UsageError at once, not at the first caption.
+        On a GPU, or with streams, only one iteration may run at a time, because the device works ahead of it. Options
+        that do not fit the bundle raise UsageError at the call, not at the first caption.
         """
         if self._is_closed:
             raise UsageError("this captioner is closed: load it again")
         if isinstance(images, str | Path | Image.Image | np.ndarray):
-            raise UsageError("caption takes several images: put a single one into a list")
+            raise UsageError("caption expects an iterable of images: put a single image into a list")
         if high_bit_depth is not None:
-            window_of(high_bit_depth)  # refuses what is neither a word nor a window
+            window_of(high_bit_depth)  # raises UsageError for an invalid value
         options = (options or DecodeOptions()).replace(**given)
         search, starts = self.searches(options, prompts)
         reading = _Reading(on_error, on_note, high_bit_depth, live)
@@ -290,10 +310,11 @@ class Captioner:
         reading: _Reading,
     ) -> Iterator[Caption]:
         repeats, captions = Repeats(), InOrder()
-        known_before = NOTHING_YET if reading.live else None  # of a live source its caption must leave at once
+        # NOTHING_YET returns control at once, so that a live source gets a known caption without delay
+        known_before = NOTHING_YET if reading.live else None
 
         def arrivals() -> Iterator[Arrival[bytes]]:
-            """Yield what has to be decoded, None for what was met before: the same pixels with the same start."""
+            """Yield a Request for each image to decode, None for pixels that were seen before with the same start."""
             index = -1
             for image in self._read(enumerate(images), reading, may_wait=lambda: not repeats.is_waiting):
                 if image is None:
@@ -302,17 +323,17 @@ class Captioner:
                 index, (name, pixels, digest, file_sha256) = index + 1, image
                 start = search.start if starts is None else starts.get(name)
                 if start is None:
-                    raise UsageError(f"no prompt is given for {name}: an empty one is none")
+                    raise UsageError(f"image {name} has no prompt (an empty one does not count): add one")
                 key = digest if start == search.start else digest + repr(start.prompt).encode()
                 if (known := repeats.known(key)) is not None:
                     captions.add(index, Caption(name, known, latency_s=0.0, file_sha256=file_sha256))
                     yield known_before
                 else:
                     is_first = repeats.wait(key, index, name, file_sha256)
-                    yield Waiting(key, pixels, start) if is_first else None
+                    yield Request(key, pixels, start) if is_first else None
 
         if self._is_running and self.batch_sizes.sets > 1:
-            raise UsageError("this captioner is captioning already: read those captions to their end first")
+            raise UsageError("this captioner is already captioning: read those captions to the end first")
         self._is_running, self.clipped = True, []
         try:
             for closed in self.scheduler(search, rows).steps(arrivals()):
@@ -326,17 +347,17 @@ class Captioner:
 
     @property
     def batch_sizes(self) -> BatchSizes:
-        """What keeps all backends of this captioner busy."""
+        """Batch sizes that keep all backends of this captioner busy."""
         sizes, streams = self.backend.batch_sizes, 1 + len(self._more_backends)
         return sizes if streams == 1 else replace(sizes, rows=streams * sizes.rows, sets=streams)
 
     @property
     def images_ahead(self) -> int:
-        """How many images are read before they are decoded, at most."""
+        """Maximum number of images that are read ahead of decoding."""
         return AHEAD * max(self._readers, self.backend.batch_sizes.encode_batch)
 
     def scheduler(self, search: Search, rows: int | None = None) -> Scheduler:
-        """Return a scheduler with as many slots as `rows` beams need; None means what suits device and memory."""
+        """Return a scheduler with slots for `rows` beams in flight (None: what suits device and memory)."""
         batch_sizes = self.batch_sizes
         slots = slots_for(search, self.bundle.models, batch_sizes, rows=rows)
         sets = min(slots, batch_sizes.sets)
@@ -350,7 +371,7 @@ class Captioner:
         )
 
     def search(self, options: DecodeOptions) -> Search:
-        """Resolve options over this bundle's settings; raise UsageError where they do not fit it."""
+        """Return the Search of options that override the bundle's settings. Raises UsageError if they do not fit it."""
         return search_for(self.bundle, self.tokenizer, options)
 
     def searches(
@@ -362,9 +383,10 @@ class Captioner:
     def _read(
         self, sources: Iterable[tuple[int, ImageSource]], reading: _Reading, may_wait: Callable[[], bool]
     ) -> Iterator[tuple[str, NDArray[np.uint8], bytes, str | None] | None]:
-        """Yield id, pixels u8[height,width,3], their digest and the file's sha256 of the readable images.
+        """Read images ahead in threads; yield (id, pixels u8[height,width,3], their digest, the file's sha256).
 
-        They are read ahead in threads. Yield None while a live source has nothing and `may_wait()` is false.
+        Unreadable images are skipped or raised, see caption. Yields None while a live source has no image and
+        `may_wait()` is false.
         """
         spec = self.bundle.image
 
@@ -383,12 +405,12 @@ class Captioner:
             return _Read(name, pixels, _digest(pixels), sha256[-1] if sha256 else None, named)
 
         bounds = {"threads": self._readers, "window": self.images_ahead}
-        found: Iterator[_Read | None]
+        images: Iterator[_Read | None]
         if reading.live:
-            found = read_live(read, sources, may_wait=may_wait, **bounds)
+            images = read_live(read, sources, may_wait=may_wait, **bounds)
         else:
-            found = read_ahead(read, sources, **bounds)
-        for image in found:
+            images = read_ahead(read, sources, **bounds)
+        for image in images:
             if image is None:
                 yield None
                 continue
@@ -412,8 +434,8 @@ class Captioner:
         return Alternative(detokenise(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
 
 
-class Todo(Protocol):
-    """Images that wait for captions."""
+class PendingImages(Protocol):
+    """The images of a run that still need a caption, as a Source sees them."""
 
     def remaining(self) -> Iterator[ImageFile]:
         """Yield the images that have neither a caption nor failed."""
@@ -421,15 +443,15 @@ class Todo(Protocol):
 
     @property
     def prompts(self) -> Mapping[str, str] | None:
-        """The text each image's caption starts with, by id; None where they have one in common, or none."""
+        """The text that each caption starts with, by image id; None if there is one for all images, or none at all."""
         ...
 
     def has(self, image_id: str) -> bool:
-        """Return whether an image has its caption."""
+        """Return whether an image already has a caption."""
         ...
 
     def fail(self, error: ImageError) -> None:
-        """Note an image that cannot be read."""
+        """Record an image that cannot be read."""
         ...
 
 
@@ -442,37 +464,37 @@ def caption_within_memory(
     on_error: Callable[[ImageError], None],
     on_note: Callable[[ImageNote], None],
     rows: int | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Iterator[Caption]:
-    """Caption what remains; where memory does not suffice, go on with half as many images side by side.
+    """Caption the `remaining` images; if memory runs out, continue with half as many images in parallel.
 
-    `remaining` is asked again then, and must leave out what has been yielded; `say` gets a note of it before.
-    Unreadable images go to `on_error`, what was dropped from the others to `on_note`.
+    `remaining` is then called again and must not return images whose captions were yielded; `log` gets a note first.
+    Raises OutOfMemoryError if memory does not suffice for one image. See Captioner.caption for the other arguments.
     """
     search, _ = captioner.searches(options, prompts)
-    num_slots = captioner.scheduler(search, rows).side_by_side
+    num_slots = captioner.scheduler(search, rows).concurrency
     while True:
-        gc.collect()  # an error holds on to the frames it came through, and these to the keys that did not fit
+        # the error of the last attempt holds its frames, and these the KV cache that did not fit: free them first
+        gc.collect()
         try:
             rows = num_slots * search.num_beams
-            images = remaining()
             yield from captioner.caption(
-                images, options, rows=rows, prompts=prompts, on_error=on_error, on_note=on_note
+                remaining(), options, rows=rows, prompts=prompts, on_error=on_error, on_note=on_note
             )
             return
         except (OutOfMemoryError, MemoryError) as error:
             if num_slots == 1:
-                reason = f" ({error})" if str(error) else ""  # a MemoryError of Python itself has no words
+                reason = f" ({error})" if str(error) else ""  # Python's own MemoryError has no message
                 raise OutOfMemoryError(
                     f"there is not enough memory for one image at a time{reason}: close other programs, or raise the "
-                    "memory limit (ulimit -v, a container's)"
+                    "memory limit (`ulimit -v`, or the container's)"
                 ) from error
-            say(f"memory is short with {num_slots} images side by side: going on with {num_slots // 2}")
+            log(f"memory is short with {num_slots} images in parallel: continuing with {num_slots // 2}")
             num_slots //= 2
 
 
 def _digest(pixels: NDArray[np.uint8]) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(pixels).reshape(-1).data).digest()  # without the interpreter lock
+    return hashlib.sha256(np.ascontiguousarray(pixels).reshape(-1).data).digest()  # releases the GIL
 
 
 def _identify(number: int, source: ImageSource, depth: str | None) -> tuple[str, ImageInput, dict[str, Any]]:
@@ -484,7 +506,7 @@ def _identify(number: int, source: ImageSource, depth: str | None) -> tuple[str,
 
 
 def _reopen(bundle: BundlePlace | None, runtime: Runtime, digest: str) -> Captioner:
-    """Load the captioner of a pickle. Raises BundleError if the bundle is not the pickled one any more."""
+    """Load the captioner of a pickle. Raises BundleError if the bundle has changed since."""
     captioner = Captioner.open(bundle, runtime)
     if captioner.bundle.digest != digest:
         raise BundleError(f"{captioner.bundle.path} is not the bundle that was pickled: load it with Captioner.load")

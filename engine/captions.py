@@ -1,4 +1,4 @@
-"""What a model says of an image: data only, so that everything may know it."""
+"""Caption and Alternative, the results of captioning. Plain data, which every module may import."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Alternative:
-    """One hypothesis of an image as text; see Hypothesis for the numbers."""
+    """One hypothesis for an image as text; see Hypothesis for `ids`, `sum_log_prob` and `score`."""
 
     text: str
     raw_text: str
@@ -18,12 +18,15 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Caption:
-    """The caption of one image: its best alternative, and all num_return_sequences of them, best first.
+    """The caption of one image. `text`, `raw_text`, `ids` and `score` are those of the best alternative.
 
-    `text` is detokenised, `raw_text` is what transformers' tokenizer.decode gives for the same `ids`. `latency_s` is
-    the seconds from when the decoded image was taken in until its caption was complete, beside others that share the
-    device; 0 where the same pixels were captioned shortly before, None where it was not measured. `file_sha256` is the
-    sha256 of the file that was read, in hexadecimal; None for an image that was not read from a file.
+    id            the image's id
+    alternatives  num_return_sequences hypotheses, best first
+    text          detokenised text
+    raw_text      text as transformers' tokenizer.decode returns it for the same `ids`
+    latency_s     seconds from when the image was read until its caption was finished, while other images share the
+                  device; 0 if the same pixels were captioned shortly before, None if it was not measured
+    file_sha256   sha256 of the file in hexadecimal, or None if the image was not read from a file
     """
 
     id: str

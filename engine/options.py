@@ -1,6 +1,6 @@
-"""How an option is declared, once: its flag, help and limits; any dataclass may have such fields.
+"""Declare an option once, with its flag, help and limits, as a field of any dataclass.
 
-Command line, checks, signature and a bundle's generation settings all read the declarations.
+The command line, the checks, the signature and a bundle's generation settings are all built from these declarations.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from engine.errors import UsageError
 
 @dataclass(frozen=True)
 class Option:
-    """What is said of an option beside its type.
+    """The declaration of an option, except its type.
 
-    `flag` is its name on the command line, empty where it has none. Numbers lie between `least` and `most`; `choices`
-    are the values by their names on the command line. With `bare` the flag may stand without a value and means that;
-    `metavar` is how help shows the value. With `sampling` the option only counts where captions are drawn; without
-    `in_bundle` a bundle cannot carry it.
+    default    value if the option is not given
+    flag       name on the command line; empty if the option has none
+    help       one line for `--help` and docs/commands.md
+    least      smallest allowed number
+    most       largest allowed number
+    choices    allowed values by their names on the command line
+    bare       value of the flag if it is given without one
+    metavar    how `--help` shows the value
+    sampling   whether the option only applies to sampling (`do_sample`)
+    in_bundle  whether a bundle's generation settings may contain the option
     """
 
     default: Any
@@ -34,11 +40,14 @@ class Option:
     in_bundle: bool = True
 
     def fits(self, value: Any, kind: str) -> bool:
-        """Return whether a value is of the type `kind` (the annotation) and within the limits."""
+        """Return whether a value has the type `kind` (the annotation) and is within the limits."""
         if value is None:
             return "None" in kind
         if self.choices is not None:
-            return any(value is one or (isinstance(one, str) and value == one) for one in self.choices.values())
+            # `is`, not ==: True == 1, so that 1 would pass for a choice of True
+            return any(
+                value is choice or (isinstance(choice, str) and value == choice) for choice in self.choices.values()
+            )
         if kind.startswith("tuple["):
             return isinstance(value, tuple) and all(_fits_entry(entry, kind) for entry in value)
         types = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}[kind.split(" | ")[0]]
@@ -49,7 +58,7 @@ class Option:
         )
 
     def wanted(self, kind: str) -> str:
-        """Return in words what fits."""
+        """Describe the allowed values for an error message, such as `a whole number of at least 1`."""
         if self.choices is not None:
             return " or ".join([", ".join(list(self.choices)[:-1]), list(self.choices)[-1]])
         if kind.startswith("tuple["):
@@ -65,207 +74,247 @@ LISTED = {
     "tuple[int, ...]": "a list of token ids",
     "tuple[tuple[int, ...], ...]": "a list of lists of token ids",
 }
-"""Kinds of lists and what they are called."""
+"""Descriptions of the list types, for error messages."""
 
 
 def as_tuples(value: Any) -> Any:
-    """Return lists, those within lists too, as tuples; JSON has no tuples, and options must not change."""
+    """Convert lists, nested ones included, to tuples: JSON has no tuples, and options must be immutable."""
     return tuple(as_tuples(entry) for entry in value) if isinstance(value, list | tuple) else value
 
 
 def _fits_entry(entry: Any, kind: str) -> bool:
-    """Return whether an entry fits the list `kind`: token ids are whole numbers of at least 0."""
+    """Return whether an entry fits the list type `kind`: token ids are whole numbers of at least 0."""
     if kind.startswith("tuple[tuple"):
-        return isinstance(entry, tuple) and bool(entry) and all(_fits_entry(one, "tuple[int, ...]") for one in entry)
+        return (
+            isinstance(entry, tuple) and bool(entry) and all(_fits_entry(token, "tuple[int, ...]") for token in entry)
+        )
     return isinstance(entry, str) if kind.startswith("tuple[str") else type(entry) is int and entry >= 0
 
 
 def option(default: Any = MISSING, flag: str = "", help: str = "", **more: Any) -> Any:  # noqa: A002
-    """Declare a field of a dataclass as an option; `more` are fields of Option. Without a default it is required."""
+    """Declare a dataclass field as an option; `more` are fields of Option. Without a default the option is required."""
     return field(default=default, metadata={"option": Option(default, flag, help, **more)})
 
 
 def declared(options: type) -> dict[str, tuple[Option, str]]:
-    """Return the declared options of a dataclass and their types as written, by the names of their fields."""
-    return {one.name: (one.metadata["option"], str(one.type)) for one in fields(options) if "option" in one.metadata}
+    """Return {field name: (Option, annotation as a string)} for the options that a dataclass declares."""
+    return {
+        entry.name: (entry.metadata["option"], str(entry.type))
+        for entry in fields(options)
+        if "option" in entry.metadata
+    }
 
 
 DEFAULT_NEW_TOKENS = 20
-"""New tokens when nothing says otherwise (transformers 4.57, GenerationMixin._prepare_generated_length)."""
+"""Maximum number of new tokens by default (transformers 4.57, GenerationMixin._prepare_generated_length)."""
 
 MAX_LENGTH_PENALTY = 10
-"""Beyond it a length of 512 tokens raised to the penalty nears the limits of float32."""
+"""Above it, 512 tokens raised to the power of the penalty approaches the limits of float32."""
 MIN_LENGTH_PENALTY = -5
-"""Below it scores fall under the -1e9 by which beam search marks its placeholders, and captions would be empty."""
+"""Below it, scores drop below -1e9, which marks the placeholders of beam search, and captions would be empty."""
 
 MIN_PENALTY, MAX_PENALTY = 0.01, 100.0
-"""Hugging Face takes any number above 0; beyond these, words said before are certain or impossible."""
+"""Hugging Face accepts any number above 0. Outside this range repeated tokens become certain or impossible."""
 
 MIN_TEMPERATURE = 0.01
-"""Below it nothing but the likeliest word is left: that is greedy decoding."""
+"""Below it only the most likely token remains, which is greedy decoding."""
 MIN_TOP_P = 1e-9
-"""Hugging Face takes any number above 0; one as small leaves the likeliest word alone, too."""
+"""Hugging Face accepts any number above 0. A value this small already leaves only the most likely token."""
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How captions are decoded; names and meaning are Hugging Face's. Checked on construction (UsageError).
+    """How captions are decoded, with Hugging Face's names and meanings. Raises UsageError for invalid values.
 
-    It knows which options were given: `over` lays these over a bundle's generation settings, and those over the
-    defaults here, which are Hugging Face's. None is not given. With `do_sample`, `num_return_sequences` captions are
-    drawn with one beam each. `max_length` and `min_length` count the prompt, `max_new_tokens` and `min_new_tokens` do
-    not and win where both are given. `bad_words` are texts and win over `bad_words_ids`, which are what a checkpoint
-    holds; lists are taken for tuples.
+    An object records which options were given: explicit options override a bundle's generation settings, which
+    override the defaults here, which are Hugging Face's (see `over`). None means not given; lists become tuples.
+
+    * With `do_sample`, `num_return_sequences` captions are sampled with one beam each.
+    * `max_length` and `min_length` include the prompt. `max_new_tokens` and `min_new_tokens` do not, and override them.
+    * `bad_words` are strings. They override `bad_words_ids`, the token ids that a checkpoint contains.
+
+        DecodeOptions(num_beams=4, max_new_tokens=50)
     """
 
-    num_beams: int = option(1, "--beams", "Beams; 1 is greedy.", least=1)
-    no_repeat_ngram_size: int = option(0, "--no-repeat-ngram", "Never repeat an n-gram of this size; 0: off.", least=0)
+    num_beams: int = option(1, "--beams", "Number of beams; 1 is greedy search.", least=1)
+    no_repeat_ngram_size: int = option(
+        0, "--no-repeat-ngram", "Never repeat an n-gram of this many tokens; 0 is off.", least=0
+    )
     repetition_penalty: float = option(
         1.0,
         "--repetition-penalty",
-        "Above 1 words said before, prompt included, lose.",
+        "Penalty for tokens that are already in the caption or its prompt; 1 is off, above 1 avoids repetition.",
         least=MIN_PENALTY,
         most=MAX_PENALTY,
     )
     bad_words: tuple[str, ...] | None = option(
-        None, "--bad-words", "File of words or phrases, one a line, that no caption holds.", in_bundle=False
+        None, "--bad-words", "Text file of words or phrases that no caption may contain, one per line.", in_bundle=False
     )
     bad_words_ids: tuple[tuple[int, ...], ...] | None = option(
-        None, help="The same as token ids; for bundles and Python."
+        None, help="Banned words as lists of token ids; only in bundles and Python, see bad_words."
     )
     suppress_tokens: tuple[int, ...] | None = option(
-        None, "--suppress-tokens", "Token ids no caption holds.", metavar="ID,ID"
+        None, "--suppress-tokens", "Token ids that no caption may contain, separated by commas.", metavar="ID,ID"
     )
     begin_suppress_tokens: tuple[int, ...] | None = option(
-        None, help="Token ids no caption begins with, behind the prompt; for bundles and Python."
+        None, help="Token ids that may not be the first token after the prompt; only in bundles and Python."
     )
     max_new_tokens: int | None = option(
-        None, "--max-new-tokens", "Most tokens a caption may add to the prompt.", least=1
+        None,
+        "--max-new-tokens",
+        "Maximum number of tokens per caption, prompt not counted; 20 if no maximum is set.",
+        least=1,
     )
     max_length: int | None = option(
-        None, help="Most tokens of a caption, prompt included; for bundles and Python.", least=2
+        None, help="Maximum number of tokens per caption, prompt included; only in bundles and Python.", least=2
     )
-    min_new_tokens: int | None = option(None, "--min-new-tokens", "Fewest tokens before a caption may end.", least=0)
-    min_length: int = option(0, help="Fewest tokens of a caption, prompt included; for bundles and Python.", least=0)
+    min_new_tokens: int | None = option(
+        None,
+        "--min-new-tokens",
+        "Minimum number of tokens per caption, prompt not counted; no minimum by default.",
+        least=0,
+    )
+    min_length: int = option(
+        0, help="Minimum number of tokens per caption, prompt included; only in bundles and Python.", least=0
+    )
     length_penalty: float = option(
         1.0,
         "--length-penalty",
-        "Above 0 favours long captions, below 0 short ones.",
+        "Beam search divides scores by length to this power: above 0 favours long captions, below 0 short ones.",
         least=MIN_LENGTH_PENALTY,
         most=MAX_LENGTH_PENALTY,
     )
     early_stopping: bool | Literal["never"] = option(
         False,
         "--early-stopping",
-        "When beam search may stop.",
+        "When beam search stops: `true` once it has as many captions as beams, `false` by a heuristic, `never` only "
+        "when no better caption is possible.",
         choices={"false": False, "true": True, "never": "never"},
     )
-    num_return_sequences: int = option(1, "--n-best", "Alternatives an image in --n-best-out.", least=1)
-    prompt: str | None = option(None, "--prompt", "Text every caption starts with.", in_bundle=False)
+    num_return_sequences: int = option(
+        1, "--n-best", "Captions per image in --n-best-out; beam search needs at least as many beams.", least=1
+    )
+    prompt: str | None = option(
+        None, "--prompt", "Text that every caption starts with; none by default.", in_bundle=False
+    )
     do_sample: bool = option(
         False,
         "--sample",
-        "Draw captions instead of searching (--beams 1).",
+        "Sample captions at random instead of searching for the best ones; needs one beam.",
         sampling=True,
         in_bundle=False,
     )
     temperature: float = option(
         1.0,
         "--temperature",
-        "Of --sample; below 1 likelier words gain.",
+        "Sampling temperature with --sample; below 1 sharpens the distribution.",
         least=MIN_TEMPERATURE,
         most=100,
         sampling=True,
         in_bundle=False,
     )
     top_k: int = option(
-        50, "--top-k", "Of --sample: only so many of the likeliest words.", least=1, sampling=True, in_bundle=False
+        50,
+        "--top-k",
+        "Sample only from the K most likely tokens, with --sample.",
+        least=1,
+        sampling=True,
+        in_bundle=False,
     )
     top_p: float = option(
         1.0,
         "--top-p",
-        "Of --sample: only the likeliest words that reach this probability.",
+        "Sample only from the most likely tokens that together reach this probability, with --sample; 1 is off.",
         least=MIN_TOP_P,
         most=1,
         sampling=True,
         in_bundle=False,
     )
     seed: int = option(
-        0, "--seed", "Of --sample: the same seed draws the same captions.", least=0, sampling=True, in_bundle=False
+        0,
+        "--seed",
+        "Random seed for --sample; the same seed gives the same captions.",
+        least=0,
+        sampling=True,
+        in_bundle=False,
     )
     given: frozenset[str] = field(default=frozenset(), kw_only=True, repr=False, compare=False)
-    """Names of the options that were given, at their default or not. dataclasses.replace keeps them."""
+    """Names of the options that were given explicitly, at their default or not. dataclasses.replace keeps them."""
 
     def __new__(cls, *values: Any, given: frozenset[str] | None = None, **named: Any) -> DecodeOptions:
-        """Note which options are named; in a copy that was told `given`, those and whatever is not at its default."""
+        """Record which options are given; in a copy (`given` is set) add those that differ from their defaults."""
         options = object.__new__(cls)
         named |= dict(zip(DECODE_OPTIONS, values, strict=False))
-        told = {name for name, value in named.items() if value is not None}
+        explicit = {name for name, value in named.items() if value is not None}
         if given is not None:
-            told = {name for name in told if named[name] != DEFAULTS.get(name)} | given
-        options.__dict__["_told"] = frozenset(told)
+            # dataclasses.replace passes every field, so that being passed does not mean that it was given
+            explicit = {name for name in explicit if named[name] != DEFAULTS.get(name)} | given
+        options.__dict__["_explicit"] = frozenset(explicit)
         return options
 
     def __post_init__(self) -> None:
-        self.__dict__["given"] = self.__dict__.pop("_told")
+        self.__dict__["given"] = self.__dict__.pop("_explicit")
         for name in LISTS:
             self.__dict__[name] = as_tuples(getattr(self, name))
         for name, (declaration, kind) in DECODE_OPTIONS.items():
             value = getattr(self, name)
             if not declaration.fits(value, kind):
                 raise UsageError(f"{name} must be {declaration.wanted(kind)}, not {value!r}")
-        if "num_beams" in self.given:  # otherwise a bundle may have a say in it, see `over`
+        if "num_beams" in self.given:  # otherwise the bundle may set it: `over` checks then
             self._check_together()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.clear()  # what __new__ noted of a copy that is unpickled
+        self.__dict__.clear()  # pickle calls __new__ without arguments, which records that nothing was given
         self.__dict__.update(state)
 
     def _check_together(self) -> None:
         """Raise UsageError for options that exclude each other."""
         if self.do_sample and self.num_beams > 1:
-            raise UsageError(f"drawn captions have one beam each, not {self.num_beams}: add --beams 1")
+            raise UsageError(f"sampling needs one beam, not {self.num_beams}: add --beams 1")
         if self.num_return_sequences > self.num_beams and not self.do_sample:
             raise UsageError(
-                f"{self.num_return_sequences} captions an image need at least as many beams, not {self.num_beams}"
+                f"{self.num_return_sequences} captions per image need at least as many beams, not {self.num_beams}: "
+                "raise --beams or lower --n-best"
             )
 
     def replace(self, **given: Any) -> DecodeOptions:
-        """Return a copy in which these are given, too."""
+        """Return a copy in which these options are given as well."""
         values = {name: getattr(self, name) for name in DECODE_OPTIONS} | given
         return DecodeOptions(**values, given=self.given | set(given))
 
     def over_given(self, others: DecodeOptions) -> DecodeOptions:
-        """Return what is given here over what is given in `others`."""
+        """Return `others` overridden by the options that are given here."""
         return others.replace(**{name: getattr(self, name) for name in self.given})
 
     def over(self, defaults: Mapping[str, Any]) -> DecodeOptions:
-        """Lay what is given over `defaults`, a bundle's generation settings, over our own; the result gives everything.
+        """Return the options in force: those given here override `defaults` (a bundle's generation settings), which
+        override Hugging Face's defaults. In the result every option is given.
 
-        A given max_new_tokens also beats a default max_length, and min_new_tokens a default min_length, as in
-        Hugging Face. Raises UsageError on a default with an unknown name or out of range, and where something was
-        given that would do nothing.
+        As in Hugging Face, max_new_tokens also overrides a default max_length, and min_new_tokens a default min_length.
+        Raises UsageError if a default has an unknown name or is out of range, or if a sampling option is given without
+        do_sample.
         """
         _refuse_unknown(defaults)
-        if self.bad_words is not None:  # they take the place of the bundle's
+        if self.bad_words is not None:  # they replace the bundle's
             if self.bad_words_ids is not None:
-                raise UsageError("bad_words and bad_words_ids say the same thing: give one of them")
+                raise UsageError("bad_words and bad_words_ids exclude each other: give one of them")
             defaults = {name: value for name, value in defaults.items() if name != "bad_words_ids"}
-        asked = {name: getattr(self, name) for name in self.given}
-        options = DecodeOptions(**{**DEFAULTS, **defaults, **asked}, given=frozenset(DECODE_OPTIONS))
-        idle = [name for name in DECODE_OPTIONS if name in self.given - {"do_sample"} and name in SAMPLING]
-        if idle and not options.do_sample and self.given != options.given:
-            raise UsageError(f"{', '.join(idle)}: only for drawn captions: add --sample --beams 1, or leave it out")
+        explicit = {name: getattr(self, name) for name in self.given}
+        options = DecodeOptions(**{**DEFAULTS, **defaults, **explicit}, given=frozenset(DECODE_OPTIONS))
+        unused = [name for name in DECODE_OPTIONS if name in self.given - {"do_sample"} and name in SAMPLING]
+        # options that are resolved already give everything, defaults of sampling included: they may be resolved again
+        if unused and not options.do_sample and self.given != options.given:
+            raise UsageError(f"{', '.join(unused)}: only for sampling: add --sample --beams 1, or remove the option")
         return options
 
     @property
     def most_banned(self) -> int:
-        """Return how many ids can be banned in one place, but for repeated n-grams and the end."""
+        """Maximum number of ids that can be banned at one position, not counting repeated n-grams and the end token."""
         listed = (self.bad_words, self.bad_words_ids, self.suppress_tokens, self.begin_suppress_tokens)
         return sum(len(ids) for ids in listed if ids)
 
     def in_force(self) -> dict[str, Any]:
-        """Return the options that decide the captions by name: not those of drawing where captions are searched for."""
+        """Return the options that affect the captions, by name: sampling options only with `do_sample`."""
         return {name: value for name, value in self.values().items() if self.do_sample or name not in SAMPLING}
 
     def values(self) -> dict[str, Any]:
@@ -274,26 +323,25 @@ class DecodeOptions:
         return {name: value for name, value in values.items() if value not in (None, ())}
 
     def max_total_length(self, prompt_length: int) -> int:
-        """Return the largest number of tokens a caption may have, prompt of `prompt_length` tokens included."""
+        """Return the maximum number of tokens of a caption, including a prompt of `prompt_length` tokens."""
         if self.max_new_tokens is None and self.max_length is not None:
             return self.max_length
         return prompt_length + (self.max_new_tokens or DEFAULT_NEW_TOKENS)
 
     def min_total_length(self, prompt_length: int) -> int:
-        """Return the number of tokens before which a caption may not end, prompt included."""
+        """Return the minimum number of tokens of a caption, including a prompt of `prompt_length` tokens."""
         return self.min_length if self.min_new_tokens is None else prompt_length + self.min_new_tokens
 
 
-def notes_on(asked: DecodeOptions, options: DecodeOptions, rows: int | None = None) -> list[str]:
-    """Return what has no effect of the options that were `asked` for, one sentence each.
+def notes_on(requested: DecodeOptions, options: DecodeOptions, rows: int | None = None) -> list[str]:
+    """Return a sentence for each `requested` option that has no effect. Hugging Face accepts such options and warns.
 
-    `options` are those in force, see `DecodeOptions.over`; `rows` is the number of beams in flight that was asked for.
-    Hugging Face takes such options and warns.
+    `options` are those in force, see `DecodeOptions.over`; `rows` is the requested number of beams in flight.
     """
-    idle = [name for name in BEAM_SEARCH if name in asked.given and getattr(asked, name) != DEFAULTS[name]]
+    unused = [name for name in BEAM_SEARCH if name in requested.given and getattr(requested, name) != DEFAULTS[name]]
     notes = []
-    if options.num_beams == 1 and idle:
-        notes.append(f"{' and '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect with one beam")
+    if options.num_beams == 1 and unused:
+        notes.append(f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect with one beam")
     if rows is not None and rows < options.num_beams:
         notes.append(
             f"--rows {rows} is less than the {options.num_beams} beams of one image: {options.num_beams} are used"
@@ -302,18 +350,18 @@ def notes_on(asked: DecodeOptions, options: DecodeOptions, rows: int | None = No
 
 
 BEAM_SEARCH = ("length_penalty", "early_stopping")
-"""Options that only count where there are several beams."""
+"""Options that only apply to two or more beams."""
 DECODE_OPTIONS = declared(DecodeOptions)
 DEFAULTS = {name: declaration.default for name, (declaration, _) in DECODE_OPTIONS.items()}
 LISTS = tuple(name for name, (_, kind) in DECODE_OPTIONS.items() if kind.startswith("tuple"))
 SAMPLING = tuple(name for name, (declaration, _) in DECODE_OPTIONS.items() if declaration.sampling)
-"""Options that say nothing where captions are searched for."""
+"""Options that only apply to sampling."""
 GENERATION_SETTINGS = tuple(name for name, (declaration, _) in DECODE_OPTIONS.items() if declaration.in_bundle)
-"""Options that a bundle carries where its checkpoint's differ from Hugging Face's."""
+"""Options that a bundle records if its checkpoint's values differ from Hugging Face's defaults."""
 
 
 def options_from(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> DecodeOptions:
-    """Lay `given` (None means not given) over `defaults`: DecodeOptions.over by name, unknown ones refused."""
+    """Return `defaults` overridden by `given`, by name (None means not given). Raises UsageError for unknown names."""
     _refuse_unknown(given)
     return DecodeOptions(**{name: value for name, value in given.items() if value is not None}).over(defaults)
 
@@ -321,5 +369,7 @@ def options_from(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Decod
 def _refuse_unknown(names: Iterable[str]) -> None:
     unknown = set(names) - set(DECODE_OPTIONS)
     if unknown:
-        listed = " ".join(", ".join(sorted(unknown)).split())[:200]  # a bundle's names, line breaks and all
+        listed = " ".join(", ".join(sorted(unknown)).split())[
+            :200
+        ]  # names from a bundle may be long and hold line breaks
         raise UsageError(f"unknown decoding options: {listed}")

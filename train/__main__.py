@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from engine.cli.shared import NAME, PATH, OneLineGroup, SectionCommand, column_options, say, takes
+from engine.cli.shared import NAME, PATH, OneLineGroup, SectionCommand, column_options, log, takes
 from engine.errors import EngineError, UsageError
 from engine.inputs.columns import Columns
 from engine.inputs.pixels import CLIP
@@ -152,7 +152,7 @@ def finetune(
         recipe=load_recipe(recipe, given),
         metrics=MetricInputs(weights=parse_weights(weights)),
     )
-    summary = plan_run(job, say) if dry_run else run(job, say)
+    summary = plan_run(job, log) if dry_run else run(job, log)
     if summary:
         click.echo(json.dumps(summary))
 
@@ -234,7 +234,7 @@ def sweep(
         decoding=decoding if tuning.tune else decoding.over_given(NO_REPEAT),
         **given,
     )
-    page, result = ("tuned.md", tune(job, tuning, say)) if tuning.tune else ("table1.md", run(job, say))
+    page, result = ("tuned.md", tune(job, tuning, log)) if tuning.tune else ("table1.md", run(job, log))
     click.echo((job.out / page).read_text(encoding="utf-8"), err=True)
     click.echo(json.dumps(result))
 
@@ -250,7 +250,7 @@ def average(run: Path, epochs: tuple[int, ...], last: int | None, best: int | No
     from train.learning.average import Choice
     from train.learning.average import average as write_average
 
-    click.echo(json.dumps(write_average(run, Choice(last, best, epochs), out, say)))
+    click.echo(json.dumps(write_average(run, Choice(last, best, epochs), out, log)))
 
 
 @main.command()
@@ -274,7 +274,7 @@ def inspect(
     is_sound = inspect_directory(
         data,
         out,
-        say,
+        log,
         model=model,
         decode=check_images,
         unpack_into=unpack_into,
@@ -296,9 +296,9 @@ def demo(out: Path, work: Path, examples: Path | None, seed: int) -> None:
     """Rebuild the demo checkpoint from packaged volumes and weights."""
     from train.demo.build import build_demo, write_examples
 
-    report = build_demo(out, work, say, seed=seed)
+    report = build_demo(out, work, log, seed=seed)
     if examples is not None:
-        say(f"{write_examples(work / 'pairs', examples)} example images in {examples}")
+        log(f"{write_examples(work / 'pairs', examples)} example images in {examples}")
     click.echo(json.dumps(report))
 
 

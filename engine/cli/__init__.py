@@ -1,4 +1,4 @@
-"""The command line: a module a group of commands; app.py holds them together, group.py their exit codes."""
+"""The command line: one module per group of commands; app.py combines them, shared.py reports their errors."""
 
 from engine.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The command line: arguments in, one call, an exit code out; heavy imports live inside the commands."""
+"""The `engine` command: each command parses its arguments and makes one call. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from engine.errors import UsageError
 from engine.version import __version__
 
 FIRST_STEPS = """\
-engine captions folders of images with a BLIP model. Begin with these:
+engine captions folders of images with a BLIP model. Start with these:
 
-  engine caption --input FOLDER --out run.csv             caption images; --bundle DIR is your own model
-  engine report --run run.csv --images FOLDER --out page  look at the captions in a browser
-  engine info                                             what is installed, what is missing, and why
+  engine caption --input FOLDER --out run.csv             caption images; --bundle DIR uses your own model
+  engine report --run run.csv --images FOLDER --out page  view the captions in a browser
+  engine info                                             show what is installed, what is missing, and why
 
-engine --help lists all commands, engine COMMAND --help the options of one."""
-"""What `engine` alone prints."""
+engine --help lists all commands, engine COMMAND --help the options of a command."""
+"""Printed by `engine` without a command."""
 
 
 @click.group(cls=OneLineGroup, invoke_without_command=True)
 @click.version_option(__version__)
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Caption directories of images with BLIP: the words of Hugging Face, without torch."""
+    """Caption directories of images with BLIP: the same captions as Hugging Face, without torch."""
     if context.invoked_subcommand is None:
         click.echo(FIRST_STEPS, err=True)
         context.exit(UsageError.exit_code)
-    warnings.filterwarnings("ignore", module=r"PIL\b")  # of pictures that are read nevertheless
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # warnings about images that can be read all the same
 
 
 for _command in (

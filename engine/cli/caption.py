@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.cli.shared import SectionCommand, bundles_option, rows_option, say, takes
+from engine.cli.shared import SectionCommand, bundles_option, log, rows_option, takes
 from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
 from engine.options import DecodeOptions
@@ -20,11 +20,11 @@ from engine.run.job import Inputs, Outputs
 from engine.run.pipeline import Pace
 from engine.runtime import Runtime, Workers
 
-if TYPE_CHECKING:  # it would load numpy, which the help does without
+if TYPE_CHECKING:  # avoids loading numpy for --help
     from engine.bundle.open import BundlePlace
 
 LOG_EVERY_S = 120.0
-"""Seconds between two lines of progress where standard error is not a terminal."""
+"""Seconds between two progress lines if standard error is not a terminal."""
 
 
 @click.command(cls=SectionCommand)
@@ -46,17 +46,17 @@ def caption(
 ) -> None:
     """Caption a directory of images into a CSV file.
 
-    What is not given comes from the bundle's generation settings, then from Hugging Face's defaults.
+    Decoding options override the bundle's generation settings, which override Hugging Face's defaults.
     """
     from engine.run.pipeline import caption_directory
     from engine.run.record import ReaderGoneError
 
     if as_json and outputs.is_stream:
-        raise UsageError("--json and --out - both write to standard output: leave one of them out")
+        raise UsageError("--json and --out - both write to standard output: remove one of them")
     if "num_return_sequences" in decoding.given and outputs.n_best_out is None:
-        raise UsageError("--n-best needs --n-best-out, the file for the alternatives")
+        raise UsageError("--n-best needs --n-best-out, the file for the captions")
     progress = _progress if bundle is not None else _progress_of_demo
-    if outputs.is_stream and sys.stdout is not None and sys.stdout.isatty():  # None: closed, refused further on
+    if outputs.is_stream and sys.stdout is not None and sys.stdout.isatty():  # None if closed, an error later
         progress = _no_bar
     try:
         summary = caption_directory(
@@ -67,47 +67,45 @@ def caption(
             rows=rows,
             runtime=runtime,
             workers=workers,
-            say=say,
+            log=log,
             progress=progress,
         )
     except ReaderGoneError:
         end(BROKEN_PIPE)
     where = "standard output" if outputs.is_stream else outputs.out
     new = summary.captions - summary.resumed
-    say(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {where}")
+    log(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {where}")
     if summary.empty:
-        say(
-            f"{summary.empty} of all {summary.captions} captions are empty: the model ended at once, or no hypothesis "
-            "was left by the options"
+        log(
+            f"{summary.empty} of all {summary.captions} captions are empty: the model ended them at once, or the "
+            "options ban every hypothesis"
         )
-    say(summary.signature)
+    log(summary.signature)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
 
 
 def _progress_of_demo(length: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Note, when nothing stands in the way of captioning any more, what the embedded demo does not know."""
-    say(
-        "note: no --bundle is given: this is the embedded demo model, which knows T1-weighted head MRI and nothing else"
-    )
+    """Log the limits of the embedded demo, but only once captioning starts: errors of the inputs come first."""
+    log("note: no --bundle is given: the embedded demo model is used, which only knows T1-weighted head MRI")
     return _progress(length)
 
 
 @contextmanager
 def _no_bar(length: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001
-    """Nothing, where captions themselves appear on the terminal."""
+    """Show no progress: the captions themselves appear on the terminal."""
     yield lambda _: None
 
 
 def _progress(length: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar on a terminal, lines in a log."""
+    """Show a progress bar on a terminal, or lines in a log file."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     return _progress_bar(length) if is_terminal else _progress_lines(length)
 
 
 @contextmanager
 def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with images/s and the time left, once these are known."""
+    """Show a bar on stderr with images/s and the time left, once these are known."""
     pace, shown = Pace(length), 0
 
     def speed(_: object) -> str:
@@ -118,34 +116,34 @@ def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
         label="captioning",
         file=sys.stderr,
         show_pos=True,
-        show_eta=False,  # click's own counts images that are still in parallel as not begun
+        show_eta=False,  # click's estimate counts images in flight as not started; Pace has a better one
         item_show_func=speed,
     ) as bar:
 
-        def tell(done: int) -> None:
+        def update(done: int) -> None:
             nonlocal shown
-            pace.tell(done)
+            pace.update(done)
             bar.update(done - shown, done)
             shown = done
 
-        yield tell
+        yield update
 
 
 @contextmanager
 def _progress_lines(length: int) -> Iterator[Callable[[int], None]]:
-    """A line on stderr at the start and every LOG_EVERY_S seconds, also while no image finishes."""
+    """Log a line to stderr at the start and every LOG_EVERY_S seconds, even while no image finishes."""
     pace, ended = Pace(length), threading.Event()
 
-    def log() -> None:
-        with suppress(OSError, ValueError):  # standard error was closed
+    def repeat() -> None:
+        with suppress(OSError, ValueError):  # standard error may be closed
             while not ended.wait(LOG_EVERY_S):
-                say(f"captioning: {pace.done} of {length} images{f', {pace}' if str(pace) else ''}")
+                log(f"captioning: {pace.done} of {length} images{f', {pace}' if str(pace) else ''}")
 
-    say(f"captioning {length} image{'' if length == 1 else 's'}")
-    logger = threading.Thread(target=log, name="progress", daemon=True)
-    logger.start()
+    log(f"captioning {length} image{'' if length == 1 else 's'}")
+    thread = threading.Thread(target=repeat, name="progress", daemon=True)
+    thread.start()
     try:
-        yield pace.tell
+        yield pace.update
     finally:
         ended.set()
-        logger.join()
+        thread.join()

@@ -1,4 +1,4 @@
-"""The commands about a bundle and this machine: verify, bench, plan, info; see app.py for the others."""
+"""The commands that check a bundle or this machine: verify, bench, plan, info."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from engine.cli.shared import (
     SectionCommand,
     bundle_option,
     bundles_option,
+    log,
     printable,
     rows_option,
-    say,
     takes,
 )
 from engine.errors import EngineError
@@ -25,14 +25,16 @@ from engine.inputs.remote import Location
 from engine.options import DecodeOptions
 from engine.runtime import Runtime
 
-if TYPE_CHECKING:  # it would load numpy, which the help does without
+if TYPE_CHECKING:  # avoids loading numpy for --help
     from engine.bundle.open import BundlePlace
 
 
 @click.command(cls=SectionCommand)
-@click.option("--input", "directory", type=PATH, help="Directory of images; synthetic ones when absent.")
-@click.option("--recursive", is_flag=True, help="Look for images in the folders of the directory, too.")
-@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Images to caption.")
+@click.option(
+    "--input", "directory", type=PATH, help="Directory of images to measure with; synthetic images by default."
+)
+@click.option("--recursive", is_flag=True, help="Also look for images in subfolders.")
+@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Number of images to caption.")
 @takes(decoding=DecodeOptions)
 @bundles_option
 @takes(runtime=Runtime)
@@ -46,16 +48,16 @@ def bench(
     runtime: Runtime,
     rows: int | None,
 ) -> None:
-    """Measure this machine's images/s; the last line is JSON."""
+    """Measure how many images/s this machine captions; the last line is JSON."""
     from engine.machine.bench import images_to_measure, measure_speed
 
     pictures = images_to_measure(directory, images, recursive=recursive)
     speed = measure_speed(bundle, pictures, decoding, runtime, rows=rows)
-    say(
-        f"{speed.images_per_s:.2f} images/s ({1 / speed.images_per_s:.3f} s an image) over {speed.images} images, "
-        f"{speed.side_by_side} side by side on {speed.cores} cores; loaded in {speed.load_s:.1f} s"
+    log(
+        f"{speed.images_per_s:.2f} images/s ({1 / speed.images_per_s:.3f} s per image) over {speed.images} images, "
+        f"{speed.side_by_side} in parallel on {speed.cores} cores; loaded in {speed.load_s:.1f} s"
     )
-    say(f"{speed.new_tokens_mean:.1f} new tokens a caption, {speed.new_tokens_most} at most: time grows with them")
+    log(f"{speed.new_tokens_mean:.1f} new tokens per caption, at most {speed.new_tokens_most}: time grows with them")
     click.echo(json.dumps(asdict(speed)))
 
 
@@ -64,13 +66,13 @@ def bench(
 @takes(runtime=Runtime, leaving_out=("cpu_precision",))
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON line.")
 def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
-    """Replay PyTorch's answers recorded in the bundle; exit 1 when one differs."""
+    """Replay the PyTorch outputs recorded in the bundle; exit with 1 if any differs."""
     from engine.backends import open_backend, require_backend
     from engine.bundle.open import open_bundle
     from engine.machine.verify import verify as replay
     from engine.machine.verify import verify_halves
 
-    require_backend(runtime.backend)  # before the bundle is hashed: what is missing is said at once
+    require_backend(runtime.backend)  # before the bundle is hashed, so that a missing library is reported at once
     loaded = open_bundle(bundle)
     backend = open_backend(loaded, runtime)
     checks = replay(loaded, backend) + verify_halves(loaded, runtime)
@@ -84,18 +86,22 @@ def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"backend": backend.name, "checks": [asdict(check) for check in checks]}))
     if not all(check.passed for check in checks):
-        raise EngineError(f"{loaded.path} does not say what PyTorch said at export: export it again, or report a bug")
+        raise EngineError(
+            f"{loaded.path} does not reproduce the PyTorch outputs recorded at export: export it again, or report a bug"
+        )
 
 
 @click.command()
 @bundle_option
-@click.option("--out", type=PATH, help="Folder for the plans; where `--backend trt` looks by itself when absent.")
-@click.option("--beams", type=click.IntRange(1), help="Most beams; the bundle's own when absent.")
-@click.option("--max-new-tokens", type=click.IntRange(1), help="Most new tokens; the bundle's own when absent.")
-@click.option("--rows", type=click.IntRange(1), default=1024, show_default=True, help="Most beams side by side.")
+@click.option("--out", type=PATH, help="Folder for the plans; by default the one where `--backend trt` looks.")
+@click.option("--beams", type=click.IntRange(1), help="Maximum number of beams; by default the bundle's.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Maximum number of new tokens; by default the bundle's.")
+@click.option(
+    "--rows", type=click.IntRange(1), default=1024, show_default=True, help="Maximum number of beams in flight."
+)
 @click.option("--builder", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt", show_default=True)
 @click.option(
-    "--compute-capability", help="Of tensorrt-rtx: the GPU to build for, as 8.0 or sm_80; this one when absent."
+    "--compute-capability", help="GPU to build for with tensorrt-rtx, such as 8.0 or sm_80; by default this machine's."
 )
 def plan(
     bundle: Location | None,
@@ -108,8 +114,8 @@ def plan(
 ) -> None:
     """Build TensorRT plans of a bundle for `--backend trt`.
 
-    TensorRT builds for the GPU it runs on. TensorRT-RTX needs none, and its plans run on any GPU of one compute
-    capability.
+    TensorRT builds for the GPU that it runs on. TensorRT-RTX needs no GPU, and its plans run on any GPU of one
+    compute capability.
     """
     from engine.backends.plans import build_plans, default_folder, target_for
     from engine.backends.shapes import Bounds
@@ -119,8 +125,8 @@ def plan(
     loaded = open_bundle(bundle)
     bounds = Bounds.of(loaded, beams=beams, max_new_tokens=max_new_tokens, rows=rows)
     folder = out or default_folder(loaded)
-    build_plans(loaded, folder, bounds, target, say)
-    say(
+    build_plans(loaded, folder, bounds, target, log)
+    log(
         f"up to {bounds.slots} images of {bounds.beams} beams; {target.builder} {target.version}, compute capability "
         f"{target.compute_capability}"
     )
@@ -128,10 +134,10 @@ def plan(
 
 
 @click.command()
-@click.option("--bundle", type=LOCATION, help="Also show what this bundle was made from, and its settings.")
+@click.option("--bundle", type=LOCATION, help="Also show the origin and the settings of this bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 def info(bundle: Location | None, as_json: bool) -> None:
-    """Show versions, backends and what is missing."""
+    """Show versions, available backends and what is missing."""
     from engine.bundle.open import open_bundle
     from engine.machine.info import collect_info, describe_bundle
 

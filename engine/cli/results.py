@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from engine.cli.shared import PATH, Group, column_options, say
+from engine.cli.shared import PATH, Group, column_options, log
 from engine.errors import EngineError, UsageError
 from engine.inputs.columns import Columns
 from engine.inputs.pixels import CLIP
@@ -179,7 +179,7 @@ def _score(request: Any) -> Any:
     """Score a run. Raises EngineError if no metric is available."""
     from engine.scoring.score import score_run
 
-    report = score_run(request, say)
+    report = score_run(request, log)
     if not report.measured:
         names = ", ".join(score.name for score in report.scores)
         raise EngineError(f"nothing was scored: none of the metrics ({names}) is available, see the lines above")
@@ -382,7 +382,7 @@ def rerank(
     chosen = rerank_candidates(candidates, utility, inputs, uniform=uniform, options=options, support=support)
     write_run(out, chosen.items())
     changed = sum(chosen[name] != listed[0].text for name, listed in candidates.items())
-    say(f"{len(chosen)} captions, {changed} differ from the first candidate{remark} -> {out}")
+    log(f"{len(chosen)} captions, {changed} differ from the first candidate{remark} -> {out}")
 
 
 def _read_support(path: Path, candidates: Any, metric: Any, named: Columns, **how: Any) -> tuple[Any, str]:
@@ -432,10 +432,10 @@ def submit(run: Path, manifest: Path, form: str, out: Path, named: Columns) -> N
     captions = read_table(run, named).single()
     named.require_found()
     for note in notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     for note in write_submission(captions, ids, form, out):
-        say(note)
-    say(f"{len(ids)} captions -> {out}, read back and checked as {form}")
+        log(note)
+    log(f"{len(ids)} captions -> {out}, read back and checked as {form}")
 
 
 @click.command()
@@ -452,18 +452,18 @@ def check(file: Path, manifest: Path, form: str, named: Columns) -> None:
     ids, notes = manifest_ids(manifest, named)
     named.require_found()
     for note in notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     verdict = check_submission(file, ids, form)
     for line in verdict.warnings[:10]:
-        say(f"warning: {line}")
+        log(f"warning: {line}")
     if len(verdict.warnings) > 10:
         least = "" if len(verdict.warnings) < MOST_PROBLEMS else "at least "
-        say(f"warning: {least}{len(verdict.warnings) - 10} more warnings like these")
+        log(f"warning: {least}{len(verdict.warnings) - 10} more warnings like these")
     if verdict.errors:
         more = f"{len(verdict.errors) - 1} more" if len(verdict.errors) > 1 else ""
         more += "" if verdict.is_whole else f"{', ' if more else ''}not checked to the end"
         raise EngineError(f"{file} is not a valid {form} submission: {verdict.errors[0]}{f' ({more})' if more else ''}")
-    say(f"{file}: {len(ids)} captions, a valid {form} submission")
+    log(f"{file}: {len(ids)} captions, a valid {form} submission")
 
 
 @click.command()
@@ -506,9 +506,9 @@ def report(**given: Any) -> None:
     from engine.report.build import build_report
     from engine.report.gather import ReportRequest
 
-    summary = build_report(ReportRequest(**given), log=say, progress=_progress_bar)
-    say(summary.signature)
-    say(f"{summary.images} images, {summary.thumbnails_made} new thumbnails -> {summary.page}")
+    summary = build_report(ReportRequest(**given), log=log, progress=_progress_bar)
+    log(summary.signature)
+    log(f"{summary.images} images, {summary.thumbnails_made} new thumbnails -> {summary.page}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What commands share: options made from their declarations, how a path is read, how a line reaches the user."""
+"""Shared by all commands: click options built from declarations, parameter types, log lines and one-line errors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from engine.inputs.remote import Location, location, without_secrets
 from engine.options import DecodeOptions, Option, declared
 
 ESCAPED = ("Cc", "Cs")
-"""Unicode categories that a terminal would obey or cannot show: control characters and bytes that are not UTF-8."""
+"""Unicode categories that are escaped: control characters, and surrogates for bytes that are not UTF-8."""
 BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Marks that turn text around: `gpj.exe` would be shown as `exe.jpg`."""
+"""Marks that reverse the direction of text: `gpj.exe` would be shown as `exe.jpg`."""
 
 
 class PathType(click.Path):
-    """A path. An empty one, such as an unset shell variable, would mean the working directory."""
+    """A path. An empty one is refused: from an unset shell variable it would mean the working directory."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(_refuse_empty(value, param), param, ctx)
@@ -38,7 +38,7 @@ PATH = PathType(path_type=Path)
 
 
 class NameType(click.ParamType):  # type: ignore[type-arg]
-    """A text that names something: a checkpoint, a recipe."""
+    """A non-empty name, such as that of a checkpoint or a recipe."""
 
     name = "text"
 
@@ -49,7 +49,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
 NAME = NameType()
 
 
-class LocationType(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 takes no [Location]
+class LocationType(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 is not generic
     """A path, or the URI of a folder."""
 
     name = "path or URI"
@@ -62,7 +62,7 @@ LOCATION = LocationType()
 
 
 class LinesType(click.ParamType):  # type: ignore[type-arg]
-    """A text file of one entry a line, read at once; blank lines are none."""
+    """A text file with one entry per line; blank lines are ignored."""
 
     name = "file"
 
@@ -81,28 +81,29 @@ class NumbersType(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if not isinstance(value, str):
             return value  # type: ignore[return-value]
-        if not all(one.strip().isdecimal() for one in value.split(",")):
-            self.fail(f"{value!r} is not a list of whole numbers, as in 101,2003", param, ctx)
-        return tuple(int(one) for one in value.split(","))
+        if not all(number.strip().isdecimal() for number in value.split(",")):
+            self.fail(f"{value!r} is not a list of whole numbers such as 101,2003", param, ctx)
+        return tuple(int(number) for number in value.split(","))
 
 
 def _refuse_empty(value: Any, parameter: click.Parameter | None) -> Any:
-    """Return a value unless it is an empty text. Raises UsageError."""
+    """Return a value. Raises UsageError if it is an empty string."""
     if value == "" and parameter is not None:
         name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
         raise UsageError(f"{name} is empty: give a path or a name (is a shell variable unset?)")
     return value
 
 
-def say(line: str) -> None:
-    """Print one line to stderr. Errors and notes of every command pass here: what file names and URIs in them hold
-    neither controls the terminal nor shows a secret.
+def log(line: str) -> None:
+    """Print one line to stderr, for errors and notes of every command.
+
+    Control characters in file names are escaped, and secrets in URIs are removed.
     """
     click.echo(printable(without_secrets(line)), err=True)
 
 
 def printable(text: str) -> str:
-    """Return a text on one line, with escapes such as `\\x1b` for characters that control a terminal."""
+    """Return a text on one line, with characters that control a terminal escaped, such as `\\x1b`."""
     return "".join(
         character.encode("unicode_escape", "surrogatepass").decode()
         if unicodedata.category(character) in ESCAPED or character in BIDI
@@ -112,7 +113,7 @@ def printable(text: str) -> str:
 
 
 class SectionOption(click.Option):
-    """An option that `--help` shows under a heading of its own."""
+    """An option that `--help` shows under the heading `section`."""
 
     def __init__(self, *arguments: Any, section: str = "Other", **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -120,7 +121,7 @@ class SectionOption(click.Option):
 
 
 class SectionCommand(click.Command):
-    """A command whose `--help` shows its options in sections."""
+    """A command whose `--help` groups its options in sections."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -133,10 +134,10 @@ class SectionCommand(click.Command):
 
 
 def takes(*, leaving_out: Collection[str] = (), **parts: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of dataclasses: `takes(runtime=Runtime)` passes it `runtime=Runtime(...)`.
+    """Add the options of dataclasses to a command: `takes(runtime=Runtime)` passes it `runtime=Runtime(...)`.
 
-    Options whose fields are in `leaving_out` have no flag and keep their defaults. Of DecodeOptions only what was given
-    is passed on, for a bundle has a say in the rest.
+    Fields in `leaving_out` get no flag and keep their defaults. Options of DecodeOptions have no default here, because
+    a bundle may set them.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -161,7 +162,7 @@ def takes(*, leaving_out: Collection[str] = (), **parts: type) -> Callable[[Call
 
 
 def _click_settings(declaration: Option, written: str, *, has_default: bool) -> dict[str, Any]:
-    """Return click's settings for an option whose type is annotated as `written`."""
+    """Return click's settings for an option with the type annotation `written`."""
     default = declaration.default if has_default else None
     if default is MISSING:
         settings: dict[str, Any] = {"required": True}
@@ -200,7 +201,7 @@ def _parse_rows(context: click.Context, parameter: click.Parameter, rows: str) -
     if rows == "auto":
         return None
     if not rows.isdecimal() or int(rows) < 1:
-        raise UsageError(f"--rows takes a whole number of at least 1, or auto, not {rows!r}")
+        raise UsageError(f"--rows must be auto or a whole number of at least 1, not {rows!r}")
     return int(rows)
 
 
@@ -209,12 +210,12 @@ bundle_option = click.option(
     type=LOCATION,
     cls=SectionOption,
     section="Runtime",
-    help="Exported bundle, or its URI; the embedded demo when absent.",
+    help="Folder or URI of an exported bundle; by default the embedded demo.",
 )
 
 
 def bundles_option(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `bundle`, one or several that caption together."""
+    """Add the options --bundle and --bundle-weight to a command, which gets `bundle`."""
 
     @functools.wraps(command)
     def call(bundles: tuple[Location, ...], weights: tuple[float, ...], **values: Any) -> None:
@@ -223,22 +224,26 @@ def bundles_option(command: Callable[..., None]) -> Callable[..., None]:
         command(bundle=place_of(bundles, weights), **values)
 
     section: dict[str, Any] = {"cls": SectionOption, "section": "Runtime", "multiple": True}
-    several = click.option(
+    bundles = click.option(
         "--bundle",
         "bundles",
         type=LOCATION,
-        help="Exported bundle, or its URI; the embedded demo when absent. Several bundles with one vocabulary caption "
-        "together: in each step the mean of their log-probabilities counts.",
+        help="Folder or URI of an exported bundle; by default the embedded demo. Repeat it to average the "
+        "log-probabilities of bundles with the same vocabulary in each step.",
         **section,
     )
     weight = click.option(
-        "--bundle-weight", "weights", type=float, help="Weight in that mean, one for each --bundle.", **section
+        "--bundle-weight",
+        "weights",
+        type=float,
+        help="Weight of each --bundle in the average, in their order; equal by default.",
+        **section,
     )
-    return several(weight(call))
+    return bundles(weight(call))
 
 
 def column_options(*roles: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command `named`, the columns of its tables that were chosen: of ids, and of each of `roles`."""
+    """Add --id-column and an option for each of `roles` to a command, which gets the Columns `named`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -261,7 +266,7 @@ rows_option = click.option(
     callback=_parse_rows,
     cls=SectionOption,
     section="Runtime",
-    help="Beams decoded side by side, or auto.",
+    help="Number of beams in flight (images x beams); auto is what suits device, bundle and memory.",
 )
 
 
@@ -274,32 +279,32 @@ SYNONYMS = (
     ("--run", "--predictions", "--hypotheses", "--captions"),
     ("--backend", "--device"),
 )
-"""Names that other programs, or other commands of ours, give to one thing."""
+"""Names that other programs, or our other commands, use for the same option."""
 WITHOUT_FLAG = {
     "max_length": "max_new_tokens",
     "min_length": "min_new_tokens",
     "bad_words_ids": "bad_words",
     "begin_suppress_tokens": "suppress_tokens",
 }
-"""Hugging Face's decoding options without an option on the command line, and what is closest to them there."""
+"""Decoding options that have no flag, and the closest options that have one."""
 LONGEST_SUMMARY = 1000
-"""Characters: none is as long, so that none is cut off."""
+"""Maximum number of characters of a command's summary; longer than any, so that none is cut off."""
 
 
 class OneLine(click.Command):
-    """A command whose errors are one line each, with help under -h and --help."""
+    """A command that reports errors in one line, with help under -h and --help."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         named["context_settings"] = {"help_option_names": ["-h", "--help"]} | (named.get("context_settings") or {})
         super().__init__(*args, **named)
 
     def main(self, args: Any = None, *more: Any, **named: Any) -> Any:
-        if args is None:  # it is what this process was started for
+        if args is None:  # the command owns this process: it is not called by another program
             end_on_signals()
         return super().main(args, *more, **named)
 
     def make_context(self, *given: Any, **extra: Any) -> click.Context:
-        with _one_line_errors():  # those of the options of this command itself
+        with _one_line_errors():  # errors of this command's options
             return super().make_context(*given, **extra)
 
     def invoke(self, context: click.Context) -> Any:
@@ -309,7 +314,7 @@ class OneLine(click.Command):
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """End the process with one line on stderr for every error that a user can cause."""
+    """End the process with one line on stderr if an error occurs that a user can cause."""
     try:
         yield
     except (EngineError, ImportError) as error:
@@ -318,7 +323,7 @@ def _one_line_errors() -> Iterator[None]:
             raise
         _stop(_one_line(error), error.exit_code)
     except click.UsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # not an error but the help; click before 8.2 has no such class
+        if type(error).__name__ == "NoArgsIsHelpError":  # shows the help; by name, as click before 8.2 lacks it
             raise
         _stop(hinted(error), UsageError.exit_code)
     except KeyboardInterrupt as error:
@@ -326,65 +331,72 @@ def _one_line_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        # our own files are named when they cannot be written: a full disk without a name is what we print to
+        # errors of our files have a file name: a full disk without one is that of redirected standard output
         where = error.filename or ("standard output" if error.errno == errno.ENOSPC else None)
         _stop(f"{error.strerror or error}{f': {where}' if where else ''}", EngineError.exit_code)
 
 
 def _end_if_interrupted(error: BaseException) -> None:
-    """End the process if Ctrl-C or SIGTERM caused an error: a library written in C that is interrupted while it is
-    imported (pybind11) raises ImportError from the KeyboardInterrupt, as if it were not installed.
+    """End the process if Ctrl-C or SIGTERM caused an error.
+
+    A pybind11 library that is interrupted while it is imported raises ImportError from the KeyboardInterrupt, as if it
+    were not installed.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, KeyboardInterrupt):
-            say(STOPPED)
+            log(STOPPED)
             end(TERMINATED if isinstance(cause, Terminated) else INTERRUPTED)
         cause = cause.__cause__ or cause.__context__
 
 
 class Group(click.Group):
-    """A group whose list of commands shows their summaries whole."""
+    """A group that lists its commands with their full summaries."""
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         commands = [(name, self.commands[name]) for name in self.list_commands(context)]
         with formatter.section("Commands"):
-            formatter.write_dl([(name, one.get_short_help_str(limit=LONGEST_SUMMARY)) for name, one in commands])
+            formatter.write_dl(
+                [(name, command.get_short_help_str(limit=LONGEST_SUMMARY)) for name, command in commands]
+            )
 
 
 class OneLineGroup(OneLine, Group):
-    """A group of commands whose errors are one line each."""
+    """A group of commands that report errors in one line."""
 
 
 def _one_line(error: EngineError) -> str:
-    """Return the words of an error; what a process of readers raises arrives with its traceback in front."""
+    """Return the message of an error, without the traceback that one from a reader process has in front."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text
 
 
 def hinted(error: click.UsageError) -> str:
-    """Return the words of a usage error, with what was probably meant: Hugging Face's names of options, names that
-    differ between commands, a pattern that the shell has expanded.
+    """Return the message of a usage error with a hint.
+
+    It recognises Hugging Face's names of options, names that differ between commands, and patterns that the shell has
+    expanded.
     """
     message = error.format_message()
-    options = [] if error.ctx is None else [one for one in error.ctx.command.params if isinstance(one, click.Option)]
-    flags = {flag for one in options for flag in one.opts}
+    parameters = [] if error.ctx is None else error.ctx.command.params
+    options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]
+    flags = {flag for option in options for flag in option.opts}
     if isinstance(error, click.NoSuchOption):
         name = error.option_name.replace("_", "-").lower()
         field = name.strip("-").replace("-", "_")
-        fields = {str(one.name).removeprefix("decoding_"): one.opts[0] for one in options}
+        fields = {str(option.name).removeprefix("decoding_"): option.opts[0] for option in options}
         meant = [fields.get(field), fields.get(WITHOUT_FLAG.get(field, ""))]
         meant += [flag for names in SYNONYMS if name in names for flag in names if flag in flags]
         flag = next((flag for flag in meant if flag is not None), None)
         if flag is not None:
             message = f"No such option: {error.option_name}: did you mean {flag}?"
         if flag == "--bundle" and "--checkpoint" not in flags:
-            message += " (`python -m export` makes a bundle of a checkpoint)"
+            message += " (`python -m export` converts a checkpoint to a bundle)"
     elif message.startswith("Got unexpected extra argument") and "--input" in flags:
         message += ": put quotes around a pattern, as in --input 'folder/*.png', or write --input before each path"
     return message
 
 
 def _stop(message: str, exit_code: int) -> NoReturn:
-    say(f"error: {message}")
+    log(f"error: {message}")
     sys.exit(exit_code)

@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM end a command within a second, whatever a library holds.
+"""Make Ctrl-C and SIGTERM end a command within a second, whatever native code is running.
 
-Python raises KeyboardInterrupt between two of its own instructions: a matrix product, a lock or a child that does not
-answer can keep it waiting for ever. So a thread watches for the signal, too, and ends the process when the polite way
-takes too long. What is on disk stands that: runs are killed at random in the tests, and go on from their journals.
+Python raises KeyboardInterrupt only between two bytecode instructions, so a matrix product, a lock or a child process
+that does not respond can delay it for ever. Therefore a thread also watches for the signal and ends the process if the
+regular shutdown takes longer than GRACE_S. Files on disk survive that: the tests kill runs at random moments, and these
+resume from their journals.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from typing import NoReturn
 from engine.host import descendants
 
 INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes of a program stopped by Ctrl-C (128 + SIGINT) and by a plain kill (128 + SIGTERM)."""
+"""Exit codes of a program that was stopped by Ctrl-C (128 + SIGINT) or by `kill` (128 + SIGTERM)."""
 BROKEN_PIPE = 141
-"""Of one whose reader has gone (128 + SIGPIPE), as shells show it of `yes | head`."""
+"""Exit code of a program whose reader has closed the pipe (128 + SIGPIPE), such as `yes` in `yes | head`."""
 GRACE_S = 0.7
-"""Seconds for the polite way: journals and locks are closed in milliseconds."""
+"""Seconds for the regular shutdown, which closes journals and locks in milliseconds."""
 STOPPED = "error: stopped"
 
 _armed = threading.Event()
-_below: set[int] = set()
-"""Processes that were below this one when the signal came: what their parents leave behind is found no more."""
+_descendants: set[int] = set()
+"""Descendants of this process when the signal came: once their parents have ended they cannot be found any more."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a command as cleanly as Ctrl-C does."""
+    """Raised by SIGTERM, so that it stops a command as cleanly as Ctrl-C does."""
 
 
 def end_on_signals() -> None:
-    """Let SIGINT and SIGTERM end this process within a second; called once, by the program's main thread.
+    """Make SIGINT and SIGTERM end this process within a second. Call it once, from the main thread.
 
-    A signal that the process was started to ignore (`nohup`, a background job of a shell) stays ignored.
+    A signal that was ignored when the process started (`nohup`, a background job of a shell) stays ignored.
     """
     if _armed.is_set() or threading.current_thread() is not threading.main_thread():
         return
@@ -54,30 +55,30 @@ def end_on_signals() -> None:
 
 
 def end(exit_code: int) -> NoReturn:
-    """End this process now, children included, without waiting for threads and destructors of libraries.
+    """End this process and its descendants now, without waiting for threads and destructors of libraries.
 
-    In a program that did not call `end_on_signals` (a test, another program's command) it is sys.exit.
+    Without a previous `end_on_signals` (in a test, or in another program) this is sys.exit.
     """
     if not _armed.is_set():
         sys.exit(exit_code)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    killdescendants()
+    kill_descendants()
     os._exit(exit_code)
 
 
-def killdescendants() -> None:
-    """Kill all processes below this one, where /proc tells them; a scorer's Java is one."""
-    for pid in _below | set(descendants(os.getpid())):
+def kill_descendants() -> None:
+    """Kill all descendants of this process that /proc lists, such as the Java process of a metric."""
+    for pid in _descendants | set(descendants(os.getpid())):
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
 
 def _forget() -> None:
-    """Prepare a child that a library forks, such as torch's DataLoader: its parent ends it, also at Ctrl-C.
+    """Reset signals in a child that a library forks, such as a worker of torch's DataLoader; its parent ends it.
 
-    With the inherited handlers it would print a traceback, and its signals would stop the parent.
+    With the inherited handlers the child would print a traceback at Ctrl-C, and its signals would stop the parent.
     """
     signal.set_wakeup_fd(-1)
     for number, usual in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)):
@@ -86,12 +87,12 @@ def _forget() -> None:
 
 
 def _stop(signum: int, frame: object) -> NoReturn:  # noqa: ARG001
-    sys.unraisablehook = lambda _: None  # what is raised here within a destructor would be printed with its traceback
-    _below.update(descendants(os.getpid()))
+    sys.unraisablehook = lambda _: None  # if raised inside a destructor, it would be printed with a traceback
+    _descendants.update(descendants(os.getpid()))
     raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
-def _watch(receiver: socket.socket, sender: socket.socket) -> None:  # noqa: ARG001  (kept open as long as the thread)
+def _watch(receiver: socket.socket, sender: socket.socket) -> None:  # noqa: ARG001  (keeps it open as long as the thread runs)
     codes = {int(signal.SIGINT): INTERRUPTED, int(signal.SIGTERM): TERMINATED}
     while True:
         number = receiver.recv(1)[0]
@@ -99,5 +100,5 @@ def _watch(receiver: socket.socket, sender: socket.socket) -> None:  # noqa: ARG
             time.sleep(GRACE_S)
             with contextlib.suppress(OSError):
                 os.write(2, f"{STOPPED}\n".encode())
-            killdescendants()
+            kill_descendants()
             os._exit(codes[number])

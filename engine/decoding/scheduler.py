@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from engine.decoding.ancestry import Ancestry
 from engine.decoding.backend import Backend, Encoded, StepInputs
 from engine.decoding.beam import Beams, Hypothesis, Search, Start
-from engine.decoding.device import DeviceQueue, Later
+from engine.decoding.device import DeviceQueue, Future
 from engine.decoding.processors import draw, generator
 
 Key = TypeVar("Key")
@@ -41,7 +41,7 @@ class NothingYet:
 NOTHING_YET = NothingYet()
 
 
-class Waiting(NamedTuple, Generic[Key]):
+class Request(NamedTuple, Generic[Key]):
     """An image to decode: the caller's key, pixels u8[height,width,3], and its Start (None: the search's)."""
 
     key: Key
@@ -49,7 +49,7 @@ class Waiting(NamedTuple, Generic[Key]):
     start: Start | None = None
 
 
-Arrival: TypeAlias = Waiting[Key] | NothingYet | None
+Arrival: TypeAlias = Request[Key] | NothingYet | None
 
 
 class Scheduler:
@@ -76,13 +76,13 @@ class Scheduler:
         self.num_sets = num_sets
 
     @property
-    def side_by_side(self) -> int:
+    def concurrency(self) -> int:
         """Number of images decoded in parallel."""
         return self.num_sets * self.num_slots
 
     def run(self, images: Iterable[tuple[Key, NDArray[np.uint8]]]) -> Iterator[tuple[Key, list[Hypothesis]]]:
         """Caption (key, pixels u8[height,width,3]) pairs; yield (key, hypotheses) as each image closes."""
-        for closed in self.steps(Waiting(key, pixels) for key, pixels in images):
+        for closed in self.steps(Request(key, pixels) for key, pixels in images):
             yield from closed
 
     def steps(self, images: Iterable[Arrival[Key]]) -> Iterator[list[tuple[Key, list[Hypothesis]]]]:
@@ -97,15 +97,15 @@ class Scheduler:
             devices = [
                 held.enter_context(DeviceQueue(backend, in_thread=self.num_sets > 1)) for backend in self.backends
             ]
-            newcomers = _Newcomers(iter(images), self.encode_batch, copies=captions.copies)
+            queue = _RequestQueue(iter(images), self.encode_batch, copies=captions.copies)
             sets: list[_Slots[Key]] = []
-            while newcomers.may_come or any(slots.owners for slots in sets):
-                if newcomers.may_come and len(sets) < self.num_sets:  # a small run never opens a second set
+            while queue.may_come or any(slots.owners for slots in sets):
+                if queue.may_come and len(sets) < self.num_sets:  # a small run never opens a second set
                     sets.append(_Slots(devices[len(sets) % len(devices)], self.search, self.num_slots))
                 for slots in sets:
                     closed = slots.finish_step()
                     yield [found for owner, hypotheses in closed for found in captions.add(*owner, hypotheses)]
-                    slots.fill(newcomers)
+                    slots.fill(queue)
                     slots.begin_step()
 
     def decode(self, pixel_values: NDArray[np.uint8]) -> Iterator[tuple[int, list[Hypothesis]]]:
@@ -113,24 +113,24 @@ class Scheduler:
         return self.run(enumerate(pixel_values))
 
 
-class _Newcomer(NamedTuple, Generic[Key]):
-    """A queued request, one per copy of an image: owner (key and copy number), Start, encoded batch, place in it."""
+class _QueuedRequest(NamedTuple, Generic[Key]):
+    """A queued request, one per copy of an image: owner (key and copy number), Start, encoded batch, position in it."""
 
     owner: tuple[Key, int]
     start: Start | None
-    encoded: Later[Encoded]
-    place: int
+    encoded: Future[Encoded]
+    position: int
 
 
-class _Newcomers(Generic[Key]):
+class _RequestQueue(Generic[Key]):
     """Requests that wait for a slot, encoded in batches on demand; `may_come` is false once the source is exhausted."""
 
     def __init__(self, images: Iterator[Arrival[Key]], encode_batch: int, *, copies: int) -> None:
         self._images, self._encode_batch, self._copies = images, encode_batch, copies
-        self._waiting: deque[_Newcomer[Key]] = deque()
+        self._waiting: deque[_QueuedRequest[Key]] = deque()
         self.may_come = True
 
-    def next(self, device: DeviceQueue) -> _Newcomer[Key] | None:
+    def next(self, device: DeviceQueue) -> _QueuedRequest[Key] | None:
         """Return the next request; `device` encodes its batch if necessary.
 
         With sampling each image is returned once per caption to draw. None means that the source is exhausted, that
@@ -139,13 +139,13 @@ class _Newcomers(Generic[Key]):
         if not self._waiting:
             pulled = self._pull()
             self.may_come = bool(pulled)
-            batch = [image for image in pulled if isinstance(image, Waiting)]
+            batch = [image for image in pulled if isinstance(image, Request)]
             if not batch:
                 return None
             encoded = device.encode(np.stack([image.pixels for image in batch]))
-            for place, image in enumerate(batch):
+            for position, image in enumerate(batch):
                 owners = ((image.key, copy) for copy in range(self._copies))
-                self._waiting += [_Newcomer(owner, image.start, encoded, place) for owner in owners]
+                self._waiting += [_QueuedRequest(owner, image.start, encoded, position) for owner in owners]
         return self._waiting.popleft()
 
     def _pull(self) -> list[Arrival[Key]]:
@@ -154,7 +154,7 @@ class _Newcomers(Generic[Key]):
         missing = self._encode_batch
         for image in itertools.islice(self._images, PULL_AT_MOST * self._encode_batch):
             pulled.append(image)
-            missing -= isinstance(image, Waiting)
+            missing -= isinstance(image, Request)
             if not missing or image is NOTHING_YET:
                 break
         return pulled
@@ -196,27 +196,27 @@ class _Slots(Generic[Key]):
         self.prompt_fed = np.zeros(num_slots, np.int64)
         self.generators: list[np.random.Generator | None] = [None] * num_slots
         self.steps_since_settled = 0
-        self._begun: tuple[StepInputs, Later[tuple[NDArray[np.float32], NDArray[np.int64]]]] | None = None
+        self._begun: tuple[StepInputs, Future[tuple[NDArray[np.float32], NDArray[np.int64]]]] | None = None
 
-    def fill(self, newcomers: _Newcomers[Key]) -> None:
+    def fill(self, queue: _RequestQueue[Key]) -> None:
         """Fill empty slots with waiting images; remove empty slots when the source is exhausted."""
         filled, starts = [], []
-        for slot in np.flatnonzero(self.beams.closed).tolist() if newcomers.may_come else ():
-            newcomer = newcomers.next(self.device)
-            if newcomer is None:
+        for slot in np.flatnonzero(self.beams.closed).tolist() if queue.may_come else ():
+            request = queue.next(self.device)
+            if request is None:
                 break
-            self.owners[slot] = newcomer.owner
+            self.owners[slot] = request.owner
             # at once, because `encoded` is valid only until the next batch is encoded
-            self.device.admit(self.cache, slot, newcomer.encoded, newcomer.place)
+            self.device.admit(self.cache, slot, request.encoded, request.position)
             if self.search.sampling is not None:  # each drawn caption has its own random generator
-                self.generators[slot] = generator(self.search.sampling.seed, *newcomer.owner)
+                self.generators[slot] = generator(self.search.sampling.seed, *request.owner)
             filled.append(slot)
-            starts.append(newcomer.start or self.search.start)
+            starts.append(request.start or self.search.start)
         if filled:
             self.beams.start(np.array(filled), starts)
             self.ancestry.reset(np.array(filled))
             self.prompt_fed[filled] = 0
-        if not newcomers.may_come:
+        if not queue.may_come:
             self._shrink()
 
     def _shrink(self) -> None:
@@ -243,8 +243,8 @@ class _Slots(Generic[Key]):
         """Wait for the step in progress and advance the beams; return (owner, hypotheses) of the images that closed."""
         if self._begun is None:
             return []
-        (inputs, later), self._begun = self._begun, None
-        scores, ids = later.wait()
+        (inputs, future), self._begun = self._begun, None
+        scores, ids = future.wait()
         if self.search.sampling is not None:
             scores, ids = self._draw(scores, ids)
         self.steps_since_settled += 1

@@ -84,7 +84,7 @@ def measure_speed(
         load_s=load_s,
         new_tokens_mean=statistics.mean(lengths),
         new_tokens_most=max(lengths),
-        side_by_side=min(len(images), captioner.scheduler(search, rows).side_by_side),
+        side_by_side=min(len(images), captioner.scheduler(search, rows).concurrency),
         peak_gib=peak_memory_gib(),
         cores=available_cores(),
         signature=run_signature(captioner.bundle, captioner.backend.name, options, cpu_precision=runtime.cpu_precision),

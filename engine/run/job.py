@@ -1,4 +1,4 @@
-"""What a run reads and writes; what else it is asked for stands in engine/options.py."""
+"""Inputs and outputs of a run; decoding options are in engine/options.py."""
 
 from __future__ import annotations
 
@@ -19,36 +19,42 @@ from engine.run.journal import journal_path, update_path
 
 @dataclass(frozen=True)
 class Inputs:
-    """The images of a run: those of all `places` (engine/inputs/paths.py), all of them or those of a manifest."""
+    """The images of a run: those found at `places` (engine/inputs/paths.py), all of them or those of a manifest."""
 
     places: tuple[Location, ...] = option(
         flag="--input",
-        help="Directory or URI of images, a picture, a quoted pattern, a .txt list of paths, or - for paths on "
-        "standard input; may be given several times (DICOM: extra `dicom`).",
+        help="Images to caption: a directory, URI, image file, quoted pattern, .txt list of paths, or - (paths from "
+        "standard input); may be repeated. DICOM needs the extra `dicom`.",
     )
-    manifest: Path | None = option(None, "--manifest", "File of ids: caption only these, in this order.")
-    recursive: bool = option(False, "--recursive", "Look for images in the folders of directories, too.")
+    manifest: Path | None = option(
+        None, "--manifest", "Table or list of ids: caption only these images, in this order; by default all images."
+    )
+    recursive: bool = option(False, "--recursive", "Also look for images in subfolders.")
     ids: str = option(
         "stem",
         "--ids",
-        "Ids of images: `stem`, the file name without suffix; `path`, with the folders inside --input; `file`, that "
-        "path with suffix.",
+        "What identifies an image: `stem`: file name without suffix; `path`: path inside --input without suffix; "
+        "`file`: path inside --input with suffix.",
         choices={"stem": "stem", "path": "path", "file": "file"},
     )
     prompts: Path | None = option(
-        None, "--prompts", "Table ID,prompt: a text each caption starts with, instead of one --prompt for all."
+        None,
+        "--prompts",
+        "Table `ID,prompt`: the text that each image's caption starts with, instead of one --prompt for all.",
     )
     id_column: str | None = option(None, "--id-column", ID_HELP, metavar="NAME")
     prompt_column: str | None = option(None, "--prompt-column", PROMPT_HELP, metavar="NAME")
-    dicom_frame: int = option(0, "--dicom-frame", "Frame of DICOM files, counted from 0.", least=0)
+    dicom_frame: int = option(
+        0, "--dicom-frame", "Frame to read from DICOM files that have several, counted from 0.", least=0
+    )
     high_bit_depth: str = option(CLIP, "--high-bit-depth", DEPTH_HELP)
 
     def __post_init__(self) -> None:
-        window_of(self.high_bit_depth)  # refuses what is neither a word nor a window
+        window_of(self.high_bit_depth)  # raises UsageError for an invalid value
 
     @functools.cached_property
     def columns(self) -> Columns:
-        """The columns of --manifest and --prompts that were chosen by name."""
+        """The columns of --manifest and --prompts, as given by --id-column and --prompt-column."""
         return Columns(self.id_column, None, self.prompt_column)
 
 
@@ -57,20 +63,28 @@ STDOUT = Path("-")
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files of a run, what is in them, and whether a run that was cut off resumes."""
+    """The files that a run writes, their content, and whether an interrupted run resumes."""
 
     out: Path = option(
         flag="--out",
-        help="CSV file to write: ID,Caption; - is standard output, where a caption comes as soon as it is known.",
+        help="CSV file to write, with the columns ID,Caption; - streams captions to standard output as they finish.",
     )
-    jsonl: bool = option(False, "--jsonl", "Write JSON lines to --out: id, file, caption.")
-    n_best_out: Path | None = option(None, "--n-best-out", "JSON lines file for the alternatives.")
-    timings_out: Path | None = option(None, "--timings-out", "CSV file for the latency of every image: ID,latency_s.")
+    jsonl: bool = option(False, "--jsonl", "Write JSON lines (id, file, caption) to --out instead of CSV.")
+    n_best_out: Path | None = option(
+        None,
+        "--n-best-out",
+        "JSON lines file for the alternatives of each image and their scores; not written by default.",
+    )
+    timings_out: Path | None = option(
+        None,
+        "--timings-out",
+        "CSV file `ID,latency_s` for the latency of each image in seconds; not written by default.",
+    )
     sidecar: str | None = option(
         None,
         "--sidecar",
-        "Write each caption into a .txt file beside its picture, too; where there is one: skip it, overwrite it, or "
-        "append or prepend to its text. skip without a value.",
+        "Also write each caption to a .txt file next to its image; an existing file is skipped, overwritten, appended "
+        "to or prepended to; without a value: skip.",
         choices={name: name for name in ("skip", "overwrite", "append", "prepend")},
         bare="skip",
         metavar="[skip|overwrite|append|prepend]",
@@ -78,47 +92,53 @@ class Outputs:
     sidecar_dir: Path | None = option(
         None,
         "--sidecar-dir",
-        "Write these files below this folder, in folders as those of --input, not beside pictures.",
+        "Folder for the files of --sidecar, with the subfolders of --input, instead of next to the images.",
     )
-    prefix: str = option("", "--prefix", "Text before every caption that is written; decoding knows nothing of it.")
-    suffix: str = option("", "--suffix", "Text behind every caption that is written.")
-    raw_text: bool = option(False, "--raw-text", "Write the text as Hugging Face decodes it, not detokenised.")
-    allow_missing: bool = option(False, "--allow-missing", "Write an empty caption for images that cannot be read.")
-    resume: bool = option(True, "--resume/--no-resume", "Resume where the same command was cut off; on by default.")
+    prefix: str = option("", "--prefix", "Text added before each caption in the output; it does not change decoding.")
+    suffix: str = option("", "--suffix", "Text added after each caption in the output; it does not change decoding.")
+    raw_text: bool = option(
+        False, "--raw-text", "Write the tokenizer's text as Hugging Face decodes it; by default it is detokenised."
+    )
+    allow_missing: bool = option(
+        False,
+        "--allow-missing",
+        "Write an empty caption for images that cannot be read; by default they make the run fail.",
+    )
+    resume: bool = option(True, "--resume/--no-resume", "Resume an interrupted run of the same command; on by default.")
     update: bool = option(
         False,
         "--update",
-        "Keep the captions next to --out: the same command captions only images that are new or changed.",
+        "Keep captions next to --out, so that the same command later captions only new or changed images.",
     )
 
     def __post_init__(self) -> None:
         if self.sidecar_dir is not None and self.sidecar is None:
-            raise UsageError("--sidecar-dir is where --sidecar writes: give both, or neither")
+            raise UsageError("--sidecar-dir is the folder for --sidecar: add --sidecar, or remove --sidecar-dir")
         if self.is_stream and self.update:
-            raise UsageError("--update keeps captions beside --out, which must be a file then, not -")
+            raise UsageError("--update keeps captions next to --out, which must then be a file, not -")
         for flag, text in (("--prefix", self.prefix), ("--suffix", self.suffix)):
             if not text.isprintable():
-                raise UsageError(f"{flag} {text!r} holds characters that are no text")
+                raise UsageError(f"{flag} {text!r} contains control characters: remove them")
 
     @property
     def is_stream(self) -> bool:
-        """Whether captions go to standard output while the run goes on; it has no journal then."""
+        """Whether captions are streamed to standard output; such a run has no journal."""
         return self.out == STDOUT
 
     @property
     def journal(self) -> Path | None:
-        """Where captions are kept until they are written, or with `update` longer."""
+        """The file that keeps captions until they are written (with `update`, between runs); None for a stream."""
         if self.is_stream:
             return None
         return update_path(self.out) if self.update else journal_path(self.out)
 
     def files(self) -> dict[str, Path]:
-        """Return the files that will be written, by their options; without sidecars."""
+        """Return the files that will be written, by their options, without sidecars."""
         paths = {flag: getattr(self, name) for name, flag in _FILES.items()}
         return {flag: path for flag, path in paths.items() if path is not None and (flag, path) != ("--out", STDOUT)}
 
     def check(self, inputs: list[Path]) -> None:
-        """Refuse outputs that cannot be written or would destroy an input, see check_outputs. Raises UsageError."""
+        """Raise UsageError if an output cannot be written or would overwrite an input, see check_outputs."""
         outputs = self.files()
         locks = {f"the lock of {flag}": lock_path(path) for flag, path in outputs.items()}
         journal = {} if self.journal is None else {"the journal of --out": self.journal}

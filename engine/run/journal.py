@@ -1,8 +1,8 @@
-"""The journal next to run.csv: each caption as it is made, so that a run that was cut off resumes.
+"""The journal next to run.csv, which records each caption as it is finished, so that an interrupted run resumes.
 
-A text file, one record a line: crc32 of the rest in hexadecimal, a space, JSON. The first record holds the key of the
-run: bundle, options and packages. The others hold a caption each. A last line that is torn is cut off when the file is
-opened again, one that does not match its checksum is skipped, and these images are captioned again.
+A text file with one record per line: crc32 of the rest in hexadecimal, a space, JSON. The first record holds the key of
+the run: bundle, options and packages. Each of the others holds a caption. When the file is opened again, an incomplete
+last line is cut off, and a line that does not match its checksum is skipped; these images are captioned again.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from engine.files.lock import open_own
 
 FORMAT = 1
 SYNC_EVERY_S = 5.0
-"""Seconds after which records are forced to disk: what a power cut can cost, a crash of the program costs nothing."""
+"""Seconds between two fsyncs: a power cut can lose the records of that time, a crash of the program loses none."""
 MAX_HEADER_BYTES = 1000
-"""The first record is shorter."""
+"""Maximum size of the first record."""
 MAX_LINE_BYTES = 1 << 24
-"""No record comes near it; a line without an end is not read into memory."""
+"""Far above any record, so that a file without line breaks is not read into memory as a whole."""
 BEGINNING = re.compile(rb"\0*|[0-9a-f]{8} \{.*", re.DOTALL)
-"""How a journal begins: with a checksum and JSON, or with nothing but NULs after a power cut."""
+"""The beginning of a journal: a checksum and JSON, or only NUL bytes after a power cut."""
 
 
 def journal_path(out: Path) -> Path:
-    """Return the path of the journal of the run that will be `out`: next to the file that a link leads to."""
+    """Return the path of the journal of the run `out`; if `out` is a link, next to its target."""
     target = Path(os.path.realpath(out))
     return target.with_name(target.name + ".journal")
 
 
 def update_path(out: Path) -> Path:
-    """Return where --update keeps the captions of `out`: not in the journal, which goes with an ordinary run."""
+    """Return where --update keeps the captions of `out`: in a separate file, as a complete run deletes its journal."""
     target = Path(os.path.realpath(out))
     return target.with_name(target.name + ".update.journal")
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
-    """Return one line: checksum, space, JSON, newline."""
+    """Return a record as one line: checksum, space, JSON, newline."""
     body = json.dumps(record, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
 def decode_record(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line, or None when it is torn or damaged."""
+    """Return the record of a line, or None if the line is incomplete or damaged."""
     checksum, space, body = line[:8], line[8:9], line[9:-1]
     if space != b" " or line[-1:] != b"\n" or checksum != b"%08x" % zlib.crc32(body):
         return None
@@ -63,17 +63,19 @@ def decode_record(line: bytes) -> dict[str, Any] | None:
 
 
 class Journal:
-    """An open journal: `records` are those it held when it was opened, `append` adds one.
+    """An open journal; `append` adds a record.
 
-    `damaged` counts lines that were not complete, `set_aside` is where a journal that is not this run's was moved to.
-    `is_earlier` tells that it has `earlier_key`, with which earlier versions named the same run.
+    records     the records when it was opened
+    damaged     number of incomplete or damaged lines
+    set_aside   where a journal of another run was moved to, or None
+    is_earlier  whether the journal has the `earlier_key`, the key that earlier versions gave the same run
     """
 
     def __init__(self, path: Path, key: str, *, earlier_key: str = "", resume: bool = True) -> None:
         """Open or create the journal of the run `key`.
 
-        A journal of another run, or any without `resume`, is moved aside. Raises UsageError for a link or a file that
-        is not a journal, which are left as they are, and OutputError when the file cannot be opened or written.
+        A journal of another run, and without `resume` any journal, is renamed. Raises UsageError for a link or a file
+        that is not a journal, without changing it, and OutputError if the file cannot be opened or written.
         """
         self.path, self._key = path, key
         self.set_aside: Path | None = None
@@ -85,16 +87,14 @@ class Journal:
             whole_bytes = self._take_over((key, earlier_key or key), resume) if os.path.lexists(path) else 0
             self._open(whole_bytes)
         except OSError as error:
-            raise OutputError(
-                f"{path} cannot be opened: {error.strerror}: the journal is kept next to --out"
-            ) from error
+            raise OutputError(f"the journal {path}, next to --out, cannot be opened: {error.strerror}") from error
         self._header_end = 0
         if self._end == 0:
             self._write(self._header)
             self._header_end = self._end
 
     def _open(self, end: int) -> None:
-        """Open the file to append after byte `end`; what follows is cut off."""
+        """Open the file to append after byte `end`, and cut off the rest."""
         self._file = open_own(self.path)
         self._end = end
         os.ftruncate(self._file, end)
@@ -106,17 +106,17 @@ class Journal:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether it holds nothing but what this run began it with."""
+        """Whether the journal holds nothing except the header that this run wrote."""
         return self._end == self._header_end
 
     def _take_over(self, keys: tuple[str, str], resume: bool) -> int:
-        """Read the journal that is there, or move it aside; return the bytes of it that are kept."""
-        os.close(open_own(self.path))  # refuses a link
+        """Read the existing journal, or rename it; return how many of its bytes are kept."""
+        os.close(open_own(self.path))  # raises UsageError for a link
         header, records, damaged, whole_bytes = read_journal(self.path)
         if not header and not records:
             self._refuse_foreign()
         if not whole_bytes and self.path.stat().st_size < MAX_HEADER_BYTES:
-            return 0  # a run died before its first record was complete
+            return 0  # the run was killed before its first record was complete
         if resume and header.get("key") in keys and header.get("journal") == FORMAT:
             self.records, self.damaged = records, damaged
             self.is_earlier = header["key"] != self._key
@@ -126,14 +126,14 @@ class Journal:
         return 0
 
     def _refuse_foreign(self) -> None:
-        """Raise UsageError where the file is not a journal, such as a key that was called run.csv.journal."""
+        """Raise UsageError if the file is not a journal but a file of the user with the same name."""
         with self.path.open("rb") as stream:
             content = stream.read(MAX_HEADER_BYTES)
             if BEGINNING.fullmatch(content) is None and not encode_record(self._header).startswith(content):
                 raise UsageError(f"{self.path} is not a journal of this program: move it, or choose another --out")
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record. Raises OutputError when it cannot be written whole; what was there before stays whole."""
+        """Add a record. Raises OutputError if it cannot be written completely; earlier records stay intact."""
         self._write(record)
 
     def _write(self, record: Mapping[str, Any]) -> None:
@@ -146,31 +146,31 @@ class Journal:
             if time.monotonic() - self._synced > SYNC_EVERY_S:
                 self.sync()
         except OSError as error:
-            with contextlib.suppress(OSError):  # a torn line is cut off when the file is opened again
+            with contextlib.suppress(OSError):  # otherwise it is cut off when the file is opened again
                 os.ftruncate(self._file, self._end)
                 os.lseek(self._file, self._end, os.SEEK_SET)
             raise OutputError(
-                f"{self.path} cannot be written: {error.strerror}: make room and run the same command again "
+                f"{self.path} cannot be written: {error.strerror}: free disk space and run the same command again "
                 "(without --no-resume), which resumes from here"
             ) from error
 
     def sync(self) -> None:
-        """Force what was appended to disk."""
+        """Force the appended records to disk (fsync)."""
         os.fsync(self._file)
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Close the file; it stays on disk."""
+        """Close the file, which stays on disk."""
         os.close(self._file)
 
     def delete(self) -> None:
-        """Delete the file, still open: the run is complete."""
+        """Delete the file, which may still be open: the run is complete."""
         self.path.unlink(missing_ok=True)
 
     def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Let the file hold these records alone, with this run's key.
+        """Replace the records of the file, and set this run's key.
 
-        Raises OutputError and leaves the file as it was.
+        Raises OutputError if that fails, and leaves the file unchanged.
         """
         content = b"".join(map(encode_record, (self._header, *records)))
         replace_file(self.path, content, follow=False)
@@ -179,7 +179,7 @@ class Journal:
 
 
 class NoJournal:
-    """Stands for the journal of a run that writes to standard output, next to which nothing can be kept."""
+    """Replaces the journal of a run that writes to standard output, which keeps nothing."""
 
     set_aside: Path | None = None
     records: Sequence[dict[str, Any]] = ()
@@ -188,22 +188,22 @@ class NoJournal:
     is_earlier = False
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Keep nothing."""
+        """Do nothing."""
 
     def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Keep nothing."""
+        """Do nothing."""
 
     def delete(self) -> None:
-        """Delete nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Close nothing."""
+        """Do nothing."""
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int, int]:
-    """Return (header, records, damaged lines, bytes up to the last whole line).
+    """Return (header, records, number of damaged lines, bytes up to the end of the last complete line).
 
-    The header is empty where the first line is damaged. Records after a damaged line count: each stands for itself.
+    The header is empty if the first line is damaged. Records after a damaged line are valid, as lines are independent.
     """
     lines: list[dict[str, Any] | None] = []
     whole_bytes = 0
@@ -218,7 +218,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int,
 
 
 def _free_name(path: Path) -> Path:
-    """Return the first free of `<path>.old`, `<path>.old2`, ..."""
+    """Return the first path that does not exist of `<path>.old`, `<path>.old2`, ..."""
     number = 1
     while (candidate := path.with_name(f"{path.name}.old{number if number > 1 else ''}")).exists():
         number += 1

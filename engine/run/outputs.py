@@ -1,4 +1,4 @@
-"""Files that a run writes: run.csv, n-best, timings, and sidecars next to the images."""
+"""Write the files of a run: run.csv, JSON lines, n-best, timings, and sidecars next to the images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.inputs.read_ahead import read_ahead
 from engine.inputs.tables import MAX_SIDECAR_BYTES
 
 CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]+")
-"""Control characters and everything some reader takes for a line break."""
+"""Control characters, and everything that some reader treats as a line break."""
 
 
 CSV_HEADER = "ID,Caption\n"
@@ -30,9 +30,9 @@ CSV_HEADER = "ID,Caption\n"
 
 @dataclass(frozen=True)
 class Row:
-    """What a run says of an image: its id, its file, the text, and why there is none.
+    """The result for one image: id, file, text, and the error if it cannot be read.
 
-    Without a text, not even an empty one, it has no line in a run.csv.
+    With the text None an image has no line in run.csv; an empty text is written.
     """
 
     id: str
@@ -42,13 +42,14 @@ class Row:
 
 
 def one_line(text: str) -> str:
-    """Return a text on one line, without white space around it."""
+    """Return a text on one line, without white space at its ends."""
     return CONTROL.sub(" ", text).strip()
 
 
 def format_json(row: Row) -> str:
-    """Return one line of JSON: id, file, caption, and the error of an image that cannot be read; bytes of file names
-    that are not UTF-8 as lone surrogates, escaped.
+    """Return one line of JSON: id, file, caption, and the error of an image that cannot be read.
+
+    Bytes of file names that are not UTF-8 become escaped lone surrogates.
     """
     entry = {"id": row.id, "file": row.file}
     entry |= {} if row.text is None else {"caption": row.text}
@@ -57,12 +58,12 @@ def format_json(row: Row) -> str:
 
 
 def _json_line(entry: Mapping[str, Any]) -> str:
-    """Return an object as one line of valid JSON: half characters (bytes of file names) are escaped, not written."""
+    """Return an object as one line of valid JSON, with lone surrogates (bytes of file names) escaped."""
     return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def format_row(image_id: str, caption: str) -> str:
-    """Return one line of run.csv: the id bare where it may be, the caption always quoted, on one line."""
+    """Return one line of run.csv: the id quoted only if necessary, the caption always quoted, on one line."""
     text = one_line(caption).replace('"', '""')
     return f'{_format_id(image_id)},"{text}"\n'
 
@@ -79,19 +80,20 @@ def write_run(path: Path, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSON, one a line, in the order given."""
+    """Write rows as JSON lines, in the order given."""
     write_atomically(path, "".join(map(format_json, rows)))
 
 
 def write_timings(path: Path, rows: Iterable[tuple[str, float | None]]) -> None:
-    """Write (id, latency in seconds) rows as CSV: UTF-8, header `ID,latency_s`; an empty cell where it is unknown."""
+    """Write (id, latency in seconds) rows as CSV: UTF-8, header `ID,latency_s`, empty cells for unknown values."""
     lines = (f"{_format_id(name)},{'' if seconds is None else f'{seconds:.6f}'}\n" for name, seconds in rows)
     write_atomically(path, "ID,latency_s\n" + "".join(lines))
 
 
 def write_n_best(path: Path, captions: Iterable[Caption], *, drawn: bool = False) -> None:
-    """Write one JSON object a line: id, whether its hypotheses were drawn and not searched for, and these with text,
-    raw_text, ids, sum_log_prob and score.
+    """Write one JSON object per line: id, drawn (whether the captions were sampled) and hypotheses.
+
+    Each hypothesis has text, raw_text, ids, sum_log_prob and score.
     """
     lines = []
     for caption in captions:
@@ -111,25 +113,25 @@ def write_n_best(path: Path, captions: Iterable[Caption], *, drawn: bool = False
 
 SUFFIX = ".txt"
 WRITERS = 8
-"""Files that are written at a time: each waits for the disk."""
+"""Number of files that are written in parallel, as each waits for the disk."""
 OWN_SEPARATOR = ",.;:"
-"""A text that begins so, or with white space, is joined to the one before it without a space."""
+"""A text that begins with one of these, or with white space, is appended without a space."""
 
 
 def sidecar_paths(images: Iterable[ImageFile], folder: Path | None) -> dict[str, Path]:
-    """Return the text file of each image, by id: beside it, or below `folder` where it lies below its root.
+    """Return {image id: path of its text file}: next to the image, or in `folder` at the same relative path.
 
-    Raises UsageError where two images would share one, or have none.
+    Raises UsageError if two images would share a sidecar, or if an image cannot have one.
     """
     paths: dict[str, Path] = {}
     owners: dict[Path, ImageFile] = {}
     for image in images:
         if folder is None and image.folder is not None:
-            raise UsageError(f"{image.source} lies at a URI, where no sidecar can be written: add --sidecar-dir")
-        place = image.path if folder is None else folder / image.inside
+            raise UsageError(f"{image.source} is at a URI, where no sidecar can be written: add --sidecar-dir")
+        location = image.path if folder is None else folder / image.inside
         if folder is not None and ".." in image.inside.parts:
-            raise UsageError(f"the sidecar of {image.source} would lie outside of --sidecar-dir {folder}")
-        path = place.with_name(cut_suffix(place.name) + SUFFIX)
+            raise UsageError(f"the sidecar of {image.source} would be outside of --sidecar-dir {folder}")
+        path = location.with_name(cut_suffix(location.name) + SUFFIX)
         if (owner := owners.setdefault(path, image)) is not image:
             raise UsageError(f"{owner.source} and {image.source} would share the sidecar {path}: rename one of them")
         if len(os.fsencode(path.name)) > LONGEST_NAME:
@@ -138,62 +140,67 @@ def sidecar_paths(images: Iterable[ImageFile], folder: Path | None) -> dict[str,
     return paths
 
 
-def check_sidecars(paths: Mapping[str, Path], mode: str, folder: Path | None, kept: Mapping[Path, str]) -> None:
-    """Refuse sidecars that cannot be written, lie behind a link or would take the place of a file that is `kept`.
+def check_sidecars(paths: Mapping[str, Path], mode: str, folder: Path | None, reserved: Mapping[Path, str]) -> None:
+    """Raise UsageError if a sidecar cannot be written, is reached through a link, or would overwrite a file.
 
-    `kept` says in words what each file is. Raises UsageError.
+    `reserved` are the files that must not be overwritten, with descriptions for the message.
     """
-    taken = {os.path.realpath(path): what for path, what in kept.items()}
+    taken = {os.path.realpath(path): description for path, description in reserved.items()}
     if folder is not None and not folder.parent.is_dir():
         raise UsageError(f"--sidecar-dir {folder}: {folder.parent} does not exist, create it first")
     real = {parent: _check_folder(parent, folder) for parent in {path.parent for path in paths.values()}}
     for path in paths.values():
-        if (what := taken.get(os.path.join(real[path.parent], path.name))) is not None:  # noqa: PTH118 (names as bytes)
-            raise UsageError(f"the sidecar {path} would overwrite {what}")
+        if (other := taken.get(os.path.join(real[path.parent], path.name))) is not None:  # noqa: PTH118 (names as bytes)
+            raise UsageError(f"the sidecar {path} would overwrite {other}")
         if mode == "skip":
             continue
         try:
-            found = path.lstat().st_mode
+            file_mode = path.lstat().st_mode
         except FileNotFoundError:
             continue
-        if not stat.S_ISREG(found):
-            kind = "a link" if stat.S_ISLNK(found) else "a folder, a pipe or a device"
-            raise UsageError(f"the sidecar {path} is {kind}, which is not written to: remove it or use --sidecar skip")
+        if not stat.S_ISREG(file_mode):
+            kind = "a link" if stat.S_ISLNK(file_mode) else "a folder, a pipe or a device"
+            raise UsageError(
+                f"the sidecar {path} is {kind}, which is never overwritten: remove it, or use --sidecar skip"
+            )
 
 
 def _check_folder(parent: Path, root: Path | None) -> str:
-    """Return where a folder for sidecars really is or will be; raise UsageError where nothing may be written there."""
+    """Return the real path of a folder for sidecars, existing or not. Raises UsageError if it is not writable."""
     if root is not None:
         _refuse_links(parent, root)
-    there = next(place for place in (parent, *parent.parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UsageError(f"sidecars cannot be written into {parent}: {there} is not a folder that is writable")
+    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"sidecars cannot be written to {parent}: {existing} is not a writable folder")
     return os.path.realpath(parent)
 
 
 def _refuse_links(parent: Path, root: Path) -> None:
-    for place in (parent, *parent.parents):
-        if place == root:
+    """Raise UsageError if a folder between `root` and `parent` is a link, which may lead out of `root`."""
+    for folder in (parent, *parent.parents):
+        if folder == root:
             return
-        if place.is_symlink():
-            raise UsageError(f"{place} is a link, and sidecars do not follow it out of --sidecar-dir: remove it")
+        if folder.is_symlink():
+            raise UsageError(f"{folder} is a link, and sidecars do not follow links out of --sidecar-dir: remove it")
 
 
 def write_sidecars(
     texts: Mapping[str, str], paths: Mapping[str, Path], mode: str, folder: Path | None = None
 ) -> tuple[int, int]:
-    """Write the texts, by image id, into their files; return how many were written and how many left as they were.
+    """Write the texts, by image id, into their files; return how many were written and how many are unchanged.
 
-    A file appears whole or not at all, and one that has its text already is left alone: a run that was killed in
-    between does the rest. `append` and `prepend` keep what is there, see `joined`. Raises OutputError.
+    Each file is written atomically, and a file that has its text already is not changed, so that a run that was killed
+    can be repeated. `append` and `prepend` keep the existing text, see `joined`. Raises OutputError.
     """
     written = 0
     wanted = sorted((paths[name].parent, paths[name], text) for name, text in texts.items())
-    for parent, group in groupby(wanted, key=lambda one: one[0]):
+    for parent, group in groupby(wanted, key=lambda entry: entry[0]):
         if folder is not None:
             _make_folder(parent, folder)
         with folder_lock(parent):
-            done = read_ahead(lambda one: _write(one[1], one[2], mode), group, threads=WRITERS, window=4 * WRITERS)
+            done = read_ahead(
+                lambda entry: _write(entry[1], entry[2], mode), group, threads=WRITERS, window=4 * WRITERS
+            )
             written += sum(done)
     return written, len(texts) - written
 
@@ -203,11 +210,11 @@ def _make_folder(parent: Path, root: Path) -> None:
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{parent} cannot be made: {error.strerror}") from error
+        raise OutputError(f"{parent} cannot be created: {error.strerror}") from error
 
 
 def _write(path: Path, text: str, mode: str) -> bool:
-    """Write one sidecar; return False where it is left as it is."""
+    """Write one sidecar; return False if it is not changed."""
     if mode == "skip" and os.path.lexists(path):
         return False
     old = _read(path)
@@ -219,12 +226,12 @@ def _write(path: Path, text: str, mode: str) -> bool:
 
 
 def _read(path: Path) -> str | None:
-    """Return what a sidecar holds, bytes that are no UTF-8 as surrogates; None where there is none."""
+    """Return the text of a sidecar, with bytes that are not UTF-8 as surrogates, or None if there is no file."""
     try:
         with open_regular(path, MAX_SIDECAR_BYTES, follow=False) as stream:
             content = stream.read()
     except ValueError as error:
-        raise OutputError(f"{path} is not the text of an image ({error}): move it away") from error
+        raise OutputError(f"{path} is not the text file of an image ({error}): move it away") from error
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -235,11 +242,12 @@ def _read(path: Path) -> str | None:
 
 
 def joined(old: str, text: str, mode: str) -> str:
-    """Return the content of a sidecar that holds `old` once `text` is written: in its place, behind or before it.
+    """Return the new content of a sidecar with the content `old`: `text` overwrites, follows or precedes it.
 
-    Between them stands a space, unless the second begins with white space or one of OWN_SEPARATOR, or the first ends
-    with white space. What begins or ends with the text already, as that would be, is left as it is: that a run writes
-    twice, because it was killed or called again, changes nothing. A byte order mark stays in front.
+    The two are separated by a space, unless the second begins with white space or one of OWN_SEPARATOR, or the first
+    ends with white space. If `old` already begins or ends with the text, joined in that way, it is returned unchanged:
+    a run that writes twice, because it was killed or repeated, does not add the text twice. A byte order mark stays in
+    front.
     """
     if mode == "overwrite":
         return _ended(text.strip())

@@ -1,4 +1,4 @@
-"""The run: find the images, resume, caption what is left, write the outputs."""
+"""Run `engine caption`: find the images, resume, caption the remaining ones, write the outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.backends import require_backend
 from engine.bundle.manifest import Bundle, watched
 from engine.bundle.open import BundlePlace, folders_of
 from engine.bundle.signature import environment, run_signature, settings_line
-from engine.captioner import Captioner, Todo, caption_within_memory
+from engine.captioner import Captioner, PendingImages, caption_within_memory
 from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
@@ -28,15 +28,18 @@ from engine.run.record import RowStream, RunRecord, rows_of, text_of
 from engine.runtime import Runtime, Workers
 from engine.workers.cluster import open_cluster, require_ray
 from engine.workers.driver import open_processes
-from engine.workers.shares import shares_of
+from engine.workers.resources import plan_workers
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Source(Protocol):
-    """Captions made with `bundle` on `backend_name`; `environment` says with which packages.
+    """Where captions come from: this process, worker processes or a cluster.
 
-    `notes` grows by the images that were read without something (engine/inputs/pixels.py).
+    bundle        the loaded bundle
+    backend_name  the backend in use
+    environment   versions of the packages that decide captions
+    notes         one entry per image of which something was dropped (engine/inputs/pixels.py); grows during the run
     """
 
     bundle: Bundle
@@ -44,46 +47,48 @@ class Source(Protocol):
     environment: str
     notes: list[ImageNote]
 
-    def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
-        """Return what is asked laid over the bundle's settings. Raises UsageError where it, or one of the images'
-        prompts, does not fit the bundle.
+    def resolve(self, requested: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
+        """Return the options in force: `requested` overrides the bundle's settings.
+
+        Raises UsageError if an option or a prompt does not fit the bundle.
         """
         ...
 
-    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
-        """Yield a caption of every image that remains, each once and in any order; unreadable ones fail in `todo`."""
+    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
+        """Yield one caption per remaining image, in any order; pass unreadable images to `pending.fail`."""
         ...
 
 
-def choose_runtime(runtime: Runtime, workers: Workers, say: Say) -> Runtime:
-    """Return the runtime with what `auto` means here, which `say` gets a note of; that of a cluster as it is.
+def choose_runtime(runtime: Runtime, workers: Workers, log: Log) -> Runtime:
+    """Return the runtime with the backend that `auto` stands for on this machine; log the choice.
 
-    Raises an EngineError, in one sentence and at once, when something that is needed is missing here.
+    With a cluster `auto` stays, because a node resolves it (engine/workers/cluster.py). Raises an EngineError if a
+    library or device is missing here.
     """
     if workers.address is not None:
         require_ray()
         return runtime
     wanted = "cuda" if workers.devices is not None and runtime.backend == "auto" else runtime.backend
     chosen = replace(runtime, backend=require_backend(wanted, runtime.cpu_precision))
-    shares_of(chosen, workers)
+    plan_workers(chosen, workers)  # only for its errors: too many workers are refused before images are listed
     if runtime.backend == "auto":
-        say(f"backend: {chosen.backend}")
+        log(f"backend: {chosen.backend}")
     return chosen
 
 
 def open_source(
-    bundle: BundlePlace | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
+    bundle: BundlePlace | None, requested: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, log: Log
 ) -> AbstractContextManager[Source]:
-    """Load what captions a run; `say` gets notes of its workers. Raises an EngineError of the kind that fits."""
+    """Open the source of a run's captions, which loads the bundle. Raises an EngineError."""
     if workers.address is not None:
-        return open_cluster(bundle, asked, rows, runtime, workers, say)
-    if shares := shares_of(runtime, workers):
-        return open_processes(bundle, asked, rows, runtime, shares, say)
+        return open_cluster(bundle, requested, rows, runtime, workers, log)
+    if team := plan_workers(runtime, workers):
+        return open_processes(bundle, requested, rows, runtime, team, log)
     return nullcontext(LocalSource(Captioner.open(bundle, runtime), rows))
 
 
 class LocalSource:
-    """A captioner in this process."""
+    """Captions made in this process, see Source."""
 
     def __init__(self, captioner: Captioner, rows: int | None = None) -> None:
         self._captioner, self._rows = captioner, rows
@@ -92,36 +97,36 @@ class LocalSource:
         self.environment = environment(self.backend_name)
         self.notes: list[ImageNote] = []
 
-    def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
-        options = asked.over(self.bundle.generation)
+    def resolve(self, requested: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
+        options = requested.over(self.bundle.generation)
         self._captioner.searches(options, prompts)
         return options
 
-    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
+    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
         return caption_within_memory(
             self._captioner,
             options,
-            todo.remaining,
-            prompts=todo.prompts,
-            on_error=todo.fail,
+            pending.remaining,
+            prompts=pending.prompts,
+            on_error=pending.fail,
             on_note=self.notes.append,
             rows=self._rows,
-            say=say,
+            log=log,
         )
 
 
 FIRST_WAVE = 2.0
-"""Times the seconds of the first image: by then the first wave is over. Captions of 20 tokens may follow one of 8."""
+"""The first wave ends after this many times the seconds of the first image: 20 tokens may follow a caption of 8."""
 WAVE_END = 0.25
-"""Part of these seconds in which the last images of that wave finish."""
+"""Fraction of the first image's seconds in which the last images of that wave finish."""
 
 
 class Pace:
-    """Measures the speed of a run by when its images finish; `done` of `length` have.
+    """Estimate the speed of a run and the time left; `done` of `length` images are finished.
 
-    Many images are decoded in parallel and finish in waves: none at first, then many at about the same time. Divided by
-    the time since the start, their number gives a speed that is too low by as much as the number of images in parallel.
-    So the speed is counted from the end of the first wave, and known once it spans two more.
+    Images that are decoded in parallel finish in waves: none at first, then many at about the same time. The number of
+    images divided by the time since the start is therefore too low, by up to the number of images in parallel. So the
+    speed is measured from the end of the first wave, and is None until two more waves have passed.
     """
 
     def __init__(self, length: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -131,55 +136,64 @@ class Pace:
         self._since: tuple[float, int] | None = None
         self._latest_s = 0.0
 
-    def tell(self, done: int) -> None:
-        """Note that so many images are done."""
+    def update(self, done: int) -> None:
+        """Record that `done` images are finished."""
         if done == self.done:
             return
         self.done, self._latest_s = done, self._clock() - self._start
         if self._first_s is None:
             self._first_s = self._latest_s
+        # time in units of the first image's: a wave takes about one
         waves = self._latest_s / max(self._first_s, 1e-9)
         if waves >= FIRST_WAVE and (self._since is None or waves < FIRST_WAVE + WAVE_END):
             self._since = self._latest_s, done
 
     @property
     def images_per_s(self) -> float | None:
-        """Images a second, None before it is known."""
+        """Images per second, or None before it is known."""
         if self._first_s is None or self._since is None:
             return None
         seconds = self._latest_s - self._since[0]
+        # a shorter span would count a whole wave, or none, by chance
         return (self.done - self._since[1]) / seconds if seconds > FIRST_WAVE * self._first_s else None
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until all images are done, None before that is known."""
+        """Seconds until all images are finished, or None before it is known."""
         if (speed := self.images_per_s) is None:
             return None
+        # counted from the last finished image, so that it decreases while no image finishes
         return max(0.0, (self.length - self.done) / speed - (self._clock() - self._start - self._latest_s))
 
     def __str__(self) -> str:
-        """Return speed and time left in words, empty before they are known."""
+        """Return `2.50 images/s, about 12 min left`, or an empty string before that is known."""
         speed, left = self.images_per_s, self.left_s
         return "" if speed is None or left is None else f"{speed:.2f} images/s, about {in_words(left)} left"
 
 
 def in_words(seconds: float) -> str:
-    """Return a duration as people say it: `40 s`, `12 min`, `3.5 h`."""
+    """Format a duration: `40 s`, `12 min` or `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
-"""Given the number of images, a context whose value is told how many of them are done."""
+"""Takes the number of images; returns a context whose value is called with the number of finished ones."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run went. `resumed` of the captions come from an earlier run that was cut off, `empty` ones have no word;
-    `left_aside` are entries of the inputs that were not taken for images.
+    """The result of a run, printed by `--json`.
 
-    `seconds` is captioning; without loading the bundle in this process, but with starting workers elsewhere.
+    images        number of images found
+    captions      number of captions, of which `resumed` come from an earlier run that was interrupted
+    unreadable    number of images that cannot be read
+    empty         number of captions without text
+    seconds       time of captioning, without loading the bundle in this process, but with starting other workers
+    out           path of the output
+    signature     how the captions were made
+    left_aside    entries of the inputs that are not images and were skipped
     """
 
     images: int
@@ -198,39 +212,47 @@ def caption_directory(
     inputs: Inputs,
     outputs: Outputs,
     bundle: BundlePlace | None = None,
-    asked: DecodeOptions = DecodeOptions(),
+    requested: DecodeOptions = DecodeOptions(),
     *,
     rows: int | None = None,
     runtime: Runtime = Runtime(),
     workers: Workers = Workers(),
-    say: Say,
+    log: Log,
     progress: Progress,
 ) -> RunSummary:
-    """Caption every image of the inputs into `outputs.out`; that file appears only when the whole run has succeeded.
+    """Caption every image of the inputs and write `outputs.out`, which appears only if the whole run succeeds.
 
-    `asked` lies over the settings of `bundle` (the embedded demo when None). `rows` is how many beams are decoded side
-    by side, None for what suits device and memory. Until the end every caption is kept in a journal next to the output,
-    and the same call resumes where it was cut off.
+    `requested` overrides the settings of `bundle` (None: the embedded demo). `rows` is the number of beams in flight
+    (None: what suits device and memory). Until the end every caption is kept in a journal next to the output, from
+    which the same call resumes after an interruption. `log` gets notes for the user, one line each.
 
-    `say` gets notes for the user, one line each. Raises an EngineError of the kind that fits.
+    Raises an EngineError.
     """
-    runtime = choose_runtime(runtime, workers, say)  # before a large folder is listed: what is missing is said at once
-    images, left_aside = find(inputs, outputs, bundle, say)
+    # before a large folder is listed, so that a missing library is reported at once
+    runtime = choose_runtime(runtime, workers, log)
+    images, left_aside = find(inputs, outputs, bundle, log)
     prompts = _prompts(inputs, images)
     with (
-        lock(outputs, say),
-        open_source(bundle, asked, rows, runtime, workers, say) as source,
+        # the lock comes first: a second run is refused before it loads a bundle or starts workers
+        lock(outputs, log),
+        open_source(bundle, requested, rows, runtime, workers, log) as source,
         open_record(
-            images, source, options := source.resolve(asked, prompts), outputs, say, runtime=runtime, prompts=prompts
+            images,
+            source,
+            options := source.resolve(requested, prompts),
+            outputs,
+            log,
+            runtime=runtime,
+            prompts=prompts,
         ) as record,
     ):
-        for note in notes_on(asked, options, rows):
-            say(f"note: {note}")
+        for note in notes_on(requested, options, rows):
+            log(f"note: {note}")
         stream = RowStream(record, outputs) if outputs.is_stream else None
-        seconds = keep(source.captions(options, record, say), record, progress, stream)
+        seconds = keep(source.captions(options, record, log), record, progress, stream)
         for line in note_lines(source.notes):
-            say(line)
-        write(record, outputs, options, say)
+            log(line)
+        write(record, outputs, options, log)
     return RunSummary(
         images=len(images),
         captions=len(record.captions),
@@ -248,17 +270,17 @@ def caption_directory(
 
 
 def _prompts(inputs: Inputs, images: list[ImageFile]) -> dict[str, str] | None:
-    """Return the prompt of each image, None without a table of prompts; refuse columns that no table has."""
+    """Return the prompt of each image, or None without a table of prompts. Raises UsageError for unknown columns."""
     columns, ids = inputs.columns, [image.id for image in images]
     prompts = read_prompts(inputs.prompts, ids, columns) if inputs.prompts else None
-    columns.require_found()
+    columns.require_found()  # here, because --id-column may be in the manifest or in the prompts, both read by now
     return prompts
 
 
-def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, say: Say) -> tuple[list[ImageFile], list[str]]:
-    """Return the images to caption, in order, and the names of what was left aside.
+def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, log: Log) -> tuple[list[ImageFile], list[str]]:
+    """Return the images to caption, in order, and the names of the entries that were skipped.
 
-    Raises UsageError where there are no images, or an output would harm them.
+    Raises UsageError if there are no images, or if an output would overwrite one.
     """
     found = find_inputs(
         inputs.places,
@@ -271,37 +293,40 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, say: Say)
     if inputs.manifest:
         images = order_by_manifest(images, inputs.manifest, inputs.columns)
     tables = [table for table in (inputs.manifest, inputs.prompts) if table]
-    kept = [image.path for image in found.images if image.folder is None] + found.lists + tables
-    check(outputs, images, kept, bundle)
-    for place, names in found.left_aside.items():
-        say(f"skipped in {place}: {describe_ignored(names, found.imageless)}")
+    # all images found, not only those of the manifest: no output may overwrite any of them
+    protected = [image.path for image in found.images if image.folder is None] + found.lists + tables
+    check(outputs, images, protected, bundle)
+    for folder, names in found.left_aside.items():
+        log(f"skipped in {folder}: {describe_ignored(names, found.imageless)}")
     return images, [name for names in found.left_aside.values() for name in names]
 
 
-def check(outputs: Outputs, images: list[ImageFile], kept: list[Path], bundle: BundlePlace | None) -> None:
-    """Raise UsageError where an output cannot be written or would harm a file that is `kept`, or the bundle."""
-    outputs.check(kept)
+def check(outputs: Outputs, images: list[ImageFile], protected: list[Path], bundle: BundlePlace | None) -> None:
+    """Raise UsageError if an output cannot be written, is inside the bundle or would overwrite a `protected` file."""
+    outputs.check(protected)
     folders = {f"{flag} {path}": path.parent for flag, path in outputs.files().items()}
     if outputs.sidecar_dir is not None:
         folders[f"--sidecar-dir {outputs.sidecar_dir}"] = outputs.sidecar_dir
-    for what, folder in folders.items():
-        if folder.resolve() in [one.resolve() for one in folders_of(bundle)]:
-            raise UsageError(f"{what} would lie inside the bundle: choose another place")
+    bundle_folders = [folder.resolve() for folder in folders_of(bundle)]
+    for output, folder in folders.items():
+        if folder.resolve() in bundle_folders:
+            raise UsageError(f"{output} would be inside the bundle: choose another folder")
     if outputs.sidecar is not None:
-        own = outputs.files() | ({} if outputs.journal is None else {"the journal": outputs.journal})
-        taken = {path: f"the input {path}" for path in kept} | {path: f"{flag} {path}" for flag, path in own.items()}
+        written = outputs.files() | ({} if outputs.journal is None else {"the journal": outputs.journal})
+        reserved = {path: f"the input {path}" for path in protected}
+        reserved |= {path: f"{flag} {path}" for flag, path in written.items()}
         paths = sidecar_paths(images, outputs.sidecar_dir)
-        check_sidecars(paths, outputs.sidecar, outputs.sidecar_dir, taken)
+        check_sidecars(paths, outputs.sidecar, outputs.sidecar_dir, reserved)
 
 
 @contextmanager
-def lock(outputs: Outputs, say: Say) -> Iterator[None]:
-    """Hold the outputs for this run alone. Raises UsageError while another run writes one of them."""
-    with ExitStack() as held:
+def lock(outputs: Outputs, log: Log) -> Iterator[None]:
+    """Lock the outputs for this run. Raises UsageError if another run is writing one of them."""
+    with ExitStack() as stack:
         for path in outputs.files().values():
-            one = held.enter_context(OutputLock(path))
-            if one.note:
-                say(one.note)
+            output_lock = stack.enter_context(OutputLock(path))
+            if output_lock.note:
+                log(output_lock.note)
         yield
 
 
@@ -311,13 +336,14 @@ def open_record(
     source: Source,
     options: DecodeOptions,
     outputs: Outputs,
-    say: Say,
+    log: Log,
     *,
     runtime: Runtime = Runtime(),
     prompts: Mapping[str, str] | None = None,
 ) -> Iterator[RunRecord]:
-    """Open the record of a run; say what an earlier run left, and what this one leaves if it is stopped."""
+    """Open the record of a run; log what is taken from an earlier run, and on errors what this one keeps."""
     settings = settings_line(source.bundle, source.backend_name, options, runtime.cpu_precision)
+    # the key of the journal: captions of another bundle, other options or other packages are never mixed in
     made_with = f"{settings}|{source.environment}"
     out = None if outputs.is_stream else outputs.out
     with (
@@ -333,55 +359,56 @@ def open_record(
         ) as record,
     ):
         if record.set_aside:
-            say(
-                "the journal of an earlier run with another bundle, other options or packages, or one that is damaged "
-                f"or not wanted, was moved to {record.set_aside}: starting afresh"
+            log(
+                "the journal of an earlier run cannot be resumed (another bundle, other options or packages, "
+                f"damaged, or --no-resume): it was moved to {record.set_aside}, starting afresh"
             )
         if record.resumed:
-            say(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
+            log(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
         if record.update:
             if record.earlier:
                 left = len(images) - record.resumed
-                say(f"{left} of {len(images)} images are to be captioned: new, changed, or not reached before")
+                log(f"{left} of {len(images)} images are to be captioned: new, changed, or not reached by the last run")
         elif record.not_reused:
-            say(
-                f"{record.not_reused} more of its captions are not used: their image has changed or is not among the "
-                "inputs any more, or they are damaged"
+            log(
+                f"{record.not_reused} more captions of it are not used: they are damaged, or their image has changed "
+                "or is no longer among the inputs"
             )
         try:
             yield record
-        except BaseException:
+        except BaseException:  # Ctrl-C as well
             if record.captions and record.journal_path is not None:
-                kept = f"{len(record.captions)} captions are kept in {record.journal_path}"
-                say(f"{kept}: {record.same_command} resumes from there")
+                count = len(record.captions)
+                log(f"{count} captions are kept in {record.journal_path}: {record.same_command} resumes from there")
             raise
 
 
 def keep(captions: Iterable[Caption], record: RunRecord, progress: Progress, stream: RowStream | None = None) -> float:
-    """Note every caption as it is made, in `stream`, too; return the seconds that all of them took."""
+    """Record every caption as it is finished, and write it to `stream`; return the seconds that all of them took."""
     start = time.perf_counter()
-    with progress(len(record.images) - record.resumed) as tell:
+    with progress(len(record.images) - record.resumed) as update:
         for caption in captions:
             record.add(caption)
             if stream is not None:
                 stream.advance()
-            tell(record.done)
-        if stream is not None:  # images that failed behind the last caption
+            update(record.done)
+        if stream is not None:  # images that failed after the last caption
             stream.advance()
-        tell(record.done)
+        update(record.done)
     return time.perf_counter() - start
 
 
-def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, say: Say) -> None:
-    """Write the files of a run. Raises EngineError where images failed or changed, and writes nothing then."""
+def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, log: Log) -> None:
+    """Write the files of a run. Raises EngineError, and writes nothing, if images failed or changed."""
     for failure in record.failures:
-        say(f"unreadable: {failure}")
+        log(f"unreadable: {failure}")
     record.check_complete(allow_missing=outputs.allow_missing)
-    record.check_unchanged()
+    record.check_unchanged()  # after captioning: an image may have changed since it was read
     if outputs.sidecar is not None:
         captioned = [image for image in record.images if image.id in record.captions]
         texts = {image.id: text_of(record.captions[image.id], outputs) for image in captioned}
         paths = sidecar_paths(captioned, outputs.sidecar_dir)
-        written, left = write_sidecars(texts, paths, outputs.sidecar, outputs.sidecar_dir)
-        say(f"sidecars: {written} written, {left} left as they were")
+        written, unchanged = write_sidecars(texts, paths, outputs.sidecar, outputs.sidecar_dir)
+        log(f"sidecars: {written} written, {unchanged} unchanged")
+    # --out comes last, so that it is only replaced by a complete run
     record.write(outputs, rows_of(record, outputs), drawn=options.do_sample)

@@ -1,4 +1,4 @@
-"""What is known of a run: fingerprints of images, recalled captions, and the rows of run.csv."""
+"""RunRecord, the captions and failures of a run, and how captions of earlier runs are found again."""
 
 from __future__ import annotations
 
@@ -32,43 +32,44 @@ from engine.run.outputs import (
 
 
 def run_key(images: Sequence[ImageFile], made_with: str, prompts: Mapping[str, str] | None = None) -> str:
-    """Return the sha256 of what captions are made with, and of the images in their order, with their prompts by id.
+    """Return the sha256 of the settings `made_with`, and of the images in their order with their prompts.
 
-    Journals of earlier versions have it as their key.
+    This is the key of journals of earlier versions.
     """
     digest = hashlib.sha256(made_with.encode("utf-8", "surrogateescape"))
     for image in images:
-        place = str(image.path.absolute() if image.folder is None else image.source)
-        depth = [] if image.depth == CLIP else [image.depth]  # journals of earlier versions know none, nor prompts
+        location = str(image.path.absolute() if image.folder is None else image.source)
+        # depth and prompts are only added if used: versions that lacked them made the same key
+        depth = [] if image.depth == CLIP else [image.depth]
         prompt = [] if prompts is None else [{"prompt": prompts[image.id]}]
-        digest.update(json.dumps([image.id, place, image.frame, *depth, *prompt]).encode("ascii"))
+        digest.update(json.dumps([image.id, location, image.frame, *depth, *prompt]).encode("ascii"))
     return digest.hexdigest()
 
 
 def settings_key(images: Sequence[ImageFile], made_with: str) -> str:
-    """Return the sha256 of what captions are made with and how the images are read, whatever images these are."""
+    """Return the sha256 of the settings `made_with` and of how images are read, independent of which images."""
     how = sorted({(image.frame, image.depth) for image in images})
     return hashlib.sha256(f"{made_with}|{json.dumps(how)}".encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def fingerprints(images: Sequence[ImageFile]) -> dict[str, list[int] | None]:
-    """Return the fingerprint of every image by its id; those at a URI are listed, for size and time of change alone."""
+    """Return {image id: fingerprint}. Folders at URIs are listed, which gives size and modification time only."""
     folders = {image.folder for image in images if image.folder is not None}
     listed = {folder: folder.list(recursive=any(len(i.path.parts) > 1 for i in images)) for folder in folders}
-    found: dict[str, list[int] | None] = {}
+    stamps: dict[str, list[int] | None] = {}
     for image in images:
         if image.folder is None:
-            found[image.id] = fingerprint(image.path)
+            stamps[image.id] = fingerprint(image.path)
         else:
             stamp = listed[image.folder].get(image.path.as_posix())
-            found[image.id] = list(stamp) if stamp else None
-    return found
+            stamps[image.id] = list(stamp) if stamp else None
+    return stamps
 
 
 def fingerprint(path: Path) -> list[int] | None:
-    """Return size in bytes, time of the last change of content and of status in ns, and number; None without a file.
+    """Return [size in bytes, mtime in ns, ctime in ns, inode number], or None if there is no file.
 
-    Any of them may change when a file is replaced. The last two may also change without that, see recall.py.
+    Any of them may change when a file is replaced. ctime and inode may also change otherwise, see SIZE_AND_TIME.
     """
     try:
         status = path.stat()
@@ -82,14 +83,15 @@ Stamp = list[int] | None
 Stamps = Mapping[str, Stamp]
 """Fingerprints of images by their ids."""
 READERS = 4
-"""Threads that read images for their digests, which takes as long as the disk does."""
+"""Threads that read images to compute their digests, which is limited by the disk."""
 SIZE_AND_TIME = 2
-"""The first numbers of a fingerprint. The others change without the content: some network file systems give a file
-another number whenever their cache expires, and chmod, hard links and copies set the time of the last status change."""
+"""Number of leading entries of a fingerprint that only change with the content. Some network file systems give a file
+another inode number whenever their cache expires, and chmod, hard links and copies set the ctime.
+"""
 
 
 def decode_caption(record: Mapping[str, Any], image_id: str) -> Caption | None:
-    """Return the caption of a record as that of `image_id`, None where the record is malformed."""
+    """Return the caption of a record for the image `image_id`, or None if the record is malformed."""
     try:
         alternatives = tuple(
             Alternative(
@@ -101,7 +103,7 @@ def decode_caption(record: Mapping[str, Any], image_id: str) -> Caption | None:
             )
             for entry in record["alternatives"]
         )
-        latency_s = record.get("latency_s")  # journals of an earlier version have none
+        latency_s = record.get("latency_s")  # missing in journals of an earlier version
         latency_s = None if latency_s is None else float(latency_s)
     except (KeyError, TypeError, ValueError):
         return None
@@ -109,18 +111,19 @@ def decode_caption(record: Mapping[str, Any], image_id: str) -> Caption | None:
 
 
 def place_of(image: ImageFile) -> str:
-    """Return where an image is, whatever its id and the working directory."""
+    """Return the absolute path or URI of an image, independent of its id and the working directory."""
     return os.path.abspath(image.path) if image.folder is None else str(image.source)  # noqa: PTH100 (follows links)
 
 
 class KnownImages:
-    """Captions that earlier runs made, found by the content of the image and its prompt.
+    """Captions of earlier runs, found by the content of the image and its prompt.
 
-    A file at the same path with the same size and time of change is trusted without reading it. Other files may have
-    been copied, moved or touched: they are compared by sha256, and only those are read whose size is in the journal.
-    Images at a URI are not read for that. With `strict`, a file is only trusted where its number and the time of its
-    last status change are the same, too: `--update` may follow months later, on data unpacked again with fixed times.
-    `prompts` are those of the images by their ids, where each has its own.
+    A file at the same path with the same size and mtime is trusted without reading it. Other files may have been
+    copied, moved or touched. They are compared by sha256, and only read if their size occurs in the journal. Images at
+    a URI are not read for that.
+
+    With `strict`, a file is only trusted if its inode number and ctime are the same as well: `--update` may follow
+    months later, on data that was unpacked again with fixed times. `prompts` are the images' own prompts by id.
     """
 
     def __init__(
@@ -133,7 +136,7 @@ class KnownImages:
         self._sizes: set[int] = set()
         self._used: set[int] = set()
         self.digests: dict[str, str] = {}
-        """sha256 of the bytes that were captioned, by image id, where it is known."""
+        """sha256 of the bytes that were captioned, by image id, if known."""
         for record in records:
             place, stamp, digest = record.get("place"), record.get("file"), record.get("sha256")
             prompt = record.get("prompt")
@@ -146,15 +149,15 @@ class KnownImages:
 
     @property
     def used(self) -> int:
-        """How many records gave a caption."""
+        """Number of records whose caption was used."""
         return len(self._used)
 
     def trusted(self, stamp: Stamp) -> str:
-        """Return the part of a fingerprint that stands for the content of a file at the same path."""
+        """Return the part of a fingerprint that identifies the content of a file at the same path"""
         return str(stamp and stamp[: self._stamp_length])
 
     def recall(self, images: Sequence[ImageFile], stamps: Stamps) -> dict[str, Caption]:
-        """Return the captions of the images, by id, whose content is known; a malformed one is decoded again."""
+        """Return {image id: caption} for the images whose content is known. Malformed records are ignored."""
         captions: dict[str, Caption] = {}
         others: list[ImageFile] = []
         for image in images:
@@ -171,7 +174,8 @@ class KnownImages:
             digest = self.digests.get(image.id, "")
             record = self._by_digest.get((digest, _suffix(place_of(image)), self._prompts.get(image.id)))
             if record is None or not self._take(record, image, captions):
-                self.digests.pop(image.id, None)  # the bytes that will be captioned are read later
+                # the file will be read again for captioning, when its bytes may be others
+                self.digests.pop(image.id, None)
         return captions
 
     def _take(self, record: Mapping[str, Any], image: ImageFile, captions: dict[str, Caption]) -> bool:
@@ -182,11 +186,11 @@ class KnownImages:
         return True
 
     def learn_digests(self, images: Iterable[ImageFile]) -> None:
-        """Read those of the images, on this machine's disks, whose digests are not known."""
+        """Read the local images whose digests are not known yet."""
         self.digests |= digests_of([image for image in images if image.folder is None and image.id not in self.digests])
 
     def encode(self, image: ImageFile, caption: Caption, stamp: Stamp) -> dict[str, Any]:
-        """Return a caption as a record; `stamp` is the fingerprint of its image."""
+        """Return the record of a caption; `stamp` is the fingerprint of its image."""
         if caption.file_sha256 is not None:
             self.digests[image.id] = caption.file_sha256
         record = {
@@ -206,28 +210,28 @@ class KnownImages:
 def with_places(
     records: Iterable[Mapping[str, Any]], images: Iterable[ImageFile], prompts: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Return the records of a journal of an earlier version, which had only ids: its key stood for the list of images.
+    """Add locations and prompts to the records of a journal of an earlier version, whose key identified the images.
 
-    Records whose image is not in the list are left out.
+    Records whose image is not among `images` are dropped.
     """
     by_id = {image.id: image for image in images}
-    found = []
+    completed = []
     for record in records:
         if (image := by_id.get(str(record.get("id")))) is not None:
             prompt = {"prompt": prompts[image.id]} if image.id in prompts else {}
-            found.append({**record, "place": place_of(image)} | prompt)
-    return found
+            completed.append({**record, "place": place_of(image)} | prompt)
+    return completed
 
 
 def digests_of(images: Sequence[ImageFile]) -> dict[str, str]:
-    """Return the sha256 of local files by image id, without those that cannot be read."""
+    """Return {image id: sha256} of local files; those that cannot be read are missing."""
     paths = [image.path for image in images]
-    found = read_ahead(digest_of, paths, threads=READERS, window=4 * READERS) if paths else iter(())
-    return {image.id: digest for image, digest in zip(images, found, strict=True) if digest is not None}
+    digests = read_ahead(digest_of, paths, threads=READERS, window=4 * READERS) if paths else iter(())
+    return {image.id: digest for image, digest in zip(images, digests, strict=True) if digest is not None}
 
 
 def digest_of(path: Path) -> str | None:
-    """Return the sha256 of a file's content in hexadecimal, None where it cannot be read."""
+    """Return the sha256 of a file's content in hexadecimal, or None if the file cannot be read."""
     try:
         with open_file(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
@@ -236,7 +240,7 @@ def digest_of(path: Path) -> str | None:
 
 
 def _suffix(place: str) -> str:
-    """Return the suffix of a file, which decides how it is read where its bytes do not tell."""
+    """Return the suffix of a file, which decides how it is read if its first bytes do not."""
     return os.path.splitext(place)[1].lower()  # noqa: PTH122 (of URIs, too)
 
 
@@ -245,19 +249,19 @@ def _is_text(value: object) -> bool:
 
 
 class ReaderGoneError(Exception):
-    """Nobody reads standard output any more, as behind `| head`: the run ends without a word."""
+    """The reader of standard output has closed it, such as `| head`: the run ends without a message."""
 
 
 def text_of(caption: Caption, outputs: Outputs) -> str:
-    """Return a caption's text between prefix and suffix, on one line; an empty caption stays empty."""
+    """Return a caption's text on one line, with prefix and suffix; an empty caption stays empty."""
     text = one_line(caption.raw_text if outputs.raw_text else caption.text)
     return f"{outputs.prefix}{text}{outputs.suffix}" if text else ""
 
 
 def row_of(record: RunRecord, image: ImageFile, outputs: Outputs) -> Row | None:
-    """Return what is known of an image, None before it is captioned or has failed.
+    """Return the row of an image, or None if it has neither a caption nor failed yet.
 
-    One that failed has no text, or with `allow_missing` an empty one.
+    A failed image has the text None, or with `allow_missing` an empty text.
     """
     caption, failure = record.captions.get(image.id), record.failure(image)
     if caption is not None:
@@ -268,20 +272,20 @@ def row_of(record: RunRecord, image: ImageFile, outputs: Outputs) -> Row | None:
 
 
 def file_of(image: ImageFile) -> str:
-    """Return an image's path or URI as files name it."""
+    """Return an image's path or URI as it is written to files."""
     return utf8(str(image.source)) if image.folder is None else str(image.source)
 
 
 def rows_of(record: RunRecord, outputs: Outputs) -> Iterator[Row]:
-    """Yield what is known of all images, in their order."""
+    """Yield the rows of all images that are finished, in their order."""
     return (row for image in record.images if (row := row_of(record, image, outputs)) is not None)
 
 
 class RowStream:
-    """Writes rows to standard output in the order of the images, each as soon as those before it are known."""
+    """Writes rows to standard output in the order of the images, each as soon as all earlier ones are finished."""
 
     def __init__(self, record: RunRecord, outputs: Outputs) -> None:
-        """Raises UsageError when standard output is closed."""
+        """Raises UsageError if standard output is closed."""
         if sys.stdout is None:
             raise UsageError("--out - writes to standard output, which is closed")
         self._out: IO[bytes] = sys.stdout.buffer
@@ -289,7 +293,7 @@ class RowStream:
         self._header = "" if outputs.jsonl else CSV_HEADER
 
     def advance(self) -> None:
-        """Write what is known by now. Raises ReaderGoneError, or OSError where the output is full."""
+        """Write the rows that are next in order. Raises ReaderGoneError, or OSError if the disk is full."""
         images, lines = self._record.images, []
         while self._next < len(images):
             row = row_of(self._record, images[self._next], self._outputs)
@@ -311,10 +315,10 @@ class RowStream:
 
 
 class RunRecord:
-    """Captions and failures of the images of one run, kept in a journal next to `out` until the run is complete.
+    """Captions and failures of one run, kept in a journal next to `out` until the run is complete.
 
-    A context manager: leaving it closes the journal, which stays on disk if it holds captions and nothing was written.
-    With `update` it stays then, too, for the next such run.
+    As a context manager it closes the journal at the end, which stays on disk if it holds captions and the outputs were
+    not written. With `update` it always stays, for the next run.
     """
 
     def __init__(
@@ -328,19 +332,26 @@ class RunRecord:
         update: bool = False,
         check_bundle: Callable[[], None] | None = None,
     ) -> None:
-        """Open the journal of this run; `resumed` captions are taken from its `earlier` records, `not_reused` of these
-        are not: their image has changed or is not among `images`, or they are damaged.
+        """Open the journal of this run and take over the captions of an earlier one.
 
-        `made_with` is what decides the captions besides the images and their `prompts`: signature and versions. A
-        journal made with something else, or any without `resume`, is set aside (`set_aside` is where). `check_bundle`
-        raises an EngineError once the bundle is not the one that was loaded: no caption is kept from then on. Without
-        `out` nothing is kept. Raises OutputError.
+        Of its `earlier` records, `resumed` captions are used. `not_reused` are not, because the image has changed or is
+        not among `images`, or because the record is damaged.
+
+        made_with     what decides the captions besides images and prompts: signature and versions. A journal made with
+                      something else is renamed to `set_aside`
+        prompts       each image's own prompt by id, or None
+        resume        whether to use an existing journal; otherwise it is renamed as well
+        update        whether to keep the journal after a complete run
+        check_bundle  raises an EngineError if the bundle has changed since it was loaded; then no caption is kept
+        out           the output, or None for standard output: nothing is kept then
+
+        Raises OutputError.
         """
         self.images = images
         self.prompts = prompts
         self.update = update
         self.same_command = "the same command" if resume else "the same command without --no-resume"
-        """The command that resumes from the journal, in words for the user."""
+        """Name of the command that resumes from the journal, for messages."""
         self._check_bundle = check_bundle or (lambda: None)
         self._failed: dict[str, ImageError] = {}
         self._fingerprints = fingerprints(images)
@@ -377,25 +388,25 @@ class RunRecord:
         return (i for i in self.images if i.id not in self.captions and str(i.source) not in self._failed)
 
     def has(self, image_id: str) -> bool:
-        """Return whether an image has its caption."""
+        """Return whether an image already has a caption."""
         return image_id in self.captions
 
     def failure(self, image: ImageFile) -> ImageError | None:
-        """Return why an image cannot be read, None where it can or was not tried yet."""
+        """Return why an image cannot be read, or None if it can be read or was not tried yet."""
         return self._failed.get(str(image.source))
 
     @property
     def failures(self) -> list[ImageError]:
-        """What failed, in the order of the images."""
+        """Errors of the images that cannot be read, in the order of the images."""
         return [self._failed[path] for path in map(str, (i.source for i in self.images)) if path in self._failed]
 
     @property
     def done(self) -> int:
-        """How many images this run, not an earlier one, has done: captioned or failed."""
+        """Number of images that this run has finished, captioned or failed, without those of earlier runs."""
         return len(self.captions) - self.resumed + len(self._failed)
 
     def add(self, caption: Caption) -> None:
-        """Note a caption. Raises OutputError when the journal cannot be written, and as `check_bundle` does."""
+        """Record a caption. Raises OutputError if the journal cannot be written, and the errors of `check_bundle`."""
         self._check_bundle()
         self._journal.append(self._encode(caption))
         self.captions[caption.id] = caption
@@ -404,11 +415,11 @@ class RunRecord:
         return self._known.encode(self._images[caption.id], caption, self._fingerprints[caption.id])
 
     def fail(self, error: ImageError) -> None:
-        """Note an image that cannot be read, once; it is not journaled, so that a later run tries it again."""
+        """Record an image that cannot be read, not in the journal, so that a later run tries it again."""
         self._failed[error.path] = error
 
     def check_complete(self, *, allow_missing: bool) -> None:
-        """Raise EngineError when images failed, unless that is allowed and some did not."""
+        """Raise EngineError if all images failed, or if some did without `allow_missing`."""
         count = len(self._failed)
         if count and count == len(self.images):
             written = "" if self.journal_path is None else " and nothing was written"
@@ -426,25 +437,26 @@ class RunRecord:
             )
 
     def check_unchanged(self) -> None:
-        """Raise EngineError when an image or the bundle is not any more what it was when the run began.
+        """Raise EngineError if an image or the bundle has changed since the run started.
 
-        An image counts as changed when its bytes are not those that were captioned, whatever its times and its number.
+        An image counts as changed if its bytes differ from those that were captioned, whatever its times and inode.
         """
         self._check_bundle()
         captioned = [image for image in self.images if image.id in self.captions]
         digests = dict(self._known.digests)
-        if self.update:  # before the look at the files: a digest is of the bytes that were captioned, then
+        # before the fingerprints are taken again: a file that is replaced after its digest was read is noticed below
+        if self.update:
             self._known.learn_digests(captioned)
         current = fingerprints(captioned)
-        suspects = [image for image in captioned if current[image.id] not in (None, self._fingerprints[image.id])]
-        found = digests_of([image for image in suspects if image.id in digests and image.folder is None])
+        modified = [image for image in captioned if current[image.id] not in (None, self._fingerprints[image.id])]
+        found = digests_of([image for image in modified if image.id in digests and image.folder is None])
         changed = []
-        for image in suspects:
-            stamp, begun = current[image.id], self._fingerprints[image.id]
+        for image in modified:
+            stamp, initial = current[image.id], self._fingerprints[image.id]
             if image.id in digests:
                 is_same = found.get(image.id) == digests[image.id]
-            else:  # from the journal of an earlier version, and trusted as it was when the run began
-                is_same = self._known.trusted(stamp) == self._known.trusted(begun)
+            else:  # from the journal of an earlier version, without a digest
+                is_same = self._known.trusted(stamp) == self._known.trusted(initial)
             if is_same:
                 self._fingerprints[image.id] = stamp
             else:
@@ -453,17 +465,17 @@ class RunRecord:
             named = f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
             what = f"{len(changed)} images changed during the run ({named})"
             if self.journal_path is None:
-                raise EngineError(f"{what}: their captions may be of the earlier or of the present content")
+                raise EngineError(f"{what}: their captions may be those of the old or of the new content")
             raise EngineError(
                 f"{what} and no run was written: run {self.same_command} again, which captions only these"
             )
         for name in (name for name, stamp in current.items() if stamp is None):
-            self._known.digests.pop(name, None)  # it is gone, and may have changed before
+            self._known.digests.pop(name, None)  # the file is gone, and may have changed before that
 
     def write(self, outputs: Outputs, rows: Iterable[Row], *, drawn: bool = False) -> None:
-        """Write the rows into `out`, unless it is standard output, and before them the other files where wanted.
+        """Write the other outputs, then the rows to `out` unless that is standard output, then delete the journal.
 
-        The journal is deleted only then; with `update` it keeps what was written.
+        With `update` the journal is rewritten instead, with the captions of this run only.
         """
         if outputs.n_best_out is not None:
             captions = (self.captions[image.id] for image in self.images if image.id in self.captions)

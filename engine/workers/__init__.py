@@ -1,3 +1,4 @@
-"""What workers of a run have in common, on a cluster or beside this process: messages.py is what they and the driver
-say to each other, stream.py keeps their slots full.
+"""Workers of a run: processes on this machine (driver.py, child.py) or on a Ray cluster (cluster.py).
+
+worker.py is the worker itself, messages.py what it and the driver send each other, resources.py what each process gets.
 """

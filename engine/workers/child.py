@@ -1,4 +1,4 @@
-"""One worker process, as its parent sees it."""
+"""Child: a worker process as its parent sees it."""
 
 from __future__ import annotations
 
@@ -15,59 +15,61 @@ from queue import SimpleQueue
 from engine.errors import EngineError
 from engine.inputs.images import ImageFile
 from engine.workers.messages import WorkOrder, pack_images
-from engine.workers.shares import Share
+from engine.workers.resources import WorkerResources
 
 PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from engine.workers.worker import main; main()"
-"""The packages are this process's, wherever it found them."""
+"""Program of a worker process; its arguments are this process's sys.path, so that it imports the same packages."""
 
 
 class Child:
-    """A worker process, begun at once. `events` gets (child, line) of all it says, and an empty line when it has ended.
+    """A worker process, which is started at once.
 
-    It says first how many images it `wants` at a time, which whoever reads the events keeps here.
+    `events` gets (child, line) for each line that it sends, and an empty line when it has ended. Its first message says
+    how many images it `wants` to hold at a time; the reader of the events stores that here. `number` identifies the
+    worker: a replacement gets the same one.
     """
 
-    def __init__(self, place: int, share: Share, order: WorkOrder, events: SimpleQueue[tuple[Child, bytes]]) -> None:
-        """Raises EngineError where no process can be started."""
-        self.place = place
+    def __init__(
+        self, number: int, resources: WorkerResources, order: WorkOrder, events: SimpleQueue[tuple[Child, bytes]]
+    ) -> None:
+        """Raises EngineError if no process can be started."""
+        self.number = number
         self.wants = 0
         try:
-            with _interrupts_held_back():
+            with _interrupts_blocked():
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", PROGRAM, *sys.path],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    env=os.environ | dict(share.environment),
+                    env=os.environ | dict(resources.environment),
                 )
         except OSError as error:
-            raise EngineError(
-                f"no worker process can be started ({error.strerror}): ask for fewer --processes"
-            ) from error
-        if share.cores:
-            with suppress(OSError):  # it has ended already, which its events will say
-                os.sched_setaffinity(self._process.pid, share.cores)
+            raise EngineError(f"no worker process can be started ({error.strerror}): lower --processes") from error
+        if resources.cores:
+            with suppress(OSError):  # the process has ended already, which its events will report
+                os.sched_setaffinity(self._process.pid, resources.cores)
         self._reader = threading.Thread(target=self._listen, args=(events,), name="worker process", daemon=True)
         self._reader.start()
         self._send(pickle.dumps(order))
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process id."""
         return self._process.pid
 
-    def ask(self, images: Sequence[ImageFile]) -> None:
-        """Send images to caption; to a process that has ended they do not come, which its events will say."""
+    def submit(self, images: Sequence[ImageFile]) -> None:
+        """Send images to caption. Nothing is sent to a process that has ended, which its events will report."""
         self._send(f"{pack_images(list(images))}\n".encode("ascii"))
 
     def end(self, patience_s: float = 0) -> str:
-        """Kill the process where it does not end by itself; return how it ended, in words."""
+        """Kill the process if it does not end within `patience_s`; return its exit code or signal as text."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(patience_s)
         self._process.kill()
         code = self._process.wait()
         self._reader.join()
         assert self._process.stdin is not None
-        with suppress(OSError):  # what it did not read any more
+        with suppress(OSError):  # closing flushes what the process has not read
             self._process.stdin.close()
         return f"exit code {code}" if code >= 0 else _signal_name(-code)
 
@@ -81,7 +83,7 @@ class Child:
         assert self._process.stdout is not None
         with self._process.stdout as answers:
             for line in answers:
-                if line.endswith(b"\n"):  # else it was killed while it spoke
+                if line.endswith(b"\n"):  # otherwise the process was killed while it wrote
                     events.put((self, line))
         events.put((self, b""))
 
@@ -94,10 +96,11 @@ def _signal_name(number: int) -> str:
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Let what is started meanwhile never see Ctrl-C, which a terminal sends to all: its parent ends it.
+def _interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT for processes that are started in this context: the parent ends them.
 
-    A signal that is held back stays so in a new program, from its first instruction on.
+    A terminal sends Ctrl-C to all processes of a group. A blocked signal stays blocked in a new program, from its first
+    instruction on.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

@@ -1,4 +1,4 @@
-"""Captioning on a Ray cluster: the connection, the workers, and the driver that hands out images."""
+"""Captioning on a Ray cluster: the connection, the workers, and the driver that distributes images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from engine.bundle.manifest import Bundle
 from engine.bundle.open import BundlePlace, absolute, open_place
 from engine.bundle.signature import environment
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import Todo, search_for, searches_for
+from engine.captioner import PendingImages, search_for, searches_for
 from engine.captions import Caption
 from engine.errors import BackendError, EngineError, ImageError, UsageError, install_command
 from engine.host import available_cores, descendants, started_at, wait_or_kill
@@ -48,15 +48,15 @@ from engine.workers.messages import (
 from engine.workers.worker import CaptionStream, Unreadable
 
 LOCAL, ANY = "local", "auto"
-"""Addresses: a cluster of this machine's own, and whichever one runs on it."""
+"""Special addresses: start a cluster on this machine, or use the one that is running on it."""
 REACH_S = 10.0
-"""Seconds for an address to answer at all; Ray itself would try for minutes."""
+"""Timeout in seconds for an address to respond; Ray itself would try for minutes."""
 STORE_BYTES = 1 << 28
-"""Shared memory of a local cluster: what travels are file names and captions."""
+"""Shared memory of a local cluster in bytes; only file names and captions are transferred."""
 PATIENCE_S = 10.0
-"""Seconds for Ray's processes to end by themselves after a run."""
+"""Seconds for Ray's processes to end by themselves after a run; then they are killed."""
 LONGEST_TEMPORARY = 40
-"""Characters of a folder's name below which the names of Ray's sockets still fit into the system's 107."""
+"""Maximum characters of a temporary folder's name: the paths of Ray's sockets in it are limited to 107."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -64,21 +64,21 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Ray's own talk is off, unless these are set already; nothing is reported to its makers in any case."""
+"""Silence Ray's logs and progress bars, unless these are set already. Usage statistics are always off."""
 
 _processes: dict[int, str | None] = {}
-"""Processes of a cluster of this machine's own: {id: start}."""
+"""Processes of a cluster that was started here: {process id: start time}."""
 _folders: list[str] = []
-"""Its temporary folders."""
+"""Temporary folders of that cluster."""
 
 
 def require_ray() -> Any:
-    """Import ray, or raise EngineError naming the extra that brings it."""
+    """Import ray. Raises EngineError, with the command that installs it, if it is missing."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if "ray" not in sys.modules:  # what is registered first is called last: after Ray's own end
-        atexit.register(_leave_nothing)
+    if "ray" not in sys.modules:  # registered before Ray's own exit handler, so that it runs after it
+        atexit.register(_clean_up)
     try:
         import ray
         import ray.data
@@ -89,12 +89,13 @@ def require_ray() -> Any:
 
 @contextmanager
 def cluster(address: str) -> Iterator[Any]:
-    """Connect to the cluster at `address`, start one (LOCAL), or use the one this process is connected to already.
+    """Connect to the cluster at `address`, start one (LOCAL), or use the one that this process is connected to already.
 
-    After an error the connection ends with the process: threads of Ray Data may still be at work then, and when one of
-    them meets a connection that was shut down, Ray ends the process on the spot, before the error is printed.
-    Nothing of a cluster that was started here outlives it: no process, and no temporary file.
-    Raises UsageError for an invalid address, EngineError when nothing answers there.
+    After an error the connection is not shut down but ends with the process. Threads of Ray Data may still be running,
+    and if one of them uses a connection that was shut down, Ray ends the process at once, before the error is printed.
+
+    A cluster that was started here leaves no process and no temporary file. Raises UsageError for an invalid address,
+    EngineError if nothing responds there.
     """
     ray = require_ray()
     if ray.is_initialized():
@@ -107,7 +108,7 @@ def cluster(address: str) -> Iterator[Any]:
         _connect(ray, address)
     try:
         yield ray
-    except KeyboardInterrupt:  # the command ends at once, without what is registered for the end of a program
+    except KeyboardInterrupt:  # the command exits at once, without running exit handlers
         _remove_folders()
         raise
     finally:
@@ -116,22 +117,22 @@ def cluster(address: str) -> Iterator[Any]:
             _processes.update((pid, started_at(pid)) for pid in started)
     with _own_signal_handlers():
         ray.shutdown()
-    _leave_nothing()
+    _clean_up()
 
 
 def _is_of_ray(pid: int) -> bool:
-    """Return whether a process is Ray's: this one may have children of other libraries, or of the user's program."""
+    """Return whether a process is Ray's; others may be children of other libraries, or of the user's program."""
     with contextlib.suppress(OSError):
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
         return line.startswith(b"ray::") or b"/ray/" in line
     return False
 
 
-def _leave_nothing() -> None:
-    """Wait for the processes of a cluster that was started here, and remove its files.
+def _clean_up() -> None:
+    """Wait for the processes of a cluster that was started here, kill those that do not end, and remove its files.
 
-    Ray's shutdown returns once the head of the cluster has ended. Its workers end when they miss it, and one that was
-    just starting then may not notice for minutes.
+    Ray's shutdown returns when the head of the cluster has ended. Its workers end when they notice that, which may take
+    minutes for one that was just starting.
     """
     wait_or_kill(_processes, PATIENCE_S)
     _processes.clear()
@@ -145,9 +146,9 @@ def _remove_folders() -> None:
 
 @contextmanager
 def _private_files() -> Iterator[None]:
-    """Let others read no file that is made meanwhile, nor the token that guards Ray's clusters of this user.
+    """Make files that are created in this context, and the token of this user's Ray clusters, private to the user.
 
-    Ray writes the token into a file with the usual permissions, and whoever has it may run code in the cluster.
+    Ray writes the token to a file with default permissions, and whoever can read it can run code in the cluster.
     """
     before = os.umask(0o077)
     try:
@@ -161,8 +162,10 @@ def _private_files() -> Iterator[None]:
 
 
 def _own_folder() -> dict[str, str]:
-    """Return the option of ray.init for a temporary folder that others cannot enter; none where names get too long."""
-    parent = next((one for one in (tempfile.gettempdir(), "/tmp") if len(one) <= LONGEST_TEMPORARY - 13), None)
+    """Create a private temporary folder; return it as an option of ray.init, or {} if its name would be too long."""
+    # 13 characters for `/ray-` and the random name
+    folders = (tempfile.gettempdir(), "/tmp")
+    parent = next((folder for folder in folders if len(folder) <= LONGEST_TEMPORARY - 13), None)
     if parent is None or not os.access(parent, os.W_OK) or os.environ.get("RAY_TMPDIR"):
         return {}
     _folders.append(tempfile.mkdtemp(prefix="ray-", dir=parent))
@@ -170,104 +173,106 @@ def _own_folder() -> dict[str, str]:
 
 
 def _connect(ray: Any, address: str) -> None:
-    mine: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if address == LOCAL:
-        mine = {"num_cpus": available_cores(), "include_dashboard": False, "object_store_memory": STORE_BYTES}
-        mine |= _own_folder()
+        settings = {"num_cpus": available_cores(), "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        settings |= _own_folder()
     try:
         ray.init(
             address=address,
             log_to_driver=False,
             logging_level="CRITICAL",
-            **mine,
+            **settings,
         )
     except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if type(error.__cause__).__name__ == "AuthenticationError":
             raise EngineError(
-                f"the Ray cluster at {address} wants a token: set RAY_AUTH_MODE=token, with the token in "
+                f"the Ray cluster at {address} requires a token: set RAY_AUTH_MODE=token, with the token in "
                 "~/.ray/auth_token or RAY_AUTH_TOKEN"
             ) from error
-        what = "no Ray cluster could be started here" if address == LOCAL else f"no Ray cluster answers at {address}"
+        what = "no Ray cluster could be started here" if address == LOCAL else f"no Ray cluster responds at {address}"
         hint = "" if address == LOCAL else ": `ray start --head` starts one, --ray alone a local one"
         raise EngineError(f"{what}: {' '.join(str(error).split())[:300]}{hint}") from error
 
 
 def _check_reachable(address: str) -> None:
-    """Raise an EngineError when nothing listens at HOST:PORT or ray://HOST:PORT."""
+    """Raise an EngineError if nothing listens at HOST:PORT or ray://HOST:PORT."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
-        raise UsageError(f"--ray takes HOST:PORT, ray://HOST:PORT, {ANY} or nothing, not {address!r}")
+        raise UsageError(f"--ray expects HOST:PORT, ray://HOST:PORT, {ANY} or no value, not {address!r}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise EngineError(
-            f"no Ray cluster answers at {address}: {reason}: `ray start --head` starts one, --ray alone a local one"
+            f"no Ray cluster responds at {address}: {reason}: `ray start --head` starts one, --ray alone a local one"
         ) from None
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Close standard error to native code, too: Ray's core says there how little it will say."""
+    """Redirect standard error to /dev/null, for native code as well: Ray's core writes there when it starts."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    original = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(original, 2)
+        os.close(original)
 
 
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Keep the handlers of this program: Ray puts its own in their place."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Restore this program's signal handlers, which Ray replaces with its own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in kept.items():
-            with contextlib.suppress(ValueError):  # not the main thread: nobody's handler was touched
+        for number, handler in handlers.items():
+            with contextlib.suppress(ValueError):  # not the main thread, in which case Ray replaces none
                 signal.signal(number, handler)
 
 
 MESSAGES_PER_BLOCK = 8
-"""Messages a block is answered in: what a killed worker or driver loses at most, against what a message costs. Always
-after the same images: Ray drops from a repeated block as many messages as have arrived before."""
+"""Number of messages with the captions of a block. More of them lose less when a worker or driver is killed, but each
+has a cost. They are always sent after the same images: from a repeated block Ray drops as many messages as have arrived
+before.
+"""
 
 
 MOST_ATTEMPTS = 10
-"""Times a block is begun before the run gives up: where an image kills workers, Ray would replace them for ever."""
+"""Attempts at a block before the run gives up; if an image kills workers, Ray would replace them for ever."""
 
 
 class AttemptCounter:
-    """An actor that counts how often each block was begun."""
+    """An actor that counts the attempts at each block."""
 
     def __init__(self) -> None:
         self._begun: Counter[str] = Counter()
 
     def begin(self, block: str) -> int:
-        """Count one more and return how many there are."""
+        """Count one more attempt at a block and return their number."""
         self._begun[block] += 1
         return self._begun[block]
 
 
 def too_many_attempts(block: str) -> str:
-    """Return the answer to a block that has killed too many workers."""
+    """Return the message for a block that has killed too many workers."""
     images = unpack_images(block)
     return pack_error(
         BackendError(
-            f"{MOST_ATTEMPTS} workers died at the images {images[0].source} to {images[-1].source}, or at others "
-            "beside them: is memory short? Fewer --rows need less; the same command goes on from here"
+            f"{MOST_ATTEMPTS} workers died at the images {images[0].source} to {images[-1].source}, or at others in "
+            "progress: if memory is short, lower --rows; the same command resumes from here"
         )
     )
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What decides captions on a node. `error` says, in one sentence, what is missing there."""
+    """Backend and package versions of a node, which decide captions, or the error if something is missing there."""
 
     backend: str = ""
     environment: str = ""
@@ -276,7 +281,7 @@ class NodeFacts:
 
 
 def inspect_node(backend: str) -> NodeFacts:
-    """Return what `backend` means on this node, and its packages."""
+    """Return the backend that `backend` stands for on this node, and its package versions."""
     try:
         name = require_backend(backend)
         return NodeFacts(name, _versions(name))
@@ -289,15 +294,15 @@ def _versions(backend: str) -> str:
 
 
 class CaptionWorker:
-    """Loads the bundle of an order once; then called with a table of blocks of images, it yields tables of answers.
+    """A Ray actor that loads the bundle of an order once, and maps tables of image blocks to tables of messages.
 
-    Two calls at once keep it busy from one block to the next, see CaptionStream.
+    Two concurrent calls keep it busy from one block to the next, see CaptionStream.
     """
 
     def __init__(self, order: WorkOrder, attempts: Any) -> None:
-        """What goes wrong here is the answer to every block: an error inside a constructor would not arrive whole.
+        """Load the bundle. An error becomes the answer to every block, as Ray would not pass on one raised here intact.
 
-        `attempts` is the handle of an actor AttemptCounter.
+        `attempts` is the handle of an AttemptCounter actor.
         """
         self._order = order
         self._attempts = attempts
@@ -311,15 +316,15 @@ class CaptionWorker:
 
     def _load(self) -> None:
         order = self._order
-        if (found := _versions(order.runtime.backend)) != order.environment:
+        if (versions := _versions(order.runtime.backend)) != order.environment:
             raise BackendError(
-                f"{platform.node()} has other packages ({found}) than the first node ({order.environment}): install "
-                "the same everywhere"
+                f"{platform.node()} has other packages ({versions}) than the first node ({order.environment}): install "
+                "the same versions on all nodes"
             )
         self._stream = CaptionStream.open(order)
 
     def __call__(self, blocks: Any) -> Iterator[Any]:
-        """Answer a table with blocks of images."""
+        """Yield tables with the messages for a table of image blocks."""
         import pyarrow as pa
         import ray
 
@@ -337,13 +342,13 @@ class CaptionWorker:
         failures: dict[str, str] = {}
         notes: list[str] = []
         try:
-            for said in self._stream.caption(images):
-                if isinstance(said, Caption):
-                    ready.append(said)
-                elif isinstance(said, Unreadable):
-                    failures[said.id] = said.error.reason + self._where
+            for item in self._stream.caption(images):
+                if isinstance(item, Caption):
+                    ready.append(item)
+                elif isinstance(item, Unreadable):
+                    failures[item.id] = item.error.reason + self._where
                 else:
-                    notes.append(said)
+                    notes.append(item)
                 if len(ready) == -(-len(images) // MESSAGES_PER_BLOCK):
                     yield pack_captions(ready)
                     ready = []
@@ -353,25 +358,25 @@ class CaptionWorker:
         yield pack_captions(ready)
         if failures:
             yield pack_failures(failures)
-        if image_notes := self._stream.take_notes():  # another block goes on meanwhile: some may be its own
+        if image_notes := self._stream.take_notes():  # some may be of another block, which is in progress
             yield pack_image_notes(image_notes)
         yield from map(pack_note, notes)
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 MOST_IN_BLOCK = 512
-"""Images in a block at most: what a killed worker has to do again."""
+"""Maximum number of images in a block, which are repeated if a worker is killed."""
 BLOCKS_PER_ACTOR = 4
-"""Blocks a worker gets at least, so that slow ones leave some to fast ones."""
+"""Minimum number of blocks per worker, so that fast workers can take over blocks from slow ones."""
 BLOCKS_IN_FLIGHT = 2
-"""Blocks a worker has at a time: when one ends, images of the other fill its slots."""
+"""Blocks that a worker has at a time: when one ends, images of the other fill its slots."""
 MAX_LOADING_DEATHS = 10
-"""Workers that may die one after another while they load."""
+"""Number of workers that may die in a row while they load."""
 
 
 def block_size(images: int, actors: int) -> int:
-    """Return how many images a block holds."""
+    """Return the number of images per block."""
     return max(1, min(MOST_IN_BLOCK, -(-images // (actors * BLOCKS_PER_ACTOR))))
 
 
@@ -391,18 +396,18 @@ class WorkerPlan:
 
 @contextmanager
 def open_cluster(
-    place: BundlePlace | None, asked: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, say: Say
+    place: BundlePlace | None, requested: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, log: Log
 ) -> Iterator[ClusterSource]:
-    """Connect to a cluster, and ask a node what the backend is there; `say` gets how many workers there will be."""
-    bundle = open_place(place)  # a damaged bundle or a wrong option is found before a cluster starts
-    search_for(bundle, tokenizer := CaptionTokenizer(bundle), asked)
+    """Connect to a cluster, resolve the backend on one of its nodes, and log how many workers there will be."""
+    bundle = open_place(place)  # first, so that a damaged bundle or a wrong option is reported before a cluster starts
+    search_for(bundle, tokenizer := CaptionTokenizer(bundle), requested)
     with cluster(workers.address or LOCAL) as ray:
         gpus = 0 if runtime.backend in CPU_BACKENDS else int(ray.cluster_resources().get("GPU", 0))
         node = _ask_a_node(ray, runtime.backend, min(gpus, 1))
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = 0 if node.backend in CPU_BACKENDS else gpus
-        team = plan_workers(resources, gpus, actors=workers.actors, threads=runtime.threads)
-        say(f"backend: {node.backend}, {team}")
+        team = plan_actors(resources, gpus, actors=workers.actors, threads=runtime.threads)
+        log(f"backend: {node.backend}, {team}")
         order = WorkOrder(
             bundle=absolute(place),
             digest=bundle.digest,
@@ -422,18 +427,18 @@ def _ask_a_node(ray: Any, backend: str, gpus: int) -> NodeFacts:
         node: NodeFacts = ray.get(ray.remote(num_cpus=0, num_gpus=gpus)(inspect_node).remote(backend))
     except ray.exceptions.RayError as error:
         raise EngineError(
-            f"a node cannot run the engine ({_first_line(error)}): install blip-caption-engine, as it is here, on all"
+            f"a node cannot run the engine ({_first_line(error)}): install the same blip-caption-engine on all nodes"
         ) from error
     if node.error:
         raise (UsageError if node.exit_code == UsageError.exit_code else EngineError)(node.error)
     return node
 
 
-def plan_workers(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None, threads: int | None) -> WorkerPlan:
-    """Return one worker a GPU, where there are `gpus` of them; on CPUs as many as there is room for with `threads` CPUs
-    each, by default a node's.
+def plan_actors(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | None, threads: int | None) -> WorkerPlan:
+    """Return one worker per GPU if there are `gpus`, otherwise as many workers with `threads` CPUs each as fit.
 
-    `nodes` are the resources of each node, by Ray's names. Raises UsageError for more `actors` than there is room for.
+    `nodes` are the resources of each node, with Ray's names. Without `threads` a worker gets the CPUs of the smallest
+    node, or fewer if that many `actors` do not fit. Raises UsageError for more `actors` than fit.
     """
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if gpus:
@@ -441,25 +446,25 @@ def plan_workers(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | N
         fitting = [min(int(node.get("GPU", 0)), int(node.get("CPU", 0)) // cpus) for node in nodes]
         if sum(fitting) < (actors or 1):
             raise UsageError(
-                f"the Ray cluster has room for {sum(fitting)} workers with a GPU and {cpus} CPUs: ask for fewer "
-                "--ray-actors or --threads"
+                f"the Ray cluster has room for {sum(fitting)} workers with a GPU and {cpus} CPUs: lower --ray-actors "
+                "or --threads"
             )
         return WorkerPlan(actors or sum(fitting), cpus, 1, min(actors or sum(fitting), max(fitting)))
     if not cores:
-        raise EngineError("the Ray cluster has no CPUs: start its nodes with some (ray start --num-cpus)")
+        raise EngineError("the Ray cluster has no CPUs: start its nodes with some (`ray start --num-cpus N`)")
     cpus = threads or min(cores)
     if threads is None and actors is not None:
         cpus = max(1, min(cpus, sum(cores) // actors))
     room = sum(count // cpus for count in cores)
     if room < (actors or 1):
         raise UsageError(
-            f"the Ray cluster has room for {room} workers with {cpus} CPUs: ask for fewer --ray-actors or --threads"
+            f"the Ray cluster has room for {room} workers with {cpus} CPUs: lower --ray-actors or --threads"
         )
     return WorkerPlan(actors or room, cpus, 0, min(actors or room, max(cores) // cpus))
 
 
 class ClusterSource:
-    """A team of workers, started when captions are asked for."""
+    """Captions made by the workers of a cluster, which start when `captions` is called; see Source."""
 
     def __init__(
         self, ray: Any, bundle: Bundle, tokenizer: CaptionTokenizer, order: WorkOrder, team: WorkerPlan
@@ -471,30 +476,30 @@ class ClusterSource:
         self.notes: list[ImageNote] = []
         self._ray, self._order, self._team = ray, order, team
 
-    def resolve(self, asked: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
-        options = asked.over(self.bundle.generation)
+    def resolve(self, requested: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
+        options = requested.over(self.bundle.generation)
         searches_for(self.bundle, self._tokenizer, options, prompts)
         return options
 
-    def captions(self, options: DecodeOptions, todo: Todo, say: Say) -> Iterator[Caption]:
-        """See Source. A worker that dies is replaced and its block done again; what is nevertheless missing in the end
-        goes out once more.
+    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
+        """See Source. Ray replaces a worker that dies and repeats its block. Images that are missing at the end are
+        sent again.
         """
-        self._order = replace(self._order, options=options, prompts=todo.prompts)
-        while missing := list(todo.remaining()):
+        self._order = replace(self._order, options=options, prompts=pending.prompts)
+        while missing := list(pending.remaining()):
             paths = {image.id: str(image.source) for image in missing}
             for answer in map(unpack_answer, self._answers(missing)):
                 for name, reason in answer.failures.items():
-                    todo.fail(ImageError(paths[name], reason))
+                    pending.fail(ImageError(paths[name], reason))
                 self.notes += answer.image_notes
                 if answer.note:
-                    say(answer.note)
-                yield from (caption for caption in answer.captions if not todo.has(caption.id))
-            if len(list(todo.remaining())) == len(missing):
-                raise EngineError("the workers answered without captions: run the same command again, or without --ray")
+                    log(answer.note)
+                yield from (caption for caption in answer.captions if not pending.has(caption.id))
+            if len(list(pending.remaining())) == len(missing):
+                raise EngineError("the workers returned no captions: run the same command again, or without --ray")
 
     def _answers(self, images: list[ImageFile]) -> Iterator[str]:
-        """Yield what the workers say to blocks of images, as they say it."""
+        """Yield the workers' messages for blocks of images, as they arrive."""
         import pyarrow as pa
 
         ray, team = self._ray, self._team
@@ -520,26 +525,26 @@ class ClusterSource:
                 yield from table[COLUMN].to_pylist()
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, ray.exceptions.RayError):
-                raise  # a fault of ours, with its traceback
+                raise  # a bug, with its traceback
             raise _cluster_failed(error) from error
         except ray.exceptions.RayError as error:
             raise _cluster_failed(error) from error
 
 
 def start_restarting_actor(ray: Any, kind: type) -> Any:
-    """Start an actor that is started anew wherever its process or node dies; what it knew is gone then."""
+    """Start an actor that Ray restarts, without its state, if its process or node dies."""
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(kind).remote()
 
 
 def _cluster_failed(error: Exception) -> EngineError:
     return EngineError(
-        f"the Ray cluster failed ({_first_line(error)}): run the same command again, it goes on from here"
+        f"the Ray cluster failed ({_first_line(error)}): run the same command again, which resumes from here"
     )
 
 
 def configure_ray_data(context: Any) -> None:
-    """Let Ray Data hand on every message at once, without progress bars; workers may die while they load."""
-    context.target_max_block_size = 1
+    """Make Ray Data pass on every message at once, without progress bars, and tolerate workers that die on loading."""
+    context.target_max_block_size = 1  # in bytes: larger blocks would collect messages before passing them on
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = MAX_LOADING_DEATHS

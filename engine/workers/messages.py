@@ -1,6 +1,6 @@
-"""What driver and workers send each other: JSON lines in Ray's tables; knows no Ray.
+"""Messages between driver and workers, as JSON lines; this module does not depend on Ray.
 
-JSON in ASCII keeps floats to the last bit and file names that are not UTF-8, which a table's own strings do not.
+ASCII JSON preserves floats to the last bit and file names that are not UTF-8, which strings of an Arrow table do not.
 """
 
 from __future__ import annotations
@@ -20,15 +20,22 @@ from engine.options import DecodeOptions
 from engine.runtime import Runtime
 
 COLUMN = "message"
-"""The one column of the tables: a message a row."""
+"""The only column of the tables that Ray passes on: one message per row."""
 
 
 @dataclass(frozen=True)
 class WorkOrder:
-    """All a worker needs to know of a run. `digest` is the bundle's, `environment` the versions it must have, too.
+    """Everything that a worker needs for a run.
 
-    `runtime` names what `auto` chose; `peers` is how many workers at most share a node's memory. With more than one of
-    `num_nodes`, what a worker cannot read or do names its node.
+    bundle       location of the bundle
+    digest       digest that the bundle must have
+    environment  versions of packages that the worker must have
+    runtime      how to run the bundle, with the backend that `auto` chose
+    peers        maximum number of workers that share a node's memory
+    num_nodes    number of nodes; with more than one, a worker's errors name its node
+    rows         number of beams in flight (None: what suits device and memory)
+    options      decoding options
+    prompts      each image's own prompt by id, or None
     """
 
     bundle: BundlePlace | None
@@ -43,7 +50,7 @@ class WorkOrder:
 
 
 def pack_images(images: list[ImageFile]) -> str:
-    """Return a message with images to caption; paths are absolute, workers run elsewhere."""
+    """Return a message with images to caption; paths are absolute, because workers may run elsewhere."""
     return json.dumps(
         [
             [i.id, str(i.path.absolute() if i.folder is None else i.path), i.frame, i.folder and i.folder.uri, i.depth]
@@ -71,29 +78,34 @@ def pack_failures(failures: Mapping[str, str]) -> str:
 
 
 def pack_image_notes(notes: list[ImageNote]) -> str:
-    """Return a message with the images that were read without something."""
+    """Return a message with what was dropped from images."""
     return json.dumps({"image_notes": notes})
 
 
 def pack_ready(wants: int) -> str:
-    """Return a message of a worker that has loaded and may hold `wants` images at a time."""
+    """Return the message of a worker that has loaded its bundle and can hold `wants` images at a time."""
     return json.dumps({"wants": wants})
 
 
 def pack_note(note: str) -> str:
-    """Return a message with a line for the user."""
+    """Return a message with a line to log for the user."""
     return json.dumps({"note": note})
 
 
 def pack_error(error: EngineError, where: str = "") -> str:
-    """Return a message that ends the run; `where` follows the error's own words."""
+    """Return a message that ends the run; `where` is appended to the error's text."""
     return json.dumps({"error": f"{error}{where}", "exit_code": error.exit_code})
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker sent: captions, images it cannot read (id -> reason), images it read without something, a line for
-    the user, and how many images it wants at a time.
+    """A message from a worker.
+
+    captions     finished captions
+    failures     images that cannot be read: id -> reason
+    image_notes  what was dropped from images
+    note         a line to log, or an empty string
+    wants        number of images that the worker can hold at a time; 0 if it does not say
     """
 
     captions: tuple[Caption, ...] = ()
@@ -104,7 +116,7 @@ class Answer:
 
 
 def unpack_answer(message: str) -> Answer:
-    """Return what a worker said; raise the EngineError it met."""
+    """Return the content of a worker's message. Raises the EngineError that a worker sent."""
     content = json.loads(message)
     if "error" in content:
         raise (UsageError if content["exit_code"] == UsageError.exit_code else EngineError)(content["error"])

@@ -1,4 +1,4 @@
-"""A worker: captions the images it is sent and returns captions, errors and notes."""
+"""A worker: captions the images that it receives and sends captions, errors and notes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ from engine.workers.messages import (
 )
 
 TURNS_AHEAD = 4
-"""Images that are asked for at a time to keep each slot busy: captions come in order, and a long one holds up others
-that are ready."""
+"""Images per slot that callers submit at a time, so that no slot runs empty: captions are returned in order, and a long
+one delays others that are ready.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class Unreadable:
 
 
 StreamItem = Caption | Unreadable | str | BaseException
-"""What comes back: a caption, an image that cannot be read, a note for the user, or what went wrong."""
+"""A result: a caption, an image that cannot be read, a note for the user, or an error."""
 Outbox = SimpleQueue[StreamItem]
 
 
 class CaptionStream:
-    """A thread that captions whatever is asked of it, in that order; `rows` beams side by side."""
+    """A thread that captions submitted images in their order, with `rows` beams in flight."""
 
     def __init__(
         self,
@@ -66,13 +67,13 @@ class CaptionStream:
         prompts: Mapping[str, str] | None = None,
         check_bundle: Callable[[], None] | None = None,
     ) -> None:
-        """`check_bundle` raises an EngineError once the bundle was overwritten; no caption is handed out after that."""
+        """`check_bundle` raises an EngineError if the bundle was overwritten; after that no caption is returned."""
         self._check_bundle = check_bundle or (lambda: None)
         self._captioner, self._options, self._rows, self._prompts = captioner, options, rows, prompts
         search, _ = captioner.searches(options, prompts)
-        side_by_side = captioner.scheduler(search, rows).side_by_side
-        self.wants = captioner.images_ahead + TURNS_AHEAD * side_by_side
-        """Images that callers may ask for at a time; with many fewer slots run empty."""
+        concurrency = captioner.scheduler(search, rows).concurrency
+        self.wants = captioner.images_ahead + TURNS_AHEAD * concurrency
+        """Number of images that callers should submit at a time; with many fewer, slots run empty."""
         self._inbox: SimpleQueue[tuple[ImageFile, Outbox]] = SimpleQueue()
         self._notes: list[ImageNote] = []
         self._open: dict[str, tuple[ImageFile, Outbox]] = {}
@@ -80,50 +81,49 @@ class CaptionStream:
 
     @classmethod
     def open(cls, order: WorkOrder) -> CaptionStream:
-        """Load the bundle of an order, with as many images side by side as suit the device, and the memory that
-        workers of a node share.
+        """Load the bundle of an order, with as many images in parallel as suit the device and the worker's part of the
+        node's memory.
 
-        Raises BundleError where the bundle is not the order's, and as open_bundle and open_backends do.
+        Raises BundleError if the bundle is not that of the order, and the errors of open_bundle and open_backends.
         """
         bundle = open_place(order.bundle)
         if bundle.digest != order.digest:
-            raise BundleError(f"{order.bundle} is another bundle than here: copy it again")
-        watch = BundleWatch(bundle)  # on another machine, or a copy of its own: the run's own watch does not see it
+            raise BundleError(f"{order.bundle} differs from the bundle of the run: copy it again")
+        watch = BundleWatch(bundle)  # another machine, or another copy, which the driver does not watch
         captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
         search, _ = captioner.searches(order.options, order.prompts)
         rows = order.rows or _fair_slots(captioner, search, order.peers) * search.num_beams
         return cls(captioner, order.options, rows=rows, prompts=order.prompts, check_bundle=watch.check)
 
-    def ask(self, images: Sequence[ImageFile], outbox: Outbox) -> None:
-        """Ask for captions; `outbox` gets a Caption or Unreadable of each image, captions in the order of the images,
-        notes, and at most one error, after which nothing of these images comes any more.
+    def submit(self, images: Sequence[ImageFile], outbox: Outbox) -> None:
+        """Submit images; `outbox` gets a Caption or Unreadable for each, captions in order of the images, and notes.
 
-        No two images that are asked for at one time may have the same id.
+        An error in `outbox` is the last result of these images. No two images in progress may have the same id.
         """
         for image in images:
             self._inbox.put((image, outbox))
 
     def caption(self, images: Sequence[ImageFile]) -> Iterator[Caption | Unreadable | str]:
-        """Yield a Caption or Unreadable of each image, captions in the order of the images, and notes.
+        """Yield a Caption or Unreadable for each image, captions in the order of the images, and notes.
 
-        No two images that are asked for at one time may have the same id. Raises the EngineError that the captioner
-        met, after which other images may still be asked for.
+        No two images in progress may have the same id. Raises the captioner's EngineError, after which other images may
+        still be submitted.
         """
         outbox: Outbox = SimpleQueue()
-        self.ask(images, outbox)
+        self.submit(images, outbox)
         missing = len(images)
         while missing:
-            said = outbox.get()
-            if isinstance(said, BaseException):
-                raise said
-            missing -= not isinstance(said, str)
-            yield said
+            item = outbox.get()
+            if isinstance(item, BaseException):
+                raise item
+            missing -= not isinstance(item, str)
+            yield item
 
     def take_notes(self) -> list[ImageNote]:
-        """Return the images met since the last call that were read without something."""
+        """Return and clear the notes on images of which something was dropped."""
         notes = []
         with suppress(IndexError):
-            while True:  # one by one: others are added meanwhile
+            while True:  # one by one, because the other thread adds some meanwhile
                 notes.append(self._notes.pop())
         return notes
 
@@ -139,16 +139,16 @@ class CaptionStream:
                     on_error=self._fail,
                     on_note=self._notes.append,
                     rows=self._rows,
-                    say=self._tell_all,
+                    log=self._broadcast,
                 ):
                     self._check_bundle()
                     self._open.pop(caption.id)[1].put(caption)
-            except BaseException as error:  # whoever asked raises it
-                self._tell_all(error)
+            except BaseException as error:  # raised by the callers
+                self._broadcast(error)
                 self._open.clear()
 
     def _arrivals(self) -> Iterator[ImageFile]:
-        """Yield what is asked and not answered, and then whatever comes in until nothing waits."""
+        """Yield the images in progress, as after too little memory, then those that arrive until none is waiting."""
         yield from [image for image, _ in self._open.values()]
         while True:
             try:
@@ -156,84 +156,85 @@ class CaptionStream:
             except Empty:
                 return
 
-    def _take(self, asked: tuple[ImageFile, Outbox]) -> ImageFile:
-        self._open[asked[0].id] = asked
-        return asked[0]
+    def _take(self, submitted: tuple[ImageFile, Outbox]) -> ImageFile:
+        image, _ = submitted
+        self._open[image.id] = submitted
+        return image
 
     def _fail(self, error: ImageError) -> None:
         name = next(name for name, (image, _) in self._open.items() if str(image.source) == error.path)
         self._open.pop(name)[1].put(Unreadable(name, error))
 
-    def _tell_all(self, said: StreamItem) -> None:
+    def _broadcast(self, item: StreamItem) -> None:
+        """Put a note or an error into the outbox of each caller that waits for images, once."""
         for outbox in {id(outbox): outbox for _, outbox in self._open.values()}.values():
-            outbox.put(said)
+            outbox.put(item)
 
 
 def _fair_slots(captioner: Captioner, search: Search, peers: int) -> int:
-    """Return how many images side by side suit the device, and a share of the memory that `peers` workers have."""
+    """Return how many images in parallel suit the device, and the memory divided among `peers` workers."""
     batch_sizes, memory = captioner.batch_sizes, None
-    if batch_sizes.memory_bytes is None:  # a GPU knows its own, which no other worker shares
+    if batch_sizes.memory_bytes is None:  # a GPU has its own memory, which no other worker uses
         memory = available_memory() // peers
     return slots_for(search, captioner.bundle.models, batch_sizes, memory_bytes=memory)
 
 
 def main() -> None:
-    """Answer until the parent is gone."""
+    """Run a worker process: read an order and images from stdin, write messages to stdout until stdin is closed."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # what libraries print must not mix with the messages
     opened: SimpleQueue[CaptionStream] = SimpleQueue()
     outbox: Outbox = SimpleQueue()
     with suppress(EOFError):
         order = pickle.load(sys.stdin.buffer)
         threading.Thread(target=_work, args=(order, opened, outbox, answers), daemon=True).start()
         stream = None
-        for line in sys.stdin.buffer:  # the first comes once the stream is open
+        for line in sys.stdin.buffer:  # the driver sends images only after the message that the stream is open
             stream = stream or opened.get()
-            stream.ask(unpack_images(line.decode("ascii")), outbox)
+            stream.submit(unpack_images(line.decode("ascii")), outbox)
     os._exit(0)
 
 
 def _work(order: WorkOrder, opened: SimpleQueue[CaptionStream], outbox: Outbox, answers: BinaryIO) -> None:
-    """Load what the order is for and pass on what it says, until something goes wrong."""
+    """Load the bundle of an order and send the results of its stream, until an error occurs."""
 
-    def tell(message: str) -> None:
-        with suppress(BrokenPipeError):  # the parent has ended, which the main thread is being told, too
+    def send(message: str) -> None:
+        with suppress(BrokenPipeError):  # the parent has ended: the main thread sees its closed stdin and exits
             answers.write(f"{message}\n".encode("ascii"))
             answers.flush()
 
     try:
         stream = CaptionStream.open(order)
         opened.put(stream)
-        tell(pack_ready(stream.wants))
+        send(pack_ready(stream.wants))
         while True:
-            said = _next_said(outbox)
-            for message in _answers(said, stream):
-                tell(message)
+            for message in _messages(_next_items(outbox), stream):
+                send(message)
     except EngineError as error:
-        tell(pack_error(error))
-    except BaseException as error:  # a fault of ours: the traceback is here, the run ends there
+        send(pack_error(error))
+    except BaseException as error:  # a bug: the traceback is printed here, and the error ends the run
         traceback.print_exc()
-        tell(pack_error(EngineError(f"a worker process failed: {type(error).__name__}: {error}")))
+        send(pack_error(EngineError(f"a worker process failed: {type(error).__name__}: {error}")))
 
 
-def _next_said(outbox: Outbox) -> list[StreamItem]:
-    """Wait for something, and return all there is then: a message costs both sides more than what is in it."""
-    said = [outbox.get()]
+def _next_items(outbox: Outbox) -> list[StreamItem]:
+    """Wait for a result and return all there are: a message costs both sides more than its content."""
+    items = [outbox.get()]
     with suppress(Empty):
         while True:
-            said.append(outbox.get_nowait())
-    return said
+            items.append(outbox.get_nowait())
+    return items
 
 
-def _answers(said: list[StreamItem], stream: CaptionStream) -> Iterator[str]:
-    """Yield messages; raise an error that is among what was said once the rest is told."""
-    if notes := stream.take_notes():  # before the captions: the last of these ends the run
+def _messages(items: list[StreamItem], stream: CaptionStream) -> Iterator[str]:
+    """Yield the messages for all results, then raise the first error among them."""
+    if notes := stream.take_notes():  # before the captions, because the driver stops reading after the last caption
         yield pack_image_notes(notes)
-    yield from (pack_note(one) for one in said if isinstance(one, str))
-    if failures := {one.id: one.error.reason for one in said if isinstance(one, Unreadable)}:
+    yield from (pack_note(item) for item in items if isinstance(item, str))
+    if failures := {item.id: item.error.reason for item in items if isinstance(item, Unreadable)}:
         yield pack_failures(failures)
-    if captions := [one for one in said if isinstance(one, Caption)]:
+    if captions := [item for item in items if isinstance(item, Caption)]:
         yield pack_captions(captions)
-    for one in said:
-        if isinstance(one, BaseException):
-            raise one
+    for item in items:
+        if isinstance(item, BaseException):
+            raise item

@@ -20,7 +20,7 @@ from engine.bundle.manifest import STEP_INPUTS
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.beam import Hypothesis, Search
 from engine.decoding.resolve import resolve_search
-from engine.decoding.scheduler import Key, Scheduler, Waiting
+from engine.decoding.scheduler import Key, Request, Scheduler
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 from export.checkpoints.files import BlipImageProcessor
@@ -158,7 +158,7 @@ def caption_live(
     search = replace(search, max_length=max(start.max_length for start in starts.values()))
     slots = max(1, backend.batch_sizes.rows // search.num_beams)
     scheduler = Scheduler(backend, search, num_slots=slots, encode_batch=backend.batch_sizes.encode_batch)
-    queue = (Waiting(key, pixels, starts[(prompts or {}).get(key, ())]) for key, pixels in images)
+    queue = (Request(key, pixels, starts[(prompts or {}).get(key, ())]) for key, pixels in images)
     with captioning(model):
         for closed in scheduler.steps(queue):
             yield from closed

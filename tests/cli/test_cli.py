@@ -21,7 +21,7 @@ from PIL import Image
 from engine.bundle.manifest import Bundle
 from engine.captions import Caption
 from engine.cli.app import main
-from engine.cli.shared import LinesType, LocationType, NameType, PathType, say
+from engine.cli.shared import LinesType, LocationType, NameType, PathType, log
 from engine.errors import PACKAGES, install_command
 from engine.run.record import RunRecord
 from export.__main__ import main as export
@@ -47,7 +47,7 @@ def read_run(path: Path) -> list[list[str]]:
         return list(csv.reader(stream))
 
 
-def test_caption_writes_one_row_an_image_in_name_order(image_dir, tiny_bundle, tmp_path):
+def test_caption_writes_one_row_per_image_in_name_order(image_dir, tiny_bundle, tmp_path):
     out = tmp_path / "run.csv"
     result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--beams", 3, "--out", out)
     assert result.exit_code == 0, result.output
@@ -57,7 +57,7 @@ def test_caption_writes_one_row_an_image_in_name_order(image_dir, tiny_bundle, t
     assert all(row[1] for row in rows[1:])
 
 
-def test_json_summary_is_the_last_line_and_names_everything_that_decided_the_run(image_dir, tiny_bundle, tmp_path):
+def test_json_summary_is_the_last_line(image_dir, tiny_bundle, tmp_path):
     result = run(
         "caption", "--input", image_dir, "--bundle", tiny_bundle, "--beams", 2, "--out", tmp_path / "r.csv", "--json"
     )
@@ -68,7 +68,7 @@ def test_json_summary_is_the_last_line_and_names_everything_that_decided_the_run
         assert part in summary["signature"]
 
 
-def test_a_log_gets_lines_of_progress(image_dir, tiny_bundle, tmp_path, monkeypatch):
+def test_progress_lines_in_a_log(image_dir, tiny_bundle, tmp_path, monkeypatch):
     """Standard error of a batch job is a file: hours without a line look like a hang."""
     add = RunRecord.add
 
@@ -87,7 +87,7 @@ def test_a_log_gets_lines_of_progress(image_dir, tiny_bundle, tmp_path, monkeypa
     assert any(line.startswith(f"captioning: 1 of {count} images") for line in lines)
 
 
-def test_what_is_left_aside_is_counted_by_kind_and_listed(image_dir, tiny_bundle, tmp_path):
+def test_skipped_files_are_counted_by_suffix_and_listed(image_dir, tiny_bundle, tmp_path):
     folder = Path(shutil.copytree(image_dir, tmp_path / "in"))
     (folder / "notes.txt").touch()
     (folder / "x.heic").touch()
@@ -96,7 +96,7 @@ def test_what_is_left_aside_is_counted_by_kind_and_listed(image_dir, tiny_bundle
     assert json.loads(result.stdout.splitlines()[-1])["left_aside"] == ["notes.txt", "x.heic"]
 
 
-def test_pictures_of_more_than_8_bits_are_told(image_dir, tiny_bundle, tmp_path):
+def test_images_of_more_than_8_bits_are_reported(image_dir, tiny_bundle, tmp_path):
     folder = Path(shutil.copytree(image_dir, tmp_path / "in"))
     grey = np.linspace(0, 1, 4096, dtype=np.float32).reshape(64, 64)
     Image.fromarray(grey).save(folder / "f.tif")
@@ -170,7 +170,7 @@ def test_raw_text_is_not_detokenised(image_dir, tiny_bundle, tmp_path):
     assert raw == {r["id"]: " ".join(r["hypotheses"][0]["raw_text"].split()) for r in records}
 
 
-def test_a_manifest_chooses_and_orders(image_dir, tiny_bundle, tmp_path):
+def test_manifest_selects_and_orders_images(image_dir, tiny_bundle, tmp_path):
     manifest = tmp_path / "ids.csv"
     manifest.write_text("ID\nIMG 3\nIMG 1\n")
     out = tmp_path / "run.csv"
@@ -178,7 +178,7 @@ def test_a_manifest_chooses_and_orders(image_dir, tiny_bundle, tmp_path):
     assert [row[0] for row in read_run(out)[1:]] == ["IMG 3", "IMG 1"]
 
 
-def test_prompts_begin_every_caption(image_dir, tiny_bundle, tmp_path):
+def test_captions_begin_with_their_prompts(image_dir, tiny_bundle, tmp_path):
     out = tmp_path / "run.csv"
     run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", out, "--prompt", "a chest x - ray")
     assert all(row[1].startswith("a chest x-ray") for row in read_run(out)[1:])
@@ -201,7 +201,7 @@ def test_unreadable_images_are_all_listed_and_nothing_is_written(image_dir, tiny
     assert [i for i, text in captions.items() if not text] == ["IMG 1", "IMG 2", "note"]
 
 
-def test_folders_pictures_patterns_and_lists_are_one_run(image_dir, tiny_bundle, tmp_path):
+def test_folders_images_patterns_and_lists_in_one_run(image_dir, tiny_bundle, tmp_path):
     for name in ("more", "others"):
         (tmp_path / name).mkdir()
     for i, picture in enumerate(random_pictures(4, seed=1)):
@@ -232,7 +232,7 @@ def test_folders_pictures_patterns_and_lists_are_one_run(image_dir, tiny_bundle,
         (["--colour", "red"], 2, "No such option"),
         (["--beams", "40"], 2, "40 beams are too many for a vocabulary"),
         (["--backend", "tpu"], 2, "unknown backend 'tpu'"),
-        (["--rows", "some"], 2, "--rows takes a whole number"),
+        (["--rows", "some"], 2, "--rows must be auto or a whole number"),
         (["--out", "{tmp}/no/run.csv"], 2, "no does not exist, create it first"),
         (["--out", "{tmp}"], 2, "is a directory, a device or a pipe"),
         (["--out", "/dev/null"], 2, "is a directory, a device or a pipe"),
@@ -241,7 +241,7 @@ def test_folders_pictures_patterns_and_lists_are_one_run(image_dir, tiny_bundle,
         (["--timings-out", "{tmp}/run.csv.journal"], 2, "would overwrite --timings-out"),
         (["--out", "{tmp}/" + "x" * 300], 1, "File name too long"),
         (["--n-best", "2"], 2, "--n-best needs --n-best-out"),
-        (["--temperature", "0.7", "--seed", "3"], 2, "temperature, seed: only for drawn captions: add --sample"),
+        (["--temperature", "0.7", "--seed", "3"], 2, "temperature, seed: only for sampling: add --sample"),
         (["--n-best", "9", "--n-best-out", "{tmp}/n"], 2, "at least as many beams"),
         (["--max-new-tokens", "64"], 2, "set --max-new-tokens"),
         (["--beams", "4", "--length-penalty", "-6"], 2, "length_penalty must be a number of at least -5"),
@@ -257,11 +257,11 @@ def test_folders_pictures_patterns_and_lists_are_one_run(image_dir, tiny_bundle,
         (["--num-return-sequences", "3"], 2, "did you mean --n-best?"),
         (["--max-length", "3"], 2, "did you mean --max-new-tokens?"),
         (["--images", "{tmp}"], 2, "did you mean --input?"),
-        (["--checkpoint", "{tmp}"], 2, "did you mean --bundle? (`python -m export` makes a bundle of a checkpoint)"),
+        (["--checkpoint", "{tmp}"], 2, "did you mean --bundle? (`python -m export` converts a checkpoint to a bundle)"),
         (["--prefix", "a", "b.png"], 2, "unexpected extra argument (b.png): put quotes around a pattern"),
     ],
 )
-def test_wrong_inputs_get_one_clear_line_and_no_output(
+def test_wrong_inputs_give_one_error_line_and_no_output(
     arguments, exit_code, sentence, image_dir, tiny_bundle, tmp_path
 ):
     (tmp_path / "empty").mkdir()
@@ -298,15 +298,15 @@ def test_an_empty_path_is_refused_by_every_option():
         assert result.stderr == f"error: {option} is empty: give a path or a name (is a shell variable unset?)\n"
 
 
-def test_names_neither_control_the_terminal_nor_turn_text_around(image_dir, tiny_bundle, tmp_path):
+def test_control_and_bidi_characters_in_names_are_escaped(image_dir, tiny_bundle, tmp_path):
     (image_dir / "a\x1b]0;TITLE\x07\udcff\u202egnp.png").write_bytes(b"not an image")
     result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
     assert "a\\x1b]0;TITLE\\x07\\udcff\\u202egnp.png" in result.stderr
     assert result.stderr.replace("\n", "").isprintable()
 
 
-def test_no_message_shows_the_secrets_of_a_uri(capsys):
-    say("GET https://user:SECRET@host/a?sig=SECRET failed, file:///a?b is there")
+def test_secrets_in_uris_are_not_printed(capsys):
+    log("GET https://user:SECRET@host/a?sig=SECRET failed, file:///a?b is there")
     assert capsys.readouterr().err == "GET https://host/a failed, file:///a?b is there\n"
 
 
@@ -320,7 +320,7 @@ def test_a_closed_standard_output_is_one_line(image_dir, tiny_bundle):
 
 
 @pytest.mark.parametrize("command", [main, train, export], ids=["engine", "train", "export"])
-def test_every_program_answers_h_and_says_a_wrong_option_in_one_line(command):
+def test_every_program_has_help_and_one_line_usage_errors(command):
     assert "--help" in CliRunner().invoke(command, ["-h"]).stdout
     result = CliRunner().invoke(command, ["--colour"])
     assert (result.exit_code, result.stdout) == (2, "")
@@ -405,7 +405,7 @@ def test_verify_passes_and_fails_with_the_bundle(tiny_bundle):
     assert result.stdout.count("ok ") == 6 + 5, "the decoder whole, and its halves but for greedy with a penalty"
 
 
-def test_info_says_what_is_missing_and_why():
+def test_info_reports_what_is_missing_and_why():
     facts = json.loads(run("info", "--json").stdout)
     assert facts["backends"]["cpu"] == "ready"
     assert facts["backends"]["cuda"] != "ready"
@@ -424,9 +424,7 @@ def test_info_says_what_is_missing_and_why():
         (None, False),
     ],
 )
-def test_info_says_int8_is_no_faster_only_where_the_processor_is_known_to_lack_vnni(
-    cpuinfo, is_said, monkeypatch, tmp_path
-):
+def test_info_notes_slow_int8_only_without_vnni(cpuinfo, is_said, monkeypatch, tmp_path):
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr("engine.host.CPUINFO", tmp_path / "cpuinfo")
@@ -440,7 +438,7 @@ def test_info_names_the_extra_of_what_is_missing(monkeypatch):
     assert facts["extras"] == {"dicom": "missing: a-package-nobody-has: pip install 'pydicom>=3.0'"}
 
 
-def test_a_missing_onnxruntime_is_one_sentence_naming_the_extra(image_dir, tiny_bundle, tmp_path):
+def test_missing_onnxruntime_names_the_extra(image_dir, tiny_bundle, tmp_path):
     block = "import sys; sys.modules['onnxruntime'] = None; from engine.cli.app import main; main()"
     command = [sys.executable, "-c", block, "caption", "--input", image_dir, "--bundle", tiny_bundle]
     done = subprocess.run([*command, "--out", tmp_path / "run.csv"], capture_output=True, text=True, check=False)
@@ -449,7 +447,7 @@ def test_a_missing_onnxruntime_is_one_sentence_naming_the_extra(image_dir, tiny_
     assert not (tmp_path / "run.csv").exists()
 
 
-def test_install_commands_name_what_the_extras_bring():
+def test_install_commands_name_the_packages_of_the_extras():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert {extra: list(packages) for extra, packages in PACKAGES.items()} == project["optional-dependencies"]
     assert install_command("score").startswith("pip install 'rouge-score==0.1.2' 'pycocoevalcap==1.2' ")
@@ -495,7 +493,7 @@ def test_inputs_and_manifests_are_never_overwritten(image_dir, tiny_bundle, tmp_
     assert manifest.read_text() == "IMG 1\n"
 
 
-def test_a_run_without_one_readable_image_fails_even_where_some_may_be_missing(tiny_bundle, tmp_path):
+def test_run_without_readable_images_fails_with_allow_missing(tiny_bundle, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"")
     arguments = ("caption", "--input", tmp_path / "images", "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
@@ -505,7 +503,7 @@ def test_a_run_without_one_readable_image_fails_even_where_some_may_be_missing(t
     assert not (tmp_path / "run.csv").exists()
 
 
-def test_ctrl_c_at_the_last_moment_stops_with_130_and_keeps_the_captions(image_dir, tiny_bundle, tmp_path, monkeypatch):
+def test_ctrl_c_before_writing_exits_130_and_keeps_captions(image_dir, tiny_bundle, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -526,7 +524,7 @@ def test_a_link_keeps_pointing_and_a_file_keeps_its_permissions(image_dir, tiny_
     assert target.stat().st_mode & 0o777 == 0o600
 
 
-def test_bench_prints_what_decides_the_speed_and_json_last(image_dir, tiny_bundle):
+def test_bench_prints_speed_and_json_last(image_dir, tiny_bundle):
     result = run("bench", "--input", image_dir, "--images", 5, "--bundle", tiny_bundle, "--beams", 3, "--rows", 6)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
@@ -536,14 +534,14 @@ def test_bench_prints_what_decides_the_speed_and_json_last(image_dir, tiny_bundl
     assert "num_beams:3" in report["signature"]
 
 
-def test_bench_needs_no_images_and_counts_those_it_is_given(image_dir, tiny_bundle):
+def test_bench_without_images_and_with_a_folder(image_dir, tiny_bundle):
     assert run("bench", "--images", 3, "--bundle", tiny_bundle).exit_code == 0
     result = run("bench", "--input", image_dir, "--images", 6, "--bundle", tiny_bundle)
     assert result.exit_code == 2
     assert "has 5 images: set --images to 5 or less" in result.output
 
 
-def test_a_sample_of_the_challenge_corpus_goes_through_the_command(tmp_path):
+def test_caption_on_a_sample_of_the_challenge_corpus(tmp_path):
     """The demo bundle on distinct real-voxel JPEGs, more of them than there are slots."""
     from benchmarks.setting import write_corpus
 

@@ -57,7 +57,7 @@ def bundle(tmp_path) -> Path:
     return bundle_of_084ae4d(tmp_path / "bundle")
 
 
-def test_a_journal_of_an_earlier_version_goes_on(tmp_path, bundle):
+def test_journal_of_an_earlier_version_resumes(tmp_path, bundle):
     (tmp_path / "images").mkdir()
     images = [Path(shutil.copy(image, tmp_path / "images")) for image in IMAGES]
     lines = JOURNAL.read_bytes().splitlines()
@@ -73,7 +73,7 @@ def test_a_journal_of_an_earlier_version_goes_on(tmp_path, bundle):
     assert (tmp_path / "run.csv").read_bytes() == (tmp_path / "anew.csv").read_bytes()
 
 
-def test_a_bundle_of_an_earlier_version_says_what_it_said(bundle):
+def test_bundle_of_an_earlier_version_gives_the_same_captions(bundle):
     assert Bundle.load(bundle).digest.startswith("02ae885f201a")
     result = CliRunner().invoke(main, ["verify", "--bundle", str(bundle), "--backend", "cpu", "--json"])
     assert result.exit_code == 0, result.stderr

@@ -106,7 +106,7 @@ def check(results: list[dict[str, Any]], jobs: list[list[str]], folder: Path, ou
     assert not wrong, json.dumps(wrong, indent=1)
 
 
-def test_every_documented_program_answers_help_and_writes_nothing(tmp_path):
+def test_every_documented_program_has_help(tmp_path):
     modules = documented() | runnable()
     assert documented() <= runnable()
     assert {"engine", "export", "export.parity", "train", "benchmarks.throughput", "docs.scripts.reference"} <= modules
@@ -148,7 +148,7 @@ small-bert`, which fetch packages, for benchmarks that take minutes, nor for `be
 """
 
 
-def test_programs_write_into_their_outputs_and_the_cache_alone(tiny_checkpoint, tiny_bundle, tmp_path):
+def test_programs_write_only_to_outputs_and_cache(tiny_checkpoint, tiny_bundle, tmp_path):
     images = save_pictures(tmp_path / "inputs/data/images", 6)
     references = tmp_path / "inputs/data/captions.csv"
     references.write_text("ID,Caption\n" + "".join(f'{i},"{WORDS[i]} of the {WORDS[i + 9]}"\n' for i in range(6)))

@@ -22,7 +22,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_disturbed_run_is_the_undisturbed_one(pictures, tiny_bundle, tmp_path):
+def test_disturbed_run_equals_the_undisturbed_one(pictures, tiny_bundle, tmp_path):
     options = ("--bundle", tiny_bundle, "--beams", 3, "--rows", 12, "--threads", 1)
     subprocess.run(engine_command(pictures, tmp_path / "a.csv", *options), check=True, capture_output=True)
     unreadable = mix_in_unreadable(pictures, 15, tmp_path / "mixed")
@@ -34,7 +34,7 @@ def test_a_disturbed_run_is_the_undisturbed_one(pictures, tiny_bundle, tmp_path)
     assert compare_runs(tmp_path / "a.csv", tmp_path / "b.csv", unreadable) == []
 
 
-def test_a_lost_a_doubled_and_a_changed_caption_are_noticed(tmp_path):
+def test_lost_doubled_and_changed_captions_are_detected(tmp_path):
     whole = 'ID,Caption\na,"x"\nb,"y"\n'
     (tmp_path / "whole.csv").write_text(whole)
     for wrong in (whole[:-6], whole + 'b,"y"\n', whole.replace("y", "z"), whole.replace("ID", "Id")):
@@ -45,7 +45,7 @@ def test_a_lost_a_doubled_and_a_changed_caption_are_noticed(tmp_path):
     assert compare_runs(tmp_path / "whole.csv", tmp_path / "whole.csv", ["c"]) != []
 
 
-def test_a_run_that_forgets_what_it_had_is_noticed(pictures, tiny_bundle, tmp_path):
+def test_run_that_loses_captions_is_detected(pictures, tiny_bundle, tmp_path):
     """The judge itself must be able to fail: --no-resume throws the journal's captions away."""
     options = ("--bundle", tiny_bundle, "--beams", 3, "--rows", 12, "--threads", 1, "--no-resume")
     out = tmp_path / "run.csv"

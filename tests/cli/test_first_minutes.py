@@ -16,14 +16,14 @@ from tests.helpers.tiny import random_pictures
 from train.__main__ import main as train
 
 CACHES = ("XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_DATA_HOME")
-NOTE = "the embedded demo model, which knows T1-weighted head MRI and nothing else"
+NOTE = "the embedded demo model is used, which only knows T1-weighted head MRI"
 
 
 def run(*arguments: object) -> click.testing.Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_engine_alone_shows_three_commands_and_where_the_others_are():
+def test_engine_without_a_command_shows_first_steps():
     shown = run()
     assert shown.exit_code == 2
     assert shown.stdout == ""
@@ -60,7 +60,7 @@ def images(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def test_captions_of_the_demo_model_are_told_to_be_that(images, tiny_bundle, tmp_path):
+def test_note_on_captions_of_the_demo_model(images, tiny_bundle, tmp_path):
     demo = run("caption", "--input", images, "--beams", 1, "--max-new-tokens", 2, "--out", tmp_path / "demo.csv")
     assert demo.exit_code == 0, demo.output
     assert NOTE in demo.stderr
@@ -68,7 +68,7 @@ def test_captions_of_the_demo_model_are_told_to_be_that(images, tiny_bundle, tmp
     assert NOTE not in own.stderr
 
 
-def test_captioning_keeps_no_number_of_the_machine_and_reports_to_nobody(images, tiny_bundle, tmp_path):
+def test_captioning_stores_no_device_id_and_sends_nothing(images, tiny_bundle, tmp_path):
     """ONNX Runtime would, which shows in the cache folder."""
     arguments = ("caption", "--input", images, "--bundle", tiny_bundle)
     home, done = with_empty_home(tmp_path, "engine", *arguments, "--backend", "cpu", "--out", tmp_path / "run.csv")

@@ -32,7 +32,7 @@ def test_the_cpu_passes_its_own_check(tiny_bundle, tmp_path):
     assert report["gpu"] is None
 
 
-def test_other_words_are_counted():
+def test_different_captions_are_counted():
     cpu = {"said": {"greedy": [{"ids": [1, 2], "score": -1.0}, {"ids": [1, 3], "score": -2.0}]}}
     mine = {"said": {"greedy": [{"ids": [1, 2], "score": -1.1}, {"ids": [1, 4], "score": -2.0}]}}
     found = compare(mine, cpu)["greedy"]
@@ -40,7 +40,7 @@ def test_other_words_are_counted():
     assert found["max_score_difference"] == pytest.approx(0.1)
 
 
-def test_a_backend_that_crashes_is_a_line_of_the_report(tiny_bundle, monkeypatch):
+def test_crashing_backend_is_reported(tiny_bundle, monkeypatch):
     def crash(command, **_):
         return check.subprocess.CompletedProcess(command, -11, "", "")
 
@@ -50,7 +50,7 @@ def test_a_backend_that_crashes_is_a_line_of_the_report(tiny_bundle, monkeypatch
     assert "failed" in check.summary(entry)
 
 
-def test_the_parts_before_any_model_work_on_this_machine():
+def test_parts_before_the_backends_run_here():
     found = parts.memory(RecordingDevice())
     assert found.pop("too_much").startswith(("was given", "refused"))
     assert found.pop("blocks_equal")
@@ -62,7 +62,7 @@ def test_the_parts_before_any_model_work_on_this_machine():
     assert all(ms > 0 for ms in times.values())
 
 
-def test_the_parts_after_the_backends_work_on_the_cpu(tiny_bundle):
+def test_parts_after_the_backends_run_on_the_cpu(tiny_bundle):
     found = runs.profile(tiny_bundle, "cpu", 6)
     assert list(found["nodes_by_provider"]) == ["CPUExecutionProvider"]
     assert found["memcpy_nodes"] == 0
@@ -74,7 +74,7 @@ def test_the_parts_after_the_backends_work_on_the_cpu(tiny_bundle):
     assert whole["images_per_s"] > 0
 
 
-def test_a_part_that_fails_says_why_and_leaves_the_others(monkeypatch):
+def test_failing_part_is_reported_and_the_others_run(monkeypatch):
     def crash(command, **_):
         return check.subprocess.CompletedProcess(command, 1, "", "x" * 20_000 + "the reason")
 
@@ -85,7 +85,7 @@ def test_a_part_that_fails_says_why_and_leaves_the_others(monkeypatch):
     assert len(found["stderr"]) == check.KEPT_BYTES
 
 
-def test_a_backend_that_fails_leaves_the_others_results(tiny_bundle, tmp_path, monkeypatch):
+def test_failing_backend_keeps_the_other_results(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "find_gpu", lambda *_: Gpu("NVIDIA A100-SXM4-40GB", "8.0", 40 << 30))
     monkeypatch.setattr(check, "FIRST", {"probe": None})
     out = tmp_path / "out.json"
@@ -101,7 +101,7 @@ def test_a_backend_that_fails_leaves_the_others_results(tiny_bundle, tmp_path, m
 
 
 @pytest.mark.skipif(missing_gpu() is None, reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so_at_once(tmp_path):
+def test_without_a_gpu_is_reported_at_once(tmp_path):
     result = CliRunner().invoke(main, ["--json", str(tmp_path / "out.json")])
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()

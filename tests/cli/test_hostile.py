@@ -50,7 +50,7 @@ def captions(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_what_cannot_be_read_is_named_and_no_run_is_written(kind, run, image_dir, tmp_path):
+def test_unreadable_file_is_named_and_no_run_written(kind, run, image_dir, tmp_path):
     path = write_unreadable(kind, image_dir, "x")
     result = run()
     assert result.exit_code == 1, result.output
@@ -66,7 +66,7 @@ def test_what_cannot_be_read_is_named_and_no_run_is_written(kind, run, image_dir
     assert all(found.values())
 
 
-def test_a_file_nobody_may_read_is_named(run, image_dir, monkeypatch):
+def test_file_without_read_permission_is_named(run, image_dir, monkeypatch):
     """The system's refusal is staged: tests may run as root, who may read everything."""
     opened = pixels.open_file
 
@@ -80,7 +80,7 @@ def test_a_file_nobody_may_read_is_named(run, image_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
-def test_what_is_odd_is_captioned(kind, run, image_dir, tmp_path):
+def test_unusual_files_are_captioned(kind, run, image_dir, tmp_path):
     extension, content = UNUSUAL[kind]
     (image_dir / f"x{extension}").write_bytes(content)
     result = run()
@@ -89,7 +89,7 @@ def test_what_is_odd_is_captioned(kind, run, image_dir, tmp_path):
     assert "x" in captions(tmp_path / "run.csv")
 
 
-def test_rotation_in_exif_is_ignored_and_an_animation_is_its_first_frame(tmp_path):
+def test_exif_rotation_is_ignored_and_first_frame_used(tmp_path):
     corners = np.zeros((40, 80, 3), np.uint8)
     corners[:20, :40] = 255  # the upper left is white; turned by 90 degrees it would be the upper right
     exif = Image.Exif()
@@ -114,7 +114,7 @@ def test_odd_modes_keep_their_picture(kind, expected, tmp_path):
     assert whole.std() > 10
 
 
-def test_links_to_folders_and_to_names_too_long_are_named_and_leak_nothing(run, image_dir):
+def test_bad_links_are_named_and_leak_nothing(run, image_dir):
     (image_dir / "folder.jpg").symlink_to(image_dir)
     (image_dir / "long.jpg").symlink_to("y" * 300)
     before = len(os.listdir("/proc/self/fd"))
@@ -129,7 +129,7 @@ def test_links_to_folders_and_to_names_too_long_are_named_and_leak_nothing(run, 
 NAMES = ["a b", "a,b", 'a"b', "a\nb", "a\r\nb", "\udcff\udcfe", "ä é 漢", "'; drop", "=1+1", "-rf", "a.b.c", "<b>"]
 
 
-def test_names_come_out_as_they_went_in(run, image_dir, tmp_path):
+def test_names_are_unchanged_in_the_output(run, image_dir, tmp_path):
     picture = random_pictures(1)[0]
     for name in NAMES:
         with open(image_dir / f"{name}.png", "wb") as stream:  # noqa: PTH123 (Pillow cannot open names of other bytes)
@@ -141,7 +141,7 @@ def test_names_come_out_as_they_went_in(run, image_dir, tmp_path):
     assert len((tmp_path / "run.csv").read_bytes().split(b"\n")) - 2 == len(found) + sum("\n" in n for n in NAMES)
 
 
-def test_folders_pipes_and_other_files_are_left_aside_and_counted(run, image_dir, tmp_path):
+def test_folders_pipes_and_other_files_are_skipped(run, image_dir, tmp_path):
     (image_dir / "x.jpg").mkdir()
     os.mkfifo(image_dir / "y.jpg")
     (image_dir / "notes.txt").touch()
@@ -157,7 +157,7 @@ def test_one_image_is_a_run(run, image_dir, tmp_path):
     assert list(captions(tmp_path / "run.csv")) == ["good 0"]
 
 
-def test_folders_are_entered_when_asked_for(run, image_dir, tmp_path):
+def test_recursive_enters_subfolders(run, image_dir, tmp_path):
     (image_dir / "b").mkdir()
     (image_dir / "b" / "loop").symlink_to("..")
     (image_dir / ".hidden").mkdir()
@@ -189,9 +189,7 @@ def test_a_file_that_vanishes_after_listing_is_named(run, tmp_path, monkeypatch)
     assert not (tmp_path / "run.csv").exists()
 
 
-def test_a_file_that_changes_while_the_run_goes_on_is_captioned_again_by_the_next(
-    run, image_dir, tmp_path, monkeypatch
-):
+def test_file_that_changes_during_a_run_is_captioned_again(run, image_dir, tmp_path, monkeypatch):
     read = captioner.read_image
     others = random_pictures(3)
 
@@ -234,7 +232,7 @@ def test_a_reader_that_dies_ends_the_run_and_keeps_its_captions(run, image_dir, 
     assert (tmp_path / "run.csv.journal").exists()
 
 
-def test_too_few_file_handles_stop_the_run_instead_of_blaming_the_images(run, monkeypatch):
+def test_too_few_file_handles_stop_the_run(run, monkeypatch):
     def none_left(*_):
         raise OSError(24, "Too many open files")
 
@@ -245,7 +243,7 @@ def test_too_few_file_handles_stop_the_run_instead_of_blaming_the_images(run, mo
     assert "unreadable" not in result.stderr
 
 
-def test_a_read_only_folder_for_the_output_is_refused_before_any_work(run, tmp_path, monkeypatch):
+def test_read_only_output_folder_is_refused_first(run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
     result = run()
     assert result.exit_code == 2

@@ -77,7 +77,7 @@ def run(environment: dict[str, str], *arguments: object) -> str:
     return done.stdout
 
 
-def test_the_published_base_exports_captions_and_trains_by_its_id(environment, tiny_bundle, tmp_path):
+def test_published_base_exports_captions_and_trains_by_id(environment, tiny_bundle, tmp_path):
     run(environment, "export", "--checkpoint", NAME, "--out", tmp_path / "bundle")
     manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
     assert list(manifest["checkpoint"]["files"]) == ["pytorch_model.bin"]

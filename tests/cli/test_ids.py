@@ -108,7 +108,7 @@ def refused(*arguments: object) -> str:
     return done.stderr.splitlines()[-1]
 
 
-def test_ids_of_other_folders_are_of_other_images(tmp_path):
+def test_same_names_in_other_folders_are_other_images(tmp_path):
     (tmp_path / "run.csv").write_text("ID,Caption\npatientA/1,ct\npatientB/2,mri\n")
     (tmp_path / "refs.csv").write_text("ID,Caption\npatientB/1,ct\npatientB/2,mri\n")
     files = ("--run", tmp_path / "run.csv", "--references", tmp_path / "refs.csv")
@@ -137,7 +137,7 @@ def test_two_names_of_one_image_are_an_error(tmp_path):
     assert sentence in refused("score", *run_file, *scored, "--images", tmp_path / "in")
 
 
-def test_every_command_takes_columns_by_name(tiny_bundle, tmp_path):
+def test_every_command_accepts_column_names(tiny_bundle, tmp_path):
     save_pictures(tmp_path / "in", 2)
     (tmp_path / "table.csv").write_text("uid,number,findings,hint\n1,9,a mass,ct\n0,8,a ct,mri\n")
     table = tmp_path / "table.csv"

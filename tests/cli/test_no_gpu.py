@@ -43,7 +43,7 @@ def test_the_missing_gpu_is_named_at_once(name, tmp_path):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < WITHIN_S
 
 
-def test_plans_are_for_trt_alone():
+def test_plans_are_only_for_trt():
     result = subprocess.run(
         [sys.executable, "-c", "from engine.cli.app import main; main()", "verify", "--backend", "cpu", "--plans", "x"],
         capture_output=True,

@@ -75,7 +75,7 @@ def some(captions: dict[str, str], count: int = 8) -> dict[str, str]:
     return dict(list(captions.items())[:count])
 
 
-def test_a_stream_is_the_file(run, tmp_path):
+def test_stdout_has_the_content_of_the_file(run, tmp_path):
     assert run().exit_code == 0
     streamed = run(out="-")
     assert streamed.exit_code == 0
@@ -88,7 +88,7 @@ def test_a_stream_is_the_file(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "run.csv", "run.jsonl"]
 
 
-def test_a_line_of_json_names_the_file_and_what_is_wrong_with_it(run, images, captions):
+def test_json_lines_have_file_and_error(run, images, captions):
     (images / "000a.png").write_bytes(b"no picture")
     (images / "zz\udcff.png").write_bytes((images / "001.png").read_bytes())
     for allowed in (False, True):
@@ -104,7 +104,7 @@ def test_a_line_of_json_names_the_file_and_what_is_wrong_with_it(run, images, ca
     assert '000a,""\n' in run("--allow-missing", out="-").stdout
 
 
-def test_nothing_but_captions_goes_to_standard_output(run, images, tmp_path):
+def test_only_captions_go_to_standard_output(run, images, tmp_path):
     refused = [
         run("--json", out="-"),
         run("--update", out="-"),
@@ -121,7 +121,7 @@ def test_nothing_but_captions_goes_to_standard_output(run, images, tmp_path):
     assert (failed.exit_code, failed.stderr.splitlines()[-1]) == (1, "error: not one image could be read")
 
 
-def test_captions_come_one_by_one_in_order_whoever_is_done_first(run, images, monkeypatch):
+def test_stream_is_in_order_whichever_finishes_first(run, images, monkeypatch):
     """Each line is out before the next caption is asked for, and one that is early waits for those before it."""
     made = captioner.caption_within_memory
     said: list[tuple[str, int]] = []
@@ -139,7 +139,7 @@ def test_captions_come_one_by_one_in_order_whoever_is_done_first(run, images, mo
     assert [line[:3] for line in result.stdout.splitlines()[1:]] == [f"{i:03d}" for i in range(8)]
 
 
-def test_a_reader_that_leaves_ends_the_run_without_a_word(pictures, tiny_bundle):
+def test_closed_pipe_ends_the_run_silently(pictures, tiny_bundle):
     reader, writer = os.pipe()
     with subprocess.Popen(command(pictures, tiny_bundle, "-"), stdout=writer, stderr=subprocess.PIPE) as process:
         os.close(writer)
@@ -159,7 +159,7 @@ def test_a_full_disk_under_the_stream_is_one_line(pictures, tiny_bundle):
     assert done.stderr.splitlines()[-1] == "error: No space left on device: standard output"
 
 
-def test_prefix_and_suffix_stand_around_what_is_written_and_nowhere_else(run, images, captions, tmp_path):
+def test_prefix_and_suffix_are_only_in_the_output(run, images, captions, tmp_path):
     (images / "bad.png").write_bytes(b"")
     more = ("--allow-missing", "--n-best", "1", "--n-best-out", tmp_path / "n.jsonl")
     around = ("--prefix", "photo of ", "--suffix", ', "x"')
@@ -192,7 +192,7 @@ def test_sidecars_of_all_modes(run, images, captions):
     (images / "000.txt").write_text("kept\n")
     first = run("--sidecar")
     assert first.exit_code == 0, first.output
-    assert "sidecars: 7 written, 1 left as they were" in first.stderr
+    assert "sidecars: 7 written, 1 unchanged" in first.stderr
     assert texts(images) == {name: f"{text}\n" for name, text in some(captions).items()} | {"000": "kept\n"}
     assert run("--sidecar", "overwrite").exit_code == 0
     assert texts(images) == {name: f"{text}\n" for name, text in some(captions).items()}
@@ -206,7 +206,7 @@ def test_sidecars_of_all_modes(run, images, captions):
     assert texts(images) == {name: f"{text} | t1, t2, {text}\n" for name, text in some(captions).items()}
 
 
-def test_a_picture_that_failed_has_no_sidecar_and_a_failed_run_writes_none(run, images, tmp_path):
+def test_failed_images_and_runs_write_no_sidecar(run, images, tmp_path):
     (images / "bad.png").write_bytes(b"")
     assert run("--sidecar").exit_code == 1
     assert texts(images) == {}
@@ -219,7 +219,7 @@ def test_sidecars_of_an_update_follow_the_pictures(run, images, pictures, captio
     assert run("--sidecar", "overwrite", "--update").exit_code == 0
     shutil.copy(pictures / "020.png", images / "003.png")
     result = run("--sidecar", "overwrite", "--update")
-    assert "sidecars: 1 written, 7 left as they were" in result.stderr
+    assert "sidecars: 1 written, 7 unchanged" in result.stderr
     assert texts(images)["003"] == f"{captions['020']}\n"
 
 
@@ -230,10 +230,10 @@ def test_sidecars_of_an_update_follow_the_pictures(run, images, pictures, captio
         (("--n-best-out", "{images}/003.txt"), "would overwrite --n-best-out"),
         (("--input", "{images}/003.txt"), "named twice|would overwrite the input"),
         (("--sidecar-dir", "{images}/no/where"), "no does not exist, create it first"),
-        (("--sidecar-dir", "{images}/003.png"), "003.png is not a folder that is writable"),
+        (("--sidecar-dir", "{images}/003.png"), "003.png is not a writable folder"),
     ],
 )
-def test_sidecars_that_would_do_harm_are_refused_before_the_run(run, images, tmp_path, more, sentence):
+def test_sidecars_that_would_overwrite_files_are_refused(run, images, tmp_path, more, sentence):
     if more[0] == "--input":
         (images / "003.txt").write_text(str(tmp_path / "other.png"))
         random_pictures(1)[0].save(tmp_path / "other.png")
@@ -243,7 +243,7 @@ def test_sidecars_that_would_do_harm_are_refused_before_the_run(run, images, tmp
     assert not (tmp_path / "run.csv").exists()
 
 
-def test_stopped_between_two_sidecars_the_same_command_writes_the_others(run, images, captions, monkeypatch):
+def test_stopped_between_sidecars_resumes_with_the_others(run, images, captions, monkeypatch):
     for i in range(8):
         (images / f"{i:03d}.txt").write_text("tag")
     replaced = atomic.replace_file
@@ -264,7 +264,7 @@ def test_stopped_between_two_sidecars_the_same_command_writes_the_others(run, im
     assert texts(images) == {name: f"tag {text}\n" for name, text in some(captions).items()}
 
 
-def test_killed_again_and_again_every_sidecar_has_its_caption_once(pictures, tiny_bundle, tmp_path, captions):
+def test_repeatedly_killed_sidecars_have_captions_once(pictures, tiny_bundle, tmp_path, captions):
     folder = Path(shutil.copytree(pictures, tmp_path / "images"))
     for i in range(0, IMAGES, 2):
         (folder / f"{i:03d}.txt").write_text("tag\n")
@@ -308,7 +308,7 @@ def wait_for_sidecars(folder: Path, more: int, process: subprocess.Popen[str]) -
         time.sleep(0.001)
 
 
-def test_the_exit_code_is_that_of_a_broken_pipe_however_it_is_found(run, monkeypatch):
+def test_exit_code_of_a_broken_pipe(run, monkeypatch):
     def gone(_):
         raise record.ReaderGoneError
 

@@ -20,7 +20,7 @@ from engine.errors import UsageError
 from engine.host import available_cores
 from engine.run import pipeline
 from engine.run.record import RunRecord
-from engine.workers import child, driver, shares
+from engine.workers import child, driver, resources
 from tests.cli.test_resume import command, wait_for_records
 from tests.helpers.processes import children, is_running
 from tests.helpers.tiny import save_pictures
@@ -83,7 +83,7 @@ def worker_that(preparation: str) -> str:
     return child.PROGRAM.replace("from engine", f"{preparation}; from engine")
 
 
-def test_two_processes_say_what_one_says(image_dir, tiny_bundle, tmp_path, undisturbed, started):
+def test_two_processes_give_the_same_run(image_dir, tiny_bundle, tmp_path, undisturbed, started):
     result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", *TWO, *n_best(tmp_path))
     assert result.exit_code == 0, result.stderr
     assert "2 worker processes with 2 threads in all" in result.stderr
@@ -95,7 +95,7 @@ def test_two_processes_say_what_one_says(image_dir, tiny_bundle, tmp_path, undis
     assert not any(is_running(one.pid) for one in started)
 
 
-def test_what_cannot_be_read_and_what_is_clipped_is_told(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_unreadable_and_clipped_images_are_reported(image_dir, tiny_bundle, tmp_path, undisturbed):
     folder = tmp_path / "images"
     folder.mkdir()
     for path in image_dir.iterdir():
@@ -116,7 +116,7 @@ def test_what_cannot_be_read_and_what_is_clipped_is_told(image_dir, tiny_bundle,
     assert f"1 image has transparency, which is dropped, as in transformers 4.57: {folder}/clear.png" in clipped.stderr
 
 
-def test_killed_workers_images_are_done_again(image_dir, tiny_bundle, tmp_path, undisturbed, started, monkeypatch):
+def test_images_of_killed_workers_are_retried(image_dir, tiny_bundle, tmp_path, undisturbed, started, monkeypatch):
     add = RunRecord.add
     bound: list[set[int]] = []
     killed: set[int] = set()
@@ -135,7 +135,7 @@ def test_killed_workers_images_are_done_again(image_dir, tiny_bundle, tmp_path, 
     assert result.exit_code == 0, result.stderr
     assert len(started) == 5
     assert result.stderr.count("died (SIGKILL)") == 3
-    assert "images are done again" in result.stderr
+    assert "images are retried" in result.stderr
     assert not bound[0] & bound[1], "the workers have cores of their own"
     assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes()
     assert not any(is_running(one.pid) for one in started)
@@ -148,7 +148,7 @@ POISON = (
 )
 
 
-def test_a_picture_that_kills_its_workers_is_one_that_cannot_be_read(
+def test_image_that_kills_its_workers_is_unreadable(
     image_dir, tiny_bundle, tmp_path, undisturbed, started, monkeypatch
 ):
     monkeypatch.setattr(child, "PROGRAM", worker_that(POISON))
@@ -159,7 +159,7 @@ def test_a_picture_that_kills_its_workers_is_one_that_cannot_be_read(
     (folder / "zz_poison.png").symlink_to(image_dir / "image_000.png")
     result = caption(folder, tiny_bundle, tmp_path / "run.csv", *TWO, "--allow-missing")
     assert result.exit_code == 0, result.stderr
-    assert f"unreadable: {folder}/zz_poison.png: the process that was to caption it died each time" in result.stderr
+    assert f"unreadable: {folder}/zz_poison.png: its worker process died each time" in result.stderr
     assert 3 <= len(started) <= 4, "it kills two workers, and the second is not missed where it was the last image"
     assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes() + b'zz_poison,""\n'
 
@@ -167,7 +167,12 @@ def test_a_picture_that_kills_its_workers_is_one_that_cannot_be_read(
 @pytest.mark.parametrize(
     ("preparation", "exit_code", "said", "starts"),
     [
-        ("import os; os._exit(3)", 1, "no worker process lives, the last ones died 5 times in a row (exit code 3)", 10),
+        (
+            "import os; os._exit(3)",
+            1,
+            "no worker process is left, the last one died 5 times in a row (exit code 3)",
+            10,
+        ),
         (
             "import engine.workers.worker as s; s.open_backends = lambda *_: s.missing",
             1,
@@ -183,7 +188,7 @@ def test_a_picture_that_kills_its_workers_is_one_that_cannot_be_read(
         ),
     ],
 )
-def test_what_goes_wrong_in_workers_ends_the_run_in_one_line(
+def test_errors_in_workers_end_the_run_in_one_line(
     image_dir, tiny_bundle, tmp_path, started, monkeypatch, preparation, exit_code, said, starts
 ):
     monkeypatch.setattr(child, "PROGRAM", worker_that(preparation))
@@ -198,7 +203,7 @@ def test_what_goes_wrong_in_workers_ends_the_run_in_one_line(
 @pytest.mark.parametrize(
     ("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_however_a_run_ends_no_process_is_left_and_it_goes_on_alone(
+def test_stopped_run_leaves_no_process_and_resumes_alone(
     image_dir, tiny_bundle, tmp_path, undisturbed, sent, exit_code
 ):
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
@@ -230,10 +235,10 @@ def test_however_a_run_ends_no_process_is_left_and_it_goes_on_alone(
     assert out.read_bytes() == (undisturbed / "run.csv").read_bytes()
 
 
-def test_each_worker_sees_the_gpu_that_is_its_own(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch):
+def test_each_worker_sees_only_its_gpu(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch):
     """No GPU is here: its workers run on the CPU, which must not show in anything but their environment."""
     monkeypatch.setattr(pipeline, "require_backend", lambda name, *_: name)
-    monkeypatch.setattr(shares, "visible_gpus", lambda: ["5", "GPU-3f"])
+    monkeypatch.setattr(resources, "visible_gpus", lambda: ["5", "GPU-3f"])
     host_backend = (
         f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, 'saw ' + os.environ['CUDA_VISIBLE_DEVICES']).touch(); "
         "import engine.workers.worker as s; from engine.backends.ort import OrtBackend; "
@@ -251,16 +256,16 @@ def test_each_worker_sees_the_gpu_that_is_its_own(image_dir, tiny_bundle, tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--processes", "2", "--threads", "1"], "2 processes cannot share 1 threads: ask for fewer --processes"),
-        (["--processes", "2", "--threads", "2", "--streams", "2"], "2 streams cannot share 1 threads"),
-        (["--processes", "2", "--ray"], "--ray has workers of its own"),
-        (["--devices", "gpu"], "--devices takes GPUs of this machine, cuda:0,cuda:1, not 'gpu'"),
-        (["--devices", "cuda:0,cuda:0"], "names a GPU twice"),
+        (["--processes", "2", "--threads", "1"], "2 processes need at least as many threads, not 1: lower --processes"),
+        (["--processes", "2", "--threads", "2", "--streams", "2"], "2 streams need at least as many threads, not 1"),
+        (["--processes", "2", "--ray"], "--ray starts its workers on the cluster"),
+        (["--devices", "gpu"], "--devices expects GPUs such as cuda:0,cuda:1, not 'gpu'"),
+        (["--devices", "cuda:0,cuda:0"], "lists a GPU twice"),
         (["--devices", "cuda:0", "--backend", "cpu"], "which the backend cpu does not use"),
         ([*TWO, "--beams", "2", "--n-best", "3", "--n-best-out", "build/n.jsonl"], "need at least as many beams"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(image_dir, tiny_bundle, tmp_path, started, options, said):
+def test_impossible_options_give_one_error_line(image_dir, tiny_bundle, tmp_path, started, options, said):
     arguments = ["caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv", *options]
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == UsageError.exit_code
@@ -268,7 +273,7 @@ def test_what_cannot_be_is_said_in_one_line(image_dir, tiny_bundle, tmp_path, st
     assert not started
 
 
-def test_the_workers_are_found_where_the_packages_are_not(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_workers_import_from_this_process_path(image_dir, tiny_bundle, tmp_path, undisturbed):
     """The packages are where this process found them, which is not always where a new Python looks."""
     root = Path(__file__).parents[2]
     program = f"import sys; sys.path.insert(0, {str(root)!r}); from engine.cli.app import main; main()"

@@ -80,7 +80,7 @@ def actors(kind: bytes = b"CaptionWorker") -> list[int]:
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_two_workers_say_what_one_process_says(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_two_workers_give_the_same_run(image_dir, tiny_bundle, tmp_path, undisturbed):
     timings = tmp_path / "timings.csv"
     result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", "--timings-out", str(timings))
     assert result.exit_code == 0, result.stderr
@@ -124,9 +124,7 @@ def records(journal: Path) -> int:
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_workers_and_their_counter_killed_the_run_is_the_same_byte_for_byte(
-    image_dir, tiny_bundle, tmp_path, undisturbed
-):
+def test_killed_workers_and_counter_run_is_byte_identical(image_dir, tiny_bundle, tmp_path, undisturbed):
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     killed: list[int] = []
     ended = threading.Event()
@@ -155,7 +153,7 @@ def test_workers_and_their_counter_killed_the_run_is_the_same_byte_for_byte(
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_a_run_begun_alone_goes_on_with_a_cluster_that_it_joins(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_run_resumes_on_a_running_cluster(image_dir, tiny_bundle, tmp_path, undisturbed):
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     process = subprocess.Popen(command(image_dir, tiny_bundle, out, *SLOW), stderr=subprocess.PIPE)
     wait_for_records(journal, 20, process)
@@ -173,7 +171,7 @@ def test_a_run_begun_alone_goes_on_with_a_cluster_that_it_joins(image_dir, tiny_
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_workers_caption_what_is_new_in_the_folders_of_one_process(image_dir, tiny_bundle, tmp_path):
+def test_workers_update_the_run_of_one_process(image_dir, tiny_bundle, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
@@ -195,7 +193,7 @@ def test_workers_caption_what_is_new_in_the_folders_of_one_process(image_dir, ti
     assert out.read_bytes() == (tmp_path / "scratch.csv").read_bytes()
 
 
-def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_run_stopped_by_ctrl_c_resumes_without_ray(image_dir, tiny_bundle, tmp_path, undisturbed):
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     process = subprocess.Popen(
         command(image_dir, tiny_bundle, out, *SLOW, "--ray", "--ray-actors", "2"),
@@ -228,7 +226,7 @@ def test_stopped_by_ctrl_c_a_run_with_ray_goes_on_alone(image_dir, tiny_bundle, 
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), EngineError("the cluster failed")])
-def test_after_an_error_the_connection_is_left_to_the_end_of_the_process(monkeypatch, error, tmp_path):
+def test_connection_is_not_shut_down_after_an_error(monkeypatch, error, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     closed: list[bool] = []
     fake = SimpleNamespace(
@@ -244,7 +242,7 @@ def test_after_an_error_the_connection_is_left_to_the_end_of_the_process(monkeyp
     assert closed == ([] if error else [True])
 
 
-def test_nothing_of_an_own_cluster_is_left(monkeypatch, tmp_path):
+def test_local_cluster_leaves_no_process_and_no_file(monkeypatch, tmp_path):
     """Its processes are stopped even if Ray's shutdown forgets one, others are not; its files and token are private."""
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
@@ -283,7 +281,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_without_ray_one_sentence_names_the_extra(image_dir, tiny_bundle, tmp_path, monkeypatch):
+def test_missing_ray_names_the_extra(image_dir, tiny_bundle, tmp_path, monkeypatch):
     imported = builtins.__import__
 
     def without_ray(name, *arguments, **named):
@@ -299,7 +297,7 @@ def test_without_ray_one_sentence_names_the_extra(image_dir, tiny_bundle, tmp_pa
     )
 
 
-def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there():
+def test_cluster_that_requires_a_token_is_reported():
     class AuthenticationError(Exception):
         pass
 
@@ -307,15 +305,15 @@ def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there():
         raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379") from AuthenticationError("missing")
 
     fake = SimpleNamespace(init=refuse, exceptions=SimpleNamespace(RayError=RuntimeError))
-    with pytest.raises(EngineError, match=r"10.0.0.1:6379 wants a token: set RAY_AUTH_MODE=token, .*ray/auth_token"):
+    with pytest.raises(EngineError, match=r"10.0.0.1:6379 requires a token: set RAY_AUTH_MODE=token, .*ray/auth_token"):
         _connect(fake, "10.0.0.1:6379")
 
 
 @pytest.mark.parametrize(
     ("options", "exit_code", "said"),
     [
-        (["--ray", "127.0.0.1:1"], 1, "no Ray cluster answers at 127.0.0.1:1: Connection refused"),
-        (["--ray", "nowhere"], 2, "--ray takes HOST:PORT"),
+        (["--ray", "127.0.0.1:1"], 1, "no Ray cluster responds at 127.0.0.1:1: Connection refused"),
+        (["--ray", "nowhere"], 2, "--ray expects HOST:PORT"),
         (["--ray-actors", "2"], 2, "give both, or neither"),
         (["--ray", "--backend", "gpu"], 2, "unknown backend 'gpu'"),
         (["--ray", "--backend", "cpu", "--cuda-graphs"], 2, "are for the backend trt, not for cpu"),
@@ -326,7 +324,7 @@ def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there():
         ),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(image_dir, tmp_path, options, exit_code, said):
+def test_impossible_options_give_one_error_line(image_dir, tmp_path, options, exit_code, said):
     arguments = [sys.executable, "-m", "engine", "caption", "--input", image_dir, "--out", tmp_path / "run.csv"]
     run = subprocess.run([*arguments, *options], capture_output=True, text=True, check=False)
     assert run.returncode == exit_code

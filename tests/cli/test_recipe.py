@@ -22,7 +22,7 @@ def recipe() -> list[list[str]]:
     return commands
 
 
-def test_from_pictures_to_a_submission_that_passes():
+def test_recipe_from_images_to_a_valid_submission():
     commands = recipe()
     assert [command[3] for command in commands] == ["caption", "small-bert", "score", "submit", "check", "report"]
     Path("build/recipe").mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def thumbnails(work: Path) -> set[str]:
     return set(os.listdir(work / "report" / "thumbnails"))
 
 
-def test_captions_of_strangers_come_back_whole_and_cannot_end_their_block(work):
+def test_captions_cannot_break_out_of_their_data_block(work):
     result = report(work)
     assert result.exit_code == 0, result.output
     page = (work / "report" / "index.html").read_text()
@@ -54,7 +54,7 @@ def test_captions_of_strangers_come_back_whole_and_cannot_end_their_block(work):
     assert page.count("<script>") == page.count("'sha256-", page.index("script-src")) == page.count("</script>") - 1
 
 
-def test_a_page_fetches_nothing_but_its_thumbnails(work):
+def test_page_loads_only_its_thumbnails(work):
     report(work)
     page = (work / "report" / "index.html").read_text()
     policy = re.search('http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
@@ -87,7 +87,7 @@ def test_pictures_of_every_mode_become_small_rgb_ones(mode, work):
     assert len(thumbnails(work)) == 3
 
 
-def test_ids_that_a_file_lacks_are_said_in_one_line_and_on_the_page(work):
+def test_missing_ids_are_reported_in_one_line_and_on_the_page(work):
     write_run(work / "references.csv", [("a", "a chest film"), ("c", "an x-ray"), ("z", "no such image")])
     (work / "images" / "b.png").unlink()
     (work / "scores.csv").write_text("ID,rouge1@12345678\na,1.0\nb,0.5\n")
@@ -116,7 +116,7 @@ def test_pictures_that_coco_numbers_are_found_by_their_files(work):
     assert page_data(work)["references"] == [["A"], ["B"], ["C"]]
 
 
-def test_images_that_cannot_be_read_are_listed_in_one_line_and_have_a_placeholder(work):
+def test_unreadable_images_are_listed_with_placeholders(work):
     (work / "images" / "b.png").write_bytes(b"")
     (work / "images" / "c.png").unlink()
     os.mkfifo(work / "pipe")
@@ -145,7 +145,7 @@ def test_two_runs_are_compared_by_the_scores_measured_in_one_way(work):
     assert page_data(work)["labels"] == ["run", "other"]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(work):
+def test_runs_with_equal_names_are_named_by_their_folders(work):
     (work / "old").mkdir()
     write_run(work / "old" / "run.csv", zip(IDS, IDS, strict=True))
     assert report(work, against=work / "old" / "run.csv").exit_code == 0
@@ -160,7 +160,7 @@ def test_further_columns_are_kept_and_numbers_are_known_as_such(work):
     assert columns["modality"]["values"] == ["CT", "", "MR"]
 
 
-def test_columns_of_other_files_are_shown_beside_the_run(work):
+def test_columns_of_other_files_are_shown(work):
     (work / "timings.csv").write_text("ID,latency_s\na,0.5\nb,\nq,1\n")
     (work / "facts.csv").write_text("file_name,modality,run\na.png,CT,1\nb.png,MR,2\nc.png,MR,3\n")
     result = report(work, columns=[work / "timings.csv", work / "facts.csv"])
@@ -196,7 +196,7 @@ def test_coco_numbers_are_known_by_the_references_of_all_files(work):
     assert data["columns"][0]["values"] == ["CT", "MR, 3 T", ""]
 
 
-def test_what_only_looks_like_a_number_stays_as_it_is(work):
+def test_values_that_only_look_like_numbers_are_unchanged(work):
     (work / "facts.tsv").write_text(
         "ID\tdate\tcode\tuid\tshare\na\t20240131\t00012\t12345678901234567\t1e-3\n"
         "b\t20240229\t7\t1\t-.5\nc\t20240301\t8\t2\t2.\n"
@@ -237,7 +237,7 @@ def test_the_signature_changes_with_every_file_shown(work):
         ({"against_scores": "{tmp}/run.csv"}, 2, "--against-scores needs --against"),
     ],
 )
-def test_wrong_inputs_get_one_clear_line_and_no_page(options, exit_code, sentence, work):
+def test_wrong_inputs_give_one_error_line_and_no_page(options, exit_code, sentence, work):
     write_run(work / "strangers.csv", [("q", "a caption")])
     (work / "ragged.csv").write_text("ID,latency_s\na,1\nb,1,2\n")
     (work / "twice.csv").write_text("ID,latency_s\na,1\na,2\n")
@@ -262,7 +262,7 @@ def test_scores_that_are_not_numbers_get_one_line(work):
     assert "scores.csv is not a file of --per-image: b has a value that is not a number" in line
 
 
-def test_a_failed_run_leaves_the_earlier_page_and_its_thumbnails(work, monkeypatch):
+def test_failed_report_keeps_the_earlier_page(work, monkeypatch):
     report(work)
     page = (work / "report" / "index.html").read_bytes()
     shown = set(page_data(work)["pictures"])
@@ -290,7 +290,7 @@ def test_two_reports_are_not_written_into_one_folder_at_once(work):
     assert report(work).exit_code == 0
 
 
-def test_a_folder_that_was_cut_off_before_its_page_is_gone_on_with(work):
+def test_report_resumes_in_an_unfinished_folder(work):
     report(work)
     (work / "report" / "index.html").unlink()
     (work / "report" / "thumbnails" / ("." + "0" * 24 + ".jpg.tmp")).write_bytes(b"half")

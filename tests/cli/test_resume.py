@@ -68,7 +68,7 @@ def undisturbed(image_dir, tiny_bundle, tmp_path_factory) -> bytes:
     return out.read_bytes()
 
 
-def test_killed_again_and_again_the_run_is_the_same_byte_for_byte(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_repeatedly_killed_run_is_byte_identical(image_dir, tiny_bundle, tmp_path, undisturbed):
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     chance = random.Random(0)
     kept, kills = 0, 0
@@ -93,7 +93,7 @@ def test_killed_again_and_again_the_run_is_the_same_byte_for_byte(image_dir, tin
 
 
 @pytest.mark.parametrize(("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_politely_it_says_how_to_go_on(image_dir, tiny_bundle, tmp_path, undisturbed, sent, exit_code):
+def test_stopped_run_reports_how_to_resume(image_dir, tiny_bundle, tmp_path, undisturbed, sent, exit_code):
     out = tmp_path / "run.csv"
     for _ in range(20):  # a run takes a tenth of a second: on a busy machine it may end before it is stopped
         out.unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def test_stopped_politely_it_says_how_to_go_on(image_dir, tiny_bundle, tmp_path,
     assert out.read_bytes() == undisturbed
 
 
-def test_a_broken_image_is_deleted_and_the_folder_moved(image_dir, tiny_bundle, tmp_path):
+def test_resume_without_a_broken_image_in_a_moved_folder(image_dir, tiny_bundle, tmp_path):
     """As a challenge's images are: one is broken, and each job copies them to another disk."""
     out, first, second = tmp_path / "run.csv", tmp_path / "first", tmp_path / "second"
     first.mkdir()
@@ -159,7 +159,7 @@ def test_a_bundle_overwritten_in_place_ends_the_run(image_dir, tiny_bundle, tmp_
     assert [record["id"] for record in read_journal(tmp_path / "run.csv.journal")[1]] == kept[:5]
 
 
-def test_two_runs_on_one_output_at_once(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_two_concurrent_runs_on_one_output(image_dir, tiny_bundle, tmp_path, undisturbed):
     out = tmp_path / "run.csv"
     first = start(image_dir, tiny_bundle, out)
     wait_for_records(tmp_path / "run.csv.journal", 1, first)
@@ -173,7 +173,7 @@ def test_two_runs_on_one_output_at_once(image_dir, tiny_bundle, tmp_path, undist
     assert out.read_bytes() == undisturbed
 
 
-def test_another_option_starts_afresh_and_keeps_the_old_journal(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_other_options_restart_and_keep_the_old_journal(image_dir, tiny_bundle, tmp_path, undisturbed):
     out = tmp_path / "run.csv"
     process = start(image_dir, tiny_bundle, out, "--max-new-tokens", "9")
     wait_for_records(tmp_path / "run.csv.journal", 3, process)
@@ -186,9 +186,7 @@ def test_another_option_starts_afresh_and_keeps_the_old_journal(image_dir, tiny_
 
 
 @pytest.mark.parametrize("error", [OutOfMemoryError("bad_alloc"), MemoryError()])
-def test_short_of_memory_it_goes_on_with_fewer_images_side_by_side(
-    image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch, error
-):
+def test_out_of_memory_continues_with_fewer_images(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch, error):
     step = OrtBackend.step
 
     def tight(backend, cache, inputs):
@@ -201,13 +199,13 @@ def test_short_of_memory_it_goes_on_with_fewer_images_side_by_side(
     arguments = command(tmp_path / "images", tiny_bundle, tmp_path / "run.csv", "--rows", "24")[3:]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert "memory is short with 8 images side by side: going on with 4" in result.stderr
-    assert "memory is short with 4 images side by side: going on with 2" in result.stderr
+    assert "memory is short with 8 images in parallel: continuing with 4" in result.stderr
+    assert "memory is short with 4 images in parallel: continuing with 2" in result.stderr
     assert (tmp_path / "run.csv").read_bytes() == undisturbed
 
 
 @pytest.mark.parametrize(("error", "reason"), [(OutOfMemoryError("bad_alloc"), " (bad_alloc)"), (MemoryError(), "")])
-def test_memory_for_no_image_at_all(image_dir, tiny_bundle, tmp_path, monkeypatch, error, reason):
+def test_out_of_memory_for_a_single_image(image_dir, tiny_bundle, tmp_path, monkeypatch, error, reason):
     monkeypatch.setattr(OrtBackend, "step", lambda *_: (_ for _ in ()).throw(error))
     result = CliRunner().invoke(main, command(image_dir, tiny_bundle, tmp_path / "run.csv")[3:])
     assert result.exit_code == 1

@@ -105,7 +105,7 @@ def stop(process: subprocess.Popen[str], sent: signal.Signals) -> tuple[float, s
 
 
 @pytest.mark.parametrize("what", ["swallow", "native", "thread", "destructor", "finalizer", "child"])
-def test_a_command_ends_whatever_it_waits_for(what):
+def test_command_ends_whatever_it_waits_for(what):
     sent, expected = (signal.SIGTERM, TERMINATED) if what in ("native", "child") else (signal.SIGINT, INTERRUPTED)
     process = start([sys.executable, "-c", PROGRAM, what])
     assert process.stdout.readline() == "ready\n"
@@ -126,7 +126,7 @@ def test_a_command_ends_whatever_it_waits_for(what):
 
 @pytest.mark.parametrize(("signal_error", "exit_code"), [(KeyboardInterrupt, INTERRUPTED), (Terminated, TERMINATED)])
 @pytest.mark.parametrize("is_caught", [True, False])
-def test_a_stop_during_an_import_is_a_stop(signal_error, exit_code, is_caught, tmp_path, monkeypatch):
+def test_signal_during_an_import(signal_error, exit_code, is_caught, tmp_path, monkeypatch):
     (tmp_path / "onnxruntime.py").write_text(
         "from engine.cli.signals import Terminated\n"
         f"raise ImportError('initialization failed') from {signal_error.__name__}()\n"  # as pybind11 does
@@ -142,13 +142,13 @@ def test_a_stop_during_an_import_is_a_stop(signal_error, exit_code, is_caught, t
     assert (done.exit_code, done.stderr) == (exit_code, "error: stopped\n")
 
 
-def test_a_signal_to_a_forked_child_stops_the_child_alone():
+def test_signal_to_a_forked_child_stops_only_the_child():
     done = subprocess.run([sys.executable, "-c", PROGRAM, "forked"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"ready\n{int(signal.SIGTERM)}\n", "")
 
 
 @pytest.mark.parametrize("wait_s", [0.6, 2.0, 4.0])
-def test_a_score_is_interrupted_at_any_time_and_nothing_is_left_alive(wait_s, tmp_path):
+def test_interrupted_score_leaves_no_process(wait_s, tmp_path):
     (tmp_path / "run.csv").write_text('ID,Caption\na,"chest x-ray with a mass"\nb,"axial ct"\n')
     command = ["-m", "engine", "score", "--run", "run.csv", "--references", "run.csv", "--metrics", "meteor"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

@@ -93,7 +93,7 @@ def undisturbed(checkpoint, data, tmp_path_factory):
     return out, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_run_learns_and_leaves_plain_checkpoints_a_record_and_curves(undisturbed):
+def test_run_learns_and_writes_checkpoints_and_curves(undisturbed):
     out, summary = undisturbed
     found = losses(out)
     assert found[0][2] > found[-1][2] + 0.5
@@ -112,7 +112,7 @@ def test_a_run_learns_and_leaves_plain_checkpoints_a_record_and_curves(undisturb
     assert list((out / "tensorboard").glob("events*"))
 
 
-def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_weights(undisturbed, checkpoint, data, tmp_path):
+def test_killed_run_resumes_to_the_same_weights(undisturbed, checkpoint, data, tmp_path):
     out = tmp_path / "killed"
     steps = undisturbed[1]["steps"]
     command = [sys.executable, *finetune(checkpoint, data, out, *SETTINGS)]
@@ -135,7 +135,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_weights(undisturbe
     assert weights(out / final) == weights(undisturbed[0] / final)
 
 
-def test_a_run_goes_on_with_another_share_of_the_batch_at_once(undisturbed, checkpoint, data, tmp_path):
+def test_run_resumes_with_another_device_batch(undisturbed, checkpoint, data, tmp_path):
     out, steps = tmp_path / "moved", undisturbed[1]["steps"]
     shutil.copytree(undisturbed[0], out, symlinks=True)
     shutil.rmtree(out / "checkpoints" / f"checkpoint-{steps}")
@@ -151,7 +151,7 @@ def test_a_run_goes_on_with_another_share_of_the_batch_at_once(undisturbed, chec
     assert {Path(path).name for path in summary["kept"]} == {"epoch_01", "epoch_03"}
 
 
-def test_two_processes_learn_what_one_does(undisturbed, checkpoint, data, tmp_path):
+def test_two_processes_learn_the_same_weights(undisturbed, checkpoint, data, tmp_path):
     out = tmp_path / "two"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run(*torchrun, *finetune(checkpoint, data, out, *SETTINGS))
@@ -160,7 +160,7 @@ def test_two_processes_learn_what_one_does(undisturbed, checkpoint, data, tmp_pa
     assert [entry[2] for entry in two] == pytest.approx([entry[2] for entry in one], abs=1e-4)
 
 
-def test_accumulated_batches_learn_what_whole_ones_do(undisturbed, checkpoint, data, tmp_path):
+def test_gradient_accumulation_gives_the_same_weights(undisturbed, checkpoint, data, tmp_path):
     out = tmp_path / "accumulated"
     run(*finetune(checkpoint, data, out, *SETTINGS, "--device-batch", "2"))
     assert [entry[2] for entry in losses(out)] == pytest.approx(
@@ -168,7 +168,7 @@ def test_accumulated_batches_learn_what_whole_ones_do(undisturbed, checkpoint, d
     )
 
 
-def test_a_directory_holds_one_run(undisturbed, checkpoint, data):
+def test_directory_of_another_run_is_refused(undisturbed, checkpoint, data):
     out, summary = undisturbed
     changed = CliRunner().invoke(main, finetune(checkpoint, data, out, "--recipe", "smoke", "--epochs", "4")[2:])
     assert changed.exit_code == 2
@@ -293,7 +293,7 @@ def test_help_by_one_letter():
     assert CliRunner().invoke(importlib.import_module("export.__main__").main, ["-h"]).exit_code == 0
 
 
-def test_a_plan_has_the_papers_rates_and_keeps_nothing(checkpoint, data, tmp_path):
+def test_dry_run_has_the_papers_rates_and_writes_nothing(checkpoint, data, tmp_path):
     done = run(*finetune(checkpoint, data, tmp_path / "none", "--dry-run", "--image-size", "32"))
     plan = json.loads(done.stdout.splitlines()[-1])
     expected = [1e-5] * 3 + [1e-6] * 3 + [1e-7] * 3 + [1e-8] * 3 + [1e-9] * 3
@@ -314,7 +314,7 @@ def test_a_plan_has_the_papers_rates_and_keeps_nothing(checkpoint, data, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
-def test_a_plan_says_how_much_disk_a_run_takes(undisturbed, checkpoint):
+def test_dry_run_reports_disk_space(undisturbed, checkpoint):
     out, recipe = undisturbed[0], replace(RECIPES["smoke"], epochs=3)
     estimate = disk(load_reference(checkpoint, recipe).model, recipe)
 
@@ -351,7 +351,7 @@ def test_rewards_are_logged_and_a_second_stage_starts_from_the_first(undisturbed
     assert weights(out / "best") != weights(undisturbed[0] / "best")
 
 
-def test_images_that_cannot_be_learned_from_stop_a_run_unless_they_are_left_out(checkpoint, data, tmp_path):
+def test_unusable_images_stop_a_run_unless_skipped(checkpoint, data, tmp_path):
     bad = tmp_path / "data"
     (bad / "images").mkdir(parents=True)
     for path in (data / "images").iterdir():
@@ -381,7 +381,7 @@ def test_images_that_cannot_be_learned_from_stop_a_run_unless_they_are_left_out(
         (["--precision", "fp16"], "fp16 needs a GPU"),
     ],
 )
-def test_a_wrong_request_is_one_line(checkpoint, data, tmp_path, given, message):
+def test_wrong_options_give_one_error_line(checkpoint, data, tmp_path, given, message):
     done = CliRunner().invoke(main, finetune(checkpoint, data, tmp_path / "out", *given)[2:])
     assert done.exit_code in (1, 2)
     assert message in done.output
@@ -389,7 +389,7 @@ def test_a_wrong_request_is_one_line(checkpoint, data, tmp_path, given, message)
     assert len(errors) == 1
 
 
-def test_captions_longer_than_the_decoder_are_refused_before_training(checkpoint, data, tmp_path):
+def test_captions_longer_than_the_decoder_are_refused(checkpoint, data, tmp_path):
     long = Path(shutil.copytree(data, tmp_path / "data"))
     table = next(long.rglob("*.csv"))
     rows = table.read_text().splitlines()
@@ -400,7 +400,7 @@ def test_captions_longer_than_the_decoder_are_refused_before_training(checkpoint
     assert "max_tokens 200: the checkpoint has 64 positions, and " in done.output
 
 
-def test_make_train_smoke_goes_from_pictures_to_parity(tmp_path):
+def test_make_train_smoke(tmp_path):
     """The commands of `make train-smoke` as make would run them, in this process and on a third of the examples."""
     examples = tmp_path / "examples"
     (examples / "images").mkdir(parents=True)

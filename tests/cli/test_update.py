@@ -62,7 +62,7 @@ def runs(images: Path, tiny_bundle: Path, tmp_path: Path) -> Runs:
     return Runs(images, tiny_bundle, tmp_path, tmp_path / "run.csv")
 
 
-def test_only_what_is_new_or_changed_is_captioned(runs, images):
+def test_only_new_and_changed_images_are_captioned(runs, images):
     assert runs.update()[1] == 12
     assert runs.update()[1] == 0
     PICTURES[20].save(images / "20.bmp")
@@ -93,7 +93,7 @@ def test_other_bytes_of_the_same_size_and_time_are_noticed(runs, images):
     runs.assert_as_from_scratch()
 
 
-def test_a_folder_that_moved_is_known(runs, images, tiny_bundle):
+def test_moved_folder_keeps_its_captions(runs, images, tiny_bundle):
     runs.update()
     shutil.copytree(images, runs.work / "elsewhere")
     moved = Runs(runs.work / "elsewhere", tiny_bundle, runs.work, runs.out)
@@ -102,7 +102,7 @@ def test_a_folder_that_moved_is_known(runs, images, tiny_bundle):
 
 
 @pytest.mark.parametrize("setting", [("--no-repeat-ngram", "2"), ("--dicom-frame", "1"), ("--no-resume",)])
-def test_a_changed_setting_starts_afresh_and_says_so(runs, setting):
+def test_changed_setting_restarts_with_a_note(runs, setting):
     runs.update()
     result, new = runs.update(*setting)
     assert new == 12
@@ -111,7 +111,7 @@ def test_a_changed_setting_starts_afresh_and_says_so(runs, setting):
     runs.assert_as_from_scratch(*setting)
 
 
-def test_alternatives_and_a_manifest_go_with_it(runs, images, tmp_path):
+def test_update_with_n_best_and_manifest(runs, images, tmp_path):
     more = ("--n-best", "3", "--recursive", "--ids", "path", "--manifest", str(tmp_path / "ids.txt"))
     (tmp_path / "ids.txt").write_text("07\n02\n04\n")
     assert runs.update(*more, "--n-best-out", str(tmp_path / "a.jsonl"))[1] == 3
@@ -134,13 +134,13 @@ def read_hypotheses(path: Path) -> list[tuple[tuple, float]]:
     ]
 
 
-def test_an_ordinary_run_neither_uses_nor_loses_what_is_kept(runs):
+def test_run_without_update_leaves_its_journal_alone(runs):
     runs.update()
     assert json.loads(runs.call(runs.out).stdout.splitlines()[-1])["resumed"] == 0
     assert runs.update()[1] == 0
 
 
-def test_a_picture_that_cannot_be_read_is_tried_again(runs, images):
+def test_unreadable_image_is_tried_again(runs, images):
     (images / "bad.bmp").write_bytes(b"no picture")
     assert runs.call(runs.out, "--update").exit_code == 1
     assert not runs.out.exists()
@@ -151,7 +151,7 @@ def test_a_picture_that_cannot_be_read_is_tried_again(runs, images):
 
 
 @pytest.mark.parametrize("moment", ["before run.csv", "before the journal"])
-def test_stopped_while_it_writes_it_keeps_all(runs, images, monkeypatch, moment):
+def test_stopped_while_writing_keeps_all_captions(runs, images, monkeypatch, moment):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -167,7 +167,7 @@ def test_stopped_while_it_writes_it_keeps_all(runs, images, monkeypatch, moment)
     runs.assert_as_from_scratch()
 
 
-def test_killed_again_and_again_while_the_folder_changes(runs, images, tiny_bundle):
+def test_repeatedly_killed_while_the_folder_changes(runs, images, tiny_bundle):
     for i in range(100):
         PICTURES[i].save(images / f"{i:02d}.bmp")
     journal = runs.out.with_name("run.csv.update.journal")

@@ -123,7 +123,7 @@ def test_iterations_that_take_turns_do_not_disturb_each_other(captioner, picture
 
 
 def test_streams_are_not_for_openvino():
-    with pytest.raises(UsageError, match="streams are for the backend cpu, not for openvino: leave --streams out"):
+    with pytest.raises(UsageError, match="streams are for the backend cpu, not for openvino: remove --streams"):
         Runtime("openvino", streams=2)
 
 

@@ -107,7 +107,7 @@ def test_a_bundle_of_before_captions_as_before_and_bans_but_knows_no_penalty(old
         )
         assert found == expected
     with pytest.raises(
-        UsageError, match="exported before its decoder knew a repetition penalty: export its checkpoint"
+        UsageError, match="exported before its decoder supported a repetition penalty: export its checkpoint"
     ):
         older.caption(files, repetition_penalty=1.2)
 
@@ -118,7 +118,7 @@ def test_prompts_of_each_picture_are_checked_at_once(tiny_captioner):
         tiny_captioner.caption(pictures, prompts={"0": "a", "1": "[SEP]"})
     with pytest.raises(UsageError, match="exclude each other"):
         tiny_captioner.caption(pictures, prompts={"0": "a", "1": "the"}, prompt="mri")
-    with pytest.raises(UsageError, match="no prompt is given for 1"):
+    with pytest.raises(UsageError, match="image 1 has no prompt"):
         list(tiny_captioner.caption(pictures, prompts={"0": "a"}))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.bundle.signature import run_signature
 from engine.bundle.tokenizer import detokenise
-from engine.captioner import Todo
+from engine.captioner import PendingImages
 from engine.captions import Alternative, Caption
 from engine.errors import DataError
 from engine.files.atomic import file_sha256, write_atomically
@@ -87,10 +87,10 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
 class PromptedSource(LocalSource):
     """A captioner in this process that removes the prompts from its captions: references do not contain them."""
 
-    def captions(self, options: DecodeOptions, todo: Todo, log: Log) -> Iterator[Caption]:
+    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
         """See Source.captions."""
-        captions = super().captions(options, todo, log)
-        _, starts = self._captioner.searches(options, todo.prompts)
+        captions = super().captions(options, pending, log)
+        _, starts = self._captioner.searches(options, pending.prompts)
         if starts is None:
             yield from captions
             return

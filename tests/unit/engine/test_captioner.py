@@ -24,7 +24,7 @@ from engine.runtime import Runtime
 from tests.helpers.tiny import random_pictures
 
 
-def test_equal_images_are_captioned_once_and_handed_out_while_others_are_read(tiny_captioner):
+def test_equal_images_are_captioned_once(tiny_captioner):
     one, other = random_pictures(2)
     read = 0
 
@@ -60,7 +60,7 @@ def test_streams_share_the_threads(threads, streams, shares, tiny_bundle, monkey
     assert opened == shares
 
 
-def test_several_streams_say_what_one_says(tiny_bundle):
+def test_several_streams_give_the_same_captions(tiny_bundle):
     pictures = random_pictures(19, seed=4)
     one, three = (Captioner.load(str(tiny_bundle), backend="cpu", threads=3, streams=count) for count in (1, 3))
     for given in ({"num_beams": 3, "no_repeat_ngram_size": 2}, {"do_sample": True, "num_return_sequences": 2}):
@@ -73,19 +73,20 @@ def test_several_streams_say_what_one_says(tiny_bundle):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [({"backend": "cuda"}, "for the backend cpu"), ({"threads": 2}, "2 threads")]
+    ("wrong", "said"),
+    [({"backend": "cuda"}, "for the backend cpu"), ({"threads": 2}, "at least as many threads, not 2")],
 )
-def test_streams_that_cannot_be_are_refused(wrong, said):
+def test_impossible_streams_are_refused(wrong, said):
     with pytest.raises(UsageError, match=said):
         Runtime(**({"backend": "cpu", "streams": 4} | wrong))
 
 
-def test_with_streams_one_iteration_at_a_time(tiny_bundle):
+def test_streams_allow_one_iteration_at_a_time(tiny_bundle):
     captioner = Captioner.load(str(tiny_bundle), backend="cpu", threads=2, streams=2)
     pictures = random_pictures(9, seed=5)
     first = captioner.caption(pictures, rows=2)
     next(first)
-    with pytest.raises(UsageError, match="captioning already"):
+    with pytest.raises(UsageError, match="already captioning"):
         next(captioner.caption(pictures, rows=2))
     first.close()
     assert len(list(captioner.caption(pictures, rows=2))) == 9
@@ -94,7 +95,7 @@ def test_with_streams_one_iteration_at_a_time(tiny_bundle):
 GREY = np.linspace(0, 4095, 32 * 32).reshape(32, 32)
 
 
-def test_sources_of_unclear_range_are_refused_by_number_and_read_as_told(tiny_captioner):
+def test_arrays_of_unclear_range_need_high_bit_depth(tiny_captioner):
     good, deep = random_pictures(1)[0], GREY.astype(np.float32) / 4095
     failed = []
     captions = list(
@@ -112,7 +113,7 @@ def test_sources_of_unclear_range_are_refused_by_number_and_read_as_told(tiny_ca
         tiny_captioner.caption([deep], high_bit_depth="0-255")
 
 
-def test_what_was_dropped_is_noted_and_kept_for_one_call(tiny_captioner, tmp_path):
+def test_notes_on_dropped_content_are_per_call(tiny_captioner, tmp_path):
     Image.fromarray(GREY.astype(np.uint16)).save(tmp_path / "deep.png")
     rgba = np.full((8, 8, 4), 9, np.uint8)
     for _ in range(2):
@@ -163,7 +164,7 @@ def test_images_of_a_live_source_are_decoded_together(tiny_captioner):
     assert len(failed) == 1
 
 
-def test_a_live_source_that_fails_or_is_left_ends(tiny_captioner):
+def test_live_source_ends_on_errors_and_early_exit(tiny_captioner):
     def feed(error):
         yield random_pictures(1)[0]
         raise error
@@ -186,7 +187,7 @@ def test_a_live_source_that_fails_or_is_left_ends(tiny_captioner):
     assert closed.wait(20), "the source is still read"
 
 
-def test_a_captioner_travels_and_captions_the_same(tiny_bundle, tmp_path, monkeypatch):
+def test_pickled_captioner_gives_the_same_captions(tiny_bundle, tmp_path, monkeypatch):
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     monkeypatch.chdir(tmp_path)
     captioner = Captioner.load("bundle", backend="cpu", threads=1)
@@ -201,7 +202,7 @@ def test_a_captioner_travels_and_captions_the_same(tiny_bundle, tmp_path, monkey
         pickle.loads(parcel)
 
 
-def test_a_captioner_of_open_parts_says_why_it_cannot_travel(tiny_captioner):
+def test_captioner_of_open_parts_cannot_be_pickled(tiny_captioner):
     with pytest.raises(TypeError, match=r"cannot be pickled: use Captioner\.load"):
         pickle.dumps(tiny_captioner)
 

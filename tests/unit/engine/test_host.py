@@ -19,7 +19,7 @@ from engine import host
         ({}, "0::/", 64),
     ],
 )
-def test_cores_are_those_of_the_containers_quota(files, own, cores, tmp_path, monkeypatch):
+def test_available_cores_follow_the_container_quota(files, own, cores, tmp_path, monkeypatch):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content + "\n")

@@ -15,7 +15,7 @@ from engine.options import DECODE_OPTIONS, DecodeOptions, options_from
 from engine.runtime import BACKENDS, Runtime, Workers
 
 
-def test_given_options_beat_the_bundles_which_beat_the_engines():
+def test_given_options_override_the_bundle_and_defaults():
     options = options_from({"num_beams": 4, "max_length": 30}, {"num_beams": 2, "max_new_tokens": None})
     assert (options.num_beams, options.max_total_length(1), options.length_penalty) == (2, 30, 1.0)
     assert options_from({"max_length": 30}, {"max_new_tokens": 5}).max_total_length(4) == 9
@@ -32,10 +32,10 @@ def test_options_know_what_was_given():
     assert asked.replace(num_beams=2, top_k=50).given == {"num_beams", "prompt", "top_k"}
     everything = DecodeOptions(num_beams=2).over({})
     assert everything.over({"num_beams": 3, "max_length": 64}) == everything
-    with pytest.raises(UsageError, match="3 captions an image need at least as many beams, not 1"):
+    with pytest.raises(UsageError, match="3 captions per image need at least as many beams, not 1"):
         DecodeOptions(num_return_sequences=3).over({})
     assert DecodeOptions(num_return_sequences=3).over({"num_beams": 3}).num_return_sequences == 3
-    with pytest.raises(UsageError, match="top_k: only for drawn captions"):
+    with pytest.raises(UsageError, match="top_k: only for sampling"):
         DecodeOptions(top_k=50).over({})
     with pytest.raises(UsageError, match="unknown decoding options: beams"):
         DecodeOptions().over({"beams": 3})
@@ -46,7 +46,7 @@ def demo_captioner() -> Captioner:
     return Captioner.load(backend="cpu")
 
 
-def test_options_of_a_library_call_lie_over_the_bundles_as_on_the_command_line(demo_captioner):
+def test_python_options_override_the_bundle(demo_captioner):
     long = demo_captioner.search(demo_captioner.bundle.options(num_beams=2))
     assert (long.num_beams, long.max_length, long.no_repeat_ngram_size) == (2, 64, 3)
     assert demo_captioner.search(DecodeOptions(num_beams=2)) == long
@@ -100,7 +100,7 @@ def test_every_option_with_a_flag_is_on_the_command_line_with_its_help(name):
         assert parameter.default is None, "what a bundle may decide has no default on the command line"
 
 
-def test_banned_words_take_the_place_of_a_bundles_and_none_take_them_away():
+def test_banned_words_replace_those_of_the_bundle():
     bundle = {"bad_words_ids": [[7], [8, 9]], "suppress_tokens": [3]}
     assert DecodeOptions().over(bundle).bad_words_ids == ((7,), (8, 9))
     words = DecodeOptions(bad_words=["the mass"]).over(bundle)
@@ -110,24 +110,24 @@ def test_banned_words_take_the_place_of_a_bundles_and_none_take_them_away():
         DecodeOptions(bad_words=["a"], bad_words_ids=[[7]]).over({})
 
 
-def test_where_and_how_a_bundle_runs_is_checked_at_once():
+def test_runtime_and_workers_are_checked():
     with pytest.raises(UsageError, match=f"unknown backend 'gpu': choose one of {', '.join(BACKENDS)}"):
         Runtime("gpu")
-    with pytest.raises(UsageError, match="plans and CUDA graphs are for the backend trt, not for cpu"):
+    with pytest.raises(UsageError, match="--plans and --cuda-graphs are for the backend trt, not for cpu"):
         Runtime("cpu", cuda_graphs=True)
     with pytest.raises(UsageError, match="bf16 is for the backends cpu and openvino, not for trt"):
         Runtime("trt", cpu_precision="bf16")
     with pytest.raises(UsageError, match="cpu_precision must be fp32 or bf16, not 'fp8'"):
         Runtime("cpu", cpu_precision="fp8")
-    with pytest.raises(UsageError, match="--ray-actors is how many workers --ray has"):
+    with pytest.raises(UsageError, match="--ray-actors is the number of workers on a Ray cluster"):
         Workers(actors=2)
-    with pytest.raises(UsageError, match="--ray has workers of its own, see --ray-actors: leave --processes"):
+    with pytest.raises(UsageError, match="--ray starts its workers on the cluster: remove --processes"):
         Workers("local", processes=2)
-    with pytest.raises(UsageError, match="--devices is one worker process a GPU: leave --processes out"):
+    with pytest.raises(UsageError, match="--devices starts one worker process per GPU: remove --processes"):
         Workers(processes=2, devices="cuda:0")
-    with pytest.raises(UsageError, match="--devices cuda:0, cuda:00 names a GPU twice"):
+    with pytest.raises(UsageError, match="--devices cuda:0, cuda:00 lists a GPU twice"):
         Workers(devices="cuda:0, cuda:00")
     for none in ("gpu", "cuda", "0,1", "cuda:0,", "cuda:-1", "cpu", ""):
-        with pytest.raises(UsageError, match=r"--devices takes GPUs of this machine, cuda:0,cuda:1, not '"):
+        with pytest.raises(UsageError, match=r"--devices expects GPUs such as cuda:0,cuda:1, not '"):
             Workers(devices=none)
     assert Workers(devices="cuda:0, cuda:3").gpus == [0, 3]

@@ -8,7 +8,7 @@ import pytest
 
 from engine.errors import EngineError, UsageError
 from engine.inputs.images import ImageFile
-from engine.workers.cluster import MOST_ATTEMPTS, AttemptCounter, WorkerPlan, plan_workers, too_many_attempts
+from engine.workers.cluster import MOST_ATTEMPTS, AttemptCounter, WorkerPlan, plan_actors, too_many_attempts
 from engine.workers.messages import pack_images, unpack_answer
 
 
@@ -39,15 +39,15 @@ ONE, TWO, EIGHT = {"CPU": 2.0}, [{"CPU": 16.0}, {"CPU": 8.0}], [{"CPU": 64.0, "G
     ],
 )
 def test_workers_are_as_many_as_there_is_room_for(nodes, gpus, actors, threads, team):
-    assert plan_workers(nodes, gpus, actors=actors, threads=threads) == team
+    assert plan_actors(nodes, gpus, actors=actors, threads=threads) == team
 
 
 def test_more_workers_than_there_is_room_for_are_refused():
     with pytest.raises(UsageError, match="room for 2 workers with 1 CPUs"):
-        plan_workers([ONE], 0, actors=3, threads=None)
+        plan_actors([ONE], 0, actors=3, threads=None)
     with pytest.raises(UsageError, match="room for 8 workers with a GPU and 1 CPUs"):
-        plan_workers(EIGHT, 8, actors=9, threads=None)
+        plan_actors(EIGHT, 8, actors=9, threads=None)
     with pytest.raises(UsageError, match="room for 0 workers with a GPU and 1 CPUs"):
-        plan_workers([{"GPU": 4.0}], 4, actors=None, threads=None)
+        plan_actors([{"GPU": 4.0}], 4, actors=None, threads=None)
     with pytest.raises(EngineError, match="has no CPUs"):
-        plan_workers([{"memory": 1.0}], 0, actors=None, threads=None)
+        plan_actors([{"memory": 1.0}], 0, actors=None, threads=None)

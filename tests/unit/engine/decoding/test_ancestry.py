@@ -15,7 +15,7 @@ def eye(slots: int, beams: int) -> np.ndarray:
 
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 4), beams=st.integers(1, 4))
-def test_masks_select_exactly_the_tokens_each_beam_descends_from(seed, slots, beams):
+def test_mask_selects_the_tokens_of_each_beam(seed, slots, beams):
     """Random parents, slots dropped, slots given to newcomers, regrouping in between."""
     rng = np.random.default_rng(seed)
     ancestry = Ancestry(slots, beams)
@@ -29,9 +29,9 @@ def test_masks_select_exactly_the_tokens_each_beam_descends_from(seed, slots, be
         ancestry.choose(fed, parents)
         prefixes = [[[*prefixes[i][p], tokens[i, p]] for p in parents[i]] for i in range(slots)]
         if rng.random() < 0.3:
-            newcomer = rng.integers(slots)
-            ancestry.reset(np.array([newcomer]))
-            prefixes[newcomer] = [[] for _ in range(beams)]
+            slot = rng.integers(slots)
+            ancestry.reset(np.array([slot]))
+            prefixes[slot] = [[] for _ in range(beams)]
         if rng.random() < 0.3:
             kept = np.flatnonzero(rng.random(slots) < 0.8)
             if len(kept) == 0:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.decoding.beam import Beams, Search, Start
-from engine.decoding.scheduler import Scheduler, Waiting
+from engine.decoding.scheduler import Request, Scheduler
 from export.reference.huggingface import PrefixBackend
 
 BOS, EOS = 3, 4
@@ -87,7 +87,7 @@ def every_caption(max_length: int):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_wide_beams_that_never_stop_early_find_the_best_caption_of_all(seed):
+def test_wide_beams_without_early_stopping_find_the_optimum(seed):
     backend = TableBackend(seed)
     search = replace(SEARCH, num_beams=400, max_length=5, early_stopping="never", length_penalty=0.0)
     (best,) = decode(backend, search, 7)[0]
@@ -97,7 +97,7 @@ def test_wide_beams_that_never_stop_early_find_the_best_caption_of_all(seed):
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 3, 5])
-def test_scores_are_summed_log_probs_over_new_tokens_to_the_length_penalty(num_beams):
+def test_score_is_sum_over_length_to_the_penalty(num_beams):
     backend = TableBackend(3)
     search = replace(SEARCH, num_beams=num_beams, length_penalty=0.7, num_return_sequences=num_beams)
     for hypothesis in decode(backend, search, 1)[0]:
@@ -106,7 +106,7 @@ def test_scores_are_summed_log_probs_over_new_tokens_to_the_length_penalty(num_b
         assert hypothesis.score == pytest.approx(hypothesis.sum_log_prob / new_tokens**0.7, abs=1e-5)
 
 
-def test_greedy_takes_the_likeliest_word_each_step():
+def test_greedy_takes_the_most_likely_token():
     backend = TableBackend(5)
     expected: tuple[int, ...] = (BOS,)
     while expected[-1] != EOS and len(expected) < SEARCH.max_length:
@@ -124,7 +124,7 @@ def test_greedy_takes_the_likeliest_word_each_step():
     max_length=st.integers(8, 16),
     prompt=st.lists(st.integers(0, 2), max_size=6),
 )
-def test_captions_depend_neither_on_the_other_images_nor_on_the_slots(
+def test_captions_do_not_depend_on_other_images_or_slots(
     images, num_slots, num_beams, ngram, early_stopping, max_length, prompt
 ):
     backend = TableBackend(9)
@@ -143,7 +143,7 @@ def test_captions_depend_neither_on_the_other_images_nor_on_the_slots(
         assert together[i] == decode(backend, search, image)[0]
 
 
-def test_a_prompt_is_the_past_of_every_caption():
+def test_caption_continues_its_prompt():
     """Ids after a prompt equal those of a table asked about that very prefix, however many steps the prompt takes."""
     backend = TableBackend(6)
     for num_beams in (1, 2, 5):
@@ -172,12 +172,12 @@ PROCESSORS = {
     num_sets=st.integers(1, 2),
     processors=st.fixed_dictionaries(PROCESSORS),
 )
-def test_images_with_prompts_of_their_own_say_what_they_say_alone(prompts, num_slots, num_beams, num_sets, processors):
+def test_prompts_per_image_give_the_same_captions_as_alone(prompts, num_slots, num_beams, num_sets, processors):
     backend = TableBackend(4)
     alone = replace(SEARCH, num_beams=num_beams, num_return_sequences=num_beams, **processors)
     starts = [Start((BOS, *prompt), len(prompt) + 5, len(prompt) + 2) for prompt in prompts]
     search = replace(alone, max_length=max(start.max_length for start in starts))
-    waiting = [Waiting(i, pixels(i)[0], start) for i, start in enumerate(starts)]
+    waiting = [Request(i, pixels(i)[0], start) for i, start in enumerate(starts)]
     scheduler = Scheduler(backend, search, num_slots=num_slots, encode_batch=2, num_sets=num_sets)
     together = dict(found for closed in scheduler.steps(waiting) for found in closed)
     for i, start in enumerate(starts):
@@ -185,7 +185,7 @@ def test_images_with_prompts_of_their_own_say_what_they_say_alone(prompts, num_s
         assert together[i] == decode(backend, own, i)[0]
 
 
-def test_an_image_leaves_the_step_it_closes_and_its_slot_is_taken_at_once():
+def test_slot_of_a_closed_image_is_refilled_at_once():
     """With one slot, images come out one after the other, and no step is spent between them."""
     backend = TableBackend(11)
     steps = dict.fromkeys(range(5), 0)
@@ -218,7 +218,7 @@ def test_captions_reach_the_minimum_length(num_beams):
         assert EOS not in hypotheses[0].ids[:5]
 
 
-def test_slots_without_images_are_given_up():
+def test_empty_slots_are_removed():
     backend = TableBackend(11)
     search = replace(SEARCH, num_beams=2, max_length=40)
     alone = {}
@@ -232,7 +232,7 @@ def test_slots_without_images_are_given_up():
     assert backend.rows_fed < 6 * max(alone.values())
 
 
-def test_an_image_of_few_words_ends_at_max_length_with_running_beams_as_hypotheses():
+def test_running_beams_become_hypotheses_at_max_length():
     class NeverEnds(TableBackend):
         def row(self, image, prefix):
             row = super().row(image, prefix)
@@ -255,14 +255,14 @@ def test_scores_below_the_placeholder_still_give_a_caption(num_beams):
         assert (best.ids, best.score) == ((BOS, EOS), -1e9)
 
 
-def test_an_end_token_ranked_behind_the_first_k_is_dropped():
+def test_end_token_ranked_after_the_first_k_is_dropped():
     beams = open_beams(replace(SEARCH, num_beams=2))
     advance(beams, [-1.0, -2.0, -3.0, -4.0], [0, 1, EOS, 2])
     assert not beams._finished.any()
     assert beams.tokens[0, :, 1].tolist() == [0, 1]
 
 
-def test_an_end_token_within_the_first_k_becomes_a_hypothesis_and_frees_its_beam():
+def test_end_token_within_the_first_k_becomes_a_hypothesis():
     beams = open_beams(replace(SEARCH, num_beams=2))
     assert advance(beams, [-1.0, -2.0, -3.0, -4.0], [0, EOS, 1, 2]).tolist() == [[0, 2]]
     assert beams._finished.sum() == 1

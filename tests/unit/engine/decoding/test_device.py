@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine.decoding.device import DeviceQueue
-from engine.decoding.scheduler import Scheduler, Waiting
+from engine.decoding.scheduler import Request, Scheduler
 from tests.unit.engine.decoding.test_beam import SEARCH, TableBackend, pixels
 
 IMAGES = range(23)
@@ -25,7 +25,7 @@ def decode(backend, num_sets=1, num_slots=3, **more):
     return dict(scheduler.decode(pixels(*IMAGES)))
 
 
-def test_any_number_of_sets_and_backends_says_the_same():
+def test_any_number_of_sets_and_backends_is_equal():
     expected = decode(TableBackend(3))
     assert sorted(expected) == list(IMAGES)
     for num_sets, num_slots in ((2, 3), (3, 2), (2, 40)):
@@ -36,7 +36,7 @@ def test_any_number_of_sets_and_backends_says_the_same():
 
 
 @pytest.mark.parametrize("num_sets", [1, 2])
-def test_what_is_encoded_is_admitted_before_the_next_batch(num_sets):
+def test_encoded_images_are_admitted_before_the_next_batch(num_sets):
     """Encoded pictures are good until the next call of encode: a GPU's backend has one place for them."""
 
     class OnePlace(TableBackend):
@@ -52,7 +52,7 @@ def test_what_is_encoded_is_admitted_before_the_next_batch(num_sets):
     assert decode(OnePlace(3), num_sets, 5) == decode(TableBackend(3))
 
 
-def test_a_small_run_makes_no_second_set():
+def test_small_run_opens_no_second_set():
     class Counting(TableBackend):
         allocated = 0
 
@@ -65,7 +65,7 @@ def test_a_small_run_makes_no_second_set():
     assert backend.allocated == 1
 
 
-def test_the_device_works_on_one_set_while_the_host_goes_on_with_the_other():
+def test_device_and_host_work_on_different_sets():
     spent = {"device": 0.0, "host": 0.0}
 
     def work(where):
@@ -82,7 +82,7 @@ def test_the_device_works_on_one_set_while_the_host_goes_on_with_the_other():
         spent.update(device=0.0, host=0.0)
         scheduler = Scheduler(Slow(3), SEARCH, num_slots=4, encode_batch=2, num_sets=num_sets)
         start = time.perf_counter()
-        for _ in scheduler.steps(itertools.starmap(Waiting, enumerate(pixels(*IMAGES)))):
+        for _ in scheduler.steps(itertools.starmap(Request, enumerate(pixels(*IMAGES)))):
             work("host")
         return time.perf_counter() - start
 
@@ -92,7 +92,7 @@ def test_the_device_works_on_one_set_while_the_host_goes_on_with_the_other():
 
 @pytest.mark.parametrize("call", ["encode", "allocate", "admit", "step", "regroup"])
 @pytest.mark.parametrize("num_sets", [1, 2])
-def test_what_a_call_raises_reaches_the_caller_and_the_thread_ends(call, num_sets):
+def test_error_of_a_call_reaches_the_caller(call, num_sets):
     def fail(*_):
         raise MemoryError("short")
 
@@ -115,16 +115,16 @@ def test_nothing_is_done_after_an_error():
             raise ValueError("damaged")
 
     with DeviceQueue(Noting(0), in_thread=True) as device:
-        later = device.encode(np.zeros((1, 1, 1, 3), np.uint8))
-        device.admit(None, 0, later, 0)
-        for call in (device.step(None, None), later):
+        future = device.encode(np.zeros((1, 1, 1, 3), np.uint8))
+        device.admit(None, 0, future, 0)
+        for call in (device.step(None, None), future):
             with pytest.raises(ValueError, match="damaged"):
                 call.wait()
     assert done == []
 
 
 @pytest.mark.parametrize("num_sets", [1, 2])
-def test_slots_that_stay_empty_make_no_cache_grow(num_sets):
+def test_empty_slots_do_not_grow_the_cache(num_sets):
     """Mostly repeated pictures: one newcomer in a batch, which takes the first slot; the others are fed for nothing."""
     widths = []
 
@@ -135,7 +135,7 @@ def test_slots_that_stay_empty_make_no_cache_grow(num_sets):
 
     def images():
         for number in range(200):
-            yield Waiting(number, pixels(number)[0])
+            yield Request(number, pixels(number)[0])
             yield from [None] * 23
 
     search = replace(SEARCH, num_beams=2)
@@ -148,7 +148,7 @@ def test_slots_that_stay_empty_make_no_cache_grow(num_sets):
 
 @pytest.mark.parametrize("num_sets", [1, 2])
 @pytest.mark.parametrize("end", ["error", "closed early"])
-def test_what_ended_early_keeps_no_cache(num_sets, end):
+def test_early_end_frees_the_cache(num_sets, end):
     kept = []
 
     class Failing(TableBackend):
@@ -163,7 +163,7 @@ def test_what_ended_early_keeps_no_cache(num_sets, end):
             return super().step(cache, inputs)
 
     scheduler = Scheduler(Failing(3), SEARCH, num_slots=4, encode_batch=2, num_sets=num_sets)
-    steps = scheduler.steps(itertools.starmap(Waiting, enumerate(pixels(*IMAGES))))
+    steps = scheduler.steps(itertools.starmap(Request, enumerate(pixels(*IMAGES))))
     try:
         for _, _ in zip(range(12), steps, strict=False):
             pass

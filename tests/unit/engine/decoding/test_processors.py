@@ -66,7 +66,7 @@ WORDS = st.integers(0, 3)
     prompt=st.integers(1, 5),
     shortest=st.integers(0, 9),
 )
-def test_marks_equal_the_plain_rules(sequences, size, penalty, suppressed, begin, banned, prompt, shortest):
+def test_marked_ids_equal_the_plain_rules(sequences, size, penalty, suppressed, begin, banned, prompt, shortest):
     processors = Processors(penalty, size, tuple(suppressed), tuple(begin), tuple(map(tuple, banned)))
     prompts = [(prompt + i) % 5 for i in range(len(sequences))]
     shortest_of = [shortest + i for i in range(len(sequences))]
@@ -75,7 +75,7 @@ def test_marks_equal_the_plain_rules(sequences, size, penalty, suppressed, begin
         assert set(row.tolist()) == plain_marks(ids, processors, own_prompt, own_shortest)
 
 
-def test_rows_of_one_slot_have_marks_of_their_own():
+def test_each_row_of_a_slot_has_its_marked_ids():
     tokens = np.array([[[5, 6, 5, 6, 5], [1, 2, 3, 4, 5]], [[5, 5, 0, 0, 0], [1, 2, 0, 0, 0]]])
     lengths = np.array([5, 2])
     bans = Processors(no_repeat_ngram_size=2).marked_ids(

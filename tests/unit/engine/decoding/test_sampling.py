@@ -26,7 +26,7 @@ from tests.helpers.tiny import random_pictures, save_pictures
     st.floats(0.05, 1.0),
 )
 @settings(deadline=None)
-def test_the_chances_are_those_of_hugging_faces_warpers(seed, temperature, top_k, top_p):
+def test_probabilities_equal_hugging_faces_warpers(seed, temperature, top_k, top_p):
     logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(seed)) * 3
     warped = logits.clone()
     for warper in (TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)):
@@ -40,7 +40,7 @@ def test_the_chances_are_those_of_hugging_faces_warpers(seed, temperature, top_k
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_words_are_drawn_as_often_as_they_should():
+def test_frequencies_of_drawn_tokens():
     sampling = Sampling(0.7, 4, 0.95, 0, 1)
     log_probs = np.log(np.array([[0.5, 0.25, 0.15, 0.1]], np.float32))
     count = 40_000
@@ -53,7 +53,7 @@ def test_words_are_drawn_as_often_as_they_should():
     assert ((found[kept] - expected[kept]) ** 2 / expected[kept]).sum() < 16.3  # chi square, 3 degrees, p = 0.001
 
 
-def test_ruled_out_words_are_never_drawn():
+def test_banned_tokens_are_never_drawn():
     log_probs = np.array([[0.0, -np.inf, -np.inf]], np.float32)
     assert draw(log_probs, np.array([0.999999]), Sampling(5.0, 3, 1.0, 0, 1)).tolist() == [0]
 
@@ -61,7 +61,7 @@ def test_ruled_out_words_are_never_drawn():
 OPTIONS = DecodeOptions(do_sample=True, num_return_sequences=3, max_new_tokens=12, no_repeat_ngram_size=2, seed=7)
 
 
-def test_the_draw_does_not_depend_on_slots_or_company(tiny_captioner):
+def test_draw_does_not_depend_on_slots_or_other_images(tiny_captioner):
     pictures = random_pictures(9)
     together = {c.id: c for c in tiny_captioner.caption(pictures, OPTIONS, rows=20)}
     few = {c.id: c for c in tiny_captioner.caption(pictures, OPTIONS, rows=2)}
@@ -71,7 +71,7 @@ def test_the_draw_does_not_depend_on_slots_or_company(tiny_captioner):
     assert [a.ids for a in alone.alternatives] == [a.ids for a in together["4"].alternatives]
 
 
-def test_another_seed_draws_others_and_the_probabilities_are_the_models(tiny_captioner, tiny_reference):
+def test_other_seeds_draw_other_captions_with_true_scores(tiny_captioner, tiny_reference):
     picture = random_pictures(1)
     (one,) = tiny_captioner.caption(picture, OPTIONS)
     (other,) = tiny_captioner.caption(picture, OPTIONS.replace(seed=8))
@@ -101,7 +101,7 @@ def test_prompts_begin_drawn_captions(tiny_captioner):
 @pytest.mark.parametrize(
     "wrong", [{"temperature": 0}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 0}, {"num_beams": 2}, {"seed": -1}]
 )
-def test_what_cannot_be_drawn_is_refused(wrong):
+def test_impossible_sampling_options_are_refused(wrong):
     with pytest.raises(UsageError):
         DecodeOptions(do_sample=True, **wrong)
 

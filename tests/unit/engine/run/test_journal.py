@@ -58,7 +58,7 @@ def test_a_record_comes_back_as_it_was(record):
 
 
 @given(st.dictionaries(st.text(), JSON), st.data())
-def test_a_damaged_line_is_never_taken_for_a_record(record, data):
+def test_damaged_line_is_never_a_record(record, data):
     line = bytearray(encode_record(record))
     place = data.draw(st.integers(0, len(line) - 1))
     line[place] ^= data.draw(st.integers(1, 255))
@@ -67,7 +67,7 @@ def test_a_damaged_line_is_never_taken_for_a_record(record, data):
 
 
 @given(st.binary(max_size=200) | st.builds(bytes, st.integers(0, 200)))
-def test_any_bytes_are_a_journal_or_stay(tmp_path_factory, content):
+def test_arbitrary_bytes_are_a_journal_or_kept(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("journal") / "run.csv.journal"
     path.write_bytes(content)
     try:
@@ -102,7 +102,7 @@ def test_a_journal_does_not_follow_a_link(tmp_path, target):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_journal_that_cannot_be_read_is_kept_aside_and_not_cut(tmp_path):
+def test_unreadable_journal_is_renamed_unchanged(tmp_path):
     path = tmp_path / "run.csv.journal"
     journal = Journal(path, "key")
     for i in range(3):
@@ -116,7 +116,7 @@ def test_a_journal_that_cannot_be_read_is_kept_aside_and_not_cut(tmp_path):
     assert journal.set_aside.read_bytes() == converted
 
 
-def test_cut_at_any_byte_every_whole_record_survives_and_no_other(tmp_path):
+def test_journal_cut_at_any_byte_keeps_complete_records(tmp_path):
     path = tmp_path / "run.csv.journal"
     journal = Journal(path, "key")
     for i in range(5):
@@ -138,7 +138,7 @@ def test_cut_at_any_byte_every_whole_record_survives_and_no_other(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.csv.journal"]
 
 
-def test_records_behind_a_damaged_line_count(tmp_path):
+def test_records_after_a_damaged_line_are_valid(tmp_path):
     path = tmp_path / "run.csv.journal"
     journal = Journal(path, "key")
     for i in range(3):
@@ -151,7 +151,7 @@ def test_records_behind_a_damaged_line_count(tmp_path):
     assert journal.damaged == 1
 
 
-def test_captions_of_images_that_have_changed_are_not_thrown_away(tmp_path, images):
+def test_captions_of_changed_images_stay_in_the_journal(tmp_path, images):
     """A run that dies before its first caption must not delete what an earlier one has journaled."""
     out = tmp_path / "run.csv"
     with RunRecord(images, out, "signature") as record:
@@ -162,7 +162,7 @@ def test_captions_of_images_that_have_changed_are_not_thrown_away(tmp_path, imag
     assert (tmp_path / "run.csv.journal").exists()
 
 
-def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path, monkeypatch):
+def test_full_disk_loses_nothing_and_reports_how_to_resume(tmp_path, monkeypatch):
     path = tmp_path / "run.csv.journal"
     journal = Journal(path, "key")
     journal.append({"id": 0})
@@ -173,7 +173,7 @@ def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OutputError, match=r"No space left on device: make room and run the same command again"):
+    with pytest.raises(OutputError, match=r"No space left on device: free disk space and run the same command again"):
         journal.append({"id": 1})
     monkeypatch.setattr(os, "write", write)
     journal.append({"id": 2})
@@ -181,7 +181,7 @@ def test_a_full_disk_loses_nothing_and_says_how_to_go_on(tmp_path, monkeypatch):
     assert Journal(path, "key").records == [{"id": 0}, {"id": 2}]
 
 
-def test_a_journal_of_another_run_is_kept_aside(tmp_path):
+def test_journal_of_another_run_is_renamed(tmp_path):
     path = tmp_path / "run.csv.journal"
     for key in ("a", "b", "c"):
         journal = Journal(path, key)
@@ -203,7 +203,7 @@ def test_captions_come_back_exactly(tmp_path, images):
         assert list(record.remaining()) == images[4:]
 
 
-def test_an_image_that_has_changed_or_gone_is_not_taken_from_the_journal(tmp_path, images):
+def test_changed_or_missing_image_is_not_recalled(tmp_path, images):
     out = tmp_path / "run.csv"
     with RunRecord(images, out, "signature") as record:
         for image in images:
@@ -292,7 +292,7 @@ def test_a_file_with_its_size_and_time_is_trusted(tmp_path, images, files_read):
 
 
 @pytest.mark.parametrize("update", [False, True])
-def test_a_run_ends_though_numbers_and_times_changed(tmp_path, images, update):
+def test_changed_inodes_and_times_do_not_fail_a_run(tmp_path, images, update):
     out = tmp_path / "run.csv"
     with RunRecord(images, out, "signature", update=update) as record:
         for image in images:
@@ -309,7 +309,7 @@ def test_a_run_ends_though_numbers_and_times_changed(tmp_path, images, update):
 
 
 @pytest.mark.parametrize("update", [False, True])
-def test_other_bytes_end_a_run_whatever_the_times_are(tmp_path, images, update):
+def test_changed_bytes_fail_a_run_whatever_the_times(tmp_path, images, update):
     out, path = tmp_path / "run.csv", images[1].path
     with RunRecord(images, out, "signature", update=update) as record:
         for image in images:
@@ -321,7 +321,7 @@ def test_other_bytes_end_a_run_whatever_the_times_are(tmp_path, images, update):
             record.check_unchanged()
 
 
-def test_prompts_are_part_of_what_is_known(tmp_path, images):
+def test_captions_are_recalled_by_prompt(tmp_path, images):
     out, prompts = tmp_path / "run.csv", {image.id: "a ct" for image in images}
     with RunRecord(images, out, "signature", prompts=prompts) as record:
         for image in images[:3]:
@@ -361,7 +361,7 @@ def test_a_journal_of_an_earlier_version_resumes(tmp_path, images, has_prompts):
         assert record.set_aside is not None
 
 
-def test_no_caption_is_kept_once_the_bundle_changed(tmp_path, images):
+def test_no_caption_is_kept_after_the_bundle_changed(tmp_path, images):
     def overwritten() -> None:
         raise BundleError("overwritten")
 
@@ -377,7 +377,7 @@ def test_no_caption_is_kept_once_the_bundle_changed(tmp_path, images):
         assert list(record.captions) == [images[0].id]
 
 
-def test_the_journal_goes_when_the_run_is_written_and_stays_when_it_is_not(tmp_path, images):
+def test_journal_is_deleted_only_after_writing(tmp_path, images):
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     with RunRecord(images[:1], out, "signature") as record:
         record.add(caption(images[0].id))
@@ -391,14 +391,14 @@ def test_the_journal_goes_when_the_run_is_written_and_stays_when_it_is_not(tmp_p
     assert journal.exists()
 
 
-def test_a_header_that_nobody_wrote_is_of_another_run(tmp_path):
+def test_invalid_header_is_of_another_run(tmp_path):
     path = tmp_path / "run.csv.journal"
     path.write_bytes(encode_record({"journal": 1, "key": ["key"]}) + encode_record({"id": "a"}))
     assert Journal(path, "key").records == []
     assert (tmp_path / "run.csv.journal.old").exists()
 
 
-def test_records_nobody_wrote_are_done_again(tmp_path, images):
+def test_malformed_records_are_ignored(tmp_path, images):
     """A checksum can be right and the content absurd: such a caption is not believed."""
     out = tmp_path / "run.csv"
     with RunRecord(images, out, "signature") as record:
@@ -462,7 +462,7 @@ def test_a_dead_runs_lock_is_taken_over(tmp_path, content):
     assert not lock.path.exists()
 
 
-def test_without_file_locks_a_note_says_so(tmp_path, monkeypatch):
+def test_note_without_file_locks(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -473,7 +473,7 @@ def test_without_file_locks_a_note_says_so(tmp_path, monkeypatch):
         pass
 
 
-def test_nothing_is_complete_while_an_image_failed(tmp_path, images):
+def test_run_with_failed_images_is_not_complete(tmp_path, images):
     from engine.errors import ImageError
 
     with RunRecord(images, tmp_path / "run.csv", "signature") as record:

@@ -25,14 +25,14 @@ def finish_times(shortest: int, longest: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("shortest", "longest"), [(20, 20), (8, 20), (5, 40)])
-def test_the_time_left_is_right_from_the_start(shortest, longest):
+def test_time_left_is_right_from_the_start(shortest, longest):
     times, now = finish_times(shortest, longest), 0.0
     pace, shown, done = Pace(IMAGES, lambda: now), [], 0
     for second in range(int(0.9 * times[-1])):
         now = float(second)
         while times[done] <= now:
             done += 1
-            pace.tell(done)
+            pace.update(done)
         if (left := pace.left_s) is not None:
             shown.append((second, left / (times[-1] - now)))
     assert shown[0][0] < 0.25 * times[-1]
@@ -40,17 +40,17 @@ def test_the_time_left_is_right_from_the_start(shortest, longest):
     assert shown[-1][1] == pytest.approx(1, abs=0.35)
 
 
-def test_nothing_is_said_before_the_first_wave_is_over():
+def test_no_speed_before_the_first_wave_is_over():
     now = 0.0
     pace = Pace(600, lambda: now)
     assert str(pace) == ""
     now = 10.0
-    pace.tell(1)
+    pace.update(1)
     assert str(pace) == ""
     for wave in range(1, 6):
         now = 10.0 * wave
         for done in range(20 * wave - 18, 20 * wave + 1):
-            pace.tell(done)
+            pace.update(done)
     assert str(pace) == "2.00 images/s, about 4 min left"
 
 

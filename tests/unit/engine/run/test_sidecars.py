@@ -35,12 +35,12 @@ TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), max_
         ("append", "tags", "", "tags"),
     ],
 )
-def test_what_a_sidecar_holds(mode, old, text, expected):
+def test_content_of_a_sidecar(mode, old, text, expected):
     assert joined(old, text, mode) == expected
 
 
 @given(TEXTS, TEXTS, st.sampled_from(["overwrite", "append", "prepend"]))
-def test_writing_twice_is_writing_once_and_nothing_is_lost(old, text, mode):
+def test_writing_twice_changes_nothing(old, text, mode):
     once = joined(old, text, mode)
     assert joined(once, text, mode) == once
     assert text.strip() in once
@@ -54,7 +54,7 @@ def pictures(folder: Path, *names: str, root: Path | None = None) -> list[ImageF
     return [ImageFile(name, folder / name, root=root or folder) for name in names]
 
 
-def test_a_sidecar_has_the_name_that_is_looked_for(tmp_path):
+def test_sidecar_name(tmp_path):
     from engine.inputs.tables import find_sidecars
 
     images = pictures(tmp_path, "a.b.PNG", "1.2.840.1", "c.jpeg", "IM-0001")
@@ -64,7 +64,7 @@ def test_a_sidecar_has_the_name_that_is_looked_for(tmp_path):
     assert find_sidecars(tmp_path) == {name: [path] for name, path in expected}
 
 
-def test_below_a_folder_they_lie_as_the_pictures_do(tmp_path):
+def test_sidecar_dir_has_the_folders_of_the_input(tmp_path):
     images = pictures(tmp_path / "in", "s1/a.png", "s2/a.png")
     images += pictures(tmp_path / "other", "b.png", root=tmp_path / "in")
     images.append(ImageFile("u", Path("s3/u.png"), folder=RemoteFolder("s3://bucket/in")))
@@ -77,7 +77,7 @@ def test_below_a_folder_they_lie_as_the_pictures_do(tmp_path):
     assert found == sorted(["s1/a.txt", "s2/a.txt", "s3/u.txt", outside])
 
 
-def test_what_cannot_have_a_sidecar_is_refused(tmp_path):
+def test_images_that_cannot_have_a_sidecar_are_refused(tmp_path):
     cases = [
         (pictures(tmp_path, "a.png", "a.jpg"), None, r"a.png and .*a.jpg would share the sidecar .*a.txt"),
         ([ImageFile("u", Path("u.png"), folder=RemoteFolder("s3://bucket"))], None, "add --sidecar-dir"),
@@ -91,7 +91,7 @@ def test_what_cannot_have_a_sidecar_is_refused(tmp_path):
 
 @pytest.mark.parametrize("mode", ["overwrite", "append", "prepend"])
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe", "kept", "read-only"])
-def test_what_must_not_be_written_is_found_before_the_run(tmp_path, monkeypatch, kind, mode):
+def test_forbidden_sidecars_are_refused_before_the_run(tmp_path, monkeypatch, kind, mode):
     paths = sidecar_paths(pictures(tmp_path, "a.png"), None)
     kept = {}
     if kind == "link":
@@ -104,12 +104,12 @@ def test_what_must_not_be_written_is_found_before_the_run(tmp_path, monkeypatch,
         kept = {tmp_path / "a.txt": "the list"}
     else:
         monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UsageError, match=r"a.txt|not a folder that is writable") as raised:
+    with pytest.raises(UsageError, match=r"a.txt|not a writable folder") as raised:
         check_sidecars(paths, mode, None, kept)
     assert "\n" not in str(raised.value)
 
 
-def test_no_link_is_followed_even_one_that_comes_late(tmp_path):
+def test_no_link_is_followed_even_a_late_one(tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("kept")
     folder = tmp_path / "in"
@@ -139,7 +139,7 @@ def test_a_linked_folder_below_the_folder_for_sidecars_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfet\0", b"x" * ((1 << 24) + 1)])
-def test_a_file_that_is_no_such_text_stays_as_it_is(tmp_path, content):
+def test_other_files_at_the_sidecar_path_are_unchanged(tmp_path, content):
     paths = sidecar_paths(pictures(tmp_path, "a.png"), None)
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(EngineError, match=r"a\.txt is "):

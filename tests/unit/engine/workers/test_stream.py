@@ -31,7 +31,7 @@ CAPTION = Caption(
 )
 
 
-def test_messages_come_back_as_they_were():
+def test_messages_round_trip():
     (back,) = unpack_answer(pack_captions([CAPTION])).captions
     assert (back, back.latency_s, back.file_sha256) == (CAPTION, 0.1 + 0.2, "5d41")
     assert unpack_answer(pack_failures({"x": "truncated"})).failures == {"x": "truncated"}
@@ -48,7 +48,7 @@ def test_messages_come_back_as_they_were():
 
 
 @pytest.mark.parametrize(("error", "code"), [(UsageError("no"), 2), (OutOfMemoryError("no"), 1)])
-def test_an_error_keeps_its_words_and_exit_code(error, code):
+def test_error_keeps_message_and_exit_code(error, code):
     with pytest.raises(EngineError, match=r"^no$") as caught:
         unpack_answer(pack_error(error))
     assert caught.value.exit_code == code
@@ -63,7 +63,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[ImageFile]:
     return find_images(directory).images
 
 
-def test_callers_at_one_time_get_their_own_images_in_order(images, tiny_captioner):
+def test_concurrent_callers_get_their_images_in_order(images, tiny_captioner):
     options = tiny_captioner.bundle.options(num_beams=3)
     readable = [image for image in images if image.id != "05"]
     expected = {caption.id: caption.text for caption in tiny_captioner.caption(readable, options)}
@@ -101,7 +101,7 @@ def test_an_overwritten_bundle_ends_a_stream(images, tiny_captioner):
         next(answers)
 
 
-def test_short_of_memory_a_stream_says_so_and_loses_nothing(images, tiny_captioner, monkeypatch):
+def test_stream_out_of_memory_loses_no_image(images, tiny_captioner, monkeypatch):
     step, options = tiny_captioner.backend.step, tiny_captioner.bundle.options(num_beams=3)
 
     def tight(cache, inputs):
@@ -111,14 +111,14 @@ def test_short_of_memory_a_stream_says_so_and_loses_nothing(images, tiny_caption
 
     monkeypatch.setattr(tiny_captioner.backend, "step", tight)
     said = list(CaptionStream(tiny_captioner, options, rows=12).caption(images))
-    assert "memory is short with 4 images side by side: going on with 2" in said
+    assert "memory is short with 4 images in parallel: continuing with 2" in said
     assert sorted(answer.id for answer in said if isinstance(answer, Caption)) == [
         image.id for image in images if image.id != "05"
     ]
     assert len([answer for answer in said if isinstance(answer, Unreadable)]) == 1
 
 
-def test_an_error_reaches_its_caller_and_the_next_one_is_served(images, tiny_captioner, monkeypatch):
+def test_error_reaches_the_caller_and_the_next_is_served(images, tiny_captioner, monkeypatch):
     stream = CaptionStream(tiny_captioner, tiny_captioner.bundle.options(num_beams=3), rows=12)
     with monkeypatch.context() as patch:
         patch.setattr(tiny_captioner.backend, "step", lambda *_: (_ for _ in ()).throw(EngineError("broken")))

@@ -8,52 +8,52 @@ from pathlib import Path
 import pytest
 
 from engine.inputs.images import ImageFile
-from engine.workers.driver import TRIALS, HandOut
+from engine.workers.driver import TRIALS, WorkQueue
 
 
 def images(count: int) -> list[ImageFile]:
     return [ImageFile(str(number), Path(f"{number}.png")) for number in range(count)]
 
 
-def test_a_small_run_is_for_all_workers():
-    handout = HandOut(images(10), 2)
-    assert [len(handout.give(worker, 100)) for worker in (0, 1, 0, 1)] == [5, 5, 0, 0]
+def test_small_run_is_divided_among_all_workers():
+    queue = WorkQueue(images(10), 2)
+    assert [len(queue.give(worker, 100)) for worker in (0, 1, 0, 1)] == [5, 5, 0, 0]
 
 
-def test_a_worker_is_kept_as_full_as_it_wants_and_never_fuller():
-    handout = HandOut(images(1000), 2)
-    held = {worker: handout.give(worker, 40) for worker in (0, 1)}
+def test_worker_never_holds_more_than_it_wants():
+    queue = WorkQueue(images(1000), 2)
+    held = {worker: queue.give(worker, 40) for worker in (0, 1)}
     assert [len(batch) for batch in held.values()] == [40, 40]
     for _ in range(4):
-        handout.answer(0, held[0].pop(0).id)
-        assert not handout.give(0, 40)
-    handout.answer(0, held[0].pop(0).id)
-    assert len(handout.give(0, 40)) == 5
+        queue.answer(0, held[0].pop(0).id)
+        assert not queue.give(0, 40)
+    queue.answer(0, held[0].pop(0).id)
+    assert len(queue.give(0, 40)) == 5
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_image_is_answered_once_but_the_poisonous_ones_which_end(seed):
+def test_every_image_is_answered_or_given_up_once(seed):
     chance = random.Random(seed)
     count, workers, wants = chance.randint(1, 900), chance.randint(1, 5), chance.randint(1, 200)
     poison = {str(number) for number in chance.sample(range(count), min(count, chance.randint(0, 3)))}
-    handout = HandOut(images(count), workers)
+    queue = WorkQueue(images(count), workers)
     held: dict[int, list[str]] = {worker: [] for worker in range(workers)}
     answered: list[str] = []
     given_up: list[str] = []
     deaths = 0
-    while handout.unanswered:
+    while queue.unanswered:
         for worker, names in held.items():
-            names += [image.id for image in handout.give(worker, wants)]
+            names += [image.id for image in queue.give(worker, wants)]
         assert any(held.values()), "images wait, and no worker gets one"
         worker = chance.choice([worker for worker, names in held.items() if names])
         name = held[worker].pop(0)
         if name not in poison:
-            handout.answer(worker, name)
+            queue.answer(worker, name)
             answered.append(name)
             continue
         deaths += 1
         held[worker] = []
-        again, alone = handout.died(worker)
+        again, alone = queue.died(worker)
         assert (alone is None) == bool(again)
         given_up += [alone.id] if alone else []
     assert sorted(given_up) == sorted(poison)
@@ -61,10 +61,10 @@ def test_every_image_is_answered_once_but_the_poisonous_ones_which_end(seed):
     assert deaths <= len(poison) * (2 if wants <= TRIALS else 3)
 
 
-def test_an_image_that_was_held_alone_gets_a_second_worker():
-    handout = HandOut(images(1), 1)
-    (image,) = handout.give(0, 5)
-    assert handout.died(0) == ([image], None)
-    assert handout.give(0, 5) == [image]
-    assert handout.died(0) == ([], image)
-    assert not handout.unanswered
+def test_image_held_alone_is_retried_once():
+    queue = WorkQueue(images(1), 1)
+    (image,) = queue.give(0, 5)
+    assert queue.died(0) == ([image], None)
+    assert queue.give(0, 5) == [image]
+    assert queue.died(0) == ([], image)
+    assert not queue.unanswered
