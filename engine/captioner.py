@@ -26,9 +26,10 @@ from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import NOTHING_YET, Arrival, Request, Scheduler
 from engine.errors import BundleError, ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
+from engine.inputs.depth import window_of
 from engine.inputs.images import ImageFile
 from engine.inputs.kinds import cut_suffix
-from engine.inputs.pixels import CLIPPED, ImageInput, ImageNote, read_image, window_of
+from engine.inputs.pixels import CLIPPED, ImageInput, ImageNote, read_image
 from engine.inputs.read_ahead import read_ahead, read_live
 from engine.inputs.remote import Location, location
 from engine.options import DecodeOptions

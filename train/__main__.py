@@ -14,8 +14,8 @@ import click
 from engine.cli.shared import NAME, PATH, OneLineGroup, SectionCommand, column_options, log, takes
 from engine.errors import EngineError, UsageError
 from engine.inputs.columns import Columns
-from engine.inputs.pixels import CLIP
-from engine.inputs.pixels import HELP as DEPTH_HELP
+from engine.inputs.depth import CLIP
+from engine.inputs.depth import HELP as DEPTH_HELP
 from engine.options import SAMPLING, DecodeOptions
 from train.sweep.settings import Tuning
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from engine.errors import UsageError
-from engine.inputs.pixels import CLIP, window_of
+from engine.inputs.depth import CLIP, window_of
 from engine.options import DecodeOptions
 from train.data.batches import AUGMENTATIONS
 

@@ -6,7 +6,7 @@ import hashlib
 from importlib.metadata import PackageNotFoundError, version
 
 from engine.bundle.manifest import Bundle
-from engine.inputs.pixels import CLIP
+from engine.inputs.depth import CLIP
 from engine.options import DEFAULTS, DecodeOptions
 from engine.version import __version__
 

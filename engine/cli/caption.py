@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
@@ -17,7 +18,6 @@ from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 from engine.run.job import Inputs, Outputs
-from engine.run.pipeline import Pace
 from engine.runtime import Runtime, Workers
 
 if TYPE_CHECKING:  # avoids loading numpy for --help
@@ -147,3 +147,66 @@ def _progress_lines(length: int) -> Iterator[Callable[[int], None]]:
     finally:
         ended.set()
         thread.join()
+
+
+FIRST_WAVE = 2.0
+"""The first wave ends after this many times the seconds of the first image: 20 tokens may follow a caption of 8."""
+WAVE_END = 0.25
+"""Fraction of the first image's seconds in which the last images of that wave finish."""
+
+
+class Pace:
+    """Estimate the speed of a run and the time left; `done` of `length` images are finished.
+
+    Images that are decoded in parallel finish in waves: none at first, then many at about the same time. The number of
+    images divided by the time since the start is therefore too low, by up to the number of images in parallel. So the
+    speed is measured from the end of the first wave, and is None until two more waves have passed.
+    """
+
+    def __init__(self, length: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.length, self.done = length, 0
+        self._clock, self._start = clock, clock()
+        self._first_s: float | None = None
+        self._since: tuple[float, int] | None = None
+        self._latest_s = 0.0
+
+    def update(self, done: int) -> None:
+        """Record that `done` images are finished."""
+        if done == self.done:
+            return
+        self.done, self._latest_s = done, self._clock() - self._start
+        if self._first_s is None:
+            self._first_s = self._latest_s
+        # time in units of the first image's: a wave takes about one
+        waves = self._latest_s / max(self._first_s, 1e-9)
+        if waves >= FIRST_WAVE and (self._since is None or waves < FIRST_WAVE + WAVE_END):
+            self._since = self._latest_s, done
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Images per second, or None before it is known."""
+        if self._first_s is None or self._since is None:
+            return None
+        seconds = self._latest_s - self._since[0]
+        # a shorter span would count a whole wave, or none, by chance
+        return (self.done - self._since[1]) / seconds if seconds > FIRST_WAVE * self._first_s else None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until all images are finished, or None before it is known."""
+        if (speed := self.images_per_s) is None:
+            return None
+        # counted from the last finished image, so that it decreases while no image finishes
+        return max(0.0, (self.length - self.done) / speed - (self._clock() - self._start - self._latest_s))
+
+    def __str__(self) -> str:
+        """Return `2.50 images/s, about 12 min left`, or an empty string before that is known."""
+        speed, left = self.images_per_s, self.left_s
+        return "" if speed is None or left is None else f"{speed:.2f} images/s, about {in_words(left)} left"
+
+
+def in_words(seconds: float) -> str:
+    """Format a duration: `40 s`, `12 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

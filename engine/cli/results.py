@@ -14,8 +14,8 @@ import click
 from engine.cli.shared import PATH, Group, column_options, log
 from engine.errors import EngineError, UsageError
 from engine.inputs.columns import Columns
-from engine.inputs.pixels import CLIP
-from engine.inputs.pixels import HELP as DEPTH_HELP
+from engine.inputs.depth import CLIP
+from engine.inputs.depth import HELP as DEPTH_HELP
 
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 PROFILE_NAMES = ("imageclef2024", "imageclef2025", "imageclef2026")

@@ -15,6 +15,7 @@ from typing import NoReturn
 from engine.errors import DataError, UsageError
 from engine.inputs import dicom
 from engine.inputs.columns import USUAL, Columns
+from engine.inputs.depth import CLIP
 from engine.inputs.ids import Ids, join_some
 from engine.inputs.kinds import (
     DECODED,
@@ -28,7 +29,7 @@ from engine.inputs.kinds import (
     cut_suffix,
     kind_of,
 )
-from engine.inputs.pixels import CLIP, open_file
+from engine.inputs.pixels import open_file
 from engine.inputs.readers import read_ids
 from engine.inputs.remote import Location, RemoteFile, RemoteFolder
 

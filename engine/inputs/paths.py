@@ -15,6 +15,7 @@ from pathlib import Path
 
 from engine.errors import DataError, UsageError
 from engine.inputs import dicom
+from engine.inputs.depth import CLIP
 from engine.inputs.ids import shown
 from engine.inputs.images import (
     IMAGELESS,
@@ -31,7 +32,7 @@ from engine.inputs.images import (
     remedy_for,
 )
 from engine.inputs.kinds import HEAD_BYTES, open_regular, packed_content, wrong_content
-from engine.inputs.pixels import CLIP, MAX_FILE_BYTES
+from engine.inputs.pixels import MAX_FILE_BYTES
 from engine.inputs.remote import Location, RemoteFolder
 
 STDIN = Path("-")

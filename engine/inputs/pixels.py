@@ -11,7 +11,6 @@ import errno
 import functools
 import hashlib
 import io
-import math
 import re
 import threading
 from collections.abc import Iterable, Iterator
@@ -24,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.errors import EngineError, ImageError, UsageError
+from engine.errors import EngineError, ImageError
 from engine.inputs import dicom
+from engine.inputs.depth import CLIP, window_of
 from engine.inputs.ids import join_some
 from engine.inputs.kinds import DECODED, DICOM, HAS_HEIF, HEAD_BYTES, kind_of, open_regular, wrong_content
 from engine.inputs.remote import RemoteFile
@@ -63,14 +63,8 @@ def note_lines(notes: Iterable[ImageNote]) -> list[str]:
     return lines
 
 
-CLIP, SCALE = "clip", "scale"
-"""CLIP makes values above 255 white, like Hugging Face's processor. SCALE maps each image's range to 0 to 255."""
 STRIP_PIXELS = 1 << 20
 """Number of pixels that are scaled at a time."""
-HELP = (
-    "How images with more than 8 bits become 8: `clip` (above 255 is white, as in Hugging Face), `scale` (each image's "
-    "range), or a range LOW,HIGH."
-)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -121,20 +115,6 @@ def _strips(source: Image.Image | NDArray[Any]) -> Iterator[NDArray[Any]]:
             yield source[top : top + rows]
         else:
             yield np.asarray(source.crop((0, top, width, min(top + rows, height))))
-
-
-@functools.lru_cache(maxsize=16)
-def window_of(depth: str) -> tuple[float, float] | None:
-    """Parse LOW,HIGH into a window of values. Returns None for CLIP and SCALE; raises UsageError for other texts."""
-    if depth in (CLIP, SCALE):
-        return None
-    try:
-        low, high = (float(number) for number in depth.split(","))
-    except ValueError:
-        low = high = math.nan
-    if not -math.inf < low < high < math.inf:
-        raise UsageError(f"high bit depth {depth!r}: give {CLIP}, {SCALE}, or two numbers LOW,HIGH, the lower first")
-    return low, high
 
 
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "HEIF")

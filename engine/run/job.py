@@ -10,8 +10,8 @@ from engine.errors import UsageError
 from engine.files.atomic import check_outputs
 from engine.files.lock import lock_path
 from engine.inputs.columns import ID_HELP, PROMPT_HELP, Columns
-from engine.inputs.pixels import CLIP, window_of
-from engine.inputs.pixels import HELP as DEPTH_HELP
+from engine.inputs.depth import CLIP, window_of
+from engine.inputs.depth import HELP as DEPTH_HELP
 from engine.inputs.remote import Location
 from engine.options import declared, option
 from engine.run.journal import journal_path, update_path

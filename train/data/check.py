@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from engine.errors import DataError, ImageError
 from engine.host import available_cores
-from engine.inputs.pixels import CLIP, CLIPPED, FRAMES, TRANSPARENT, ImageNote, decode_image
+from engine.inputs.depth import CLIP
+from engine.inputs.pixels import CLIPPED, FRAMES, TRANSPARENT, ImageNote, decode_image
 from train.data.dataset import Split
 from train.data.problems import Problems, is_empty
 

@@ -16,8 +16,9 @@ from typing import Any
 from engine.errors import EngineError, ImageError, OutputError, UsageError
 from engine.files.atomic import write_atomically
 from engine.inputs.columns import USUAL, Columns
+from engine.inputs.depth import CLIP, window_of
 from engine.inputs.images import is_dicom
-from engine.inputs.pixels import CLIP, MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, image_errors, open_image, window_of
+from engine.inputs.pixels import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, image_errors, open_image
 from train.data.check import Progress, check_split, in_threads
 from train.data.dataset import Example, Split, read_dataset
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import BlipForConditionalGeneration, PreTrainedTokenizerBase
 
 from engine.bundle.tokenizer import detokenise
-from engine.inputs.pixels import CLIP
+from engine.inputs.depth import CLIP
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from engine.run.pipeline import Pace, in_words
+from engine.cli.caption import Pace, in_words
 
 IMAGES, IN_PARALLEL = 1000, 32
 
