@@ -1,4 +1,4 @@
-"""The mean of a run's epochs, by hand to the last bit, and what cannot be averaged."""
+"""Average the epochs of a run: equal to a hand-computed mean to the last bit; and what cannot be averaged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROUGE = {2: 0.3, 3: 0.5, 5: 0.4, 6: 0.1}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of six epochs of which four were kept, as `finetune` leaves it."""
+    """Return a finished run of six epochs that kept four, as `finetune` writes it."""
     root = tmp_path_factory.mktemp("run")
     recipe = Recipe(keep=4)
     best = BestModels(root / "models", recipe)
@@ -53,24 +53,24 @@ def average(*arguments):
         ((6, 2, 3), (2, 3, 6)),
     ],
 )
-def test_an_average_is_the_mean_in_float64_rounded_once(run, tmp_path, chosen, epochs):
+def test_average_is_the_float64_mean_rounded_once(run, tmp_path, chosen, epochs):
     done = average(run, *chosen, "--out", tmp_path / "mean")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout.splitlines()[-1])["epochs"] == list(epochs)
     found = load_file(tmp_path / "mean" / "model.safetensors")
-    several = [load_file(run / "models" / f"epoch_{epoch:02d}" / "model.safetensors") for epoch in epochs]
-    assert set(found) == set(several[0])
+    models = [load_file(run / "models" / f"epoch_{epoch:02d}" / "model.safetensors") for epoch in epochs]
+    assert set(found) == set(models[0])
     for name, mean in found.items():
         total = np.zeros(mean.shape, np.float64)
-        for one in several:
-            total += one[name].astype(np.float64)
+        for model in models:
+            total += model[name].astype(np.float64)
         assert mean.dtype == np.float32
-        assert np.array_equal(mean, (total / len(several)).astype(np.float32)), name
-    rounded_often = {name: sum(one[name] for one in several) / np.float32(len(several)) for name in found}
+        assert np.array_equal(mean, (total / len(models)).astype(np.float32)), name
+    rounded_often = {name: sum(model[name] for model in models) / np.float32(len(models)) for name in found}
     assert len(epochs) == 2 or any(not np.array_equal(found[name], rounded_often[name]) for name in found)
 
 
-def test_an_average_is_a_checkpoint_like_those_of_the_run(run, tmp_path):
+def test_average_is_a_complete_checkpoint(run, tmp_path):
     assert average(run, 3, 5, "--out", tmp_path / "mean").exit_code == 0
     theirs = {path.name for path in (run / "models" / "epoch_03").iterdir()} - {"evaluation.json", "valid.csv"}
     assert {path.name for path in (tmp_path / "mean").iterdir()} == theirs | {"average.json"}
@@ -91,14 +91,14 @@ def test_an_average_is_a_checkpoint_like_those_of_the_run(run, tmp_path):
         ((2, 3, 2), "two epochs or more, each once, not of 2, 3, 2"),
     ],
 )
-def test_epochs_that_are_not_there_are_named(run, tmp_path, chosen, message):
+def test_error_names_missing_epochs(run, tmp_path, chosen, message):
     done = average(run, *chosen, "--out", tmp_path / "mean")
     assert done.exit_code == 2
     assert message in done.output
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_run_or_not_at_its_end_or_there_already_is_refused(run, tmp_path):
+def test_average_refuses_bad_run_and_existing_output(run, tmp_path):
     done = average(tmp_path, "--out", tmp_path / "mean")
     assert "is no run directory of `train finetune`" in done.output
     (tmp_path / "run.json").write_bytes((run / "run.json").read_bytes())
@@ -108,18 +108,20 @@ def test_what_is_no_run_or_not_at_its_end_or_there_already_is_refused(run, tmp_p
     assert (done.exit_code, "exists: name a new directory" in done.output) == (2, True)
 
 
-def test_models_of_other_image_sizes_have_no_mean(tmp_path):
+def test_models_of_different_image_sizes_are_refused(tmp_path):
     paths = [make_checkpoint(tmp_path / str(size), image_size=size) for size in (IMAGE_SIZE, 2 * IMAGE_SIZE)]
     with pytest.raises(DataError, match=r"other shapes than .* \(vision_model\.embeddings\.position_embedding\)"):
         mean_of(paths)
 
 
 class KilledError(BaseException):
-    """Nothing on the way catches it."""
+    """An exception that no handler catches."""
 
 
-def test_a_moving_average_is_what_is_judged_and_kept_and_a_killed_run_goes_on_to_the_same(tmp_path, monkeypatch):
-    """Three epochs of four steps; killed within the second, behind a state of training that was saved within it."""
+def test_moving_average_is_evaluated_and_survives_a_kill(tmp_path, monkeypatch):
+    """Train three epochs, kill the run within the second epoch after a checkpoint, and resume it: the results are
+    equal.
+    """
     checkpoint = make_checkpoint(tmp_path / "checkpoint", end_bias=1.0, std=0.1)
     (tmp_path / "data" / "images").mkdir(parents=True)
     rows = ["ID,Caption"]
@@ -170,9 +172,9 @@ def test_a_moving_average_is_what_is_judged_and_kept_and_a_killed_run_goes_on_to
 
     with pytest.raises(KilledError):
         train("killed", replace(plain, ema=0.9), kill)
-    said = []
-    train("killed", replace(plain, ema=0.9), said.append)
-    assert [line.rpartition("/")[2] for line in said if "resuming" in line] == [f"checkpoint-{each + 1}"]
+    log = []
+    train("killed", replace(plain, ema=0.9), log.append)
+    assert [line.rpartition("/")[2] for line in log if "resuming" in line] == [f"checkpoint-{each + 1}"]
     same = [f"models/epoch_{epoch:02d}/{name}" for epoch in (1, 2, 3) for name in ("model.safetensors", "valid.csv")]
     for path in (*same, final, final.replace("model", "ema"), "best/evaluation.json"):
         assert (tmp_path / "killed" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), path
@@ -180,7 +182,7 @@ def test_a_moving_average_is_what_is_judged_and_kept_and_a_killed_run_goes_on_to
         train("whole", plain)
 
 
-def test_the_models_own_weights_come_back_from_behind_their_average():
+def test_weights_are_restored_after_applying_the_average():
     model = torch.nn.Linear(2, 1)
     own = model.weight.detach().clone()
     average = MovingAverage(model, 0.5)
@@ -198,7 +200,7 @@ def test_the_models_own_weights_come_back_from_behind_their_average():
     assert torch.equal(model.weight, own + 1.0)
 
 
-def test_a_state_of_training_without_its_average_is_named(tmp_path):
+def test_training_state_without_average_is_refused(tmp_path):
     average = MovingAverage(torch.nn.Linear(2, 1), 0.5)
     with pytest.raises(EngineError, match=r"ema\.safetensors is not the moving average of this run .*: delete"):
         average.load(tmp_path)
