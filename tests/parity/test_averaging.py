@@ -22,7 +22,7 @@ ROUGE = {2: 0.3, 3: 0.5, 5: 0.4, 6: 0.1}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of six epochs of which four were kept, as `finetune` leaves it."""
+    """Return a finished run of six epochs that kept four, as `finetune` writes it."""
     root = tmp_path_factory.mktemp("run")
     recipe = Recipe(keep=4)
     best = BestModels(root / "models", recipe)
@@ -54,15 +54,15 @@ def test_average_is_float64_mean_rounded_once(run, tmp_path, chosen, epochs):
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout.splitlines()[-1])["epochs"] == list(epochs)
     found = load_file(tmp_path / "mean" / "model.safetensors")
-    several = [load_file(run / "models" / f"epoch_{epoch:02d}" / "model.safetensors") for epoch in epochs]
-    assert set(found) == set(several[0])
+    models = [load_file(run / "models" / f"epoch_{epoch:02d}" / "model.safetensors") for epoch in epochs]
+    assert set(found) == set(models[0])
     for name, mean in found.items():
         total = np.zeros(mean.shape, np.float64)
-        for one in several:
-            total += one[name].astype(np.float64)
+        for model in models:
+            total += model[name].astype(np.float64)
         assert mean.dtype == np.float32
-        assert np.array_equal(mean, (total / len(several)).astype(np.float32)), name
-    rounded_often = {name: sum(one[name] for one in several) / np.float32(len(several)) for name in found}
+        assert np.array_equal(mean, (total / len(models)).astype(np.float32)), name
+    rounded_often = {name: sum(model[name] for model in models) / np.float32(len(models)) for name in found}
     assert len(epochs) == 2 or any(not np.array_equal(found[name], rounded_often[name]) for name in found)
 
 

@@ -1,4 +1,4 @@
-"""The embedded demo: Hugging Face on its own weights says the same words, and the words fit the pictures."""
+"""The embedded demo bundle: its captions equal Hugging Face's on the same weights, and they fit the images."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_golden_recordings_replay(demo):
     assert all(check.passed for check in verify(demo.bundle, demo.backend))
 
 
-def test_all_but_one_example_get_their_plane_and_most_get_most_words(demo, captions):
-    """A floor well under the README's figures, to notice a broken bundle, not to measure one."""
+def test_example_captions_fit_their_images(demo, captions):
+    """A bound far below the README's figures, which detects a broken bundle but measures nothing."""
     paths = sorted((EXAMPLES / "images").iterdir())
     assert len(paths) == len(captions) == 32
     overlap, wrong = [], []
@@ -45,7 +45,7 @@ def test_all_but_one_example_get_their_plane_and_most_get_most_words(demo, capti
         expected = captions[caption.id].lower()
         wrong += [caption.id] * (caption.text.split()[0] != expected.split()[0])
         overlap.append(len(set(caption.text.split()) & set(expected.split())) / len(set(expected.split())))
-    assert wrong == ["icbm09c_sagittal_096"]  # near the midline, called coronal
+    assert wrong == ["icbm09c_sagittal_096"]  # close to the midline; its caption says coronal
     assert sum(overlap) / len(overlap) > 0.85
 
 
@@ -55,8 +55,8 @@ WINNER = DecodeOptions(
 
 
 @pytest.mark.parametrize("options", [DecodeOptions(max_new_tokens=40).over({}), WINNER.over({}), None])
-def test_captions_equal_generate_on_the_restored_checkpoint(options, demo, tmp_path_factory):
-    """Greedy, and the bundle's own defaults (4 beams, 3-gram ban)."""
+def test_captions_equal_generate_on_restored_checkpoint(options, demo, tmp_path_factory):
+    """Greedy search, the winner's settings, and the bundle's defaults (4 beams, 3-gram ban)."""
     reference = Reference.load(restore_checkpoint(demo.bundle.path, tmp_path_factory.mktemp("restored")))
     paths = sorted((EXAMPLES / "images").iterdir())[::8]
     pictures = [Image.open(path).convert("RGB") for path in paths]

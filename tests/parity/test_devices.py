@@ -1,4 +1,4 @@
-"""The step loop on padded shapes, on bound memory and on bare addresses says what it says on the CPU."""
+"""The step loop with padded shapes, bound memory and raw addresses gives the captions of the CPU backend."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SEARCH = Search(
     vocab_size=30524,
 )
 TOLERANCE = 1e-4
-"""Float32 sums in other shapes round otherwise; measured 2e-6 on the tiny model."""
+"""Float32 sums in other shapes are rounded differently; measured 2e-6 on the tiny model."""
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def assert_same(found, expected) -> None:
         np.testing.assert_allclose([s for _, s in mine], [s for _, s in theirs], atol=TOLERANCE)
 
 
-class Watching:
-    """Notes the shapes a backend is run with."""
+class ShapeRecorder:
+    """Wraps a backend and records the shapes of its steps."""
 
     def __init__(self, inner) -> None:
         self._inner, self.name, self.batch_sizes, self.shapes = inner, inner.name, inner.batch_sizes, set()
@@ -88,17 +88,17 @@ class Watching:
 def test_padded_shapes_change_no_caption_and_are_few(name, bundle, tiny_captioner):
     options = SEARCHES[name]
     expected = captions(bundle, tiny_captioner.backend, options)
-    watching = Watching(OrtBackend(bundle, "cpu", threads=1))
-    assert_same(captions(bundle, PaddedBackend(watching), options), expected)
-    slots, _, bans, settled, recent = (set(sizes) for sizes in zip(*watching.shapes, strict=True))
+    recorder = ShapeRecorder(OrtBackend(bundle, "cpu", threads=1))
+    assert_same(captions(bundle, PaddedBackend(recorder), options), expected)
+    slots, _, bans, settled, recent = (set(sizes) for sizes in zip(*recorder.shapes, strict=True))
     assert all(size == bucket_size(size, FEWEST_MARKS) for size in bans)
     assert all(size == bucket_size(size, FEWEST_SETTLED) for size in settled)
     assert recent == {8 * options.num_beams}
     assert len(slots) <= 3
-    assert len(watching.shapes) <= 8
+    assert len(recorder.shapes) <= 8
 
 
-def test_two_thousand_images_are_few_shapes_and_no_slot_is_paid_for_in_vain():
+def test_two_thousand_images_need_few_shapes():
     for beams in (1, 3, 4, 5, 10):
         slots = 1024 // beams
         device = Words(BatchSizes(rows=2048, encode_batch=16, sets=2), 30524, 102, beams, INSTANT)
@@ -113,13 +113,13 @@ def test_two_thousand_images_are_few_shapes_and_no_slot_is_paid_for_in_vain():
 
 @pytest.mark.parametrize("name", SEARCHES)
 @pytest.mark.parametrize("uses_cuda_graphs", [False, True])
-def test_plans_say_what_the_graphs_say(name, uses_cuda_graphs, bundle, tiny_captioner):
+def test_plans_give_the_captions_of_the_graphs(name, uses_cuda_graphs, bundle, tiny_captioner):
     options = SEARCHES[name]
     bounds = Bounds.of(bundle, beams=options.num_beams, max_new_tokens=45, rows=40)
     backend = stand_in_backend(bundle, bounds, uses_cuda_graphs=uses_cuda_graphs)
     expected = captions(bundle, tiny_captioner.backend, options)
     assert_same(captions(bundle, PaddedBackend(backend), options), expected)
-    few = 2 * options.num_beams  # a long run in little company, where shapes and addresses come again
+    few = 2 * options.num_beams  # few images at a time, so that shapes and addresses repeat
     assert_same(captions(bundle, PaddedBackend(backend), options, rows=few), expected)
     captured = backend._graphs["decoder"].captured
     assert bool(captured) == uses_cuda_graphs
@@ -136,10 +136,10 @@ def test_plans_in_half_precision(fp16_bundle):
 
 
 STATIC = {"penalties": (2,)}
-"""Inputs of one shape, which no profile names."""
+"""Inputs with a fixed shape, which profiles do not list."""
 
 
-def test_every_shape_lies_within_the_profile_it_was_built_for(bundle):
+def test_every_shape_is_within_its_profile(bundle):
     options = SEARCHES["4 beams, ban"]
     bounds = Bounds.of(bundle, beams=4, max_new_tokens=30, rows=20)
     backend = stand_in_backend(bundle, bounds)
@@ -170,13 +170,13 @@ def test_searches_beyond_the_plans_are_refused(built_for, asked, bundle):
         captions(bundle, backend, DecodeOptions(**asked), rows=40)
 
 
-def test_without_a_wish_no_more_images_are_decoded_than_the_plans_take(bundle):
+def test_default_slots_fit_the_plans(bundle):
     backend = PaddedBackend(stand_in_backend(bundle, Bounds.of(bundle, beams=4, rows=12)))
     captioner = Captioner(bundle, backend)
     assert captioner.scheduler(captioner.search(DecodeOptions(max_new_tokens=10))).num_slots == 3
 
 
-def test_memory_is_given_back_with_its_cache(bundle):
+def test_memory_is_freed_with_its_cache(bundle):
     backend = stand_in_backend(bundle, Bounds.of(bundle, beams=1, rows=4))
     captions(bundle, PaddedBackend(backend), DecodeOptions(max_new_tokens=10), rows=4)
     gc.collect()
@@ -187,8 +187,8 @@ def test_memory_is_given_back_with_its_cache(bundle):
         assert len(backend._device._owned) == held
 
 
-def test_padding_that_is_looked_at_would_be_noticed(bundle, tiny_captioner, monkeypatch):
-    """The negative control: masks that let padding through change captions."""
+def test_unmasked_padding_changes_captions(bundle, tiny_captioner, monkeypatch):
+    """Negative control: masks that do not hide padding change captions."""
     options = SEARCHES["4 beams, ban"]
     expected = captions(bundle, tiny_captioner.backend, options)
     real = OrtBackend.step

@@ -1,4 +1,4 @@
-"""Several bundles that caption together say what generate says of a model whose logits are their mean."""
+"""An ensemble of bundles gives the captions of generate on a model that averages their log-probabilities."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
 
 WEIGHTS = (1.0, 0.5)
 SHAPE = {"text": {"num_hidden_layers": 3}, "vision": {"hidden_size": 36, "num_attention_heads": 3}}
-"""Of the second model: other sizes than the first's."""
+"""Sizes of the second model, which differ from those of the first."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=lambda given: ",".join(f"{k}={v}" for k, v in given.items()))
-def test_ids_and_scores_are_those_of_generate_on_the_mean(given, both, reference):
+def test_ids_and_scores_equal_generate_on_the_mean(given, both, reference):
     options = both.bundle.options(**{"max_new_tokens": 24} | given)
     pictures = random_pictures(6)
     theirs = reference.generate(reference.pixels(pictures), options)
@@ -74,23 +74,23 @@ def test_ids_and_scores_are_those_of_generate_on_the_mean(given, both, reference
         assert scores == pytest.approx([one.score for several in theirs for one in several], abs=1e-5)
 
 
-def test_together_they_say_what_neither_says_alone(both, tiny_captioner, other_bundle):
-    """Else the tests above would pass with one of them left out."""
+def test_ensemble_differs_from_each_member(both, tiny_captioner, other_bundle):
+    """Otherwise the tests above would pass with only one of the bundles."""
     pictures, other = random_pictures(6), Captioner.load(other_bundle, backend="cpu", threads=1)
     runs = [[one.ids for one in c.caption(pictures, num_beams=4)] for c in (both, tiny_captioner, other)]
     assert all(len({runs[i][n] for i in range(3)}) > 1 for n in range(6))
     assert all(runs[0] != run for run in runs[1:])
 
 
-def test_weights_decide(tiny_bundle, other_bundle, tiny_captioner):
+def test_tiny_weight_has_no_effect(tiny_bundle, other_bundle, tiny_captioner):
     pictures = random_pictures(6)
     nearly = Captioner.load([tiny_bundle, other_bundle], weights=(1, 1e-9), backend="cpu", threads=1)
     alone = [one.ids for one in tiny_captioner.caption(pictures, num_beams=4)]
     assert [one.ids for one in nearly.caption(pictures, num_beams=4)] == alone
 
 
-def test_short_memory_while_choosing_is_told_as_such(both, monkeypatch):
-    """So that a run goes on with fewer pictures side by side."""
+def test_out_of_memory_in_choice_is_reported(both, monkeypatch):
+    """A run then continues with fewer images in parallel."""
 
     class Full:
         def run(self, *_):
@@ -101,14 +101,14 @@ def test_short_memory_while_choosing_is_told_as_such(both, monkeypatch):
         list(both.caption(random_pictures(1)))
 
 
-def test_padded_shapes_as_on_a_gpu_change_nothing(both):
+def test_padded_shapes_change_no_caption(both):
     padded = Captioner(both.bundle, PaddedBackend(EnsembleBackend(both.bundle, threads=1)))
     pictures, options = random_pictures(9), DecodeOptions(num_beams=3, no_repeat_ngram_size=2, max_new_tokens=30)
     found, expected = ([one.ids for one in c.caption(pictures, options, rows=12)] for c in (padded, both))
     assert found == expected
 
 
-def test_precisions_may_differ_and_the_signature_names_them(tiny_bundle, rounded_bundles, tiny_captioner):
+def test_members_may_have_different_precisions(tiny_bundle, rounded_bundles, tiny_captioner):
     mixed = Captioner.load([tiny_bundle, *rounded_bundles.values()], weights=(8, 1, 1), backend="cpu", threads=1)
     assert mixed.bundle.precision == "fp32+fp16+int8"
     pictures = random_pictures(4)
@@ -121,7 +121,7 @@ def pictures(tmp_path) -> Path:
     return save_pictures(tmp_path / "pictures", 5)
 
 
-def test_verify_replays_the_halves_too_and_notices_what_is_wrong_with_them(other_bundle, tmp_path):
+def test_verify_checks_the_split_decoder(other_bundle, tmp_path):
     bundle = Path(shutil.copytree(other_bundle, tmp_path / "bundle"))
 
     def verified():
@@ -130,7 +130,9 @@ def test_verify_replays_the_halves_too_and_notices_what_is_wrong_with_them(other
         halves = [one["passed"] for one in checks if one["setting"].startswith("as one of several bundles: ")]
         return result.exit_code, [one["passed"] for one in checks[: -len(halves)]], halves
 
-    assert verified() == (0, [True] * 6, [True] * 5), "a greedy penalty divides logits, which halves do not know"
+    assert verified() == (0, [True] * 6, [True] * 5), (
+        "the setting with a greedy penalty is not replayed: it changes logits, which the split decoder does not return"
+    )
     path = bundle / "choice.onnx"
     graph = onnx.load(str(path))
     for node in graph.graph.node:
@@ -147,7 +149,7 @@ def caption(*arguments):
     return CliRunner().invoke(main, ["caption", *map(str, arguments)])
 
 
-def test_the_command_line_takes_several_bundles_also_in_processes(pictures, tiny_bundle, other_bundle, both, tmp_path):
+def test_several_bundles_from_the_command_line(pictures, tiny_bundle, other_bundle, both, tmp_path):
     bundles = ("--bundle", tiny_bundle, "--bundle", other_bundle, "--bundle-weight", 1, "--bundle-weight", 0.5)
     common = (*bundles, "--input", pictures, "--beams", 3, "--max-new-tokens", 12)
     result = caption(*common, "--out", tmp_path / "run.csv")
@@ -162,7 +164,7 @@ def test_the_command_line_takes_several_bundles_also_in_processes(pictures, tiny
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "run.csv").read_bytes()
 
 
-def test_parity_is_shown_from_the_command_line(tiny_checkpoint, tiny_bundle, other_checkpoint, other_bundle, tmp_path):
+def test_parity_command_accepts_several_bundles(tiny_checkpoint, tiny_bundle, other_checkpoint, other_bundle, tmp_path):
     pairs = ["--checkpoint", tiny_checkpoint, "--bundle", tiny_bundle]
     pairs += ["--checkpoint", other_checkpoint, "--bundle", other_bundle]
     more = ["--beams", 3, "--no-repeat-ngram", 3, "--max-new-tokens", 20, "--out", tmp_path / "parity.json"]
@@ -184,7 +186,7 @@ def test_parity_is_shown_from_the_command_line(tiny_checkpoint, tiny_bundle, oth
         (("--bundle", "A", "--bundle", "B", "--backend", "openvino"), "caption together on cpu and cuda, not on"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(given, sentence, pictures, tiny_bundle, other_bundle, tmp_path):
+def test_invalid_options_are_one_line_errors(given, sentence, pictures, tiny_bundle, other_bundle, tmp_path):
     names = {"A": tiny_bundle, "B": other_bundle, "DEMO": "engine/assets/demo"}
     arguments = [names.get(one, one) for one in given]
     result = caption(*arguments, "--input", pictures, "--out", tmp_path / "run.csv")
@@ -193,7 +195,7 @@ def test_nonsense_is_refused_in_one_line(given, sentence, pictures, tiny_bundle,
     assert not (tmp_path / "run.csv").exists()
 
 
-def test_a_bundle_of_before_says_that_it_must_be_exported_again(tiny_bundle, other_bundle, tmp_path):
+def test_old_bundle_must_be_exported_again(tiny_bundle, other_bundle, tmp_path):
     older = tmp_path / "older"
     older.mkdir()
     manifest = json.loads((other_bundle / "manifest.json").read_text())
@@ -207,7 +209,7 @@ def test_a_bundle_of_before_says_that_it_must_be_exported_again(tiny_bundle, oth
     assert [*Captioner.load(older, backend="cpu", threads=1).caption(random_pictures(1))]
 
 
-def test_bundles_of_other_pictures_are_refused(tiny_captioner):
+def test_bundles_with_other_image_settings_are_refused(tiny_captioner):
     bundle = tiny_captioner.bundle
     for what, image in (("image size", {"height": 64}), ("resize filter", {"resample": "lanczos"})):
         with pytest.raises(BundleError, match=f"differ in the {what}"):

@@ -1,4 +1,4 @@
-"""Exports: what goes into the files, and checkpoints that are refused."""
+"""The export: contents of the files, and checkpoints that are refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_graphs_hold_the_checkpoints_tensors_once_under_their_names(tiny_bundle, tiny_reference):
+def test_graphs_store_each_tensor_once_by_name(tiny_bundle, tiny_reference):
     names = {t.name for t in onnx.load(tiny_bundle / "decoder.onnx").graph.initializer}
     assert "text_decoder.bert.embeddings.word_embeddings.weight" in names
     assert "text_decoder.cls.predictions.decoder.weight" not in names, "the tied LM head must not be stored again"
@@ -67,7 +67,7 @@ def test_only_standard_operators(tiny_bundle):
         assert [entry.version for entry in model.opset_import] == [18]
 
 
-def test_weights_that_are_fp16_values_are_stored_as_fp16_without_changing_a_caption(checkpoint_copy, tmp_path):
+def test_weights_exact_in_fp16_are_stored_as_fp16(checkpoint_copy, tmp_path):
     model = BlipForConditionalGeneration.from_pretrained(checkpoint_copy)
     round_to_fp16(model)
     model.save_pretrained(checkpoint_copy)
@@ -81,7 +81,7 @@ def test_weights_that_are_fp16_values_are_stored_as_fp16_without_changing_a_capt
     assert [caption.ids for caption in ours] == [best.ids for best, *_ in theirs]
 
 
-def test_a_bundle_turns_back_into_its_checkpoint(tiny_bundle, tiny_reference, tmp_path):
+def test_bundle_restores_its_checkpoint(tiny_bundle, tiny_reference, tmp_path):
     restored = load_checkpoint(restore_checkpoint(tiny_bundle, tmp_path / "restored"))
     for name, tensor in tiny_reference.model.state_dict().items():
         assert torch.equal(restored.state_dict()[name], tensor), name
@@ -102,7 +102,7 @@ def test_a_bundle_turns_back_into_its_checkpoint(tiny_bundle, tiny_reference, tm
         {"resample": 1},
     ],
 )
-def test_image_processor_settings_reach_bundle_and_restored_checkpoint(changes, checkpoint_copy, tmp_path):
+def test_image_processor_settings_reach_bundle_and_restore(changes, checkpoint_copy, tmp_path):
     edit_json(checkpoint_copy / "preprocessor_config.json", **changes)
     bundle = export_bundle(checkpoint_copy, tmp_path / "bundle", lambda _: None)
     pictures, options = random_pictures(5), DecodeOptions(num_beams=2)
@@ -113,11 +113,13 @@ def test_image_processor_settings_reach_bundle_and_restored_checkpoint(changes, 
         assert ours == [best.ids for best, *_ in theirs]
 
 
-def test_padding_and_truncation_left_in_the_tokenizer_do_not_touch_prompts(checkpoint_copy, tmp_path):
+def test_tokenizer_padding_does_not_affect_prompts(checkpoint_copy, tmp_path):
     tokenizer = Reference.load(checkpoint_copy).tokenizer
     tokenizer(["a chest"], padding="max_length", truncation=True, max_length=4)
     tokenizer.save_pretrained(checkpoint_copy)
-    assert json.loads((checkpoint_copy / "tokenizer.json").read_text())["truncation"], "the trap is not set"
+    assert json.loads((checkpoint_copy / "tokenizer.json").read_text())["truncation"], (
+        "the tokenizer was saved without truncation: the test shows nothing"
+    )
     bundle = export_bundle(checkpoint_copy, tmp_path / "bundle", lambda _: None)
     ids = Captioner.load(bundle.path, backend="cpu").tokenizer.prompt_ids("a picture of the chest")
     assert len(ids) == 6
@@ -132,7 +134,7 @@ def test_padding_and_truncation_left_in_the_tokenizer_do_not_touch_prompts(check
         {"max_position_embeddings": 30},
     ],
 )
-def test_a_checkpoints_own_defaults_do_not_stand_in_the_way_of_its_export(settings, tmp_path):
+def test_checkpoint_defaults_do_not_prevent_export(settings, tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint", text=settings)
     export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)
 
@@ -146,7 +148,7 @@ def test_a_checkpoints_own_defaults_do_not_stand_in_the_way_of_its_export(settin
         ({"hidden_act": "gelu_new"}, {"hidden_act": "quick_gelu"}),
     ],
 )
-def test_any_dims_heads_and_eps_are_read_from_the_checkpoint(text, vision, tmp_path):
+def test_sizes_and_eps_come_from_the_checkpoint(text, vision, tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint", text=text, vision=vision)
     export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)  # replays its golden recordings
     bundle = Bundle.load(tmp_path / "bundle")
@@ -154,19 +156,19 @@ def test_any_dims_heads_and_eps_are_read_from_the_checkpoint(text, vision, tmp_p
 
 
 @pytest.mark.parametrize("is_tie", [True, False])
-def test_a_golden_picture_is_left_out_only_where_a_tie_explains_it(is_tie, tiny_checkpoint, tmp_path, monkeypatch):
-    """The engine is made to say another word about picture 1 in setting 2, and the trace to call that a tie or real."""
+def test_golden_image_is_skipped_only_at_a_tie(is_tie, tiny_checkpoint, tmp_path, monkeypatch):
+    """Change the engine's caption of image 1 in setting 2, and let the trace call it a tie or a real mismatch."""
     plain = export_module.replay
 
-    def other_word(captioner, golden, setting):
+    def changed_caption(captioner, golden, setting):
         found = plain(captioner, golden, setting)
         if setting == 2:
             best = found[1][0]
             found[1][0] = replace(best, ids=(*best.ids[:-1], best.ids[-1] + 1))
         return found
 
-    monkeypatch.setattr(export_module, "replay", other_word)
-    monkeypatch.setattr("engine.machine.verify.replay", other_word)
+    monkeypatch.setattr(export_module, "replay", changed_caption)
+    monkeypatch.setattr("engine.machine.verify.replay", changed_caption)
     verdict = "tie" if is_tie else "real"
     monkeypatch.setattr(export_module, "judge", lambda *_: (verdict, Divergence(0, 1e-7, is_tie)))
     result = export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle")
@@ -175,8 +177,8 @@ def test_a_golden_picture_is_left_out_only_where_a_tie_explains_it(is_tie, tiny_
         return
     assert result.exit_code == 0, result.output
     golden = Golden.load(tmp_path / "bundle" / "golden.npz")
-    left_out = [[ids is None for ids in golden.expected(i)] for i in range(len(golden.settings))]
-    assert left_out == [[False, i == 2, False] for i in range(len(golden.settings))]
+    skipped = [[ids is None for ids in golden.expected(i)] for i in range(len(golden.settings))]
+    assert skipped == [[False, i == 2, False] for i in range(len(golden.settings))]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_a_golden_picture_is_left_out_only_where_a_tie_explains_it(is_tie, tiny_
         },
     ],
 )
-def test_generation_defaults_travel_with_the_bundle(wanted, checkpoint_copy, tmp_path):
+def test_bundle_stores_generation_defaults(wanted, checkpoint_copy, tmp_path):
     config = json.loads((checkpoint_copy / "config.json").read_text())
     config["text_config"] |= wanted
     (checkpoint_copy / "config.json").write_text(json.dumps(config))
@@ -210,7 +212,7 @@ def cut(ids: list[int], bundle: Bundle) -> tuple[int, ...]:
     return tuple(ids[:end])
 
 
-def test_the_position_table_is_resized_as_hugging_face_interpolates_it(tiny_checkpoint, tmp_path):
+def test_position_table_is_resized_as_in_hugging_face(tiny_checkpoint, tmp_path):
     """16 px images on a 32 px table: the exported graph equals generate(interpolate_pos_encoding=True)."""
     bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", lambda _: None, image_size=16)
     reference, pictures = Reference.load(tiny_checkpoint), random_pictures(4)
@@ -277,7 +279,7 @@ def test_the_position_table_is_resized_as_hugging_face_interpolates_it(tiny_chec
         ),
     ],
 )
-def test_unusable_checkpoints_get_one_clear_error_and_leave_nothing_behind(damage, sentence, checkpoint_copy, tmp_path):
+def test_bad_checkpoint_gives_one_error_and_no_files(damage, sentence, checkpoint_copy, tmp_path):
     damage(checkpoint_copy)
     result = export("--checkpoint", checkpoint_copy, "--out", tmp_path / "bundle")
     assert result.exit_code == 1
@@ -297,7 +299,7 @@ def test_both_exporters_write_the_same_bytes(tiny_checkpoint, tiny_bundle, tmp_p
 
 
 @pytest.mark.parametrize("manifest", [None, '{"name": "my web app"}', '{"format": 1, "files": {}}'])
-def test_a_directory_that_is_more_than_a_bundle_is_not_replaced(manifest, tiny_checkpoint, tmp_path):
+def test_directory_with_other_files_is_not_replaced(manifest, tiny_checkpoint, tmp_path):
     (tmp_path / "precious.txt").write_text("x")
     if manifest:
         (tmp_path / "manifest.json").write_text(manifest)
@@ -307,7 +309,7 @@ def test_a_directory_that_is_more_than_a_bundle_is_not_replaced(manifest, tiny_c
     assert (tmp_path / "precious.txt").exists()
 
 
-def test_an_earlier_bundle_is_replaced(tiny_checkpoint, tiny_bundle, tmp_path):
+def test_existing_bundle_is_replaced(tiny_checkpoint, tiny_bundle, tmp_path):
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
     (tmp_path / "bundle" / "golden.npz").write_bytes(b"damaged")
     assert export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle").exit_code == 0
@@ -327,18 +329,18 @@ def few_settings(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("few_settings")
 def test_ties_do_not_refuse_an_export(tie_rich, tmp_path):
-    """Early ties lead to captions of quite different scores: the first divergence decides, not the final scores."""
+    """Early ties lead to captions with very different scores: the first divergence decides, not the final scores."""
     result = export("--checkpoint", tie_rich, "--out", tmp_path / "bundle")
     assert result.exit_code == 0, result.output
-    ties = [line for line in result.output.splitlines() if "a tie" in line]
+    ties = [line for line in result.output.splitlines() if "its captions tie" in line]
     assert ties, "the checkpoint has no ties: the test shows nothing"
     arguments = ["verify", "--bundle", str(tmp_path / "bundle"), "--backend", "cpu"]
     assert CliRunner().invoke(engine_main, arguments).exit_code == 0
 
 
 @pytest.mark.usefixtures("few_settings")
-def test_wrong_graphs_are_refused_in_one_sentence(tie_rich, tmp_path, monkeypatch):
-    """Ties excuse nothing else: one weight of the graphs is off."""
+def test_wrong_graphs_are_refused_in_one_line(tie_rich, tmp_path, monkeypatch):
+    """Ties do not excuse other errors: one weight of the graphs is wrong."""
 
     def write_wrong_graphs(model, *arguments, **settings):
         wrong = copy.deepcopy(model)
@@ -352,12 +354,12 @@ def test_wrong_graphs_are_refused_in_one_sentence(tie_rich, tmp_path, monkeypatc
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "the exported graphs do not give PyTorch's captions" in error
     assert "of 3 golden images" in error
-    assert not re.search(r"\w+\(\w+=", error), "the text of an object is no message"
+    assert not re.search(r"\w+\(\w+=", error), "the message contains the repr of an object"
     assert not list(tmp_path.iterdir())
 
 
 def test_golden_settings_cover_every_option(tiny_bundle):
-    """An option that neither `engine verify` nor parity would notice must not exist. Sampling is excluded by name."""
+    """Every option must change a golden setting, so that `engine verify` tests it. Sampling is excluded by name."""
     recorded = Golden.load(tiny_bundle / "golden.npz").settings
     off = DEFAULTS | {"num_beams": 1}
     for name in set(DECODE_OPTIONS) - set(SAMPLING):
@@ -373,7 +375,7 @@ def test_parity_accepts_every_option():
 
 
 def test_golden_options_change_captions(tiny_bundle, tiny_captioner):
-    """Recordings prove an option only if the captions differ without it."""
+    """A recording tests an option only if the captions differ without it."""
     golden = Golden.load(tiny_bundle / "golden.npz")
     for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words", "bad_words_ids", "repetition_penalty"):
         (number,) = [i for i, setting in enumerate(golden.settings) if name in setting][-1:]
@@ -397,7 +399,7 @@ def test_verify_compares_alternatives(tiny_bundle, tiny_captioner):
 
 @pytest.fixture
 def quick_export(tiny_bundle, monkeypatch) -> None:
-    """The steps of an export without the work: its draft is a copy of a bundle that exists."""
+    """Replace the slow steps of an export: its draft is a copy of an existing bundle."""
     monkeypatch.setattr(
         export_module, "_write_files", lambda _reference, out, *_: shutil.copytree(tiny_bundle, out, dirs_exist_ok=True)
     )
@@ -407,7 +409,7 @@ def quick_export(tiny_bundle, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_export")
-def test_an_earlier_bundle_survives_a_failed_move(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch):
+def test_existing_bundle_survives_a_failed_move(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch):
     out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     before, rename = (out / "manifest.json").stat().st_ino, Path.replace
 
@@ -426,7 +428,7 @@ def test_an_earlier_bundle_survives_a_failed_move(tiny_checkpoint, tiny_bundle, 
 
 @pytest.mark.usefixtures("quick_export")
 @pytest.mark.parametrize("step", ["_write_files", "write_manifest", "_move"])
-def test_a_full_disk_is_named(step, tiny_checkpoint, tmp_path, monkeypatch):
+def test_full_disk_is_reported(step, tiny_checkpoint, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -452,7 +454,7 @@ def test_drafts_of_killed_exports_are_removed(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.usefixtures("quick_export")
-def test_a_bundle_moved_by_a_killed_export_comes_back(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch):
+def test_bundle_moved_by_killed_export_is_restored(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch):
     dead = tmp_path / ".bundle.a1_b2c3d"
     shutil.copytree(tiny_bundle, dead / "replaced")
     (dead / "bundle").mkdir()
@@ -463,7 +465,7 @@ def test_a_bundle_moved_by_a_killed_export_comes_back(tiny_checkpoint, tiny_bund
 
 
 @pytest.mark.usefixtures("quick_export")
-def test_two_exports_to_one_place_are_refused(tiny_checkpoint, tmp_path):
+def test_concurrent_exports_to_one_folder_are_refused(tiny_checkpoint, tmp_path):
     with OutputLock(tmp_path / "bundle"):
         result = export("--checkpoint", tiny_checkpoint, "--out", tmp_path / "bundle")
     assert result.exit_code == 2

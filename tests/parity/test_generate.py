@@ -1,7 +1,7 @@
-"""The top rung: ids and scores of Hugging Face `generate`, over the whole grid of settings.
+"""Parity with Hugging Face `generate`: ids and scores over the whole grid of settings.
 
-What transformers 4.57.6 says there is kept as one digest a row of the grid (tests/data/grid_ids.json, written with
-GRID_IDS=write), and 5.x must say the same: `make test-next`.
+The ids of transformers 4.57.6 are stored as one digest per row of the grid (tests/data/grid_ids.json, written with
+GRID_IDS=write), and transformers 5 must give the same ids: `make test-next`.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ MIN_NEW_TOKENS = (None, 6)
 MAX_NEW_TOKENS = 14
 IMAGES = 17
 SLOTS = (17, 5, 1)
-"""Images decoded side by side, 17 in all, 3 where one at a time; every number of slots must give the same captions."""
+"""Images decoded in parallel, of 17 in all (of 3 with one slot); each number of slots must give the same captions."""
 
 SCORE_TOLERANCE = 1e-4
-"""The issue's bound; measured 2e-6 on the tiny model."""
+"""Required bound; measured 2e-6 on the tiny model."""
 
 
 GRID_IDS = Path(__file__).parents[1] / "data/grid_ids.json"
 
 
 @pytest.fixture(scope="module")
-def said():
-    """Digests of the ids of each row of the grid, as far as it is run."""
-    digests: dict[str, str] = {}
-    yield digests
+def digests():
+    """Digests of the ids of each row of the grid that was run."""
+    by_row: dict[str, str] = {}
+    yield by_row
     if os.environ.get("GRID_IDS") == "write":
-        GRID_IDS.write_text(json.dumps(digests, indent=1) + "\n")
+        GRID_IDS.write_text(json.dumps(by_row, indent=1) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def pixel_values(pictures, tiny_reference):
 
 
 def search_options(num_beams):
-    """Length penalty and early stopping do nothing without beams, so greedy is tried once."""
+    """Return the combinations to test. Length penalty and early stopping have no effect on greedy search."""
     return [(1.0, False)] if num_beams == 1 else itertools.product(LENGTH_PENALTY, EARLY_STOPPING)
 
 
@@ -70,7 +70,7 @@ def search_options(num_beams):
 @pytest.mark.parametrize("ngram", NO_REPEAT)
 @pytest.mark.parametrize("num_beams", BEAMS)
 def test_captions_equal_generate(
-    num_beams, ngram, prompt, min_new_tokens, pictures, pixel_values, tiny_captioner, tiny_reference, said
+    num_beams, ngram, prompt, min_new_tokens, pictures, pixel_values, tiny_captioner, tiny_reference, digests
 ):
     digest = hashlib.sha256()
     for length_penalty, early_stopping in search_options(num_beams):
@@ -85,7 +85,7 @@ def test_captions_equal_generate(
             num_return_sequences=num_beams,
         )
         theirs = tiny_reference.generate(pixel_values, options)
-        digest.update(json.dumps([[one.ids for one in several] for several in theirs]).encode())
+        digest.update(json.dumps([[caption.ids for caption in captions] for captions in theirs]).encode())
         for slots in SLOTS:
             count = 3 if slots == 1 else IMAGES
             ours = tiny_captioner.caption(pictures[:count], options, rows=slots * num_beams)
@@ -96,9 +96,9 @@ def test_captions_equal_generate(
                         [a.score for a in mine.alternatives], [e.score for e in expected], atol=SCORE_TOLERANCE
                     )
     row = f"{num_beams} beams, {ngram}-grams, prompt {prompt}, at least {min_new_tokens}"
-    said[row] = digest.hexdigest()
+    digests[row] = digest.hexdigest()
     if IS_5:
-        assert said[row] == json.loads(GRID_IDS.read_text())[row], "not what transformers 4.57.6 says"
+        assert digests[row] == json.loads(GRID_IDS.read_text())[row], "differs from transformers 4.57.6"
 
 
 PENALTIES = (1.0, 1.2, 2.5)
@@ -117,9 +117,9 @@ BANS = {
 @pytest.mark.parametrize("bans", BANS)
 @pytest.mark.parametrize("num_beams", [1, 3, 4])
 def test_penalties_and_bans_equal_generate(
-    num_beams, bans, pictures, pixel_values, tiny_captioner, tiny_reference, said
+    num_beams, bans, pictures, pixel_values, tiny_captioner, tiny_reference, digests
 ):
-    """Greedy the penalty is on raw logits, with beams on log-probabilities; the words a prompt holds count."""
+    """The penalty applies to raw logits in greedy search and to log-probabilities with beams; prompt tokens count."""
     digest = hashlib.sha256()
     plain = None
     for penalty, ngram, prompt, least in itertools.product(PENALTIES, (0, 2), PROMPT, (None, 6)):
@@ -134,12 +134,12 @@ def test_penalties_and_bans_equal_generate(
             **BANS[bans],
         )
         theirs = tiny_reference.generate(pixel_values, options)
-        found = [[one.ids for one in several] for several in theirs]
+        found = [[caption.ids for caption in captions] for captions in theirs]
         digest.update(json.dumps(found).encode())
         if (penalty, ngram, least) == (1.0, 0, None):
             plain = found
         elif penalty == PENALTIES[-1]:
-            assert found != plain, "the penalty does nothing here"
+            assert found != plain, "the penalty changes no caption"
         ours = tiny_captioner.caption(pictures, options, rows=5 * num_beams)
         for mine, expected in zip(ours, theirs, strict=True):
             assert [a.ids for a in mine.alternatives] == [e.ids for e in expected], options
@@ -147,16 +147,14 @@ def test_penalties_and_bans_equal_generate(
                 np.testing.assert_allclose(
                     [a.score for a in mine.alternatives], [e.score for e in expected], atol=SCORE_TOLERANCE
                 )
-    said[row := f"{num_beams} beams, penalties, bans: {bans}"] = digest.hexdigest()
+    digests[row := f"{num_beams} beams, penalties, bans: {bans}"] = digest.hexdigest()
     if IS_5:
-        assert said[row] == json.loads(GRID_IDS.read_text())[row], "not what transformers 4.57.6 says"
+        assert digests[row] == json.loads(GRID_IDS.read_text())[row], "differs from transformers 4.57.6"
 
 
 @pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.3, "bad_words": ("the",)}])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_prompt_for_each_picture_equals_generate_one_at_a_time(
-    num_beams, more, pictures, tiny_captioner, tiny_reference
-):
+def test_prompt_per_image_equals_generate_one_by_one(num_beams, more, pictures, tiny_captioner, tiny_reference):
     texts = ("", "a", "a picture of the chest", "ct of the left upper lobe showing", "mri")
     prompts = {str(i): texts[i % len(texts)] for i in range(len(pictures))}
     options = DecodeOptions(
@@ -169,8 +167,8 @@ def test_a_prompt_for_each_picture_equals_generate_one_at_a_time(
         assert mine.ids == theirs.ids, prompts[mine.id]
 
 
-def test_the_grid_is_worth_its_time(pictures, tiny_captioner):
-    """Captions differ between pictures and end at many lengths, else parity would be easy to reach."""
+def test_grid_captions_are_diverse(pictures, tiny_captioner):
+    """Captions must differ between images and in length, otherwise parity would be too easy."""
     options = DecodeOptions(num_beams=4, max_new_tokens=MAX_NEW_TOKENS)
     ids = [caption.ids for caption in tiny_captioner.caption(pictures, options)]
     assert len(set(ids)) > IMAGES // 2
@@ -187,13 +185,13 @@ def test_lengths_count_as_in_generate(options, prompt, pictures, pixel_values, t
         assert mine.ids == expected.ids
 
 
-def test_captions_come_in_input_order_under_their_ids(pictures, tiny_captioner):
+def test_captions_are_in_input_order_with_ids(pictures, tiny_captioner):
     captions = list(tiny_captioner.caption(pictures, DecodeOptions(num_beams=2), rows=6))
     assert [caption.id for caption in captions] == [str(i) for i in range(IMAGES)]
 
 
-def test_identical_images_are_captioned_once_and_each_gets_the_caption(pictures, tiny_captioner, monkeypatch):
-    """Copies side by side, far apart and last; without copies the same captions come out."""
+def test_identical_images_are_captioned_once(pictures, tiny_captioner, monkeypatch):
+    """Copies next to each other, far apart and at the end get the captions of a run without copies."""
     options = DecodeOptions(num_beams=2)
     alone = {
         id(picture): caption.ids
@@ -211,7 +209,7 @@ def test_identical_images_are_captioned_once_and_each_gets_the_caption(pictures,
 
 @pytest.fixture(scope="module")
 def one_at_a_time(pictures, tiny_reference):
-    """What generate says about each picture alone, greedy and with four beams."""
+    """Captions of generate for each image alone, greedy and with four beams."""
     found = {}
     for num_beams in (1, 4):
         options = DecodeOptions(num_beams=num_beams, no_repeat_ngram_size=2, max_new_tokens=MAX_NEW_TOKENS)
@@ -229,10 +227,10 @@ def one_at_a_time(pictures, tiny_reference):
     encode_batch=st.integers(1, 5),
     num_beams=st.sampled_from([1, 4]),
 )
-def test_no_company_changes_a_caption(
+def test_batching_does_not_change_captions(
     arrivals, num_slots, encode_batch, num_beams, pictures, tiny_captioner, one_at_a_time
 ):
-    """Any order of arrival, any number of slots, any batch of the encoder: the ids of each image alone."""
+    """In any order, with any number of slots and any encoder batch, an image gets the ids that it gets alone."""
     options, expected = one_at_a_time[num_beams]
     spec = tiny_captioner.bundle.image
     pixels = np.stack([read_image(pictures[i], spec.height, spec.width, spec.resample) for i in arrivals])

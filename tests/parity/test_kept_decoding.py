@@ -1,4 +1,4 @@
-"""Models that carry the decoding of their validation: from a run over the kept model to what its bundle says."""
+"""Models that store the decoding settings of their validation: training, the stored model, and its bundle."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """With settings of its own, none of which the winner has."""
+    """Return a checkpoint whose generation settings all differ from the winner's."""
     own = {"num_beams": 4, "no_repeat_ngram_size": 2, "early_stopping": True, "suppress_tokens": [9]}
     return make_checkpoint(tmp_path_factory.mktemp("start") / "checkpoint", end_bias=4.0, text=own)
 
@@ -67,14 +67,14 @@ def second_stage(first_stage, data, tmp_path_factory):
     return out
 
 
-def judged(kept: Path) -> dict[str, str]:
-    """Return what the validation captioned."""
+def validation_captions(kept: Path) -> dict[str, str]:
+    """Return the captions of the validation."""
     return read_table(kept / "valid.csv").single()
 
 
 @pytest.mark.parametrize("stage", ["first_stage", "second_stage"])
-def test_generate_captions_with_a_kept_model_as_the_validation_did(stage, data, request):
-    """Without any argument, in whatever way Hugging Face loads it."""
+def test_generate_with_kept_model_equals_validation(stage, data, request):
+    """generate needs no argument, for both ways in which Hugging Face loads the model."""
     kept = request.getfixturevalue(stage) / "models" / "epoch_01"
     text = json.loads((kept / "config.json").read_text())["text_config"]
     generation = json.loads((kept / "generation_config.json").read_text())
@@ -85,25 +85,25 @@ def test_generate_captions_with_a_kept_model_as_the_validation_did(stage, data, 
     pixels = reference.pixels([Image.open(data / f"valid/valid{i}.png").convert("RGB") for i in range(IMAGES)])
     with torch.inference_mode():
         rows = BlipForConditionalGeneration.from_pretrained(kept).generate(pixel_values=pixels)
-    said = [detokenise(reference.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-    assert judged(kept) == {f"valid{i}": text for i, text in enumerate(said)}
+    captions = [detokenise(reference.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    assert validation_captions(kept) == {f"valid{i}": text for i, text in enumerate(captions)}
 
 
-def test_a_bundle_of_a_kept_model_captions_as_the_validation_did(second_stage, data, tmp_path):
-    kept, said = second_stage / "models" / "epoch_01", []
-    bundle = export_bundle(kept, tmp_path / "bundle", said.append)
+def test_bundle_of_kept_model_equals_validation(second_stage, data, tmp_path):
+    kept, log = second_stage / "models" / "epoch_01", []
+    bundle = export_bundle(kept, tmp_path / "bundle", log.append)
     assert bundle.generation == KNOWN
-    assert not [line for line in said if line.startswith("note")]  # both files of settings say the same
+    assert not [line for line in log if line.startswith("note")]  # both files have the same settings
     paths = [data / f"valid/valid{i}.png" for i in range(IMAGES)]
     captioner = Captioner.load(tmp_path / "bundle")
     captions = list(captioner.caption(paths))
-    assert {one.id: one.text for one in captions} == judged(kept)
+    assert {one.id: one.text for one in captions} == validation_captions(kept)
     assert all(len(one.ids) > KNOWN["min_new_tokens"] for one in captions)
     for name, other in (("num_beams", 1), ("repetition_penalty", 1.0), ("min_new_tokens", 0)):
         assert [one.text for one in captioner.caption(paths, **{name: other})] != [one.text for one in captions], name
 
 
-def test_without_the_setting_a_model_keeps_the_decoding_of_its_checkpoint(checkpoint, data, tmp_path):
+def test_write_decoding_off_keeps_checkpoint_settings(checkpoint, data, tmp_path):
     recipe = replace(RECIPES["medblip-2026"], **SMALL, write_decoding=False)
     finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), lambda _: None)
     text = json.loads((tmp_path / "run/models/epoch_01/config.json").read_text())["text_config"]
@@ -111,8 +111,8 @@ def test_without_the_setting_a_model_keeps_the_decoding_of_its_checkpoint(checkp
     assert "repetition_penalty" not in text
 
 
-def test_settings_of_a_greedy_recipe_take_the_place_of_beams(checkpoint, data, tmp_path):
-    """Hugging Face saves no length penalty without beams; captions end where the 64 positions of the model do."""
+def test_settings_of_greedy_recipe_replace_beams(checkpoint, data, tmp_path):
+    """Hugging Face saves no length penalty without beams; the length limit is the model's 64 positions."""
     recipe = replace(RECIPES["smoke"], **SMALL | {"epochs": 2, "eval_max_new_tokens": 99}, write_decoding=True)
     recipe = replace(recipe, eval_length_penalty=2.0)
     finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), lambda _: None)

@@ -1,4 +1,4 @@
-"""The rungs below `generate`: pixels, encoder, prefill, cached step against uncached forward."""
+"""Parity of the parts below `generate`: pixels, encoder, prefill, and cached steps against uncached forward passes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def engine_pixels(pictures: list[Image.Image]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "LA"])
-def test_pixels_are_the_bytes_of_the_slow_image_processor(mode, tiny_reference):
+def test_pixels_equal_the_slow_image_processor(mode, tiny_reference):
     picture = random_pictures(1)[0].convert(mode)
     theirs = tiny_reference.image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")[
         "pixel_values"
@@ -34,7 +34,7 @@ def test_pixels_are_the_bytes_of_the_slow_image_processor(mode, tiny_reference):
     np.testing.assert_array_equal(ours.transpose(2, 0, 1), theirs)
 
 
-def test_cross_keys_and_values_are_the_encoders(tiny_captioner, tiny_reference):
+def test_cross_keys_and_values_equal_hugging_face(tiny_captioner, tiny_reference):
     pictures = random_pictures(3)
     cross = tiny_captioner.backend.encode(engine_pixels(pictures))
     model = tiny_reference.model
@@ -51,7 +51,7 @@ def test_cross_keys_and_values_are_the_encoders(tiny_captioner, tiny_reference):
 
 
 class Lockstep:
-    """A backend that runs two others side by side and demands the same candidates at every step."""
+    """A backend that runs two others in lockstep and asserts that both return the same candidates at every step."""
 
     name = "lockstep"
 
@@ -71,9 +71,9 @@ class Lockstep:
     def step(self, cache, inputs: StepInputs):
         scores, ids = self.ours.step(cache[0], inputs)
         expected_scores, expected_ids = self.theirs.step(cache[1], inputs)
-        wanted = np.isfinite(inputs.scores).any(1)  # closed images are fed on, and nobody reads what comes back
-        np.testing.assert_allclose(scores[wanted], expected_scores[wanted], atol=LOG_PROB_TOLERANCE)
-        np.testing.assert_array_equal(ids[wanted], expected_ids[wanted])
+        running = np.isfinite(inputs.scores).any(1)  # finished images are still fed, but their results are not used
+        np.testing.assert_allclose(scores[running], expected_scores[running], atol=LOG_PROB_TOLERANCE)
+        np.testing.assert_array_equal(ids[running], expected_ids[running])
         self.steps += 1
         return scores, ids
 
@@ -84,10 +84,8 @@ class Lockstep:
 
 @pytest.mark.parametrize("prompt", [None, "a picture of the chest"])
 @pytest.mark.parametrize(("num_beams", "ngram"), [(1, 0), (3, 2), (6, 3)])
-def test_every_cached_step_gives_the_candidates_of_an_uncached_forward(
-    num_beams, ngram, prompt, tiny_captioner, tiny_reference
-):
-    """Prefill included; steps span several regroupings, images leave and others take their slots on the way."""
+def test_cached_steps_equal_uncached_forward(num_beams, ngram, prompt, tiny_captioner, tiny_reference):
+    """Includes the prefill, several regroupings, and images that finish while others take their slots."""
     options = DecodeOptions(
         num_beams=num_beams, no_repeat_ngram_size=ngram, min_new_tokens=9, max_new_tokens=26, prompt=prompt
     )
@@ -98,14 +96,14 @@ def test_every_cached_step_gives_the_candidates_of_an_uncached_forward(
     assert backend.steps > 24
 
 
-def test_prompts_start_with_dec_and_lose_sep(tiny_captioner, tiny_reference):
+def test_prompts_start_with_dec_and_drop_sep(tiny_captioner, tiny_reference):
     theirs = tiny_reference.prompt_ids("a picture of the chest")[0]
     bos = tiny_captioner.bundle.tokens.bos
     assert tiny_captioner.tokenizer.prompt_ids("a picture of the chest") == (bos, *theirs[1:-1].tolist())
     assert tiny_captioner.tokenizer.prompt_ids(None) == (bos,)
 
 
-def test_raw_text_is_what_transformers_decodes(tiny_captioner, tiny_reference):
+def test_raw_text_equals_transformers_decode(tiny_captioner, tiny_reference):
     rng = np.random.default_rng(0)
     for _ in range(50):
         ids = [tiny_captioner.bundle.tokens.bos, *rng.integers(0, len(tiny_reference.tokenizer), 15).tolist()]

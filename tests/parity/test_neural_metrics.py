@@ -30,7 +30,7 @@ def small_bert() -> None:
     fetch_assets(MINILM, SMALL_BERT)
 
 
-def test_a_path_with_t5_in_it_is_not_taken_for_a_t5_model(tmp_path, monkeypatch):
+def test_path_containing_t5_is_not_a_t5_model(tmp_path, monkeypatch):
     names = iter(["_t5_", "plain", "more"])
     monkeypatch.setattr("tempfile._get_candidate_names", lambda: names)
     folder = tmp_path / "part5" / "bert"
@@ -43,7 +43,7 @@ def test_a_path_with_t5_in_it_is_not_taken_for_a_t5_model(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("idf", [False, True])
 @pytest.mark.parametrize("layer", [None, 4])
-def test_bertscore_is_bert_scores_own(idf, layer):
+def test_bertscore_equals_bert_score_library(idf, layer):
     from bert_score import BERTScorer
 
     metric = BertScore(MetricInputs(weights={"bertscore": MINILM}), idf=idf, layer=layer)
@@ -58,7 +58,7 @@ def test_bertscore_is_bert_scores_own(idf, layer):
     )
     pairs = [(preprocess(one), several) for one, several in zip(CANDIDATES, references, strict=True)]
     expected = np.array([max(scorer.score([c], [r])[2].item() for r in several) for c, several in pairs])
-    expected[2] = 1.0  # both empty as they were written: the organisers' rule
+    expected[2] = 1.0  # the organisers' rule for two captions that are empty as written
     np.testing.assert_allclose(found.per_image, expected, atol=1e-6)
     assert found.per_image[3] == found.per_image[4] == 0.0
     assert np.isfinite(found.value)
@@ -67,14 +67,14 @@ def test_bertscore_is_bert_scores_own(idf, layer):
     assert "model:small-bert@" in signature
 
 
-def test_bertscore_of_a_pair_does_not_depend_on_the_others(tmp_path):
-    """bert-score's own batches do: they pad with zeros, which win where every cosine is negative."""
+def test_bertscore_of_a_pair_does_not_depend_on_the_batch(tmp_path):
+    """With bert-score it does: it pads batches with zeros, which win if all cosines are negative."""
     from bert_score import BERTScorer
     from transformers import BertModel
 
     folder = folder_of(tmp_path, {}, 512, positions=64)
     model = BertModel.from_pretrained(folder)
-    model.embeddings.token_type_embeddings.weight.data.zero_()  # a part of every word, which makes cosines positive
+    model.embeddings.token_type_embeddings.weight.data.zero_()  # it is added to every token and makes cosines positive
     model.save_pretrained(folder)
     metric = BertScore(MetricInputs(weights={"bertscore": folder}, batch_size=3))
     candidates = ["ct", "mri of the brain", "mass", "chest lesion", "the left kidney and the right kidney of"]
@@ -88,7 +88,7 @@ def test_bertscore_of_a_pair_does_not_depend_on_the_others(tmp_path):
     assert np.abs(together - alone).max() > 1e-3  # otherwise this test could not fail
 
 
-def test_idf_weights_are_those_of_the_paper():
+def test_idf_weights_follow_the_paper():
     """Three references of tokens {a,b}, {a,c}, {d}: ln((N + 1) / (df + 1))."""
     from bert_score.utils import get_idf_dict
 
@@ -108,7 +108,7 @@ def test_idf_weights_are_those_of_the_paper():
     assert weights["cls"] == 0.0
 
 
-def test_a_layer_the_model_has_not_is_refused():
+def test_missing_layer_is_refused():
     with pytest.raises(UsageError, match="has layers 1 to 6"):
         BertScore(MetricInputs(weights={"bertscore": MINILM}), layer=40).measure(ITEMS)
 
@@ -147,7 +147,7 @@ def clip_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def clip_tokenizer(clip_folder, tmp_path, monkeypatch):
-    """Stand in for the text half of CLIP's processor: no package has a CLIP vocabulary, so BLIP's tokenizer is used."""
+    """Replaces the text part of CLIP's processor with BLIP's tokenizer, because no package has a CLIP vocabulary."""
     from transformers import CLIPImageProcessor
 
     tokenizer = make_tokenizer(tmp_path)
@@ -173,7 +173,7 @@ def clip_tokenizer(clip_folder, tmp_path, monkeypatch):
         ("1000,5000", [0, 64, 128], "|high-bit-depth:1000,5000"),
     ],
 )
-def test_clipscore_reads_deep_images_as_the_run_did(depth, levels, signed, clip_folder, tmp_path):
+def test_clipscore_reads_16_bit_images_as_the_run_did(depth, levels, signed, clip_folder, tmp_path):
     values = np.repeat(np.array([[1000, 2000, 3000]], np.uint16), 3, 0)
     for name, content in (("deep", values), ("plain", np.repeat(np.array([levels], np.uint8), 3, 0))):
         (tmp_path / name).mkdir()
@@ -208,7 +208,7 @@ def test_clipscore_reads_the_frame_of_the_run(clip_folder, tmp_path, monkeypatch
     assert "|dicom-frame:3|" in metric.signature()
 
 
-def test_clipscore_is_a_scaled_cosine_of_the_models_features(clip_folder, clip_tokenizer, tmp_path):
+def test_clipscore_is_a_scaled_cosine_of_features(clip_folder, clip_tokenizer, tmp_path):
     from transformers import CLIPImageProcessor, CLIPModel
 
     paths = sorted(save_pictures(tmp_path, 5).glob("?.png"))
@@ -239,7 +239,7 @@ def test_clipscore_is_a_scaled_cosine_of_the_models_features(clip_folder, clip_t
 
 
 def folder_of(tmp_path: Path, config: dict, tokenizer_limit: int | None, positions: int) -> Path:
-    """Write a random BERT with few positions, and a tokenizer that knows another limit or none."""
+    """Write a random BERT with few positions, and a tokenizer with another limit or none."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -256,7 +256,7 @@ def folder_of(tmp_path: Path, config: dict, tokenizer_limit: int | None, positio
 
 
 @pytest.mark.parametrize("limit", [None, 512])
-def test_captions_longer_than_the_model_are_cut_and_counted(limit, tmp_path):
+def test_captions_longer_than_the_model_are_truncated(limit, tmp_path):
     metric = BertScore(MetricInputs(weights={"bertscore": folder_of(tmp_path, {}, limit, positions=16)}))
     long = "chest x-ray " * 40
     found = metric.measure(Items(["a", "b"], [long, "x"], [("chest x-ray",), ("x",)]))
@@ -264,7 +264,7 @@ def test_captions_longer_than_the_model_are_cut_and_counted(limit, tmp_path):
     assert found.note == "1 texts are longer than the model's 16 tokens and were truncated"
 
 
-def test_weights_of_another_model_are_no_metric(tmp_path):
+def test_weights_of_another_model_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = folder_of(tmp_path, {}, 512, positions=64)

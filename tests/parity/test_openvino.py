@@ -1,4 +1,4 @@
-"""The backend openvino: generate's captions, and bf16, which is not parity. What it keeps: unit/engine/backends."""
+"""The openvino backend: parity with generate, and bf16, which has no parity. Its cache: tests/unit/engine/backends."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILIT
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory) -> Path:
-    """A cache of this module's own."""
+    """Use a separate cache for this module."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
@@ -88,7 +88,7 @@ def test_captions_equal_generate(name, captioner, pictures, pixel_values, tiny_r
                 )
 
 
-def test_a_prompt_for_each_picture_and_drawn_captions_are_those_of_onnx_runtime(captioner, tiny_captioner, pictures):
+def test_prompts_and_sampling_equal_onnx_runtime(captioner, tiny_captioner, pictures):
     prompts = {str(i): ("", "a", "ct of the left upper lobe showing")[i % 3] for i in range(IMAGES)}
     for given in (
         {"num_beams": 3, "prompts": prompts},
@@ -97,22 +97,22 @@ def test_a_prompt_for_each_picture_and_drawn_captions_are_those_of_onnx_runtime(
         assert ids(captioner, pictures, **given) == ids(tiny_captioner, pictures, **given)
 
 
-def test_pytorchs_answers_are_replayed(captioner, tmp_path):
+def test_golden_recordings_replay(captioner, tmp_path):
     assert all(check.passed for check in verify(captioner.bundle, captioner.backend))
     earlier = Bundle.load(bundle_of_084ae4d(tmp_path / "bundle"))  # of format 1
     assert all(check.passed for check in verify(earlier, open_backend(earlier, Runtime("openvino"))))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_rounded_bundles_run_too(precision, rounded_bundles):
+def test_fp16_and_int8_bundles_pass_verify(precision, rounded_bundles):
     bundle = Bundle.load(rounded_bundles[precision])
     assert all(check.passed for check in verify(bundle, open_backend(bundle, Runtime("openvino", threads=1))))
     with pytest.raises(UsageError, match=f"is {precision}, but --cpu-precision bf16 is for fp32 bundles"):
         OpenVinoBackend(bundle, cpu_precision="bf16")
 
 
-def test_iterations_that_take_turns_do_not_disturb_each_other(captioner, pictures):
-    """Each has keys of its own: a request that both used would hand one the other's."""
+def test_interleaved_iterations_are_independent(captioner, pictures):
+    """Each iteration has its own keys and values; a shared request would mix them up."""
     expected = ids(captioner, pictures, num_beams=3), ids(captioner, pictures[::-1], num_beams=4)
     first, second = (
         captioner.caption(some, rows=8, max_new_tokens=14, num_beams=beams)
@@ -137,12 +137,10 @@ def run(image_dir: Path, bundle: Path, out: Path, *more: object):
     return CliRunner().invoke(main, [*map(str, words), "--json"])
 
 
-def test_a_run_that_was_cut_off_goes_on_and_one_of_another_backend_does_not(
-    image_dir, tiny_bundle, tmp_path, monkeypatch
-):
+def test_interrupted_run_resumes_only_on_same_backend(image_dir, tiny_bundle, tmp_path, monkeypatch):
     out, step, steps = tmp_path / "run.csv", OpenVinoBackend.step, []
 
-    def dies(backend, cache, inputs):
+    def interrupted(backend, cache, inputs):
         steps.append(1)
         if len(steps) > 40:
             raise KeyboardInterrupt
@@ -150,7 +148,7 @@ def test_a_run_that_was_cut_off_goes_on_and_one_of_another_backend_does_not(
 
     whole = run(image_dir, tiny_bundle, tmp_path / "whole.csv", "--backend", "cpu")
     assert whole.exit_code == 0, whole.output
-    monkeypatch.setattr(OpenVinoBackend, "step", dies)
+    monkeypatch.setattr(OpenVinoBackend, "step", interrupted)
     cut = run(image_dir, tiny_bundle, out, "--backend", "openvino")
     assert cut.exit_code == 130, cut.output
     monkeypatch.undo()
@@ -163,34 +161,34 @@ def test_a_run_that_was_cut_off_goes_on_and_one_of_another_backend_does_not(
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     out.unlink()
     steps.clear()
-    monkeypatch.setattr(OpenVinoBackend, "step", dies)
+    monkeypatch.setattr(OpenVinoBackend, "step", interrupted)
     assert run(image_dir, tiny_bundle, out, "--backend", "openvino").exit_code == 130
-    afresh = run(image_dir, tiny_bundle, out, "--backend", "cpu")
-    assert "was moved to" in afresh.stderr
-    assert json.loads(afresh.stdout.splitlines()[-1])["resumed"] == 0
+    restarted = run(image_dir, tiny_bundle, out, "--backend", "cpu")
+    assert "was moved to" in restarted.stderr
+    assert json.loads(restarted.stdout.splitlines()[-1])["resumed"] == 0
 
 
-def test_openvino_reports_to_nobody(tmp_path):
-    """Its import would tell Google Analytics, and leaves an identifier in the home folder."""
-    said = "import sys; from engine.backends import require_backend; require_backend('openvino')"
-    listed = f"{said}; print([name for name in sys.modules if 'telemetry' in name and '_stub' not in name])"
+def test_openvino_telemetry_is_off(tmp_path):
+    """Its import would send data to Google Analytics and write an identifier to the home folder."""
+    code = "import sys; from engine.backends import require_backend; require_backend('openvino')"
+    code = f"{code}; print([name for name in sys.modules if 'telemetry' in name and '_stub' not in name])"
     done = subprocess.run(
-        [sys.executable, "-c", listed], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True
+        [sys.executable, "-c", code], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "openvino_telemetry" not in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_release_of_openvino_decides_a_journal_of_its_own_alone():
+def test_environment_names_openvino_only_for_its_backend():
     from engine.bundle.signature import environment
 
     assert f"openvino:{openvino.__version__.partition('-')[0]}" in environment("openvino")
     assert "openvino" not in environment("cpu")
 
 
-def test_bf16_rounds_and_says_so(captioner, pictures):
-    """Asked for at the class, for processors without it: there OpenVINO may multiply float32 all the same."""
+def test_bf16_rounds_products(captioner, pictures):
+    """Uses the class itself, which does not check the processor: without bf16, OpenVINO may multiply in float32."""
     bundle = captioner.bundle
     rounded = OpenVinoBackend(bundle, threads=1, cpu_precision="bf16")
     pixels = np.stack([np.asarray(picture.resize((32, 32))) for picture in pictures])
@@ -198,13 +196,13 @@ def test_bf16_rounds_and_says_so(captioner, pictures):
     assert error < 0.05
     if HAS_BF16:
         assert error > 1e-3, "nothing was rounded"
-    said = ids(Captioner(bundle, rounded), pictures, num_beams=4)
-    same = sum(one == other for one, other in zip(said, ids(captioner, pictures, num_beams=4), strict=True))
+    rounded_ids = ids(Captioner(bundle, rounded), pictures, num_beams=4)
+    same = sum(one == other for one, other in zip(rounded_ids, ids(captioner, pictures, num_beams=4), strict=True))
     assert same > IMAGES // 2
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this processor has no instructions for bf16")
-def test_a_run_in_bf16_is_labelled_and_reported(image_dir, tiny_bundle, tmp_path):
+def test_bf16_run_is_labelled_and_reported(image_dir, tiny_bundle, tmp_path):
     rounded = ("--backend", "openvino", "--cpu-precision", "bf16")
     result = run(image_dir, tiny_bundle, tmp_path / "run.csv", *rounded)
     assert result.exit_code == 0, result.output
@@ -227,9 +225,7 @@ def test_a_run_in_bf16_is_labelled_and_reported(image_dir, tiny_bundle, tmp_path
         ("auto", "use --backend openvino, or remove --cpu-precision"),
     ],
 )
-def test_bf16_is_refused_in_one_line_where_the_processor_has_none(
-    backend, sentence, image_dir, tiny_bundle, tmp_path, monkeypatch
-):
+def test_bf16_is_refused_without_cpu_support(backend, sentence, image_dir, tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
     result = run(image_dir, tiny_bundle, tmp_path / "run.csv", "--backend", backend, "--cpu-precision", "bf16")
     assert result.exit_code == 1
@@ -238,8 +234,8 @@ def test_bf16_is_refused_in_one_line_where_the_processor_has_none(
     assert not list(tmp_path.glob("run.csv*"))
 
 
-def test_on_arm_onnx_runtime_gets_its_fast_math(tiny_bundle, tmp_path, monkeypatch):
-    """What it does there cannot be seen on x86, where the setting is without effect."""
+def test_onnx_runtime_uses_bf16_fast_math_on_arm(tiny_bundle, tmp_path, monkeypatch):
+    """Checks only the session setting, which has no effect on x86."""
     import onnxruntime
 
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")

@@ -1,4 +1,4 @@
-"""`python -m export.parity`: what it reports, and how it tells a tie from a real mismatch."""
+"""`python -m export.parity`: its report, and how it distinguishes a tie from a real mismatch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_parity(checkpoint, bundle, image_dir, out):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_a_faithful_bundle_passes_and_the_report_says_how_well(tiny_checkpoint, tiny_bundle, image_dir, tmp_path):
+def test_correct_bundle_passes(tiny_checkpoint, tiny_bundle, image_dir, tmp_path):
     result = run_parity(tiny_checkpoint, tiny_bundle, image_dir, tmp_path / "parity.json")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "parity.json").read_text())
@@ -50,7 +50,7 @@ def other_checkpoint(tmp_path_factory):
 
 
 def test_real_mismatches_fail(other_checkpoint, tiny_bundle, image_dir, tmp_path):
-    """The manifest names the other checkpoint as the source, so only the captions show that the weights differ."""
+    """The manifest is changed to name the other checkpoint, so only the captions show that the weights differ."""
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     write_manifest(bundle, manifest | {"checkpoint": {"sha256": checkpoint_sha256(other_checkpoint)}})
@@ -74,7 +74,7 @@ def test_real_mismatches_fail(other_checkpoint, tiny_bundle, image_dir, tmp_path
     assert all(m["gap"] > 1e-4 for m in mismatches if m["verdict"] == "real")
 
 
-def test_another_checkpoints_bundle_is_refused_at_once(other_checkpoint, tiny_bundle, image_dir, tmp_path, monkeypatch):
+def test_bundle_of_another_checkpoint_is_refused(other_checkpoint, tiny_bundle, image_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("export.parity.compare_setting", lambda *_: pytest.fail("captioning has begun"))
     result = run_parity(other_checkpoint, tiny_bundle, image_dir, tmp_path / "parity.json")
     assert result.exit_code == 1
@@ -82,7 +82,7 @@ def test_another_checkpoints_bundle_is_refused_at_once(other_checkpoint, tiny_bu
     assert f"was exported from another checkpoint than {other_checkpoint}" in result.output
 
 
-def test_the_same_weights_in_other_files_are_compared(tiny_bundle, tmp_path):
+def test_same_weights_in_other_files_are_accepted(tiny_bundle, tmp_path):
     restored = restore_checkpoint(tiny_bundle, tmp_path / "restored")
     weights = load_file(restored / "model.safetensors")
     save_file(weights, restored / "model.safetensors", {"format": "pt", "note": "other bytes"})
@@ -108,7 +108,7 @@ def test_decoding_options_apply_to_both_sides(tiny_checkpoint, tiny_bundle, imag
     )
 
 
-def test_alternatives_that_differ_are_a_mismatch(tiny_captioner, tiny_reference, monkeypatch):
+def test_different_alternatives_are_a_mismatch(tiny_captioner, tiny_reference, monkeypatch):
     """The best captions agree, the second ones do not."""
     pictures = {"x": random_pictures(1)[0]}
     options = tiny_captioner.bundle.options(num_beams=3, num_return_sequences=2)
@@ -132,7 +132,7 @@ def test_alternatives_that_differ_are_a_mismatch(tiny_captioner, tiny_reference,
         ),
     ],
 )
-def test_options_that_do_not_fit_are_refused_first(
+def test_invalid_options_are_refused_before_captioning(
     given, sentence, tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("export.parity.compare_setting", lambda *_: pytest.fail("captioning has begun"))
@@ -143,7 +143,7 @@ def test_options_that_do_not_fit_are_refused_first(
 
 
 class Words(PrefixBackend):
-    """The same next-word log-probabilities after every prefix: `words` {id: log-probability}, all else far below."""
+    """Gives the same log-probabilities after each prefix: `words` {id: log-probability}, all others far lower."""
 
     def __init__(self, vocab_size: int, words: dict[int, float]) -> None:
         self.row = (-9.0 - 0.1 * np.arange(vocab_size)).astype(np.float32)
@@ -156,7 +156,7 @@ class Words(PrefixBackend):
 
 @pytest.fixture
 def explain(tiny_captioner, tiny_reference, monkeypatch):
-    """Explain how a program that sees `ours` and a reference that sees `theirs` caption one picture."""
+    """Judge an image for which the engine has the log-probabilities `ours` and the reference has `theirs`."""
 
     def run(ours: dict[int, float], theirs: dict[int, float], num_beams: int = 1):
         size = tiny_captioner.bundle.model.vocab_size
@@ -174,22 +174,22 @@ def explain(tiny_captioner, tiny_reference, monkeypatch):
 
 @pytest.mark.parametrize(("nudge", "verdict"), [(1e-6, "tie"), (1e-2, "real")])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_the_gap_at_the_first_divergence_decides(nudge, verdict, num_beams, explain):
-    """Two words nearly the same: `nudge` apart, in opposite directions."""
+def test_gap_at_first_divergence_decides(nudge, verdict, num_beams, explain):
+    """Two tokens whose scores differ by `nudge`, in opposite directions."""
     found, divergence = explain({7: -1.0 + nudge / 2, 8: -1.0}, {7: -1.0 - nudge / 2, 8: -1.0}, num_beams)
     assert found == verdict
     assert divergence.step == 0
     assert divergence.gap == pytest.approx(nudge, rel=0.6)
 
 
-def test_a_word_scored_wrongly_is_real_even_where_the_reference_did_not_keep_it(explain):
+def test_wrong_score_outside_reference_candidates_is_real(explain):
     verdict, divergence = explain({7: -1.0, 8: -1.0 - 1e-6}, {7: -8.5, 8: -1.0 - 1e-6})
     assert verdict == "real"
     assert divergence.gap > 7
 
 
-def test_a_harmless_swap_does_not_excuse_a_later_error(explain):
-    """Words 7 and 8 tie and change places; the end token is wrong by 3, which decides the caption."""
+def test_tie_does_not_excuse_a_later_error(explain):
+    """Tokens 7 and 8 tie and change ranks; the end token's score is wrong by 3, which decides the caption."""
     ours, theirs = {7: -1.0, 8: -1.0 - 1e-7, 3: -2.0}, {7: -1.0 - 1e-7, 8: -1.0, 3: -5.0}
     verdict, _ = explain(ours, theirs, num_beams=2)
     assert verdict == "real"
@@ -198,10 +198,10 @@ def test_a_harmless_swap_does_not_excuse_a_later_error(explain):
 @pytest.mark.parametrize(
     ("gap", "score_error", "verdict"), [(1e-7, 0.0, "batch"), (1e-2, 0.0, "real"), (1e-7, 0.5, "real")]
 )
-def test_another_turn_beside_other_pictures_needs_a_tie_and_a_right_score(
+def test_batch_verdict_needs_a_tie_and_correct_score(
     gap, score_error, verdict, tiny_captioner, tiny_reference, monkeypatch
 ):
-    """Alone both say word 7; beside others the engine said word 8, `gap` behind, its score off by `score_error`."""
+    """Alone, both choose token 7. In a batch the engine chose token 8, `gap` lower, its score off by `score_error`."""
     words = Words(tiny_captioner.bundle.model.vocab_size, {7: -1.0, 8: -1.0 - gap})
     monkeypatch.setattr("export.reference.trace.UncachedBackend", lambda _: words)
     monkeypatch.setattr(tiny_captioner, "backend", words)
@@ -209,17 +209,15 @@ def test_another_turn_beside_other_pictures_needs_a_tie_and_a_right_score(
     (mine,) = tiny_captioner.caption([picture], options)
     monkeypatch.setattr(Reference, "generate", lambda *_: [[ReferenceCaption(mine.ids, None)]])
     assert mine.ids[1] == 7
-    beside_others = replace(mine.best, ids=(mine.ids[0], 8), sum_log_prob=-1.0 - gap + score_error)
-    found, _ = judge(tiny_reference, tiny_captioner, picture, options, beside_others)
+    in_batch = replace(mine.best, ids=(mine.ids[0], 8), sum_log_prob=-1.0 - gap + score_error)
+    found, _ = judge(tiny_reference, tiny_captioner, picture, options, in_batch)
     assert found == verdict
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize(("gap", "verdict"), [(1e-7, "batch"), (1e-2, "real")])
-def test_generate_takes_another_path_with_its_caches(
-    gap, verdict, num_beams, tiny_captioner, tiny_reference, monkeypatch
-):
-    """Both traces end in word 7, but `generate` returned word 8, whose score is `gap` lower."""
+def test_generate_with_caches_takes_another_path(gap, verdict, num_beams, tiny_captioner, tiny_reference, monkeypatch):
+    """Both traces end in token 7, but `generate` returned token 8, whose score is `gap` lower."""
     words = Words(tiny_captioner.bundle.model.vocab_size, {7: -1.0, 8: -1.0 - gap})
     monkeypatch.setattr("export.reference.trace.UncachedBackend", lambda _: words)
     monkeypatch.setattr(tiny_captioner, "backend", words)
@@ -230,7 +228,7 @@ def test_generate_takes_another_path_with_its_caches(
     assert judge(tiny_reference, tiny_captioner, picture, options, mine.best)[0] == verdict
 
 
-def test_a_caption_no_trace_ends_in_is_real(tiny_captioner, tiny_reference, monkeypatch):
+def test_caption_that_no_trace_gives_is_real(tiny_captioner, tiny_reference, monkeypatch):
     options, picture = DecodeOptions(num_beams=2, max_new_tokens=4), random_pictures(1)[0]
     (mine,) = tiny_captioner.caption([picture], options)
     monkeypatch.setattr(Reference, "generate", lambda *_: [[ReferenceCaption((*mine.ids, 9), None)]])
@@ -238,7 +236,7 @@ def test_a_caption_no_trace_ends_in_is_real(tiny_captioner, tiny_reference, monk
     assert found == "real"
 
 
-def test_other_text_or_other_scores_for_the_same_ids_fail_too():
+def test_different_text_or_scores_for_equal_ids_fail():
     good = SettingReport({}, images=2, identical=2, identical_text=2, max_score_difference=1e-6, mismatches=[])
     assert good.passed
     assert not replace(good, identical_text=1).passed

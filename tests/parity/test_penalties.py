@@ -1,4 +1,4 @@
-"""Penalties, banned words and prompts of a picture's own from the command line, and bundles of before they existed."""
+"""Penalties, banned words and prompts per image from the command line, and bundles from before these existed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WINNER = (
     "--max-new-tokens",
     64,
 )
-"""How the winner of ImageCLEF 2026 decodes."""
+"""Decoding options of the winner of ImageCLEF 2026."""
 
 
 def caption(*arguments):
@@ -50,7 +50,7 @@ def older_bundle(tmp_path_factory) -> Path:
     return bundle_of_084ae4d(tmp_path_factory.mktemp("older") / "bundle")
 
 
-def test_the_winners_settings_run_from_the_command_line(tmp_path):
+def test_winner_settings_from_the_command_line(tmp_path):
     out = tmp_path / "run.csv"
     result = caption("--input", "examples/images", "--out", out, "--n-best-out", tmp_path / "run.jsonl", *WINNER)
     assert result.exit_code == 0, result.output
@@ -61,7 +61,7 @@ def test_the_winners_settings_run_from_the_command_line(tmp_path):
     assert len(rows_of(out)) == len(found) > 2
 
 
-def test_banned_words_come_from_a_file(pictures, tiny_bundle, tiny_captioner, tmp_path):
+def test_banned_words_from_a_file(pictures, tiny_bundle, tiny_captioner, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("the\n\nwhite arrow\n")
     arguments = ("--bundle", tiny_bundle, "--input", pictures, "--beams", 2, "--out", tmp_path / "run.csv")
@@ -86,7 +86,7 @@ def test_banned_words_come_from_a_file(pictures, tiny_bundle, tiny_captioner, tm
         ("--bad-words", "[SEP]\n", "spells a special token"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(option, value, sentence, pictures, tiny_bundle, tmp_path):
+def test_invalid_options_are_one_line_errors(option, value, sentence, pictures, tiny_bundle, tmp_path):
     if str(value).endswith("\n"):
         (tmp_path / "words.txt").write_text(value)
         value = tmp_path / "words.txt"
@@ -97,7 +97,7 @@ def test_nonsense_is_refused_in_one_line(option, value, sentence, pictures, tiny
     assert not out.exists()
 
 
-def test_a_bundle_of_before_captions_as_before_and_bans_but_knows_no_penalty(older_bundle):
+def test_old_bundle_supports_bans_but_no_penalty(older_bundle):
     older, newer = Captioner.load(older_bundle), Captioner.load()
     assert (older.bundle.format, newer.bundle.format) == (1, 2)
     files = sorted(Path("examples/images").iterdir())[:3]
@@ -112,7 +112,7 @@ def test_a_bundle_of_before_captions_as_before_and_bans_but_knows_no_penalty(old
         older.caption(files, repetition_penalty=1.2)
 
 
-def test_prompts_of_each_picture_are_checked_at_once(tiny_captioner):
+def test_prompts_per_image_are_checked_at_once(tiny_captioner):
     pictures = random_pictures(2)
     with pytest.raises(UsageError, match="spells a special token"):
         tiny_captioner.caption(pictures, prompts={"0": "a", "1": "[SEP]"})
@@ -129,8 +129,8 @@ def prompts(tmp_path) -> Path:
     return table
 
 
-def test_a_table_of_prompts_from_the_command_line(pictures, prompts, tiny_bundle, tmp_path):
-    """The same bytes from one process and from two; only the pictures whose prompt has changed are captioned again."""
+def test_table_of_prompts_from_the_command_line(pictures, prompts, tiny_bundle, tmp_path):
+    """One and two processes write the same bytes. Only the images whose prompt changed are captioned again."""
     given = ("--bundle", tiny_bundle, "--input", pictures, "--beams", 2, "--max-new-tokens", 9)
     run, other = tmp_path / "run.csv", tmp_path / "other.csv"
     result = caption(*given, "--prompts", prompts, "--out", run, "--update")
@@ -163,9 +163,7 @@ def test_a_table_of_prompts_from_the_command_line(pictures, prompts, tiny_bundle
         ("".join(f"{i},{'a ' * 60}\n" for i in range(5)), (), "does not fit: this bundle takes"),
     ],
 )
-def test_a_table_of_prompts_that_does_not_fit_is_refused(
-    rows, more, sentence, pictures, prompts, tiny_bundle, tmp_path
-):
+def test_invalid_table_of_prompts_is_refused(rows, more, sentence, pictures, prompts, tiny_bundle, tmp_path):
     prompts.write_text("ID,prompt\n" + rows)
     out = tmp_path / "run.csv"
     result = caption("--bundle", tiny_bundle, "--input", pictures, "--out", out, "--prompts", prompts, *more)
@@ -174,7 +172,7 @@ def test_a_table_of_prompts_that_does_not_fit_is_refused(
     assert not out.exists()
 
 
-def test_equal_pictures_with_different_prompts_have_captions_of_their_own(tiny_captioner):
+def test_equal_images_with_different_prompts_differ(tiny_captioner):
     (picture,) = random_pictures(1)
     found = list(tiny_captioner.caption([picture] * 3, prompts={"0": "a", "1": "mri of", "2": "a"}, num_beams=2))
     assert found[0].ids == found[2].ids != found[1].ids

@@ -1,4 +1,4 @@
-"""fp16 and int8: what their graphs hold, how often they say what float32 says, and exports that are refused."""
+"""fp16 and int8 bundles: types of their graphs, agreement with float32, and exports that are refused."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from tests.helpers.tiny import random_pictures, save_pictures
 
 OPTIONS = DecodeOptions(num_beams=4, no_repeat_ngram_size=3)
 LEAST_IDENTICAL = {"fp16": 57, "int8": 41}
-"""Of 60 pictures. The tiny model's random words are close rivals: of three seeds fp16 kept 59, 60 and 60, int8 45, 57
-and 58. A broken mask, scale or cache leaves next to none."""
+"""Minimum number of equal captions, of 60. The tiny model's random tokens have close scores: with three seeds, fp16 had
+59, 60 and 60 equal captions, and int8 had 45, 57 and 58. A broken mask, scale or cache leaves almost none."""
 
 
 def invoke(command, *arguments: object):
@@ -63,24 +63,24 @@ def graph_of(bundle: Path, part: str) -> onnx.GraphProto:
 
 
 def value_types(graph: onnx.GraphProto) -> dict[str, int]:
-    """{name: element type} of everything whose type is known."""
+    """Return {name: element type} of all tensors with a known type."""
     values = [*graph.input, *graph.output, *graph.value_info]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_most_captions_are_those_of_float32(precision, captioners):
+def test_most_captions_equal_float32(precision, captioners):
     pictures = random_pictures(60, seed=7)
     expected, found = (list(captioners[name].caption(pictures, OPTIONS)) for name in ("fp32", precision))
     identical = sum(a.ids == b.ids for a, b in zip(expected, found, strict=True))
     assert identical >= LEAST_IDENTICAL[precision]
-    assert len({caption.ids for caption in found}) > 30, "all say the same: agreement proves nothing"
+    assert len({caption.ids for caption in found}) > 30, "too few different captions: agreement proves nothing"
     assert any(a.score != b.score for a, b in zip(expected, found, strict=True)), "nothing was converted"
 
 
 @pytest.mark.parametrize(("precision", "keys"), [("fp16", TensorProto.FLOAT16), ("int8", TensorProto.FLOAT)])
-def test_inputs_and_outputs_have_the_precisions_types(precision, keys, bundles):
+def test_input_and_output_types_follow_the_precision(precision, keys, bundles):
     fixed = {"pixel_values": TensorProto.UINT8, "ancestry": TensorProto.BOOL}
     fixed |= dict.fromkeys(("scores", "penalties", "candidate_scores"), TensorProto.FLOAT)
     integers = ("input_ids", "positions", "marked_ids", "num_candidates", "candidate_ids", "slots", "columns")
@@ -91,7 +91,7 @@ def test_inputs_and_outputs_have_the_precisions_types(precision, keys, bundles):
             assert value.type.tensor_type.elem_type == fixed.get(value.name, keys), (part, value.name)
 
 
-def test_fp16_keeps_scores_float32_and_layer_norm_in_one_node(bundles, tiny_reference):
+def test_fp16_graph_types_and_layer_norm_nodes(bundles, tiny_reference):
     decoder = graph_of(bundles["fp16"], "decoder")
     types = value_types(decoder)
     for kind in ("LogSoftmax", "ScatterElements", "TopK"):
@@ -113,7 +113,7 @@ def test_fp16_keeps_scores_float32_and_layer_norm_in_one_node(bundles, tiny_refe
         assert not [node for node in graph.node if node.op_type in ("ReduceMean", "Pow", "Sqrt")]
 
 
-def test_int8_holds_dense_weights_as_int8_and_the_head_as_float32(bundles):
+def test_int8_graph_keeps_the_head_float32(bundles):
     for part in ("encoder", "decoder"):
         graph = onnx.load(bundles["int8"] / f"{part}.onnx").graph
         assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
@@ -130,22 +130,22 @@ def test_int8_holds_dense_weights_as_int8_and_the_head_as_float32(bundles):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_golden_recordings_stay_pytorchs_and_what_differs_is_listed(precision, bundles):
-    bundle = Bundle.load(bundles[precision])
+def test_golden_recordings_list_differing_captions(precision, bundles):
+    converted = Bundle.load(bundles[precision])
     mine, theirs = (Golden.load(bundles[name] / "golden.npz") for name in (precision, "fp32"))
-    listed = json.loads((bundle.path / "manifest.json").read_text())["conversion"]
+    listed = json.loads((converted.path / "manifest.json").read_text())["conversion"]
     for setting, report in enumerate(listed["golden"]):
         different = {difference["image"] for difference in report["differences"]}
         assert report["identical"] + len(different) == report["images"] == len(theirs.pixel_values)
         for i, (ours, expected) in enumerate(zip(mine.expected(setting), theirs.expected(setting), strict=True)):
             assert ours == (None if f"golden picture {i}" in different else expected)
     assert listed["encoder_error"] <= listed["encoder_bound"] == exporter.ENCODER_BOUND[precision]
-    result = invoke(engine_main, "verify", "--bundle", bundle.path, "--backend", "cpu")
+    result = invoke(engine_main, "verify", "--bundle", converted.path, "--backend", "cpu")
     assert result.exit_code == 0, result.output
-    assert f"precision:{precision}" in run_signature(bundle, "cpu", OPTIONS)
+    assert f"precision:{precision}" in run_signature(converted, "cpu", OPTIONS)
 
 
-def test_verify_of_fp16_notices_a_score_beyond_its_tolerance(bundles, tmp_path):
+def test_verify_of_fp16_checks_score_tolerance(bundles, tmp_path):
     copied = Path(shutil.copytree(bundles["fp16"], tmp_path / "bundle"))
     with np.load(copied / "golden.npz") as archive:
         golden = dict(archive)
@@ -170,10 +170,8 @@ def spoil(checkpoint: Path, parameter: str, factor: float) -> None:
         ("text_decoder.bert.encoder.layer.1.output.dense.weight", 1e5, "log-probabilities are not finite"),
     ],
 )
-def test_a_checkpoint_whose_numbers_float16_cannot_hold_is_refused(
-    parameter, factor, sentence, tiny_checkpoint, tmp_path
-):
-    """Layer normalisation brings the large activations back to size: float32 is in no trouble, and passes first."""
+def test_checkpoint_that_overflows_float16_is_refused(parameter, factor, sentence, tiny_checkpoint, tmp_path):
+    """Layer normalisation scales the large activations down, so the float32 bundle passes its checks."""
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     spoil(checkpoint, parameter, factor)
     result = invoke(export_main, "--checkpoint", checkpoint, "--out", tmp_path / "fp16", "--precision", "fp16")
@@ -198,7 +196,7 @@ def test_an_encoder_that_is_off_by_more_than_the_bound_is_refused(tiny_checkpoin
     ("there", "error"),
     [([[1.0, -4.0]], 0.0), ([[1.0, -4.2]], 0.05), ([[np.inf, 1.0]], np.inf), ([[0, np.nan]], np.inf)],
 )
-def test_encoder_error_is_the_largest_difference_over_the_peak(there, error):
+def test_encoder_error_is_relative_to_the_peak(there, error):
     class Fixed:
         def __init__(self, values):
             self.values = np.array(values, np.float32)
@@ -211,7 +209,7 @@ def test_encoder_error_is_the_largest_difference_over_the_peak(there, error):
 
 
 @pytest.mark.parametrize("prompt", [None, "a picture of the"])
-def test_a_captions_forced_log_probability_is_what_its_search_summed_up(prompt, tiny_captioner):
+def test_forced_log_prob_equals_the_search_sum(prompt, tiny_captioner):
     options = replace(OPTIONS, prompt=prompt, no_repeat_ngram_size=2)
     search = tiny_captioner.search(options)
     for picture in np.stack([np.asarray(p.resize((32, 32))) for p in random_pictures(3)]):
@@ -221,15 +219,15 @@ def test_a_captions_forced_log_probability_is_what_its_search_summed_up(prompt, 
         assert forced == pytest.approx(best.sum_log_prob, abs=1e-4)
 
 
-def test_a_difference_says_where_and_how_much_worse(tiny_captioner):
+def test_difference_has_position_and_gap(tiny_captioner):
     picture = np.asarray(random_pictures(1)[0].resize((32, 32)))
     ((_, (first, second)),) = tiny_captioner.scheduler(
         tiny_captioner.search(replace(OPTIONS, num_return_sequences=2))
     ).decode(picture[None])
 
     def report(other: Hypothesis):
-        sayings = ([ScoredCaption(h.ids, h.score)] for h in (first, other))
-        return compare_captions(tiny_captioner, OPTIONS, [("x", picture)], *sayings)
+        captions = ([ScoredCaption(h.ids, h.score)] for h in (first, other))
+        return compare_captions(tiny_captioner, OPTIONS, [("x", picture)], *captions)
 
     (difference,) = report(second).differences
     assert first.ids[: difference.position] == second.ids[: difference.position]
@@ -240,7 +238,7 @@ def test_a_difference_says_where_and_how_much_worse(tiny_captioner):
     assert shifted.max_score_drift == pytest.approx(0.25 / max(1.0, abs(first.score)), abs=1e-6)
 
 
-def test_the_report_compares_a_directory_and_refuses_strangers(bundles, image_dir, tmp_path):
+def test_report_on_a_directory_and_unrelated_bundles(bundles, image_dir, tmp_path):
     out = tmp_path / "report.json"
     arguments = ("--images", image_dir, "--beams", 3, "--out", out)
     result = invoke(main, "--bundle", bundles["int8"], "--against", bundles["fp32"], *arguments)
@@ -264,25 +262,25 @@ def test_the_report_compares_a_directory_and_refuses_strangers(bundles, image_di
     assert "come from different checkpoints" in refused.output
 
 
-def test_rounded_weights_are_not_called_the_checkpoint(bundles, tmp_path):
+def test_restore_refuses_rounded_weights(bundles, tmp_path):
     result = invoke(restore_main, "--bundle", bundles["fp16"], "--out", tmp_path / "restored")
     assert result.exit_code == 1
     assert "are rounded to fp16: restore from the fp32 bundle" in result.output
     assert not (tmp_path / "restored").exists()
 
 
-@pytest.mark.parametrize(("graphs", "said"), [("fp32", "fp16"), ("fp16", "fp32"), ("fp16", "int8")])
-def test_graphs_of_another_type_than_the_manifest_says_are_refused(graphs, said, bundles, tmp_path):
+@pytest.mark.parametrize(("graphs", "precision"), [("fp32", "fp16"), ("fp16", "fp32"), ("fp16", "int8")])
+def test_graph_types_that_contradict_manifest_are_refused(graphs, precision, bundles, tmp_path):
     copied = Path(shutil.copytree(bundles[graphs], tmp_path / "bundle"))
     manifest = json.loads((copied / "manifest.json").read_text())
-    write_manifest(copied, manifest | {"precision": said})
+    write_manifest(copied, manifest | {"precision": precision})
     result = invoke(engine_main, "verify", "--bundle", copied, "--backend", "cpu")
     assert result.exit_code == 1
     assert len(result.output.splitlines()) == 1
-    assert f"the manifest's precision {said} requires tensor(float" in result.output
+    assert f"the manifest's precision {precision} requires tensor(float" in result.output
 
 
-def test_parity_is_not_asked_of_other_precisions(bundles, tiny_checkpoint, tmp_path):
+def test_parity_refuses_other_precisions(bundles, tiny_checkpoint, tmp_path):
     words = ("--checkpoint", tiny_checkpoint, "--bundle", bundles["fp16"], "--out", tmp_path / "parity.json")
     result = invoke(parity_main, *words)
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""The programs of the benchmark say what the engine says: only then may their times be compared."""
+"""The programs of the benchmark give the engine's captions, so that their times can be compared."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def conventional_graphs(tiny_reference, tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("options", SETTINGS)
-def test_the_usual_onnx_loop(tiny_captioner, tiny_reference, conventional_graphs, pictures, options):
+def test_conventional_onnx_loop_equals_engine(tiny_captioner, tiny_reference, conventional_graphs, pictures, options):
     program = Conventional(conventional_graphs, tiny_captioner.search(options), threads=1)
     found = program.caption(tiny_reference.pixels(pictures).numpy())
     assert [hypothesis.ids for hypothesis in found] == engine_ids(tiny_captioner, pictures, options)
 
 
 @pytest.mark.parametrize("options", SETTINGS)
-def test_generate_without_scores_says_the_same(tiny_reference, pictures, options):
+def test_generate_without_scores_gives_same_ids(tiny_reference, pictures, options):
     pixel_values = tiny_reference.pixels(pictures)
     with_scores, without = (
         tiny_reference.generate(pixel_values, options, with_scores=asked) for asked in (True, False)

@@ -1,4 +1,4 @@
-"""Whole runs on data with a column of prompts: fine-tuning, rewards, and what is refused before they begin."""
+"""Training runs on data with a column of prompts: fine-tuning, rewards, and errors before training starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Nine pictures to learn from and three to judge by; two of three have a prompt."""
+    """Write nine training images and three validation images; two of three have a prompt."""
     root = tmp_path_factory.mktemp("data")
     for split, count in (("train", 9), ("valid", 3)):
         (root / split).mkdir()
@@ -41,44 +41,44 @@ def data(tmp_path_factory):
     return root
 
 
-def behind_prompts(reference, data, split, options):
-    """What Hugging Face says of each picture behind its prompt: {id: (all ids, text behind the prompt)}."""
+def captions_after_prompts(reference, data, split, options):
+    """Return Hugging Face's caption of each image with its prompt: {id: (all ids, text after the prompt)}."""
     table = read_table(data / f"{split}_captions.csv")
     found = {}
     for name, prompt in table.columns["prompt"].items():
         pixels = reference.pixels([Image.open(data / split / f"{name}.png").convert("RGB")])
         ((best,),) = reference.generate(pixels, options.replace(prompt=prompt or None))
-        told = 1 + len(reference.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        text = detokenise(reference.tokenizer.decode(best.ids[told:], skip_special_tokens=True))
+        prompt_length = 1 + len(reference.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        text = detokenise(reference.tokenizer.decode(best.ids[prompt_length:], skip_special_tokens=True))
         found[name] = best.ids, text
     return found
 
 
-def test_a_run_on_prompts_learns_their_captions_and_keeps_what_follows_them(checkpoint, data, tmp_path):
+def test_training_with_prompts_stores_text_after_them(checkpoint, data, tmp_path):
     recipe = replace(RECIPES["smoke"], epochs=4, learning_rate=1e-2, batch_size=9, device_batch=3, keep=1)
-    said = []
-    finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), said.append)
-    assert "train: 6 of 9 captions start from a prompt of their image" in said
+    log = []
+    finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), log.append)
+    assert "train: 6 of 9 captions start from a prompt of their image" in log
     best = tmp_path / "run" / "best"
-    expected = behind_prompts(Reference.load(best), data, "valid", evaluation_options(recipe))
+    expected = captions_after_prompts(Reference.load(best), data, "valid", evaluation_options(recipe))
     written = read_table(best / "valid.csv").single()
     assert written == {name: text for name, (_, text) in expected.items()}
     assert not any(prompt and text.startswith(prompt) for prompt, text in zip(PROMPTS, written.values(), strict=True))
-    log = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
-    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    entries = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
     assert losses[-1] < losses[0] - 0.5
     table = data / "valid_captions.csv"
     other = table.read_text().replace("mri with", "mri")
     try:
         before, _ = table.read_text(), table.write_text(other)
         with pytest.raises(UsageError, match="holds another run, which differs in data"):
-            finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), said.append)
+            finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), log.append)
     finally:
         table.write_text(before)
 
 
-def test_rewards_are_of_what_follows_a_prompt_and_pull_at_nothing_else(checkpoint, data, tmp_path, monkeypatch):
-    """One step: the greedy captions are Hugging Face's behind each prompt, and the loss is summed by hand."""
+def test_rewards_apply_only_to_text_after_prompts(checkpoint, data, tmp_path, monkeypatch):
+    """One step: the greedy captions equal Hugging Face's after each prompt, and the loss equals a hand-computed sum."""
     rewarded, losses = [], []
     measure, loss = Reward.__call__, RewardTrainer.compute_loss
 
@@ -100,14 +100,14 @@ def test_rewards_are_of_what_follows_a_prompt_and_pull_at_nothing_else(checkpoin
         )
         for place, pixels, captions in zip(batch["place"].tolist(), batch["pixels"], drawn, strict=True):
             prompt = trainer._examples[place[1]].prompt
-            told = trainer._reference.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            prompt_ids = trainer._reference.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             normal = trainer._spec.normalise(pixels[None])
             for ids, advantage in captions.items():
-                assert list(ids[1 : 1 + len(told)]) == told
+                assert list(ids[1 : 1 + len(prompt_ids)]) == prompt_ids
                 with torch.no_grad():
                     logits = model(pixel_values=normal, input_ids=torch.tensor([ids])).logits
                 rows = logits[0].log_softmax(-1)
-                total -= advantage * sum(rows[i - 1, ids[i]].item() for i in range(1 + len(told), len(ids)))
+                total -= advantage * sum(rows[i - 1, ids[i]].item() for i in range(1 + len(prompt_ids), len(ids)))
         return total / (trainer.recipe.batch_size * trainer.recipe.samples)
 
     monkeypatch.setattr(Reward, "__call__", measured)
@@ -121,10 +121,10 @@ def test_rewards_are_of_what_follows_a_prompt_and_pull_at_nothing_else(checkpoin
         reward=("rouge1=1",),
         freeze=(),
         samples=3,
-        baseline="greedy",  # over the others advantages add up to nothing, and so would the pull at a prompt
+        baseline="greedy",  # with baseline "others" the advantages, and so the gradients at a prompt, would sum to 0
     )
     finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), lambda _: None)
-    expected = behind_prompts(Reference.load(checkpoint), data, "train", evaluation_options(recipe))
+    expected = captions_after_prompts(Reference.load(checkpoint), data, "train", evaluation_options(recipe))
     table = read_table(data / "train_captions.csv").captions
     greedy = {references: text for references, text, _ in rewarded[: 9 * 4][3::4]}
     assert greedy == {table[name]: text for name, (_, text) in expected.items()}
@@ -133,7 +133,7 @@ def test_rewards_are_of_what_follows_a_prompt_and_pull_at_nothing_else(checkpoin
     assert abs(found) > 1e-4
 
 
-def test_prompts_that_leave_no_room_are_refused_before_a_run_begins(checkpoint, data, tmp_path):
+def test_too_long_prompts_are_refused_before_training(checkpoint, data, tmp_path):
     recipe = replace(RECIPES["smoke"], max_tokens=8)
     with pytest.raises(UsageError, match=r"train_captions\.csv: prompts of up to 6 tokens leave no room .* within 8"):
         finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), lambda _: None)

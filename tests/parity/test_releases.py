@@ -1,4 +1,4 @@
-"""Checkpoints that transformers 5 itself has saved; run where it is installed, see `make test-next`."""
+"""Checkpoints that transformers 5 saved. The tests need transformers 5, see `make test-next`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not IS_5, reason="transformers 4 is installed he
 
 @pytest.fixture
 def saved(tiny_checkpoint, tmp_path):
-    """Return a function that saves the tiny checkpoint anew, with an image processor of its own."""
+    """Return a function that saves the tiny checkpoint again with another image processor."""
 
     def save(size: int):
         reference = Reference.load(tiny_checkpoint)
@@ -32,7 +32,7 @@ def saved(tiny_checkpoint, tmp_path):
     return save
 
 
-def test_its_files_are_read(saved, tiny_bundle, tmp_path):
+def test_files_of_transformers_5_are_read(saved, tiny_bundle, tmp_path):
     checkpoint = saved(32)
     assert not (checkpoint / "preprocessor_config.json").exists()
     assert json.loads((checkpoint / "tokenizer_config.json").read_text())["extra_special_tokens"] == ["[ENC]"]
@@ -42,6 +42,6 @@ def test_its_files_are_read(saved, tiny_bundle, tmp_path):
         assert (bundle.path / name).read_bytes() == (tiny_bundle / name).read_bytes(), name
 
 
-def test_a_size_that_does_not_fit_the_position_table_is_refused(saved):
+def test_size_that_does_not_fit_position_table_is_refused(saved):
     with pytest.raises(CheckpointError, match=r"processor_config\.json makes 48x48 px images"):
         load_checkpoint(saved(48))

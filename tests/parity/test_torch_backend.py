@@ -1,4 +1,4 @@
-"""A live model decodes as the bundle made of it does, and as Hugging Face does."""
+"""A live torch model gives the captions of its bundle and of Hugging Face."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pixels(reference) -> list[np.ndarray]:
         DecodeOptions(num_beams=4, max_new_tokens=12, min_new_tokens=3, length_penalty=2.0),
     ],
 )
-def test_a_live_model_says_what_hugging_face_says(tiny_reference, options):
+def test_live_model_equals_generate(tiny_reference, options):
     found = dict(
         caption_live(tiny_reference.model, tiny_reference.image_processor, enumerate(pixels(tiny_reference)), options)
     )
@@ -44,7 +44,7 @@ def test_a_live_model_says_what_hugging_face_says(tiny_reference, options):
         assert [one.ids for one in found[i]] == [caption.ids for caption in captions]
 
 
-def test_a_live_model_draws_what_its_bundle_draws(tiny_reference, tiny_captioner):
+def test_live_model_samples_like_its_bundle(tiny_reference, tiny_captioner):
     options = DecodeOptions(do_sample=True, num_return_sequences=3, seed=3, max_new_tokens=15, top_k=30)
     images = list(enumerate(pixels(tiny_reference)))
     live = dict(caption_live(tiny_reference.model, tiny_reference.image_processor, images, options))
@@ -56,8 +56,8 @@ def test_a_live_model_draws_what_its_bundle_draws(tiny_reference, tiny_captioner
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_live_model_starts_each_caption_from_its_own_prompt(tiny_reference, beams):
-    """Side by side, of different lengths and in the last case none, as Hugging Face says it of one image at a time."""
+def test_live_model_with_a_prompt_per_image(tiny_reference, beams):
+    """Prompts of different lengths, or none, in one batch give the captions of Hugging Face for one image at a time."""
     options = DecodeOptions(num_beams=beams, max_new_tokens=12, no_repeat_ngram_size=2)
     texts = ["axial ct of the", "mri", ""] * 3
     ids = {
@@ -73,18 +73,18 @@ def test_a_live_model_starts_each_caption_from_its_own_prompt(tiny_reference, be
         assert found[i][0].ids[1 : 1 + len(ids[i])] == ids[i]
 
 
-def test_a_caption_behind_a_long_prompt_ends_where_the_positions_do(tiny_reference):
-    places = tiny_reference.model.config.text_config.max_position_embeddings
+def test_caption_after_long_prompt_ends_at_last_position(tiny_reference):
+    positions = tiny_reference.model.config.text_config.max_position_embeddings
     prompt = tuple(range(10, 20)) * 6
     options = DecodeOptions(
         max_new_tokens=40, min_new_tokens=1, suppress_tokens=(tiny_reference.tokenizer.sep_token_id,)
     )
     images = enumerate(pixels(tiny_reference)[:2])
     found = dict(caption_live(tiny_reference.model, tiny_reference.image_processor, images, options, {0: prompt}))
-    assert [len(found[i][0].ids) for i in (0, 1)] == [places, 41]
+    assert [len(found[i][0].ids) for i in (0, 1)] == [positions, 41]
 
 
-def test_the_model_is_left_in_the_mode_it_was_in(tiny_reference):
+def test_caption_live_restores_the_training_mode(tiny_reference):
     model = tiny_reference.model
     model.train()
     try:
@@ -102,10 +102,10 @@ def test_the_model_is_left_in_the_mode_it_was_in(tiny_reference):
 
 
 def test_select_on_cuda_tensors(tiny_reference, monkeypatch):
-    """TorchBackend.step gives the selection a number of candidates that CUDA tensors can be combined with.
+    """TorchBackend.step passes a number of candidates that can be combined with CUDA tensors.
 
-    FakeTensorMode checks devices as CUDA does; in a build of torch without CUDA it runs plain operators only, such as
-    those of the selection, so this test replaces the decoder in front of it.
+    FakeTensorMode checks devices as CUDA does. In a build of torch without CUDA it runs only simple operators, such as
+    those of the selection, so this test replaces the decoder before it.
     """
     selected = []
 
@@ -141,7 +141,7 @@ def test_select_on_cuda_tensors(tiny_reference, monkeypatch):
     ],
 )
 def test_live_model_on_another_device(tiny_checkpoint, tiny_reference, options):
-    """Encoding, steps, folding of the cache and selection never mix tensors of the model's device with the CPU's."""
+    """Encoding, steps, folding of the cache and selection never mix tensors of the model's device and the CPU."""
     images = list(enumerate(pixels(tiny_reference)[:4]))
     expected = dict(caption_live(tiny_reference.model, tiny_reference.image_processor, images, options))
     moved = Reference.load(tiny_checkpoint)

@@ -1,4 +1,4 @@
-"""Training: targets, losses and orders against hand-computed examples and Hugging Face's own forward pass."""
+"""Training: targets, losses and orders against hand-computed examples and Hugging Face's forward pass."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def examples(tmp_path):
     return found
 
 
-def test_neither_padding_nor_cls_nor_a_blank_ever_enters_the_loss(tokenizer):
-    """By hand: the gradient of summed cross entropy is softmax - one-hot where a word is to be said, else zero."""
+def test_loss_ignores_padding_cls_and_blanks(tokenizer):
+    """The gradient of summed cross entropy is softmax - one-hot at target tokens and zero elsewhere."""
     batch = collate_captions(tokenizer, ["ct of a mass", "mri", None], tokenizer.bos_token_id)
     assert tokenizer.cls_token_id not in batch["labels"]
     vocabulary, length = len(tokenizer), batch["labels"].shape[1]
@@ -88,7 +88,7 @@ def test_neither_padding_nor_cls_nor_a_blank_ever_enters_the_loss(tokenizer):
     assert int((batch["labels"] != IGNORED).sum()) == len(words)  # what the Trainer divides by
 
 
-def test_a_prompt_is_told_and_never_learned(tokenizer):
+def test_loss_ignores_prompt_tokens(tokenizer):
     captions, prompts = ["ct of a mass", "mri", None, "a large mass"], ["axial", "", "", "chest x - ray:"]
     batch = collate_captions(tokenizer, captions, tokenizer.bos_token_id, 8, prompts)
 
@@ -104,7 +104,7 @@ def test_a_prompt_is_told_and_never_learned(tokenizer):
         ids("D axial ct of a mass S P"),
         ids("D mri S P P P P P"),
         ids("D S P P P P P P"),
-        ids("D chest x - ray : a S"),  # cut behind the prompt, to 8 tokens in all
+        ids("D chest x - ray : a S"),  # truncated after the prompt, to 8 tokens in all
     ]
     assert batch["labels"].tolist() == [
         ids("_ _ ct of a mass S _"),
@@ -115,7 +115,7 @@ def test_a_prompt_is_told_and_never_learned(tokenizer):
     assert batch["attention_mask"].tolist() == [[1] * n + [0] * (8 - n) for n in (7, 3, 2, 8)]
 
 
-def test_without_prompts_a_batch_is_the_tokenizers_own(tokenizer):
+def test_batch_without_prompts_equals_tokenizer(tokenizer):
     captions = [*CAPTIONS, "", "a large mass " * 5]
     theirs = tokenizer(captions, padding=True, truncation=True, max_length=12, return_tensors="pt")
     for prompts in ((), ("",) * len(captions)):
@@ -125,7 +125,7 @@ def test_without_prompts_a_batch_is_the_tokenizers_own(tokenizer):
         assert {tensor.dtype for tensor in ours.values()} == {torch.int64}
 
 
-def test_the_loss_is_hugging_faces_where_its_targets_are_ours(tiny_reference):
+def test_loss_equals_hugging_face(tiny_reference):
     """Without padding Hugging Face's loss is the mean over the same tokens."""
     model, tokenizer = tiny_reference.model, tiny_reference.tokenizer
     batch = collate_captions(tokenizer, ["axial ct of chest", "mri of the brain"], tokenizer.bos_token_id)
@@ -139,8 +139,8 @@ def test_the_loss_is_hugging_faces_where_its_targets_are_ours(tiny_reference):
 
 
 @pytest.mark.parametrize("left_out", [{}, {"do_rescale": False}, {"do_normalize": False}])
-def test_pixels_are_the_processors(tiny_checkpoint, examples, left_out):
-    """Also of a processor that leaves a part out, as in an exported bundle."""
+def test_pixels_equal_image_processor(tiny_checkpoint, examples, left_out):
+    """Also for a processor that skips a step, as in an exported bundle."""
     reference = Reference.load(tiny_checkpoint)
     for name, value in left_out.items():
         setattr(reference.image_processor, name, value)
@@ -151,7 +151,7 @@ def test_pixels_are_the_processors(tiny_checkpoint, examples, left_out):
     assert item["caption"] == examples[2].caption
 
 
-def test_every_image_is_seen_once_an_epoch_whatever_the_number_of_processes():
+def test_each_image_is_seen_once_per_epoch():
     order = EpochOrder(count=11, batch_size=4, seed=3)
     assert len(order) == 12
     first = list(order)
@@ -168,7 +168,7 @@ def test_every_image_is_seen_once_an_epoch_whatever_the_number_of_processes():
     assert sorted(i for part in parts for i in part) == list(range(7))
 
 
-def test_augmentation_repeats_itself_for_the_same_place_and_never_mirrors(tiny_reference, examples):
+def test_augmentation_is_repeatable_and_never_mirrors(tiny_reference, examples):
     spec = PixelSpec.of(tiny_reference.image_processor)
     pictures = Pictures(examples, spec, augmentation="radiology", seed=1)
     first = pictures[(0, 1)]["pixels"]
@@ -182,7 +182,7 @@ def test_augmentation_repeats_itself_for_the_same_place_and_never_mirrors(tiny_r
         assert turned[16:48, :24].mean() > 150 > 100 > turned[16:48, 40:].mean()
 
 
-def test_features_and_pictures_make_the_same_batches(tiny_reference, examples):
+def test_features_and_images_make_the_same_batches(tiny_reference, examples):
     reference = tiny_reference
     spec = PixelSpec.of(reference.image_processor)
     collate = Collator(reference.tokenizer, reference.model.config.text_config.bos_token_id, 20)
@@ -201,7 +201,7 @@ def test_features_and_pictures_make_the_same_batches(tiny_reference, examples):
     assert part.item() == pytest.approx(whole.item(), rel=1e-3)
 
 
-def test_an_epoch_is_judged_as_engine_score_would(tiny_checkpoint, examples):
+def test_evaluation_equals_engine_score(tiny_checkpoint, examples):
     reference = Reference.load(tiny_checkpoint)
     options = DecodeOptions(max_new_tokens=10)
     twice = [*examples, Example("p0", examples[0].image, "a second caption")]
@@ -225,8 +225,8 @@ def test_an_epoch_is_judged_as_engine_score_would(tiny_checkpoint, examples):
     assert set(metrics) == {"loss", "rouge1", "bleu1"}
 
 
-def test_an_epoch_is_judged_on_another_device(tiny_checkpoint, examples):
-    """Losses, captions and cached features never mix tensors of the model's device with the CPU's."""
+def test_evaluation_on_another_device(tiny_checkpoint, examples):
+    """Losses, captions and cached features never mix tensors of the model's device and the CPU."""
     options = DecodeOptions(max_new_tokens=6)
     expected = Evaluator(Reference.load(tiny_checkpoint), examples, ("rouge1",), options, 30, 4).evaluate()
     moved = Reference.load(tiny_checkpoint)
@@ -239,7 +239,7 @@ def test_an_epoch_is_judged_on_another_device(tiny_checkpoint, examples):
     assert features.device.type == "cpu"
 
 
-def test_a_reward_is_learned_on_another_device(tiny_checkpoint, examples, tmp_path, monkeypatch):
+def test_reward_training_on_another_device(tiny_checkpoint, examples, tmp_path, monkeypatch):
     settings = Recipe(
         image_size=None, eval_max_new_tokens=6, batch_size=4, device_batch=4, reward=("rouge1=1",), likelihood_share=0.5
     )
@@ -261,34 +261,36 @@ def test_a_reward_is_learned_on_another_device(tiny_checkpoint, examples, tmp_pa
     assert seen[0] != 0
 
 
-def test_captions_of_an_epoch_start_from_prompts_that_no_metric_sees(tiny_checkpoint, examples):
-    """The loss is that of the captions behind their prompts, and what is generated is scored without them."""
+def test_evaluation_scores_captions_without_prompts(tiny_checkpoint, examples):
+    """The loss is over the captions after their prompts, and generated captions are scored without the prompts."""
     reference = Reference.load(tiny_checkpoint)
     options = DecodeOptions(max_new_tokens=10)
     prompts = ["axial ct", "", "mri of the brain"] * 2
     prompted = [replace(one, prompt=prompt) for one, prompt in zip(examples, prompts, strict=True)]
     metrics, captions = Evaluator(reference, prompted, ("rouge1",), options, 30, 4, MetricInputs()).evaluate()
     losses = tokens = 0
-    said = []
+    expected_texts = []
     for example in prompted:
         pixels = reference.pixels([Image.open(example.image).convert("RGB")])
         ((best,),) = reference.generate(pixels, options.replace(prompt=example.prompt or None))
         words = reference.tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
-        said.append(detokenise(reference.tokenizer.decode(best.ids[1 + len(words) :], skip_special_tokens=True)))
+        expected_texts.append(
+            detokenise(reference.tokenizer.decode(best.ids[1 + len(words) :], skip_special_tokens=True))
+        )
         targets = reference.tokenizer(example.caption)["input_ids"][1:]
         ids = torch.tensor([[reference.tokenizer.bos_token_id, *words, *targets]])
         with torch.inference_mode():
             rows = torch.log_softmax(reference.model(pixel_values=pixels, input_ids=ids).logits[0], -1)
         losses -= sum(rows[len(words) + i, one].item() for i, one in enumerate(targets))
         tokens += len(targets)
-    assert captions == [(one.id, text) for one, text in zip(prompted, said, strict=True)]
+    assert captions == [(one.id, text) for one, text in zip(prompted, expected_texts, strict=True)]
     assert metrics["loss"] == pytest.approx(losses / tokens, rel=1e-5)
-    items = Items([one.id for one in prompted], said, [(one.caption,) for one in prompted])
+    items = Items([one.id for one in prompted], expected_texts, [(one.caption,) for one in prompted])
     assert metrics["rouge1"] == make_metric("rouge1", MetricInputs(), {}).measure(items).value
-    assert said != [text for _, text in Evaluator(reference, examples, (), options, 30, 4).evaluate()[1]]
+    assert expected_texts != [text for _, text in Evaluator(reference, examples, (), options, 30, 4).evaluate()[1]]
 
 
-def test_a_checkpoint_cut_off_while_it_was_saved_is_passed_over(tmp_path):
+def test_incomplete_checkpoint_is_skipped(tmp_path):
     for step in (8, 16, 100):
         directory = tmp_path / f"checkpoint-{step}"
         directory.mkdir()
@@ -324,19 +326,19 @@ def test_a_checkpoint_cut_off_while_it_was_saved_is_passed_over(tmp_path):
         ),
     ],
 )
-def test_failures_of_torch_have_a_remedy(error, expected):
+def test_torch_failures_have_a_remedy(error, expected):
     found = explain(error, "step 3")
     assert found is not None
     assert expected in str(found)
     assert len(str(found).splitlines()) == 1
 
 
-def test_errors_that_are_not_known_stay():
+def test_unknown_errors_are_not_explained():
     assert explain(ValueError("a bug"), "step 3") is None
     assert explain(EngineError("a line of our own"), "step 3") is None
 
 
-def test_among_equal_scores_the_lower_loss_is_best(tmp_path):
+def test_lower_loss_breaks_ties_of_best_model(tmp_path):
     best = BestModels(tmp_path / "models", Recipe(metric="rouge1"))
     for epoch, (loss, rouge) in enumerate([(3.0, 0.0), (2.0, 0.0), (2.5, 0.0), (9.0, 0.1)], 1):
         directory = tmp_path / "models" / f"epoch_{epoch:02d}"
@@ -353,8 +355,8 @@ def test_among_equal_scores_the_lower_loss_is_best(tmp_path):
 
 def test_resume_of_converged_run_does_not_train(tmp_path):
     trainer = CaptionTrainer.__new__(CaptionTrainer)
-    trainer.recipe, calls, said = Recipe(patience=1), [], []
-    trainer._log_line = said.append
+    trainer.recipe, calls, log = Recipe(patience=1), [], []
+    trainer._log_line = log.append
     trainer.train = lambda **given: calls.append(given)
     for losses, trains in (([2.0, 2.1], False), ([2.0, 1.9], True)):
         state = TrainerState(log_history=[{"eval_loss": loss} for loss in losses], global_step=7)
@@ -363,10 +365,10 @@ def test_resume_of_converged_run_does_not_train(tmp_path):
         trainer.start_or_resume(tmp_path)
         assert calls == ([{"resume_from_checkpoint": str(tmp_path)}] if trains else [])
         assert trainer.state.global_step == 7
-    assert said == ["the validation loss has stopped falling (patience 1): the run has ended"]
+    assert log == ["the validation loss has stopped falling (patience 1): the run has ended"]
 
 
-def test_log_probabilities_are_those_of_the_words_that_can_be_drawn():
+def test_log_probs_are_over_tokens_that_can_be_sampled():
     logits = torch.randn(1, 2, 300, generator=torch.Generator().manual_seed(2))
     order = logits[0, 0].argsort(descending=True)
     drawn, least = int(order[3]), int(order[200])
@@ -377,7 +379,7 @@ def test_log_probabilities_are_those_of_the_words_that_can_be_drawn():
     assert torch.isfinite(log_probs(logits, torch.tensor([[1, least]]))).all()
 
 
-def test_log_probabilities_of_drawn_captions_leave_padding_out():
+def test_log_probs_ignore_padding():
     ids = pad([(1, 2, 3), (1, 4)], "cpu")
     assert ids.tolist() == [[1, 2, 3], [1, 4, PADDING]]
     logits = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
@@ -386,7 +388,7 @@ def test_log_probabilities_of_drawn_captions_leave_padding_out():
     torch.testing.assert_close(log_probs(logits, ids), expected)
 
 
-def test_log_probabilities_of_drawn_captions_leave_their_prompts_out():
+def test_log_probs_ignore_prompts():
     ids = pad([(1, 2, 3, 4), (1, 4, 5)], "cpu")
     logits = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
     rows = torch.log_softmax(logits, -1)
@@ -395,7 +397,7 @@ def test_log_probabilities_of_drawn_captions_leave_their_prompts_out():
     torch.testing.assert_close(log_probs(logits, ids, [1, 1]), log_probs(logits, ids))
 
 
-def test_cider_of_a_few_captions_weighs_words_by_the_whole_corpus():
+def test_cider_weights_come_from_the_whole_corpus():
     references = [("axial ct of the chest",), ("axial mri of the brain",), ("plain x ray of the chest",), ("mass",)]
     candidates = ["axial ct of the chest", "mri of the brain", "x ray", "a mass"]
     whole = Cider().measure(Items(["a", "b", "c", "d"], candidates, references)).per_image
@@ -404,7 +406,7 @@ def test_cider_of_a_few_captions_weighs_words_by_the_whole_corpus():
     assert few[0] > 5
 
 
-def test_a_reward_is_the_weighted_sum_of_its_metrics():
+def test_reward_is_the_weighted_sum_of_metrics():
     references = [("axial ct of the chest",), ("mri of the brain",)]
     reward = Reward({"rouge1": 2.0, "cider": 0.5}, MetricInputs(), references)
     candidates = ["axial ct of the chest", "a chest"]
@@ -414,13 +416,13 @@ def test_a_reward_is_the_weighted_sum_of_its_metrics():
     assert rouge.tolist() == [1.0, 0.0]
 
 
-def test_resized_pictures_have_the_checkpoints_size(tmp_path):
+def test_resized_images_have_the_checkpoint_size(tmp_path):
     reference = Reference.load(make_checkpoint(tmp_path / "c"), IMAGE_SIZE // 2)
     spec = PixelSpec.of(reference.image_processor)
     assert spec.read(random_pictures(1)[0]).shape == (IMAGE_SIZE // 2, IMAGE_SIZE // 2, 3)
 
 
-def test_captions_drawn_of_one_image_share_its_encoding(tiny_reference):
+def test_samples_of_one_image_share_its_encoding(tiny_reference):
     model = tiny_reference.model
     pixels = tiny_reference.pixels(random_pictures(2))
     ids = torch.tensor([[tiny_reference.tokenizer.bos_token_id, i] for i in (7, 8, 9, 10)])
@@ -441,13 +443,13 @@ def test_captions_drawn_of_one_image_share_its_encoding(tiny_reference):
     assert seen == [4, 2, 2]
 
 
-def test_advantages_are_over_the_greedy_caption_or_over_the_others():
+def test_advantages_of_both_baselines():
     rewards = np.array([[1.0, 2.0, 3.0, 2.5], [1.0, 1.0, 1.0, 0.0]])
     assert BASELINES["greedy"](rewards).tolist() == [[-1.5, -0.5, 0.5], [1.0, 1.0, 1.0]]
     assert BASELINES["others"](rewards).tolist() == [[-1.5, 0.0, 1.5], [0.0, 0.0, 0.0]]
     assert set(BASELINES) == set(recipe.BASELINES)
 
 
-def test_equal_captions_are_one_and_those_without_advantage_none():
+def test_equal_captions_are_merged():
     assert merge_equal([(1, 2), (1, 3), (1, 2), (1, 4)], [0.5, 0.25, 0.25, 0.0]) == {(1, 2): 0.75, (1, 3): 0.25}
     assert merge_equal([(1, 2), (1, 2)], [0.1, -0.1]) == {}

@@ -90,7 +90,7 @@ def test_pickles_are_fetched_only_without_safetensors(hub, find):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("nobody/nothing", "there is no such repository, or it is private: check the name, or set HF_TOKEN"),
+        ("owner/missing", "there is no such repository, or it is private: check the name, or set HF_TOKEN"),
         ("Salesforce/blip-image-captioning-base@v9", "has no revision v9: see its page for the revisions"),
         ("salesforce/gated", "it is gated: ask for access on its page, then set HF_TOKEN"),
         ("salesforce/originals", "model_base_caption_capfilt_large.pth): download an original .pth file"),
