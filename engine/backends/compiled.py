@@ -181,9 +181,8 @@ class Store:
     def take(self, graph: str, model: Any) -> Any:
         """Return the compiled model of a graph, from the cache if possible; a new one is added to the cache."""
         weights = f"{graph}.onnx.data"
-        path = (
-            self._path(graph) if weights in self._bundle.files else None
-        )  # regroup has no weights and compiles quickly
+        # regroup has no weights and compiles quickly, so it is not cached
+        path = self._path(graph) if weights in self._bundle.files else None
         if path is not None and (cached := self._load(path, graph)) is not None:
             return cached
         with openvino_errors(f"{self._bundle.path / graph}.onnx cannot be compiled"):
@@ -196,11 +195,7 @@ class Store:
         """Return the cache file of a graph, or None if the cache folder cannot be used."""
         try:
             folder = cache_folder(self._bundle.digest, NAME, REASON)
-        except (
-            OSError,
-            RuntimeError,
-            EngineError,
-        ) as error:  # no home, a full disk, a folder that others may write into
+        except (OSError, RuntimeError, EngineError) as error:  # no home, a full disk, a folder open to others
             _log(f"compiled graphs are not cached: {error}")
             return None
         return folder / f"{graph}-{hashlib.sha256(self._key.encode()).hexdigest()[:16]}.blob"

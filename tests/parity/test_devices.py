@@ -166,7 +166,7 @@ def test_every_shape_is_within_its_profile(bundle):
 )
 def test_searches_beyond_the_plans_are_refused(built_for, asked, bundle):
     backend = PaddedBackend(stand_in_backend(bundle, Bounds.of(bundle, **built_for)))
-    with pytest.raises(BackendError, match=r"at most \d+ .* `engine plan`"):
+    with pytest.raises(BackendError, match=r"the maximum is \d+: .* `engine plan`"):
         captions(bundle, backend, DecodeOptions(**asked), rows=40)
 
 
