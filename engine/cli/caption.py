@@ -17,7 +17,6 @@ from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 from engine.run.job import Inputs, Outputs
-from engine.run.pipeline import Pace
 from engine.runtime import Runtime, Workers
 
 if TYPE_CHECKING:  # avoids loading numpy for --help
@@ -106,6 +105,8 @@ def _progress(length: int) -> AbstractContextManager[Callable[[int], None]]:
 @contextmanager
 def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr with images/s and the time left, once these are known."""
+    from engine.run.pipeline import Pace
+
     pace, shown = Pace(length), 0
 
     def speed(_: object) -> str:
@@ -132,6 +133,8 @@ def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def _progress_lines(length: int) -> Iterator[Callable[[int], None]]:
     """Log a line to stderr at the start and every LOG_EVERY_S seconds, even while no image finishes."""
+    from engine.run.pipeline import Pace
+
     pace, ended = Pace(length), threading.Event()
 
     def repeat() -> None:

@@ -245,7 +245,7 @@ def test_folders_images_patterns_and_lists_in_one_run(image_dir, tiny_bundle, tm
         (["--n-best", "9", "--n-best-out", "{tmp}/n"], 2, "at least as many beams"),
         (["--max-new-tokens", "64"], 2, "set --max-new-tokens"),
         (["--beams", "4", "--length-penalty", "-6"], 2, "length_penalty must be a number of at least -5"),
-        (["--min-new-tokens", "30"], 2, "mend the two limits"),
+        (["--min-new-tokens", "30"], 2, "change one of them"),
         (["--prompt", "a [SEP]"], 2, "special token"),
         (["--prompt", "a\udcff"], 2, "no text"),
         (["--manifest", "{tmp}/absent"], 2, "absent cannot be read: No such file"),
