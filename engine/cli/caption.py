@@ -106,6 +106,8 @@ def _progress(length: int) -> AbstractContextManager[Callable[[int], None]]:
 @contextmanager
 def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr with images/s and the time left, once these are known."""
+    from engine.run.pipeline import Pace
+
     pace, shown = Pace(length), 0
 
     def speed(_: object) -> str:
@@ -132,6 +134,8 @@ def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def _progress_lines(length: int) -> Iterator[Callable[[int], None]]:
     """Log a line to stderr at the start and every LOG_EVERY_S seconds, even while no image finishes."""
+    from engine.run.pipeline import Pace
+
     pace, ended = Pace(length), threading.Event()
 
     def repeat() -> None:

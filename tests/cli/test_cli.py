@@ -1,4 +1,4 @@
-"""The command line as users type it, in a process of its own where that matters."""
+"""The command line as users type it, in a separate process if that matters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What earlier versions left behind: a journal and a bundle of 084ae4d, before the files had rooms."""
+"""Files of an earlier version, 084ae4d, still work: a journal and a bundle."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def test_journal_of_an_earlier_version_resumes(tmp_path, bundle):
     assert resumed.exit_code == 0, resumed.stderr
     assert json.loads(resumed.stdout.splitlines()[-1])["resumed"] == len(lines) - 1 == 3
     assert SIGNATURE in resumed.stderr
-    anew = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "anew.csv")])
-    assert anew.exit_code == 0, anew.stderr
-    assert (tmp_path / "run.csv").read_bytes() == (tmp_path / "anew.csv").read_bytes()
+    again = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "again.csv")])
+    assert again.exit_code == 0, again.stderr
+    assert (tmp_path / "run.csv").read_bytes() == (tmp_path / "again.csv").read_bytes()
 
 
 def test_bundle_of_an_earlier_version_gives_the_same_captions(bundle):

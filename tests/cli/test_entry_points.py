@@ -1,4 +1,4 @@
-"""Every program that the project documents starts, and writes where it was told to, or into its own cache."""
+"""Every documented program starts, and writes only to its outputs or its cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a newcomer sees first."""
+"""The first commands of a new user."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_note_on_captions_of_the_demo_model(images, tiny_bundle, tmp_path):
 
 
 def test_captioning_stores_no_device_id_and_sends_nothing(images, tiny_bundle, tmp_path):
-    """ONNX Runtime would, which shows in the cache folder."""
+    """ONNX Runtime would store one in the cache folder."""
     arguments = ("caption", "--input", images, "--bundle", tiny_bundle)
     home, done = with_empty_home(tmp_path, "engine", *arguments, "--backend", "cpu", "--out", tmp_path / "run.csv")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The check for owners of a GPU, run on the CPU's own backend: its comparisons, its report, its refusals."""
+"""benchmarks.gpu.check, run on the CPU backend: its comparisons, its report, its errors."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_unreadable_file_is_named_and_no_run_written(kind, run, image_dir, tmp_p
 
 
 def test_file_without_read_permission_is_named(run, image_dir, monkeypatch):
-    """The system's refusal is staged: tests may run as root, who may read everything."""
+    """The error is simulated: tests may run as root, which can read everything."""
     opened = pixels.open_file
 
     def refuse(path):

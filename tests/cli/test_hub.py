@@ -1,4 +1,4 @@
-"""The first command of every newcomer: an id of the hub, whose repository is as the published ones are."""
+"""Export, caption and train by a hub id, with a repository like the published ones."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def rows(path: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def expected(tiny_bundle) -> dict[int, str]:
-    """What each of the pictures is captioned when it has a plain name."""
+    """The caption of each image with a plain name."""
     with tempfile.TemporaryDirectory() as folder:
         save_pictures(Path(folder), 6)
         run("caption", "--input", folder, "--bundle", tiny_bundle, "--out", f"{folder}/run.csv")
@@ -63,7 +63,7 @@ def test_every_image_keeps_its_own_caption(tiny_bundle, expected, names, suffixe
         for i, picture in enumerate(random_pictures(6)[: len(names)]):
             place = folder / f"s{i % 2}" if is_deep else folder
             place.mkdir(exist_ok=True)
-            picture.save(place / f"{names[i]}{suffixes[i]}", "PNG")  # the bytes tell, whatever the suffix says
+            picture.save(place / f"{names[i]}{suffixes[i]}", "PNG")  # the content decides, whatever the suffix is
         how = ["--recursive", "--ids", "path"] if is_deep else []
         ids = [f"s{i % 2}/{name}" if is_deep else name for i, name in enumerate(names)]
         captions = {one: expected[i] for i, one in enumerate(ids)}

@@ -1,4 +1,4 @@
-"""Every command that wants a GPU, on a machine without one: one true sentence, at once, and no crash."""
+"""Every command that needs a GPU reports at once, in one sentence, that there is none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMANDS = {
     "plan, rtx": ["plan", "--builder", "tensorrt-rtx", "--out", "OUT"],
 }
 WITHIN_S = 2.0
-"""What the user waits for an answer, counted in the processor's time, so that a busy machine makes no difference."""
+"""Limit in seconds of processor time, so that a busy machine makes no difference."""
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,4 +1,4 @@
-"""Captions beside pictures and on standard output: streams, pipes, and what a kill at any moment leaves."""
+"""Sidecars next to images and captions on standard output: streams, pipes, and kills at any moment."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def captions(pictures, tiny_bundle, tmp_path_factory) -> dict[str, str]:
-    """What a plain run says."""
+    """The captions of a plain run."""
     out = tmp_path_factory.mktemp("plain") / "run.csv"
     assert CliRunner().invoke(main, command(pictures, tiny_bundle, out)[3:]).exit_code == 0
     return read_table(out).single()
@@ -51,7 +51,7 @@ def captions(pictures, tiny_bundle, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def images(pictures, tmp_path) -> Path:
-    """A folder of its own with the first pictures."""
+    """A separate folder with the first images."""
     folder = tmp_path / "images"
     folder.mkdir()
     for path in sorted(pictures.iterdir())[:8]:
@@ -122,7 +122,7 @@ def test_only_captions_go_to_standard_output(run, images, tmp_path):
 
 
 def test_stream_is_in_order_whichever_finishes_first(run, images, monkeypatch):
-    """Each line is out before the next caption is asked for, and one that is early waits for those before it."""
+    """Each line is written before the next caption is requested; an early one waits for those before it."""
     made = captioner.caption_within_memory
     said: list[tuple[str, int]] = []
 

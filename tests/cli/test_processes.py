@@ -1,4 +1,4 @@
-"""Runs with worker processes of this machine: the single process's run.csv, whatever dies, and nothing left behind."""
+"""Runs with worker processes on this machine give the run.csv of a single process, whatever dies, and leave nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.cli.test_resume import command, wait_for_records
 from tests.helpers.processes import children, is_running
 from tests.helpers.tiny import save_pictures
 
-pytestmark = pytest.mark.skipif(available_cores() < 2, reason="two worker processes want two cores")
+pytestmark = pytest.mark.skipif(available_cores() < 2, reason="two worker processes need two cores")
 IMAGES = 120
 TWO = ("--threads", "2", "--processes", "2")
 SLOW = ("--rows", "3")
@@ -236,7 +236,7 @@ def test_stopped_run_leaves_no_process_and_resumes_alone(
 
 
 def test_each_worker_sees_only_its_gpu(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch):
-    """No GPU is here: its workers run on the CPU, which must not show in anything but their environment."""
+    """Without a GPU the workers run on the CPU; only their environment is tested."""
     monkeypatch.setattr(pipeline, "require_backend", lambda name, *_: name)
     monkeypatch.setattr(resources, "visible_gpus", lambda: ["5", "GPU-3f"])
     host_backend = (
@@ -274,7 +274,7 @@ def test_impossible_options_give_one_error_line(image_dir, tiny_bundle, tmp_path
 
 
 def test_workers_import_from_this_process_path(image_dir, tiny_bundle, tmp_path, undisturbed):
-    """The packages are where this process found them, which is not always where a new Python looks."""
+    """Packages are imported from this process's path, which may differ from that of a new Python process."""
     root = Path(__file__).parents[2]
     program = f"import sys; sys.path.insert(0, {str(root)!r}); from engine.cli.app import main; main()"
     arguments = [sys.executable, "-c", program, *command(image_dir, tiny_bundle, tmp_path / "run.csv", *TWO)[3:]]

@@ -1,4 +1,4 @@
-"""Runs on a cluster of two workers on this machine: what comes out is the single process's run.csv, whatever dies."""
+"""Runs on a local cluster of two workers give the run.csv of a single process, whatever dies."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def undisturbed(image_dir, tiny_bundle, tmp_path_factory) -> bytes:
 def two_cores() -> Iterator[None]:
     """A local cluster that the runs of these tests share: starting one takes seconds.
 
-    It stands behind proxies that do not answer, as in a hospital's network: nothing of it may ask them.
+    Its proxies do not respond, as in a hospital's network: nothing may connect to them.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name in ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -243,7 +243,7 @@ def test_connection_is_not_shut_down_after_an_error(monkeypatch, error, tmp_path
 
 
 def test_local_cluster_leaves_no_process_and_no_file(monkeypatch, tmp_path):
-    """Its processes are stopped even if Ray's shutdown forgets one, others are not; its files and token are private."""
+    """Processes of Ray are stopped even if its shutdown misses one, others are not; files and token are private."""
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     token.write_text("earlier")

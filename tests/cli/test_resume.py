@@ -114,7 +114,7 @@ def test_stopped_run_reports_how_to_resume(image_dir, tiny_bundle, tmp_path, und
 
 
 def test_resume_without_a_broken_image_in_a_moved_folder(image_dir, tiny_bundle, tmp_path):
-    """As a challenge's images are: one is broken, and each job copies them to another disk."""
+    """As on a cluster: one image is broken, and each job copies the images to another disk."""
     out, first, second = tmp_path / "run.csv", tmp_path / "first", tmp_path / "second"
     first.mkdir()
     for path in sorted(image_dir.iterdir())[:12]:

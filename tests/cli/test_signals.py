@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command within a second, whatever a library holds."""
+"""Ctrl-C and SIGTERM end a command within a second, whatever native code is running."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def start(arguments: list[str], **more) -> subprocess.Popen[str]:
 
 
 def stop(process: subprocess.Popen[str], sent: signal.Signals) -> tuple[float, str]:
-    """Send a signal; return the seconds to its end, and what it said. A busy machine gets a second for its own part."""
+    """Send a signal; return the seconds until the process ended, and its output. A busy machine gets a second more."""
     began = time.monotonic()
     process.send_signal(sent)
     try:

@@ -265,7 +265,7 @@ def no_memory(*_: object, **__: object) -> NoReturn:
     ],
 )
 def test_reading_process_that_fails_ends_the_run(checkpoint, data, tmp_path, monkeypatch, broken, failure, message):
-    """It hangs no run, and its reason is one line."""
+    """The run does not hang, and the reason is one line."""
     name, _, attribute = broken.rpartition(".")
     owner = torch.Tensor if name == "torch.Tensor" else importlib.import_module(name)
     works = getattr(owner, attribute)

@@ -1,4 +1,4 @@
-"""`--update`: a folder that has grown, shrunk or changed is captioned anew only where it did, and run.csv is that of a
+"""`--update`: a folder that has grown, shrunk or changed is captioned again only where it did, and run.csv is that of a
 run from scratch, whatever was killed in between.
 """
 
@@ -122,7 +122,7 @@ def test_update_with_n_best_and_manifest(runs, images, tmp_path):
     runs.assert_as_from_scratch(*more, "--n-best-out", str(tmp_path / "b.jsonl"))
     updated, scratch = (read_hypotheses(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
     assert [words for words, _ in updated] == [words for words, _ in scratch]
-    # matrix products round by the shape of the batch, so a score's last digits depend on the pictures beside it
+    # matrix products round by the shape of the batch, so a score's last digits depend on the other images in it
     assert [score for _, score in updated] == pytest.approx([score for _, score in scratch], abs=1e-5)
 
 

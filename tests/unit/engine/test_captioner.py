@@ -1,4 +1,4 @@
-"""The captioner's own work: order, repeats, and when a caption is handed out."""
+"""Captioner: order, repeated images, and when a caption is returned."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_live_source_may_wait_for_each_caption(streams, tiny_bundle):
 
 
 def test_images_of_a_live_source_are_decoded_together(tiny_captioner):
-    """What arrives while others are decoded joins them, and an unreadable image holds nobody up."""
+    """Images that arrive while others are decoded join them, and an unreadable image delays no other."""
     arrived = threading.Event()
 
     def feed():

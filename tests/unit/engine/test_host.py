@@ -1,4 +1,4 @@
-"""What a container allows this process, and how its cores are divided."""
+"""Cores and memory that a container allows, and how cores are divided."""
 
 from __future__ import annotations
 

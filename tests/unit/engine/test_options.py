@@ -1,4 +1,4 @@
-"""Options: declared once, checked on construction, laid over a bundle's settings in the same way everywhere."""
+"""Options are declared once, checked on construction, and override a bundle's settings everywhere."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def eye(slots: int, beams: int) -> np.ndarray:
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 4), beams=st.integers(1, 4))
 def test_mask_selects_the_tokens_of_each_beam(seed, slots, beams):
-    """Random parents, slots dropped, slots given to newcomers, regrouping in between."""
+    """Random parents, slots dropped, slots refilled, regrouping in between."""
     rng = np.random.default_rng(seed)
     ancestry = Ancestry(slots, beams)
     stored = np.zeros((slots, 0), int)  # the token at every cached position

@@ -144,7 +144,7 @@ def test_captions_do_not_depend_on_other_images_or_slots(
 
 
 def test_caption_continues_its_prompt():
-    """Ids after a prompt equal those of a table asked about that very prefix, however many steps the prompt takes."""
+    """Ids after a prompt equal those of a table for the same prefix, however many steps the prompt takes."""
     backend = TableBackend(6)
     for num_beams in (1, 2, 5):
         for prompt in ((BOS,), (BOS, 1, 2), (BOS, 2, 1, 0, 0, 1, 2)):

@@ -1,4 +1,4 @@
-"""Sets of slots that take turns behind a queue: the same captions, work side by side, and no error that is lost."""
+"""Sets of slots that share a device queue: equal captions, concurrent work, and no lost errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_any_number_of_sets_and_backends_is_equal():
 
 @pytest.mark.parametrize("num_sets", [1, 2])
 def test_encoded_images_are_admitted_before_the_next_batch(num_sets):
-    """Encoded pictures are good until the next call of encode: a GPU's backend has one place for them."""
+    """Encoded images are valid until the next call of encode: a GPU backend has one buffer for them."""
 
     class OnePlace(TableBackend):
         place = np.zeros((2, 1, 1, 3), np.uint8)
@@ -125,7 +125,7 @@ def test_nothing_is_done_after_an_error():
 
 @pytest.mark.parametrize("num_sets", [1, 2])
 def test_empty_slots_do_not_grow_the_cache(num_sets):
-    """Mostly repeated pictures: one newcomer in a batch, which takes the first slot; the others are fed for nothing."""
+    """Mostly repeated images: one request per batch takes the first slot, and the other slots stay empty."""
     widths = []
 
     class Watching(TableBackend):

@@ -1,4 +1,4 @@
-"""Drawn captions: Hugging Face's warpers, the same draw whoever sits in the other slots, and honest probabilities."""
+"""Sampling: Hugging Face's warpers, draws that do not depend on other slots, and true probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal, the lock, and what a cut-off run leaves behind."""
+"""The journal, the lock, and the state that an interrupted run leaves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ JSON = st.recursive(
 
 
 def read_caption(image: ImageFile) -> Caption:
-    """Return the caption of an image's present content."""
+    """Return the caption of an image's current content."""
     return replace(caption(image.id), file_sha256=hashlib.sha256(image.path.read_bytes()).hexdigest())
 
 
@@ -274,7 +274,7 @@ def test_images_copied_elsewhere_keep_their_captions(tmp_path, images, files_rea
 
 
 def test_a_file_with_its_size_and_time_is_trusted(tmp_path, images, files_read):
-    """Its number and the time of its last status change say nothing on network file systems and after chmod."""
+    """Inode number and ctime change on network file systems and after chmod without the content."""
     out = tmp_path / "run.csv"
     with RunRecord(images, out, "signature") as record:
         for image in images:
@@ -399,7 +399,7 @@ def test_invalid_header_is_of_another_run(tmp_path):
 
 
 def test_malformed_records_are_ignored(tmp_path, images):
-    """A checksum can be right and the content absurd: such a caption is not believed."""
+    """A record may have a valid checksum and invalid content."""
     out = tmp_path / "run.csv"
     with RunRecord(images, out, "signature") as record:
         known = {"file": record._fingerprints[images[0].id], "place": str(images[0].path)}

@@ -1,4 +1,4 @@
-"""Text files beside pictures: where they lie, what they hold, and what is never written to."""
+"""Sidecars: paths, content, and files that are never overwritten."""
 
 from __future__ import annotations
 

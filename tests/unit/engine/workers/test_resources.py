@@ -1,4 +1,4 @@
-"""What each worker process has, on machines that are not this one."""
+"""Resources of each worker process, on simulated machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What driver and workers say to each other, and a captioner that several callers feed; without a cluster."""
+"""Messages between driver and workers, and a CaptionStream with several callers; without a cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who gets which image, and that an image that kills its workers takes no other with it; without processes."""
+"""Which worker gets which image, and that an image that kills its workers costs no other; without processes."""
 
 from __future__ import annotations
 
