@@ -113,7 +113,7 @@ def _metric_inputs(weights: dict[str, str], plugins: dict[str, str], device: str
     help="Compute the metrics of a challenge and report them under its names.",
 )
 @click.option("--metrics", callback=_parse_names, help="Comma-separated metrics; overrides those of --profile.")
-@click.option("--images", type=PATH, help="Folder of the images, for metrics that need them (clipscore, refclipscore).")
+@click.option("--images", type=PATH, help="Folder of the images, for metrics that need them, such as clipscore.")
 @click.option("--recursive", is_flag=True, help="Search the subfolders of --images as well.")
 @click.option(
     "--dicom-frame", type=click.IntRange(0), default=0, show_default=True, help="Frame of DICOM files, counted from 0."
