@@ -325,7 +325,10 @@ def _page(record: Record) -> str:
             ["page; thumbnails", f"{record['page_MB']:.1f} MB; {record['thumbnails_MB']} MB"],
             ["until something is painted", spread([run["first_paint_s"] for run in runs])],
             ["until the first rows are there", spread([run["first_rows_s"] for run in runs])],
-            ["slowest frame: reading, flicking, dragging", ", ".join(f"{one:.2f} s" for one in frames.values())],
+            [
+                "slowest frame: reading, flicking, dragging",
+                ", ".join(f"{slowest:.2f} s" for slowest in frames.values()),
+            ],
             ["places without a row while scrolling", gaps],
             [
                 "a first search; another order",
@@ -353,16 +356,16 @@ def _cluster(*records: Record) -> str:
 
 
 def _simulated(record: Record) -> str:
-    chosen = [one for one in record["simulated"] if one["actors"] in (1, 8, 64, 256, 512, 1024)]
+    chosen = [entry for entry in record["simulated"] if entry["actors"] in (1, 8, 64, 256, 512, 1024)]
     rows = [
         [
-            f"{one['images']:,}",
-            one["actors"],
-            f"{one['images_per_s']:.1f}",
-            one["bottleneck"],
-            f"{one['worker_busy']:.0%}",
+            f"{entry['images']:,}",
+            entry["actors"],
+            f"{entry['images_per_s']:.1f}",
+            entry["bottleneck"],
+            f"{entry['worker_busy']:.0%}",
         ]
-        for one in chosen
+        for entry in chosen
     ]
     return table(["images", "workers", "images/s", "bottleneck", "workers busy"], rows)
 
@@ -370,11 +373,11 @@ def _simulated(record: Record) -> str:
 def _host(record: Record) -> str:
     rows = [
         [
-            beams(one["beams"]),
-            *(f"{one[checkout]['images_per_s']:,.0f}" for checkout in ("here", "there")),
-            f"{one['ratio']:.2f} x",
+            beams(entry["beams"]),
+            *(f"{entry[checkout]['images_per_s']:,.0f}" for checkout in ("here", "there")),
+            f"{entry['ratio']:.2f} x",
         ]
-        for one in record["measured"]
+        for entry in record["measured"]
     ]
     return table(["a device that answers at once", "images/s", "images/s of 084ae4d", "ratio"], rows)
 
@@ -382,14 +385,14 @@ def _host(record: Record) -> str:
 def _devices(*records: Record) -> str:
     rows = [
         [
-            f"{record['device'].upper()}, {beams(one['beams'])}",
-            f"{one['here']['seconds']:.1f}",
-            f"{one['here']['device_s']:.1f}",
-            f"{one['host_s']:.1f}",
-            f"{one['over_slower']:.3f} x",
+            f"{record['device'].upper()}, {beams(entry['beams'])}",
+            f"{entry['here']['seconds']:.1f}",
+            f"{entry['here']['device_s']:.1f}",
+            f"{entry['host_s']:.1f}",
+            f"{entry['over_slower']:.3f} x",
         ]
         for record in records
-        for one in record["measured"]
+        for entry in record["measured"]
     ]
     images = records[0]["measured"][0]["images"]
     header = [f"{images:,} images", "s in total", "device, s", "host alone, s", "relative to the slower of the two"]
