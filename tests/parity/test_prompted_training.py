@@ -45,7 +45,7 @@ def behind_prompts(reference, data, split, options):
     """What Hugging Face says of each picture behind its prompt: {id: (all ids, text behind the prompt)}."""
     table = read_table(data / f"{split}_captions.csv")
     found = {}
-    for name, prompt in table.columns["Prompt"].items():
+    for name, prompt in table.columns["prompt"].items():
         pixels = reference.pixels([Image.open(data / split / f"{name}.png").convert("RGB")])
         ((best,),) = reference.generate(pixels, options.replace(prompt=prompt or None))
         told = 1 + len(reference.tokenizer(prompt, add_special_tokens=False)["input_ids"])
