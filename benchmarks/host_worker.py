@@ -160,12 +160,12 @@ def main() -> None:
     if order["stages"]:
         timed(spent)
     if order["pictures"]:
-        found: Any = sorted(Path(order["pictures"]).glob("*.jpg"))[: order["images"]]
+        images: Any = sorted(Path(order["pictures"]).glob("*.jpg"))[: order["images"]]
     else:
-        found = pictures(order["images"], image.height, image.width)
+        images = pictures(order["images"], image.height, image.width)
     digest, count, steps = hashlib.sha256(), 0, 0
     cpu, serial, start = time.process_time(), time.thread_time(), time.perf_counter()
-    for caption in captioner.caption(found, options):
+    for caption in captioner.caption(images, options):
         digest.update(json.dumps(caption.ids).encode())
         count, steps = count + 1, steps + len(caption.ids)
     wall, serial = time.perf_counter() - start, time.thread_time() - serial

@@ -215,13 +215,13 @@ def write_or_compare_record(
     settings = {name: value for name, value in recipe.settings().items() if name not in WITHOUT_EFFECT}
     record = {"recipe": settings} | record
     path = out / "run.json"
-    found = _read_record(path)
+    existing = _read_record(path)
     if path.exists():
-        if found is None and is_begun:
+        if existing is None and is_begun:
             raise DataError(f"{path} is damaged: restore it, or delete {out} to start again")
         # a run that is older than a setting has its default
-        earlier = Recipe().settings() | (found or {}).get("recipe", {})
-        changed = [name for name in record if name != "recipe" and (found or {}).get(name) != record[name]]
+        earlier = Recipe().settings() | (existing or {}).get("recipe", {})
+        changed = [name for name in record if name != "recipe" and (existing or {}).get(name) != record[name]]
         changed += [name for name, value in settings.items() if earlier.get(name) != value]
         # a setting that was removed since, unless it was off
         changed += [name for name, value in earlier.items() if value and name not in recipe.settings()]
@@ -241,11 +241,11 @@ def write_or_compare_record(
 def _read_record(path: Path) -> dict[str, Any] | None:
     """Return the content of run.json, or None if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    is_record = isinstance(found, dict) and isinstance(found.get("recipe"), dict)
-    return found if is_record else None
+    is_record = isinstance(record, dict) and isinstance(record.get("recipe"), dict)
+    return record if is_record else None
 
 
 def _refusal(out: Path, recipe: Recipe, changed: Sequence[str]) -> str:

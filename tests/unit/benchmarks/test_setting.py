@@ -1,4 +1,4 @@
-"""What the benchmarks count, and the pictures they are run on."""
+"""The work that the benchmarks count, and the corpus that they run on."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def pixels(captioner, count):
     return np.stack([read_image(p, spec.height, spec.width, spec.resample) for p in random_pictures(count)])
 
 
-def test_the_corpus_is_the_same_every_time_and_no_two_pictures_are_alike(tmp_path):
+def test_corpus_is_reproducible_and_has_no_duplicates(tmp_path):
     first, second = (write_corpus(tmp_path / name, 40, EXAMPLES) for name in ("a", "b"))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(first.iterdir())]
     assert digests == [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(second.iterdir())]
     assert len(set(digests)) == 40
 
 
-def test_encoder_work_is_what_torch_counts(tiny_checkpoint, tiny_reference):
+def test_encoder_work_matches_torch(tiny_checkpoint, tiny_reference):
     from export.graphs.modules import Encoder
 
     encoder = Encoder(tiny_reference.model, 1 / 255, [0.5] * 3, [0.5] * 3)
     size = tiny_reference.model.config.vision_config.image_size
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8))
-    # the class position passes through no patch embedding: ModelWork counts it, one position too many
+    # the class position has no patch embedding, but ModelWork counts one for it
     vision = tiny_reference.model.config.vision_config
     patch = 2 * 3 * vision.patch_size**2 * vision.hidden_size
     assert ModelWork.of(tiny_checkpoint).encoder_flops == counter.get_total_flops() + patch
 
 
 @pytest.mark.parametrize(("rows", "cached"), [(1, 0), (3, 5)])
-def test_a_row_and_a_position_cost_what_torch_counts(tiny_checkpoint, tiny_reference, rows, cached):
+def test_row_and_position_work_match_torch(tiny_checkpoint, tiny_reference, rows, cached):
     from export.graphs.exporters import DecoderSpec
     from export.graphs.modules import DecoderStep
 
@@ -71,19 +71,19 @@ def test_a_row_and_a_position_cost_what_torch_counts(tiny_checkpoint, tiny_refer
 
 
 def test_only_useful_rows_count(tiny_captioner):
-    """Five images, two beams, captions of exactly four tokens: one row at first, then two, three more times."""
+    """Five images, two beams, captions of exactly four tokens: one row in the first step, two in the other three."""
     options = DecodeOptions(num_beams=2, max_new_tokens=4, min_new_tokens=4)
     work = count_work(tiny_captioner, pixels(tiny_captioner, 5), options)
     assert (work.images, work.image_steps, work.rows) == (5, 20, 5 * (1 + 3 * 2))
     assert work.positions == 5 * (1 + 2 * (2 + 3 + 4))
 
 
-def test_matrix_multiply_speed_is_measured_for_both_libraries():
+def test_measure_matmul_for_both_libraries():
     peak = measure_matmul(threads=1, seconds=0.05)
     assert all(speed > 1e8 for speed in peak.values()), peak
 
 
-def test_the_paper_floor_is_bound_by_arithmetic_or_by_memory():
+def test_floor_is_bound_by_arithmetic_or_memory():
     model = ModelWork(1e9, 1e8, 0, 4e8, 4e8, 1e7, 0)
     work = Work(images=10, image_steps=200, rows=800, positions=0)
     a100 = DEVICES["a100"]
@@ -92,27 +92,27 @@ def test_the_paper_floor_is_bound_by_arithmetic_or_by_memory():
 
 
 @pytest.mark.parametrize(("name", "gflop"), [("base", 35.1 + 5.6), ("large", 123 + 7.4)])
-def test_the_encoders_arithmetic_is_that_of_vit(name, gflop):
+def test_encoder_flops_match_published_vit(name, gflop):
     """ViT-B/16 takes 17.6 GMACs at 224 px, ViT-L/16 61.6 (Dosovitskiy et al.); cross keys and values come on top."""
     assert ModelWork.of_config(CONFIGS[name]).encoder_flops == pytest.approx(gflop * 1e9, rel=0.02)
 
 
-def test_forced_captions_feed_every_beam_at_every_step():
+def test_forced_work_has_every_beam_in_every_step():
     work = forced_work(images=3, beams=4, tokens=5)
     assert (work.image_steps, work.rows, work.positions) == (15, 60, 3 * 4 * 15)
 
 
-def test_the_host_alone_is_timed():
+def test_host_s_per_image():
     assert 0 < host_s_per_image(4, images=20, rows=40) < 0.1
 
 
-def test_tenths_are_timed_apart():
+def test_tenth_speed():
     stamps = [0.1 * i for i in range(1, 91)] + [9.0 + 0.2 * i for i in range(1, 11)]
     assert tenth_speed(stamps, 1) == pytest.approx(10)
     assert tenth_speed(stamps, 10) == pytest.approx(5)
 
 
-def test_a_soak_is_drawn_with_its_faults(tmp_path):
+def test_plot_soak_with_faults(tmp_path):
     from benchmarks.plots import plot_soak
 
     samples = [(float(i), i * 20, 1.0) for i in range(1, 60)]

@@ -20,7 +20,7 @@ def test_passes_of_reward_and_likelihood():
 
 
 def test_tokens_of_batches_follow_longest_caption(tiny_reference, tmp_path):
-    """[DEC] and [SEP] are counted; four captions, one of them long, make two batches of which one is long."""
+    """[DEC] and [SEP] count. Four captions, one of them long, make two batches, one of them long."""
     examples = [Example(str(i), tmp_path / "none", text) for i, text in enumerate(["a mass", "a", "mri", "the " * 9])]
     assert tokens_of_batches(tiny_reference, examples, replace(SMALL, device_batch=4)) == 11
     assert tokens_of_batches(tiny_reference, examples, SMALL) in ((11 + 4) / 2, (11 + 3) / 2)
@@ -29,14 +29,14 @@ def test_tokens_of_batches_follow_longest_caption(tiny_reference, tmp_path):
 
 def test_disk_of_kept_models_and_states(tiny_checkpoint):
     model = load_reference(tiny_checkpoint, SMALL).model
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    found = disk(model, replace(SMALL, epochs=5, keep=3))
-    assert found == {"models": 12 * whole, "states": 24 * whole, "most": 48 * whole}
+    model_size = sum(parameter.numel() for parameter in model.parameters())
+    estimate = disk(model, replace(SMALL, epochs=5, keep=3))
+    assert estimate == {"models": 12 * model_size, "states": 24 * model_size, "most": 48 * model_size}
     cached = replace(SMALL, epochs=1, freeze=("vision",), cache_features=True)
     decoder = sum(parameter.numel() for parameter in model.text_decoder.parameters())
     assert disk(load_reference(tiny_checkpoint, cached).model, cached)["states"] == 12 * decoder
 
 
 def test_hours_on_this_machine_add_up():
-    found = on_this_machine(replace(SMALL, epochs=3), 900, 2.0, 3.6, 500)
-    assert (found["hours_an_epoch"], found["of_these_validation"], found["hours"]) == (1.0, 0.5, 3.0)
+    hours = on_this_machine(replace(SMALL, epochs=3), 900, 2.0, 3.6, 500)
+    assert (hours["hours_an_epoch"], hours["of_these_validation"], hours["hours"]) == (1.0, 0.5, 3.0)

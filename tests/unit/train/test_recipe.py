@@ -1,4 +1,4 @@
-"""Recipes: the paper's schedule, and every setting by flag or file."""
+"""Recipes: learning rate schedules, settings from files and flags, and invalid settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.recipe import RECIPES, Recipe, load_recipe, parse_changes
 
 
 def rates_of_torch(scheduler_class, epochs, steps_per_epoch, each_step, rate, **settings):
-    """The learning rate of every optimiser step, by torch's own scheduler."""
+    """Return the learning rate of every optimiser step, by a scheduler of torch."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate)
     scheduler = scheduler_class(optimizer, **settings)
     rates = []
@@ -32,27 +32,27 @@ def rates_of_torch(scheduler_class, epochs, steps_per_epoch, each_step, rate, **
     return rates
 
 
-def test_medblip_base_has_the_rates_of_the_papers_step_lr():
+def test_medblip_base_rates_match_torch_step_lr():
     recipe = RECIPES["medblip-base"]
     assert (recipe.epochs, recipe.learning_rate, recipe.image_size, recipe.max_tokens) == (15, 1e-5, 224, 200)
     expected = rates_of_torch(
         torch.optim.lr_scheduler.StepLR, recipe.epochs, 7, False, recipe.learning_rate, step_size=3, gamma=0.1
     )
-    found = [recipe.learning_rate * recipe.learning_rate_factor(step, 7) for step in range(7 * recipe.epochs)]
-    assert found == pytest.approx(expected, rel=1e-9)
+    rates = [recipe.learning_rate * recipe.learning_rate_factor(step, 7) for step in range(7 * recipe.epochs)]
+    assert rates == pytest.approx(expected, rel=1e-9)
     assert len(set(expected)) == 5
 
 
-def test_one_cycle_has_the_rates_of_torchs():
+def test_one_cycle_rates_match_torch():
     recipe = Recipe(schedule="one-cycle", learning_rate=3e-4, epochs=4)
     expected = rates_of_torch(
         torch.optim.lr_scheduler.OneCycleLR, 4, 25, True, 3e-4, max_lr=3e-4, total_steps=100, pct_start=0.1
     )
-    found = [3e-4 * recipe.learning_rate_factor(step, 25) for step in range(100)]
-    assert found == pytest.approx(expected, rel=1e-6)
+    rates = [3e-4 * recipe.learning_rate_factor(step, 25) for step in range(100)]
+    assert rates == pytest.approx(expected, rel=1e-6)
 
 
-def test_medblip_large_stops_when_the_loss_stops_falling():
+def test_medblip_large_patience():
     recipe = RECIPES["medblip-large"]
     assert (recipe.epochs, recipe.patience) == (5, 1)
     assert not stopped_falling([3.0, 2.5, 2.4], recipe.patience)
@@ -63,13 +63,13 @@ def test_medblip_large_stops_when_the_loss_stops_falling():
 
 
 @pytest.mark.parametrize("size", ["base", "large"])
-def test_recipes_of_the_published_image_size_are_the_papers_otherwise(size):
-    papers, ours = RECIPES[f"medblip-{size}"].settings(), RECIPES[f"medblip-{size}-384"].settings()
-    changed = {name: value for name, value in ours.items() if value != papers[name]}
+def test_384_recipes_differ_only_in_size_and_precision(size):
+    paper, ours = RECIPES[f"medblip-{size}"].settings(), RECIPES[f"medblip-{size}-384"].settings()
+    changed = {name: value for name, value in ours.items() if value != paper[name]}
     assert changed == {"name": f"medblip-{size}-384", "image_size": 384, "precision": "bf16"}
 
 
-def test_a_published_position_table_stays_as_it_is_at_the_published_image_size(tmp_path):
+def test_position_table_is_not_resized_at_384_px(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint", image_size=384, vision={"patch_size": 16})
     name = "vision_model.embeddings.position_embedding"
     published = load_file(checkpoint / "model.safetensors")[name]
@@ -83,7 +83,7 @@ def test_a_published_position_table_stays_as_it_is_at_the_published_image_size(t
 
 
 @pytest.mark.parametrize(("name", "base"), [("medblip-2026", "medblip-base"), ("medblip-2026-scst", "scst")])
-def test_recipes_of_2026_are_two_stages_with_the_winners_decoding(name, base):
+def test_2026_recipes_change_only_decoding(name, base):
     recipe, others = RECIPES[name], RECIPES[base].settings()
     assert recipe.eval_decoding() == {
         "num_beams": 3,
@@ -94,25 +94,25 @@ def test_recipes_of_2026_are_two_stages_with_the_winners_decoding(name, base):
         "no_repeat_ngram_size": 0,
     }
     changed = {setting for setting, value in recipe.settings().items() if value != others[setting]}
-    assert {one for one in changed if not one.startswith("eval_")} == {"name", "write_decoding"}
+    assert {setting for setting in changed if not setting.startswith("eval_")} == {"name", "write_decoding"}
 
 
 @pytest.mark.parametrize(
     ("world_size", "device_batch", "expected"), [(1, 16, (16, 1)), (1, 4, (4, 4)), (8, 16, (2, 1)), (2, 4, (4, 2))]
 )
-def test_a_step_learns_from_the_same_number_of_captions_on_any_number_of_devices(world_size, device_batch, expected):
-    found = Recipe(batch_size=16, device_batch=device_batch).micro_batches(world_size)
-    assert found == expected
-    assert found[0] * found[1] * world_size == 16
+def test_step_size_does_not_depend_on_number_of_devices(world_size, device_batch, expected):
+    micro_batches = Recipe(batch_size=16, device_batch=device_batch).micro_batches(world_size)
+    assert micro_batches == expected
+    assert micro_batches[0] * micro_batches[1] * world_size == 16
 
 
 @pytest.mark.parametrize(("batch_size", "device_batch", "world_size"), [(16, 16, 3), (4, 4, 8), (24, 16, 1)])
-def test_a_batch_that_cannot_be_shared_evenly_is_refused(batch_size, device_batch, world_size):
+def test_batch_that_cannot_be_divided_evenly_is_refused(batch_size, device_batch, world_size):
     with pytest.raises(UsageError, match=f"batch_size {batch_size}"):
         Recipe(batch_size=batch_size, device_batch=device_batch).micro_batches(world_size)
 
 
-def test_settings_come_from_the_recipe_then_the_file_then_flags(tmp_path):
+def test_flags_override_file_which_overrides_recipe(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("base: medblip-large\nlearning_rate: 3e-5\nfreeze: [vision, words]\neval_images: null\n")
     recipe = load_recipe(
@@ -142,7 +142,7 @@ def test_settings_come_from_the_recipe_then_the_file_then_flags(tmp_path):
         ({"augmentation": "flip"}, "augmentation is 'flip'"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_named(changes, message):
+def test_invalid_setting_is_named(changes, message):
     with pytest.raises(UsageError, match=message):
         load_recipe("medblip-base", changes)
 
@@ -159,7 +159,7 @@ def test_run_with_removed_setting_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["- a list\n", "{", "base: nothing\n"])
-def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
+def test_invalid_recipe_file_is_refused(tmp_path, content):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     with pytest.raises(UsageError, match=r"bad\.yaml(: base| cannot be read as YAML| must be a mapping of settings)"):
