@@ -1,7 +1,8 @@
-"""Caption and Alternative, the results of captioning. Plain data, which every module may import."""
+"""Caption and Alternative, the results of captioning, and their text without a prompt. Every module may import this."""
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, field
 
 
@@ -53,3 +54,24 @@ class Caption:
     @property
     def score(self) -> float:
         return self.best.score
+
+
+def after_prompt(caption: str, prompt: str) -> str | None:
+    """Return the text after the prompt, or None if the caption does not begin with it.
+
+    Case, accents and white space are ignored, because a tokenizer changes them: "T2-weighted" matches "t2 - weighted".
+    """
+    expected, seen = _letters(prompt), ""
+    for end, character in enumerate(caption):
+        if seen == expected:
+            return caption[end:].strip()
+        seen += _letters(character)
+        if not expected.startswith(seen):
+            return None
+    return "" if seen == expected else None
+
+
+def _letters(text: str) -> str:
+    """Return a text without case, accents and white space."""
+    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(char for char in decomposed if not char.isspace() and not unicodedata.combining(char))

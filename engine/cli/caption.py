@@ -106,7 +106,6 @@ def _progress(length: int) -> AbstractContextManager[Callable[[int], None]]:
 @contextmanager
 def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr with images/s and the time left, once these are known."""
-    from engine.run.pipeline import Pace
 
     pace, shown = Pace(length), 0
 
@@ -134,7 +133,6 @@ def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def _progress_lines(length: int) -> Iterator[Callable[[int], None]]:
     """Log a line to stderr at the start and every LOG_EVERY_S seconds, even while no image finishes."""
-    from engine.run.pipeline import Pace
 
     pace, ended = Pace(length), threading.Event()
 

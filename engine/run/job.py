@@ -96,6 +96,9 @@ class Outputs:
     )
     prefix: str = option("", "--prefix", "Text added before each caption in the output; it does not change decoding.")
     suffix: str = option("", "--suffix", "Text added after each caption in the output; it does not change decoding.")
+    without_prompt: bool = option(
+        False, "--without-prompt", "Write captions without the prompt that they start with; by default it is included."
+    )
     raw_text: bool = option(
         False, "--raw-text", "Write the tokenizer's text as Hugging Face decodes it; by default it is detokenised."
     )

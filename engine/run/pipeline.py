@@ -185,6 +185,8 @@ def caption_directory(
     ):
         for note in notes_on(requested, options, rows):
             log(f"note: {note}")
+        if outputs.without_prompt and not options.prompt and prompts is None:
+            log("note: --without-prompt has no effect without --prompt or --prompts")
         stream = RowStream(record, outputs) if outputs.is_stream else None
         seconds = keep(source.captions(options, record, log), record, progress, stream)
         for line in note_lines(source.notes):
@@ -290,6 +292,7 @@ def open_record(
             out,
             made_with,
             prompts=prompts,
+            prompt=options.prompt,
             resume=outputs.resume,
             update=outputs.update,
             check_bundle=watch.check,
@@ -343,7 +346,7 @@ def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, log: Log)
     record.check_unchanged()  # after captioning: an image may have changed since it was read
     if outputs.sidecar is not None:
         captioned = [image for image in record.images if image.id in record.captions]
-        texts = {image.id: text_of(record.captions[image.id], outputs) for image in captioned}
+        texts = {image.id: text_of(record.captions[image.id], outputs, record.prompt_of(image)) for image in captioned}
         paths = sidecar_paths(captioned, outputs.sidecar_dir)
         written, unchanged = write_sidecars(texts, paths, outputs.sidecar, outputs.sidecar_dir)
         log(f"sidecars: {written} written, {unchanged} unchanged")

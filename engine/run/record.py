@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from engine.captions import Alternative, Caption
+from engine.captions import Alternative, Caption, after_prompt
 from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs.depth import CLIP
 from engine.inputs.images import ImageFile, utf8
@@ -253,9 +253,15 @@ class ReaderGoneError(Exception):
     """The reader of standard output has closed it, such as `| head`: the run ends without a message."""
 
 
-def text_of(caption: Caption, outputs: Outputs) -> str:
-    """Return a caption's text on one line, with prefix and suffix; an empty caption stays empty."""
+def text_of(caption: Caption, outputs: Outputs, prompt: str | None = None) -> str:
+    """Return a caption's text on one line, with prefix and suffix; an empty caption stays empty.
+
+    With `without_prompt`, the prompt that the caption was generated from is removed.
+    """
     text = one_line(caption.raw_text if outputs.raw_text else caption.text)
+    if outputs.without_prompt and prompt:
+        rest = after_prompt(text, prompt)
+        text = text if rest is None else rest
     return f"{outputs.prefix}{text}{outputs.suffix}" if text else ""
 
 
@@ -266,7 +272,7 @@ def row_of(record: RunRecord, image: ImageFile, outputs: Outputs) -> Row | None:
     """
     caption, failure = record.captions.get(image.id), record.failure(image)
     if caption is not None:
-        return Row(image.id, file_of(image), text_of(caption, outputs).strip())
+        return Row(image.id, file_of(image), text_of(caption, outputs, record.prompt_of(image)).strip())
     if failure is None:
         return None
     return Row(image.id, file_of(image), "" if outputs.allow_missing else None, failure.reason)
@@ -329,6 +335,7 @@ class RunRecord:
         made_with: str,
         *,
         prompts: Mapping[str, str] | None = None,
+        prompt: str | None = None,
         resume: bool = True,
         update: bool = False,
         check_bundle: Callable[[], None] | None = None,
@@ -341,6 +348,7 @@ class RunRecord:
         made_with     what decides the captions besides images and prompts: signature and versions. A journal made with
                       something else is renamed to `set_aside`
         prompts       each image's own prompt by id, or None
+        prompt        the prompt of all images without their own, or None
         resume        whether to use an existing journal; otherwise it is renamed as well
         update        whether to keep the journal after a complete run
         check_bundle  raises an EngineError if the bundle has changed since it was loaded; then no caption is kept
@@ -349,7 +357,7 @@ class RunRecord:
         Raises OutputError.
         """
         self.images = images
-        self.prompts = prompts
+        self.prompts, self._prompt = prompts, prompt
         self.update = update
         self.same_command = "the same command" if resume else "the same command without --no-resume"
         """Name of the command that resumes from the journal, for messages."""
@@ -373,6 +381,10 @@ class RunRecord:
         self.earlier = len(records)
         self.resumed = len(self.captions)
         self.not_reused = self.earlier + self._journal.damaged - self._known.used
+
+    def prompt_of(self, image: ImageFile) -> str | None:
+        """Return the prompt that the caption of an image starts with, or None."""
+        return self._prompt if self.prompts is None else self.prompts.get(image.id)
 
     def __enter__(self) -> RunRecord:
         return self

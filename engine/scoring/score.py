@@ -7,7 +7,6 @@ of images. `score_run` is the entry point.
 from __future__ import annotations
 
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.captions import after_prompt
 from engine.errors import DataError, EngineError, UsageError
 from engine.inputs.columns import PROMPT, USUAL, Columns
 from engine.inputs.depth import CLIP, window_of
@@ -138,21 +138,6 @@ def remove_prompts(items: Items, prompts: Mapping[str, str], source: str) -> tup
     return replace(items, candidates=candidates, how=f"{items.how}|prompt:removed"), note
 
 
-def after_prompt(caption: str, prompt: str) -> str | None:
-    """Return the text after the prompt, or None if the caption does not begin with it.
-
-    Case, accents and white space are ignored, because a tokenizer changes them: "T2-weighted" matches "t2 - weighted".
-    """
-    expected, seen = _letters(prompt), ""
-    for end, character in enumerate(caption):
-        if seen == expected:
-            return caption[end:].strip()
-        seen += _letters(character)
-        if not expected.startswith(seen):
-            return None
-    return "" if seen == expected else None
-
-
 def common_start(items: Items) -> str:
     """Return the words that all captions, but fewer than half of the references, begin with, or an empty string.
 
@@ -167,12 +152,6 @@ def common_start(items: Items) -> str:
     references = [after_prompt(reference, start) is not None for texts in items.references for reference in texts]
     is_prompt = count >= LEAST_WORDS and first != last and sum(references) < len(references) / 2
     return start if is_prompt else ""
-
-
-def _letters(text: str) -> str:
-    """Return a text without case, accents and white space."""
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(char for char in decomposed if not char.isspace() and not unicodedata.combining(char))
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,22 @@ def test_captions_begin_with_their_prompts(image_dir, tiny_bundle, tmp_path):
     assert all(row[1].startswith("a chest x-ray") for row in read_run(out)[1:])
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+def test_captions_are_written_without_their_prompts(image_dir, tiny_bundle, tmp_path, per_image):
+    arguments = ["caption", "--input", image_dir, "--bundle", tiny_bundle]
+    if per_image:
+        (tmp_path / "prompts.csv").write_text("".join(["ID,prompt\n", *(f"IMG {i},a chest x-ray\n" for i in range(5))]))
+        arguments += ["--prompts", tmp_path / "prompts.csv"]
+    else:
+        arguments += ["--prompt", "A chest X-ray"]
+    assert run(*arguments, "--out", tmp_path / "whole.csv").exit_code == 0
+    assert run(*arguments, "--out", tmp_path / "run.csv", "--without-prompt").exit_code == 0
+    whole, rest = (dict(read_run(tmp_path / name)[1:]) for name in ("whole.csv", "run.csv"))
+    assert any(rest.values())
+    # words of the tiny model may continue the prompt's last word, so that no space follows it
+    assert {name: text.removeprefix("a chest x-ray").strip() for name, text in whole.items()} == rest
+
+
 def test_unreadable_images_are_all_listed_and_nothing_is_written(image_dir, tiny_bundle, tmp_path):
     (image_dir / "IMG 1.png").write_bytes(b"")
     (image_dir / "note.jpg").write_text("not an image")
