@@ -179,7 +179,7 @@ class Pace:
         self.done, self._latest_s = done, self._clock() - self._start
         if self._first_s is None:
             self._first_s = self._latest_s
-        # time in units of the first image's: a wave takes about one
+        # time in units of the first image's: a wave takes about one; a coarse clock may give 0
         waves = self._latest_s / max(self._first_s, 1e-9)
         if waves >= FIRST_WAVE and (self._since is None or waves < FIRST_WAVE + WAVE_END):
             self._since = self._latest_s, done

@@ -183,12 +183,14 @@ def caption_directory(
             prompts=prompts,
         ) as record,
     ):
+        # before captioning, which may take hours
         for note in notes_on(requested, options, rows):
             log(f"note: {note}")
         if outputs.without_prompt and not options.prompt and prompts is None:
             log("note: --without-prompt has no effect without --prompt or --prompts")
         stream = RowStream(record, outputs) if outputs.is_stream else None
         seconds = keep(source.captions(options, record, log), record, progress, stream)
+        # after captioning, because the notes grow while images are read
         for line in note_lines(source.notes):
             log(line)
         write(record, outputs, options, log)
@@ -199,6 +201,7 @@ def caption_directory(
         unreadable=len(record.failures),
         empty=sum(not caption.text for caption in record.captions.values()),
         seconds=seconds,
+        # captions of an earlier run took no time in this one
         images_per_s=(len(record.captions) - record.resumed) / seconds,
         out=str(outputs.out),
         signature=run_signature(
@@ -232,7 +235,8 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, log: Log)
     if inputs.manifest:
         images = order_by_manifest(images, inputs.manifest, inputs.columns)
     tables = [table for table in (inputs.manifest, inputs.prompts) if table]
-    # all images found, not only those of the manifest: no output may overwrite any of them
+    # all images found, not only those of the manifest: no output may overwrite any of them; those at a URI, which
+    # have a folder, cannot be overwritten
     protected = [image.path for image in found.images if image.folder is None] + found.lists + tables
     check(outputs, images, protected, bundle)
     for folder, names in found.left_aside.items():
@@ -286,6 +290,7 @@ def open_record(
     made_with = f"{settings}|{source.environment}"
     out = None if outputs.is_stream else outputs.out
     with (
+        # no caption may come from a bundle that is overwritten during the run
         watched(source.bundle) as watch,
         RunRecord(
             images,
@@ -340,6 +345,7 @@ def keep(captions: Iterable[Caption], record: RunRecord, progress: Progress, str
 
 def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, log: Log) -> None:
     """Write the files of a run. Raises EngineError, and writes nothing, if images failed or changed."""
+    # all of them, before check_complete raises one error with their number
     for failure in record.failures:
         log(f"unreadable: {failure}")
     record.check_complete(allow_missing=outputs.allow_missing)
