@@ -45,7 +45,7 @@ def captions_after_prompts(reference, data, split, options):
     """Return Hugging Face's caption of each image with its prompt: {id: (all ids, text after the prompt)}."""
     table = read_table(data / f"{split}_captions.csv")
     found = {}
-    for name, prompt in table.columns["Prompt"].items():
+    for name, prompt in table.columns["prompt"].items():
         pixels = reference.pixels([Image.open(data / split / f"{name}.png").convert("RGB")])
         ((best,),) = reference.generate(pixels, options.replace(prompt=prompt or None))
         prompt_length = 1 + len(reference.tokenizer(prompt, add_special_tokens=False)["input_ids"])
