@@ -126,7 +126,10 @@ def test_different_alternatives_are_a_mismatch(tiny_captioner, tiny_reference, m
     [
         (["--sample"], "No such option"),
         (["--n-best", "4"], "need at least as many beams"),
-        (["--min-new-tokens", "30", "--max-new-tokens", "20"], "the minimum length (31 tokens) is larger than the maximum (21)"),
+        (
+            ["--min-new-tokens", "30", "--max-new-tokens", "20"],
+            "the minimum length (31 tokens) is larger than the maximum (21)",
+        ),
     ],
 )
 def test_invalid_options_are_refused_before_captioning(
