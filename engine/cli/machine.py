@@ -99,7 +99,13 @@ def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
 @click.option(
     "--rows", type=click.IntRange(1), default=1024, show_default=True, help="Maximum number of beams in flight."
 )
-@click.option("--builder", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt", show_default=True)
+@click.option(
+    "--builder",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    default="tensorrt",
+    show_default=True,
+    help="Library that builds the plans; tensorrt-rtx needs no GPU.",
+)
 @click.option(
     "--compute-capability", help="GPU to build for with tensorrt-rtx, such as 8.0 or sm_80; by default this machine's."
 )
