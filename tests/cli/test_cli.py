@@ -263,7 +263,7 @@ def test_folders_images_patterns_and_lists_in_one_run(image_dir, tiny_bundle, tm
         (["--beams", "4", "--length-penalty", "-6"], 2, "length_penalty must be a number of at least -5"),
         (["--min-new-tokens", "30"], 2, "change one of them"),
         (["--prompt", "a [SEP]"], 2, "special token"),
-        (["--prompt", "a\udcff"], 2, "no text"),
+        (["--prompt", "a\udcff"], 2, "non-printable characters"),
         (["--manifest", "{tmp}/absent"], 2, "absent cannot be read: No such file"),
         (["--bundle", "{tmp}/nowhere"], 1, "is not a bundle"),
         (["--bundle", "{tmp}/empty"], 1, "has no manifest.json"),
