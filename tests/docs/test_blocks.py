@@ -88,7 +88,7 @@ def test_unknown_options_are_detected(folder):
     for line in ("engine caption --input images --beam-count 4 --out run.csv", "python -m train sweep --data DATA"):
         with pytest.raises(click.UsageError, match=r"beam-count|out"):
             check_options(line)
-    with pytest.raises(EngineError, match="not a directory"):
+    with pytest.raises(EngineError, match="does not exist"):
         run_block(Block(Path("page.md"), 1, "sh", "engine caption --input no/where --out run.csv", None), folder)
     with pytest.raises(AssertionError, match="there is no make nothing"):
         check_options("make nothing")
