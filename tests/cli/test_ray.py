@@ -314,7 +314,7 @@ def test_cluster_that_requires_a_token_is_reported():
     [
         (["--ray", "127.0.0.1:1"], 1, "no Ray cluster responds at 127.0.0.1:1: Connection refused"),
         (["--ray", "nowhere"], 2, "--ray expects HOST:PORT"),
-        (["--ray-actors", "2"], 2, "give both, or neither"),
+        (["--ray-actors", "2"], 2, "add --ray, or remove --ray-actors"),
         (["--ray", "--backend", "gpu"], 2, "unknown backend 'gpu'"),
         (["--ray", "--backend", "cpu", "--cuda-graphs"], 2, "are for the backend trt, not for cpu"),
         (

@@ -201,7 +201,7 @@ def test_one_cycle_run_is_not_extended(undisturbed, checkpoint, data):
     longer = CliRunner().invoke(main, finetune(checkpoint, data, out, *SETTINGS, "--epochs", "4")[2:])
     assert longer.exit_code == 2
     assert "differs in epochs: the learning rates of the schedule one-cycle depend on" in longer.output
-    assert f"take --model {out / 'best'} and another --out" in longer.output
+    assert f"use --model {out / 'best'} and another --out" in longer.output
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"recipe": 1}'])
