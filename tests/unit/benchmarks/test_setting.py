@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.roofline import measure_matmul
-from benchmarks.setting import write_corpus
+from benchmarks.setting import record_path, write_corpus
 from benchmarks.soak import tenth_speed
 from benchmarks.work import CONFIGS, DEVICES, ModelWork, Work, count_work, floor_s, forced_work, host_s_per_image
 from engine.options import DecodeOptions
@@ -120,3 +120,11 @@ def test_plot_soak_with_faults(tmp_path):
     parts = {"undisturbed": {"samples": samples}, "disturbed": {"samples": samples, "faults": faults}}
     plot_soak([{"benchmark": "soak", "setting": {"images": 1200}, **parts}]).savefig(tmp_path / "soak.png")
     assert (tmp_path / "soak.png").stat().st_size > 10_000
+
+
+def test_tracked_records_are_only_overwritten_on_request(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert record_path("x.json") == Path("build/benchmarks/x.json")
+    assert record_path("x.json", record=True) == Path("benchmarks/results/x.json")
+    assert record_path("x.json", tmp_path / "new" / "y.json") == tmp_path / "new" / "y.json"
+    assert (tmp_path / "new").is_dir()
