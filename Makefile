@@ -27,9 +27,13 @@ caption: $(LEAN)/.ready  ## caption the example images into run.csv (lean enviro
 
 full: $(FULL)/.ready  ## create the full environment for export and training (torch, some gigabytes)
 
+# Three processes of pytest: with all tests in one, next to torch and TensorRT-RTX, OpenVINO's tests once ended with a
+# segmentation fault. The cause is not known.
 test: lint $(NEXT)/.ready  ## create all environments, lint, and run all tests (with transformers 5 a short selection)
 	@echo "running all tests: about 20 minutes on 2 cores"
-	$(FULL)/bin/python -m pytest
+	$(FULL)/bin/python -m pytest tests/cli tests/docs tests/packaging
+	$(FULL)/bin/python -m pytest tests/browser tests/nvidia tests/parity
+	$(FULL)/bin/python -m pytest tests/unit
 	$(NEXT)/bin/python -m pytest tests/parity/test_releases.py tests/unit/export \
 	    tests/parity/test_generate.py -k "not equal_generate or penalties and ids or equal_generate and (1-0 or 3-3-None)"
 
