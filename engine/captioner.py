@@ -6,7 +6,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -53,15 +53,30 @@ def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptio
     )
 
 
-def searches_for(
-    bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions, prompts: Mapping[str, str] | None
-) -> tuple[Search, dict[str, Start] | None]:
-    """Return a search that is long enough for all prompts, and each image's Start by id (None: the search's own).
+@dataclass(frozen=True)
+class Decoding:
+    """How images are decoded, resolved once: workers get it with their order.
+
+    options  the options in force
+    search   their search; with a prompt per image, one that is long enough for all
+    starts   the Start of each image by id, or None if all have that of the search
+    """
+
+    options: DecodeOptions
+    search: Search
+    starts: Mapping[str, Start] | None = None
+
+
+def resolve(
+    bundle: Bundle, tokenizer: CaptionTokenizer, requested: DecodeOptions, prompts: Mapping[str, str] | None = None
+) -> Decoding:
+    """Resolve options that override a bundle's settings, with one prompt for all images or `prompts` by image id.
 
     Raises UsageError if an option or a prompt does not fit the bundle.
     """
+    options = requested.over(bundle.generation)
     if not prompts:
-        return search_for(bundle, tokenizer, options), None
+        return Decoding(options, search_for(bundle, tokenizer, options))
     if options.prompt:
         raise UsageError("one prompt for all images and a prompt per image exclude each other: give one")
     search_of = {
@@ -70,7 +85,7 @@ def searches_for(
     }
     # the searches only differ in their prompts and lengths: the longest has room for all
     search = max(search_of.values(), key=lambda search: search.max_length)
-    return search, {name: search_of[prompt].start for name, prompt in prompts.items()}
+    return Decoding(options, search, {name: search_of[prompt].start for name, prompt in prompts.items()})
 
 
 REMEMBERED = 4096
@@ -298,18 +313,13 @@ class Captioner:
         if high_bit_depth is not None:
             window_of(high_bit_depth)  # raises UsageError for an invalid value
         options = (options or DecodeOptions()).replace(**given)
-        search, starts = self.searches(options, prompts)
         reading = _Reading(on_error, on_note, high_bit_depth, live)
-        return self._caption(images, search, starts, rows, reading)
+        return self._caption(images, self.decoding(options, prompts), rows, reading)
 
     def _caption(
-        self,
-        images: Iterable[ImageSource],
-        search: Search,
-        starts: Mapping[str, Start] | None,
-        rows: int | None,
-        reading: _Reading,
+        self, images: Iterable[ImageSource], decoding: Decoding, rows: int | None, reading: _Reading
     ) -> Iterator[Caption]:
+        search, starts = decoding.search, decoding.starts
         repeats, captions = Repeats(), InOrder()
         # NOTHING_YET returns control at once, so that a live source gets a known caption without delay
         known_before = NOTHING_YET if reading.live else None
@@ -375,11 +385,9 @@ class Captioner:
         """Return the Search of options that override the bundle's settings. Raises UsageError if they do not fit it."""
         return search_for(self.bundle, self.tokenizer, options)
 
-    def searches(
-        self, options: DecodeOptions, prompts: Mapping[str, str] | None
-    ) -> tuple[Search, dict[str, Start] | None]:
-        """See searches_for."""
-        return searches_for(self.bundle, self.tokenizer, options, prompts)
+    def decoding(self, options: DecodeOptions, prompts: Mapping[str, str] | None = None) -> Decoding:
+        """See resolve."""
+        return resolve(self.bundle, self.tokenizer, options, prompts)
 
     def _read(
         self, sources: Iterable[tuple[int, ImageSource]], reading: _Reading, may_wait: Callable[[], bool]
@@ -442,15 +450,6 @@ class PendingImages(Protocol):
         """Yield the images that have neither a caption nor failed."""
         ...
 
-    @property
-    def prompts(self) -> Mapping[str, str] | None:
-        """The text that each caption starts with, by image id; None if there is one for all images, or none at all."""
-        ...
-
-    def has(self, image_id: str) -> bool:
-        """Return whether an image already has a caption."""
-        ...
-
     def fail(self, error: ImageError) -> None:
         """Record an image that cannot be read."""
         ...
@@ -458,10 +457,9 @@ class PendingImages(Protocol):
 
 def caption_within_memory(
     captioner: Captioner,
-    options: DecodeOptions,
+    decoding: Decoding,
     remaining: Callable[[], Iterable[ImageFile]],
     *,
-    prompts: Mapping[str, str] | None,
     on_error: Callable[[ImageError], None],
     on_note: Callable[[ImageNote], None],
     rows: int | None,
@@ -472,16 +470,13 @@ def caption_within_memory(
     `remaining` is then called again and must not return images whose captions were yielded; `log` gets a note first.
     Raises OutOfMemoryError if memory does not suffice for one image. See Captioner.caption for the other arguments.
     """
-    search, _ = captioner.searches(options, prompts)
+    search, reading = decoding.search, _Reading(on_error, on_note, high_bit_depth=None, live=False)
     num_slots = captioner.scheduler(search, rows).concurrency
     while True:
         # the error of the last attempt holds its frames, and these the KV cache that did not fit: free them first
         gc.collect()
         try:
-            rows = num_slots * search.num_beams
-            yield from captioner.caption(
-                remaining(), options, rows=rows, prompts=prompts, on_error=on_error, on_note=on_note
-            )
+            yield from captioner._caption(remaining(), decoding, num_slots * search.num_beams, reading)
             return
         except (OutOfMemoryError, MemoryError) as error:
             if num_slots == 1:

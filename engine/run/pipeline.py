@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from engine.backends import require_backend
+from engine.backends import open_backends, require_backend
 from engine.bundle.manifest import Bundle, watched
-from engine.bundle.open import BundlePlace, folders_of
+from engine.bundle.open import BundlePlace, folders_of, open_place
 from engine.bundle.signature import environment, run_signature, settings_line
-from engine.captioner import Captioner, PendingImages, caption_within_memory
+from engine.bundle.tokenizer import CaptionTokenizer
+from engine.captioner import Captioner, Decoding, PendingImages, caption_within_memory, resolve
 from engine.captions import Caption
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
@@ -26,8 +27,8 @@ from engine.run.job import Inputs, Outputs
 from engine.run.outputs import check_sidecars, sidecar_paths, write_sidecars
 from engine.run.record import RowStream, RunRecord, rows_of, text_of
 from engine.runtime import Runtime, Workers
+from engine.workers.child import open_processes
 from engine.workers.cluster import open_cluster, require_ray
-from engine.workers.driver import open_processes
 from engine.workers.resources import plan_workers
 
 Log = Callable[[str], None]
@@ -37,24 +38,19 @@ class Source(Protocol):
     """Where captions come from: this process, worker processes or a cluster.
 
     bundle        the loaded bundle
+    decoding      options, search and prompts
     backend_name  the backend in use
     environment   versions of the packages that decide captions
     notes         one entry per image of which something was dropped (engine/inputs/pixels.py); grows during the run
     """
 
     bundle: Bundle
+    decoding: Decoding
     backend_name: str
     environment: str
     notes: list[ImageNote]
 
-    def resolve(self, requested: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
-        """Return the options in force: `requested` overrides the bundle's settings.
-
-        Raises UsageError if an option or a prompt does not fit the bundle.
-        """
-        ...
-
-    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
+    def captions(self, pending: PendingImages, log: Log) -> Iterator[Caption]:
         """Yield one caption per remaining image, in any order; pass unreadable images to `pending.fail`."""
         ...
 
@@ -77,37 +73,38 @@ def choose_runtime(runtime: Runtime, workers: Workers, log: Log) -> Runtime:
 
 
 def open_source(
-    bundle: BundlePlace | None, requested: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, log: Log
+    bundle: Bundle,
+    place: BundlePlace | None,
+    decoding: Decoding,
+    rows: int | None,
+    runtime: Runtime,
+    workers: Workers,
+    log: Log,
 ) -> AbstractContextManager[Source]:
-    """Open the source of a run's captions, which loads the bundle. Raises an EngineError."""
+    """Open the source of a run's captions, made with a `bundle` that was opened at `place`. Raises an EngineError."""
     if workers.address is not None:
-        return open_cluster(bundle, requested, rows, runtime, workers, log)
+        return open_cluster(bundle, place, decoding, rows, runtime, workers, log)
     if team := plan_workers(runtime, workers):
-        return open_processes(bundle, requested, rows, runtime, team, log)
-    return nullcontext(LocalSource(Captioner.open(bundle, runtime), rows))
+        return open_processes(bundle, place, decoding, rows, runtime, team, log)
+    captioner = Captioner(bundle, *open_backends(bundle, runtime), threads=runtime.threads)
+    return nullcontext(LocalSource(captioner, decoding, rows))
 
 
 class LocalSource:
     """Captions made in this process, see Source."""
 
-    def __init__(self, captioner: Captioner, rows: int | None = None) -> None:
+    def __init__(self, captioner: Captioner, decoding: Decoding, rows: int | None = None) -> None:
         self._captioner, self._rows = captioner, rows
-        self.bundle = captioner.bundle
+        self.bundle, self.decoding = captioner.bundle, decoding
         self.backend_name = captioner.backend.name
         self.environment = environment(self.backend_name)
         self.notes: list[ImageNote] = []
 
-    def resolve(self, requested: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
-        options = requested.over(self.bundle.generation)
-        self._captioner.searches(options, prompts)
-        return options
-
-    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
+    def captions(self, pending: PendingImages, log: Log) -> Iterator[Caption]:
         return caption_within_memory(
             self._captioner,
-            options,
+            self.decoding,
             pending.remaining,
-            prompts=pending.prompts,
             on_error=pending.fail,
             on_note=self.notes.append,
             rows=self._rows,
@@ -169,31 +166,26 @@ def caption_directory(
     runtime = choose_runtime(runtime, workers, log)
     images, left_aside = find(inputs, outputs, bundle, log)
     prompts = _prompts(inputs, images)
-    with (
-        # the lock comes first: a second run is refused before it loads a bundle or starts workers
-        lock(outputs, log),
-        open_source(bundle, requested, rows, runtime, workers, log) as source,
-        open_record(
-            images,
-            source,
-            options := source.resolve(requested, prompts),
-            outputs,
-            log,
-            runtime=runtime,
-            prompts=prompts,
-        ) as record,
-    ):
-        # before captioning, which may take hours
-        for note in notes_on(requested, options, rows):
-            log(f"note: {note}")
-        if outputs.without_prompt and not options.prompt and prompts is None:
-            log("note: --without-prompt has no effect without --prompt or --prompts")
-        stream = RowStream(record, outputs) if outputs.is_stream else None
-        seconds = keep(source.captions(options, record, log), record, progress, stream)
-        # after captioning, because the notes grow while images are read
-        for line in note_lines(source.notes):
-            log(line)
-        write(record, outputs, options, log)
+    with lock(outputs, log):  # first: a second run is refused before it loads a bundle or starts workers
+        opened = open_place(bundle)
+        # before workers start, so that a wrong option is reported at once
+        decoding = resolve(opened, CaptionTokenizer(opened), requested, prompts)
+        options = decoding.options
+        with (
+            open_source(opened, bundle, decoding, rows, runtime, workers, log) as source,
+            open_record(images, source, outputs, log, runtime=runtime, prompts=prompts) as record,
+        ):
+            # before captioning, which may take hours
+            for note in notes_on(requested, options, rows):
+                log(f"note: {note}")
+            if outputs.without_prompt and not options.prompt and prompts is None:
+                log("note: --without-prompt has no effect without --prompt or --prompts")
+            stream = RowStream(record, outputs) if outputs.is_stream else None
+            seconds = keep(source.captions(record, log), record, progress, stream)
+            # after captioning, because the notes grow while images are read
+            for line in note_lines(source.notes):
+                log(line)
+            write(record, outputs, options, log)
     return RunSummary(
         images=len(images),
         captions=len(record.captions),
@@ -277,7 +269,6 @@ def lock(outputs: Outputs, log: Log) -> Iterator[None]:
 def open_record(
     images: list[ImageFile],
     source: Source,
-    options: DecodeOptions,
     outputs: Outputs,
     log: Log,
     *,
@@ -285,6 +276,7 @@ def open_record(
     prompts: Mapping[str, str] | None = None,
 ) -> Iterator[RunRecord]:
     """Open the record of a run; log what is taken from an earlier run, and on errors what this one keeps."""
+    options = source.decoding.options
     settings = settings_line(source.bundle, source.backend_name, options, runtime.cpu_precision)
     # the key of the journal: captions of another bundle, other options or other packages are never mixed in
     made_with = f"{settings}|{source.environment}"

@@ -1,4 +1,4 @@
-"""Child: a worker process as its parent sees it."""
+"""Worker processes on this machine."""
 
 from __future__ import annotations
 
@@ -10,28 +10,68 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from queue import SimpleQueue
+from dataclasses import replace
 
+from engine.bundle.manifest import Bundle
+from engine.bundle.open import BundlePlace, where_read
+from engine.bundle.signature import environment
+from engine.captioner import Decoding
 from engine.errors import EngineError
 from engine.inputs.images import ImageFile
+from engine.runtime import Runtime
+from engine.workers.driver import Events, Log, Team, WorkerSource
 from engine.workers.messages import WorkOrder, pack_images
 from engine.workers.resources import WorkerResources
+
+
+@contextmanager
+def open_processes(
+    bundle: Bundle,
+    place: BundlePlace | None,
+    decoding: Decoding,
+    rows: int | None,
+    runtime: Runtime,
+    team: Sequence[WorkerResources],
+    log: Log,
+) -> Iterator[WorkerSource]:
+    """Log how many worker processes there will be; all have ended when the context is left."""
+    log(describe(team))
+    order = WorkOrder(
+        bundle=where_read(place, bundle),
+        digest=bundle.digest,
+        environment=environment(runtime.backend),
+        runtime=runtime,
+        decoding=decoding,
+        peers=len(team),
+        rows=rows,
+    )
+
+    def start(number: int, order: WorkOrder, events: Events) -> Child:
+        return Child(number, team[number], order, events)
+
+    source = WorkerSource(bundle, order, Team(len(team), start, "worker process", "lower --processes or --rows"))
+    try:
+        yield source
+    finally:
+        source.end()
+
+
+def describe(team: Sequence[WorkerResources]) -> str:
+    """Describe the workers, such as `2 worker processes on cuda:0, cuda:1`."""
+    who = f"{len(team)} worker processes" if len(team) > 1 else "a worker process"
+    if all(resources.device for resources in team):
+        return f"{who} on {', '.join(resources.device for resources in team)}"
+    return f"{who} with {sum(resources.threads for resources in team)} threads in all"
+
 
 PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from engine.workers.worker import main; main()"
 """Program of a worker process; its arguments are this process's sys.path, so that it imports the same packages."""
 
 
 class Child:
-    """A worker process, which is started at once.
+    """A worker process, which is started at once, see Worker."""
 
-    `events` gets (child, line) for each line that it sends, and an empty line when it has ended. Its first message says
-    how many images it `wants` to hold at a time; the reader of the events stores that here. `number` identifies the
-    worker: a replacement gets the same one.
-    """
-
-    def __init__(
-        self, number: int, resources: WorkerResources, order: WorkOrder, events: SimpleQueue[tuple[Child, bytes]]
-    ) -> None:
+    def __init__(self, number: int, resources: WorkerResources, order: WorkOrder, events: Events) -> None:
         """Raises EngineError if no process can be started."""
         self.number = number
         self.wants = 0
@@ -50,19 +90,21 @@ class Child:
                 os.sched_setaffinity(self._process.pid, resources.cores)
         self._reader = threading.Thread(target=self._listen, args=(events,), name="worker process", daemon=True)
         self._reader.start()
-        self._send(pickle.dumps(order))
+        self._send(pickle.dumps(replace(order, runtime=replace(order.runtime, threads=resources.threads))))
 
     @property
     def pid(self) -> int:
         """The process id."""
         return self._process.pid
 
+    @property
+    def name(self) -> str:
+        return f"worker process {self.pid}"
+
     def submit(self, images: Sequence[ImageFile]) -> None:
-        """Send images to caption. Nothing is sent to a process that has ended, which its events will report."""
-        self._send(f"{pack_images(list(images))}\n".encode("ascii"))
+        self._send(f"{pack_images(images)}\n".encode("ascii"))
 
     def end(self, patience_s: float = 0) -> str:
-        """Kill the process if it does not end within `patience_s`; return its exit code or signal as text."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(patience_s)
         self._process.kill()
@@ -79,13 +121,13 @@ class Child:
             self._process.stdin.write(message)
             self._process.stdin.flush()
 
-    def _listen(self, events: SimpleQueue[tuple[Child, bytes]]) -> None:
+    def _listen(self, events: Events) -> None:
         assert self._process.stdout is not None
         with self._process.stdout as answers:
             for line in answers:
                 if line.endswith(b"\n"):  # otherwise the process was killed while it wrote
-                    events.put((self, line))
-        events.put((self, b""))
+                    events.put((self, line.decode("ascii")))
+        events.put((self, ""))
 
 
 def _signal_name(number: int) -> str:

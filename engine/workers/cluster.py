@@ -1,10 +1,9 @@
-"""Captioning on a Ray cluster: the connection, the workers, and the driver that distributes images."""
+"""Workers on a Ray cluster: the connection, and actors on its nodes."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import hashlib
 import os
 import platform
 import shutil
@@ -12,8 +11,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,31 +20,16 @@ from typing import Any
 
 from engine.backends import require_backend
 from engine.bundle.manifest import Bundle
-from engine.bundle.open import BundlePlace, absolute, open_place
+from engine.bundle.open import BundlePlace, absolute
 from engine.bundle.signature import environment
-from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import PendingImages, search_for, searches_for
-from engine.captions import Caption
-from engine.errors import BackendError, EngineError, ImageError, UsageError, install_command
+from engine.captioner import Decoding
+from engine.errors import EngineError, UsageError, install_command
 from engine.host import available_cores, descendants, started_at, wait_or_kill
 from engine.inputs.images import ImageFile
-from engine.inputs.pixels import ImageNote
-from engine.options import DecodeOptions
 from engine.runtime import CPU_BACKENDS, Runtime, Workers
-from engine.version import __version__
-from engine.workers.messages import (
-    COLUMN,
-    WorkOrder,
-    pack_captions,
-    pack_error,
-    pack_failures,
-    pack_image_notes,
-    pack_images,
-    pack_note,
-    unpack_answer,
-    unpack_images,
-)
-from engine.workers.worker import CaptionStream, Unreadable
+from engine.workers.driver import Events, Log, Team, WorkerSource
+from engine.workers.messages import WorkOrder, pack_images
+from engine.workers.worker import CaptionWorker
 
 LOCAL, ANY = "local", "auto"
 """Special addresses: start a cluster on this machine, or use the one that is running on it."""
@@ -60,11 +44,9 @@ LONGEST_TEMPORARY = 40
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_DATA_LOG_LEVEL": "CRITICAL",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Silence Ray's logs and progress bars, unless these are set already. Usage statistics are always off."""
+"""Silence Ray's logs, unless these are set already. Usage statistics are always off."""
 
 _processes: dict[int, str | None] = {}
 """Processes of a cluster that was started here: {process id: start time}."""
@@ -81,7 +63,6 @@ def require_ray() -> Any:
         atexit.register(_clean_up)
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise EngineError(f"--ray needs the package ray ({error}): {install_command('ray')}") from None
     return ray
@@ -91,8 +72,7 @@ def require_ray() -> Any:
 def cluster(address: str) -> Iterator[Any]:
     """Connect to the cluster at `address`, start one (LOCAL), or use the one that this process is connected to already.
 
-    After an error the connection is not shut down but ends with the process. Threads of Ray Data may still be running,
-    and if one of them uses a connection that was shut down, Ray ends the process at once, before the error is printed.
+    After an error the connection ends with the process: shutting down a cluster that has failed might take long.
 
     A cluster that was started here leaves no process and no temporary file. Raises UsageError for an invalid address,
     EngineError if nothing responds there.
@@ -236,40 +216,6 @@ def _own_signal_handlers() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-MESSAGES_PER_BLOCK = 8
-"""Number of messages with the captions of a block. More of them lose less when a worker or driver is killed, but each
-has a cost. They are always sent after the same images: from a repeated block Ray drops as many messages as have arrived
-before.
-"""
-
-
-MOST_ATTEMPTS = 10
-"""Attempts at a block before the run gives up; if an image kills workers, Ray would replace them for ever."""
-
-
-class AttemptCounter:
-    """An actor that counts the attempts at each block."""
-
-    def __init__(self) -> None:
-        self._begun: Counter[str] = Counter()
-
-    def begin(self, block: str) -> int:
-        """Count one more attempt at a block and return their number."""
-        self._begun[block] += 1
-        return self._begun[block]
-
-
-def too_many_attempts(block: str) -> str:
-    """Return the message for a block that has killed too many workers."""
-    images = unpack_images(block)
-    return pack_error(
-        BackendError(
-            f"{MOST_ATTEMPTS} workers died at the images {images[0].source} to {images[-1].source}, or at others in "
-            "progress: if memory is short, lower --rows; the same command resumes from here"
-        )
-    )
-
-
 @dataclass(frozen=True)
 class NodeFacts:
     """Backend and package versions of a node, which decide captions, or the error if something is missing there."""
@@ -284,100 +230,9 @@ def inspect_node(backend: str) -> NodeFacts:
     """Return the backend that `backend` stands for on this node, and its package versions."""
     try:
         name = require_backend(backend)
-        return NodeFacts(name, _versions(name))
+        return NodeFacts(name, environment(name))
     except EngineError as error:
         return NodeFacts(error=f"{error} (on the node {platform.node()})", exit_code=error.exit_code)
-
-
-def _versions(backend: str) -> str:
-    return f"{environment(backend)}|engine:{__version__}"
-
-
-class CaptionWorker:
-    """A Ray actor that loads the bundle of an order once, and maps tables of image blocks to tables of messages.
-
-    Two concurrent calls keep it busy from one block to the next, see CaptionStream.
-    """
-
-    def __init__(self, order: WorkOrder, attempts: Any) -> None:
-        """Load the bundle. An error becomes the answer to every block, as Ray would not pass on one raised here intact.
-
-        `attempts` is the handle of an AttemptCounter actor.
-        """
-        self._order = order
-        self._attempts = attempts
-        self._where = f" (on the node {platform.node()})" if order.num_nodes > 1 else ""
-        try:
-            self._load()
-        except EngineError as error:
-            self._error: EngineError | None = error
-        else:
-            self._error = None
-
-    def _load(self) -> None:
-        order = self._order
-        if (versions := _versions(order.runtime.backend)) != order.environment:
-            raise BackendError(
-                f"{platform.node()} has other packages ({versions}) than the first node ({order.environment}): install "
-                "the same versions on all nodes"
-            )
-        self._stream = CaptionStream.open(order)
-
-    def __call__(self, blocks: Any) -> Iterator[Any]:
-        """Yield tables with the messages for a table of image blocks."""
-        import pyarrow as pa
-        import ray
-
-        for block in blocks[COLUMN].to_pylist():
-            begun = ray.get(self._attempts.begin.remote(hashlib.sha256(block.encode()).hexdigest()))
-            for answer in self._answers(block) if begun <= MOST_ATTEMPTS else [too_many_attempts(block)]:
-                yield pa.table({COLUMN: [answer]})
-
-    def _answers(self, block: str) -> Iterator[str]:
-        if self._error is not None:
-            yield pack_error(self._error, self._where)
-            return
-        images = unpack_images(block)
-        ready: list[Caption] = []
-        failures: dict[str, str] = {}
-        notes: list[str] = []
-        try:
-            for item in self._stream.caption(images):
-                if isinstance(item, Caption):
-                    ready.append(item)
-                elif isinstance(item, Unreadable):
-                    failures[item.id] = item.error.reason + self._where
-                else:
-                    notes.append(item)
-                if len(ready) == -(-len(images) // MESSAGES_PER_BLOCK):
-                    yield pack_captions(ready)
-                    ready = []
-        except EngineError as error:
-            yield pack_error(error, self._where)
-            return
-        yield pack_captions(ready)
-        if failures:
-            yield pack_failures(failures)
-        if image_notes := self._stream.take_notes():  # some may be of another block, which is in progress
-            yield pack_image_notes(image_notes)
-        yield from map(pack_note, notes)
-
-
-Log = Callable[[str], None]
-
-MOST_IN_BLOCK = 512
-"""Maximum number of images in a block, which are repeated if a worker is killed."""
-BLOCKS_PER_ACTOR = 4
-"""Minimum number of blocks per worker, so that fast workers can take over blocks from slow ones."""
-BLOCKS_IN_FLIGHT = 2
-"""Blocks that a worker has at a time: when one ends, images of the other fill its slots."""
-MAX_LOADING_DEATHS = 10
-"""Number of workers that may die in a row while they load."""
-
-
-def block_size(images: int, actors: int) -> int:
-    """Return the number of images per block."""
-    return max(1, min(MOST_IN_BLOCK, -(-images // (actors * BLOCKS_PER_ACTOR))))
 
 
 @dataclass(frozen=True)
@@ -396,30 +251,78 @@ class WorkerPlan:
 
 @contextmanager
 def open_cluster(
-    place: BundlePlace | None, requested: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, log: Log
-) -> Iterator[ClusterSource]:
+    bundle: Bundle,
+    place: BundlePlace | None,
+    decoding: Decoding,
+    rows: int | None,
+    runtime: Runtime,
+    workers: Workers,
+    log: Log,
+) -> Iterator[WorkerSource]:
     """Connect to a cluster, resolve the backend on one of its nodes, and log how many workers there will be."""
-    bundle = open_place(place)  # first, so that a damaged bundle or a wrong option is reported before a cluster starts
-    search_for(bundle, tokenizer := CaptionTokenizer(bundle), requested)
     with cluster(workers.address or LOCAL) as ray:
         gpus = 0 if runtime.backend in CPU_BACKENDS else int(ray.cluster_resources().get("GPU", 0))
         node = _ask_a_node(ray, runtime.backend, min(gpus, 1))
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = 0 if node.backend in CPU_BACKENDS else gpus
-        team = plan_actors(resources, gpus, actors=workers.actors, threads=runtime.threads)
-        log(f"backend: {node.backend}, {team}")
+        plan = plan_actors(resources, gpus, actors=workers.actors, threads=runtime.threads)
+        log(f"backend: {node.backend}, {plan}")
         order = WorkOrder(
             bundle=absolute(place),
             digest=bundle.digest,
             environment=node.environment,
             runtime=replace(
-                runtime, backend=node.backend, threads=team.cpus, plans=runtime.plans and runtime.plans.absolute()
+                runtime, backend=node.backend, threads=plan.cpus, plans=runtime.plans and runtime.plans.absolute()
             ),
-            peers=team.peers,
+            decoding=decoding,
+            peers=plan.peers,
             num_nodes=len(resources),
             rows=rows,
         )
-        yield ClusterSource(ray, bundle, tokenizer, order, team)
+        # Ray would restart an actor without telling the driver which images it held: the driver does it
+        kind = ray.remote(
+            num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=0, max_task_retries=0, max_concurrency=2
+        )(CaptionWorker)
+
+        def start(number: int, order: WorkOrder, events: Events) -> Actor:
+            return Actor(ray, kind.remote(order), number, events)
+
+        source = WorkerSource(bundle, order, Team(plan.actors, start, "Ray worker", "lower --ray-actors or --rows"))
+        try:
+            yield source
+        finally:
+            source.end()
+
+
+class Actor:
+    """A CaptionWorker that runs as a Ray actor, see Worker. Until the cluster has room for it, it only waits."""
+
+    def __init__(self, ray: Any, handle: Any, number: int, events: Events) -> None:
+        self.number, self.wants = number, 0
+        self._ray, self._handle, self._how = ray, handle, "it was killed"
+        self._reader = threading.Thread(target=self._listen, args=(events,), name="Ray worker", daemon=True)
+        self._reader.start()
+
+    @property
+    def name(self) -> str:
+        return f"Ray worker {self.number}"
+
+    def submit(self, images: Sequence[ImageFile]) -> None:
+        self._handle.submit.remote(pack_images(images))
+
+    def end(self, patience_s: float = 0) -> str:  # noqa: ARG002, Ray has ended it, or it is to end at once
+        self._ray.kill(self._handle)
+        self._reader.join()
+        return self._how
+
+    def _listen(self, events: Events) -> None:
+        """Pass on the messages. Ray ends the process if this thread still uses a connection that was shut down."""
+        try:
+            for answer in self._handle.answers.options(num_returns="streaming").remote():
+                events.put((self, self._ray.get(answer)))
+        except self._ray.exceptions.RayError as error:  # its text has many lines, its type says the cause
+            self._how = type(error).__name__
+        events.put((self, ""))
 
 
 def _ask_a_node(ray: Any, backend: str, gpus: int) -> NodeFacts:
@@ -461,93 +364,6 @@ def plan_actors(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | No
             f"the Ray cluster has room for {room} workers with {cpus} CPUs: lower --ray-actors or --threads"
         )
     return WorkerPlan(actors or room, cpus, 0, min(actors or room, max(cores) // cpus))
-
-
-class ClusterSource:
-    """Captions made by the workers of a cluster, which start when `captions` is called; see Source."""
-
-    def __init__(
-        self, ray: Any, bundle: Bundle, tokenizer: CaptionTokenizer, order: WorkOrder, team: WorkerPlan
-    ) -> None:
-        self.bundle = bundle
-        self._tokenizer = tokenizer
-        self.backend_name = order.runtime.backend
-        self.environment = order.environment.rpartition("|engine:")[0]
-        self.notes: list[ImageNote] = []
-        self._ray, self._order, self._team = ray, order, team
-
-    def resolve(self, requested: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
-        options = requested.over(self.bundle.generation)
-        searches_for(self.bundle, self._tokenizer, options, prompts)
-        return options
-
-    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
-        """See Source. Ray replaces a worker that dies and repeats its block. Images that are missing at the end are
-        sent again.
-        """
-        self._order = replace(self._order, options=options, prompts=pending.prompts)
-        while missing := list(pending.remaining()):
-            paths = {image.id: str(image.source) for image in missing}
-            for answer in map(unpack_answer, self._answers(missing)):
-                for name, reason in answer.failures.items():
-                    pending.fail(ImageError(paths[name], reason))
-                self.notes += answer.image_notes
-                if answer.note:
-                    log(answer.note)
-                yield from (caption for caption in answer.captions if not pending.has(caption.id))
-            if len(list(pending.remaining())) == len(missing):
-                raise EngineError("the workers returned no captions: run the same command again, or without --ray")
-
-    def _answers(self, images: list[ImageFile]) -> Iterator[str]:
-        """Yield the workers' messages for blocks of images, as they arrive."""
-        import pyarrow as pa
-
-        ray, team = self._ray, self._team
-        size = block_size(len(images), team.actors)
-        blocks = [images[start : start + size] for start in range(0, len(images), size)]
-        configure_ray_data(ray.data.DataContext.get_current())
-        answers = ray.data.from_arrow([pa.table({COLUMN: [pack_images(block)]}) for block in blocks]).map_batches(
-            CaptionWorker,
-            fn_constructor_args=(self._order, start_restarting_actor(ray, AttemptCounter)),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(
-                size=min(team.actors, len(blocks)),
-                max_tasks_in_flight_per_actor=BLOCKS_IN_FLIGHT,
-                max_concurrent_calls_per_actor=BLOCKS_IN_FLIGHT,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=team.cpus,
-            num_gpus=team.gpus,
-        )
-        try:
-            for table in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-                yield from table[COLUMN].to_pylist()
-        except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, ray.exceptions.RayError):
-                raise  # a bug, with its traceback
-            raise _cluster_failed(error) from error
-        except ray.exceptions.RayError as error:
-            raise _cluster_failed(error) from error
-
-
-def start_restarting_actor(ray: Any, kind: type) -> Any:
-    """Start an actor that Ray restarts, without its state, if its process or node dies."""
-    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(kind).remote()
-
-
-def _cluster_failed(error: Exception) -> EngineError:
-    return EngineError(
-        f"the Ray cluster failed ({_first_line(error)}): run the same command again, which resumes from here"
-    )
-
-
-def configure_ray_data(context: Any) -> None:
-    """Make Ray Data pass on every message at once, without progress bars, and tolerate workers that die on loading."""
-    context.target_max_block_size = 1  # in bytes: larger blocks would collect messages before passing them on
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.max_consecutive_actor_init_deaths = MAX_LOADING_DEATHS
 
 
 def _first_line(error: Exception) -> str:

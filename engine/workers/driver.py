@@ -1,32 +1,73 @@
-"""Worker processes on one machine: distribute images, replace dead workers, retry their images."""
+"""The driver: distributes the images of a run among workers, replaces dead ones, retries their images."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from typing import Protocol
 
 from engine.bundle.manifest import Bundle
-from engine.bundle.open import BundlePlace, open_place, where_read
-from engine.bundle.signature import environment
-from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captioner import PendingImages, search_for, searches_for
+from engine.captioner import PendingImages
 from engine.captions import Caption
 from engine.errors import BackendError, ImageError
 from engine.inputs.images import ImageFile
 from engine.inputs.pixels import ImageNote
-from engine.options import DecodeOptions
-from engine.runtime import Runtime
-from engine.workers.child import Child
 from engine.workers.messages import Answer, WorkOrder, unpack_answer
-from engine.workers.resources import WorkerResources
+
+Log = Callable[[str], None]
 
 REFILL = 8
 """A worker gets more images once 1 / REFILL of those it can hold are answered: more at a time are fewer messages."""
 TRIALS = 64
 """Maximum number of groups in which a dead worker's images are retried: up to so many are retried one by one."""
+EXIT_S = 1.0
+"""Seconds for a process that has closed its output to end by itself; killed earlier it would lose its exit code."""
+MOST_DEATHS = 5
+"""Deaths of a worker in a row, without an image answered in between, after which it is not replaced any more."""
+
+
+class Worker(Protocol):
+    """A running CaptionWorker (engine/workers/worker.py), as the driver sees it.
+
+    number  identifies the worker: a replacement gets the same one
+    wants   how many images it can hold at a time, from its first message; 0 until then
+    name    what the log calls it
+    """
+
+    number: int
+    wants: int
+
+    @property
+    def name(self) -> str: ...
+
+    def submit(self, images: Sequence[ImageFile]) -> None:
+        """Send images to caption; to a dead worker nothing is sent, which its events will report."""
+        ...
+
+    def end(self, patience_s: float = 0) -> str:
+        """Kill the worker if it does not end within `patience_s`; return how it ended, in a few words."""
+        ...
+
+
+Events = SimpleQueue[tuple[Worker, str]]
+"""Each message of a worker with its sender, and an empty message when the worker has ended."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The workers of a run, which `start(number, order, events)` starts and restarts.
+
+    size    number of workers
+    member  what one is called in errors
+    remedy  what to do if they die again and again
+    """
+
+    size: int
+    start: Callable[[int, WorkOrder, Events], Worker]
+    member: str
+    remedy: str
 
 
 class WorkQueue:
@@ -83,133 +124,77 @@ class WorkQueue:
         return held, None
 
 
-Log = Callable[[str], None]
+class WorkerSource:
+    """Captions made by worker processes or Ray actors, which start when `captions` is called; see Source.
 
-EXIT_S = 1.0
-"""Seconds for a process that has closed its output to end by itself; killed earlier it would lose its exit code."""
-MOST_DEATHS = 5
-"""Deaths of a worker in a row, without an image answered in between, after which it is not replaced any more."""
-
-
-@contextmanager
-def open_processes(
-    place: BundlePlace | None,
-    requested: DecodeOptions,
-    rows: int | None,
-    runtime: Runtime,
-    team: Sequence[WorkerResources],
-    log: Log,
-) -> Iterator[ProcessSource]:
-    """Check bundle and options before any process starts, and log how many there will be.
-
-    All processes have ended when the context is left.
+    An image that kills its worker even when it is alone is reported as unreadable.
     """
-    bundle = open_place(place)
-    search_for(bundle, tokenizer := CaptionTokenizer(bundle), requested)
-    log(describe(team))
-    order = WorkOrder(
-        bundle=where_read(place, bundle),
-        digest=bundle.digest,
-        environment=environment(runtime.backend),
-        runtime=runtime,
-        peers=len(team),
-        rows=rows,
-    )
-    source = ProcessSource(bundle, tokenizer, order, team)
-    try:
-        yield source
-    finally:
-        source.end()
 
-
-def describe(team: Sequence[WorkerResources]) -> str:
-    """Describe the workers, such as `2 worker processes on cuda:0, cuda:1`."""
-    who = f"{len(team)} worker processes" if len(team) > 1 else "a worker process"
-    if all(resources.device for resources in team):
-        return f"{who} on {', '.join(resources.device for resources in team)}"
-    return f"{who} with {sum(resources.threads for resources in team)} threads in all"
-
-
-class ProcessSource:
-    """Captions made by worker processes, which start when `captions` is called; see Source."""
-
-    def __init__(
-        self, bundle: Bundle, tokenizer: CaptionTokenizer, order: WorkOrder, team: Sequence[WorkerResources]
-    ) -> None:
-        self.bundle = bundle
-        self._tokenizer = tokenizer
-        self.backend_name = order.runtime.backend
-        self.environment = order.environment
+    def __init__(self, bundle: Bundle, order: WorkOrder, team: Team) -> None:
+        self.bundle, self.decoding = bundle, order.decoding
+        self.backend_name, self.environment = order.runtime.backend, order.environment
         self.notes: list[ImageNote] = []
         self._order, self._team = order, team
-        self._children: dict[int, Child] = {}
+        self._workers: dict[int, Worker] = {}
         self._deaths: Counter[int] = Counter()
-        self._events: SimpleQueue[tuple[Child, bytes]]
+        self._events: Events = SimpleQueue()
 
-    def resolve(self, requested: DecodeOptions, prompts: Mapping[str, str] | None = None) -> DecodeOptions:
-        options = requested.over(self.bundle.generation)
-        searches_for(self.bundle, self._tokenizer, options, prompts)
-        return options
-
-    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
-        """See Source. An image that kills its worker even when it is alone is reported as unreadable."""
+    def captions(self, pending: PendingImages, log: Log) -> Iterator[Caption]:
+        """See Source. Raises BackendError if no worker is left, and the errors that workers send."""
         images = list(pending.remaining())
-        numbers = range(min(len(self._team), len(images)))
-        self._order = replace(self._order, options=options, prompts=pending.prompts, peers=len(numbers))
-        self._events = SimpleQueue()
+        numbers = range(min(self._team.size, len(images)))
+        self._order = replace(self._order, peers=min(self._order.peers, len(numbers)))
         queue = WorkQueue(images, len(numbers))
         for number in numbers:
             self._start(number)
         while queue.unanswered:
-            child, line = self._events.get()
-            if line:
-                answer = unpack_answer(line.decode("ascii"))
-                self._process(child, answer, queue, pending, log)
-                self._give(child, queue)
+            worker, message = self._events.get()
+            if message:
+                answer = unpack_answer(message)
+                self._process(worker, answer, queue, pending, log)
+                self._give(worker, queue)
                 yield from answer.captions
             else:
-                self._replace(child, queue, pending, log)
+                self._replace(worker, queue, pending, log)
                 # idle workers send no messages, so that nothing else would give them the images of the dead one
-                for other in self._children.values():
+                for other in self._workers.values():
                     self._give(other, queue)
         self.end()
 
     def end(self) -> None:
         """Stop all workers and discard their results."""
-        while self._children:
-            self._children.popitem()[1].end()
+        while self._workers:
+            self._workers.popitem()[1].end()
 
     def _start(self, number: int) -> None:
-        resources = self._team[number]
-        order = replace(self._order, runtime=replace(self._order.runtime, threads=resources.threads))
-        self._children[number] = Child(number, resources, order, self._events)
+        self._workers[number] = self._team.start(number, self._order, self._events)
 
-    def _process(self, child: Child, answer: Answer, queue: WorkQueue, pending: PendingImages, log: Log) -> None:
-        child.wants = answer.wants or child.wants
+    def _process(self, worker: Worker, answer: Answer, queue: WorkQueue, pending: PendingImages, log: Log) -> None:
+        worker.wants = answer.wants or worker.wants
         self.notes += answer.image_notes
         if answer.note:
             log(answer.note)
         for name, reason in answer.failures.items():
-            pending.fail(ImageError(str(queue.answer(child.number, name).source), reason))
+            pending.fail(ImageError(str(queue.answer(worker.number, name).source), reason))
         for caption in answer.captions:
-            queue.answer(child.number, caption.id)
+            queue.answer(worker.number, caption.id)
         if answer.captions or answer.failures:
-            del self._deaths[child.number]
+            del self._deaths[worker.number]
 
-    def _give(self, child: Child, queue: WorkQueue) -> None:
-        if child.wants and (images := queue.give(child.number, child.wants)):
-            child.submit(images)
+    def _give(self, worker: Worker, queue: WorkQueue) -> None:
+        if worker.wants and (images := queue.give(worker.number, worker.wants)):
+            worker.submit(images)
 
-    def _replace(self, child: Child, queue: WorkQueue, pending: PendingImages, log: Log) -> None:
+    def _replace(self, worker: Worker, queue: WorkQueue, pending: PendingImages, log: Log) -> None:
         """Replace a dead worker, unless it dies repeatedly. Raises BackendError if no worker is left."""
-        number = child.number
-        del self._children[number]
-        how = child.end(patience_s=EXIT_S)
+        number = worker.number
+        del self._workers[number]
+        how = worker.end(patience_s=EXIT_S)
         retried, given_up = queue.died(number)
         if given_up is not None:
-            pending.fail(ImageError(str(given_up.source), f"its worker process died each time ({how})"))
+            pending.fail(ImageError(str(given_up.source), f"its {self._team.member} died each time ({how})"))
         retry = f": its {len(retried)} images are retried" if retried else ""
-        log(f"worker process {child.pid} died ({how}){retry if given_up is None else f' at {given_up.source}'}")
+        log(f"{worker.name} died ({how}){retry if given_up is None else f' at {given_up.source}'}")
         if not queue.unanswered:
             return
         self._deaths[number] += 1
@@ -219,7 +204,7 @@ class ProcessSource:
         queue.workers -= 1
         if not queue.workers:
             raise BackendError(
-                f"no worker process is left, the last one died {MOST_DEATHS} times in a row ({how}): if memory is "
-                "short, lower --processes or --rows"
+                f"no {self._team.member} is left, the last one died {MOST_DEATHS} times in a row ({how}): if memory is "
+                f"short, {self._team.remedy}"
             )
-        log(f"it died {MOST_DEATHS} times in a row: continuing with {queue.workers} worker processes")
+        log(f"it died {MOST_DEATHS} times in a row: continuing with {queue.workers} {self._team.member}s")

@@ -1,55 +1,53 @@
-"""Messages between driver and workers, as JSON lines; this module does not depend on Ray.
+"""Messages between driver and workers, as JSON lines: the same for worker processes and Ray actors.
 
-ASCII JSON preserves floats to the last bit and file names that are not UTF-8, which strings of an Arrow table do not.
+ASCII JSON preserves floats to the last bit and file names that are not UTF-8.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from engine.bundle.open import BundlePlace
+from engine.captioner import Decoding
 from engine.captions import Alternative, Caption
 from engine.errors import EngineError, UsageError
 from engine.inputs.images import ImageFile
 from engine.inputs.pixels import ImageNote
 from engine.inputs.remote import RemoteFolder
-from engine.options import DecodeOptions
 from engine.runtime import Runtime
-
-COLUMN = "message"
-"""The only column of the tables that Ray passes on: one message per row."""
+from engine.version import __version__
 
 
 @dataclass(frozen=True)
 class WorkOrder:
     """Everything that a worker needs for a run.
 
-    bundle       location of the bundle
-    digest       digest that the bundle must have
-    environment  versions of packages that the worker must have
-    runtime      how to run the bundle, with the backend that `auto` chose
-    peers        maximum number of workers that share a node's memory
-    num_nodes    number of nodes; with more than one, a worker's errors name its node
-    rows         number of beams in flight (None: what suits device and memory)
-    options      decoding options
-    prompts      each image's own prompt by id, or None
+    bundle          location of the bundle
+    digest          digest that the bundle must have
+    environment     versions of packages that the worker must have
+    runtime         how to run the bundle, with the backend that `auto` chose
+    decoding        options, search and prompts
+    peers           maximum number of workers that share a node's memory
+    num_nodes       number of nodes; with more than one, a worker's errors name its node
+    rows            number of beams in flight (None: what suits device and memory)
+    engine_version  version of this package that the worker must have
     """
 
     bundle: BundlePlace | None
     digest: str
     environment: str
     runtime: Runtime
+    decoding: Decoding
     peers: int
     num_nodes: int = 1
     rows: int | None = None
-    options: DecodeOptions = field(default_factory=DecodeOptions)
-    prompts: Mapping[str, str] | None = None
+    engine_version: str = __version__
 
 
-def pack_images(images: list[ImageFile]) -> str:
+def pack_images(images: Sequence[ImageFile]) -> str:
     """Return a message with images to caption; paths are absolute, because workers may run elsewhere."""
     return json.dumps(
         [

@@ -1,30 +1,30 @@
-"""A worker: captions the images that it receives and sends captions, errors and notes."""
+"""A worker: captions the images that it receives, and answers with messages."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import platform
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import BinaryIO
 
 from engine.backends import open_backends
 from engine.backends.device import slots_for
 from engine.bundle.manifest import BundleWatch
 from engine.bundle.open import open_place
+from engine.bundle.signature import environment
 from engine.captioner import Captioner, caption_within_memory
 from engine.captions import Caption
-from engine.decoding.beam import Search
-from engine.errors import BundleError, EngineError, ImageError
+from engine.errors import BackendError, BundleError, EngineError, ImageError
 from engine.host import available_memory
 from engine.inputs.images import ImageFile
 from engine.inputs.pixels import ImageNote
-from engine.options import DecodeOptions
+from engine.version import __version__
 from engine.workers.messages import (
     WorkOrder,
     pack_captions,
@@ -37,8 +37,8 @@ from engine.workers.messages import (
 )
 
 TURNS_AHEAD = 4
-"""Images per slot that callers submit at a time, so that no slot runs empty: captions are returned in order, and a long
-one delays others that are ready.
+"""Images per slot that a worker holds, so that no slot runs empty: captions are returned in order, and a long one
+delays others that are ready.
 """
 
 
@@ -47,194 +47,154 @@ class Unreadable:
     """The image `id` cannot be read."""
 
     id: str
-    error: ImageError
+    reason: str
 
 
-StreamItem = Caption | Unreadable | str | BaseException
-"""A result: a caption, an image that cannot be read, a note for the user, or an error."""
-Outbox = SimpleQueue[StreamItem]
+Result = Caption | Unreadable | ImageNote | str | BaseException
+"""A caption, an image that cannot be read, what was dropped from an image, a note for the user, or an error."""
 
 
-class CaptionStream:
-    """A thread that captions submitted images in their order, with `rows` beams in flight."""
+class CaptionWorker:
+    """Captions what is submitted, in its order. A worker process has one, and a Ray actor is one.
 
-    def __init__(
-        self,
-        captioner: Captioner,
-        options: DecodeOptions,
-        *,
-        rows: int,
-        prompts: Mapping[str, str] | None = None,
-        check_bundle: Callable[[], None] | None = None,
-    ) -> None:
-        """`check_bundle` raises an EngineError if the bundle was overwritten; after that no caption is returned."""
-        self._check_bundle = check_bundle or (lambda: None)
-        self._captioner, self._options, self._rows, self._prompts = captioner, options, rows, prompts
-        search, _ = captioner.searches(options, prompts)
-        concurrency = captioner.scheduler(search, rows).concurrency
-        self.wants = captioner.images_ahead + TURNS_AHEAD * concurrency
-        """Number of images that callers should submit at a time; with many fewer, slots run empty."""
-        self._inbox: SimpleQueue[tuple[ImageFile, Outbox]] = SimpleQueue()
-        self._notes: list[ImageNote] = []
-        self._open: dict[str, tuple[ImageFile, Outbox]] = {}
-        threading.Thread(target=self._serve, name="captions", daemon=True).start()
+    `answers` and `submit` run in two threads of the process. A third one captions, so that it never waits for a message
+    to be sent, and results that are ready at the same time share a message.
+    """
 
-    @classmethod
-    def open(cls, order: WorkOrder) -> CaptionStream:
-        """Load the bundle of an order, with as many images in parallel as suit the device and the worker's part of the
-        node's memory.
+    def __init__(self, order: WorkOrder) -> None:
+        self._order = order
+        self._where = f" (on the node {platform.node()})" if order.num_nodes > 1 else ""
+        self._inbox: SimpleQueue[ImageFile] = SimpleQueue()
+        self._outbox: SimpleQueue[Result] = SimpleQueue()
+        self._open: dict[str, ImageFile] = {}
+        """Images that are submitted and not answered yet, by id."""
 
-        Raises BundleError if the bundle is not that of the order, and the errors of open_bundle and open_backends.
+    def submit(self, images: str) -> None:
+        """Submit the images of a message; no two images in progress may have the same id."""
+        for image in unpack_images(images):
+            self._inbox.put(image)
+
+    def answers(self) -> Iterator[str]:
+        """Load the bundle, then yield messages: first how many images to submit at a time, then results.
+
+        The last message is an error; without one they go on for ever.
         """
+        try:
+            captioner, rows = self._load()
+            concurrency = captioner.scheduler(self._order.decoding.search, rows).concurrency
+            yield pack_ready(captioner.images_ahead + TURNS_AHEAD * concurrency)
+            threading.Thread(target=self._caption, args=(captioner, rows), name="captions", daemon=True).start()
+            while True:
+                yield from self._messages(self._ready_results())
+        except EngineError as error:
+            yield pack_error(error, self._where)
+        except Exception as error:
+            yield pack_note(traceback.format_exc().rstrip())
+            what = f"a worker process failed: {type(error).__name__}: {error}"
+            yield pack_error(EngineError(what), self._where)
+
+    def _load(self) -> tuple[Captioner, int]:
+        """Load the order's bundle; return its captioner and the number of beams in flight.
+
+        Raises BundleError or BackendError if bundle or packages are not those of the run.
+        """
+        order = self._order
+        # another machine may have other packages, and other packages may give other captions
+        here, wanted = (environment(order.runtime.backend), __version__), (order.environment, order.engine_version)
+        if here != wanted:
+            raise BackendError(
+                f"{platform.node()} has other packages ({' engine '.join(here)}) than the run "
+                f"({' engine '.join(wanted)}): install the same versions on all nodes"
+            )
         bundle = open_place(order.bundle)
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} differs from the bundle of the run: copy it again")
-        watch = BundleWatch(bundle)  # another machine, or another copy, which the driver does not watch
+        self._watch = BundleWatch(bundle)  # the driver watches its own copy only
         captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
-        search, _ = captioner.searches(order.options, order.prompts)
-        rows = order.rows or _fair_slots(captioner, search, order.peers) * search.num_beams
-        return cls(captioner, order.options, rows=rows, prompts=order.prompts, check_bundle=watch.check)
+        search, memory = order.decoding.search, None
+        if captioner.batch_sizes.memory_bytes is None:  # a GPU has its own memory, which no other worker uses
+            memory = available_memory() // order.peers
+        slots = slots_for(search, bundle.models, captioner.batch_sizes, memory_bytes=memory)
+        return captioner, order.rows or slots * search.num_beams
 
-    def submit(self, images: Sequence[ImageFile], outbox: Outbox) -> None:
-        """Submit images; `outbox` gets a Caption or Unreadable for each, captions in order of the images, and notes.
-
-        An error in `outbox` is the last result of these images. No two images in progress may have the same id.
-        """
-        for image in images:
-            self._inbox.put((image, outbox))
-
-    def caption(self, images: Sequence[ImageFile]) -> Iterator[Caption | Unreadable | str]:
-        """Yield a Caption or Unreadable for each image, captions in the order of the images, and notes.
-
-        No two images in progress may have the same id. Raises the captioner's EngineError, after which other images may
-        still be submitted.
-        """
-        outbox: Outbox = SimpleQueue()
-        self.submit(images, outbox)
-        missing = len(images)
-        while missing:
-            item = outbox.get()
-            if isinstance(item, BaseException):
-                raise item
-            missing -= not isinstance(item, str)
-            yield item
-
-    def take_notes(self) -> list[ImageNote]:
-        """Return and clear the notes on images of which something was dropped."""
-        notes = []
-        with suppress(IndexError):
-            while True:  # one by one, because the other thread adds some meanwhile
-                notes.append(self._notes.pop())
-        return notes
-
-    def _serve(self) -> None:
-        while True:
-            self._take(self._inbox.get())
-            try:
+    def _caption(self, captioner: Captioner, rows: int) -> None:
+        """Caption what arrives until an error occurs; runs in a thread of its own."""
+        put = self._outbox.put
+        try:
+            while True:
+                self._take(self._inbox.get())
                 for caption in caption_within_memory(
-                    self._captioner,
-                    self._options,
+                    captioner,
+                    self._order.decoding,
                     self._arrivals,
-                    prompts=self._prompts,
                     on_error=self._fail,
-                    on_note=self._notes.append,
-                    rows=self._rows,
-                    log=self._broadcast,
+                    on_note=put,
+                    rows=rows,
+                    log=put,
                 ):
-                    self._check_bundle()
-                    self._open.pop(caption.id)[1].put(caption)
-            except BaseException as error:  # raised by the callers
-                self._broadcast(error)
-                self._open.clear()
+                    self._watch.check()
+                    del self._open[caption.id]
+                    put(caption)
+        except BaseException as error:
+            put(error)
+        finally:
+            self._watch.close()
 
     def _arrivals(self) -> Iterator[ImageFile]:
         """Yield the images in progress, as after too little memory, then those that arrive until none is waiting."""
-        yield from [image for image, _ in self._open.values()]
+        yield from list(self._open.values())
         while True:
             try:
                 yield self._take(self._inbox.get_nowait())
             except Empty:
                 return
 
-    def _take(self, submitted: tuple[ImageFile, Outbox]) -> ImageFile:
-        image, _ = submitted
-        self._open[image.id] = submitted
+    def _take(self, image: ImageFile) -> ImageFile:
+        self._open[image.id] = image
         return image
 
     def _fail(self, error: ImageError) -> None:
-        name = next(name for name, (image, _) in self._open.items() if str(image.source) == error.path)
-        self._open.pop(name)[1].put(Unreadable(name, error))
+        name = next(name for name, image in self._open.items() if str(image.source) == error.path)
+        del self._open[name]
+        self._outbox.put(Unreadable(name, error.reason + self._where))
 
-    def _broadcast(self, item: StreamItem) -> None:
-        """Put a note or an error into the outbox of each caller that waits for images, once."""
-        for outbox in {id(outbox): outbox for _, outbox in self._open.values()}.values():
-            outbox.put(item)
+    def _ready_results(self) -> list[Result]:
+        """Wait for a result and return all there are: a message costs both sides more than its content."""
+        results = [self._outbox.get()]
+        with suppress(Empty):
+            while True:
+                results.append(self._outbox.get_nowait())
+        return results
 
-
-def _fair_slots(captioner: Captioner, search: Search, peers: int) -> int:
-    """Return how many images in parallel suit the device, and the memory divided among `peers` workers."""
-    batch_sizes, memory = captioner.batch_sizes, None
-    if batch_sizes.memory_bytes is None:  # a GPU has its own memory, which no other worker uses
-        memory = available_memory() // peers
-    return slots_for(search, captioner.bundle.models, batch_sizes, memory_bytes=memory)
+    def _messages(self, results: list[Result]) -> Iterator[str]:
+        """Yield the messages for all results, then raise the first error among them."""
+        # notes come before the captions, because the driver stops reading after the last caption
+        if notes := [result for result in results if isinstance(result, ImageNote)]:
+            yield pack_image_notes(notes)
+        yield from (pack_note(result) for result in results if isinstance(result, str))
+        if failures := {result.id: result.reason for result in results if isinstance(result, Unreadable)}:
+            yield pack_failures(failures)
+        if captions := [result for result in results if isinstance(result, Caption)]:
+            yield pack_captions(captions)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
 
 def main() -> None:
     """Run a worker process: read an order and images from stdin, write messages to stdout until stdin is closed."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not mix with the messages
-    opened: SimpleQueue[CaptionStream] = SimpleQueue()
-    outbox: Outbox = SimpleQueue()
-    with suppress(EOFError):
-        order = pickle.load(sys.stdin.buffer)
-        threading.Thread(target=_work, args=(order, opened, outbox, answers), daemon=True).start()
-        stream = None
-        for line in sys.stdin.buffer:  # the driver sends images only after the message that the stream is open
-            stream = stream or opened.get()
-            stream.submit(unpack_images(line.decode("ascii")), outbox)
-    os._exit(0)
 
-
-def _work(order: WorkOrder, opened: SimpleQueue[CaptionStream], outbox: Outbox, answers: BinaryIO) -> None:
-    """Load the bundle of an order and send the results of its stream, until an error occurs."""
-
-    def send(message: str) -> None:
+    def send(worker: CaptionWorker) -> None:
         with suppress(BrokenPipeError):  # the parent has ended: the main thread sees its closed stdin and exits
-            answers.write(f"{message}\n".encode("ascii"))
-            answers.flush()
+            for message in worker.answers():
+                answers.write(f"{message}\n".encode("ascii"))
+                answers.flush()
 
-    try:
-        stream = CaptionStream.open(order)
-        opened.put(stream)
-        send(pack_ready(stream.wants))
-        while True:
-            for message in _messages(_next_items(outbox), stream):
-                send(message)
-    except EngineError as error:
-        send(pack_error(error))
-    except BaseException as error:  # a bug: the traceback is printed here, and the error ends the run
-        traceback.print_exc()
-        send(pack_error(EngineError(f"a worker process failed: {type(error).__name__}: {error}")))
-
-
-def _next_items(outbox: Outbox) -> list[StreamItem]:
-    """Wait for a result and return all there are: a message costs both sides more than its content."""
-    items = [outbox.get()]
-    with suppress(Empty):
-        while True:
-            items.append(outbox.get_nowait())
-    return items
-
-
-def _messages(items: list[StreamItem], stream: CaptionStream) -> Iterator[str]:
-    """Yield the messages for all results, then raise the first error among them."""
-    if notes := stream.take_notes():  # before the captions, because the driver stops reading after the last caption
-        yield pack_image_notes(notes)
-    yield from (pack_note(item) for item in items if isinstance(item, str))
-    if failures := {item.id: item.error.reason for item in items if isinstance(item, Unreadable)}:
-        yield pack_failures(failures)
-    if captions := [item for item in items if isinstance(item, Caption)]:
-        yield pack_captions(captions)
-    for item in items:
-        if isinstance(item, BaseException):
-            raise item
+    with suppress(EOFError):
+        worker = CaptionWorker(pickle.load(sys.stdin.buffer))
+        threading.Thread(target=send, args=(worker,), daemon=True).start()
+        for line in sys.stdin.buffer:
+            worker.submit(line.decode("ascii"))
+    os._exit(0)

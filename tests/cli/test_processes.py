@@ -15,12 +15,13 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from engine import captioner
 from engine.cli.app import main
 from engine.errors import UsageError
 from engine.host import available_cores
 from engine.run import pipeline
 from engine.run.record import RunRecord
-from engine.workers import child, driver, resources
+from engine.workers import child, resources
 from tests.cli.test_resume import command, wait_for_records
 from tests.helpers.processes import children, is_running
 from tests.helpers.tiny import save_pictures
@@ -74,7 +75,7 @@ def started(monkeypatch) -> list[child.Child]:
             super().__init__(*arguments)
             found.append(self)
 
-    monkeypatch.setattr(driver, "Child", Noted)
+    monkeypatch.setattr(child, "Child", Noted)
     return found
 
 
@@ -139,6 +140,25 @@ def test_images_of_killed_workers_are_retried(image_dir, tiny_bundle, tmp_path, 
     assert not bound[0] & bound[1], "the workers have cores of their own"
     assert (tmp_path / "run.csv").read_bytes() == (undisturbed / "run.csv").read_bytes()
     assert not any(is_running(one.pid) for one in started)
+
+
+@pytest.mark.parametrize("workers", [(), TWO])
+def test_options_are_resolved_once_per_prompt(image_dir, tiny_bundle, tmp_path, monkeypatch, workers):
+    """Resolving takes a quarter of a millisecond, and a run may have a prompt for each of its 17,000 images."""
+    asked: list[str] = []
+    search_for = captioner.search_for
+
+    def counted(bundle, tokenizer, options):
+        asked.append(options.prompt)
+        return search_for(bundle, tokenizer, options)
+
+    monkeypatch.setattr(captioner, "search_for", counted)
+    prompts = tmp_path / "prompts.csv"
+    rows = [f"{path.stem},{('a', 'ct of')[i % 2]}" for i, path in enumerate(sorted(image_dir.iterdir()))]
+    prompts.write_text("\n".join(["ID,prompt", *rows]) + "\n")
+    result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", "--prompts", str(prompts), *workers)
+    assert result.exit_code == 0, result.stderr
+    assert sorted(asked) == ["a", "ct of"]
 
 
 POISON = (

@@ -20,18 +20,19 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 
+from engine import captioner
 from engine.cli.app import main
 from engine.errors import EngineError
 from engine.run.journal import read_journal
 from engine.workers import cluster as ray_cluster
 from engine.workers.cluster import LOCAL, _connect, cluster
+from engine.workers.worker import CaptionWorker
 from tests.cli.test_resume import command, wait_for_records
 from tests.helpers.processes import children, is_running
 from tests.helpers.tiny import save_pictures
 
 ray = pytest.importorskip("ray", reason="ray is not installed: it comes with the extra [ray]")
 
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # Ray Data calls what it deprecates
 IMAGES = 160
 SLOW = ("--rows", "3")
 """One image at a time: long enough to be disturbed."""
@@ -124,7 +125,7 @@ def records(journal: Path) -> int:
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_killed_workers_and_counter_run_is_byte_identical(image_dir, tiny_bundle, tmp_path, undisturbed):
+def test_killed_workers_run_is_byte_identical(image_dir, tiny_bundle, tmp_path, undisturbed):
     out, journal = tmp_path / "run.csv", tmp_path / "run.csv.journal"
     killed: list[int] = []
     ended = threading.Event()
@@ -134,9 +135,7 @@ def test_killed_workers_and_counter_run_is_byte_identical(image_dir, tiny_bundle
         target = 0
         while len(killed) < 4 and not ended.is_set():
             time.sleep(0.01)
-            alive = [
-                pid for pid in actors(b"AttemptCounter" if len(killed) == 1 else b"CaptionWorker") if pid not in killed
-            ]
+            alive = [pid for pid in actors() if pid not in killed]
             if alive and records(journal) > target:
                 killed.append(chance.choice(alive))
                 os.kill(killed[-1], signal.SIGKILL)
@@ -149,7 +148,36 @@ def test_killed_workers_and_counter_run_is_byte_identical(image_dir, tiny_bundle
     killer.join()
     assert result.exit_code == 0, result.stderr
     assert len(killed) == 4
+    assert len(re.findall(r"^Ray worker [01] died \(ActorDiedError\)", result.stderr, re.M)) == 4
+    assert "images are retried" in result.stderr
     assert out.read_bytes() == undisturbed
+    assert not actors()
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_image_that_kills_its_workers_is_unreadable(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch):
+    class CaptionWorkerThatDies(CaptionWorker):  # pickled by value, because it is local
+        def answers(self) -> Iterator[str]:
+            read = captioner.read_image
+
+            def read_or_die(what, *more, **named):
+                if "poison" in str(what):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return read(what, *more, **named)
+
+            captioner.read_image = read_or_die
+            yield from super().answers()
+
+    monkeypatch.setattr(ray_cluster, "CaptionWorker", CaptionWorkerThatDies)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in image_dir.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "zz_poison.png").symlink_to(image_dir / "image_000.png")
+    result = caption(folder, tiny_bundle, tmp_path / "run.csv", "--allow-missing")
+    assert result.exit_code == 0, result.stderr
+    assert f"unreadable: {folder}/zz_poison.png: its Ray worker died each time (ActorDiedError)" in result.stderr
+    assert (tmp_path / "run.csv").read_bytes() == undisturbed + b'zz_poison,""\n'
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -292,9 +320,7 @@ def test_missing_ray_names_the_extra(image_dir, tiny_bundle, tmp_path, monkeypat
     monkeypatch.setattr(builtins, "__import__", without_ray)
     result = caption(image_dir, tiny_bundle, tmp_path / "run.csv")
     assert result.exit_code == 1
-    assert (
-        result.stderr == "error: --ray needs the package ray (No module named 'ray'): pip install 'ray[data]>=2.60'\n"
-    )
+    assert result.stderr == "error: --ray needs the package ray (No module named 'ray'): pip install 'ray>=2.60'\n"
 
 
 def test_cluster_that_requires_a_token_is_reported():

@@ -20,7 +20,6 @@ from engine.files.atomic import file_sha256, write_atomically
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.ids import join_some
 from engine.inputs.images import ImageFile
-from engine.options import DecodeOptions
 from engine.run.job import Outputs
 from engine.run.pipeline import LocalSource, Progress, keep, open_record, write
 from engine.run.record import RunRecord, fingerprint, run_key
@@ -87,11 +86,10 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
 class PromptedSource(LocalSource):
     """A captioner in this process that removes the prompts from its captions: references do not contain them."""
 
-    def captions(self, options: DecodeOptions, pending: PendingImages, log: Log) -> Iterator[Caption]:
+    def captions(self, pending: PendingImages, log: Log) -> Iterator[Caption]:
         """See Source.captions."""
-        captions = super().captions(options, pending, log)
-        _, starts = self._captioner.searches(options, pending.prompts)
-        if starts is None:
+        captions = super().captions(pending, log)
+        if (starts := self.decoding.starts) is None:
             yield from captions
             return
         for caption in captions:
@@ -111,7 +109,6 @@ LOG_EVERY_S = 30.0
 
 def caption_run(
     source: PromptedSource,
-    options: DecodeOptions,
     images: list[ImageFile],
     prompts: dict[str, str] | None,
     path: Path,
@@ -123,6 +120,7 @@ def caption_run(
     name holds the key that is compared. `images_per_s` includes reading the images. It is None if all captions come
     from the journal of an interrupted run.
     """
+    options = source.decoding.options
     signature = run_signature(source.bundle, source.backend_name, options)
     if prompts is not None:
         digest = hashlib.sha256(json.dumps(sorted(prompts.items())).encode()).hexdigest()
@@ -136,8 +134,8 @@ def caption_run(
         return known
 
     outputs = Outputs(path)
-    with open_record(images, source, options, outputs, log, prompts=prompts) as record:
-        seconds = keep(source.captions(options, record, log), record, periodic_progress(log))
+    with open_record(images, source, outputs, log, prompts=prompts) as record:
+        seconds = keep(source.captions(record, log), record, periodic_progress(log))
         _check_failures(record)
         write(record, outputs, options, log)
     new = len(record.captions) - record.resumed

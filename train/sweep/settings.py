@@ -179,8 +179,8 @@ class Evaluator:
         """Caption the half, unless its captions exist, and return the scores that `engine score` computes."""
         path = half.run_file(settings)
         log = prefixed(path.stem, self.log)
-        source = PromptedSource(self.captioner)
-        caption_run(source, self.options(settings), half.images, half.prompts, path, log)
+        source = PromptedSource(self.captioner, self.captioner.decoding(self.options(settings), half.prompts))
+        caption_run(source, half.images, half.prompts, path, log)
         return score_run(score_request(path, half.references_file, half.images, metrics, self.inputs), log)
 
     def value(self, settings: Settings, half: Half, metric: str) -> float:

@@ -353,14 +353,13 @@ def caption_runs(
     """Caption the images with every number of beams, in the given order, and return one dict per run (caption_run)."""
     captioner = Captioner.load(bundle.path)
     requested = [job.decoding.replace(num_beams=k, num_return_sequences=1) for k in dict.fromkeys(job.beams)]
-    by_beams = [options.over(bundle.generation) for options in requested]
-    for options in by_beams:
-        captioner.searches(options, prompts)  # check all of them first: each run may take hours
+    # all of them first, because each run may take hours, and one of them may be refused
+    by_beams = [captioner.decoding(options, prompts) for options in requested]
     runs = []
-    for options in by_beams:
-        path = job.out / f"run_beams_{options.num_beams}.csv"
-        run_log = prefixed(f"beams {options.num_beams}", log)
-        runs.append(caption_run(PromptedSource(captioner), options, images, prompts, path, run_log))
+    for decoding in by_beams:
+        path = job.out / f"run_beams_{decoding.options.num_beams}.csv"
+        run_log = prefixed(f"beams {decoding.options.num_beams}", log)
+        runs.append(caption_run(PromptedSource(captioner, decoding), images, prompts, path, run_log))
     return runs
 
 

@@ -333,12 +333,12 @@ def choose_grids(
     left_out: dict[str, list[Any]] = {}
     requested = tuning.grids() | {"num_beams": tuple(dict.fromkeys(job.beams))}
     for half in halves:
-        evaluator.captioner.searches(evaluator.options(start), half.prompts)
+        evaluator.captioner.decoding(evaluator.options(start), half.prompts)
     for name in (name for name in GRIDS if name not in evaluator.given.given):
         for value in requested.get(name, GRIDS[name]):
             try:
                 for half in halves:
-                    evaluator.captioner.searches(evaluator.options({**start, name: value}), half.prompts)
+                    evaluator.captioner.decoding(evaluator.options({**start, name: value}), half.prompts)
             except UsageError as error:
                 if name in requested:
                     raise UsageError(f"{name} {value} cannot be tried: {error}") from error

@@ -10,7 +10,7 @@ from engine.backends import providers
 from engine.errors import UsageError
 from engine.runtime import Runtime, Workers
 from engine.workers import resources
-from engine.workers.driver import describe
+from engine.workers.child import describe
 from engine.workers.resources import WorkerResources, plan_workers
 
 FOUR = (frozenset({0, 1}), frozenset({2, 3}))

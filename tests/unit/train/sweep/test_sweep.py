@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from engine.bundle.tokenizer import detokenise
-from engine.captioner import Captioner
 from engine.errors import DataError, EngineError, ExportError, UsageError
 from engine.inputs.images import ImageFile
 from engine.inputs.tables import read_table
 from engine.options import DecodeOptions
+from engine.run.pipeline import LocalSource
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.bundle import checkpoint_sha256
@@ -53,14 +53,14 @@ def job(tmp_path, tiny_bundle) -> Sweep:
 def calls(monkeypatch) -> list[tuple[int, list[str]]]:
     """The calls of the captioner, as (beams, ids)."""
     calls = []
-    caption = Captioner.caption
+    caption = LocalSource.captions
 
-    def counted(self, images, options, **given):
-        images = list(images)
+    def counted(self, pending, log):
+        images, options = list(pending.remaining()), self.decoding.options
         calls.append((options.num_beams, [image.id for image in images]))
-        return caption(self, images, options, **given)
+        return caption(self, pending, log)
 
-    monkeypatch.setattr(Captioner, "caption", counted)
+    monkeypatch.setattr(LocalSource, "captions", counted)
     return calls
 
 
@@ -194,19 +194,19 @@ def test_changed_run_is_captioned_again(job, calls, what):
 
 def test_interrupted_sweep_resumes_within_a_run(job, calls, monkeypatch):
     whole = sweep(replace(job, out=job.out.with_name("whole")), silent)
-    counted = Captioner.caption
+    counted = LocalSource.captions
 
-    def cut(self, images, options, **given):
-        for i, caption in enumerate(counted(self, images, options, **given)):
-            if options.num_beams == 1 and i == 2:
+    def cut(self, pending, log):
+        for i, caption in enumerate(counted(self, pending, log)):
+            if self.decoding.options.num_beams == 1 and i == 2:
                 raise KeyboardInterrupt
             yield caption
 
-    monkeypatch.setattr(Captioner, "caption", cut)
+    monkeypatch.setattr(LocalSource, "captions", cut)
     with pytest.raises(KeyboardInterrupt):
         sweep(job, silent)
     assert not (job.out / "run_beams_1.csv").exists()
-    monkeypatch.setattr(Captioner, "caption", counted)
+    monkeypatch.setattr(LocalSource, "captions", counted)
     del calls[:]
     table = sweep(job, silent)
     assert calls == [(1, NAMES[2:])]
@@ -228,13 +228,13 @@ def test_unreadable_images_leave_no_run_until_fixed(job, calls):
 
 
 def test_image_changed_during_run_leaves_no_run(job, monkeypatch):
-    caption = Captioner.caption
+    caption = LocalSource.captions
 
-    def changing(self, images, options, **given):
-        yield from caption(self, images, options, **given)
+    def changing(self, pending, log):
+        yield from caption(self, pending, log)
         random_pictures(1, seed=9)[0].save(job.data / "valid" / "case_2.png")
 
-    monkeypatch.setattr(Captioner, "caption", changing)
+    monkeypatch.setattr(LocalSource, "captions", changing)
     with pytest.raises(EngineError, match=r"1 images changed during the run \(case_2\.png\)"):
         sweep(job, silent)
     assert not list(job.out.glob("run_beams_*"))[1:]  # the journal alone

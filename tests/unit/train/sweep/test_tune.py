@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from engine.bundle.manifest import demo_bundle
-from engine.captioner import Captioner
 from engine.cli.app import main as engine
 from engine.errors import DataError, EngineError, UsageError
 from engine.inputs.tables import read_table
 from engine.options import DecodeOptions
+from engine.run.pipeline import LocalSource
 from engine.scoring.base import Items, MetricInputs, compare
 from engine.scoring.profiles import make_metric
 from tests.helpers.tiny import WORDS, random_pictures
@@ -60,15 +60,15 @@ def job(tmp_path, tiny_bundle) -> Sweep:
 def asked(monkeypatch) -> list[tuple[tuple, list[str]]]:
     """The calls of the captioner, as (settings, ids)."""
     calls = []
-    caption = Captioner.caption
+    caption = LocalSource.captions
 
-    def counted(self, images, options, **given):
-        images = list(images)
+    def counted(self, pending, log):
+        images, options = list(pending.remaining()), self.decoding.options
         settings = (options.num_beams, options.length_penalty, options.repetition_penalty, options.min_new_tokens)
         calls.append((settings, [image.id for image in images]))
-        return caption(self, images, options, **given)
+        return caption(self, pending, log)
 
-    monkeypatch.setattr(Captioner, "caption", counted)
+    monkeypatch.setattr(LocalSource, "captions", counted)
     return calls
 
 
@@ -115,17 +115,17 @@ def test_reported_scores_equal_the_engines(job, tiny_captioner):
 def test_interrupted_tuning_resumes_with_equal_result(job, asked, monkeypatch):
     few = replace(SHORT, grid="length_penalty=1 repetition_penalty=1,2 min_new_tokens=0")
     whole = tune(replace(job, out=job.out.with_name("whole")), few, silent)
-    calls, counted = list(asked), Captioner.caption
+    calls, counted = list(asked), LocalSource.captions
 
     def cut_at(call: int):
-        def cut(self, images, options, **given):
-            for i, caption in enumerate(counted(self, images, options, **given)):
+        def cut(self, pending, log):
+            for i, caption in enumerate(counted(self, pending, log)):
                 if len(asked) == call and i == 2:
                     raise KeyboardInterrupt
                 yield caption
 
         del asked[:]
-        monkeypatch.setattr(Captioner, "caption", cut)
+        monkeypatch.setattr(LocalSource, "captions", cut)
         with pytest.raises(KeyboardInterrupt):
             tune(job, few, silent)
 
@@ -135,7 +135,7 @@ def test_interrupted_tuning_resumes_with_equal_result(job, asked, monkeypatch):
     assert [settings for settings, _ in asked] == [settings for settings, _ in calls[2:]]
     assert [ids for _, ids in asked] == [calls[2][1][2:], *(ids for _, ids in calls[3:])]
     del asked[:]
-    monkeypatch.setattr(Captioner, "caption", counted)
+    monkeypatch.setattr(LocalSource, "captions", counted)
     result = tune(job, few, silent)
     assert asked == [(calls[-1][0], calls[-1][1][2:])]
     assert {**result, "data": "", "command": ""} == {**whole, "data": "", "command": ""}

@@ -1,26 +1,11 @@
-"""How many workers a cluster gets, and when one block of images has killed enough of them; without a cluster."""
+"""How many workers a cluster gets; without a cluster."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
 from engine.errors import EngineError, UsageError
-from engine.inputs.images import ImageFile
-from engine.workers.cluster import MOST_ATTEMPTS, AttemptCounter, WorkerPlan, plan_actors, too_many_attempts
-from engine.workers.messages import pack_images, unpack_answer
-
-
-def test_a_block_that_kills_workers_is_named():
-    attempts = AttemptCounter()
-    assert [attempts.begin("one") for _ in range(MOST_ATTEMPTS)][-1] == MOST_ATTEMPTS
-    assert attempts.begin("other") == 1
-    with pytest.raises(EngineError, match=r"died at the images /i/a.png to /i/b.png"):
-        unpack_answer(
-            too_many_attempts(pack_images([ImageFile("a", Path("/i/a.png")), ImageFile("b", Path("/i/b.png"))]))
-        )
-
+from engine.workers.cluster import WorkerPlan, plan_actors
 
 ONE, TWO, EIGHT = {"CPU": 2.0}, [{"CPU": 16.0}, {"CPU": 8.0}], [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 8.0}]
 
