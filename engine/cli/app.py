@@ -7,7 +7,7 @@ import warnings
 import click
 
 from engine.cli import machine, results
-from engine.cli.caption import caption
+from engine.cli.caption import caption, merge
 from engine.cli.shared import OneLineGroup
 from engine.errors import UsageError
 from engine.version import __version__
@@ -35,7 +35,7 @@ def main(context: click.Context) -> None:
 
 
 for _command in (
-    caption,
+    *(caption, merge),
     *(machine.verify, machine.bench, machine.plan, machine.info),
     *(results.score, results.rerank),
     *(results.submit, results.check),

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from engine.cli.shared import SectionCommand, bundles_option, log, rows_option, takes
+from engine.cli.shared import PATH, SectionCommand, bundles_option, log, rows_option, takes
 from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
 from engine.options import DecodeOptions
@@ -83,6 +84,21 @@ def caption(
     log(summary.signature)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=PATH)
+@click.option(
+    "--out", type=PATH, required=True, help="File to write: the file that one run would write."
+)
+def merge(files: tuple[Path, ...], out: Path) -> None:
+    """Merge the outputs of all shards of a run (`engine caption --shard I/N`).
+
+    The files are those of --out, in any order, or of --n-best-out or --timings-out.
+    """
+    from engine.run.shards import merge as merge_shards
+
+    log(f"{merge_shards(files, out)} lines of {len(files)} shards -> {out}")
 
 
 def _progress_of_demo(length: int) -> AbstractContextManager[Callable[[int], None]]:

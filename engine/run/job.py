@@ -15,6 +15,7 @@ from engine.inputs.depth import HELP as DEPTH_HELP
 from engine.inputs.remote import Location
 from engine.options import declared, option
 from engine.run.journal import journal_path, update_path
+from engine.run.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Inputs:
     )
     manifest: Path | None = option(
         None, "--manifest", "Table or list of ids: caption only these images, in this order; by default all images."
+    )
+    shard: str | None = option(
+        None,
+        "--shard",
+        "Caption only part I of N of the images, as one of N jobs, each with its own --out; `engine merge` joins them.",
+        metavar="I/N",
     )
     recursive: bool = option(False, "--recursive", "Also look for images in subfolders.")
     ids: str = option(
@@ -51,6 +58,8 @@ class Inputs:
 
     def __post_init__(self) -> None:
         window_of(self.high_bit_depth)  # raises UsageError for an invalid value
+        if self.shard is not None:
+            Shard.parse(self.shard)  # the same
 
     @functools.cached_property
     def columns(self) -> Columns:
@@ -134,6 +143,11 @@ class Outputs:
         if self.is_stream:
             return None
         return update_path(self.out) if self.update else journal_path(self.out)
+
+    @property
+    def text_settings(self) -> list[str | bool]:
+        """What decides the text of the output, in addition to the captions."""
+        return [self.jsonl, self.prefix, self.suffix, self.without_prompt, self.raw_text, self.allow_missing]
 
     def files(self) -> dict[str, Path]:
         """Return the files that will be written, by their options, without sidecars."""

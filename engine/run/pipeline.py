@@ -25,7 +25,8 @@ from engine.inputs.tables import read_prompts
 from engine.options import DecodeOptions, notes_on
 from engine.run.job import Inputs, Outputs
 from engine.run.outputs import check_sidecars, sidecar_paths, write_sidecars
-from engine.run.record import RowStream, RunRecord, rows_of, text_of
+from engine.run.record import RowStream, RunRecord, lines_written, rows_of, text_of
+from engine.run.shards import Shard, write_notes
 from engine.runtime import Runtime, Workers
 from engine.workers.child import open_processes
 from engine.workers.cluster import open_cluster, require_ray
@@ -164,8 +165,12 @@ def caption_directory(
     """
     # before a large folder is listed, so that a missing library is reported at once
     runtime = choose_runtime(runtime, workers, log)
-    images, left_aside = find(inputs, outputs, bundle, log)
-    prompts = _prompts(inputs, images)
+    if inputs.shard and outputs.is_stream:
+        raise UsageError("--shard needs a file for --out, not -, because `engine merge` reads it")
+    all_images, left_aside = find(inputs, outputs, bundle, log)
+    prompts = _prompts(inputs, all_images)
+    shard = Shard.parse(inputs.shard) if inputs.shard else None
+    images = all_images if shard is None else shard.part(all_images)
     with lock(outputs, log):  # first: a second run is refused before it loads a bundle or starts workers
         opened = open_place(bundle)
         # before workers start, so that a wrong option is reported at once
@@ -186,6 +191,12 @@ def caption_directory(
             for line in note_lines(source.notes):
                 log(line)
             write(record, outputs, options, log)
+            signature = run_signature(
+                source.bundle, source.backend_name, options, inputs.high_bit_depth, runtime.cpu_precision
+            )
+            if shard is not None:
+                ids = [image.id for image in all_images]
+                write_notes(shard, lines_written(record, outputs), ids, signature, [outputs.text_settings, prompts])
     return RunSummary(
         images=len(images),
         captions=len(record.captions),
@@ -196,9 +207,7 @@ def caption_directory(
         # captions of an earlier run took no time in this one
         images_per_s=(len(record.captions) - record.resumed) / seconds,
         out=str(outputs.out),
-        signature=run_signature(
-            source.bundle, source.backend_name, options, inputs.high_bit_depth, runtime.cpu_precision
-        ),
+        signature=signature,
         left_aside=left_aside,
     )
 

@@ -288,6 +288,18 @@ def rows_of(record: RunRecord, outputs: Outputs) -> Iterator[Row]:
     return (row for image in record.images if (row := row_of(record, image, outputs)) is not None)
 
 
+def lines_written(record: RunRecord, outputs: Outputs) -> dict[str, tuple[Path, list[bool], int]]:
+    """Return, by option, each file of a complete run, whether each image has a line in it, and its header lines."""
+    captioned = [image.id in record.captions for image in record.images]
+    every = [True] * len(captioned)
+    lines = {
+        "--out": (every, 0 if outputs.jsonl else 1),
+        "--n-best-out": (captioned, 0),
+        "--timings-out": (every, 1),
+    }
+    return {option: (path, *lines[option]) for option, path in outputs.files().items()}
+
+
 class RowStream:
     """Writes rows to standard output in the order of the images, each as soon as all earlier ones are finished."""
 

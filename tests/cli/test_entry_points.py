@@ -126,6 +126,8 @@ engine caption --input IMAGES --bundle BUNDLE --out out/run.csv --n-best 2 --bea
 engine caption --input IMAGES --bundle BUNDLE --processes 2 --out out/processes.csv
 engine caption --input IMAGES --bundle BUNDLE --backend openvino --out out/openvino.csv
 engine caption --input file://IMAGES --bundle file://BUNDLE --out out/uri.csv
+engine caption --input IMAGES --bundle BUNDLE --shard 1/1 --out out/part.csv
+engine merge out/part.csv --out out/merged.csv
 engine verify --bundle BUNDLE
 engine bench --images 2 --bundle BUNDLE
 engine info
