@@ -122,6 +122,15 @@ MIN_TOP_P = 1e-9
 """Hugging Face accepts any number above 0. A value this small already leaves only the most likely token."""
 
 
+UNSET: Any = object()
+"""Default of decoding options: not given, which differs from given at its default (see DecodeOptions.over)."""
+
+
+def _unset(default: Any, flag: str = "", help: str = "", **more: Any) -> Any:  # noqa: A002
+    """Declare a decoding option, see `option`."""
+    return field(default=UNSET, metadata={"option": Option(default, flag, help, **more)})
+
+
 @dataclass(frozen=True)
 class DecodeOptions:
     """How captions are decoded, with Hugging Face's names and meanings. Raises UsageError for invalid values.
@@ -136,75 +145,75 @@ class DecodeOptions:
         DecodeOptions(num_beams=4, max_new_tokens=50)
     """
 
-    num_beams: int = option(1, "--beams", "Number of beams; 1 is greedy search.", least=1)
-    no_repeat_ngram_size: int = option(
+    num_beams: int = _unset(1, "--beams", "Number of beams; 1 is greedy search.", least=1)
+    no_repeat_ngram_size: int = _unset(
         0, "--no-repeat-ngram", "Never repeat an n-gram of this many tokens; 0 is off.", least=0
     )
-    repetition_penalty: float = option(
+    repetition_penalty: float = _unset(
         1.0,
         "--repetition-penalty",
         "Penalty for tokens that are already in the caption or its prompt; 1 is off, above 1 avoids repetition.",
         least=MIN_PENALTY,
         most=MAX_PENALTY,
     )
-    bad_words: tuple[str, ...] | None = option(
+    bad_words: tuple[str, ...] | None = _unset(
         None, "--bad-words", "Text file of words or phrases that no caption may contain, one per line.", in_bundle=False
     )
-    bad_words_ids: tuple[tuple[int, ...], ...] | None = option(
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = _unset(
         None, help="Banned words as lists of token ids; only in bundles and Python, see bad_words."
     )
-    suppress_tokens: tuple[int, ...] | None = option(
+    suppress_tokens: tuple[int, ...] | None = _unset(
         None, "--suppress-tokens", "Token ids that no caption may contain, separated by commas.", metavar="ID,ID"
     )
-    begin_suppress_tokens: tuple[int, ...] | None = option(
+    begin_suppress_tokens: tuple[int, ...] | None = _unset(
         None, help="Token ids that may not be the first token after the prompt; only in bundles and Python."
     )
-    max_new_tokens: int | None = option(
+    max_new_tokens: int | None = _unset(
         None,
         "--max-new-tokens",
         "Maximum number of tokens per caption, prompt not counted; 20 if no maximum is set.",
         least=1,
     )
-    max_length: int | None = option(
+    max_length: int | None = _unset(
         None, help="Maximum number of tokens per caption, prompt included; only in bundles and Python.", least=2
     )
-    min_new_tokens: int | None = option(
+    min_new_tokens: int | None = _unset(
         None,
         "--min-new-tokens",
         "Minimum number of tokens per caption, prompt not counted; no minimum by default.",
         least=0,
     )
-    min_length: int = option(
+    min_length: int = _unset(
         0, help="Minimum number of tokens per caption, prompt included; only in bundles and Python.", least=0
     )
-    length_penalty: float = option(
+    length_penalty: float = _unset(
         1.0,
         "--length-penalty",
         "Beam search divides scores by length to this power: above 0 favours long captions, below 0 short ones.",
         least=MIN_LENGTH_PENALTY,
         most=MAX_LENGTH_PENALTY,
     )
-    early_stopping: bool | Literal["never"] = option(
+    early_stopping: bool | Literal["never"] = _unset(
         False,
         "--early-stopping",
         "When beam search stops: `true` once it has as many captions as beams, `false` by a heuristic, `never` only "
         "when no better caption is possible.",
         choices={"false": False, "true": True, "never": "never"},
     )
-    num_return_sequences: int = option(
+    num_return_sequences: int = _unset(
         1, "--n-best", "Captions per image in --n-best-out; beam search needs at least as many beams.", least=1
     )
-    prompt: str | None = option(
+    prompt: str | None = _unset(
         None, "--prompt", "Text that every caption starts with; none by default.", in_bundle=False
     )
-    do_sample: bool = option(
+    do_sample: bool = _unset(
         False,
         "--sample",
         "Sample captions at random instead of searching for the best ones; needs one beam.",
         sampling=True,
         in_bundle=False,
     )
-    temperature: float = option(
+    temperature: float = _unset(
         1.0,
         "--temperature",
         "Sampling temperature with --sample; below 1 sharpens the distribution.",
@@ -213,7 +222,7 @@ class DecodeOptions:
         sampling=True,
         in_bundle=False,
     )
-    top_k: int = option(
+    top_k: int = _unset(
         50,
         "--top-k",
         "Sample only from the K most likely tokens, with --sample.",
@@ -221,7 +230,7 @@ class DecodeOptions:
         sampling=True,
         in_bundle=False,
     )
-    top_p: float = option(
+    top_p: float = _unset(
         1.0,
         "--top-p",
         "Sample only from the most likely tokens that together reach this probability, with --sample; 1 is off.",
@@ -230,7 +239,7 @@ class DecodeOptions:
         sampling=True,
         in_bundle=False,
     )
-    seed: int = option(
+    seed: int = _unset(
         0,
         "--seed",
         "Random seed for --sample; the same seed gives the same captions.",
@@ -238,34 +247,26 @@ class DecodeOptions:
         sampling=True,
         in_bundle=False,
     )
-    given: frozenset[str] = field(default=frozenset(), kw_only=True, repr=False, compare=False)
-    """Names of the options that were given explicitly, at their default or not. dataclasses.replace keeps them."""
-
-    def __new__(cls, *values: Any, given: frozenset[str] | None = None, **named: Any) -> DecodeOptions:
-        """Record which options are given; in a copy (`given` is set) add those that differ from their defaults."""
-        options = object.__new__(cls)
-        named |= dict(zip(DECODE_OPTIONS, values, strict=False))
-        explicit = {name for name, value in named.items() if value is not None}
-        if given is not None:
-            # dataclasses.replace passes every field, so that being passed does not mean that it was given
-            explicit = {name for name in explicit if named[name] != DEFAULTS.get(name)} | given
-        options.__dict__["_explicit"] = frozenset(explicit)
-        return options
+    given: frozenset[str] = field(default=UNSET, kw_only=True, repr=False, compare=False)
+    """Names of the options that were given explicitly, at their default or not; recorded here, never passed."""
 
     def __post_init__(self) -> None:
-        self.__dict__["given"] = self.__dict__.pop("_explicit")
+        values = {name: getattr(self, name) for name in DECODE_OPTIONS}
+        passed = {name: value for name, value in values.items() if value is not UNSET and value is not None}
+        if self.given is UNSET:
+            given = frozenset(passed)
+        else:  # dataclasses.replace passes every field, so that being passed does not mean that it was given
+            given = self.given | {name for name, value in passed.items() if value != DEFAULTS[name]}
+        # a frozen dataclass may set its fields here only like this
+        self.__dict__.update(DEFAULTS | passed, given=given)
         for name in LISTS:
             self.__dict__[name] = as_tuples(getattr(self, name))
         for name, (declaration, kind) in DECODE_OPTIONS.items():
             value = getattr(self, name)
             if not declaration.fits(value, kind):
                 raise UsageError(f"{name} must be {declaration.wanted(kind)}, not {value!r}")
-        if "num_beams" in self.given:  # otherwise the bundle may set it: `over` checks then
+        if "num_beams" in given:  # otherwise the bundle may set it: `over` checks then
             self._check_together()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.clear()  # pickle calls __new__ without arguments, which records that nothing was given
-        self.__dict__.update(state)
 
     def _check_together(self) -> None:
         """Raise UsageError for options that exclude each other."""

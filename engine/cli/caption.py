@@ -88,9 +88,7 @@ def caption(
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=PATH)
-@click.option(
-    "--out", type=PATH, required=True, help="File to write: the file that one run would write."
-)
+@click.option("--out", type=PATH, required=True, help="File to write: the file that one run would write.")
 def merge(files: tuple[Path, ...], out: Path) -> None:
     """Merge the outputs of all shards of a run (`engine caption --shard I/N`).
 
