@@ -33,6 +33,7 @@ class Ancestry:
 
     def reset(self, slots: NDArray[np.int64]) -> None:
         """Clear the past of slots that now hold a new image."""
+        # the former image's keys stay in the cache until the next fold; erasing them would be one more copy
         self.mask[slots] = False
 
     def choose(self, fed: NDArray[np.bool_], rows: NDArray[np.int64]) -> None:
@@ -50,6 +51,7 @@ class Ancestry:
         common prefix is stored once per slot.
         """
         mask = self.mask[slots]
+        # a position that no beam descends from can never be needed again: beams only continue running beams
         alive = mask.any(1)
         count = alive.sum(1)
         width = int(count.max(initial=0))

@@ -259,6 +259,7 @@ class Beams:
         beams = self.search.num_beams
         penalty = self._length_term(self.lengths[image] + 1, self.prompt_lengths[image])
         new_scores = scores[image] / penalty[:, None] + _ruled_out(~ending[image])
+        # old hypotheses come first, so that the stable sort keeps them where a new one has an equal score
         merged = np.concatenate([self._hypothesis_scores[image], new_scores], 1)
         if beams == 1:  # greedy search has one caption, which also replaces a placeholder of a higher score
             best = np.ones((len(image), 1), np.int64)
@@ -296,6 +297,7 @@ class Beams:
         # that bound, False (the default heuristic) divides by the present length and may stop a little too early.
         if search.early_stopping == "never" and search.length_penalty > 0:
             lengths = self.max_lengths
+        # only the best running beam is compared: with one length for all, no other can get a better score
         best = self.scores[:, 0] / self._length_term(lengths, self.prompt_lengths)
         worst = self._hypothesis_scores[:, -1]
         can_improve: NDArray[np.bool_] = ~full | (best > worst)

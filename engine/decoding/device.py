@@ -59,6 +59,7 @@ class DeviceQueue:
         self._calls: SimpleQueue[list[tuple[Callable[[], None], bool]] | None] = SimpleQueue()
         self._collected: list[tuple[Callable[[], None], bool]] = []
         self._error: BaseException | None = None
+        # a daemon: if the program exits while the device hangs, it must not wait for this thread
         self._thread = threading.Thread(target=self._work, name="device", daemon=True) if in_thread else None
 
     def __enter__(self) -> DeviceQueue:
@@ -88,6 +89,7 @@ class DeviceQueue:
 
     def admit(self, cache: Cache, slot: int, encoded: Future[Encoded], image: int) -> None:
         """See Backend.admit. Blocks the worker until `encoded`, which may be from another queue, is done."""
+        # waits in the worker, not here: the host goes on choosing beams while another queue encodes
         self._send(lambda: self.backend.admit(cache, slot, encoded.wait(), image))
 
     def step(self, cache: Cache, inputs: StepInputs) -> Future[tuple[NDArray[np.float32], NDArray[np.int64]]]:
@@ -103,7 +105,7 @@ class DeviceQueue:
     def _put(self, call: Callable[[], T]) -> Future[T]:
         """Queue a call that returns a value."""
         future: Future[T] = Future()
-        if self._thread is None:
+        if self._thread is None:  # an error is raised here, where the caller can tell which call it was
             future.resolve(call())
             return future
 
@@ -118,6 +120,7 @@ class DeviceQueue:
                 raise
             future.resolve(value)
 
+        # always: after an error somebody still waits for this future, and must get the error
         self._send(resolve, always=True)
         return future
 

@@ -62,6 +62,8 @@ class Processors:
         shorter than min_lengths i64[B].
         """
         slots, beams, _ = tokens.shape
+        # Lists instead of a mask over the vocabulary: of 30,524 ids a row bans a handful, and a mask of B x K x V
+        # would have to be filled and copied to the device at every step.
         listed = [repeated_ngrams(tokens, lengths, self.no_repeat_ngram_size)]
         if len(short := np.flatnonzero(lengths < min_lengths)):
             listed.append(_in_slots(short, beams, (eos,)))
@@ -69,6 +71,7 @@ class Processors:
             listed.append(_in_slots(first, beams, self.begin_suppressed))
         listed += completed_sequences(tokens, lengths, self.banned_sequences)
         rows, ids = _merged(listed)
+        # the common case (n-gram ban alone): the table is as narrow as the longest list, often one column
         if not self.has_penalty and not self.suppressed:
             return _table(rows, ids, slots * beams).reshape(slots, beams, -1)
         always = np.array(self.suppressed, np.int64)
@@ -76,6 +79,7 @@ class Processors:
         if self.has_penalty:
             said, is_listed = _said_before(tokens, lengths, (rows, ids), always)
             columns.append(said)
+            # what is in the text already has its mark there, banned or penalised; it must not get a second one
             rows, ids = rows[~is_listed], ids[~is_listed]
         known = np.concatenate(columns, 1)
         if len(rows):
@@ -102,6 +106,7 @@ def repeated_ngrams(tokens: Tokens, lengths: NDArray[np.int64], ngram_size: int)
     rows, places = np.divmod(np.flatnonzero(repeats), width)
     places -= max(0, ngram_size - 2)
     slot, beam = np.divmod(rows, beams)
+    # the whole n-gram must lie within the text: the last token itself is no earlier occurrence
     is_same = (places >= 0) & (places + ngram_size <= lengths[slot])
     for j in range(ngram_size - 2):
         is_same &= tokens[slot, beam, places + j] == tokens[slot, beam, lengths[slot] - ngram_size + 1 + j]
@@ -118,6 +123,7 @@ def completed_sequences(
     rows of n - 1 ids. Only a sequence that begins with the start token can match those, and resolve_search refuses it.
     """
     beams, listed = tokens.shape[1], []
+    # sequences of one length are compared in one operation, because a list of bad words may be long
     for size, group in groupby(sorted(sequences, key=len), key=len):
         same_size = np.array(list(group))
         long_enough = np.flatnonzero(lengths >= size)
@@ -170,6 +176,7 @@ def _said_before(
     slots, beams, width = tokens.shape
     rows, ids = banned
     past = tokens.astype(np.int64).reshape(slots * beams, width)
+    # cells after the text repeat its first id, whose mark is the same each time
     beyond = np.arange(width) >= np.repeat(lengths, beams)[:, None]
     past = np.where(beyond, past[:, :1], past)
     is_banned = np.isin(past, always) if len(always) else np.zeros(past.shape, bool)
@@ -212,6 +219,7 @@ class Sampling:
 
 def probabilities(log_probs: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float64]:
     """Return the probabilities f64[B,C] of the C most likely tokens of each row, given f32[B,C] in descending order."""
+    # float64, because the sum of many small chances is compared with top_p and with the random number
     scaled = log_probs.astype(np.float64) / sampling.temperature
     chances = np.exp(scaled - scaled[:, :1])
     chances /= chances.sum(1, keepdims=True)
@@ -224,6 +232,7 @@ def probabilities(log_probs: NDArray[np.float32], sampling: Sampling) -> NDArray
 def draw(log_probs: NDArray[np.float32], uniform: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64]:
     """Return the token each row draws, i64[B] in [0, C), for random numbers f64[B] in [0, 1)."""
     reached = np.cumsum(probabilities(log_probs, sampling), 1)
+    # rounding may leave the last sum just below 1, and a number between would draw a token that does not exist
     reached /= reached[:, -1:]
     return np.asarray((reached <= uniform[:, None]).sum(1), np.int64)
 

@@ -37,6 +37,7 @@ def resolve_search(
     if 2 * options.num_beams > vocab_size:
         most = vocab_size // 2  # a step needs 2 candidates per beam
         raise UsageError(f"{options.num_beams} beams are too many for a vocabulary of {vocab_size}: use at most {most}")
+    # at most one of the two is set (DecodeOptions.over)
     bad_words_ids = options.bad_words_ids or bad_words_ids
     banned = [(one,) for one in (*(options.suppress_tokens or ()), *(options.begin_suppress_tokens or ()))]
     if beyond := {one for ids in (*bad_words_ids, *banned) for one in ids if one >= vocab_size}:

@@ -103,7 +103,9 @@ class Scheduler:
                 if queue.may_come and len(sets) < self.num_sets:  # a small run never opens a second set
                     sets.append(_Slots(devices[len(sets) % len(devices)], self.search, self.num_slots))
                 for slots in sets:
+                    # finish, refill, begin: the device has the next step of this set before the host turns to another
                     closed = slots.finish_step()
+                    # yielded even when empty: a caller with results of its own must get control at every step
                     yield [found for owner, hypotheses in closed for found in captions.add(*owner, hypotheses)]
                     slots.fill(queue)
                     slots.begin_step()
@@ -213,6 +215,7 @@ class _Slots(Generic[Key]):
             filled.append(slot)
             starts.append(request.start or self.search.start)
         if filled:
+            # all at once: numpy's overhead per call would otherwise be paid for each new image
             self.beams.start(np.array(filled), starts)
             self.ancestry.reset(np.array(filled))
             self.prompt_fed[filled] = 0
@@ -234,6 +237,7 @@ class _Slots(Generic[Key]):
         """Start a step of all slots, if any of them holds an image."""
         if not self.owners:
             return
+        # before the step, not after it: images that closed in between leave no positions to fold
         if self.steps_since_settled == SETTLE_EVERY:
             self._regroup(np.arange(len(self.prompt_fed)))
         inputs = self._inputs(self._prefilling())
@@ -248,12 +252,14 @@ class _Slots(Generic[Key]):
         if self.search.sampling is not None:
             scores, ids = self._draw(scores, ids)
         self.steps_since_settled += 1
+        # slots are filled only after this, so the state here is still the one that the step's inputs were made of
         prefilling = self._prefilling()
         more_prompt = self._feed_prompt(prefilling)
         rows, tokens = np.divmod(ids, self.search.vocab_size)
         parents = rows.copy()
         parents[prefilling] = 0  # the rows of a prompt are tokens of beam 0, not beams
         was_closed = self.beams.closed.copy()
+        # slots with prompt left to feed stand still: their candidates continue a token that is not the prompt's last
         chosen = self.beams.advance(scores, parents, tokens, ~more_prompt)
         parent_rows = rows[np.arange(len(rows))[:, None], chosen]
         parent_rows[more_prompt] = self.search.num_beams - 1  # the last prompt token, which attends to all before it
@@ -304,6 +310,7 @@ class _Slots(Generic[Key]):
         input_ids = beams.last_tokens()
         positions = np.repeat(beams.lengths[:, None] - 1, num_beams, 1)
         scores = beams.scores.copy()
+        # an empty slot holds the beams of its last image, whose continuations are not used
         scores[beams.closed] = -np.inf
         own_tokens = np.broadcast_to(np.eye(num_beams, dtype=bool), (len(input_ids), num_beams, num_beams))
         slots = np.flatnonzero(prefilling)

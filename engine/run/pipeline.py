@@ -167,6 +167,7 @@ def caption_directory(
     runtime = choose_runtime(runtime, workers, log)
     if inputs.shard and outputs.is_stream:
         raise UsageError("--shard needs a file for --out, not -, because `engine merge` reads it")
+    # all images, also with --shard: ids must be unique, and outputs harmless, in the whole run
     all_images, left_aside = find(inputs, outputs, bundle, log)
     prompts = _prompts(inputs, all_images)
     shard = Shard.parse(inputs.shard) if inputs.shard else None
@@ -194,6 +195,7 @@ def caption_directory(
             signature = run_signature(
                 source.bundle, source.backend_name, options, inputs.high_bit_depth, runtime.cpu_precision
             )
+            # last: without its note an output cannot be merged, so that a run killed before this is noticed
             if shard is not None:
                 ids = [image.id for image in all_images]
                 write_notes(shard, lines_written(record, outputs), ids, signature, [outputs.text_settings, prompts])
