@@ -28,8 +28,6 @@ from engine.run.outputs import check_sidecars, sidecar_paths, write_sidecars
 from engine.run.record import RowStream, RunRecord, lines_written, rows_of, text_of
 from engine.run.shards import Shard, write_notes
 from engine.runtime import Runtime, Workers
-from engine.workers.child import open_processes
-from engine.workers.cluster import open_cluster, require_ray
 from engine.workers.resources import plan_workers
 
 Log = Callable[[str], None]
@@ -63,6 +61,8 @@ def choose_runtime(runtime: Runtime, workers: Workers, log: Log) -> Runtime:
     library or device is missing here.
     """
     if workers.address is not None:
+        from engine.workers.cluster import require_ray
+
         require_ray()
         return runtime
     wanted = "cuda" if workers.devices is not None and runtime.backend == "auto" else runtime.backend
@@ -83,9 +83,14 @@ def open_source(
     log: Log,
 ) -> AbstractContextManager[Source]:
     """Open the source of a run's captions, made with a `bundle` that was opened at `place`. Raises an EngineError."""
+    # imported here, because most runs need none of these
     if workers.address is not None:
+        from engine.workers.cluster import open_cluster
+
         return open_cluster(bundle, place, decoding, rows, runtime, workers, log)
     if team := plan_workers(runtime, workers):
+        from engine.workers.child import open_processes
+
         return open_processes(bundle, place, decoding, rows, runtime, team, log)
     captioner = Captioner(bundle, *open_backends(bundle, runtime), threads=runtime.threads)
     return nullcontext(LocalSource(captioner, decoding, rows))
