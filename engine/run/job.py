@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.errors import UsageError
-from engine.files.atomic import check_outputs
-from engine.files.lock import lock_path
-from engine.inputs.columns import ID_HELP, PROMPT_HELP, Columns
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.depth import HELP as DEPTH_HELP
-from engine.inputs.remote import Location
-from engine.options import declared, option
-from engine.run.journal import journal_path, update_path
+from engine.options import ID_HELP, PROMPT_HELP, declared, option
+
+if TYPE_CHECKING:  # for a quick --help, methods import what only they need
+    from engine.inputs.columns import Columns
+    from engine.inputs.remote import Location
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Inputs:
     @functools.cached_property
     def columns(self) -> Columns:
         """The columns of --manifest and --prompts, as given by --id-column and --prompt-column."""
+        from engine.inputs.columns import Columns
+
         return Columns(self.id_column, None, self.prompt_column)
 
 
@@ -131,6 +133,8 @@ class Outputs:
     @property
     def journal(self) -> Path | None:
         """The file that keeps captions until they are written (with `update`, between runs); None for a stream."""
+        from engine.run.journal import journal_path, update_path
+
         if self.is_stream:
             return None
         return update_path(self.out) if self.update else journal_path(self.out)
@@ -142,6 +146,9 @@ class Outputs:
 
     def check(self, inputs: list[Path]) -> None:
         """Raise UsageError if an output cannot be written or would overwrite an input, see check_outputs."""
+        from engine.files.atomic import check_outputs
+        from engine.files.lock import lock_path
+
         outputs = self.files()
         locks = {f"the lock of {flag}": lock_path(path) for flag, path in outputs.items()}
         journal = {} if self.journal is None else {"the journal of --out": self.journal}
