@@ -14,6 +14,7 @@ from engine.options import ID_HELP, PROMPT_HELP, declared, option
 
 if TYPE_CHECKING:  # for a quick --help, methods import what only they need
     from engine.inputs.columns import Columns
+    from engine.inputs.images import FindOptions
     from engine.inputs.remote import Location
 
 
@@ -51,6 +52,13 @@ class Inputs:
 
     def __post_init__(self) -> None:
         window_of(self.high_bit_depth)  # raises UsageError for an invalid value
+
+    @property
+    def finding(self) -> FindOptions:
+        """How to look for the images."""
+        from engine.inputs.images import FindOptions
+
+        return FindOptions(self.recursive, self.dicom_frame, self.ids, self.high_bit_depth)
 
     @functools.cached_property
     def columns(self) -> Columns:

@@ -224,13 +224,7 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, log: Log)
 
     Raises UsageError if there are no images, or if an output would overwrite one.
     """
-    found = find_inputs(
-        inputs.places,
-        recursive=inputs.recursive,
-        dicom_frame=inputs.dicom_frame,
-        ids=inputs.ids,
-        depth=inputs.high_bit_depth,
-    )
+    found = find_inputs(inputs.places, inputs.finding)
     images = found.images
     if inputs.manifest:
         images = order_by_manifest(images, inputs.manifest, inputs.columns)
