@@ -25,7 +25,7 @@ from engine.options import DecodeOptions
 from engine.runtime import Runtime
 
 if TYPE_CHECKING:  # avoids loading numpy for --help
-    from engine.bundle.open import BundlePlace
+    from engine.bundle.open import BundleRef
     from engine.inputs.remote import Location
 
 
@@ -44,7 +44,7 @@ def bench(
     recursive: bool,
     images: int,
     decoding: DecodeOptions,
-    bundle: BundlePlace | None,
+    bundle: BundleRef,
     runtime: Runtime,
     rows: int | None,
 ) -> None:

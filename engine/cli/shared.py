@@ -227,9 +227,9 @@ def bundles_option(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(bundles: tuple[Location, ...], weights: tuple[float, ...], **values: Any) -> None:
-        from engine.bundle.open import place_of
+        from engine.bundle.open import BundleRef
 
-        command(bundle=place_of(bundles, weights), **values)
+        command(bundle=BundleRef(bundles, weights), **values)
 
     section: dict[str, Any] = {"cls": SectionOption, "section": "Runtime", "multiple": True}
     bundles = click.option(

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from engine.backends import require_backend
 from engine.bundle.manifest import Bundle, watched
-from engine.bundle.open import BundlePlace, folders_of
+from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment, run_signature, settings_line
 from engine.captioner import Captioner, PendingImages, caption_within_memory
 from engine.captions import Caption
@@ -77,7 +77,7 @@ def choose_runtime(runtime: Runtime, workers: Workers, log: Log) -> Runtime:
 
 
 def open_source(
-    bundle: BundlePlace | None, requested: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, log: Log
+    bundle: BundleRef, requested: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, log: Log
 ) -> AbstractContextManager[Source]:
     """Open the source of a run's captions, which loads the bundle. Raises an EngineError."""
     if workers.address is not None:
@@ -148,7 +148,7 @@ class RunSummary:
 def caption_directory(
     inputs: Inputs,
     outputs: Outputs,
-    bundle: BundlePlace | None = None,
+    bundle: BundleRef = BundleRef(),
     requested: DecodeOptions = DecodeOptions(),
     *,
     rows: int | None = None,
@@ -159,7 +159,7 @@ def caption_directory(
 ) -> RunSummary:
     """Caption every image of the inputs and write `outputs.out`, which appears only if the whole run succeeds.
 
-    `requested` overrides the settings of `bundle` (None: the embedded demo). `rows` is the number of beams in flight
+    `requested` overrides the settings of `bundle` (default: the embedded demo). `rows` is the number of beams in flight
     (None: what suits device and memory). Until the end every caption is kept in a journal next to the output, from
     which the same call resumes after an interruption. `log` gets notes for the user, one line each.
 
@@ -219,7 +219,7 @@ def _prompts(inputs: Inputs, images: list[ImageFile]) -> dict[str, str] | None:
     return prompts
 
 
-def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, log: Log) -> tuple[list[ImageFile], list[str]]:
+def find(inputs: Inputs, outputs: Outputs, bundle: BundleRef, log: Log) -> tuple[list[ImageFile], list[str]]:
     """Return the images to caption, in order, and the names of the entries that were skipped.
 
     Raises UsageError if there are no images, or if an output would overwrite one.
@@ -238,13 +238,13 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, log: Log)
     return images, [name for names in found.left_aside.values() for name in names]
 
 
-def check(outputs: Outputs, images: list[ImageFile], protected: list[Path], bundle: BundlePlace | None) -> None:
+def check(outputs: Outputs, images: list[ImageFile], protected: list[Path], bundle: BundleRef) -> None:
     """Raise UsageError if an output cannot be written, is inside the bundle or would overwrite a `protected` file."""
     outputs.check(protected)
     folders = {f"{flag} {path}": path.parent for flag, path in outputs.files().items()}
     if outputs.sidecar_dir is not None:
         folders[f"--sidecar-dir {outputs.sidecar_dir}"] = outputs.sidecar_dir
-    bundle_folders = [folder.resolve() for folder in folders_of(bundle)]
+    bundle_folders = [folder.resolve() for folder in bundle.folders()]
     for output, folder in folders.items():
         if folder.resolve() in bundle_folders:
             raise UsageError(f"{output} would be inside the bundle: choose another folder")

@@ -21,7 +21,7 @@ from typing import Any
 
 from engine.backends import require_backend
 from engine.bundle.manifest import Bundle
-from engine.bundle.open import BundlePlace, absolute, open_place
+from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment
 from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captioner import PendingImages, search_for, searches_for
@@ -396,10 +396,10 @@ class WorkerPlan:
 
 @contextmanager
 def open_cluster(
-    place: BundlePlace | None, requested: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, log: Log
+    place: BundleRef, requested: DecodeOptions, rows: int | None, runtime: Runtime, workers: Workers, log: Log
 ) -> Iterator[ClusterSource]:
     """Connect to a cluster, resolve the backend on one of its nodes, and log how many workers there will be."""
-    bundle = open_place(place)  # first, so that a damaged bundle or a wrong option is reported before a cluster starts
+    bundle = place.open()  # first, so that a damaged bundle or a wrong option is reported before a cluster starts
     search_for(bundle, tokenizer := CaptionTokenizer(bundle), requested)
     with cluster(workers.address or LOCAL) as ray:
         gpus = 0 if runtime.backend in CPU_BACKENDS else int(ray.cluster_resources().get("GPU", 0))
@@ -409,7 +409,7 @@ def open_cluster(
         team = plan_actors(resources, gpus, actors=workers.actors, threads=runtime.threads)
         log(f"backend: {node.backend}, {team}")
         order = WorkOrder(
-            bundle=absolute(place),
+            bundle=place.absolute(),
             digest=bundle.digest,
             environment=node.environment,
             runtime=replace(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 
 from engine.bundle.manifest import Bundle
-from engine.bundle.open import BundlePlace, open_place, where_read
+from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment
 from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captioner import PendingImages, search_for, searches_for
@@ -93,7 +93,7 @@ MOST_DEATHS = 5
 
 @contextmanager
 def open_processes(
-    place: BundlePlace | None,
+    place: BundleRef,
     requested: DecodeOptions,
     rows: int | None,
     runtime: Runtime,
@@ -104,11 +104,11 @@ def open_processes(
 
     All processes have ended when the context is left.
     """
-    bundle = open_place(place)
+    bundle = place.open()
     search_for(bundle, tokenizer := CaptionTokenizer(bundle), requested)
     log(describe(team))
     order = WorkOrder(
-        bundle=where_read(place, bundle),
+        bundle=place.local(bundle),
         digest=bundle.digest,
         environment=environment(runtime.backend),
         runtime=runtime,

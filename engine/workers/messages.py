@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from engine.bundle.open import BundlePlace
+from engine.bundle.open import BundleRef
 from engine.captions import Alternative, Caption
 from engine.errors import EngineError, UsageError
 from engine.inputs.images import ImageFile
@@ -38,7 +38,7 @@ class WorkOrder:
     prompts      each image's own prompt by id, or None
     """
 
-    bundle: BundlePlace | None
+    bundle: BundleRef
     digest: str
     environment: str
     runtime: Runtime

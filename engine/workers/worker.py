@@ -16,7 +16,6 @@ from typing import BinaryIO
 from engine.backends import open_backends
 from engine.backends.device import slots_for
 from engine.bundle.manifest import BundleWatch
-from engine.bundle.open import open_place
 from engine.captioner import Captioner, caption_within_memory
 from engine.captions import Caption
 from engine.decoding.beam import Search
@@ -86,7 +85,7 @@ class CaptionStream:
 
         Raises BundleError if the bundle is not that of the order, and the errors of open_bundle and open_backends.
         """
-        bundle = open_place(order.bundle)
+        bundle = order.bundle.open()
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} differs from the bundle of the run: copy it again")
         watch = BundleWatch(bundle)  # another machine, or another copy, which the driver does not watch
