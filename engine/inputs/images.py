@@ -11,26 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.errors import DataError, UsageError
-from engine.inputs import dicom
+from engine.inputs import dicom, kinds
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.depth import CLIP
 from engine.inputs.ids import Ids, join_some
-from engine.inputs.kinds import (
-    DICOM,
-    HEAD_BYTES,
-    HEIC,
-    LITTER,
-    MAX_FILE_BYTES,
-    NEVER,
-    SUFFIXES,
-    count_kinds,
-    cut_suffix,
-    file_kind,
-    kind_by_suffix,
-    kind_of,
-    kind_of_content,
-    open_regular,
-)
 from engine.inputs.readers import read_ids
 from engine.inputs.remote import Location, RemoteFile, RemoteFolder
 
@@ -130,7 +114,7 @@ def images_in(directory: Location, options: FindOptions, root: Path | None = Non
             ImageFile(id_of(Path(n), options.ids), Path(n), options.dicom_frame, directory, options.depth)
             for n in taken
         ]
-        kinds = {kind_by_suffix(Path(n).suffix.lower()) for n in taken}
+        found = {kinds.kind_by_suffix(Path(n).suffix.lower()) for n in taken}
     else:
         if not directory.is_dir():
             raise UsageError(f"{directory} is not a directory: give the folder that holds the images")
@@ -138,14 +122,14 @@ def images_in(directory: Location, options: FindOptions, root: Path | None = Non
         kind_of_taken = {n: kind for n in names if (kind := kind_taken(directory / n)) is not None}
         imageless = frozenset(n for n, kind in kind_of_taken.items() if kind == IMAGELESS)
         taken = [n for n in kind_of_taken if n not in imageless]
-        kinds = set(kind_of_taken.values())
+        found = set(kind_of_taken.values())
         images = [local_image(directory / n, directory if root is None else root, options) for n in taken]
     ignored = sorted(set(names) - set(taken))
     if not images:
         hint = "" if options.recursive else "; --recursive looks into its folders"
         skipped = f", but {describe_ignored(ignored, imageless)}" if ignored else ""
         raise UsageError(f"{directory} holds no images{skipped}{hint}")
-    return FoundImages(images, ignored, "DICOM" in kinds, imageless)
+    return FoundImages(images, ignored, "DICOM" in found, imageless)
 
 
 def local_image(path: Path, root: Path, options: FindOptions) -> ImageFile:
@@ -177,7 +161,7 @@ def path_inside(path: Path, root: Path | None) -> Path:
 
 def id_of(inside: Path, ids: str) -> str:
     """Return the id of an image by its path inside its root."""
-    return inside.as_posix() if ids == "file" else cut_suffix(inside.as_posix() if ids == "path" else inside.name)
+    return inside.as_posix() if ids == "file" else kinds.cut_suffix(inside.as_posix() if ids == "path" else inside.name)
 
 
 REMEDIES = {"path": "; --ids path makes ids of paths", "file": "; --ids file makes ids of paths with suffix"}
@@ -214,7 +198,7 @@ def find_images_of(
     try:
         images = find_images(directory, options, ids="path" if any("/" in name for name in wanted) else "stem").images
     except RepeatedIdError:
-        if not any(cut_suffix(name) != name for name in wanted):
+        if not any(kinds.cut_suffix(name) != name for name in wanted):
             raise
         images = find_images(directory, options, ids="file").images
     by_id = {image.id: image for image in images}
@@ -229,12 +213,12 @@ def describe_ignored(names: list[str], imageless: Collection[str] = ()) -> str:
     others = [name for name in names if name not in imageless]
     count = len(names) - len(others)
     files = "1 DICOM file without an image" if count == 1 else f"{count} DICOM files without an image"
-    return ", ".join(filter(None, [count_kinds(others), files if count else ""])) + remedy_for(others)
+    return ", ".join(filter(None, [kinds.count_kinds(others), files if count else ""])) + remedy_for(others)
 
 
 def remedy_for(names: Iterable[str]) -> str:
     """Return a hint on how to make unreadable files readable, or an empty string."""
-    heic = any(Path(name).suffix.lower() in HEIC - SUFFIXES for name in names)
+    heic = any(Path(name).suffix.lower() in kinds.HEIC - kinds.SUFFIXES for name in names)
     return " (HEIC needs the extra [heic], or convert it to JPEG)" if heic else ""
 
 
@@ -243,13 +227,13 @@ def _names_at(folder: RemoteFolder, recursive: bool) -> tuple[list[str], list[st
     entries = folder.list(recursive=recursive)
     if recursive:  # files in hidden folders are ignored, and folders do not count as entries
         entries = {name: stamp for name, stamp in entries.items() if stamp and not is_hidden(Path(name).parent)}
-    taken = [n for n, stamp in entries.items() if stamp and Path(n).suffix.lower() in SUFFIXES]
+    taken = [n for n, stamp in entries.items() if stamp and Path(n).suffix.lower() in kinds.SUFFIXES]
     return sorted(entries), sorted(n for n in taken if not Path(n).name.startswith("."))
 
 
 def is_hidden(path: Path) -> bool:
     """Return whether a part of a path is hidden or in LITTER."""
-    return any(part.startswith(".") or part.lower() in LITTER for part in path.parts)
+    return any(part.startswith(".") or part.lower() in kinds.LITTER for part in path.parts)
 
 
 def _names_below(directory: Path) -> list[str]:
@@ -270,19 +254,21 @@ def _raise(error: OSError) -> NoReturn:
 def kind_taken(path: Path) -> str | None:
     """Return the kind of a directory entry that counts as an image, or None if it is skipped.
 
-    Hidden files, and links without an image suffix, are skipped. The kind is that of file_kind, or IMAGELESS for a
-    DICOM file that holds no image, which callers skip.
+    Hidden files, and links without an image suffix, are skipped. The kind is that of kinds.file_kind, or IMAGELESS for
+    a DICOM file that holds no image, which callers skip.
     """
-    if path.name.startswith(".") or path.suffix.lower() in NEVER | HEIC - SUFFIXES:
+    if path.name.startswith(".") or path.suffix.lower() in kinds.NEVER | kinds.HEIC - kinds.SUFFIXES:
         return None
-    kind = file_kind(path, follow=False)
+    kind = kinds.file_kind(path, follow=False)
     return IMAGELESS if kind == "DICOM" and HAS_PYDICOM and _is_imageless(path) else kind
 
 
 def _is_imageless(path: Path) -> bool:
     try:
-        with open_regular(path, MAX_FILE_BYTES) as stream:
-            return kind_of(stream.read(HEAD_BYTES)) == "DICOM" and not (stream.seek(0) or dicom.holds_image(stream))
+        with kinds.open_regular(path, kinds.MAX_FILE_BYTES) as stream:
+            return kinds.kind_of(stream.read(kinds.HEAD_BYTES)) == "DICOM" and not (
+                stream.seek(0) or dicom.holds_image(stream)
+            )
     except (OSError, ValueError):  # reading the image later reports the error
         return False
 
@@ -290,7 +276,7 @@ def _is_imageless(path: Path) -> bool:
 def is_dicom(path: Path) -> bool:
     """Return whether a file is DICOM, by its suffix or else by its first bytes."""
     suffix = path.suffix.lower()
-    return suffix in DICOM or (suffix not in SUFFIXES and kind_of_content(path) == "DICOM")
+    return suffix in kinds.DICOM or (suffix not in kinds.SUFFIXES and kinds.kind_of_content(path) == "DICOM")
 
 
 def order_by_manifest(images: Iterable[ImageFile], manifest: Path, columns: Columns = USUAL) -> list[ImageFile]:

@@ -22,6 +22,8 @@ PLAIN = ("file", "memory")
 """Schemes in which `?` is part of a name. In others it begins options, or a signature that grants access."""
 S3, GCS = ("s3", "s3a"), ("gs", "gcs")
 """Schemes whose packages the extra `remote` installs."""
+TREES = (*S3, *GCS, "hf", "abfs", "abfss", "az")
+"""Schemes whose storages list a tree in few requests. The `find` of others omits folders that it cannot list."""
 CHUNK_BYTES = 1 << 24
 NOT_THERE = (404, 410)
 """HTTP status codes for a URL that does not exist."""
@@ -52,7 +54,7 @@ class RemoteFolder:
         system, base = _open(self.uri)
         try:
             system.invalidate_cache()  # a run lists a folder again at its end, to notice changed files
-            is_tree = recursive and _lists_trees(system)
+            is_tree = recursive and self.uri.partition("://")[0] in TREES
             entries = list(system.find(base, detail=True).values()) if is_tree else []
             entries = entries or system.ls(base, detail=True)  # which raises an error if the folder does not exist
             if [entry["name"].rstrip("/") for entry in entries if entry["type"] == "file"] == [base]:
@@ -168,17 +170,6 @@ def _open(uri: str) -> tuple[Any, str]:
     except Exception as error:  # some storages are connected at once
         raise _trouble(shown, error) from error
     return system, base.rstrip("/")
-
-
-def _lists_trees(system: Any) -> bool:
-    """Return whether a storage lists a whole tree in few requests: it has its own `find`, as s3:// and hf:// have.
-
-    fsspec's `find` for all others leaves out folders that cannot be listed, without an error.
-    """
-    from fsspec.asyn import AsyncFileSystem as Base
-
-    kind = type(system)
-    return kind.find is not Base.find or getattr(kind, "_find", Base._find) is not Base._find
 
 
 def _walk(system: Any, folder: str, entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
