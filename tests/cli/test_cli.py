@@ -427,6 +427,7 @@ def test_info_reports_what_is_missing_and_why():
     assert facts["backends"]["cuda"] != "ready"
     assert facts["packages"]["numpy"]
     assert facts["extras"].pop("heic") in ("ready", "missing: pi-heif: pip install 'pi-heif>=1.0'")
+    assert facts["extras"].pop("remote") in ("ready", f"missing: s3fs, gcsfs: {install_command('remote')}")
     assert facts["extras"] == dict.fromkeys(("dicom", "parquet", "ray", "score", "score-neural"), "ready")
 
 
