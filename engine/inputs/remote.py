@@ -5,6 +5,7 @@ A URI may contain credentials and options (`user:key@`, `?...`). Messages never 
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import re
@@ -63,9 +64,10 @@ class RemoteFolder:
                 entries = list(_walk(system, base, entries))
             stamps = {_relative(entry["name"], base): _stamp(system, entry) for entry in entries}
         except Exception as error:  # fsspec passes on the errors of each storage's own library
-            if (reason := _failure(error)) is not None:
-                raise _trouble(self, reason) from error
-            raise UsageError(f"{self} is not a directory: give a folder") from None
+            explained = _explained(self, error)
+            if isinstance(explained, FileNotFoundError):
+                raise UsageError(f"{self} is not a directory: give a folder") from None
+            raise explained from error
         return {name: stamp for name, stamp in stamps.items() if name}
 
     def read(self, name: str, *, most_bytes: int) -> bytes:
@@ -81,7 +83,7 @@ class RemoteFolder:
                 while max(size, len(content)) <= most_bytes and (chunk := stream.read(CHUNK_BYTES)):
                     content += chunk
             except Exception as error:
-                raise _trouble(RemoteFile(self, name), error) from error
+                raise _explained(RemoteFile(self, name), error) from error
         if max(size, len(content)) > most_bytes:
             raise ValueError(f"larger than {most_bytes} bytes, refused")
         return bytes(content)
@@ -89,15 +91,12 @@ class RemoteFolder:
     def open(self, name: str) -> IO[bytes]:
         """Open a file inside the folder; see `read` for the errors."""
         system, base = _open(self.uri)
-        file = RemoteFile(self, name)
         try:
             stream: IO[bytes] = system.open(_join(base, name), "rb")
         except (PermissionError, IsADirectoryError):
             raise
         except Exception as error:
-            if (reason := _failure(error)) is not None:
-                raise _trouble(file, reason) from error
-            raise FileNotFoundError(f"{file} does not exist") from None
+            raise _explained(RemoteFile(self, name), error) from error
         return stream
 
 
@@ -168,7 +167,7 @@ def _open(uri: str) -> tuple[Any, str]:
     except ValueError as error:
         raise UsageError(f"{shown} cannot be opened by fsspec: {one_line_of(error)}") from None
     except Exception as error:  # some storages are connected at once
-        raise _trouble(shown, error) from error
+        raise EngineError(f"{shown} cannot be opened: {one_line_of(error)}") from error
     return system, base.rstrip("/")
 
 
@@ -207,8 +206,8 @@ def _relative(path: str, base: str) -> str:
     return path.lstrip("/").removeprefix(base.lstrip("/")).lstrip("/")
 
 
-def _failure(error: BaseException) -> BaseException | None:
-    """Return the first cause of an error, or None if it only means that a file or folder does not exist.
+def _explained(shown: RemoteFolder | RemoteFile, error: BaseException) -> Exception:
+    """Return the error to raise: FileNotFoundError if a file or folder does not exist, else EngineError with the cause.
 
     Over HTTP every failure, such as a refused connection, becomes a FileNotFoundError, with the failure as its cause.
     """
@@ -219,11 +218,8 @@ def _failure(error: BaseException) -> BaseException | None:
         statuses = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
     else:  # of aiohttp, azure, requests or httpx
         statuses = [getattr(place, name, None) for place in (error, response) for name in ("status", "status_code")]
-    is_missing = isinstance(error, FileNotFoundError | NotADirectoryError) or any(s in NOT_THERE for s in statuses)
-    return None if is_missing else error
-
-
-def _trouble(shown: RemoteFolder | RemoteFile, error: BaseException) -> EngineError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or any(status in NOT_THERE for status in statuses):
+        return FileNotFoundError(errno.ENOENT, "does not exist", str(shown))
     return EngineError(f"{shown} cannot be read: {one_line_of(error)}: check the address and your access rights")
 
 

@@ -54,7 +54,7 @@ class Inputs:
         window_of(self.high_bit_depth)  # raises UsageError for an invalid value
 
     @property
-    def finding(self) -> FindOptions:
+    def find_options(self) -> FindOptions:
         """How to look for the images."""
         from engine.inputs.images import FindOptions
 

@@ -224,7 +224,7 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundleRef, log: Log) -> tuple
 
     Raises UsageError if there are no images, or if an output would overwrite one.
     """
-    found = find_inputs(inputs.places, inputs.finding)
+    found = find_inputs(inputs.places, inputs.find_options)
     images = found.images
     if inputs.manifest:
         images = order_by_manifest(images, inputs.manifest, inputs.columns)

@@ -196,7 +196,7 @@ def test_images_are_read_from_a_web_server(folder):
             assert decode_image(image.source).tobytes() == decode_image(folder / image.path).tobytes()
         with pytest.raises(UsageError, match="/none is not a directory"):
             find_images(RemoteFolder(f"{uri}/none"))
-        with pytest.raises(ImageError, match=r"/none\.png does not exist"):
+        with pytest.raises(ImageError, match=r"/none\.png: does not exist$"):
             decode_image(RemoteFile(RemoteFolder(uri), "none.png"))
     finally:
         server.shutdown()
@@ -270,6 +270,20 @@ def test_unreachable_hub_is_not_a_missing_folder(monkeypatch):
 def test_missing_file_is_an_unreadable_image(folder):
     with pytest.raises(ImageError, match=r"gone\.png"):
         decode_image(ImageFile("gone", Path("gone.png"), 0, RemoteFolder(folder.as_uri())).source)
+
+
+class Deleted(io.BytesIO):
+    """A file that was listed, and is missing when its content is requested."""
+
+    def read(self, *_: object) -> bytes:
+        raise FileNotFoundError("The specified key does not exist")
+
+
+@pytest.mark.usefixtures("storage")
+def test_file_deleted_after_listing_is_an_unreadable_image(monkeypatch):
+    monkeypatch.setattr(Storage, "_open", lambda *_, **__: Deleted())
+    with pytest.raises(ImageError, match=r"^signed://host/x/a\.png: does not exist$"):
+        decode_image(RemoteFile(SIGNED, "a.png"))
 
 
 def test_failing_storage_stops_the_run(folder, monkeypatch):
