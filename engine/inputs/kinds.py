@@ -157,7 +157,7 @@ def kind_by_suffix(suffix: str) -> str:
 
 
 def kind_of_content(path: Path) -> str | None:
-    """Return the kind of a local file by its first bytes, or None if it cannot be read or is no known image format."""
+    """Return the kind of a local file by its first bytes, or None if it is unreadable or not a known image format."""
     try:
         with open_regular(path, MAX_FILE_BYTES) as stream:
             return kind_of(stream.read(HEAD_BYTES))
