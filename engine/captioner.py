@@ -17,7 +17,7 @@ from PIL import Image
 from engine.backends import Backend, open_backends, require_backend
 from engine.backends.device import slots_for
 from engine.bundle.manifest import WITH_PENALTIES, Bundle
-from engine.bundle.open import BundlePlace, absolute, open_place, place_of
+from engine.bundle.open import BundleRef
 from engine.bundle.tokenizer import CaptionTokenizer, detokenise
 from engine.captions import Alternative, Caption
 from engine.decoding.backend import BatchSizes
@@ -196,7 +196,7 @@ class Captioner:
         self._readers = max(FEWEST_READERS, threads or available_cores())
         self.clipped: list[str] = []
         """Names of images of the latest call with values above 255, which became white; at most MOST_CLIPPED."""
-        self._origin: tuple[BundlePlace | None, Runtime] | None = None
+        self._origin: tuple[BundleRef, Runtime] | None = None
         self._is_closed = False
         self.bundle = bundle
         self.backend = backend
@@ -241,20 +241,20 @@ class Captioner:
         )
         bundles = [] if bundle is None else [bundle] if isinstance(bundle, Location | str) else bundle
         locations = [location(entry) if isinstance(entry, str) else entry for entry in bundles]
-        return cls.open(place_of(locations, weights), runtime)
+        return cls.open(BundleRef(tuple(locations), tuple(weights)), runtime)
 
     @classmethod
-    def open(cls, bundle: BundlePlace | None, runtime: Runtime) -> Captioner:
+    def open(cls, bundle: BundleRef, runtime: Runtime) -> Captioner:
         """Load a bundle, or several that are averaged, for a runtime; see load."""
         # before the bundle is read, so that a missing library is reported at once
         name = require_backend(runtime.backend, runtime.cpu_precision)
         runtime = replace(runtime, backend=name)
-        checked = open_place(bundle)
+        checked = bundle.open()
         captioner = cls(checked, *open_backends(checked, runtime), threads=runtime.threads)
-        captioner._origin = absolute(bundle), runtime
+        captioner._origin = bundle.absolute(), runtime
         return captioner
 
-    def __reduce__(self) -> tuple[Callable[..., Captioner], tuple[BundlePlace | None, Runtime, str]]:
+    def __reduce__(self) -> tuple[Callable[..., Captioner], tuple[BundleRef, Runtime, str]]:
         if self._origin is None:
             raise TypeError("this captioner was created from open parts and cannot be pickled: use Captioner.load")
         return _reopen, (*self._origin, self.bundle.digest)
@@ -501,7 +501,7 @@ def _identify(number: int, source: ImageSource, depth: str | None) -> tuple[str,
     return name, source, {"depth": depth}
 
 
-def _reopen(bundle: BundlePlace | None, runtime: Runtime, digest: str) -> Captioner:
+def _reopen(bundle: BundleRef, runtime: Runtime, digest: str) -> Captioner:
     """Load the captioner of a pickle. Raises BundleError if the bundle has changed since."""
     captioner = Captioner.open(bundle, runtime)
     if captioner.bundle.digest != digest:

@@ -13,6 +13,7 @@ PACKAGES = {
         *("torch>=2.6", "transformers>=4.57,<5", "tokenizers<=0.23.0"),
     ),
     "parquet": ("pyarrow>=15",),
+    "remote": ("s3fs>=2024.6", "gcsfs>=2024.6"),
     "ray": ("ray>=2.60",),
     "cuda": ("onnxruntime-gpu[cuda,cudnn]>=1.28", "cuda-bindings>=12.8"),
     "tensorrt": ("onnxruntime-gpu[cuda,cudnn]>=1.28", "tensorrt-cu13>=10.14.1.48,<11", "cuda-bindings>=12.8"),

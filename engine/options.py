@@ -11,6 +11,10 @@ from typing import Any, Literal
 
 from engine.errors import UsageError
 
+ID_HELP = "Column of ids or file names in input tables; by default the usual names are looked for."
+CAPTION_HELP = "Column of captions in input tables; by default the usual names are looked for."
+PROMPT_HELP = "Column of prompts in input tables; `prompt` by default."
+
 
 @dataclass(frozen=True)
 class Option:

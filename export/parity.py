@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from engine.bundle.manifest import Bundle
-from engine.bundle.open import place_of
+from engine.bundle.open import BundleRef
 from engine.captioner import Captioner
 from engine.cli.shared import NAME, PATH, OneLine, takes
 from engine.errors import CheckpointError, EngineError, ImageError, UsageError
@@ -252,7 +252,7 @@ def main(
             f"{len(checkpoints)} checkpoints for {len(bundles)} bundles: pass one --checkpoint for each --bundle"
         )
     checkpoints = [find_checkpoint(checkpoint) for checkpoint in checkpoints]
-    captioner = Captioner.open(place_of(bundles, weights), Runtime("cpu"))
+    captioner = Captioner.open(BundleRef(bundles, weights), Runtime("cpu"))
     settings = [
         decoding.replace(num_beams=count, no_repeat_ngram_size=size).over(captioner.bundle.generation)
         for count in beams

@@ -17,11 +17,9 @@ from engine.errors import BundleError, EngineError, UsageError
 from engine.files.atomic import cache_root, draft_folder, file_sha256
 from engine.files.lock import waiting_lock
 from engine.inputs.kinds import wrong_content
-from engine.inputs.remote import Location, RemoteFolder, one_line_of
+from engine.inputs.remote import Location, one_line_of
 
 CHUNK_BYTES = 1 << 22
-Folder = RemoteFolder | Path
-"""Source of a copy: a URI, or a local folder whose entries are links."""
 
 
 def open_bundle(location: Location | None = None) -> Bundle:
@@ -46,7 +44,7 @@ def _has_links(path: Path) -> bool:
     return False
 
 
-def fetch_bundle(folder: Folder, *, force: bool = False) -> Path:
+def fetch_bundle(folder: Location, *, force: bool = False) -> Path:
     """Return a local copy of a bundle at a URI or made of links, cached by the sha256 of its manifest.
 
     Concurrent processes of a node make only one copy. An incomplete copy is made again; with `force`, any copy.
@@ -81,7 +79,7 @@ def fetch_bundle(folder: Folder, *, force: bool = False) -> Path:
     return target
 
 
-def _read(folder: Folder) -> bytes:
+def _read(folder: Location) -> bytes:
     """Return the content of the manifest. Raises ValueError if it is too large."""
     if not isinstance(folder, Path):
         return folder.read(MANIFEST, most_bytes=MAX_MANIFEST_BYTES)
@@ -105,7 +103,7 @@ def _is_complete(target: Path, manifest: bytes, files: dict[str, str]) -> bool:
     return (target / MANIFEST).read_bytes() == manifest
 
 
-def _copy(folder: Folder, manifest: bytes, files: dict[str, str], target: Path) -> None:
+def _copy(folder: Location, manifest: bytes, files: dict[str, str], target: Path) -> None:
     """Copy into a temporary folder, then rename it to the target, so that no one opens an incomplete copy."""
     shutil.rmtree(target, ignore_errors=True)
     with draft_folder(target) as draft:
@@ -119,7 +117,7 @@ def _copy(folder: Folder, manifest: bytes, files: dict[str, str], target: Path) 
         draft.rename(target)
 
 
-def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
+def _chunks(folder: Location, name: str) -> Iterator[bytes]:
     """Yield the content of a file in chunks. Errors of the source become BundleError; those of the cache do not."""
     left = math.inf
     try:
@@ -141,74 +139,53 @@ def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
 
 
 @dataclass(frozen=True)
-class Ensemble:
-    """Locations of several bundles, and the weight of each in the mean (default: equal weights).
+class BundleRef:
+    """Names the bundle of a run: one location, several whose bundles are averaged, or none for the embedded demo.
 
-    Raises UsageError for fewer than two bundles, a bundle given twice, or invalid weights.
+    `weights` holds the weight of each of several bundles in the mean (default: equal weights). Raises UsageError for
+    weights without several bundles, a bundle that is given twice, or invalid weights.
     """
 
-    bundles: tuple[Location, ...]
+    locations: tuple[Location, ...] = ()
     weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.bundles) < 2:
+        count = len(self.locations)
+        if count < 2 and self.weights:
             raise UsageError("--bundle-weight needs at least two --bundle options: remove it, or add another --bundle")
-        if len(set(self.bundles)) < len(self.bundles):
+        if len(set(self.locations)) < count:
             raise UsageError("a bundle is given twice: give it once, with a larger --bundle-weight")
-        if len(self.weights or self.bundles) != len(self.bundles):
-            raise UsageError(
-                f"{len(self.bundles)} bundles and {len(self.weights)} weights: give one --bundle-weight for each"
-            )
+        if len(self.weights or self.locations) != count:
+            raise UsageError(f"{count} bundles and {len(self.weights)} weights: give one --bundle-weight for each")
         if not all(0 < weight < math.inf for weight in self.weights):
             raise UsageError(f"a --bundle-weight must be a number above 0: {', '.join(map(str, self.weights))}")
-        object.__setattr__(self, "weights", self.weights or (1.0,) * len(self.bundles))
 
     def __str__(self) -> str:
-        return " + ".join(map(str, self.bundles))
+        return " + ".join(map(str, self.locations)) or "the embedded demo"
+
+    def open(self) -> Bundle:
+        """Read and check the bundle, or all bundles of an ensemble. Raises BundleError, see open_bundle."""
+        if len(self.locations) < 2:
+            return open_bundle(*self.locations)
+        return combine(list(map(open_bundle, self.locations)), self.weights or (1.0,) * len(self.locations))
+
+    def folders(self) -> list[Path]:
+        """Return the local folders; URIs are omitted."""
+        return [location for location in self.locations if isinstance(location, Path)]
+
+    def absolute(self) -> BundleRef:
+        """Make local paths absolute, for processes with another working directory."""
+        paths = (location.absolute() if isinstance(location, Path) else location for location in self.locations)
+        return replace(self, locations=tuple(paths))
+
+    def local(self, bundle: Bundle) -> BundleRef:
+        """Return the local folders from which `bundle`, the result of `open`, was read (for a URI: its cached copy)."""
+        return replace(self, locations=tuple(member.path.absolute() for member in bundle.members or (bundle,)))
 
 
 def shares(weights: Sequence[float]) -> list[float]:
     """Return the weights divided by their sum."""
     return [weight / math.fsum(weights) for weight in weights]
-
-
-BundlePlace = Location | Ensemble
-"""Location of a bundle, or of the bundles of an ensemble."""
-
-
-def place_of(bundles: Sequence[Location], weights: Sequence[float]) -> BundlePlace | None:
-    """Return the location of one bundle, or an Ensemble of several, or None for no bundle. Raises UsageError."""
-    if len(bundles) < 2 and not weights:
-        return bundles[0] if bundles else None
-    return Ensemble(tuple(bundles), tuple(weights))
-
-
-def absolute(location: BundlePlace | None) -> BundlePlace | None:
-    """Make local paths of a location absolute, for processes with another working directory."""
-    if isinstance(location, Ensemble):
-        paths = (path.absolute() if isinstance(path, Path) else path for path in location.bundles)
-        return replace(location, bundles=tuple(paths))
-    return location.absolute() if isinstance(location, Path) else location
-
-
-def where_read(location: BundlePlace | None, bundle: Bundle) -> BundlePlace:
-    """Return the local folder of a bundle that was opened at `location` (for a URI: its cached copy)."""
-    if isinstance(location, Ensemble):
-        return replace(location, bundles=tuple(member.path.absolute() for member in bundle.members))
-    return bundle.path.absolute()
-
-
-def folders_of(location: BundlePlace | None) -> list[Path]:
-    """Return the local folders of a location; URIs are omitted."""
-    locations = location.bundles if isinstance(location, Ensemble) else (location,)
-    return [path for path in locations if isinstance(path, Path)]
-
-
-def open_place(location: BundlePlace | None = None) -> Bundle:
-    """Read and check a bundle, or all bundles of an ensemble (None: the embedded demo). Raises BundleError."""
-    if not isinstance(location, Ensemble):
-        return open_bundle(location)
-    return combine([open_bundle(member) for member in location.bundles], location.weights)
 
 
 def on_halves(bundle: Bundle) -> Bundle | None:

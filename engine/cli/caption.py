@@ -22,7 +22,7 @@ from engine.run.job import Inputs, Outputs
 from engine.runtime import Runtime, Workers
 
 if TYPE_CHECKING:  # avoids loading numpy for --help
-    from engine.bundle.open import BundlePlace
+    from engine.bundle.open import BundleRef
 
 LOG_EVERY_S = 120.0
 """Seconds between two progress lines if standard error is not a terminal."""
@@ -38,7 +38,7 @@ LOG_EVERY_S = 120.0
 def caption(
     inputs: Inputs,
     decoding: DecodeOptions,
-    bundle: BundlePlace | None,
+    bundle: BundleRef,
     runtime: Runtime,
     rows: int | None,
     workers: Workers,
@@ -56,7 +56,7 @@ def caption(
         raise UsageError("--json and --out - both write to standard output: remove one of them")
     if "num_return_sequences" in decoding.given and outputs.n_best_out is None:
         raise UsageError("--n-best needs --n-best-out, the file for the captions")
-    progress = _progress if bundle is not None else _progress_of_demo
+    progress = _progress if bundle.locations else _progress_of_demo
     if outputs.is_stream and sys.stdout is not None and sys.stdout.isatty():  # None if closed, an error later
         progress = _no_bar
     try:

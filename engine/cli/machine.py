@@ -21,12 +21,12 @@ from engine.cli.shared import (
     takes,
 )
 from engine.errors import EngineError
-from engine.inputs.remote import Location
 from engine.options import DecodeOptions
 from engine.runtime import Runtime
 
 if TYPE_CHECKING:  # avoids loading numpy for --help
-    from engine.bundle.open import BundlePlace
+    from engine.bundle.open import BundleRef
+    from engine.inputs.remote import Location
 
 
 @click.command(cls=SectionCommand)
@@ -44,7 +44,7 @@ def bench(
     recursive: bool,
     images: int,
     decoding: DecodeOptions,
-    bundle: BundlePlace | None,
+    bundle: BundleRef,
     runtime: Runtime,
     rows: int | None,
 ) -> None:

@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from engine.cli.shared import PATH, Group, column_options, log
 from engine.errors import EngineError, UsageError
-from engine.inputs.columns import Columns
 from engine.inputs.depth import CLIP
 from engine.inputs.depth import HELP as DEPTH_HELP
+
+if TYPE_CHECKING:  # for a quick --help
+    from engine.inputs.columns import Columns
 
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 PROFILE_NAMES = ("imageclef2024", "imageclef2025", "imageclef2026")

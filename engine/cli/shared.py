@@ -10,16 +10,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from engine.cli.signals import INTERRUPTED, STOPPED, TERMINATED, Terminated, end, end_on_signals
 from engine.errors import EngineError, UsageError
-from engine.inputs.columns import CAPTION_HELP, ID_HELP, PROMPT_HELP, Columns
-from engine.inputs.readers import read_text
-from engine.inputs.remote import Location, location, without_secrets
-from engine.options import DecodeOptions, Option, declared
+from engine.options import CAPTION_HELP, ID_HELP, PROMPT_HELP, DecodeOptions, Option, declared
+
+if TYPE_CHECKING:  # for a quick --help, functions import what only they need
+    from engine.inputs.remote import Location
 
 ESCAPED = ("Cc", "Cs")
 """Unicode categories that are escaped: control characters, and surrogates for bytes that are not UTF-8."""
@@ -55,6 +55,8 @@ class LocationType(click.ParamType):  # type: ignore[type-arg]  # click before 8
     name = "path or URI"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Location:  # noqa: ARG002
+        from engine.inputs.remote import location
+
         return location(_refuse_empty(value, param)) if isinstance(value, str) else value  # type: ignore[return-value]
 
 
@@ -69,6 +71,8 @@ class LinesType(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ARG002
         if not isinstance(value, str):
             return value  # type: ignore[return-value]
+        from engine.inputs.readers import read_text
+
         lines = read_text(Path(_refuse_empty(value, param))).splitlines()
         return tuple(text for line in lines if (text := line.strip()))
 
@@ -99,7 +103,11 @@ def log(line: str) -> None:
 
     Control characters in file names are escaped, and secrets in URIs are removed.
     """
-    click.echo(printable(without_secrets(line)), err=True)
+    if "://" in line:
+        from engine.inputs.remote import without_secrets
+
+        line = without_secrets(line)
+    click.echo(printable(line), err=True)
 
 
 def printable(text: str) -> str:
@@ -219,9 +227,9 @@ def bundles_option(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(bundles: tuple[Location, ...], weights: tuple[float, ...], **values: Any) -> None:
-        from engine.bundle.open import place_of
+        from engine.bundle.open import BundleRef
 
-        command(bundle=place_of(bundles, weights), **values)
+        command(bundle=BundleRef(bundles, weights), **values)
 
     section: dict[str, Any] = {"cls": SectionOption, "section": "Runtime", "multiple": True}
     bundles = click.option(
@@ -248,6 +256,8 @@ def column_options(*roles: str) -> Callable[[Callable[..., None]], Callable[...,
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def call(**values: Any) -> None:
+            from engine.inputs.columns import Columns
+
             chosen = {role: values.pop(f"{role}_column", None) for role in ("id", *roles)}
             command(named=Columns(**chosen), **values)
 

@@ -80,9 +80,6 @@ class Columns:
 
 
 USUAL = Columns()
-ID_HELP = "Column of ids or file names in input tables; by default the usual names are looked for."
-CAPTION_HELP = "Column of captions in input tables; by default the usual names are looked for."
-PROMPT_HELP = "Column of prompts in input tables; `prompt` by default."
 
 
 def _bare(name: str) -> str:

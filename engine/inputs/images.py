@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from engine.errors import DataError, UsageError
-from engine.inputs import dicom
+from engine.inputs import dicom, kinds
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.depth import CLIP
 from engine.inputs.ids import Ids, join_some
-from engine.inputs.kinds import (
-    DECODED,
-    DICOM,
-    HEAD_BYTES,
-    HEIC,
-    LITTER,
-    NEVER,
-    SUFFIXES,
-    count_kinds,
-    cut_suffix,
-    kind_of,
-)
-from engine.inputs.pixels import open_file
 from engine.inputs.readers import read_ids
 from engine.inputs.remote import Location, RemoteFile, RemoteFolder
 
@@ -74,6 +59,24 @@ class FoundImages:
     imageless: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class FindOptions:
+    """How to look for images, and how to read them.
+
+    recursive    whether to look into subfolders; links to folders are not followed
+    dicom_frame  frame of a DICOM file to read, counted from 0
+    ids          "stem": the file name without suffix, "path": the path inside the directory without suffix, "file":
+                 that path with suffix. For `ct/s1/0001.png` these are `0001`, `ct/s1/0001` and `ct/s1/0001.png`.
+    depth        how images with more than 8 bits per channel are read, see pixels.to_bytes
+    """
+
+    recursive: bool = False
+    dicom_frame: int = 0
+    ids: str = "stem"
+    depth: str = CLIP
+
+
+DEFAULTS = FindOptions()
 IMAGELESS = "DICOM without an image"
 HAS_PYDICOM = find_spec("pydicom") is not None
 """Whether the extra `dicom` is installed. Without it every DICOM file counts as an image, and the run stops at once."""
@@ -83,67 +86,56 @@ class RepeatedIdError(UsageError):
     """Two images have the same id."""
 
 
-def find_images(
-    directory: Location, *, recursive: bool = False, dicom_frame: int = 0, ids: str = "stem", depth: str = CLIP
-) -> FoundImages:
-    """List the images of `directory`, sorted by file name.
+def find_images(directory: Location, options: FindOptions = DEFAULTS, **changes: Any) -> FoundImages:
+    """List the images of `directory`, sorted by their path inside it. `changes` override fields of `options`.
 
-    Images are recognised by their suffix, and in local directories also by their first bytes. With `recursive`, the
-    images of all its folders are listed too, sorted by their path inside `directory`. Links to folders are not
-    followed.
-
-    `ids` selects how ids are made: "stem" is the file name without suffix, "path" the path inside `directory` without
-    suffix, "file" that path with suffix. For `ct/s1/0001.png` these are `0001`, `ct/s1/0001` and `ct/s1/0001.png`.
+    Images are recognised by their suffix, and in local directories also by their first bytes.
 
     Raises UsageError if the directory does not exist or holds no image, RepeatedIdError if two images have the same id,
     and EngineError if there are DICOM files and pydicom is missing.
     """
-    found = images_in(directory, recursive=recursive, dicom_frame=dicom_frame, ids=ids, depth=depth)
-    refuse_repeated(found.images, f"{directory} holds", ids)
+    options = replace(options, **changes)
+    found = images_in(directory, options)
+    refuse_repeated(found.images, f"{directory} holds", options.ids)
     if found.has_dicom:
         dicom.require_pydicom()
     return found
 
 
-def images_in(
-    directory: Location,
-    *,
-    recursive: bool = False,
-    dicom_frame: int = 0,
-    ids: str = "stem",
-    depth: str = CLIP,
-    root: Path | None = None,
-) -> FoundImages:
+def images_in(directory: Location, options: FindOptions, root: Path | None = None) -> FoundImages:
     """Return the images of one directory like find_images, but do not check their ids or require pydicom.
 
     If `root` is given, ids by path are relative to that folder.
     """
     imageless: frozenset[str] = frozenset()
     if isinstance(directory, RemoteFolder):
-        names, taken = _names_at(directory, recursive)
-        images = [ImageFile(id_of(Path(n), ids), Path(n), dicom_frame, directory, depth) for n in taken]
-        kinds = {_kind_by_suffix(Path(n).suffix.lower()) for n in taken}
+        names, taken = _names_at(directory, options.recursive)
+        images = [
+            ImageFile(id_of(Path(n), options.ids), Path(n), options.dicom_frame, directory, options.depth)
+            for n in taken
+        ]
+        found = {kinds.kind_by_suffix(Path(n).suffix.lower()) for n in taken}
     else:
         if not directory.is_dir():
             raise UsageError(f"{directory} is not a directory: give the folder that holds the images")
-        names = sorted(_names_below(directory) if recursive else os.listdir(directory))
+        names = sorted(_names_below(directory) if options.recursive else os.listdir(directory))
         kind_of_taken = {n: kind for n in names if (kind := kind_taken(directory / n)) is not None}
         imageless = frozenset(n for n, kind in kind_of_taken.items() if kind == IMAGELESS)
         taken = [n for n in kind_of_taken if n not in imageless]
-        kinds = set(kind_of_taken.values())
-        root = directory if root is None else root
-        images = [local_image(directory / n, root, dicom_frame=dicom_frame, ids=ids, depth=depth) for n in taken]
+        found = set(kind_of_taken.values())
+        images = [local_image(directory / n, directory if root is None else root, options) for n in taken]
     ignored = sorted(set(names) - set(taken))
     if not images:
-        hint = "" if recursive else "; --recursive looks into its folders"
+        hint = "" if options.recursive else "; --recursive looks into its folders"
         skipped = f", but {describe_ignored(ignored, imageless)}" if ignored else ""
         raise UsageError(f"{directory} holds no images{skipped}{hint}")
-    return FoundImages(images, ignored, "DICOM" in kinds, imageless)
+    return FoundImages(images, ignored, "DICOM" in found, imageless)
 
 
-def local_image(path: Path, root: Path, *, dicom_frame: int = 0, ids: str = "stem", depth: str = CLIP) -> ImageFile:
-    """Return the ImageFile of a path, with an id of the kind `ids`; see find_images."""
-    return ImageFile(id_of(Path(utf8(str(path_inside(path, root)))), ids), path, dicom_frame, depth=depth, root=root)
+def local_image(path: Path, root: Path, options: FindOptions) -> ImageFile:
+    """Return the ImageFile of a path; ids by path are relative to `root`."""
+    inside = Path(utf8(str(path_inside(path, root))))
+    return ImageFile(id_of(inside, options.ids), path, options.dicom_frame, depth=options.depth, root=root)
 
 
 def utf8(name: str) -> str:
@@ -169,7 +161,7 @@ def path_inside(path: Path, root: Path | None) -> Path:
 
 def id_of(inside: Path, ids: str) -> str:
     """Return the id of an image by its path inside its root."""
-    return inside.as_posix() if ids == "file" else cut_suffix(inside.as_posix() if ids == "path" else inside.name)
+    return inside.as_posix() if ids == "file" else kinds.cut_suffix(inside.as_posix() if ids == "path" else inside.name)
 
 
 REMEDIES = {"path": "; --ids path makes ids of paths", "file": "; --ids file makes ids of paths with suffix"}
@@ -198,17 +190,17 @@ def refuse_repeated(images: Sequence[ImageFile], holds: str, ids: str, *, whole_
 
 
 def find_images_of(
-    ids: Iterable[str], directory: Location, *, recursive: bool = False, dicom_frame: int = 0, depth: str = CLIP
+    ids: Iterable[str], directory: Location, options: FindOptions = DEFAULTS, **changes: Any
 ) -> dict[str, ImageFile]:
     """Return {id: image} for the given ids, the reverse of find_images. Ids with a `/` were made from paths."""
     wanted = list(ids)
-    find = partial(find_images, directory, recursive=recursive, dicom_frame=dicom_frame, depth=depth)
+    options = replace(options, **changes)
     try:
-        images = find(ids="path" if any("/" in name for name in wanted) else "stem").images
+        images = find_images(directory, options, ids="path" if any("/" in name for name in wanted) else "stem").images
     except RepeatedIdError:
-        if not any(cut_suffix(name) != name for name in wanted):
+        if not any(kinds.cut_suffix(name) != name for name in wanted):
             raise
-        images = find(ids="file").images
+        images = find_images(directory, options, ids="file").images
     by_id = {image.id: image for image in images}
     return {name: by_id[match] for name, match in Ids(by_id).find_all(dict.fromkeys(wanted), "the run").items()}
 
@@ -221,12 +213,12 @@ def describe_ignored(names: list[str], imageless: Collection[str] = ()) -> str:
     others = [name for name in names if name not in imageless]
     count = len(names) - len(others)
     files = "1 DICOM file without an image" if count == 1 else f"{count} DICOM files without an image"
-    return ", ".join(filter(None, [count_kinds(others), files if count else ""])) + remedy_for(others)
+    return ", ".join(filter(None, [kinds.count_kinds(others), files if count else ""])) + remedy_for(others)
 
 
 def remedy_for(names: Iterable[str]) -> str:
     """Return a hint on how to make unreadable files readable, or an empty string."""
-    heic = any(Path(name).suffix.lower() in HEIC - SUFFIXES for name in names)
+    heic = any(Path(name).suffix.lower() in kinds.HEIC - kinds.SUFFIXES for name in names)
     return " (HEIC needs the extra [heic], or convert it to JPEG)" if heic else ""
 
 
@@ -235,13 +227,13 @@ def _names_at(folder: RemoteFolder, recursive: bool) -> tuple[list[str], list[st
     entries = folder.list(recursive=recursive)
     if recursive:  # files in hidden folders are ignored, and folders do not count as entries
         entries = {name: stamp for name, stamp in entries.items() if stamp and not is_hidden(Path(name).parent)}
-    taken = [n for n, stamp in entries.items() if stamp and Path(n).suffix.lower() in SUFFIXES]
+    taken = [n for n, stamp in entries.items() if stamp and Path(n).suffix.lower() in kinds.SUFFIXES]
     return sorted(entries), sorted(n for n in taken if not Path(n).name.startswith("."))
 
 
 def is_hidden(path: Path) -> bool:
     """Return whether a part of a path is hidden or in LITTER."""
-    return any(part.startswith(".") or part.lower() in LITTER for part in path.parts)
+    return any(part.startswith(".") or part.lower() in kinds.LITTER for part in path.parts)
 
 
 def _names_below(directory: Path) -> list[str]:
@@ -262,60 +254,29 @@ def _raise(error: OSError) -> NoReturn:
 def kind_taken(path: Path) -> str | None:
     """Return the kind of a directory entry that counts as an image, or None if it is skipped.
 
-    An image is a file or link that is not hidden, recognised by its suffix or first bytes. The kind is "image", a name
-    in kinds.DECODED, or IMAGELESS for a DICOM file that holds no image, which callers skip.
+    Hidden files, and links without an image suffix, are skipped. The kind is that of kinds.file_kind, or IMAGELESS for
+    a DICOM file that holds no image, which callers skip.
     """
-    suffix = path.suffix.lower()
-    if path.name.startswith(".") or suffix in NEVER | HEIC - SUFFIXES:
+    if path.name.startswith(".") or path.suffix.lower() in kinds.NEVER | kinds.HEIC - kinds.SUFFIXES:
         return None
-    mode = os.lstat(path).st_mode
-    if suffix in SUFFIXES:  # a link counts whatever its target is: reading it reports a bad one
-        kind = _kind_by_suffix(suffix) if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else None
-    else:
-        kind = _kind(path) if stat.S_ISREG(mode) else None
-    if kind == "DICOM" and HAS_PYDICOM and _is_imageless(path):
-        return IMAGELESS
-    return kind if kind == "image" or kind in DECODED else None
+    kind = kinds.file_kind(path, follow=False)
+    return IMAGELESS if kind == "DICOM" and HAS_PYDICOM and _is_imageless(path) else kind
 
 
 def _is_imageless(path: Path) -> bool:
     try:
-        with open_file(path) as stream:
-            return kind_of(stream.read(HEAD_BYTES)) == "DICOM" and not (stream.seek(0) or dicom.holds_image(stream))
+        with kinds.open_regular(path, kinds.MAX_FILE_BYTES) as stream:
+            return kinds.kind_of(stream.read(kinds.HEAD_BYTES)) == "DICOM" and not (
+                stream.seek(0) or dicom.holds_image(stream)
+            )
     except (OSError, ValueError):  # reading the image later reports the error
         return False
-
-
-def kind_named(path: Path) -> str | None:
-    """Return the kind of a file that the user named as an image, or None if it is not an image.
-
-    The kind comes from the suffix or the first bytes. Unlike in kind_taken, hidden files and links are accepted too.
-    Folders, pipes and devices, and links to them, are never opened.
-    """
-    suffix = path.suffix.lower()
-    mode = os.lstat(path).st_mode
-    if suffix in SUFFIXES:  # a link counts whatever its target is: reading it reports a bad one
-        return _kind_by_suffix(suffix) if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else None
-    kind = _kind(path) if path.is_file() else None
-    return kind if kind in DECODED else None
-
-
-def _kind_by_suffix(suffix: str) -> str:
-    return "DICOM" if suffix in DICOM else "image"
-
-
-def _kind(path: Path) -> str | None:
-    try:
-        with open_file(path) as stream:
-            return kind_of(stream.read(HEAD_BYTES))
-    except (OSError, ValueError):
-        return None
 
 
 def is_dicom(path: Path) -> bool:
     """Return whether a file is DICOM, by its suffix or else by its first bytes."""
     suffix = path.suffix.lower()
-    return suffix in DICOM or (suffix not in SUFFIXES and _kind(path) == "DICOM")
+    return suffix in kinds.DICOM or (suffix not in kinds.SUFFIXES and kinds.kind_of_content(path) == "DICOM")
 
 
 def order_by_manifest(images: Iterable[ImageFile], manifest: Path, columns: Columns = USUAL) -> list[ImageFile]:

@@ -33,6 +33,8 @@ LITTER = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "@recycle"
 """Folders that file servers and archive programs create, in lower case. They hold previews and deleted files."""
 HEAD_BYTES = 144
 """Number of bytes that are read to recognise a file. A DICOM file has its mark at offset 128."""
+MAX_FILE_BYTES = 1 << 30
+"""Larger files are refused without reading them: some decoders read the whole file before they check the image size."""
 
 DECODED = frozenset({"JPEG", "PNG", "GIF", "BMP", "TIFF", "WebP", "AVIF", "JPEG 2000", "PPM", "DICOM"}) | (
     {"HEIC"} if HAS_HEIF else set()
@@ -132,6 +134,35 @@ def open_regular(path: Path, most_bytes: int, *, follow: bool = True) -> IO[byte
     except BaseException:
         os.close(file)
         raise
+
+
+def file_kind(path: Path, *, follow: bool = True) -> str | None:
+    """Return "image", or a name in DECODED, for a local file that is an image by its suffix or first bytes; else None.
+
+    Folders, pipes and devices, and links to them, are never opened. Without `follow`, a link is an image only by its
+    suffix.
+    """
+    mode = os.lstat(path).st_mode
+    if (
+        suffix := path.suffix.lower()
+    ) in SUFFIXES:  # a link counts whatever its target is: reading it reports a bad one
+        return kind_by_suffix(suffix) if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else None
+    kind = kind_of_content(path) if stat.S_ISREG(mode) or (follow and path.is_file()) else None
+    return kind if kind in DECODED else None
+
+
+def kind_by_suffix(suffix: str) -> str:
+    """Return the kind of an image by its suffix: "DICOM" or "image"."""
+    return "DICOM" if suffix in DICOM else "image"
+
+
+def kind_of_content(path: Path) -> str | None:
+    """Return the kind of a local file by its first bytes, or None if it is unreadable or not a known image format."""
+    try:
+        with open_regular(path, MAX_FILE_BYTES) as stream:
+            return kind_of(stream.read(HEAD_BYTES))
+    except (OSError, ValueError):
+        return None
 
 
 def cut_suffix(name: str) -> str:

@@ -9,30 +9,28 @@ import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from engine.errors import DataError, UsageError
-from engine.inputs import dicom
-from engine.inputs.depth import CLIP
+from engine.inputs import dicom, kinds
 from engine.inputs.ids import shown
 from engine.inputs.images import (
+    DEFAULTS,
     IMAGELESS,
-    FoundImages,
+    FindOptions,
     ImageFile,
     describe_ignored,
     find_images,
     images_in,
     is_hidden,
-    kind_named,
     kind_taken,
     local_image,
     refuse_repeated,
     remedy_for,
 )
-from engine.inputs.kinds import HEAD_BYTES, open_regular, packed_content, wrong_content
-from engine.inputs.pixels import MAX_FILE_BYTES
 from engine.inputs.remote import Location, RemoteFolder
 
 STDIN = Path("-")
@@ -43,29 +41,108 @@ MOST_SHOWN = 300
 """Characters of a path that a message shows. A file that is not a list may have lines of any length."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class FoundInputs:
     """The images of all inputs, in the order of the inputs, and what was skipped.
 
     `left_aside` holds the skipped names by input: paths inside the folder if a folder is the only input, else whole
-    paths. `lists` are the lists of paths that were read. `imageless` are the skipped DICOM files without an image.
+    paths. `lists` are the lists of paths that were read. `imageless` are the skipped DICOM files without an image, and
+    `has_dicom` is true if at least one image is DICOM.
     """
 
+    options: FindOptions
     images: list[ImageFile] = field(default_factory=list)
     left_aside: dict[str, list[str]] = field(default_factory=dict)
     lists: list[Path] = field(default_factory=list)
     imageless: set[str] = field(default_factory=set)
+    has_dicom: bool = False
+
+    def add(self, location: Location) -> None:
+        """Add the images of one --input."""
+        if isinstance(location, RemoteFolder) or (location != STDIN and location.is_dir()):
+            self._skip(str(location), self._add_folder(location, None))
+        elif location == STDIN:
+            self._add_list(_read_stdin(), Path(), "standard input", "the working directory")
+        elif os.path.lexists(location):
+            if location.suffix.lower() == LIST and location.is_file():
+                self.lists.append(location)
+                self._add_list(_read_list(location), location.parent, str(location), f"its folder {location.parent}")
+            else:
+                self._add_image(location, Path(), "")
+        elif glob.has_magic(str(location)):
+            self._add_pattern(location)
+        else:
+            raise UsageError(f"{location} does not exist: give a folder, an image, a pattern or a list of paths")
+
+    def _add_image(self, path: Path, root: Path, where: str) -> None:
+        kind = kinds.file_kind(path)
+        if kind is None:
+            error = DataError if where else UsageError
+            raise error(f"{where}{path} is not a readable image{remedy_for([path.name])}{_instead(path)}")
+        self._take(path, root, kind)
+
+    def _take(self, path: Path, root: Path, kind: str) -> None:
+        self.has_dicom |= kind == "DICOM"
+        self.images.append(local_image(path, root, self.options))
+
+    def _add_folder(self, location: Location, root: Path | None) -> list[str]:
+        """Add the images of a folder and return what was skipped."""
+        found = images_in(location, self.options, root)
+        self.has_dicom |= found.has_dicom
+        self.images.extend(found.images)
+        self.imageless.update(f"{location}/{name}" for name in found.imageless)
+        return [f"{location}/{name}" for name in found.ignored]
+
+    def _skip(self, location: str, names: list[str]) -> None:
+        if names:
+            self.left_aside.setdefault(location, []).extend(names)
+
+    def _add_pattern(self, pattern: Path) -> None:
+        parts = pattern.parts
+        fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+        root = Path(*parts[:fixed])
+        matches = sorted(set(_matches(root, parts[fixed:])))
+        if not matches:
+            raise UsageError(f"nothing matches {pattern}: check the folder and the quotes around the pattern")
+        before, skipped = len(self.images), []
+        for path in matches:
+            if self.options.recursive and _is_own_folder(path):
+                try:
+                    skipped += self._add_folder(path, root)
+                except UsageError:  # no image in it
+                    skipped.append(str(path))
+            elif (kind := kind_taken(path)) not in (None, IMAGELESS):
+                self._take(path, root, kind)
+            else:
+                skipped.append(str(path))
+                self.imageless.update([str(path)] if kind == IMAGELESS else [])
+        if len(self.images) == before:
+            hint = "" if self.options.recursive else "; --recursive looks into folders"
+            raise UsageError(f"{pattern} matches no images, but {describe_ignored(skipped, self.imageless)}{hint}")
+        self._skip(str(pattern), skipped)
+
+    def _add_list(self, content: bytes, root: Path, where: str, relative_to: str) -> None:
+        lines = list(_lines(content, where))
+        if not lines:
+            raise DataError(f"{where} lists no paths")
+        missing = [(number, line) for number, line in lines if not os.path.lexists(root / line)]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            number, line = missing[0]
+            raise DataError(
+                f"{where}, line {number}: {shown(line[:MOST_SHOWN])} does not exist{more}: paths are relative to "
+                f"{relative_to}"
+            )
+        for number, line in lines:
+            path = root / line
+            if path.is_dir():
+                self._skip(str(path), self._add_folder(path, root))
+            else:
+                self._add_image(path, root, f"{where}, line {number}: ")
 
 
-def find_inputs(
-    locations: Sequence[Location],
-    *,
-    recursive: bool = False,
-    dicom_frame: int = 0,
-    ids: str = "stem",
-    depth: str = CLIP,
-) -> FoundInputs:
-    """Return the images of all inputs.
+def find_inputs(locations: Sequence[Location], options: FindOptions = DEFAULTS, **changes: Any) -> FoundInputs:
+    """Return the images of all inputs. `changes` override fields of `options`.
 
     An input may be:
     - a folder or a URI, which find_images lists
@@ -84,140 +161,30 @@ def find_inputs(
     """
     if not locations:
         raise UsageError("no input: give a folder, an image, a pattern or a list of paths")
-    finder = _Finder(recursive, dicom_frame, ids, depth)
+    options = replace(options, **changes)
     if len(locations) == 1 and (isinstance(locations[0], RemoteFolder) or locations[0].is_dir()):
-        found = find_images(locations[0], recursive=recursive, dicom_frame=dicom_frame, ids=ids, depth=depth)
+        found = find_images(locations[0], options)
         left_aside = {str(locations[0]): found.ignored} if found.ignored else {}
-        return FoundInputs(found.images, left_aside, imageless=set(found.imageless))
+        return FoundInputs(options, found.images, left_aside, imageless=set(found.imageless))
+    inputs = FoundInputs(options)
     for location in locations:
-        finder.add(location)
-    _refuse_named_twice(finder.result.images)
-    refuse_repeated(finder.result.images, "the inputs hold", ids, whole_paths=True)
-    if finder.has_dicom:
+        inputs.add(location)
+    _refuse_named_twice(inputs.images)
+    refuse_repeated(inputs.images, "the inputs hold", options.ids, whole_paths=True)
+    if inputs.has_dicom:
         dicom.require_pydicom()
-    return finder.result
+    return inputs
 
 
 def _instead(path: Path) -> str:
     """Return the end of a message about a file that is not an image: what its first bytes show it to be, if known."""
     try:
-        with open_regular(path, MAX_FILE_BYTES) as stream:
-            head = stream.read(HEAD_BYTES)
+        with kinds.open_regular(path, kinds.MAX_FILE_BYTES) as stream:
+            head = stream.read(kinds.HEAD_BYTES)
     except (OSError, ValueError):
         return ""
-    what = (head and wrong_content(head)) or packed_content(head, path.suffix)
+    what = (head and kinds.wrong_content(head)) or kinds.packed_content(head, path.suffix)
     return f": it is {what}" if what else ""
-
-
-class _Finder:
-    """Collects the images of several inputs."""
-
-    def __init__(self, recursive: bool, dicom_frame: int, ids: str, depth: str) -> None:
-        self.result = FoundInputs()
-        self.has_dicom = False
-        self._recursive, self._dicom_frame, self._ids, self._depth = recursive, dicom_frame, ids, depth
-
-    def add(self, location: Location) -> None:
-        """Add the images of one --input."""
-        if isinstance(location, RemoteFolder) or (location != STDIN and location.is_dir()):
-            self._add_folder(location, None)
-        elif location == STDIN:
-            self._add_list(_read_stdin(), Path(), "standard input", "the working directory")
-        elif os.path.lexists(location):
-            if location.suffix.lower() == LIST and location.is_file():
-                self.result.lists.append(location)
-                self._add_list(_read_list(location), location.parent, str(location), f"its folder {location.parent}")
-            else:
-                self._add_image(location, Path(), "")
-        elif glob.has_magic(str(location)):
-            self._add_pattern(location)
-        else:
-            raise UsageError(f"{location} does not exist: give a folder, an image, a pattern or a list of paths")
-
-    def _add_image(self, path: Path, root: Path, where: str) -> None:
-        kind = kind_named(path)
-        if kind is None:
-            error = DataError if where else UsageError
-            raise error(f"{where}{path} is not a readable image{remedy_for([path.name])}{_instead(path)}")
-        self._take(path, root, kind)
-
-    def _take(self, path: Path, root: Path, kind: str) -> None:
-        self.has_dicom |= kind == "DICOM"
-        image = local_image(path, root, dicom_frame=self._dicom_frame, ids=self._ids, depth=self._depth)
-        self.result.images.append(image)
-
-    def _add_folder(self, location: Location, root: Path | None) -> None:
-        found = self._images_in(location, root)
-        self.result.images.extend(found.images)
-        self._skip(str(location), [f"{location}/{name}" for name in found.ignored])
-
-    def _images_in(self, location: Location, root: Path | None) -> FoundImages:
-        found = images_in(
-            location,
-            recursive=self._recursive,
-            dicom_frame=self._dicom_frame,
-            ids=self._ids,
-            depth=self._depth,
-            root=root,
-        )
-        self.has_dicom |= found.has_dicom
-        self.result.imageless.update(f"{location}/{name}" for name in found.imageless)
-        return found
-
-    def _skip(self, location: str, names: list[str]) -> None:
-        if names:
-            self.result.left_aside.setdefault(location, []).extend(names)
-
-    def _add_pattern(self, pattern: Path) -> None:
-        parts = pattern.parts
-        fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-        root = Path(*parts[:fixed])
-        matches = sorted(set(_matches(root, parts[fixed:])))
-        if not matches:
-            raise UsageError(f"nothing matches {pattern}: check the folder and the quotes around the pattern")
-        before, skipped = len(self.result.images), []
-        for path in matches:
-            if self._recursive and path.is_dir() and not path.is_symlink():
-                skipped += self._add_below(path, root)
-            elif (kind := kind_taken(path)) not in (None, IMAGELESS):
-                self._take(path, root, kind)
-            else:
-                skipped.append(str(path))
-                self.result.imageless.update([str(path)] if kind == IMAGELESS else [])
-        if len(self.result.images) == before:
-            hint = "" if self._recursive else "; --recursive looks into folders"
-            raise UsageError(
-                f"{pattern} matches no images, but {describe_ignored(skipped, self.result.imageless)}{hint}"
-            )
-        self._skip(str(pattern), skipped)
-
-    def _add_below(self, folder: Path, root: Path) -> list[str]:
-        """Add the images, if any, of a folder that a pattern matches, and return what was skipped."""
-        try:
-            found = self._images_in(folder, root)
-        except UsageError:
-            return [str(folder)]
-        self.result.images.extend(found.images)
-        return [f"{folder}/{name}" for name in found.ignored]
-
-    def _add_list(self, content: bytes, root: Path, where: str, relative_to: str) -> None:
-        lines = list(_lines(content, where))
-        if not lines:
-            raise DataError(f"{where} lists no paths")
-        missing = [(number, line) for number, line in lines if not os.path.lexists(root / line)]
-        if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            number, line = missing[0]
-            raise DataError(
-                f"{where}, line {number}: {shown(line[:MOST_SHOWN])} does not exist{more}: paths are relative to "
-                f"{relative_to}"
-            )
-        for number, line in lines:
-            path = root / line
-            if path.is_dir():
-                self._add_folder(path, root)
-            else:
-                self._add_image(path, root, f"{where}, line {number}: ")
 
 
 def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:

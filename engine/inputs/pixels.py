@@ -27,7 +27,16 @@ from engine.errors import EngineError, ImageError
 from engine.inputs import dicom
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.ids import join_some
-from engine.inputs.kinds import DECODED, DICOM, HAS_HEIF, HEAD_BYTES, kind_of, open_regular, wrong_content
+from engine.inputs.kinds import (
+    DECODED,
+    DICOM,
+    HAS_HEIF,
+    HEAD_BYTES,
+    MAX_FILE_BYTES,
+    kind_of,
+    open_regular,
+    wrong_content,
+)
 from engine.inputs.remote import RemoteFile
 
 CLIPPED, TRANSPARENT, FRAMES = "clipped", "transparent", "frames"
@@ -124,8 +133,6 @@ SYSTEM_TROUBLE = (
     *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
 )
 """Errors of the system, not of an image. The run stops, instead of reporting every further image as unreadable."""
-MAX_FILE_BYTES = 1 << 30
-"""Larger files are refused without reading them: some decoders read the whole file before they check the image size."""
 READ_AT_ONCE_BYTES = 1 << 26
 """Files up to this size are read into memory as a whole if their digest is needed."""
 MAX_SIDE = 1_000_000

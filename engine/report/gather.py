@@ -17,7 +17,7 @@ from engine.files.atomic import file_sha256
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.depth import CLIP
 from engine.inputs.ids import join_some
-from engine.inputs.images import ImageFile, find_images_of
+from engine.inputs.images import FindOptions, ImageFile, find_images_of
 from engine.inputs.readers import read_columns
 from engine.inputs.tables import by_reference_id, read_table
 from engine.scoring import base
@@ -207,13 +207,8 @@ def gather(request: ReportRequest) -> Content:
         candidates = [n_best.get(name, []) for name in ids]
     if not request.images.is_dir():
         raise UsageError(f"{request.images} is not a directory: --images takes the folder that holds the images")
-    images = find_images_of(
-        ids,
-        request.images,
-        recursive=request.recursive,
-        dicom_frame=request.dicom_frame,
-        depth=request.high_bit_depth,
-    )
+    options = FindOptions(request.recursive, request.dicom_frame, depth=request.high_bit_depth)
+    images = find_images_of(ids, request.images, options)
     notes += matched(request.run, ids, request.images, images)
     scores: list[ScoreColumn] = []
     for run, path in enumerate((request.scores, request.against_scores)):

@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from engine.errors import UsageError
-from engine.files.atomic import check_outputs
-from engine.files.lock import lock_path
-from engine.inputs.columns import ID_HELP, PROMPT_HELP, Columns
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.depth import HELP as DEPTH_HELP
-from engine.inputs.remote import Location
-from engine.options import declared, option
-from engine.run.journal import journal_path, update_path
-from engine.run.shards import Shard
+from engine.options import ID_HELP, PROMPT_HELP, declared, option
+
+if TYPE_CHECKING:  # for a quick --help, methods import what only they need
+    from engine.inputs.columns import Columns
+    from engine.inputs.images import FindOptions
+    from engine.inputs.remote import Location
+
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `number` of `count`: every `count`-th image, so that all shards take about as long."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the shard of a text such as `3/8`. Raises UsageError."""
+        match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text, re.ASCII)
+        if match is None or int(match[1]) > int(match[2]):
+            raise UsageError(f"--shard expects I/N with I from 1 to N, such as 3/8, not {text!r}")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def part(self, items: Sequence[Item]) -> list[Item]:
+        """Return the items of this shard. Raises UsageError if some shard would have none."""
+        if self.count > len(items):
+            raise UsageError(f"--shard {self}: there are only {len(items)} images, so use at most {len(items)} shards")
+        return list(items[self.number - 1 :: self.count])
 
 
 @dataclass(frozen=True)
@@ -61,9 +91,18 @@ class Inputs:
         if self.shard is not None:
             Shard.parse(self.shard)  # the same
 
+    @property
+    def find_options(self) -> FindOptions:
+        """How to look for the images."""
+        from engine.inputs.images import FindOptions
+
+        return FindOptions(self.recursive, self.dicom_frame, self.ids, self.high_bit_depth)
+
     @functools.cached_property
     def columns(self) -> Columns:
         """The columns of --manifest and --prompts, as given by --id-column and --prompt-column."""
+        from engine.inputs.columns import Columns
+
         return Columns(self.id_column, None, self.prompt_column)
 
 
@@ -140,6 +179,8 @@ class Outputs:
     @property
     def journal(self) -> Path | None:
         """The file that keeps captions until they are written (with `update`, between runs); None for a stream."""
+        from engine.run.journal import journal_path, update_path
+
         if self.is_stream:
             return None
         return update_path(self.out) if self.update else journal_path(self.out)
@@ -156,6 +197,9 @@ class Outputs:
 
     def check(self, inputs: list[Path]) -> None:
         """Raise UsageError if an output cannot be written or would overwrite an input, see check_outputs."""
+        from engine.files.atomic import check_outputs
+        from engine.files.lock import lock_path
+
         outputs = self.files()
         locks = {f"the lock of {flag}": lock_path(path) for flag, path in outputs.items()}
         journal = {} if self.journal is None else {"the journal of --out": self.journal}

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from engine.backends import open_backends, require_backend
 from engine.bundle.manifest import Bundle, watched
-from engine.bundle.open import BundlePlace, folders_of, open_place
+from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment, run_signature, settings_line
 from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captioner import Captioner, Decoding, PendingImages, caption_within_memory, resolve
@@ -23,10 +23,10 @@ from engine.inputs.paths import find_inputs
 from engine.inputs.pixels import ImageNote, note_lines
 from engine.inputs.tables import read_prompts
 from engine.options import DecodeOptions, notes_on
-from engine.run.job import Inputs, Outputs
+from engine.run.job import Inputs, Outputs, Shard
 from engine.run.outputs import check_sidecars, sidecar_paths, write_sidecars
 from engine.run.record import RowStream, RunRecord, lines_written, rows_of, text_of
-from engine.run.shards import Shard, write_notes
+from engine.run.shards import write_notes
 from engine.runtime import Runtime, Workers
 from engine.workers.resources import plan_workers
 
@@ -75,7 +75,7 @@ def choose_runtime(runtime: Runtime, workers: Workers, log: Log) -> Runtime:
 
 def open_source(
     bundle: Bundle,
-    place: BundlePlace | None,
+    place: BundleRef,
     decoding: Decoding,
     rows: int | None,
     runtime: Runtime,
@@ -151,7 +151,7 @@ class RunSummary:
 def caption_directory(
     inputs: Inputs,
     outputs: Outputs,
-    bundle: BundlePlace | None = None,
+    bundle: BundleRef = BundleRef(),
     requested: DecodeOptions = DecodeOptions(),
     *,
     rows: int | None = None,
@@ -162,7 +162,7 @@ def caption_directory(
 ) -> RunSummary:
     """Caption every image of the inputs and write `outputs.out`, which appears only if the whole run succeeds.
 
-    `requested` overrides the settings of `bundle` (None: the embedded demo). `rows` is the number of beams in flight
+    `requested` overrides the settings of `bundle` (default: the embedded demo). `rows` is the number of beams in flight
     (None: what suits device and memory). Until the end every caption is kept in a journal next to the output, from
     which the same call resumes after an interruption. `log` gets notes for the user, one line each.
 
@@ -178,7 +178,7 @@ def caption_directory(
     shard = Shard.parse(inputs.shard) if inputs.shard else None
     images = all_images if shard is None else shard.part(all_images)
     with lock(outputs, log):  # first: a second run is refused before it loads a bundle or starts workers
-        opened = open_place(bundle)
+        opened = bundle.open()
         # before workers start, so that a wrong option is reported at once
         decoding = resolve(opened, CaptionTokenizer(opened), requested, prompts)
         options = decoding.options
@@ -227,18 +227,12 @@ def _prompts(inputs: Inputs, images: list[ImageFile]) -> dict[str, str] | None:
     return prompts
 
 
-def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, log: Log) -> tuple[list[ImageFile], list[str]]:
+def find(inputs: Inputs, outputs: Outputs, bundle: BundleRef, log: Log) -> tuple[list[ImageFile], list[str]]:
     """Return the images to caption, in order, and the names of the entries that were skipped.
 
     Raises UsageError if there are no images, or if an output would overwrite one.
     """
-    found = find_inputs(
-        inputs.places,
-        recursive=inputs.recursive,
-        dicom_frame=inputs.dicom_frame,
-        ids=inputs.ids,
-        depth=inputs.high_bit_depth,
-    )
+    found = find_inputs(inputs.places, inputs.find_options)
     images = found.images
     if inputs.manifest:
         images = order_by_manifest(images, inputs.manifest, inputs.columns)
@@ -252,13 +246,13 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundlePlace | None, log: Log)
     return images, [name for names in found.left_aside.values() for name in names]
 
 
-def check(outputs: Outputs, images: list[ImageFile], protected: list[Path], bundle: BundlePlace | None) -> None:
+def check(outputs: Outputs, images: list[ImageFile], protected: list[Path], bundle: BundleRef) -> None:
     """Raise UsageError if an output cannot be written, is inside the bundle or would overwrite a `protected` file."""
     outputs.check(protected)
     folders = {f"{flag} {path}": path.parent for flag, path in outputs.files().items()}
     if outputs.sidecar_dir is not None:
         folders[f"--sidecar-dir {outputs.sidecar_dir}"] = outputs.sidecar_dir
-    bundle_folders = [folder.resolve() for folder in folders_of(bundle)]
+    bundle_folders = [folder.resolve() for folder in bundle.folders()]
     for output, folder in folders.items():
         if folder.resolve() in bundle_folders:
             raise UsageError(f"{output} would be inside the bundle: choose another folder")

@@ -8,40 +8,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self, TypeVar
 
 from engine.errors import DataError, UsageError
 from engine.files.atomic import check_outputs, file_sha256, replace_file, write_atomically
+from engine.run.job import Shard
 
 NOTE = ".shard"
 """Suffix of the note next to each output of a shard."""
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Part `number` of `count`: every `count`-th image, so that all shards take about as long."""
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Return the shard of a text such as `3/8`. Raises UsageError."""
-        match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text, re.ASCII)
-        if match is None or int(match[1]) > int(match[2]):
-            raise UsageError(f"--shard expects I/N with I from 1 to N, such as 3/8, not {text!r}")
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-    def part(self, items: Sequence[Item]) -> list[Item]:
-        """Return the items of this shard. Raises UsageError if some shard would have none."""
-        if self.count > len(items):
-            raise UsageError(f"--shard {self}: there are only {len(items)} images, so use at most {len(items)} shards")
-        return list(items[self.number - 1 :: self.count])
 
 
 @dataclass(frozen=True)

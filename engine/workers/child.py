@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from engine.bundle.manifest import Bundle
-from engine.bundle.open import BundlePlace, where_read
+from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment
 from engine.captioner import Decoding
 from engine.errors import EngineError
@@ -27,7 +27,7 @@ from engine.workers.resources import WorkerResources
 @contextmanager
 def open_processes(
     bundle: Bundle,
-    place: BundlePlace | None,
+    place: BundleRef,
     decoding: Decoding,
     rows: int | None,
     runtime: Runtime,
@@ -37,7 +37,7 @@ def open_processes(
     """Log how many worker processes there will be; all have ended when the context is left."""
     log(describe(team))
     order = WorkOrder(
-        bundle=where_read(place, bundle),
+        bundle=place.local(bundle),
         digest=bundle.digest,
         environment=environment(runtime.backend),
         runtime=runtime,

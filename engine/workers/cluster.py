@@ -20,7 +20,7 @@ from typing import Any
 
 from engine.backends import require_backend
 from engine.bundle.manifest import Bundle
-from engine.bundle.open import BundlePlace, absolute
+from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment
 from engine.captioner import Decoding
 from engine.errors import EngineError, UsageError, install_command
@@ -252,7 +252,7 @@ class WorkerPlan:
 @contextmanager
 def open_cluster(
     bundle: Bundle,
-    place: BundlePlace | None,
+    place: BundleRef,
     decoding: Decoding,
     rows: int | None,
     runtime: Runtime,
@@ -268,7 +268,7 @@ def open_cluster(
         plan = plan_actors(resources, gpus, actors=workers.actors, threads=runtime.threads)
         log(f"backend: {node.backend}, {plan}")
         order = WorkOrder(
-            bundle=absolute(place),
+            bundle=place.absolute(),
             digest=bundle.digest,
             environment=node.environment,
             runtime=replace(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from engine.bundle.open import BundlePlace
+from engine.bundle.open import BundleRef
 from engine.captioner import Decoding
 from engine.captions import Alternative, Caption
 from engine.errors import EngineError, UsageError
@@ -36,7 +36,7 @@ class WorkOrder:
     engine_version  version of this package that the worker must have
     """
 
-    bundle: BundlePlace | None
+    bundle: BundleRef
     digest: str
     environment: str
     runtime: Runtime

@@ -16,7 +16,6 @@ from queue import Empty, SimpleQueue
 from engine.backends import open_backends
 from engine.backends.device import slots_for
 from engine.bundle.manifest import BundleWatch
-from engine.bundle.open import open_place
 from engine.bundle.signature import environment
 from engine.captioner import Captioner, caption_within_memory
 from engine.captions import Caption
@@ -106,7 +105,7 @@ class CaptionWorker:
                 f"{platform.node()} has other packages ({' engine '.join(here)}) than the run "
                 f"({' engine '.join(wanted)}): install the same versions on all nodes"
             )
-        bundle = open_place(order.bundle)
+        bundle = order.bundle.open()
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} differs from the bundle of the run: copy it again")
         self._watch = BundleWatch(bundle)  # the driver watches its own copy only

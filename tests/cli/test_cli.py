@@ -427,6 +427,7 @@ def test_info_reports_what_is_missing_and_why():
     assert facts["backends"]["cuda"] != "ready"
     assert facts["packages"]["numpy"]
     assert facts["extras"].pop("heic") in ("ready", "missing: pi-heif: pip install 'pi-heif>=1.0'")
+    assert facts["extras"].pop("remote") in ("ready", f"missing: s3fs, gcsfs: {install_command('remote')}")
     assert facts["extras"] == dict.fromkeys(("dicom", "parquet", "ray", "score", "score-neural"), "ready")
 
 
@@ -492,7 +493,8 @@ def test_help_loads_no_heavy_package():
     code = (
         "import sys; from click.testing import CliRunner; from engine.cli.app import main;"
         "assert CliRunner().invoke(main, ['--help']).exit_code == 0;"
-        "print(sorted(m for m in ('numpy', 'PIL', 'onnxruntime', 'tokenizers') if m in sys.modules))"
+        "heavy = ('numpy', 'PIL', 'onnxruntime', 'tokenizers', 'csv', 'engine.inputs.columns', 'engine.files.atomic');"
+        "print(sorted(m for m in heavy if m in sys.modules))"
     )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)

@@ -69,6 +69,20 @@ def environment(tiny_checkpoint, tmp_path):
         }
 
 
+def test_bundle_and_images_are_read_by_hf_uris(tiny_bundle, tmp_path):
+    (tmp_path / "images/deep").mkdir(parents=True)
+    for number, picture in enumerate(random_pictures(3)):
+        picture.save(tmp_path / "images" / f"{'deep/' * (number > 1)}{number}.png")
+    command = ["engine", "caption", "--beams", 2, "--max-new-tokens", 8, "--recursive"]
+    local = run(dict(os.environ), *command, "--bundle", tiny_bundle, "--input", tmp_path / "images", "--out", "-")
+    with loopback_hub() as hub:
+        hub.repositories |= {"owner/bundle": tiny_bundle, "owner/data": tmp_path}
+        cache = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        inputs = ["--bundle", "hf://owner/bundle", "--input", "hf://owner/data/images", "--out", tmp_path / "run.csv"]
+        run(os.environ | cache | {"HF_ENDPOINT": hub.endpoint}, *command, *inputs)
+    assert (tmp_path / "run.csv").read_text() == local
+
+
 def run(environment: dict[str, str], *arguments: object) -> str:
     done = subprocess.run(
         [sys.executable, "-m", *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300

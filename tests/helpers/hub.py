@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,7 +33,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Handles the requests of huggingface_hub: lists of files, and files or byte ranges up to their end."""
+    """Handles the requests of huggingface_hub: lists of files, and files or byte ranges."""
 
     protocol_version = "HTTP/1.1"
     server: HubServer
@@ -60,23 +60,27 @@ class Handler(BaseHTTPRequestHandler):
         commit = hashlib.sha1(name.encode()).hexdigest()
         if len(rest) > 1 and rest[1] not in ("main", commit):
             return self.refuse(404, "RevisionNotFound")
-        if is_api:
-            listed = list_files(folder, name, commit, as_tree=rest[:1] == ["tree"])
-            return self.send(200, json.dumps(listed).encode(), JSON, with_body=with_body)
-        if not (folder / rest[-1]).is_file():
+        path = folder.joinpath(*rest[2:])
+        if not path.exists():
             return self.refuse(404, "EntryNotFound")
-        return self.send_file(folder / rest[-1], commit, with_body=with_body)
+        if not is_api:
+            return self.send_file(path, commit, with_body=with_body)
+        entries = path.rglob("*") if "recursive=true" in self.path.lower() else path.iterdir()
+        listed = list_tree(folder, entries, commit) if rest[:1] == ["tree"] else list_files(folder, name, commit)
+        return self.send(200, json.dumps(listed).encode(), JSON, with_body=with_body)
 
     def send_file(self, path: Path, commit: str, *, with_body: bool) -> None:
         content = path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         headers = {"X-Repo-Commit": commit, "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
-        first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        asked = self.headers.get("Range")
+        first, _, last = (asked or "bytes=0-").removeprefix("bytes=").partition("-")
+        part = content[int(first) : int(last) + 1 if last else None]
         if with_body:
             self.server.hub.asked.append(f"{path.name} from {first}")
-        if first:
-            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        self.send(206 if first else 200, content[first:], headers, with_body=with_body, name=path.name)
+        if asked:
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
+        self.send(206 if asked else 200, part, headers, with_body=with_body, name=path.name)
 
     def refuse(self, status: int, code: str) -> None:
         self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code}, with_body=True)
@@ -108,12 +112,22 @@ class HubServer(ThreadingHTTPServer):
         self.hub = Hub(f"http://127.0.0.1:{self.server_port}")
 
 
-def list_files(folder: Path, name: str, commit: str, *, as_tree: bool) -> object:
-    """Return the files of a repository in the format of the hub's API, as a tree for clients of release 1 and later."""
-    paths = sorted(folder.iterdir())
-    if as_tree:
-        return [{"type": "file", "path": path.name, "size": path.stat().st_size, "oid": commit} for path in paths]
-    siblings = [{"rfilename": path.name} for path in paths]
+def list_tree(root: Path, entries: Iterable[Path], commit: str) -> object:
+    """Return entries of a repository in the format of the hub's API, for file systems and release 1."""
+    return [
+        {
+            "type": "file" if path.is_file() else "directory",
+            "path": path.relative_to(root).as_posix(),
+            "size": path.stat().st_size,
+            "oid": commit,
+        }
+        for path in sorted(entries)
+    ]
+
+
+def list_files(folder: Path, name: str, commit: str) -> object:
+    """Return the files of a repository in the format of the hub's API."""
+    siblings = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
     return {"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": False}
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from engine.backends.ensemble import EnsembleBackend
 from engine.backends.shapes import PaddedBackend
 from engine.bundle.manifest import LOG_PROBS, Bundle
-from engine.bundle.open import Ensemble, combine, open_place
+from engine.bundle.open import BundleRef, combine
 from engine.captioner import Captioner
 from engine.cli import main
 from engine.errors import BundleError, OutOfMemoryError, UsageError
@@ -205,7 +205,7 @@ def test_old_bundle_must_be_exported_again(tiny_bundle, other_bundle, tmp_path):
         (older / name).hardlink_to(other_bundle / name)
     (older / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="was exported before bundles could caption together"):
-        open_place(Ensemble((tiny_bundle, older)))
+        BundleRef((tiny_bundle, older)).open()
     assert [*Captioner.load(older, backend="cpu", threads=1).caption(random_pictures(1))]
 
 

@@ -1,13 +1,20 @@
-"""Images and bundles at URIs: file:// through pyarrow, memory:// through fsspec."""
+"""Images and bundles at URIs, with fsspec's file:// and memory://, and a web server."""
 
 from __future__ import annotations
 
+import errno
+import functools
+import http.server
 import io
+import os
 import sys
+import threading
 from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 import engine.inputs.remote
 from engine.bundle.manifest import MANIFEST
@@ -15,7 +22,7 @@ from engine.bundle.open import open_bundle
 from engine.errors import BundleError, EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile, find_images
 from engine.inputs.pixels import decode_image
-from engine.inputs.remote import RemoteFolder, location
+from engine.inputs.remote import RemoteFile, RemoteFolder, location
 from engine.run.record import fingerprints
 from tests.helpers.tiny import random_pictures
 
@@ -63,11 +70,10 @@ class Storage(fsspec.AbstractFileSystem):
             raise FileNotFoundError(path)
         return {"name": path, "size": len(self.answer), "type": "file"}
 
-    def isdir(self, path):
-        return not isinstance(self.answer, Exception) and path == "signed://user:SECRET@host/x?sig=SECRET"
-
-    def find(self, path, **_):
-        return {f"{path}/a.png": {"name": f"{path}/a.png", "size": 3, "type": "file"}}
+    def ls(self, path, **_):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return [{"name": f"{path}/a.png", "size": 3, "type": "file"}]
 
     def _open(self, path, *_, **__):
         self.info(path)
@@ -138,11 +144,67 @@ def test_hidden_folders_are_not_entered(folder):
     assert [image.path.as_posix() for image in found.images] == ["a.png", "b.png", "deep/c.png"]
 
 
-def test_fsspec_opens_schemes_unknown_to_pyarrow(folder):
-    fsspec.filesystem("memory").pipe("/corpus/a.png", (folder / "a.png").read_bytes())
-    (image,) = find_images(RemoteFolder("memory://corpus")).images
-    assert str(image.source) == "memory://corpus/a.png"
+def test_images_are_read_from_memory(folder):
+    fsspec.filesystem("memory").pipe("/corpus/deep/a.png", (folder / "a.png").read_bytes())
+    (image,) = find_images(RemoteFolder("memory://corpus"), recursive=True).images
+    assert str(image.source) == "memory://corpus/deep/a.png"
     assert decode_image(image.source).tobytes() == decode_image(folder / "a.png").tobytes()
+    with pytest.raises(ValueError, match="larger than 9 bytes"):
+        image.source.open(most_bytes=9)
+
+
+def test_links_at_a_uri_are_followed_to_files_only(folder, tmp_path_factory):
+    linked = tmp_path_factory.mktemp("linked folder")
+    os.mkfifo(linked / "pipe.png")
+    for name, target in {"a": folder / "a.png", "gone": folder / "gone", "pipe-link": linked / "pipe.png"}.items():
+        (linked / f"{name}.png").symlink_to(target)
+    (linked / "loop").symlink_to(linked)
+    found = find_images(RemoteFolder(linked.as_uri()), recursive=True)
+    assert [image.path.as_posix() for image in found.images] == ["a.png"]
+    decode_image(found.images[0].source)
+
+
+def test_subfolder_that_cannot_be_listed_is_an_error(folder, monkeypatch):
+    listed = LocalFileSystem.ls
+
+    def ls(system, path, **how):
+        if str(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(system, path, **how)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", ls)
+    with pytest.raises(EngineError, match=r"cannot be read: .*Permission denied: .*deep"):
+        find_images(RemoteFolder(folder.as_uri()), recursive=True)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Lists and sends the files of a folder."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_images_are_read_from_a_web_server(folder):
+    pytest.importorskip("aiohttp")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_port}"
+    try:
+        found = find_images(RemoteFolder(uri), recursive=True)
+        assert [image.path.as_posix() for image in found.images] == ["a.png", "b.png", "deep/c.png"]
+        for image in found.images:
+            assert decode_image(image.source).tobytes() == decode_image(folder / image.path).tobytes()
+        with pytest.raises(UsageError, match="/none is not a directory"):
+            find_images(RemoteFolder(f"{uri}/none"))
+        with pytest.raises(ImageError, match=r"/none\.png: does not exist$"):
+            decode_image(RemoteFile(RemoteFolder(uri), "none.png"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(EngineError, match="cannot be read: Cannot connect to host"):
+        find_images(RemoteFolder(uri))
+    with pytest.raises(EngineError, match="cannot be read: Cannot connect to host"):
+        decode_image(found.images[0].source)
 
 
 def test_replaced_file_has_another_fingerprint(folder):
@@ -157,7 +219,7 @@ def test_replaced_file_has_another_fingerprint(folder):
 
 @pytest.mark.parametrize(
     ("uri", "sentence"),
-    [("file:///no/such", "is not a directory"), ("nosuch://x", "cannot be opened by pyarrow or fsspec")],
+    [("file:///no/such", "is not a directory"), ("nosuch://x", "cannot be opened by fsspec")],
 )
 def test_error_names_a_uri_that_does_not_exist(uri, sentence):
     with pytest.raises(UsageError, match=sentence) as caught:
@@ -165,13 +227,44 @@ def test_error_names_a_uri_that_does_not_exist(uri, sentence):
     assert str(caught.value).startswith(uri)
 
 
-def test_missing_pyarrow_names_the_install_command(folder, monkeypatch):
-    for module in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
-        monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    engine.inputs.remote._open.cache_clear()
-    with pytest.raises(EngineError, match=r"needs pyarrow, which is not installed: pip install 'pyarrow>=15'$"):
-        find_images(RemoteFolder(folder.as_uri()))
+@pytest.mark.parametrize(("uri", "package"), [("s3://k:SECRET/@bucket/a", "s3fs"), ("gs://bucket/a", "gcsfs")])
+def test_missing_package_names_the_install_command(uri, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(EngineError, match=r"^[a-z0-9]+://bucket/a needs .* pip install 's3fs>=.*' 'gcsfs>=.*'$"):
+        find_images(RemoteFolder(uri))
+
+
+def test_keys_in_a_uri_become_options_of_s3(monkeypatch):
+    opened = []
+
+    class Bucket(MemoryFileSystem):
+        cachable = False
+
+        def __init__(self, **options: str) -> None:
+            super().__init__()
+            opened.append(options)
+
+        def ls(self, *_, **__):
+            error = FileNotFoundError("The specified bucket does not exist")
+            error.__cause__ = type("ClientError", (Exception,), {"response": answer})()
+            raise error
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Bucket)
+    folder = RemoteFolder("s3://key:sec/r%2Fet@bucket/a")
+    answer = {"ResponseMetadata": {"HTTPStatusCode": 404}}
+    with pytest.raises(UsageError, match=r"^s3://bucket/a is not a directory"):
+        find_images(folder)
+    assert opened == [{"key": "key", "secret": "sec/r/et"}]
+    answer = {"ResponseMetadata": {"HTTPStatusCode": 503}}
+    with pytest.raises(EngineError, match=r"^s3://bucket/a cannot be read"):
+        find_images(folder)
+
+
+def test_unreachable_hub_is_not_a_missing_folder(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EngineError, match=r"^hf://owner/name/a cannot be read: .*offline") as caught:
+        find_images(RemoteFolder("hf://owner/name/a"))
+    assert not isinstance(caught.value, UsageError)
 
 
 def test_missing_file_is_an_unreadable_image(folder):
@@ -179,11 +272,25 @@ def test_missing_file_is_an_unreadable_image(folder):
         decode_image(ImageFile("gone", Path("gone.png"), 0, RemoteFolder(folder.as_uri())).source)
 
 
+class Deleted(io.BytesIO):
+    """A file that was listed, and is missing when its content is requested."""
+
+    def read(self, *_: object) -> bytes:
+        raise FileNotFoundError("The specified key does not exist")
+
+
+@pytest.mark.usefixtures("storage")
+def test_file_deleted_after_listing_is_an_unreadable_image(monkeypatch):
+    monkeypatch.setattr(Storage, "_open", lambda *_, **__: Deleted())
+    with pytest.raises(ImageError, match=r"^signed://host/x/a\.png: does not exist$"):
+        decode_image(RemoteFile(SIGNED, "a.png"))
+
+
 def test_failing_storage_stops_the_run(folder, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("AWS Error NETWORK_CONNECTION")
 
-    monkeypatch.setattr("engine.inputs.remote._open", lambda _: (type("System", (), {"open_input_file": fail})(), "x"))
+    monkeypatch.setattr("engine.inputs.remote._open", lambda _: (type("System", (), {"open": fail})(), "x"))
     with pytest.raises(EngineError, match="check the address and your access rights") as caught:
         decode_image(ImageFile("a", Path("a.png"), 0, RemoteFolder(folder.as_uri())).source)
     assert not isinstance(caught.value, ImageError)

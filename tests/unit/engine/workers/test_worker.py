@@ -10,7 +10,7 @@ import pytest
 
 from engine.backends.ort import OrtBackend
 from engine.bundle.manifest import BundleWatch
-from engine.bundle.open import open_place
+from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment
 from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captioner import resolve
@@ -75,10 +75,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[ImageFile]:
 
 @pytest.fixture
 def worker(tiny_bundle: Path) -> CaptionWorker:
-    bundle = open_place(tiny_bundle)
+    ref = BundleRef((tiny_bundle,))
+    bundle = ref.open()
     decoding = resolve(bundle, CaptionTokenizer(bundle), bundle.options(num_beams=3))
     runtime = Runtime("cpu", threads=1)
-    return CaptionWorker(WorkOrder(tiny_bundle, bundle.digest, environment("cpu"), runtime, decoding, 1, rows=12))
+    return CaptionWorker(WorkOrder(ref, bundle.digest, environment("cpu"), runtime, decoding, 1, rows=12))
 
 
 def answers_of(worker: CaptionWorker, images: list[ImageFile]) -> Iterator[Answer]:
