@@ -24,8 +24,7 @@ from engine.inputs.ids import join_some, shown
 from engine.inputs.pixels import read_image
 from export.checkpoints.files import BlipImageProcessor
 from export.reference.huggingface import normalisation
-from train.data.dataset import Example
-from train.data.problems import ACCENTS, WORDS
+from train.data.examples import ACCENTS, WORDS, Example
 
 MAX_DEGREES, MAX_SHIFT, MAX_ZOOM = 7.0, 0.04, 0.06
 """Largest rotation in degrees, shift (fraction of width and height) and zoom about the centre. They imitate the

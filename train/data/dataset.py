@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from engine.inputs.images import RepeatedIdError, find_images
 from engine.inputs.kinds import SUFFIXES, cut_suffix
 from engine.inputs.readers import read_ids
 from engine.inputs.tables import Table, read_table
+from train.data.examples import OF_NO_ID, Example, Finding, Problems, Split
 from train.data.layouts import (
     LOOKED_FOR,
     SPLITS,
@@ -28,84 +29,7 @@ from train.data.layouts import (
     read_concepts,
     split_of_path,
 )
-from train.data.parquet import CONCEPT_COLUMNS, Row, safe_name, split_concepts, unpack
-from train.data.problems import OF_NO_ID, Problems, is_empty
-
-
-def rows_of(table: Table, concepts: dict[str, tuple[str, ...]]) -> list[Row]:
-    """Return one row per caption of a table.
-
-    If `concepts` {id: concepts} is empty, concepts come from a column of the table. Prompts always do. Raises DataError
-    if an image has different prompts.
-    """
-    if not concepts:
-        columns = [values for title, values in table.columns.items() if title.lower() in CONCEPT_COLUMNS]
-        concepts = {name: tuple(split_concepts(value)) for values in columns[:1] for name, value in values.items()}
-    title = next((title for title in table.columns if title.lower() == PROMPT), "")
-    if title in table.varying:
-        raise _different_prompts(table.path, table.varying[title])
-    prompts = table.columns.get(title, {})
-    return [
-        Row(name, None, caption, concepts.get(name, ()), prompts.get(name, ""))
-        for name, captions in table.captions.items()
-        for caption in captions
-    ]
-
-
-def check_prompts(rows: Iterable[Row], captions_file: Path) -> None:
-    """Check the prompts of rows.
-
-    Raises DataError if an image has different prompts, because one caption is generated per image, and if a prompt
-    contains control characters or an unpaired surrogate.
-    """
-    prompts: dict[str, str] = {}
-    for row in rows:
-        if prompts.setdefault(row.id, row.prompt) != row.prompt:
-            raise _different_prompts(captions_file, row.id)
-        if not row.prompt.isprintable():
-            raise DataError(
-                f"{captions_file}: the prompt of {shown(row.id)} contains unprintable characters: {row.prompt!a}"
-            )
-
-
-def _different_prompts(captions_file: Path, name: str) -> DataError:
-    return DataError(
-        f"{captions_file}: {shown(name)} has captions with different prompts: give all rows of an image the same prompt"
-    )
-
-
-@dataclass(frozen=True)
-class Example:
-    """An image with one of its captions.
-
-    `concepts` are UMLS CUIs, () if the data set has none. `prompt` is the text before the caption. It is not part of
-    `caption`, and empty if the image has no prompt.
-    """
-
-    id: str
-    image: Path
-    caption: str
-    concepts: tuple[str, ...] = ()
-    prompt: str = ""
-
-    @property
-    def text(self) -> str:
-        """The prompt followed by the caption: the full text that the model gets."""
-        return f"{self.prompt} {self.caption}" if self.prompt else self.caption
-
-
-@dataclass(frozen=True)
-class Split:
-    """The captioned images of one split ("train", "valid" or "test") in the order of its captions file.
-
-    `problems` are those found while reading: missing images, empty captions, repeated ids, images without caption. The
-    path of a missing image points to a file that does not exist.
-    """
-
-    name: str
-    examples: list[Example]
-    captions_file: Path
-    problems: Problems = field(default_factory=Problems)
+from train.data.parquet import CONCEPT_COLUMNS, safe_name, split_concepts, unpack
 
 
 def read_dataset(
@@ -196,7 +120,7 @@ class _Reader:
             return
         concepts = read_concepts(source.concepts) if source.concepts else {}
         table = read_table(source.captions, self._columns)
-        self._add(name, source, rows_of(table, concepts), table)
+        self._add(name, source, table, list(table.captions), concepts)
 
     def read_all(self, source: SplitFiles) -> None:
         """Read one table that holds all splits.
@@ -213,18 +137,18 @@ class _Reader:
             column = {name: split for split, ids in listed.items() for name in ids}
         if column is None:
             column = self._splits_by_folder(source, table)
-        by_split: dict[str, list[Row]] = {name: [] for name in SPLITS}
-        for row in rows_of(table, {}):
-            if source.lists and row.id not in (column or {}):
+        by_split: dict[str, list[str]] = {name: [] for name in SPLITS}
+        for image_id in table.captions:
+            if source.lists and image_id not in (column or {}):
                 continue
-            value = "train" if column is None else column.get(row.id, "")
+            value = "train" if column is None else column.get(image_id, "")
             name = next((split for split, aliases in SPLITS.items() if value.strip().lower() in aliases), None)
             if name is None:
-                raise DataError(f"{source.captions}: {row.id} has the split {value!r}, expected {', '.join(SPLITS)}")
-            by_split[name].append(row)
-        for name, rows in by_split.items():
-            if rows:
-                self._add(name, source, rows, table)
+                raise DataError(f"{source.captions}: {image_id} has the split {value!r}, expected {', '.join(SPLITS)}")
+            by_split[name].append(image_id)
+        for name, ids in by_split.items():
+            if ids:
+                self._add(name, source, table, ids, {})
 
     def _splits_by_folder(self, source: SplitFiles, table: Table) -> dict[str, str] | None:
         """Return {id: split} if images are in folders named after splits, or None if no image is.
@@ -273,40 +197,68 @@ class _Reader:
 
     def _read_parquet(self, name: str, source: SplitFiles) -> None:
         folder = self._unpack_into / name
-        rows = unpack(list(source.parquet), folder, self._columns)
-        if not rows:
+        examples = unpack(list(source.parquet), folder, self._columns)
+        if not examples:
             raise DataError(f"{source.captions} holds no captions")
+        prompts = _checked_prompts(((example.id, example.prompt) for example in examples), source.captions)
+        examples = [replace(example, prompt=prompts[example.id]) for example in examples]
         present = set(os.listdir(folder))
         reason = "no image in the parquet file, or deleted after unpacking"
-        missing = {row.id: reason for row in rows if row.file is None or row.file.name not in present}
-        examples = [_example(row, row.file or folder / f"{safe_name(row.id)}.jpg") for row in rows]
-        check_prompts(rows, source.captions)
-        problems = _problems(examples, missing, one_each=False)  # in parquet an image may have several captions
-        self.splits[name] = Split(name, examples, source.captions, replace(problems, repeated=_shared_ids(examples)))
+        missing = {example.id: reason for example in examples if example.image.name not in present}
+        # In parquet an image may have several captions, but several images of one id are suspicious.
+        images: dict[str, set[Path]] = {}
+        for example in examples:
+            images.setdefault(example.id, set()).add(example.image)
+        shared = [(image_id, f"of {len(paths)} images") for image_id, paths in images.items() if len(paths) > 1]
+        self._keep(name, source, examples, missing, shared)
 
-    def _add(self, name: str, source: SplitFiles, rows: list[Row], table: Table) -> None:
-        """Add a split. Its images are found by file name, else by id, else by the column `name`."""
-        written = {row.id: table.files.get(row.id, row.id) for row in rows}
+    def _add(
+        self, name: str, source: SplitFiles, table: Table, ids: list[str], concepts: dict[str, tuple[str, ...]]
+    ) -> None:
+        """Add the split of these ids of a table. Its images are found by file name, else by id, else by column `name`.
+
+        If `concepts` {id: concepts} is empty, concepts come from a column of the table. Prompts always do.
+        """
+        if not concepts:
+            columns = [values for title, values in table.columns.items() if title.lower() in CONCEPT_COLUMNS]
+            concepts = {key: tuple(split_concepts(value)) for values in columns[:1] for key, value in values.items()}
+        title = next((title for title in table.columns if title.lower() == PROMPT), "")
+        if title in table.varying:
+            raise _different_prompts(table.path, table.varying[title])
+        cells = table.columns.get(title, {})
+        prompts = _checked_prompts(((image_id, cells.get(image_id, "")) for image_id in ids), source.captions)
+        written = {image_id: table.files.get(image_id, image_id) for image_id in ids}
         folder, listing, looked = self._choose_folder(source, list(written.values()))
         names = table.columns.get("name", {})
         if names and not any(listing.find(path) for path in written.values()):
-            written = {image_id: names.get(image_id, image_id) for image_id in written}
+            written = {image_id: names.get(image_id, image_id) for image_id in ids}
             folder, listing, looked = self._choose_folder(source, list(written.values()))
         images = listing.find_all(written, names, source.captions)
         # The table of one split may name images in the folder of another, such as val/1.png in the table of train.
         if any(image_id not in images and "/" in spelled(path) for image_id, path in written.items()):
             rest = {image_id: path for image_id, path in written.items() if image_id not in images}
             images |= self._list(self._root.directory, True).find_all(rest, {}, source.captions)
-        examples, missing = [], {}
-        for row in rows:
-            image = images.get(row.id)
-            if image is None:
-                missing[row.id] = f"no such image in {looked}"
-                image = folder / f"{safe_name(row.id)}.jpg"
-            examples.append(_example(row, image))
-        check_prompts(rows, source.captions)
+        missing = {image_id: f"no such image in {looked}" for image_id in ids if image_id not in images}
+        images |= {image_id: folder / f"{safe_name(image_id)}.jpg" for image_id in missing}
+        examples = [
+            Example(image_id, images[image_id], caption, concepts.get(image_id, ()), prompts[image_id])
+            for image_id in ids
+            for caption in table.captions[image_id]
+        ]
+        repeated = [
+            (image_id, f"{len(table.captions[image_id])} captions")
+            for image_id in ids
+            if source.one_each and len(table.captions[image_id]) > 1
+        ]
         self._used[name] = listing
-        self.splits[name] = Split(name, examples, source.captions, _problems(examples, missing, source.one_each))
+        self._keep(name, source, examples, missing, repeated)
+
+    def _keep(
+        self, name: str, source: SplitFiles, examples: list[Example], missing: dict[str, str], repeated: list[Finding]
+    ) -> None:
+        empty = [(e.id, "white space only" if e.caption else "no text") for e in examples if e.is_empty]
+        problems = Problems(missing=list(missing.items()), empty=empty, repeated=repeated)
+        self.splits[name] = Split(name, examples, source.captions, problems)
 
     def _choose_folder(self, source: SplitFiles, ids: list[str]) -> tuple[Path, _ImageFolder, str]:
         """Return the folder of the images, its listing, and the names of the searched folders for messages.
@@ -427,24 +379,22 @@ def _list_images(root: Path, folder: Path, deep: bool) -> _ImageFolder:
     return _ImageFolder(root, by_path, trouble, [folder / name for name in sorted(found.imageless)])
 
 
-def _example(row: Row, image: Path) -> Example:
-    return Example(row.id, image, row.caption, row.concepts, row.prompt if row.prompt.strip() else "")
+def _checked_prompts(prompts: Iterable[tuple[str, str]], captions_file: Path) -> dict[str, str]:
+    """Return {id: prompt} of (id, prompt) pairs; a prompt of white space only becomes ''.
+
+    Raises DataError if an image has different prompts, because one caption is generated per image, and if a prompt
+    contains control characters or an unpaired surrogate.
+    """
+    by_id: dict[str, str] = {}
+    for name, prompt in prompts:
+        if by_id.setdefault(name, prompt) != prompt:
+            raise _different_prompts(captions_file, name)
+        if not prompt.isprintable():
+            raise DataError(f"{captions_file}: the prompt of {shown(name)} contains unprintable characters: {prompt!a}")
+    return {name: prompt if prompt.strip() else "" for name, prompt in by_id.items()}
 
 
-def _shared_ids(examples: Iterable[Example]) -> list[tuple[str, str]]:
-    """Return findings for ids that have several images."""
-    images: dict[str, set[Path]] = {}
-    for example in examples:
-        images.setdefault(example.id, set()).add(example.image)
-    return [(name, f"of {len(paths)} images") for name, paths in images.items() if len(paths) > 1]
-
-
-def _problems(examples: Iterable[Example], missing: dict[str, str], one_each: bool) -> Problems:
-    counts = Counter(example.id for example in examples)
-    empty = [
-        (example.id, "white space only" if example.caption else "no text")
-        for example in examples
-        if is_empty(example.caption)
-    ]
-    repeated = [(name, f"{count} captions") for name, count in counts.items() if count > 1] if one_each else []
-    return Problems(missing=list(missing.items()), empty=empty, repeated=repeated)
+def _different_prompts(captions_file: Path, name: str) -> DataError:
+    return DataError(
+        f"{captions_file}: {shown(name)} has captions with different prompts: give all rows of an image the same prompt"
+    )
