@@ -18,7 +18,6 @@ from typing import Any
 from transformers import set_seed
 
 from engine.errors import DataError, UsageError
-from engine.inputs.columns import USUAL, Columns
 from engine.scoring.base import MetricInputs
 from engine.scoring.profiles import make_metric
 from export.bundle import checkpoint_sha256
@@ -26,7 +25,8 @@ from export.checkpoints.settings import assumed_settings
 from export.reference.huggingface import Reference
 from train.data.batches import check_fit, lost_in_tokens
 from train.data.check import check_split, drop_unusable, fingerprint
-from train.data.dataset import Example, Split, hold_out, read_dataset
+from train.data.dataset import DataInputs, hold_out, read_dataset
+from train.data.examples import Example, Split
 from train.learning.evaluate import LOSS, Evaluator
 from train.learning.processes import on_first_process, rank_and_world_size
 from train.learning.run_dir import BestModels, locked, write_log, write_or_compare_record
@@ -38,22 +38,6 @@ Log = Callable[[str], None]
 Evaluate = Callable[[], tuple[dict[str, float], list[tuple[str, str]]]]
 """Returns what Evaluator.evaluate does."""
 SPLITS = ("train", "valid")
-
-
-@dataclass(frozen=True)
-class DataInputs:
-    """A data set of captioned images and how to read it.
-
-    With `allow_missing` unusable entries are skipped instead of stopping the run, with `decode_images` every image is
-    decoded before the training. `unpack_into` is the folder for the images of parquet files, `columns` the names of the
-    table's columns.
-    """
-
-    directory: Path
-    allow_missing: bool = False
-    decode_images: bool = True
-    unpack_into: Path | None = None
-    columns: Columns = USUAL
 
 
 @dataclass(frozen=True)

@@ -189,19 +189,14 @@ class Pictures(Dataset[Item]):
         The pixels are normalised later, on the model's device. As u8, a batch takes a quarter of the shared memory, and
         containers have little of it.
         """
-        pixels, example = self.pixels(position)
-        return {"pixels": torch.tensor(pixels)} | texts_of(example)
-
-    def pixels(self, position: EpochIndex) -> tuple[NDArray[np.uint8], Example | None]:
-        """Return u8[size,size,3] and the example; zeros and None for a blank. Raises ImageError."""
         epoch, index = position
         if index >= len(self.examples):
-            return np.zeros((self.spec.size, self.spec.size, 3), np.uint8), None
+            return {"pixels": torch.zeros(self.spec.size, self.spec.size, 3, dtype=torch.uint8)} | texts_of(None)
         example = self.examples[index]
         pixels = self.spec.read(example.image)
         if self._augment is not None:
             pixels = self._augment(pixels, np.random.default_rng([self.seed, epoch, index]))
-        return pixels, example
+        return {"pixels": torch.tensor(pixels)} | texts_of(example)
 
 
 class Features(Dataset[Item]):

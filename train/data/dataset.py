@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,22 @@ from train.data.layouts import (
     split_of_path,
 )
 from train.data.parquet import CONCEPT_COLUMNS, safe_name, split_concepts, unpack
+
+
+@dataclass(frozen=True)
+class DataInputs:
+    """A data set of captioned images and how to read it.
+
+    With `allow_missing` unusable entries are skipped instead of stopping the command, with `decode_images` every image
+    is decoded first. `unpack_into` is the folder for the images of parquet files, `columns` the names of the table's
+    columns.
+    """
+
+    directory: Path
+    allow_missing: bool = False
+    decode_images: bool = True
+    unpack_into: Path | None = None
+    columns: Columns = USUAL
 
 
 def read_dataset(

@@ -13,9 +13,9 @@ from PIL import Image
 from engine.errors import OutputError, UsageError
 from tests.helpers.datasets import picture, write
 from tests.helpers.tiny import save_pictures
-from train.data.dataset import Example, Split, draw
+from train.data.dataset import DataInputs, Example, Split, draw
 from train.data.inspect import MODALITIES, NO_MODALITY, draw_dataset, inspect_dataset, inspect_directory, lines
-from train.finetune import DataInputs, prepare_data
+from train.finetune import prepare_data
 from train.recipe import Recipe
 
 CT, MR, PET = "C0040405", "C0024485", "C0032743"
@@ -191,7 +191,7 @@ def test_inspect_and_finetune_count_captions_that_lose_words(tiny_checkpoint, ti
     picture(tmp_path / "data" / "b.png")
     write(tmp_path / "data" / "captions.csv", "ID,Caption\na,chest ct\nb,ภาพ\n")
     logged: list[str] = []
-    assert inspect_directory(tmp_path / "data", tmp_path / "out", logged.append, model=tiny_checkpoint)
+    assert inspect_directory(DataInputs(tmp_path / "data"), tmp_path / "out", logged.append, model=tiny_checkpoint)
     line = "1 caption has words that the vocabulary cannot spell, learned as [UNK]: b"
     assert f"train: {line}" in logged
     logged.clear()
@@ -206,11 +206,11 @@ def test_tokens_are_counted_with_transformers_5_tokenizer(tiny_checkpoint, tmp_p
     model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
     settings = json.loads((model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "TokenizersBackend"}
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"extra_special_tokens": ["[ENC]"]}))
-    assert inspect_directory(tmp_path / "data", tmp_path / "out", lambda _: None, model=model)
+    assert inspect_directory(DataInputs(tmp_path / "data"), tmp_path / "out", lambda _: None, model=model)
     found = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert found["splits"]["train"]["tokens"]["max"] == 4
 
 
 def test_missing_model_folder_is_named(tmp_path):
     with pytest.raises(UsageError, match="--model nowhere: there is no such folder"):
-        inspect_directory(tmp_path, tmp_path / "out", lambda _: None, model=Path("nowhere"))
+        inspect_directory(DataInputs(tmp_path), tmp_path / "out", lambda _: None, model=Path("nowhere"))
