@@ -120,7 +120,7 @@ class Recipe:
         )
         self.rewards()
         window_of(self.high_bit_depth)
-        DecodeOptions(**self.eval_decoding())
+        self.eval_options()
         refuse(0 < self.valid_share < 1, "valid_share must be between 0 and 1")
         refuse(self.max_tokens >= 3, "max_tokens must be at least 3, for [DEC], a word and [SEP]")
         refuse(
@@ -128,16 +128,16 @@ class Recipe:
             "cache_features needs a frozen vision tower and no augmentation: the features would be stale",
         )
 
-    def eval_decoding(self) -> dict[str, Any]:
-        """Return the decoding options of validation captions under Hugging Face's names."""
-        return {
-            "num_beams": self.eval_beams,
-            "max_new_tokens": self.eval_max_new_tokens,
-            "min_new_tokens": self.eval_min_new_tokens,
-            "length_penalty": self.eval_length_penalty,
-            "repetition_penalty": self.eval_repetition_penalty,
-            "no_repeat_ngram_size": self.eval_no_repeat_ngram,
-        }
+    def eval_options(self) -> DecodeOptions:
+        """Return the decoding options of validation captions and of a reward's greedy baseline."""
+        return DecodeOptions(
+            num_beams=self.eval_beams,
+            max_new_tokens=self.eval_max_new_tokens,
+            min_new_tokens=self.eval_min_new_tokens,
+            length_penalty=self.eval_length_penalty,
+            repetition_penalty=self.eval_repetition_penalty,
+            no_repeat_ngram_size=self.eval_no_repeat_ngram,
+        )
 
     def rewards(self) -> dict[str, float]:
         """Return {metric: weight} of the reward. Raises UsageError if an entry is not METRIC=WEIGHT."""

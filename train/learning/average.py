@@ -14,8 +14,8 @@ import torch
 from engine.errors import DataError, OutputError, UsageError
 from export.bundle import checkpoint_sha256
 from export.reference.huggingface import Reference
-from train.learning.evaluate import LOSS
 from train.learning.run_dir import BestModels, save_checkpoint
+from train.learning.trainer import LOSS
 from train.recipe import Recipe
 
 AVERAGE = "average.json"
