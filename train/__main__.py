@@ -216,7 +216,7 @@ def sweep(beams: str, metrics: str, decoding: DecodeOptions, tuning: Tuning, **g
     The default of --no-repeat-ngram is 3; other settings default to the checkpoint's. With --tune the command searches
     for good decoding settings instead, and all defaults are the checkpoint's.
     """
-    from train.sweep.sweep import NO_REPEAT, Sweep
+    from train.sweep.runs import NO_REPEAT, Sweep
     from train.sweep.sweep import sweep as run
     from train.sweep.tune import tune
 

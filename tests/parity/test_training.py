@@ -23,8 +23,8 @@ from tests.helpers.other_device import DEVICE, other_device
 from tests.helpers.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, random_pictures
 from train import recipe
 from train.data.batches import IGNORED, Collator, EpochOrder, Features, Pictures, PixelSpec, collate_captions, radiology
-from train.data.dataset import Example, Split
-from train.learning.evaluate import Evaluator, references_by_id
+from train.data.examples import Example, Split, references_by_id
+from train.learning.evaluate import Evaluator
 from train.learning.reward import (
     BASELINES,
     PADDING,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -114,3 +114,11 @@ class Split:
     examples: list[Example]
     captions_file: Path
     problems: Problems = field(default_factory=Problems)
+
+
+def references_by_id(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
+    """Return {image id: its captions}, in the order of first appearance."""
+    references: dict[str, tuple[str, ...]] = {}
+    for example in examples:
+        references[example.id] = (*references.get(example.id, ()), example.caption)
+    return references

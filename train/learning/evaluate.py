@@ -21,7 +21,7 @@ from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live, captioning
 from train.data.batches import IGNORED, Collator, PixelSpec, prompt_ids, texts_of
-from train.data.examples import Example
+from train.data.examples import Example, references_by_id
 from train.learning.trainer import LOSS, gather, rank_and_world_size, sum_of_losses
 
 Evaluation = tuple[dict[str, float], list[tuple[str, str]]]
@@ -101,11 +101,3 @@ def text_after_prompt(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], pr
     `ids` start with [DEC] and the ids of `prompt`.
     """
     return detokenise(tokenizer.decode(ids[1 + len(prompt) :], skip_special_tokens=True))
-
-
-def references_by_id(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
-    """Return {image id: its captions}, in the order of first appearance."""
-    references: dict[str, tuple[str, ...]] = {}
-    for example in examples:
-        references[example.id] = (*references.get(example.id, ()), example.caption)
-    return references

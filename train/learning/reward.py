@@ -23,8 +23,8 @@ from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
 from train.data.batches import EpochIndex, Item, Pictures, PixelSpec, prompt_ids
-from train.data.examples import Example
-from train.learning.evaluate import references_by_id, text_after_prompt
+from train.data.examples import Example, references_by_id
+from train.learning.evaluate import text_after_prompt
 from train.learning.trainer import CaptionTrainer, sum_of_losses
 
 SAMPLED_WORDS = 100

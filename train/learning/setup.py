@@ -18,8 +18,7 @@ from export.checkpoints.files import IS_5
 from export.checkpoints.load import resize_position_table
 from export.reference.huggingface import Reference
 from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
-from train.data.examples import Example, Split
-from train.learning.evaluate import references_by_id
+from train.data.examples import Example, Split, references_by_id
 from train.learning.reward import Reward, RewardedPictures, RewardTrainer
 from train.learning.trainer import MORE_SHARED_MEMORY, CaptionTrainer, Judge
 from train.recipe import Recipe
