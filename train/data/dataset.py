@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
@@ -125,7 +124,7 @@ class _Reader:
         self._root = root
         self._unpack_into = unpack_into
         self._columns, self._log = columns, log
-        self._no_images = _ImageFolder(root.directory, {})
+        self._no_images = _ImageFolder(root.directory, None, False)
         self._listings: dict[tuple[Path, bool], _ImageFolder] = {}
         self._used: dict[str, _ImageFolder] = {}
 
@@ -200,15 +199,16 @@ class _Reader:
         If splits share a folder, such an image is reported once, for the first of them.
         """
         used = {example.image for split in self.splits.values() for example in split.examples}
+
+        def unused(paths: Iterable[Path]) -> list[Finding]:
+            rest = [path for path in paths if path not in used]
+            used.update(rest)
+            return [(os.path.relpath(path, self._root.directory), "") for path in rest]
+
         for name, listing in self._used.items():
-            without_caption = [path for path in listing.by_path.values() if path not in used]
-            used.update(without_caption)
-            skipped = [path for path in listing.imageless if path not in used]
-            used.update(skipped)
-            split, relative = self.splits[name], partial(os.path.relpath, start=self._root.directory)
-            uncaptioned, imageless = ([(relative(path), "") for path in paths] for paths in (without_caption, skipped))
-            problems = replace(split.problems, uncaptioned=uncaptioned, imageless=imageless)
-            self.splits[name] = replace(split, problems=problems)
+            rest = {"uncaptioned": unused(listing.by_path.values()), "imageless": unused(listing.imageless)}
+            split = self.splits[name]
+            self.splits[name] = replace(split, problems=replace(split.problems, **rest))
         return self.splits
 
     def _read_parquet(self, name: str, source: SplitFiles) -> None:
@@ -307,13 +307,12 @@ class _Reader:
         return os.path.relpath(folder, self._root.directory) + "/" if folder != self._root.directory else f"{folder}/"
 
     def _list(self, folder: Path, deep: bool) -> _ImageFolder:
-        key = (folder, deep)
-        if key not in self._listings:
-            try:
-                self._listings[key] = _list_images(self._root.directory, folder, deep)
-            except OSError as error:
-                raise UsageError(f"{error.filename or folder} cannot be listed: {error.strerror}") from error
-        return self._listings[key]
+        try:
+            if (folder, deep) not in self._listings:
+                self._listings[folder, deep] = _ImageFolder(self._root.directory, folder, deep)
+            return self._listings[folder, deep]
+        except OSError as error:
+            raise UsageError(f"{error.filename or folder} cannot be listed: {error.strerror}") from error
 
 
 def _holds_images(folder: Path, deep: bool) -> bool:
@@ -328,19 +327,28 @@ def _holds_images(folder: Path, deep: bool) -> bool:
 class _ImageFolder:
     """The images of a folder, by their paths inside it. Looks up ids as engine.inputs.ids.Ids does.
 
-    `trouble` is set if two images have the same name, so that names alone do not distinguish them. `imageless` are
-    DICOM files without an image.
+    If two images have the same name (cat/1.png and dog/1.png, or 1.jpg and 1.png), the paths keep their suffix, and
+    `trouble` says that names alone do not distinguish them. `imageless` are DICOM files without an image. A folder of
+    None has no images.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        by_path: dict[str, Path],
-        trouble: UsageError | None = None,
-        imageless: Sequence[Path] = (),
-    ) -> None:
-        self.by_path, self.trouble, self.imageless = by_path, trouble, imageless
-        self._ids, self._root = Ids(by_path), root
+    def __init__(self, root: Path, folder: Path | None, deep: bool) -> None:
+        self.trouble: UsageError | None = None
+        self.by_path: dict[str, Path] = {}
+        self.imageless: list[Path] = []
+        if folder is not None and _holds_images(folder, deep):
+            try:
+                found = find_images(folder, recursive=deep)
+            except RepeatedIdError as error:
+                found = find_images(folder, recursive=deep, ids="file")
+                self.trouble = UsageError(
+                    f"{str(error).partition('; --ids')[0]}; write folder and suffix in the table, or rename one"
+                )
+            for image in found.images:
+                inside = image.inside.as_posix()
+                self.by_path[inside if self.trouble else cut_suffix(inside)] = image.path
+            self.imageless = [folder / name for name in sorted(found.imageless)]
+        self._ids, self._root = Ids(self.by_path), root
         self._is_there: dict[str, bool] = {}
 
     def find(self, name: str) -> Path | None:
@@ -373,26 +381,6 @@ class _ImageFolder:
                 raise DataError(f"{source}: {shown(written[owner])} and {shown(path)} are two names of {image}")
             images[image_id] = image
         return images
-
-
-def _list_images(root: Path, folder: Path, deep: bool) -> _ImageFolder:
-    """List the images of a folder.
-
-    If two images have the same name (cat/1.png and dog/1.png, or 1.jpg and 1.png), the paths keep their suffix.
-    """
-    if not _holds_images(folder, deep):
-        return _ImageFolder(root, {})
-    trouble = None
-    try:
-        found = find_images(folder, recursive=deep)
-    except RepeatedIdError as error:
-        found = find_images(folder, recursive=deep, ids="file")
-        trouble = UsageError(
-            f"{str(error).partition('; --ids')[0]}; write folder and suffix in the table, or rename one"
-        )
-    paths = {image.path: image.inside.as_posix() for image in found.images}
-    by_path = {inside if trouble else cut_suffix(inside): path for path, inside in paths.items()}
-    return _ImageFolder(root, by_path, trouble, [folder / name for name in sorted(found.imageless)])
 
 
 def _checked_prompts(prompts: Iterable[tuple[str, str]], captions_file: Path) -> dict[str, str]:

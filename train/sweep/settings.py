@@ -71,19 +71,14 @@ class Tuning:
                 raise UsageError(f"--tune-grid {text}: expected SETTING=VALUE,VALUE with one of {known}")
             if name in grids:
                 raise UsageError(f"--tune-grid contains {name} twice: list all of its values once, {name}=VALUE,VALUE")
-            grids[name] = _values(name, listed)
+            number, kind = (int, "whole numbers") if DECODE_OPTIONS[name][1].startswith("int") else (float, "numbers")
+            try:
+                grids[name] = tuple(dict.fromkeys(number(item) for item in listed.split(",")))
+            except ValueError:
+                raise UsageError(f"--tune-grid {name}={listed}: expected {kind}, separated by commas") from None
+            for value in grids[name]:
+                DecodeOptions(**{name: value})  # raises UsageError for a value out of range
         return grids
-
-
-def _values(name: str, listed: str) -> tuple[Any, ...]:
-    number, kind = (int, "whole numbers") if DECODE_OPTIONS[name][1].startswith("int") else (float, "numbers")
-    try:
-        values = [number(item) for item in listed.split(",")]
-    except ValueError:
-        raise UsageError(f"--tune-grid {name}={listed}: expected {kind}, separated by commas") from None
-    for value in values:
-        DecodeOptions(**{name: value})  # raises UsageError for a value out of range
-    return tuple(dict.fromkeys(values))
 
 
 def settings_of(options: DecodeOptions) -> dict[str, Any]:
