@@ -16,8 +16,6 @@ from engine.inputs.depth import CLIP
 from engine.inputs.pixels import CLIPPED, FRAMES, TRANSPARENT, ImageNote, decode_image
 from train.data.examples import ACCENTS, WORDS, Finding, Problems, Split
 
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in total)."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -39,7 +37,6 @@ def check_split(
     count_tokens: Callable[[str], int] | None = None,
     max_tokens: int | None = None,
     lost_in: Callable[[str], str] | None = None,
-    progress: Progress | None = None,
 ) -> Problems:
     """Return the problems of a split: those found while reading it, and those of its images and tokenized captions.
 
@@ -62,7 +59,7 @@ def check_split(
             return "needs more memory than is free"
         return ""
 
-    reasons = in_threads(why_unreadable, list(files), progress)
+    reasons = in_threads(why_unreadable, list(files))
     unreadable = [(name, why) for name, why in zip(files.values(), reasons, strict=True) if why]
     found: dict[str, list[Finding]] = {"cut": [], ACCENTS: [], WORDS: []}
     for example in split.examples:
@@ -75,13 +72,11 @@ def check_split(
     return replace(split.problems, unreadable=unreadable, **found)
 
 
-def in_threads(work: Callable[[T], R], items: list[T], progress: Progress | None = None) -> Iterator[R]:
+def in_threads(work: Callable[[T], R], items: list[T]) -> Iterator[R]:
     """Yield work(item) in the order of the items, with one thread for each core available to this process."""
     with ThreadPoolExecutor(available_cores()) as pool:
         for start in range(0, len(items), AT_ONCE):
             yield from pool.map(work, items[start : start + AT_ONCE])
-            if progress is not None:
-                progress(min(start + AT_ONCE, len(items)), len(items))
 
 
 def drop_unusable(split: Split, problems: Problems) -> Split:

@@ -20,11 +20,13 @@ from engine.files.atomic import write_atomically
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.images import is_dicom
 from engine.inputs.pixels import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, image_errors, open_image
-from train.data.check import Progress, check_split, in_threads
+from train.data.check import check_split, in_threads
 from train.data.dataset import DataInputs, read_dataset
 from train.data.examples import Example, Split
 
 COLOURS = {"train": "#3b5b92", "valid": "#c98b2b", "test": "#0b6e4f"}
+MAX_TOKENS = 200
+"""The default of the recipes: captions with more tokens are cut."""
 SHOWN = 0.99
 """Smallest fraction of a split's captions that a plot of lengths shows. A cut tail is noted in the axis label."""
 
@@ -142,7 +144,6 @@ def inspect_dataset(
     *,
     count_tokens: Callable[[str], int] | None = None,
     images: bool = True,
-    progress: Progress | None = None,
 ) -> Stats:
     """Return statistics of the splits as JSON-compatible dicts.
 
@@ -152,7 +153,7 @@ def inspect_dataset(
     share. Raises EngineError for errors of the system, such as too many open files.
     """
     paths = list(dict.fromkeys(e.image for split in splits.values() for e in split.examples)) if images else []
-    headers = dict(zip(paths, in_threads(_read_header, paths, progress), strict=True))
+    headers = dict(zip(paths, in_threads(_read_header, paths), strict=True))
     stats: Stats = {"splits": {name: _describe(split, count_tokens, headers) for name, split in splits.items()}}
     examples = [(name, example) for name, split in splits.items() for example in split.examples]
     stats["duplicates"] = {
@@ -173,12 +174,11 @@ def inspect_directory(
     log: Callable[[str], None],
     *,
     model: Path | None = None,
-    max_tokens: int = 200,
     high_bit_depth: str = CLIP,
 ) -> bool:
     """Describe a data set with `log`, in out/inspect.json and in out/inspect.png; return whether all of it is usable.
 
-    If `model` is given (the folder of a checkpoint), its tokenizer counts tokens. Captions with more than `max_tokens`
+    If `model` is given (the folder of a checkpoint), its tokenizer counts tokens. Captions with more than MAX_TOKENS
     tokens are then listed, and captions that lose accents or words when they are tokenized.
     """
     window_of(high_bit_depth)
@@ -200,7 +200,7 @@ def inspect_directory(
             decode=data.decode_images,
             depth=high_bit_depth,
             count_tokens=count_tokens,
-            max_tokens=max_tokens,
+            max_tokens=MAX_TOKENS,
             lost_in=lost_in,
         )
         for name, split in splits.items()

@@ -180,13 +180,12 @@ def example_lines(name: str, references: Sequence[str], captions: dict[int, str]
         (f"{', '.join(beams)} beam{'s' * (beams != ['1'])}: {text or '(empty)'}", "black")
         for text, beams in by_text.items()
     ]
-    return [(line, colour) for text, colour in parts for line in _wrap(text)]
-
-
-def _wrap(text: str) -> list[str]:
-    plain = CONTROL.sub(" ", text.encode("utf-8", "replace").decode())
-    shown = plain if len(plain) <= MAX_CHARS else plain[:MAX_CHARS] + " ..."
-    return textwrap.wrap(shown, LINE_CHARS, subsequent_indent="    ")
+    lines = []
+    for text, colour in parts:
+        plain = CONTROL.sub(" ", text.encode("utf-8", "replace").decode())
+        shown = plain if len(plain) <= MAX_CHARS else plain[:MAX_CHARS] + " ..."
+        lines += [(line, colour) for line in textwrap.wrap(shown, LINE_CHARS, subsequent_indent="    ")]
+    return lines
 
 
 def sweep(job: Sweep, log: Log) -> dict[str, Any]:

@@ -145,12 +145,9 @@ def search(
     return SearchResult(list(trials.values()), best, rounds, settled)
 
 
-VERDICTS = {"gain": "a gain", "loss": "a loss", "none": "no gain is shown"}
-
-
 def verdict(shown: dict[str, Any]) -> str:
-    """Return `gain` if the interval of a difference is above zero, `loss` if it is below zero, else `none`."""
-    return "gain" if shown["low"] > 0 else "loss" if shown["high"] < 0 else "none"
+    """Return whether the 95 % interval of a difference shows a gain or a loss: it must not include zero."""
+    return "a gain" if shown["low"] > 0 else "a loss" if shown["high"] < 0 else "no gain is shown"
 
 
 def as_markdown(result: dict[str, Any]) -> str:
@@ -212,9 +209,9 @@ def _statement(result: dict[str, Any], title: str) -> str:
     if "unavailable" in shown:
         return f"{title} is unavailable here, so no gain is shown."
     return {
-        "gain": f"A gain is shown: the interval of {title} is above zero.",
-        "loss": f"A loss is shown: the interval of {title} is below zero. Keep the checkpoint's own settings.",
-        "none": f"No gain is shown: the interval of {title} includes zero.",
+        "a gain": f"A gain is shown: the interval of {title} is above zero.",
+        "a loss": f"A loss is shown: the interval of {title} is below zero. Keep the checkpoint's own settings.",
+        "no gain is shown": f"No gain is shown: the interval of {title} includes zero.",
     }[verdict(shown)]
 
 
@@ -232,7 +229,7 @@ def _differences(result: dict[str, Any]) -> list[str]:
                 f"{shown['chosen']:.4f}",
                 f"{shown['difference']:+.4f} [{shown['low']:+.4f}, {shown['high']:+.4f}]",
                 f"{shown['wins']}, {shown['losses']}, {shown['ties']}",
-                VERDICTS[verdict(shown)],
+                verdict(shown),
             ]
         )
     header = ["metric", "own", "chosen", "difference", "images better, worse, equal", "shown"]

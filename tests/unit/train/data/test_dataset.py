@@ -196,17 +196,13 @@ def make_faulty(root: Path) -> Split:
 
 def test_every_problem_has_its_category(tmp_path):
     split = make_faulty(tmp_path)
-    progress: list[tuple[int, int]] = []
-    found = check_split(
-        split, count_tokens=lambda text: len(text.split()) + 2, max_tokens=5, progress=lambda *n: progress.append(n)
-    )
+    found = check_split(split, count_tokens=lambda text: len(text.split()) + 2, max_tokens=5)
     assert [name for name, _ in found.missing] == ["gone"]
     assert found.unreadable == [("damaged", "not an image, or damaged"), ("pipe", "No such file or directory")]
     assert found.empty == [("blank", "white space only")]
     assert found.uncaptioned == [("train/left.jpg", "")]
     assert found.repeated == [("twice", "2 captions")]
     assert found.cut == [("better", "6 tokens, at most 5 fit")]
-    assert progress == [(6, 6)]
     assert found.lines() == [
         "1 missing image: gone (no such image in train/)",
         "2 unreadable images: damaged (not an image, or damaged), pipe (No such file or directory)",
