@@ -14,7 +14,8 @@ from engine.errors import UsageError
 from engine.inputs.tables import read_table
 from export.reference.huggingface import Reference
 from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
-from train.finetune import DataInputs, Job, finetune
+from train.data.dataset import DataInputs
+from train.finetune import Job, finetune
 from train.learning.reward import Reward, RewardTrainer
 from train.recipe import RECIPES
 

@@ -147,7 +147,7 @@ def _write(files: list[Path], chosen: Columns, prefix: str, made_of: list[list[A
             cells = [row[column] for column in names.captions]
             captions = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell]) if text]
             for caption in captions or [""]:
-                entry = {"id": name, "file": file, "caption": str(caption)}
+                entry: dict[str, Any] = {"id": name, "file": file, "caption": str(caption)}
                 entry |= {"cui": split_concepts(row.get(names.concepts))} | ({"prompt": prompt} if prompt else {})
                 index.write(json.dumps(entry) + "\n")
         index.flush()
