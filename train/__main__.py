@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -17,55 +18,85 @@ from engine.inputs.columns import Columns
 from engine.inputs.depth import CLIP
 from engine.inputs.depth import HELP as DEPTH_HELP
 from engine.options import SAMPLING, DecodeOptions
+from train.data.dataset import DataInputs
 from train.sweep.settings import Tuning
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def recipe_options(command: Command) -> Command:
-    """Add the options that change a recipe: --set and the flags of its most used settings."""
-    options = (
-        click.option(
-            "--set",
-            "changes",
-            multiple=True,
-            metavar="SETTING=VALUE",
-            help="Change any setting of the recipe; may be repeated.",
-        ),
-        click.option("--epochs", type=click.IntRange(1), help="Passes over the training split."),
-        click.option(
-            "--learning-rate", type=float, help="Peak learning rate of AdamW; the recipe's schedule lowers it."
-        ),
-        click.option(
-            "--batch-size", type=click.IntRange(1), help="Captions per optimiser step, summed over all processes."
-        ),
-        click.option(
-            "--device-batch",
-            type=click.IntRange(1),
-            help="Captions per process and forward pass; gradients accumulate up to --batch-size.",
-        ),
-        click.option(
-            "--image-size",
-            type=click.IntRange(1),
-            help="Width and height of the model's input in px; the position table is resized to match.",
-        ),
-        click.option("--high-bit-depth", help=DEPTH_HELP),
-        click.option(
-            "--precision",
-            type=click.Choice(["fp32", "bf16", "fp16"]),
-            help="Number format of forward and backward passes; weights stay fp32. bf16 needs an Ampere GPU or later.",
-        ),
-        click.option("--seed", type=click.IntRange(0), help="Random seed of shuffling, dropout and augmentation."),
-    )
-    for option in reversed(options):  # click shows the option that was added last first
-        command = option(command)
-    return command
+def parse_weights(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, Path]:
+    """Parse NAME=DIR texts into {metric: folder}. Raises UsageError."""
+    pairs = [text.partition("=") for text in texts]
+    if any(not name or not folder for name, _, folder in pairs):
+        raise UsageError("--weights takes NAME=DIR, such as bertscore=weights/bertscore")
+    return {name: Path(folder) for name, _, folder in pairs}
 
 
-def data_options(command: Command) -> Command:
-    """Add the options of every command that reads a data set."""
-    options = (
-        click.option("--data", type=PATH, required=True, help="Data set folder; docs/files.md lists the layouts."),
+def options(*added: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Join options into one decorator, which adds them in this order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(added):  # click shows the option that was added last first
+            command = option(command)
+        return command
+
+    return decorate
+
+
+DATA = click.option("--data", type=PATH, required=True, help="Data set folder; docs/files.md lists the layouts.")
+UNPACK_INTO = click.option("--unpack-into", type=PATH, help="Folder to unpack the images of parquet files into.")
+WEIGHTS = click.option(
+    "--weights",
+    multiple=True,
+    metavar="NAME=DIR",
+    callback=parse_weights,
+    help="Folder with the weights of a neural metric, such as bertscore=DIR; may be repeated.",
+)
+recipe_options = options(
+    click.option(
+        "--set",
+        "changes",
+        multiple=True,
+        metavar="SETTING=VALUE",
+        help="Change any setting of the recipe; may be repeated.",
+    ),
+    click.option("--epochs", type=click.IntRange(1), help="Passes over the training split."),
+    click.option("--learning-rate", type=float, help="Peak learning rate of AdamW; the recipe's schedule lowers it."),
+    click.option(
+        "--batch-size", type=click.IntRange(1), help="Captions per optimiser step, summed over all processes."
+    ),
+    click.option(
+        "--device-batch",
+        type=click.IntRange(1),
+        help="Captions per process and forward pass; gradients accumulate up to --batch-size.",
+    ),
+    click.option(
+        "--image-size",
+        type=click.IntRange(1),
+        help="Width and height of the model's input in px; the position table is resized to match.",
+    ),
+    click.option("--high-bit-depth", help=DEPTH_HELP),
+    click.option(
+        "--precision",
+        type=click.Choice(["fp32", "bf16", "fp16"]),
+        help="Number format of forward and backward passes; weights stay fp32. bf16 needs an Ampere GPU or later.",
+    ),
+    click.option("--seed", type=click.IntRange(0), help="Random seed of shuffling, dropout and augmentation."),
+)
+"""The options that change a recipe: --set and the flags of its most used settings."""
+
+
+def data_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a data set to a command, which gets them as `data`."""
+
+    @functools.wraps(command)
+    def call(
+        data: Path, allow_missing: bool, check_images: bool, unpack_into: Path | None, named: Columns, **others: Any
+    ) -> None:
+        command(data=DataInputs(data, allow_missing, check_images, unpack_into, named), **others)
+
+    return options(
+        DATA,
         click.option(
             "--allow-missing", is_flag=True, help="Skip images and captions that cannot be used instead of stopping."
         ),
@@ -75,20 +106,9 @@ def data_options(command: Command) -> Command:
             show_default=True,
             help="Decode every image before the work starts, to find damaged files early.",
         ),
-        click.option("--unpack-into", type=PATH, help="Folder to unpack the images of parquet files into."),
+        UNPACK_INTO,
         column_options("caption", "prompt"),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def parse_weights(texts: tuple[str, ...]) -> dict[str, Path]:
-    """Parse NAME=DIR texts into {metric: folder}. Raises UsageError."""
-    pairs = [text.partition("=") for text in texts]
-    if any(not name or not folder for name, _, folder in pairs):
-        raise UsageError("--weights takes NAME=DIR, such as bertscore=weights/bertscore")
-    return {name: Path(folder) for name, _, folder in pairs}
+    )(call)
 
 
 @click.group(cls=OneLineGroup)
@@ -114,12 +134,7 @@ def main() -> None:
     is_flag=True,
     help="Train two steps, validate, and print steps, memory, hours and disk of the run; keep nothing.",
 )
-@click.option(
-    "--weights",
-    multiple=True,
-    metavar="NAME=DIR",
-    help="Folder with the weights of a neural metric, such as bertscore=DIR; may be repeated.",
-)
+@WEIGHTS
 @recipe_options
 @data_options
 def finetune(
@@ -127,12 +142,8 @@ def finetune(
     out: Path,
     recipe: str,
     dry_run: bool,
-    weights: tuple[str, ...],
-    data: Path,
-    allow_missing: bool,
-    check_images: bool,
-    unpack_into: Path | None,
-    named: Columns,
+    weights: dict[str, Path],
+    data: DataInputs,
     changes: tuple[str, ...],
     **flags: Any,
 ) -> None:
@@ -140,17 +151,17 @@ def finetune(
     from engine.scoring.base import MetricInputs
     from export.checkpoints.find import find_checkpoint
     from train.dry_run import plan_run
-    from train.finetune import DataInputs, Job
+    from train.finetune import Job
     from train.finetune import finetune as run
     from train.recipe import load_recipe, parse_changes
 
     given = parse_changes(changes) | {name: value for name, value in flags.items() if value is not None}
     job = Job(
         checkpoint=find_checkpoint(model),
-        data=DataInputs(data, allow_missing, check_images, unpack_into, named),
+        data=data,
         out=out,
         recipe=load_recipe(recipe, given),
-        metrics=MetricInputs(weights=parse_weights(weights)),
+        metrics=MetricInputs(weights=weights),
     )
     summary = plan_run(job, log) if dry_run else run(job, log)
     if summary:
@@ -167,7 +178,7 @@ def finetune(
     type=PATH,
     help="Exported bundle to use instead of an export; if --checkpoint is given too, of the same weights.",
 )
-@click.option("--data", type=PATH, required=True, help="Data set folder; docs/files.md lists the layouts.")
+@DATA
 @column_options("caption", "prompt")
 @click.option(
     "--out", type=PATH, required=True, help="Folder for tables and runs; the same command resumes an interrupted sweep."
@@ -192,27 +203,20 @@ def finetune(
     show_default=True,
     help="Metrics of `engine score`, separated by commas.",
 )
-@click.option(
-    "--weights",
-    multiple=True,
-    metavar="NAME=DIR",
-    help="Folder with the weights of a neural metric, such as bertscore=DIR; may be repeated.",
-)
+@WEIGHTS
 @click.option("--limit", type=click.IntRange(1), help="Caption only this many images, evenly spaced over the split.")
 @click.option(
     "--examples", type=click.IntRange(0, 50), default=6, show_default=True, help="Number of images in examples.png."
 )
-@click.option("--unpack-into", type=PATH, help="Folder to unpack the images of parquet files into.")
+@UNPACK_INTO
 @takes(tuning=Tuning)
-def sweep(
-    beams: str, metrics: str, weights: tuple[str, ...], decoding: DecodeOptions, tuning: Tuning, **given: Any
-) -> None:
+def sweep(beams: str, metrics: str, decoding: DecodeOptions, tuning: Tuning, **given: Any) -> None:
     """Caption and score a split with several numbers of beams: Table 1 of the MedBLIP paper.
 
     The default of --no-repeat-ngram is 3; other settings default to the checkpoint's. With --tune the command searches
     for good decoding settings instead, and all defaults are the checkpoint's.
     """
-    from train.sweep.sweep import NO_REPEAT, Sweep
+    from train.sweep.runs import NO_REPEAT, Sweep
     from train.sweep.sweep import sweep as run
     from train.sweep.tune import tune
 
@@ -230,7 +234,6 @@ def sweep(
     job = Sweep(
         beams=numbers,
         metrics=tuple(metrics.split(",")),
-        weights=parse_weights(weights),
         decoding=decoding if tuning.tune else decoding.over_given(NO_REPEAT),
         **given,
     )
@@ -258,30 +261,12 @@ def average(run: Path, epochs: tuple[int, ...], last: int | None, best: int | No
 @click.option("--out", type=PATH, required=True, help="Directory for inspect.json and the plots.")
 @click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)
 @data_options
-def inspect(
-    data: Path,
-    model: Path | None,
-    out: Path,
-    high_bit_depth: str,
-    allow_missing: bool,
-    check_images: bool,
-    unpack_into: Path | None,
-    named: Columns,
-) -> None:
+def inspect(data: DataInputs, model: Path | None, out: Path, high_bit_depth: str) -> None:
     """Report on a data set before training: caption lengths, modalities, image sizes, duplicates, overlap, problems."""
     from train.data.inspect import inspect_directory
 
-    is_sound = inspect_directory(
-        data,
-        out,
-        log,
-        model=model,
-        decode=check_images,
-        unpack_into=unpack_into,
-        columns=named,
-        high_bit_depth=high_bit_depth,
-    )
-    if not is_sound and not allow_missing:
+    is_sound = inspect_directory(data, out, log, model=model, high_bit_depth=high_bit_depth)
+    if not is_sound and not data.allow_missing:
         sys.exit(1)
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,13 +20,12 @@ from transformers import BlipForConditionalGeneration, TrainerCallback
 from engine.errors import UsageError
 from export.reference.huggingface import Reference
 from train.data.batches import EpochOrder, PixelSpec, collate_captions
-from train.data.dataset import Example, Split
-from train.finetune import Job, best_models, make_evaluator, make_judge, prepare_data, signatures
-from train.learning.evaluate import LOSS, references_by_id, sum_of_losses
-from train.learning.processes import rank_and_world_size
+from train.data.examples import Example, references_by_id
+from train.finetune import Job, make_evaluator, make_judge, prepare
+from train.learning.evaluate import Evaluation
 from train.learning.reward import repeating
-from train.learning.setup import load_reference, make_trainer
-from train.learning.trainer import KEPT_STATES
+from train.learning.setup import Run, make_trainer
+from train.learning.trainer import KEPT_STATES, LOSS, rank_and_world_size, sum_of_losses
 from train.recipe import Recipe
 
 A100_GIB = 40.0
@@ -37,7 +35,7 @@ MOST_BATCHES = 256
 """Number of batches whose length is measured: a sample of some thousand captions."""
 
 
-def memory(model: BlipForConditionalGeneration, recipe: Recipe, spec: PixelSpec) -> dict[str, float]:
+def memory(run: Run) -> dict[str, float]:
     """Estimate the GPU memory of a process in mixed precision, in GiB, for captions of max_tokens tokens.
 
     It adds up float32 weights (4 bytes), their half-precision copies (2), gradients and AdamW's two moments (12 per
@@ -45,6 +43,7 @@ def memory(model: BlipForConditionalGeneration, recipe: Recipe, spec: PixelSpec)
     under bfloat16 autocast for one and two images; float16 takes the same number of bytes. Not included: the CUDA
     context, workspaces, and memory that the allocator holds but does not use.
     """
+    model, recipe, spec = run.reference.model, run.recipe, run.spec
     parameters = list(model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -54,7 +53,7 @@ def memory(model: BlipForConditionalGeneration, recipe: Recipe, spec: PixelSpec)
     one_image, two_images = (
         sum(_saved_for_backward(model, spec, tokens, count, copies) for tokens, copies in of_step) for count in (1, 2)
     )
-    device_batch, _ = recipe.micro_batches(1)
+    device_batch, _ = run.batches
     weights = (total * (4 + 2) + trained * 12) / GIB
     # The difference is what one more image adds: both measurements include the half-precision weights.
     activations = device_batch * (two_images - one_image) / GIB
@@ -166,45 +165,37 @@ class StepClock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def plan_run(job: Job, log: Callable[[str], None], *, trial: bool = True) -> dict[str, Any]:
-    """Return the plan of a run. With `trial`, take TRIAL_STEPS optimiser steps and validate; nothing is kept."""
+def plan_run(job: Job, log: Callable[[str], None]) -> dict[str, Any]:
+    """Return the plan of a run, with measurements from TRIAL_STEPS optimiser steps and a validation; keep nothing."""
     recipe = job.recipe
     if rank_and_world_size()[1] > 1:
         raise UsageError("--dry-run measures one process: run it without torchrun")
-    signatures(recipe, job.metrics)
-    reference = load_reference(job.checkpoint, recipe)
-    splits = prepare_data(job.data, recipe, reference, log)
-    batches = recipe.micro_batches(1)
-    steps = -(-len(splits["train"].examples) // recipe.batch_size)
-    parameters = list(reference.model.parameters())
-    tokens = tokens_of_batches(reference, splits["train"].examples, recipe)
+    run = prepare(job, log)
+    examples, model = run.splits["train"].examples, run.reference.model
+    steps = run.order.padded // recipe.batch_size
+    starts = (epoch * steps for epoch in range(recipe.epochs))  # the first step of each epoch
+    rates = [recipe.learning_rate * recipe.learning_rate_factor(step, steps) for step in starts]
+    parameters = list(model.parameters())
     plan = {
-        "captions": {name: len(split.examples) for name, split in splits.items()},
+        "captions": {name: len(split.examples) for name, split in run.splits.items()},
         "steps_per_epoch": steps,
         "steps": steps * recipe.epochs,
-        "batch": {"a_step": recipe.batch_size, "a_process_at_once": batches[0], "accumulated": batches[1]},
-        "tokens_of_a_batch": rounded(tokens),
-        "learning_rates": learning_rates(recipe, steps),
+        "batch": {"a_step": recipe.batch_size, "a_process_at_once": run.batches[0], "accumulated": run.batches[1]},
+        "tokens_of_a_batch": rounded(tokens_of_batches(run.reference, examples, recipe)),
+        "learning_rates": [float(f"{rate:.6g}") for rate in rates],
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "image_size": reference.model.config.vision_config.image_size,
-        "memory_gib": memory(reference.model, recipe, PixelSpec.of(reference.image_processor, recipe.high_bit_depth)),
-        "disk_gib": {name: rounded(size / GIB) for name, size in disk(reference.model, recipe).items()},
+        "image_size": model.config.vision_config.image_size,
+        "memory_gib": memory(run),
+        "disk_gib": {name: rounded(size / GIB) for name, size in disk(model, recipe).items()},
     }
-    if trial:
-        plan["trial"], later, seconds_an_image, images = _trial(job, reference, splits, batches, log)
-        plan["this_machine"] = on_this_machine(recipe, steps, later, seconds_an_image, images)
-        log(summary_line(plan))
-    return plan
-
-
-def summary_line(plan: dict[str, Any]) -> str:
-    """Return the estimates of a plan as one line."""
-    here = plan["this_machine"]
-    return (
+    plan["trial"], last_step, seconds_an_image, images = _trial(run)
+    plan["this_machine"] = here = on_this_machine(recipe, steps, last_step, seconds_an_image, images)
+    log(
         f"on this machine: about {here['hours_an_epoch']:g} hours per epoch, {here['hours']:g} for all epochs (not "
         f"included: {', '.join(here['not_counted'])}); on disk: {plan['disk_gib']['most']:g} GiB at most"
     )
+    return plan
 
 
 def on_this_machine(
@@ -224,37 +215,29 @@ def on_this_machine(
     }
 
 
-def learning_rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
-    """Return the learning rate in the first step of each epoch."""
-    starts = (epoch * steps_per_epoch for epoch in range(recipe.epochs))
-    return [
-        float(f"{recipe.learning_rate * recipe.learning_rate_factor(step, steps_per_epoch):.6g}") for step in starts
-    ]
-
-
-def _trial(
-    job: Job, reference: Reference, splits: dict[str, Split], batches: tuple[int, int], log: Callable[[str], None]
-) -> tuple[dict[str, Any], float, float, int]:
+def _trial(run: Run) -> tuple[dict[str, Any], float, float, int]:
     """Take TRIAL_STEPS optimiser steps, then do a complete validation with TRIAL_IMAGES images.
 
     What would fail at the end of the first epoch fails here. Returns losses, scores and seconds; the seconds of the
     last step; the seconds per validation image; and the number of validation images of an epoch.
     """
-    evaluator = make_evaluator(job, reference, splits["valid"].examples)
+    evaluator = make_evaluator(run)
     ids = list(references_by_id(evaluator.examples))
     chosen, spent = set(ids[:TRIAL_IMAGES]), []
     few = replace(evaluator, examples=[example for example in evaluator.examples if example.id in chosen])
 
-    def evaluate() -> tuple[dict[str, float], list[tuple[str, str]]]:
+    def evaluate() -> Evaluation:
         start = time.perf_counter()
         loss, captions = few.observe()
         spent.append(time.perf_counter() - start)
         return {LOSS: loss} | few.scores(captions), captions
 
-    with _temporary_run_directory(job.out) as out:
-        judge = make_judge(evaluate, reference, best_models(out, job.recipe), 0, lambda _: None)
-        steps = {"max_steps": TRIAL_STEPS}
-        trainer = make_trainer(job.recipe, reference, splits, judge, batches, job.metrics, out, log, **steps)
+    # Next to the run directory: on the same disk, with the same permissions.
+    parent = next(path for path in run.out.absolute().parents if path.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{run.out.name}.dry-run.", dir=parent) as directory:
+        trial = replace(run, out=Path(directory))
+        judge = make_judge(replace(trial, log=lambda _: None), evaluate)
+        trainer = make_trainer(trial, judge, max_steps=TRIAL_STEPS)
         trainer.args.logging_steps = trainer.state.logging_steps = 1
         clock = StepClock()
         trainer.add_callback(clock)
@@ -268,11 +251,3 @@ def _trial(
     report["validation"] = {"images": len(chosen)} | validation
     last_step = clock.ends[-1] - clock.ends[-2]  # the first step includes work that is done once
     return report, last_step, spent[0] / len(chosen), len(ids)
-
-
-@contextmanager
-def _temporary_run_directory(out: Path) -> Iterator[Path]:
-    """Make a temporary directory next to the run directory: on the same disk, with the same permissions."""
-    parent = next(path for path in out.absolute().parents if path.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.dry-run.", dir=parent) as directory:
-        yield Path(directory)

@@ -10,7 +10,8 @@ OUT/log.jsonl, curves.png, tensorboard/
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from transformers import set_seed
 
 from engine.errors import DataError, UsageError
-from engine.inputs.columns import USUAL, Columns
+from engine.files.lock import OutputLock
 from engine.scoring.base import MetricInputs
 from engine.scoring.profiles import make_metric
 from export.bundle import checkpoint_sha256
@@ -26,34 +27,23 @@ from export.checkpoints.settings import assumed_settings
 from export.reference.huggingface import Reference
 from train.data.batches import check_fit, lost_in_tokens
 from train.data.check import check_split, drop_unusable, fingerprint
-from train.data.dataset import Example, Split, hold_out, read_dataset
-from train.learning.evaluate import LOSS, Evaluator
-from train.learning.processes import on_first_process, rank_and_world_size
-from train.learning.run_dir import BestModels, locked, write_log, write_or_compare_record
-from train.learning.setup import evaluation_options, load_reference, make_trainer
-from train.learning.trainer import CaptionTrainer, has_complete_checkpoint, newest_complete_checkpoint
+from train.data.dataset import DataInputs, hold_out, read_dataset
+from train.data.examples import Split
+from train.learning.evaluate import Evaluation, Evaluator
+from train.learning.run_dir import BestModels, write_log, write_or_compare_record
+from train.learning.setup import Log, Run, load_reference, make_trainer
+from train.learning.trainer import (
+    LOSS,
+    Judge,
+    is_complete,
+    newest_complete_checkpoint,
+    on_first_process,
+    rank_and_world_size,
+    sorted_checkpoints,
+)
 from train.recipe import Recipe
 
-Log = Callable[[str], None]
-Evaluate = Callable[[], tuple[dict[str, float], list[tuple[str, str]]]]
-"""Returns what Evaluator.evaluate does."""
 SPLITS = ("train", "valid")
-
-
-@dataclass(frozen=True)
-class DataInputs:
-    """A data set of captioned images and how to read it.
-
-    With `allow_missing` unusable entries are skipped instead of stopping the run, with `decode_images` every image is
-    decoded before the training. `unpack_into` is the folder for the images of parquet files, `columns` the names of the
-    table's columns.
-    """
-
-    directory: Path
-    allow_missing: bool = False
-    decode_images: bool = True
-    unpack_into: Path | None = None
-    columns: Columns = USUAL
 
 
 @dataclass(frozen=True)
@@ -73,27 +63,43 @@ def finetune(job: Job, log: Log) -> dict[str, Any]:
     Raises UsageError, CheckpointError, DataError (bad images without allow_missing), or ImageError if a file disappears
     during the training.
     """
-    rank, world_size = rank_and_world_size()
-    log = log if rank == 0 else (lambda _: None)
-    recipe = job.recipe
-    batches = recipe.micro_batches(world_size)
-    set_seed(recipe.seed)
-    measured_by = signatures(recipe, job.metrics)
-    reference = load_reference(job.checkpoint, recipe)
-    for line in assumed_settings(job.checkpoint):
-        log(f"note: {line}")
-    splits = on_first_process(lambda: prepare_data(job.data, recipe, reference, log))
-    with locked(job.out, rank):
-        resume_from = on_first_process(lambda: begin(job, splits, measured_by, log))
-        best, evaluator = best_models(job.out, recipe), make_evaluator(job, reference, splits["valid"].examples)
-        judge = make_judge(evaluator.evaluate, reference, best, rank, log)
-        trainer = make_trainer(recipe, reference, splits, judge, batches, job.metrics, job.out, log)
+    rank, _ = rank_and_world_size()
+    set_seed(job.recipe.seed)
+    run = prepare(job, log if rank == 0 else (lambda _: None))
+    if rank == 0:
+        job.out.mkdir(parents=True, exist_ok=True)
+    # One run at a time works on a directory; the first process of a distributed run locks it for all.
+    with OutputLock(job.out / "run.json") if rank == 0 else nullcontext():
+        resume_from = on_first_process(lambda: begin(job, run))
+        trainer = make_trainer(run, make_judge(run, make_evaluator(run).evaluate))
         start = time.perf_counter()
         trainer.start_or_resume(resume_from)
         if rank:
             return {}
-        write_log(job.out, trainer.state.log_history)
-        return _summary(job, best, trainer, time.perf_counter() - start)
+        history, ranked = trainer.state.log_history, best_models(run).ranked()
+        write_log(job.out, history)
+        return {
+            "steps": trainer.state.global_step,
+            "epochs": round(trainer.state.epoch or 0, 3),
+            "seconds": round(time.perf_counter() - start, 1),
+            "train_loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
+            "best": None if not ranked else {"epoch": ranked[0][0]} | ranked[0][2],
+            "kept": [str(directory) for _, directory, _ in ranked],
+            "checkpoint": str(job.out / "best") if ranked else None,
+        }
+
+
+def prepare(job: Job, log: Log) -> Run:
+    """Resolve a job: check recipe and metrics, load the checkpoint, read and check the data (in the first process)."""
+    recipe = job.recipe
+    batches = recipe.micro_batches(rank_and_world_size()[1])
+    names = [*evaluation_metrics(recipe), *recipe.rewards()]
+    signatures = {name: make_metric(name, job.metrics, {}).signature() for name in names}
+    reference = load_reference(job.checkpoint, recipe)
+    for line in assumed_settings(job.checkpoint):
+        log(f"note: {line}")
+    splits = on_first_process(lambda: prepare_data(job.data, recipe, reference, log))
+    return Run(recipe, reference, splits, job.metrics, signatures, batches, job.out, log)
 
 
 def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, log: Log) -> dict[str, Split]:
@@ -105,18 +111,17 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, log: Lo
         splits["train"], splits["valid"] = hold_out(splits["train"], recipe.valid_share, recipe.seed)
         log(f"no validation split: {len(splits['valid'].examples)} captions of the training split are held out")
     bad = []
-    positions = reference.model.config.text_config.max_position_embeddings
+    tokenizer, positions = reference.tokenizer, reference.model.config.text_config.max_position_embeddings
+    max_tokens = min(recipe.max_tokens, positions)
     for name in SPLITS:
-        check_fit(
-            splits[name].examples, splits[name].captions_file, reference.tokenizer, min(recipe.max_tokens, positions)
-        )
+        check_fit(splits[name].examples, splits[name].captions_file, tokenizer, max_tokens)
         problems = check_split(
             splits[name],
             decode=data.decode_images,
             depth=recipe.high_bit_depth,
-            count_tokens=lambda text: len(reference.tokenizer(text)["input_ids"]),
-            lost_in=lambda text: lost_in_tokens(reference.tokenizer, text),
-            max_tokens=min(recipe.max_tokens, positions),
+            count_tokens=lambda text: len(tokenizer(text)["input_ids"]),
+            lost_in=lambda text: lost_in_tokens(tokenizer, text),
+            max_tokens=max_tokens,
         )
         if recipe.max_tokens > positions and problems.cut:
             raise UsageError(
@@ -134,70 +139,59 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, log: Lo
     return splits
 
 
-def signatures(recipe: Recipe, metrics: MetricInputs) -> dict[str, str]:
-    """Return {metric: signature} of the evaluation and the reward. Raises EngineError if a metric is unavailable."""
-    names = [*evaluation_metrics(recipe), *recipe.rewards()]
-    return {name: make_metric(name, metrics, {}).signature() for name in names}
-
-
-def begin(job: Job, splits: dict[str, Split], measured_by: dict[str, str], log: Log) -> Path | None:
+def begin(job: Job, run: Run) -> Path | None:
     """Write or check the record of the run directory; return the training state to resume from, or None."""
-    states = job.out / "checkpoints"
-    is_begun = has_complete_checkpoint(states) or any((job.out / "models").glob("epoch_*"))
-    record = run_identity(job, splits) | {"metrics": measured_by}
-    write_or_compare_record(job.out, job.recipe, record, log, is_begun=is_begun)
+    states = run.out / "checkpoints"
+    is_begun = any(map(is_complete, sorted_checkpoints(states))) or any((run.out / "models").glob("epoch_*"))
+    data = {
+        name: {"captions": len(run.splits[name].examples), "sha256": fingerprint(run.splits[name])} for name in SPLITS
+    }
+    identity = {"checkpoint": checkpoint_sha256(job.checkpoint), "data": data, "metrics": run.signatures}
+    write_or_compare_record(run.out, run.recipe, identity, run.log, is_begun=is_begun)
     states.mkdir(parents=True, exist_ok=True)
-    newest = newest_complete_checkpoint(states, log)
+    newest = newest_complete_checkpoint(states, run.log)
     if newest is not None:
-        log(f"resuming from {newest}")
+        run.log(f"resuming from {newest}")
     return newest
 
 
-def run_identity(job: Job, splits: dict[str, Split]) -> dict[str, Any]:
-    """Return what identifies a run in addition to its recipe: hashes of the checkpoint and of the data."""
-    data = {name: {"captions": len(splits[name].examples), "sha256": fingerprint(splits[name])} for name in SPLITS}
-    return {"checkpoint": checkpoint_sha256(job.checkpoint), "data": data}
-
-
-def make_judge(
-    evaluate: Evaluate, reference: Reference, best: BestModels, rank: int, log: Log
-) -> Callable[[int], dict[str, float]]:
+def make_judge(run: Run, evaluate: Callable[[], Evaluation]) -> Judge:
     """Return the function called after each epoch: it evaluates the model; the first process keeps the best models."""
 
     def judge(epoch: int) -> dict[str, float]:
         metrics, captions = evaluate()
-        if rank == 0:
-            best.add(epoch, metrics, captions, reference)
-            log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        if rank_and_world_size()[0] == 0:
+            best = best_models(run)
+            best.add(epoch, metrics, captions, run.reference)
+            run.log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             if tie := best.tie():
-                log(tie)
+                run.log(tie)
         return metrics
 
     return judge
 
 
-def best_models(out: Path, recipe: Recipe) -> BestModels:
+def best_models(run: Run) -> BestModels:
     """Return the store of a run's best models."""
-    return BestModels(out / "models", recipe, evaluation_options(recipe) if recipe.write_decoding else None)
+    return BestModels(run.out / "models", run.recipe, run.recipe.eval_options() if run.recipe.write_decoding else None)
 
 
-def make_evaluator(job: Job, reference: Reference, examples: Sequence[Example]) -> Evaluator:
+def make_evaluator(run: Run) -> Evaluator:
     """Return the evaluator of an epoch, on at most `eval_images` evenly spaced validation images."""
-    recipe = job.recipe
+    recipe, examples = run.recipe, run.splits["valid"].examples
     ids = list(dict.fromkeys(example.id for example in examples))
     if recipe.eval_images is not None and len(ids) > recipe.eval_images:
         step = len(ids) / recipe.eval_images
         chosen = {ids[int(i * step)] for i in range(recipe.eval_images)}
         examples = [example for example in examples if example.id in chosen]
-    metrics, options = evaluation_metrics(recipe), evaluation_options(recipe)
     return Evaluator(
-        reference,
+        run.reference,
         examples,
-        metrics,
-        options,
+        evaluation_metrics(recipe),
+        recipe.eval_options(),
         recipe.max_tokens,
         recipe.device_batch,
-        job.metrics,
+        run.metrics,
         recipe.high_bit_depth,
     )
 
@@ -205,16 +199,3 @@ def make_evaluator(job: Job, reference: Reference, examples: Sequence[Example]) 
 def evaluation_metrics(recipe: Recipe) -> tuple[str, ...]:
     """Return the metrics of an epoch in addition to the loss: ROUGE-1, and the recipe's metric."""
     return tuple(dict.fromkeys(["rouge1", *([recipe.metric] if recipe.metric != LOSS else [])]))
-
-
-def _summary(job: Job, kept: BestModels, trainer: CaptionTrainer, seconds: float) -> dict[str, Any]:
-    ranked = kept.ranked()
-    return {
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch or 0, 3),
-        "seconds": round(seconds, 1),
-        "train_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None),
-        "best": None if not ranked else {"epoch": ranked[0][0]} | ranked[0][2],
-        "kept": [str(directory) for _, directory, _ in ranked],
-        "checkpoint": str(job.out / "best") if ranked else None,
-    }

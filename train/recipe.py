@@ -85,59 +85,56 @@ class Recipe:
     likelihood_share: float = 0.0
 
     def __post_init__(self) -> None:
-        def refuse(holds: bool, message: str) -> None:
+        def require(holds: bool, message: str) -> None:
             if not holds:
                 raise UsageError(f"recipe {self.name}: {message}")
 
-        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "augmentation": tuple(AUGMENTATIONS)}
-        choices |= {"baseline": BASELINES}
-        for setting, known in choices.items():
+        choices = (("schedule", SCHEDULES), ("precision", PRECISIONS), ("augmentation", tuple(AUGMENTATIONS)))
+        for setting, known in (*choices, ("baseline", BASELINES)):
             value = getattr(self, setting)
-            refuse(value in known, f"{setting} is {value!r}, not one of {', '.join(known)}")
+            require(value in known, f"{setting} is {value!r}, not one of {', '.join(known)}")
         for part in self.freeze:
-            refuse(part in PARTS, f"freeze names {part!r}, not one of {', '.join(PARTS)}")
-        for setting in ("epochs", "step_epochs", "batch_size", "device_batch", "keep", "eval_beams"):
-            refuse(getattr(self, setting) >= 1, f"{setting} must be at least 1")
-        for setting in ("image_size", "eval_images", "save_steps"):
-            refuse(getattr(self, setting) is None or getattr(self, setting) >= 1, f"{setting} must be at least 1")
+            require(part in PARTS, f"freeze names {part!r}, not one of {', '.join(PARTS)}")
+        counts = ("epochs", "step_epochs", "batch_size", "device_batch", "keep", "eval_beams")
+        for setting in (*counts, "image_size", "eval_images", "save_steps"):  # of which the last three may be None
+            value = getattr(self, setting)
+            require(value is None or value >= 1, f"{setting} must be at least 1")
         for setting in ("weight_decay", "patience", "workers", "seed"):
-            refuse(getattr(self, setting) >= 0, f"{setting} must not be negative")
-        refuse(0 < self.learning_rate < math.inf, "learning_rate must be above 0")
-        refuse(0 < self.step_factor <= 1, "step_factor must be above 0 and at most 1")
-        refuse(self.max_grad_norm > 0, "max_grad_norm must be above 0")
-        refuse(0 <= self.label_smoothing < 1, "label_smoothing must be at least 0 and below 1")
+            require(getattr(self, setting) >= 0, f"{setting} must not be negative")
+        require(0 < self.learning_rate < math.inf, "learning_rate must be above 0")
+        require(0 < self.step_factor <= 1, "step_factor must be above 0 and at most 1")
+        require(self.max_grad_norm > 0, "max_grad_norm must be above 0")
+        require(0 <= self.label_smoothing < 1, "label_smoothing must be at least 0 and below 1")
         minimum = 2 if self.baseline == "others" else 1
-        refuse(self.samples >= minimum, f"samples must be at least {minimum} with the baseline {self.baseline}")
-        refuse(0 <= self.likelihood_share < 1, "likelihood_share must be at least 0 and below 1")
-        refuse(not (self.reward and self.cache_features), "a reward needs the images: turn cache_features off")
-        refuse(
-            not (self.reward and self.label_smoothing),
-            "a reward cannot be combined with label_smoothing: set it to 0",
-        )
-        refuse(
+        require(self.samples >= minimum, f"samples must be at least {minimum} with the baseline {self.baseline}")
+        require(0 <= self.likelihood_share < 1, "likelihood_share must be at least 0 and below 1")
+        require(not (self.reward and self.cache_features), "a reward needs the images: turn cache_features off")
+        is_smoothed = self.reward and self.label_smoothing
+        require(not is_smoothed, "a reward cannot be combined with label_smoothing: set it to 0")
+        require(
             not (self.cache_features and self.gradient_checkpointing),
             "cache_features trains the decoder alone, without gradient_checkpointing: turn one of them off",
         )
         self.rewards()
         window_of(self.high_bit_depth)
-        DecodeOptions(**self.eval_decoding())
-        refuse(0 < self.valid_share < 1, "valid_share must be between 0 and 1")
-        refuse(self.max_tokens >= 3, "max_tokens must be at least 3, for [DEC], a word and [SEP]")
-        refuse(
+        self.eval_options()
+        require(0 < self.valid_share < 1, "valid_share must be between 0 and 1")
+        require(self.max_tokens >= 3, "max_tokens must be at least 3, for [DEC], a word and [SEP]")
+        require(
             not self.cache_features or ("vision" in self.freeze and self.augmentation == "none"),
             "cache_features needs a frozen vision tower and no augmentation: the features would be stale",
         )
 
-    def eval_decoding(self) -> dict[str, Any]:
-        """Return the decoding options of validation captions under Hugging Face's names."""
-        return {
-            "num_beams": self.eval_beams,
-            "max_new_tokens": self.eval_max_new_tokens,
-            "min_new_tokens": self.eval_min_new_tokens,
-            "length_penalty": self.eval_length_penalty,
-            "repetition_penalty": self.eval_repetition_penalty,
-            "no_repeat_ngram_size": self.eval_no_repeat_ngram,
-        }
+    def eval_options(self) -> DecodeOptions:
+        """Return the decoding options of validation captions and of a reward's greedy baseline."""
+        return DecodeOptions(
+            num_beams=self.eval_beams,
+            max_new_tokens=self.eval_max_new_tokens,
+            min_new_tokens=self.eval_min_new_tokens,
+            length_penalty=self.eval_length_penalty,
+            repetition_penalty=self.eval_repetition_penalty,
+            no_repeat_ngram_size=self.eval_no_repeat_ngram,
+        )
 
     def rewards(self) -> dict[str, float]:
         """Return {metric: weight} of the reward. Raises UsageError if an entry is not METRIC=WEIGHT."""
@@ -293,20 +290,23 @@ def load_recipe(source: str, changes: Mapping[str, Any] | None = None) -> Recipe
     A file's settings override those of the recipe that its `base` names, by default medblip-base. `changes` override
     both. Raises UsageError that names the setting.
     """
-    changes = dict(changes or {})
     if source in RECIPES:
-        recipe, path = RECIPES[source], source
+        recipe = RECIPES[source]
     elif Path(source).is_file():
-        path = source
-        content = _read_yaml(Path(source))
-        base = content.pop("base", "medblip-base")
+        try:
+            content = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"{source} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
+        if not isinstance(content, dict):
+            raise UsageError(f"{source} must be a mapping of settings, such as `epochs: 3`")
+        settings = {"name": Path(source).stem} | {str(name): value for name, value in content.items()}
+        base = settings.pop("base", "medblip-base")
         if base not in RECIPES:
             raise UsageError(f"{source}: base {base!r} is not one of {', '.join(RECIPES)}")
-        content.setdefault("name", Path(source).stem)
-        recipe = _changed(RECIPES[base], content, path)
+        recipe = _changed(RECIPES[base], settings, source)
     else:
         raise UsageError(f"there is no recipe {source!r}: use one of {', '.join(RECIPES)}, or a YAML file")
-    return _changed(recipe, changes, "flag")
+    return _changed(recipe, changes or {}, "flag")
 
 
 def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
@@ -323,24 +323,13 @@ def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
     return changes
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must be a mapping of settings, such as `epochs: 3`")
-    return {str(name): value for name, value in content.items()}
-
-
 def _changed(recipe: Recipe, changes: Mapping[str, Any], origin: str) -> Recipe:
     known = {field.name: field for field in fields(Recipe)}
     unknown = sorted(set(changes) - set(known))
     if unknown:
         raise UsageError(f"{origin}: unknown settings {', '.join(unknown)}; the settings are {', '.join(known)}")
-    values = {
-        name: _converted(name, value, getattr(recipe, name), str(known[name].type)) for name, value in changes.items()
-    }
+    # Annotations are text here, such as "int | None".
+    values = {name: _converted(name, v, getattr(recipe, name), str(known[name].type)) for name, v in changes.items()}
     return replace(recipe, **values)
 
 

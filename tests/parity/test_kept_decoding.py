@@ -17,7 +17,8 @@ from engine.inputs.tables import read_table
 from export.bundle import export_bundle
 from export.reference.huggingface import Reference
 from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
-from train.finetune import DataInputs, Job, finetune
+from train.data.dataset import DataInputs
+from train.finetune import Job, finetune
 from train.learning.average import Choice, average
 from train.recipe import RECIPES
 

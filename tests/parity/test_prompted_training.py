@@ -14,9 +14,9 @@ from engine.errors import UsageError
 from engine.inputs.tables import read_table
 from export.reference.huggingface import Reference
 from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
-from train.finetune import DataInputs, Job, finetune
+from train.data.dataset import DataInputs
+from train.finetune import Job, finetune
 from train.learning.reward import Reward, RewardTrainer
-from train.learning.setup import evaluation_options
 from train.recipe import RECIPES
 
 PROMPTS = ["axial ct of the chest showing", "mri with", ""]
@@ -60,7 +60,7 @@ def test_training_with_prompts_stores_text_after_them(checkpoint, data, tmp_path
     finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), log.append)
     assert "train: 6 of 9 captions start from a prompt of their image" in log
     best = tmp_path / "run" / "best"
-    expected = captions_after_prompts(Reference.load(best), data, "valid", evaluation_options(recipe))
+    expected = captions_after_prompts(Reference.load(best), data, "valid", recipe.eval_options())
     written = read_table(best / "valid.csv").single()
     assert written == {name: text for name, (_, text) in expected.items()}
     assert not any(prompt and text.startswith(prompt) for prompt, text in zip(PROMPTS, written.values(), strict=True))
@@ -124,7 +124,7 @@ def test_rewards_apply_only_to_text_after_prompts(checkpoint, data, tmp_path, mo
         baseline="greedy",  # with baseline "others" the advantages, and so the gradients at a prompt, would sum to 0
     )
     finetune(Job(checkpoint, DataInputs(data), tmp_path / "run", recipe), lambda _: None)
-    expected = captions_after_prompts(Reference.load(checkpoint), data, "train", evaluation_options(recipe))
+    expected = captions_after_prompts(Reference.load(checkpoint), data, "train", recipe.eval_options())
     table = read_table(data / "train_captions.csv").captions
     greedy = {references: text for references, text, _ in rewarded[: 9 * 4][3::4]}
     assert greedy == {table[name]: text for name, (_, text) in expected.items()}

@@ -23,9 +23,8 @@ from tests.helpers.other_device import DEVICE, other_device
 from tests.helpers.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, random_pictures
 from train import recipe
 from train.data.batches import IGNORED, Collator, EpochOrder, Features, Pictures, PixelSpec, collate_captions, radiology
-from train.data.dataset import Example, Split
-from train.learning.evaluate import Evaluator, references_by_id, sum_of_losses
-from train.learning.processes import share_of
+from train.data.examples import Example, Split, references_by_id
+from train.learning.evaluate import Evaluator
 from train.learning.reward import (
     BASELINES,
     PADDING,
@@ -38,7 +37,7 @@ from train.learning.reward import (
     repeating,
 )
 from train.learning.run_dir import BestModels
-from train.learning.setup import encode_images, make_trainer
+from train.learning.setup import Run, encode_images, make_trainer
 from train.learning.trainer import (
     COMPLETE,
     CaptionTrainer,
@@ -46,6 +45,7 @@ from train.learning.trainer import (
     newest_complete_checkpoint,
     seal,
     sorted_checkpoints,
+    sum_of_losses,
 )
 from train.recipe import Recipe
 
@@ -164,8 +164,6 @@ def test_each_image_is_seen_once_per_epoch():
     assert [i for _, i in first] != [i for _, i in second]
     order.set_epoch(0)
     assert list(order) == first
-    parts = [list(share_of(7, rank, 3)) for rank in range(3)]
-    assert sorted(i for part in parts for i in part) == list(range(7))
 
 
 def test_augmentation_is_repeatable_and_never_mirrors(tiny_reference, examples):
@@ -247,8 +245,8 @@ def test_reward_training_on_another_device(tiny_checkpoint, examples, tmp_path, 
     splits, seen = {"train": split, "valid": split}, []
     for device in (torch.device("cpu"), DEVICE):
         reference = Reference.load(tiny_checkpoint)
-        made = (settings, reference, splits, lambda _: {}, (4, 1), MetricInputs(), tmp_path, lambda _: None)
-        trainer = make_trainer(*made, max_steps=1)
+        run = Run(settings, reference, splits, MetricInputs(), {}, (4, 1), tmp_path, lambda _: None)
+        trainer = make_trainer(run, lambda _: {}, max_steps=1)
         with other_device(), monkeypatch.context() as patch:
             reference.model.to(device)
             patch.setattr(TrainingArguments, "device", device)

@@ -24,8 +24,7 @@ from engine.inputs.ids import join_some, shown
 from engine.inputs.pixels import read_image
 from export.checkpoints.files import BlipImageProcessor
 from export.reference.huggingface import normalisation
-from train.data.dataset import Example
-from train.data.problems import ACCENTS, WORDS
+from train.data.examples import ACCENTS, WORDS, Example
 
 MAX_DEGREES, MAX_SHIFT, MAX_ZOOM = 7.0, 0.04, 0.06
 """Largest rotation in degrees, shift (fraction of width and height) and zoom about the centre. They imitate the
@@ -190,19 +189,14 @@ class Pictures(Dataset[Item]):
         The pixels are normalised later, on the model's device. As u8, a batch takes a quarter of the shared memory, and
         containers have little of it.
         """
-        pixels, example = self.pixels(position)
-        return {"pixels": torch.tensor(pixels)} | texts_of(example)
-
-    def pixels(self, position: EpochIndex) -> tuple[NDArray[np.uint8], Example | None]:
-        """Return u8[size,size,3] and the example; zeros and None for a blank. Raises ImageError."""
         epoch, index = position
         if index >= len(self.examples):
-            return np.zeros((self.spec.size, self.spec.size, 3), np.uint8), None
+            return {"pixels": torch.zeros(self.spec.size, self.spec.size, 3, dtype=torch.uint8)} | texts_of(None)
         example = self.examples[index]
         pixels = self.spec.read(example.image)
         if self._augment is not None:
             pixels = self._augment(pixels, np.random.default_rng([self.seed, epoch, index]))
-        return pixels, example
+        return {"pixels": torch.tensor(pixels)} | texts_of(example)
 
 
 class Features(Dataset[Item]):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,11 +14,8 @@ from engine.errors import DataError, ImageError
 from engine.host import available_cores
 from engine.inputs.depth import CLIP
 from engine.inputs.pixels import CLIPPED, FRAMES, TRANSPARENT, ImageNote, decode_image
-from train.data.dataset import Split
-from train.data.problems import Problems, is_empty
+from train.data.examples import ACCENTS, WORDS, Finding, Problems, Split
 
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in total)."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -41,7 +37,6 @@ def check_split(
     count_tokens: Callable[[str], int] | None = None,
     max_tokens: int | None = None,
     lost_in: Callable[[str], str] | None = None,
-    progress: Progress | None = None,
 ) -> Problems:
     """Return the problems of a split: those found while reading it, and those of its images and tokenized captions.
 
@@ -54,48 +49,34 @@ def check_split(
     missing = {name for name, _ in split.problems.missing}
     files = {example.image: example.id for example in split.examples if example.id not in missing} if decode else {}
     notes: list[ImageNote] = []
-    reasons = in_threads(partial(_why_unreadable, depth=depth, notes=notes), list(files), progress)
+
+    def why_unreadable(path: Path) -> str:
+        try:
+            decode_image(path, depth=depth, notes=notes)
+        except ImageError as error:
+            return error.reason
+        except MemoryError:
+            return "needs more memory than is free"
+        return ""
+
+    reasons = in_threads(why_unreadable, list(files))
     unreadable = [(name, why) for name, why in zip(files.values(), reasons, strict=True) if why]
-    cut = []
-    if count_tokens is not None and max_tokens is not None:
-        for example in split.examples:
-            tokens = count_tokens(example.text)
-            if tokens > max_tokens:
-                cut.append((example.id, f"{tokens} tokens, at most {max_tokens} fit"))
-    noted = {
-        kind: sorted((files[Path(note.name)], reason) for note in notes if note.kind == kind)
-        for kind, reason in REASONS.items()
-    }
-    noted |= _lost(split, lost_in) if lost_in is not None else {}
-    return replace(split.problems, unreadable=unreadable, cut=cut, **noted)
-
-
-def _lost(split: Split, lost_in: Callable[[str], str]) -> dict[str, list[tuple[str, str]]]:
-    """Return findings for the captions that the tokenizer changes, by category (ACCENTS or WORDS)."""
-    findings: dict[str, list[tuple[str, str]]] = {}
+    found: dict[str, list[Finding]] = {"cut": [], ACCENTS: [], WORDS: []}
     for example in split.examples:
-        if category := lost_in(example.text):
-            findings.setdefault(category, []).append((example.id, ""))
-    return findings
+        if count_tokens is not None and max_tokens is not None and (tokens := count_tokens(example.text)) > max_tokens:
+            found["cut"].append((example.id, f"{tokens} tokens, at most {max_tokens} fit"))
+        if lost_in is not None and (category := lost_in(example.text)):
+            found[category].append((example.id, ""))
+    for kind, reason in REASONS.items():
+        found[kind] = sorted((files[Path(note.name)], reason) for note in notes if note.kind == kind)
+    return replace(split.problems, unreadable=unreadable, **found)
 
 
-def _why_unreadable(path: Path, *, depth: str, notes: list[ImageNote]) -> str:
-    try:
-        decode_image(path, depth=depth, notes=notes)
-    except ImageError as error:
-        return error.reason
-    except MemoryError:
-        return "needs more memory than is free"
-    return ""
-
-
-def in_threads(work: Callable[[T], R], items: list[T], progress: Progress | None = None) -> Iterator[R]:
+def in_threads(work: Callable[[T], R], items: list[T]) -> Iterator[R]:
     """Yield work(item) in the order of the items, with one thread for each core available to this process."""
     with ThreadPoolExecutor(available_cores()) as pool:
         for start in range(0, len(items), AT_ONCE):
             yield from pool.map(work, items[start : start + AT_ONCE])
-            if progress is not None:
-                progress(min(start + AT_ONCE, len(items)), len(items))
 
 
 def drop_unusable(split: Split, problems: Problems) -> Split:
@@ -108,16 +89,13 @@ def drop_unusable(split: Split, problems: Problems) -> Split:
     kept = [
         example
         for example in split.examples
-        if example.id not in without_image and not (example.id in with_empty and is_empty(example.caption))
+        if example.id not in without_image and not (example.id in with_empty and example.is_empty)
     ]
     if not kept:
-        raise DataError(f"{split.captions_file}: split {split.name} has no usable examples: {_why(problems)}")
+        why = "; ".join(problems.fatal.lines(1)) or "it is empty"
+        raise DataError(f"{split.captions_file}: split {split.name} has no usable examples: {why}")
     rest = replace(problems, missing=[], unreadable=[], empty=[])
     return replace(split, examples=kept, problems=rest)
-
-
-def _why(problems: Problems) -> str:
-    return "; ".join(problems.fatal.lines(1)) or "it is empty"
 
 
 def fingerprint(split: Split) -> str:
@@ -128,18 +106,13 @@ def fingerprint(split: Split) -> str:
     training starts from it. Names of folders do not count.
     """
     digest = hashlib.sha256()
-    sizes = _sizes(example.image for example in split.examples)
-    for example in split.examples:
-        prompt = [example.prompt] if example.prompt else []
-        digest.update(json.dumps([example.id, example.caption, sizes[example.image], *prompt]).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _sizes(paths: Iterable[Path]) -> dict[Path, int]:
     sizes = {}
-    for path in dict.fromkeys(paths):
+    for path in dict.fromkeys(example.image for example in split.examples):
         try:
             sizes[path] = path.stat().st_size
         except OSError:
             sizes[path] = -1
-    return sizes
+    for example in split.examples:
+        prompt = [example.prompt] if example.prompt else []
+        digest.update(json.dumps([example.id, example.caption, sizes[example.image], *prompt]).encode() + b"\n")
+    return digest.hexdigest()

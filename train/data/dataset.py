@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import DataError, UsageError
@@ -17,6 +16,7 @@ from engine.inputs.images import RepeatedIdError, find_images
 from engine.inputs.kinds import SUFFIXES, cut_suffix
 from engine.inputs.readers import read_ids
 from engine.inputs.tables import Table, read_table
+from train.data.examples import OF_NO_ID, Example, Finding, Problems, Split
 from train.data.layouts import (
     LOOKED_FOR,
     SPLITS,
@@ -28,84 +28,23 @@ from train.data.layouts import (
     read_concepts,
     split_of_path,
 )
-from train.data.parquet import CONCEPT_COLUMNS, Row, safe_name, split_concepts, unpack
-from train.data.problems import OF_NO_ID, Problems, is_empty
-
-
-def rows_of(table: Table, concepts: dict[str, tuple[str, ...]]) -> list[Row]:
-    """Return one row per caption of a table.
-
-    If `concepts` {id: concepts} is empty, concepts come from a column of the table. Prompts always do. Raises DataError
-    if an image has different prompts.
-    """
-    if not concepts:
-        columns = [values for title, values in table.columns.items() if title.lower() in CONCEPT_COLUMNS]
-        concepts = {name: tuple(split_concepts(value)) for values in columns[:1] for name, value in values.items()}
-    title = next((title for title in table.columns if title.lower() == PROMPT), "")
-    if title in table.varying:
-        raise _different_prompts(table.path, table.varying[title])
-    prompts = table.columns.get(title, {})
-    return [
-        Row(name, None, caption, concepts.get(name, ()), prompts.get(name, ""))
-        for name, captions in table.captions.items()
-        for caption in captions
-    ]
-
-
-def check_prompts(rows: Iterable[Row], captions_file: Path) -> None:
-    """Check the prompts of rows.
-
-    Raises DataError if an image has different prompts, because one caption is generated per image, and if a prompt
-    contains control characters or an unpaired surrogate.
-    """
-    prompts: dict[str, str] = {}
-    for row in rows:
-        if prompts.setdefault(row.id, row.prompt) != row.prompt:
-            raise _different_prompts(captions_file, row.id)
-        if not row.prompt.isprintable():
-            raise DataError(
-                f"{captions_file}: the prompt of {shown(row.id)} contains unprintable characters: {row.prompt!a}"
-            )
-
-
-def _different_prompts(captions_file: Path, name: str) -> DataError:
-    return DataError(
-        f"{captions_file}: {shown(name)} has captions with different prompts: give all rows of an image the same prompt"
-    )
+from train.data.parquet import CONCEPT_COLUMNS, safe_name, split_concepts, unpack
 
 
 @dataclass(frozen=True)
-class Example:
-    """An image with one of its captions.
+class DataInputs:
+    """A data set of captioned images and how to read it.
 
-    `concepts` are UMLS CUIs, () if the data set has none. `prompt` is the text before the caption. It is not part of
-    `caption`, and empty if the image has no prompt.
+    With `allow_missing` unusable entries are skipped instead of stopping the command, with `decode_images` every image
+    is decoded first. `unpack_into` is the folder for the images of parquet files, `columns` the names of the table's
+    columns.
     """
 
-    id: str
-    image: Path
-    caption: str
-    concepts: tuple[str, ...] = ()
-    prompt: str = ""
-
-    @property
-    def text(self) -> str:
-        """The prompt followed by the caption: the full text that the model gets."""
-        return f"{self.prompt} {self.caption}" if self.prompt else self.caption
-
-
-@dataclass(frozen=True)
-class Split:
-    """The captioned images of one split ("train", "valid" or "test") in the order of its captions file.
-
-    `problems` are those found while reading: missing images, empty captions, repeated ids, images without caption. The
-    path of a missing image points to a file that does not exist.
-    """
-
-    name: str
-    examples: list[Example]
-    captions_file: Path
-    problems: Problems = field(default_factory=Problems)
+    directory: Path
+    allow_missing: bool = False
+    decode_images: bool = True
+    unpack_into: Path | None = None
+    columns: Columns = USUAL
 
 
 def read_dataset(
@@ -185,7 +124,7 @@ class _Reader:
         self._root = root
         self._unpack_into = unpack_into
         self._columns, self._log = columns, log
-        self._no_images = _ImageFolder(root.directory, {})
+        self._no_images = _ImageFolder(root.directory, None, False)
         self._listings: dict[tuple[Path, bool], _ImageFolder] = {}
         self._used: dict[str, _ImageFolder] = {}
 
@@ -196,7 +135,7 @@ class _Reader:
             return
         concepts = read_concepts(source.concepts) if source.concepts else {}
         table = read_table(source.captions, self._columns)
-        self._add(name, source, rows_of(table, concepts), table)
+        self._add(name, source, table, list(table.captions), concepts)
 
     def read_all(self, source: SplitFiles) -> None:
         """Read one table that holds all splits.
@@ -213,18 +152,18 @@ class _Reader:
             column = {name: split for split, ids in listed.items() for name in ids}
         if column is None:
             column = self._splits_by_folder(source, table)
-        by_split: dict[str, list[Row]] = {name: [] for name in SPLITS}
-        for row in rows_of(table, {}):
-            if source.lists and row.id not in (column or {}):
+        by_split: dict[str, list[str]] = {name: [] for name in SPLITS}
+        for image_id in table.captions:
+            if source.lists and image_id not in (column or {}):
                 continue
-            value = "train" if column is None else column.get(row.id, "")
+            value = "train" if column is None else column.get(image_id, "")
             name = next((split for split, aliases in SPLITS.items() if value.strip().lower() in aliases), None)
             if name is None:
-                raise DataError(f"{source.captions}: {row.id} has the split {value!r}, expected {', '.join(SPLITS)}")
-            by_split[name].append(row)
-        for name, rows in by_split.items():
-            if rows:
-                self._add(name, source, rows, table)
+                raise DataError(f"{source.captions}: {image_id} has the split {value!r}, expected {', '.join(SPLITS)}")
+            by_split[name].append(image_id)
+        for name, ids in by_split.items():
+            if ids:
+                self._add(name, source, table, ids, {})
 
     def _splits_by_folder(self, source: SplitFiles, table: Table) -> dict[str, str] | None:
         """Return {id: split} if images are in folders named after splits, or None if no image is.
@@ -260,53 +199,82 @@ class _Reader:
         If splits share a folder, such an image is reported once, for the first of them.
         """
         used = {example.image for split in self.splits.values() for example in split.examples}
+
+        def unused(paths: Iterable[Path]) -> list[Finding]:
+            rest = [path for path in paths if path not in used]
+            used.update(rest)
+            return [(os.path.relpath(path, self._root.directory), "") for path in rest]
+
         for name, listing in self._used.items():
-            without_caption = [path for path in listing.by_path.values() if path not in used]
-            used.update(without_caption)
-            skipped = [path for path in listing.imageless if path not in used]
-            used.update(skipped)
-            split, relative = self.splits[name], partial(os.path.relpath, start=self._root.directory)
-            uncaptioned, imageless = ([(relative(path), "") for path in paths] for paths in (without_caption, skipped))
-            problems = replace(split.problems, uncaptioned=uncaptioned, imageless=imageless)
-            self.splits[name] = replace(split, problems=problems)
+            rest = {"uncaptioned": unused(listing.by_path.values()), "imageless": unused(listing.imageless)}
+            split = self.splits[name]
+            self.splits[name] = replace(split, problems=replace(split.problems, **rest))
         return self.splits
 
     def _read_parquet(self, name: str, source: SplitFiles) -> None:
         folder = self._unpack_into / name
-        rows = unpack(list(source.parquet), folder, self._columns)
-        if not rows:
+        examples = unpack(list(source.parquet), folder, self._columns)
+        if not examples:
             raise DataError(f"{source.captions} holds no captions")
+        prompts = _checked_prompts(((example.id, example.prompt) for example in examples), source.captions)
+        examples = [replace(example, prompt=prompts[example.id]) for example in examples]
         present = set(os.listdir(folder))
         reason = "no image in the parquet file, or deleted after unpacking"
-        missing = {row.id: reason for row in rows if row.file is None or row.file.name not in present}
-        examples = [_example(row, row.file or folder / f"{safe_name(row.id)}.jpg") for row in rows]
-        check_prompts(rows, source.captions)
-        problems = _problems(examples, missing, one_each=False)  # in parquet an image may have several captions
-        self.splits[name] = Split(name, examples, source.captions, replace(problems, repeated=_shared_ids(examples)))
+        missing = {example.id: reason for example in examples if example.image.name not in present}
+        # In parquet an image may have several captions, but several images of one id are suspicious.
+        images: dict[str, set[Path]] = {}
+        for example in examples:
+            images.setdefault(example.id, set()).add(example.image)
+        shared = [(image_id, f"of {len(paths)} images") for image_id, paths in images.items() if len(paths) > 1]
+        self._keep(name, source, examples, missing, shared)
 
-    def _add(self, name: str, source: SplitFiles, rows: list[Row], table: Table) -> None:
-        """Add a split. Its images are found by file name, else by id, else by the column `name`."""
-        written = {row.id: table.files.get(row.id, row.id) for row in rows}
+    def _add(
+        self, name: str, source: SplitFiles, table: Table, ids: list[str], concepts: dict[str, tuple[str, ...]]
+    ) -> None:
+        """Add the split of these ids of a table. Its images are found by file name, else by id, else by column `name`.
+
+        If `concepts` {id: concepts} is empty, concepts come from a column of the table. Prompts always do.
+        """
+        if not concepts:
+            columns = [values for title, values in table.columns.items() if title.lower() in CONCEPT_COLUMNS]
+            concepts = {key: tuple(split_concepts(value)) for values in columns[:1] for key, value in values.items()}
+        title = next((title for title in table.columns if title.lower() == PROMPT), "")
+        if title in table.varying:
+            raise _different_prompts(table.path, table.varying[title])
+        cells = table.columns.get(title, {})
+        prompts = _checked_prompts(((image_id, cells.get(image_id, "")) for image_id in ids), source.captions)
+        written = {image_id: table.files.get(image_id, image_id) for image_id in ids}
         folder, listing, looked = self._choose_folder(source, list(written.values()))
         names = table.columns.get("name", {})
         if names and not any(listing.find(path) for path in written.values()):
-            written = {image_id: names.get(image_id, image_id) for image_id in written}
+            written = {image_id: names.get(image_id, image_id) for image_id in ids}
             folder, listing, looked = self._choose_folder(source, list(written.values()))
         images = listing.find_all(written, names, source.captions)
         # The table of one split may name images in the folder of another, such as val/1.png in the table of train.
         if any(image_id not in images and "/" in spelled(path) for image_id, path in written.items()):
             rest = {image_id: path for image_id, path in written.items() if image_id not in images}
             images |= self._list(self._root.directory, True).find_all(rest, {}, source.captions)
-        examples, missing = [], {}
-        for row in rows:
-            image = images.get(row.id)
-            if image is None:
-                missing[row.id] = f"no such image in {looked}"
-                image = folder / f"{safe_name(row.id)}.jpg"
-            examples.append(_example(row, image))
-        check_prompts(rows, source.captions)
+        missing = {image_id: f"no such image in {looked}" for image_id in ids if image_id not in images}
+        images |= {image_id: folder / f"{safe_name(image_id)}.jpg" for image_id in missing}
+        examples = [
+            Example(image_id, images[image_id], caption, concepts.get(image_id, ()), prompts[image_id])
+            for image_id in ids
+            for caption in table.captions[image_id]
+        ]
+        repeated = [
+            (image_id, f"{len(table.captions[image_id])} captions")
+            for image_id in ids
+            if source.one_each and len(table.captions[image_id]) > 1
+        ]
         self._used[name] = listing
-        self.splits[name] = Split(name, examples, source.captions, _problems(examples, missing, source.one_each))
+        self._keep(name, source, examples, missing, repeated)
+
+    def _keep(
+        self, name: str, source: SplitFiles, examples: list[Example], missing: dict[str, str], repeated: list[Finding]
+    ) -> None:
+        empty = [(e.id, "white space only" if e.caption else "no text") for e in examples if e.is_empty]
+        problems = Problems(missing=list(missing.items()), empty=empty, repeated=repeated)
+        self.splits[name] = Split(name, examples, source.captions, problems)
 
     def _choose_folder(self, source: SplitFiles, ids: list[str]) -> tuple[Path, _ImageFolder, str]:
         """Return the folder of the images, its listing, and the names of the searched folders for messages.
@@ -339,13 +307,12 @@ class _Reader:
         return os.path.relpath(folder, self._root.directory) + "/" if folder != self._root.directory else f"{folder}/"
 
     def _list(self, folder: Path, deep: bool) -> _ImageFolder:
-        key = (folder, deep)
-        if key not in self._listings:
-            try:
-                self._listings[key] = _list_images(self._root.directory, folder, deep)
-            except OSError as error:
-                raise UsageError(f"{error.filename or folder} cannot be listed: {error.strerror}") from error
-        return self._listings[key]
+        try:
+            if (folder, deep) not in self._listings:
+                self._listings[folder, deep] = _ImageFolder(self._root.directory, folder, deep)
+            return self._listings[folder, deep]
+        except OSError as error:
+            raise UsageError(f"{error.filename or folder} cannot be listed: {error.strerror}") from error
 
 
 def _holds_images(folder: Path, deep: bool) -> bool:
@@ -360,19 +327,28 @@ def _holds_images(folder: Path, deep: bool) -> bool:
 class _ImageFolder:
     """The images of a folder, by their paths inside it. Looks up ids as engine.inputs.ids.Ids does.
 
-    `trouble` is set if two images have the same name, so that names alone do not distinguish them. `imageless` are
-    DICOM files without an image.
+    If two images have the same name (cat/1.png and dog/1.png, or 1.jpg and 1.png), the paths keep their suffix, and
+    `trouble` says that names alone do not distinguish them. `imageless` are DICOM files without an image. A folder of
+    None has no images.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        by_path: dict[str, Path],
-        trouble: UsageError | None = None,
-        imageless: Sequence[Path] = (),
-    ) -> None:
-        self.by_path, self.trouble, self.imageless = by_path, trouble, imageless
-        self._ids, self._root = Ids(by_path), root
+    def __init__(self, root: Path, folder: Path | None, deep: bool) -> None:
+        self.trouble: UsageError | None = None
+        self.by_path: dict[str, Path] = {}
+        self.imageless: list[Path] = []
+        if folder is not None and _holds_images(folder, deep):
+            try:
+                found = find_images(folder, recursive=deep)
+            except RepeatedIdError as error:
+                found = find_images(folder, recursive=deep, ids="file")
+                self.trouble = UsageError(
+                    f"{str(error).partition('; --ids')[0]}; write folder and suffix in the table, or rename one"
+                )
+            for image in found.images:
+                inside = image.inside.as_posix()
+                self.by_path[inside if self.trouble else cut_suffix(inside)] = image.path
+            self.imageless = [folder / name for name in sorted(found.imageless)]
+        self._ids, self._root = Ids(self.by_path), root
         self._is_there: dict[str, bool] = {}
 
     def find(self, name: str) -> Path | None:
@@ -407,44 +383,22 @@ class _ImageFolder:
         return images
 
 
-def _list_images(root: Path, folder: Path, deep: bool) -> _ImageFolder:
-    """List the images of a folder.
+def _checked_prompts(prompts: Iterable[tuple[str, str]], captions_file: Path) -> dict[str, str]:
+    """Return {id: prompt} of (id, prompt) pairs; a prompt of white space only becomes ''.
 
-    If two images have the same name (cat/1.png and dog/1.png, or 1.jpg and 1.png), the paths keep their suffix.
+    Raises DataError if an image has different prompts, because one caption is generated per image, and if a prompt
+    contains control characters or an unpaired surrogate.
     """
-    if not _holds_images(folder, deep):
-        return _ImageFolder(root, {})
-    trouble = None
-    try:
-        found = find_images(folder, recursive=deep)
-    except RepeatedIdError as error:
-        found = find_images(folder, recursive=deep, ids="file")
-        trouble = UsageError(
-            f"{str(error).partition('; --ids')[0]}; write folder and suffix in the table, or rename one"
-        )
-    paths = {image.path: image.inside.as_posix() for image in found.images}
-    by_path = {inside if trouble else cut_suffix(inside): path for path, inside in paths.items()}
-    return _ImageFolder(root, by_path, trouble, [folder / name for name in sorted(found.imageless)])
+    by_id: dict[str, str] = {}
+    for name, prompt in prompts:
+        if by_id.setdefault(name, prompt) != prompt:
+            raise _different_prompts(captions_file, name)
+        if not prompt.isprintable():
+            raise DataError(f"{captions_file}: the prompt of {shown(name)} contains unprintable characters: {prompt!a}")
+    return {name: prompt if prompt.strip() else "" for name, prompt in by_id.items()}
 
 
-def _example(row: Row, image: Path) -> Example:
-    return Example(row.id, image, row.caption, row.concepts, row.prompt if row.prompt.strip() else "")
-
-
-def _shared_ids(examples: Iterable[Example]) -> list[tuple[str, str]]:
-    """Return findings for ids that have several images."""
-    images: dict[str, set[Path]] = {}
-    for example in examples:
-        images.setdefault(example.id, set()).add(example.image)
-    return [(name, f"of {len(paths)} images") for name, paths in images.items() if len(paths) > 1]
-
-
-def _problems(examples: Iterable[Example], missing: dict[str, str], one_each: bool) -> Problems:
-    counts = Counter(example.id for example in examples)
-    empty = [
-        (example.id, "white space only" if example.caption else "no text")
-        for example in examples
-        if is_empty(example.caption)
-    ]
-    repeated = [(name, f"{count} captions") for name, count in counts.items() if count > 1] if one_each else []
-    return Problems(missing=list(missing.items()), empty=empty, repeated=repeated)
+def _different_prompts(captions_file: Path, name: str) -> DataError:
+    return DataError(
+        f"{captions_file}: {shown(name)} has captions with different prompts: give all rows of an image the same prompt"
+    )

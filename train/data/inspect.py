@@ -13,16 +13,20 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.errors import EngineError, ImageError, OutputError, UsageError
 from engine.files.atomic import write_atomically
-from engine.inputs.columns import USUAL, Columns
 from engine.inputs.depth import CLIP, window_of
 from engine.inputs.images import is_dicom
 from engine.inputs.pixels import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, image_errors, open_image
-from train.data.check import Progress, check_split, in_threads
-from train.data.dataset import Example, Split, read_dataset
+from train.data.check import check_split, in_threads
+from train.data.dataset import DataInputs, read_dataset
+from train.data.examples import Example, Split
 
 COLOURS = {"train": "#3b5b92", "valid": "#c98b2b", "test": "#0b6e4f"}
+MAX_TOKENS = 200
+"""The default of the recipes: captions with more tokens are cut."""
 SHOWN = 0.99
 """Smallest fraction of a split's captions that a plot of lengths shows. A cut tail is noted in the axis label."""
 
@@ -61,7 +65,9 @@ def draw_dataset(stats: Stats, out: Path) -> None:
 def _draw_lengths(panel: Any, lengths: dict[str, Stats], unit: str) -> None:
     """Draw a step plot of caption lengths, as percentages of the captions of each split."""
     longest = max(split["max"] for split in lengths.values())
-    end = min(longest, max(_percentile(split["counts"]) for split in lengths.values()) * 5 // 4)
+    counted = [np.repeat([int(length) for length in s["counts"]], [*s["counts"].values()]) for s in lengths.values()]
+    most = max(int(np.quantile(one, SHOWN, method="inverted_cdf")) for one in counted)
+    end = min(longest, most * 5 // 4)
     width = max(1, -(-end // 60))
     end += width - 1 - end % width  # makes the last step as wide as the others
     beyond = 0
@@ -85,16 +91,6 @@ def _draw_lengths(panel: Any, lengths: dict[str, Stats], unit: str) -> None:
     panel.set_ylim(bottom=0)
     panel.legend(fontsize=8, frameon=False)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _percentile(counts: dict[str, int]) -> int:
-    """Return the length that a fraction SHOWN of the captions do not exceed."""
-    left = SHOWN * sum(counts.values())
-    for length, count in counts.items():
-        left -= count
-        if left <= 0:
-            return int(length)
-    return int(max(counts, key=int))
 
 
 def _draw_modalities(panel: Any, modalities: dict[str, Stats]) -> None:
@@ -148,7 +144,6 @@ def inspect_dataset(
     *,
     count_tokens: Callable[[str], int] | None = None,
     images: bool = True,
-    progress: Progress | None = None,
 ) -> Stats:
     """Return statistics of the splits as JSON-compatible dicts.
 
@@ -158,32 +153,32 @@ def inspect_dataset(
     share. Raises EngineError for errors of the system, such as too many open files.
     """
     paths = list(dict.fromkeys(e.image for split in splits.values() for e in split.examples)) if images else []
-    headers = dict(zip(paths, in_threads(_read_header, paths, progress), strict=True))
+    headers = dict(zip(paths, in_threads(_read_header, paths), strict=True))
     stats: Stats = {"splits": {name: _describe(split, count_tokens, headers) for name, split in splits.items()}}
     examples = [(name, example) for name, split in splits.items() for example in split.examples]
     stats["duplicates"] = {
         "files": _repeats((name, e.id, headers[e.image].digest) for name, e in examples if e.image in headers),
         "captions": _repeats((name, e.id, e.caption.strip()) for name, e in examples),
     }
-    stats["overlaps"] = _overlaps({name: [e.id for e in split.examples] for name, split in splits.items()})
+    ids = {name: dict.fromkeys(e.id for e in split.examples) for name, split in splits.items()}
+    stats["overlaps"] = {}
+    for first, second in combinations(ids, 2):
+        shared = [name for name in ids[first] if name in ids[second]]
+        stats["overlaps"][f"{first} and {second}"] = {"count": len(shared), "first": shared[:FIRST]}
     return stats
 
 
 def inspect_directory(
-    data: Path,
+    data: DataInputs,
     out: Path,
     log: Callable[[str], None],
     *,
     model: Path | None = None,
-    decode: bool = True,
-    unpack_into: Path | None = None,
-    columns: Columns = USUAL,
-    max_tokens: int = 200,
     high_bit_depth: str = CLIP,
 ) -> bool:
     """Describe a data set with `log`, in out/inspect.json and in out/inspect.png; return whether all of it is usable.
 
-    If `model` is given (the folder of a checkpoint), its tokenizer counts tokens. Captions with more than `max_tokens`
+    If `model` is given (the folder of a checkpoint), its tokenizer counts tokens. Captions with more than MAX_TOKENS
     tokens are then listed, and captions that lose accents or words when they are tokenized.
     """
     window_of(high_bit_depth)
@@ -197,11 +192,18 @@ def inspect_directory(
         tokenizer = read_tokenizer(model)
         count_tokens = lambda text: len(tokenizer(text)["input_ids"])  # noqa: E731
         lost_in = lambda text: lost_in_tokens(tokenizer, text)  # noqa: E731
-    splits = read_dataset(data, unpack_into=unpack_into, columns=columns, log=log)
+    splits = read_dataset(data.directory, unpack_into=data.unpack_into, columns=data.columns, log=log)
     stats = inspect_dataset(splits, count_tokens=count_tokens)
-    counting: dict[str, Any] = {"count_tokens": count_tokens, "max_tokens": max_tokens, "lost_in": lost_in}
     by_split = {
-        name: check_split(split, decode=decode, depth=high_bit_depth, **counting) for name, split in splits.items()
+        name: check_split(
+            split,
+            decode=data.decode_images,
+            depth=high_bit_depth,
+            count_tokens=count_tokens,
+            max_tokens=MAX_TOKENS,
+            lost_in=lost_in,
+        )
+        for name, split in splits.items()
     }
     stats["problems"] = {name: asdict(problems) for name, problems in by_split.items()}
     for line in lines(stats):
@@ -299,15 +301,6 @@ def _repeats(items: Iterable[tuple[str, str, Hashable]]) -> Stats:
     return {"groups": len(shared), "within": dict(within), "between": dict(between), "first": first}
 
 
-def _overlaps(ids: dict[str, list[str]]) -> Stats:
-    overlaps = {}
-    for first, second in combinations(ids, 2):
-        second_ids = set(ids[second])
-        shared = [name for name in dict.fromkeys(ids[first]) if name in second_ids]
-        overlaps[f"{first} and {second}"] = {"count": len(shared), "first": shared[:FIRST]}
-    return overlaps
-
-
 def _read_header(path: Path) -> _Header:
     """Read the header of an image file. Raises EngineError for errors of the system."""
     try:
@@ -343,46 +336,31 @@ def lines(stats: Stats) -> list[str]:
                 )
         if split["prompts"]:
             out.append(f"  prompts: {split['prompts']} of {split['captions']} captions have one; tokens include it")
-        out += [f"  {line}" for line in (*_modality_lines(split), *_size_lines(split["sizes"]))]
+        modalities, sizes = split["modalities"], split["sizes"]
+        if modalities["with_concepts"]:
+            counts = ", ".join(f"{name} {count}" for name, count in modalities["counts"].items() if count)
+            several = f" ({modalities['several']} images have more than one)" if modalities["several"] else ""
+            out.append(f"  modalities: {counts}{several}")
+        else:
+            out.append("  modalities: unknown, no concepts")
+        if sizes is not None and sizes["width"]:
+            spans = [(side, sizes[side]) for side in ("width", "height")]
+            sides = "; ".join(
+                f"{side} {span['min']} to {span['max']}, median {span['median']:g}" for side, span in spans
+            )
+            modes = ", ".join(f"{mode} {count}" for mode, count in sizes["modes"].items())
+            out.append(f"  pixels: {sides}; {sizes['not_rgb']:.1%} not RGB ({modes})")
+        if sizes is not None and sizes["unread"]["count"]:
+            unread = sizes["unread"]
+            named = ", ".join(f"{name} ({reason})" for name, reason in unread["first"])
+            out.append(f"  {unread['count']} of unknown size: {named}" + (", ..." if unread["count"] > FIRST else ""))
     for kind, noun in (("files", "images with the same bytes"), ("captions", "images with the same caption")):
-        out.append(f"{noun}: {_repeat_line(stats['duplicates'][kind])}")
+        repeats = stats["duplicates"][kind]
+        parts = [f"{count} repeat an earlier one of {name}" for name, count in repeats["within"].items()]
+        parts += [f"{count} shared by {pair}" for pair, count in repeats["between"].items()]
+        example = f"; for example {', '.join(repeats['first'][0])}" if parts else ""
+        out.append(f"{noun}: {', '.join(parts) or 'none'}{example}")
     for pair, shared in stats["overlaps"].items():
         names = f": {', '.join(shared['first'])}" + (", ..." if shared["count"] > FIRST else "")
         out.append(f"ids in {pair}: " + (f"{shared['count']}{names}" if shared["count"] else "none"))
     return out
-
-
-def _modality_lines(split: Stats) -> list[str]:
-    modalities = split["modalities"]
-    if not modalities["with_concepts"]:
-        return ["modalities: unknown, no concepts"]
-    counts = ", ".join(f"{name} {count}" for name, count in modalities["counts"].items() if count)
-    several = f" ({modalities['several']} images have more than one)" if modalities["several"] else ""
-    return [f"modalities: {counts}{several}"]
-
-
-def _size_lines(sizes: Stats | None) -> list[str]:
-    if sizes is None:
-        return []
-    out = []
-    if sizes["width"]:
-        sides = (f"{side} {s['min']} to {s['max']}, median {s['median']:g}" for side, s in _sides(sizes))
-        modes = ", ".join(f"{mode} {count}" for mode, count in sizes["modes"].items())
-        out.append(f"pixels: {'; '.join(sides)}; {sizes['not_rgb']:.1%} not RGB ({modes})")
-    unread = sizes["unread"]
-    if unread["count"]:
-        named = ", ".join(f"{name} ({reason})" for name, reason in unread["first"])
-        out.append(f"{unread['count']} of unknown size: {named}" + (", ..." if unread["count"] > FIRST else ""))
-    return out
-
-
-def _sides(sizes: Stats) -> list[tuple[str, Stats]]:
-    return [(side, sizes[side]) for side in ("width", "height")]
-
-
-def _repeat_line(repeats: Stats) -> str:
-    parts = [f"{count} repeat an earlier one of {name}" for name, count in repeats["within"].items()]
-    parts += [f"{count} shared by {pair}" for pair, count in repeats["between"].items()]
-    if not parts:
-        return "none"
-    return ", ".join(parts) + f"; for example {', '.join(repeats['first'][0])}"

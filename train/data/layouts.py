@@ -127,11 +127,7 @@ def split_of_path(paths: Sequence[str]) -> list[str | None]:
 
 def find_source(root: Listing, split: str) -> SplitFiles | None:
     """Return the files of a split, or None if no layout fits. Raises DataError if more than one file fits."""
-    for layout in LAYOUTS:
-        source = layout(root, split)
-        if source is not None:
-            return source
-    return None
+    return next(filter(None, (layout(root, split) for layout in LAYOUTS)), None)
 
 
 def find_table(root: Listing) -> SplitFiles | None:
@@ -140,16 +136,13 @@ def find_table(root: Listing) -> SplitFiles | None:
         known = [name for name in here.files if re.fullmatch(KNOWN, name)]
         name = next((name for name in (*known, *SINGLE) if name in here.files), None)
         if name is not None:
-            return SplitFiles(here.directory / name, _image_folders(root), lists=_split_lists(here))
+            # Flickr8k's lists of images by split: Flickr_8k.trainImages.txt and similar names.
+            matches = (re.fullmatch(r"(?i).*?\b(train|val|dev|test)Images\.txt", file) for file in here.files)
+            lists = tuple((split_of(match[1]) or "", here.directory / match[0]) for match in matches if match)
+            return SplitFiles(here.directory / name, _image_folders(root), lists=lists)
     if find_sidecars(root.directory):
         return _next_to_images(root.directory)
     return None
-
-
-def _split_lists(here: Listing) -> tuple[tuple[str, Path], ...]:
-    """Return Flickr8k's lists of images by split: Flickr_8k.trainImages.txt and similar names."""
-    named = {name: re.fullmatch(r"(?i).*?\b(train|val|dev|test)Images\.txt", name) for name in here.files}
-    return tuple((split_of(match[1]) or "", here.directory / name) for name, match in named.items() if match)
 
 
 def _image_folders(root: Listing, split: str = "", first: tuple[Path, ...] = ()) -> tuple[tuple[Path, bool], ...]:
@@ -202,17 +195,14 @@ def _concepts_file(here: Listing, split: str, captions: str) -> Path | None:
     named = [name for name in here.files if split_of(name) == split and name.lower().endswith(DELIMITED)]
     named = [name for name in named if name != captions]
     exact = [name for name in named if _is_exactly(name, split, ("concepts",))]
-    loose = [name for name in named if _names_concepts(name) or _is_concepts(here, name)]
+    words = {name: re.split(r"[^a-z]+", name.lower()) for name in named}
+    loose = [n for n in named if any(w.startswith(("concept", "cui")) for w in words[n]) or _is_concepts(here, n)]
     candidates = exact or loose
     return here.directory / _require_one(here, candidates, f"concepts of {split}") if candidates else None
 
 
 def _is_exactly(name: str, split: str, words: tuple[str, ...]) -> bool:
     return Path(name).stem.lower() in {f"{alias}_{word}" for alias in SPLITS[split] for word in words}
-
-
-def _names_concepts(name: str) -> bool:
-    return any(word.startswith(("concept", "cui")) for word in re.split(r"[^a-z]+", name.lower()))
 
 
 def _is_concepts(here: Listing, name: str) -> bool:
@@ -329,25 +319,17 @@ REMEDIES = {
 
 def describe_unknown(root: Listing) -> str:
     """Describe an unknown directory: its files, the closest layout, and what is missing for that layout."""
-    files = _files_below(root.directory)
+    files: list[str] = []
+    for here, folders, names in os.walk(root.directory):
+        folders.sort()
+        files += [os.path.relpath(Path(here, name), root.directory) for name in sorted(names)]
+        if len(files) > MAX_FILES:
+            break
     if not files:
         return "it contains no files"
     shown = [name for name in files if not Path(name).name.startswith(".")]
-    return f"it contains {count_kinds(files)}{_folders(root)}; {_suggest_layout(root, shown)}"
-
-
-def _files_below(directory: Path) -> list[str]:
-    names: list[str] = []
-    for here, folders, files in os.walk(directory):
-        folders.sort()
-        names += [os.path.relpath(Path(here, name), directory) for name in sorted(files)]
-        if len(names) > MAX_FILES:
-            break
-    return names
-
-
-def _folders(root: Listing) -> str:
-    return f" in the folders {join_some(root.folders, 4)}" if root.folders else ""
+    inside = f" in the folders {join_some(root.folders, 4)}" if root.folders else ""
+    return f"it contains {count_kinds(files)}{inside}; {_suggest_layout(root, shown)}"
 
 
 def _suggest_layout(root: Listing, files: list[str]) -> str:
@@ -376,16 +358,14 @@ def _suggest_layout(root: Listing, files: list[str]) -> str:
 
 
 def _holds_captions(path: Path) -> bool:
-    if path.suffix.lower() not in (*DELIMITED, ".json", ".jsonl"):
+    suffix = path.suffix.lower()
+    if suffix not in (*DELIMITED, ".json", ".jsonl"):
         return False
     try:
-        if path.suffix.lower() in DELIMITED and not _header_has_captions(path):
-            return False
+        if suffix in DELIMITED:  # read_table accepts tables without a header too, which any table could be
+            header = re.split(r"[,\t|;]", read_text(path).partition("\n")[0])
+            if find_column(header, CAPTION_COLUMNS) is None:
+                return False
         return bool(read_table(path).captions)
     except (DataError, UsageError):
         return False
-
-
-def _header_has_captions(path: Path) -> bool:
-    header = read_text(path).partition("\n")[0]
-    return find_column(re.split(r"[,\t|;]", header), CAPTION_COLUMNS) is not None

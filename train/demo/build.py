@@ -23,9 +23,10 @@ from export.checkpoints.files import BlipImageProcessor, word_pieces
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
 from train.data.batches import PixelSpec
+from train.data.dataset import DataInputs
 from train.demo.assets import fetch_assets
 from train.demo.volumes import PLANES, REGIONS, Pair, read_pairs, write_pairs
-from train.finetune import DataInputs, Job, finetune
+from train.finetune import Job, finetune
 from train.learning.run_dir import save_checkpoint
 from train.recipe import load_recipe
 
@@ -139,9 +140,11 @@ def build_demo(out: Path, work: Path, log: Callable[[str], None], *, seed: int =
     frozen encoder, the second trains the whole model on augmented images. `work` keeps the downloads, the slices
     (work/pairs) and both run directories, so a second call resumes an interrupted one.
     """
-    pairs, pairs_dir = demo_pairs(work), work / "pairs"
+    pairs_dir, assets = work / "pairs", fetch_assets(work / "assets")
+    pairs = read_pairs(pairs_dir) if (pairs_dir / "pairs.jsonl").exists() else write_pairs(assets, pairs_dir)
     log(f"{len(pairs)} slices in {pairs_dir}")
-    checkpoint = initial_checkpoint(work, seed)
+    checkpoint = work / "initial"
+    save_checkpoint(initial_reference(assets, seed), checkpoint)
     for name in STAGES:
         job = Job(checkpoint, DataInputs(pairs_dir), work / name, load_recipe(name, {"seed": seed}))
         log(f"{name}: {finetune(job, log)['best']}")
@@ -154,22 +157,8 @@ def build_demo(out: Path, work: Path, log: Callable[[str], None], *, seed: int =
     return report
 
 
-def demo_pairs(work: Path) -> list[Pair]:
-    """Return the slices and captions in work/pairs. If they do not exist, cut them from the downloaded volumes."""
-    directory = work / "pairs"
-    if (directory / "pairs.jsonl").exists():
-        return read_pairs(directory)
-    return write_pairs(fetch_assets(work / "assets"), directory)
-
-
-def initial_checkpoint(work: Path, seed: int = 0) -> Path:
-    """Write the initial checkpoint to work/initial and return it: weights of DINOv2 and MiniLM, the rest random."""
-    checkpoint = work / "initial"
-    save_checkpoint(_initial_reference(fetch_assets(work / "assets"), seed), checkpoint)
-    return checkpoint
-
-
-def _initial_reference(assets: dict[str, Path], seed: int) -> Reference:
+def initial_reference(assets: dict[str, Path], seed: int) -> Reference:
+    """Return the initial checkpoint: weights of DINOv2 and MiniLM, the rest random."""
     torch.manual_seed(seed)
     tokenizer = word_pieces(assets["vocab.txt"], do_lower_case=True)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
@@ -266,11 +255,16 @@ def score_captions(references: list[str], captions: list[str]) -> dict[str, floa
     def planes(text: str) -> list[bool]:
         return [plane in text.lower() for plane in PLANES]
 
+    def region_f1(reference: str, caption: str) -> float:
+        expected, found = regions_of(reference), regions_of(caption)
+        total = len(expected) + len(found)
+        return 2 * len(expected & found) / total if total else 1.0
+
     pairs = list(zip(references, captions, strict=True))
     return {
         "images": len(pairs),
         "plane_accuracy": float(np.mean([planes(r) == planes(c) for r, c in pairs])),
-        "region_f1": float(np.mean([_f1(regions_of(r), regions_of(c)) for r, c in pairs])),
+        "region_f1": float(np.mean([region_f1(r, c) for r, c in pairs])),
         "rouge1": float(np.mean([scorer.score(r, c)["rouge1"].fmeasure for r, c in pairs])),
         "exact_match": float(np.mean([letters(r) == letters(c) for r, c in pairs])),
         "distinct_captions": len(set(captions)),
@@ -282,8 +276,3 @@ def regions_of(caption: str) -> set[str]:
     """Return the names of REGIONS in a caption, as whole words: "precuneus" does not contain "cuneus"."""
     text = caption.lower()
     return {name for name, _ in REGIONS if re.search(rf"\b{re.escape(name.lower())}\b", text)}
-
-
-def _f1(expected: set[str], found: set[str]) -> float:
-    total = len(expected) + len(found)
-    return 2 * len(expected & found) / total if total else 1.0

@@ -135,15 +135,13 @@ def write_pairs(assets: dict[str, Path], out: Path, size: int = 256) -> list[Pai
                 shape = (round(image.width * scale), round(image.height * scale))
                 image.resize(shape, Image.Resampling.BICUBIC).save(out / pair.image, quality=92)
                 pairs.append(pair)
-    withheld = {pair.caption for pair in pairs if pair.split == "test" and _is_withheld(pair.caption)}
+    digests = {
+        pair.caption: hashlib.sha256(pair.caption.encode()).hexdigest() for pair in pairs if pair.split == "test"
+    }
+    withheld = {caption for caption, digest in digests.items() if int(digest, 16) % WITHHOLD_ONE_IN == 0}
     pairs = [pair for pair in pairs if pair.split != "train" or pair.caption not in withheld]
     (out / "pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
     return pairs
-
-
-def _is_withheld(caption: str) -> bool:
-    """Return whether a caption of the test volume is kept out of training: one in WITHHOLD_ONE_IN, by its hash."""
-    return int(hashlib.sha256(caption.encode()).hexdigest(), 16) % WITHHOLD_ONE_IN == 0
 
 
 def read_pairs(directory: Path) -> list[Pair]:

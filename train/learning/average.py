@@ -14,8 +14,8 @@ import torch
 from engine.errors import DataError, OutputError, UsageError
 from export.bundle import checkpoint_sha256
 from export.reference.huggingface import Reference
-from train.learning.evaluate import LOSS
 from train.learning.run_dir import BestModels, save_checkpoint
+from train.learning.trainer import LOSS
 from train.recipe import Recipe
 
 AVERAGE = "average.json"
@@ -64,50 +64,35 @@ def choose_epochs(run: Path, choice: Choice) -> dict[int, Path]:
     """Return {epoch: directory} of the chosen epochs, earliest first. Raises UsageError."""
     if sum(map(bool, (choice.last, choice.best, choice.epochs))) > 1:
         raise UsageError("--last, --best and epoch numbers exclude each other: give only one of them")
-    ranked = BestModels(run / "models", replace(Recipe(), metric=_metric(run))).ranked()
+    try:
+        metric = str(json.loads((run / "run.json").read_text(encoding="utf-8"))["recipe"]["metric"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{run} is not a run directory of `train finetune`: its run.json cannot be read") from error
+    ranked = BestModels(run / "models", replace(Recipe(), metric=metric)).ranked()
     kept = {epoch: path for epoch, path, _ in ranked}
+    keeps = f"{run} keeps " + (f"the epochs {', '.join(map(str, sorted(kept)))}" if kept else "no epoch")
     if choice.last:
-        chosen = _last(run, kept, choice.last)
+        try:
+            entries = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            last = max(round(entry["epoch"]) for entry in entries if f"eval_{LOSS}" in entry)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{run} has not ended, so that --last is not defined: give epoch numbers") from error
+        chosen = list(range(last - choice.last + 1, last + 1))
+        if any(epoch not in kept for epoch in chosen):
+            raise UsageError(f"{keeps}, and its last epoch is {last}: train with a larger keep, or give epoch numbers")
     elif choice.best:
         chosen = list(kept)[: choice.best]
         if len(chosen) < choice.best:
-            raise UsageError(f"{run} {_keeps(kept)}, fewer than {choice.best}: train with keep={choice.best} or more")
+            raise UsageError(f"{keeps}, fewer than {choice.best}: train with keep={choice.best} or more")
     else:
         chosen = list(choice.epochs or kept)
     missing = [epoch for epoch in chosen if epoch not in kept]
     if missing:
-        raise UsageError(f"{run} {_keeps(kept)}, not {', '.join(map(str, missing))}")
+        raise UsageError(f"{keeps}, not {', '.join(map(str, missing))}")
     if len(chosen) < 2 or len(set(chosen)) < len(chosen):
         named = ", ".join(map(str, chosen)) or "none"
         raise UsageError(f"{run}: an average needs at least two different epochs, not {named}")
     return {epoch: kept[epoch] for epoch in sorted(chosen)}
-
-
-def _last(run: Path, kept: dict[int, Path], count: int) -> list[int]:
-    """Return the last `count` epochs of a run. Raises UsageError if the run has not ended or did not keep them all."""
-    try:
-        entries = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        last = max(round(entry["epoch"]) for entry in entries if f"eval_{LOSS}" in entry)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{run} has not ended, so that --last is not defined: give epoch numbers") from error
-    wanted = list(range(last - count + 1, last + 1))
-    if any(epoch not in kept for epoch in wanted):
-        raise UsageError(
-            f"{run} {_keeps(kept)}, and its last epoch is {last}: train with a larger keep, or give epoch numbers"
-        )
-    return wanted
-
-
-def _keeps(kept: dict[int, Path]) -> str:
-    return f"keeps the epochs {', '.join(map(str, sorted(kept)))}" if kept else "keeps no epoch"
-
-
-def _metric(run: Path) -> str:
-    """Return the name of the metric that ranks the epochs of a run. Raises UsageError if it is not a run directory."""
-    try:
-        return str(json.loads((run / "run.json").read_text(encoding="utf-8"))["recipe"]["metric"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{run} is not a run directory of `train finetune`: its run.json cannot be read") from error
 
 
 def mean_of(checkpoints: Sequence[Path]) -> Reference:

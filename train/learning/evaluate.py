@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 from transformers import BlipForConditionalGeneration, PreTrainedTokenizerBase
 
 from engine.bundle.tokenizer import detokenise
@@ -22,21 +21,11 @@ from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live, captioning
 from train.data.batches import IGNORED, Collator, PixelSpec, prompt_ids, texts_of
-from train.data.dataset import Example
-from train.learning.processes import gather, rank_and_world_size, share_of
+from train.data.examples import Example, references_by_id
+from train.learning.trainer import LOSS, gather, rank_and_world_size, sum_of_losses
 
-LOSS = "loss"
-
-
-def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Return the summed cross entropy f32[] of logits f32[B,L,V] with the labels i64[B,L].
-
-    Labels are in the positions of the input ids: logits[:, i] predict labels[:, i + 1]. As
-    BlipTextLMHeadModel.forward computes it (transformers 4.57), but summed, so that the mean over several batches can
-    be taken over their tokens.
-    """
-    predicted, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-    return F.cross_entropy(predicted, targets, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
+Evaluation = tuple[dict[str, float], list[tuple[str, str]]]
+"""{loss and metrics by name}, [(id, caption), ...]"""
 
 
 @dataclass(frozen=True)
@@ -56,8 +45,8 @@ class Evaluator:
     setting: MetricInputs = field(default_factory=MetricInputs)
     high_bit_depth: str = CLIP
 
-    def evaluate(self) -> tuple[dict[str, float], list[tuple[str, str]]]:
-        """Return ({loss and metrics by name}, [(id, caption), ...]) over the shares of all processes.
+    def evaluate(self) -> Evaluation:
+        """Return loss and metrics, and the captions, over the shares of all processes.
 
         The loss is the mean per token in nats, without label smoothing. If an image has several captions, each counts
         for the loss, and all of them are its references.
@@ -68,13 +57,11 @@ class Evaluator:
     def observe(self) -> tuple[float, list[tuple[str, str]]]:
         """Return the loss and the (id, caption) pairs of `evaluate` without scoring the captions."""
         model, (rank, world_size) = self.reference.model, rank_and_world_size()
-        mine = [self.examples[i] for i in share_of(len(self.examples), rank, world_size)]
         with captioning(model):
-            sums = np.sum([*self._losses(model, mine), (0.0, 0)], axis=0)
+            sums = np.sum([*self._losses(model, self.examples[rank::world_size]), (0.0, 0)], axis=0)
         loss, tokens = np.sum(gather([tuple(sums.tolist())]), axis=0)
         by_id = {example.id: example for example in self.examples}
-        my_ids = [list(by_id)[i] for i in share_of(len(by_id), rank, world_size)]
-        captions = dict(gather(list(self._captions(model, [by_id[image_id] for image_id in my_ids]))))
+        captions = dict(gather(list(self._captions(model, list(by_id.values())[rank::world_size]))))
         return float(loss / max(1, tokens)), [(image_id, captions[image_id]) for image_id in by_id]
 
     def scores(self, captions: Sequence[tuple[str, str]]) -> dict[str, float]:
@@ -114,11 +101,3 @@ def text_after_prompt(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], pr
     `ids` start with [DEC] and the ids of `prompt`.
     """
     return detokenise(tokenizer.decode(ids[1 + len(prompt) :], skip_special_tokens=True))
-
-
-def references_by_id(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
-    """Return {image id: its captions}, in the order of first appearance."""
-    references: dict[str, tuple[str, ...]] = {}
-    for example in examples:
-        references[example.id] = (*references.get(example.id, ()), example.caption)
-    return references

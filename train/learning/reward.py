@@ -23,9 +23,9 @@ from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
 from train.data.batches import EpochIndex, Item, Pictures, PixelSpec, prompt_ids
-from train.data.dataset import Example
-from train.learning.evaluate import references_by_id, sum_of_losses, text_after_prompt
-from train.learning.trainer import CaptionTrainer
+from train.data.examples import Example, references_by_id
+from train.learning.evaluate import text_after_prompt
+from train.learning.trainer import CaptionTrainer, sum_of_losses
 
 SAMPLED_WORDS = 100
 """Top-k of the sampling. The other tokens have next to no probability, and sorting all 30,000 costs time."""
@@ -123,7 +123,8 @@ class RewardTrainer(CaptionTrainer):
         pixels = inputs["pixels"].cpu().numpy()
         drawn = self._roll_out([(tuple(places[i]), pixels[i]) for i in filled])
         if not any(drawn):  # nothing to learn, but DDP waits until every process has called its model
-            drawn = [{(self._greedy_start(),) * 2: 0.0}, *drawn[1:]]
+            start = int(self._reference.model.config.text_config.bos_token_id)
+            drawn = [{(start, start): 0.0}, *drawn[1:]]
         normal = self._spec.normalise(inputs["pixels"][filled or [0]])
         ids = pad([sample for samples in drawn for sample in samples], self.args.device)
         advantages = [advantage for samples in drawn for advantage in samples.values()]
@@ -131,7 +132,8 @@ class RewardTrainer(CaptionTrainer):
         with_index = zip(filled or [0], drawn, strict=True)
         given = [1 + len(self._prompt(places[i][1])) for i, samples in with_index for _ in samples]
         with repeating(self._reference.model.vision_model, [len(samples) for samples in drawn]):
-            logits = model(pixel_values=normal, **_without_padding(ids)).logits
+            mask = (ids != PADDING).long()
+            logits = model(pixel_values=normal, input_ids=ids.clamp(min=0), attention_mask=mask).logits
         loss = -(weights * log_probs(logits, ids, given)).sum() / (self.recipe.batch_size * self.recipe.samples)
         share = self.recipe.likelihood_share
         if share and num_items_in_batch is not None and filled:
@@ -148,9 +150,6 @@ class RewardTrainer(CaptionTrainer):
             logs |= {"reward_drawn": float(drawn), "reward_greedy": float(greedy)}
             self._seen.clear()
         super().log(logs, start_time)
-
-    def _greedy_start(self) -> int:
-        return int(self._reference.model.config.text_config.bos_token_id)
 
     def _prompt(self, index: int) -> tuple[int, ...]:
         """Return the ids of an example's prompt; empty for a blank."""
@@ -240,10 +239,6 @@ def pad(sequences: Sequence[tuple[int, ...]], device: torch.device | str) -> tor
     return torch.tensor([[*ids, *[PADDING] * (longest - len(ids))] for ids in sequences], device=device)
 
 
-def _without_padding(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"input_ids": ids.clamp(min=0), "attention_mask": (ids != PADDING).long()}
-
-
 def log_probs(logits: torch.Tensor, ids: torch.Tensor, given: Sequence[int] | None = None) -> torch.Tensor:
     """Return the summed log-probability f32[N] of each sequence i64[N,L], by logits f32[N,L,V].
 
@@ -263,8 +258,3 @@ def log_probs(logits: torch.Tensor, ids: torch.Tensor, given: Sequence[int] | No
         positions = torch.arange(1, ids.shape[1], device=ids.device)
         counted &= positions >= torch.tensor(given, device=ids.device)[:, None]
     return torch.where(counted, rows.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0], 0.0).sum(1)
-
-
-def make_reward(weights: Mapping[str, float], setting: MetricInputs, examples: Sequence[Example]) -> Reward:
-    """Return the reward of a recipe; CIDEr takes its document frequencies from the training captions."""
-    return Reward(weights, setting, list(references_by_id(examples).values()))

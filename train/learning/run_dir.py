@@ -13,18 +13,17 @@ from typing import Any
 
 from engine.errors import DataError, UsageError
 from engine.files.atomic import write_atomically
-from engine.files.lock import OutputLock
 from engine.options import GENERATION_SETTINGS, DecodeOptions
 from engine.run.outputs import write_run
 from export.bundle import generation_defaults
 from export.checkpoints.settings import DEFAULTS
 from export.reference.huggingface import Reference
-from train.learning.evaluate import LOSS
+from train.learning.trainer import LOSS
 from train.recipe import Recipe
 
 
-def draw_curves(history: list[dict[str, Any]], out: Path) -> None:
-    """Plot losses, validation metrics and the learning rate over epochs into a PNG."""
+def write_log(out: Path, history: list[dict[str, Any]]) -> None:
+    """Write the Trainer's log to log.jsonl; plot losses, metrics and learning rate over epochs into curves.png."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -34,6 +33,7 @@ def draw_curves(history: list[dict[str, Any]], out: Path) -> None:
         points = [(entry["epoch"], entry[name]) for entry in history if name in entry and "epoch" in entry]
         return [x for x, _ in points], [y for _, y in points]
 
+    write_atomically(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
     metrics = sorted({name for entry in history for name in entry if name.startswith("eval_")} - {"eval_loss"})
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     axes[0].plot(*series("loss"), label="training (mean since the last point)")
@@ -55,7 +55,7 @@ def draw_curves(history: list[dict[str, Any]], out: Path) -> None:
     axes[2].set(title="learning rate", xlabel="epoch", ylim=(0, None))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out / "curves.png", dpi=110)
     plt.close(figure)
 
 
@@ -92,7 +92,11 @@ class BestModels:
         _remove(target)
         partial.replace(target)  # a directory named epoch_NN is always complete
         ranked = self.ranked()
-        _point_to(self.directory.parent / "best", ranked[0][1])
+        link = self.directory.parent / "best"
+        new = link.with_name(f".{link.name}.tmp")
+        new.unlink(missing_ok=True)
+        new.symlink_to(ranked[0][1].relative_to(link.parent))
+        new.replace(link)
         for _, directory, _ in ranked[self.recipe.keep :]:
             _remove(directory)
 
@@ -178,30 +182,6 @@ def _remove(directory: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _point_to(link: Path, target: Path) -> None:
-    new = link.with_name(f".{link.name}.tmp")
-    new.unlink(missing_ok=True)
-    new.symlink_to(target.relative_to(link.parent))
-    new.replace(link)
-
-
-def write_log(out: Path, history: list[dict[str, Any]]) -> None:
-    """Write the Trainer's log and plot it."""
-    write_atomically(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
-    draw_curves(history, out / "curves.png")
-
-
-@contextmanager
-def locked(out: Path, rank: int) -> Iterator[None]:
-    """Lock a run directory, so that one run at a time works on it; the first process of a distributed run locks it."""
-    if rank:
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with OutputLock(out / "run.json"):
-        yield
-
-
 def write_or_compare_record(
     out: Path, recipe: Recipe, record: dict[str, Any], log: Callable[[str], None], *, is_begun: bool
 ) -> None:
@@ -212,48 +192,37 @@ def write_or_compare_record(
     not depend on their number. Raises UsageError that names what differs, and DataError if the record of a run that has
     begun is damaged.
     """
-    settings = {name: value for name, value in recipe.settings().items() if name not in WITHOUT_EFFECT}
-    record = {"recipe": settings} | record
-    path = out / "run.json"
-    existing = _read_record(path)
+    path, settings = out / "run.json", recipe.settings()
+    shared = {name: settings[name] for name in WITHOUT_EFFECT}
+    record = {"recipe": {name: settings[name] for name in settings if name not in shared}} | record
     if path.exists():
-        if existing is None and is_begun:
-            raise DataError(f"{path} is damaged: restore it, or delete {out} to start again")
-        # a run that is older than a setting has its default
-        earlier = Recipe().settings() | (existing or {}).get("recipe", {})
-        changed = [name for name in record if name != "recipe" and (existing or {}).get(name) != record[name]]
-        changed += [name for name, value in settings.items() if earlier.get(name) != value]
-        # a setting that was removed since, unless it was off
-        changed += [name for name, value in earlier.items() if value and name not in recipe.settings()]
+        # A run that is older than a setting has its default.
+        existing, earlier = {}, Recipe().settings()
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            earlier = earlier | content["recipe"]
+            existing = content
+        except (OSError, ValueError, KeyError, TypeError):
+            if is_begun:
+                raise DataError(f"{path} is damaged: restore it, or delete {out} to start again") from None
+        changed = [name for name in record if name != "recipe" and existing.get(name) != record[name]]
+        changed += [name for name, value in record["recipe"].items() if earlier.get(name) != value]
+        # A setting that was removed since counts unless it was off.
+        changed += [name for name, value in earlier.items() if value and name not in settings]
         if not changed:
             return
+        only_epochs = changed == ["epochs"]
         if not is_begun:
             log(f"{out} holds a start that saved no training state: its record is replaced")
-        elif changed == ["epochs"] and recipe.epochs > earlier["epochs"] and recipe.schedule in EXTENSIBLE:
+        elif only_epochs and recipe.epochs > earlier["epochs"] and recipe.schedule in EXTENSIBLE:
             log(f"{out} is a run with epochs={earlier['epochs']}: it resumes up to epoch {recipe.epochs}")
         else:
-            raise UsageError(_refusal(out, recipe, changed))
+            remedy = "choose another --out, or delete it to start again"
+            if only_epochs and recipe.schedule not in EXTENSIBLE and (out / "best").exists():
+                remedy = (
+                    f"the learning rates of the schedule {recipe.schedule} depend on the number of epochs. To train "
+                    f"further, use --model {out / 'best'} and another --out"
+                )
+            raise UsageError(f"{out} holds another run, which differs in {', '.join(changed)}: {remedy}")
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    shared = {name: value for name, value in recipe.settings().items() if name in WITHOUT_EFFECT}
     write_atomically(path, json.dumps(record | shared | {"versions": versions}, indent=1) + "\n")
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    """Return the content of run.json, or None if it is missing or damaged."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    is_record = isinstance(record, dict) and isinstance(record.get("recipe"), dict)
-    return record if is_record else None
-
-
-def _refusal(out: Path, recipe: Recipe, changed: Sequence[str]) -> str:
-    """Return an error message: why a run cannot resume in a directory, and what to do."""
-    text, best = f"{out} holds another run, which differs in {', '.join(changed)}", out / "best"
-    if list(changed) == ["epochs"] and recipe.schedule not in EXTENSIBLE and best.exists():
-        return (
-            f"{text}: the learning rates of the schedule {recipe.schedule} depend on the number of epochs. To train "
-            f"further, use --model {best} and another --out"
-        )
-    return f"{text}: choose another --out, or delete it to start again"

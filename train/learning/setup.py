@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +13,14 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from engine.errors import UsageError
-from engine.options import DecodeOptions
 from engine.scoring.base import MetricInputs
 from export.checkpoints.files import IS_5
 from export.checkpoints.load import resize_position_table
 from export.reference.huggingface import Reference
 from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
-from train.data.dataset import Example, Split
-from train.learning.reward import RewardedPictures, RewardTrainer, make_reward
-from train.learning.trainer import MORE_SHARED_MEMORY, CaptionTrainer
+from train.data.examples import Example, Split, references_by_id
+from train.learning.reward import Reward, RewardedPictures, RewardTrainer
+from train.learning.trainer import MORE_SHARED_MEMORY, CaptionTrainer, Judge
 from train.recipe import Recipe
 
 Log = Callable[[str], None]
@@ -47,54 +47,68 @@ def load_reference(checkpoint: Path, recipe: Recipe) -> Reference:
     return reference
 
 
-def make_trainer(
-    recipe: Recipe,
-    reference: Reference,
-    splits: dict[str, Split],
-    judge: Callable[[int], dict[str, float]],
-    batches: tuple[int, int],
-    metrics: MetricInputs,
-    out: Path,
-    log: Log,
-    *,
-    max_steps: int | None = None,
-) -> CaptionTrainer:
-    """Build the Trainer of a recipe, which writes into `out`.
+@dataclass(frozen=True)
+class Run:
+    """A run with everything resolved: the loaded model and the checked splits `train` and `valid`.
 
+    `metrics` holds what the metrics of the evaluation and the reward need, `signatures` is {metric: how it measures}.
     `batches` is (captions per process and forward pass, forward passes per step), as Recipe.micro_batches returns it.
-    `metrics` holds what the metrics of a reward need. With `max_steps` the Trainer is for a trial and saves nothing.
+    `out` is the run directory.
     """
+
+    recipe: Recipe
+    reference: Reference
+    splits: dict[str, Split]
+    metrics: MetricInputs
+    signatures: dict[str, str]
+    batches: tuple[int, int]
+    out: Path
+    log: Log
+
+    @property
+    def order(self) -> EpochOrder:
+        """The order of the training examples."""
+        return EpochOrder(len(self.splits["train"].examples), self.recipe.batch_size, self.recipe.seed)
+
+    @property
+    def spec(self) -> PixelSpec:
+        """How images are preprocessed."""
+        return PixelSpec.of(self.reference.image_processor, self.recipe.high_bit_depth)
+
+
+def make_trainer(run: Run, judge: Judge, *, max_steps: int | None = None) -> CaptionTrainer:
+    """Build the Trainer of a run. With `max_steps` it is for a trial and saves nothing."""
+    recipe, reference, spec, order = run.recipe, run.reference, run.spec, run.order
     model = reference.model
-    examples = splits["train"].examples
-    spec = PixelSpec.of(reference.image_processor, recipe.high_bit_depth)
-    order = EpochOrder(len(examples), recipe.batch_size, recipe.seed)
-    args = training_arguments(recipe, batches, order.padded // recipe.batch_size, out, max_steps, log)
+    examples = run.splits["train"].examples
+    args = training_arguments(run, max_steps)
     model.to(args.device)  # also the vision tower if only the decoder is trained: it encodes images
     trained: PreTrainedModel = model
     dataset: Pictures | Features | RewardedPictures
     kind: Callable[..., CaptionTrainer] = CaptionTrainer
     if recipe.cache_features:
         trained = model.text_decoder  # the frozen vision tower has no work left once the features are cached
-        dataset = Features(encode_images(reference, examples, spec, log), examples)
+        dataset = Features(encode_images(reference, examples, spec, run.log), examples)
     elif recipe.reward:
         dataset = RewardedPictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
-        reward = make_reward(recipe.rewards(), metrics, examples)
-        kind = partial(RewardTrainer, reference=reference, reward=reward, greedy=evaluation_options(recipe))
+        # CIDEr takes its document frequencies from all training captions.
+        reward = Reward(recipe.rewards(), run.metrics, list(references_by_id(examples).values()))
+        kind = partial(RewardTrainer, reference=reference, reward=reward, greedy=recipe.eval_options())
     else:
         dataset = Pictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
     collator = Collator(reference.tokenizer, model.config.text_config.bos_token_id, recipe.max_tokens)
     if recipe.workers:
         sample = collator([dataset[(0, 0)]])
-        require_shared_memory(sum(tensor.nbytes for tensor in sample.values()) * batches[0], recipe.workers)
+        require_shared_memory(sum(tensor.nbytes for tensor in sample.values()) * run.batches[0], recipe.workers)
     return kind(
         recipe=recipe,
         order=order,
         judge=judge,
-        log=log,
+        log=run.log,
         model=trained,
         args=args,
         train_dataset=dataset,
-        eval_dataset=Pictures(splits["valid"].examples, spec),
+        eval_dataset=Pictures(run.splits["valid"].examples, spec),
         data_collator=collator,
     )
 
@@ -117,11 +131,11 @@ def require_shared_memory(batch_bytes: int, workers: int) -> None:
         )
 
 
-def training_arguments(
-    recipe: Recipe, batches: tuple[int, int], steps_per_epoch: int, out: Path, max_steps: int | None, log: Log
-) -> TrainingArguments:
+def training_arguments(run: Run, max_steps: int | None) -> TrainingArguments:
     """Translate a recipe into TrainingArguments. Raises UsageError if this machine does not support the precision."""
-    device_batch, accumulated = batches
+    recipe, out = run.recipe, run.out
+    device_batch, accumulated = run.batches
+    steps_per_epoch = run.order.padded // recipe.batch_size
     every = {"save_strategy": "steps", "save_steps": recipe.save_steps} if recipe.save_steps else {}
     is_trial = max_steps is not None
     if recipe.precision == "fp16" and not torch.cuda.is_available():
@@ -162,7 +176,8 @@ def training_arguments(
         use_cpu=not torch.cuda.is_available(),
     )
     if arguments.n_gpu > 1:  # else the Trainer would use DataParallel and multiply the batch size
-        log(f"one of {arguments.n_gpu} GPUs is used: start with torchrun --nproc_per_node {arguments.n_gpu} to use all")
+        count = arguments.n_gpu
+        run.log(f"one of {count} GPUs is used: start with torchrun --nproc_per_node {count} to use all")
         arguments._n_gpu = 1
     return arguments
 
@@ -184,8 +199,3 @@ def encode_images(
     assert features is not None
     log(f"encoded {len(examples)} images in {time.perf_counter() - start:.0f} s")
     return features.clone() if features.is_inference() else features
-
-
-def evaluation_options(recipe: Recipe) -> DecodeOptions:
-    """Return the decoding options of validation captions and of a reward's greedy baseline."""
-    return DecodeOptions(**recipe.eval_decoding())

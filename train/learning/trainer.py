@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with BLIP's loss, an order that a resumed run repeats, and complete checkpoints.
 
-This module does not depend on where images and recipes come from.
+Also the communication between the processes of a distributed run; with one process nothing is sent.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from engine.errors import EngineError, OutOfMemoryError
-from train.data.batches import EpochOrder
-from train.learning.evaluate import LOSS, sum_of_losses
+from train.data.batches import IGNORED, EpochOrder
 from train.recipe import Recipe
+
+T = TypeVar("T")
+LOSS = "loss"
 
 COMPLETE = "whole.json"
 """Written last into a checkpoint: a checkpoint without this file was interrupted while it was saved."""
@@ -34,8 +38,74 @@ KEPT_STATES = 2
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 MORE_SHARED_MEMORY = "docker run --shm-size=1g, or --set workers=0 to read images in the training process"
 
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for the first one, which unpacks and decodes all images before training starts. The default
+of torch is 10 minutes for NCCL and 30 for gloo.
+"""
+
 Judge = Callable[[int], dict[str, float]]
 """Evaluates the model after `epoch` epochs, keeps it if it is among the best, and returns {metric: value}."""
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return (rank, number of processes) from the environment variables that torchrun sets."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_first_process(work: Callable[[], T]) -> T:
+    """Call `work` in the first process only and return its result in all processes.
+
+    An error is raised in the first process only; torchrun then stops the others.
+    """
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return work()
+    _connect()
+    shared: list[T | None] = [work() if rank == 0 else None]
+    torch.distributed.broadcast_object_list(shared, device=_device())
+    return shared[0]  # type: ignore[return-value]
+
+
+def gather(values: list[T]) -> list[T]:
+    """Return the `values` of all processes, concatenated in the order of ranks."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return values
+    _connect()
+    by_rank: list[list[T]] = [[] for _ in range(world_size)]
+    torch.distributed.all_gather_object(by_rank, values)
+    return [value for part in by_rank for value in part]
+
+
+def _connect() -> None:
+    """Initialise torch.distributed unless it is initialised already."""
+    # The Trainer does this too, but later: the first process unpacks and checks the data before there is a Trainer. Its
+    # own default timeout would end the run of the waiting processes.
+    if not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(_device())
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=PATIENCE)
+
+
+def _device() -> torch.device:
+    """Return the device that messages are sent from and received on."""
+    # Objects travel through the process group of the gradients, and NCCL takes only tensors on a GPU.
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Return the summed cross entropy f32[] of logits f32[B,L,V] with the labels i64[B,L].
+
+    Labels are in the positions of the input ids: logits[:, i] predict labels[:, i + 1]. As
+    BlipTextLMHeadModel.forward computes it (transformers 4.57), but summed, so that the mean over several batches can
+    be taken over their tokens.
+    """
+    # In float32 even under autocast: a sum over thousands of tokens would lose its last digits in half precision.
+    predicted, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    return F.cross_entropy(predicted, targets, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
 
 
 class LogPrinter(TrainerCallback):
@@ -89,7 +159,8 @@ class CaptionTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(LogPrinter(log))
         self.recipe, self.order, self._judge, self._log_line = recipe, order, judge, log
-        # so that the Trainer passes compute_loss the number of targets of a step, over all micro-batches and processes
+        # The Trainer then counts the targets of a step over all micro-batches and processes before the first forward
+        # pass, and does not divide our loss by the number of micro-batches once more.
         self.model_accepts_loss_kwargs = True
         self.steps_per_epoch = order.padded // recipe.batch_size
         self.add_callback(SaveAfterEvaluation(self.steps_per_epoch))
@@ -100,6 +171,8 @@ class CaptionTrainer(Trainer):
         return super()._inner_training_loop(batch_size=self.args.train_batch_size, **settings)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:  # noqa: ARG002
+        # The Trainer's own sampler draws from torch's global generator. This order follows from seed and epoch alone:
+        # a resumed run skips exactly the batches that it has seen, whatever else drew random numbers.
         return self.order
 
     def create_optimizer(self) -> torch.optim.Optimizer:
@@ -134,12 +207,13 @@ class CaptionTrainer(Trainer):
 
         `num_items_in_batch` is the number of targets in all batches and processes of the step.
         """
+        # Without labels the model computes no loss of its own, which would be the mean over this micro-batch alone.
         labels = inputs.pop("labels")
-        if "pixels" in inputs:
+        if "pixels" in inputs:  # normalised here, after the copy to the GPU: until then a batch is bytes, not floats
             inputs["pixel_values"] = self.train_dataset.spec.normalise(inputs.pop("pixels"))
         outputs = model(**inputs)
         if num_items_in_batch is None:  # outside the training loop
-            num_items_in_batch = (labels[:, 1:] != -100).sum()
+            num_items_in_batch = (labels[:, 1:] != IGNORED).sum()
         total = sum_of_losses(outputs.logits, labels, label_smoothing=self.recipe.label_smoothing)
         # A mean per batch would weigh the words of short batches more. DDP averages gradients over processes, hence the
         # factor: together they amount to the sum over the step divided by its number of targets.
@@ -152,13 +226,17 @@ class CaptionTrainer(Trainer):
         Raises EngineError if the validation loss is not finite.
         """
         with self._explained():
+            # The Trainer adds up fractions of steps: the third epoch may end at 2.9999.
             metrics = self._judge(round(self.state.epoch or 0))
         logged = {f"eval_{name}": value for name, value in metrics.items()}
+        # Logged before the check, so that a diverged run shows its last value, and before the state is saved: a resumed
+        # run finds the losses of all earlier epochs in the log history.
         self.log(logged)
         if not math.isfinite(metrics[LOSS]):
             raise EngineError(f"the validation loss is {metrics[LOSS]}: train again with a lower learning_rate")
         if self.has_converged():
             self.control.should_training_stop = True
+        # Trainer.evaluate, which this replaces, ends with this event; TensorBoard and others listen for it.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
         return logged
 
@@ -190,7 +268,8 @@ class CaptionTrainer(Trainer):
     def start_or_resume(self, checkpoint: Path | None) -> None:
         """Train from the start if `checkpoint` is None, else resume from it unless the run had already ended."""
         if checkpoint is not None:
-            # Else the Trainer would train another epoch before `evaluate` stops it again.
+            # Else the Trainer would train another epoch before `evaluate` stops it again, and the weights would depend
+            # on how often the command was repeated.
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if self.has_converged():
                 self._log_line(
@@ -201,12 +280,12 @@ class CaptionTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.accelerator.num_processes > 1:  # every process writes its random state: wait until all are there
+        if self.accelerator.num_processes > 1:
+            # Every process writes its random state. The first one must not list the files before all are there.
             torch.distributed.barrier()
         if self.args.should_save:
             directory = Path(self.args.output_dir)
-            newest = directory / f"checkpoint-{self.state.global_step}"
-            seal(newest)
+            seal(directory / f"checkpoint-{self.state.global_step}")
             for old in sorted_checkpoints(directory)[:-KEPT_STATES]:  # only now that the new one is complete
                 shutil.rmtree(old)
 
@@ -261,22 +340,18 @@ def sorted_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(states, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def has_complete_checkpoint(checkpoints: Path) -> bool:
-    """Return whether a run could resume from one of the training states there. Removes nothing."""
-    return any(map(_is_complete, sorted_checkpoints(checkpoints)))
-
-
 def newest_complete_checkpoint(checkpoints: Path, log: Callable[[str], None]) -> Path | None:
     """Return the newest complete checkpoint, or None. Newer, incomplete ones are removed and logged."""
     for path in reversed(sorted_checkpoints(checkpoints)):
-        if _is_complete(path):
+        if is_complete(path):
             return path
         log(f"{path} was interrupted while it was saved: removed")
         shutil.rmtree(path)
     return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether all files of a training state have the sizes that `seal` recorded."""
     try:
         sizes = json.loads((checkpoint / COMPLETE).read_text())
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())

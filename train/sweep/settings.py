@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.captioner import Captioner
 from engine.errors import EngineError, UsageError
-from engine.inputs.images import ImageFile
 from engine.options import DECODE_OPTIONS, DecodeOptions, option
 from engine.scoring.base import Items, MetricInputs, compare
 from engine.scoring.files import in_order_of_ids
 from engine.scoring.profiles import make_metric
 from engine.scoring.score import ScoreReport, measure, score_run
-from train.sweep.runs import PromptedSource, caption_run
-from train.sweep.sweep import prefixed, score_request
+from train.sweep.runs import Log, Part, caption_run, prefixed
 
 GRIDS: dict[str, tuple[Any, ...]] = {
     "num_beams": (),
@@ -73,19 +71,14 @@ class Tuning:
                 raise UsageError(f"--tune-grid {text}: expected SETTING=VALUE,VALUE with one of {known}")
             if name in grids:
                 raise UsageError(f"--tune-grid contains {name} twice: list all of its values once, {name}=VALUE,VALUE")
-            grids[name] = _values(name, listed)
+            number, kind = (int, "whole numbers") if DECODE_OPTIONS[name][1].startswith("int") else (float, "numbers")
+            try:
+                grids[name] = tuple(dict.fromkeys(number(item) for item in listed.split(",")))
+            except ValueError:
+                raise UsageError(f"--tune-grid {name}={listed}: expected {kind}, separated by commas") from None
+            for value in grids[name]:
+                DecodeOptions(**{name: value})  # raises UsageError for a value out of range
         return grids
-
-
-def _values(name: str, listed: str) -> tuple[Any, ...]:
-    number, kind = (int, "whole numbers") if DECODE_OPTIONS[name][1].startswith("int") else (float, "numbers")
-    try:
-        values = [number(item) for item in listed.split(",")]
-    except ValueError:
-        raise UsageError(f"--tune-grid {name}={listed}: expected {kind}, separated by commas") from None
-    for value in values:
-        DecodeOptions(**{name: value})  # raises UsageError for a value out of range
-    return tuple(dict.fromkeys(values))
 
 
 def settings_of(options: DecodeOptions) -> dict[str, Any]:
@@ -137,28 +130,12 @@ def _number(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-Log = Callable[[str], None]
 Settings = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Half:
-    """The images of one half, their references and prompts by id, and the folder for the files of this half."""
-
-    name: str
-    images: list[ImageFile]
-    references: dict[str, tuple[str, ...]]
-    prompts: dict[str, str] | None
-    folder: Path
-
-    @property
-    def references_file(self) -> Path:
-        """The file with the references of this half."""
-        return self.folder / f"{self.name}_references.jsonl"
-
-    def run_file(self, settings: Settings) -> Path:
-        """Return the file for the captions with these settings."""
-        return self.folder / f"{self.name}_{in_file_name(settings)}.csv"
+def run_file(half: Part, settings: Settings) -> Path:
+    """Return the file for the captions of a half with these settings."""
+    return half.file(f"{in_file_name(settings)}.csv")
 
 
 @dataclass(frozen=True)
@@ -175,29 +152,28 @@ class Evaluator:
         asked = with_settings(self.given, settings).replace(num_return_sequences=1)
         return asked.over(self.captioner.bundle.generation)
 
-    def measure(self, settings: Settings, half: Half, metrics: tuple[str, ...]) -> ScoreReport:
+    def measure(self, settings: Settings, half: Part, metrics: tuple[str, ...]) -> ScoreReport:
         """Caption the half, unless its captions exist, and return the scores that `engine score` computes."""
-        path = half.run_file(settings)
+        path = run_file(half, settings)
         log = prefixed(path.stem, self.log)
-        source = PromptedSource(self.captioner, self.captioner.decoding(self.options(settings), half.prompts))
-        caption_run(source, half.images, half.prompts, path, log)
-        return score_run(score_request(path, half.references_file, half.images, metrics, self.inputs), log)
+        caption_run(self.captioner, self.captioner.decoding(self.options(settings), half.prompts), half, path, log)
+        return score_run(half.score_request(path, metrics, self.inputs), log)
 
-    def value(self, settings: Settings, half: Half, metric: str) -> float:
+    def value(self, settings: Settings, half: Part, metric: str) -> float:
         """Return the value of one metric. Raises EngineError if it is unavailable or not finite."""
         (score,) = self.measure(settings, half, (metric,)).scores
         if score.value is None or not math.isfinite(score.value):
             reason = score.unavailable or f"its value is {score.value}"
-            raise EngineError(f"{metric} cannot be computed for {half.run_file(settings)}: {reason}")
+            raise EngineError(f"{metric} cannot be computed for {run_file(half, settings)}: {reason}")
         return score.value
 
 
-def check_metric(metric: str, half: Half, inputs: MetricInputs) -> None:
+def check_metric(metric: str, half: Part, inputs: MetricInputs) -> None:
     """Raise UsageError if the metric that chooses the settings is unavailable. Called before any image is captioned."""
     sample = half.images[:2]
     texts = [half.references[image.id] for image in sample]
-    request = score_request(half.run_file({}), half.references_file, half.images, (metric,), inputs)
-    paths = [image.path for image in sample] if request.images else None
+    needs_images = half.score_request(Path(), (metric,), inputs).images is not None
+    paths = [image.path for image in sample] if needs_images else None
     items = Items([image.id for image in sample], [references[0] for references in texts], texts, paths)
     (score,), _ = measure({metric: make_metric(metric, inputs, {})}, items, lambda _: None)
     if score.unavailable:

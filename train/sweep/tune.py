@@ -15,21 +15,32 @@ from engine.errors import DataError, UsageError
 from engine.files.atomic import write_atomically
 from engine.inputs.ids import join_some
 from engine.options import DecodeOptions
-from train.data.dataset import Split, draw
-from train.sweep.runs import choose_images, choose_split, prompts_of
+from train.data.dataset import draw
+from train.data.examples import Split
+from train.sweep.runs import (
+    Log,
+    Part,
+    Sweep,
+    about,
+    check_request,
+    choose_images,
+    choose_split,
+    lock_output,
+    prepare_bundle,
+)
 from train.sweep.settings import (
     GRIDS,
     Evaluator,
-    Half,
     Tuning,
     check_metric,
     difference,
     effect,
     flags_of,
+    run_file,
     settings_of,
     with_settings,
 )
-from train.sweep.sweep import TITLES, Sweep, check_request, lock_output, markdown_rows, prepare_bundle, write_references
+from train.sweep.sweep import TITLES, markdown_rows
 
 MIN_IMAGES = 2
 """Smallest number of images in a half. With fewer, a difference has no confidence interval."""
@@ -103,16 +114,11 @@ class SearchResult:
     settled: bool
 
 
-def settings_key(settings: Mapping[str, Any]) -> Hashable:
-    """Return a key that distinguishes all settings: the default `effect` of a search."""
-    return tuple(sorted(settings.items()))
-
-
 def search(
     score: Callable[[dict[str, Any]], float],
     start: Mapping[str, Any],
     grids: Mapping[str, Sequence[Any]],
-    effect: Callable[[Mapping[str, Any]], Hashable] = settings_key,
+    effect: Callable[[Mapping[str, Any]], Hashable] = lambda settings: tuple(settings.values()),
     max_rounds: int = MAX_ROUNDS,
 ) -> SearchResult:
     """Search for the settings with the highest score by coordinate ascent from `start`.
@@ -139,24 +145,34 @@ def search(
     return SearchResult(list(trials.values()), best, rounds, settled)
 
 
-VERDICTS = {"gain": "a gain", "loss": "a loss", "none": "no gain is shown"}
-
-
 def verdict(shown: dict[str, Any]) -> str:
-    """Return `gain` if the interval of a difference is above zero, `loss` if it is below zero, else `none`."""
-    return "gain" if shown["low"] > 0 else "loss" if shown["high"] < 0 else "none"
+    """Return whether the 95 % interval of a difference shows a gain or a loss: it must not include zero."""
+    return "a gain" if shown["low"] > 0 else "a loss" if shown["high"] < 0 else "no gain is shown"
 
 
 def as_markdown(result: dict[str, Any]) -> str:
     """Return the content of tuned.json as Markdown: the result on the held-back images first, then the search."""
     name, images = result["checkpoint"].get("name", "a bundle"), result["images"]
     title = TITLES.get(result["metric"], result["metric"])
+    settings = [
+        [
+            f"`{name}`",
+            _cell(value),
+            _cell(result["chosen"][name]),
+            ", ".join(map(_cell, result["grids"].get(name, ()))) or "fixed, not tuned",
+        ]
+        for name, value in result["own"].items()
+    ]
+    trials = []
+    for trial in result["trials"]:
+        marks = [word for word in ("own", "chosen") if trial["settings"] == result[word]]
+        trials.append([*map(_cell, trial["settings"].values()), f"{trial['value']:.4f}", ", ".join(marks)])
     lines = [
         f"# {name}, split {result['split']}: decoding settings chosen by {title}",
         "",
         f"Chosen on {images['tuning']} images, compared on {images['held_back']} other images not used in the search.",
         "",
-        *_settings(result),
+        *markdown_rows(["setting", "the checkpoint's own", "chosen", "values tried"], settings),
         "",
         f"## The {images['held_back']} held-back images",
         "",
@@ -172,26 +188,13 @@ def as_markdown(result: dict[str, Any]) -> str:
         "",
         f"## The {images['tuning']} images of the tuning half",
         "",
-        *_trials(result, title),
+        *markdown_rows([*(f"`{name}`" for name in result["own"]), title, ""], trials),
         "",
         "The chosen settings look better here than they are, because they were chosen by these scores.",
         "",
         *_notes(result),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _settings(result: dict[str, Any]) -> list[str]:
-    rows = [
-        [
-            f"`{name}`",
-            _cell(value),
-            _cell(result["chosen"][name]),
-            ", ".join(map(_cell, result["grids"].get(name, ()))) or "fixed, not tuned",
-        ]
-        for name, value in result["own"].items()
-    ]
-    return markdown_rows(["setting", "the checkpoint's own", "chosen", "values tried"], rows)
 
 
 def _cell(value: Any) -> str:
@@ -206,9 +209,9 @@ def _statement(result: dict[str, Any], title: str) -> str:
     if "unavailable" in shown:
         return f"{title} is unavailable here, so no gain is shown."
     return {
-        "gain": f"A gain is shown: the interval of {title} is above zero.",
-        "loss": f"A loss is shown: the interval of {title} is below zero. Keep the checkpoint's own settings.",
-        "none": f"No gain is shown: the interval of {title} includes zero.",
+        "a gain": f"A gain is shown: the interval of {title} is above zero.",
+        "a loss": f"A loss is shown: the interval of {title} is below zero. Keep the checkpoint's own settings.",
+        "no gain is shown": f"No gain is shown: the interval of {title} includes zero.",
     }[verdict(shown)]
 
 
@@ -226,19 +229,11 @@ def _differences(result: dict[str, Any]) -> list[str]:
                 f"{shown['chosen']:.4f}",
                 f"{shown['difference']:+.4f} [{shown['low']:+.4f}, {shown['high']:+.4f}]",
                 f"{shown['wins']}, {shown['losses']}, {shown['ties']}",
-                VERDICTS[verdict(shown)],
+                verdict(shown),
             ]
         )
     header = ["metric", "own", "chosen", "difference", "images better, worse, equal", "shown"]
     return markdown_rows(header, rows)
-
-
-def _trials(result: dict[str, Any], title: str) -> list[str]:
-    rows = []
-    for trial in result["trials"]:
-        marks = [word for word in ("own", "chosen") if trial["settings"] == result[word]]
-        rows.append([*map(_cell, trial["settings"].values()), f"{trial['value']:.4f}", ", ".join(marks)])
-    return markdown_rows([*(f"`{name}`" for name in result["own"]), title, ""], rows)
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
@@ -262,9 +257,6 @@ def _notes(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-Log = Callable[[str], None]
-
-
 def tune(job: Sweep, tuning: Tuning, log: Log) -> dict[str, Any]:
     """Choose settings on one half of the images by the first metric and compare them with the checkpoint's own settings
     on the other half. Write tuned.md and tuned.json and return the content of tuned.json.
@@ -277,7 +269,7 @@ def tune(job: Sweep, tuning: Tuning, log: Log) -> dict[str, Any]:
     given = job.decoding.replace(num_beams=job.beams[0]) if len(job.beams) == 1 else job.decoding
     if both := [name for name in tuning.grids() if name in given.given]:
         raise UsageError(f"{both[0]} is both fixed and tuned: remove its option, or --tune-grid {both[0]}=...")
-    split = choose_split(job.data, job.split, job.unpack_into, log, job.named)
+    split = choose_split(job, log)
     halves = draw_halves(job, tuning, split)
     log(f"{len(halves[0].images)} images are used to choose the settings, {len(halves[1].images)} are held back")
     metric = job.metrics[0]
@@ -289,41 +281,47 @@ def tune(job: Sweep, tuning: Tuning, log: Log) -> dict[str, Any]:
         grids, left_out = choose_grids(job, tuning, evaluator, start, halves)
         for half in halves:
             half.folder.mkdir(exist_ok=True)
-            write_references(half.references_file, half.references)
+            half.write_references()
 
-        def score(settings: dict[str, Any]) -> float:
-            return evaluator.value(settings, halves[0], metric)
-
-        outcome = search(score, start, grids, effect)
-        own, chosen = (evaluator.measure(item, halves[1], job.metrics) for item in (start, outcome.best.settings))
-        result = _about(job, tuning, bundle, split, halves) | {
+        found = search(lambda settings: evaluator.value(settings, halves[0], metric), start, grids, effect)
+        own, best = found.trials[0], found.best
+        held_back = [evaluator.measure(trial.settings, halves[1], job.metrics) for trial in (own, best)]
+        trials = [
+            {"settings": trial.settings, "value": trial.score, "run": run_file(halves[0], trial.settings).name}
+            for trial in found.trials
+        ]
+        result = about(job, bundle, split) | {
+            "images": {half.name: len(half.images) for half in halves},
+            "references": {half.name: sum(map(len, half.references.values())) for half in halves},
+            "halves": {"seed": tuning.seed, "group": tuning.group},
+            "metric": metric,
+            "metrics": list(dict.fromkeys(job.metrics)),
             "fixed": flags_of(given),
             "grids": grids,
             "left_out": left_out,
-            **_search_as_json(outcome, halves[0]),
-            "held_back": difference(own, chosen),
-            "command": command(bundle, with_settings(given, outcome.best.settings), halves),
+            "trials": trials,
+            "rounds": found.rounds,
+            "settled": found.settled,
+            "own": own.settings,
+            "chosen": best.settings,
+            "tuning": {"own": own.score, "chosen": best.score},
+            "held_back": difference(*held_back),
+            "command": command(bundle, with_settings(given, best.settings), halves),
         }
         write_atomically(job.out / "tuned.md", as_markdown(result))
         write_atomically(job.out / "tuned.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
-def draw_halves(job: Sweep, tuning: Tuning, split: Split) -> tuple[Half, Half]:
+def draw_halves(job: Sweep, tuning: Tuning, split: Split) -> tuple[Part, Part]:
     """Return the half for choosing settings and the half that is held back. Raises as choose_images and halve do."""
-    images, references = choose_images(split, job.limit)
-    by_id = {image.id: image for image in images}
-    drawn = halve(list(by_id), tuning.seed, tuning.group)
-    chosen = [[by_id[name] for name in ids] for ids in drawn]
-    tuning_half, held_back = (
-        Half(name, part, {image.id: references[image.id] for image in part}, prompts_of(split, part), job.out / "tune")
-        for name, part in zip(("tuning", "held_back"), chosen, strict=True)
-    )
-    return tuning_half, held_back
+    whole, folder = choose_images(split, job.limit, job.out), job.out / "tune"
+    first, second = halve([image.id for image in whole.images], tuning.seed, tuning.group)
+    return whole.select(first, folder, "tuning"), whole.select(second, folder, "held_back")
 
 
 def choose_grids(
-    job: Sweep, tuning: Tuning, evaluator: Evaluator, start: dict[str, Any], halves: tuple[Half, Half]
+    job: Sweep, tuning: Tuning, evaluator: Evaluator, start: dict[str, Any], halves: tuple[Part, Part]
 ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """Return {setting: values to try} and {setting: default values that are not valid with this bundle and options}.
 
@@ -351,37 +349,8 @@ def choose_grids(
     return grids, left_out
 
 
-def command(bundle: Bundle, options: DecodeOptions, halves: tuple[Half, Half]) -> str:
+def command(bundle: Bundle, options: DecodeOptions, halves: tuple[Part, Part]) -> str:
     """Return the command line that captions with these options. The user replaces the words in capitals."""
     prompts = ["--prompts", "PROMPTS"] if any(half.prompts for half in halves) else []
     words = ["engine", "caption", "--bundle", str(bundle.path), *flags_of(options), *prompts]
     return shlex.join([*words, "--input", "IMAGES", "--out", "run.csv"])
-
-
-def _about(job: Sweep, tuning: Tuning, bundle: Bundle, split: Split, halves: tuple[Half, Half]) -> dict[str, Any]:
-    return {
-        "checkpoint": dict(bundle.checkpoint),
-        "bundle": bundle.digest,
-        "image_size": [bundle.image.height, bundle.image.width],
-        "data": str(job.data),
-        "split": split.name,
-        "images": {half.name: len(half.images) for half in halves},
-        "references": {half.name: sum(map(len, half.references.values())) for half in halves},
-        "halves": {"seed": tuning.seed, "group": tuning.group},
-        "metric": job.metrics[0],
-        "metrics": list(dict.fromkeys(job.metrics)),
-    }
-
-
-def _search_as_json(outcome: SearchResult, half: Half) -> dict[str, Any]:
-    return {
-        "trials": [
-            {"settings": trial.settings, "value": trial.score, "run": half.run_file(trial.settings).name}
-            for trial in outcome.trials
-        ],
-        "rounds": outcome.rounds,
-        "settled": outcome.settled,
-        "own": outcome.trials[0].settings,
-        "chosen": outcome.best.settings,
-        "tuning": {"own": outcome.trials[0].score, "chosen": outcome.best.score},
-    }

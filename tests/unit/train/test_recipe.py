@@ -85,7 +85,7 @@ def test_position_table_is_not_resized_at_384_px(tmp_path):
 @pytest.mark.parametrize(("name", "base"), [("medblip-2026", "medblip-base"), ("medblip-2026-scst", "scst")])
 def test_2026_recipes_change_only_decoding(name, base):
     recipe, others = RECIPES[name], RECIPES[base].settings()
-    assert recipe.eval_decoding() == {
+    assert {name: getattr(recipe.eval_options(), name) for name in recipe.eval_options().given} == {
         "num_beams": 3,
         "repetition_penalty": 2.5,
         "length_penalty": 2.0,

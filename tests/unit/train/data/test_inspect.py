@@ -13,9 +13,9 @@ from PIL import Image
 from engine.errors import OutputError, UsageError
 from tests.helpers.datasets import picture, write
 from tests.helpers.tiny import save_pictures
-from train.data.dataset import Example, Split, draw
+from train.data.dataset import DataInputs, Example, Split, draw
 from train.data.inspect import MODALITIES, NO_MODALITY, draw_dataset, inspect_dataset, inspect_directory, lines
-from train.finetune import DataInputs, prepare_data
+from train.finetune import prepare_data
 from train.recipe import Recipe
 
 CT, MR, PET = "C0040405", "C0024485", "C0032743"
@@ -77,8 +77,7 @@ def test_sizes_and_modes_come_from_headers(tmp_path):
     (tmp_path / "d.png").write_bytes(b"none")
     os.mkfifo(tmp_path / "f.png")
     rows = [(name, name, ()) for name in "abcdef"]
-    progress: list[tuple[int, int]] = []
-    stats = inspect_dataset({"train": made("train", rows, tmp_path)}, progress=lambda *n: progress.append(n))
+    stats = inspect_dataset({"train": made("train", rows, tmp_path)})
     sizes = stats["splits"]["train"]["sizes"]
     assert sizes["width"] == {"min": 10, "median": 20, "max": 30}
     assert sizes["height"] == {"min": 10, "median": 20, "max": 60}
@@ -92,7 +91,6 @@ def test_sizes_and_modes_come_from_headers(tmp_path):
             ["f", "not a file, or too large"],
         ],
     }
-    assert progress == [(6, 6)]
     assert "  pixels: width 10 to 30, median 20; height 10 to 60, median 20; 66.7% not RGB (L 2, RGB 1)" in lines(stats)
     assert any(line.startswith("  3 of unknown size: d (not an image") for line in lines(stats))
 
@@ -191,7 +189,7 @@ def test_inspect_and_finetune_count_captions_that_lose_words(tiny_checkpoint, ti
     picture(tmp_path / "data" / "b.png")
     write(tmp_path / "data" / "captions.csv", "ID,Caption\na,chest ct\nb,ภาพ\n")
     logged: list[str] = []
-    assert inspect_directory(tmp_path / "data", tmp_path / "out", logged.append, model=tiny_checkpoint)
+    assert inspect_directory(DataInputs(tmp_path / "data"), tmp_path / "out", logged.append, model=tiny_checkpoint)
     line = "1 caption has words that the vocabulary cannot spell, learned as [UNK]: b"
     assert f"train: {line}" in logged
     logged.clear()
@@ -206,11 +204,11 @@ def test_tokens_are_counted_with_transformers_5_tokenizer(tiny_checkpoint, tmp_p
     model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
     settings = json.loads((model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "TokenizersBackend"}
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"extra_special_tokens": ["[ENC]"]}))
-    assert inspect_directory(tmp_path / "data", tmp_path / "out", lambda _: None, model=model)
+    assert inspect_directory(DataInputs(tmp_path / "data"), tmp_path / "out", lambda _: None, model=model)
     found = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert found["splits"]["train"]["tokens"]["max"] == 4
 
 
 def test_missing_model_folder_is_named(tmp_path):
     with pytest.raises(UsageError, match="--model nowhere: there is no such folder"):
-        inspect_directory(tmp_path, tmp_path / "out", lambda _: None, model=Path("nowhere"))
+        inspect_directory(DataInputs(tmp_path), tmp_path / "out", lambda _: None, model=Path("nowhere"))

@@ -251,7 +251,7 @@ def test_missing_images_stop_a_sweep_before_any_work(job, calls):
 def test_id_with_two_images_is_refused():
     examples = [Example("a", Path("x/a.png"), "one"), Example("a", Path("y/b.png"), "two")]
     with pytest.raises(DataError, match=r"the id a has two images, a\.png and b\.png"):
-        choose_images(Split("valid", examples, Path("captions.csv")), None)
+        choose_images(Split("valid", examples, Path("captions.csv")), None, Path())
 
 
 def test_only_test_split_replaces_missing_valid(job, tmp_path):
