@@ -33,7 +33,7 @@ from engine.host import available_cores
 from engine.machine.bench import peak_memory_gib
 from engine.options import DecodeOptions
 from export.checkpoints.load import encoder_positions
-from export.graphs.modules import ExportedModule
+from export.families.modules import ExportedModule
 from export.reference.huggingface import Reference
 
 OPSET = 18

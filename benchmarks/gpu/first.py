@@ -71,7 +71,8 @@ def make_attention() -> None:
     import torch
 
     from export.bundle import write_manifest
-    from export.graphs import exporters, modules
+    from export.families import modules
+    from export.graphs import exporters
     from export.reference.huggingface import Reference, normalisation
 
     attend = torch.nn.functional.scaled_dot_product_attention

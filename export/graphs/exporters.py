@@ -18,7 +18,7 @@ from transformers import BlipForConditionalGeneration
 from engine.bundle.manifest import cache_names
 from engine.errors import ExportError
 from export.checkpoints.load import encoder_positions
-from export.graphs.modules import DecoderStep, Encoder, ExportedModule, Regroup
+from export.families.modules import DecoderStep, Encoder, ExportedModule, Regroup
 from export.graphs.quantise import kept_float32, quantise, write_halves
 
 

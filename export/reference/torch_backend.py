@@ -1,6 +1,6 @@
 """Run a live torch model as a backend of the decoding core, to caption during training on the model's device.
 
-It runs the modules that are exported as the graphs of a bundle (export/graphs/modules.py), so its captions are those
+It runs the modules that are exported as the graphs of a bundle (export/families/modules.py), so its captions are those
 that the bundle will give. This module does not depend on training.
 """
 
@@ -25,7 +25,7 @@ from engine.errors import UsageError
 from engine.options import DecodeOptions
 from export.checkpoints.files import BlipImageProcessor
 from export.checkpoints.load import encoder_positions
-from export.graphs.modules import DecoderStep, Encoder
+from export.families.modules import DecoderStep, Encoder
 from export.reference.huggingface import normalisation
 
 CPU_APPETITE = BatchSizes(rows=96, encode_batch=4)

@@ -35,7 +35,7 @@ def test_corpus_is_reproducible_and_has_no_duplicates(tmp_path):
 
 
 def test_encoder_work_matches_torch(tiny_checkpoint, tiny_reference):
-    from export.graphs.modules import Encoder
+    from export.families.modules import Encoder
 
     encoder = Encoder(tiny_reference.model, 1 / 255, [0.5] * 3, [0.5] * 3)
     size = tiny_reference.model.config.vision_config.image_size
@@ -49,8 +49,8 @@ def test_encoder_work_matches_torch(tiny_checkpoint, tiny_reference):
 
 @pytest.mark.parametrize(("rows", "cached"), [(1, 0), (3, 5)])
 def test_row_and_position_work_match_torch(tiny_checkpoint, tiny_reference, rows, cached):
+    from export.families.modules import DecoderStep
     from export.graphs.exporters import DecoderSpec
-    from export.graphs.modules import DecoderStep
 
     step, config = DecoderStep(tiny_reference.model), DecoderSpec(tiny_reference.model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

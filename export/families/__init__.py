@@ -1,0 +1,1 @@
+"""Model families: the modules that are exported as graphs."""
