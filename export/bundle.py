@@ -17,14 +17,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from engine.backends import Backend, open_backend
-from engine.bundle.manifest import FORMAT, MANIFEST, PRECISIONS, Bundle
+from engine.bundle.manifest import FORMAT, MANIFEST, PRECISIONS, Bundle, ModelDims
 from engine.bundle.open import on_halves
 from engine.captioner import Captioner
 from engine.errors import ExportError, OutputError
@@ -34,7 +34,6 @@ from engine.machine.verify import Golden, first_difference, replay, same_on_halv
 from engine.options import GENERATION_SETTINGS, options_from
 from engine.runtime import Runtime
 from export.checkpoints.files import weight_files
-from export.checkpoints.load import encoder_positions
 from export.checkpoints.settings import assumed_settings, check_supported, ignored_settings
 from export.graphs.exporters import write_graphs
 from export.precision import PrecisionReport, ScoredCaption, compare_captions, encoder_error, forced_log_prob, summary
@@ -48,37 +47,30 @@ def generation_defaults(reference: Reference) -> dict:
     """Return the checkpoint's generation settings that differ from Hugging Face's own."""
     return {
         name: value
-        for name, value in reference.model.text_decoder.generation_config.to_diff_dict().items()
+        for name, value in reference.family.generation_config(reference.model).to_diff_dict().items()
         if name in GENERATION_SETTINGS and value is not None
     }
 
 
 def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
     """Return the manifest of a checkpoint's fp32 bundle, without the sha256 of the bundle's files."""
-    model, processor = reference.model, reference.image_processor
-    text, vision = model.config.text_config, model.config.vision_config
-    _, mean, std = normalisation(reference.image_processor)
+    processor, sizes = reference.image_processor, reference.sizes
+    _, mean, std = normalisation(processor)
+    settings = generation_defaults(reference)
     return {
         "format": FORMAT,
         "precision": "fp32",
-        "model": {
-            "num_layers": text.num_hidden_layers,
-            "num_heads": text.num_attention_heads,
-            "head_width": text.hidden_size // text.num_attention_heads,
-            "vocab_size": text.vocab_size,
-            "max_positions": text.max_position_embeddings,
-            "encoder_positions": encoder_positions(vision),
-        },
+        "model": {entry.name: getattr(sizes, entry.name) for entry in fields(ModelDims)},
         "image": {
-            "height": vision.image_size,
-            "width": vision.image_size,
+            "height": sizes.image_size,
+            "width": sizes.image_size,
             "resample": Image.Resampling(processor.resample).name.lower(),
             "mean": mean,
             "std": std,
         },
-        "tokens": {"bos": text.bos_token_id, "eos": text.sep_token_id, "pad": text.pad_token_id},
-        "generation": generation_defaults(reference),
-        "generation_from": dict.fromkeys(generation_defaults(reference), "text_config of config.json"),
+        "tokens": asdict(sizes.tokens),
+        "generation": settings,
+        "generation_from": dict.fromkeys(settings, f"{reference.family.settings_part} of config.json"),
         "clean_up_tokenization_spaces": bool(reference.tokenizer.clean_up_tokenization_spaces),
         "checkpoint": {
             "name": checkpoint.resolve().name,
@@ -86,7 +78,7 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
             "files": {path.name: file_sha256(path) for path in weight_files(checkpoint)},
         },
         "restore": {  # read only by `python -m export.restore`, not by the engine
-            "config": model.config.to_diff_dict(),
+            "config": reference.model.config.to_diff_dict(),
             "image_processor": processor.to_dict(),
             "tokenizer": {
                 name: reference.tokenizer.init_kwargs.get(name) for name in ("do_lower_case", "strip_accents")
@@ -229,7 +221,7 @@ def export_bundle(
     image_size: int | None = None,
     exporter: str = "torch",
 ) -> Bundle:
-    """Export a BLIP captioning checkpoint and return the bundle, after replaying its golden recordings.
+    """Export a captioning checkpoint and return the bundle, after replaying its golden recordings.
 
     `log` receives progress lines. fp16 and int8 bundles are made from a float32 bundle that passed its checks, and are
     compared with it (see convert). Everything is written next to `out` and moved there at the end, so a failed export

@@ -105,7 +105,7 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, log: Lo
         splits["train"], splits["valid"] = hold_out(splits["train"], recipe.valid_share, recipe.seed)
         log(f"no validation split: {len(splits['valid'].examples)} captions of the training split are held out")
     bad = []
-    positions = reference.model.config.text_config.max_position_embeddings
+    positions = reference.sizes.max_positions
     for name in SPLITS:
         check_fit(
             splits[name].examples, splits[name].captions_file, reference.tokenizer, min(recipe.max_tokens, positions)

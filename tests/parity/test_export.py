@@ -26,8 +26,8 @@ from engine.options import DECODE_OPTIONS, DEFAULTS, SAMPLING, DecodeOptions
 from export import bundle as export_module
 from export.__main__ import main
 from export.bundle import export_bundle
-from export.checkpoints.files import IS_5
 from export.checkpoints.load import load_checkpoint
+from export.families.base import IS_5
 from export.graphs.exporters import write_graphs
 from export.parity import main as parity_main
 from export.reference.golden import GOLDEN_SETTINGS

@@ -150,7 +150,7 @@ class RewardTrainer(CaptionTrainer):
         super().log(logs, start_time)
 
     def _greedy_start(self) -> int:
-        return int(self._reference.model.config.text_config.bos_token_id)
+        return self._reference.sizes.tokens.bos
 
     def _prompt(self, index: int) -> tuple[int, ...]:
         """Return the ids of an example's prompt; empty for a blank."""
