@@ -192,7 +192,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Special token ids: [DEC] starts a caption, [SEP] ends it."""
+    """Special token ids: `bos` starts a caption and `eos` ends it (BLIP: [DEC] and [SEP])."""
 
     bos: int
     eos: int
