@@ -94,7 +94,7 @@ def _checked(path: Path, raw: dict[str, Any], family: Family) -> dict[str, Any]:
         listed = ", ".join(f"{name}={raw[name]!r}" for name in others)
         raise CheckpointError(f"{path} has settings that the engine does not support ({listed}): remove them")
     values = dict(rules.settings) | {name: raw[name] for name in rules.settings if raw.get(name) is not None}
-    values["size"] = _size(path, values["size"])
+    values["size"] = _size(path, values["size"], family)
     if values["do_convert_rgb"] is not True:
         values["do_convert_rgb"] = True  # the engine converts every image to RGB, as callers of generate do
     for name in ("image_mean", "image_std"):
@@ -117,12 +117,12 @@ def _checked(path: Path, raw: dict[str, Any], family: Family) -> dict[str, Any]:
     return values
 
 
-def _size(path: Path, size: Any) -> dict[str, int]:
+def _size(path: Path, size: Any, family: Family) -> dict[str, int]:
     """Return a size as height and width in pixels. Raises CheckpointError if it is not one."""
     if isinstance(size, int) and not isinstance(size, bool):
         size = {"height": size, "width": size}
     if not isinstance(size, dict) or not {"height", "width"} <= set(size):
-        raise CheckpointError(f"{path} has the size {size!r}, but a height and a width in pixels are needed")
+        raise CheckpointError(f"{path} has the size {size!r}, but {family.name} needs a height and a width in pixels")
     if not all(type(size[name]) in (int, float) and 1 <= size[name] < math.inf for name in ("height", "width")):
         raise CheckpointError(f"{path} has the size {size!r}, but height and width must be numbers of at least 1")
     return {name: int(size[name]) for name in ("height", "width")}
