@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import errno
+import hashlib
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -153,6 +156,28 @@ def test_sizes_and_eps_come_from_the_checkpoint(text, vision, tmp_path):
     export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)  # replays its golden recordings
     bundle = Bundle.load(tmp_path / "bundle")
     assert bundle.model.num_layers == text.get("num_hidden_layers", 2)
+
+
+def test_export_hashes_each_file_once(tiny_checkpoint, tmp_path, monkeypatch):
+    """Seven graphs (three, and four of the split decoder) are opened twice each: as written, then optimised."""
+    hashed: Counter[str] = Counter()
+    opened: Counter[str] = Counter()
+    digest, session = hashlib.file_digest, onnxruntime.InferenceSession
+
+    def count_digest(stream, *arguments):
+        hashed[Path(stream.name).name] += 1
+        return digest(stream, *arguments)
+
+    def count_session(path, *arguments, **settings):
+        opened[Path(path).name] += 1
+        return session(path, *arguments, **settings)
+
+    monkeypatch.setattr(hashlib, "file_digest", count_digest)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", count_session)
+    bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", lambda _: None)
+    assert hashed == dict.fromkeys([*bundle.files, "model.safetensors"], 1)
+    twice = dict.fromkeys(("decoder.onnx", "log_probs.onnx", "choice.onnx"), 2)
+    assert opened == twice | {"encoder.onnx": 4, "regroup.onnx": 4}
 
 
 @pytest.mark.parametrize("is_tie", [True, False])
