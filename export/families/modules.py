@@ -8,6 +8,7 @@ initialisers are the checkpoint's tensors, and tied tensors are stored once.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +46,9 @@ class ExportedModule(PreTrainedModel):
     """Names of the model's submodules that the graph uses. They keep these names, and with them the weights' names."""
 
     def __init__(self, model: PreTrainedModel, sizes: Sizes) -> None:
-        super().__init__(model.config)
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = "eager"  # PreTrainedModel refuses others; the model keeps what it has
+        super().__init__(config)
         self.sizes, self.heads, self.width = sizes, sizes.num_heads, sizes.head_width
         self.weights_type = model.dtype
         """float32 or float16. Some operations use float32 in either case, see the comments there."""
