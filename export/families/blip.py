@@ -39,8 +39,9 @@ __all__ = ["Blip", "BlipImageProcessor"]
 
 PARTS = ("vision_model", "text_decoder")
 HEAD, WORDS = "text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"
-TIED = {HEAD: WORDS, "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias"}
-"""Names of one tensor if tie_word_embeddings is set, as it is in every published checkpoint."""
+BIAS = "text_decoder.cls.predictions.decoder.bias"
+TIED = {HEAD: WORDS, BIAS: "text_decoder.cls.predictions.bias"}
+"""Names of one tensor: the bias always, the words if tie_word_embeddings is set, as in every published checkpoint."""
 KEPT_FLOAT32 = ("word_embeddings", "cls.predictions")
 """Parts of the names of the LM head's weights: the tied embedding and the transformation before it."""
 
@@ -174,7 +175,7 @@ class Blip(Family):
 
     def tied(self, config: BlipConfig) -> dict[str, str]:
         """See Family.tied."""
-        return TIED if config.text_config.tie_word_embeddings else {}
+        return TIED if config.text_config.tie_word_embeddings else {BIAS: TIED[BIAS]}
 
     def unsupported(self, config: BlipConfig) -> dict[str, Any]:
         """See Family.unsupported."""

@@ -135,6 +135,7 @@ def test_tokenizer_padding_does_not_affect_prompts(checkpoint_copy, tmp_path):
         {"length_penalty": -1.0, "num_beams": 3},
         {"early_stopping": True, "num_beams": 2},
         {"max_position_embeddings": 30},
+        {"tie_word_embeddings": False},
     ],
 )
 def test_checkpoint_defaults_do_not_prevent_export(settings, tmp_path):
