@@ -32,15 +32,17 @@ from engine.decoding.beam import Beams, Hypothesis, Search
 from engine.host import available_cores
 from engine.machine.bench import peak_memory_gib
 from engine.options import DecodeOptions
-from export.checkpoints.load import encoder_positions
-from export.graphs.modules import ExportedModule
-from export.reference.huggingface import Reference
+from export.families.blip import PARTS
+from export.families.modules import ExportedModule
+from export.reference.huggingface import Reference, normalisation
 
 OPSET = 18
 
 
 class StepWithPast(ExportedModule):
     """One token per row with its past, with the weights and operations of transformers' BlipTextLMHeadModel."""
+
+    parts = PARTS
 
     def forward(self, input_ids: Tensor, positions: Tensor, cross: list[Tensor], past: list[Tensor]) -> Any:
         """input_ids i64[R], positions i64[R], cross f32[R,H,S,d] and past f32[R,H,t,d] (keys and values alternate).
@@ -75,18 +77,12 @@ class EncoderOnly(nn.Module):
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
-        self.blip = reference.model
-        config = reference.model.config.text_config
-        self.heads, self.width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        self.family, self.model = reference.family, reference.model
+        self.encoder = reference.family.encoder(reference.model, normalisation(reference.image_processor))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        hidden = self.blip.vision_model(pixel_values)[0]
-        attentions = [layer.crossattention.self for layer in self.blip.text_decoder.bert.encoder.layer]
-        return tuple(
-            project(hidden).view(hidden.shape[0], -1, self.heads, self.width).transpose(1, 2)
-            for attention in attentions
-            for project in (attention.key, attention.value)
-        )
+        hidden = self.family.encode(self.model, pixel_values)
+        return tuple(self.encoder.split_heads(x, hidden.shape[0]) for x in self.encoder.keys_values(hidden))
 
 
 def export_conventional(reference: Reference, out: Path) -> Path:
@@ -94,11 +90,9 @@ def export_conventional(reference: Reference, out: Path) -> Path:
     if (out / "reorder.onnx").exists():
         return out
     out.mkdir(parents=True, exist_ok=True)
-    config, size = reference.model.config, reference.model.config.vision_config.image_size
-    layers, heads = config.text_config.num_hidden_layers, config.text_config.num_attention_heads
-    width = config.text_config.hidden_size // heads
-    positions = encoder_positions(config.vision_config)
-    names = {part: cache_names(layers, part) for part in ("cross", "past", "present")}
+    sizes = reference.sizes
+    heads, width = sizes.num_heads, sizes.head_width
+    names = {part: cache_names(sizes.num_layers, part) for part in ("cross", "past", "present")}
     axes = {
         "cross": {0: "rows"},
         "past": {0: "rows", 2: "past"},
@@ -106,7 +100,7 @@ def export_conventional(reference: Reference, out: Path) -> Path:
     }
     _export(
         EncoderOnly(reference).eval(),
-        (torch.zeros(2, 3, size, size),),
+        (torch.zeros(2, 3, sizes.image_size, sizes.image_size),),
         out / "encoder.onnx",
         ["pixel_values"],
         names["cross"],
@@ -116,11 +110,11 @@ def export_conventional(reference: Reference, out: Path) -> Path:
     step_inputs = (
         torch.ones(rows, dtype=torch.long),
         torch.full((rows,), past),
-        [torch.randn(rows, heads, positions, width) for _ in names["cross"]],
+        [torch.randn(rows, heads, sizes.encoder_positions, width) for _ in names["cross"]],
         [torch.randn(rows, heads, past, width) for _ in names["past"]],
     )
     _export(
-        StepWithPast(reference.model).eval(),
+        StepWithPast(reference.model, sizes).eval(),
         step_inputs,
         out / "step.onnx",
         ["input_ids", "positions", *names["cross"], *names["past"]],

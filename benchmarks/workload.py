@@ -26,7 +26,7 @@ from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image, read_image
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
-from export.checkpoints.files import BlipImageProcessor
+from export.families.blip import BlipImageProcessor
 from export.restore import restore_checkpoint
 
 BUILD = Path("build/workload")

@@ -15,26 +15,25 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from engine.backends import Backend, open_backend
-from engine.bundle.manifest import FORMAT, MANIFEST, PRECISIONS, Bundle
+from engine.bundle.manifest import FORMAT, MANIFEST, PRECISIONS, Bundle, FileDigests, ModelDims
 from engine.bundle.open import on_halves
 from engine.captioner import Captioner
 from engine.errors import ExportError, OutputError
 from engine.files.atomic import file_sha256
 from engine.files.lock import OutputLock
-from engine.machine.verify import Golden, first_difference, replay, same_on_halves, verify, verify_halves
+from engine.machine.verify import Check, Golden, first_difference, replay, same_on_halves, verify, verify_halves
 from engine.options import GENERATION_SETTINGS, options_from
 from engine.runtime import Runtime
 from export.checkpoints.files import weight_files
-from export.checkpoints.load import encoder_positions
 from export.checkpoints.settings import assumed_settings, check_supported, ignored_settings
 from export.graphs.exporters import write_graphs
 from export.precision import PrecisionReport, ScoredCaption, compare_captions, encoder_error, forced_log_prob, summary
@@ -48,45 +47,39 @@ def generation_defaults(reference: Reference) -> dict:
     """Return the checkpoint's generation settings that differ from Hugging Face's own."""
     return {
         name: value
-        for name, value in reference.model.text_decoder.generation_config.to_diff_dict().items()
+        for name, value in reference.family.generation_config(reference.model).to_diff_dict().items()
         if name in GENERATION_SETTINGS and value is not None
     }
 
 
 def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
     """Return the manifest of a checkpoint's fp32 bundle, without the sha256 of the bundle's files."""
-    model, processor = reference.model, reference.image_processor
-    text, vision = model.config.text_config, model.config.vision_config
-    _, mean, std = normalisation(reference.image_processor)
+    processor, sizes = reference.image_processor, reference.sizes
+    _, mean, std = normalisation(processor)
+    settings = generation_defaults(reference)
+    weights = {path.name: file_sha256(path) for path in weight_files(checkpoint)}
     return {
         "format": FORMAT,
         "precision": "fp32",
-        "model": {
-            "num_layers": text.num_hidden_layers,
-            "num_heads": text.num_attention_heads,
-            "head_width": text.hidden_size // text.num_attention_heads,
-            "vocab_size": text.vocab_size,
-            "max_positions": text.max_position_embeddings,
-            "encoder_positions": encoder_positions(vision),
-        },
+        "model": {entry.name: getattr(sizes, entry.name) for entry in fields(ModelDims)},
         "image": {
-            "height": vision.image_size,
-            "width": vision.image_size,
+            "height": sizes.image_size,
+            "width": sizes.image_size,
             "resample": Image.Resampling(processor.resample).name.lower(),
             "mean": mean,
             "std": std,
         },
-        "tokens": {"bos": text.bos_token_id, "eos": text.sep_token_id, "pad": text.pad_token_id},
-        "generation": generation_defaults(reference),
-        "generation_from": dict.fromkeys(generation_defaults(reference), "text_config of config.json"),
+        "tokens": asdict(sizes.tokens),
+        "generation": settings,
+        "generation_from": dict.fromkeys(settings, f"{reference.family.settings_part} of config.json"),
         "clean_up_tokenization_spaces": bool(reference.tokenizer.clean_up_tokenization_spaces),
         "checkpoint": {
             "name": checkpoint.resolve().name,
-            "sha256": checkpoint_sha256(checkpoint),
-            "files": {path.name: file_sha256(path) for path in weight_files(checkpoint)},
+            "sha256": _sha256_of_all(weights.values()),
+            "files": weights,
         },
         "restore": {  # read only by `python -m export.restore`, not by the engine
-            "config": model.config.to_diff_dict(),
+            "config": reference.model.config.to_diff_dict(),
             "image_processor": processor.to_dict(),
             "tokenizer": {
                 name: reference.tokenizer.init_kwargs.get(name) for name in ("do_lower_case", "strip_accents")
@@ -98,13 +91,16 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
 
 def checkpoint_sha256(checkpoint: Path) -> str:
     """Return one sha256 for a checkpoint: the hash of its weight files' sha256 digests, in name order."""
-    digests = "".join(file_sha256(path) for path in weight_files(checkpoint))
-    return hashlib.sha256(digests.encode()).hexdigest()
+    return _sha256_of_all(file_sha256(path) for path in weight_files(checkpoint))
 
 
-def write_manifest(draft: Path, manifest: dict) -> None:
+def _sha256_of_all(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def write_manifest(draft: Path, manifest: dict, sha256: Callable[[Path], str] = file_sha256) -> None:
     """Write manifest.json into a bundle's folder, with the sha256 of every other file there."""
-    files = {path.name: file_sha256(path) for path in sorted(draft.iterdir()) if path.name != MANIFEST}
+    files = {path.name: sha256(path) for path in sorted(draft.iterdir()) if path.name != MANIFEST}
     text = json.dumps(manifest | {"files": files}, indent=1, sort_keys=True)
     (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -118,39 +114,66 @@ A model that overflows has a far larger or non-finite error. int8: the error is 
 that. With one scale per weight tensor the error is 0.25, and a fifth of the captions change."""
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """A draft of a bundle that is open on the CPU: the whole decoder, and the split decoder that ensembles use."""
+
+    captioner: Captioner
+    split: Captioner
+
+    @classmethod
+    def open(cls, folder: Path, digests: FileDigests) -> _Draft:
+        bundle = Bundle.load(folder, digests)
+        split = on_halves(bundle)
+        assert split is not None, "write_graphs has written the split decoder"
+        return cls(*(Captioner(one, open_backend(one, Runtime("cpu"))) for one in (bundle, split)))
+
+    def checks(self, digests: FileDigests) -> list[Check]:
+        """Read the draft's files again as far as they have changed, and replay its golden recordings."""
+        bundle = Bundle.load(self.captioner.bundle.path, digests)
+        return verify(bundle, self.captioner.backend) + verify_halves(bundle, Runtime("cpu"), self.split.backend)
+
+
 def convert(
-    reference: Reference, float32: Bundle, out: Path, precision: str, exporter: str, log: Callable[[str], None]
+    reference: Reference,
+    theirs: Captioner,
+    out: Path,
+    precision: str,
+    exporter: str,
+    digests: FileDigests,
+    log: Callable[[str], None],
 ) -> Path:
-    """Write a bundle of `precision` ("fp16" or "int8") from a float32 bundle into the new folder `out` and return
-    `out`.
+    """Write a bundle of `precision` ("fp16" or "int8") into the new folder `out` and return `out`.
+
+    `theirs` runs the float32 bundle.
 
     The golden captions of both bundles are compared, and the differences are listed in the manifest. Raises
     ExportError if the encoder error exceeds ENCODER_BOUND, if a number overflows, or if `verify` fails.
     """
     out.mkdir()
+    float32 = theirs.bundle.path
     for name in ("tokenizer.json", "golden.npz"):
-        shutil.copy(float32.path / name, out / name)
-    manifest = json.loads((float32.path / MANIFEST).read_text(encoding="utf-8")) | {"precision": precision}
+        shutil.copy(float32 / name, out / name)
+    manifest = json.loads((float32 / MANIFEST).read_text(encoding="utf-8")) | {"precision": precision}
     log(f"exporting graphs in {precision}")
     model = copy.deepcopy(reference.model).half() if precision == "fp16" else reference.model
     write_graphs(model, out, normalisation(reference.image_processor), is_int8=precision == "int8", exporter=exporter)
-    write_manifest(out, manifest)
-    ours, theirs = Captioner.load(out, backend="cpu"), Captioner(float32, open_backend(float32, Runtime("cpu")))
+    write_manifest(out, manifest, digests)
+    draft = _Draft.open(out, digests)
+    ours = draft.captioner
     log(f"comparing {precision} with float32 on the golden images")
     others: list[Backend] = [ours.backend]
     if precision == "fp16":
         others.append(TorchBackend(model, reference.image_processor))
     error = _check_numbers(theirs, others, precision)
-    reports = _skip_differences(theirs, ours, log)
+    reports = _skip_differences(theirs, ours, digests, log)
     manifest["conversion"] = {
         "encoder_error": error,
         "encoder_bound": ENCODER_BOUND[precision],
         "golden": [asdict(report) for report in reports],
     }
-    write_manifest(out, manifest)
-    bundle = Bundle.load(out)
-    checks = verify(bundle, ours.backend) + verify_halves(bundle, Runtime("cpu"))
-    if failed := [check for check in checks if not check.passed]:
+    write_manifest(out, manifest, digests)
+    if failed := [check for check in draft.checks(digests) if not check.passed]:
         raise ExportError(
             f"the {precision} scores differ too much from float32: {'; '.join(map(str, failed))}: export with "
             "--precision fp32"
@@ -184,14 +207,16 @@ def _check_numbers(float32: Captioner, others: list[Backend], precision: str) ->
     return error
 
 
-def _skip_differences(float32: Captioner, ours: Captioner, log: Callable[[str], None]) -> list[PrecisionReport]:
+def _skip_differences(
+    float32: Captioner, ours: Captioner, digests: FileDigests, log: Callable[[str], None]
+) -> list[PrecisionReport]:
     """Compare the golden captions and drop the images whose caption changed from the recording of our bundle.
 
     The recording stays PyTorch's: `engine verify` then checks the captions that both precisions agree on. Raises
     ExportError if no caption is left.
     """
     path = ours.bundle.path / "golden.npz"
-    golden = Golden.load(path)
+    golden, has_changed = Golden.load(path), False
     images = [(f"golden picture {i}", image) for i, image in enumerate(golden.pixel_values)]
     reports = []
     for setting, options in enumerate(golden.settings):
@@ -203,16 +228,19 @@ def _skip_differences(float32: Captioner, ours: Captioner, log: Callable[[str], 
         report = compare_captions(float32, options_from({}, options), images, float32_captions, our_captions)
         log(f"{', '.join(f'{key} {value}' for key, value in options.items())}: {summary(report)}")
         for i, (expected, other) in enumerate(zip(float32_captions, our_captions, strict=True)):
-            if expected.ids != other.ids:
-                golden.skip(setting, i, 0)
-            elif rank := first_difference(replayed[i], golden.n_best(setting)[i]):
-                golden.skip(setting, i, rank)
+            differs = expected.ids != other.ids
+            rank = 0 if differs else first_difference(replayed[i], golden.n_best(setting)[i])
+            if differs or rank:
+                golden.skip(setting, i, rank or 0)
+                has_changed = True
         reports.append(report)
     if not any(expected for setting in range(len(golden.settings)) for expected in golden.expected(setting)):
         raise ExportError(
             f"in {ours.bundle.precision} every golden caption differs from float32: export with --precision fp32"
         )
-    golden.save(path)
+    if has_changed:
+        golden.save(path)
+        digests.forget(path)
     return reports
 
 
@@ -229,7 +257,7 @@ def export_bundle(
     image_size: int | None = None,
     exporter: str = "torch",
 ) -> Bundle:
-    """Export a BLIP captioning checkpoint and return the bundle, after replaying its golden recordings.
+    """Export a captioning checkpoint and return the bundle, after replaying its golden recordings.
 
     `log` receives progress lines. fp16 and int8 bundles are made from a float32 bundle that passed its checks, and are
     compared with it (see convert). Everything is written next to `out` and moved there at the end, so a failed export
@@ -242,29 +270,44 @@ def export_bundle(
     check_supported(reference.model, checkpoint)
     for line in (*ignored_settings(checkpoint), *assumed_settings(checkpoint)):
         log(f"note: {line}")
+    digests = FileDigests()
     with _draft_folder(out, log) as folder:
-        draft = folder / "bundle"
-        draft.mkdir()
-        # read the config before the graphs are written: optimum sets use_cache to False in every config it sees
-        manifest = describe_checkpoint(reference, checkpoint)
-        _write_files(reference, draft, exporter, log)
-        write_manifest(draft, manifest)
-        log("replaying the golden recordings")
-        _skip_ties(reference, draft, log)
-        write_manifest(draft, manifest)
-        bundle = Bundle.load(draft)
-        runtime = Runtime("cpu")
-        checks = verify(bundle, open_backend(bundle, runtime)) + verify_halves(bundle, runtime)
-        if failed := [check for check in checks if not check.passed]:
-            more = f", and {len(failed) - 1} more settings fail" if failed[1:] else ""
-            raise ExportError(
-                f"{checkpoint}: the exported graphs do not give PyTorch's captions, and the difference is not a tie: "
-                f"{failed[0]}{more}. No bundle was written: report this as a bug"
-            )
-        if precision != "fp32":
-            draft = convert(reference, bundle, folder / precision, precision, exporter, log)
-        _move(draft, out)
-    return Bundle.load(out)
+        _move(_write_draft(reference, checkpoint, folder, precision, exporter, digests, log), out)
+    return Bundle.load(out, digests)
+
+
+def _write_draft(
+    reference: Reference,
+    checkpoint: Path,
+    folder: Path,
+    precision: str,
+    exporter: str,
+    digests: FileDigests,
+    log: Callable[[str], None],
+) -> Path:
+    """Write a bundle below `folder`, check it, and return its folder. No file of it is open any more."""
+    out = folder / "bundle"
+    out.mkdir()
+    # read the config before the graphs are written: optimum sets use_cache to False in every config it sees
+    manifest = describe_checkpoint(reference, checkpoint)
+    _write_files(reference, out, exporter, log)
+    write_manifest(out, manifest, digests)
+    draft = _Draft.open(out, digests)
+    log("replaying the golden recordings")
+    if _skip_ties(reference, draft, log):
+        digests.forget(out / "golden.npz")
+        write_manifest(out, manifest, digests)
+    if failed := [check for check in draft.checks(digests) if not check.passed]:
+        more = f", and {len(failed) - 1} more settings fail" if failed[1:] else ""
+        raise ExportError(
+            f"{checkpoint}: the exported graphs do not give PyTorch's captions, and the difference is not a tie: "
+            f"{failed[0]}{more}. No bundle was written: report this as a bug"
+        )
+    if precision == "fp32":
+        return out
+    float32 = draft.captioner
+    del draft  # the split decoder is not needed any more
+    return convert(reference, float32, folder / precision, precision, exporter, digests, log)
 
 
 @contextmanager
@@ -323,17 +366,16 @@ def _move(draft: Path, out: Path) -> None:
         raise
 
 
-def _skip_ties(reference: Reference, draft: Path, log: Callable[[str], None]) -> None:
+def _skip_ties(reference: Reference, draft: _Draft, log: Callable[[str], None]) -> bool:
     """Drop a golden image from a setting's recording if the engine's caption differs because of a tie.
 
-    Both the whole decoder and the split decoder are replayed, because each must reproduce what is recorded.
+    Returns whether there was a tie, so that golden.npz has changed. Both the whole decoder and the split decoder are
+    replayed, because each must reproduce what is recorded.
     """
-    captioner, path = Captioner.load(draft, backend="cpu"), draft / "golden.npz"
-    golden, split_bundle = Golden.load(path), on_halves(captioner.bundle)
-    replays = [(captioner, setting) for setting in range(len(golden.settings))]
-    if split_bundle is not None:
-        split_captioner = Captioner(split_bundle, open_backend(split_bundle, Runtime("cpu")))
-        replays += [(split_captioner, setting) for setting in same_on_halves(golden)]
+    path, has_ties = draft.captioner.bundle.path / "golden.npz", False
+    golden = Golden.load(path)
+    replays = [(draft.captioner, setting) for setting in range(len(golden.settings))]
+    replays += [(draft.split, setting) for setting in same_on_halves(golden)]
     for captioner, setting in replays:
         captions, options = replay(captioner, golden, setting), options_from({}, golden.settings[setting])
         for i, expected in enumerate(golden.n_best(setting)):
@@ -345,10 +387,13 @@ def _skip_ties(reference: Reference, draft: Path, log: Callable[[str], None]) ->
             if verdict != "real":
                 log(f"golden image {i} is skipped in setting {setting}: its captions tie, {divergence.gap:.1e} apart")
                 golden.skip(setting, i, rank)
+                has_ties = True
     for setting in range(len(golden.settings)):
         if not any(golden.expected(setting)):
             log(f"note: every golden image ties in setting {setting}: `engine verify` cannot check it")
-    golden.save(path)
+    if has_ties:
+        golden.save(path)
+    return has_ties
 
 
 def _is_replaceable(out: Path) -> bool:

@@ -147,7 +147,7 @@ def _check_same_weights(reference: Reference, bundle: Bundle, checkpoint: Path) 
     If the sha256 of the weight files is equal, nothing else is compared. Otherwise the tensors are: other files can
     hold the same weights, such as a restored checkpoint or one that was saved again.
     """
-    size = reference.model.config.vision_config.image_size
+    size = reference.sizes.image_size
     if size != bundle.image.height:
         raise CheckpointError(
             f"{bundle.path} takes images of {bundle.image.height} px, the checkpoint {size} px: "

@@ -14,13 +14,13 @@ import click
 import onnx
 import torch
 from onnx import numpy_helper
-from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
+from transformers import BertTokenizerFast
 
 from engine.bundle.manifest import MANIFEST
 from engine.bundle.open import open_bundle
 from engine.cli.shared import PATH, OneLine
 from engine.errors import EngineError
-from export.checkpoints.files import BlipImageProcessor
+from export.families import FAMILIES
 from export.graphs.exporters import FP16_SUFFIX
 
 
@@ -36,22 +36,22 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
             f"the weights of {bundle_dir} are rounded to {bundle.precision}: restore from the fp32 bundle"
         )
     source = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))["restore"]
-    model = BlipForConditionalGeneration(BlipConfig.from_dict(source["config"])).eval()
+    family = FAMILIES[source["config"]["model_type"]]
+    model = family.model_class(family.config_class.from_dict(source["config"])).eval()
     weights: dict[str, torch.Tensor] = {}
     for name in ("encoder", "decoder"):
         weights |= graph_weights(bundle.path / f"{name}.onnx")
     expected = set(model.state_dict())
     report = model.load_state_dict({n: w for n, w in weights.items() if n in expected}, strict=False)
     model.tie_weights()
-    tied = {f"text_decoder.cls.predictions.decoder.{kind}" for kind in ("weight", "bias")}
-    missing = set(report.missing_keys) - tied
+    missing = set(report.missing_keys) - set(family.tied(model.config))
     if missing:
         raise EngineError(
             f"{bundle_dir} lacks {len(missing)} weights of its checkpoint ({sorted(missing)[0]}, ...): export it again"
         )
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
-    BlipImageProcessor(**source["image_processor"]).save_pretrained(out)
+    family.make_processor(source["image_processor"]).save_pretrained(out)
     BertTokenizerFast(
         tokenizer_file=str(bundle.path / "tokenizer.json"),
         clean_up_tokenization_spaces=bundle.clean_up_tokenization_spaces,

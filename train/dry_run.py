@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BlipForConditionalGeneration, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from engine.errors import UsageError
+from export.families import family_of
 from export.reference.huggingface import Reference
 from train.data.batches import EpochOrder, PixelSpec, collate_captions
 from train.data.examples import Example, references_by_id
@@ -75,9 +76,7 @@ def passes(recipe: Recipe, tokens: int) -> list[tuple[int, int]]:
     return drawn + learned
 
 
-def _saved_for_backward(
-    model: BlipForConditionalGeneration, spec: PixelSpec, tokens: int, images: int, copies: int
-) -> int:
+def _saved_for_backward(model: PreTrainedModel, spec: PixelSpec, tokens: int, images: int, copies: int) -> int:
     """Return the bytes that autograd saves for a batch of `images` images with `copies` captions each.
 
     Parameters are not counted; storage that tensors share is counted once.
@@ -93,9 +92,9 @@ def _saved_for_backward(
             alive.append(tensor)  # else a later tensor could get the same address and not be counted
         return tensor
 
-    vocabulary = model.config.text_config.vocab_size
-    length = min(tokens, model.config.text_config.max_position_embeddings)
-    ids = torch.arange(images * copies * length).reshape(images * copies, length) % vocabulary
+    sizes = family_of(model).sizes(model.config)
+    length = min(tokens, sizes.max_positions)
+    ids = torch.arange(images * copies * length).reshape(images * copies, length) % sizes.vocab_size
     model.train()
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, repeating(model.vision_model, [copies]), torch.autocast("cpu", torch.bfloat16):
@@ -109,7 +108,7 @@ def _saved_for_backward(
     return sum(saved.values())
 
 
-def disk(model: BlipForConditionalGeneration, recipe: Recipe) -> dict[str, int]:
+def disk(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
     """Return the bytes on disk of the kept models, of the kept training states, and the most that a run ever takes.
 
     Weights are float32; a training state also has AdamW's two moments of the trained parameters. Not included: logs,
@@ -130,7 +129,7 @@ def tokens_of_batches(reference: Reference, examples: Sequence[Example], recipe:
     """Return the mean length of a process's batches in tokens; a batch is as long as its longest caption."""
     order = EpochOrder(len(examples), recipe.batch_size, recipe.seed)
     indices = [index for _, index in order]
-    start_token = reference.model.config.text_config.bos_token_id
+    start_token = reference.sizes.tokens.bos
     device_batch, _ = recipe.micro_batches(1)
     lengths = []
     for start in islice(range(0, len(indices), device_batch), MOST_BATCHES):
@@ -185,7 +184,7 @@ def plan_run(job: Job, log: Callable[[str], None]) -> dict[str, Any]:
         "learning_rates": [float(f"{rate:.6g}") for rate in rates],
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "image_size": model.config.vision_config.image_size,
+        "image_size": run.reference.sizes.image_size,
         "memory_gib": memory(run),
         "disk_gib": {name: rounded(size / GIB) for name, size in disk(model, recipe).items()},
     }

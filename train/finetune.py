@@ -111,7 +111,7 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, log: Lo
         splits["train"], splits["valid"] = hold_out(splits["train"], recipe.valid_share, recipe.seed)
         log(f"no validation split: {len(splits['valid'].examples)} captions of the training split are held out")
     bad = []
-    tokenizer, positions = reference.tokenizer, reference.model.config.text_config.max_position_embeddings
+    tokenizer, positions = reference.tokenizer, reference.sizes.max_positions
     max_tokens = min(recipe.max_tokens, positions)
     for name in SPLITS:
         check_fit(splits[name].examples, splits[name].captions_file, tokenizer, max_tokens)

@@ -71,7 +71,8 @@ def make_attention() -> None:
     import torch
 
     from export.bundle import write_manifest
-    from export.graphs import exporters, modules
+    from export.families.blip import BlipEncoder, BlipStep
+    from export.graphs import exporters
     from export.reference.huggingface import Reference, normalisation
 
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -108,9 +109,8 @@ def make_attention() -> None:
             x = x + layer.mlp(layer.layer_norm2(x))
         return tower.post_layernorm(x)
 
-    def cross(self: Any, attention: Any, x: Any, pair: Any, batch: Any) -> Any:
-        q = self._split_heads(attention.self.query(x), batch)
-        return attention.output(self._merge_heads(Attention.apply(q, *pair, 0)), x)
+    def cross(self: Any, q: Any, cache: Any) -> Any:
+        return self.merge_heads(Attention.apply(q, *cache.cross, 0))
 
     def use_opset_23(model: Any, _name: str) -> None:
         for node in model.graph.node:
@@ -119,8 +119,8 @@ def make_attention() -> None:
         model.opset_import.extend([onnx.helper.make_opsetid("", 23)])
         model.ir_version = 10
 
-    modules.Encoder._vision = vision  # type: ignore[method-assign]
-    modules.DecoderStep._cross_attention = cross  # type: ignore[method-assign]
+    BlipEncoder.encode = vision  # type: ignore[method-assign]
+    BlipStep.cross_attention = cross  # type: ignore[method-assign]
     exporters._check_operators = use_opset_23
     reference = Reference.load(W / "checkpoint")
     out = _new_folder(W / "fp16a")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -192,7 +192,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Special token ids: [DEC] starts a caption, [SEP] ends it."""
+    """Special token ids: `bos` starts a caption and `eos` ends it (BLIP: [DEC] and [SEP])."""
 
     bos: int
     eos: int
@@ -242,10 +242,11 @@ class Bundle:
         )
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Bundle:
+    def load(cls, path: Path | None = None, sha256: Callable[[Path], str] = file_sha256) -> Bundle:
         """Read the bundle in directory `path` (None: the embedded demo) and verify every file's sha256.
 
-        See open_bundle for bundles at a URI. Raises BundleError, which lists all missing and changed files.
+        `sha256` computes it, see FileDigests. See open_bundle for bundles at a URI. Raises BundleError, which lists all
+        missing and changed files.
         """
         path = demo_bundle() if path is None else Path(path)
         try:
@@ -253,7 +254,7 @@ class Bundle:
             if path.is_dir():  # before the check, so that later changes are detected
                 stamps = {entry.name: stamp_of(entry.stat()) for entry in path.iterdir() if entry.is_file()}
             manifest, digest = _read_manifest(path)
-            problems = _file_problems(path, manifest.get("files"))
+            problems = _file_problems(path, manifest.get("files"), sha256)
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}: {error.filename}") from error
         if problems:
@@ -296,6 +297,31 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+class FileDigests:
+    """Compute the sha256 of files, and read a file again only if it was replaced or its stamp has changed.
+
+    It is for a process that loads bundles which it has just written: moving them to another folder changes neither.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[Stamp, str]] = {}
+
+    def __call__(self, path: Path) -> str:
+        """Return the sha256 of a file as lower-case hexadecimal."""
+        status = path.stat()  # before the content is read, so that a later change is detected
+        file, stamp = (status.st_dev, status.st_ino), stamp_of(status)
+        known_stamp, digest = self._known.get(file, (None, ""))
+        if known_stamp != stamp:
+            digest = file_sha256(path)
+            self._known[file] = stamp, digest
+        return digest
+
+    def forget(self, path: Path) -> None:
+        """Read a file again next time: some file systems count time in steps of 2 s, and its size may be the same."""
+        status = path.stat()
+        self._known.pop((status.st_dev, status.st_ino), None)
+
+
 def demo_bundle() -> Path:
     """Return the directory of the demo bundle that ships inside the package."""
     return Path(__file__).parent.parent / "assets" / "demo"
@@ -327,7 +353,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     return manifest, hashlib.sha256(raw).hexdigest()
 
 
-def _file_problems(path: Path, files: object) -> list[str]:
+def _file_problems(path: Path, files: object, sha256: Callable[[Path], str]) -> list[str]:
     """Compare the directory with the manifest's {file name: sha256} and return all differences."""
     if not isinstance(files, dict):
         return [f"{MANIFEST} lists no files"]
@@ -342,7 +368,7 @@ def _file_problems(path: Path, files: object) -> list[str]:
             problems.append(f"{name} is a link")
         elif not file.is_file():
             problems.append(f"{name} is missing")
-        elif file_sha256(file) != expected:
+        elif sha256(file) != expected:
             problems.append(f"{name} {change_of(file)}")
     return problems
 

@@ -34,7 +34,7 @@ DETOKENISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = tuple(
 
 
 class CaptionTokenizer:
-    """The bundle's tokenizer.json with BLIP's conventions: [DEC] first, [SEP] last."""
+    """The bundle's tokenizer.json with generate's conventions: the start token first, then the prompt."""
 
     def __init__(self, bundle: Bundle) -> None:
         try:
@@ -56,7 +56,7 @@ class CaptionTokenizer:
         self._pieces = None if first_word is None else _Pieces(self._decoded, first_word)
 
     def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
-        """Return the ids that decoding starts with: [DEC], then the prompt (BlipForConditionalGeneration.generate)."""
+        """Return the ids that decoding starts with: the start token (BLIP: [DEC]), then the prompt."""
         return (self._bundle.tokens.bos, *(self._encoded(prompt, "the prompt") if prompt else ()))
 
     def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

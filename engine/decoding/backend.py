@@ -32,7 +32,7 @@ class StepInputs:
     """One decoding step for B slots.
 
     input_ids      i64[B,T]      tokens fed
-    positions      i64[B,T]      their positions in the caption, 0 for [DEC]
+    positions      i64[B,T]      their positions in the caption, 0 for the start token
     scores         f32[B,T]      summed log-probability of each row; -inf for a row whose continuations are not used
     marked_ids     i64[B,T,M]    banned and penalised ids. x >= 0: id x gets the log-probability -inf. x < -1: id
                                  -2 - x is already in the row's text, and the repetition penalty applies. No id has two

@@ -58,8 +58,8 @@ class Processors:
     ) -> NDArray[np.int64]:
         """Return the marks of B x K beams for StepInputs.marked_ids, i64[B,K,M] with M at least 1.
 
-        The first lengths i64[B] ids of tokens i32[B,K,W'] are valid, prompt and [DEC] included. `eos` is banned in rows
-        shorter than min_lengths i64[B].
+        The first lengths i64[B] ids of tokens i32[B,K,W'] are valid, prompt and start token included. `eos` is banned
+        in rows shorter than min_lengths i64[B].
         """
         slots, beams, _ = tokens.shape
         # Lists instead of a mask over the vocabulary: of 30,524 ids a row bans a handful, and a mask of B x K x V
@@ -93,7 +93,7 @@ class Processors:
 def repeated_ngrams(tokens: Tokens, lengths: NDArray[np.int64], ngram_size: int) -> Listed:
     """Return the ids that would repeat an n-gram of their beam, rows in ascending order.
 
-    Prompt and [DEC] count. Nearly all rows have no such id, so a list is faster than a mask over the vocabulary.
+    Prompt and start token count. Nearly all rows have no such id, so a list is faster than a mask over the vocabulary.
     """
     slots, beams, _ = tokens.shape
     width = int(lengths.max(initial=0))

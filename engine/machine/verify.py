@@ -132,15 +132,19 @@ def verify(bundle: Bundle, backend: Backend) -> list[Check]:
     return [_check(captioner, golden, setting) for setting in range(len(golden.settings))]
 
 
-def verify_halves(bundle: Bundle, runtime: Runtime) -> list[Check]:
+def verify_halves(bundle: Bundle, runtime: Runtime, backend: Backend | None = None) -> list[Check]:
     """Replay the settings of `same_on_halves` like `verify`, but on the split decoder, which ensembles use.
 
-    Returns no checks if the bundle has no split decoder or the backend of `runtime` does not support ensembles.
+    `backend` is that of the split decoder if it is open already. Returns no checks if the bundle has no split decoder
+    or the backend of `runtime` does not support ensembles.
     """
     single = on_halves(bundle)
     if single is None or require_backend(runtime.backend) not in OF_ENSEMBLES:
         return []
-    golden, captioner = Golden.load(bundle.path / "golden.npz"), Captioner(single, open_backend(single, runtime))
+    golden, captioner = (
+        Golden.load(bundle.path / "golden.npz"),
+        Captioner(single, backend or open_backend(single, runtime)),
+    )
     checks = [_check(captioner, golden, number) for number in same_on_halves(golden)]
     return [replace(check, setting=f"as one of several bundles: {check.setting}") for check in checks]
 

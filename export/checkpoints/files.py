@@ -10,23 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertTokenizerFast
 
 from engine.errors import CheckpointError
 from engine.inputs.kinds import HEAD_BYTES, wrong_content
-
-IS_5 = int(transformers.__version__.partition(".")[0]) >= 5
-
-# release 5 uses torchvision for BlipImageProcessor if it is installed, whose resized pixels differ by a level or two
-if IS_5:
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil as BlipImageProcessor
-else:
-    from transformers import BlipImageProcessor
-
-__all__ = ["IS_5", "BlipImageProcessor", "word_pieces"]
+from export.families import family_named
+from export.families.base import IS_5, Family
 
 
 def word_pieces(vocabulary: Path, **settings: Any) -> BertTokenizerFast:
@@ -72,6 +63,40 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return content
+
+
+MAX_LISTED = 5
+"""Number of a run's checkpoints that an error lists; the last ones are listed."""
+
+
+def read_config_file(directory: Path) -> dict:
+    """Return config.json as JSON. Raises CheckpointError, which says what the folder is, if there is none."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not a checkpoint: {_what_it_is(directory)}")
+    return read_json(path)
+
+
+def family_at(directory: Path) -> Family:
+    """Return the family of a checkpoint. Raises CheckpointError if its config.json names none that is supported."""
+    raw = read_config_file(directory)
+    return family_named(raw.get("model_type"), raw.get("architectures") or [], directory)
+
+
+def _what_it_is(directory: Path) -> str:
+    """Return why a folder without config.json is not a checkpoint, and what to pass instead."""
+    if not directory.is_dir():
+        return "no such folder"
+    if (directory / "adapter_config.json").is_file():
+        return "it is an adapter (such as LoRA), but a base must be a full model"
+    originals = sorted(path.name for pattern in ("*.pth", "*.pt") for path in directory.glob(pattern))
+    if originals:
+        return f"it has no config.json; to use an original .pth file, pass its path: {directory / originals[0]}"
+    names = (path.parent.name for path in directory.glob("*/config.json"))
+    subfolders = sorted(names, key=lambda name: (len(name), name))  # checkpoint-1000 after checkpoint-500
+    if subfolders:
+        return f"it has no config.json, but its subfolders have: pass one of {', '.join(subfolders[-MAX_LISTED:])}"
+    return "it has no config.json"
 
 
 def weight_files(directory: Path) -> list[Path]:

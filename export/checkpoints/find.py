@@ -6,8 +6,6 @@ Original .pth files and adapters are converted once and cached.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
 import shutil
 import warnings
@@ -15,11 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from safetensors.torch import save_file
-from transformers import BlipConfig, BlipForConditionalGeneration
+from transformers import PreTrainedModel
 
-from engine.bundle.manifest import demo_bundle
 from engine.errors import CheckpointError
 from engine.files.atomic import cache_root, draft_folder, file_sha256, require_private
 from engine.files.lock import waiting_lock
@@ -34,7 +30,7 @@ from export.checkpoints.files import (
     weight_files,
 )
 from export.checkpoints.load import clean_names, load_checkpoint
-from export.checkpoints.settings import OWN_FILE, SETTINGS
+from export.families import ORIGINAL
 
 REASON = "the weights cached there decide what is exported"
 
@@ -72,106 +68,21 @@ def _check_private(folder: Path) -> None:
             require_private(path, REASON)
 
 
-HEAD_WIDTH = 64
-"""Width of an attention head in BLIP base and large, in the image encoder and the text decoder."""
-RENAMED = (
-    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
-    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
-    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
-    (r"^visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
-    (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
-)
-"""Names in the image encoder of an original checkpoint (patterns), and Hugging Face's. The decoder's are the same."""
-
-
 def convert_original(file: Path) -> Path:
     """Convert an original captioning checkpoint (one .pth file) to a cached folder in Hugging Face's layout; return it.
 
-    Raises CheckpointError if the file cannot be read safely, is of another task, or has other sizes than BLIP's.
+    Raises CheckpointError if the file cannot be read safely, is of another task, or has other sizes than the
+    family's published models.
     """
     return cached(f"{file.stem}-{file_sha256(file)[:12]}", lambda draft: _convert(file, draft))
 
 
 def _convert(file: Path, draft: Path) -> None:
-    weights = {_renamed(name): tensor for name, tensor in clean_names(read_pickle(file), file).items()}
-    required = ("vision_model.embeddings.class_embedding", "text_decoder.bert.embeddings.word_embeddings.weight")
-    if any(name not in weights for name in required):
-        raise CheckpointError(f"{file} is not a BLIP captioning checkpoint: visual_encoder or text_decoder is missing")
-    weights = {name: tensor for name, tensor in weights.items() if name.startswith(("vision_model.", "text_decoder."))}
-    config = read_sizes(weights, file)
-    config.save_pretrained(draft)
-    save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, draft / SAFE)
-    size = config.vision_config.image_size
-    processor = SETTINGS | {"size": {"height": size, "width": size}, "image_processor_type": "BlipImageProcessor"}
-    (draft / OWN_FILE).write_text(json.dumps(processor, indent=1) + "\n")
-    shutil.copy(demo_bundle() / "tokenizer.json", draft)  # bert-base-uncased with [DEC] and [ENC], as in BLIP
-    (draft / "tokenizer_config.json").write_text(json.dumps(TOKENIZER, indent=1) + "\n")
-
-
-TOKENIZER = {
-    "tokenizer_class": "BertTokenizerFast",
-    "do_lower_case": True,
-    "bos_token": "[DEC]",
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-    "additional_special_tokens": ["[ENC]"],
-}
-
-
-def _renamed(name: str) -> str:
-    """Return Hugging Face's name of a weight of an original checkpoint."""
-    for pattern, replacement in RENAMED:
-        new_name, count = re.subn(pattern, replacement, name)
-        if count:
-            return new_name
-    return name
-
-
-def read_sizes(weights: dict[str, torch.Tensor], file: Path) -> BlipConfig:
-    """Return a configuration with the sizes of the tensors. All else is BLIP's own value, the default of BlipConfig."""
-    table = weights["vision_model.embeddings.position_embedding"]
-    patches = weights["vision_model.embeddings.patch_embedding.weight"]
-    words = weights["text_decoder.bert.embeddings.word_embeddings.weight"]
-    tokens = json.loads((demo_bundle() / "tokenizer.json").read_text(encoding="utf-8"))
-    known = 1 + max(*tokens["model"]["vocab"].values(), *(token["id"] for token in tokens["added_tokens"]))
-    if words.shape[0] != known:
-        raise CheckpointError(
-            f"{file} has {words.shape[0]} word embeddings, but BLIP's tokenizer has {known} tokens: convert it by hand"
-        )
-    vision = _layers(weights, "vision_model.encoder.layers")
-    text = _layers(weights, "text_decoder.bert.encoder.layer")
-    return BlipConfig(
-        architectures=["BlipForConditionalGeneration"],
-        vision_config={
-            "hidden_size": table.shape[2],
-            "intermediate_size": weights["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-            "num_hidden_layers": vision,
-            "num_attention_heads": table.shape[2] // HEAD_WIDTH,
-            "image_size": math.isqrt(table.shape[1] - 1) * patches.shape[3],
-            "patch_size": patches.shape[3],
-        },
-        text_config={
-            "vocab_size": words.shape[0],
-            "hidden_size": words.shape[1],
-            "encoder_hidden_size": table.shape[2],
-            "intermediate_size": weights["text_decoder.bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
-            "num_hidden_layers": text,
-            "num_attention_heads": words.shape[1] // HEAD_WIDTH,
-            "max_position_embeddings": weights["text_decoder.bert.embeddings.position_embeddings.weight"].shape[0],
-        },
-    )
-
-
-def _layers(weights: dict[str, torch.Tensor], part: str) -> int:
-    """Return the number of layers under the prefix `part`."""
-    numbers = {int(name.removeprefix(part + ".").split(".")[0]) for name in weights if name.startswith(part + ".")}
-    return 1 + max(numbers, default=-1)
+    original = ORIGINAL.convert_original(clean_names(read_pickle(file), file, ORIGINAL), file)
+    original.config.save_pretrained(draft)
+    save_file({name: tensor.contiguous().clone() for name, tensor in original.weights.items()}, draft / SAFE)
+    for name, text in original.files.items():
+        (draft / name).write_text(text, encoding="utf-8")
 
 
 ADAPTER_SETTINGS = "adapter_config.json"
@@ -244,7 +155,7 @@ def _settings_files(folder: Path) -> list[Path]:
     return [path for path in names if path.name not in excluded]
 
 
-def _merged(model: BlipForConditionalGeneration, adapter: Path) -> BlipForConditionalGeneration:
+def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """Return the model with an adapter merged into its weights. Raises CheckpointError if that fails."""
     from peft import PeftConfig, PeftModel
 

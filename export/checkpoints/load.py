@@ -1,83 +1,61 @@
-"""Load a BLIP checkpoint safely and resize its position table. Export, training and parity all load models here."""
+"""Load a checkpoint of any family safely. Export, training and parity all load models here."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipVisionConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.errors import CheckpointError
-from export.checkpoints.files import read_json, read_weights, weight_files
+from export.checkpoints.files import family_at, read_config_file, read_weights, weight_files
 from export.checkpoints.settings import apply_settings, read_processor
+from export.families import FAMILIES
+from export.families.base import Family
 
 PREFIXES = ("_orig_mod.", "module.", "model.")
 """Prefixes that torch.compile, DataParallel and trainers add to all weight names."""
 NO_WEIGHTS = (".position_ids",)
 """Name endings of buffers that older releases saved: position numbers, which are not weights."""
-HEAD, WORDS = "text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"
-TIED = {HEAD: WORDS, "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias"}
-"""Names of one tensor if tie_word_embeddings is set, as it is in every published checkpoint."""
-OTHER_HEADS = {
-    "itm_head.": "an image-text matching (retrieval) checkpoint",
-    "text_encoder.": "a question answering or retrieval checkpoint",
-    "text_projection.": "a retrieval checkpoint",
-}
-"""Weight-name prefixes of BLIP's other models, which do not generate captions."""
-MAX_LISTED = 5
-"""Number of a run's checkpoints that an error lists; the last ones are listed."""
 
 
-def load_checkpoint(directory: Path, image_size: int | None = None) -> BlipForConditionalGeneration:
-    """Load a BLIP captioning checkpoint in float32 and eval mode, from Hugging Face's layout.
+def load_checkpoint(directory: Path, image_size: int | None = None) -> PreTrainedModel:
+    """Load a captioning checkpoint in float32 and eval mode, from Hugging Face's layout.
 
-    With `image_size` (px), the position table is resized to it. Raises CheckpointError if the directory is not a BLIP
-    captioning checkpoint, if it has no weights that can be read safely, or if its image processor, its
-    config.image_size and its position table disagree. Hugging Face would not notice the last: with 224 px images and a
-    384 px table it uses the first 197 rows, which have the wrong geometry, and raises no error.
+    With `image_size` (px), the position table is resized to it. Raises CheckpointError if the directory is not a
+    captioning checkpoint of a known family, if it has no weights that can be read safely, or if its image processor,
+    its config.image_size and its position table disagree. Hugging Face would not notice the last: with 224 px images
+    and a 384 px table it uses BLIP's first 197 rows, which have the wrong geometry, and raises no error.
     """
     config = read_config(directory)
-    weights = clean_names(read_weights(weight_files(directory)), directory)
-    refuse_broken_numbers(weights, directory)
+    family = family_at(directory)
+    weights = clean_names(read_weights(weight_files(directory)), directory, family)
+    refuse_broken_numbers(weights, directory, family)
     model = build_model(config, weights, directory)
     apply_settings(model, directory)
     if image_size is not None:
-        resize_position_table(model, image_size)
+        family.resize(model, image_size)
         return model
-    processor = read_processor(directory)
-    if processor.file is not None and processor.size != (config.vision_config.image_size,) * 2:
-        rows, height, width = model.vision_model.embeddings.position_embedding.shape[1], *processor.size
+    processor, sizes = read_processor(directory), family.sizes(config)
+    if processor.file is not None and processor.size != (sizes.image_size,) * 2:
+        height, width = processor.size
         raise CheckpointError(
             f"{directory}: {processor.file.name} makes {height}x{width} px images, but the position table "
-            f"({rows} rows) is for {config.vision_config.image_size} px: pass --image-size {height} to resize it"
+            f"({sizes.encoder_positions} rows) is for {sizes.image_size} px: pass --image-size {height} to resize it"
         )
     return model
 
 
-def read_config(directory: Path) -> BlipConfig:
-    """Read config.json. Raises CheckpointError if it does not describe a BLIP captioning checkpoint."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} is not a checkpoint: {_what_it_is(directory)}")
-    raw = read_json(path)
-    architectures = raw.get("architectures") or []
-    if raw.get("model_type") != "blip" or (architectures and "BlipForConditionalGeneration" not in architectures):
-        raise CheckpointError(
-            f"{directory} is not a BLIP captioning checkpoint: model_type {raw.get('model_type')!r}, architectures "
-            f"{architectures}; expected 'blip' and BlipForConditionalGeneration"
-        )
-    for part in ("text_config", "vision_config"):
-        if raw.get(part) is not None and not isinstance(raw[part], dict):
-            raise CheckpointError(f"{path}: {part} is not a JSON object")
-    text = raw.get("text_config") or {}
-    if not text.get("is_decoder", True):
-        raise CheckpointError(f"{path}: text_config.is_decoder is false, so the text model cannot attend to an image")
+def read_config(directory: Path) -> PretrainedConfig:
+    """Read config.json. Raises CheckpointError if it does not describe a captioning checkpoint of a known family."""
+    family, raw, path = family_at(directory), read_config_file(directory), directory / "config.json"
+    family.check_config(raw, path)
     if "auto_map" in raw:
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
     try:
-        return BlipConfig.from_dict(_without_kernels({name: value for name, value in raw.items() if value is not None}))
+        settings = _without_kernels({name: value for name, value in raw.items() if value is not None})
+        return family.config_class.from_dict(settings)
     except Exception as error:  # transformers raises many kinds of exceptions for bad settings
         raise CheckpointError(f"{path} cannot be used: {' '.join(str(error).split())[:200]}") from error
 
@@ -96,39 +74,23 @@ def _without_kernels(raw: dict) -> dict:
     }
 
 
-def _what_it_is(directory: Path) -> str:
-    """Return why a folder without config.json is not a checkpoint, and what to pass instead."""
-    if not directory.is_dir():
-        return "no such folder"
-    if (directory / "adapter_config.json").is_file():
-        return "it is an adapter (such as LoRA), but a base must be a full model"
-    originals = sorted(path.name for pattern in ("*.pth", "*.pt") for path in directory.glob(pattern))
-    if originals:
-        return f"it has no config.json; to use an original .pth file, pass its path: {directory / originals[0]}"
-    names = (path.parent.name for path in directory.glob("*/config.json"))
-    subfolders = sorted(names, key=lambda name: (len(name), name))  # checkpoint-1000 after checkpoint-500
-    if subfolders:
-        return f"it has no config.json, but its subfolders have: pass one of {', '.join(subfolders[-MAX_LISTED:])}"
-    return "it has no config.json"
-
-
-def clean_names(weights: Mapping[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
+def clean_names(weights: Mapping[str, torch.Tensor], source: Path, family: Family) -> dict[str, torch.Tensor]:
     """Return weights in float32 under Hugging Face's names, without the prefixes of wrappers and without old buffers.
 
-    Raises CheckpointError for the weights of another BLIP model.
+    Raises CheckpointError for the weights of a model of the family that cannot caption.
     """
     named = dict(weights)
     while (prefix := _common_prefix(named)) is not None:
         named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
-    for start, what in OTHER_HEADS.items():
+    for start, what in family.other_models.items():
         if any(name.startswith(start) for name in named):
             raise CheckpointError(
-                f"{source} is {what} of BLIP, which cannot generate captions: use a captioning checkpoint"
+                f"{source} is {what} of {family.name}, which cannot generate captions: use a captioning checkpoint"
             )
     return {name: tensor.float() for name, tensor in named.items() if not name.endswith(NO_WEIGHTS)}
 
 
-def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> None:
+def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path, family: Family) -> None:
     """Raise CheckpointError if a weight is NaN or infinite, or if all weights of the encoder or the decoder are 0."""
     broken = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in weights.items()}
     broken = {name: count for name, count in broken.items() if count}
@@ -139,7 +101,7 @@ def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> 
             f"{f' and {len(broken) - 1} more tensors' if len(broken) > 1 else ''}): the training diverged, use an "
             "earlier checkpoint"
         )
-    for part in ("vision_model.", "text_decoder."):
+    for part in family.weight_prefixes:
         tensors = [tensor for name, tensor in weights.items() if name.startswith(part)]
         if tensors and not any(bool(tensor.any()) for tensor in tensors):
             raise CheckpointError(f"{source}: all weights of {part[:-1]} are 0: save the trained model again")
@@ -150,19 +112,20 @@ def _common_prefix(names: Iterable[str]) -> str | None:
     return next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
 
 
-def build_model(config: BlipConfig, weights: dict[str, torch.Tensor], source: Path) -> BlipForConditionalGeneration:
+def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], source: Path) -> PreTrainedModel:
     """Return the model of a configuration with these weights. Raises CheckpointError if they do not fit."""
-    tied = config.text_config.tie_word_embeddings
-    for copy, original in TIED.items() if tied else ():
+    family = FAMILIES[config.model_type]
+    tied = family.tied(config)
+    for copy, original in tied.items():
         if copy in weights and original in weights and not torch.equal(weights[copy], weights[original]):
             raise CheckpointError(
                 f"{source}: {copy} differs from {original}, but tie_word_embeddings requires them to be equal: set it "
-                "to false in text_config, or remove one of the two"
+                f"to false in {family.settings_part}, or remove one of the two"
             )
         if original not in weights and copy in weights:
             weights[original] = weights[copy]
     try:
-        model = BlipForConditionalGeneration(config)
+        model = family.model_class(config)
     except Exception as error:
         raise CheckpointError(f"cannot load {source}: {' '.join(str(error).split())[:300]}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -171,40 +134,13 @@ def build_model(config: BlipConfig, weights: dict[str, torch.Tensor], source: Pa
             raise CheckpointError(
                 f"{source}: {name} has the shape {tuple(tensor.shape)}, but config.json requires {shapes[name]}"
             )
-    missing = sorted(set(shapes) - set(weights) - (set(TIED) if tied else set()))
+    missing = sorted(set(shapes) - set(weights) - set(tied))
     missing = [name for name in missing if not name.endswith(NO_WEIGHTS)]
     if missing:
         raise CheckpointError(
-            f"{source} lacks {len(missing)} weights of BlipForConditionalGeneration ({missing[0]}, ...): "
-            "is it a BLIP captioning checkpoint?"
+            f"{source} lacks {len(missing)} weights of {family.architecture} ({missing[0]}, ...): "
+            f"is it a {family.name} captioning checkpoint?"
         )
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in shapes}, strict=False)
     model.tie_weights()
     return model.eval()
-
-
-def encoder_positions(vision: BlipVisionConfig) -> int:
-    """Return the number of rows of the vision position table: one per patch, and one for the class token."""
-    return int((vision.image_size // vision.patch_size) ** 2 + 1)
-
-
-def resize_position_table(model: BlipForConditionalGeneration, image_size: int) -> None:
-    """Resize the vision position table in place to `image_size` px by bicubic interpolation; the class row is kept.
-
-    This is the interpolation of BlipVisionEmbeddings.interpolate_pos_encoding (transformers 4.57). It is done once
-    here, so that the checkpoint and the exported graph hold a plain table. Raises CheckpointError if `image_size` is
-    not a multiple of the patch size.
-    """
-    embeddings, vision_config = model.vision_model.embeddings, model.config.vision_config
-    if image_size % vision_config.patch_size:
-        raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {vision_config.patch_size}")
-    table = embeddings.position_embedding.data
-    old, new = math.isqrt(table.shape[1] - 1), image_size // vision_config.patch_size
-    if new != old:
-        grid = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-        grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-        grid = grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)
-        embeddings.position_embedding = torch.nn.Parameter(torch.cat([table[:, :1], grid], 1))
-    embeddings.image_size = vision_config.image_size = image_size
-    embeddings.num_patches, embeddings.num_positions = new * new, new * new + 1
-    model.vision_model.config.image_size = image_size

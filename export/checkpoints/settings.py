@@ -7,33 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, BlipForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from engine.errors import CheckpointError
 from engine.options import GENERATION_SETTINGS
-from export.checkpoints.files import IS_5, BlipImageProcessor, read_json, refuse_stand_in
+from export.checkpoints.files import family_at, read_json, refuse_stand_in
+from export.families import family_of
+from export.families.base import IS_5, Family, ImageProcessor
 
 OWN_FILE, NESTING_FILE = "preprocessor_config.json", "processor_config.json"
 """transformers 4 writes the first file; 5 writes only the second, with the image processor nested in it."""
-
-SETTINGS: dict[str, Any] = {
-    "do_resize": True,
-    "size": {"height": 384, "width": 384},
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "do_convert_rgb": True,
-}
-"""Settings of BlipImageProcessor with their defaults, which are the same in transformers 4.57 and 5."""
-WITHOUT_EFFECT = {
-    *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"),
-    *("data_format", "input_data_format", "default_to_square", "device", "disable_grouping", "return_tensors"),
-    *("image_seq_length", "num_query_tokens", "crop_size", "pad_size", "size_divisor", "transformers_version"),
-}
-"""Keys that do not change the pixels that a BLIP image processor returns."""
 
 
 @dataclass(frozen=True)
@@ -42,42 +25,46 @@ class ProcessorSettings:
 
     values: dict[str, Any]
     file: Path | None
+    family: Family
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.values["size"]["height"], self.values["size"]["width"]
 
-    def build(self) -> BlipImageProcessor:
+    def build(self) -> ImageProcessor:
         """Return Hugging Face's image processor with these settings."""
-        return BlipImageProcessor(**self.values)
+        return self.family.make_processor(self.values)
 
 
 def read_processor(directory: Path) -> ProcessorSettings:
-    """Read the image processor of a checkpoint, or return BLIP's default settings if it has none.
+    """Read the image processor of a checkpoint, or return the family's default settings if it has none.
 
     Raises CheckpointError if two files differ, if the processor belongs to another model, or if a setting changes
     pixels in a way that the engine does not support.
     """
     files = [(path, raw) for path, raw in _candidates(directory) if raw is not None]
+    family = family_at(directory)
     if not files:
-        return ProcessorSettings(dict(SETTINGS), None)
-    settings = [_checked(path, raw) for path, raw in files]
+        return ProcessorSettings(dict(family.processor.settings), None, family)
+    settings = [_checked(path, raw, family) for path, raw in files]
     if any(other != settings[0] for other in settings[1:]):
-        differ = sorted(name for name in SETTINGS if settings[0][name] != settings[1][name])
+        differ = sorted(name for name in family.processor.settings if settings[0][name] != settings[1][name])
         raise CheckpointError(
             f"{directory}: {OWN_FILE} and {NESTING_FILE} differ in {', '.join(differ)}: remove the wrong one"
         )
-    return ProcessorSettings(settings[0], files[0][0])
+    return ProcessorSettings(settings[0], files[0][0], family)
 
 
 def assumed_settings(directory: Path) -> list[str]:
-    """Return a note if a checkpoint has no image processor: BLIP's default settings are used and may be wrong."""
-    if read_processor(directory).file is not None:
+    """Return a note if a checkpoint has no image processor: default settings are used and may be wrong."""
+    processor = read_processor(directory)
+    if processor.file is not None:
         return []
     return [
-        f"{directory} has no {OWN_FILE}: images are resized and normalised with BLIP's default settings (bicubic, its "
-        "mean and std). If the model was trained with others, copy the file from the checkpoint it was trained from"
+        f"{directory} has no {OWN_FILE}: images are resized and normalised with {processor.family.name}'s default "
+        "settings (bicubic, its mean and std). If the model was trained with others, copy the file from the "
+        "checkpoint it was trained from"
     ]
 
 
@@ -90,23 +77,24 @@ def _candidates(directory: Path) -> list[tuple[Path, dict[str, Any] | None]]:
     return [(own, read_json(own) if own.is_file() else None), (nesting, nested)]
 
 
-def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+def _checked(path: Path, raw: dict[str, Any], family: Family) -> dict[str, Any]:
     """Return the settings of a file, completed with the defaults. Raises CheckpointError for an unsupported setting."""
-    kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "BlipImageProcessor"
-    if not str(kind).startswith("Blip"):
+    rules = family.processor
+    kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or rules.kind
+    if not str(kind).startswith(rules.prefix):
         raise CheckpointError(
-            f"{path} is for {kind}, but BLIP needs BlipImageProcessor: copy the file from a BLIP checkpoint"
+            f"{path} is for {kind}, but {family.name} needs {rules.kind}: copy the file from a {family.name} checkpoint"
         )
     if raw.get("auto_map"):
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
     others = sorted(
-        name for name, value in raw.items() if name not in SETTINGS and name not in WITHOUT_EFFECT and value
+        name for name, value in raw.items() if name not in rules.settings and name not in rules.without_effect and value
     )
     if others:
         listed = ", ".join(f"{name}={raw[name]!r}" for name in others)
         raise CheckpointError(f"{path} has settings that the engine does not support ({listed}): remove them")
-    values = dict(SETTINGS) | {name: raw[name] for name in SETTINGS if raw.get(name) is not None}
-    values["size"] = _size(path, values["size"])
+    values = dict(rules.settings) | {name: raw[name] for name in rules.settings if raw.get(name) is not None}
+    values["size"] = _size(path, values["size"], family)
     if values["do_convert_rgb"] is not True:
         values["do_convert_rgb"] = True  # the engine converts every image to RGB, as callers of generate do
     for name in ("image_mean", "image_std"):
@@ -129,12 +117,12 @@ def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _size(path: Path, size: Any) -> dict[str, int]:
+def _size(path: Path, size: Any, family: Family) -> dict[str, int]:
     """Return a size as height and width in pixels. Raises CheckpointError if it is not one."""
     if isinstance(size, int) and not isinstance(size, bool):
         size = {"height": size, "width": size}
     if not isinstance(size, dict) or not {"height", "width"} <= set(size):
-        raise CheckpointError(f"{path} has the size {size!r}, but BLIP needs a height and a width in pixels")
+        raise CheckpointError(f"{path} has the size {size!r}, but {family.name} needs a height and a width in pixels")
     if not all(type(size[name]) in (int, float) and 1 <= size[name] < math.inf for name in ("height", "width")):
         raise CheckpointError(f"{path} has the size {size!r}, but height and width must be numbers of at least 1")
     return {name: int(size[name]) for name in ("height", "width")}
@@ -273,7 +261,7 @@ Source: transformers 4.57, PretrainedConfig.
 
 
 IGNORED_SETTINGS = (
-    # ids come from text_config; caching and bookkeeping do not change captions
+    # ids come from config.json; caching and bookkeeping do not change captions
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "low_memory"),
     *("_from_model_config", "transformers_version", "return_dict_in_generate", "return_legacy_cache"),
     *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
@@ -298,13 +286,12 @@ def verdict(setting: str) -> str:
     return "no effect" if setting in IGNORED_SETTINGS else "refused"
 
 
-def check_supported(model: BlipForConditionalGeneration, checkpoint: Path) -> None:
+def check_supported(model: PreTrainedModel, checkpoint: Path) -> None:
     """Raise CheckpointError if the checkpoint has generation settings that the engine does not support."""
-    text = model.config.text_config
-    settings = model.text_decoder.generation_config.to_diff_dict()
+    family = family_of(model)
+    settings = family.generation_config(model).to_diff_dict()
     unknown = {name: value for name, value in settings.items() if verdict(name) == "refused" and value is not None}
-    if getattr(text, "position_embedding_type", "absolute") != "absolute":
-        unknown["position_embedding_type"] = text.position_embedding_type
+    unknown |= family.unsupported(model.config)
     if unknown:
         listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
         raise CheckpointError(
@@ -312,27 +299,27 @@ def check_supported(model: BlipForConditionalGeneration, checkpoint: Path) -> No
         )
 
 
-def settings_of_text_config(directory: Path) -> dict[str, Any]:
-    """Return the generation settings in text_config of config.json that differ from the defaults."""
-    text = read_json(directory / "config.json").get("text_config") or {}
+def configured_settings(directory: Path) -> dict[str, Any]:
+    """Return the generation settings in config.json (Family.settings_part) that differ from the defaults."""
+    part = read_json(directory / "config.json").get(family_at(directory).settings_part) or {}
     return {
-        name: text[name] for name, default in DEFAULTS.items() if text.get(name) is not None and text[name] != default
+        name: part[name] for name, default in DEFAULTS.items() if part.get(name) is not None and part[name] != default
     }
 
 
-def apply_settings(model: BlipForConditionalGeneration, directory: Path) -> None:
-    """Copy the settings of text_config to the generation config. Only transformers 5 needs this; 4 does it itself."""
+def apply_settings(model: PreTrainedModel, directory: Path) -> None:
+    """Copy the settings of config.json to the generation config. Only transformers 5 needs this; 4 does it itself."""
     if IS_5:
-        for name, value in settings_of_text_config(directory).items():
-            setattr(model.text_decoder.generation_config, name, value)
+        for name, value in configured_settings(directory).items():
+            setattr(family_of(model).generation_config(model), name, value)
 
 
 def ignored_settings(directory: Path) -> list[str]:
-    """Return a note if generation_config.json differs from text_config: BLIP's generate ignores that file."""
+    """Return a note if generation_config.json, which `generate` ignores, differs from the settings of config.json."""
     path = directory / "generation_config.json"
     if not path.is_file():
         return []
-    own = settings_of_text_config(directory)
+    own, family = configured_settings(directory), family_at(directory)
     other = {
         name: value
         for name, value in read_json(path).items()
@@ -340,7 +327,10 @@ def ignored_settings(directory: Path) -> list[str]:
     }
     listed = ", ".join(f"{name}={value!r}" for name, value in sorted(other.items()))
     return (
-        [f"{path.name} sets {listed}, which is ignored: BLIP's generate reads only text_config in config.json"]
+        [
+            f"{path.name} sets {listed}, which is ignored: {family.name}'s generate reads only "
+            f"{family.settings_part} in config.json"
+        ]
         if listed
         else []
     )

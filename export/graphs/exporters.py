@@ -13,30 +13,24 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from transformers import BlipForConditionalGeneration
+from transformers import PreTrainedModel
 
 from engine.bundle.manifest import cache_names
 from engine.errors import ExportError
-from export.checkpoints.load import encoder_positions
-from export.graphs.modules import DecoderStep, Encoder, ExportedModule, Regroup
-from export.graphs.quantise import kept_float32, quantise, write_halves
+from export.families import family_of
+from export.families.modules import ExportedModule, Normalisation, Regroup
+from export.graphs.quantise import quantise, write_halves
 
 
 class GraphSpec:
     """Describes one graph for an exporter. Subclasses define the names, dynamic axes and example inputs."""
 
-    def __init__(self, blip: BlipForConditionalGeneration) -> None:
-        self.config = blip.config
-        text, vision = blip.config.text_config, blip.config.vision_config
-        self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
-        self.width = text.hidden_size // self.heads
-        self.size = vision.image_size
-        self.encoder_positions = encoder_positions(vision)
-        self.cache_type = blip.dtype
+    def __init__(self, module: ExportedModule) -> None:
+        self.config, self.sizes, self.cache_type = module.config, module.sizes, module.weights_type
 
     def cache_names(self, part: str) -> list[str]:
         """Return the names of the keys and values `part` ("cross", "settled", ...) of all layers."""
-        return cache_names(self.layers, part)
+        return cache_names(self.sizes.num_layers, part)
 
     def cache_axes(self, part: str, images: str, positions: str | None) -> dict[str, dict[int, str]]:
         """Return the dynamic axes of keys and values [B,H,positions,d]; without a name, `positions` is a fixed size."""
@@ -45,8 +39,8 @@ class GraphSpec:
 
     def cache(self, images: int, positions: int) -> list[torch.Tensor]:
         """Return random example keys and values [B,H,positions,d] of all layers, keys and values alternately."""
-        shape = (images, self.heads, positions, self.width)
-        return [torch.randn(shape, dtype=self.cache_type) for _ in range(2 * self.layers)]
+        shape = (images, self.sizes.num_heads, positions, self.sizes.head_width)
+        return [torch.randn(shape, dtype=self.cache_type) for _ in range(2 * self.sizes.num_layers)]
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -78,7 +72,8 @@ class EncoderSpec(GraphSpec):
         return self.cache_axes("cross", "images", None)
 
     def examples(self) -> dict:
-        return {"pixel_values": torch.randint(0, 256, (2, self.size, self.size, 3), dtype=torch.uint8)}
+        size = self.sizes.image_size
+        return {"pixel_values": torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)}
 
 
 class DecoderSpec(GraphSpec):
@@ -119,7 +114,7 @@ class DecoderSpec(GraphSpec):
             "penalties": torch.ones(2),
             "ancestry": torch.ones(images, rows, settled + recent + rows, dtype=torch.bool),
             "num_candidates": torch.tensor([6]),
-            "cross": self.cache(images, self.encoder_positions),
+            "cross": self.cache(images, self.sizes.encoder_positions),
             "settled": self.cache(images, settled),
             "recent": self.cache(images, recent),
         }
@@ -156,9 +151,9 @@ MIN_FP16_ELEMENTS = 1024
 
 
 def write_graphs(
-    blip: BlipForConditionalGeneration,
+    model: PreTrainedModel,
     out: Path,
-    normalisation: tuple[float, list[float], list[float]],
+    normalisation: Normalisation,
     *,
     is_int8: bool = False,
     exporter: str = "torch",
@@ -169,25 +164,26 @@ def write_graphs(
     `is_int8`, the dense layers of a float32 model become int8. `normalisation` is the result of
     export.reference.huggingface.normalisation, and `exporter` is one of EXPORTERS.
     """
-    graphs: tuple[tuple[str, ExportedModule, GraphSpec], ...] = (
-        ("encoder", Encoder(blip, *normalisation), EncoderSpec(blip)),
-        ("decoder", DecoderStep(blip), DecoderSpec(blip)),
-        ("regroup", Regroup(blip), RegroupSpec(blip)),
+    family = family_of(model)
+    sizes = family.sizes(model.config)
+    graphs: tuple[tuple[str, ExportedModule, type[GraphSpec]], ...] = (
+        ("encoder", family.encoder(model, normalisation), EncoderSpec),
+        ("decoder", family.step(model), DecoderSpec),
+        ("regroup", Regroup(model, sizes), RegroupSpec),
     )
     for name, module, spec in graphs:
         path = out / f"{name}.onnx"
-        EXPORTERS[exporter](module, spec, path)
-        model = onnx.load(str(path))
+        EXPORTERS[exporter](module, spec(module), path)
+        graph = onnx.load(str(path))
         # onnx.load has read the exporter's weight file; _save writes another
         for exported_weights in out.glob(f"{name}.onnx?data"):
             exported_weights.unlink()
         if is_int8:
-            model = quantise(model, kept_float32(blip.config))
-        _check_operators(model, name)
-        _store_exact_weights_as_fp16(model)
-        _save(model, path)
-    text = blip.config.text_config
-    write_halves(out, text.num_hidden_layers, text.vocab_size)
+            graph = quantise(graph, family.kept_float32(model.config))
+        _check_operators(graph, name)
+        _store_exact_weights_as_fp16(graph)
+        _save(graph, path)
+    write_halves(out, sizes.num_layers, sizes.vocab_size)
 
 
 def _check_operators(model: onnx.ModelProto, name: str) -> None:

@@ -2,7 +2,8 @@
 
 Quantisation is dynamic: weights become int8 with one scale per output, and activations become uint8 with one scale per
 tensor, which is computed while the graph runs. All else stays float32: attention, layer norms, embeddings, the LM head,
-and the first and last layer of the vision tower, which caused most of the error (benchmarks/LOG.md, "Half and int8").
+and the first and last layer of the vision tower, which caused most of the error (benchmarks/LOG.md, "Half and int8";
+Family.kept_float32 lists them).
 """
 
 from __future__ import annotations
@@ -16,18 +17,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.utils import Extractor
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
-from transformers import BlipConfig
 
 from engine.bundle.manifest import CHOICE, FORMAT, LOG_PROBS, graph_inputs, graph_outputs
-
-HEAD = ("word_embeddings", "cls.predictions")
-"""Parts of the names of the LM head's weights: the tied embedding and the transformation before it."""
-
-
-def kept_float32(config: BlipConfig) -> tuple[str, ...]:
-    """Return the parts of weight names by which a layer stays float32."""
-    ends = (0, config.vision_config.num_hidden_layers - 1)
-    return (*HEAD, *(f"vision_model.encoder.layers.{i}." for i in ends))
 
 
 def quantise(model: ModelProto, kept: tuple[str, ...]) -> ModelProto:

@@ -75,11 +75,11 @@ def record_golden(reference: Reference) -> Golden:
 
     Raises CheckpointError if the model's scores are not finite.
     """
-    pictures = golden_pictures(reference.model.config.vision_config.image_size)
+    sizes = reference.sizes
+    pictures = golden_pictures(sizes.image_size)
     pixel_values = reference.pixels([Image.fromarray(picture) for picture in pictures])
-    num_positions = reference.model.config.text_config.max_position_embeddings
-    limits = {"max_length": num_positions, "min_length": num_positions}
-    limits |= dict.fromkeys(("max_new_tokens", "min_new_tokens"), max(1, num_positions - LONGEST_PROMPT))
+    limits = dict.fromkeys(("max_length", "min_length"), sizes.max_positions)
+    limits |= dict.fromkeys(("max_new_tokens", "min_new_tokens"), max(1, sizes.max_positions - LONGEST_PROMPT))
     settings: list[dict[str, Any]] = [
         setting | {name: min(setting[name], limit) for name, limit in limits.items() if name in setting}
         for setting in GOLDEN_SETTINGS
@@ -88,8 +88,7 @@ def record_golden(reference: Reference) -> Golden:
     for number, setting in enumerate(settings):
         captions = reference.generate(pixel_values, options_from({}, setting))
         if number in BANS:
-            prompt = reference.prompt_ids(setting.get("prompt"))
-            start = 1 if prompt is None else prompt.shape[1] - 1
+            _, start = reference.family.prompt_arguments(reference.tokenizer, setting.get("prompt"), 1)
             bans = _bans([best.ids[start:] for best, *_ in captions], reference)
             setting |= {name: bans[name] for name in BANS[number] if bans[name]}
             captions = reference.generate(pixel_values, options_from({}, setting))
@@ -114,14 +113,14 @@ def _table(captions: list[Ids]) -> np.ndarray:
 
 def _bans(captions: list[Ids], reference: Reference) -> dict[str, Any]:
     """Return a value for each option of BANS that bans something in these captions (without their prompts)."""
-    eos = reference.model.config.text_config.sep_token_id
-    words = [[token for token in ids if token != eos] for ids in captions]
+    tokens = reference.sizes.tokens
+    words = [[token for token in ids if token != tokens.eos] for ids in captions]
     first, *others = words
     distinct = list(dict.fromkeys(token for ids in words for token in ids))
     return {
         "bad_words_ids": [ids for ids in (first[:1], *(ids[1:3] for ids in others)) if ids],
-        "suppress_tokens": distinct[1:2] or [reference.model.config.text_config.pad_token_id],
-        "begin_suppress_tokens": list(dict.fromkeys(ids[0] for ids in words if ids)) or [eos],
+        "suppress_tokens": distinct[1:2] or [tokens.pad],
+        "begin_suppress_tokens": list(dict.fromkeys(ids[0] for ids in words if ids)) or [tokens.eos],
         "bad_words": _spelled(words, reference),
     }
 
@@ -134,7 +133,7 @@ def _spelled(captions: list[list[int]], reference: Reference) -> list[str]:
     """
     tokenizer = reference.tokenizer
     spans = [ids[i : i + n] for ids in captions for n in (1, 2, 3) for i in range(len(ids) + 1 - n)]
-    known = ([token] for token in range(reference.model.config.text_config.vocab_size))
+    known = ([token] for token in range(reference.sizes.vocab_size))
     for ids in itertools.chain(spans, known):
         text = tokenizer.decode(ids).strip()
         is_plain = text.isalpha() and not set(ids) & set(tokenizer.all_special_ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +11,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
-from transformers import BlipForConditionalGeneration, BlipTextLMHeadModel, PreTrainedTokenizerFast
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from engine.bundle.open import shares
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.processors import process
 from engine.errors import CheckpointError
 from engine.options import DecodeOptions
-from export.checkpoints.files import BlipImageProcessor
 from export.checkpoints.load import load_checkpoint
 from export.checkpoints.settings import read_processor, read_tokenizer
+from export.families import family_of
+from export.families.base import Family, ImageProcessor
+from export.families.modules import Normalisation, Sizes
 
 
 @dataclass
@@ -112,28 +111,31 @@ class ReferenceCaption:
 class Reference:
     """A checkpoint in Hugging Face: model (eval mode, float32), slow image processor and fast tokenizer."""
 
-    model: BlipForConditionalGeneration
-    image_processor: BlipImageProcessor
+    model: PreTrainedModel
+    image_processor: ImageProcessor
     tokenizer: PreTrainedTokenizerFast
 
     @classmethod
     def load(cls, checkpoint: Path, image_size: int | None = None) -> Reference:
         """Load a checkpoint directory. Raises CheckpointError as load_checkpoint does, or if there is no tokenizer."""
         model = load_checkpoint(checkpoint, image_size)
-        processor = read_processor(checkpoint).build()
-        size = model.config.vision_config.image_size
-        processor.size = {"height": size, "width": size}
-        return cls(model, processor, read_tokenizer(checkpoint, model.config.text_config.vocab_size))
+        processor, sizes = read_processor(checkpoint).build(), family_of(model).sizes(model.config)
+        processor.size = {"height": sizes.image_size, "width": sizes.image_size}
+        return cls(model, processor, read_tokenizer(checkpoint, sizes.vocab_size))
+
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        return family_of(self.model)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes and special tokens of the model."""
+        return self.family.sizes(self.model.config)
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
         """Return the pixel values of RGB images by the image processor: f32[B,3,height,width]."""
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
-
-    def prompt_ids(self, prompt: str | None) -> torch.Tensor | None:
-        """Return the token ids of a prompt with [CLS] and [SEP], i64[1,P+1], or None if there is no prompt."""
-        if not prompt:
-            return None
-        return self.tokenizer(prompt, padding=False, truncation=False, return_tensors="pt")["input_ids"]
 
     def bad_words_ids(self, options: DecodeOptions) -> list[list[int]] | None:
         """Return generate's argument `bad_words_ids`: the ids of the option bad_words, or the option bad_words_ids."""
@@ -150,22 +152,19 @@ class Reference:
         """
         images, count = len(pixel_values), options.num_return_sequences
         with_scores = with_scores and options.num_beams > 1
-        prompt = self.prompt_ids(options.prompt)
+        prompt, prompt_length = self.family.prompt_arguments(self.tokenizer, options.prompt, images)
         with torch.inference_mode():
             output = self.model.generate(
                 pixel_values=pixel_values,
-                # a clone, because generate changes its input_ids in place
-                input_ids=None if prompt is None else prompt.repeat(images, 1).clone(),
+                **prompt,
                 return_dict_in_generate=True,
                 output_scores=with_scores,
                 **generate_arguments(options),
                 bad_words_ids=self.bad_words_ids(options),
             )
-        prompt_length = 1 if prompt is None else prompt.shape[1] - 1
-        eos = self.model.config.text_config.sep_token_id
         scores = output.sequences_scores.tolist() if with_scores else [None] * (images * count)
         captions = [
-            ReferenceCaption(_cut(ids, eos, prompt_length), score)
+            ReferenceCaption(_cut(ids, self.sizes.tokens.eos, prompt_length), score)
             for ids, score in zip(output.sequences.tolist(), scores, strict=True)
         ]
         return [captions[i * count : (i + 1) * count] for i in range(images)]
@@ -174,17 +173,12 @@ class Reference:
         """Return the summed log-probability of a caption's ids after the prompt, in one pass over f32[1,3,h,w]."""
         sequence = torch.tensor([ids])
         with torch.inference_mode():
-            output = self.model.text_decoder(
-                input_ids=sequence,
-                attention_mask=torch.ones_like(sequence),
-                encoder_hidden_states=self.model.vision_model(pixel_values)[0],
-                use_cache=False,
-            )
-            rows = torch.log_softmax(output.logits[0].float(), -1)
+            encoded = self.family.encode(self.model, pixel_values)
+            rows = torch.log_softmax(self.family.logits(self.model, sequence, encoded)[0].float(), -1)
         return sum(rows[i - 1, ids[i]].item() for i in range(prompt_length, len(ids)))
 
 
-def normalisation(processor: BlipImageProcessor) -> tuple[float, list[float], list[float]]:
+def normalisation(processor: ImageProcessor) -> Normalisation:
     """Return (rescale, mean, std) of (x * rescale - mean) / std: 1, 0 and 1 for a step that the processor skips."""
     rescale = processor.rescale_factor if processor.do_rescale else 1.0
     if not processor.do_normalize:
@@ -237,7 +231,7 @@ class UncachedBackend(PrefixBackend):
     name = "torch"
 
     def __init__(self, reference: Reference) -> None:
-        self._reference = reference
+        self._reference, self._family = reference, reference.family
         self._image = b""
         self._hidden = torch.empty(0)
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
@@ -254,13 +248,7 @@ class UncachedBackend(PrefixBackend):
             for prefix in sorted(missing, key=len, reverse=True):
                 if prefix in self._rows:
                     continue
-                ids = torch.tensor([prefix])
-                logits = self._reference.model.text_decoder(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    encoder_hidden_states=self._hidden,
-                    use_cache=False,
-                ).logits[0]
+                logits = self._family.logits(self._reference.model, torch.tensor([prefix]), self._hidden)[0]
                 ends = (end for end in range(1, len(prefix) + 1) if prefix[:end] in missing)
                 self._rows |= {prefix[:end]: logits[end - 1].float().clone() for end in ends}
         return np.stack([self._rows[prefix].numpy() for prefix in prefixes])
@@ -271,72 +259,27 @@ class UncachedBackend(PrefixBackend):
             return True
         with torch.inference_mode():
             pixel_values = self._reference.pixels([Image.fromarray(image)])
-            self._hidden = self._reference.model.vision_model(pixel_values)[0]
+            self._hidden = self._family.encode(self._reference.model, pixel_values)
         self._image, self._rows = content, {}
         return False
-
-
-class MeanVision(nn.Module):
-    """The vision towers of several models: their hidden states, concatenated to f32[B,S,D1+D2+...]."""
-
-    def __init__(self, models: Sequence[BlipForConditionalGeneration]) -> None:
-        super().__init__()
-        self.towers = nn.ModuleList(model.vision_model for model in models)
-
-    def forward(self, pixel_values: Tensor, **_: object) -> tuple[Tensor]:
-        """Encode pixel_values f32[B,3,height,width]."""
-        return (torch.cat([tower(pixel_values)[0] for tower in self.towers], -1),)
-
-
-class MeanDecoder(BlipTextLMHeadModel):
-    """The text decoders of several models, each on its part of the hidden states. It has no KV cache."""
-
-    def __init__(self, models: Sequence[BlipForConditionalGeneration], weights: Sequence[float]) -> None:
-        super().__init__(copy.deepcopy(models[0].config.text_config))
-        del self.bert, self.cls
-        self.decoders = nn.ModuleList(model.text_decoder for model in models)
-        self.widths = [model.config.vision_config.hidden_size for model in models]
-        self.weights = list(weights)
-        self.generation_config = copy.deepcopy(models[0].text_decoder.generation_config)
-        self.generation_config.use_cache = False
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        **_: object,
-    ) -> CausalLMOutputWithCrossAttentions:
-        """Return logits f32[B,T,V]: the sum of weight * log_softmax over the decoders, in their order."""
-        parts = encoder_hidden_states.split(self.widths, -1)
-        mean: Tensor | float = 0.0
-        for decoder, hidden, weight in zip(self.decoders, parts, self.weights, strict=True):
-            output = decoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                encoder_hidden_states=hidden,
-                encoder_attention_mask=encoder_attention_mask,
-                use_cache=False,
-            )
-            mean = mean + weight * torch.log_softmax(output.logits.float(), -1)
-        return CausalLMOutputWithCrossAttentions(logits=mean)
 
 
 def ensemble(references: Sequence[Reference], weights: Sequence[float]) -> Reference:
     """Combine several references into one, with weights as in engine.bundle.open.
 
     Tokenizer and settings are those of the first. Raises CheckpointError if their image processors differ, because all
-    models get the same batch of pixels.
+    models get the same batch of pixels, or if their families differ.
     """
     first = references[0]
     for other in references[1:]:
+        if other.family is not first.family:
+            raise CheckpointError(
+                f"the checkpoints are {first.family.name} and {other.family.name}: parity of several checkpoints needs "
+                "one family"
+            )
         if other.image_processor.to_dict() != first.image_processor.to_dict():
             raise CheckpointError(
                 "the checkpoints have different image processors: parity of several checkpoints needs equal ones"
             )
-    models = [reference.model for reference in references]
-    model = copy.copy(first.model)
-    model._modules = dict(first.model._modules)
-    model.vision_model, model.text_decoder = MeanVision(models), MeanDecoder(models, shares(weights)).eval()
+    model = first.family.ensemble([reference.model for reference in references], shares(weights))
     return Reference(model, first.image_processor, first.tokenizer)

@@ -1,6 +1,6 @@
 """Run a live torch model as a backend of the decoding core, to caption during training on the model's device.
 
-It runs the modules that are exported as the graphs of a bundle (export/graphs/modules.py), so its captions are those
+It runs the modules that are exported as the graphs of a bundle (export/families/modules.py), so its captions are those
 that the bundle will give. This module does not depend on training.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BlipForConditionalGeneration
+from transformers import PreTrainedModel
 
 from engine.bundle.manifest import STEP_INPUTS
 from engine.decoding.backend import BatchSizes, StepInputs
@@ -23,9 +23,8 @@ from engine.decoding.resolve import resolve_search
 from engine.decoding.scheduler import Key, Request, Scheduler
 from engine.errors import UsageError
 from engine.options import DecodeOptions
-from export.checkpoints.files import BlipImageProcessor
-from export.checkpoints.load import encoder_positions
-from export.graphs.modules import DecoderStep, Encoder
+from export.families import family_of
+from export.families.base import ImageProcessor
 from export.reference.huggingface import normalisation
 
 CPU_APPETITE = BatchSizes(rows=96, encode_batch=4)
@@ -53,11 +52,10 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, model: BlipForConditionalGeneration, processor: BlipImageProcessor) -> None:
-        self._device = model.device
-        self._encoder = Encoder(model, *normalisation(processor)).to(self._device)
-        self._decoder = DecoderStep(model)
-        self._config = model.config
+    def __init__(self, model: PreTrainedModel, processor: ImageProcessor) -> None:
+        family, self._device = family_of(model), model.device
+        self._encoder = family.encoder(model, normalisation(processor)).to(self._device)
+        self._decoder = family.step(model)
         self.batch_sizes = CPU_APPETITE if self._device.type == "cpu" else GPU_APPETITE
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Tensor]:
@@ -67,16 +65,13 @@ class TorchBackend:
 
     def allocate(self, num_slots: int) -> TorchCache:
         """See Backend.allocate."""
-        text, vision = self._config.text_config, self._config.vision_config
-        heads, width = text.num_attention_heads, text.hidden_size // text.num_attention_heads
-        positions = encoder_positions(vision)
+        sizes = self._decoder.sizes
 
         def zeros(length: int) -> list[Tensor]:
-            count = 2 * text.num_hidden_layers
-            shape, dtype = (num_slots, heads, length, width), self._decoder.weights_type
-            return [torch.zeros(shape, device=self._device, dtype=dtype) for _ in range(count)]
+            shape, dtype = (num_slots, sizes.num_heads, length, sizes.head_width), self._decoder.weights_type
+            return [torch.zeros(shape, device=self._device, dtype=dtype) for _ in range(2 * sizes.num_layers)]
 
-        return TorchCache(zeros(positions), zeros(0), zeros(0))
+        return TorchCache(zeros(sizes.encoder_positions), zeros(0), zeros(0))
 
     def admit(self, cache: TorchCache, slot: int, encoded: list[Tensor], image: int) -> None:
         """See Backend.admit."""
@@ -109,29 +104,30 @@ class TorchBackend:
             cache.recent = [old[rows, :, :0] for old in cache.recent]
 
 
-def search_of(model: BlipForConditionalGeneration, options: DecodeOptions, prompt: tuple[int, ...] = ()) -> Search:
-    """Resolve options for a model without a bundle. Captions start with [DEC] and the ids `prompt`.
+def search_of(model: PreTrainedModel, options: DecodeOptions, prompt: tuple[int, ...] = ()) -> Search:
+    """Resolve options for a model without a bundle. Captions start with the start token and the ids
+    `prompt`.
 
     The length limit is reduced to the number of the model's positions. Raises UsageError for bad_words, because there
     is no tokenizer here.
     """
     if options.bad_words:
         raise UsageError("bad_words needs a tokenizer, which is not available here: pass bad_words_ids")
-    text = model.config.text_config
-    longest = text.max_position_embeddings
+    sizes = family_of(model).sizes(model.config)
+    longest = sizes.max_positions
     if options.max_total_length(1 + len(prompt)) > longest > 1 + len(prompt):
         options = replace(options, max_new_tokens=longest - 1 - len(prompt))
     return resolve_search(
         options,
-        prompt=(text.bos_token_id, *prompt),
-        eos=text.sep_token_id,
-        vocab_size=text.vocab_size,
+        prompt=(sizes.tokens.bos, *prompt),
+        eos=sizes.tokens.eos,
+        vocab_size=sizes.vocab_size,
         max_positions=longest,
     )
 
 
 @contextmanager
-def captioning(model: BlipForConditionalGeneration) -> Iterator[None]:
+def captioning(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into eval mode, and restore its previous mode at the end."""
     was_training = model.training
     model.eval()
@@ -142,16 +138,16 @@ def captioning(model: BlipForConditionalGeneration) -> Iterator[None]:
 
 
 def caption_live(
-    model: BlipForConditionalGeneration,
-    processor: BlipImageProcessor,
+    model: PreTrainedModel,
+    processor: ImageProcessor,
     images: Iterable[tuple[Key, NDArray[np.uint8]]],
     options: DecodeOptions,
     prompts: Mapping[Key, tuple[int, ...]] | None = None,
 ) -> Iterator[tuple[Key, list[Hypothesis]]]:
     """Caption (key, pixels u8[height,width,3]) with the current weights; yield (key, hypotheses) as Scheduler.run does.
 
-    `prompts` are the ids that follow [DEC] at the start of some images' captions; the hypotheses include them. Consume
-    the iterator to its end before the weights change, because the model stays in eval mode until then.
+    `prompts` are the ids that follow the start token in some images' captions; the hypotheses include them. Consume the
+    iterator to its end before the weights change, because the model stays in eval mode until then.
     """
     backend, search = TorchBackend(model, processor), search_of(model, options)
     starts = {prompt: search_of(model, options, prompt).start for prompt in {(), *(prompts or {}).values()}}

@@ -15,9 +15,8 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from engine.backends import plans
 from engine.backends.shapes import Bounds, profiles
-from engine.bundle.manifest import GRAPHS, Bundle, ModelDims, TokenIds
+from engine.bundle.manifest import GRAPHS, Bundle
 from engine.errors import BackendError
-from export.checkpoints.load import encoder_positions
 from export.graphs.exporters import write_graphs
 from export.reference.huggingface import Reference, normalisation
 from export.restore import restore_checkpoint
@@ -53,21 +52,12 @@ graphs need and the builder accepts. A new operator or type must be added here o
 def graphs_of(checkpoint: Path, out: Path, precision: str) -> Bundle:
     """Write a checkpoint's graphs as export does, but without golden recordings, because nothing is run here."""
     reference = Reference.load(checkpoint)
-    text, vision = reference.model.config.text_config, reference.model.config.vision_config
+    sizes = reference.sizes
     out.mkdir()
     model = reference.model.half() if precision == "fp16" else reference.model
     write_graphs(model, out, normalisation(reference.image_processor))
-    dims = ModelDims(
-        num_layers=text.num_hidden_layers,
-        num_heads=text.num_attention_heads,
-        head_width=text.hidden_size // text.num_attention_heads,
-        vocab_size=text.vocab_size,
-        max_positions=text.max_position_embeddings,
-        encoder_positions=encoder_positions(vision),
-    )
-    image = replace(Bundle.load().image, height=vision.image_size, width=vision.image_size)
-    tokens = TokenIds(text.bos_token_id, text.sep_token_id, text.pad_token_id)
-    return Bundle(out, "", dims, image, tokens, precision)
+    image = replace(Bundle.load().image, height=sizes.image_size, width=sizes.image_size)
+    return Bundle(out, "", sizes, image, sizes.tokens, precision)
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import errno
+import hashlib
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -26,8 +29,8 @@ from engine.options import DECODE_OPTIONS, DEFAULTS, SAMPLING, DecodeOptions
 from export import bundle as export_module
 from export.__main__ import main
 from export.bundle import export_bundle
-from export.checkpoints.files import IS_5
 from export.checkpoints.load import load_checkpoint
+from export.families.base import IS_5
 from export.graphs.exporters import write_graphs
 from export.parity import main as parity_main
 from export.reference.golden import GOLDEN_SETTINGS
@@ -132,6 +135,7 @@ def test_tokenizer_padding_does_not_affect_prompts(checkpoint_copy, tmp_path):
         {"length_penalty": -1.0, "num_beams": 3},
         {"early_stopping": True, "num_beams": 2},
         {"max_position_embeddings": 30},
+        {"tie_word_embeddings": False},
     ],
 )
 def test_checkpoint_defaults_do_not_prevent_export(settings, tmp_path):
@@ -153,6 +157,28 @@ def test_sizes_and_eps_come_from_the_checkpoint(text, vision, tmp_path):
     export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)  # replays its golden recordings
     bundle = Bundle.load(tmp_path / "bundle")
     assert bundle.model.num_layers == text.get("num_hidden_layers", 2)
+
+
+def test_export_hashes_each_file_once(tiny_checkpoint, tmp_path, monkeypatch):
+    """Seven graphs (three, and four of the split decoder) are opened twice each: as written, then optimised."""
+    hashed: Counter[str] = Counter()
+    opened: Counter[str] = Counter()
+    digest, session = hashlib.file_digest, onnxruntime.InferenceSession
+
+    def count_digest(stream, *arguments):
+        hashed[Path(stream.name).name] += 1
+        return digest(stream, *arguments)
+
+    def count_session(path, *arguments, **settings):
+        opened[Path(path).name] += 1
+        return session(path, *arguments, **settings)
+
+    monkeypatch.setattr(hashlib, "file_digest", count_digest)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", count_session)
+    bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", lambda _: None)
+    assert hashed == dict.fromkeys([*bundle.files, "model.safetensors"], 1)
+    twice = dict.fromkeys(("decoder.onnx", "log_probs.onnx", "choice.onnx"), 2)
+    assert opened == twice | {"encoder.onnx": 4, "regroup.onnx": 4}
 
 
 @pytest.mark.parametrize("is_tie", [True, False])

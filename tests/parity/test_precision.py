@@ -27,7 +27,7 @@ from engine.runtime import Runtime
 from export import bundle as exporter
 from export.__main__ import main as export_main
 from export.bundle import write_manifest
-from export.graphs.quantise import HEAD
+from export.families.blip import KEPT_FLOAT32
 from export.parity import main as parity_main
 from export.precision import ScoredCaption, compare_captions, encoder_error, forced_log_prob, main
 from export.restore import main as restore_main
@@ -123,7 +123,7 @@ def test_int8_graph_keeps_the_head_float32(bundles):
         assert {types[node.input[1]] for node in integer} == {TensorProto.INT8}
         dense = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
         tower = ("vision_model.encoder.layers.0.", "vision_model.encoder.layers.1.")  # of two: the first and the last
-        kept = {name for name in dense if any(part in name for part in (*HEAD, *tower, "embeddings"))}
+        kept = {name for name in dense if any(part in name for part in (*KEPT_FLOAT32, *tower, "embeddings"))}
         assert dense == kept, dense - kept
     decoder = onnx.load(bundles["int8"] / "decoder.onnx").graph
     assert sum("word_embeddings" in tensor.name for tensor in decoder.initializer) == 1, "the tied head is stored twice"

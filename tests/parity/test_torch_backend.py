@@ -12,7 +12,7 @@ from engine.bundle.manifest import STEP_INPUTS
 from engine.decoding.backend import StepInputs
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
-from export.graphs.modules import DecoderStep
+from export.families.modules import DecoderStep
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import TorchBackend, caption_live
 from tests.helpers.other_device import DEVICE, other_device

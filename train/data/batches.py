@@ -22,7 +22,7 @@ from engine.errors import DataError, ImageError, UsageError
 from engine.inputs.depth import CLIP
 from engine.inputs.ids import join_some, shown
 from engine.inputs.pixels import read_image
-from export.checkpoints.files import BlipImageProcessor
+from export.families.base import ImageProcessor
 from export.reference.huggingface import normalisation
 from train.data.examples import ACCENTS, WORDS, Example
 
@@ -141,7 +141,7 @@ class PixelSpec:
     depth: str = CLIP
 
     @classmethod
-    def of(cls, processor: BlipImageProcessor, depth: str = CLIP) -> PixelSpec:
+    def of(cls, processor: ImageProcessor, depth: str = CLIP) -> PixelSpec:
         """Return the settings of a slow image processor. Uses the same function as the exported graphs."""
         resample = Image.Resampling(processor.resample).name.lower()
         rescale, mean, std = normalisation(processor)

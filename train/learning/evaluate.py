@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import BlipForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.bundle.tokenizer import detokenise
 from engine.inputs.depth import CLIP
@@ -71,10 +71,10 @@ class Evaluator:
         items = Items(ids, texts, [references[image_id] for image_id in ids])
         return {name: make_metric(name, self.setting, {}).measure(items).value for name in self.metrics}
 
-    def _losses(self, model: BlipForConditionalGeneration, mine: Sequence[Example]) -> Iterator[tuple[float, int]]:
+    def _losses(self, model: PreTrainedModel, mine: Sequence[Example]) -> Iterator[tuple[float, int]]:
         """Yield (summed loss, number of targets) of each batch."""
         spec = PixelSpec.of(self.reference.image_processor, self.high_bit_depth)
-        collator = Collator(self.reference.tokenizer, model.config.text_config.bos_token_id, self.max_tokens)
+        collator = Collator(self.reference.tokenizer, self.reference.sizes.tokens.bos, self.max_tokens)
         with torch.inference_mode():
             for start in range(0, len(mine), self.batch_size):
                 chunk = mine[start : start + self.batch_size]
@@ -84,7 +84,7 @@ class Evaluator:
                 logits = model(pixel_values=pixels, **batch).logits
                 yield sum_of_losses(logits, labels).item(), int((labels != IGNORED).sum())
 
-    def _captions(self, model: BlipForConditionalGeneration, examples: Sequence[Example]) -> Iterator[tuple[str, str]]:
+    def _captions(self, model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[tuple[str, str]]:
         """Yield (id, caption) of images; a caption does not include the image's prompt."""
         spec, tokenizer = PixelSpec.of(self.reference.image_processor, self.high_bit_depth), self.reference.tokenizer
         pixels: Iterator[tuple[str, NDArray[np.uint8]]] = (

@@ -123,7 +123,7 @@ class RewardTrainer(CaptionTrainer):
         pixels = inputs["pixels"].cpu().numpy()
         drawn = self._roll_out([(tuple(places[i]), pixels[i]) for i in filled])
         if not any(drawn):  # nothing to learn, but DDP waits until every process has called its model
-            start = int(self._reference.model.config.text_config.bos_token_id)
+            start = self._reference.sizes.tokens.bos
             drawn = [{(start, start): 0.0}, *drawn[1:]]
         normal = self._spec.normalise(inputs["pixels"][filled or [0]])
         ids = pad([sample for samples in drawn for sample in samples], self.args.device)

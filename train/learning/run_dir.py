@@ -136,7 +136,7 @@ def save_checkpoint(reference: Reference, directory: Path, decoding: DecodeOptio
             setattr(text, name, value)
         reference.model.save_pretrained(directory, safe_serialization=True)
     else:
-        settings = generation_settings(decoding, text.max_position_embeddings)
+        settings = generation_settings(decoding, reference.sizes.max_positions)
         with _set(text, settings), _set(reference.model.generation_config, settings):
             reference.model.save_pretrained(directory, safe_serialization=True)
     reference.tokenizer.save_pretrained(directory)

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from engine.errors import UsageError
 from engine.scoring.base import MetricInputs
-from export.checkpoints.files import IS_5
-from export.checkpoints.load import resize_position_table
+from export.families.base import IS_5
 from export.reference.huggingface import Reference
 from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
 from train.data.examples import Example, Split, references_by_id
@@ -35,7 +34,7 @@ def load_reference(checkpoint: Path, recipe: Recipe) -> Reference:
     reference = Reference.load(checkpoint, recipe.image_size)
     model = reference.model
     if recipe.image_size is None:
-        resize_position_table(model, model.config.vision_config.image_size)  # raises an error if they do not agree
+        reference.family.resize(model, reference.sizes.image_size)  # raises an error if they do not agree
     for name, parameter in model.named_parameters():
         is_vision = name.startswith("vision_model.")
         is_frozen = (
@@ -96,7 +95,7 @@ def make_trainer(run: Run, judge: Judge, *, max_steps: int | None = None) -> Cap
         kind = partial(RewardTrainer, reference=reference, reward=reward, greedy=recipe.eval_options())
     else:
         dataset = Pictures(examples, spec, augmentation=recipe.augmentation, seed=recipe.seed)
-    collator = Collator(reference.tokenizer, model.config.text_config.bos_token_id, recipe.max_tokens)
+    collator = Collator(reference.tokenizer, reference.sizes.tokens.bos, recipe.max_tokens)
     if recipe.workers:
         sample = collator([dataset[(0, 0)]])
         require_shared_memory(sum(tensor.nbytes for tensor in sample.values()) * run.batches[0], recipe.workers)

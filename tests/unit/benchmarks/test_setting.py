@@ -35,10 +35,8 @@ def test_corpus_is_reproducible_and_has_no_duplicates(tmp_path):
 
 
 def test_encoder_work_matches_torch(tiny_checkpoint, tiny_reference):
-    from export.graphs.modules import Encoder
-
-    encoder = Encoder(tiny_reference.model, 1 / 255, [0.5] * 3, [0.5] * 3)
-    size = tiny_reference.model.config.vision_config.image_size
+    encoder = tiny_reference.family.encoder(tiny_reference.model, (1 / 255, [0.5] * 3, [0.5] * 3))
+    size = tiny_reference.sizes.image_size
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     # the class position has no patch embedding, but ModelWork counts one for it
@@ -50,9 +48,9 @@ def test_encoder_work_matches_torch(tiny_checkpoint, tiny_reference):
 @pytest.mark.parametrize(("rows", "cached"), [(1, 0), (3, 5)])
 def test_row_and_position_work_match_torch(tiny_checkpoint, tiny_reference, rows, cached):
     from export.graphs.exporters import DecoderSpec
-    from export.graphs.modules import DecoderStep
 
-    step, config = DecoderStep(tiny_reference.model), DecoderSpec(tiny_reference.model)
+    step = tiny_reference.family.step(tiny_reference.model)
+    config = DecoderSpec(step)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         step(
             torch.ones(1, rows, dtype=torch.long),
@@ -62,7 +60,7 @@ def test_row_and_position_work_match_torch(tiny_checkpoint, tiny_reference, rows
             torch.ones(2),
             torch.ones(1, rows, cached + rows, dtype=torch.bool),
             torch.tensor([2]),
-            config.cache(1, config.encoder_positions),
+            config.cache(1, step.sizes.encoder_positions),
             config.cache(1, cached),
             config.cache(1, 0),
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from engine.options import GENERATION_SETTINGS
-from export.checkpoints.settings import DEFAULTS, WITHOUT_EFFECT, verdict
+from export.checkpoints.settings import DEFAULTS, IGNORED_SETTINGS, verdict
 
 PAGE = Path(__file__).parents[3] / "docs/generation-config.md"
 
@@ -18,4 +18,4 @@ def test_page_lists_every_field_and_its_effect():
     missing = (set(GenerationConfig().to_dict()) | set(DEFAULTS)) - set(rows)
     assert not missing
     assert rows == {name: verdict(name) for name in rows}
-    assert not set(GENERATION_SETTINGS) & set(WITHOUT_EFFECT)
+    assert not set(GENERATION_SETTINGS) & set(IGNORED_SETTINGS)

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from engine.backends import open_backend
-from engine.bundle.manifest import Bundle
+from engine.bundle.manifest import Bundle, FileDigests
 from engine.bundle.open import open_bundle
 from engine.errors import BackendError, BundleError, EngineError
 from engine.files.atomic import file_sha256
@@ -38,6 +38,31 @@ def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 def edit_manifest(bundle: Path, **changes: object) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def test_known_digests_of_changed_files_are_not_trusted(bundle_copy, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(
+        "engine.bundle.manifest.file_sha256", lambda path: hashed.append(path.name) or file_sha256(path)
+    )
+    digests = FileDigests()
+    names = sorted(Bundle.load(bundle_copy, digests).files)
+    assert hashed == names
+    moved = bundle_copy.rename(bundle_copy.with_name("moved"))
+    Bundle.load(moved, digests)
+    assert hashed == names
+    digests.forget(moved / "golden.npz")
+    Bundle.load(moved, digests)
+    assert hashed == [*names, "golden.npz"]
+    tokenizer = moved / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes()[::-1])  # in place, the same size
+    with pytest.raises(BundleError, match=r"moved is damaged: tokenizer\.json has changed"):
+        Bundle.load(moved, digests)
+    copied = shutil.copy(moved / "choice.onnx", moved / "copy")
+    Path(copied).write_bytes(b"other")
+    Path(copied).replace(moved / "choice.onnx")
+    with pytest.raises(BundleError, match=r"choice\.onnx has changed"):
+        Bundle.load(moved, digests)
 
 
 def test_all_problems_are_listed(bundle_copy):

@@ -11,7 +11,7 @@ import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 from engine.errors import AssetError, CheckpointError
-from export.checkpoints.load import resize_position_table
+from export.families import FAMILIES
 from tests.helpers.tiny import make_tokenizer
 from train.data.batches import IGNORED, collate_captions
 from train.demo import assets
@@ -78,7 +78,7 @@ def test_position_resize_equals_hugging_face():
     with torch.inference_mode():
         expected = model.vision_model.embeddings.interpolate_pos_encoding(torch.zeros(1, 17, 24), 32, 32).clone()
     class_row = table[:, 0].clone()
-    resize_position_table(model, 32)
+    FAMILIES["blip"].resize(model, 32)
     resized = model.vision_model.embeddings.position_embedding
     assert resized.shape == (1, 17, 24)
     assert torch.equal(resized[:, 0], class_row)
@@ -88,7 +88,7 @@ def test_position_resize_equals_hugging_face():
 
 def test_size_not_multiple_of_patch_is_refused():
     with pytest.raises(CheckpointError, match="not a multiple of the patch size 8"):
-        resize_position_table(vision_model(64), 30)
+        FAMILIES["blip"].resize(vision_model(64), 30)
 
 
 def test_rounding_makes_every_weight_an_fp16_value():

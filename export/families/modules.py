@@ -1,34 +1,67 @@
-"""The three graphs of a bundle as torch modules that use a checkpoint's weights under their original names.
+"""The three graphs of a bundle as torch modules: what all model families share.
 
-Shape letters are those of engine/decoding/backend.py. Parameters are not changed: packing and transposing happens in
-the graph, and runtimes fold it when they load the graph. So a graph's initialisers are the checkpoint's tensors, and
-tied tensors are stored once. Reference: transformers 4.57, models/blip/modeling_blip.py and modeling_blip_text.py.
+A family subclasses Encoder and DecoderStep (for example export/families/blip.py). Shape letters are those of
+engine/decoding/backend.py. The modules use a checkpoint's weights under their original names. Parameters are not
+changed: packing and transposing happens in the graph, and runtimes fold it when they load the graph. So a graph's
+initialisers are the checkpoint's tensors, and tied tensors are stored once.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import BlipConfig, BlipForConditionalGeneration, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from engine.bundle.manifest import ModelDims, TokenIds
 
 MASKED = -1e4
 """Added to the attention scores of positions outside a beam's past; exp(MASKED) is 0, and float16 can represent it."""
+
+Normalisation = tuple[float, list[float], list[float]]
+"""rescale, mean and std of an image processor: (x * rescale - mean) / std."""
+
+
+@dataclass(frozen=True)
+class Sizes(ModelDims):
+    """What graphs, searches and manifests need to know about a model: its sizes and its special tokens.
+
+    `image_size` is the height and width of the encoder's input in px.
+    """
+
+    image_size: int
+    tokens: TokenIds
 
 
 class ExportedModule(PreTrainedModel):
     """Base class of the exported modules. optimum's exporter needs a PreTrainedModel with a config."""
 
-    config_class = BlipConfig
+    config_class = PretrainedConfig
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Names of the model's submodules that the graph uses. They keep these names, and with them the weights' names."""
 
-    def __init__(self, blip: BlipForConditionalGeneration) -> None:
-        super().__init__(blip.config)
-        self.vision_model, self.text_decoder = blip.vision_model, blip.text_decoder
-        self.heads = blip.config.text_config.num_attention_heads
-        self.width = blip.config.text_config.hidden_size // self.heads
-        self.weights_type = blip.dtype
+    def __init__(self, model: PreTrainedModel, sizes: Sizes) -> None:
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = "eager"  # PreTrainedModel refuses others; the model keeps what it has
+        super().__init__(config)
+        self.sizes, self.heads, self.width = sizes, sizes.num_heads, sizes.head_width
+        self.weights_type = model.dtype
         """float32 or float16. Some operations use float32 in either case, see the comments there."""
+        for part in self.parts:
+            setattr(self, part, getattr(model, part))
+
+    def split_heads(self, x: Tensor, batch: Tensor) -> Tensor:
+        """Reshape f32[B*T,D] or f32[B,T,D] to f32[B,H,T,d]."""
+        return x.view(batch, -1, self.heads, self.width).transpose(1, 2)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        """Reshape f32[B,H,T,d] to f32[B*T,D]."""
+        return x.transpose(1, 2).reshape(-1, self.heads * self.width)
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,46 +70,52 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Encoder(ExportedModule):
-    """Turns pixels into the cross-attention keys and values of every decoder layer; runs once per image."""
+    """Turns pixels into the cross-attention keys and values of every decoder layer; runs once per image.
 
-    def __init__(self, blip: BlipForConditionalGeneration, rescale: float, mean: list[float], std: list[float]) -> None:
-        """Set the normalisation of the image processor: (x * rescale - mean) / std."""
-        super().__init__(blip)
-        self.rescale = rescale
+    A family implements `encode` and `keys_values`.
+    """
+
+    def __init__(self, model: PreTrainedModel, sizes: Sizes, normalisation: Normalisation) -> None:
+        super().__init__(model, sizes)
+        self.rescale, mean, std = normalisation
         self.register_buffer("image_mean", torch.tensor(mean))
         self.register_buffer("image_std", torch.tensor(std))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """pixel_values u8[B,height,width,3] -> for each layer keys and values f32[B,H,S,d]."""
         pixels = (pixel_values.float() * self.rescale - self.image_mean) / self.image_std
-        encoded = self._vision(_as(pixels, self.weights_type).permute(0, 3, 1, 2))
+        encoded = self.encode(_as(pixels, self.weights_type).permute(0, 3, 1, 2))
         batch = pixel_values.shape[0]
-        layers = self.text_decoder.bert.encoder.layer
-        projections = (p for layer in layers for p in (layer.crossattention.self.key, layer.crossattention.self.value))
-        return tuple(
-            project(encoded).view(batch, -1, self.heads, self.width).transpose(1, 2) for project in projections
-        )
+        return tuple(self.split_heads(x, batch) for x in self.keys_values(encoded))
 
-    def _vision(self, pixels: Tensor) -> Tensor:
-        """Run BlipVisionModel.forward with packed attention and without a mask; returns f32[B,S,D]."""
-        vision, batch = self.vision_model, pixels.shape[0]
-        embeddings = vision.embeddings
-        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        classes = embeddings.class_embedding.expand(batch, -1, -1)
-        x = torch.cat([classes, patches], 1) + embeddings.position_embedding
-        for layer in vision.encoder.layers:
-            attention = layer.self_attn
-            qkv = attention.qkv(layer.layer_norm1(x)).view(batch, -1, 3, attention.num_heads, attention.head_dim)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            weights = torch.softmax((q * attention.scale) @ k.transpose(-1, -2), -1)
-            mixed = (weights @ v).transpose(1, 2).reshape(batch, -1, attention.embed_dim)
-            x = x + attention.projection(mixed)
-            x = x + layer.mlp(layer.layer_norm2(x))
-        return vision.post_layernorm(x)
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return the image's hidden states f32[B,S,width of the encoder] from normalised pixels f32[B,3,h,w]."""
+        raise NotImplementedError
+
+    def keys_values(self, encoded: Tensor) -> Iterator[Tensor]:
+        """Yield cross-attention keys and values f32[B,S,D] alternately, layer by layer, from the hidden states."""
+        raise NotImplementedError
+
+
+class LayerCache(NamedTuple):
+    """What one decoder layer attends to.
+
+    Keys and values of the image (`cross`), of the folded block (`settled`) and of the recent block, and `bias`
+    f32[B,1,T,F+R+T], which masks the positions that are not in a row's past. `batch` is B.
+    """
+
+    bias: Tensor
+    cross: list[Tensor]
+    settled: list[Tensor]
+    recent: list[Tensor]
+    batch: Tensor
 
 
 class DecoderStep(ExportedModule):
-    """One step of the text decoder: T tokens per image, attention over a tree-shaped cache, and the best candidates."""
+    """One step of the text decoder: T tokens per image, attention over a tree-shaped cache, and the best candidates.
+
+    A family implements `embed`, `layer` and `logits`.
+    """
 
     def forward(
         self,
@@ -100,53 +139,54 @@ class DecoderStep(ExportedModule):
         Returns candidate_scores f32[B,C], candidate_ids i64[B,C] and the recent cache extended to f32[B,H,R+T,d].
         """
         batch = input_ids.shape[0]
-        bert = self.text_decoder.bert
-        embeddings = bert.embeddings
-        x = embeddings.word_embeddings(input_ids.flatten()) + embeddings.position_embeddings(positions.flatten())
-        x = embeddings.LayerNorm(x)
+        x = self.embed(input_ids, positions)
         bias = _as(torch.where(ancestry, 0.0, MASKED), self.weights_type)[:, None]
         extended: list[Tensor] = []
-        for i, layer in enumerate(bert.encoder.layer):
+        for i in range(self.sizes.num_layers):
             pair = slice(2 * i, 2 * i + 2)
-            x, grown = self._self_attention(layer.attention, x, bias, settled[pair], recent[pair], batch)
+            x, grown = self.layer(i, x, LayerCache(bias, cross[pair], settled[pair], recent[pair], batch))
             extended += grown
-            x = self._cross_attention(layer.crossattention, x, cross[pair], batch)
-            x = layer.output(layer.intermediate(x), x)
-        logits = self.text_decoder.cls(x).view(batch, -1, self.config.text_config.vocab_size)
+        logits = self.logits(x).view(batch, -1, self.sizes.vocab_size)
         # scores stay float32 in a float16 model too
         processed = self._process(logits.float(), marked_ids, penalties)
         return (*self._select(processed, scores, num_candidates), *extended)
 
-    def _split_heads(self, x: Tensor, batch: Tensor) -> Tensor:
-        """Reshape f32[B*T,D] to f32[B,H,T,d]."""
-        return x.view(batch, -1, self.heads, self.width).transpose(1, 2)
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return the embeddings f32[B*T,D] of ids and positions i64[B,T]; the start token has position 0."""
+        raise NotImplementedError
 
-    def _merge_heads(self, x: Tensor) -> Tensor:
-        """Reshape f32[B,H,T,d] to f32[B*T,D]."""
-        return x.transpose(1, 2).reshape(-1, self.heads * self.width)
+    def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
+        """Run a layer on f32[B*T,D]; return its output and the extended keys and values of `self_attention`."""
+        raise NotImplementedError
 
-    def _self_attention(self, attention, x, bias, settled, recent, batch):
-        """Attend over settled, recent and fed positions.
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits f32[B*T,V] of the last layer's output f32[B*T,D]."""
+        raise NotImplementedError
 
-        `bias` f32[B,1,T,F+R+T] masks the positions that are not in a row's past. Returns the layer's output and the
-        recent keys and values with those of the fed tokens appended.
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
+        """Attend from the fed tokens f32[B,H,T,d] over settled, recent and fed positions.
+
+        Returns f32[B*T,D], before the output projection, and the recent keys and values with those of the fed tokens
+        appended.
         """
-        parts = (attention.self.query, attention.self.key, attention.self.value)
-        q, k, v = (self._split_heads(part(x), batch) for part in parts)
+        settled, recent = cache.settled, cache.recent
         k, v = torch.cat([recent[0], k], 2), torch.cat([recent[1], v], 2)
         q = q * (1 / math.sqrt(self.width))
         # the two blocks are multiplied separately: concatenating them would copy the large settled block every step
         weights = torch.cat([q @ settled[0].transpose(-1, -2), q @ k.transpose(-1, -2)], -1)
-        weights = torch.softmax(weights + bias, -1)
+        weights = torch.softmax(weights + cache.bias, -1)
         split = settled[0].shape[2]
         mixed = weights[..., :split] @ settled[1] + weights[..., split:] @ v
-        return attention.output(self._merge_heads(mixed), x), [k, v]
+        return self.merge_heads(mixed), [k, v]
 
-    def _cross_attention(self, attention, x, cross, batch):
-        """Attend over the image. All rows of an image share its keys and values, so the rows are on the query axis."""
-        q = self._split_heads(attention.self.query(x), batch) * (1 / math.sqrt(self.width))
-        weights = torch.softmax(q @ cross[0].transpose(-1, -2), -1)
-        return attention.output(self._merge_heads(weights @ cross[1]), x)
+    def cross_attention(self, q: Tensor, cache: LayerCache) -> Tensor:
+        """Attend from f32[B,H,T,d] over the image; returns f32[B*T,D], before the output projection.
+
+        All rows of an image share its keys and values, so the rows are on the query axis.
+        """
+        q = q * (1 / math.sqrt(self.width))
+        weights = torch.softmax(q @ cache.cross[0].transpose(-1, -2), -1)
+        return self.merge_heads(weights @ cache.cross[1])
 
     @staticmethod
     def _process(logits: Tensor, marked_ids: Tensor, penalties: Tensor) -> Tensor:
