@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.host_worker import pictures
-from benchmarks.setting import describe_machine, record_options, record_path
+from benchmarks.workload import describe_machine, record_options, record_path
 
 WORKER = Path(__file__).with_name("host_worker.py")
 INSTANT = {"encode_s": 0.0, "step_s": 0.0, "row_s": 0.0, "regroup_row_s": 0.0}

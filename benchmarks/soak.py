@@ -24,8 +24,15 @@ from typing import Any
 import click
 
 from benchmarks.faults import compare_runs, engine_command, mix_in_unreadable, resident_bytes, run_disturbed
-from benchmarks.setting import CHALLENGE_SIZE, describe_machine, record_options, record_path, write_corpus
-from benchmarks.workload import BUILD, EXAMPLES
+from benchmarks.workload import (
+    BUILD,
+    CHALLENGE_SIZE,
+    EXAMPLES,
+    describe_machine,
+    record_options,
+    record_path,
+    write_corpus,
+)
 from engine.bundle.manifest import Bundle
 from engine.machine.bench import peak_memory_gib
 from engine.options import DecodeOptions

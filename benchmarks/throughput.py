@@ -23,10 +23,17 @@ from typing import Any
 import click
 
 from benchmarks.programs import BATCHED, PROGRAMS, Comparison, Ids, Timing, Worker
-from benchmarks.roofline import measure_matmul
-from benchmarks.setting import describe_machine, record_options, record_path
-from benchmarks.work import ModelWork, count_work
-from benchmarks.workload import MAX_NEW_TOKENS, Workload, prepare, read_pictures, read_pixels
+from benchmarks.roofline import ModelWork, count_work, measure_matmul
+from benchmarks.workload import (
+    MAX_NEW_TOKENS,
+    Workload,
+    describe_machine,
+    prepare,
+    read_pictures,
+    read_pixels,
+    record_options,
+    record_path,
+)
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis

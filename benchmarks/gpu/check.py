@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.parts import FIRST
 from benchmarks.gpu.runs import LAST
-from benchmarks.setting import describe_machine, make_picture
-from benchmarks.work import DEVICES, Work, count_work, floor_s, model_work
+from benchmarks.roofline import DEVICES, Work, count_work, floor_s, model_work
+from benchmarks.workload import describe_machine, make_picture
 from engine.backends import open_backend
 from engine.backends.plans import MODULES, build_plans, target_for
 from engine.backends.providers import clashing_runtimes, find_gpu

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.host_worker import pictures
-from benchmarks.setting import CHALLENGE_SIZE, write_corpus
+from benchmarks.workload import CHALLENGE_SIZE, write_corpus
 from engine.backends.plans import PORTABLE, build_plan, import_builder, make_logger, target_for
 from engine.backends.shapes import Bounds
 from engine.bundle.manifest import Bundle

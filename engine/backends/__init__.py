@@ -33,7 +33,7 @@ def require_backend(name: str, cpu_precision: str = "fp32") -> str:
     """
     Runtime(name, cpu_precision=cpu_precision)  # raises UsageError for an unknown name
     if name == "openvino":
-        from engine.backends.compiled import require_openvino
+        from engine.backends.openvino import require_openvino
 
         require_openvino(cpu_precision)
     elif name == "trt":

@@ -17,7 +17,7 @@ from transformers import BertTokenizerFast
 from engine.errors import CheckpointError
 from engine.inputs.kinds import HEAD_BYTES, wrong_content
 from export.families import family_named
-from export.families.base import IS_5, Family
+from export.families.modules import IS_5, Family
 
 
 def word_pieces(vocabulary: Path, **settings: Any) -> BertTokenizerFast:

@@ -12,7 +12,7 @@ from engine.errors import CheckpointError
 from export.checkpoints.files import family_at, read_config_file, read_weights, weight_files
 from export.checkpoints.settings import apply_settings, read_processor
 from export.families import FAMILIES
-from export.families.base import Family
+from export.families.modules import Family
 
 PREFIXES = ("_orig_mod.", "module.", "model.")
 """Prefixes that torch.compile, DataParallel and trainers add to all weight names."""

@@ -13,7 +13,7 @@ from engine.errors import CheckpointError
 from engine.options import GENERATION_SETTINGS
 from export.checkpoints.files import family_at, read_json, refuse_stand_in
 from export.families import family_of
-from export.families.base import IS_5, Family, ImageProcessor
+from export.families.modules import IS_5, Family, ImageProcessor
 
 OWN_FILE, NESTING_FILE = "preprocessor_config.json", "processor_config.json"
 """transformers 4 writes the first file; 5 writes only the second, with the image processor nested in it."""

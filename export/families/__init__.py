@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from engine.errors import CheckpointError
-from export.families.base import Family
 from export.families.blip import Blip
+from export.families.modules import Family
 
 ORIGINAL = Blip()
 """The family whose checkpoints in the authors' own layout (one .pth file) are converted."""

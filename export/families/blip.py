@@ -26,8 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from engine.bundle.manifest import TokenIds, demo_bundle
 from engine.errors import CheckpointError
-from export.families.base import IS_5, Family, ProcessorRules
-from export.families.modules import DecoderStep, Encoder, LayerCache, Normalisation, Sizes
+from export.families.modules import IS_5, DecoderStep, Encoder, Family, LayerCache, Normalisation, ProcessorRules, Sizes
 
 # release 5 uses torchvision for BlipImageProcessor if it is installed, whose resized pixels differ by a level or two
 if IS_5:

@@ -21,8 +21,7 @@ from engine.options import DecodeOptions
 from export.checkpoints.load import load_checkpoint
 from export.checkpoints.settings import read_processor, read_tokenizer
 from export.families import family_of
-from export.families.base import Family, ImageProcessor
-from export.families.modules import Normalisation, Sizes
+from export.families.modules import Family, ImageProcessor, Normalisation, Sizes
 
 
 @dataclass

@@ -24,7 +24,7 @@ from engine.decoding.scheduler import Key, Request, Scheduler
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 from export.families import family_of
-from export.families.base import ImageProcessor
+from export.families.modules import ImageProcessor
 from export.reference.huggingface import normalisation
 
 CPU_APPETITE = BatchSizes(rows=96, encode_batch=4)

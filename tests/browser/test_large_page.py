@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from engine.inputs.images import find_images
-from engine.report.build import render
+from engine.report.build import Thumbnails, render
 from engine.report.gather import ReportRequest, gather
-from engine.report.thumbnails import Thumbnails
 from tests.helpers.report_page import measure_page, write_inputs
 from tests.helpers.tiny import save_pictures
 

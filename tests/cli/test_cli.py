@@ -561,7 +561,7 @@ def test_bench_without_images_and_with_a_folder(image_dir, tiny_bundle):
 
 def test_caption_on_a_sample_of_the_challenge_corpus(tmp_path):
     """The demo bundle on distinct real-voxel JPEGs, more of them than there are slots."""
-    from benchmarks.setting import write_corpus
+    from benchmarks.workload import write_corpus
 
     corpus = write_corpus(tmp_path / "corpus", 60, Path(__file__).parents[2] / "examples/images")
     out = tmp_path / "run.csv"

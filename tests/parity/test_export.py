@@ -30,7 +30,7 @@ from export import bundle as export_module
 from export.__main__ import main
 from export.bundle import export_bundle
 from export.checkpoints.load import load_checkpoint
-from export.families.base import IS_5
+from export.families.modules import IS_5
 from export.graphs.exporters import write_graphs
 from export.parity import main as parity_main
 from export.reference.golden import GOLDEN_SETTINGS

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from engine.decoding.scheduler import Scheduler
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
-from export.families.base import IS_5
+from export.families.modules import IS_5
 from tests.helpers.tiny import SPECIAL, random_pictures
 
 BEAMS = (1, 2, 3, 4, 5, 10)

@@ -17,7 +17,7 @@ from engine.scoring.base import Items, MetricInputs, UnavailableError, preproces
 from engine.scoring.neural import BertScore, Bleurt, ClipScore, RefClipScore
 from engine.scoring.profiles import make_metric
 from tests.helpers.tiny import make_tokenizer, save_pictures
-from train.demo.assets import SMALL_BERT, fetch_assets
+from train.demo.volumes import SMALL_BERT, fetch_assets
 
 MINILM = Path("build/small-bert")
 CANDIDATES = ["CT of the chest.", "sagittal t2-weighted MRI", "", "x-ray", "..."]

@@ -14,8 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.backends import open_backend
-from engine.backends.compiled import import_openvino
-from engine.backends.openvino import OpenVinoBackend
+from engine.backends.openvino import OpenVinoBackend, import_openvino
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.cli.app import main

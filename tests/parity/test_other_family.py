@@ -13,8 +13,7 @@ from engine.captioner import Captioner
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.families import FAMILIES
-from export.families.base import Family, ProcessorRules
-from export.families.modules import DecoderStep, Encoder, Sizes
+from export.families.modules import DecoderStep, Encoder, Family, ProcessorRules, Sizes
 from export.reference.huggingface import Reference
 from tests.helpers.tiny import IMAGE_SIZE, PATCH_SIZE, make_tokenizer, random_pictures
 

@@ -10,8 +10,8 @@ from transformers import BlipProcessor
 from engine.errors import CheckpointError
 from export.bundle import export_bundle
 from export.checkpoints.load import load_checkpoint
-from export.families.base import IS_5
 from export.families.blip import BlipImageProcessor
+from export.families.modules import IS_5
 from export.reference.huggingface import Reference
 
 pytestmark = pytest.mark.skipif(not IS_5, reason="transformers 4 is installed here: `make test-next` has 5")

@@ -22,7 +22,7 @@ from engine.errors import DataError, ImageError, UsageError
 from engine.inputs.depth import CLIP
 from engine.inputs.ids import join_some, shown
 from engine.inputs.pixels import read_image
-from export.families.base import ImageProcessor
+from export.families.modules import ImageProcessor
 from export.reference.huggingface import normalisation
 from train.data.examples import ACCENTS, WORDS, Example
 

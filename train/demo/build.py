@@ -25,8 +25,7 @@ from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
 from train.data.batches import PixelSpec
 from train.data.dataset import DataInputs
-from train.demo.assets import fetch_assets
-from train.demo.volumes import PLANES, REGIONS, Pair, read_pairs, write_pairs
+from train.demo.volumes import PLANES, REGIONS, Pair, fetch_assets, read_pairs, write_pairs
 from train.finetune import Job, finetune
 from train.learning.run_dir import save_checkpoint
 from train.recipe import load_recipe

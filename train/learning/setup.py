@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from engine.errors import UsageError
 from engine.scoring.base import MetricInputs
-from export.families.base import IS_5
+from export.families.modules import IS_5
 from export.reference.huggingface import Reference
 from train.data.batches import Collator, EpochOrder, Features, Pictures, PixelSpec
 from train.data.examples import Example, Split, references_by_id

@@ -10,10 +10,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.roofline import measure_matmul
-from benchmarks.setting import record_path, write_corpus
+from benchmarks.roofline import (
+    CONFIGS,
+    DEVICES,
+    ModelWork,
+    Work,
+    count_work,
+    floor_s,
+    forced_work,
+    host_s_per_image,
+    measure_matmul,
+)
 from benchmarks.soak import tenth_speed
-from benchmarks.work import CONFIGS, DEVICES, ModelWork, Work, count_work, floor_s, forced_work, host_s_per_image
+from benchmarks.workload import record_path, write_corpus
 from engine.options import DecodeOptions
 from tests.helpers.tiny import random_pictures
 

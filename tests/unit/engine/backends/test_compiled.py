@@ -11,8 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.backends import open_backend
-from engine.backends.compiled import import_openvino, openvino_errors
-from engine.backends.openvino import OpenVinoBackend
+from engine.backends.openvino import OpenVinoBackend, import_openvino, openvino_errors
 from engine.bundle.manifest import Bundle
 from engine.cli.app import main
 from engine.errors import BackendError, EngineError, OutOfMemoryError

@@ -14,7 +14,7 @@ from engine.errors import AssetError, CheckpointError
 from export.families import FAMILIES
 from tests.helpers.tiny import make_tokenizer
 from train.data.batches import IGNORED, collate_captions
-from train.demo import assets
+from train.demo import volumes
 from train.demo.build import regions_of, round_to_fp16, score_captions
 from train.demo.volumes import BRAIN, HEAD, compose_caption
 
@@ -132,20 +132,20 @@ def debian_package(content: bytes) -> bytes:
 def test_existing_packages_are_used_and_checked(tmp_path, monkeypatch):
     (tmp_path / "some-data_1.0_all.deb").write_bytes(debian_package(b"hello"))
     right = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"  # sha256 of hello
-    package = assets.Package("some-data", None, "none", {"./usr/share/x.txt": right})
-    monkeypatch.setattr(assets, "PACKAGES", (package,))
-    assert assets.fetch_assets(tmp_path)["x.txt"].read_bytes() == b"hello"
+    package = volumes.Package("some-data", None, "none", {"./usr/share/x.txt": right})
+    monkeypatch.setattr(volumes, "PACKAGES", (package,))
+    assert volumes.fetch_assets(tmp_path)["x.txt"].read_bytes() == b"hello"
     (tmp_path / "x.txt").write_bytes(b"tampered")
     with pytest.raises(AssetError, match=r"x\.txt from package some-data has sha256"):
-        assets.fetch_assets(tmp_path)
+        volumes.fetch_assets(tmp_path)
 
 
 def test_failed_download_names_the_file_to_provide(tmp_path, monkeypatch):
-    package = assets.Package("no-such-package-of-ours", "9.9", "none", {"x": "0"})
-    monkeypatch.setattr(assets, "PACKAGES", (package,))
-    monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    package = volumes.Package("no-such-package-of-ours", "9.9", "none", {"x": "0"})
+    monkeypatch.setattr(volumes, "PACKAGES", (package,))
+    monkeypatch.setattr(volumes.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(AssetError, match=r"put a file named no_such_package_of_ours-9\.9-\*\.whl into"):
-        assets.fetch_assets(tmp_path)
+        volumes.fetch_assets(tmp_path)
 
 
 def test_tilt_keeps_the_centre():
