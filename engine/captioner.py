@@ -21,18 +21,16 @@ from engine.bundle.open import BundleRef
 from engine.bundle.tokenizer import CaptionTokenizer, detokenise
 from engine.captions import Alternative, Caption
 from engine.decoding.backend import BatchSizes
-from engine.decoding.beam import Hypothesis, Search, Start
-from engine.decoding.resolve import resolve_search
+from engine.decoding.beam import Hypothesis, Search, Start, resolve_search
 from engine.decoding.scheduler import NOTHING_YET, Arrival, Request, Scheduler
 from engine.errors import BundleError, ImageError, OutOfMemoryError, UsageError
 from engine.host import available_cores
-from engine.inputs.depth import window_of
 from engine.inputs.images import ImageFile
 from engine.inputs.kinds import cut_suffix
 from engine.inputs.pixels import CLIPPED, ImageInput, ImageNote, read_image
 from engine.inputs.read_ahead import read_ahead, read_live
 from engine.inputs.remote import Location, location
-from engine.options import DecodeOptions
+from engine.options import DecodeOptions, window_of
 from engine.runtime import Runtime
 
 

@@ -5,6 +5,8 @@ The command line, the checks, the signature and a bundle's generation settings a
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
@@ -378,3 +380,25 @@ def _refuse_unknown(names: Iterable[str]) -> None:
             :200
         ]  # names from a bundle may be long and hold line breaks
         raise UsageError(f"unknown decoding options: {listed}")
+
+
+CLIP, SCALE = "clip", "scale"
+"""CLIP makes values above 255 white, like Hugging Face's processor. SCALE maps each image's range to 0 to 255."""
+DEPTH_HELP = (
+    "How images with more than 8 bits become 8: `clip` (above 255 is white, as in Hugging Face), `scale` (each image's "
+    "range), or a range LOW,HIGH."
+)
+
+
+@functools.lru_cache(maxsize=16)
+def window_of(depth: str) -> tuple[float, float] | None:
+    """Parse LOW,HIGH into a window of values. Returns None for CLIP and SCALE; raises UsageError for other texts."""
+    if depth in (CLIP, SCALE):
+        return None
+    try:
+        low, high = (float(number) for number in depth.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise UsageError(f"high bit depth {depth!r}: give {CLIP}, {SCALE}, or two numbers LOW,HIGH, the lower first")
+    return low, high

@@ -15,9 +15,7 @@ import click
 from engine.cli.shared import NAME, PATH, OneLineGroup, SectionCommand, column_options, log, takes
 from engine.errors import EngineError, UsageError
 from engine.inputs.columns import Columns
-from engine.inputs.depth import CLIP
-from engine.inputs.depth import HELP as DEPTH_HELP
-from engine.options import SAMPLING, DecodeOptions
+from engine.options import CLIP, DEPTH_HELP, SAMPLING, DecodeOptions
 from train.data.dataset import DataInputs
 from train.sweep.settings import Tuning
 

@@ -26,9 +26,8 @@ from export.bundle import checkpoint_sha256
 from export.checkpoints.settings import assumed_settings
 from export.reference.huggingface import Reference
 from train.data.batches import check_fit, lost_in_tokens
-from train.data.check import check_split, drop_unusable, fingerprint
 from train.data.dataset import DataInputs, hold_out, read_dataset
-from train.data.examples import Split
+from train.data.examples import Split, check_split, drop_unusable, fingerprint
 from train.learning.evaluate import Evaluation, Evaluator
 from train.learning.run_dir import BestModels, write_log, write_or_compare_record
 from train.learning.setup import Log, Run, load_reference, make_trainer

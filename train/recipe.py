@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 
 from engine.errors import UsageError
-from engine.inputs.depth import CLIP, window_of
-from engine.options import DecodeOptions
+from engine.options import CLIP, DecodeOptions, window_of
 from train.data.batches import AUGMENTATIONS
 
 SCHEDULES = ("step", "constant", "one-cycle")

@@ -6,8 +6,7 @@ import hashlib
 from importlib.metadata import PackageNotFoundError, version
 
 from engine.bundle.manifest import Bundle
-from engine.inputs.depth import CLIP
-from engine.options import DEFAULTS, DecodeOptions
+from engine.options import CLIP, DEFAULTS, DecodeOptions
 from engine.version import __version__
 
 DECIDING_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "pydicom", "tokenizers")

@@ -13,8 +13,7 @@ import click
 
 from engine.cli.shared import PATH, Group, column_options, log
 from engine.errors import EngineError, UsageError
-from engine.inputs.depth import CLIP
-from engine.inputs.depth import HELP as DEPTH_HELP
+from engine.options import CLIP, DEPTH_HELP
 
 if TYPE_CHECKING:  # for a quick --help
     from engine.inputs.columns import Columns

@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 from engine.errors import DataError, UsageError
 from engine.inputs import dicom, kinds
 from engine.inputs.columns import USUAL, Columns
-from engine.inputs.depth import CLIP
 from engine.inputs.ids import Ids, join_some
 from engine.inputs.readers import read_ids
 from engine.inputs.remote import Location, RemoteFile, RemoteFolder
+from engine.options import CLIP
 
 
 @dataclass(frozen=True)

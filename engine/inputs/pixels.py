@@ -25,7 +25,6 @@ from PIL import Image
 
 from engine.errors import EngineError, ImageError
 from engine.inputs import dicom
-from engine.inputs.depth import CLIP, window_of
 from engine.inputs.ids import join_some
 from engine.inputs.kinds import (
     DECODED,
@@ -38,6 +37,7 @@ from engine.inputs.kinds import (
     wrong_content,
 )
 from engine.inputs.remote import RemoteFile
+from engine.options import CLIP, window_of
 
 CLIPPED, TRANSPARENT, FRAMES = "clipped", "transparent", "frames"
 """Kinds of notes: values above 255 became white, transparency was dropped, the file has further frames."""

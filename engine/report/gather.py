@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from engine.errors import DataError, UsageError
 from engine.files.atomic import file_sha256
 from engine.inputs.columns import USUAL, Columns
-from engine.inputs.depth import CLIP
 from engine.inputs.ids import join_some
 from engine.inputs.images import FindOptions, ImageFile, find_images_of
 from engine.inputs.readers import read_columns
 from engine.inputs.tables import by_reference_id, read_table
+from engine.options import CLIP
 from engine.scoring import base
 from engine.scoring.base import Measured
 from engine.scoring.files import read_per_image

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from engine.errors import UsageError
-from engine.inputs.depth import CLIP, window_of
-from engine.inputs.depth import HELP as DEPTH_HELP
-from engine.options import ID_HELP, PROMPT_HELP, declared, option
+from engine.options import CLIP, DEPTH_HELP, ID_HELP, PROMPT_HELP, declared, option, window_of
 
 if TYPE_CHECKING:  # for a quick --help, methods import what only they need
     from engine.inputs.columns import Columns

@@ -13,10 +13,10 @@ from typing import IO, Any
 
 from engine.captions import Alternative, Caption, after_prompt
 from engine.errors import EngineError, ImageError, UsageError
-from engine.inputs.depth import CLIP
 from engine.inputs.images import ImageFile, utf8
 from engine.inputs.pixels import open_file
 from engine.inputs.read_ahead import read_ahead
+from engine.options import CLIP
 from engine.run.job import Outputs
 from engine.run.journal import Journal, NoJournal, journal_path, update_path
 from engine.run.outputs import (

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from engine.errors import UsageError, install_command
 from engine.files.atomic import file_sha256
-from engine.inputs.depth import CLIP
 from engine.inputs.pixels import ImageNote, decode_image, note_lines
+from engine.options import CLIP
 from engine.scoring.base import SIGNATURE, Items, Measured, MetricInputs, UnavailableError, library, mean, settle_empty
 
 EXTRA = install_command("score-neural")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import UsageError
-from engine.inputs.depth import CLIP
+from engine.options import CLIP
 from engine.scoring.base import Metric, MetricInputs
 from engine.scoring.meteor import Meteor, MeteorMean, meteor_of_counts
 from engine.scoring.neural import BertScore, Bleurt, ClipScore, RefClipScore

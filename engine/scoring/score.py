@@ -18,11 +18,11 @@ import numpy as np
 from engine.captions import after_prompt
 from engine.errors import DataError, EngineError, UsageError
 from engine.inputs.columns import PROMPT, USUAL, Columns
-from engine.inputs.depth import CLIP, window_of
 from engine.inputs.ids import join_some, shown
 from engine.inputs.images import find_images_of
 from engine.inputs.readers import read_columns
 from engine.inputs.tables import Table, by_reference_id, read_prompts, read_table
+from engine.options import CLIP, window_of
 from engine.scoring.base import Items, Measured, Metric, MetricInputs, interval, preprocess
 from engine.scoring.neural import check_weights
 from engine.scoring.profiles import BUILT_IN, CHEAP, PROFILES, Profile, make_metric, organisers_names

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from engine.bundle.manifest import STEP_INPUTS
 from engine.decoding.backend import BatchSizes, StepInputs
-from engine.decoding.beam import Hypothesis, Search
-from engine.decoding.resolve import resolve_search
+from engine.decoding.beam import Hypothesis, Search, resolve_search
 from engine.decoding.scheduler import Key, Request, Scheduler
 from engine.errors import UsageError
 from engine.options import DecodeOptions

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from engine.errors import DataError, ImageError, UsageError
-from engine.inputs.depth import CLIP
 from engine.inputs.ids import join_some, shown
 from engine.inputs.pixels import read_image
+from engine.options import CLIP
 from export.families.modules import ImageProcessor
 from export.reference.huggingface import normalisation
 from train.data.examples import ACCENTS, WORDS, Example

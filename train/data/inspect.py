@@ -17,12 +17,11 @@ import numpy as np
 
 from engine.errors import EngineError, ImageError, OutputError, UsageError
 from engine.files.atomic import write_atomically
-from engine.inputs.depth import CLIP, window_of
 from engine.inputs.images import is_dicom
 from engine.inputs.pixels import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, image_errors, open_image
-from train.data.check import check_split, in_threads
+from engine.options import CLIP, window_of
 from train.data.dataset import DataInputs, read_dataset
-from train.data.examples import Example, Split
+from train.data.examples import Example, Split, check_split, in_threads
 
 COLOURS = {"train": "#3b5b92", "valid": "#c98b2b", "test": "#0b6e4f"}
 MAX_TOKENS = 200

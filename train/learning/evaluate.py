@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.bundle.tokenizer import detokenise
-from engine.inputs.depth import CLIP
-from engine.options import DecodeOptions
+from engine.options import CLIP, DecodeOptions
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
 from export.reference.huggingface import Reference

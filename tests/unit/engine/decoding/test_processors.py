@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.decoding.beam import resolve_search
 from engine.decoding.processors import NOT_MARKED, Processors, penalised, process
-from engine.decoding.resolve import resolve_search
 from engine.errors import UsageError
 from engine.options import DecodeOptions
 

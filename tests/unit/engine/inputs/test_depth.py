@@ -10,8 +10,8 @@ from PIL import Image
 
 from engine.errors import ImageError, UsageError
 from engine.inputs import pixels as pixels_module
-from engine.inputs.depth import window_of
 from engine.inputs.pixels import CLIPPED, ImageNote, as_rgb, decode_image, is_deep, read_image, to_bytes
+from engine.options import window_of
 
 VALUES = np.array([[0, 100, 255], [256, 2048, 4095]])
 

@@ -12,8 +12,8 @@ from engine.errors import DataError, UsageError
 from tests.helpers.datasets import picture, png, write, write_parquet
 from tests.helpers.tiny import make_tokenizer
 from train.data.batches import check_fit, prompt_ids
-from train.data.check import check_split, fingerprint
 from train.data.dataset import Example, Split, read_dataset
+from train.data.examples import check_split, fingerprint
 from train.data.inspect import inspect_dataset, lines
 
 HUB = {"image": [{"bytes": png(i), "path": f"{name}.png"} for i, name in enumerate("ab")], "caption": ["one", "two"]}
