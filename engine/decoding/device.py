@@ -89,7 +89,7 @@ class DeviceQueue:
 
     def admit(self, cache: Cache, slot: int, encoded: Future[Encoded], image: int) -> None:
         """See Backend.admit. Blocks the worker until `encoded`, which may be from another queue, is done."""
-        # waits in the worker, not here: the host goes on choosing beams while another queue encodes
+        # waits in the worker, not here: the host chooses beams while another queue encodes
         self._send(lambda: self.backend.admit(cache, slot, encoded.wait(), image))
 
     def step(self, cache: Cache, inputs: StepInputs) -> Future[tuple[NDArray[np.float32], NDArray[np.int64]]]:

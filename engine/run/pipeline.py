@@ -26,7 +26,6 @@ from engine.options import DecodeOptions, notes_on
 from engine.run.job import Inputs, Outputs, Shard
 from engine.run.outputs import check_sidecars, sidecar_paths, write_sidecars
 from engine.run.record import RowStream, RunRecord, lines_written, rows_of, text_of
-from engine.run.shards import write_notes
 from engine.runtime import Runtime, Workers
 from engine.workers.resources import plan_workers
 
@@ -202,6 +201,8 @@ def caption_directory(
             )
             # last: without its note an output cannot be merged, so that a run killed before this is noticed
             if shard is not None:
+                from engine.run.shards import write_notes
+
                 ids = [image.id for image in all_images]
                 write_notes(shard, lines_written(record, outputs), ids, signature, [outputs.text_settings, prompts])
     return RunSummary(

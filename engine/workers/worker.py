@@ -76,7 +76,7 @@ class CaptionWorker:
     def answers(self) -> Iterator[str]:
         """Load the bundle, then yield messages: first how many images to submit at a time, then results.
 
-        The last message is an error; without one they go on for ever.
+        The last message is an error; without one there is no last message.
         """
         try:
             captioner, rows = self._load()
