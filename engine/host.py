@@ -31,6 +31,10 @@ class Processor:
         return "fpu" in self.flags
 
 
+VNNI = {"avx512_vnni", "avx_vnni"}
+"""Linux's flags of instructions that multiply 8-bit numbers and add them in 32 bits: faster than float32."""
+
+
 def processor() -> Processor:
     """Return the first processor from /proc/cpuinfo; its fields are empty on systems other than Linux."""
     try:

@@ -24,7 +24,17 @@ import numpy as np
 from PIL import Image
 
 from engine.backends import Backend, open_backend
-from engine.bundle.manifest import FORMAT, MANIFEST, PRECISIONS, Bundle, FileDigests, ModelDims
+from engine.bundle.manifest import (
+    FORMAT,
+    MANIFEST,
+    OLDER_FORMATS,
+    PER_ROW,
+    PRECISIONS,
+    REQUIRED_FILES,
+    Bundle,
+    FileDigests,
+    ModelDims,
+)
 from engine.bundle.open import on_halves
 from engine.captioner import Captioner
 from engine.errors import ExportError, OutputError
@@ -60,6 +70,7 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
     weights = {path.name: file_sha256(path) for path in weight_files(checkpoint)}
     return {
         "format": FORMAT,
+        "family": reference.family.model_type,
         "precision": "fp32",
         "model": {entry.name: getattr(sizes, entry.name) for entry in fields(ModelDims)},
         "image": {
@@ -110,7 +121,7 @@ ENCODER_BOUND = {"fp16": 0.05, "int8": 0.25}
 
 Both bounds come from the demo model (benchmarks/LOG.md). fp16: with every operator rounded, its error is 0.008.
 Rounding errors add up like a random walk, so 24 layers instead of its 8 give 0.014, and the bound is three times that.
-A model that overflows has a far larger or non-finite error. int8: the error is 0.085, and the bound is three times
+A model that overflows has a far larger or non-finite error. int8: the error is 0.064, and the bound is four times
 that. With one scale per weight tensor the error is 0.25, and a fifth of the captions change."""
 
 
@@ -155,6 +166,8 @@ def convert(
     for name in ("tokenizer.json", "golden.npz"):
         shutil.copy(float32 / name, out / name)
     manifest = json.loads((float32 / MANIFEST).read_text(encoding="utf-8")) | {"precision": precision}
+    if precision == "int8":
+        manifest["activation_scales"] = PER_ROW
     log(f"exporting graphs in {precision}")
     model = copy.deepcopy(reference.model).half() if precision == "fp16" else reference.model
     write_graphs(model, out, normalisation(reference.image_processor), is_int8=precision == "int8", exporter=exporter)
@@ -405,7 +418,9 @@ def _is_replaceable(out: Path) -> bool:
         return True
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["format"] == FORMAT and present <= {MANIFEST, *manifest["files"]}
+        files = set(manifest["files"])
+        is_bundle = manifest["format"] in (*OLDER_FORMATS, FORMAT) and files >= set(REQUIRED_FILES)
+        return is_bundle and present <= {MANIFEST, *files}
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

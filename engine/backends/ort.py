@@ -27,7 +27,7 @@ from engine.bundle.manifest import (
 )
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.errors import BackendError, BundleError, OutOfMemoryError, UsageError
-from engine.host import available_cores
+from engine.host import VNNI, available_cores, processor
 
 FLOAT32_ALWAYS = ("scores", "penalties", "candidate_scores", LOG_PROBS)
 """Inputs and outputs that are float32 in every precision. Keys and values have the type of the bundle's precision."""
@@ -36,6 +36,11 @@ LOG_ERRORS_ONLY = 3
 STOP_SPINNING = ("session.force_spinning_stop", "1")
 """Otherwise idle threads of one graph spin on the cores that the next graph needs: 8 to 20 % of a run
 (benchmarks/LOG.md).
+"""
+EXACT_SUMS = ("session.x64quantprecision", "1")
+"""x86 processors without VNNI add pairs of 8-bit products in 16 bits, which overflow. With this, ONNX Runtime uses
+unsigned weights instead, whose sums are exact: int8 bundles give the same sums on every processor. With VNNI it would
+take twice as long for the same sums. Where the processor's flags are unknown, as on Windows, it is on.
 """
 BF16_ON_ARM = ("mlas.enable_gemm_fastmath_arm64_bfloat16", "1")
 
@@ -115,6 +120,8 @@ def open_session(
     # a memory plan is kept for every combination of input shapes, so it is off on a GPU if the shapes vary
     options.enable_mem_pattern = has_patterns
     options.add_session_config_entry(*STOP_SPINNING)
+    if not processor().flags & VNNI:
+        options.add_session_config_entry(*EXACT_SUMS)
     if is_bf16:
         options.add_session_config_entry(*BF16_ON_ARM)
     if not is_optimised:

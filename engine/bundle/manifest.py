@@ -143,15 +143,24 @@ T = TypeVar("T")
 Stamp = tuple[int, int, int]
 """Size of a file in bytes, and the times in ns of the last change of its content (mtime) and of its status (ctime)."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of the bundle format. It increases whenever an older engine could not read a newer bundle correctly."""
-OLDER_FORMATS = (1,)
+OLDER_FORMATS = (1, 2)
 """Older formats that this engine reads. Options they do not support raise an error when used, see WITH_PENALTIES."""
 
 MANIFEST = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8")
 """Precisions of weights and activations. Scores and their sums over a caption are float32 in all of them."""
-REQUIRED_FILES = (*(f"{graph}.onnx" for graph in GRAPHS), "tokenizer.json", "golden.npz")
+PER_ROW, PER_TENSOR = "row", "tensor"
+"""How an int8 bundle scales activations. Per tensor (formats 1 and 2), captions depend on the images in a batch."""
+KNOWN_VALUES = {
+    "activation_scales": (PER_ROW, PER_TENSOR),
+    "cross_layout": ("heads",),
+}
+"""Optional keys of a manifest and the values that this engine knows. Others are of a newer engine, and refused."""
+GOLDEN = "golden.npz"
+"""PyTorch's recorded answers, which `engine verify` replays; a bundle that was converted without PyTorch has none."""
+REQUIRED_FILES = (*(f"{graph}.onnx" for graph in GRAPHS), "tokenizer.json", GOLDEN)
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NUMBER = 10**7
 """Upper limit of sizes and ids in a manifest, far above those of any captioning model."""
@@ -206,7 +215,9 @@ class Bundle:
     `digest` is the sha256 of the manifest, which has the sha256 of every other file in `files`. `generation_from` maps
     each of the `generation` settings to its source in the checkpoint. An ensemble is a copy of its first bundle with
     all bundles as `members` and one of the `weights` for each (see engine.bundle.open.combine). `stamps` are the file
-    stamps from just before the files were checked, for BundleWatch.
+    stamps from just before the files were checked, for BundleWatch. `family` is the model's `model_type`, for
+    information. `activation_scales` matters to int8 alone. `cross_layout` is the layout of the cross keys: "heads" is
+    [B,H,S,d].
     """
 
     path: Path
@@ -225,6 +236,21 @@ class Bundle:
     members: tuple[Bundle, ...] = ()
     weights: tuple[float, ...] = ()
     stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False)
+    family: str = "blip"
+    activation_scales: str = PER_TENSOR
+    cross_layout: str = "heads"
+
+    @property
+    def notes(self) -> list[str]:
+        """What users should know about captions of this bundle, one line each."""
+        if self.members:
+            return [note for member in self.members for note in member.notes]
+        if self.precision == "int8" and self.activation_scales == PER_TENSOR:
+            return [
+                f"captions of {self.path} depend on which images share a batch, because its int8 activations have one "
+                "scale per tensor: export its checkpoint again for one scale per row"
+            ]
+        return []
 
     @property
     def models(self) -> tuple[ModelDims, ...]:
@@ -254,7 +280,8 @@ class Bundle:
             if path.is_dir():  # before the check, so that later changes are detected
                 stamps = {entry.name: stamp_of(entry.stat()) for entry in path.iterdir() if entry.is_file()}
             manifest, digest = _read_manifest(path)
-            problems = _file_problems(path, manifest.get("files"), sha256)
+            required = set(REQUIRED_FILES) - ({GOLDEN} if manifest.get("converted") else set())
+            problems = _file_problems(path, manifest.get("files"), required, sha256)
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}: {error.filename}") from error
         if problems:
@@ -277,6 +304,8 @@ class Bundle:
                 clean_up_tokenization_spaces=bool(manifest["clean_up_tokenization_spaces"]),
                 format=manifest["format"],
                 stamps=stamps,
+                family=str(manifest.get("family", "blip")),
+                **_known_values(manifest),
             )
             bundle.options()
             if bundle.precision not in PRECISIONS:
@@ -353,13 +382,22 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     return manifest, hashlib.sha256(raw).hexdigest()
 
 
-def _file_problems(path: Path, files: object, sha256: Callable[[Path], str]) -> list[str]:
+def _known_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the optional keys of a manifest that are present. Raises ValueError for a value of a newer engine."""
+    present = {name: manifest[name] for name in KNOWN_VALUES if name in manifest}
+    for name, value in present.items():
+        if value not in KNOWN_VALUES[name]:
+            raise ValueError(f"its {name} {value!r:.40} is not known to this release of the engine: update it")
+    return present
+
+
+def _file_problems(path: Path, files: object, required: set[str], sha256: Callable[[Path], str]) -> list[str]:
     """Compare the directory with the manifest's {file name: sha256} and return all differences."""
     if not isinstance(files, dict):
         return [f"{MANIFEST} lists no files"]
     # hidden files count as well: a graph may read its weights from one
     present = {entry.name for entry in path.iterdir()} - {MANIFEST}
-    problems = [f"{name} is not listed" for name in sorted({*REQUIRED_FILES, *present} - set(files))]
+    problems = [f"{name} is not listed" for name in sorted((required | present) - set(files))]
     for name, expected in sorted(files.items()):
         file = path / name
         if Path(name).name != name or name in ("", ".", ".."):

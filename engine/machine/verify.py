@@ -81,6 +81,11 @@ class Golden:
                 names = {i: f"alternatives.{i}" for i in range(len(settings))}
                 alternatives = {i: archive[name] for i, name in names.items() if name in archive}
                 return cls(archive["pixel_values"], settings, ids, scores, alternatives)
+        except FileNotFoundError as error:
+            raise BundleError(
+                f"{path.parent} has no recorded answers of PyTorch, because it was converted without it: export its "
+                "checkpoint with `python -m export` to record them"
+            ) from error
         except (OSError, ValueError, KeyError) as error:
             raise BundleError(f"{path} cannot be read ({error}): export the bundle again") from error
 

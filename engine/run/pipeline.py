@@ -186,7 +186,7 @@ def caption_directory(
             open_record(images, source, outputs, log, runtime=runtime, prompts=prompts) as record,
         ):
             # before captioning, which may take hours
-            for note in notes_on(requested, options, rows):
+            for note in (*opened.notes, *notes_on(requested, options, rows)):
                 log(f"note: {note}")
             if outputs.without_prompt and not options.prompt and prompts is None:
                 log("note: --without-prompt has no effect without --prompt or --prompts")

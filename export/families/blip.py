@@ -41,8 +41,6 @@ HEAD, WORDS = "text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.
 BIAS = "text_decoder.cls.predictions.decoder.bias"
 TIED = {HEAD: WORDS, BIAS: "text_decoder.cls.predictions.bias"}
 """Names of one tensor: the bias always, the words if tie_word_embeddings is set, as in every published checkpoint."""
-KEPT_FLOAT32 = ("word_embeddings", "cls.predictions")
-"""Parts of the names of the LM head's weights: the tied embedding and the transformation before it."""
 
 
 class BlipEncoder(Encoder):
@@ -238,11 +236,6 @@ class Blip(Family):
     def step(self, model: PreTrainedModel) -> BlipStep:
         """See Family.step."""
         return BlipStep(model, self.sizes(model.config))
-
-    def kept_float32(self, config: BlipConfig) -> tuple[str, ...]:
-        """See Family.kept_float32: the LM head, and the first and last layer of the vision model."""
-        ends = (0, config.vision_config.num_hidden_layers - 1)
-        return (*KEPT_FLOAT32, *(f"vision_model.encoder.layers.{i}." for i in ends))
 
     def generation_config(self, model: PreTrainedModel) -> Any:
         """See Family.generation_config: `generate` calls the text decoder's."""

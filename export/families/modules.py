@@ -359,10 +359,6 @@ class Family(ABC):
     def step(self, model: PreTrainedModel) -> DecoderStep:
         """Return the decoder graph as a module that uses the model's weights."""
 
-    @abstractmethod
-    def kept_float32(self, config: PretrainedConfig) -> tuple[str, ...]:
-        """Return parts of weight names; a dense layer whose weight's name has one stays float32 in int8 bundles."""
-
     # Hugging Face's model as the reference
 
     @abstractmethod

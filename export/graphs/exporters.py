@@ -179,7 +179,7 @@ def write_graphs(
         for exported_weights in out.glob(f"{name}.onnx?data"):
             exported_weights.unlink()
         if is_int8:
-            graph = quantise(graph, family.kept_float32(model.config))
+            graph = quantise(graph)
         _check_operators(graph, name)
         _store_exact_weights_as_fp16(graph)
         _save(graph, path)

@@ -1,92 +1,114 @@
-"""Quantise the dense layers of a float32 graph to int8 with onnxruntime, and split the decoder graph in two.
+"""Rewrite the dense layers of a float32 graph to int8, and split the decoder graph in two.
 
-Quantisation is dynamic: weights become int8 with one scale per output, and activations become uint8 with one scale per
-tensor, which is computed while the graph runs. All else stays float32: attention, layer norms, embeddings, the LM head,
-and the first and last layer of the vision tower, which caused most of the error (benchmarks/LOG.md, "Half and int8";
-Family.kept_float32 lists them).
+Each row of activations (a token or a patch) has its own scale, computed while the graph runs, so a row's result does
+not depend on the rest of the batch. Weights have one scale per output (engine/bundle/int8.py has the arithmetic).
+Attention, layer norms and embeddings stay float32.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.utils import Extractor
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
+from engine.bundle.int8 import SCALE_SUFFIX, SUFFIX, quantise_weight
 from engine.bundle.manifest import CHOICE, FORMAT, LOG_PROBS, graph_inputs, graph_outputs
 
-
-def quantise(model: ModelProto, kept: tuple[str, ...]) -> ModelProto:
-    """Return the graph with int8 dense layers, except for weights whose names contain one of `kept`.
-
-    `model` is changed in place and must not be used afterwards. Only standard ONNX operators are added
-    (DynamicQuantizeLinear, MatMulInteger). Weights use 7 of their 8 bits (`reduce_range`), because processors without
-    VNNI add two products in 16 bits, and 8-bit weights would overflow silently.
-    """
-    _prepare(model, kept)
-    add_pre_process_metadata(model)  # avoids a warning; the runtime infers shapes and optimises the graph
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "quantised.onnx"
-        quantize_dynamic(
-            model,
-            path,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=True,
-        )
-        quantised = onnx.load(str(path))
-    del quantised.metadata_props[:]
-    del quantised.graph.value_info[:]
-    return quantised
+CONSTANTS: dict[str, np.generic | NDArray[np.int64]] = {
+    "int8.zero": np.uint8(128),  # the zero point of activations
+    "int8.steps": np.float32(127),  # the largest distance from it
+    "int8.step": np.float32(1 / 127),
+    "int8.one": np.float32(1),
+    "int8.smallest": np.float32(1e-20),  # stands for the largest value of a row of zeros, so that 127 / it is a number
+    "int8.last": np.array([-1], np.int64),
+}
 
 
-def _prepare(model: ModelProto, kept: tuple[str, ...]) -> None:
-    """Rewrite the dense layers so that the quantiser converts exactly those that should become int8.
-
-    The quantiser converts a MatMul with an initialiser. It also converts a Gemm, which it would split in two with a
-    copy of the weight (for the LM head, a second embedding). It ignores a MatMul with the output of a Transpose. So
-    weights to convert are transposed here, and a Gemm to keep becomes a Transpose, a MatMul and an Add.
-    """
+def quantise(model: ModelProto) -> ModelProto:
+    """Return the graph with all dense layers in int8. `model` is changed in place."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    transposed = {node.output[0]: node for node in model.graph.node if node.op_type == "Transpose"}
-    uses = Counter(name for node in model.graph.node for name in node.input)
+    transposed = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+    constants = {name: np.asarray(value) for name, value in CONSTANTS.items()}
     nodes: list[NodeProto] = []
+    rows: set[str] = set()
     for node in model.graph.node:
-        transpose = transposed.get(node.input[1]) if node.op_type == "MatMul" else None
-        if transpose is not None and transpose.input[0] in weights and not _is_kept(transpose.input[0], kept):
-            weight = weights[transpose.input[0]]
-            assert uses[weight.name] == uses[transpose.output[0]] == 1, f"{weight.name} has another use"
-            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).T.copy(), weight.name))
-            nodes.remove(transpose)
-            node.input[1] = weight.name
-        if node.op_type == "Gemm" and _is_kept(node.input[1], kept):
-            nodes += _split_gemm(node)
-        else:
+        name = _weight_name(node, weights, transposed)
+        if name is None:
             nodes.append(node)
+            continue
+        if name + SUFFIX not in constants:
+            # torch exports a Linear as a Gemm, or as a Transpose and a MatMul: the weight is [outputs,inputs]
+            constants[name + SUFFIX], constants[name + SCALE_SUFFIX] = quantise_weight(
+                numpy_helper.to_array(weights[name])
+            )
+        x, out = node.input[0], node.output[0]
+        if x not in rows:  # q, k and v share their input's rows
+            rows.add(x)
+            nodes += _quantise_rows(x)
+        bias = node.input[2] if node.op_type == "Gemm" else ""
+        nodes += _product(x, name, bias, out)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    _remove_unused(model)
+    return model
 
 
-def _is_kept(weight: str, kept: tuple[str, ...]) -> bool:
-    return any(part in weight for part in kept)
+def _weight_name(node: NodeProto, weights: dict[str, TensorProto], transposed: dict[str, str]) -> str | None:
+    """Return the name of the weight of a dense layer, or None for other nodes."""
+    if node.op_type == "Gemm":
+        (is_transposed,) = (attribute.i for attribute in node.attribute if attribute.name == "transB")
+        assert is_transposed, f"{node.name} has a weight of another layout than torch's"
+        name: str | None = node.input[1]
+    else:
+        name = transposed.get(node.input[1]) if node.op_type == "MatMul" else None
+    return name if name in weights and len(weights[name].dims) == 2 else None
 
 
-def _split_gemm(gemm: NodeProto) -> list[NodeProto]:
-    """Return x W^T + b as three nodes: Transpose, MatMul and Add. torch exports it as one Gemm."""
-    x, weight, bias = gemm.input
-    (out,) = gemm.output
+def _quantise_rows(x: str) -> list[NodeProto]:
+    """Return the nodes that compute `x.uint8` and `x.scale`, the scale of each row."""
     return [
-        helper.make_node("Transpose", [weight], [f"{out}.weight"], name=f"{gemm.name}.transpose", perm=[1, 0]),
-        helper.make_node("MatMul", [x, f"{out}.weight"], [f"{out}.product"], name=f"{gemm.name}.product"),
-        helper.make_node("Add", [f"{out}.product", bias], [out], name=f"{gemm.name}.sum"),
+        _node("Abs", [x], f"{x}.abs"),
+        _node("ReduceMax", [f"{x}.abs", "int8.last"], f"{x}.max", keepdims=1),
+        _node("Max", [f"{x}.max", "int8.smallest"], f"{x}.most"),
+        _node("Mul", [f"{x}.most", "int8.step"], f"{x}.scale"),
+        _node("Div", ["int8.steps", f"{x}.most"], f"{x}.factor"),
+        _node("Mul", [x, f"{x}.factor"], f"{x}.scaled"),
+        _node("QuantizeLinear", [f"{x}.scaled", "int8.one", "int8.zero"], f"{x}.uint8"),
     ]
+
+
+def _product(x: str, weight: str, bias: str, out: str) -> list[NodeProto]:
+    """Return the nodes of x W^T + bias: exact sums in int32, scaled back to float32."""
+    last = f"{out}.product" if bias else out
+    nodes = [
+        _node("MatMulInteger", [f"{x}.uint8", weight + SUFFIX, "int8.zero"], f"{out}.sums"),
+        _node("Cast", [f"{out}.sums"], f"{out}.float", to=TensorProto.FLOAT),
+        _node("Mul", [f"{out}.float", weight + SCALE_SUFFIX], f"{out}.scaled"),
+        _node("Mul", [f"{out}.scaled", f"{x}.scale"], last),
+    ]
+    return [*nodes, _node("Add", [last, bias], out)] if bias else nodes
+
+
+def _node(kind: str, inputs: list[str], output: str, **attributes: int) -> NodeProto:
+    return helper.make_node(kind, inputs, [output], name=f"{output}.node", **attributes)
+
+
+def _remove_unused(model: ModelProto) -> None:
+    """Remove Transposes of weights that are not used any more, then those weights."""
+    used = {name for node in model.graph.node for name in node.input} | {one.name for one in model.graph.output}
+    nodes = [node for node in model.graph.node if any(name in used for name in node.output)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(tensors)
+    del model.graph.value_info[:]
 
 
 def write_halves(out: Path, num_layers: int, vocab_size: int) -> None:

@@ -96,9 +96,6 @@ class VitGpt2(Family):
     def step(self, model):
         return Gpt2Step(model, self.sizes(model.config))
 
-    def kept_float32(self, config):
-        return ("wte",)
-
     def generation_config(self, model):
         return model.generation_config
 

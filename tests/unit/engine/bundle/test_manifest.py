@@ -80,6 +80,8 @@ def test_all_problems_are_listed(bundle_copy):
         ({"precision": "fp8"}, "its precision is 'fp8', supported are fp32, fp16, int8"),
         ({"files": {"../evil": "0"}}, "not a plain file name"),
         ({"model": {}}, "ModelDims needs"),
+        ({"activation_scales": "layer"}, "its activation_scales 'layer' is not known to this release of the engine"),
+        ({"cross_layout": ["heads"]}, "its cross_layout .* is not known"),
         ({"generation": {"num_beams": 0}}, "num_beams must be"),
         ({"generation": {"prompt": 5}}, "prompt must be a text"),
         ({"generation": {"beam_colour": 1}}, "unknown decoding options: beam_colour"),
@@ -95,6 +97,27 @@ def test_invalid_manifest_values_are_refused(changes, sentence, bundle_copy):
     edit_manifest(bundle_copy, **changes)
     with pytest.raises(BundleError, match=sentence):
         Bundle.load(bundle_copy)
+
+
+def test_converted_bundle_has_no_recorded_answers(bundle_copy):
+    (bundle_copy / "golden.npz").unlink()
+    files = json.loads((bundle_copy / "manifest.json").read_text())["files"]
+    edit_manifest(bundle_copy, files={name: digest for name, digest in files.items() if name != "golden.npz"})
+    with pytest.raises(BundleError, match=r"golden.npz is not listed"):
+        Bundle.load(bundle_copy)
+    edit_manifest(bundle_copy, converted=True)
+    bundle = Bundle.load(bundle_copy)
+    with pytest.raises(BundleError, match="has no recorded answers of PyTorch, because it was converted without it"):
+        verify(bundle, open_backend(bundle, Runtime("cpu")))
+
+
+def test_int8_of_older_formats_says_that_captions_depend_on_the_batch(bundle_copy):
+    assert Bundle.load(bundle_copy).notes == []
+    edit_manifest(bundle_copy, precision="int8", format=2)
+    (note,) = Bundle.load(bundle_copy).notes
+    assert "depend on which images share a batch" in note
+    edit_manifest(bundle_copy, activation_scales="row", format=3)
+    assert Bundle.load(bundle_copy).notes == []
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "null", "[" * 100_000])
