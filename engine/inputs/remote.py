@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -159,6 +160,8 @@ def _open(uri: str) -> tuple[Any, str]:
     elif scheme in S3 and (match := _CREDENTIALS.match(rest)):  # s3fs takes them only as options
         key, _, secret = match[0][:-1].partition(":")
         uri, options = f"{scheme}://{rest[match.end() :]}", {"key": unquote(key), "secret": unquote(secret)}
+    elif scheme in GCS:  # gcsfs logs a traceback before it raises the same error
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         system, base = fsspec.core.url_to_fs(uri, **options)
     except ImportError as error:
