@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.cli import main
 from engine.errors import UsageError
@@ -180,4 +179,3 @@ def test_equal_images_with_different_prompts_differ(tiny_captioner):
     for one, prompt in zip(found, ("a", "mri of", "a"), strict=True):
         ((alone),) = tiny_captioner.caption([picture], num_beams=2, prompt=prompt)
         assert one.ids == alone.ids
-    assert Bundle.load(tiny_captioner.bundle.path).format == 2
