@@ -1,4 +1,5 @@
-"""Continuous batching: the scheduler fills slots with waiting images and yields captions as images close.
+"""The beam loop, with continuous batching: each turn ends a step of all slots on the device, advances their beams
+(beam.py), yields the images that close, and fills their slots with waiting images.
 
 Images in a batch never influence each other, so an image leaves at the very step at which Hugging Face's rule closes
 it, and the next image takes its slot. `generate` instead runs every image of a batch until the last one is finished.

@@ -1,6 +1,7 @@
 """The three graphs of a bundle as torch modules: what all model families share.
 
-A family subclasses Encoder and DecoderStep (for example export/families/blip.py). Shape letters are those of
+A family subclasses Family, which is last in this file and returns the graphs: subclasses of Encoder and DecoderStep
+(example: export/families/blip.py). The third graph, Regroup, is the same for all families. Shape letters are those of
 engine/decoding/backend.py. The modules use a checkpoint's weights under their original names. Parameters are not
 changed: packing and transposing happens in the graph, and runtimes fold it when they load the graph. So a graph's
 initialisers are the checkpoint's tensors, and tied tensors are stored once.
