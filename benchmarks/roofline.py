@@ -1,4 +1,4 @@
-"""Count the arithmetic that captions need, and the theoretical minimum times of GPUs. Needs no torch.
+"""Count the arithmetic that captions need, as a share of the processor's peak or as minimum times of GPUs; no torch.
 
 Only useful work counts: rows with a running beam of an image that Hugging Face's rule has not finished yet, and of the
 cached positions those in the history of the row. Empty slots, masked positions and padding do not count.

@@ -38,13 +38,12 @@ VNNI = {"avx512_vnni", "avx_vnni"}
 def processor() -> Processor:
     """Return the first processor from /proc/cpuinfo; its fields are empty on systems other than Linux."""
     try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+        with CPUINFO.open(encoding="utf-8", errors="replace") as file:
+            # up to the first empty line: the kernel writes the file while it is read, and servers have 256 processors
+            lines = [line.partition(":") for line in itertools.takewhile(str.strip, file)]
     except OSError:
         return Processor("", frozenset())
-    first: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        first.setdefault(name.strip(), value.strip())
+    first = {name.strip(): value.strip() for name, _, value in lines}
     flags = first.get("flags") or first.get("Features") or ""  # the names on x86 and on ARM
     return Processor(first.get("model name", ""), frozenset(flags.split()))
 

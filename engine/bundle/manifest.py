@@ -215,9 +215,8 @@ class Bundle:
     `digest` is the sha256 of the manifest, which has the sha256 of every other file in `files`. `generation_from` maps
     each of the `generation` settings to its source in the checkpoint. An ensemble is a copy of its first bundle with
     all bundles as `members` and one of the `weights` for each (see engine.bundle.open.combine). `stamps` are the file
-    stamps from just before the files were checked, for BundleWatch. `family` is the model's `model_type`, for
-    information. `activation_scales` matters to int8 alone. `cross_layout` is the layout of the cross keys: "heads" is
-    [B,H,S,d].
+    stamps from just before the files were checked, for BundleWatch. `activation_scales` matters
+    to int8 alone.
     """
 
     path: Path
@@ -236,9 +235,7 @@ class Bundle:
     members: tuple[Bundle, ...] = ()
     weights: tuple[float, ...] = ()
     stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False)
-    family: str = "blip"
     activation_scales: str = PER_TENSOR
-    cross_layout: str = "heads"
 
     @property
     def notes(self) -> list[str]:
@@ -304,8 +301,7 @@ class Bundle:
                 clean_up_tokenization_spaces=bool(manifest["clean_up_tokenization_spaces"]),
                 format=manifest["format"],
                 stamps=stamps,
-                family=str(manifest.get("family", "blip")),
-                **_known_values(manifest),
+                activation_scales=_known_values(manifest).get("activation_scales", PER_TENSOR),
             )
             bundle.options()
             if bundle.precision not in PRECISIONS:

@@ -27,6 +27,7 @@ from engine.run.job import Inputs, Outputs, Shard
 from engine.run.outputs import check_sidecars, sidecar_paths, write_sidecars
 from engine.run.record import RowStream, RunRecord, lines_written, rows_of, text_of
 from engine.runtime import Runtime, Workers
+from engine.workers.messages import WorkOrder
 from engine.workers.resources import plan_workers
 
 Log = Callable[[str], None]
@@ -72,27 +73,19 @@ def choose_runtime(runtime: Runtime, workers: Workers, log: Log) -> Runtime:
     return chosen
 
 
-def open_source(
-    bundle: Bundle,
-    place: BundleRef,
-    decoding: Decoding,
-    rows: int | None,
-    runtime: Runtime,
-    workers: Workers,
-    log: Log,
-) -> AbstractContextManager[Source]:
-    """Open the source of a run's captions, made with a `bundle` that was opened at `place`. Raises an EngineError."""
+def open_source(bundle: Bundle, order: WorkOrder, workers: Workers, log: Log) -> AbstractContextManager[Source]:
+    """Open the source of a run's captions; `bundle` was opened for the order. Raises an EngineError."""
     # imported here, because most runs need none of these
     if workers.address is not None:
         from engine.workers.cluster import open_cluster
 
-        return open_cluster(bundle, place, decoding, rows, runtime, workers, log)
-    if team := plan_workers(runtime, workers):
+        return open_cluster(bundle, order, workers, log)
+    if team := plan_workers(order.runtime, workers):
         from engine.workers.child import open_processes
 
-        return open_processes(bundle, place, decoding, rows, runtime, team, log)
-    captioner = Captioner(bundle, *open_backends(bundle, runtime), threads=runtime.threads)
-    return nullcontext(LocalSource(captioner, decoding, rows))
+        return open_processes(bundle, order, team, log)
+    captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
+    return nullcontext(LocalSource(captioner, order.decoding, order.rows))
 
 
 class LocalSource:
@@ -182,7 +175,7 @@ def caption_directory(
         decoding = resolve(opened, CaptionTokenizer(opened), requested, prompts)
         options = decoding.options
         with (
-            open_source(opened, bundle, decoding, rows, runtime, workers, log) as source,
+            open_source(opened, WorkOrder(bundle, opened.digest, runtime, decoding, rows), workers, log) as source,
             open_record(images, source, outputs, log, runtime=runtime, prompts=prompts) as record,
         ):
             # before captioning, which may take hours

@@ -13,12 +13,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from engine.bundle.manifest import Bundle
-from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment
-from engine.captioner import Decoding
 from engine.errors import EngineError
 from engine.inputs.images import ImageFile
-from engine.runtime import Runtime
 from engine.workers.driver import Events, Log, Team, WorkerSource
 from engine.workers.messages import WorkOrder, pack_images
 from engine.workers.resources import WorkerResources
@@ -26,24 +23,15 @@ from engine.workers.resources import WorkerResources
 
 @contextmanager
 def open_processes(
-    bundle: Bundle,
-    place: BundleRef,
-    decoding: Decoding,
-    rows: int | None,
-    runtime: Runtime,
-    team: Sequence[WorkerResources],
-    log: Log,
+    bundle: Bundle, order: WorkOrder, team: Sequence[WorkerResources], log: Log
 ) -> Iterator[WorkerSource]:
     """Log how many worker processes there will be; all have ended when the context is left."""
     log(describe(team))
-    order = WorkOrder(
-        bundle=place.local(bundle),
-        digest=bundle.digest,
-        environment=environment(runtime.backend),
-        runtime=runtime,
-        decoding=decoding,
+    order = replace(
+        order,
+        bundle=order.bundle.local(bundle),
+        environment=environment(order.runtime.backend),
         peers=len(team),
-        rows=rows,
     )
 
     def start(number: int, order: WorkOrder, events: Events) -> Child:

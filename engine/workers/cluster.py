@@ -20,13 +20,11 @@ from typing import Any
 
 from engine.backends import require_backend
 from engine.bundle.manifest import Bundle
-from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment
-from engine.captioner import Decoding
 from engine.errors import EngineError, UsageError, install_command
 from engine.host import available_cores, descendants, started_at, wait_or_kill
 from engine.inputs.images import ImageFile
-from engine.runtime import CPU_BACKENDS, Runtime, Workers
+from engine.runtime import CPU_BACKENDS, Workers
 from engine.workers.driver import Events, Log, Team, WorkerSource
 from engine.workers.messages import WorkOrder, pack_images
 from engine.workers.worker import CaptionWorker
@@ -250,16 +248,9 @@ class WorkerPlan:
 
 
 @contextmanager
-def open_cluster(
-    bundle: Bundle,
-    place: BundleRef,
-    decoding: Decoding,
-    rows: int | None,
-    runtime: Runtime,
-    workers: Workers,
-    log: Log,
-) -> Iterator[WorkerSource]:
+def open_cluster(bundle: Bundle, order: WorkOrder, workers: Workers, log: Log) -> Iterator[WorkerSource]:
     """Connect to a cluster, resolve the backend on one of its nodes, and log how many workers there will be."""
+    runtime = order.runtime
     with cluster(workers.address or LOCAL) as ray:
         gpus = 0 if runtime.backend in CPU_BACKENDS else int(ray.cluster_resources().get("GPU", 0))
         node = _ask_a_node(ray, runtime.backend, min(gpus, 1))
@@ -267,17 +258,15 @@ def open_cluster(
         gpus = 0 if node.backend in CPU_BACKENDS else gpus
         plan = plan_actors(resources, gpus, actors=workers.actors, threads=runtime.threads)
         log(f"backend: {node.backend}, {plan}")
-        order = WorkOrder(
-            bundle=place.absolute(),
-            digest=bundle.digest,
+        order = replace(
+            order,
+            bundle=order.bundle.absolute(),
             environment=node.environment,
             runtime=replace(
                 runtime, backend=node.backend, threads=plan.cpus, plans=runtime.plans and runtime.plans.absolute()
             ),
-            decoding=decoding,
             peers=plan.peers,
             num_nodes=len(resources),
-            rows=rows,
         )
         # Ray would restart an actor without telling the driver which images it held: the driver does it
         kind = ray.remote(

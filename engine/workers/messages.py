@@ -27,24 +27,24 @@ class WorkOrder:
 
     bundle          location of the bundle
     digest          digest that the bundle must have
-    environment     versions of packages that the worker must have
     runtime         how to run the bundle, with the backend that `auto` chose
     decoding        options, search and prompts
+    rows            number of beams in flight (None: what suits device and memory)
+    environment     versions of packages that the worker must have
+    engine_version  version of this package that the worker must have
     peers           maximum number of workers that share a node's memory
     num_nodes       number of nodes; with more than one, a worker's errors name its node
-    rows            number of beams in flight (None: what suits device and memory)
-    engine_version  version of this package that the worker must have
     """
 
     bundle: BundleRef
     digest: str
-    environment: str
     runtime: Runtime
     decoding: Decoding
-    peers: int
-    num_nodes: int = 1
     rows: int | None = None
+    environment: str = ""
     engine_version: str = __version__
+    peers: int = 1
+    num_nodes: int = 1
 
 
 def pack_images(images: Sequence[ImageFile]) -> str:

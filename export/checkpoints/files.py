@@ -70,7 +70,7 @@ MAX_LISTED = 5
 
 
 def read_config_file(directory: Path) -> dict:
-    """Return config.json as JSON. Raises CheckpointError, which says what the folder is, if there is none."""
+    """Return config.json as JSON. Raises CheckpointError if it is missing, and says what the folder is instead."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a checkpoint: {_what_it_is(directory)}")

@@ -73,7 +73,7 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-class Encoder(ExportedModule):
+class Encoder(ExportedModule, ABC):
     """Turns pixels into the cross-attention keys and values of every decoder layer; runs once per image.
 
     A family implements `encode` and `keys_values`.
@@ -92,13 +92,13 @@ class Encoder(ExportedModule):
         batch = pixel_values.shape[0]
         return tuple(self.split_heads(x, batch) for x in self.keys_values(encoded))
 
+    @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """Return the image's hidden states f32[B,S,width of the encoder] from normalised pixels f32[B,3,h,w]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keys_values(self, encoded: Tensor) -> Iterator[Tensor]:
         """Yield cross-attention keys and values f32[B,S,D] alternately, layer by layer, from the hidden states."""
-        raise NotImplementedError
 
 
 class LayerCache(NamedTuple):
@@ -115,7 +115,7 @@ class LayerCache(NamedTuple):
     batch: Tensor
 
 
-class DecoderStep(ExportedModule):
+class DecoderStep(ExportedModule, ABC):
     """One step of the text decoder: T tokens per image, attention over a tree-shaped cache, and the best candidates.
 
     A family implements `embed`, `layer` and `logits`.
@@ -155,17 +155,17 @@ class DecoderStep(ExportedModule):
         processed = self._process(logits.float(), marked_ids, penalties)
         return (*self._select(processed, scores, num_candidates), *extended)
 
+    @abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Return the embeddings f32[B*T,D] of ids and positions i64[B,T]; the start token has position 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """Run a layer on f32[B*T,D]; return its output and the extended keys and values of `self_attention`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits f32[B*T,V] of the last layer's output f32[B*T,D]."""
-        raise NotImplementedError
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """Attend from the fed tokens f32[B,H,T,d] over settled, recent and fed positions.

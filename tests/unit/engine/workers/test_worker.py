@@ -79,7 +79,7 @@ def worker(tiny_bundle: Path) -> CaptionWorker:
     bundle = ref.open()
     decoding = resolve(bundle, CaptionTokenizer(bundle), bundle.options(num_beams=3))
     runtime = Runtime("cpu", threads=1)
-    return CaptionWorker(WorkOrder(ref, bundle.digest, environment("cpu"), runtime, decoding, 1, rows=12))
+    return CaptionWorker(WorkOrder(ref, bundle.digest, runtime, decoding, 12, environment("cpu")))
 
 
 def answers_of(worker: CaptionWorker, images: list[ImageFile]) -> Iterator[Answer]:
