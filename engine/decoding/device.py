@@ -27,7 +27,9 @@ class Future(Generic[T]):
     since the host's time per step counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_done: Callable[[], None] | None = None) -> None:
+        """Create the future of a call that has not run; `on_done` is called once it has, in the worker's thread."""
+        self._on_done = on_done
         self._done = threading.Lock()
         self._done.acquire()
         self._value: Any = None
@@ -37,6 +39,8 @@ class Future(Generic[T]):
         """Store the value that the call returned, or the error that it raised."""
         self._value, self._error = value, error
         self._done.release()
+        if self._on_done is not None:
+            self._on_done()
 
     def wait(self) -> T:
         """Block until the call has run; return its value or raise its error."""
@@ -84,7 +88,7 @@ class DeviceQueue:
     def allocate(self, num_slots: int) -> Cache:
         """See Backend.allocate; blocks until it is done."""
         future = self._put(partial(self.backend.allocate, num_slots))
-        self._hand_over()
+        self.start()
         return future.wait()
 
     def admit(self, cache: Cache, slot: int, encoded: Future[Encoded], image: int) -> None:
@@ -92,19 +96,21 @@ class DeviceQueue:
         # waits in the worker, not here: the host chooses beams while another queue encodes
         self._send(lambda: self.backend.admit(cache, slot, encoded.wait(), image))
 
-    def step(self, cache: Cache, inputs: StepInputs) -> Future[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """See Backend.step."""
-        future = self._put(partial(self.backend.step, cache, inputs))
-        self._hand_over()
+    def step(
+        self, cache: Cache, inputs: StepInputs, on_done: Callable[[], None] | None = None
+    ) -> Future[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """See Backend.step. `on_done` is called when the result can be read without waiting."""
+        future = self._put(partial(self.backend.step, cache, inputs), on_done)
+        self.start()
         return future
 
     def regroup(self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""
         self._send(partial(self.backend.regroup, cache, slots, columns))
 
-    def _put(self, call: Callable[[], T]) -> Future[T]:
+    def _put(self, call: Callable[[], T], on_done: Callable[[], None] | None = None) -> Future[T]:
         """Queue a call that returns a value."""
-        future: Future[T] = Future()
+        future: Future[T] = Future(on_done)
         if self._thread is None:  # an error is raised here, where the caller can tell which call it was
             future.resolve(call())
             return future
@@ -131,7 +137,7 @@ class DeviceQueue:
         else:
             self._collected.append((call, always))
 
-    def _hand_over(self) -> None:
+    def start(self) -> None:
         """Pass the collected calls to the thread, all at once: waking it costs more than most of the calls."""
         if self._thread is not None:
             self._calls.put(self._collected)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
+from queue import SimpleQueue
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -57,7 +59,7 @@ class Scheduler:
     """Decodes any number of images with one search, in sets of `num_slots` slots.
 
     With several sets the device works on one while the host chooses beams for another. Sets are assigned to the
-    backends in turn.
+    backends in turn. The set whose step is done first continues first, so that no backend waits for another.
     """
 
     def __init__(
@@ -100,16 +102,38 @@ class Scheduler:
             ]
             queue = _RequestQueue(iter(images), self.encode_batch, copies=captions.copies)
             sets: list[_Slots[Key]] = []
+            done: SimpleQueue[int] = SimpleQueue()  # the sets whose step can be finished without waiting
             while queue.may_come or any(slots.owners for slots in sets):
-                if queue.may_come and len(sets) < self.num_sets:  # a small run never opens a second set
-                    sets.append(_Slots(devices[len(sets) % len(devices)], self.search, self.num_slots))
-                for slots in sets:
-                    # finish, refill, begin: the device has the next step of this set before the host turns to another
+                turn = [slots for slots in sets if not slots.is_stepping]
+                if queue.may_come and len(sets) < self.num_sets:
+                    # one for each backend; a small run never opens a second set of a backend
+                    for device in devices[: self.num_sets - len(sets)]:
+                        on_done = partial(done.put, len(sets))
+                        sets.append(_Slots(device, self.search, self.num_slots, on_done))
+                        turn.append(sets[-1])
+                elif len(turn) < len(sets):
+                    turn.append(sets[done.get()])
+                for slots in turn:
                     closed = slots.finish_step()
                     # yielded even when empty: a caller with results of its own must get control at every step
                     yield [found for owner, hypotheses in closed for found in captions.add(*owner, hypotheses)]
-                    slots.fill(queue)
+                self._fill(turn, queue)
+                for slots in turn:
                     slots.begin_step()
+
+    def _fill(self, turn: Sequence[_Slots[Key]], queue: _RequestQueue[Key]) -> None:
+        """Fill the empty slots of the sets `turn`, of several one batch at a time.
+
+        Otherwise the first set would take all images of a small run, and the other backends would have none.
+        """
+        if len(turn) == 1:
+            turn[0].fill(queue)
+            return
+        hungry = list(turn)
+        while hungry:
+            hungry = [slots for slots in hungry if slots.fill(queue, self.encode_batch)]
+            for slots in hungry:
+                slots.device.start()  # encodes while the host reads the next images
 
     def decode(self, pixel_values: NDArray[np.uint8]) -> Iterator[tuple[int, list[Hypothesis]]]:
         """Caption images u8[N,height,width,3]; yield (index, hypotheses) as they close."""
@@ -126,12 +150,20 @@ class _QueuedRequest(NamedTuple, Generic[Key]):
 
 
 class _RequestQueue(Generic[Key]):
-    """Requests that wait for a slot, encoded in batches on demand; `may_come` is false once the source is exhausted."""
+    """Requests that wait for a slot, encoded in batches on demand by the device that wants one.
+
+    `may_come` is false once the source is exhausted and no request waits.
+    """
 
     def __init__(self, images: Iterator[Arrival[Key]], encode_batch: int, *, copies: int) -> None:
         self._images, self._encode_batch, self._copies = images, encode_batch, copies
-        self._waiting: deque[_QueuedRequest[Key]] = deque()
-        self.may_come = True
+        self._waiting: dict[DeviceQueue, deque[_QueuedRequest[Key]]] = {}
+        self._is_exhausted = False
+
+    @property
+    def may_come(self) -> bool:
+        """Whether there may be another request."""
+        return not self._is_exhausted or any(self._waiting.values())
 
     def next(self, device: DeviceQueue) -> _QueuedRequest[Key] | None:
         """Return the next request; `device` encodes its batch if necessary.
@@ -139,17 +171,19 @@ class _RequestQueue(Generic[Key]):
         With sampling each image is returned once per caption to draw. None means that the source is exhausted, that
         many images in a row need no decoding, or that the next image has not arrived.
         """
-        if not self._waiting:
+        waiting = self._waiting.setdefault(device, deque())
+        if not waiting:
             pulled = self._pull()
-            self.may_come = bool(pulled)
+            self._is_exhausted = not pulled
             batch = [image for image in pulled if isinstance(image, Request)]
             if not batch:
-                return None
+                # what another device has encoded, but has no slot for
+                return next((others.popleft() for others in self._waiting.values() if others), None)
             encoded = device.encode(np.stack([image.pixels for image in batch]))
             for position, image in enumerate(batch):
                 owners = ((image.key, copy) for copy in range(self._copies))
-                self._waiting += [_QueuedRequest(owner, image.start, encoded, position) for owner in owners]
-        return self._waiting.popleft()
+                waiting += [_QueuedRequest(owner, image.start, encoded, position) for owner in owners]
+        return waiting.popleft()
 
     def _pull(self) -> list[Arrival[Key]]:
         """Take images until encode_batch of them need decoding, but at most PULL_AT_MOST times as many."""
@@ -189,8 +223,12 @@ class _Slots(Generic[Key]):
     slot, K tokens per step, while the other slots decode: prefill needs no separate pass.
     """
 
-    def __init__(self, device: DeviceQueue, search: Search, num_slots: int) -> None:
+    def __init__(
+        self, device: DeviceQueue, search: Search, num_slots: int, on_done: Callable[[], None] | None = None
+    ) -> None:
+        """Allocate the slots. `on_done` is called after each step on the device."""
         self.device = device
+        self._on_done = on_done
         self.search = search
         self.owners: dict[int, tuple[Key, int]] = {}
         self.cache = device.allocate(num_slots)
@@ -201,10 +239,18 @@ class _Slots(Generic[Key]):
         self.steps_since_settled = 0
         self._begun: tuple[StepInputs, Future[tuple[NDArray[np.float32], NDArray[np.int64]]]] | None = None
 
-    def fill(self, queue: _RequestQueue[Key]) -> None:
-        """Fill empty slots with waiting images; remove empty slots when the source is exhausted."""
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step was begun and not finished."""
+        return self._begun is not None
+
+    def fill(self, queue: _RequestQueue[Key], at_most: int | None = None) -> int:
+        """Fill empty slots with waiting images; remove empty slots when the source is exhausted.
+
+        Returns the number of slots that were filled, at most `at_most` (None: all).
+        """
         filled, starts = [], []
-        for slot in np.flatnonzero(self.beams.closed).tolist() if queue.may_come else ():
+        for slot in np.flatnonzero(self.beams.closed)[:at_most].tolist() if queue.may_come else ():
             request = queue.next(self.device)
             if request is None:
                 break
@@ -222,6 +268,7 @@ class _Slots(Generic[Key]):
             self.prompt_fed[filled] = 0
         if not queue.may_come:
             self._shrink()
+        return len(filled)
 
     def _shrink(self) -> None:
         """Remove empty slots when they are many; images may move to another slot."""
@@ -242,7 +289,7 @@ class _Slots(Generic[Key]):
         if self.steps_since_settled == SETTLE_EVERY:
             self._regroup(np.arange(len(self.prompt_fed)))
         inputs = self._inputs(self._prefilling())
-        self._begun = inputs, self.device.step(self.cache, inputs)
+        self._begun = inputs, self.device.step(self.cache, inputs, self._on_done)
 
     def finish_step(self) -> list[tuple[tuple[Key, int], list[Hypothesis]]]:
         """Wait for the step in progress and advance the beams; return (owner, hypotheses) of the images that closed."""

@@ -90,6 +90,30 @@ def test_device_and_host_work_on_different_sets():
     assert seconds(2) < 0.9 * (spent["device"] + spent["host"])
 
 
+def test_a_slow_backend_does_not_delay_another():
+    class Slow(TableBackend):
+        def step(self, cache, inputs):
+            time.sleep(0.05)
+            return super().step(cache, inputs)
+
+    slow, fast = Slow(3), TableBackend(3)
+    assert decode(slow, 2, 2, more_backends=[fast]) == decode(TableBackend(3))
+    assert fast.steps > 2 * slow.steps
+
+
+def test_a_small_run_is_divided_among_the_backends():
+    class Counting(TableBackend):
+        encoded = 0
+
+        def encode(self, pixel_values):
+            self.encoded += len(pixel_values)
+            return super().encode(pixel_values)
+
+    backends = [Counting(3), Counting(3)]
+    decode(backends[0], 2, 40, more_backends=backends[1:])
+    assert sorted(backend.encoded for backend in backends) == [11, 12]
+
+
 @pytest.mark.parametrize("call", ["encode", "allocate", "admit", "step", "regroup"])
 @pytest.mark.parametrize("num_sets", [1, 2])
 def test_error_of_a_call_reaches_the_caller(call, num_sets):
