@@ -221,7 +221,8 @@ class Captioner:
 
         backend        auto, cpu, openvino, cuda, tensorrt or trt; auto takes a GPU if one works, else the CPU
         threads        number of CPU threads (None: all cores)
-        streams        number of parallel decoding streams, for `cpu`
+        streams        number of parallel decoding streams, for `cpu` (None: one, or one per 8 threads). With 2 threads,
+                       2 make long runs faster, and a single image slower; `engine caption` uses 2
         cpu_precision  fp32, or bf16 (captions may differ), for `cpu` and `openvino`
         plans          folder written by `engine plan`, for `trt`
         cuda_graphs    whether to replay decoding steps as CUDA graphs, for `trt`
@@ -242,13 +243,13 @@ class Captioner:
         return cls.open(BundleRef(tuple(locations), tuple(weights)), runtime)
 
     @classmethod
-    def open(cls, bundle: BundleRef, runtime: Runtime) -> Captioner:
-        """Load a bundle, or several that are averaged, for a runtime; see load."""
+    def open(cls, bundle: BundleRef, runtime: Runtime, *, many_images: bool = False) -> Captioner:
+        """Load a bundle, or several that are averaged, for a runtime; see load, and open_backends for `many_images`."""
         # before the bundle is read, so that a missing library is reported at once
         name = require_backend(runtime.backend, runtime.cpu_precision)
         runtime = replace(runtime, backend=name)
         checked = bundle.open()
-        captioner = cls(checked, *open_backends(checked, runtime), threads=runtime.threads)
+        captioner = cls(checked, *open_backends(checked, runtime, many_images=many_images), threads=runtime.threads)
         captioner._origin = bundle.absolute(), runtime
         return captioner
 
@@ -358,7 +359,11 @@ class Captioner:
     def batch_sizes(self) -> BatchSizes:
         """Batch sizes that keep all backends of this captioner busy."""
         sizes, streams = self.backend.batch_sizes, 1 + len(self._more_backends)
-        return sizes if streams == 1 else replace(sizes, rows=streams * sizes.rows, sets=streams)
+        if streams == 1:
+            return sizes
+        # streams that share a backend share its rows: the same memory as one stream of all threads
+        distinct = len({id(backend) for backend in (self.backend, *self._more_backends)})
+        return replace(sizes, rows=distinct * sizes.rows, sets=streams)
 
     @property
     def images_ahead(self) -> int:

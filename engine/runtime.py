@@ -27,8 +27,8 @@ class Runtime:
     streams: int | None = option(
         None,
         "--streams",
-        "Parallel decoding streams on the CPU (--backend cpu), which divide the threads among them; one if cores are "
-        "few.",
+        "Parallel decoding streams on the CPU (--backend cpu), which divide the threads among them; the default "
+        "depends on the number of threads.",
         least=1,
     )
     cpu_precision: str = option(

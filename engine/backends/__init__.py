@@ -53,15 +53,21 @@ def require_backend(name: str, cpu_precision: str = "fp32") -> str:
 
 OF_ENSEMBLES = ("cpu", "cuda")
 """Backends that support ensembles."""
+FEW_CORES = 2
+"""With at most this many threads each is a stream of its own in a run over many images. Threads that share a product
+wait for the slower one, so that another program on one core delays both. Measured with 2 cores (benchmarks/LOG.md).
+"""
 CORES_OF_A_STREAM = 8
 """Threads per stream by default, so a CPU with at least twice as many is divided: small matrix products do not get
 faster with more threads. A guess: it was never measured on a machine with so many cores.
 """
 
 
-def open_backends(bundle: Bundle, runtime: Runtime = DEFAULT) -> list[Backend]:
-    """Load the bundle's graphs once for each stream of `runtime`; the threads are divided among the streams.
+def open_backends(bundle: Bundle, runtime: Runtime = DEFAULT, *, many_images: bool = False) -> list[Backend]:
+    """Load the bundle's graphs for the streams of `runtime`; the threads are divided among the streams.
 
+    Streams of one thread share one backend, and so its weights. `many_images` chooses streams for a run over many
+    images instead of a low latency of each image, where `runtime` leaves the choice.
     Backends other than `cpu` have one stream; if `runtime.streams` is set for them, this raises UsageError. Otherwise
     raises as open_backend does.
     """
@@ -71,8 +77,12 @@ def open_backends(bundle: Bundle, runtime: Runtime = DEFAULT) -> list[Backend]:
             raise UsageError(f"streams are for the backend cpu, not for {name}: remove --streams")
         return [open_backend(bundle, runtime)]
     threads = runtime.threads or available_cores()
-    streams = min(threads, runtime.streams or max(1, threads // CORES_OF_A_STREAM))
+    is_small = many_images and threads <= FEW_CORES
+    streams = min(threads, runtime.streams or (threads if is_small else max(1, threads // CORES_OF_A_STREAM)))
     counts = [threads // streams + (i < threads % streams) for i in range(streams)]
+    if max(counts) == 1:
+        # a session of one thread runs in the thread that calls it, so that all streams can share the weights
+        return [open_backend(bundle, replace(runtime, backend=name, threads=1, streams=None))] * streams
     return [open_backend(bundle, replace(runtime, backend=name, threads=count, streams=None)) for count in counts]
 
 

@@ -84,7 +84,9 @@ def open_source(bundle: Bundle, order: WorkOrder, workers: Workers, log: Log) ->
         from engine.workers.child import open_processes
 
         return open_processes(bundle, order, team, log)
-    captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
+    captioner = Captioner(
+        bundle, *open_backends(bundle, order.runtime, many_images=True), threads=order.runtime.threads
+    )
     return nullcontext(LocalSource(captioner, order.decoding, order.rows))
 
 

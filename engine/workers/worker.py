@@ -109,7 +109,9 @@ class CaptionWorker:
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} differs from the bundle of the run: copy it again")
         self._watch = BundleWatch(bundle)  # the driver watches its own copy only
-        captioner = Captioner(bundle, *open_backends(bundle, order.runtime), threads=order.runtime.threads)
+        captioner = Captioner(
+            bundle, *open_backends(bundle, order.runtime, many_images=True), threads=order.runtime.threads
+        )
         search, memory = order.decoding.search, None
         if captioner.batch_sizes.memory_bytes is None:  # a GPU has its own memory, which no other worker uses
             memory = available_memory() // order.peers

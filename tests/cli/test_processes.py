@@ -194,14 +194,14 @@ def test_image_that_kills_its_workers_is_unreadable(
             10,
         ),
         (
-            "import engine.workers.worker as s; s.open_backends = lambda *_: s.missing",
+            "import engine.workers.worker as s; s.open_backends = lambda *_, **__: s.missing",
             1,
             "error: a worker process failed: AttributeError: module 'engine.workers.worker' has no attribute 'missing'",
             2,
         ),
         (
             "import engine.errors as e, engine.workers.worker as s; "
-            "s.open_backends = lambda *_: (_ for _ in ()).throw(e.UsageError('of no use'))",
+            "s.open_backends = lambda *_, **__: (_ for _ in ()).throw(e.UsageError('of no use'))",
             2,
             "error: of no use",
             2,
@@ -262,7 +262,7 @@ def test_each_worker_sees_only_its_gpu(image_dir, tiny_bundle, tmp_path, undistu
     host_backend = (
         f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, 'saw ' + os.environ['CUDA_VISIBLE_DEVICES']).touch(); "
         "import engine.workers.worker as s; from engine.backends.ort import OrtBackend; "
-        "s.open_backends = lambda bundle, runtime: [OrtBackend(bundle, threads=runtime.threads)]"
+        "s.open_backends = lambda bundle, runtime, **_: [OrtBackend(bundle, threads=runtime.threads)]"
     )
     monkeypatch.setattr(child, "PROGRAM", worker_that(host_backend))
     result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", "--devices", "cuda:1,cuda:0")

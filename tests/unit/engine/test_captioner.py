@@ -52,12 +52,30 @@ def test_equal_images_are_captioned_once(tiny_captioner):
     assert np.array_equal([caption.latency_s == 0 for caption in found[300:]], [True] * 100)
 
 
-@pytest.mark.parametrize(("threads", "streams", "shares"), [(2, None, [2]), (16, None, [8, 8]), (5, 2, [3, 2])])
-def test_streams_share_the_threads(threads, streams, shares, tiny_bundle, monkeypatch):
-    opened = []
-    monkeypatch.setattr(backends, "open_backend", lambda _, runtime: opened.append(runtime.threads))
-    backends.open_backends(Bundle.load(tiny_bundle), Runtime("cpu", threads=threads, streams=streams))
-    assert opened == shares
+@pytest.mark.parametrize(
+    ("threads", "streams", "many_images", "shares"),
+    [
+        (2, None, False, [2]),
+        (2, None, True, [1, 1]),
+        (2, 1, True, [2]),
+        (3, None, True, [3]),
+        (16, None, True, [8, 8]),
+        (5, 2, False, [3, 2]),
+    ],
+)
+def test_streams_share_the_threads(threads, streams, many_images, shares, tiny_bundle, monkeypatch):
+    monkeypatch.setattr(backends, "open_backend", lambda _, runtime: [runtime.threads])
+    runtime = Runtime("cpu", threads=threads, streams=streams)
+    opened = backends.open_backends(Bundle.load(tiny_bundle), runtime, many_images=many_images)
+    assert [count for (count,) in opened] == shares
+    assert len({id(backend) for backend in opened}) == (1 if shares == [1, 1] else len(shares))
+
+
+def test_streams_of_one_thread_need_no_more_memory(tiny_bundle):
+    one, two = (Captioner.load(str(tiny_bundle), backend="cpu", threads=2, streams=count) for count in (1, 2))
+    search = one.search(DecodeOptions(num_beams=4))
+    assert two.scheduler(search).concurrency == one.scheduler(search).concurrency
+    assert two.scheduler(search).num_sets == 2
 
 
 def test_several_streams_give_the_same_captions(tiny_bundle):
