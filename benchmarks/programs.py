@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.workload import BUILD, Workload, read_pictures, read_pixels
 from engine.backends.providers import import_onnxruntime
-from engine.bundle.manifest import cache_names
+from engine.bundle.manifest import Bundle, cache_names
 from engine.decoding.beam import Beams, Hypothesis, Search
 from engine.host import available_cores
 from engine.machine.bench import peak_memory_gib
@@ -237,7 +237,9 @@ def _bans(marked_ids: NDArray[np.int64]) -> list[tuple[int, int, list[int]]]:
 
 
 Ids = list[tuple[int, ...]]
-Caption = Callable[[int, int], Ids]
+Captioned = tuple[Ids, float | None]
+"""The ids of the captions, and the seconds in which slots were empty because no image was left (None: no slots)."""
+Caption = Callable[[int, int], Captioned]
 """Function (count, batch size) that captions the first `count` images; the engine ignores the batch size."""
 
 
@@ -253,11 +255,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Timing:
-    """One call of a program: seconds, the ids it returned, and the peak memory of its process during the call."""
+    """One call of a program: seconds, the ids it returned, and the peak memory of its process during the call.
+
+    `unfilled_s` is the part of the seconds in which slots were empty, None for programs without slots.
+    """
 
     seconds: float
     ids: Ids
     peak_gib: float | None
+    unfilled_s: float | None = None
 
 
 def engine(setting: Comparison) -> Caption:
@@ -270,35 +276,67 @@ def openvino(setting: Comparison) -> Caption:
     return _engine_on("openvino", setting)
 
 
-def _engine_on(backend: str, setting: Comparison) -> Caption:
-    from engine.captioner import Captioner
+def engine_fp16(setting: Comparison) -> Caption:
+    """Load the engine on ONNX Runtime with the bundle in float16."""
+    return _engine_on("cpu", setting, "fp16")
 
-    captioner = Captioner.load(setting.workload.bundle, backend=backend, threads=setting.threads)
+
+def engine_int8(setting: Comparison) -> Caption:
+    """Load the engine on ONNX Runtime with the bundle in int8."""
+    return _engine_on("cpu", setting, "int8")
+
+
+def _engine_on(backend: str, setting: Comparison, precision: str = "fp32") -> Caption:
+    from engine.backends import open_backends
+    from engine.captioner import Captioner
+    from engine.runtime import Runtime
+
+    # as `engine caption` opens it
+    bundle, runtime = Bundle.load(setting.workload.bundle_in(precision)), Runtime(backend, threads=setting.threads)
+    captioner = Captioner(bundle, *open_backends(bundle, runtime, many_images=True), threads=setting.threads)
     pixels = read_pixels(setting.workload, captioner.bundle)
     scheduler = captioner.scheduler(captioner.search(setting.options), setting.rows)
 
-    def caption(count: int, _: int) -> Ids:
-        results = dict(scheduler.decode(pixels[:count]))
-        return [results[i][0].ids for i in range(count)]
+    def caption(count: int, _: int) -> Captioned:
+        exhausted: list[float] = []
+
+        def images() -> Iterator[tuple[int, NDArray[np.uint8]]]:
+            yield from enumerate(pixels[:count])
+            exhausted.append(time.perf_counter())  # a slot is empty and no image is left for it
+
+        results = dict(scheduler.run(images()))
+        return [results[i][0].ids for i in range(count)], time.perf_counter() - exhausted[0]
 
     return caption
 
 
 def generate(setting: Comparison) -> Caption:
     """Load Hugging Face generate, which returns only ids here."""
-    import torch
+    return _generate_with(lambda model: model, setting)
 
-    from export.reference.huggingface import Reference
 
+def generate_bf16(setting: Comparison) -> Caption:
+    """Load Hugging Face generate with the model in bfloat16."""
+    return _generate_with(lambda model: model.bfloat16(), setting)
+
+
+def generate_int8(setting: Comparison) -> Caption:
+    """Load Hugging Face generate with torch's dynamic int8: Linear layers, one activation scale per tensor."""
+    return _generate_with(lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}), setting)
+
+
+def _generate_with(convert: Callable[[Any], Any], setting: Comparison) -> Caption:
     torch.set_num_threads(setting.threads or available_cores())
     reference = Reference.load(setting.workload.checkpoint)
     pixel_values = reference.pixels(read_pictures(setting.workload))
+    reference = Reference(convert(reference.model), reference.image_processor, reference.tokenizer)
+    pixel_values = pixel_values.to(reference.model.dtype)
 
-    def caption(count: int, batch: int) -> Ids:
+    def caption(count: int, batch: int) -> Captioned:
         captions = []
         for i in range(0, count, batch):
             captions += reference.generate(pixel_values[i : min(i + batch, count)], setting.options, with_scores=False)
-        return [best.ids for best, *_ in captions]
+        return [best.ids for best, *_ in captions], None
 
     return caption
 
@@ -316,22 +354,31 @@ def conventional(setting: Comparison) -> Caption:
     del reference
     program = Conventional(directory, search, setting.threads)
 
-    def caption(count: int, batch: int) -> Ids:
+    def caption(count: int, batch: int) -> Captioned:
         hypotheses = []
         for i in range(0, count, batch):
             hypotheses += program.caption(pixel_values[i : min(i + batch, count)])
-        return [hypothesis.ids for hypothesis in hypotheses]
+        return [hypothesis.ids for hypothesis in hypotheses], None
 
     return caption
 
 
-PROGRAMS: dict[str, Callable[[Comparison], Caption]] = {
+EXACT: dict[str, Callable[[Comparison], Caption]] = {
     "engine": engine,
     "generate": generate,
     "conventional": conventional,
     "openvino": openvino,
 }
-BATCHED = ("generate", "conventional")
+"""Programs in float32. Their captions must be the same up to ties, or the measurement is void."""
+ROUNDED: dict[str, Callable[[Comparison], Caption]] = {
+    "engine-fp16": engine_fp16,
+    "engine-int8": engine_int8,
+    "generate-bf16": generate_bf16,
+    "generate-int8": generate_int8,
+}
+"""Programs in lower precision. Their captions may differ; the record has how many do, and the difference in ROUGE-1."""
+PROGRAMS = EXACT | ROUNDED
+BATCHED = ("generate", "conventional", "generate-bf16", "generate-int8")
 """Programs with a batch size."""
 
 
@@ -386,8 +433,8 @@ def _serve(name: str, setting: Comparison, connection: Connection) -> None:
             count, batch = connection.recv()
             forget_peak_memory()
             start = time.perf_counter()
-            ids = caption(count, batch)
-            connection.send(Timing(time.perf_counter() - start, ids, peak_memory_gib()))
+            ids, unfilled_s = caption(count, batch)
+            connection.send(Timing(time.perf_counter() - start, ids, peak_memory_gib(), unfilled_s))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return  # the parent has ended
     except Exception:

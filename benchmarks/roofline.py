@@ -368,8 +368,6 @@ def _fastest(call: Any, seconds: float) -> float:
 def main(name: str, images: int, beams: int, device: str | None) -> None:
     """Print the share of this machine's matrix-multiply speed that captioning reaches, as one JSON line."""
     if device is not None:
-        from benchmarks.work import paper
-
         click.echo(json.dumps(paper(device), indent=1))
         return
     from benchmarks.workload import prepare, read_pixels

@@ -6,6 +6,11 @@ Each program runs in its own process. All are warmed up and then run alternately
 difference is not a tie, the measurement is void and the exit code is 1. For programs with a batch size, several sizes
 are tried first and the best is used. The record is written to build/benchmarks/ (with --record: benchmarks/results/)
 and, as one JSON line, to stdout.
+
+    python -m benchmarks.throughput --workload demo --program engine-int8 --program generate-bf16
+
+compares precisions: time, captions that are the same as the engine's in float32, and the difference in ROUGE-1. Only
+the demo's captions have a meaning. Base and large have random weights: they show the speed.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from typing import Any
 
 import click
 
-from benchmarks.programs import BATCHED, PROGRAMS, Comparison, Ids, Timing, Worker
+from benchmarks.programs import BATCHED, EXACT, PROGRAMS, ROUNDED, Comparison, Ids, Timing, Worker
 from benchmarks.roofline import ModelWork, count_work, measure_matmul
 from benchmarks.workload import (
     MAX_NEW_TOKENS,
@@ -31,14 +36,18 @@ from benchmarks.workload import (
     prepare,
     read_pictures,
     read_pixels,
+    read_references,
     record_options,
     record_path,
 )
 from engine.bundle.manifest import Bundle
+from engine.bundle.tokenizer import CaptionTokenizer, detokenise
 from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
+from engine.scoring.base import Items, Measured, compare
+from engine.scoring.overlap import Rouge1
 from export.parity import judge
 from export.reference.huggingface import Reference, UncachedBackend
 from export.reference.trace import summed_log_prob
@@ -60,7 +69,9 @@ NEAR = 0.02
 @click.option(
     "--workload", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), default="base", show_default=True, help="Model."
 )
-@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Number of images.")
+@click.option(
+    "--images", type=click.IntRange(1), default=160, show_default=True, help="Number of images: several for each slot."
+)
 @click.option("--beams", type=click.IntRange(1), default=4, show_default=True, help="Number of beams.")
 @click.option(
     "--forced-tokens",
@@ -72,8 +83,9 @@ NEAR = 0.02
     "programs",
     type=click.Choice(list(PROGRAMS)),
     multiple=True,
-    default=tuple(PROGRAMS),
-    help="Program to measure; may be repeated.",
+    default=tuple(EXACT),
+    show_default=True,
+    help="Program to measure next to the engine; may be repeated.",
 )
 @click.option(
     "--batch",
@@ -90,7 +102,8 @@ NEAR = 0.02
 @record_options
 def main(name, images, beams, forced_tokens, programs, batches, rows, threads, repeats, out, record) -> None:
     """Measure the programs, compare their captions and write a record."""
-    workload = prepare(name, images)
+    rounded = [program for program in ROUNDED if program in programs]
+    workload = prepare(name, images, [program.removeprefix("engine-") for program in rounded if "engine" in program])
     options = workload.options(beams, forced_tokens=forced_tokens)
     setting = Comparison(workload, options, rows, threads)
     workers = {program: Worker(program, setting) for program in dict.fromkeys(("engine", *programs))}
@@ -99,7 +112,7 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
     for worker in workers.values():
         worker.stop()
     last = {program: runs[-1].ids for program, runs in timings.items()}
-    agreement = agreement_of(workload, options, last)
+    agreement = agreement_of(workload, options, {program: ids for program, ids in last.items() if program in EXACT})
     valid = is_valid(agreement, images)
     report = {
         "benchmark": "throughput",
@@ -112,6 +125,7 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
         "batch": {program: chosen[program] for program in BATCHED if program in chosen},
         "load_s": {program: round(worker.load_s, 2) for program, worker in workers.items()},
         "agreement": agreement,
+        "fidelity": {program: fidelity_of(workload, last["engine"], last[program]) for program in rounded},
         "turns_with_other_ids": {
             program: sum(run.ids != runs[-1].ids for run in runs) for program, runs in timings.items()
         },
@@ -120,8 +134,8 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
         "roofline": _roofline(workload, options, timings["engine"], images, threads),
         "ids_sha256": hashlib.sha256(json.dumps(last["engine"]).encode()).hexdigest()[:16],
     }
-    length = f"_{forced_tokens}tokens" if forced_tokens else ""
-    out = record_path(f"{name}_{beams}beams{length}.json", out, record)
+    what = (f"_{forced_tokens}tokens" if forced_tokens else "") + ("_precisions" if rounded else "")
+    out = record_path(f"{name}_{beams}beams{what}.json", out, record)
     out = out if valid else out.with_suffix(".void.json")
     out.write_text(json.dumps(report, indent=1) + "\n")
     _print(report, out)
@@ -169,7 +183,13 @@ def _summary(runs: list[Timing], ours: list[Timing], images: int) -> dict[str, f
         "times_least": round(min(ratios), 3),
         "times_most": round(max(ratios), 3),
         "peak_gib": round(max(run.peak_gib or 0.0 for run in runs), 2),
-    }
+    } | _unfilled(runs)
+
+
+def _unfilled(runs: list[Timing]) -> dict[str, float]:
+    """Return the median share of the time in which slots were empty because no image was left; {} without slots."""
+    shares = [run.unfilled_s / run.seconds for run in runs if run.unfilled_s is not None]
+    return {"unfilled_share": round(statistics.median(shares), 3)} if shares else {}
 
 
 def _lengths(ids: Ids) -> dict[str, float]:
@@ -230,6 +250,27 @@ def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, I
     return verdict
 
 
+def fidelity_of(workload: Workload, ours: Ids, theirs: Ids) -> dict[str, Any]:
+    """Compare the captions of a program in lower precision with the engine's in float32.
+
+    Returns the number of captions with the same ids and, if the workload has references, the difference in ROUGE-1 with
+    its 95 % interval (paired bootstrap).
+    """
+    same = {"identical": sum(mine == other for mine, other in zip(ours, theirs, strict=True))}
+    references = read_references(workload)
+    if references is None:
+        return same | {"rouge1": None}
+    tokenizer = CaptionTokenizer(Bundle.load(workload.bundle))
+
+    def score(ids: Ids) -> Measured:
+        texts = [detokenise(tokenizer.decode(caption)) for caption in ids]
+        names = [str(number) for number in range(len(ids))]
+        return Rouge1().measure(Items(names, texts, [(reference,) for reference in references[: len(ids)]]))
+
+    difference = compare(score(ours), score(theirs))
+    return same | {"rouge1": {key: round(getattr(difference, key), 5) for key in ("difference", "low", "high")}}
+
+
 def is_valid(agreement: dict[str, dict[str, int]], images: int) -> bool:
     return all(not counts["real"] and counts["identical"] >= LEAST_IDENTICAL * images for counts in agreement.values())
 
@@ -254,13 +295,28 @@ def _roofline(
 def _print(record: dict[str, Any], out: Path) -> None:
     for program, row in record["programs"].items():
         batch = f", batch {record['batch'][program]}" if program in record["batch"] else ""
+        unfilled = f", {row['unfilled_share']:.0%} of it with empty slots" if "unfilled_share" in row else ""
         click.echo(
             f"{program + batch:24} {row['seconds_per_image']:.3f} s per image "
             f"({row['seconds_least']:.3f}-{row['seconds_most']:.3f}), {row['times_engine']:.2f} x engine "
-            f"({row['times_least']:.2f}-{row['times_most']:.2f}), {row['peak_gib']:.1f} GiB, "
+            f"({row['times_least']:.2f}-{row['times_most']:.2f}), {row['peak_gib']:.1f} GiB{unfilled}, "
             f"{record['agreement'].get(program, '')}",
             err=True,
         )
+    images = record["setting"]["images"]
+    for program, found in record["fidelity"].items():
+        if found["rouge1"] is None:
+            click.echo(
+                f"{program}: {found['identical']} of {images} captions as in float32; random weights, so that neither "
+                "this nor ROUGE-1 means anything: use --workload demo",
+                err=True,
+            )
+        else:
+            click.echo(
+                f"{program}: {found['identical']} of {images} captions as in float32, ROUGE-1 "
+                "{difference:+.4f} [{low:+.4f}, {high:+.4f}]".format(**found["rouge1"]),
+                err=True,
+            )
     click.echo(f"share of the matrix-multiply roofline: {record['roofline']['share']:.0%}; record: {out}", err=True)
     click.echo(json.dumps(record))
 

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -27,8 +27,10 @@ from PIL import Image
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 
 from engine.bundle.manifest import Bundle, demo_bundle
+from engine.host import processor
 from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image, read_image
+from engine.inputs.tables import read_table
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.families.blip import BlipImageProcessor
@@ -46,17 +48,24 @@ class Shape:
     vision_width: int
     vision_heads: int
     end_bias: float
+    image_size: int = 224
 
 
-SHAPES = {"base": Shape(12, 768, 12, 26.9), "large": Shape(24, 1024, 16, 20.7)}
-"""Salesforce/blip-image-captioning-base and -large; the text decoder is BERT-base in both. With this bias captions have
-about 20 new tokens on average at 4 beams, and some more than 50."""
-IMAGE_SIZE, PATCH_SIZE, TEXT_WIDTH = 224, 16, 768
+SHAPES = {
+    "base": Shape(12, 768, 12, 26.9),
+    "large": Shape(24, 1024, 16, 20.7),
+    "base-384": Shape(12, 768, 12, 26.9, 384),
+    "large-384": Shape(24, 1024, 16, 20.7, 384),
+}
+"""Salesforce/blip-image-captioning-base and -large; the text decoder is BERT-base in both. The public checkpoints take
+images of 384 px, many fine-tuned ones 224 px. With this bias captions have about 20 new tokens on average at 4 beams,
+and some more than 50. It depends on the image size, because the cross-attention averages over more positions."""
+PATCH_SIZE, TEXT_WIDTH = 16, 768
 STD, EMBEDDING_STD, OUTPUT_STD, CROSS_OUTPUT_STD = 0.05, 0.2, 0.02, 0.04
 """Standard deviations of the random weights. With the usual 0.02 all tokens are almost equally likely after any other,
 and the search is full of ties that rounding decides. Large embeddings and small outputs of the text layers make a token
 depend on the one before. Larger outputs of cross-attention make it depend on the image."""
-MAX_NEW_TOKENS = {"base": 64, "large": 64, "demo": 40}
+MAX_NEW_TOKENS = dict.fromkeys(SHAPES, 64) | {"demo": 40}
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,10 @@ class Workload:
     pictures: Path
     max_new_tokens: int
 
+    def bundle_in(self, precision: str) -> Path:
+        """Return the folder of the bundle in a precision; `prepare` writes those that it is asked for."""
+        return self.bundle if precision == "fp32" else BUILD / self.name / f"bundle-{precision}"
+
     def options(self, num_beams: int, *, forced_tokens: int | None = None) -> DecodeOptions:
         """Return options for `num_beams` beams with a 3-gram ban; `forced_tokens` sets the length of all captions."""
         longest = forced_tokens or self.max_new_tokens
@@ -77,11 +90,14 @@ class Workload:
         ).over({})
 
 
-def prepare(name: str, images: int, build: Path = BUILD) -> Workload:
-    """Create the files of the workload `name` (base, large or demo) under `build`, unless they exist."""
-    pictures = write_corpus(build / f"pictures_{images}", images, EXAMPLES)
-    checkpoint = build / name / "checkpoint"
-    bundle = demo_bundle() if name == "demo" else build / name / "bundle"
+def prepare(name: str, images: int, precisions: Iterable[str] = ()) -> Workload:
+    """Create the files of the workload `name` (demo, or one of SHAPES) under BUILD, unless they exist.
+
+    `precisions` are further precisions (fp16, int8) in which its bundle is exported.
+    """
+    pictures = write_corpus(BUILD / f"pictures_{images}", images, EXAMPLES)
+    checkpoint = BUILD / name / "checkpoint"
+    bundle = demo_bundle() if name == "demo" else BUILD / name / "bundle"
     if not checkpoint.exists():
         if name == "demo":
             _make_complete(checkpoint, lambda out: restore_checkpoint(bundle, out))
@@ -89,7 +105,11 @@ def prepare(name: str, images: int, build: Path = BUILD) -> Workload:
             _make_complete(checkpoint, lambda out: make_checkpoint(out, SHAPES[name]))
     if not bundle.exists():
         export_bundle(checkpoint, bundle, click.echo)
-    return Workload(name, checkpoint, bundle, pictures, MAX_NEW_TOKENS[name])
+    workload = Workload(name, checkpoint, bundle, pictures, MAX_NEW_TOKENS[name])
+    for precision in precisions:
+        if not workload.bundle_in(precision).exists():
+            export_bundle(checkpoint, workload.bundle_in(precision), click.echo, precision=precision)
+    return workload
 
 
 def _make_complete(out: Path, make: Callable[[Path], object]) -> None:
@@ -104,6 +124,15 @@ def _make_complete(out: Path, make: Callable[[Path], object]) -> None:
 def read_pictures(workload: Workload) -> list[Image.Image]:
     """Return the workload's images, RGB."""
     return [decode_image(image.path) for image in find_images(workload.pictures).images]
+
+
+def read_references(workload: Workload) -> list[str] | None:
+    """Return the caption of the example that each image was made from, or None: random weights have no captions."""
+    if workload.name != "demo":
+        return None
+    captions = read_table(EXAMPLES.with_name("captions.csv")).single()
+    names = [image.id for image in find_images(EXAMPLES).images]
+    return [captions[names[number % len(names)]] for number in range(len(find_images(workload.pictures).images))]
 
 
 def read_pixels(workload: Workload, bundle: Bundle) -> NDArray[np.uint8]:
@@ -133,7 +162,7 @@ def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD)
         "intermediate_size": 4 * shape.vision_width,
         "num_hidden_layers": shape.vision_layers,
         "num_attention_heads": shape.vision_heads,
-        "image_size": IMAGE_SIZE,
+        "image_size": shape.image_size,
         "patch_size": PATCH_SIZE,
     }
     model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).eval()
@@ -146,7 +175,7 @@ def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD)
         model.text_decoder.cls.predictions.bias[text["sep_token_id"]] += shape.end_bias
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(out)
+    BlipImageProcessor(size=dict.fromkeys(("height", "width"), shape.image_size)).save_pretrained(out)
     return out
 
 
@@ -193,8 +222,12 @@ def record_path(name: str, out: Path | None = None, record: bool = False) -> Pat
     return path
 
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+"""Linux's flags of the instructions that the speed of a precision depends on."""
+
+
 def describe_machine() -> dict[str, object]:
-    """Return the date, processor, cores, Python version and the versions of packages that affect results."""
+    """Return the date, the processor with the INSTRUCTIONS it has, cores, Python version and versions of packages."""
     versions = {}
     for name in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"):
         try:
@@ -202,7 +235,14 @@ def describe_machine() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             continue
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {"processor": _processor(), "cores": cores, "python": platform.python_version(), "versions": versions}
+    instructions = [name for name in INSTRUCTIONS if name in processor().flags]
+    machine = {
+        "processor": _processor(),
+        "instructions": instructions,
+        "cores": cores,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
     return {"date": date.today().isoformat()} | machine
 
 

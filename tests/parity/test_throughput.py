@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from benchmarks.throughput import agreement_of, is_valid
-from benchmarks.workload import Workload
+from benchmarks.throughput import agreement_of, fidelity_of, is_valid
+from benchmarks.workload import EXAMPLES, Workload, read_references, write_corpus
+from engine.bundle.manifest import Bundle, demo_bundle
+from engine.bundle.tokenizer import CaptionTokenizer
 from engine.options import DecodeOptions
 from tests.helpers.tiny import save_pictures
 
@@ -26,3 +30,20 @@ def test_real_mismatch_voids_the_measurement(wrong, tiny_checkpoint, tiny_bundle
     counts = agreement_of(workload, OPTIONS, {"engine": ids, "generate": ids} | {wrong: other})
     assert counts == {"generate": {"identical": IMAGES - 1, **agreed, "real": 1}}
     assert not is_valid(counts, IMAGES)
+
+
+def test_fidelity_counts_captions_and_compares_rouge1(tmp_path):
+    workload = Workload("demo", tmp_path, demo_bundle(), write_corpus(tmp_path / "pictures", 40, EXAMPLES), 40)
+    references = read_references(workload)
+    assert len(references) == 40
+    assert references[0] == references[32]  # made from the same example
+    tokenizer = CaptionTokenizer(Bundle.load(demo_bundle()))
+    ids = [tokenizer.prompt_ids(reference.lower()) for reference in references]
+    assert fidelity_of(workload, ids, ids) == {
+        "identical": 40,
+        "rouge1": {"difference": 0.0, "low": 0.0, "high": 0.0},
+    }
+    worse = fidelity_of(workload, ids, [ids[1], *ids[1:]])
+    assert worse["identical"] == 39
+    assert worse["rouge1"]["difference"] < 0 == worse["rouge1"]["high"]
+    assert fidelity_of(replace(workload, name="base"), ids, ids) == {"identical": 40, "rouge1": None}

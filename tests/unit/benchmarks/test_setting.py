@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.neighbour import command, neighbour, timed
 from benchmarks.roofline import (
     CONFIGS,
     DEVICES,
@@ -22,9 +25,10 @@ from benchmarks.roofline import (
     measure_matmul,
 )
 from benchmarks.soak import tenth_speed
-from benchmarks.workload import record_path, write_corpus
+from benchmarks.workload import Workload, describe_machine, record_path, write_corpus
+from engine.host import descendants
 from engine.options import DecodeOptions
-from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny import random_pictures, save_pictures
 
 EXAMPLES = Path(__file__).parents[3] / "examples/images"
 
@@ -135,3 +139,28 @@ def test_tracked_records_are_only_overwritten_on_request(tmp_path, monkeypatch):
     assert record_path("x.json", record=True) == Path("benchmarks/results/x.json")
     assert record_path("x.json", tmp_path / "new" / "y.json") == tmp_path / "new" / "y.json"
     assert (tmp_path / "new").is_dir()
+
+
+def test_records_name_the_processor():
+    machine = describe_machine()
+    assert machine["processor"]
+    assert set(machine["instructions"]) <= {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16"} | {
+        "amx_int8",
+        "amx_bf16",
+    }
+
+
+def test_policies_of_a_busy_neighbour(tiny_bundle, tmp_path):
+    workload = Workload("tiny", tmp_path, tiny_bundle, tmp_path / "pictures", 6)
+    save_pictures(workload.pictures, 3)
+    before = descendants(os.getpid())
+    with neighbour(2):
+        assert len(descendants(os.getpid())) == len(before) + 2
+    runs = [timed(policy, workload, 2, 1) for policy in ("", "--threads 2 --streams 1 spinning=off")]
+    assert runs[0][1] == runs[1][1]
+    assert descendants(os.getpid()) == before
+    assert "allow_spinning" in " ".join(command("spinning=off", workload, 2, tmp_path / "run.csv"))
+    with pytest.raises(click.BadParameter, match="on or off, not maybe"):
+        command("spinning=maybe", workload, 2, tmp_path / "run.csv")
+    with pytest.raises(click.ClickException, match="--colour"):
+        timed("--colour red", workload, 2, 1)
