@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.bundle.manifest import TokenIds, demo_bundle
-from engine.checkpoints.rules import ProcessorRules, Rules, Sizes
+from engine.checkpoints.rules import ProcessorRules, Rules, Sizes, check_numbers
 from engine.errors import CheckpointError
 
 HEAD, WORDS = "text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"
@@ -52,9 +52,25 @@ Source: transformers 4.57, BlipTextConfig and BlipVisionConfig.
 """
 
 
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("vocab_size", "max_position_embeddings", "image_size", "patch_size"),
+)
+TOKENS = ("bos_token_id", "pad_token_id", "sep_token_id")
+ALIKE = ("hidden_act", "layer_norm_eps")
+
+
 def _part(raw: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Return a part of config.json, completed with the defaults."""
     return DEFAULTS[part] | {name: value for name, value in (raw.get(part) or {}).items() if value is not None}
+
+
+def _linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
 class Original(NamedTuple):
@@ -81,6 +97,8 @@ class BlipRules(Rules):
         "text_projection.": "a retrieval checkpoint",
     }
     settings_part = "text_config"
+    tokenizer_class = "BertTokenizer"
+    position_table = "vision_model.embeddings.position_embedding"
     processor = ProcessorRules(
         kind="BlipImageProcessor",
         prefix="Blip",
@@ -110,6 +128,14 @@ class BlipRules(Rules):
         for part in DEFAULTS:
             if raw.get(part) is not None and not isinstance(raw[part], dict):
                 raise CheckpointError(f"{path}: {part} is not a JSON object")
+            settings = _part(raw, part)
+            check_numbers({name: settings[name] for name in SIZES if name in settings}, path, part, lowest=1)
+            check_numbers({name: settings[name] for name in TOKENS if name in settings}, path, part, lowest=0)
+            width, heads = settings["hidden_size"], settings["num_attention_heads"]
+            if width % heads:
+                raise CheckpointError(
+                    f"{path}: {part}.hidden_size {width} is not a multiple of num_attention_heads {heads}"
+                )
         if not _part(raw, "text_config")["is_decoder"]:
             raise CheckpointError(
                 f"{path}: text_config.is_decoder is false, so the text model cannot attend to an image"
@@ -128,6 +154,58 @@ class BlipRules(Rules):
             image_size=vision["image_size"],
             tokens=TokenIds(bos=text["bos_token_id"], eos=text["sep_token_id"], pad=text["pad_token_id"]),
         )
+
+    def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
+        """See Rules.shape."""
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", *ALIKE)
+        shape = {f"text.{name}": _part(raw, "text_config")[name] for name in names}
+        return shape | {f"vision.{name}": _part(raw, "vision_config")[name] for name in (*names, "patch_size")}
+
+    def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """See Rules.weight_shapes. The names are those of BlipForConditionalGeneration in transformers 4.57."""
+        text, vision = _part(raw, "text_config"), _part(raw, "vision_config")
+        width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+        shapes: dict[str, tuple[int, ...]] = {
+            "vision_model.embeddings.class_embedding": (1, 1, width),
+            self.position_table: (1, self.sizes(raw).encoder_positions, width),
+            "vision_model.embeddings.patch_embedding.weight": (width, 3, patch, patch),
+            "vision_model.embeddings.patch_embedding.bias": (width,),
+            **_norm("vision_model.post_layernorm", width),
+        }
+        for i in range(vision["num_hidden_layers"]):
+            layer = f"vision_model.encoder.layers.{i}"
+            shapes |= _linear(f"{layer}.self_attn.qkv", 3 * width, width)
+            shapes |= _linear(f"{layer}.self_attn.projection", width, width)
+            shapes |= _linear(f"{layer}.mlp.fc1", inner, width) | _linear(f"{layer}.mlp.fc2", width, inner)
+            shapes |= _norm(f"{layer}.layer_norm1", width) | _norm(f"{layer}.layer_norm2", width)
+        encoder_width, width, inner = width, text["hidden_size"], text["intermediate_size"]
+        bert, head, words = "text_decoder.bert", "text_decoder.cls.predictions", text["vocab_size"]
+        shapes |= {
+            WORDS: (words, width),
+            f"{bert}.embeddings.position_embeddings.weight": (text["max_position_embeddings"], width),
+            **_norm(f"{bert}.embeddings.LayerNorm", width),
+            **_linear(f"{head}.transform.dense", width, width),
+            **_norm(f"{head}.transform.LayerNorm", width),
+            **{HEAD: (words, width), BIAS: (words,), TIED[BIAS]: (words,)},
+        }
+        for i in range(text["num_hidden_layers"]):
+            layer = f"{bert}.encoder.layer.{i}"
+            for attention, source in (("attention", width), ("crossattention", encoder_width)):
+                shapes |= _linear(f"{layer}.{attention}.self.query", width, width)
+                shapes |= _linear(f"{layer}.{attention}.self.key", width, source)
+                shapes |= _linear(f"{layer}.{attention}.self.value", width, source)
+                shapes |= _linear(f"{layer}.{attention}.output.dense", width, width)
+                shapes |= _norm(f"{layer}.{attention}.output.LayerNorm", width)
+            shapes |= _linear(f"{layer}.intermediate.dense", inner, width)
+            shapes |= _linear(f"{layer}.output.dense", width, inner) | _norm(f"{layer}.output.LayerNorm", width)
+        return shapes
+
+    def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+        """See Rules.resized."""
+        vision = _part(raw, "vision_config")
+        if image_size % vision["patch_size"]:
+            raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {vision['patch_size']}")
+        return {**raw, "vision_config": vision | {"image_size": image_size}}
 
     def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:
         """See Rules.tied."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from engine.bundle.manifest import ModelDims, TokenIds
+from engine.bundle.manifest import MAX_LAYERS, MAX_NUMBER, ModelDims, TokenIds
+from engine.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ class ProcessorRules:
     without_effect: frozenset[str]
 
 
+def check_numbers(settings: Mapping[str, Any], path: Path, part: str, lowest: int) -> None:
+    """Raise CheckpointError if a size or an id in `part` of config.json at `path` is not a whole number in range."""
+    for name, value in settings.items():
+        most = MAX_LAYERS if name.startswith("num_") else MAX_NUMBER
+        if type(value) is not int or not lowest <= value <= most:
+            raise CheckpointError(
+                f"{path}: {part}.{name} is {value!r:.40}, but it must be a whole number from {lowest} to {most}"
+            )
+
+
 class Rules(ABC):
     """What the checkpoints of a family look like. `raw` is the content of config.json in all methods."""
 
@@ -55,6 +66,10 @@ class Rules(ABC):
     settings_part: ClassVar[str]
     """The part of config.json from which `generate` reads its settings."""
     processor: ClassVar[ProcessorRules]
+    tokenizer_class: ClassVar[str]
+    """transformers' tokenizer for checkpoints that name none."""
+    position_table: ClassVar[str]
+    """Name of the encoder's position table f32[1,1+h*w,D]: a row for the class token, and one for each patch."""
 
     @abstractmethod
     def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
@@ -63,6 +78,22 @@ class Rules(ABC):
     @abstractmethod
     def sizes(self, raw: Mapping[str, Any]) -> Sizes:
         """Return the sizes and special tokens of a model."""
+
+    @abstractmethod
+    def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
+        """Return all settings of config.json that decide which operations the graphs have, by names of this family.
+
+        These are layers, heads, widths, epsilons, activations and the patch size, but neither the image size nor the
+        size of the vocabulary.
+        """
+
+    @abstractmethod
+    def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all weights of the model by name, tied ones included."""
+
+    @abstractmethod
+    def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+        """Return config.json for images of `image_size` px. Raises CheckpointError if the model cannot have them."""
 
     @abstractmethod
     def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,18 @@ Source: transformers 4.57, PretrainedConfig.
 """
 
 
+OTHER_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("max_time", "stop_strings", "cache_implementation", "cache_config", "prefill_chunk_size")),
+    **dict.fromkeys(("sequence_bias", "guidance_scale", "watermarking_config", "prompt_lookup_num_tokens")),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids")),
+    "encoder_repetition_penalty": 1.0,
+    "renormalize_logits": False,
+    "token_healing": False,
+}
+"""Refused generation settings that transformers 4.57 reads from a model configuration as well, with their defaults.
+
+Source: transformers 4.57, GenerationConfig.
+"""
 IGNORED_SETTINGS = (
     # ids come from config.json; caching and bookkeeping do not change captions
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "low_memory"),
@@ -200,6 +213,32 @@ def configured_settings(directory: Path) -> dict[str, Any]:
     return {
         name: part[name] for name, default in DEFAULTS.items() if part.get(name) is not None and part[name] != default
     }
+
+
+def generation_settings(directory: Path) -> dict[str, Any]:
+    """Return the generation settings of a checkpoint that the engine honours, as a bundle records them."""
+    settings = configured_settings(directory)
+    return {name: settings[name] for name in GENERATION_SETTINGS if name in settings}
+
+
+def refuse_unsupported(directory: Path, rules: Rules, raw: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if config.json has settings, of generation or of the model, that are not supported."""
+    part = raw.get(rules.settings_part) or {}
+    unknown = {
+        name: part[name]
+        for name, neutral in (DEFAULTS | OTHER_DEFAULTS).items()
+        if verdict(name) == "refused" and part.get(name) is not None and part[name] != neutral
+    }
+    refuse_settings(unknown | rules.unsupported(raw), directory)
+
+
+def refuse_settings(unknown: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise CheckpointError if there are settings that the engine does not support."""
+    if unknown:
+        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
+        raise CheckpointError(
+            f"{checkpoint} has settings that the engine does not support ({listed}): remove them and export again"
+        )
 
 
 def ignored_settings(directory: Path) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import BertTokenizerFast
 
 from engine.checkpoints.files import refuse_stand_in
+from engine.checkpoints.pickles import unwrapped
 from engine.errors import CheckpointError
 from export.families.modules import IS_5
 
@@ -66,23 +66,8 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged file can make torch raise almost any exception
         reason = " ".join(str(error).split())[:200] or "it is empty or truncated"
         raise CheckpointError(f"{path} cannot be read as a torch.save file ({reason}): download it again") from error
-    while isinstance(content, Mapping) and len(content) <= MAX_WRAPPER_ENTRIES:
-        inner = next(
-            (content[name] for name in ("model", "state_dict") if isinstance(content.get(name), Mapping)), None
-        )
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} instead of a dict of weights")
-    return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
-
-
-MAX_WRAPPER_ENTRIES = 16
-"""Largest dict that is searched for the weights under `model` or `state_dict`.
-
-A wrapper of a training script has a few entries, such as epoch, optimizer and config. A larger dict holds the weights.
-"""
+    weights = unwrapped(content, path).items()
+    return {str(name): tensor for name, tensor in weights if isinstance(tensor, torch.Tensor)}
 
 
 def _refused_object(error: pickle.UnpicklingError) -> str:

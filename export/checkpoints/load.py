@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.checkpoints.files import read_config_file, rules_at, weight_files
+from engine.checkpoints.read import refuse_missing, refuse_other_models
 from engine.checkpoints.rules import Rules
 from engine.checkpoints.settings import read_processor
+from engine.checkpoints.weights import NO_WEIGHTS, common_prefix
 from engine.errors import CheckpointError
 from export.checkpoints.files import read_weights
 from export.checkpoints.settings import apply_settings
 from export.families import FAMILIES, family_at
-
-PREFIXES = ("_orig_mod.", "module.", "model.")
-"""Prefixes that torch.compile, DataParallel and trainers add to all weight names."""
-NO_WEIGHTS = (".position_ids",)
-"""Name endings of buffers that older releases saved: position numbers, which are not weights."""
 
 
 def load_checkpoint(directory: Path, image_size: int | None = None) -> PreTrainedModel:
@@ -82,13 +79,9 @@ def clean_names(weights: Mapping[str, torch.Tensor], source: Path, rules: Rules)
     Raises CheckpointError for the weights of a model of the family that cannot caption.
     """
     named = dict(weights)
-    while (prefix := _common_prefix(named)) is not None:
+    while (prefix := common_prefix(named)) is not None:
         named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
-    for start, what in rules.other_models.items():
-        if any(name.startswith(start) for name in named):
-            raise CheckpointError(
-                f"{source} is {what} of {rules.name}, which cannot generate captions: use a captioning checkpoint"
-            )
+    refuse_other_models(named, rules, source)
     return {name: tensor.float() for name, tensor in named.items() if not name.endswith(NO_WEIGHTS)}
 
 
@@ -107,11 +100,6 @@ def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path, rul
         tensors = [tensor for name, tensor in weights.items() if name.startswith(part)]
         if tensors and not any(bool(tensor.any()) for tensor in tensors):
             raise CheckpointError(f"{source}: all weights of {part[:-1]} are 0: save the trained model again")
-
-
-def _common_prefix(names: Iterable[str]) -> str | None:
-    """Return the wrapper's prefix that all names start with, or None if there is no such prefix."""
-    return next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
 
 
 def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], source: Path) -> PreTrainedModel:
@@ -138,11 +126,7 @@ def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], sour
             )
     missing = sorted(set(shapes) - set(weights) - set(tied))
     missing = [name for name in missing if not name.endswith(NO_WEIGHTS)]
-    if missing:
-        raise CheckpointError(
-            f"{source} lacks {len(missing)} weights of {family.rules.architecture} ({missing[0]}, ...): "
-            f"is it a {family.rules.name} captioning checkpoint?"
-        )
+    refuse_missing(missing, family.rules, source)
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in shapes}, strict=False)
     model.tie_weights()
     return model.eval()
