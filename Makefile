@@ -48,7 +48,8 @@ lint: $(FULL)/.ready  ## check style, types and the import rules between package
 	$(FULL)/bin/lint-imports
 
 fuzz: $(FULL)/.ready  ## fuzz all file readers with damaged files for minutes (the tests do it for seconds)
-	HYPOTHESIS_PROFILE=long $(FULL)/bin/python -m pytest tests/unit/engine/inputs/test_fuzz.py tests/unit/engine/run/test_journal.py
+	HYPOTHESIS_PROFILE=long $(FULL)/bin/python -m pytest tests/unit/engine/inputs/test_fuzz.py tests/unit/engine/run/test_journal.py \
+	    tests/unit/engine/checkpoints/test_weights.py
 
 golden: $(LEAN)/.ready  ## replay PyTorch's captions recorded in the demo bundle (no torch)
 	$(LEAN)/bin/engine verify

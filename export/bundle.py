@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 import errno
 import glob
-import hashlib
 import importlib.metadata
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,14 +36,16 @@ from engine.bundle.manifest import (
 )
 from engine.bundle.open import on_halves
 from engine.captioner import Captioner
+from engine.checkpoints.files import weight_files
+from engine.checkpoints.read import sha256_of_all
+from engine.checkpoints.settings import assumed_settings, ignored_settings
 from engine.errors import ExportError, OutputError
 from engine.files.atomic import file_sha256
 from engine.files.lock import OutputLock
 from engine.machine.verify import Check, Golden, first_difference, replay, same_on_halves, verify, verify_halves
 from engine.options import GENERATION_SETTINGS, options_from
 from engine.runtime import Runtime
-from export.checkpoints.files import weight_files
-from export.checkpoints.settings import assumed_settings, check_supported, ignored_settings
+from export.checkpoints.settings import check_supported
 from export.graphs.exporters import write_graphs
 from export.precision import PrecisionReport, ScoredCaption, compare_captions, encoder_error, forced_log_prob, summary
 from export.reference.golden import record_golden
@@ -70,7 +71,7 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
     weights = {path.name: file_sha256(path) for path in weight_files(checkpoint)}
     return {
         "format": FORMAT,
-        "family": reference.family.model_type,
+        "family": reference.family.rules.model_type,
         "precision": "fp32",
         "model": {entry.name: getattr(sizes, entry.name) for entry in fields(ModelDims)},
         "image": {
@@ -82,11 +83,11 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
         },
         "tokens": asdict(sizes.tokens),
         "generation": settings,
-        "generation_from": dict.fromkeys(settings, f"{reference.family.settings_part} of config.json"),
+        "generation_from": dict.fromkeys(settings, f"{reference.family.rules.settings_part} of config.json"),
         "clean_up_tokenization_spaces": bool(reference.tokenizer.clean_up_tokenization_spaces),
         "checkpoint": {
             "name": checkpoint.resolve().name,
-            "sha256": _sha256_of_all(weights.values()),
+            "sha256": sha256_of_all(weights.values()),
             "files": weights,
         },
         "restore": {  # read only by `python -m export.restore`, not by the engine
@@ -102,11 +103,7 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
 
 def checkpoint_sha256(checkpoint: Path) -> str:
     """Return one sha256 for a checkpoint: the hash of its weight files' sha256 digests, in name order."""
-    return _sha256_of_all(file_sha256(path) for path in weight_files(checkpoint))
-
-
-def _sha256_of_all(digests: Iterable[str]) -> str:
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return sha256_of_all(file_sha256(path) for path in weight_files(checkpoint))
 
 
 def write_manifest(draft: Path, manifest: dict, sha256: Callable[[Path], str] = file_sha256) -> None:

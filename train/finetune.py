@@ -18,12 +18,12 @@ from typing import Any
 
 from transformers import set_seed
 
+from engine.checkpoints.settings import assumed_settings
 from engine.errors import DataError, UsageError
 from engine.files.lock import OutputLock
 from engine.scoring.base import MetricInputs
 from engine.scoring.profiles import make_metric
 from export.bundle import checkpoint_sha256
-from export.checkpoints.settings import assumed_settings
 from export.reference.huggingface import Reference
 from train.data.batches import check_fit, lost_in_tokens
 from train.data.dataset import DataInputs, hold_out, read_dataset

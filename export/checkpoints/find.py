@@ -16,19 +16,19 @@ from typing import NoReturn
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from engine.errors import CheckpointError
-from engine.files.atomic import cache_root, draft_folder, file_sha256, require_private
-from engine.files.lock import waiting_lock
-from export.checkpoints.files import (
+from engine.checkpoints.files import (
     PICKLE,
     PICKLE_INDEX,
     SAFE,
     SAFE_INDEX,
     read_json,
-    read_pickle,
     refuse_stand_in,
     weight_files,
 )
+from engine.errors import CheckpointError
+from engine.files.atomic import cache_root, draft_folder, file_sha256, require_private
+from engine.files.lock import waiting_lock
+from export.checkpoints.files import read_pickle
 from export.checkpoints.load import clean_names, load_checkpoint
 from export.families import ORIGINAL
 
@@ -78,9 +78,11 @@ def convert_original(file: Path) -> Path:
 
 
 def _convert(file: Path, draft: Path) -> None:
-    original = ORIGINAL.convert_original(clean_names(read_pickle(file), file, ORIGINAL), file)
-    original.config.save_pretrained(draft)
-    save_file({name: tensor.contiguous().clone() for name, tensor in original.weights.items()}, draft / SAFE)
+    rules = ORIGINAL.rules
+    weights = clean_names(read_pickle(file), file, rules)
+    original = rules.convert_original({name: tuple(tensor.shape) for name, tensor in weights.items()}, file)
+    ORIGINAL.config_class.from_dict(original.config).save_pretrained(draft)
+    save_file({new: weights[name].contiguous().clone() for name, new in original.names.items()}, draft / SAFE)
     for name, text in original.files.items():
         (draft / name).write_text(text, encoding="utf-8")
 

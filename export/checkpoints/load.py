@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from engine.checkpoints.files import read_config_file, rules_at, weight_files
+from engine.checkpoints.read import refuse_missing, refuse_other_models
+from engine.checkpoints.rules import Rules
+from engine.checkpoints.settings import read_processor
+from engine.checkpoints.weights import NO_WEIGHTS, common_prefix
 from engine.errors import CheckpointError
-from export.checkpoints.files import family_at, read_config_file, read_weights, weight_files
-from export.checkpoints.settings import apply_settings, read_processor
-from export.families import FAMILIES
-from export.families.modules import Family
-
-PREFIXES = ("_orig_mod.", "module.", "model.")
-"""Prefixes that torch.compile, DataParallel and trainers add to all weight names."""
-NO_WEIGHTS = (".position_ids",)
-"""Name endings of buffers that older releases saved: position numbers, which are not weights."""
+from export.checkpoints.files import read_weights
+from export.checkpoints.settings import apply_settings
+from export.families import FAMILIES, family_at
 
 
 def load_checkpoint(directory: Path, image_size: int | None = None) -> PreTrainedModel:
@@ -30,8 +29,8 @@ def load_checkpoint(directory: Path, image_size: int | None = None) -> PreTraine
     """
     config = read_config(directory)
     family = family_at(directory)
-    weights = clean_names(read_weights(weight_files(directory)), directory, family)
-    refuse_broken_numbers(weights, directory, family)
+    weights = clean_names(read_weights(weight_files(directory)), directory, family.rules)
+    refuse_broken_numbers(weights, directory, family.rules)
     model = build_model(config, weights, directory)
     apply_settings(model, directory)
     if image_size is not None:
@@ -49,13 +48,13 @@ def load_checkpoint(directory: Path, image_size: int | None = None) -> PreTraine
 
 def read_config(directory: Path) -> PretrainedConfig:
     """Read config.json. Raises CheckpointError if it does not describe a captioning checkpoint of a known family."""
-    family, raw, path = family_at(directory), read_config_file(directory), directory / "config.json"
-    family.check_config(raw, path)
+    raw, path = read_config_file(directory), directory / "config.json"
+    rules_at(directory).check_config(raw, path)
     if "auto_map" in raw:
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
     try:
         settings = _without_kernels({name: value for name, value in raw.items() if value is not None})
-        return family.config_class.from_dict(settings)
+        return family_at(directory).config_class.from_dict(settings)
     except Exception as error:  # transformers raises many kinds of exceptions for bad settings
         raise CheckpointError(f"{path} cannot be used: {' '.join(str(error).split())[:200]}") from error
 
@@ -74,23 +73,19 @@ def _without_kernels(raw: dict) -> dict:
     }
 
 
-def clean_names(weights: Mapping[str, torch.Tensor], source: Path, family: Family) -> dict[str, torch.Tensor]:
+def clean_names(weights: Mapping[str, torch.Tensor], source: Path, rules: Rules) -> dict[str, torch.Tensor]:
     """Return weights in float32 under Hugging Face's names, without the prefixes of wrappers and without old buffers.
 
     Raises CheckpointError for the weights of a model of the family that cannot caption.
     """
     named = dict(weights)
-    while (prefix := _common_prefix(named)) is not None:
+    while (prefix := common_prefix(named)) is not None:
         named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
-    for start, what in family.other_models.items():
-        if any(name.startswith(start) for name in named):
-            raise CheckpointError(
-                f"{source} is {what} of {family.name}, which cannot generate captions: use a captioning checkpoint"
-            )
+    refuse_other_models(named, rules, source)
     return {name: tensor.float() for name, tensor in named.items() if not name.endswith(NO_WEIGHTS)}
 
 
-def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path, family: Family) -> None:
+def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path, rules: Rules) -> None:
     """Raise CheckpointError if a weight is NaN or infinite, or if all weights of the encoder or the decoder are 0."""
     broken = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in weights.items()}
     broken = {name: count for name, count in broken.items() if count}
@@ -101,15 +96,10 @@ def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path, fam
             f"{f' and {len(broken) - 1} more tensors' if len(broken) > 1 else ''}): the training diverged, use an "
             "earlier checkpoint"
         )
-    for part in family.weight_prefixes:
+    for part in rules.weight_prefixes:
         tensors = [tensor for name, tensor in weights.items() if name.startswith(part)]
         if tensors and not any(bool(tensor.any()) for tensor in tensors):
             raise CheckpointError(f"{source}: all weights of {part[:-1]} are 0: save the trained model again")
-
-
-def _common_prefix(names: Iterable[str]) -> str | None:
-    """Return the wrapper's prefix that all names start with, or None if there is no such prefix."""
-    return next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
 
 
 def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], source: Path) -> PreTrainedModel:
@@ -120,7 +110,7 @@ def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], sour
         if copy in weights and original in weights and not torch.equal(weights[copy], weights[original]):
             raise CheckpointError(
                 f"{source}: {copy} differs from {original}, but tie_word_embeddings requires them to be equal: set it "
-                f"to false in {family.settings_part}, or remove one of the two"
+                f"to false in {family.rules.settings_part}, or remove one of the two"
             )
         if original not in weights and copy in weights:
             weights[original] = weights[copy]
@@ -136,11 +126,7 @@ def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], sour
             )
     missing = sorted(set(shapes) - set(weights) - set(tied))
     missing = [name for name in missing if not name.endswith(NO_WEIGHTS)]
-    if missing:
-        raise CheckpointError(
-            f"{source} lacks {len(missing)} weights of {family.architecture} ({missing[0]}, ...): "
-            f"is it a {family.name} captioning checkpoint?"
-        )
+    refuse_missing(missing, family.rules, source)
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in shapes}, strict=False)
     model.tie_weights()
     return model.eval()

@@ -1,151 +1,24 @@
-"""Read a checkpoint's image processor, tokenizer and generation settings, as transformers 4 and 5 write them."""
+"""Read a checkpoint's tokenizer with transformers, and check its generation settings as `generate` sees them."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from engine.checkpoints.files import read_json
+from engine.checkpoints.settings import configured_settings, refuse_settings, verdict
+from engine.checkpoints.tokenizer import (
+    FILE,
+    has_tokenizer,
+    missing_tokenizer,
+    refuse_code,
+    refuse_unusable,
+    special_settings,
+)
 from engine.errors import CheckpointError
-from engine.options import GENERATION_SETTINGS
-from export.checkpoints.files import family_at, read_json, refuse_stand_in
 from export.families import family_of
-from export.families.modules import IS_5, Family, ImageProcessor
-
-OWN_FILE, NESTING_FILE = "preprocessor_config.json", "processor_config.json"
-"""transformers 4 writes the first file; 5 writes only the second, with the image processor nested in it."""
-
-
-@dataclass(frozen=True)
-class ProcessorSettings:
-    """Settings of an image processor, and the file they come from (None if the checkpoint has no such file)."""
-
-    values: dict[str, Any]
-    file: Path | None
-    family: Family
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.values["size"]["height"], self.values["size"]["width"]
-
-    def build(self) -> ImageProcessor:
-        """Return Hugging Face's image processor with these settings."""
-        return self.family.make_processor(self.values)
-
-
-def read_processor(directory: Path) -> ProcessorSettings:
-    """Read the image processor of a checkpoint, or return the family's default settings if it has none.
-
-    Raises CheckpointError if two files differ, if the processor belongs to another model, or if a setting changes
-    pixels in a way that the engine does not support.
-    """
-    files = [(path, raw) for path, raw in _candidates(directory) if raw is not None]
-    family = family_at(directory)
-    if not files:
-        return ProcessorSettings(dict(family.processor.settings), None, family)
-    settings = [_checked(path, raw, family) for path, raw in files]
-    if any(other != settings[0] for other in settings[1:]):
-        differ = sorted(name for name in family.processor.settings if settings[0][name] != settings[1][name])
-        raise CheckpointError(
-            f"{directory}: {OWN_FILE} and {NESTING_FILE} differ in {', '.join(differ)}: remove the wrong one"
-        )
-    return ProcessorSettings(settings[0], files[0][0], family)
-
-
-def assumed_settings(directory: Path) -> list[str]:
-    """Return a note if a checkpoint has no image processor: default settings are used and may be wrong."""
-    processor = read_processor(directory)
-    if processor.file is not None:
-        return []
-    return [
-        f"{directory} has no {OWN_FILE}: images are resized and normalised with {processor.family.name}'s default "
-        "settings (bicubic, its mean and std). If the model was trained with others, copy the file from the "
-        "checkpoint it was trained from"
-    ]
-
-
-def _candidates(directory: Path) -> list[tuple[Path, dict[str, Any] | None]]:
-    """Return both files that can hold an image processor, each with its settings, or None if it has none."""
-    own, nesting = directory / OWN_FILE, directory / NESTING_FILE
-    nested = read_json(nesting).get("image_processor") if nesting.is_file() else None
-    if nested is not None and not isinstance(nested, dict):
-        raise CheckpointError(f"{nesting}: image_processor is not a JSON object")
-    return [(own, read_json(own) if own.is_file() else None), (nesting, nested)]
-
-
-def _checked(path: Path, raw: dict[str, Any], family: Family) -> dict[str, Any]:
-    """Return the settings of a file, completed with the defaults. Raises CheckpointError for an unsupported setting."""
-    rules = family.processor
-    kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or rules.kind
-    if not str(kind).startswith(rules.prefix):
-        raise CheckpointError(
-            f"{path} is for {kind}, but {family.name} needs {rules.kind}: copy the file from a {family.name} checkpoint"
-        )
-    if raw.get("auto_map"):
-        raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
-    others = sorted(
-        name for name, value in raw.items() if name not in rules.settings and name not in rules.without_effect and value
-    )
-    if others:
-        listed = ", ".join(f"{name}={raw[name]!r}" for name in others)
-        raise CheckpointError(f"{path} has settings that the engine does not support ({listed}): remove them")
-    values = dict(rules.settings) | {name: raw[name] for name in rules.settings if raw.get(name) is not None}
-    values["size"] = _size(path, values["size"], family)
-    if values["do_convert_rgb"] is not True:
-        values["do_convert_rgb"] = True  # the engine converts every image to RGB, as callers of generate do
-    for name in ("image_mean", "image_std"):
-        values[name] = _channels(path, name, values[name])
-    above_zero = {"image_std": values["image_std"], "rescale_factor": [values["rescale_factor"]]}
-    for name, numbers in ({"image_mean": values["image_mean"]} | above_zero).items():
-        is_valid = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-        if not is_valid or (name in above_zero and min(numbers) <= 0):
-            limits = "finite and above 0" if name in above_zero else "finite"
-            raise CheckpointError(
-                f"{path}: {name} is {values[name]!r}, but it must be {limits}: copy the file from the checkpoint that "
-                "the training started from"
-            )
-    if values["resample"] not in range(6):
-        raise CheckpointError(f"{path}: resample {values['resample']!r} is not one of Pillow's filters (0 to 5)")
-    if not values["do_resize"]:
-        raise CheckpointError(
-            f"{path} has a setting that the engine does not support (do_resize=False): remove it and export again"
-        )
-    return values
-
-
-def _size(path: Path, size: Any, family: Family) -> dict[str, int]:
-    """Return a size as height and width in pixels. Raises CheckpointError if it is not one."""
-    if isinstance(size, int) and not isinstance(size, bool):
-        size = {"height": size, "width": size}
-    if not isinstance(size, dict) or not {"height", "width"} <= set(size):
-        raise CheckpointError(f"{path} has the size {size!r}, but {family.name} needs a height and a width in pixels")
-    if not all(type(size[name]) in (int, float) and 1 <= size[name] < math.inf for name in ("height", "width")):
-        raise CheckpointError(f"{path} has the size {size!r}, but height and width must be numbers of at least 1")
-    return {name: int(size[name]) for name in ("height", "width")}
-
-
-def _channels(path: Path, name: str, value: Any) -> list[float]:
-    """Return three numbers, one per channel; a single number applies to all channels."""
-    values = [value] * 3 if isinstance(value, int | float) else value
-    if (
-        not isinstance(values, list)
-        or len(values) != 3
-        or not all(isinstance(number, int | float) for number in values)
-    ):
-        raise CheckpointError(
-            f"{path}: {name} is {value!r}, but it must be a number, or three numbers for three channels"
-        )
-    return [float(number) for number in values]
-
-
-FILES = ("tokenizer.json", "vocab.txt")
-"""A tokenizer needs one of these files."""
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from export.families.modules import IS_5
 
 
 def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
@@ -154,136 +27,30 @@ def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrained
     Raises CheckpointError if there is no usable tokenizer, or if it has ids without an embedding in the model. Custom
     code of the checkpoint is never run.
     """
-    if not any((directory / name).is_file() for name in FILES):
-        raise CheckpointError(_missing(directory))
-    for name in (*FILES, *TOKENIZER_SETTINGS):
-        if (directory / name).is_file():
-            refuse_stand_in(directory / name)
+    if not has_tokenizer(directory):
+        raise missing_tokenizer(directory)
+    refuse_code(directory)
     tokenizer = _read(directory)
-    entries = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    if vocab_size is not None and entries > vocab_size:
-        raise CheckpointError(
-            f"{directory}: the tokenizer has {entries} entries, but the model has {vocab_size} token embeddings: call "
-            "model.resize_token_embeddings(len(tokenizer)), train the new embeddings and save the model again"
-        )
-    if all(id_ in tokenizer.added_tokens_decoder for id_ in tokenizer.get_vocab().values()) and all(
-        token.special for token in tokenizer.added_tokens_decoder.values()
-    ):
-        raise CheckpointError(
-            f"{directory}: every token of the tokenizer is special, so all captions would be empty: mark only "
-            "tokens such as [DEC] as special"
-        )
+    special = [id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special]
+    refuse_unusable(directory, tokenizer.get_vocab(), special, vocab_size)
     return tokenizer
-
-
-def _missing(directory: Path) -> str:
-    """Return the error for a checkpoint without a tokenizer. Trainer saves one only if it gets the processor."""
-    config = directory / "config.json"
-    base = (read_json(config).get("_name_or_path") if config.is_file() else None) or "BASE"
-    return (
-        f"{directory} has no tokenizer (tokenizer.json or vocab.txt): copy it and preprocessor_config.json from the "
-        f"checkpoint that the training started from, as in AutoProcessor.from_pretrained({str(base)!r})"
-        f".save_pretrained({str(directory)!r})"
-    )
 
 
 def _read(directory: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a directory by AutoTokenizer or, if that fails, from tokenizer.json alone."""
-    path = directory / "tokenizer_config.json"
-    if path.is_file() and "auto_map" in read_json(path):
-        raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, use_fast=True, trust_remote_code=False)
     except Exception as error:
-        if not (directory / "tokenizer.json").is_file():
+        if not (directory / FILE).is_file():
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{directory} has no usable tokenizer ({reason}): add tokenizer.json") from error
-    return _from_tokenizer_json(directory)
-
-
-def _from_tokenizer_json(directory: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of tokenizer.json with the special tokens that tokenizer_config.json names.
-
-    The other settings there are ignored, because transformers 4 cannot read all that transformers 5 writes.
-    """
-    path = directory / "tokenizer_config.json"
-    raw = read_json(path) if path.is_file() else {}
-    settings: dict[str, Any] = {name: _text(raw[name]) for name in SPECIAL if raw.get(name)}
-    extra = raw.get("extra_special_tokens") or raw.get("additional_special_tokens") or []
-    if isinstance(extra, list):
-        settings["additional_special_tokens"] = [_text(token) for token in extra]
-    for name in ("do_lower_case", "strip_accents", "clean_up_tokenization_spaces", "model_max_length"):
-        if name in raw:
-            settings[name] = raw[name]
-    file = directory / "tokenizer.json"
+    # transformers 4 cannot read all settings that transformers 5 writes
+    path, file = directory / "tokenizer_config.json", directory / FILE
+    settings = special_settings(read_json(path) if path.is_file() else {})
     try:
         return PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)
     except Exception as error:
         raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
-
-
-def _text(token: Any) -> str:
-    """Return the text of a token, which is stored as a string or as an object with its content."""
-    return str(token.get("content")) if isinstance(token, dict) else str(token)
-
-
-DEFAULTS: dict[str, Any] = {
-    "max_length": 20,
-    "min_length": 0,
-    "do_sample": False,
-    "early_stopping": False,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "num_return_sequences": 1,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "remove_invalid_values": False,
-    "exponential_decay_length_penalty": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "max_new_tokens": None,
-    "min_new_tokens": None,
-}
-"""Generation settings that a model configuration may contain, with their defaults.
-
-Source: transformers 4.57, PretrainedConfig.
-"""
-
-
-IGNORED_SETTINGS = (
-    # ids come from config.json; caching and bookkeeping do not change captions
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "low_memory"),
-    *("_from_model_config", "transformers_version", "return_dict_in_generate", "return_legacy_cache"),
-    *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
-    *("disable_compile", "compile_config", "max_cache_len"),
-    # these apply to sampling only, and a checkpoint that asks for sampling is refused
-    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-    # these apply to assisted generation with a second model, which a checkpoint cannot contain
-    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
-    *("assistant_early_exit", "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind"),
-    "max_matching_ngram_size",
-)
-"""Settings that may differ from Hugging Face's defaults without changing the captions of `generate`."""
-
-
-def verdict(setting: str) -> str:
-    """Return whether the engine supports a field of GenerationConfig: "yes", "no effect" or "refused".
-
-    A "refused" field is accepted if it has its neutral value.
-    """
-    if setting in GENERATION_SETTINGS:
-        return "yes"
-    return "no effect" if setting in IGNORED_SETTINGS else "refused"
 
 
 def check_supported(model: PreTrainedModel, checkpoint: Path) -> None:
@@ -291,20 +58,8 @@ def check_supported(model: PreTrainedModel, checkpoint: Path) -> None:
     family = family_of(model)
     settings = family.generation_config(model).to_diff_dict()
     unknown = {name: value for name, value in settings.items() if verdict(name) == "refused" and value is not None}
-    unknown |= family.unsupported(model.config)
-    if unknown:
-        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
-        raise CheckpointError(
-            f"{checkpoint} has settings that the engine does not support ({listed}): remove them and export again"
-        )
-
-
-def configured_settings(directory: Path) -> dict[str, Any]:
-    """Return the generation settings in config.json (Family.settings_part) that differ from the defaults."""
-    part = read_json(directory / "config.json").get(family_at(directory).settings_part) or {}
-    return {
-        name: part[name] for name, default in DEFAULTS.items() if part.get(name) is not None and part[name] != default
-    }
+    unknown |= family.rules.unsupported(model.config.to_dict())
+    refuse_settings(unknown, checkpoint)
 
 
 def apply_settings(model: PreTrainedModel, directory: Path) -> None:
@@ -312,25 +67,3 @@ def apply_settings(model: PreTrainedModel, directory: Path) -> None:
     if IS_5:
         for name, value in configured_settings(directory).items():
             setattr(family_of(model).generation_config(model), name, value)
-
-
-def ignored_settings(directory: Path) -> list[str]:
-    """Return a note if generation_config.json, which `generate` ignores, differs from the settings of config.json."""
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return []
-    own, family = configured_settings(directory), family_at(directory)
-    other = {
-        name: value
-        for name, value in read_json(path).items()
-        if name in DEFAULTS and value is not None and value != own.get(name, DEFAULTS[name])
-    }
-    listed = ", ".join(f"{name}={value!r}" for name, value in sorted(other.items()))
-    return (
-        [
-            f"{path.name} sets {listed}, which is ignored: {family.name}'s generate reads only "
-            f"{family.settings_part} in config.json"
-        ]
-        if listed
-        else []
-    )

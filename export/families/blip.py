@@ -6,12 +6,9 @@ References: transformers 4.57, models/blip/modeling_blip.py and modeling_blip_te
 from __future__ import annotations
 
 import copy
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +21,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from engine.bundle.manifest import TokenIds, demo_bundle
+from engine.checkpoints.blip import BlipRules
 from engine.errors import CheckpointError
-from export.families.modules import IS_5, DecoderStep, Encoder, Family, LayerCache, Normalisation, ProcessorRules, Sizes
+from export.families.modules import IS_5, DecoderStep, Encoder, Family, LayerCache, Normalisation
 
 # release 5 uses torchvision for BlipImageProcessor if it is installed, whose resized pixels differ by a level or two
 if IS_5:
@@ -37,10 +34,6 @@ else:
 __all__ = ["Blip", "BlipImageProcessor"]
 
 PARTS = ("vision_model", "text_decoder")
-HEAD, WORDS = "text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"
-BIAS = "text_decoder.cls.predictions.decoder.bias"
-TIED = {HEAD: WORDS, BIAS: "text_decoder.cls.predictions.bias"}
-"""Names of one tensor: the bias always, the words if tie_word_embeddings is set, as in every published checkpoint."""
 
 
 class BlipEncoder(Encoder):
@@ -99,85 +92,11 @@ class BlipStep(DecoderStep):
         return self.text_decoder.cls(x)
 
 
-class OriginalCheckpoint(NamedTuple):
-    """A checkpoint in the authors' own layout, converted to Hugging Face's.
-
-    `files` are the texts of further files by name, such as the settings of the image processor.
-    """
-
-    config: BlipConfig
-    weights: dict[str, Tensor]
-    files: dict[str, str]
-
-
 class Blip(Family):
     """BLIP with a captioning head (BlipForConditionalGeneration)."""
 
-    name = "BLIP"
+    rules: ClassVar[BlipRules] = BlipRules()
     config_class, model_class = BlipConfig, BlipForConditionalGeneration
-    weight_prefixes = ("vision_model.", "text_decoder.")
-    other_models = {  # noqa: RUF012
-        "itm_head.": "an image-text matching (retrieval) checkpoint",
-        "text_encoder.": "a question answering or retrieval checkpoint",
-        "text_projection.": "a retrieval checkpoint",
-    }
-    settings_part = "text_config"
-    processor = ProcessorRules(
-        kind="BlipImageProcessor",
-        prefix="Blip",
-        settings={  # the defaults are the same in transformers 4.57 and 5
-            "do_resize": True,
-            "size": {"height": 384, "width": 384},
-            "resample": 3,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "do_convert_rgb": True,
-        },
-        without_effect=frozenset(
-            (
-                *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"),
-                *("data_format", "input_data_format", "default_to_square", "device", "disable_grouping"),
-                *("return_tensors", "image_seq_length", "num_query_tokens", "crop_size", "pad_size", "size_divisor"),
-                "transformers_version",
-            )
-        ),
-    )
-
-    def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
-        """See Family.check_config."""
-        for part in ("text_config", "vision_config"):
-            if raw.get(part) is not None and not isinstance(raw[part], dict):
-                raise CheckpointError(f"{path}: {part} is not a JSON object")
-        if not (raw.get("text_config") or {}).get("is_decoder", True):
-            raise CheckpointError(
-                f"{path}: text_config.is_decoder is false, so the text model cannot attend to an image"
-            )
-
-    def sizes(self, config: BlipConfig) -> Sizes:
-        """See Family.sizes. The encoder has a position per patch, and one for the class token."""
-        text, vision = config.text_config, config.vision_config
-        return Sizes(
-            num_layers=text.num_hidden_layers,
-            num_heads=text.num_attention_heads,
-            head_width=text.hidden_size // text.num_attention_heads,
-            vocab_size=text.vocab_size,
-            max_positions=text.max_position_embeddings,
-            encoder_positions=(vision.image_size // vision.patch_size) ** 2 + 1,
-            image_size=vision.image_size,
-            tokens=TokenIds(bos=text.bos_token_id, eos=text.sep_token_id, pad=text.pad_token_id),
-        )
-
-    def tied(self, config: BlipConfig) -> dict[str, str]:
-        """See Family.tied."""
-        return TIED if config.text_config.tie_word_embeddings else {BIAS: TIED[BIAS]}
-
-    def unsupported(self, config: BlipConfig) -> dict[str, Any]:
-        """See Family.unsupported."""
-        kind = getattr(config.text_config, "position_embedding_type", "absolute")
-        return {} if kind == "absolute" else {"position_embedding_type": kind}
 
     def resize(self, model: PreTrainedModel, image_size: int) -> None:
         """Resize the vision position table by bicubic interpolation; the class row is kept.
@@ -203,31 +122,6 @@ class Blip(Family):
     def make_processor(self, settings: Mapping[str, Any]) -> BlipImageProcessor:
         """See Family.make_processor."""
         return BlipImageProcessor(**settings)
-
-    def convert_original(self, weights: dict[str, Tensor], file: Path) -> OriginalCheckpoint:
-        """Convert the weights of a checkpoint in the authors' own layout.
-
-        The tokenizer is bert-base-uncased with [DEC] and [ENC], which the demo has too. Raises CheckpointError if the
-        weights are of another task, or have other sizes than the published models.
-        """
-        weights = {_renamed(name): tensor for name, tensor in weights.items()}
-        required = ("vision_model.embeddings.class_embedding", WORDS)
-        if any(name not in weights for name in required):
-            raise CheckpointError(
-                f"{file} is not a BLIP captioning checkpoint: visual_encoder or text_decoder is missing"
-            )
-        weights = {name: tensor for name, tensor in weights.items() if name.startswith(self.weight_prefixes)}
-        tokenizer = (demo_bundle() / "tokenizer.json").read_text(encoding="utf-8")
-        config = read_sizes(weights, file, json.loads(tokenizer))
-        size = config.vision_config.image_size
-        processor = {**self.processor.settings, "size": {"height": size, "width": size}}
-        processor["image_processor_type"] = self.processor.kind
-        files = {
-            "preprocessor_config.json": json.dumps(processor, indent=1) + "\n",
-            "tokenizer_config.json": json.dumps(TOKENIZER, indent=1) + "\n",
-            "tokenizer.json": tokenizer,
-        }
-        return OriginalCheckpoint(config, weights, files)
 
     def encoder(self, model: PreTrainedModel, normalisation: Normalisation) -> BlipEncoder:
         """See Family.encoder."""
@@ -313,80 +207,3 @@ class MeanDecoder(BlipTextLMHeadModel):
             )
             mean = mean + weight * torch.log_softmax(output.logits.float(), -1)
         return CausalLMOutputWithCrossAttentions(logits=mean)
-
-
-HEAD_WIDTH = 64
-"""Width of an attention head in BLIP base and large, in the image encoder and the text decoder."""
-RENAMED = (
-    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
-    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
-    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
-    (r"^visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
-    (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
-)
-"""Names in the image encoder of an original checkpoint (patterns), and Hugging Face's. The decoder's are the same."""
-TOKENIZER = {
-    "tokenizer_class": "BertTokenizerFast",
-    "do_lower_case": True,
-    "bos_token": "[DEC]",
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-    "additional_special_tokens": ["[ENC]"],
-}
-"""tokenizer_config.json of a converted checkpoint."""
-
-
-def _renamed(name: str) -> str:
-    """Return Hugging Face's name of a weight of an original checkpoint."""
-    for pattern, replacement in RENAMED:
-        new_name, count = re.subn(pattern, replacement, name)
-        if count:
-            return new_name
-    return name
-
-
-def read_sizes(weights: dict[str, Tensor], file: Path, tokenizer: Mapping[str, Any]) -> BlipConfig:
-    """Return a configuration with the sizes of the tensors. All else is BLIP's own value, the default of BlipConfig.
-
-    `tokenizer` is the content of tokenizer.json. Raises CheckpointError if it does not fit the word embeddings.
-    """
-    table = weights["vision_model.embeddings.position_embedding"]
-    patches = weights["vision_model.embeddings.patch_embedding.weight"]
-    words = weights[WORDS]
-    known = 1 + max(*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"]))
-    if words.shape[0] != known:
-        raise CheckpointError(
-            f"{file} has {words.shape[0]} word embeddings, but BLIP's tokenizer has {known} tokens: convert it by hand"
-        )
-    return BlipConfig(
-        architectures=["BlipForConditionalGeneration"],
-        vision_config={
-            "hidden_size": table.shape[2],
-            "intermediate_size": weights["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-            "num_hidden_layers": _layers(weights, "vision_model.encoder.layers"),
-            "num_attention_heads": table.shape[2] // HEAD_WIDTH,
-            "image_size": math.isqrt(table.shape[1] - 1) * patches.shape[3],
-            "patch_size": patches.shape[3],
-        },
-        text_config={
-            "vocab_size": words.shape[0],
-            "hidden_size": words.shape[1],
-            "encoder_hidden_size": table.shape[2],
-            "intermediate_size": weights["text_decoder.bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
-            "num_hidden_layers": _layers(weights, "text_decoder.bert.encoder.layer"),
-            "num_attention_heads": words.shape[1] // HEAD_WIDTH,
-            "max_position_embeddings": weights["text_decoder.bert.embeddings.position_embeddings.weight"].shape[0],
-        },
-    )
-
-
-def _layers(weights: dict[str, Tensor], part: str) -> int:
-    """Return the number of layers under the prefix `part`."""
-    numbers = {int(name.removeprefix(part + ".").split(".")[0]) for name in weights if name.startswith(part + ".")}
-    return 1 + max(numbers, default=-1)

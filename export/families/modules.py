@@ -13,7 +13,6 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -22,24 +21,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.bundle.manifest import ModelDims, TokenIds
+from engine.checkpoints.rules import Rules, Sizes
 
 MASKED = -1e4
 """Added to the attention scores of positions outside a beam's past; exp(MASKED) is 0, and float16 can represent it."""
 
 Normalisation = tuple[float, list[float], list[float]]
 """rescale, mean and std of an image processor: (x * rescale - mean) / std."""
-
-
-@dataclass(frozen=True)
-class Sizes(ModelDims):
-    """What graphs, searches and manifests need to know about a model: its sizes and its special tokens.
-
-    `image_size` is the height and width of the encoder's input in px.
-    """
-
-    image_size: int
-    tokens: TokenIds
 
 
 class ExportedModule(PreTrainedModel):
@@ -281,66 +269,27 @@ class ImageProcessor(Protocol):
     def save_pretrained(self, directory: Path) -> Any: ...
 
 
-@dataclass(frozen=True)
-class ProcessorRules:
-    """Which image processors a family accepts: those whose type in the settings file starts with `prefix`.
-
-    `kind` is the class that the family's checkpoints name, `settings` are its settings with their defaults. Settings in
-    `without_effect` do not change pixels; any other setting is refused.
-    """
-
-    kind: str
-    prefix: str
-    settings: Mapping[str, Any]
-    without_effect: frozenset[str]
-
-
 class Family(ABC):
-    """A family of captioning models: names in checkpoints, sizes, graphs and the calls of Hugging Face's model.
+    """A family of captioning models: graphs, and the calls of Hugging Face's model.
 
     Families are listed in export/families/__init__.py. Models are Hugging Face's, `config` is the content of
-    config.json as Hugging Face's object, `raw` the same as JSON.
+    config.json as Hugging Face's object.
     """
 
-    name: ClassVar[str]
-    """As users know it; in messages."""
+    rules: ClassVar[Rules]
+    """What the family's checkpoints look like, without torch."""
     config_class: ClassVar[type[PretrainedConfig]]
     model_class: ClassVar[type[PreTrainedModel]]
-    weight_prefixes: ClassVar[tuple[str, ...]]
-    """Prefixes of weight names: the encoder's, the decoder's. If all weights of one are 0, the checkpoint is broken."""
-    other_models: ClassVar[Mapping[str, str]] = {}
-    """Prefixes of weight names of related models that do not generate captions, and what these models are."""
-    settings_part: ClassVar[str]
-    """The part of config.json from which `generate` reads its settings."""
-    processor: ClassVar[ProcessorRules]
-
-    @property
-    def model_type(self) -> str:
-        """`model_type` in config.json."""
-        return self.config_class.model_type
-
-    @property
-    def architecture(self) -> str:
-        """The class that `architectures` in config.json names."""
-        return self.model_class.__name__
 
     # checkpoints
 
-    @abstractmethod
-    def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
-        """Raise CheckpointError if config.json at `path` does not describe a model that can caption."""
-
-    @abstractmethod
     def sizes(self, config: PretrainedConfig) -> Sizes:
         """Return the sizes and special tokens of a model."""
+        return self.rules.sizes(config.to_dict())
 
-    @abstractmethod
     def tied(self, config: PretrainedConfig) -> dict[str, str]:
         """Return {name of a weight: name of the weight that it is a copy of} for tied weights."""
-
-    @abstractmethod
-    def unsupported(self, config: PretrainedConfig) -> dict[str, Any]:
-        """Return the settings of config.json that change the model in a way that the graphs do not have."""
+        return self.rules.tied(config.to_dict())
 
     @abstractmethod
     def resize(self, model: PreTrainedModel, image_size: int) -> None:

@@ -14,14 +14,16 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from engine.bundle.open import shares
+from engine.checkpoints.rules import Sizes
+from engine.checkpoints.settings import read_processor
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.processors import process
 from engine.errors import CheckpointError
 from engine.options import DecodeOptions
 from export.checkpoints.load import load_checkpoint
-from export.checkpoints.settings import read_processor, read_tokenizer
+from export.checkpoints.settings import read_tokenizer
 from export.families import family_of
-from export.families.modules import Family, ImageProcessor, Normalisation, Sizes
+from export.families.modules import Family, ImageProcessor, Normalisation
 
 
 @dataclass
@@ -118,7 +120,8 @@ class Reference:
     def load(cls, checkpoint: Path, image_size: int | None = None) -> Reference:
         """Load a checkpoint directory. Raises CheckpointError as load_checkpoint does, or if there is no tokenizer."""
         model = load_checkpoint(checkpoint, image_size)
-        processor, sizes = read_processor(checkpoint).build(), family_of(model).sizes(model.config)
+        family = family_of(model)
+        processor, sizes = family.make_processor(read_processor(checkpoint).values), family.sizes(model.config)
         processor.size = {"height": sizes.image_size, "width": sizes.image_size}
         return cls(model, processor, read_tokenizer(checkpoint, sizes.vocab_size))
 
@@ -272,10 +275,8 @@ def ensemble(references: Sequence[Reference], weights: Sequence[float]) -> Refer
     first = references[0]
     for other in references[1:]:
         if other.family is not first.family:
-            raise CheckpointError(
-                f"the checkpoints are {first.family.name} and {other.family.name}: parity of several checkpoints needs "
-                "one family"
-            )
+            names = f"{first.family.rules.name} and {other.family.rules.name}"
+            raise CheckpointError(f"the checkpoints are {names}: parity of several checkpoints needs one family")
         if other.image_processor.to_dict() != first.image_processor.to_dict():
             raise CheckpointError(
                 "the checkpoints have different image processors: parity of several checkpoints needs equal ones"

@@ -10,10 +10,12 @@ from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDe
 
 from engine.bundle.manifest import TokenIds
 from engine.captioner import Captioner
+from engine.checkpoints.families import RULES
+from engine.checkpoints.rules import ProcessorRules, Rules, Sizes
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.families import FAMILIES
-from export.families.modules import DecoderStep, Encoder, Family, ProcessorRules, Sizes
+from export.families.modules import DecoderStep, Encoder, Family
 from export.reference.huggingface import Reference
 from tests.helpers.tiny import IMAGE_SIZE, PATCH_SIZE, make_tokenizer, random_pictures
 
@@ -48,41 +50,46 @@ class Gpt2Step(DecoderStep):
         return self.decoder.lm_head(self.decoder.transformer.ln_f(x))
 
 
-class VitGpt2(Family):
-    """A ViT and a GPT-2 of the same width, with the tokenizer of the tiny BLIP."""
-
+class VitGpt2Rules(Rules):
     name = "ViT with GPT-2"
-    config_class, model_class = VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+    model_type, architecture = "vision-encoder-decoder", "VisionEncoderDecoderModel"
     weight_prefixes = ("encoder.", "decoder.")
     settings_part = "decoder"
     processor = ProcessorRules(
         kind="ViTImageProcessor",
         prefix="ViT",
-        settings=FAMILIES["blip"].processor.settings | {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-        without_effect=FAMILIES["blip"].processor.without_effect,
+        settings=RULES["blip"].processor.settings | {"resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        without_effect=RULES["blip"].processor.without_effect,
     )
 
     def check_config(self, raw, path):
         pass
 
-    def sizes(self, config):
-        text, vision = config.decoder, config.encoder
+    def sizes(self, raw):
+        text, vision = raw["decoder"], raw["encoder"]
         return Sizes(
-            num_layers=text.n_layer,
-            num_heads=text.n_head,
-            head_width=text.n_embd // text.n_head,
-            vocab_size=text.vocab_size,
-            max_positions=text.n_positions,
-            encoder_positions=(vision.image_size // vision.patch_size) ** 2 + 1,
-            image_size=vision.image_size,
-            tokens=TokenIds(config.decoder_start_token_id, config.eos_token_id, config.pad_token_id),
+            num_layers=text["n_layer"],
+            num_heads=text["n_head"],
+            head_width=text["n_embd"] // text["n_head"],
+            vocab_size=text["vocab_size"],
+            max_positions=text["n_positions"],
+            encoder_positions=(vision["image_size"] // vision["patch_size"]) ** 2 + 1,
+            image_size=vision["image_size"],
+            tokens=TokenIds(raw["decoder_start_token_id"], raw["eos_token_id"], raw["pad_token_id"]),
         )
 
-    def tied(self, config):
+    def tied(self, raw):
         return {"decoder.lm_head.weight": "decoder.transformer.wte.weight"}
 
-    def unsupported(self, config):
+    def unsupported(self, raw):
         return {}
+
+
+class VitGpt2(Family):
+    """A ViT and a GPT-2 of the same width, with the tokenizer of the tiny BLIP."""
+
+    rules = VitGpt2Rules()
+    config_class, model_class = VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
     def resize(self, model, image_size):
         raise AssertionError("images of one size only")
@@ -118,6 +125,7 @@ class VitGpt2(Family):
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
     monkeypatch.setitem(FAMILIES, "vision-encoder-decoder", VitGpt2())
+    monkeypatch.setitem(RULES, "vision-encoder-decoder", VitGpt2.rules)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     tokenizer = make_tokenizer(folder)

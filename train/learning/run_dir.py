@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints.settings import DEFAULTS
 from engine.errors import DataError, UsageError
 from engine.files.atomic import write_atomically
 from engine.options import GENERATION_SETTINGS, DecodeOptions
 from engine.run.outputs import write_run
 from export.bundle import generation_defaults
-from export.checkpoints.settings import DEFAULTS
 from export.reference.huggingface import Reference
 from train.learning.trainer import LOSS
 from train.recipe import Recipe

@@ -20,6 +20,7 @@ from engine.bundle.signature import run_signature
 from engine.bundle.tokenizer import detokenise
 from engine.captioner import Captioner, Decoding, PendingImages
 from engine.captions import Caption
+from engine.checkpoints.settings import read_processor
 from engine.errors import BundleError, DataError, UsageError
 from engine.files.atomic import file_sha256, write_atomically
 from engine.files.lock import OutputLock
@@ -213,7 +214,6 @@ def prepare_bundle(job: Sweep, log: Log) -> Bundle:
             raise UsageError("a sweep needs a model: add --checkpoint DIR or --bundle DIR")
         return _check_size(open_bundle(job.bundle), job.image_size)
     from export.bundle import checkpoint_sha256, export_bundle
-    from export.checkpoints.settings import read_processor
 
     digest = checkpoint_sha256(job.checkpoint)
     if job.bundle is not None:

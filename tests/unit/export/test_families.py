@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from engine.checkpoints.families import RULES, rules_named
 from engine.errors import CheckpointError
-from export.checkpoints.files import family_at
-from export.families import FAMILIES, family_named, family_of
+from export.families import FAMILIES, family_at, family_of
 
 ROOT = Path(__file__).parents[3]
-FAMILY_FILES = {"export/families/__init__.py", "export/families/blip.py"}
+FAMILY_FILES = {
+    *("export/families/__init__.py", "export/families/blip.py"),
+    *("engine/checkpoints/families.py",),
+}
 NAMES_BLIP = FAMILY_FILES | {
     "train/demo/build.py",  # makes the demo's model from weights of other models
     "benchmarks/workload.py",  # makes models with random weights
@@ -61,8 +64,11 @@ def test_parts_of_blip_are_read_by_its_family_only():
 def test_look_up_a_family(tiny_checkpoint, tiny_reference):
     blip = FAMILIES["blip"]
     assert family_at(tiny_checkpoint) is family_of(tiny_reference.model) is tiny_reference.family is blip
-    assert family_named("blip", [], tiny_checkpoint) is blip
-    assert all(family.model_type == name for name, family in FAMILIES.items())
+    assert rules_named("blip", [], tiny_checkpoint) is RULES["blip"]
+    for name, family in FAMILIES.items():
+        assert family.rules.model_type == family.config_class.model_type == name
+        assert family.rules.architecture == family.model_class.__name__
+        assert type(RULES[name]) is type(family.rules)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +77,14 @@ def test_look_up_a_family(tiny_checkpoint, tiny_reference):
 )
 def test_other_models_are_refused_by_name(model_type, architectures):
     with pytest.raises(CheckpointError) as refused:
-        family_named(model_type, architectures, Path("checkpoint"))
+        rules_named(model_type, architectures, Path("checkpoint"))
     message = str(refused.value)
     assert "\n" not in message
     for expected in ("checkpoint is not a BLIP captioning checkpoint", repr(model_type), str(architectures)):
         assert expected in message
-    for family in FAMILIES.values():
-        assert repr(family.model_type) in message
-        assert family.architecture in message
+    for rules in RULES.values():
+        assert repr(rules.model_type) in message
+        assert rules.architecture in message
 
 
 def test_sizes_fit_the_exported_bundle(tiny_bundle, tiny_reference):

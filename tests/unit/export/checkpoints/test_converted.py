@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.checkpoints.files import SAFE
 from engine.errors import BackendError, CheckpointError
-from export.checkpoints.files import SAFE
 from export.checkpoints.find import cached
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs user ids and permissions")

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BlipConfig, BlipForConditionalGeneration
 
+from engine.checkpoints.blip import HEAD, HEAD_WIDTH, WORDS, read_sizes
+from engine.checkpoints.files import weight_files
+from engine.checkpoints.settings import assumed_settings, read_processor
 from engine.errors import CheckpointError
 from export.bundle import checkpoint_sha256
-from export.checkpoints.files import weight_files
 from export.checkpoints.find import find_checkpoint
 from export.checkpoints.load import load_checkpoint, read_config
-from export.checkpoints.settings import assumed_settings, read_processor, read_tokenizer
-from export.families.blip import HEAD, HEAD_WIDTH, WORDS, read_sizes
+from export.checkpoints.settings import read_tokenizer
 from export.reference.golden import record_golden
 from export.reference.huggingface import Reference
 from tests.helpers.tiny import WORDS as ALL_WORDS
@@ -251,7 +252,8 @@ def test_sizes_of_original_files_are_read_from_tensors(width, layers):
     with torch.device("meta"):
         shapes = BlipForConditionalGeneration(config).state_dict()
     tokenizer = {"model": {"vocab": {"word": 30523}}, "added_tokens": [{"id": 0}]}
-    found = read_sizes(shapes, Path("model.pth"), tokenizer)
+    found = read_sizes({name: tuple(one.shape) for name, one in shapes.items()}, Path("model.pth"), tokenizer)
+    found = BlipConfig.from_dict(found)
     assert found.vision_config.num_attention_heads == config.vision_config.num_attention_heads
     with torch.device("meta"):
         rebuilt = BlipForConditionalGeneration(found).state_dict()

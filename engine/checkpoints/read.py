@@ -1,0 +1,296 @@
+"""Read a checkpoint without torch: everything that a bundle needs, with the weights read lazily.
+
+`read_checkpoint` checks what export/checkpoints/load.py checks, and returns what export/bundle.py writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.bundle.manifest import ImageSpec, ModelDims, TokenIds
+from engine.checkpoints.families import ORIGINAL
+from engine.checkpoints.files import read_config_file, rules_at, weight_files
+from engine.checkpoints.rules import Rules
+from engine.checkpoints.settings import (
+    assumed_settings,
+    generation_settings,
+    ignored_settings,
+    read_processor,
+    refuse_unsupported,
+)
+from engine.checkpoints.tokenizer import read_tokenizer
+from engine.checkpoints.weights import Tensor, Weights, open_weights
+from engine.errors import CheckpointError, UsageError
+from engine.files.atomic import file_sha256
+from engine.options import options_from
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that can become a bundle.
+
+    `config` is the content of config.json, for the image size that was asked for. `shape` is what decides which
+    operations its graphs have (Rules.shape). `rescale` and the mean and std of `image` are those of
+    (x * rescale - mean) / std. `generation` are the settings that differ from Hugging Face's defaults, and
+    `generation_from` says where each comes from. `tokenizer` is the text of the tokenizers library. `notes` are what
+    users should know, one line each. `weights` have the names of Hugging Face's layout.
+    """
+
+    path: Path
+    family: str
+    config: Mapping[str, Any]
+    shape: Mapping[str, int | float | str]
+    model: ModelDims
+    image: ImageSpec
+    rescale: float
+    tokens: TokenIds
+    generation: Mapping[str, Any]
+    generation_from: Mapping[str, str]
+    tokenizer: str
+    clean_up_tokenization_spaces: bool
+    notes: tuple[str, ...]
+    weights: Weights
+    files: tuple[Path, ...]
+    sha256: Callable[[Path], str]
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """Name, sha256 and weight files of the checkpoint, as the manifest has them. Reads the files on first use."""
+        files = {path.name: self.sha256(path) for path in self.files}
+        return {"name": self.path.resolve().name, "sha256": sha256_of_all(files.values()), "files": files}
+
+    @property
+    def digest(self) -> str:
+        """One sha256 for the weights: the hash of the sha256 digests of their files, in name order."""
+        digest: str = self.description["sha256"]
+        return digest
+
+
+def sha256_of_all(digests: Iterable[str]) -> str:
+    """Return one sha256 for several files: the hash of their digests."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def read_checkpoint(
+    path: Path, *, image_size: int | None = None, sha256: Callable[[Path], str] = file_sha256
+) -> Checkpoint:
+    """Read a checkpoint: a folder in Hugging Face's layout, or a `.pth` file in the authors' own.
+
+    With `image_size` (px), the position table is resized to it. `sha256` computes the digest of a file. Weights are
+    only listed here and checked for NaN when they are read. Raises CheckpointError, as export does, for what is not a
+    captioning checkpoint of a known family, for settings that the engine does not support, and for weights that do not
+    fit config.json.
+    """
+    if not path.is_file():
+        return _read(path, path, image_size, sha256, {})
+    shapes = open_weights([path], path)
+    refuse_other_models(shapes, ORIGINAL, path)
+    original = ORIGINAL.convert_original({name: shapes.shape(name) for name in shapes}, path)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in {"config.json": json.dumps(original.config), **original.files}.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        return _read(Path(folder), path, image_size, sha256, original.names)
+
+
+def _read(
+    folder: Path,
+    source: Path,
+    image_size: int | None,
+    sha256: Callable[[Path], str],
+    names: Mapping[str, str],
+) -> Checkpoint:
+    """Read the settings in `folder` and the weights in `source`, a folder or a file whose weights have other names."""
+    raw, rules = read_config_file(folder), rules_at(folder)
+    rules.check_config(raw, folder / "config.json")
+    if "auto_map" in raw:
+        raise CheckpointError(
+            f"{folder / 'config.json'} asks for custom code (auto_map), which is never run: remove that entry"
+        )
+    refuse_unsupported(folder, rules, raw)
+    files = [source] if names else weight_files(source)
+    weights = open_weights(files, source)
+    if names:
+        weights = Weights({new: weights.tensors[old] for old, new in names.items()}, source)
+    refuse_other_models(weights, rules, source)
+    weights = fitted(weights, rules, raw)
+    processor, sizes = read_processor(folder), rules.sizes(raw)
+    if image_size is not None:
+        raw = rules.resized(raw, image_size)
+        sizes, old = rules.sizes(raw), sizes
+        if sizes.encoder_positions != old.encoder_positions:
+            table = rules.position_table
+            weights.tensors[table] = ResizedTable(weights.tensors[table], sizes.encoder_positions)
+    elif processor.file is not None and processor.size != (sizes.image_size,) * 2:
+        height, width = processor.size
+        raise CheckpointError(
+            f"{source}: {processor.file.name} makes {height}x{width} px images, but the position table "
+            f"({sizes.encoder_positions} rows) is for {sizes.image_size} px: pass --image-size {height} to resize it"
+        )
+    if max(sizes.tokens.bos, sizes.tokens.eos, sizes.tokens.pad) >= sizes.vocab_size:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: the token ids {sizes.tokens} do not fit a vocabulary of {sizes.vocab_size}"
+        )
+    generation = generation_settings(folder)
+    try:
+        options_from(generation, {})
+    except UsageError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {rules.settings_part}: {error}") from error
+    text = read_tokenizer(folder, rules.tokenizer_class, sizes.vocab_size)
+    values = processor.values
+    mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else ([0.0] * 3, [1.0] * 3)
+    return Checkpoint(
+        path=source,
+        family=rules.model_type,
+        config=raw,
+        shape=rules.shape(raw),
+        model=ModelDims(**{name: getattr(sizes, name) for name in ModelDims.__dataclass_fields__}),
+        image=ImageSpec(
+            height=sizes.image_size,
+            width=sizes.image_size,
+            resample=Image.Resampling(values["resample"]).name.lower(),
+            mean=tuple(mean),
+            std=tuple(std),
+        ),
+        rescale=values["rescale_factor"] if values["do_rescale"] else 1.0,
+        tokens=sizes.tokens,
+        generation=generation,
+        generation_from=dict.fromkeys(generation, f"{rules.settings_part} of config.json"),
+        tokenizer=text.text,
+        clean_up_tokenization_spaces=text.clean_up_tokenization_spaces,
+        notes=(*ignored_settings(folder), *assumed_settings(folder)),
+        weights=weights,
+        files=tuple(files),
+        sha256=sha256,
+    )
+
+
+def refuse_other_models(names: Iterable[str], rules: Rules, source: Path) -> None:
+    """Raise CheckpointError for the weights of a model of the family that cannot caption."""
+    listed = list(names)
+    for start, what in rules.other_models.items():
+        if any(name.startswith(start) for name in listed):
+            raise CheckpointError(
+                f"{source} is {what} of {rules.name}, which cannot generate captions: use a captioning checkpoint"
+            )
+
+
+def fitted(weights: Weights, rules: Rules, raw: Mapping[str, Any]) -> Weights:
+    """Return exactly the weights that config.json describes, tied ones under both names.
+
+    Raises CheckpointError if one is missing or has another shape, if tied weights differ, or if all weights of the
+    encoder or the decoder are 0. Only the last two read weights: until the first that is not 0, and those that a file
+    holds twice.
+    """
+    source, tensors = weights.source, weights.tensors
+    expected, tied = rules.weight_shapes(raw), rules.tied(raw)
+    for copy, original in tied.items():
+        if copy in tensors and original in tensors and tensors[copy] != tensors[original]:
+            refuse_wrong_shapes(weights, {name: expected[name] for name in (copy, original)})
+            if not np.array_equal(weights[copy], weights[original]):
+                raise CheckpointError(
+                    f"{source}: {copy} differs from {original}, but tie_word_embeddings requires them to be equal: set "
+                    f"it to false in {rules.settings_part}, or remove one of the two"
+                )
+        if original not in tensors and copy in tensors:
+            tensors[original] = tensors[copy]
+    refuse_wrong_shapes(weights, expected)
+    missing = sorted(set(expected) - set(tensors) - set(tied))
+    refuse_missing(missing, rules, source)
+    complete = Weights({name: tensors[tied.get(name, name)] for name in expected}, source)
+    for part in rules.weight_prefixes:
+        names = [name for name in expected if name.startswith(part)]
+        if not any(complete[name].any() for name in sorted(names, key=lambda name: math.prod(expected[name]))):
+            raise CheckpointError(f"{source}: all weights of {part[:-1]} are 0: save the trained model again")
+    return complete
+
+
+def refuse_wrong_shapes(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError if a weight has another shape than config.json requires."""
+    for name in weights:
+        if name in expected and weights.shape(name) != expected[name]:
+            raise CheckpointError(
+                f"{weights.source}: {name} has the shape {weights.shape(name)}, but config.json requires "
+                f"{expected[name]}"
+            )
+
+
+def refuse_missing(missing: list[str], rules: Rules, source: Path) -> None:
+    """Raise CheckpointError if weights are missing."""
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} weights of {rules.architecture} ({missing[0]}, ...): "
+            f"is it a {rules.name} captioning checkpoint?"
+        )
+
+
+@dataclass(frozen=True)
+class ResizedTable:
+    """A position table for another number of patches, by bicubic interpolation. The class row is kept.
+
+    This is BlipVisionEmbeddings.interpolate_pos_encoding (transformers 4.57), which Hugging Face would do for each
+    image.
+    """
+
+    table: Tensor
+    positions: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 1, self.positions, self.table.shape[2]
+
+    def read(self) -> NDArray[np.float32]:
+        """Return the resized table f32[1,positions,D]."""
+        table = self.table.read()[0]
+        old, new = math.isqrt(len(table) - 1), math.isqrt(self.positions - 1)
+        rows = bicubic_matrix(old, new)
+        grid = table[1:].reshape(old, old, -1)
+        resized = np.einsum("yi,xj,ijd->yxd", rows, rows, grid, optimize=True).reshape(new * new, -1)
+        whole: NDArray[np.float32] = np.concatenate([table[:1], resized]).astype(np.float32)[None]
+        return whole
+
+
+def bicubic_matrix(old: int, new: int) -> NDArray[np.float64]:
+    """Return f64[new,old]: the weights of bicubic interpolation along one axis, as torch's interpolate has them.
+
+    Cubic convolution with a = -0.75 (Keys, 1981), pixel centres (align_corners=False), coordinates clamped at the
+    borders, no low-pass filter when the result is smaller. The weights are rounded to float32 at the same places as
+    torch's (ATen/native/UpSample.h, with fused products and sums), because their terms cancel: float64 would differ
+    from torch by 5e-6.
+    """
+    a = np.float32(-0.75)
+    scale = np.float32(old) / np.float32(new)
+    centres = _fused(np.arange(new, dtype=np.float32) + np.float32(0.5), scale, np.float32(-0.5))
+    first = np.floor(centres)
+    offset = centres - first  # of the centre from the second of four neighbours
+    columns = np.clip(first[:, None].astype(np.int64) + np.arange(-1, 3), 0, old - 1)
+
+    def near(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return _fused(_fused(x, a + 2, -(a + 3)) * x, x, np.float32(1))
+
+    def far(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return _fused(_fused(_fused(x, a, -5 * a), x, 8 * a), x, -4 * a)
+
+    weights = np.stack([far(offset + 1), near(offset), near(1 - offset), far(2 - offset)], 1)
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new)[:, None], columns), weights)
+    return matrix
+
+
+def _fused(
+    x: NDArray[np.float32], factor: NDArray[np.float32] | np.float32, summand: np.float32
+) -> NDArray[np.float32]:
+    """Return x * factor + summand with one rounding."""
+    result: NDArray[np.float32] = (x.astype(np.float64) * factor + np.float64(summand)).astype(np.float32)
+    return result

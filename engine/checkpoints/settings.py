@@ -1,0 +1,263 @@
+"""Read a checkpoint's image processor and generation settings, as transformers 4 and 5 write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoints.files import read_json, rules_at
+from engine.checkpoints.rules import Rules
+from engine.errors import CheckpointError
+from engine.options import GENERATION_SETTINGS
+
+OWN_FILE, NESTING_FILE = "preprocessor_config.json", "processor_config.json"
+"""transformers 4 writes the first file; 5 writes only the second, with the image processor nested in it."""
+
+
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """Settings of an image processor, and the file they come from (None if the checkpoint has no such file)."""
+
+    values: dict[str, Any]
+    file: Path | None
+    rules: Rules
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.values["size"]["height"], self.values["size"]["width"]
+
+
+def read_processor(directory: Path) -> ProcessorSettings:
+    """Read the image processor of a checkpoint, or return the family's default settings if it has none.
+
+    Raises CheckpointError if two files differ, if the processor belongs to another model, or if a setting changes
+    pixels in a way that the engine does not support.
+    """
+    files = [(path, raw) for path, raw in _candidates(directory) if raw is not None]
+    rules = rules_at(directory)
+    if not files:
+        return ProcessorSettings(dict(rules.processor.settings), None, rules)
+    settings = [_checked(path, raw, rules) for path, raw in files]
+    if any(other != settings[0] for other in settings[1:]):
+        differ = sorted(name for name in rules.processor.settings if settings[0][name] != settings[1][name])
+        raise CheckpointError(
+            f"{directory}: {OWN_FILE} and {NESTING_FILE} differ in {', '.join(differ)}: remove the wrong one"
+        )
+    return ProcessorSettings(settings[0], files[0][0], rules)
+
+
+def assumed_settings(directory: Path) -> list[str]:
+    """Return a note if a checkpoint has no image processor: default settings are used and may be wrong."""
+    processor = read_processor(directory)
+    if processor.file is not None:
+        return []
+    return [
+        f"{directory} has no {OWN_FILE}: images are resized and normalised with {processor.rules.name}'s default "
+        "settings (bicubic, its mean and std). If the model was trained with others, copy the file from the "
+        "checkpoint it was trained from"
+    ]
+
+
+def _candidates(directory: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Return both files that can hold an image processor, each with its settings, or None if it has none."""
+    own, nesting = directory / OWN_FILE, directory / NESTING_FILE
+    nested = read_json(nesting).get("image_processor") if nesting.is_file() else None
+    if nested is not None and not isinstance(nested, dict):
+        raise CheckpointError(f"{nesting}: image_processor is not a JSON object")
+    return [(own, read_json(own) if own.is_file() else None), (nesting, nested)]
+
+
+def _checked(path: Path, raw: dict[str, Any], rules: Rules) -> dict[str, Any]:
+    """Return the settings of a file, completed with the defaults. Raises CheckpointError for an unsupported setting."""
+    known = rules.processor
+    kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or known.kind
+    if not str(kind).startswith(known.prefix):
+        raise CheckpointError(
+            f"{path} is for {kind}, but {rules.name} needs {known.kind}: copy the file from a {rules.name} checkpoint"
+        )
+    if raw.get("auto_map"):
+        raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
+    others = sorted(
+        name for name, value in raw.items() if name not in known.settings and name not in known.without_effect and value
+    )
+    if others:
+        listed = ", ".join(f"{name}={raw[name]!r}" for name in others)
+        raise CheckpointError(f"{path} has settings that the engine does not support ({listed}): remove them")
+    values = dict(known.settings) | {name: raw[name] for name in known.settings if raw.get(name) is not None}
+    values["size"] = _size(path, values["size"], rules)
+    if values["do_convert_rgb"] is not True:
+        values["do_convert_rgb"] = True  # the engine converts every image to RGB, as callers of generate do
+    for name in ("image_mean", "image_std"):
+        values[name] = _channels(path, name, values[name])
+    above_zero = {"image_std": values["image_std"], "rescale_factor": [values["rescale_factor"]]}
+    for name, numbers in ({"image_mean": values["image_mean"]} | above_zero).items():
+        is_valid = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        if not is_valid or (name in above_zero and min(numbers) <= 0):
+            limits = "finite and above 0" if name in above_zero else "finite"
+            raise CheckpointError(
+                f"{path}: {name} is {values[name]!r}, but it must be {limits}: copy the file from the checkpoint that "
+                "the training started from"
+            )
+    if values["resample"] not in range(6):
+        raise CheckpointError(f"{path}: resample {values['resample']!r} is not one of Pillow's filters (0 to 5)")
+    if not values["do_resize"]:
+        raise CheckpointError(
+            f"{path} has a setting that the engine does not support (do_resize=False): remove it and export again"
+        )
+    return values
+
+
+def _size(path: Path, size: Any, rules: Rules) -> dict[str, int]:
+    """Return a size as height and width in pixels. Raises CheckpointError if it is not one."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        size = {"height": size, "width": size}
+    if not isinstance(size, dict) or not {"height", "width"} <= set(size):
+        raise CheckpointError(f"{path} has the size {size!r}, but {rules.name} needs a height and a width in pixels")
+    if not all(type(size[name]) in (int, float) and 1 <= size[name] < math.inf for name in ("height", "width")):
+        raise CheckpointError(f"{path} has the size {size!r}, but height and width must be numbers of at least 1")
+    return {name: int(size[name]) for name in ("height", "width")}
+
+
+def _channels(path: Path, name: str, value: Any) -> list[float]:
+    """Return three numbers, one per channel; a single number applies to all channels."""
+    values = [value] * 3 if isinstance(value, int | float) else value
+    if (
+        not isinstance(values, list)
+        or len(values) != 3
+        or not all(isinstance(number, int | float) for number in values)
+    ):
+        raise CheckpointError(
+            f"{path}: {name} is {value!r}, but it must be a number, or three numbers for three channels"
+        )
+    return [float(number) for number in values]
+
+
+DEFAULTS: dict[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "num_return_sequences": 1,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "max_new_tokens": None,
+    "min_new_tokens": None,
+}
+"""Generation settings that a model configuration may contain, with their defaults.
+
+Source: transformers 4.57, PretrainedConfig.
+"""
+
+
+OTHER_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("max_time", "stop_strings", "cache_implementation", "cache_config", "prefill_chunk_size")),
+    **dict.fromkeys(("sequence_bias", "guidance_scale", "watermarking_config", "prompt_lookup_num_tokens")),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids")),
+    "encoder_repetition_penalty": 1.0,
+    "renormalize_logits": False,
+    "token_healing": False,
+}
+"""Refused generation settings that transformers 4.57 reads from a model configuration as well, with their defaults.
+
+Source: transformers 4.57, GenerationConfig.
+"""
+IGNORED_SETTINGS = (
+    # ids come from config.json; caching and bookkeeping do not change captions
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "low_memory"),
+    *("_from_model_config", "transformers_version", "return_dict_in_generate", "return_legacy_cache"),
+    *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+    *("disable_compile", "compile_config", "max_cache_len"),
+    # these apply to sampling only, and a checkpoint that asks for sampling is refused
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    # these apply to assisted generation with a second model, which a checkpoint cannot contain
+    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_early_exit", "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind"),
+    "max_matching_ngram_size",
+)
+"""Settings that may differ from Hugging Face's defaults without changing the captions of `generate`."""
+
+
+def verdict(setting: str) -> str:
+    """Return whether the engine supports a field of GenerationConfig: "yes", "no effect" or "refused".
+
+    A "refused" field is accepted if it has its neutral value.
+    """
+    if setting in GENERATION_SETTINGS:
+        return "yes"
+    return "no effect" if setting in IGNORED_SETTINGS else "refused"
+
+
+def configured_settings(directory: Path) -> dict[str, Any]:
+    """Return the generation settings in config.json (Rules.settings_part) that differ from the defaults."""
+    part = read_json(directory / "config.json").get(rules_at(directory).settings_part) or {}
+    return {
+        name: part[name] for name, default in DEFAULTS.items() if part.get(name) is not None and part[name] != default
+    }
+
+
+def generation_settings(directory: Path) -> dict[str, Any]:
+    """Return the generation settings of a checkpoint that the engine honours, as a bundle records them."""
+    settings = configured_settings(directory)
+    return {name: settings[name] for name in GENERATION_SETTINGS if name in settings}
+
+
+def refuse_unsupported(directory: Path, rules: Rules, raw: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if config.json has settings, of generation or of the model, that are not supported."""
+    part = raw.get(rules.settings_part) or {}
+    unknown = {
+        name: part[name]
+        for name, neutral in (DEFAULTS | OTHER_DEFAULTS).items()
+        if verdict(name) == "refused" and part.get(name) is not None and part[name] != neutral
+    }
+    refuse_settings(unknown | rules.unsupported(raw), directory)
+
+
+def refuse_settings(unknown: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise CheckpointError if there are settings that the engine does not support."""
+    if unknown:
+        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
+        raise CheckpointError(
+            f"{checkpoint} has settings that the engine does not support ({listed}): remove them and export again"
+        )
+
+
+def ignored_settings(directory: Path) -> list[str]:
+    """Return a note if generation_config.json, which `generate` ignores, differs from the settings of config.json."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return []
+    own, rules = configured_settings(directory), rules_at(directory)
+    other = {
+        name: value
+        for name, value in read_json(path).items()
+        if name in DEFAULTS and value is not None and value != own.get(name, DEFAULTS[name])
+    }
+    listed = ", ".join(f"{name}={value!r}" for name, value in sorted(other.items()))
+    return (
+        [
+            f"{path.name} sets {listed}, which is ignored: {rules.name}'s generate reads only "
+            f"{rules.settings_part} in config.json"
+        ]
+        if listed
+        else []
+    )
