@@ -405,7 +405,7 @@ class Captioner:
             sha256: list[str] = []
             how |= {"notes": notes, "sha256": sha256}
             try:
-                pixels = read_image(content, spec.height, spec.width, spec.resample, **how)
+                pixels = read_image(content, spec.height, spec.width, spec.resample, resize=spec.resize, **how)
             except ImageError as error:
                 return _Read(name, error if is_file else ImageError(f"image {name}", error.reason))
             named = notes if is_file else [note._replace(name=name) for note in notes]

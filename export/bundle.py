@@ -396,8 +396,8 @@ def _skip_ties(reference: Reference, draft: _Draft, log: Callable[[str], None]) 
             rank = first_difference(captions[i], expected)
             if rank is None:
                 continue
-            image = Image.fromarray(golden.pixel_values[i])
-            verdict, divergence = judge(reference, captioner, image, options, captions[i][rank], rank)
+            pixels = golden.pixel_values[i]
+            verdict, divergence = judge(reference, captioner, pixels, options, captions[i][rank], rank)
             if verdict != "real":
                 log(f"golden image {i} is skipped in setting {setting}: its captions tie, {divergence.gap:.1e} apart")
                 golden.skip(setting, i, rank)

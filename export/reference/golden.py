@@ -9,7 +9,6 @@ import itertools
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from engine.errors import CheckpointError
 from engine.machine.verify import UNRECORDED, Golden, Ids
@@ -77,7 +76,7 @@ def record_golden(reference: Reference) -> Golden:
     """
     sizes = reference.sizes
     pictures = golden_pictures(sizes.image_size)
-    pixel_values = reference.pixels([Image.fromarray(picture) for picture in pictures])
+    pixel_values = reference.normalised(pictures)
     limits = dict.fromkeys(("max_length", "min_length"), sizes.max_positions)
     limits |= dict.fromkeys(("max_new_tokens", "min_new_tokens"), max(1, sizes.max_positions - LONGEST_PROMPT))
     settings: list[dict[str, Any]] = [

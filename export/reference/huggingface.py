@@ -139,6 +139,12 @@ class Reference:
         """Return the pixel values of RGB images by the image processor: f32[B,3,height,width]."""
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
+    def normalised(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        """Return the pixel values f32[B,3,height,width] of images u8[B,height,width,3] that need no resizing."""
+        steps = [name for name in ("do_resize", "do_center_crop") if getattr(self.image_processor, name, False)]
+        skipped = dict.fromkeys(steps, False)
+        return self.image_processor(list(pixels), return_tensors="pt", **skipped)["pixel_values"]
+
     def bad_words_ids(self, options: DecodeOptions) -> list[list[int]] | None:
         """Return generate's argument `bad_words_ids`: the ids of the option bad_words, or the option bad_words_ids."""
         if options.bad_words:
@@ -260,7 +266,7 @@ class UncachedBackend(PrefixBackend):
         if (content := image.tobytes()) == self._image:
             return True
         with torch.inference_mode():
-            pixel_values = self._reference.pixels([Image.fromarray(image)])
+            pixel_values = self._reference.normalised(image[None])
             self._hidden = self._family.encode(self._reference.model, pixel_values)
         self._image, self._rows = content, {}
         return False
