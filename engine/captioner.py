@@ -18,7 +18,7 @@ from engine.backends import Backend, open_backends, require_backend
 from engine.backends.device import slots_for
 from engine.bundle.manifest import WITH_PENALTIES, Bundle
 from engine.bundle.open import BundleRef
-from engine.bundle.tokenizer import CaptionTokenizer, detokenise
+from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captions import Alternative, Caption
 from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Hypothesis, Search, Start, resolve_search
@@ -438,7 +438,7 @@ class Captioner:
 
     def _alternative(self, hypothesis: Hypothesis) -> Alternative:
         raw = self.tokenizer.decode(hypothesis.ids)
-        return Alternative(detokenise(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
+        return Alternative(self.tokenizer.tidy(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
 
 
 class PendingImages(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.bundle.manifest import TokenIds, demo_bundle
-from engine.checkpoints.rules import ProcessorRules, Rules, Sizes
+from engine.checkpoints.rules import WITHOUT_EFFECT, ProcessorRules, Rules, Settings, Sizes
 from engine.errors import CheckpointError
 
 HEAD, WORDS = "text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"
@@ -80,7 +80,6 @@ class BlipRules(Rules):
         "text_encoder.": "a question answering or retrieval checkpoint",
         "text_projection.": "a retrieval checkpoint",
     }
-    settings_part = "text_config"
     processor = ProcessorRules(
         kind="BlipImageProcessor",
         prefix="Blip",
@@ -95,14 +94,7 @@ class BlipRules(Rules):
             "image_std": [0.26862954, 0.26130258, 0.27577711],
             "do_convert_rgb": True,
         },
-        without_effect=frozenset(
-            (
-                *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"),
-                *("data_format", "input_data_format", "default_to_square", "device", "disable_grouping"),
-                *("return_tensors", "image_seq_length", "num_query_tokens", "crop_size", "pad_size", "size_divisor"),
-                "transformers_version",
-            )
-        ),
+        without_effect=WITHOUT_EFFECT,
     )
 
     def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
@@ -137,6 +129,10 @@ class BlipRules(Rules):
         """See Rules.unsupported."""
         kind = _part(raw, "text_config")["position_embedding_type"]
         return {} if kind == "absolute" else {"position_embedding_type": kind}
+
+    def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:  # noqa: ARG002
+        """See Rules.settings. `generate` calls the text decoder's, which does not see generation_config.json."""
+        return [Settings("text_config of config.json", raw.get("text_config") or {})]
 
     def convert_original(self, shapes: Mapping[str, tuple[int, ...]], file: Path) -> Original:
         """Return how a checkpoint in the authors' own layout, with weights of these shapes, becomes Hugging Face's.

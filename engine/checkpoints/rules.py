@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from engine.bundle.manifest import ModelDims, TokenIds
 
@@ -39,6 +39,24 @@ class ProcessorRules:
     without_effect: frozenset[str]
 
 
+WITHOUT_EFFECT = frozenset(
+    (
+        *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"),
+        *("data_format", "input_data_format", "default_to_square", "device", "disable_grouping"),
+        *("return_tensors", "image_seq_length", "num_query_tokens", "crop_size", "pad_size", "size_divisor"),
+        *("do_reduce_labels", "reduce_labels", "transformers_version"),
+    )
+)
+"""Settings of image processors that do not change pixels."""
+
+
+class Settings(NamedTuple):
+    """A source of generation settings, such as "decoder of config.json", and its content."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
 class Rules(ABC):
     """What the checkpoints of a family look like. `raw` is the content of config.json in all methods."""
 
@@ -52,9 +70,8 @@ class Rules(ABC):
     """Prefixes of weight names: the encoder's, the decoder's. If all weights of one are 0, the checkpoint is broken."""
     other_models: ClassVar[Mapping[str, str]] = {}
     """Prefixes of weight names of related models that do not generate captions, and what these models are."""
-    settings_part: ClassVar[str]
-    """The part of config.json from which `generate` reads its settings."""
     processor: ClassVar[ProcessorRules]
+    """The image processor of the family; see `processor_for`."""
 
     @abstractmethod
     def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
@@ -71,3 +88,25 @@ class Rules(ABC):
     @abstractmethod
     def unsupported(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of config.json that change the model in a way that the graphs do not have."""
+
+    @abstractmethod
+    def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:
+        """Return where `generate` reads its settings; the first source that sets one decides.
+
+        `generation` is the content of generation_config.json, or None without that file.
+        """
+
+    def complete(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:  # noqa: ARG002
+        """Return config.json with the special ids that `generate` uses, which may be in generation_config.json."""
+        return dict(raw)
+
+    def unused(self, raw: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return prefixes of weights that captions do not depend on: checkpoints may lack them, and bundles do."""
+        return ()
+
+    def processor_for(self, kind: str | None, raw: Mapping[str, Any]) -> ProcessorRules | None:  # noqa: ARG002
+        """Return the rules for an image processor of class `kind`, or None if the family has no such processor.
+
+        `kind` is None for the default of the family.
+        """
+        return self.processor if kind is None or kind.startswith(self.processor.prefix) else None

@@ -122,7 +122,7 @@ def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], sour
         if copy in weights and original in weights and not torch.equal(weights[copy], weights[original]):
             raise CheckpointError(
                 f"{source}: {copy} differs from {original}, but tie_word_embeddings requires them to be equal: set it "
-                f"to false in {family.rules.settings_part}, or remove one of the two"
+                "to false in config.json, or remove one of the two"
             )
         if original not in weights and copy in weights:
             weights[original] = weights[copy]
@@ -137,7 +137,8 @@ def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], sour
                 f"{source}: {name} has the shape {tuple(tensor.shape)}, but config.json requires {shapes[name]}"
             )
     missing = sorted(set(shapes) - set(weights) - set(tied))
-    missing = [name for name in missing if not name.endswith(NO_WEIGHTS)]
+    unused = family.rules.unused(config.to_dict())
+    missing = [name for name in missing if not name.endswith(NO_WEIGHTS) and not name.startswith(unused)]
     if missing:
         raise CheckpointError(
             f"{source} lacks {len(missing)} weights of {family.rules.architecture} ({missing[0]}, ...): "

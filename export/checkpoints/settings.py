@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers.models import WordPiece
+from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedModel, PreTrainedTokenizerFast
 
 from engine.checkpoints.files import read_json, refuse_stand_in
 from engine.checkpoints.settings import configured_settings, verdict
 from engine.errors import CheckpointError
 from export.families import family_of
-from export.families.modules import IS_5
 
-FILES = ("tokenizer.json", "vocab.txt")
-"""A tokenizer needs one of these files."""
+FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
+"""A tokenizer needs one of these files; vocab.json comes with merges.txt."""
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -47,13 +48,26 @@ def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrained
     return tokenizer
 
 
+def tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return what restored_tokenizer needs in addition to tokenizer.json."""
+    if isinstance(tokenizer.backend_tokenizer.model, WordPiece):
+        return {name: tokenizer.init_kwargs.get(name) for name in ("do_lower_case", "strip_accents")}
+    return {name: str(getattr(tokenizer, name)) for name in SPECIAL if getattr(tokenizer, name) is not None}
+
+
+def restored_tokenizer(file: Path, settings: Mapping[str, Any], *, clean_up: bool) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a tokenizer.json with settings from tokenizer_settings."""
+    kind = BertTokenizerFast if "do_lower_case" in settings else PreTrainedTokenizerFast
+    return kind(tokenizer_file=str(file), clean_up_tokenization_spaces=clean_up, **settings)
+
+
 def _missing(directory: Path) -> str:
     """Return the error for a checkpoint without a tokenizer. Trainer saves one only if it gets the processor."""
     config = directory / "config.json"
     base = (read_json(config).get("_name_or_path") if config.is_file() else None) or "BASE"
     return (
-        f"{directory} has no tokenizer (tokenizer.json or vocab.txt): copy it and preprocessor_config.json from the "
-        f"checkpoint that the training started from, as in AutoProcessor.from_pretrained({str(base)!r})"
+        f"{directory} has no tokenizer (tokenizer.json, vocab.txt or vocab.json): copy it and preprocessor_config.json from "
+        f"the checkpoint that the training started from, as in AutoProcessor.from_pretrained({str(base)!r})"
         f".save_pretrained({str(directory)!r})"
     )
 
@@ -112,7 +126,6 @@ def check_supported(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def apply_settings(model: PreTrainedModel, directory: Path) -> None:
-    """Copy the settings of config.json to the generation config. Only transformers 5 needs this; 4 does it itself."""
-    if IS_5:
-        for name, value in configured_settings(directory).items():
-            setattr(family_of(model).generation_config(model), name, value)
+    """Give the model the generation settings that `from_pretrained` would read from a checkpoint."""
+    settings = {name: setting.value for name, setting in configured_settings(directory).items()}
+    family_of(model).apply_settings(model, settings)

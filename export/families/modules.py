@@ -315,6 +315,15 @@ class Family(ABC):
     def generation_config(self, model: PreTrainedModel) -> Any:
         """Return the GenerationConfig that the model's `generate` reads."""
 
+    def apply_settings(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+        """Change the GenerationConfig of a new model to a checkpoint's settings (those that are not the default).
+
+        By default these are in config.json, where only transformers 5 does not find them.
+        """
+        if IS_5:
+            for name, value in settings.items():
+                setattr(self.generation_config(model), name, value)
+
     @abstractmethod
     def prompt_arguments(
         self, tokenizer: PreTrainedTokenizerBase, prompt: str | None, images: int

@@ -125,7 +125,7 @@ def _bans(captions: list[Ids], reference: Reference) -> dict[str, Any]:
 
 
 def _spelled(captions: list[list[int]], reference: Reference) -> list[str]:
-    """Return a text of up to 3 ids of a caption that the tokenizer encodes to the same ids.
+    """Return a text of up to 3 ids of a caption, one of whose spellings has the same ids.
 
     If there is none (captions of word pieces or special ids only), return a word of the vocabulary, so that some text
     is banned.
@@ -136,6 +136,6 @@ def _spelled(captions: list[list[int]], reference: Reference) -> list[str]:
     for ids in itertools.chain(spans, known):
         text = tokenizer.decode(ids).strip()
         is_plain = text.isalpha() and not set(ids) & set(tokenizer.all_special_ids)
-        if is_plain and tokenizer(text, add_special_tokens=False)["input_ids"] == ids:
+        if is_plain and ids in reference.spellings(text):
             return [text]
     return []
