@@ -66,8 +66,8 @@ def _missing(directory: Path) -> str:
     config = directory / "config.json"
     base = (read_json(config).get("_name_or_path") if config.is_file() else None) or "BASE"
     return (
-        f"{directory} has no tokenizer (tokenizer.json, vocab.txt or vocab.json): copy it and preprocessor_config.json from "
-        f"the checkpoint that the training started from, as in AutoProcessor.from_pretrained({str(base)!r})"
+        f"{directory} has no tokenizer (tokenizer.json, vocab.txt or vocab.json): copy it and preprocessor_config.json "
+        f"from the checkpoint that the training started from, as in AutoProcessor.from_pretrained({str(base)!r})"
         f".save_pretrained({str(directory)!r})"
     )
 

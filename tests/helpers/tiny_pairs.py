@@ -132,13 +132,14 @@ def make_model(
     *,
     seed: int = 0,
     end_bias: float | None = None,
+    favoured: str | None = None,
     vision: dict | None = None,
     text: dict | None = None,
 ) -> VisionEncoderDecoderModel:
     """Return a model with random weights in eval mode.
 
     `end_bias` is added to the logit of the end token, so that captions of different images have different lengths.
-    `vision` and `text` are further settings of the two configurations.
+    The pad token's logit gets 3 more if `favoured` is "pad". `vision` and `text` are further settings of the two parts.
     """
     ids = token_ids(decoder, tokenizer)
     patch = SWIN_PATCH if encoder == "swin" else PATCH_SIZE
@@ -160,6 +161,8 @@ def make_model(
                 parameter.normal_(std=0.25, generator=generator)
         model.tie_weights()
         _favour(model.decoder, decoder, ids["eos_token_id"], END_BIAS[decoder] if end_bias is None else end_bias)
+        if favoured == "pad":
+            _favour(model.decoder, decoder, ids["pad_token_id"], 3.0)
     return model
 
 

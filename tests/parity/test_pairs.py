@@ -14,13 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engine.captioner import Captioner
+from engine.checkpoints.settings import size_before_crop
+from engine.decoding.scheduler import Scheduler
+from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.families.modules import IS_5
-from export.reference.huggingface import Reference
-from export.reference.trace import SCORE_TOLERANCE
+from export.reference.huggingface import Reference, UncachedBackend
+from export.reference.torch_backend import TorchBackend, search_of
+from export.reference.trace import SCORE_TOLERANCE, summed_log_prob
 from tests.helpers.tiny import random_pictures
 from tests.helpers.tiny_pairs import make_pair, pairs
 
@@ -95,3 +100,49 @@ def test_captions_of_a_pair_equal_generate(encoder, decoder, tmp_path, digests):
     if IS_5:
         stored = json.loads(IDS.read_text())[f"{encoder}-{decoder}"]
         assert {name: stored[name] for name in found} == found, "differs from transformers 4.57.6"
+
+
+WAVES = {"use_learned_position_embeddings": False, "scale_embedding": True, "layernorm_embedding": False}
+VARIANTS = {
+    "pad ids in captions of RoBERTa": ("vit", "roberta", {}, "pad"),
+    "pad ids in captions of TrOCR with waves": (
+        "vit",
+        "trocr",
+        {"text": WAVES | {"activation_function": "relu"}},
+        "pad",
+    ),
+    "GPT-2 of the encoder's width, head not tied": (
+        "vit",
+        "gpt2",
+        {"text": {"n_embd": 24, "n_head": 3, "tie_word_embeddings": False, "reorder_and_upcast_attn": True}},
+        None,
+    ),
+    "Swin whose patches need padding": ("swin", "bert", {"vision": {"window_size": 3, "image_size": 32}}, None),
+    "BEiT without a last norm": ("beit", "bert", {"vision": {"use_mean_pooling": True}}, None),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_generate(variant, tmp_path):
+    """The modules that are exported, in torch: other settings of the same models."""
+    encoder, decoder, settings, favoured = VARIANTS[variant]
+    checkpoint = make_pair(tmp_path, encoder, decoder, favoured=favoured, **settings)
+    reference = Reference.load(checkpoint)
+    backend = TorchBackend(reference.model, reference.image_processor)
+    pictures = random_pictures(IMAGES)
+    spec = reference.sizes.image_size
+    resample = Image.Resampling(reference.image_processor.resample).name.lower()
+    resize = size_before_crop(reference.image_processor.to_dict())
+    u8 = np.stack([read_image(picture, spec, spec, resample, resize=resize) for picture in pictures])
+    pads = 0
+    for setting in ({"num_beams": 1}, {"num_beams": 4, "no_repeat_ngram_size": 3}, {"num_beams": 3}):
+        options = DecodeOptions(max_new_tokens=14, **setting)
+        theirs = reference.generate(reference.pixels(pictures), options)
+        ours = dict(Scheduler(backend, search_of(reference.model, options), num_slots=4).decode(u8))
+        for number, (expected, *_) in enumerate(theirs):
+            assert ours[number][0].ids == expected.ids, setting
+            pads += reference.sizes.tokens.pad in expected.ids[1:-1]
+            judged = UncachedBackend(reference)  # its positions must be those of generate's cache
+            log_prob = summed_log_prob(judged, search_of(reference.model, options), u8[number], expected.ids)
+            assert abs(log_prob - ours[number][0].sum_log_prob) < 1e-4 * max(1.0, abs(log_prob))
+    assert bool(pads) == (favoured == "pad")
