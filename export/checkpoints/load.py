@@ -12,7 +12,7 @@ from engine.checkpoints.files import read_config_file, rules_at, weight_files
 from engine.checkpoints.rules import Rules
 from engine.checkpoints.settings import read_processor
 from engine.errors import CheckpointError
-from export.checkpoints.files import read_weights
+from export.checkpoints.files import current_names, read_weights
 from export.checkpoints.settings import apply_settings
 from export.families import FAMILIES, family_at
 
@@ -130,6 +130,7 @@ def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], sour
         model = family.model_class(config)
     except Exception as error:
         raise CheckpointError(f"cannot load {source}: {' '.join(str(error).split())[:300]}") from error
+    weights = current_names(model, weights)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tensor in weights.items():
         if name in shapes and tuple(tensor.shape) != shapes[name]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import BeitImageProcessor, CLIPImageProcessor, DeiTImageProcessor
+from transformers import (
+    BeitImageProcessor,
+    BitImageProcessor,
+    CLIPImageProcessor,
+    DeiTImageProcessor,
+    ViTImageProcessor,
+)
 
 from engine.errors import ImageError
 from engine.inputs.pixels import read_image
@@ -21,6 +27,8 @@ RULES = {
         (31,),
     ),
     "DeiT": (DeiTImageProcessor(), (224, 224), "bicubic", (256, 256)),
+    "DINOv2": (BitImageProcessor(size={"shortest_edge": 256}), (224, 224), "bicubic", (256,)),
+    "ViT": (ViTImageProcessor(), (224, 224), "bilinear", ()),
     "BEiT": (BeitImageProcessor(do_center_crop=True), (224, 224), "bicubic", (256, 256)),
     "DeiT that pads": (
         DeiTImageProcessor(size={"height": 29, "width": 40}, crop_size={"height": 32, "width": 31}),
