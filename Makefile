@@ -41,8 +41,8 @@ test-next: $(NEXT)/.ready  ## run the parity grid and the export tests with the 
 	$(NEXT)/bin/python -m pytest tests/parity/test_releases.py tests/unit/export tests/parity/test_generate.py \
 	    tests/parity/test_export.py
 
-test-families: $(FULL)/.ready  ## compare every pair of VisionEncoderDecoder with generate over the whole grid (minutes per pair)
-	FAMILIES_GRID=full $(FULL)/bin/python -m pytest tests/parity/test_pairs.py
+test-families: $(FULL)/.ready  ## compare every family and pair with generate over the whole grid of settings (minutes per pair)
+	FAMILIES_GRID=full $(FULL)/bin/python -m pytest tests/parity/test_pairs.py tests/parity/test_git.py
 
 lint: $(FULL)/.ready  ## check style, types and the import rules between packages
 	$(FULL)/bin/ruff check .

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.checkpoints.files import GENERATION_FILE, read_config_file, read_generation_file, read_json, rules_at
-from engine.checkpoints.rules import Rules, Settings
+from engine.checkpoints.rules import DEFAULTS, Rules, Settings
 from engine.errors import CheckpointError
 from engine.options import GENERATION_SETTINGS
 
@@ -30,6 +30,17 @@ class ProcessorSettings:
         """Height and width in pixels of the images that the encoder gets."""
         return height_width(self.values)
 
+    def for_size(self, side: int) -> dict[str, Any]:
+        """Return the settings for square images of `side` px. Before a crop, images keep their share of its size."""
+        if self.size == (side, side):
+            return self.values
+        square = {"height": side, "width": side}
+        if not self.values.get("do_center_crop"):
+            return self.values | {"size": square}
+        factor = side / min(self.size)
+        size = {name: round(edge * factor) for name, edge in self.values["size"].items()}
+        return self.values | {"size": size, "crop_size": square}
+
 
 def height_width(settings: Mapping[str, Any]) -> tuple[int, int]:
     """Return height and width in pixels after an image processor with these settings has resized and cropped."""
@@ -38,11 +49,14 @@ def height_width(settings: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def size_before_crop(settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return ImageSpec.resize for an image processor with these settings: empty if it does not crop."""
+    """Return ImageSpec.resize for an image processor with these settings: empty if it crops nothing."""
     size = settings["size"]
     if not settings.get("do_center_crop"):
         return ()
-    return (size["shortest_edge"],) if "shortest_edge" in size else (size["height"], size["width"])
+    if "shortest_edge" in size:
+        return (size["shortest_edge"],)
+    resized = size["height"], size["width"]
+    return () if resized == height_width(settings) else resized
 
 
 def read_processor(directory: Path) -> ProcessorSettings:
@@ -163,39 +177,6 @@ def _channels(path: Path, name: str, value: Any) -> list[float]:
             f"{path}: {name} is {value!r}, but it must be a number, or three numbers for three channels"
         )
     return [float(number) for number in values]
-
-
-DEFAULTS: dict[str, Any] = {
-    "max_length": 20,
-    "min_length": 0,
-    "do_sample": False,
-    "early_stopping": False,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "num_return_sequences": 1,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "remove_invalid_values": False,
-    "exponential_decay_length_penalty": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "max_new_tokens": None,
-    "min_new_tokens": None,
-}
-"""Generation settings that a model configuration may contain, with their defaults.
-
-Source: transformers 4.57, PretrainedConfig.
-"""
 
 
 IGNORED_SETTINGS = (

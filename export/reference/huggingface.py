@@ -123,17 +123,8 @@ class Reference:
         """Load a checkpoint directory. Raises CheckpointError as load_checkpoint does, or if there is no tokenizer."""
         model = load_checkpoint(checkpoint, image_size)
         family = family_of(model)
-        settings, sizes = read_processor(checkpoint), family.sizes(model.config)
-        if settings.values.get("do_center_crop"):
-            if settings.size != (sizes.image_size,) * 2:
-                raise CheckpointError(
-                    f"{checkpoint} crops images to {settings.size[0]} px, but the model takes {sizes.image_size} px: "
-                    f"pass --image-size {settings.size[0]}, or change crop_size"
-                )
-            processor = family.make_processor(settings.values)
-        else:
-            processor = family.make_processor(settings.values)
-            processor.size = {"height": sizes.image_size, "width": sizes.image_size}
+        sizes = family.sizes(model.config)
+        processor = family.make_processor(read_processor(checkpoint).for_size(sizes.image_size))
         return cls(model, processor, read_tokenizer(checkpoint, sizes.vocab_size))
 
     @property

@@ -73,7 +73,13 @@ def test_look_up_a_family(tiny_checkpoint, tiny_reference):
 
 @pytest.mark.parametrize(
     ("model_type", "architectures"),
-    [("git", ["GitForCausalLM"]), ("blip-2", []), (None, []), (["blip"], []), ("blip", ["BlipForQuestionAnswering"])],
+    [
+        ("pix2struct", ["Pix2StructForConditionalGeneration"]),
+        ("blip-2", []),
+        (None, []),
+        (["blip"], []),
+        ("blip", ["BlipForQuestionAnswering"]),
+    ],
 )
 def test_other_models_are_refused_by_name(model_type, architectures):
     with pytest.raises(CheckpointError) as refused:
