@@ -231,20 +231,26 @@ def configured_settings(directory: Path) -> dict[str, Setting]:
 
 
 def ignored_settings(directory: Path) -> list[str]:
-    """Return a note if generation_config.json, which `generate` ignores, differs from the settings of config.json."""
+    """Return a note if the file that `generate` ignores differs from the settings that it reads.
+
+    The file is generation_config.json or, if that is read, config.json.
+    """
     sources, generation = settings_sources(directory), read_generation_file(directory)
-    if generation is None or sources[0].source == GENERATION_FILE:
+    if generation is None:
         return []
+    file, values = GENERATION_FILE, generation
+    if sources[0].source == GENERATION_FILE:
+        file, values = "config.json", read_json(directory / "config.json")
     own = configured_settings(directory)
     other = {
         name: value
-        for name, value in generation.items()
+        for name, value in values.items()
         if name in DEFAULTS and value is not None and value != (own[name].value if name in own else DEFAULTS[name])
     }
     listed = ", ".join(f"{name}={value!r}" for name, value in sorted(other.items()))
     return (
         [
-            f"{GENERATION_FILE} sets {listed}, which is ignored: {rules_at(directory).name}'s generate reads only "
+            f"{file} sets {listed}, which is ignored: {rules_at(directory).name}'s generate reads only "
             f"{sources[0].source}"
         ]
         if listed
