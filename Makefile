@@ -16,7 +16,7 @@ RECORD ?=
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
-.PHONY: all caption full test test-next lint parity fuzz golden bench soak plots figures docs recipe train-smoke demo restore help clean
+.PHONY: all caption full test test-next test-families lint parity fuzz golden bench soak plots figures docs recipe train-smoke demo restore help clean
 
 all: lint test  ## run lint and test
 
@@ -40,6 +40,9 @@ test: lint $(NEXT)/.ready  ## create all environments, lint, and run all tests (
 test-next: $(NEXT)/.ready  ## run the parity grid and the export tests with the newest transformers 5
 	$(NEXT)/bin/python -m pytest tests/parity/test_releases.py tests/unit/export tests/parity/test_generate.py \
 	    tests/parity/test_export.py
+
+test-families: $(FULL)/.ready  ## compare every family and pair with generate over the whole grid of settings (minutes per pair)
+	FAMILIES_GRID=full $(FULL)/bin/python -m pytest tests/parity/test_pairs.py tests/parity/test_git.py
 
 lint: $(FULL)/.ready  ## check style, types and the import rules between packages
 	$(FULL)/bin/ruff check .

@@ -233,7 +233,7 @@ def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, I
     least: dict[int, float] = {}
 
     def verdict(i: int, mine: Ids1, theirs: Ids1) -> str:
-        pixels = read_image(pictures[i], spec.height, spec.width, spec.resample)
+        pixels = read_image(pictures[i], spec.height, spec.width, spec.resample, resize=spec.resize)
         picture = reference.pixels([pictures[i]])
 
         def per_token(ids: Ids1) -> float:

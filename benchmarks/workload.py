@@ -134,7 +134,10 @@ def read_pixels(workload: Workload, bundle: Bundle) -> NDArray[np.uint8]:
     """Return the images as input of the bundle's encoder, u8[N,height,width,3]."""
     spec = bundle.image
     return np.stack(
-        [read_image(picture, spec.height, spec.width, spec.resample) for picture in read_pictures(workload)]
+        [
+            read_image(picture, spec.height, spec.width, spec.resample, resize=spec.resize)
+            for picture in read_pictures(workload)
+        ]
     )
 
 

@@ -18,7 +18,7 @@ from engine.backends import Backend, open_backends, require_backend
 from engine.backends.device import slots_for
 from engine.bundle.manifest import WITH_PENALTIES, Bundle
 from engine.bundle.open import BundleRef
-from engine.bundle.tokenizer import CaptionTokenizer, detokenise
+from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captions import Alternative, Caption
 from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Hypothesis, Search, Start, resolve_search
@@ -410,7 +410,7 @@ class Captioner:
             sha256: list[str] = []
             how |= {"notes": notes, "sha256": sha256}
             try:
-                pixels = read_image(content, spec.height, spec.width, spec.resample, **how)
+                pixels = read_image(content, spec.height, spec.width, spec.resample, resize=spec.resize, **how)
             except ImageError as error:
                 return _Read(name, error if is_file else ImageError(f"image {name}", error.reason))
             named = notes if is_file else [note._replace(name=name) for note in notes]
@@ -443,7 +443,7 @@ class Captioner:
 
     def _alternative(self, hypothesis: Hypothesis) -> Alternative:
         raw = self.tokenizer.decode(hypothesis.ids)
-        return Alternative(detokenise(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
+        return Alternative(self.tokenizer.tidy(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
 
 
 class PendingImages(Protocol):

@@ -15,7 +15,8 @@ from engine.cli.shared import NAME, PATH, OneLine, log
     "--checkpoint",
     type=NAME,
     required=True,
-    help="BLIP captioning checkpoint: a folder, a Hugging Face Hub id such as owner/name, or an original .pth file.",
+    help="Captioning checkpoint: a folder, a Hugging Face Hub id such as owner/name, or a .pth file of the original "
+    "BLIP.",
 )
 @click.option(
     "--out", type=PATH, required=True, help="Folder to write the bundle to; a bundle that is already there is replaced."

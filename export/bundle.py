@@ -38,14 +38,14 @@ from engine.bundle.open import on_halves
 from engine.captioner import Captioner
 from engine.checkpoints.files import weight_files
 from engine.checkpoints.read import sha256_of_all
-from engine.checkpoints.settings import assumed_settings, ignored_settings
+from engine.checkpoints.settings import assumed_settings, configured_settings, ignored_settings, size_before_crop
 from engine.errors import ExportError, OutputError
 from engine.files.atomic import file_sha256
 from engine.files.lock import OutputLock
 from engine.machine.verify import Check, Golden, first_difference, replay, same_on_halves, verify, verify_halves
 from engine.options import GENERATION_SETTINGS, options_from
 from engine.runtime import Runtime
-from export.checkpoints.settings import check_supported
+from export.checkpoints.settings import check_supported, tokenizer_settings
 from export.graphs.exporters import write_graphs
 from export.precision import PrecisionReport, ScoredCaption, compare_captions, encoder_error, forced_log_prob, summary
 from export.reference.golden import record_golden
@@ -67,7 +67,7 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
     """Return the manifest of a checkpoint's fp32 bundle, without the sha256 of the bundle's files."""
     processor, sizes = reference.image_processor, reference.sizes
     _, mean, std = normalisation(processor)
-    settings = generation_defaults(reference)
+    settings, sources = generation_defaults(reference), configured_settings(checkpoint)
     weights = {path.name: file_sha256(path) for path in weight_files(checkpoint)}
     return {
         "format": FORMAT,
@@ -80,10 +80,11 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
             "resample": Image.Resampling(processor.resample).name.lower(),
             "mean": mean,
             "std": std,
-        },
+        }
+        | ({"resize": list(resize)} if (resize := size_before_crop(processor.to_dict())) else {}),
         "tokens": asdict(sizes.tokens),
         "generation": settings,
-        "generation_from": dict.fromkeys(settings, f"{reference.family.rules.settings_part} of config.json"),
+        "generation_from": {name: sources[name].source for name in settings},
         "clean_up_tokenization_spaces": bool(reference.tokenizer.clean_up_tokenization_spaces),
         "checkpoint": {
             "name": checkpoint.resolve().name,
@@ -93,9 +94,7 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
         "restore": {  # read only by `python -m export.restore`, not by the engine
             "config": reference.model.config.to_diff_dict(),
             "image_processor": processor.to_dict(),
-            "tokenizer": {
-                name: reference.tokenizer.init_kwargs.get(name) for name in ("do_lower_case", "strip_accents")
-            },
+            "tokenizer": tokenizer_settings(reference.tokenizer),
         },
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx")},
     }
@@ -392,8 +391,8 @@ def _skip_ties(reference: Reference, draft: _Draft, log: Callable[[str], None]) 
             rank = first_difference(captions[i], expected)
             if rank is None:
                 continue
-            image = Image.fromarray(golden.pixel_values[i])
-            verdict, divergence = judge(reference, captioner, image, options, captions[i][rank], rank)
+            pixels = golden.pixel_values[i]
+            verdict, divergence = judge(reference, captioner, pixels, options, captions[i][rank], rank)
             if verdict != "real":
                 log(f"golden image {i} is skipped in setting {setting}: its captions tie, {divergence.gap:.1e} apart")
                 golden.skip(setting, i, rank)

@@ -180,8 +180,8 @@ def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
     type=NAME,
     required=True,
     multiple=True,
-    help="BLIP captioning checkpoint: a folder, a Hugging Face Hub id such as owner/name, or an original .pth file. "
-    "Repeat it for each --bundle, in the same order.",
+    help="Captioning checkpoint: a folder, a Hugging Face Hub id such as owner/name, or a .pth file of the original "
+    "BLIP. Repeat it for each --bundle, in the same order.",
 )
 @click.option(
     "--bundle",

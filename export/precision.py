@@ -23,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends import Backend, StepInputs
+from engine.bundle.manifest import ImageSpec
 from engine.captioner import Captioner
 from engine.cli.shared import PATH, OneLine
 from engine.errors import UsageError
 from engine.files.atomic import check_outputs, write_atomically
-from engine.inputs.images import find_images
+from engine.inputs.images import ImageFile, find_images
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from engine.runtime import CPU_BACKENDS
@@ -171,11 +172,12 @@ def compare_bundles(float32: Captioner, other: Captioner, directory: Path, optio
         [ScoredCaption(caption.ids, caption.score) for caption in captioner.caption(images, options)]
         for captioner in (float32, other)
     ]
-    pixels = (
-        (image.path.name, read_image(image.path, spec.height, spec.width, spec.resample, frame=image.frame))
-        for image in images
-    )
+    pixels = ((image.path.name, _read(image, spec)) for image in images)
     return compare_captions(float32, options, pixels, *captions)
+
+
+def _read(image: ImageFile, spec: ImageSpec) -> NDArray[np.uint8]:
+    return read_image(image.path, spec.height, spec.width, spec.resample, resize=spec.resize, frame=image.frame)
 
 
 def check_twins(float32: Captioner, other: Captioner) -> None:
@@ -256,7 +258,7 @@ def main(
     report = compare_bundles(float32, other, images, options)
     spec = float32.bundle.image
     encoded = find_images(images).images[:ENCODED_IMAGES]
-    pixels = [read_image(image.path, spec.height, spec.width, spec.resample, frame=image.frame) for image in encoded]
+    pixels = [_read(image, spec) for image in encoded]
     error = encoder_error(float32.backend, other.backend, np.stack(pixels))
     document = {
         "bundle": other.bundle.digest,

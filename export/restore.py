@@ -14,12 +14,12 @@ import click
 import onnx
 import torch
 from onnx import numpy_helper
-from transformers import BertTokenizerFast
 
 from engine.bundle.manifest import MANIFEST
 from engine.bundle.open import open_bundle
 from engine.cli.shared import PATH, OneLine
 from engine.errors import EngineError
+from export.checkpoints.settings import restored_tokenizer
 from export.families import FAMILIES
 from export.graphs.exporters import FP16_SUFFIX
 
@@ -28,7 +28,8 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
     """Write a bundle's weights, config, image processor and tokenizer in Hugging Face's layout to `out` and return
     `out`.
 
-    Raises EngineError if the bundle is not fp32 or lacks weights.
+    Weights that captions do not depend on, which a bundle lacks, become 0. Raises EngineError if the bundle is not fp32
+    or lacks other weights.
     """
     bundle = open_bundle(bundle_dir)
     if bundle.precision != "fp32":
@@ -45,18 +46,20 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
     report = model.load_state_dict({n: w for n, w in weights.items() if n in expected}, strict=False)
     model.tie_weights()
     missing = set(report.missing_keys) - set(family.tied(model.config))
-    if missing:
+    unused = {name for name in missing if name.startswith(family.rules.unused(model.config.to_dict()))}
+    with torch.no_grad():
+        for name in unused:
+            model.state_dict()[name].zero_()
+    if missing := missing - unused:
         raise EngineError(
             f"{bundle_dir} lacks {len(missing)} weights of its checkpoint ({sorted(missing)[0]}, ...): export it again"
         )
     out.mkdir(parents=True, exist_ok=True)
+    family.apply_settings(model, bundle.generation)
     model.save_pretrained(out)
     family.make_processor(source["image_processor"]).save_pretrained(out)
-    BertTokenizerFast(
-        tokenizer_file=str(bundle.path / "tokenizer.json"),
-        clean_up_tokenization_spaces=bundle.clean_up_tokenization_spaces,
-        **source["tokenizer"],
-    ).save_pretrained(out)
+    clean_up = bundle.clean_up_tokenization_spaces
+    restored_tokenizer(bundle.path / "tokenizer.json", source["tokenizer"], clean_up=clean_up).save_pretrained(out)
     return out
 
 

@@ -64,7 +64,12 @@ MOST_BEAMS = 4
 def make_pixels(bundle: Bundle, count: int) -> NDArray[np.uint8]:
     """Return images of the corpus as input of the bundle's encoder, u8[count,height,width,3]."""
     spec, bases = bundle.image, [decode_image(image.path) for image in find_images(EXAMPLES).images]
-    return np.stack([read_image(make_picture(i, bases), spec.height, spec.width, spec.resample) for i in range(count)])
+    return np.stack(
+        [
+            read_image(make_picture(i, bases), spec.height, spec.width, spec.resample, resize=spec.resize)
+            for i in range(count)
+        ]
+    )
 
 
 def options_of(bundle: Bundle, search: str) -> DecodeOptions:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -189,7 +189,8 @@ class ImageSpec:
     """Input image of the encoder: u8 RGB of exactly height x width px, resized with Pillow's `resample` filter.
 
     `mean` and `std` (per channel, after scaling to 0..1) are applied inside the encoder graph; here they are for
-    information only.
+    information only. With `resize`, which is optional, images are resized to it and then center-cropped to height x
+    width. It is [height, width], as [256, 256] for DeiT, or [edge], the size of the shortest edge, as [224] for CLIP.
     """
 
     height: int
@@ -197,6 +198,7 @@ class ImageSpec:
     resample: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -431,7 +433,8 @@ def change_of(file: Path) -> str:
 def _dataclass_from_json(kind: type[T], values: Mapping[str, Any]) -> T:
     """Build a dataclass from JSON, with lists as tuples. Raises ValueError for unknown, missing or bad values."""
     wanted = {entry.name: entry.type for entry in fields(kind)}  # type: ignore[arg-type]
-    if set(values) != set(wanted):
+    optional = {entry.name for entry in fields(kind) if entry.default is not MISSING}  # type: ignore[arg-type]
+    if set(values) | optional != set(wanted):
         raise ValueError(f"{kind.__name__} needs {sorted(wanted)}, found {sorted(values)}")
     built = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for name, value in built.items():
@@ -439,6 +442,9 @@ def _dataclass_from_json(kind: type[T], values: Mapping[str, Any]) -> T:
         fits = {
             "int": type(value) is int and lowest <= value <= (MAX_LAYERS if name in SMALL_NUMBERS else MAX_NUMBER),
             "str": value in RESAMPLE_FILTERS,
+            "tuple[int, ...]": isinstance(value, tuple)
+            and len(value) in (1, 2)
+            and all(type(v) is int and 1 <= v <= MAX_NUMBER for v in value),
             "tuple[float, ...]": isinstance(value, tuple) and [type(v) in (int, float) for v in value] == [True] * 3,
         }
         if not fits[str(wanted[name])]:

@@ -210,6 +210,7 @@ def combine(bundles: Sequence[Bundle], weights: Sequence[float]) -> Bundle:
             ("vocabulary size", bundle.model.vocab_size, first.model.vocab_size),
             ("image size", (bundle.image.height, bundle.image.width), (first.image.height, first.image.width)),
             ("resize filter", bundle.image.resample, first.image.resample),
+            ("size before the center crop", bundle.image.resize, first.image.resize),
             ("clean-up of spaces", bundle.clean_up_tokenization_spaces, first.clean_up_tokenization_spaces),
         ):
             if value != expected:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import WordPiece
+from tokenizers.decoders import ByteLevel, WordPiece
 
 from engine.bundle.manifest import Bundle
 from engine.errors import BundleError, UsageError
@@ -49,6 +49,12 @@ class CaptionTokenizer:
             self._unknown = self._tokenizer.token_to_id(self._unknown)
         self._special = {bundle.tokens.bos, bundle.tokens.eos, bundle.tokens.pad}
         is_joined = isinstance(self._tokenizer.decoder, WordPiece)
+        self._is_byte_level = isinstance(self._tokenizer.decoder, ByteLevel)
+        self.has_spaces = not is_joined
+        """Whether tokens contain the text's own spaces, so that those around punctuation are not added by decoding."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        # a pad id may be an ordinary token of GPT-2's vocabulary, which transformers does not skip
+        self._skipped = {token for token in self._special if is_joined or (token in added and added[token].special)}
         words = (token for token in range(bundle.model.vocab_size) if self._decoded([token]))
         first_word = next(words, None) if is_joined else None
         if is_joined and first_word is None:
@@ -63,15 +69,17 @@ class CaptionTokenizer:
         """Return the ids of banned words or phrases, for Hugging Face's `bad_words_ids`.
 
         They are the ids of `tokenizer(words, add_special_tokens=False)`, which spells each at the beginning of a word.
-        Raises UsageError for words that the vocabulary cannot spell.
+        A byte-level tokenizer spells a word differently after a space, so that both spellings are banned. Raises
+        UsageError for words that the vocabulary cannot spell.
         """
         banned = []
         for word in words:
-            ids = self._encoded(word, "the banned word")
-            if not ids or (self._unknown is not None and self._unknown in ids):
-                raise UsageError(f"the vocabulary cannot spell the banned word {word!r}: remove it")
-            banned.append(ids)
-        return tuple(banned)
+            for spelling in spellings(word, is_byte_level=self._is_byte_level):
+                ids = self._encoded(spelling, "the banned word")
+                if not ids or (self._unknown is not None and self._unknown in ids):
+                    raise UsageError(f"the vocabulary cannot spell the banned word {word!r}: remove it")
+                banned.append(ids)
+        return tuple(dict.fromkeys(banned))
 
     def _encoded(self, text: str, what: str) -> tuple[int, ...]:
         """Return the ids of a text. Raises UsageError for non-printable characters, special or unknown tokens."""
@@ -87,9 +95,13 @@ class CaptionTokenizer:
             )
         return ids
 
+    def tidy(self, raw: str) -> str:
+        """Return a caption without superfluous spaces; see detokenise for tokenizers that add some."""
+        return " ".join(raw.split()) if self.has_spaces else detokenise(raw)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the same text as transformers' tokenizer.decode(ids, skip_special_tokens=True)."""
-        words = [i for i in ids if i not in self._special]
+        words = [i for i in ids if i not in self._skipped]
         text = self._pieces.first(words[0]) if words and self._pieces is not None else ""
         if text and self._pieces is not None:
             text += "".join([self._pieces[i] for i in words[1:]])
@@ -100,6 +112,11 @@ class CaptionTokenizer:
     def _decoded(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+
+def spellings(word: str, *, is_byte_level: bool) -> tuple[str, ...]:
+    """Return the texts to encode for a banned word: it alone and, for a byte-level tokenizer, also after a space."""
+    return (word, f" {word}") if is_byte_level and not word.startswith(" ") else (word,)
 
 
 class _Pieces(dict[int, str]):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.bundle.manifest import TokenIds, demo_bundle
-from engine.checkpoints.rules import ProcessorRules, Rules, Sizes, check_numbers
+from engine.checkpoints.rules import WITHOUT_EFFECT, ConvertibleRules, ProcessorRules, Settings, Sizes, check_numbers
 from engine.errors import CheckpointError
 
 HEAD, WORDS = "text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"
@@ -85,7 +85,7 @@ class Original(NamedTuple):
     files: dict[str, str]
 
 
-class BlipRules(Rules):
+class BlipRules(ConvertibleRules):
     """BLIP with a captioning head (BlipForConditionalGeneration)."""
 
     name = "BLIP"
@@ -96,7 +96,6 @@ class BlipRules(Rules):
         "text_encoder.": "a question answering or retrieval checkpoint",
         "text_projection.": "a retrieval checkpoint",
     }
-    settings_part = "text_config"
     tokenizer_class = "BertTokenizer"
     position_table = "vision_model.embeddings.position_embedding"
     processor = ProcessorRules(
@@ -113,14 +112,7 @@ class BlipRules(Rules):
             "image_std": [0.26862954, 0.26130258, 0.27577711],
             "do_convert_rgb": True,
         },
-        without_effect=frozenset(
-            (
-                *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"),
-                *("data_format", "input_data_format", "default_to_square", "device", "disable_grouping"),
-                *("return_tensors", "image_seq_length", "num_query_tokens", "crop_size", "pad_size", "size_divisor"),
-                "transformers_version",
-            )
-        ),
+        without_effect=WITHOUT_EFFECT,
     )
 
     def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
@@ -215,6 +207,10 @@ class BlipRules(Rules):
         """See Rules.unsupported."""
         kind = _part(raw, "text_config")["position_embedding_type"]
         return {} if kind == "absolute" else {"position_embedding_type": kind}
+
+    def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:  # noqa: ARG002
+        """See Rules.settings. `generate` calls the text decoder's, which does not see generation_config.json."""
+        return [Settings("text_config of config.json", raw.get("text_config") or {})]
 
     def convert_original(self, shapes: Mapping[str, tuple[int, ...]], file: Path) -> Original:
         """Return how a checkpoint in the authors' own layout, with weights of these shapes, becomes Hugging Face's.

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.families import rules_named
+from engine.checkpoints.families import RULES, rules_named
 from engine.checkpoints.rules import Rules
 from engine.errors import CheckpointError
 from engine.inputs.kinds import HEAD_BYTES, wrong_content
@@ -45,16 +45,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+GENERATION_FILE = "generation_config.json"
 MAX_LISTED = 5
 """Number of a run's checkpoints that an error lists; the last ones are listed."""
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
-    """Return config.json as JSON. Raises CheckpointError if it is missing, and says what the folder is instead."""
+    """Return config.json as JSON, with the special ids that `generate` uses.
+
+    Raises CheckpointError if it is missing, and says what the folder is instead.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a checkpoint: {_what_it_is(directory)}")
-    return read_json(path)
+    raw = read_json(path)
+    rules = RULES.get(kind) if isinstance(kind := raw.get("model_type"), str) else None
+    return raw if rules is None else rules.complete(raw, read_generation_file(directory))
+
+
+def read_generation_file(directory: Path) -> dict[str, Any] | None:
+    """Return generation_config.json as JSON, or None if there is no such file."""
+    path = directory / GENERATION_FILE
+    return read_json(path) if path.is_file() else None
 
 
 def rules_at(directory: Path) -> Rules:

@@ -22,13 +22,15 @@ from PIL import Image
 from engine.bundle.manifest import ImageSpec, ModelDims, TokenIds
 from engine.checkpoints.families import ORIGINAL
 from engine.checkpoints.files import read_config_file, rules_at, weight_files
-from engine.checkpoints.rules import Rules
+from engine.checkpoints.rules import ConvertibleRules, Rules
 from engine.checkpoints.settings import (
     assumed_settings,
+    configured_settings,
     generation_settings,
     ignored_settings,
     read_processor,
     refuse_unsupported,
+    size_before_crop,
 )
 from engine.checkpoints.tokenizer import read_tokenizer
 from engine.checkpoints.weights import Tensor, Weights, open_weights
@@ -118,6 +120,11 @@ def _read(
         raise CheckpointError(
             f"{folder / 'config.json'} asks for custom code (auto_map), which is never run: remove that entry"
         )
+    if not isinstance(rules, ConvertibleRules):
+        raise CheckpointError(
+            f"{source} is a {rules.name} checkpoint, which needs torch to become a bundle: run `python -m export` in a "
+            "checkout of this project"
+        )
     refuse_unsupported(folder, rules, raw)
     files = [source] if names else weight_files(source)
     weights = open_weights(files, source)
@@ -142,11 +149,12 @@ def _read(
         raise CheckpointError(
             f"{folder / 'config.json'}: the token ids {sizes.tokens} do not fit a vocabulary of {sizes.vocab_size}"
         )
-    generation = generation_settings(folder)
+    generation, sources = generation_settings(folder), configured_settings(folder)
     try:
         options_from(generation, {})
     except UsageError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {rules.settings_part}: {error}") from error
+        where = sources[next(iter(generation))].source
+        raise CheckpointError(f"{folder}: {where}: {error}") from error
     text = read_tokenizer(folder, rules.tokenizer_class, sizes.vocab_size)
     values = processor.values
     mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else ([0.0] * 3, [1.0] * 3)
@@ -162,11 +170,12 @@ def _read(
             resample=Image.Resampling(values["resample"]).name.lower(),
             mean=tuple(mean),
             std=tuple(std),
+            resize=size_before_crop(processor.for_size(sizes.image_size)),
         ),
         rescale=values["rescale_factor"] if values["do_rescale"] else 1.0,
         tokens=sizes.tokens,
         generation=generation,
-        generation_from=dict.fromkeys(generation, f"{rules.settings_part} of config.json"),
+        generation_from={name: sources[name].source for name in generation},
         tokenizer=text.text,
         clean_up_tokenization_spaces=text.clean_up_tokenization_spaces,
         notes=(*ignored_settings(folder), *assumed_settings(folder)),
@@ -186,7 +195,7 @@ def refuse_other_models(names: Iterable[str], rules: Rules, source: Path) -> Non
             )
 
 
-def fitted(weights: Weights, rules: Rules, raw: Mapping[str, Any]) -> Weights:
+def fitted(weights: Weights, rules: ConvertibleRules, raw: Mapping[str, Any]) -> Weights:
     """Return exactly the weights that config.json describes, tied ones under both names.
 
     Raises CheckpointError if one is missing or has another shape, if tied weights differ, or if all weights of the
@@ -201,7 +210,7 @@ def fitted(weights: Weights, rules: Rules, raw: Mapping[str, Any]) -> Weights:
             if not np.array_equal(weights[copy], weights[original]):
                 raise CheckpointError(
                     f"{source}: {copy} differs from {original}, but tie_word_embeddings requires them to be equal: set "
-                    f"it to false in {rules.settings_part}, or remove one of the two"
+                    "it to false in config.json, or remove one of the two"
                 )
         if original not in tensors and copy in tensors:
             tensors[original] = tensors[copy]

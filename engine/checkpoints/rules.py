@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from engine.bundle.manifest import MAX_LAYERS, MAX_NUMBER, ModelDims, TokenIds
 from engine.errors import CheckpointError
@@ -50,6 +50,71 @@ def check_numbers(settings: Mapping[str, Any], path: Path, part: str, lowest: in
             )
 
 
+WITHOUT_EFFECT = frozenset(
+    (
+        *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"),
+        *("data_format", "input_data_format", "default_to_square", "device", "disable_grouping"),
+        *("return_tensors", "image_seq_length", "num_query_tokens", "crop_size", "pad_size", "size_divisor"),
+        *("do_reduce_labels", "reduce_labels", "transformers_version"),
+    )
+)
+"""Settings of image processors that do not change pixels."""
+
+
+DEFAULTS: dict[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "num_return_sequences": 1,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "max_new_tokens": None,
+    "min_new_tokens": None,
+}
+"""Generation settings that a model configuration may contain, with their defaults.
+
+Source: transformers 4.57, PretrainedConfig.
+"""
+
+
+OTHER_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("max_time", "stop_strings", "cache_implementation", "cache_config", "prefill_chunk_size")),
+    **dict.fromkeys(("sequence_bias", "guidance_scale", "watermarking_config", "prompt_lookup_num_tokens")),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids")),
+    "encoder_repetition_penalty": 1.0,
+    "renormalize_logits": False,
+    "token_healing": False,
+}
+"""Refused generation settings that transformers 4.57 reads from a model configuration as well, with their defaults.
+
+Source: transformers 4.57, GenerationConfig.
+"""
+
+
+class Settings(NamedTuple):
+    """A source of generation settings, such as "decoder of config.json", and its content."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
 class Rules(ABC):
     """What the checkpoints of a family look like. `raw` is the content of config.json in all methods."""
 
@@ -63,13 +128,8 @@ class Rules(ABC):
     """Prefixes of weight names: the encoder's, the decoder's. If all weights of one are 0, the checkpoint is broken."""
     other_models: ClassVar[Mapping[str, str]] = {}
     """Prefixes of weight names of related models that do not generate captions, and what these models are."""
-    settings_part: ClassVar[str]
-    """The part of config.json from which `generate` reads its settings."""
     processor: ClassVar[ProcessorRules]
-    tokenizer_class: ClassVar[str]
-    """transformers' tokenizer for checkpoints that name none."""
-    position_table: ClassVar[str]
-    """Name of the encoder's position table f32[1,1+h*w,D]: a row for the class token, and one for each patch."""
+    """The image processor of the family; see `processor_for`."""
 
     @abstractmethod
     def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
@@ -78,6 +138,45 @@ class Rules(ABC):
     @abstractmethod
     def sizes(self, raw: Mapping[str, Any]) -> Sizes:
         """Return the sizes and special tokens of a model."""
+
+    @abstractmethod
+    def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:
+        """Return {name of a weight: name of the weight that it is a copy of} for tied weights."""
+
+    @abstractmethod
+    def unsupported(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of config.json that change the model in a way that the graphs do not have."""
+
+    @abstractmethod
+    def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:
+        """Return where `generate` reads its settings; the first source that sets one decides.
+
+        `generation` is the content of generation_config.json, or None without that file.
+        """
+
+    def complete(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:  # noqa: ARG002
+        """Return config.json with the special ids that `generate` uses, which may be in generation_config.json."""
+        return dict(raw)
+
+    def unused(self, raw: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return prefixes of weights that captions do not depend on: checkpoints may lack them, and bundles do."""
+        return ()
+
+    def processor_for(self, kind: str | None, raw: Mapping[str, Any]) -> ProcessorRules | None:  # noqa: ARG002
+        """Return the rules for an image processor of class `kind`, or None if the family has no such processor.
+
+        `kind` is None for the default of the family.
+        """
+        return self.processor if kind is None or kind.startswith(self.processor.prefix) else None
+
+
+class ConvertibleRules(Rules):
+    """Rules of a family whose checkpoints become bundles without torch, see read.py."""
+
+    tokenizer_class: ClassVar[str]
+    """transformers' tokenizer for checkpoints that name none."""
+    position_table: ClassVar[str]
+    """Name of the encoder's position table f32[1,1+h*w,D]: a row for the class token, and one for each patch."""
 
     @abstractmethod
     def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
@@ -94,11 +193,3 @@ class Rules(ABC):
     @abstractmethod
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         """Return config.json for images of `image_size` px. Raises CheckpointError if the model cannot have them."""
-
-    @abstractmethod
-    def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:
-        """Return {name of a weight: name of the weight that it is a copy of} for tied weights."""
-
-    @abstractmethod
-    def unsupported(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of config.json that change the model in a way that the graphs do not have."""

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from engine.checkpoints.files import read_json, rules_at
-from engine.checkpoints.rules import Rules
+from engine.checkpoints.files import GENERATION_FILE, read_config_file, read_generation_file, read_json, rules_at
+from engine.checkpoints.rules import DEFAULTS, OTHER_DEFAULTS, Rules, Settings
 from engine.errors import CheckpointError
 from engine.options import GENERATION_SETTINGS
 
@@ -27,8 +27,36 @@ class ProcessorSettings:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.values["size"]["height"], self.values["size"]["width"]
+        """Height and width in pixels of the images that the encoder gets."""
+        return height_width(self.values)
+
+    def for_size(self, side: int) -> dict[str, Any]:
+        """Return the settings for square images of `side` px. Before a crop, images keep their share of its size."""
+        if self.size == (side, side):
+            return self.values
+        square = {"height": side, "width": side}
+        if not self.values.get("do_center_crop"):
+            return self.values | {"size": square}
+        factor = side / min(self.size)
+        size = {name: round(edge * factor) for name, edge in self.values["size"].items()}
+        return self.values | {"size": size, "crop_size": square}
+
+
+def height_width(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Return height and width in pixels after an image processor with these settings has resized and cropped."""
+    size = settings["crop_size" if settings.get("do_center_crop") else "size"]
+    return size["height"], size["width"]
+
+
+def size_before_crop(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return ImageSpec.resize for an image processor with these settings: empty if it crops nothing."""
+    size = settings["size"]
+    if not settings.get("do_center_crop"):
+        return ()
+    if "shortest_edge" in size:
+        return (size["shortest_edge"],)
+    resized = size["height"], size["width"]
+    return () if resized == height_width(settings) else resized
 
 
 def read_processor(directory: Path) -> ProcessorSettings:
@@ -39,11 +67,14 @@ def read_processor(directory: Path) -> ProcessorSettings:
     """
     files = [(path, raw) for path, raw in _candidates(directory) if raw is not None]
     rules = rules_at(directory)
+    config = read_config_file(directory)
     if not files:
-        return ProcessorSettings(dict(rules.processor.settings), None, rules)
-    settings = [_checked(path, raw, rules) for path, raw in files]
+        known = rules.processor_for(None, config)
+        assert known is not None, "each family has a default"
+        return ProcessorSettings({**known.settings, "image_processor_type": known.kind}, None, rules)
+    settings = [_checked(path, raw, rules, config) for path, raw in files]
     if any(other != settings[0] for other in settings[1:]):
-        differ = sorted(name for name in rules.processor.settings if settings[0][name] != settings[1][name])
+        differ = sorted(name for name in settings[0] if settings[0][name] != settings[1].get(name))
         raise CheckpointError(
             f"{directory}: {OWN_FILE} and {NESTING_FILE} differ in {', '.join(differ)}: remove the wrong one"
         )
@@ -71,13 +102,15 @@ def _candidates(directory: Path) -> list[tuple[Path, dict[str, Any] | None]]:
     return [(own, read_json(own) if own.is_file() else None), (nesting, nested)]
 
 
-def _checked(path: Path, raw: dict[str, Any], rules: Rules) -> dict[str, Any]:
+def _checked(path: Path, raw: dict[str, Any], rules: Rules, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a file, completed with the defaults. Raises CheckpointError for an unsupported setting."""
-    known = rules.processor
-    kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or known.kind
-    if not str(kind).startswith(known.prefix):
+    kind = raw.get("image_processor_type") or raw.get("feature_extractor_type")
+    known = rules.processor_for(None if kind is None else str(kind), config)
+    if known is None:
+        needed = rules.processor_for(None, config)
+        assert needed is not None, "each family has a default"
         raise CheckpointError(
-            f"{path} is for {kind}, but {rules.name} needs {known.kind}: copy the file from a {rules.name} checkpoint"
+            f"{path} is for {kind}, but {rules.name} needs {needed.kind}: copy the file from a {rules.name} checkpoint"
         )
     if raw.get("auto_map"):
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
@@ -88,7 +121,12 @@ def _checked(path: Path, raw: dict[str, Any], rules: Rules) -> dict[str, Any]:
         listed = ", ".join(f"{name}={raw[name]!r}" for name in others)
         raise CheckpointError(f"{path} has settings that the engine does not support ({listed}): remove them")
     values = dict(known.settings) | {name: raw[name] for name in known.settings if raw.get(name) is not None}
-    values["size"] = _size(path, values["size"], rules)
+    values["image_processor_type"] = known.kind
+    values["size"] = _size(path, values["size"], rules, by_edge="shortest_edge" in known.settings["size"])
+    if "crop_size" in values:
+        values["crop_size"] = _size(path, values["crop_size"], rules)
+    if "shortest_edge" in values["size"] and not values["do_center_crop"]:
+        raise CheckpointError(f"{path} keeps the aspect ratio of images (do_center_crop=False): set it to true")
     if values["do_convert_rgb"] is not True:
         values["do_convert_rgb"] = True  # the engine converts every image to RGB, as callers of generate do
     for name in ("image_mean", "image_std"):
@@ -111,15 +149,20 @@ def _checked(path: Path, raw: dict[str, Any], rules: Rules) -> dict[str, Any]:
     return values
 
 
-def _size(path: Path, size: Any, rules: Rules) -> dict[str, int]:
-    """Return a size as height and width in pixels. Raises CheckpointError if it is not one."""
+def _size(path: Path, size: Any, rules: Rules, *, by_edge: bool = False) -> dict[str, int]:
+    """Return a size as height and width in pixels or, if `by_edge`, perhaps as shortest_edge.
+
+    Raises CheckpointError if it is not a size.
+    """
     if isinstance(size, int) and not isinstance(size, bool):
-        size = {"height": size, "width": size}
-    if not isinstance(size, dict) or not {"height", "width"} <= set(size):
+        size = {"shortest_edge": size} if by_edge else {"height": size, "width": size}
+    is_edge = by_edge and isinstance(size, dict) and set(size) == {"shortest_edge"}
+    names = ("shortest_edge",) if is_edge else ("height", "width")
+    if not isinstance(size, dict) or not set(names) <= set(size):
         raise CheckpointError(f"{path} has the size {size!r}, but {rules.name} needs a height and a width in pixels")
-    if not all(type(size[name]) in (int, float) and 1 <= size[name] < math.inf for name in ("height", "width")):
+    if not all(type(size[name]) in (int, float) and 1 <= size[name] < math.inf for name in names):
         raise CheckpointError(f"{path} has the size {size!r}, but height and width must be numbers of at least 1")
-    return {name: int(size[name]) for name in ("height", "width")}
+    return {name: int(size[name]) for name in names}
 
 
 def _channels(path: Path, name: str, value: Any) -> list[float]:
@@ -136,51 +179,6 @@ def _channels(path: Path, name: str, value: Any) -> list[float]:
     return [float(number) for number in values]
 
 
-DEFAULTS: dict[str, Any] = {
-    "max_length": 20,
-    "min_length": 0,
-    "do_sample": False,
-    "early_stopping": False,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "num_return_sequences": 1,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "remove_invalid_values": False,
-    "exponential_decay_length_penalty": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "max_new_tokens": None,
-    "min_new_tokens": None,
-}
-"""Generation settings that a model configuration may contain, with their defaults.
-
-Source: transformers 4.57, PretrainedConfig.
-"""
-
-
-OTHER_DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("max_time", "stop_strings", "cache_implementation", "cache_config", "prefill_chunk_size")),
-    **dict.fromkeys(("sequence_bias", "guidance_scale", "watermarking_config", "prompt_lookup_num_tokens")),
-    **dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids")),
-    "encoder_repetition_penalty": 1.0,
-    "renormalize_logits": False,
-    "token_healing": False,
-}
-"""Refused generation settings that transformers 4.57 reads from a model configuration as well, with their defaults.
-
-Source: transformers 4.57, GenerationConfig.
-"""
 IGNORED_SETTINGS = (
     # ids come from config.json; caching and bookkeeping do not change captions
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "low_memory"),
@@ -207,28 +205,42 @@ def verdict(setting: str) -> str:
     return "no effect" if setting in IGNORED_SETTINGS else "refused"
 
 
-def configured_settings(directory: Path) -> dict[str, Any]:
-    """Return the generation settings in config.json (Rules.settings_part) that differ from the defaults."""
-    part = read_json(directory / "config.json").get(rules_at(directory).settings_part) or {}
-    return {
-        name: part[name] for name, default in DEFAULTS.items() if part.get(name) is not None and part[name] != default
-    }
+class Setting(NamedTuple):
+    """The value of a generation setting and its source, such as "generation_config.json"."""
+
+    value: Any
+    source: str
+
+
+def settings_sources(directory: Path) -> list[Settings]:
+    """Return where `generate` reads the settings of a checkpoint, see Rules.settings."""
+    raw = read_json(directory / "config.json")
+    return rules_at(directory).settings(raw, read_generation_file(directory))
+
+
+def configured_settings(directory: Path) -> dict[str, Setting]:
+    """Return the generation settings of a checkpoint that differ from the defaults, with their sources."""
+    found: dict[str, Setting] = {}
+    neutral = DEFAULTS | OTHER_DEFAULTS
+    for source, values in settings_sources(directory):
+        # config.json has many entries that are no generation settings
+        for name in values if source == GENERATION_FILE else neutral:
+            value = values.get(name)
+            if name not in found and value is not None and value != neutral.get(name):
+                found[name] = Setting(value, source)
+    return {name: setting for name, setting in found.items() if verdict(name) != "no effect"}
 
 
 def generation_settings(directory: Path) -> dict[str, Any]:
     """Return the generation settings of a checkpoint that the engine honours, as a bundle records them."""
     settings = configured_settings(directory)
-    return {name: settings[name] for name in GENERATION_SETTINGS if name in settings}
+    return {name: settings[name].value for name in GENERATION_SETTINGS if name in settings}
 
 
 def refuse_unsupported(directory: Path, rules: Rules, raw: Mapping[str, Any]) -> None:
     """Raise CheckpointError if config.json has settings, of generation or of the model, that are not supported."""
-    part = raw.get(rules.settings_part) or {}
-    unknown = {
-        name: part[name]
-        for name, neutral in (DEFAULTS | OTHER_DEFAULTS).items()
-        if verdict(name) == "refused" and part.get(name) is not None and part[name] != neutral
-    }
+    settings = configured_settings(directory)
+    unknown = {name: value for name, (value, _) in settings.items() if verdict(name) == "refused"}
     refuse_settings(unknown | rules.unsupported(raw), directory)
 
 
@@ -242,21 +254,27 @@ def refuse_settings(unknown: Mapping[str, Any], checkpoint: Path) -> None:
 
 
 def ignored_settings(directory: Path) -> list[str]:
-    """Return a note if generation_config.json, which `generate` ignores, differs from the settings of config.json."""
-    path = directory / "generation_config.json"
-    if not path.is_file():
+    """Return a note if the file that `generate` ignores differs from the settings that it reads.
+
+    The file is generation_config.json or, if that is read, config.json.
+    """
+    sources, generation = settings_sources(directory), read_generation_file(directory)
+    if generation is None:
         return []
-    own, rules = configured_settings(directory), rules_at(directory)
+    file, values = GENERATION_FILE, generation
+    if sources[0].source == GENERATION_FILE:
+        file, values = "config.json", read_json(directory / "config.json")
+    own = configured_settings(directory)
     other = {
         name: value
-        for name, value in read_json(path).items()
-        if name in DEFAULTS and value is not None and value != own.get(name, DEFAULTS[name])
+        for name, value in values.items()
+        if name in DEFAULTS and value is not None and value != (own[name].value if name in own else DEFAULTS[name])
     }
     listed = ", ".join(f"{name}={value!r}" for name, value in sorted(other.items()))
     return (
         [
-            f"{path.name} sets {listed}, which is ignored: {rules.name}'s generate reads only "
-            f"{rules.settings_part} in config.json"
+            f"{file} sets {listed}, which is ignored: {rules_at(directory).name}'s generate reads only "
+            f"{sources[0].source}"
         ]
         if listed
         else []

@@ -17,8 +17,8 @@ from tokenizers.models import WordPiece
 from engine.checkpoints.files import read_json, refuse_stand_in
 from engine.errors import CheckpointError
 
-FILE, VOCABULARY = "tokenizer.json", "vocab.txt"
-"""A tokenizer needs one of these files."""
+FILE, VOCABULARY, BYTE_PAIRS = "tokenizer.json", "vocab.txt", "vocab.json"
+"""A tokenizer needs one of these files; the last comes with merges.txt, and only the export reads it."""
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ADDITIONAL = "additional_special_tokens"
@@ -48,7 +48,7 @@ class TokenizerText(NamedTuple):
 
 def has_tokenizer(directory: Path) -> bool:
     """Return whether a checkpoint has a file that a tokenizer can be read from."""
-    return (directory / FILE).is_file() or (directory / VOCABULARY).is_file()
+    return any((directory / name).is_file() for name in (FILE, VOCABULARY, BYTE_PAIRS))
 
 
 def missing_tokenizer(directory: Path) -> CheckpointError:
@@ -56,8 +56,8 @@ def missing_tokenizer(directory: Path) -> CheckpointError:
     config = directory / "config.json"
     base = (read_json(config).get("_name_or_path") if config.is_file() else None) or "BASE"
     return CheckpointError(
-        f"{directory} has no tokenizer (tokenizer.json or vocab.txt): copy it and preprocessor_config.json from the "
-        f"checkpoint that the training started from, as in AutoProcessor.from_pretrained({str(base)!r})"
+        f"{directory} has no tokenizer (tokenizer.json, vocab.txt or vocab.json): copy it and preprocessor_config.json "
+        f"from the checkpoint that the training started from, as in AutoProcessor.from_pretrained({str(base)!r})"
         f".save_pretrained({str(directory)!r})"
     )
 

@@ -160,6 +160,7 @@ def read_image(
     width: int,
     resample: str,
     *,
+    resize: tuple[int, ...] = (),
     frame: int = 0,
     depth: str | None = None,
     notes: list[ImageNote] | None = None,
@@ -167,23 +168,63 @@ def read_image(
 ) -> NDArray[np.uint8]:
     """Read a file, a Pillow image or an array and resize it. Returns RGB bytes u8[height,width,3].
 
-    The steps are those of Hugging Face's slow BlipImageProcessor (transformers 4.57): convert to RGB, then resize to
-    exactly height x width pixels with Pillow's filter `resample`, ignoring the aspect ratio and EXIF rotation.
+    The steps are those of Hugging Face's slow image processors (transformers 4.57): convert to RGB, then resize with
+    Pillow's filter `resample`, ignoring EXIF rotation. Without `resize`, images become height x width pixels, whatever
+    their aspect ratio (BlipImageProcessor, ViTImageProcessor). With it, they become `resize` = (height, width) pixels
+    (DeiTImageProcessor) or, keeping the aspect ratio, get a shortest edge of `resize` = (edge,) pixels
+    (CLIPImageProcessor), and then the center of height x width pixels is cropped; a smaller image gets black borders.
     decode_image describes the sources, `frame`, `depth`, `notes` and the errors. The SHA-256 digest of a file's bytes,
     in hexadecimal, is appended to `sha256`.
     """
-    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == (height, width, 3):
+    if (
+        isinstance(source, np.ndarray)
+        and source.dtype == np.uint8
+        and source.shape == (height, width, 3)
+        and _size_before_crop(width, height, height, width, resize) == (width, height)
+    ):
         return source.copy()  # nothing to do, and Pillow would copy the array four times
 
     def read() -> NDArray[np.uint8]:
         image = _decode(source, frame, depth, notes, sha256)
-        return np.asarray(image.resize((width, height), RESAMPLING[resample]))
+        size = _size_before_crop(*image.size, height, width, resize)
+        check_resized(*size)
+        image = image.resize(size, RESAMPLING[resample])
+        left, top = ((full - kept) // 2 for full, kept in zip(size, (width, height), strict=True))
+        if image.size != (width, height):
+            image = image.crop((left, top, left + width, top + height))  # zeros where it exceeds the image
+        return np.asarray(image)
 
     with image_errors(source):
         with suppress(MemoryError):
             return read()
         with _ALONE:  # memory may be short only because other threads are reading large images at the same time
             return read()
+
+
+def _size_before_crop(
+    width: int, height: int, target_height: int, target_width: int, resize: tuple[int, ...]
+) -> tuple[int, int]:
+    """Return the width and height that an image of width x height pixels is resized to, see read_image.
+
+    The longer edge is rounded as in transformers' get_resize_output_image_size.
+    """
+    if len(resize) == 1:
+        (edge,) = resize
+        longer = int(edge * max(width, height) / min(width, height))
+        return (edge, longer) if width <= height else (longer, edge)
+    target_height, target_width = resize or (target_height, target_width)
+    return target_width, target_height
+
+
+def check_resized(width: int, height: int) -> None:
+    """Raise ValueError if an image is so long and narrow that it would take too much memory with its shortest edge
+    enlarged.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(
+            f"too long and narrow: resized to {width} x {height} pixels it would have more than {limit} pixels"
+        )
 
 
 def decode_image(

@@ -57,6 +57,8 @@ def collect_info() -> dict[str, Any]:
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     """Return a bundle's checkpoint, image preprocessing and versions, and the source of each generation setting."""
     image, checkpoint = bundle.image, bundle.checkpoint
+    before = " x ".join(map(str, image.resize)) if len(image.resize) != 1 else f"shortest edge {image.resize[0]}"
+    crop = f"center of {before} px, " if image.resize else ""
     settings = {
         name: f"{getattr(bundle.options(), name)} ({bundle.generation_from.get(name, NOT_RECORDED)})"
         if name in bundle.generation
@@ -69,7 +71,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
             "path": str(bundle.path),
             "digest": bundle.digest,
             "precision": bundle.precision,
-            "image": f"{image.height} x {image.width} px, {image.resample}, mean {image.mean}, std {image.std}",
+            "image": f"{image.height} x {image.width} px, {crop}{image.resample}, mean {image.mean}, std {image.std}",
             "checkpoint": checkpoint.get("name", NOT_RECORDED),
             "weights": files or f"sha256 {str(checkpoint.get('sha256', NOT_RECORDED))[:12]}",
             "versions": ", ".join(f"{name} {version}" for name, version in bundle.versions.items()),

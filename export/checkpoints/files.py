@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import BertTokenizerFast
+from transformers import BertTokenizerFast, PreTrainedModel
 
 from engine.checkpoints.files import refuse_stand_in
 from engine.checkpoints.pickles import unwrapped
@@ -27,6 +27,20 @@ def word_pieces(vocabulary: Path, **settings: Any) -> BertTokenizerFast:
         return BertTokenizerFast(vocab_file=str(vocabulary), **settings)
     words = vocabulary.read_text(encoding="utf-8").splitlines()
     return BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}, **settings)
+
+
+def current_names(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's weights under the names that the installed release has for them.
+
+    transformers 5 has renamed weights of image encoders, and `from_pretrained` renames those of older checkpoints.
+    """
+    if not IS_5:
+        return weights
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    return {rename_source_key(name, renamings, [])[0]: tensor for name, tensor in weights.items()}
 
 
 def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:

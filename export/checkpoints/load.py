@@ -14,7 +14,7 @@ from engine.checkpoints.rules import Rules
 from engine.checkpoints.settings import read_processor
 from engine.checkpoints.weights import NO_WEIGHTS, common_prefix
 from engine.errors import CheckpointError
-from export.checkpoints.files import read_weights
+from export.checkpoints.files import current_names, read_weights
 from export.checkpoints.settings import apply_settings
 from export.families import FAMILIES, family_at
 
@@ -110,7 +110,7 @@ def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], sour
         if copy in weights and original in weights and not torch.equal(weights[copy], weights[original]):
             raise CheckpointError(
                 f"{source}: {copy} differs from {original}, but tie_word_embeddings requires them to be equal: set it "
-                f"to false in {family.rules.settings_part}, or remove one of the two"
+                "to false in config.json, or remove one of the two"
             )
         if original not in weights and copy in weights:
             weights[original] = weights[copy]
@@ -118,6 +118,7 @@ def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], sour
         model = family.model_class(config)
     except Exception as error:
         raise CheckpointError(f"cannot load {source}: {' '.join(str(error).split())[:300]}") from error
+    weights = current_names(model, weights)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tensor in weights.items():
         if name in shapes and tuple(tensor.shape) != shapes[name]:
@@ -125,7 +126,8 @@ def build_model(config: PretrainedConfig, weights: dict[str, torch.Tensor], sour
                 f"{source}: {name} has the shape {tuple(tensor.shape)}, but config.json requires {shapes[name]}"
             )
     missing = sorted(set(shapes) - set(weights) - set(tied))
-    missing = [name for name in missing if not name.endswith(NO_WEIGHTS)]
+    unused = family.rules.unused(config.to_dict())
+    missing = [name for name in missing if not name.endswith(NO_WEIGHTS) and not name.startswith(unused)]
     refuse_missing(missing, family.rules, source)
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in shapes}, strict=False)
     model.tie_weights()

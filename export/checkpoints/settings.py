@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers.models import WordPiece
+from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedModel, PreTrainedTokenizerFast
 
 from engine.checkpoints.files import read_json
 from engine.checkpoints.settings import configured_settings, refuse_settings, verdict
 from engine.checkpoints.tokenizer import (
     FILE,
+    SPECIAL,
     has_tokenizer,
     missing_tokenizer,
     refuse_code,
@@ -18,7 +22,6 @@ from engine.checkpoints.tokenizer import (
 )
 from engine.errors import CheckpointError
 from export.families import family_of
-from export.families.modules import IS_5
 
 
 def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
@@ -34,6 +37,19 @@ def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrained
     special = [id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special]
     refuse_unusable(directory, tokenizer.get_vocab(), special, vocab_size)
     return tokenizer
+
+
+def tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return what restored_tokenizer needs in addition to tokenizer.json."""
+    if isinstance(tokenizer.backend_tokenizer.model, WordPiece):
+        return {name: tokenizer.init_kwargs.get(name) for name in ("do_lower_case", "strip_accents")}
+    return {name: str(getattr(tokenizer, name)) for name in SPECIAL if getattr(tokenizer, name) is not None}
+
+
+def restored_tokenizer(file: Path, settings: Mapping[str, Any], *, clean_up: bool) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a tokenizer.json with settings from tokenizer_settings."""
+    kind = BertTokenizerFast if "do_lower_case" in settings else PreTrainedTokenizerFast
+    return kind(tokenizer_file=str(file), clean_up_tokenization_spaces=clean_up, **settings)
 
 
 def _read(directory: Path) -> PreTrainedTokenizerFast:
@@ -63,7 +79,6 @@ def check_supported(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def apply_settings(model: PreTrainedModel, directory: Path) -> None:
-    """Copy the settings of config.json to the generation config. Only transformers 5 needs this; 4 does it itself."""
-    if IS_5:
-        for name, value in configured_settings(directory).items():
-            setattr(family_of(model).generation_config(model), name, value)
+    """Give the model the generation settings that `from_pretrained` would read from a checkpoint."""
+    settings = {name: setting.value for name, setting in configured_settings(directory).items()}
+    family_of(model).apply_settings(model, settings)

@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from engine.checkpoints.files import rules_at
 from export.families.blip import Blip
+from export.families.git import Git
 from export.families.modules import Family
+from export.families.vision_encoder_decoder import VisionEncoderDecoder
 
 ORIGINAL = Blip()
 """The family whose checkpoints in the authors' own layout (one .pth file) are converted."""
-FAMILIES: dict[str, Family] = {family.rules.model_type: family for family in (ORIGINAL,)}
+FAMILIES: dict[str, Family] = {family.rules.model_type: family for family in (ORIGINAL, VisionEncoderDecoder(), Git())}
 """Families by `model_type` in config.json."""
 
 

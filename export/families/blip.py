@@ -6,7 +6,6 @@ References: transformers 4.57, models/blip/modeling_blip.py and modeling_blip_te
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -22,8 +21,16 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from engine.checkpoints.blip import BlipRules
-from engine.errors import CheckpointError
-from export.families.modules import IS_5, DecoderStep, Encoder, Family, LayerCache, Normalisation
+from export.families.modules import (
+    IS_5,
+    DecoderStep,
+    Encoder,
+    Family,
+    LayerCache,
+    Normalisation,
+    patches_per_side,
+    resized_positions,
+)
 
 # release 5 uses torchvision for BlipImageProcessor if it is installed, whose resized pixels differ by a level or two
 if IS_5:
@@ -99,24 +106,17 @@ class Blip(Family):
     config_class, model_class = BlipConfig, BlipForConditionalGeneration
 
     def resize(self, model: PreTrainedModel, image_size: int) -> None:
-        """Resize the vision position table by bicubic interpolation; the class row is kept.
+        """Resize the vision position table as BlipVisionEmbeddings.interpolate_pos_encoding does (transformers 4.57).
 
-        This is the interpolation of BlipVisionEmbeddings.interpolate_pos_encoding (transformers 4.57). It is done once
-        here, so that the checkpoint and the exported graph hold a plain table. Raises CheckpointError if `image_size`
-        is not a multiple of the patch size.
+        It is done once here, so that the checkpoint and the exported graph hold a plain table. Raises CheckpointError
+        if `image_size` is not a multiple of the patch size.
         """
         embeddings, vision = model.vision_model.embeddings, model.config.vision_config
-        if image_size % vision.patch_size:
-            raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {vision.patch_size}")
-        table = embeddings.position_embedding.data
-        old, new = math.isqrt(table.shape[1] - 1), image_size // vision.patch_size
-        if new != old:
-            grid = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-            grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-            grid = grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)
-            embeddings.position_embedding = torch.nn.Parameter(torch.cat([table[:, :1], grid], 1))
+        side = patches_per_side(image_size, vision.patch_size)
+        table = resized_positions(embeddings.position_embedding.data[0], side)
+        embeddings.position_embedding = nn.Parameter(table[None])
         embeddings.image_size = vision.image_size = image_size
-        embeddings.num_patches, embeddings.num_positions = new * new, new * new + 1
+        embeddings.num_patches, embeddings.num_positions = side**2, side**2 + 1
         model.vision_model.config.image_size = image_size
 
     def make_processor(self, settings: Mapping[str, Any]) -> BlipImageProcessor:

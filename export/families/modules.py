@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.checkpoints.rules import Rules, Sizes
+from engine.errors import CheckpointError
 
 MASKED = -1e4
 """Added to the attention scores of positions outside a beam's past; exp(MASKED) is 0, and float16 can represent it."""
@@ -155,8 +156,12 @@ class DecoderStep(ExportedModule, ABC):
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits f32[B*T,V] of the last layer's output f32[B*T,D]."""
 
-    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
+    def self_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, *, prefix: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """Attend from the fed tokens f32[B,H,T,d] over settled, recent and fed positions.
+
+        With `prefix`, the image's keys and values `cross` come before them, in the same softmax. Every row sees them.
 
         Returns f32[B*T,D], before the output projection, and the recent keys and values with those of the fed tokens
         appended.
@@ -166,9 +171,15 @@ class DecoderStep(ExportedModule, ABC):
         q = q * (1 / math.sqrt(self.width))
         # the two blocks are multiplied separately: concatenating them would copy the large settled block every step
         weights = torch.cat([q @ settled[0].transpose(-1, -2), q @ k.transpose(-1, -2)], -1)
-        weights = torch.softmax(weights + cache.bias, -1)
-        split = settled[0].shape[2]
-        mixed = weights[..., :split] @ settled[1] + weights[..., split:] @ v
+        weights = weights + cache.bias
+        if prefix:
+            weights = torch.cat([q @ cache.cross[0].transpose(-1, -2), weights], -1)
+        weights = torch.softmax(weights, -1)
+        image = self.sizes.encoder_positions if prefix else 0
+        split = image + settled[0].shape[2]
+        mixed = weights[..., image:split] @ settled[1] + weights[..., split:] @ v
+        if prefix:
+            mixed = weights[..., :image] @ cache.cross[1] + mixed
         return self.merge_heads(mixed), [k, v]
 
     def cross_attention(self, q: Tensor, cache: LayerCache) -> Tensor:
@@ -248,6 +259,27 @@ class Regroup(ExportedModule):
         )
 
 
+def patches_per_side(image_size: int, patch_size: int) -> int:
+    """Return the number of patches of a side in px. Raises CheckpointError if it is not a whole number."""
+    if image_size % patch_size:
+        raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
+    return image_size // patch_size
+
+
+def resized_positions(table: Tensor, side: int) -> Tensor:
+    """Return a table of position embeddings f32[1+n*n,D] for side x side patches: f32[1+side*side,D].
+
+    The first row, that of the class token, is kept, the others are resized by bicubic interpolation. This is
+    interpolate_pos_encoding of transformers' vision models (4.57).
+    """
+    old = math.isqrt(table.shape[0] - 1)
+    if side == old:
+        return table
+    grid = table[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], grid.permute(0, 2, 3, 1).reshape(side * side, -1)])
+
+
 IS_5 = int(transformers.__version__.partition(".")[0]) >= 5
 
 
@@ -314,6 +346,15 @@ class Family(ABC):
     @abstractmethod
     def generation_config(self, model: PreTrainedModel) -> Any:
         """Return the GenerationConfig that the model's `generate` reads."""
+
+    def apply_settings(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+        """Change the GenerationConfig of a new model to a checkpoint's settings (those that are not the default).
+
+        By default these are in config.json, where only transformers 5 does not find them.
+        """
+        if IS_5:
+            for name, value in settings.items():
+                setattr(self.generation_config(model), name, value)
 
     @abstractmethod
     def prompt_arguments(

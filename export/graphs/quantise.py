@@ -36,14 +36,15 @@ def quantise(model: ModelProto) -> ModelProto:
     nodes: list[NodeProto] = []
     rows: set[str] = set()
     for node in model.graph.node:
-        name = _weight_name(node, weights, transposed)
-        if name is None:
+        dense = _weight_of(node, weights, transposed)
+        if dense is None:
             nodes.append(node)
             continue
+        name, is_transposed = dense
         if name + SUFFIX not in constants:
-            # torch exports a Linear as a Gemm, or as a Transpose and a MatMul: the weight is [outputs,inputs]
+            weight = numpy_helper.to_array(weights[name])
             constants[name + SUFFIX], constants[name + SCALE_SUFFIX] = quantise_weight(
-                numpy_helper.to_array(weights[name])
+                weight if is_transposed else weight.T
             )
         x, out = node.input[0], node.output[0]
         if x not in rows:  # q, k and v share their input's rows
@@ -58,15 +59,20 @@ def quantise(model: ModelProto) -> ModelProto:
     return model
 
 
-def _weight_name(node: NodeProto, weights: dict[str, TensorProto], transposed: dict[str, str]) -> str | None:
-    """Return the name of the weight of a dense layer, or None for other nodes."""
+def _weight_of(node: NodeProto, weights: dict[str, TensorProto], transposed: dict[str, str]) -> tuple[str, bool] | None:
+    """Return the name of a dense layer's weight, and whether it is [outputs,inputs]; None for other nodes.
+
+    torch exports a Linear, whose weight is [outputs,inputs], as a Gemm with transB or as a Transpose and a MatMul. The
+    weight of GPT-2's Conv1D is [inputs,outputs]: it is a Gemm without transB, or a MatMul.
+    """
     if node.op_type == "Gemm":
-        (is_transposed,) = (attribute.i for attribute in node.attribute if attribute.name == "transB")
-        assert is_transposed, f"{node.name} has a weight of another layout than torch's"
-        name: str | None = node.input[1]
+        name, is_transposed = node.input[1], any(one.name == "transB" and one.i for one in node.attribute)
+    elif node.op_type == "MatMul":
+        name = transposed.get(node.input[1], node.input[1])
+        is_transposed = name != node.input[1]
     else:
-        name = transposed.get(node.input[1]) if node.op_type == "MatMul" else None
-    return name if name in weights and len(weights[name].dims) == 2 else None
+        return None
+    return (name, is_transposed) if name in weights and len(weights[name].dims) == 2 else None
 
 
 def _quantise_rows(x: str) -> list[NodeProto]:

@@ -9,7 +9,6 @@ import itertools
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from engine.errors import CheckpointError
 from engine.machine.verify import UNRECORDED, Golden, Ids
@@ -77,7 +76,7 @@ def record_golden(reference: Reference) -> Golden:
     """
     sizes = reference.sizes
     pictures = golden_pictures(sizes.image_size)
-    pixel_values = reference.pixels([Image.fromarray(picture) for picture in pictures])
+    pixel_values = reference.normalised(pictures)
     limits = dict.fromkeys(("max_length", "min_length"), sizes.max_positions)
     limits |= dict.fromkeys(("max_new_tokens", "min_new_tokens"), max(1, sizes.max_positions - LONGEST_PROMPT))
     settings: list[dict[str, Any]] = [
@@ -126,7 +125,7 @@ def _bans(captions: list[Ids], reference: Reference) -> dict[str, Any]:
 
 
 def _spelled(captions: list[list[int]], reference: Reference) -> list[str]:
-    """Return a text of up to 3 ids of a caption that the tokenizer encodes to the same ids.
+    """Return a text of up to 3 ids of a caption, one of whose spellings has the same ids.
 
     If there is none (captions of word pieces or special ids only), return a word of the vocabulary, so that some text
     is banned.
@@ -137,6 +136,6 @@ def _spelled(captions: list[list[int]], reference: Reference) -> list[str]:
     for ids in itertools.chain(spans, known):
         text = tokenizer.decode(ids).strip()
         is_plain = text.isalpha() and not set(ids) & set(tokenizer.all_special_ids)
-        if is_plain and tokenizer(text, add_special_tokens=False)["input_ids"] == ids:
+        if is_plain and ids in reference.spellings(text):
             return [text]
     return []

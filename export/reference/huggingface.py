@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from engine.bundle.open import shares
+from engine.bundle.tokenizer import spellings
 from engine.checkpoints.rules import Sizes
 from engine.checkpoints.settings import read_processor
 from engine.decoding.backend import BatchSizes, StepInputs
@@ -121,8 +123,8 @@ class Reference:
         """Load a checkpoint directory. Raises CheckpointError as load_checkpoint does, or if there is no tokenizer."""
         model = load_checkpoint(checkpoint, image_size)
         family = family_of(model)
-        processor, sizes = family.make_processor(read_processor(checkpoint).values), family.sizes(model.config)
-        processor.size = {"height": sizes.image_size, "width": sizes.image_size}
+        sizes = family.sizes(model.config)
+        processor = family.make_processor(read_processor(checkpoint).for_size(sizes.image_size))
         return cls(model, processor, read_tokenizer(checkpoint, sizes.vocab_size))
 
     @property
@@ -139,11 +141,25 @@ class Reference:
         """Return the pixel values of RGB images by the image processor: f32[B,3,height,width]."""
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
+    def normalised(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        """Return the pixel values f32[B,3,height,width] of images u8[B,height,width,3] that need no resizing."""
+        steps = [name for name in ("do_resize", "do_center_crop") if getattr(self.image_processor, name, False)]
+        skipped = dict.fromkeys(steps, False)
+        return self.image_processor(list(pixels), return_tensors="pt", **skipped)["pixel_values"]
+
     def bad_words_ids(self, options: DecodeOptions) -> list[list[int]] | None:
         """Return generate's argument `bad_words_ids`: the ids of the option bad_words, or the option bad_words_ids."""
         if options.bad_words:
-            return self.tokenizer(list(options.bad_words), add_special_tokens=False)["input_ids"]
+            ids = [ids for word in options.bad_words for ids in self.spellings(word)]
+            return list(map(list, dict.fromkeys(map(tuple, ids))))
         return [list(ids) for ids in options.bad_words_ids or ()] or None
+
+    def spellings(self, word: str) -> list[list[int]]:
+        """Return the ids of all spellings of a banned word."""
+        is_byte_level = isinstance(self.tokenizer.backend_tokenizer.decoder, ByteLevel)
+        texts = list(spellings(word, is_byte_level=is_byte_level))
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
 
     def generate(
         self, pixel_values: torch.Tensor, options: DecodeOptions, *, with_scores: bool = True
@@ -260,7 +276,7 @@ class UncachedBackend(PrefixBackend):
         if (content := image.tobytes()) == self._image:
             return True
         with torch.inference_mode():
-            pixel_values = self._reference.pixels([Image.fromarray(image)])
+            pixel_values = self._reference.normalised(image[None])
             self._hidden = self._family.encode(self._reference.model, pixel_values)
         self._image, self._rows = content, {}
         return False

@@ -104,12 +104,12 @@ class Trace:
 def judge(
     reference: Reference,
     captioner: Captioner,
-    image: Image.Image,
+    image: Image.Image | NDArray[np.uint8],
     options: DecodeOptions,
     ours: Alternative | Hypothesis,
     rank: int = 0,
 ) -> tuple[Verdict, Divergence]:
-    """Return why the engine captioned an RGB image with `ours` but `generate` did not, and where the searches diverge.
+    """Return why the engine captioned an image with `ours` but `generate` did not, and where the searches diverge.
 
     Verdicts:
       tie    When each program decodes this image alone, the two searches diverge at a tie and end in these captions.
@@ -119,11 +119,16 @@ def judge(
       real   Anything else.
 
     The first divergence decides, not the scores of the final captions: an early tie can lead to captions with very
-    different scores. `rank` is the index of `ours` among the num_return_sequences captions.
+    different scores. `image` is an RGB image, or u8[height,width,3] that needs no resizing. `rank` is the index of
+    `ours` among the num_return_sequences captions.
     """
-    alone = reference.generate(reference.pixels([image]), options)[0][rank]
     spec, backend = captioner.bundle.image, UncachedBackend(reference)
-    pixels = read_image(image, spec.height, spec.width, spec.resample)
+    if isinstance(image, np.ndarray):
+        pixels, pixel_values = image, reference.normalised(image[None])
+    else:
+        pixels = read_image(image, spec.height, spec.width, spec.resample, resize=spec.resize)
+        pixel_values = reference.pixels([image])
+    alone = reference.generate(pixel_values, options)[0][rank]
     divergence, mine, theirs = trace_both(captioner, backend, pixels, options)
     if not divergence.is_tie:
         return "real", divergence

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.settings import DEFAULTS
+from engine.checkpoints.rules import DEFAULTS
 from engine.errors import DataError, UsageError
 from engine.files.atomic import write_atomically
 from engine.options import GENERATION_SETTINGS, DecodeOptions

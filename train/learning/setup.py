@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from engine.errors import UsageError
+from engine.checkpoints.files import rules_at
+from engine.errors import CheckpointError, UsageError
 from engine.scoring.base import MetricInputs
 from export.families.modules import IS_5
 from export.reference.huggingface import Reference
@@ -26,11 +27,19 @@ Log = Callable[[str], None]
 SHARED_MEMORY, MIB = Path("/dev/shm"), 1 << 20
 PREFETCHED = 2
 """Batches that a worker of torch's DataLoader prepares in advance (its default prefetch_factor)."""
+TRAINED = "blip"
+"""`model_type` of the models that can be trained: losses and frozen parts use their names."""
 WORDS = ("word_embeddings", "position_embeddings", "embeddings.LayerNorm")
 
 
 def load_reference(checkpoint: Path, recipe: Recipe) -> Reference:
     """Load a checkpoint, resize its position table to the recipe's image size and freeze the recipe's parts."""
+    rules = rules_at(checkpoint)
+    if rules.model_type != TRAINED:
+        raise CheckpointError(
+            f"{checkpoint} is a {rules.name} checkpoint, but `train` fine-tunes BLIP only: fine-tune it with Hugging "
+            "Face's Trainer, then export it"
+        )
     reference = Reference.load(checkpoint, recipe.image_size)
     model = reference.model
     if recipe.image_size is None:

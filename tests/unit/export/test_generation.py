@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from engine.checkpoints.settings import DEFAULTS, IGNORED_SETTINGS, verdict
+from engine.checkpoints.rules import DEFAULTS
+from engine.checkpoints.settings import IGNORED_SETTINGS, verdict
 from engine.options import GENERATION_SETTINGS
 
 PAGE = Path(__file__).parents[3] / "docs/generation-config.md"

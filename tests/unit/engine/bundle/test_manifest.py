@@ -15,11 +15,15 @@ import pytest
 from engine.backends import open_backend
 from engine.bundle.manifest import Bundle, FileDigests
 from engine.bundle.open import open_bundle
+from engine.captioner import Captioner
 from engine.errors import BackendError, BundleError, EngineError
 from engine.files.atomic import file_sha256
+from engine.inputs.pixels import read_image
 from engine.inputs.remote import RemoteFolder
+from engine.machine.info import describe_bundle
 from engine.machine.verify import verify
 from engine.runtime import CPU_BACKENDS, Runtime
+from tests.helpers.tiny import random_pictures
 
 IMAGE = {"height": 32, "width": 32, "resample": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 PLACEHOLDERS = {
@@ -91,12 +95,30 @@ def test_all_problems_are_listed(bundle_copy):
         ({"image": IMAGE | {"height": "224"}}, "ImageSpec.height is '224'"),
         ({"image": IMAGE | {"height": 0}}, "ImageSpec.height is 0"),
         ({"image": IMAGE | {"mean": [1, 2]}}, "ImageSpec.mean is"),
+        ({"image": IMAGE | {"resize": []}}, r"ImageSpec.resize is \(\)"),
+        ({"image": IMAGE | {"resize": [32, 0]}}, "ImageSpec.resize is"),
+        ({"image": IMAGE | {"resize": 32}}, "ImageSpec.resize is 32"),
+        ({"image": IMAGE | {"crop": 32}}, "ImageSpec needs"),
     ],
 )
 def test_invalid_manifest_values_are_refused(changes, sentence, bundle_copy):
     edit_manifest(bundle_copy, **changes)
     with pytest.raises(BundleError, match=sentence):
         Bundle.load(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("resize", "text"),
+    [((40,), "center of shortest edge 40 px"), ((40, 48), "center of 40 x 48 px"), ((), "px, bicubic")],
+)
+def test_images_are_cropped_as_the_manifest_says(resize, text, bundle_copy, tiny_bundle):
+    edit_manifest(bundle_copy, image=IMAGE | ({"resize": list(resize)} if resize else {}))
+    captioner = Captioner.load(bundle_copy, backend="cpu")
+    assert text in describe_bundle(captioner.bundle)["bundle"]["image"]
+    pictures = [picture.resize((60, 44)) for picture in random_pictures(4)]
+    pixels = [read_image(picture, 32, 32, "bicubic", resize=resize) for picture in pictures]
+    expected = [caption.ids for caption in Captioner.load(tiny_bundle, backend="cpu").caption(pixels)]
+    assert [caption.ids for caption in captioner.caption(pictures)] == expected
 
 
 def test_converted_bundle_has_no_recorded_answers(bundle_copy):

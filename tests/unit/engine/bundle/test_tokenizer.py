@@ -103,3 +103,35 @@ def test_detokenising_gains_what_the_readme_states():
 
     scores = measure(300)
     assert scores["raw"] <= scores["hugging_face_clean_up"] < 0.8 < 0.97 < scores["ours"]
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A byte-level tokenizer of the engine and transformers' own, whose pad id is an ordinary token."""
+    from engine.bundle.manifest import TokenIds
+    from tests.helpers.tiny_pairs import tokenizer_for
+
+    folder = tmp_path_factory.mktemp("bytes")
+    theirs = tokenizer_for("gpt2", folder)
+    (folder / "tokenizer.json").write_text(theirs.backend_tokenizer.to_str())
+    model = replace(BUNDLE.model, vocab_size=len(theirs))
+    bundle = replace(BUNDLE, path=folder, model=model, tokens=TokenIds(0, 0, 5), clean_up_tokenization_spaces=False)
+    return CaptionTokenizer(bundle), theirs
+
+
+def test_byte_level_text_equals_transformers(byte_level):
+    ours, theirs = byte_level
+    ids = [0, *theirs("axial ct of the chest, t2-weighted ( 3.5 cm )")["input_ids"], 5, 0]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.tidy(" ct of  the chest ( 3 . 5 cm ) ") == "ct of the chest ( 3 . 5 cm )"
+
+
+def test_byte_level_banned_words_have_two_spellings(byte_level):
+    ours, theirs = byte_level
+    first, later = (tuple(theirs(text)["input_ids"]) for text in ("chest", " chest"))
+    assert first != later
+    assert ours.bad_words_ids(["chest", " chest"]) == (first, later)
+
+
+def test_word_pieces_have_one_spelling():
+    assert len(TOKENIZER.bad_words_ids(["hippocampus"])) == 1

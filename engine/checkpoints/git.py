@@ -1,0 +1,119 @@
+"""GIT (Microsoft): names, sizes and settings of its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.bundle.manifest import TokenIds
+from engine.checkpoints.rules import DEFAULTS, WITHOUT_EFFECT, ProcessorRules, Rules, Settings, Sizes
+from engine.errors import CheckpointError
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 1024,
+    "position_embedding_type": "absolute",
+    "tie_word_embeddings": False,
+    "bos_token_id": 101,
+    "eos_token_id": 102,
+    "pad_token_id": 0,
+}
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+VISION: dict[str, Any] = {"image_size": 224, "patch_size": 16}
+"""Settings of config.json and of its vision_config that are read here, with their defaults.
+
+Source: transformers 4.57, GitConfig and GitVisionConfig.
+"""
+
+
+def _completed(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings, completed with the defaults."""
+    return {**defaults, **{name: value for name, value in raw.items() if value is not None}}
+
+
+class GitRules(Rules):
+    """GIT with a captioning head (GitForCausalLM), for single images."""
+
+    name = "GIT"
+    model_type, architecture = "git", "GitForCausalLM"
+    weight_prefixes = ("git.image_encoder.", "git.encoder.")
+    processor = ProcessorRules(
+        kind="CLIPImageProcessor",
+        prefix="CLIP",
+        settings={
+            "do_resize": True,
+            "size": {"shortest_edge": 224},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": 224, "width": 224},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "do_convert_rgb": True,
+        },
+        without_effect=WITHOUT_EFFECT | {"_valid_processor_keys"},
+    )
+
+    def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
+        """See Rules.check_config. Models of videos add an embedding to the tokens of each of several images."""
+        if raw.get("vision_config") is not None and not isinstance(raw["vision_config"], dict):
+            raise CheckpointError(f"{path}: vision_config is not a JSON object")
+        if (frames := raw.get("num_image_with_embedding")) is not None:
+            raise CheckpointError(
+                f"{path} describes a GIT model of videos (num_image_with_embedding is {frames!r}), which is not "
+                "supported: use one of single images, such as microsoft/git-base-coco"
+            )
+        if not all(type(value) is int for value in (_completed(raw, TEXT)[name] for name in IDS)):
+            listed = ", ".join(f"{name}={raw.get(name)!r}" for name in IDS)
+            raise CheckpointError(f"{path}: special ids that are not one number each are not supported ({listed})")
+
+    def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:
+        """See Rules.settings.
+
+        If transformers made generation_config.json from config.json, and config.json has settings, these are used:
+        4.57.6 takes them for later changes (GenerationMixin._prepare_generation_config).
+        """
+        if generation is None:
+            return [Settings("config.json", raw)]
+        given = {name: raw[name] for name in DEFAULTS if raw.get(name) is not None}
+        has_later = any(value != DEFAULTS[name] for name, value in given.items())
+        if generation.get("_from_model_config") is True and has_later:
+            return [Settings("config.json", raw)]
+        return [Settings("generation_config.json", generation)]
+
+    def complete(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
+        """See Rules.complete."""
+        (source,) = self.settings(raw, generation)
+        ids = {name: source.values[name] for name in IDS if source.values.get(name) is not None}
+        return {**raw, **ids}
+
+    def sizes(self, raw: Mapping[str, Any]) -> Sizes:
+        """See Rules.sizes. The image has a token per patch, and one for the class token."""
+        text = _completed(raw, TEXT)
+        vision = _completed(raw.get("vision_config") or {}, VISION)
+        return Sizes(
+            num_layers=text["num_hidden_layers"],
+            num_heads=text["num_attention_heads"],
+            head_width=text["hidden_size"] // text["num_attention_heads"],
+            vocab_size=text["vocab_size"],
+            max_positions=text["max_position_embeddings"],
+            encoder_positions=(vision["image_size"] // vision["patch_size"]) ** 2 + 1,
+            image_size=vision["image_size"],
+            tokens=TokenIds(bos=text["bos_token_id"], eos=text["eos_token_id"], pad=text["pad_token_id"]),
+        )
+
+    def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:
+        """See Rules.tied."""
+        is_tied = _completed(raw, TEXT)["tie_word_embeddings"]
+        return {"output.weight": "git.embeddings.word_embeddings.weight"} if is_tied else {}
+
+    def unsupported(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """See Rules.unsupported."""
+        kind = _completed(raw, TEXT)["position_embedding_type"]
+        return {} if kind == "absolute" else {"position_embedding_type": kind}

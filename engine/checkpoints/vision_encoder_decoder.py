@@ -1,0 +1,268 @@
+"""VisionEncoderDecoder: the supported pairs of encoder and decoder, and what their checkpoints look like.
+
+Defaults are those of transformers 4.57.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.bundle.manifest import TokenIds
+from engine.checkpoints.rules import WITHOUT_EFFECT, ProcessorRules, Rules, Settings, Sizes
+from engine.errors import CheckpointError
+
+PAIRS = {
+    "vit": ("gpt2", "bert", "roberta", "trocr"),
+    "deit": ("gpt2", "trocr"),
+    "beit": ("bert",),
+    "swin": ("gpt2", "bert", "roberta", "mbart"),
+    "dinov2": ("gpt2",),
+}
+"""The supported pairs: `model_type` of the encoder, and of the decoders that it may have."""
+
+HALF = [0.5] * 3, [0.5] * 3
+CLIP = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+"""Mean and std of pixels per channel."""
+
+
+def _processor(name: str, size: Any, resample: int, moments: tuple[list[float], list[float]], **more: Any) -> Any:
+    """Return the rules of an image processor, whose older class is called a feature extractor."""
+    mean, std = moments
+    settings = {"do_resize": True, "size": size, "resample": resample, "do_rescale": True, "rescale_factor": 1 / 255}
+    settings |= {"do_normalize": True, "image_mean": mean, "image_std": std, "do_convert_rgb": True} | more
+    return ProcessorRules(f"{name}ImageProcessor", name, settings, WITHOUT_EFFECT - set(more))
+
+
+CROP = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+VIT = _processor("ViT", {"height": 224, "width": 224}, 2, HALF)
+DEIT = _processor("DeiT", {"height": 256, "width": 256}, 3, HALF, **CROP)
+BEIT = _processor("Beit", {"height": 256, "width": 256}, 3, HALF, **CROP)
+BIT = _processor("Bit", {"shortest_edge": 224}, 3, CLIP, **CROP)
+PROCESSORS = {"vit": VIT, "deit": DEIT, "beit": BEIT, "swin": VIT, "dinov2": BIT}
+"""Image processors: the one of each encoder. A checkpoint may name any of them."""
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "vit": {"image_size": 224, "patch_size": 16},
+    "deit": {"image_size": 224, "patch_size": 16},
+    "beit": {"image_size": 224, "patch_size": 16},
+    "swin": {"image_size": 224, "patch_size": 4, "depths": [2, 2, 6, 2]},
+    "dinov2": {"image_size": 224, "patch_size": 14},
+}
+"""Settings of encoders that are read here, with their defaults."""
+EXTRA_TOKENS = {"vit": 1, "deit": 2, "beit": 1, "dinov2": 1}
+"""Positions of an encoder that are not patches: the class token, and DeiT's distillation token."""
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """A kind of decoder.
+
+    `sizes` are the names of its number of layers, number of heads, width and number of positions, with their defaults;
+    `ids` the defaults of its special ids. `head` names the head's weight and the word embeddings, which are one tensor
+    if tie_word_embeddings is set, `tied` tensors that always are one. Captions do not depend on the weights `unused`.
+    Settings other than the `neutral` ones change the model in a way that the graph does not have.
+    """
+
+    sizes: Mapping[str, int]
+    vocab_size: int
+    ids: Mapping[str, int]
+    head: tuple[str, str]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+
+
+BERT_SIZES = {
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_size": 768,
+    "max_position_embeddings": 512,
+}
+BART_SIZES = {"decoder_layers": 12, "decoder_attention_heads": 16, "d_model": 1024, "max_position_embeddings": 1024}
+BART_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+DECODERS = {
+    "gpt2": TextRules(
+        sizes={"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024},
+        vocab_size=50257,
+        ids={"bos_token_id": 50256, "eos_token_id": 50256},
+        head=("lm_head.weight", "transformer.wte.weight"),
+        neutral={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    ),
+    "bert": TextRules(
+        sizes=BERT_SIZES,
+        vocab_size=30522,
+        ids={"pad_token_id": 0},
+        head=("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        tied={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+        neutral={"position_embedding_type": "absolute"},
+    ),
+    "roberta": TextRules(
+        sizes=BERT_SIZES,
+        vocab_size=50265,
+        ids=BART_IDS,
+        head=("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+        tied={"lm_head.decoder.bias": "lm_head.bias"},
+        neutral={"position_embedding_type": "absolute"},
+    ),
+    "trocr": TextRules(
+        sizes=BART_SIZES | {"max_position_embeddings": 512},
+        vocab_size=50265,
+        ids=BART_IDS | {"decoder_start_token_id": 2},
+        head=("output_projection.weight", "model.decoder.embed_tokens.weight"),
+        unused=("model.decoder.embed_positions._float_tensor",),
+    ),
+    "mbart": TextRules(
+        sizes=BART_SIZES,
+        vocab_size=50265,
+        ids=BART_IDS | {"forced_eos_token_id": 2},
+        head=("lm_head.weight", "model.decoder.embed_tokens.weight"),
+    ),
+}
+"""Decoders by `model_type`. Names are those of the decoder's own configuration and weights."""
+ENDINGS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+
+
+class VisionEncoderDecoderRules(Rules):
+    """An image encoder with a text decoder (VisionEncoderDecoderModel)."""
+
+    name = "VisionEncoderDecoder"
+    model_type, architecture = "vision-encoder-decoder", "VisionEncoderDecoderModel"
+    weight_prefixes = ("encoder.", "decoder.")
+    processor = VIT
+
+    def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
+        """See Rules.check_config."""
+        for part in ("encoder", "decoder"):
+            if not isinstance(raw.get(part), dict):
+                raise CheckpointError(f"{path}: {part} is not a JSON object: save the model again")
+        encoder, decoder = (raw[part].get("model_type") for part in ("encoder", "decoder"))
+        if decoder not in PAIRS.get(encoder, ()):
+            known = "; ".join(f"{name} with {', '.join(others)}" for name, others in PAIRS.items())
+            raise CheckpointError(
+                f"{path} pairs the encoder {encoder!r} with the decoder {decoder!r}, which is not supported: use one "
+                f"of these pairs: {known}"
+            )
+        text = raw["decoder"]
+        for name in ("is_decoder", "add_cross_attention"):
+            if decoder in ("gpt2", "bert", "roberta") and not text.get(
+                name, name == "is_decoder" and decoder == "gpt2"
+            ):
+                raise CheckpointError(
+                    f"{path}: decoder.{name} is not true, so the decoder cannot attend to an image: train it as a "
+                    "decoder with cross-attention"
+                )
+        for name in ("image_size", "patch_size"):
+            size = raw["encoder"].get(name, 1)
+            sides = size if isinstance(size, list) and size else [size]
+            if any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
+                raise CheckpointError(f"{path}: encoder.{name} is {size!r}, but only squares are supported")
+        missing = [name for name in ENDINGS if type(raw.get(name)) is not int]
+        if missing:
+            raise CheckpointError(
+                f"{path}: {missing[0]} is {raw.get(missing[0])!r}, but `generate` needs one id: set it in "
+                "generation_config.json"
+            )
+        if decoder == "roberta" and raw["decoder_start_token_id"] == _part(raw, "decoder")["pad_token_id"]:
+            raise CheckpointError(
+                f"{path}: captions start with the pad id {raw['decoder_start_token_id']}, from which RoBERTa counts "
+                "positions in another way: train with another decoder_start_token_id"
+            )
+
+    def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:
+        """See Rules.settings. Hugging Face reads generation_config.json or, without it, both levels of config.json."""
+        if generation is not None:
+            return [Settings("generation_config.json", generation)]
+        ids = DECODERS[raw["decoder"]["model_type"]].ids if self._is_known(raw) else {}
+        inner = raw["decoder"] if isinstance(raw.get("decoder"), dict) else {}
+        return [Settings("config.json", raw), Settings("decoder of config.json", {**ids, **inner})]
+
+    def complete(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
+        """See Rules.complete."""
+        settings = self.settings(raw, generation)
+
+        def id_of(name: str) -> Any:
+            values = (_one(source.values.get(name)) for source in settings)
+            return next((value for value in values if value is not None), None)
+
+        start, end, pad = map(id_of, ENDINGS)
+        start = id_of("bos_token_id") if start is None else start
+        return {**raw, **dict(zip(ENDINGS, (start, end, end if pad is None else pad), strict=True))}
+
+    def _is_known(self, raw: Mapping[str, Any]) -> bool:
+        return isinstance(raw.get("decoder"), dict) and raw["decoder"].get("model_type") in DECODERS
+
+    def sizes(self, raw: Mapping[str, Any]) -> Sizes:
+        """See Rules.sizes."""
+        text, rules = _part(raw, "decoder"), DECODERS[raw["decoder"]["model_type"]]
+        layers, heads, width, positions = (text[name] for name in rules.sizes)
+        if text["model_type"] == "roberta":  # the first rows of the table have no position
+            positions -= text["pad_token_id"] + 1
+        return Sizes(
+            num_layers=layers,
+            num_heads=heads,
+            head_width=width // heads,
+            vocab_size=text["vocab_size"],
+            max_positions=positions,
+            encoder_positions=_encoder_positions(_part(raw, "encoder")),
+            image_size=_side(_part(raw, "encoder")["image_size"]),
+            tokens=TokenIds(*(raw[name] for name in ENDINGS)),
+        )
+
+    def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:
+        """See Rules.tied."""
+        rules = DECODERS[raw["decoder"]["model_type"]]
+        names = dict(rules.tied)
+        if raw["decoder"].get("tie_word_embeddings", True):
+            names |= dict([rules.head])
+        return {f"decoder.{copy}": f"decoder.{original}" for copy, original in names.items()}
+
+    def unused(self, raw: Mapping[str, Any]) -> tuple[str, ...]:
+        """See Rules.unused."""
+        decoder = tuple(f"decoder.{name}" for name in DECODERS[raw["decoder"]["model_type"]].unused)
+        return ("encoder.pooler.", "encoder.embeddings.mask_token", *decoder)
+
+    def unsupported(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """See Rules.unsupported."""
+        text, neutral = raw["decoder"], DECODERS[raw["decoder"]["model_type"]].neutral
+        return {f"decoder.{name}": text[name] for name, value in neutral.items() if text.get(name, value) != value}
+
+    def processor_for(self, kind: str | None, raw: Mapping[str, Any]) -> ProcessorRules | None:
+        """See Rules.processor_for."""
+        if kind is None:
+            return PROCESSORS[raw["encoder"]["model_type"]]
+        return next((rules for rules in PROCESSORS.values() if kind.startswith(rules.prefix)), None)
+
+
+def _part(raw: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Return the encoder's or the decoder's configuration, completed with the defaults."""
+    kind = raw[part]["model_type"]
+    if part == "encoder":
+        defaults = ENCODERS[kind]
+    else:
+        rules = DECODERS[kind]
+        defaults = {**rules.sizes, **rules.ids, "vocab_size": rules.vocab_size}
+    return defaults | {name: value for name, value in raw[part].items() if value is not None}
+
+
+def _one(value: Any) -> Any:
+    """Return the only entry of a list, or the value itself: transformers accepts several end ids, the engine one."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _side(size: int | Sequence[int]) -> int:
+    """Return the side of a square given as a number or as height and width."""
+    return size if isinstance(size, int) else size[0]
+
+
+def _encoder_positions(vision: Mapping[str, Any]) -> int:
+    """Return the number of hidden states of an image. Swin halves both sides between its stages, rounding up."""
+    side, patch = _side(vision["image_size"]), _side(vision["patch_size"])
+    if vision["model_type"] != "swin":
+        return (side // patch) ** 2 + EXTRA_TOKENS[vision["model_type"]]
+    side = -(-side // patch)
+    for _ in vision["depths"][1:]:
+        side = -(-side // 2)
+    return side * side

@@ -1,0 +1,182 @@
+"""VisionEncoderDecoder: an image encoder and a text decoder of two other models, such as ViT with GPT-2.
+
+Only the pairs in PAIRS are supported. Reference: transformers 4.57,
+models/vision_encoder_decoder/modeling_vision_encoder_decoder.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from engine.checkpoints.rules import Rules
+from engine.checkpoints.vision_encoder_decoder import VisionEncoderDecoderRules
+from engine.errors import CheckpointError
+from export.families.decoders import DECODERS, TextDecoder, skips_pads
+from export.families.modules import IS_5, Encoder, Family, ImageProcessor, Normalisation, Sizes
+
+if IS_5:  # release 5 uses torchvision by default if it is installed, whose resized pixels differ by a level or two
+    from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil as BeitImageProcessor
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil as BitImageProcessor
+    from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil as DeiTImageProcessor
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil as ViTImageProcessor
+else:
+    from transformers import BeitImageProcessor, BitImageProcessor, DeiTImageProcessor, ViTImageProcessor
+
+PROCESSORS = {
+    "ViT": ViTImageProcessor,
+    "DeiT": DeiTImageProcessor,
+    "Beit": BeitImageProcessor,
+    "Bit": BitImageProcessor,
+}
+"""Image processors by the beginning of the name that a checkpoint gives them."""
+PROJECTION = "enc_to_dec_proj"
+"""Name of the dense layer between an encoder and a decoder of different widths."""
+
+
+def decoder_of(config: VisionEncoderDecoderConfig) -> type[TextDecoder]:
+    """Return the step graph of a configuration's decoder."""
+    return DECODERS[config.decoder.model_type]
+
+
+class VisionEncoder(Encoder):
+    """The encoder by Hugging Face's own code, the projection to the decoder's width, and the decoder's keys."""
+
+    parts = ("encoder", "decoder")
+
+    def __init__(self, model: PreTrainedModel, sizes: Sizes, normalisation: Normalisation) -> None:
+        super().__init__(model, sizes, normalisation)
+        self.encoder = _for_one_size(model.encoder)
+        if hasattr(model, PROJECTION):
+            self.enc_to_dec_proj = model.enc_to_dec_proj
+        self.keys_of = decoder_of(model.config).keys_values
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """See Encoder.encode."""
+        encoded = self.encoder(pixel_values=pixels).last_hidden_state
+        return self.enc_to_dec_proj(encoded) if hasattr(self, PROJECTION) else encoded
+
+    def keys_values(self, encoded: Tensor) -> Iterator[Tensor]:
+        """See Encoder.keys_values."""
+        return self.keys_of(self.decoder, encoded)
+
+
+def _for_one_size(encoder: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of an encoder that uses its position table as it is; it shares all weights.
+
+    While they are traced, these models always interpolate the table to the size of the image. The graph has one size.
+    """
+    table = getattr(encoder.embeddings, "position_embeddings", None)
+    if not isinstance(table, nn.Parameter):  # Swin without absolute positions
+        return encoder
+    encoder = copy.copy(encoder)
+    encoder._modules = dict(encoder._modules)
+    embeddings = encoder.embeddings = copy.copy(encoder.embeddings)
+    embeddings.interpolate_pos_encoding = lambda *_: embeddings.position_embeddings
+    return encoder
+
+
+class VisionEncoderDecoder(Family):
+    """An image encoder with a text decoder (VisionEncoderDecoderModel)."""
+
+    rules: ClassVar[Rules] = VisionEncoderDecoderRules()
+    config_class, model_class = VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+
+    def resize(self, model: PreTrainedModel, image_size: int) -> None:
+        """Interpolate the position table as the encoder itself does, once.
+
+        Raises CheckpointError for encoders with positions relative to each other or in windows.
+        """
+        vision, embeddings = model.config.encoder, model.encoder.embeddings
+        table = getattr(embeddings, "position_embeddings", None)
+        patch = _side(vision.patch_size)
+        if image_size % patch:
+            raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {patch}")
+        if table is None or vision.model_type == "swin" or getattr(vision, "use_relative_position_bias", False):
+            raise CheckpointError(
+                f"--image-size {image_size}: the positions of this {vision.model_type} encoder cannot be resized, "
+                "leave the option out"
+            )
+        extra = table.shape[1] - (_side(vision.image_size) // patch) ** 2
+        tokens = torch.zeros(1, extra + (image_size // patch) ** 2, table.shape[2])
+        with torch.no_grad():
+            resized = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+        embeddings.position_embeddings = nn.Parameter(resized.clone())
+        embeddings.patch_embeddings.image_size = (image_size, image_size)
+        vision.image_size = image_size
+
+    def make_processor(self, settings: Mapping[str, Any]) -> ImageProcessor:
+        """See Family.make_processor."""
+        kind = settings["image_processor_type"]
+        return next(make for prefix, make in PROCESSORS.items() if kind.startswith(prefix))(**settings)
+
+    def encoder(self, model: PreTrainedModel, normalisation: Normalisation) -> VisionEncoder:
+        """See Family.encoder."""
+        return VisionEncoder(model, self.sizes(model.config), normalisation)
+
+    def step(self, model: PreTrainedModel) -> TextDecoder:
+        """See Family.step."""
+        return decoder_of(model.config)(model, self.sizes(model.config))
+
+    def generation_config(self, model: PreTrainedModel) -> Any:
+        """See Family.generation_config."""
+        return model.generation_config
+
+    def apply_settings(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+        """See Family.apply_settings. They may be in generation_config.json, which only `from_pretrained` reads."""
+        tokens = self.sizes(model.config).tokens
+        model.generation_config = GenerationConfig(
+            decoder_start_token_id=tokens.bos, eos_token_id=tokens.eos, pad_token_id=tokens.pad, **settings
+        )
+
+    def prompt_arguments(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: str | None, images: int
+    ) -> tuple[dict[str, Any], int]:
+        """See Family.prompt_arguments. `generate` puts the start token before the ids."""
+        if not prompt:
+            return {}, 1
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return {"decoder_input_ids": ids.repeat(images, 1)}, 1 + ids.shape[1]
+
+    def encode(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+        """See Family.encode."""
+        return model.encoder(pixel_values=pixel_values).last_hidden_state
+
+    def logits(self, model: PreTrainedModel, ids: Tensor, encoded: Tensor) -> Tensor:
+        """See Family.logits.
+
+        Where positions depend on the pad id and it is said, only a cache gives the positions that `generate` has.
+        """
+        outputs = BaseModelOutput(last_hidden_state=encoded)
+        text = model.config.decoder
+        if not (skips_pads(text) and (ids == text.pad_token_id).any()):
+            return model(encoder_outputs=outputs, decoder_input_ids=ids, use_cache=False).logits
+        logits, cache = [], None
+        for column in ids.split(1, 1):
+            step = model(encoder_outputs=outputs, decoder_input_ids=column, past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            logits.append(step.logits)
+        return torch.cat(logits, 1)
+
+    def ensemble(self, models: Sequence[PreTrainedModel], weights: Sequence[float]) -> PreTrainedModel:  # noqa: ARG002
+        """See Family.ensemble."""
+        raise CheckpointError(
+            "parity of several checkpoints is only supported for BLIP: compare VisionEncoderDecoder bundles one by one"
+        )
+
+
+def _side(size: int | Sequence[int]) -> int:
+    """Return the side of a square given as a number or as height and width."""
+    return size if isinstance(size, int) else size[0]

@@ -1,0 +1,148 @@
+"""Every pair of VisionEncoderDecoder gives the ids of `generate`: greedy, with beams, penalties, bans and prompts.
+
+A short grid runs for each pair; `make test-families` sets FAMILIES_GRID=full for the whole one. The ids of transformers
+4.57.6 are stored as one digest per pair and setting (tests/data/pairs_ids.json, written with GRID_IDS=write).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.captioner import Captioner
+from engine.checkpoints.settings import size_before_crop
+from engine.decoding.scheduler import Scheduler
+from engine.inputs.pixels import read_image
+from engine.options import DecodeOptions
+from export.bundle import export_bundle
+from export.families.modules import IS_5
+from export.reference.huggingface import Reference, UncachedBackend
+from export.reference.torch_backend import TorchBackend, search_of
+from export.reference.trace import SCORE_TOLERANCE, summed_log_prob
+from tests.helpers.tiny import random_pictures
+from tests.helpers.tiny_pairs import make_pair, pairs
+
+IS_FULL = os.environ.get("FAMILIES_GRID") == "full"
+IDS = Path(__file__).parents[1] / "data/pairs_ids.json"
+IMAGES = 9
+PROMPT = "the chest"
+GRID = [
+    {
+        "num_beams": beams,
+        "no_repeat_ngram_size": ngram,
+        "length_penalty": penalty,
+        "early_stopping": stopping,
+        "prompt": prompt,
+        "min_new_tokens": least,
+    }
+    for beams, ngram, prompt, least in itertools.product((1, 3, 4, 5, 10), (0, 2, 3), (None, PROMPT), (None, 6))
+    for penalty, stopping in ([(1.0, False)] if beams == 1 else itertools.product((0.6, 2.0), (False, True, "never")))
+]
+PENALTIES = [
+    {"num_beams": beams, "repetition_penalty": penalty, "prompt": prompt, "min_new_tokens": least} | bans
+    for beams, penalty, prompt, least in itertools.product((1, 3), (1.0, 1.3, 2.5), (None, PROMPT), (None, 6))
+    for bans in ({}, {"bad_words": ("lesion", "brain mass")}, {"suppress_tokens": (9, 10), "bad_words_ids": ((7, 8),)})
+]
+SHORT = [
+    GRID[0],
+    GRID[1] | {"prompt": PROMPT, "no_repeat_ngram_size": 2},
+    {"num_beams": 3, "no_repeat_ngram_size": 3, "length_penalty": 2.0, "early_stopping": "never"},
+    {"num_beams": 4, "no_repeat_ngram_size": 2, "prompt": PROMPT, "early_stopping": True, "min_new_tokens": 6},
+    {"num_beams": 5, "repetition_penalty": 1.3, "bad_words": ("lesion", "brain mass")},
+    {"num_beams": 10, "length_penalty": 0.6},
+    {"num_beams": 1, "repetition_penalty": 2.5, "suppress_tokens": (9, 10), "max_length": 11},
+]
+
+
+@pytest.fixture(scope="module")
+def digests():
+    """Digests of the ids of each setting that was run, by pair."""
+    by_pair: dict[str, dict[str, str]] = {}
+    yield by_pair
+    if os.environ.get("GRID_IDS") == "write":
+        stored = json.loads(IDS.read_text()) if IDS.exists() else {}
+        IDS.write_text(json.dumps(stored | by_pair, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), pairs())
+def test_captions_of_a_pair_equal_generate(encoder, decoder, tmp_path, digests):
+    checkpoint = make_pair(tmp_path / "checkpoint", encoder, decoder)
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)  # replays its golden recordings
+    captioner, reference = Captioner.load(bundle.path, backend="cpu", threads=1), Reference.load(checkpoint)
+    pictures = random_pictures(IMAGES)
+    pixels = reference.pixels(pictures)
+    found = digests.setdefault(f"{encoder}-{decoder}", {})
+    captions, failures = set(), []
+    for setting in GRID + PENALTIES if IS_FULL else SHORT:
+        options = DecodeOptions(**{"max_new_tokens": 14} | setting if "max_length" not in setting else setting)
+        options = options.replace(num_return_sequences=options.num_beams)
+        theirs = reference.generate(pixels, options)
+        for mine, expected in zip(captioner.caption(pictures, options), theirs, strict=True):
+            captions.add(mine.ids)
+            assert mine.raw_text == reference.tokenizer.decode(mine.ids, skip_special_tokens=True)
+            for ours, one in zip(mine.alternatives, expected, strict=True):
+                if ours.ids != one.ids:
+                    failures.append(f"{setting}, image {mine.id}: {ours} instead of {one}")
+                elif one.score is not None:
+                    np.testing.assert_allclose(ours.score, one.score, rtol=SCORE_TOLERANCE, atol=SCORE_TOLERANCE)
+        ids = json.dumps([[caption.ids for caption in image] for image in theirs])
+        found[json.dumps(setting)] = hashlib.sha256(ids.encode()).hexdigest()
+    assert not failures, "\n".join(failures)
+    assert len(captions) > 3 * IMAGES, "captions hardly depend on the image: the test shows little"
+    assert len({len(ids) for ids in captions}) > 3
+    if IS_5:
+        stored = json.loads(IDS.read_text())[f"{encoder}-{decoder}"]
+        assert {name: stored[name] for name in found} == found, "differs from transformers 4.57.6"
+
+
+WAVES = {"use_learned_position_embeddings": False, "scale_embedding": True, "layernorm_embedding": False}
+VARIANTS = {
+    "pad ids in captions of RoBERTa": ("vit", "roberta", {}, "pad"),
+    "pad ids in captions of TrOCR with waves": (
+        "vit",
+        "trocr",
+        {"text": WAVES | {"activation_function": "relu"}},
+        "pad",
+    ),
+    "GPT-2 of the encoder's width, head not tied": (
+        "vit",
+        "gpt2",
+        {"text": {"n_embd": 24, "n_head": 3, "tie_word_embeddings": False, "reorder_and_upcast_attn": True}},
+        None,
+    ),
+    "Swin whose patches need padding": ("swin", "bert", {"vision": {"window_size": 3, "image_size": 32}}, None),
+    "BEiT without a last norm": ("beit", "bert", {"vision": {"use_mean_pooling": True}}, None),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_generate(variant, tmp_path):
+    """The modules that are exported, in torch: other settings of the same models."""
+    encoder, decoder, settings, favoured = VARIANTS[variant]
+    checkpoint = make_pair(tmp_path, encoder, decoder, favoured=favoured, **settings)
+    reference = Reference.load(checkpoint)
+    backend = TorchBackend(reference.model, reference.image_processor)
+    pictures = random_pictures(IMAGES)
+    spec = reference.sizes.image_size
+    resample = Image.Resampling(reference.image_processor.resample).name.lower()
+    resize = size_before_crop(reference.image_processor.to_dict())
+    u8 = np.stack([read_image(picture, spec, spec, resample, resize=resize) for picture in pictures])
+    pads = 0
+    for setting in ({"num_beams": 1}, {"num_beams": 4, "no_repeat_ngram_size": 3}, {"num_beams": 3}):
+        options = DecodeOptions(max_new_tokens=14, **setting)
+        theirs = reference.generate(reference.pixels(pictures), options)
+        ours = dict(Scheduler(backend, search_of(reference.model, options), num_slots=4).decode(u8))
+        for number, (expected, *_) in enumerate(theirs):
+            assert ours[number][0].ids == expected.ids, setting
+            pads += reference.sizes.tokens.pad in expected.ids[1:-1]
+            judged = UncachedBackend(reference)  # its positions must be those of generate's cache
+            log_prob = summed_log_prob(judged, search_of(reference.model, options), u8[number], expected.ids)
+            assert abs(log_prob - ours[number][0].sum_log_prob) < 1e-4 * max(1.0, abs(log_prob))
+    assert bool(pads) == (favoured == "pad")
