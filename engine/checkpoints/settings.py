@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.checkpoints.files import GENERATION_FILE, read_config_file, read_generation_file, read_json, rules_at
-from engine.checkpoints.rules import Rules, Settings
+from engine.checkpoints.rules import DEFAULTS, Rules, Settings
 from engine.errors import CheckpointError
 from engine.options import GENERATION_SETTINGS
 
@@ -163,39 +163,6 @@ def _channels(path: Path, name: str, value: Any) -> list[float]:
             f"{path}: {name} is {value!r}, but it must be a number, or three numbers for three channels"
         )
     return [float(number) for number in values]
-
-
-DEFAULTS: dict[str, Any] = {
-    "max_length": 20,
-    "min_length": 0,
-    "do_sample": False,
-    "early_stopping": False,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "num_return_sequences": 1,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "remove_invalid_values": False,
-    "exponential_decay_length_penalty": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "max_new_tokens": None,
-    "min_new_tokens": None,
-}
-"""Generation settings that a model configuration may contain, with their defaults.
-
-Source: transformers 4.57, PretrainedConfig.
-"""
 
 
 IGNORED_SETTINGS = (
