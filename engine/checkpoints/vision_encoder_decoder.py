@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.bundle.manifest import TokenIds
-from engine.checkpoints.rules import WITHOUT_EFFECT, ProcessorRules, Rules, Settings, Sizes
+from engine.checkpoints.rules import DEFAULTS, WITHOUT_EFFECT, ProcessorRules, Rules, Settings, Sizes
 from engine.errors import CheckpointError
 
 PAIRS = {
@@ -28,7 +28,9 @@ CLIP = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 """Mean and std of pixels per channel."""
 
 
-def _processor(name: str, size: Any, resample: int, moments: tuple[list[float], list[float]], **more: Any) -> Any:
+def _processor(
+    name: str, size: Any, resample: int, moments: tuple[list[float], list[float]], **more: Any
+) -> ProcessorRules:
     """Return the rules of an image processor, whose older class is called a feature extractor."""
     mean, std = moments
     settings = {"do_resize": True, "size": size, "resample": resample, "do_rescale": True, "rescale_factor": 1 / 255}
@@ -172,8 +174,14 @@ class VisionEncoderDecoderRules(Rules):
             )
 
     def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:
-        """See Rules.settings. Hugging Face reads generation_config.json or, without it, both levels of config.json."""
-        if generation is not None:
+        """See Rules.settings. Hugging Face reads generation_config.json or, without it, both levels of config.json.
+
+        If transformers made generation_config.json from config.json, and config.json has settings, these are used:
+        4.57.6 takes them for later changes (GenerationMixin._prepare_generation_config).
+        """
+        is_copy = generation is not None and generation.get("_from_model_config") is True
+        has_later = any(raw.get(name) not in (None, default) for name, default in DEFAULTS.items())
+        if generation is not None and not (is_copy and has_later):
             return [Settings("generation_config.json", generation)]
         ids = DECODERS[raw["decoder"]["model_type"]].ids if self._is_known(raw) else {}
         inner = raw["decoder"] if isinstance(raw.get("decoder"), dict) else {}

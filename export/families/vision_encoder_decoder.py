@@ -119,8 +119,10 @@ class VisionEncoderDecoder(Family):
 
     def make_processor(self, settings: Mapping[str, Any]) -> ImageProcessor:
         """See Family.make_processor."""
-        kind = settings["image_processor_type"]
-        return next(make for prefix, make in PROCESSORS.items() if kind.startswith(prefix))(**settings)
+        kind, given = settings["image_processor_type"], dict(settings)
+        if kind.startswith("Beit"):  # it never converts, and warns about this setting; images are RGB already
+            given.pop("do_convert_rgb", None)
+        return next(make for prefix, make in PROCESSORS.items() if kind.startswith(prefix))(**given)
 
     def encoder(self, model: PreTrainedModel, normalisation: Normalisation) -> VisionEncoder:
         """See Family.encoder."""

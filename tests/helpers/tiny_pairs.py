@@ -139,7 +139,7 @@ def make_model(
     """Return a model with random weights in eval mode.
 
     `end_bias` is added to the logit of the end token, so that captions of different images have different lengths.
-    The pad token's logit gets 3 more if `favoured` is "pad". `vision` and `text` are further settings of the two parts.
+    The logit of the pad token is raised too if `favoured` is "pad". `vision` and `text` are further settings.
     """
     ids = token_ids(decoder, tokenizer)
     patch = SWIN_PATCH if encoder == "swin" else PATCH_SIZE
@@ -162,7 +162,7 @@ def make_model(
         model.tie_weights()
         _favour(model.decoder, decoder, ids["eos_token_id"], END_BIAS[decoder] if end_bias is None else end_bias)
         if favoured == "pad":
-            _favour(model.decoder, decoder, ids["pad_token_id"], 3.0)
+            _favour(model.decoder, decoder, ids["pad_token_id"], 3.0 if decoder == "roberta" else 6.0)
     return model
 
 

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -26,6 +27,7 @@ from export.families.modules import IS_5
 from export.reference.huggingface import Reference, UncachedBackend
 from export.reference.torch_backend import TorchBackend, search_of
 from export.reference.trace import SCORE_TOLERANCE, summed_log_prob
+from export.restore import restore_checkpoint
 from tests.helpers.tiny import random_pictures
 from tests.helpers.tiny_pairs import make_pair, pairs
 
@@ -100,6 +102,31 @@ def test_captions_of_a_pair_equal_generate(encoder, decoder, tmp_path, digests):
     if IS_5:
         stored = json.loads(IDS.read_text())[f"{encoder}-{decoder}"]
         assert {name: stored[name] for name in found} == found, "differs from transformers 4.57.6"
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "precision"), [("vit", "gpt2", "int8"), ("swin", "mbart", "fp16"), ("deit", "trocr", "fp32")]
+)
+def test_precisions_and_restored_checkpoints(encoder, decoder, precision, tmp_path):
+    """GPT-2's dense layers are Conv1D, whose weights have another layout; a restored checkpoint lacks the pooler."""
+    checkpoint = make_pair(tmp_path / "checkpoint", encoder, decoder)
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", lambda _: None, precision=precision)
+    reference, pictures = Reference.load(checkpoint), random_pictures(IMAGES)
+    options = DecodeOptions(num_beams=3, max_new_tokens=14, no_repeat_ngram_size=3)
+    expected = [best.ids for best, *_ in reference.generate(reference.pixels(pictures), options)]
+    if precision == "fp32":
+        restored = Reference.load(restore_checkpoint(bundle.path, tmp_path / "restored"))
+        assert restored.sizes == reference.sizes
+        found = [best.ids for best, *_ in restored.generate(restored.pixels(pictures), options)]
+        assert found == expected
+        return
+    found = [caption.ids for caption in Captioner.load(bundle.path, backend="cpu").caption(pictures, options)]
+    # random logits lie close together: int8 changes about half of these captions; the export compares scores
+    least = IMAGES / 2 if precision == "fp16" else IMAGES / 4
+    assert sum(a == b for a, b in zip(found, expected, strict=True)) > least
+    kinds = [node.op_type for node in onnx.load(bundle.path / "decoder.onnx").graph.node]
+    # of two layers: c_attn and c_proj, q_attn and c_proj of cross-attention, c_fc and c_proj of the MLP; and the head
+    assert kinds.count("MatMulInteger") == (2 * 6 + 1 if precision == "int8" else 0)
 
 
 WAVES = {"use_learned_position_embeddings": False, "scale_embedding": True, "layernorm_embedding": False}

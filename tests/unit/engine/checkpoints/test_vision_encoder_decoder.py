@@ -89,6 +89,11 @@ def test_settings_and_their_sources(tmp_path):
         "max_new_tokens": Setting(12, "generation_config.json"),
         "guidance_scale": Setting(2.0, "generation_config.json"),
     }
+    made = {"num_beams": 2, "_from_model_config": True}
+    write(tmp_path, made, num_beams=4, decoder=text)  # changed after generation_config.json was made
+    assert configured_settings(tmp_path)["num_beams"] == Setting(4, "config.json")
+    write(tmp_path, made, decoder=text)
+    assert configured_settings(tmp_path) == {"num_beams": Setting(2, "generation_config.json")}
     assert ignored_settings(tmp_path) == []
 
 
