@@ -32,6 +32,7 @@ from engine.bundle.manifest import (
     REQUIRED_FILES,
     Bundle,
     FileDigests,
+    ImageSpec,
     ModelDims,
 )
 from engine.bundle.open import on_halves
@@ -74,14 +75,14 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
         "family": reference.family.rules.model_type,
         "precision": "fp32",
         "model": {entry.name: getattr(sizes, entry.name) for entry in fields(ModelDims)},
-        "image": {
-            "height": sizes.image_size,
-            "width": sizes.image_size,
-            "resample": Image.Resampling(processor.resample).name.lower(),
-            "mean": mean,
-            "std": std,
-        }
-        | ({"resize": list(resize)} if (resize := size_before_crop(processor.to_dict())) else {}),
+        "image": ImageSpec(
+            height=sizes.image_size,
+            width=sizes.image_size,
+            resample=Image.Resampling(processor.resample).name.lower(),
+            mean=tuple(mean),
+            std=tuple(std),
+            resize=size_before_crop(processor.to_dict()),
+        ).as_json(),
         "tokens": asdict(sizes.tokens),
         "generation": settings,
         "generation_from": {name: sources[name].source for name in settings},

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -199,6 +199,10 @@ class ImageSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: tuple[int, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry of a manifest; it has `resize` only if something is cropped."""
+        return {name: value for name, value in asdict(self).items() if name != "resize" or value}
 
 
 @dataclass(frozen=True)
