@@ -7,16 +7,14 @@ Attention, layer norms and embeddings stay float32.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.utils import Extractor
 
-from engine.bundle.int8 import SCALE_SUFFIX, SUFFIX, quantise_weight
-from engine.bundle.manifest import CHOICE, FORMAT, LOG_PROBS, graph_inputs, graph_outputs
+from engine.bundle.int8 import SCALE_SUFFIX, SUFFIX
+from engine.bundle.manifest import FORMAT, HALVES, LOG_PROBS, graph_inputs, graph_outputs
 
 CONSTANTS: dict[str, np.generic | NDArray[np.int64]] = {
     "int8.zero": np.uint8(128),  # the zero point of activations
@@ -28,23 +26,32 @@ CONSTANTS: dict[str, np.generic | NDArray[np.int64]] = {
 }
 
 
-def quantise(model: ModelProto) -> ModelProto:
-    """Return the graph with all dense layers in int8. `model` is changed in place."""
+def quantise(float32: ModelProto) -> ModelProto:
+    """Return a graph with all dense layers in int8.
+
+    Only names and shapes of weights are read and set. engine/checkpoints/write.py quantises the values.
+    """
+    model = ModelProto()
+    model.CopyFrom(float32)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     transposed = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
-    constants = {name: np.asarray(value) for name, value in CONSTANTS.items()}
     nodes: list[NodeProto] = []
+    quantised: list[TensorProto] = []
+    dense: set[str] = set()
     rows: set[str] = set()
     for node in model.graph.node:
         name = _weight_name(node, weights, transposed)
         if name is None:
             nodes.append(node)
             continue
-        if name + SUFFIX not in constants:
+        if name not in dense:
+            dense.add(name)
             # torch exports a Linear as a Gemm, or as a Transpose and a MatMul: the weight is [outputs,inputs]
-            constants[name + SUFFIX], constants[name + SCALE_SUFFIX] = quantise_weight(
-                numpy_helper.to_array(weights[name])
-            )
+            outputs, inputs = weights[name].dims
+            quantised += [
+                TensorProto(name=name + SUFFIX, data_type=TensorProto.INT8, dims=[inputs, outputs]),
+                TensorProto(name=name + SCALE_SUFFIX, data_type=TensorProto.FLOAT, dims=[outputs]),
+            ]
         x, out = node.input[0], node.output[0]
         if x not in rows:  # q, k and v share their input's rows
             rows.add(x)
@@ -53,7 +60,10 @@ def quantise(model: ModelProto) -> ModelProto:
         nodes += _product(x, name, bias, out)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), name) for name, value in CONSTANTS.items()
+    )
+    model.graph.initializer.extend(quantised)
     _remove_unused(model)
     return model
 
@@ -111,13 +121,12 @@ def _remove_unused(model: ModelProto) -> None:
     del model.graph.value_info[:]
 
 
-def write_halves(out: Path, num_layers: int, vocab_size: int) -> None:
-    """Write the split decoder, log_probs.onnx and choice.onnx, next to decoder.onnx in `out`.
-
-    An ensemble averages log-probabilities between the two graphs.
-    """
-    for graph in (LOG_PROBS, CHOICE):
-        model = onnx.load(str(out / "decoder.onnx"), load_external_data=False)
+def halves(decoder: ModelProto, num_layers: int, vocab_size: int) -> dict[str, ModelProto]:
+    """Return the split decoder, {graph: model}. An ensemble averages log-probabilities between the two graphs."""
+    split = {}
+    for graph in HALVES:
+        model = ModelProto()
+        model.CopyFrom(decoder)
         (node,) = (node for node in model.graph.node if node.op_type == "LogSoftmax")
         _rename(model, node.output[0] if graph == LOG_PROBS else node.input[0])
         model.graph.value_info.append(
@@ -125,9 +134,8 @@ def write_halves(out: Path, num_layers: int, vocab_size: int) -> None:
         )
         half = Extractor(model).extract_model(graph_inputs(num_layers, FORMAT)[graph], graph_outputs(num_layers)[graph])
         half.producer_name = model.producer_name
-        path = out / f"{graph}.onnx"
-        onnx.save_model(half, str(path))
-        onnx.checker.check_model(str(path), full_check=True)
+        split[graph] = half
+    return split
 
 
 def _rename(model: onnx.ModelProto, name: str) -> None:
