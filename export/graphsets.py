@@ -18,6 +18,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, PretrainedCon
 from transformers.modeling_utils import no_init_weights
 
 from engine.bundle.manifest import PRECISIONS
+from engine.checkpoints.families import RULES
 from engine.checkpoints.graphs import Graph, GraphSet, Number, save_graphs, shipped_graphs
 from engine.cli.shared import PATH, OneLine
 from export.families import family_of
@@ -58,27 +59,10 @@ EXAMPLES = (
 )
 """Small, so that tracing is quick. Each parameter has its own number, by which it is recognised in a graph."""
 
-VISION = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-)
-
-
-def shape_of(config):
-    v, t = config.vision_config, config.text_config
-    return {f"vision_config.{n}": getattr(v, n) for n in VISION} | {
-        f"text_config.{n}": getattr(t, n) for n in VISION if n != "patch_size"
-    }
-
 
 def make_graphs(name: str, config: PretrainedConfig) -> list[GraphSet]:
     """Return the graph sets of an architecture. Sizes in `config` that a checkpoint decides are not used."""
-    made_by = fingerprint()
+    made_by, tied = fingerprint(), tied_weights(model_of(config, EXAMPLES[0]))
     (numbers, graphs), (other_numbers, others) = (
         (numbers_of(config, example), trace_all(config, example)) for example in EXAMPLES
     )
@@ -87,8 +71,9 @@ def make_graphs(name: str, config: PretrainedConfig) -> list[GraphSet]:
             architecture=name,
             family=config.model_type,
             precision=precision,
-            shape=shape_of(config),
+            shape=RULES[config.model_type].shape(config.to_dict()),
             made_by=made_by,
+            tied=tied,
             graphs=tuple(
                 with_parameters(graph, other, numbers, other_numbers)
                 for graph, other in zip(graphs[precision], others[precision], strict=True)
@@ -133,6 +118,13 @@ def numbers_of(config: PretrainedConfig, example: Example) -> dict[str, Number]:
         "image_mean": tuple(mean),
         "image_std": tuple(std),
     }
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Return {name: first name} of weights with several names."""
+    first = {weight: name for name, weight in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[weight] for name, weight in every if name != first[weight]}
 
 
 def fingerprint() -> str:

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from engine.bundle.manifest import FORMAT, MANIFEST, PER_ROW
 from engine.checkpoints.graphs import GraphSet, Number, find_graphs, size_of
 from engine.checkpoints.write import write_graphs
@@ -70,7 +72,7 @@ def parameters(checkpoint: Checkpoint) -> dict[str, Number]:
 
 
 def _check_weights(checkpoint: Checkpoint, graphs: GraphSet, numbers: Mapping[str, Number]) -> None:
-    """Raise CheckpointError if a weight is missing or has another shape, before anything is written."""
+    """Raise CheckpointError if a weight is missing, has another shape, or differs from one that it is tied to."""
     for name, sizes in graphs.weights.items():
         expected = tuple(size_of(size, numbers) for size in sizes)
         if name not in checkpoint.weights:
@@ -82,6 +84,13 @@ def _check_weights(checkpoint: Checkpoint, graphs: GraphSet, numbers: Mapping[st
             raise CheckpointError(
                 f"the weight {name} has the shape {shape}, but {expected} according to config.json: use the "
                 "config.json that the weights were saved with"
+            )
+    weights = checkpoint.weights
+    for name, original in graphs.tied.items():
+        if name in weights and original in weights and not np.array_equal(weights[name], weights[original]):
+            raise CheckpointError(
+                f"{name} differs from {original}, but the graphs of {graphs.architecture} use one weight for both: "
+                "export the checkpoint with `python -m export`"
             )
 
 

@@ -99,8 +99,9 @@ class Graph:
 class GraphSet:
     """The graphs of an architecture in one precision.
 
-    `shape` is what a checkpoint's configuration must say (Checkpoint.shape). `made_by` identifies the code of the
-    export that made the graphs, see export/graphsets.py.
+    `shape` is what a checkpoint's configuration must say (Checkpoint.shape). `tied` are names of weights that must be
+    equal to others, which the graphs use instead. `made_by` identifies the code of the export that made the graphs, see
+    export/graphsets.py.
     """
 
     architecture: str
@@ -108,6 +109,7 @@ class GraphSet:
     precision: str
     shape: Mapping[str, int | float | str]
     made_by: str
+    tied: Mapping[str, str]
     graphs: tuple[Graph, ...]
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import lzma
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from engine.bundle.manifest import MANIFEST, PRECISIONS, Bundle, ImageSpec, ModelDims
+from engine.bundle.manifest import MANIFEST, PRECISIONS, Bundle
 from engine.captioner import Captioner
 from engine.checkpoints import write
 from engine.checkpoints.convert import convert
+from engine.checkpoints.families import RULES
 from engine.checkpoints.graphs import (
     EXTRA_GRAPHS,
     SUFFIX,
@@ -27,58 +29,42 @@ from engine.checkpoints.graphs import (
     save_graphs,
     shipped_graphs,
 )
+from engine.checkpoints.read import Checkpoint, read_checkpoint
 from engine.cli.app import main as engine_main
 from engine.errors import CheckpointError, OutputError
-from export.bundle import describe_checkpoint
 from export.families import family_of
 from export.graphs.exporters import trace, without_weights, write_graphs
 from export.graphs.templates import filled
-from export.graphsets import ARCHITECTURES, Example, fingerprint, make_graphs, model_of, numbers_of, shape_of
+from export.graphsets import ARCHITECTURES, Example, fingerprint, make_graphs, model_of, numbers_of
 from export.parity import main as parity_main
 from export.reference.huggingface import Reference, normalisation
 from export.restore import main as restore_main
 from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
 
 
-class Weights(dict):
+class Changed(Mapping):
+    """The weights of a checkpoint, some of them replaced, or removed if the replacement is None."""
+
+    def __init__(self, weights, replaced) -> None:
+        self.weights, self.replaced = weights, replaced
+
+    def __getitem__(self, name):
+        if self.replaced.get(name, self) is None:
+            raise KeyError(name)
+        return self.replaced[name] if name in self.replaced else self.weights[name]
+
+    def __iter__(self):
+        return (name for name in self.weights if self.replaced.get(name, self) is not None)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self[name].shape
 
 
-@dataclass(frozen=True)
-class Standin:
-    reference: Reference
-    folder: Path
-
-    def __getattr__(self, name):
-        return getattr(self.manifest, name)
-
-
-def read(folder: Path):
-    reference = Reference.load(folder)
-    manifest = describe_checkpoint(reference, folder)
-    tokenizer = reference.tokenizer.backend_tokenizer
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    from types import SimpleNamespace
-
-    image = manifest["image"] | {n: tuple(manifest["image"][n]) for n in ("mean", "std")}
-    return SimpleNamespace(
-        weights=Weights({n: p.detach().numpy() for n, p in reference.model.state_dict().items()}),
-        family="blip",
-        shape=shape_of(reference.model.config),
-        model=ModelDims(**manifest["model"]),
-        image=ImageSpec(**image),
-        rescale=normalisation(reference.image_processor)[0],
-        tokens=reference.sizes.tokens,
-        generation=manifest["generation"],
-        generation_from=manifest["generation_from"],
-        tokenizer=tokenizer.to_str(pretty=True),
-        clean_up_tokenization_spaces=manifest["clean_up_tokenization_spaces"],
-        notes=(),
-        description=manifest["checkpoint"],
-        digest="",
-    )
+def changed(checkpoint: Checkpoint, **replaced) -> Checkpoint:
+    return replace(checkpoint, weights=Changed(checkpoint.weights, replaced))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +103,7 @@ FILES = [
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_files_equal_the_export(precision, tiny_checkpoint, tiny_bundle, rounded_bundles, tmp_path):
     exported = {"fp32": tiny_bundle, **rounded_bundles}[precision]
-    out = converted(read(tiny_checkpoint), tmp_path / "bundle", precision)
+    out = converted(read_checkpoint(tiny_checkpoint), tmp_path / "bundle", precision)
     assert same_files(out, exported) == FILES
     assert sorted(path.name for path in out.iterdir()) == [*FILES[:5], "log_probs.onnx", MANIFEST, *FILES[6:]]
     ours, theirs = Bundle.load(out), Bundle.load(exported)
@@ -162,14 +148,14 @@ def check_against_export(folder: Path, tmp_path: Path, precision: str) -> Path:
     exported.mkdir()
     model = reference.model.half() if precision == "fp16" else reference.model
     write_graphs(model, exported, normalisation(reference.image_processor), is_int8=precision == "int8")
-    out = converted(read(folder), tmp_path / "bundle", precision)
+    out = converted(read_checkpoint(folder), tmp_path / "bundle", precision)
     assert same_files(out, exported) == FILES[:-1]
     Captioner.load(out, backend="cpu").caption(random_pictures(1), num_beams=2, max_new_tokens=4)
     return out
 
 
 def test_captions_equal_generate(tiny_checkpoint, tmp_path):
-    out = converted(read(tiny_checkpoint), tmp_path / "bundle")
+    out = converted(read_checkpoint(tiny_checkpoint), tmp_path / "bundle")
     save_pictures(tmp_path / "images", 6)
     options = ["--images", tmp_path / "images", "--beams", "1,4", "--out", tmp_path / "parity.json"]
     arguments = ["--checkpoint", tiny_checkpoint, "--bundle", out, *options]
@@ -182,9 +168,9 @@ def test_manifest_says_what_was_not_checked(tiny_checkpoint, tmp_path):
     source = {"hub": "owner/name", "commit": "0123"}
     for precision in ("fp32", "int8"):
         out = tmp_path / precision
-        convert(read(tiny_checkpoint), out, precision=precision, source=source, log=lambda _: None)
+        convert(read_checkpoint(tiny_checkpoint), out, precision=precision, source=source, log=lambda _: None)
         manifest = json.loads((out / MANIFEST).read_text())
-        version = find_graphs("blip", read(tiny_checkpoint).shape, precision).version
+        version = find_graphs("blip", read_checkpoint(tiny_checkpoint).shape, precision).version
         expected = {"architecture": "tiny", "graphs": version, "golden": "not recorded"}
         assert manifest["converted"] == expected | ({} if precision == "fp32" else {"bounds": "not checked"})
         assert manifest["checkpoint"].items() >= source.items()
@@ -192,7 +178,7 @@ def test_manifest_says_what_was_not_checked(tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("command", ["verify", "restore"])
 def test_what_needs_an_export_is_refused_in_one_line(command, tiny_checkpoint, tmp_path):
-    out = converted(read(tiny_checkpoint), tmp_path / "bundle")
+    out = converted(read_checkpoint(tiny_checkpoint), tmp_path / "bundle")
     if command == "verify":
         result = CliRunner().invoke(engine_main, ["verify", "--bundle", str(out), "--backend", "cpu"])
         assert "has no recorded answers of PyTorch" in result.stderr
@@ -204,7 +190,7 @@ def test_what_needs_an_export_is_refused_in_one_line(command, tiny_checkpoint, t
 
 
 def test_checkpoints_without_graphs_are_refused(tiny_checkpoint):
-    shape = read(tiny_checkpoint).shape
+    shape = read_checkpoint(tiny_checkpoint).shape
     name = next(name for name, value in shape.items() if isinstance(value, int))
     sizes = rf"its sizes are not those of tiny: {name} .*BLIP-base, BLIP-large, tiny.*python -m export"
     with pytest.raises(CheckpointError, match=sizes):
@@ -219,24 +205,31 @@ WEIGHT = "text_decoder.bert.encoder.layer.1.output.dense.weight"
 
 
 def test_weights_that_do_not_fit_are_refused_before_writing(tiny_checkpoint, tmp_path):
-    checkpoint = read(tiny_checkpoint)
-    weight = checkpoint.weights.pop(WEIGHT)
+    checkpoint = read_checkpoint(tiny_checkpoint)
     with pytest.raises(CheckpointError, match=f"no weight {WEIGHT}"):
-        converted(checkpoint, tmp_path / "bundle")
-    checkpoint.weights[WEIGHT] = weight[:, :-1]
+        converted(changed(checkpoint, **{WEIGHT: None}), tmp_path / "bundle")
+    narrow = changed(checkpoint, **{WEIGHT: checkpoint.weights[WEIGHT][:, :-1]})
     with pytest.raises(CheckpointError, match=rf"{WEIGHT} has the shape \(32, 63\), but \(32, 64\) according"):
-        converted(checkpoint, tmp_path / "bundle")
-    checkpoint.weights[WEIGHT] = weight
-    checkpoint.model = replace(checkpoint.model, vocab_size=65)
+        converted(narrow, tmp_path / "bundle")
+    fewer_words = replace(checkpoint, model=replace(checkpoint.model, vocab_size=65))
     with pytest.raises(CheckpointError, match=r"word_embeddings\.weight has the shape"):
-        converted(checkpoint, tmp_path / "bundle")
+        converted(fewer_words, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
 
+def test_untied_heads_are_refused(tiny_checkpoint, tmp_path):
+    checkpoint = read_checkpoint(tiny_checkpoint)
+    head = "text_decoder.cls.predictions.decoder.weight"
+    checkpoint = changed(checkpoint, **{head: checkpoint.weights[head] * 2})
+    with pytest.raises(CheckpointError, match=rf"{head} differs from .*word_embeddings.*python -m export"):
+        converted(checkpoint, tmp_path / "bundle")
+
+
 def test_numbers_too_large_for_float16_are_refused(tiny_checkpoint, tmp_path):
-    checkpoint = read(tiny_checkpoint)
-    checkpoint.weights[WEIGHT] = checkpoint.weights[WEIGHT].copy()
-    checkpoint.weights[WEIGHT][-1, -1] = 65520  # rounds to infinity; 65519 would round to 65504
+    checkpoint = read_checkpoint(tiny_checkpoint)
+    weight = checkpoint.weights[WEIGHT].copy()
+    weight[-1, -1] = 65520  # rounds to infinity; 65519 would round to 65504
+    checkpoint = changed(checkpoint, **{WEIGHT: weight})
     with pytest.raises(CheckpointError, match=rf"{WEIGHT} has numbers up to 6.55e\+04.*use --precision fp32"):
         converted(checkpoint, tmp_path / "half", "fp16")
     converted(checkpoint, tmp_path / "single")
@@ -248,7 +241,7 @@ def test_full_disk_is_one_line(tiny_checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(write._DataFile, "append", fail)
     with pytest.raises(OutputError, match="bundle cannot be written: No space left on device: make room"):
-        converted(read(tiny_checkpoint), tmp_path / "bundle")
+        converted(read_checkpoint(tiny_checkpoint), tmp_path / "bundle")
 
 
 def test_damaged_graph_sets_are_refused(graphs, tmp_path, monkeypatch):
@@ -286,7 +279,7 @@ def test_shipped_graphs_equal_a_fresh_trace(architecture, monkeypatch):
     example = Example(4, 211, 40, (0.5, [0.5, 0.25, 0.125], [0.75, 0.5, 0.25]))
     model, numbers = model_of(config, example), numbers_of(config, example)
     fresh = without_weights(trace(model, example.normalisation), family_of(model).sizes(model.config))
-    shipped = find_graphs(config.model_type, shape_of(config), "fp32")
+    shipped = find_graphs(config.model_type, RULES[config.model_type].shape(config.to_dict()), "fp32")
     assert tuple(filled(graph, numbers) for graph in shipped.graphs) == fresh
 
 
