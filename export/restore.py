@@ -17,11 +17,11 @@ from onnx import numpy_helper
 
 from engine.bundle.manifest import MANIFEST
 from engine.bundle.open import open_bundle
+from engine.checkpoints.write import FP16_SUFFIX
 from engine.cli.shared import PATH, OneLine
 from engine.errors import EngineError
 from export.checkpoints.settings import restored_tokenizer
 from export.families import FAMILIES
-from export.graphs.exporters import FP16_SUFFIX
 
 
 def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
@@ -36,7 +36,12 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
         raise EngineError(
             f"the weights of {bundle_dir} are rounded to {bundle.precision}: restore from the fp32 bundle"
         )
-    source = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))["restore"]
+    manifest = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))
+    if "restore" not in manifest:
+        raise EngineError(
+            f"{bundle_dir} was converted without torch, and lacks its checkpoint's settings: use the checkpoint itself"
+        )
+    source = manifest["restore"]
     family = FAMILIES[source["config"]["model_type"]]
     model = family.model_class(family.config_class.from_dict(source["config"])).eval()
     weights: dict[str, torch.Tensor] = {}

@@ -1,25 +1,30 @@
-"""Export the three graphs of a bundle to ONNX files, with torch's or optimum's exporter.
+"""Export the graphs of a bundle to ONNX files, with torch's or optimum's exporter.
 
-A GraphSpec describes a graph for either exporter: names, dynamic axes and example inputs.
+A GraphSpec describes a graph for either exporter: names, dynamic axes and example inputs. Graphs are traced without
+their weights. The engine's own writer, which also converts checkpoints without torch, adds them.
 """
 
 from __future__ import annotations
 
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 from transformers import PreTrainedModel
 
-from engine.bundle.manifest import cache_names
+from engine.bundle.manifest import HALVES, ModelDims, cache_names
+from engine.checkpoints.graphs import Graph
+from engine.checkpoints.write import write_graphs as write
 from engine.errors import ExportError
 from export.families import family_of
 from export.families.modules import ExportedModule, Normalisation, Regroup
-from export.graphs.quantise import quantise, write_halves
+from export.graphs.quantise import halves, quantise
+from export.graphs.templates import template
 
 
 class GraphSpec:
@@ -145,11 +150,6 @@ class RegroupSpec(GraphSpec):
         }
 
 
-FP16_SUFFIX = ".fp16"
-MIN_FP16_ELEMENTS = 1024
-"""Smaller tensors stay float32: converting them saves nothing, and scalars must keep their type."""
-
-
 def write_graphs(
     model: PreTrainedModel,
     out: Path,
@@ -164,67 +164,89 @@ def write_graphs(
     `is_int8`, the dense layers of a float32 model become int8. `normalisation` is the result of
     export.reference.huggingface.normalisation, and `exporter` is one of EXPORTERS.
     """
+    weights = {name: weight.detach().numpy() for name, weight in model.named_parameters(remove_duplicate=False)}
+    graphs = without_weights(
+        trace(model, normalisation, exporter), family_of(model).sizes(model.config), is_int8=is_int8
+    )
+    write(graphs, weights, {}, out)
+    for path in out.glob("*.onnx"):
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+def trace(model: PreTrainedModel, normalisation: Normalisation, exporter: str = "torch") -> dict[str, ModelProto]:
+    """Return the three graphs of a bundle. Values of weights are neither read nor in the graphs."""
     family = family_of(model)
     sizes = family.sizes(model.config)
-    graphs: tuple[tuple[str, ExportedModule, type[GraphSpec]], ...] = (
+    modules: tuple[tuple[str, ExportedModule, type[GraphSpec]], ...] = (
         ("encoder", family.encoder(model, normalisation), EncoderSpec),
         ("decoder", family.step(model), DecoderSpec),
         ("regroup", Regroup(model, sizes), RegroupSpec),
     )
-    for name, module, spec in graphs:
-        path = out / f"{name}.onnx"
-        EXPORTERS[exporter](module, spec(module), path)
-        graph = onnx.load(str(path))
-        # onnx.load has read the exporter's weight file; _save writes another
-        for exported_weights in out.glob(f"{name}.onnx?data"):
-            exported_weights.unlink()
-        if is_int8:
-            graph = quantise(graph)
-        _check_operators(graph, name)
-        _store_exact_weights_as_fp16(graph)
-        _save(graph, path)
-    write_halves(out, sizes.num_layers, sizes.vocab_size)
+    return {name: _trace(module, spec(module), EXPORTERS[exporter]) for name, module, spec in modules}
+
+
+def without_weights(graphs: Mapping[str, ModelProto], sizes: ModelDims, *, is_int8: bool = False) -> tuple[Graph, ...]:
+    """Return the five graphs of a bundle, as the engine's writer reads them, from the three of `trace`."""
+    models = {}
+    for name, graph in graphs.items():
+        models[name] = quantise(graph) if is_int8 else graph
+        _check_operators(models[name], name)
+    models |= halves(models["decoder"], sizes.num_layers, sizes.vocab_size)
+    return tuple(template(name, model, "decoder" if name in HALVES else name) for name, model in models.items())
+
+
+def _trace(
+    module: ExportedModule, spec: GraphSpec, exporter: Callable[[ExportedModule, GraphSpec, Path], None]
+) -> ModelProto:
+    """Return a module's graph, whose initialisers have names, types and shapes; only those of buffers have values."""
+    with tempfile.TemporaryDirectory() as folder, _placeholders(module):
+        path = Path(folder) / "graph.onnx"
+        exporter(module, spec, path)
+        model = onnx.load(str(path), load_external_data=False)
+    buffers = dict(module.named_buffers())
+    inputs = {value.name: value for value in model.graph.input}
+    # torch lists weights as inputs here (export_params=False), optimum as initialisers
+    weights = {tensor.name: (tensor.data_type, tensor.dims) for tensor in model.graph.initializer} or {
+        name: (value.type.tensor_type.elem_type, [axis.dim_value for axis in value.type.tensor_type.shape.dim])
+        for name, value in inputs.items()
+        if name not in spec.inputs
+    }
+    del model.graph.initializer[:], model.graph.input[:]
+    model.graph.input.extend(inputs[name] for name in spec.inputs)
+    for name, (kind, dims) in weights.items():
+        if name in buffers:
+            model.graph.initializer.append(numpy_helper.from_array(buffers[name].numpy(), name))
+        else:
+            model.graph.initializer.append(TensorProto(name=name, data_type=kind, dims=dims))
+    model.producer_name = "blip-caption-engine"
+    model.ClearField("doc_string")
+    for node in model.graph.node:
+        node.ClearField("doc_string")
+    return model
+
+
+@contextmanager
+def _placeholders(module: ExportedModule) -> Iterator[None]:
+    """Replace a module's weights by constants that need no memory, as long as the context is open.
+
+    Each has another value, because torch's exporter stores tensors with equal values once. So the graph does not
+    depend on the values of weights, such as biases that are all 0.
+    """
+    weights = list(module.parameters())  # tied ones once
+    values = [weight.data for weight in weights]
+    try:
+        for i, weight in enumerate(weights):
+            weight.data = torch.full((), i + 1, dtype=weight.dtype).expand(weight.shape)
+        yield
+    finally:
+        for weight, value in zip(weights, values, strict=True):
+            weight.data = value
 
 
 def _check_operators(model: onnx.ModelProto, name: str) -> None:
     """Assert that a graph has only standard ONNX operators, because every runtime must accept the same files."""
     foreign = {node.domain for node in model.graph.node if node.domain not in ("", "ai.onnx")}
     assert not foreign, f"{name}.onnx has operators of {foreign}"
-
-
-def _store_exact_weights_as_fp16(model: onnx.ModelProto) -> None:
-    """Store float32 weights that float16 represents exactly at half the size.
-
-    A Cast restores float32, and runtimes fold it when they load the graph.
-    """
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < MIN_FP16_ELEMENTS:
-            continue
-        array = numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), array):
-            continue
-        name, stored = tensor.name, tensor.name + FP16_SUFFIX
-        tensor.CopyFrom(numpy_helper.from_array(half, stored))
-        casts.append(helper.make_node("Cast", [stored], [name], name=f"{name}.cast", to=TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-
-
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    """Save a graph with its weights in a separate file, so that a change to the graph does not rewrite the weights."""
-    model.producer_name, model.doc_string = "blip-caption-engine", ""
-    for node in model.graph.node:
-        node.doc_string = ""
-    data = path.with_name(path.name + ".data")
-    path.unlink()
-    onnx.save_model(model, str(path), save_as_external_data=True, location=data.name, size_threshold=MIN_FP16_ELEMENTS)
-    if data.exists():
-        data.chmod(0o644)
-    onnx.checker.check_model(str(path), full_check=True)
 
 
 OPSET = 18
@@ -245,6 +267,7 @@ def export_by_torch(module: ExportedModule, spec: GraphSpec, path: Path) -> None
             opset_version=OPSET,
             do_constant_folding=False,
             dynamo=False,
+            export_params=False,
         )
 
 

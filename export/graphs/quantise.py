@@ -7,16 +7,15 @@ Attention, layer norms and embeddings stay float32.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.utils import Extractor
 
-from engine.bundle.int8 import SCALE_SUFFIX, SUFFIX, quantise_weight
-from engine.bundle.manifest import CHOICE, FORMAT, LOG_PROBS, graph_inputs, graph_outputs
+from engine.bundle.int8 import SCALE_SUFFIX, SUFFIX
+from engine.bundle.manifest import FORMAT, HALVES, LOG_PROBS, graph_inputs, graph_outputs
+from engine.checkpoints.graphs import INPUTS_FIRST
 
 CONSTANTS: dict[str, np.generic | NDArray[np.int64]] = {
     "int8.zero": np.uint8(128),  # the zero point of activations
@@ -28,12 +27,18 @@ CONSTANTS: dict[str, np.generic | NDArray[np.int64]] = {
 }
 
 
-def quantise(model: ModelProto) -> ModelProto:
-    """Return the graph with all dense layers in int8. `model` is changed in place."""
+def quantise(float32: ModelProto) -> ModelProto:
+    """Return a graph with all dense layers in int8.
+
+    Only names and shapes of weights are read and set. engine/checkpoints/write.py quantises the values.
+    """
+    model = ModelProto()
+    model.CopyFrom(float32)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     transposed = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
-    constants = {name: np.asarray(value) for name, value in CONSTANTS.items()}
     nodes: list[NodeProto] = []
+    quantised: list[TensorProto] = []
+    named: set[str] = set()
     rows: set[str] = set()
     for node in model.graph.node:
         dense = _weight_of(node, weights, transposed)
@@ -41,11 +46,19 @@ def quantise(model: ModelProto) -> ModelProto:
             nodes.append(node)
             continue
         name, is_transposed = dense
-        if name + SUFFIX not in constants:
-            weight = numpy_helper.to_array(weights[name])
-            constants[name + SUFFIX], constants[name + SCALE_SUFFIX] = quantise_weight(
-                weight if is_transposed else weight.T
-            )
+        if name not in named:
+            named.add(name)
+            first, second = weights[name].dims
+            inputs, outputs = (second, first) if is_transposed else (first, second)
+            quantised += [
+                TensorProto(
+                    name=name + SUFFIX,
+                    data_type=TensorProto.INT8,
+                    dims=[inputs, outputs],
+                    doc_string="" if is_transposed else INPUTS_FIRST,  # for templates.py
+                ),
+                TensorProto(name=name + SCALE_SUFFIX, data_type=TensorProto.FLOAT, dims=[outputs]),
+            ]
         x, out = node.input[0], node.output[0]
         if x not in rows:  # q, k and v share their input's rows
             rows.add(x)
@@ -54,7 +67,10 @@ def quantise(model: ModelProto) -> ModelProto:
         nodes += _product(x, name, bias, out)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), name) for name, value in CONSTANTS.items()
+    )
+    model.graph.initializer.extend(quantised)
     _remove_unused(model)
     return model
 
@@ -117,13 +133,12 @@ def _remove_unused(model: ModelProto) -> None:
     del model.graph.value_info[:]
 
 
-def write_halves(out: Path, num_layers: int, vocab_size: int) -> None:
-    """Write the split decoder, log_probs.onnx and choice.onnx, next to decoder.onnx in `out`.
-
-    An ensemble averages log-probabilities between the two graphs.
-    """
-    for graph in (LOG_PROBS, CHOICE):
-        model = onnx.load(str(out / "decoder.onnx"), load_external_data=False)
+def halves(decoder: ModelProto, num_layers: int, vocab_size: int) -> dict[str, ModelProto]:
+    """Return the split decoder, {graph: model}. An ensemble averages log-probabilities between the two graphs."""
+    split = {}
+    for graph in HALVES:
+        model = ModelProto()
+        model.CopyFrom(decoder)
         (node,) = (node for node in model.graph.node if node.op_type == "LogSoftmax")
         _rename(model, node.output[0] if graph == LOG_PROBS else node.input[0])
         model.graph.value_info.append(
@@ -131,9 +146,8 @@ def write_halves(out: Path, num_layers: int, vocab_size: int) -> None:
         )
         half = Extractor(model).extract_model(graph_inputs(num_layers, FORMAT)[graph], graph_outputs(num_layers)[graph])
         half.producer_name = model.producer_name
-        path = out / f"{graph}.onnx"
-        onnx.save_model(half, str(path))
-        onnx.checker.check_model(str(path), full_check=True)
+        split[graph] = half
+    return split
 
 
 def _rename(model: onnx.ModelProto, name: str) -> None:

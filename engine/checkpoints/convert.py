@@ -1,0 +1,118 @@
+"""Convert a checkpoint to a bundle without torch: the graphs of its architecture with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.bundle.manifest import FORMAT, MANIFEST, PER_ROW
+from engine.checkpoints.graphs import GraphSet, Number, find_graphs, size_of
+from engine.checkpoints.write import write_graphs
+from engine.errors import CheckpointError, OutputError
+from engine.version import __version__
+
+if TYPE_CHECKING:
+    from engine.checkpoints.read import Checkpoint
+
+NOT_RECORDED, NOT_CHECKED = "not recorded", "not checked"
+
+
+def convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    precision: str,
+    source: Mapping[str, str],
+    log: Callable[[str], None],
+) -> None:
+    """Write the bundle of a checkpoint into the new folder `out`, one tensor at a time.
+
+    The files are those of `python -m export`, byte for byte, but for the manifest and the recorded answers of PyTorch,
+    which need PyTorch. `source` says where the checkpoint comes from, such as {"hub": ..., "commit": ...}. Nothing is
+    flushed to the disk. Raises CheckpointError if there are no graphs for the checkpoint or its weights do not fit
+    them, and OutputError if a file cannot be written; the caller then removes `out`.
+    """
+    graphs = find_graphs(checkpoint.family, checkpoint.shape, precision)
+    numbers = parameters(checkpoint)
+    _check_weights(checkpoint, graphs, numbers)
+    log(f"writing the graphs of {graphs.architecture} in {precision} (graph set {graphs.version})")
+    try:
+        out.mkdir()
+        files = write_graphs(graphs.graphs, checkpoint.weights, numbers, out)
+        tokenizer = checkpoint.tokenizer.encode()
+        (out / "tokenizer.json").write_bytes(tokenizer)
+        files["tokenizer.json"] = hashlib.sha256(tokenizer).hexdigest()
+        manifest = _manifest(checkpoint, graphs, source) | {"files": files}
+        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        (out / MANIFEST).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror or error}: make room, or choose another folder"
+        ) from error
+
+
+def parameters(checkpoint: Checkpoint) -> dict[str, Number]:
+    """Return the values that graphs take from a checkpoint rather than from its architecture."""
+    image, model = checkpoint.image, checkpoint.model
+    return {
+        "image_size": image.height,
+        "encoder_positions": model.encoder_positions,
+        "vocab_size": model.vocab_size,
+        "max_positions": model.max_positions,
+        "rescale": checkpoint.rescale,
+        "image_mean": tuple(image.mean),
+        "image_std": tuple(image.std),
+    }
+
+
+def _check_weights(checkpoint: Checkpoint, graphs: GraphSet, numbers: Mapping[str, Number]) -> None:
+    """Raise CheckpointError if a weight is missing, has another shape, or differs from one that it is tied to."""
+    for name, sizes in graphs.weights.items():
+        expected = tuple(size_of(size, numbers) for size in sizes)
+        if name not in checkpoint.weights:
+            raise CheckpointError(
+                f"the checkpoint has no weight {name}: it is incomplete, or not of {graphs.architecture}"
+            )
+        shape = checkpoint.weights.shape(name)
+        if shape != expected:
+            raise CheckpointError(
+                f"the weight {name} has the shape {shape}, but {expected} according to config.json: use the "
+                "config.json that the weights were saved with"
+            )
+    weights = checkpoint.weights
+    for name, original in graphs.tied.items():
+        if name in weights and original in weights and not np.array_equal(weights[name], weights[original]):
+            raise CheckpointError(
+                f"{name} differs from {original}, but the graphs of {graphs.architecture} use one weight for both: "
+                "export the checkpoint with `python -m export`"
+            )
+
+
+def _manifest(checkpoint: Checkpoint, graphs: GraphSet, source: Mapping[str, str]) -> dict[str, Any]:
+    """Return the manifest, without the sha256 of the bundle's files."""
+    converted = {"architecture": graphs.architecture, "graphs": graphs.version, "golden": NOT_RECORDED}
+    if graphs.precision != "fp32":  # the export measures the error of the encoder, and compares captions
+        converted["bounds"] = NOT_CHECKED
+    manifest = {
+        "format": FORMAT,
+        "family": checkpoint.family,
+        "precision": graphs.precision,
+        "model": asdict(checkpoint.model),
+        "image": asdict(checkpoint.image),
+        "tokens": asdict(checkpoint.tokens),
+        "generation": dict(checkpoint.generation),
+        "generation_from": dict(checkpoint.generation_from),
+        "clean_up_tokenization_spaces": checkpoint.clean_up_tokenization_spaces,
+        "checkpoint": {**checkpoint.description, **source},
+        "converted": converted,
+        "versions": {"engine": __version__},
+    }
+    if graphs.precision == "int8":
+        manifest["activation_scales"] = PER_ROW
+    return manifest
