@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from engine.bundle.manifest import WITH_PENALTIES, Bundle
 from engine.bundle.open import BundleRef
 from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captions import Alternative, Caption
+from engine.checkpoints.cache import ModelRef
 from engine.decoding.backend import BatchSizes
 from engine.decoding.beam import Hypothesis, Search, Start, resolve_search
 from engine.decoding.scheduler import NOTHING_YET, Arrival, Request, Scheduler
@@ -29,7 +31,7 @@ from engine.inputs.images import ImageFile
 from engine.inputs.kinds import cut_suffix
 from engine.inputs.pixels import CLIPPED, ImageInput, ImageNote, read_image
 from engine.inputs.read_ahead import read_ahead, read_live
-from engine.inputs.remote import Location, location
+from engine.inputs.remote import Location
 from engine.options import DecodeOptions, window_of
 from engine.runtime import Runtime
 
@@ -175,6 +177,10 @@ class _Read(NamedTuple):
     notes: Sequence[ImageNote] = ()
 
 
+def _silent(line: str) -> None:
+    """Log nothing."""
+
+
 class Captioner:
     """A loaded bundle, ready to caption images.
 
@@ -208,6 +214,8 @@ class Captioner:
         bundle: Location | str | Sequence[Location | str] | None = None,
         *,
         weights: Sequence[float] = (),
+        precision: str | None = None,
+        image_size: int | None = None,
         backend: str = "auto",
         threads: int | None = None,
         streams: int | None = None,
@@ -215,10 +223,15 @@ class Captioner:
         plans: Path | str | None = None,
         cuda_graphs: bool = False,
     ) -> Captioner:
-        """Load a bundle from a directory or a URI (None: the embedded demo).
+        """Load a model: a bundle (directory or URI), a checkpoint, or None for the embedded demo.
 
-        Several bundles are averaged: each step uses the mean of their log-probabilities, weighted by `weights`.
+        A checkpoint is a directory, a .pth file, or an id on the Hugging Face Hub such as
+        `Salesforce/blip-image-captioning-base` or `owner/name@revision`. It is converted to a bundle once and then
+        taken from the cache, without asking the hub. The logger `engine` gets a line for each step. Several models are
+        averaged: each step uses the mean of their log-probabilities, weighted by `weights`.
 
+        precision      fp32 (default), fp16 or int8, for checkpoints
+        image_size     image height and width in pixels, for checkpoints; by default the checkpoint's own
         backend        auto, cpu, openvino, cuda, tensorrt or trt; auto takes a GPU if one works, else the CPU
         threads        number of CPU threads (None: all cores)
         streams        number of parallel decoding streams, for `cpu` (None: one, or one per 8 threads). With 2 threads,
@@ -227,7 +240,7 @@ class Captioner:
         plans          folder written by `engine plan`, for `trt`
         cuda_graphs    whether to replay decoding steps as CUDA graphs, for `trt`
 
-        Raises BundleError, BackendError or UsageError, see open_bundle and open_backends.
+        Raises BundleError, CheckpointError, BackendError or UsageError, see open_bundle, bundle_of and open_backends.
         """
         folder = None if plans is None else Path(plans)
         runtime = Runtime(
@@ -238,16 +251,27 @@ class Captioner:
             plans=folder,
             cuda_graphs=cuda_graphs,
         )
-        bundles = [] if bundle is None else [bundle] if isinstance(bundle, Location | str) else bundle
-        locations = [location(entry) if isinstance(entry, str) else entry for entry in bundles]
-        return cls.open(BundleRef(tuple(locations), tuple(weights)), runtime)
+        names = [] if bundle is None else [bundle] if isinstance(bundle, Location | str) else bundle
+        models = ModelRef(tuple(names), tuple(weights), precision, image_size)
+        return cls.open(models, runtime, logging.getLogger("engine").info)
 
     @classmethod
-    def open(cls, bundle: BundleRef, runtime: Runtime, *, many_images: bool = False) -> Captioner:
-        """Load a bundle, or several that are averaged, for a runtime; see load, and open_backends for `many_images`."""
+    def open(
+        cls,
+        bundle: BundleRef | ModelRef,
+        runtime: Runtime,
+        log: Callable[[str], None] = _silent,
+        *,
+        many_images: bool = False,
+    ) -> Captioner:
+        """Load a bundle, or several that are averaged, for a runtime; see load, and open_backends for `many_images`.
+
+        `log` gets the steps of a conversion.
+        """
         # before the bundle is read, so that a missing library is reported at once
         name = require_backend(runtime.backend, runtime.cpu_precision)
         runtime = replace(runtime, backend=name)
+        bundle = bundle.located(log)
         checked = bundle.open()
         captioner = cls(checked, *open_backends(checked, runtime, many_images=many_images), threads=runtime.threads)
         captioner._origin = bundle.absolute(), runtime

@@ -47,7 +47,7 @@ def main(checkpoint: str, out: Path, precision: str, image_size: int | None, exp
     from export.checkpoints.find import find_checkpoint
 
     bundle = export_bundle(
-        find_checkpoint(checkpoint), out, log, precision=precision, image_size=image_size, exporter=exporter
+        find_checkpoint(checkpoint, log), out, log, precision=precision, image_size=image_size, exporter=exporter
     )
     size_mb = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     click.echo(f"{out}: {bundle.precision}, {size_mb:.1f} MB, {bundle.digest[:12]}")

@@ -7,15 +7,10 @@ moves it into place only if all checks pass.
 from __future__ import annotations
 
 import copy
-import errno
-import glob
 import importlib.metadata
 import json
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -26,23 +21,20 @@ from engine.backends import Backend, open_backend
 from engine.bundle.manifest import (
     FORMAT,
     MANIFEST,
-    OLDER_FORMATS,
     PER_ROW,
-    PRECISIONS,
-    REQUIRED_FILES,
     Bundle,
     FileDigests,
     ImageSpec,
     ModelDims,
 )
 from engine.bundle.open import on_halves
+from engine.bundle.replace import bundle_drafts, is_replaceable, move_bundle
 from engine.captioner import Captioner
 from engine.checkpoints.files import weight_files
 from engine.checkpoints.read import sha256_of_all
 from engine.checkpoints.settings import assumed_settings, configured_settings, ignored_settings, size_before_crop
-from engine.errors import ExportError, OutputError
+from engine.errors import ExportError
 from engine.files.atomic import file_sha256
-from engine.files.lock import OutputLock
 from engine.machine.verify import Check, Golden, first_difference, replay, same_on_halves, verify, verify_halves
 from engine.options import GENERATION_SETTINGS, options_from
 from engine.runtime import Runtime
@@ -254,10 +246,6 @@ def _skip_differences(
     return reports
 
 
-REPLACED = "replaced"
-"""Name, in the draft folder, of the previous bundle while the new one is moved into place."""
-
-
 def export_bundle(
     checkpoint: Path,
     out: Path,
@@ -274,15 +262,15 @@ def export_bundle(
     leaves no files. A bundle that is already at `out` is replaced; any other content there raises ExportError. Raises
     CheckpointError, ExportError or OutputError, and UsageError while another export writes to `out`.
     """
-    if not _is_replaceable(out):
+    if not is_replaceable(out):
         raise ExportError(f"{out} exists and is not a bundle, or holds other files as well: choose another --out")
     reference = Reference.load(checkpoint, image_size)
     check_supported(reference.model, checkpoint)
     for line in (*ignored_settings(checkpoint), *assumed_settings(checkpoint)):
         log(f"note: {line}")
     digests = FileDigests()
-    with _draft_folder(out, log) as folder:
-        _move(_write_draft(reference, checkpoint, folder, precision, exporter, digests, log), out)
+    with bundle_drafts(out, log) as folder:
+        move_bundle(_write_draft(reference, checkpoint, folder, precision, exporter, digests, log), out)
     return Bundle.load(out, digests)
 
 
@@ -320,62 +308,6 @@ def _write_draft(
     return convert(reference, float32, folder / precision, precision, exporter, digests, log)
 
 
-@contextmanager
-def _draft_folder(out: Path, log: Callable[[str], None]) -> Iterator[Path]:
-    """Lock `out` for this export and yield a temporary folder next to it for drafts.
-
-    Drafts of killed exports to `out` are removed first. That is safe because the lock excludes a running export.
-    Raises OutputError, which names the folder, if files cannot be written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with OutputLock(out) as lock:
-            if lock.note:
-                log(lock.note)
-            _remove_dead_drafts(out, log)
-            with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-                yield Path(temporary)
-    except OSError as error:
-        if error.errno == errno.EPIPE:  # a closed pipe, not an output file: the reader of our log has exited
-            raise
-        raise OutputError(
-            f"{out.parent} cannot be written ({error.strerror or error}): check its free space and permissions, or "
-            "choose another --out"
-        ) from error
-
-
-def _remove_dead_drafts(out: Path, log: Callable[[str], None]) -> None:
-    """Remove the draft folders of killed exports, and restore the previous bundle if one of them had moved it."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*"):
-        contents = {entry.name for entry in folder.iterdir()} if _is_draft_folder(folder, out) else {""}
-        if not contents <= {"bundle", REPLACED, *PRECISIONS}:
-            continue
-        if REPLACED in contents and not out.exists():
-            (folder / REPLACED).replace(out)
-            log(f"note: restored {out}, which a killed export had moved to {folder}")
-        shutil.rmtree(folder)
-        log(f"note: removed {folder}, the draft of a killed export")
-
-
-def _is_draft_folder(folder: Path, out: Path) -> bool:
-    """Return whether a folder is named as tempfile names the drafts of `out`: with a suffix of 8 random characters."""
-    is_ours = re.fullmatch(r"[a-z0-9_]{8}", folder.name.removeprefix(f".{out.name}."))
-    return bool(is_ours) and folder.is_dir() and not folder.is_symlink()
-
-
-def _move(draft: Path, out: Path) -> None:
-    """Move a draft to `out`. If that fails, the previous bundle is moved back."""
-    replaced = draft.parent / REPLACED
-    if out.exists():
-        out.replace(replaced)
-    try:
-        draft.replace(out)
-    except BaseException:
-        if replaced.exists():
-            replaced.replace(out)
-        raise
-
-
 def _skip_ties(reference: Reference, draft: _Draft, log: Callable[[str], None]) -> bool:
     """Drop a golden image from a setting's recording if the engine's caption differs because of a tie.
 
@@ -404,22 +336,6 @@ def _skip_ties(reference: Reference, draft: _Draft, log: Callable[[str], None]) 
     if has_ties:
         golden.save(path)
     return has_ties
-
-
-def _is_replaceable(out: Path) -> bool:
-    """Return whether `out` does not exist, is an empty folder, or holds a bundle and no other files."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        return False
-    present = {entry.name for entry in out.iterdir()} if out.exists() else set()
-    if not present:
-        return True
-    try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        files = set(manifest["files"])
-        is_bundle = manifest["format"] in (*OLDER_FORMATS, FORMAT) and files >= set(REQUIRED_FILES)
-        return is_bundle and present <= {MANIFEST, *files}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _write_files(reference: Reference, out: Path, exporter: str, log: Callable[[str], None]) -> None:

@@ -289,7 +289,9 @@ class Bundle:
             raise BundleError(f"{path} cannot be read: {error.strerror}: {error.filename}") from error
         if problems:
             listed = " ".join("; ".join(problems).split())  # names from the manifest may contain line breaks
-            raise BundleError(f"{path} is damaged: {listed}: copy it again, or export it again")
+            raise BundleError(
+                f"{path} is damaged: {listed}: copy it again, or make it again with `engine get` or `python -m export`"
+            )
         _refuse_loops(path, manifest["files"])
         try:
             bundle = cls(

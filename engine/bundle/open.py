@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,7 +152,9 @@ class BundleRef:
     def __post_init__(self) -> None:
         count = len(self.locations)
         if count < 2 and self.weights:
-            raise UsageError("--bundle-weight needs at least two --bundle options: remove it, or add another --bundle")
+            raise UsageError(
+                "--bundle-weight needs at least two --bundle options (or --model options): remove it, or add another"
+            )
         if len(set(self.locations)) < count:
             raise UsageError("a bundle is given twice: give it once, with a larger --bundle-weight")
         if len(self.weights or self.locations) != count:
@@ -162,6 +164,15 @@ class BundleRef:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.locations)) or "the embedded demo"
+
+    def located(self, log: Callable[[str], None]) -> BundleRef:  # noqa: ARG002
+        """Return itself: bundles need no conversion. See ModelRef in engine/checkpoints/cache.py."""
+        return self
+
+    @property
+    def names(self) -> tuple[Location, ...]:
+        """What the user named; empty for the embedded demo."""
+        return self.locations
 
     def open(self) -> Bundle:
         """Read and check the bundle, or all bundles of an ensemble. Raises BundleError, see open_bundle."""

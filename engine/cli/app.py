@@ -6,18 +6,23 @@ import warnings
 
 import click
 
-from engine.cli import machine, results
-from engine.cli.caption import caption, merge
+from engine.cli import machine, models, results
+from engine.cli.caption import EXAMPLE, caption, merge
 from engine.cli.shared import OneLineGroup
 from engine.errors import UsageError
 from engine.version import __version__
 
-FIRST_STEPS = """\
+FIRST_STEPS = f"""\
 engine captions folders of images with a BLIP model. Start with these:
 
-  engine caption --input FOLDER --out run.csv             caption images; --bundle DIR uses your own model
-  engine report --run run.csv --images FOLDER --out page  view the captions in a browser
-  engine info                                             show what is installed, what is missing, and why
+  engine caption --model {EXAMPLE} --input photos --out captions.csv
+  engine report --run captions.csv --images photos --out page
+
+The first fetches the model once and captions the images in the folder photos. The second makes a page to view them.
+--model also accepts your own checkpoint: a folder or a .pth file.
+
+  engine models    list the models that are ready on this machine
+  engine info      show what is installed, what is missing, and why
 
 engine --help lists all commands, engine COMMAND --help the options of a command."""
 """Printed by `engine` without a command."""
@@ -36,6 +41,7 @@ def main(context: click.Context) -> None:
 
 for _command in (
     *(caption, merge),
+    *(models.get, models.models),
     *(machine.verify, machine.bench, machine.plan, machine.info),
     *(results.score, results.rerank),
     *(results.submit, results.check),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.cli.shared import PATH, SectionCommand, bundles_option, log, rows_option, takes
+from engine.cli.shared import PATH, SectionCommand, log, rows_option, takes, takes_bundle
 from engine.cli.signals import BROKEN_PIPE, end
 from engine.errors import UsageError
 from engine.options import DecodeOptions
@@ -23,14 +23,17 @@ from engine.runtime import Runtime, Workers
 
 if TYPE_CHECKING:  # avoids loading numpy for --help
     from engine.bundle.open import BundleRef
+    from engine.checkpoints.cache import ModelRef
 
+EXAMPLE = "Salesforce/blip-image-captioning-base"
+"""A model for photos."""
 LOG_EVERY_S = 120.0
 """Seconds between two progress lines if standard error is not a terminal."""
 
 
 @click.command(cls=SectionCommand)
 @takes(inputs=Inputs, decoding=DecodeOptions)
-@bundles_option
+@takes_bundle(of_several=True)
 @takes(runtime=Runtime)
 @rows_option
 @takes(workers=Workers, outputs=Outputs)
@@ -38,7 +41,7 @@ LOG_EVERY_S = 120.0
 def caption(
     inputs: Inputs,
     decoding: DecodeOptions,
-    bundle: BundleRef,
+    bundle: BundleRef | ModelRef,
     runtime: Runtime,
     rows: int | None,
     workers: Workers,
@@ -56,7 +59,7 @@ def caption(
         raise UsageError("--json and --out - both write to standard output: remove one of them")
     if "num_return_sequences" in decoding.given and outputs.n_best_out is None:
         raise UsageError("--n-best needs --n-best-out, the file for the captions")
-    progress = _progress if bundle.locations else _progress_of_demo
+    progress = _progress if bundle.names else _progress_of_demo
     if outputs.is_stream and sys.stdout is not None and sys.stdout.isatty():  # None if closed, an error later
         progress = _no_bar
     try:
@@ -101,7 +104,10 @@ def merge(files: tuple[Path, ...], out: Path) -> None:
 
 def _progress_of_demo(length: int) -> AbstractContextManager[Callable[[int], None]]:
     """Log the limits of the embedded demo, but only once captioning starts: errors of the inputs come first."""
-    log("note: no --bundle is given: the embedded demo model is used, which only knows T1-weighted head MRI")
+    log(
+        "note: no --model and no --bundle is given: the embedded demo model is used, which only knows T1-weighted head "
+        f"MRI: for other images add --model {EXAMPLE}"
+    )
     return _progress(length)
 
 

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from engine.cli.shared import (
-    LOCATION,
     PATH,
     SectionCommand,
-    bundle_option,
-    bundles_option,
     log,
     printable,
     rows_option,
     takes,
+    takes_bundle,
 )
 from engine.errors import EngineError
 from engine.options import DecodeOptions
@@ -26,7 +24,7 @@ from engine.runtime import Runtime
 
 if TYPE_CHECKING:  # avoids loading numpy for --help
     from engine.bundle.open import BundleRef
-    from engine.inputs.remote import Location
+    from engine.checkpoints.cache import ModelRef
 
 
 @click.command(cls=SectionCommand)
@@ -36,7 +34,7 @@ if TYPE_CHECKING:  # avoids loading numpy for --help
 @click.option("--recursive", is_flag=True, help="Also look for images in subfolders.")
 @click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Number of images to caption.")
 @takes(decoding=DecodeOptions)
-@bundles_option
+@takes_bundle(of_several=True)
 @takes(runtime=Runtime)
 @rows_option
 def bench(
@@ -44,7 +42,7 @@ def bench(
     recursive: bool,
     images: int,
     decoding: DecodeOptions,
-    bundle: BundleRef,
+    bundle: BundleRef | ModelRef,
     runtime: Runtime,
     rows: int | None,
 ) -> None:
@@ -52,7 +50,7 @@ def bench(
     from engine.machine.bench import images_to_measure, measure_speed
 
     pictures = images_to_measure(directory, images, recursive=recursive)
-    speed = measure_speed(bundle, pictures, decoding, runtime, rows=rows)
+    speed = measure_speed(bundle, pictures, decoding, runtime, rows=rows, log=log)
     log(
         f"{speed.images_per_s:.2f} images/s ({1 / speed.images_per_s:.3f} s per image) over {speed.images} images, "
         f"{speed.side_by_side} in parallel on {speed.cores} cores; loaded in {speed.load_s:.1f} s"
@@ -62,18 +60,17 @@ def bench(
 
 
 @click.command()
-@bundle_option
+@takes_bundle()
 @takes(runtime=Runtime, leaving_out=("cpu_precision",))
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON line.")
-def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
+def verify(bundle: BundleRef | ModelRef, runtime: Runtime, as_json: bool) -> None:
     """Replay the PyTorch outputs recorded in the bundle; exit with 1 if any differs."""
     from engine.backends import open_backend, require_backend
-    from engine.bundle.open import open_bundle
     from engine.machine.verify import verify as replay
     from engine.machine.verify import verify_halves
 
     require_backend(runtime.backend)  # before the bundle is hashed, so that a missing library is reported at once
-    loaded = open_bundle(bundle)
+    loaded = bundle.located(log).open()
     backend = open_backend(loaded, runtime)
     checks = replay(loaded, backend) + verify_halves(loaded, runtime)
     for check in checks:
@@ -92,7 +89,7 @@ def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
 
 
 @click.command()
-@bundle_option
+@takes_bundle()
 @click.option("--out", type=PATH, help="Folder for the plans; by default the one where `--backend trt` looks.")
 @click.option("--beams", type=click.IntRange(1), help="Maximum number of beams; by default the bundle's.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Maximum number of new tokens; by default the bundle's.")
@@ -110,7 +107,7 @@ def verify(bundle: Location | None, runtime: Runtime, as_json: bool) -> None:
     "--compute-capability", help="GPU to build for with tensorrt-rtx, such as 8.0 or sm_80; by default this machine's."
 )
 def plan(
-    bundle: Location | None,
+    bundle: BundleRef | ModelRef,
     out: Path | None,
     beams: int | None,
     max_new_tokens: int | None,
@@ -125,10 +122,9 @@ def plan(
     """
     from engine.backends.plans import build_plans, default_folder, target_for
     from engine.backends.shapes import Bounds
-    from engine.bundle.open import open_bundle
 
     target = target_for(builder, compute_capability)
-    loaded = open_bundle(bundle)
+    loaded = bundle.located(log).open()
     bounds = Bounds.of(loaded, beams=beams, max_new_tokens=max_new_tokens, rows=rows)
     folder = out or default_folder(loaded)
     build_plans(loaded, folder, bounds, target, log)
@@ -140,14 +136,13 @@ def plan(
 
 
 @click.command()
-@click.option("--bundle", type=LOCATION, help="Also show the origin and the settings of this bundle.")
+@takes_bundle(bundle_help="Also show the origin and the settings of this bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-def info(bundle: Location | None, as_json: bool) -> None:
+def info(bundle: BundleRef | ModelRef, as_json: bool) -> None:
     """Show versions, available backends and what is missing."""
-    from engine.bundle.open import open_bundle
     from engine.machine.info import collect_info, describe_bundle
 
-    facts = collect_info() | (describe_bundle(open_bundle(bundle)) if bundle is not None else {})
+    facts = collect_info() | (describe_bundle(bundle.located(log).open()) if bundle.names else {})
     if as_json:
         click.echo(json.dumps(facts))
         return

@@ -6,7 +6,7 @@ import errno
 import functools
 import sys
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # for a quick --help, functions import what only they need
 
 ESCAPED = ("Cc", "Cs")
 """Unicode categories that are escaped: control characters, and surrogates for bytes that are not UTF-8."""
+PRECISIONS = ("fp32", "fp16", "int8")
+"""As in engine/bundle/manifest.py, which loads numpy; a test compares the two."""
 BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Marks that reverse the direction of text: `gpj.exe` would be shown as `exe.jpg`."""
 
@@ -213,41 +215,91 @@ def _parse_rows(context: click.Context, parameter: click.Parameter, rows: str) -
     return int(rows)
 
 
-bundle_option = click.option(
-    "--bundle",
-    type=LOCATION,
-    cls=SectionOption,
-    section="Runtime",
-    help="Folder or URI of an exported bundle; by default the embedded demo.",
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+MODEL_HELP = (
+    "Checkpoint to use instead of a --bundle: a Hugging Face Hub id (owner/name or owner/name@revision), a folder or a "
+    ".pth file. It is converted once and cached."
 )
+REPEAT_HELP = " Repeat it to average the log-probabilities of bundles with the same vocabulary in each step."
 
 
-def bundles_option(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options --bundle and --bundle-weight to a command, which gets `bundle`."""
+def takes_bundle(
+    *,
+    of_several: bool = False,
+    bundle_help: str = "Folder or URI of an exported bundle; by default the embedded demo.",
+) -> Decorator:
+    """Add --bundle, --model, --precision and --image-size to a command, which gets `bundle`: a BundleRef or a ModelRef.
 
-    @functools.wraps(command)
-    def call(bundles: tuple[Location, ...], weights: tuple[float, ...], **values: Any) -> None:
-        from engine.bundle.open import BundleRef
+    Without options it is BundleRef(). With `of_several`, --bundle or --model may be repeated, with --bundle-weight.
+    """
 
-        command(bundle=BundleRef(bundles, weights), **values)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def call(
+            bundles: tuple[Location, ...] | Location | None,
+            models: tuple[str, ...] | str | None,
+            precision: str | None,
+            image_size: int | None,
+            weights: tuple[float, ...] = (),
+            **values: Any,
+        ) -> None:
+            from engine.bundle.open import BundleRef
+            from engine.checkpoints.cache import ModelRef
 
-    section: dict[str, Any] = {"cls": SectionOption, "section": "Runtime", "multiple": True}
-    bundles = click.option(
-        "--bundle",
-        "bundles",
-        type=LOCATION,
-        help="Folder or URI of an exported bundle; by default the embedded demo. Repeat it to average the "
-        "log-probabilities of bundles with the same vocabulary in each step.",
-        **section,
-    )
-    weight = click.option(
-        "--bundle-weight",
-        "weights",
-        type=float,
-        help="Weight of each --bundle in the average, in their order; equal by default.",
-        **section,
-    )
-    return bundles(weight(call))
+            locations: tuple[Location, ...] = _as_tuple(bundles)
+            names: tuple[str, ...] = _as_tuple(models)
+            if locations and names:
+                raise UsageError("--model and --bundle exclude each other: --model also accepts the folder of a bundle")
+            if not names and (precision, image_size) != (None, None):
+                raise UsageError("--precision and --image-size convert a --model: add --model, or remove them")
+            ref = ModelRef(names, weights, precision, image_size) if names else BundleRef(locations, weights)
+            command(bundle=ref, **values)
+
+        settings: dict[str, Any] = {"cls": SectionOption, "section": "Runtime", "multiple": of_several}
+        repeat = (REPEAT_HELP, " Or repeat it.") if of_several else ("", "")
+        options: list[Decorator] = [
+            click.option("--bundle", "bundles", type=LOCATION, help=bundle_help + repeat[0], **settings),
+            click.option("--model", "models", type=NAME, help=MODEL_HELP + repeat[1], **settings),
+            takes_conversion("Runtime"),
+        ]
+        if of_several:
+            weight_help = "Weight of each --bundle or --model in the average, in their order; equal by default."
+            options.append(click.option("--bundle-weight", "weights", type=float, help=weight_help, **settings))
+        return _decorated(call, options)
+
+    return decorate
+
+
+def _decorated(command: Callable[..., None], options: Iterable[Decorator]) -> Callable[..., None]:
+    """Return a command with options, which --help lists in this order."""
+    return functools.reduce(lambda decorated, option: option(decorated), reversed([*options]), command)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+def takes_conversion(section: str = "Other") -> Decorator:
+    """Add the options of a conversion to a command: --precision and --image-size."""
+    options: list[Decorator] = [
+        click.option(
+            "--precision",
+            type=click.Choice(PRECISIONS),
+            cls=SectionOption,
+            section=section,
+            help="Precision to convert a checkpoint to; fp32 by default, the only one with exactly PyTorch's captions.",
+        ),
+        click.option(
+            "--image-size",
+            type=click.IntRange(1),
+            cls=SectionOption,
+            section=section,
+            help="Image height and width in pixels to convert a checkpoint for: its position table is resized. By "
+            "default its own size.",
+        ),
+    ]
+    return lambda command: _decorated(command, options)
 
 
 def column_options(*roles: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -282,7 +334,7 @@ rows_option = click.option(
 
 SYNONYMS = (
     ("--input", "--images", "--image", "--image-dir", "--data", "--folder"),
-    ("--bundle", "--model", "--checkpoint", "--model-path", "--model-name-or-path"),
+    ("--model", "--bundle", "--checkpoint", "--model-path", "--model-name-or-path"),
     ("--out", "--output", "--output-dir", "--output-file"),
     ("--rows", "--batch-size", "--device-batch"),
     ("--references", "--reference", "--refs", "--ground-truth"),

@@ -75,6 +75,30 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name if is_used else hashlib.sha256(name).hexdigest()[:32]}.tmp")
 
 
+def require_space(needs: Mapping[Path, int], what: str) -> None:
+    """Raise OutputError, which begins with `what`, if the disks lack the bytes to write {folder: bytes}.
+
+    The folders need not exist yet. Folders on one file system share its free space.
+    """
+    disks: dict[int, tuple[Path, dict[Path, int]]] = {}
+    for folder, size in needs.items():
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        disks.setdefault(existing.stat().st_dev, (existing, {}))[1][folder] = size
+    for existing, sizes in disks.values():
+        free = shutil.disk_usage(existing).free
+        if sum(sizes.values()) > free:
+            parts = " and ".join(f"{megabytes(size)} in {folder}" for folder, size in sizes.items() if size)
+            raise OutputError(
+                f"{what} needs {parts}, but only {megabytes(free)} are free: free space there, or use another disk "
+                "(variables HF_HOME and XDG_CACHE_HOME)"
+            )
+
+
+def megabytes(size: int) -> str:
+    """Format a number of bytes: `1.2 MB`."""
+    return f"{size / 1e6:,.1f} MB"
+
+
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file as lower-case hexadecimal."""
     with path.open("rb") as stream:

@@ -87,6 +87,16 @@ def waiting_lock(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def tried_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock if no other process on this node does. Yields whether it is held; without file locks it is not."""
+    file = _open_lock(path)
+    try:
+        yield bool(_lock(file, wait=False))
+    finally:
+        os.close(file)
+
+
+@contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Lock a folder itself, like waiting_lock but without a lock file. Windows has no such locks: does nothing."""
     if ON_WINDOWS:

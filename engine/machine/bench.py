@@ -5,16 +5,18 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from engine.backends import require_backend
 from engine.bundle.open import BundleRef
 from engine.bundle.signature import run_signature
 from engine.captioner import Captioner, ImageSource
+from engine.checkpoints.cache import ModelRef
 from engine.errors import UsageError
 from engine.host import available_cores
 from engine.inputs.images import find_images
@@ -59,14 +61,17 @@ def images_to_measure(directory: Path | None, count: int, *, recursive: bool = F
 
 
 def measure_speed(
-    bundle: BundleRef,
+    bundle: BundleRef | ModelRef,
     images: Sequence[ImageSource],
     requested: DecodeOptions,
     runtime: Runtime,
     *,
     rows: int | None = None,
+    log: Callable[[str], None],
 ) -> Speed:
     """Load a bundle and time it on `images`; `requested` overrides the bundle's settings."""
+    require_backend(runtime.backend, runtime.cpu_precision)  # before a conversion, which may take minutes
+    bundle = bundle.located(log)  # not part of the time to load it
     start = time.perf_counter()
     captioner = Captioner.open(bundle, runtime, many_images=True)
     load_s = time.perf_counter() - start

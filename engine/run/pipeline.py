@@ -16,6 +16,7 @@ from engine.bundle.signature import environment, run_signature, settings_line
 from engine.bundle.tokenizer import CaptionTokenizer
 from engine.captioner import Captioner, Decoding, PendingImages, caption_within_memory, resolve
 from engine.captions import Caption
+from engine.checkpoints.cache import ModelRef
 from engine.errors import UsageError
 from engine.files.lock import OutputLock
 from engine.inputs.images import ImageFile, describe_ignored, order_by_manifest
@@ -145,7 +146,7 @@ class RunSummary:
 def caption_directory(
     inputs: Inputs,
     outputs: Outputs,
-    bundle: BundleRef = BundleRef(),
+    bundle: BundleRef | ModelRef = BundleRef(),
     requested: DecodeOptions = DecodeOptions(),
     *,
     rows: int | None = None,
@@ -172,12 +173,13 @@ def caption_directory(
     shard = Shard.parse(inputs.shard) if inputs.shard else None
     images = all_images if shard is None else shard.part(all_images)
     with lock(outputs, log):  # first: a second run is refused before it loads a bundle or starts workers
-        opened = bundle.open()
+        located = bundle.located(log)  # converts checkpoints, which may take minutes
+        opened = located.open()
         # before workers start, so that a wrong option is reported at once
         decoding = resolve(opened, CaptionTokenizer(opened), requested, prompts)
         options = decoding.options
         with (
-            open_source(opened, WorkOrder(bundle, opened.digest, runtime, decoding, rows), workers, log) as source,
+            open_source(opened, WorkOrder(located, opened.digest, runtime, decoding, rows), workers, log) as source,
             open_record(images, source, outputs, log, runtime=runtime, prompts=prompts) as record,
         ):
             # before captioning, which may take hours
@@ -223,7 +225,7 @@ def _prompts(inputs: Inputs, images: list[ImageFile]) -> dict[str, str] | None:
     return prompts
 
 
-def find(inputs: Inputs, outputs: Outputs, bundle: BundleRef, log: Log) -> tuple[list[ImageFile], list[str]]:
+def find(inputs: Inputs, outputs: Outputs, bundle: BundleRef | ModelRef, log: Log) -> tuple[list[ImageFile], list[str]]:
     """Return the images to caption, in order, and the names of the entries that were skipped.
 
     Raises UsageError if there are no images, or if an output would overwrite one.
@@ -242,7 +244,7 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundleRef, log: Log) -> tuple
     return images, [name for names in found.left_aside.values() for name in names]
 
 
-def check(outputs: Outputs, images: list[ImageFile], protected: list[Path], bundle: BundleRef) -> None:
+def check(outputs: Outputs, images: list[ImageFile], protected: list[Path], bundle: BundleRef | ModelRef) -> None:
     """Raise UsageError if an output cannot be written, is inside the bundle or would overwrite a `protected` file."""
     outputs.check(protected)
     folders = {f"{flag} {path}": path.parent for flag, path in outputs.files().items()}

@@ -6,16 +6,15 @@ Original .pth files and adapters are converted once and cached.
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from engine.checkpoints.cache import kept
 from engine.checkpoints.files import (
     PICKLE,
     PICKLE_INDEX,
@@ -25,9 +24,9 @@ from engine.checkpoints.files import (
     refuse_stand_in,
     weight_files,
 )
+from engine.checkpoints.hub import fetch, is_hub_id
 from engine.errors import CheckpointError
-from engine.files.atomic import cache_root, draft_folder, file_sha256, require_private
-from engine.files.lock import waiting_lock
+from engine.files.atomic import cache_root, file_sha256
 from export.checkpoints.files import read_pickle
 from export.checkpoints.load import clean_names, load_checkpoint
 from export.families import ORIGINAL
@@ -36,36 +35,8 @@ REASON = "the weights cached there decide what is exported"
 
 
 def cached(name: str, write: Callable[[Path], None]) -> Path:
-    """Return the cache folder `name`. If it does not exist yet, `write` fills it.
-
-    One process writes it while others wait. An incomplete folder is never kept, and a complete one never replaced.
-    Raises BackendError if other users can write to the cache, and CheckpointError if this user cannot.
-    """
-    folder = cache_root() / "converted" / name
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be created: {error.strerror or error}: set XDG_CACHE_HOME to a folder that can be written"
-        ) from error
-    _check_private(folder)
-    if (folder / SAFE).is_file():  # before the lock, which a read-only cache cannot hold
-        return folder
-    with waiting_lock(folder.with_name(f"{name}.lock")):
-        if not (folder / SAFE).is_file():  # another process may have written it while we waited
-            with draft_folder(folder) as draft:
-                write(draft)
-                shutil.rmtree(folder, ignore_errors=True)  # a folder without weights is incomplete
-                draft.rename(folder)
-    return folder
-
-
-def _check_private(folder: Path) -> None:
-    """Raise BackendError if another user could have written the contents of a cache folder."""
-    require_private(folder.parent, REASON)
-    if folder.parent.stat().st_mode & 0o011 and folder.is_dir():  # other users can enter it: check each file too
-        for path in (folder, *folder.iterdir()):
-            require_private(path, REASON)
+    """Return the cache folder of a converted checkpoint; if it does not exist yet, `write` fills it. See kept."""
+    return kept(cache_root() / "converted" / name, write, lambda folder: (folder / SAFE).is_file(), REASON)
 
 
 def convert_original(file: Path) -> Path:
@@ -182,81 +153,24 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     return merged.eval()
 
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-SAFE_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt")
-"""Patterns of the files to download: weights, configurations and vocabularies, but no code."""
-PICKLED_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-"""Downloaded only if there are no safetensors files, and read by torch's weights-only unpickler (files.py)."""
-
-
-def find_checkpoint(name: str) -> Path:
+def find_checkpoint(name: str, log: Callable[[str], None] = lambda _: None) -> Path:
     """Return the folder of a checkpoint.
 
     `name` is an existing path, or a Hugging Face Hub id: `owner/name` or `owner/name@revision`. An original .pth file
     is converted (convert_original), and an adapter is merged into its base (merge_adapter). Downloads are stored in
-    huggingface_hub's cache; private repositories need HF_TOKEN. A name that is neither a path nor an id is returned
-    unchanged. Raises CheckpointError if the hub does not have the checkpoint or does not give access to it.
+    huggingface_hub's cache; private repositories need HF_TOKEN. `log` gets a line for a download. A name that is
+    neither a path nor an id is returned unchanged. Raises CheckpointError if the hub does not have the checkpoint or
+    does not give access to it, and OutputError if there is no space for it.
     """
-    folder = _find(name)
-    if (folder / "adapter_config.json").is_file() and is_adapter(folder):
-        return merge_adapter(folder, _find(base_of(folder)))
+    folder = _find(name, log)
+    if (folder / ADAPTER_SETTINGS).is_file() and is_adapter(folder):
+        return merge_adapter(folder, _find(base_of(folder), log))
     return folder
 
 
-def _find(name: str) -> Path:
+def _find(name: str, log: Callable[[str], None]) -> Path:
     """Return the folder of a checkpoint as find_checkpoint does, but do not merge an adapter."""
     path = Path(name)
     if path.is_file():
         return convert_original(path)
-    repository, _, revision = name.partition("@")
-    if path.exists() or not HUB_ID.fullmatch(repository):
-        return path
-    try:
-        return _fetch(name, repository, revision or None)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the hub's client uses requests or httpx, which raise their own exceptions
-        _explain(name, repository, revision, error)
-
-
-def _fetch(name: str, repository: str, revision: str | None) -> Path:
-    """Download the files of a hub repository that an export needs. Without a connection, return the cached files."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        listed = HfApi().model_info(repository, revision=revision).siblings or []
-        names = [entry.rfilename for entry in listed]
-    except HfHubHTTPError:
-        raise  # the hub answered with an error
-    except Exception:  # no connection
-        patterns = list(SAFE_FILES)
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=True))
-    weights = SAFE_FILES if any(file.endswith(".safetensors") for file in names) else (*SAFE_FILES, *PICKLED_FILES)
-    if not any(file.endswith((".safetensors", ".bin")) for file in names):
-        others = [file for file in names if file.endswith((".pth", ".pt", ".h5", ".msgpack"))]
-        raise CheckpointError(
-            f"{name} has no weights that can be read from the hub ({', '.join(others[:3]) or 'it has none at all'}): "
-            "download an original .pth file yourself and pass its path"
-        )
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=list(weights)))
-
-
-def _explain(name: str, repository: str, revision: str, error: Exception) -> NoReturn:
-    """Raise CheckpointError with one line: why the hub did not provide a checkpoint, and what to do."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        reason = "it is gated: ask for access on its page, then set HF_TOKEN"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        reason = f"{repository} has no revision {revision}: see its page for the revisions"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        reason = "there is no such repository, or it is private: check the name, or set HF_TOKEN"
-    elif isinstance(error, errors.LocalEntryNotFoundError):
-        reason = "the hub cannot be reached, and the checkpoint is not cached: pass the folder of a checkpoint"
-    else:
-        text = " ".join(str(error).split())[:300]
-        reason = f"{text}: run the same command again to resume the download, or pass the folder of a checkpoint"
-    raise CheckpointError(
-        f"{name} is not a local folder, and it cannot be loaded from the Hugging Face Hub: {reason}"
-    ) from error
+    return path if path.exists() or not is_hub_id(name) else fetch(name, log).folder

@@ -12,7 +12,6 @@ from engine.bundle.int8 import SCALE_SUFFIX, SUFFIX
 from engine.checkpoints.graphs import (
     FLOAT16,
     FLOAT32,
-    INPUTS_FIRST,
     INT64,
     PARAMETER,
     QUANTISED,

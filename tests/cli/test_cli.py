@@ -273,7 +273,7 @@ def test_folders_images_patterns_and_lists_in_one_run(image_dir, tiny_bundle, tm
         (["--num-return-sequences", "3"], 2, "did you mean --n-best?"),
         (["--max-length", "3"], 2, "did you mean --max-new-tokens?"),
         (["--images", "{tmp}"], 2, "did you mean --input?"),
-        (["--checkpoint", "{tmp}"], 2, "did you mean --bundle? (`python -m export` converts a checkpoint to a bundle)"),
+        (["--checkpoint", "{tmp}"], 2, "did you mean --model?"),
         (["--prefix", "a", "b.png"], 2, "unexpected extra argument (b.png): put quotes around a pattern"),
     ],
 )

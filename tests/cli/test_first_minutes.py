@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.cli.app import main
+from engine.cli.caption import EXAMPLE
 from tests.helpers.tiny import random_pictures
 from train.__main__ import main as train
 
@@ -28,8 +29,9 @@ def test_engine_without_a_command_shows_first_steps():
     assert shown.exit_code == 2
     assert shown.stdout == ""
     assert [line.split()[1] for line in shown.stderr.splitlines() if line.startswith("  engine ")] == [
-        *("caption", "report", "info")
+        *("caption", "report", "models", "info")
     ]
+    assert f"--model {EXAMPLE} --input photos --out captions.csv" in shown.stderr
     assert "engine --help" in shown.stderr
     assert run("--version").exit_code == 0
 
@@ -64,6 +66,7 @@ def test_note_on_captions_of_the_demo_model(images, tiny_bundle, tmp_path):
     demo = run("caption", "--input", images, "--beams", 1, "--max-new-tokens", 2, "--out", tmp_path / "demo.csv")
     assert demo.exit_code == 0, demo.output
     assert NOTE in demo.stderr
+    assert f"add --model {EXAMPLE}" in demo.stderr
     own = run("caption", "--input", images, "--bundle", tiny_bundle, "--out", tmp_path / "own.csv")
     assert NOTE not in own.stderr
 

@@ -30,6 +30,8 @@ class Hub:
     cut: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
     """Downloads, as `NAME from FIRST_BYTE`."""
+    commits: dict[str, str] = field(default_factory=dict)
+    """The newest commit of a repository, of which only the newest exists; by default a hash of its name."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(403, "GatedRepo")
         if folder is None:
             return self.refuse(404, "RepoNotFound")
-        commit = hashlib.sha1(name.encode()).hexdigest()
+        commit = self.server.hub.commits.get(name) or hashlib.sha1(name.encode()).hexdigest()
         if len(rest) > 1 and rest[1] not in ("main", commit):
             return self.refuse(404, "RevisionNotFound")
         path = folder.joinpath(*rest[2:])
@@ -127,7 +129,7 @@ def list_tree(root: Path, entries: Iterable[Path], commit: str) -> object:
 
 def list_files(folder: Path, name: str, commit: str) -> object:
     """Return the files of a repository in the format of the hub's API."""
-    siblings = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
+    siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in sorted(folder.iterdir())]
     return {"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": False}
 
 

@@ -453,7 +453,7 @@ def test_existing_bundle_survives_a_failed_move(tiny_checkpoint, tiny_bundle, tm
 
 
 @pytest.mark.usefixtures("quick_export")
-@pytest.mark.parametrize("step", ["_write_files", "write_manifest", "_move"])
+@pytest.mark.parametrize("step", ["_write_files", "write_manifest", "move_bundle"])
 def test_full_disk_is_reported(step, tiny_checkpoint, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
