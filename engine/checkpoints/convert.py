@@ -104,7 +104,7 @@ def _manifest(checkpoint: Checkpoint, graphs: GraphSet, source: Mapping[str, str
         "family": checkpoint.family,
         "precision": graphs.precision,
         "model": asdict(checkpoint.model),
-        "image": asdict(checkpoint.image),
+        "image": checkpoint.image.as_json(),
         "tokens": asdict(checkpoint.tokens),
         "generation": dict(checkpoint.generation),
         "generation_from": dict(checkpoint.generation_from),
