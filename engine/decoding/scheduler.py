@@ -129,11 +129,13 @@ class Scheduler:
         if len(turn) == 1:
             turn[0].fill(queue)
             return
-        hungry = list(turn)
-        while hungry:
-            hungry = [slots for slots in hungry if slots.fill(queue, self.encode_batch)]
-            for slots in hungry:
+        hungry = deque(turn)
+        queue.is_paused = False
+        while hungry and not queue.is_paused:  # after NOTHING_YET the caller must get control before another image
+            slots = hungry.popleft()
+            if slots.fill(queue, self.encode_batch):
                 slots.device.start()  # encodes while the host reads the next images
+                hungry.append(slots)
 
     def decode(self, pixel_values: NDArray[np.uint8]) -> Iterator[tuple[int, list[Hypothesis]]]:
         """Caption images u8[N,height,width,3]; yield (index, hypotheses) as they close."""
@@ -152,13 +154,14 @@ class _QueuedRequest(NamedTuple, Generic[Key]):
 class _RequestQueue(Generic[Key]):
     """Requests that wait for a slot, encoded in batches on demand by the device that wants one.
 
-    `may_come` is false once the source is exhausted and no request waits.
+    `may_come` is false once the source is exhausted and no request waits. `is_paused` is set when the source yields
+    NOTHING_YET.
     """
 
     def __init__(self, images: Iterator[Arrival[Key]], encode_batch: int, *, copies: int) -> None:
         self._images, self._encode_batch, self._copies = images, encode_batch, copies
         self._waiting: dict[DeviceQueue, deque[_QueuedRequest[Key]]] = {}
-        self._is_exhausted = False
+        self._is_exhausted = self.is_paused = False
 
     @property
     def may_come(self) -> bool:
@@ -192,7 +195,8 @@ class _RequestQueue(Generic[Key]):
         for image in itertools.islice(self._images, PULL_AT_MOST * self._encode_batch):
             pulled.append(image)
             missing -= isinstance(image, Request)
-            if not missing or image is NOTHING_YET:
+            self.is_paused = image is NOTHING_YET
+            if not missing or self.is_paused:
                 break
         return pulled
 
