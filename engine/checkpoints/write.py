@@ -93,7 +93,7 @@ class _DataFile:
         """Write an array's bytes and return their offset."""
         if not self.size:
             self._stream = self._held.enter_context(self.path.open("xb", buffering=0))
-        offset, content = self.size, memoryview(array).cast("B")
+        offset, content = self.size, array.data.cast("B")
         hashed = self._pool.submit(self._digest.update, content)
         try:
             written = 0
@@ -151,7 +151,8 @@ class _Arrays:
         if not self._quantised or self._quantised[0] != tensor.of:
             array = self._weights[tensor.of]
             self._quantised = tensor.of, *quantise_weight(array)
-        array = self._quantised[1 if tensor.holds == QUANTISED else 2]
+        _, quantised, scales = self._quantised
+        array = quantised if tensor.holds == QUANTISED else scales
         _check_shape(tensor.of, array.shape, dims)
         return array
 
