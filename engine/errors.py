@@ -15,8 +15,8 @@ PACKAGES = {
     "parquet": ("pyarrow>=15",),
     "remote": ("s3fs>=2024.6", "gcsfs>=2024.6"),
     "ray": ("ray>=2.60",),
-    "cuda": ("onnxruntime-gpu[cuda,cudnn]>=1.28", "cuda-bindings>=12.8"),
-    "tensorrt": ("onnxruntime-gpu[cuda,cudnn]>=1.28", "tensorrt-cu13>=10.14.1.48,<11", "cuda-bindings>=12.8"),
+    "cuda": ("onnxruntime-gpu[cuda,cudnn]>=1.31", "cuda-bindings>=12.8"),
+    "tensorrt": ("onnxruntime-gpu[cuda,cudnn]>=1.31", "tensorrt-cu13>=10.14.1.48,<11", "cuda-bindings>=12.8"),
     "trt": ("tensorrt>=10.12", "cuda-bindings>=12.8"),
     "rtx": ("tensorrt-rtx>=1.7", "cuda-bindings>=12.8"),
 }

@@ -127,10 +127,11 @@ def open_session(
     if not is_optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        # With its fallback, ONNX Runtime would print the reason to standard output and use the CPU.
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:
-        raise BackendError(f"{path} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
-    # if a provider cannot be loaded, ONNX Runtime only logs a line and uses the next one
+        raise BackendError(f"{path} cannot be loaded: {one_line(error)}") from error
+    # without an exception: if a provider cannot be loaded, ONNX Runtime only logs a line and uses the next one
     wanted, _ = providers[0]
     if session.get_providers()[0] != wanted:
         raise BackendError(
@@ -147,6 +148,9 @@ are slower because they exceed the processor's cache.
 
 OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "available memory")
 """Parts of ONNX Runtime's messages, in lower case, that mean out of memory; it has no error code for that."""
+NO_KERNEL_IMAGE = "the installed onnxruntime-gpu has no machine code for this GPU: use --backend cpu"
+LONGEST_REASON = 400
+"""Most characters of ONNX Runtime's messages that are kept."""
 Located = dict[str, tuple[Any, tuple[int, ...]]]
 """Input name -> (OrtValue on the device, shape of the part of it that is fed)."""
 OTHER_BACKEND = "lower --beams, --rows or --max-new-tokens, or use --backend cuda or trt"
@@ -414,6 +418,13 @@ def ort_errors(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:400]
-        kind = OutOfMemoryError if any(sign in reason.lower() for sign in OUT_OF_MEMORY) else BackendError
-        raise kind(f"the {name} backend failed: {reason}") from error
+        text = str(error).lower()
+        kind = OutOfMemoryError if any(sign in text for sign in OUT_OF_MEMORY) else BackendError
+        hint = f" ({NO_KERNEL_IMAGE})" if "no kernel image" in text else ""
+        raise kind(f"the {name} backend failed{hint}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """Return an error of ONNX Runtime as a line. Of a long one the end: places in its C++ code come first."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= LONGEST_REASON else f"...{text[-LONGEST_REASON:]}"

@@ -12,9 +12,12 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import os
+import platform
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,22 @@ COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 """Values of CUdevice_attribute in the CUDA driver API."""
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 """Two packages that install into the same folder: the last one overwrites the other, and removing one breaks both."""
+NO_DEVICE = 100
+"""The code of CUDA_ERROR_NO_DEVICE."""
+MACHINE_CODE: dict[tuple[int, ...], dict[str, tuple[str, ...]]] = {
+    (1, 31): {
+        "x86_64": ("7.5", "8.0", "8.6", "8.9", "9.0", "12.0"),
+        "aarch64": ("8.9", "9.0", "12.0", "12.1"),
+    }
+}
+"""Release of onnxruntime-gpu -> machine -> compute capabilities that its CUDA library has machine code for, read from
+the wheels (tests/nvidia/test_fake.py). There is no PTX in it that a driver could compile for others. Other releases are
+not checked here: their first kernel fails with "no kernel image".
+"""
+
+
+class NoGpuError(BackendError):
+    """There is no driver or no GPU, as opposed to a GPU that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,7 @@ def _open_driver(otherwise: str) -> tuple[ctypes.CDLL, int]:
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
-        raise BackendError(
+        raise NoGpuError(
             f"no NVIDIA driver on this machine ({DRIVER} cannot be loaded): start a container with access to the GPU, "
             f"or {otherwise}"
         ) from None
@@ -86,15 +105,14 @@ def _open_driver(otherwise: str) -> tuple[ctypes.CDLL, int]:
     count = ctypes.c_int()
     _call(driver, "cuDeviceGetCount", ctypes.byref(count))
     if count.value == 0:
-        raise BackendError(f"the NVIDIA driver sees no GPU: check {VISIBLE}, or {otherwise}")
+        raise NoGpuError(f"the NVIDIA driver sees no GPU: check {VISIBLE}, or {otherwise}")
     return driver, count.value
 
 
 def refuse_old_driver(gpu: Gpu) -> None:
     """Raise BackendError if the driver is older than the CUDA release of onnxruntime-gpu: 13 since its release 1.27."""
-    try:
-        release = tuple(int(part) for part in importlib.metadata.version("onnxruntime-gpu").split(".")[:2])
-    except (importlib.metadata.PackageNotFoundError, ValueError):
+    release = _release()
+    if release is None:
         return
     needed = 13000 if release >= (1, 27) else 12000
     if gpu.driver_cuda < needed:
@@ -103,6 +121,32 @@ def refuse_old_driver(gpu: Gpu) -> None:
             f"onnxruntime-gpu {'.'.join(map(str, release))} needs {needed // 1000}.0: install a driver of r580 or "
             "later, or the packages for CUDA 12 that the documentation names"
         )
+
+
+def refuse_gpu_without_code(gpu: Gpu) -> None:
+    """Raise BackendError if onnxruntime-gpu is known to have no machine code for the GPU.
+
+    Machine code runs on its own compute capability and on later ones of the same major version: 8.6 on 8.9.
+    """
+    release = _release()
+    if release is None:
+        return
+    known = MACHINE_CODE.get(release, {}).get(platform.machine())
+    major, minor = map(int, gpu.compute_capability.split("."))
+    if known and not any(int(a) == major and int(b) <= minor for a, b in (code.split(".") for code in known)):
+        raise BackendError(
+            f"{gpu.name} has compute capability {gpu.compute_capability}, but onnxruntime-gpu "
+            f"{'.'.join(map(str, release))} has kernels for {', '.join(known)} only: use --backend cpu, or "
+            "trt if TensorRT supports the GPU"
+        )
+
+
+def _release() -> tuple[int, ...] | None:
+    """Return major and minor version of onnxruntime-gpu, or None if it is not installed."""
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("onnxruntime-gpu").split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
 
 
 def clashing_runtimes() -> str | None:
@@ -128,7 +172,8 @@ def _call(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
         text = ctypes.c_char_p()
         is_known = driver.cuGetErrorString(code, ctypes.byref(text)) == 0 and text.value
         reason = text.value.decode(errors="replace") if is_known and text.value else f"error {code}"
-        raise BackendError(f"the NVIDIA driver reports for {function}: {reason}: check nvidia-smi")
+        kind = NoGpuError if code == NO_DEVICE else BackendError
+        raise kind(f"the NVIDIA driver reports for {function}: {reason}: check nvidia-smi")
 
 
 Provider = tuple[str, dict[str, str]]
@@ -144,18 +189,18 @@ class Kind:
 
     providers: tuple[str, ...]
     device: str = "cuda"
-    modules: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ("cuda.bindings.runtime",)
     options: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-CUDA_OPTIONS = {
-    "use_tf32": "0",
-    "cudnn_conv_algo_search": "HEURISTIC",
-    "enable_skip_layer_norm_strict_mode": "1",
-}
+CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 """TF32 is off, as in torch's float32 matrix products. The convolution algorithm is chosen by a heuristic, because
-measuring (the default) may choose another one in the next run. In half precision, layer norms are summed in float32.
+measuring (the default) may choose another one in the next run.
 """
+PROVIDER_LIBRARIES = {CUDA: "libonnxruntime_providers_cuda.so", TENSORRT: "libonnxruntime_providers_tensorrt.so"}
+"""Provider -> its library in ONNX Runtime's folder, which needs libonnxruntime_providers_shared.so."""
+CUDNN = "libcudnn.so.9"
+"""The CUDA provider loads it when the first convolution runs (the image encoders have one), so it is checked here."""
 WIDEST_BEAMS = 10
 """The TensorRT provider is built for at least so many beams, even if the bundle's own search has fewer."""
 TENSORRT_OPTIONS = {
@@ -171,10 +216,12 @@ TENSORRT_OPTIONS = {
 ARM_BF16 = "bf16"
 """Linux's flag of the ARM instructions that ONNX Runtime's bf16 fast math uses."""
 KINDS: dict[str, Kind] = {
-    "cpu": Kind((CPU,), device="cpu"),
+    "cpu": Kind((CPU,), device="cpu", modules=()),
     "cuda": Kind((CUDA, CPU), options={CUDA: CUDA_OPTIONS}),
     "tensorrt": Kind(
-        (TENSORRT, CUDA, CPU), modules=("tensorrt",), options={TENSORRT: TENSORRT_OPTIONS, CUDA: CUDA_OPTIONS}
+        (TENSORRT, CUDA, CPU),
+        modules=("tensorrt", "cuda.bindings.runtime"),
+        options={TENSORRT: TENSORRT_OPTIONS, CUDA: CUDA_OPTIONS},
     ),
 }
 """Backend name -> its providers, device, modules and options."""
@@ -195,46 +242,106 @@ def import_libraries(name: str) -> Any:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     ort = import_onnxruntime(name)
     if KINDS[name].device != "cpu":
-        with contextlib.redirect_stdout(sys.stderr):  # it prints missing libraries to standard output
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing, which load_provider reports
             ort.preload_dlls()
     for module in KINDS[name].modules:
         importlib.import_module(module)
     return ort
 
 
+@cache
 def choose(name: str) -> str:
-    """Resolve `auto`: `cuda` if nothing is missing for it, else `cpu`. Return other names unchanged."""
+    """Resolve `auto`: `cuda` if nothing is missing for it, else `cpu`. Return other names unchanged.
+
+    A GPU that cannot be used is reported on standard error, once per process.
+    """
     if name != "auto":
         return name
     try:
         require_provider("cuda")
         CudaDevice()
-    except BackendError:
+    except NoGpuError:
+        return "cpu"
+    except BackendError as error:
+        print(f"--backend auto uses the CPU, not the GPU: {error}", file=sys.stderr)
         return "cpu"
     return "cuda"
 
 
 def require_provider(name: str) -> None:
-    """Raise BackendError if the backend `name` cannot run on this machine.
+    """Raise BackendError if the backend `name` cannot run on this machine. The check runs once per process.
 
-    This is fast. It checks the driver before any of NVIDIA's packages is imported.
+    It checks the driver before any of NVIDIA's packages is imported.
     """
+    problem = _probe(name)
+    if problem is not None:
+        kind, text = problem
+        raise kind(text)
+
+
+@cache
+def _probe(name: str) -> tuple[type[BackendError], str] | None:
+    """Return type and text of the error of a backend that cannot run on this machine, or None.
+
+    The error itself would keep the frames alive that it was raised in.
+    """
+    try:
+        _check_provider(name)
+    except BackendError as error:
+        return type(error), str(error)
+    return None
+
+
+def _check_provider(name: str) -> None:
+    """Check driver, GPU, packages and libraries of a backend. Raises BackendError that names what is missing."""
     kind = KINDS[name]
     if kind.device != "cpu":
-        refuse_old_driver(find_gpu())
+        gpu = find_gpu()
+        refuse_old_driver(gpu)
+        refuse_gpu_without_code(gpu)
         clash = clashing_runtimes()
         if clash:
             raise BackendError(clash)
     for module in kind.modules:
-        if importlib.util.find_spec(module) is None:
+        if not _is_installed(module):
             raise BackendError(f"backend {name} needs {module}, which is not installed: {install_command(name)}")
-    available = import_libraries(name).get_available_providers()
+    ort = import_libraries(name)
+    available = ort.get_available_providers()
     wanted = kind.providers[0]
     if wanted not in available:
         raise BackendError(
             f"backend {name} needs ONNX Runtime's {wanted}, but the installed one has only {', '.join(available)}: "
             f"pip uninstall onnxruntime, then {install_command(name)}"
         )
+    for provider in kind.providers:
+        if provider in PROVIDER_LIBRARIES:
+            load_provider(name, provider, Path(ort.__file__).parent / "capi")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package that contains it is missing
+        return False
+
+
+def load_provider(name: str, provider: str, folder: Path) -> None:
+    """Load the library of a provider from `folder`. Raises BackendError that names a library it lacks.
+
+    ONNX Runtime lists a provider that was compiled in. If its library does not load, a session only logs a warning and
+    uses the CPU. Calls of ONNX Runtime find the library loaded.
+    """
+    try:
+        # The provider's library uses symbols of this one without naming it, so they must be global.
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / PROVIDER_LIBRARIES[provider]))
+        if provider == CUDA:
+            ctypes.CDLL(CUDNN)
+    except OSError as error:
+        raise BackendError(
+            f"ONNX Runtime's {provider} cannot load a library ({error}): {install_command(name)}, or add the library's "
+            "folder to LD_LIBRARY_PATH"
+        ) from None
 
 
 def require_cpu_precision(cpu_precision: str) -> None:
