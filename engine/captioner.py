@@ -404,7 +404,8 @@ class Captioner:
             search,
             num_slots=-(-slots // sets),
             num_sets=sets,
-            encode_batch=batch_sizes.encode_batch,
+            # no more than there are slots for, so that fewer slots after an out-of-memory error need less here, too
+            encode_batch=min(batch_sizes.encode_batch, slots),
             more_backends=self._more_backends,
         )
 

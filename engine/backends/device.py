@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -118,6 +119,23 @@ class CapturingDevice(Device, Protocol):
     def replay(self, captured: Any) -> None:
         """Queue the recorded work."""
         ...
+
+
+class Region:
+    """Device memory that grows on demand. Growing discards the content: the new memory is zeroed."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.address, self._size = 0, 0
+        self._give_back: Callable[[], object] = lambda: None
+
+    def at_least(self, size_bytes: int) -> int:
+        """Return the address of at least `size_bytes`; they are freed with this object."""
+        if size_bytes > self._size:
+            self._give_back()
+            self.address, self._size = self._device.allocate(size_bytes), size_bytes
+            self._give_back = weakref.finalize(self, self._device.free, self.address)
+        return self.address
 
 
 class HostDevice:

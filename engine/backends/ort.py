@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.device import CudaDevice, Device, HostDevice
+from engine.backends.device import CudaDevice, Device, HostDevice, Region
 from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
 from engine.backends.shapes import gpu_batch_sizes
 from engine.bundle.manifest import (
@@ -151,14 +151,49 @@ OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of me
 NO_KERNEL_IMAGE = "the installed onnxruntime-gpu has no machine code for this GPU: use --backend cpu"
 LONGEST_REASON = 400
 """Most characters of ONNX Runtime's messages that are kept."""
+ALIGNMENT = 256
+"""Arrays in device memory start at multiples of so many bytes, as those of cudaMalloc do."""
+SHRINK_POOL = "memory.enable_memory_arena_shrinkage"
+"""ONNX Runtime's option of a run: return the unused blocks of a memory pool when the run ends."""
 Located = dict[str, tuple[Any, tuple[int, ...]]]
 """Input name -> (OrtValue on the device, shape of the part of it that is fed)."""
 OTHER_BACKEND = "lower --beams, --rows or --max-new-tokens, or use --backend cuda or trt"
 
 
+@dataclass(frozen=True)
+class DeviceZeros:
+    """An array that starts as zeros, in a region of the device; data_ptr and shape are as of an OrtValue.
+
+    ONNX Runtime would allocate an OrtValue in a memory pool of the process that never shrinks. After an out-of-memory
+    error this pool would hold all of the GPU, and even one image would not fit.
+    """
+
+    region: Region
+    address: int
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def several(cls, count: int, device: Device, sizes: tuple[int, ...], dtype: type[np.generic]) -> list[DeviceZeros]:
+        """Allocate `count` arrays in one region, which is freed with the last of them. Raises OutOfMemoryError."""
+        region, size_bytes = Region(device), int(np.prod(sizes)) * np.dtype(dtype).itemsize
+        size_bytes = -(-size_bytes // ALIGNMENT) * ALIGNMENT
+        first = region.at_least(count * size_bytes)
+        return [cls(region, first + i * size_bytes, sizes) for i in range(count)]
+
+    def shape(self) -> tuple[int, ...]:
+        """Return the sizes."""
+        return self.sizes
+
+    def data_ptr(self) -> int:
+        """Return the address."""
+        return self.address
+
+
 @dataclass
 class OrtCache:
-    """The KV cache of B slots: flat lists of 2L OrtValues on the device, keys and values of each layer in turn.
+    """The KV cache of B slots: flat lists of 2L arrays on the device, keys and values of each layer in turn.
+
+    They are OrtValues if ONNX Runtime computed them, else DeviceZeros.
 
     cross [B0,H,S,d]: allocated for B0 >= B slots, of which the first B are in use; `admit` overwrites them in place.
     settled [B,H,F,d] and recent [B,H,R,d]: the folded and the recent block. With `fixed_recent` = R, recent is
@@ -225,6 +260,8 @@ class OrtBackend:
         self._slot_shape = (model.num_heads, model.encoder_positions, model.head_width)
         # keys or values of one slot in one layer: the unit of the copies in admit and regroup
         self._slot_bytes = int(np.prod(self._slot_shape)) * np.dtype(self._dtype).itemsize
+        self._shrinking: set[Any] = set()
+        """Sessions whose next run returns unused memory to the device."""
 
     def _open(
         self, bundle: Bundle, threads: int, providers: dict[str, list[Provider]], *, is_optimised: bool
@@ -260,13 +297,16 @@ class OrtBackend:
         if self._bounds is not None:
             self._bounds.refuse_beyond(OTHER_BACKEND, slots=num_slots)
         # zeros, not empty: masked positions have the weight 0, but 0 * NaN is NaN
-        cross = [self._on_device(np.zeros((num_slots, *self._slot_shape), self._dtype)) for _ in self._names["cross"]]
-        return OrtCache(num_slots, cross, self._zeros(num_slots, settled), self._zeros(num_slots, 0))
+        shape = (num_slots, *self._slot_shape)
+        with self._memory_errors():
+            cross = DeviceZeros.several(len(self._names["cross"]), self._device, shape, self._dtype)
+            return OrtCache(num_slots, cross, self._zeros(num_slots, settled), self._zeros(num_slots, 0))
 
     def set_recent(self, cache: OrtCache, recent: int) -> None:
         """See FillableBackend.set_recent."""
         shape = (cache.num_slots, self._model.num_heads, recent, self._model.head_width)
-        cache.recent = [self._on_device(np.zeros(shape, self._dtype)) for _ in self._names["recent"]]
+        with self._memory_errors():
+            cache.recent = DeviceZeros.several(len(self._names["recent"]), self._device, shape, self._dtype)
         cache.fixed_recent = recent
 
     def admit(self, cache: OrtCache, slot: int, encoded: list[Any], image: int) -> None:
@@ -354,12 +394,8 @@ class OrtBackend:
 
     def _zeros(self, num_slots: int, positions: int) -> list[Any]:
         """Return keys and values of positions that are never attended to; all layers share one array."""
-        zeros = np.zeros((num_slots, self._model.num_heads, positions, self._model.head_width), self._dtype)
-        return [self._on_device(zeros)] * len(self._names["cross"])
-
-    def _on_device(self, array: NDArray[Any]) -> Any:
-        with ort_errors(self.name):
-            return self._ort.OrtValue.ortvalue_from_numpy(array, self._device.name, 0)
+        shape = (num_slots, self._model.num_heads, positions, self._model.head_width)
+        return DeviceZeros.several(1, self._device, shape, self._dtype) * len(self._names["cross"])
 
     def _named(self, part: str, values: list[Any]) -> dict[str, Any]:
         return dict(zip(self._names[part], values, strict=True))
@@ -397,19 +433,44 @@ class OrtBackend:
         """
         self._device.wait()  # for earlier copies: ONNX Runtime has its own stream
         binding, device = session.io_binding(), self._device.name
-        with ort_errors(self.name):
+        with self._memory_errors(), ort_errors(self.name):
             for name, value in feed.items():
-                binding.bind_ortvalue_input(name, value)
+                if isinstance(value, DeviceZeros):
+                    binding.bind_input(name, device, 0, self._dtype, value.shape(), value.data_ptr())
+                else:
+                    binding.bind_ortvalue_input(name, value)
             for name, (value, shape) in (located or {}).items():
                 binding.bind_input(name, device, 0, self._dtype, shape, value.data_ptr())
             for name in to_host:
                 binding.bind_output(name, "cpu")
             for name in on_device:  # the KV cache stays on the device; ONNX Runtime allocates these outputs
                 binding.bind_output(name, device)
-            session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding, self._run_options(session))
             # outputs keep the binding alive, and its inputs would keep the previous step's KV cache alive
             binding.clear_binding_inputs()
             return list(binding.get_outputs())
+
+    def _run_options(self, session: Any) -> Any:
+        """Return None, or after an out-of-memory error, once for each session, options that shrink its memory pool.
+
+        A session keeps what it has allocated once. Without this, the pool of one graph would keep the memory that
+        another one needs for the fewer slots of the next attempt.
+        """
+        if session not in self._shrinking:
+            return None
+        self._shrinking.discard(session)
+        options = self._ort.RunOptions()
+        options.add_run_config_entry(SHRINK_POOL, "cpu:0" if self._device.name == "cpu" else "gpu:0")
+        return options
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        """After an OutOfMemoryError, let each session shrink its memory pool."""
+        try:
+            yield
+        except OutOfMemoryError:
+            self._shrinking = {self._encoder, self._decoder, self._regroup}
+            raise
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.device import CapturingDevice, CudaDevice, Device
+from engine.backends.device import CapturingDevice, CudaDevice, Region
 from engine.backends.plans import (
     MODULES,
     PORTABLE,
@@ -34,23 +33,6 @@ MOST_CAPTURED = 32
 """Limit of captured steps: each keeps a context with its scratch memory. Two sets of slots with two buffers each need
 about 8.
 """
-
-
-class Region:
-    """Device memory that grows on demand. Growing discards the content: the new memory is zeroed."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self.address, self._size = 0, 0
-        self._give_back: Callable[[], object] = lambda: None
-
-    def at_least(self, size_bytes: int) -> int:
-        """Return the address of at least `size_bytes`; they are freed with this object."""
-        if size_bytes > self._size:
-            self._give_back()
-            self.address, self._size = self._device.allocate(size_bytes), size_bytes
-            self._give_back = weakref.finalize(self, self._device.free, self.address)
-        return self.address
 
 
 @dataclass

@@ -5,18 +5,25 @@ They are loaded in separate processes only: other tests of this process must not
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 
+from engine.backends.providers import CUDNN, MACHINE_CODE, PROVIDER_LIBRARIES
 from engine.bundle.manifest import Bundle, cache_names
 from tests.nvidia.fake.build import build, missing_tools
+from tests.nvidia.fake.events import FAT_BINARY, capabilities_of
 
 MEMORY = """
 import ctypes, json
@@ -59,6 +66,45 @@ try:
 except OutOfMemoryError as error:
     refused = str(error)
 print(json.dumps({"gpu": asdict(find_gpu()), "blocks": _blocks_are_equal(device), "refused": refused}))
+"""
+REFUSED_OPTION = """
+from engine.backends import open_backend, providers
+from engine.bundle.manifest import Bundle
+from engine.errors import BackendError
+from engine.runtime import Runtime
+
+providers.CUDA_OPTIONS["no_such_option"] = "1"
+try:
+    open_backend(Bundle.load(), Runtime("cuda"))
+except BackendError as error:
+    print(error)
+"""
+RETRIES = """
+import gc, json, sys
+from pathlib import Path
+from unittest import mock
+from benchmarks.host_worker import pictures
+from engine.backends import open_backend
+from engine.backends.ort import OrtBackend
+from engine.bundle.manifest import Bundle
+from engine.captioner import Captioner
+from engine.errors import OutOfMemoryError
+from engine.runtime import Runtime
+from tests.nvidia.fake.count import SEARCH, random_step
+
+slots, bundle = int(sys.argv[1]), Bundle.load()
+captioner = Captioner(bundle, open_backend(bundle, Runtime("cuda")))
+images, tried = list(pictures(200, bundle.image.height, bundle.image.width)), []
+with mock.patch.object(OrtBackend, "step", random_step(bundle.tokens.eos)):
+    while slots:  # as caption_within_memory does
+        tried.append(slots)
+        gc.collect()
+        try:
+            captions = list(captioner.caption(images, rows=4 * slots, num_beams=4, **SEARCH))
+            break
+        except OutOfMemoryError:
+            slots //= 2
+print(json.dumps({"tried": tried, "captions": len(captions)}))
 """
 
 
@@ -152,6 +198,61 @@ def test_too_little_memory_ends_in_one_line(wheel, tiny_bundle):
     result = run(wheel, *count, FAKE_MEM=str(1 / 1024))
     assert result.returncode == 1
     assert "memory" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("library", ["libcublas.so.13", "libcurand.so.10", CUDNN])
+def test_missing_library_is_named_and_auto_uses_the_cpu(library, wheel, tmp_path):
+    shutil.copytree(wheel["LD_LIBRARY_PATH"], tmp_path / "lib")
+    (tmp_path / "lib" / library).unlink()
+    there = {"LD_LIBRARY_PATH": str(tmp_path / "lib")}
+    image = sorted(Path("examples/images").iterdir())[0]
+    caption = ("-m", "engine", "caption", "--input", str(image), "--out", str(tmp_path / "run.csv"))
+    state = report_of(run(wheel, "-m", "engine", "info", "--json", **there))["backends"]["cuda"]
+    assert state.startswith(f"missing: ONNX Runtime's CUDAExecutionProvider cannot load a library ({library}: ")
+    named = run(wheel, *caption, "--backend", "cuda", **there)
+    assert (named.returncode, named.stderr.splitlines()) == (1, [state.replace("missing: ", "error: ", 1)])
+    auto = run(wheel, *caption, **there)
+    assert (auto.returncode, [line for line in auto.stderr.splitlines() if library in line]) == (
+        0,
+        [state.replace("missing: ", "--backend auto uses the CPU, not the GPU: ", 1)],
+    )
+    assert "onnxruntime" not in auto.stderr.replace("onnxruntime-gpu", "")  # ONNX Runtime's own log
+
+
+def test_refused_option_is_named(wheel):
+    result = run(wheel, "-c", REFUSED_OPTION)
+    (line,) = result.stdout.splitlines()
+    assert line.endswith('Unknown provider option: "no_such_option".')
+
+
+def test_gpu_without_kernels_is_named(wheel):
+    state = report_of(run(wheel, "-m", "engine", "info", "--json", FAKE_SM="10.0"))["backends"]["cuda"]
+    assert "stand-in (no GPU) has compute capability 10.0, but onnxruntime-gpu" in state
+
+
+def test_known_machine_code_is_that_of_the_wheel(wheel):
+    release = run(wheel, "-c", "import onnxruntime; print(onnxruntime.__version__)").stdout
+    known = MACHINE_CODE.get(tuple(map(int, release.split(".")[:2])))
+    if known is None:
+        pytest.skip(f"MACHINE_CODE has no entry for onnxruntime-gpu {release}")
+    path = Path(os.environ["ENGINE_ORT_GPU"], "onnxruntime", "capi", PROVIDER_LIBRARIES["CUDAExecutionProvider"])
+    found, place = set(), 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as library:
+        start = ctypes.c_char.from_buffer(library)
+        while (place := library.find(FAT_BINARY, place)) >= 0:
+            found.update(capabilities_of(ctypes.addressof(start) + place))
+            place += len(FAT_BINARY)
+        del start
+    assert found == set(known[platform.machine()])
+
+
+def test_memory_returns_after_too_many_slots(wheel):
+    """The second run has the memory of a first one: it fits with as many slots."""
+    limits = {"FAKE_MEM": "1", "FAKE_FAST": "1"}
+    fitting = 48
+    assert report_of(run(wheel, "-c", RETRIES, str(fitting), **limits)) == {"tried": [fitting], "captions": 200}
+    report = report_of(run(wheel, "-c", RETRIES, str(8 * fitting), **limits))
+    assert report == {"tried": [8 * fitting, 4 * fitting, 2 * fitting, fitting], "captions": 200}
 
 
 def test_attention_becomes_one_kernel(wheel):

@@ -6,6 +6,7 @@ import gc
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from benchmarks.host import INSTANT
@@ -18,7 +19,7 @@ from engine.captioner import Captioner
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.beam import Search
 from engine.decoding.scheduler import Scheduler
-from engine.errors import BackendError
+from engine.errors import BackendError, OutOfMemoryError
 from engine.options import DecodeOptions
 from tests.helpers.stand_in import stand_in_backend
 from tests.helpers.tiny import random_pictures
@@ -185,6 +186,50 @@ def test_memory_is_freed_with_its_cache(bundle):
         captions(bundle, PaddedBackend(backend), DecodeOptions(max_new_tokens=10), rows=4)
         gc.collect()
         assert len(backend._device._owned) == held
+
+
+def test_memory_of_onnxruntime_is_freed_with_its_cache(bundle):
+    backend = OrtBackend(bundle, "cpu", threads=1)
+    for padded in (PaddedBackend(backend), backend):
+        captions(bundle, padded, DecodeOptions(max_new_tokens=10), rows=4)
+        gc.collect()
+        assert not backend._device._owned
+
+
+def test_pools_shrink_once_after_out_of_memory(bundle, monkeypatch):
+    """The first step fails. In the next attempt each session returns memory after its first run."""
+    backend = PaddedBackend(OrtBackend(bundle, "cpu", threads=1))
+    expected, failures = captions(bundle, backend, SEARCHES["4 beams, ban"]), ["std::bad_alloc"]
+    runs: dict[int, list[str | None]] = {}
+    run = onnxruntime.InferenceSession.run_with_iobinding
+
+    def recording(session, binding, options=None):
+        if failures and session is backend.inner._decoder:
+            raise RuntimeError(failures.pop())
+        entry = options and options.get_run_config_entry("memory.enable_memory_arena_shrinkage")
+        runs.setdefault(id(session), []).append(entry)
+        run(session, binding, options)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", recording)
+    with pytest.raises(OutOfMemoryError, match="bad_alloc"):
+        captions(bundle, backend, SEARCHES["4 beams, ban"])
+    assert not any(any(entries) for entries in runs.values())
+    runs.clear()
+    assert_same(captions(bundle, backend, SEARCHES["4 beams, ban"]), expected)
+    assert len(runs) == 3
+    for entries in runs.values():
+        assert entries[0] == "cpu:0"
+        assert len(entries) > 1
+        assert not any(entries[1:])
+
+
+def test_fewer_slots_encode_fewer_images(tiny_captioner):
+    search = tiny_captioner.search(DecodeOptions(num_beams=2))
+    sizes = replace(tiny_captioner.backend.batch_sizes, encode_batch=64)
+    backend = ShapeRecorder(tiny_captioner.backend)
+    backend.batch_sizes = sizes
+    captioner = Captioner(tiny_captioner.bundle, backend)
+    assert [captioner.scheduler(search, rows).encode_batch for rows in (400, 128, 20, 1)] == [64, 64, 10, 1]
 
 
 def test_unmasked_padding_changes_captions(bundle, tiny_captioner, monkeypatch):

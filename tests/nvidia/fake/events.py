@@ -16,6 +16,8 @@ from engine.errors import EngineError
 
 DIRECTIONS = ("on the host", "to the device", "to the host", "on the device", "by address")
 """cudaMemcpyKind, the second value of a copy."""
+FAT_BINARY = struct.pack("<IHH", 0xBA55ED50, 1, 16)
+"""The first bytes of a fat binary: magic number, version and header size."""
 MACHINE_CODE = 7
 """Index of a kernel's value that is the address of its fat binary."""
 
@@ -92,10 +94,10 @@ def demangle(names: list[str]) -> list[str]:
 def capabilities(events: list[Event]) -> Counter[str]:
     """Return for which compute capabilities the launched kernels have machine code -> number of fat binaries."""
     addresses = {event.values[MACHINE_CODE] for event in events if event.kind == "kernel"} - {0}
-    return Counter(" ".join(_capabilities_of(address)) for address in addresses)
+    return Counter(" ".join(capabilities_of(address)) for address in addresses)
 
 
-def _capabilities_of(address: int) -> Iterator[str]:
+def capabilities_of(address: int) -> Iterator[str]:
     """Read a fat binary in this process's memory. NVIDIA does not document the format; it was read off wheels.
 
     A header (magic u32, version u16, header size u16, total size u64) is followed by images: kind u16, version u16,
