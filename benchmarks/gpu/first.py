@@ -18,7 +18,6 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -263,30 +262,15 @@ def live(*rows: str) -> None:
 
 
 def kernels(backend: str, precision: str, rows: str = "1024", images: str = "768") -> None:
-    """List where the GPU's time goes: torch's profiler sees all kernels of the process, also ONNX Runtime's."""
-    import torch
-
+    """List where the GPU's time goes, kernel by kernel; see benchmarks.gpu.runs.kernel_times."""
+    from benchmarks.gpu.runs import kernel_times
     from engine.captioner import Captioner
 
     captioner = Captioner.load(W / precision, backend=backend)
     made = list(itertools.islice(endless(pixels_of(IMAGES)), int(images)))
     list(captioner.caption(made[:IMAGES], rows=int(rows), **SEARCH))  # kernels are chosen and memory is allocated
-    activity = torch.profiler.ProfilerActivity.CUDA if DEVICE == "cuda" else torch.profiler.ProfilerActivity.CPU
-    start = time.perf_counter()
-    with torch.profiler.profile(activities=[activity]) as profile:
-        list(captioner.caption(made, rows=int(rows), **SEARCH))
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-    wall = time.perf_counter() - start
-    spent: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    for event in profile.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spent[event.name[:90]] += round(event.device_time_total)
-            calls[event.name[:90]] += 1
-    top = [(name, round(us / 1000, 1), calls[name]) for name, us in spent.most_common(25)]
-    launches = sum(calls.values())
-    report(part="kernels", backend=backend, wall_s=wall, gpu_s=sum(spent.values()) / 1e6, launches=launches, top=top)
+    times = kernel_times(lambda: list(captioner.caption(made, rows=int(rows), **SEARCH)))
+    report(part="kernels", backend=backend, **times)
 
 
 PARTS: dict[str, Callable[..., None]] = {

@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks.host import measure, write_pictures
 from engine.backends.device import CapturingDevice, CudaDevice
 from engine.backends.providers import find_gpu
+from engine.backends.shapes import ENCODE_BATCH
 from engine.errors import OutOfMemoryError
 from engine.inputs.pixels import read_image
 
@@ -105,7 +106,7 @@ def _replays_are_equal(device: CapturingDevice) -> bool:
 def host(images: int = 4096, files: int = 256) -> dict[str, Any]:
     """Time the decoding core with a device that answers at once, reading JPEGs in threads, and digests."""
     here = {"here": Path(__file__).parents[2]}
-    order = {"images": images, "sets": 2, "encode_batch": 16, "pictures": "", "rows": 1024}
+    order = {"images": images, "sets": 2, "encode_batch": ENCODE_BATCH, "pictures": "", "rows": 1024}
     report: dict[str, Any] = {"core": [measure(order | {"beams": beams}, "instant", here, 1) for beams in (1, 4, 10)]}
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), files)

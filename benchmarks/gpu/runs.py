@@ -25,12 +25,16 @@ from engine.backends.plans import PORTABLE, build_plan, import_builder, make_log
 from engine.backends.shapes import Bounds
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
+from engine.runtime import CPU_BACKENDS
 
 EXAMPLES = Path("examples/images")
 
 
 def profile(bundle: Path | None = None, backend: str = "cuda", images: int = 64) -> dict[str, Any]:
-    """Profile a few steps with ONNX Runtime: nodes by provider, copies to and from the device, slowest operators."""
+    """Profile a few steps: nodes by provider and copies to and from the device (ONNX Runtime), kernels (kernel_times).
+
+    `host_ms` has the operators that take the host longest. On a GPU this is the time to launch them, not to run them.
+    """
     import onnxruntime
 
     plain = onnxruntime.SessionOptions
@@ -59,7 +63,49 @@ def profile(bundle: Path | None = None, backend: str = "cuda", images: int = 64)
     return {
         "nodes_by_provider": dict(Counter(event["args"].get("provider", "?") for event in nodes)),
         "memcpy_nodes": sum(event["args"]["op_name"].startswith("Memcpy") for event in nodes),
-        "slowest_ms": {name: duration / 1000 for name, duration in spent.most_common(10)},
+        "host_ms": {name: duration / 1000 for name, duration in spent.most_common(10)},
+        "kernels": _kernels(bundle, backend, images_in_memory),
+    }
+
+
+def _kernels(bundle: Path | None, backend: str, images: list[Any]) -> dict[str, Any]:
+    """Return kernel_times of captioning images, or why they are not measured."""
+    try:
+        import torch
+    except ImportError:
+        return {"not_measured": "torch is not installed"}
+    if backend in CPU_BACKENDS or not torch.cuda.is_available():
+        return {"not_measured": "the backend runs on the CPU, or torch sees no GPU"}
+    captioner = Captioner.load(bundle, backend=backend)
+    list(captioner.caption(images, num_beams=4))  # warm up
+    return kernel_times(lambda: list(captioner.caption(images, num_beams=4)))
+
+
+def kernel_times(work: Callable[[], object]) -> dict[str, Any]:
+    """Run `work` and return where the GPU's time goes: (name, ms, launches) of the 25 slowest kernels, and sums.
+
+    torch's profiler sees all kernels and copies of the process, ONNX Runtime's too. Times in ONNX Runtime's own profile
+    end when a kernel is launched. Never run on a GPU.
+    """
+    import torch
+
+    start = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    wall_s = time.perf_counter() - start
+    spent: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in profiled.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name[:90]] += event.device_time_total
+            calls[event.name[:90]] += 1
+    return {
+        "wall_s": wall_s,
+        "gpu_s": sum(spent.values()) / 1e6,
+        "launches": sum(calls.values()),
+        "slowest": [(name, round(us / 1000, 1), calls[name]) for name, us in spent.most_common(25)],
     }
 
 

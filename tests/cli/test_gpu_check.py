@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import types
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from benchmarks import workload
@@ -66,12 +69,36 @@ def test_parts_after_the_backends_run_on_the_cpu(tiny_bundle):
     found = runs.profile(tiny_bundle, "cpu", 6)
     assert list(found["nodes_by_provider"]) == ["CPUExecutionProvider"]
     assert found["memcpy_nodes"] == 0
-    assert len(found["slowest_ms"]) == 10
+    assert len(found["host_ms"]) == 10
+    assert list(found["kernels"]) == ["not_measured"]
     sides = runs.side_by_side(tiny_bundle, "cpu", 8)
     assert all(images_per_s > 0 for images_per_s in sides.values())
     whole = runs.minute(tiny_bundle, "cpu", 24)
     assert whole["same_after_kill_9"]
     assert whole["images_per_s"] > 0
+
+
+def test_kernel_times_leave_out_the_host(monkeypatch):
+    """Events as of torch's profiler; on a GPU this was never run."""
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        ("flash", cuda, 300.0),
+        ("cudaLaunchKernel", cpu, 9000.0),
+        ("copy", cuda, 1500.0),
+        ("flash", cuda, 2000.0),
+    ]
+    profiled = types.SimpleNamespace(
+        events=lambda: [
+            types.SimpleNamespace(name=name, device_type=device, device_time_total=us) for name, device, us in events
+        ]
+    )
+    done = []
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(profiled))
+    found = runs.kernel_times(lambda: done.append("captions"))
+    assert done == ["captions"]
+    assert found["slowest"] == [("flash", 2.3, 2), ("copy", 1.5, 1)]
+    assert (found["gpu_s"], found["launches"]) == (pytest.approx(0.0038), 3)
+    assert found["wall_s"] > 0
 
 
 def test_failing_part_is_reported_and_the_others_run(monkeypatch):
