@@ -101,6 +101,7 @@ def decode_caption(record: Mapping[str, Any], image_id: str) -> Caption | None:
                 ids=tuple(int(token) for token in entry["ids"]),
                 sum_log_prob=float(entry["sum_log_prob"]),
                 score=float(entry["score"]),
+                token_log_probs=tuple(map(float, entry.get("token_log_probs", ()))),  # missing in earlier journals
             )
             for entry in record["alternatives"]
         )
