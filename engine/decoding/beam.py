@@ -108,7 +108,7 @@ TRACE_DIGITS = 6
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A finished caption: its ids (prompt and end included), summed log-probability, score, and log-probability a token.
+    """A finished caption: ids (prompt and end included), summed log-probability, score, log-probability of each token.
 
     score = sum_log_prob / new tokens ** length_penalty, Hugging Face's `sequences_scores`.
     token_log_probs are those of the new tokens, end included, as the search summed them: bans and min_length, which

@@ -116,7 +116,7 @@ class Answer:
 
 def _alternative(entry: Mapping[str, Any]) -> Alternative:
     """Return an alternative of a message, in which its tuples are lists."""
-    return Alternative(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
+    return Alternative(**{**entry, "ids": tuple(entry["ids"]), "token_log_probs": tuple(entry["token_log_probs"])})
 
 
 def unpack_answer(message: str) -> Answer:
