@@ -148,8 +148,8 @@ class KnownConfidences:
                 n_best = max(n_best, len(entry["hypotheses"]))
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise DataError(
-                    f"{path}, line {number}: no confidence ({error!r}): give a file of `engine caption --n-best-out`, "
-                    "written by this version"
+                    f"{path}, line {number}: no confidence ({error!r}): give a file of `engine caption --n-best-out` "
+                    "of this version"
                 ) from error
         return cls(by_id, n_best)
 

@@ -60,6 +60,8 @@ def calibrate(
     from engine.inputs.tables import by_reference_id, read_table
     from engine.scoring.score import ScoreRequest
 
+    if run.suffix.lower() != ".jsonl":  # the references may have any layout, and `score` finds it by the suffix
+        raise UsageError(f"{run} is not a file of `engine caption --n-best-out` with a name such as valid.jsonl")
     check_outputs({"--out": out}, [run, references, *filter(None, [given["prompts"]])])
     known = KnownConfidences.read(run)
     inputs = metric_inputs(weights, plugins, device, batch_size)

@@ -349,7 +349,7 @@ class Beams:
         new = slice(self.prompt_lengths[slot], self._hypothesis_lengths[slot, place])
         sums = self._hypothesis_traces[slot, place, new].astype(np.float64)
         sums = np.maximum(sums, NEVER)  # the sum is -inf where all tokens are banned, and has no difference
-        return tuple(np.diff(sums, prepend=0.0).round(TRACE_DIGITS).tolist())
+        return tuple((np.diff(sums, prepend=0.0).round(TRACE_DIGITS) + 0.0).tolist())  # + 0.0: no negative zeros
 
     def keep(self, slots: NDArray[np.int64]) -> None:
         """Keep only the slots at `slots` i64[B']."""
