@@ -124,6 +124,24 @@ def rank_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) ->
     return float(deviations[0] @ deviations[1] / norm) if norm else 0.0
 
 
+VERDICTS = ("expected_score", "review", "mean_token_prob", "min_token_prob")
+
+
+def read_verdicts(path: Path) -> dict[str, dict[str, str]]:
+    """Return {name: {image id: text}} for the VERDICTS in a file of `engine caption --n-best-out` that are known.
+
+    Lines without a confidence, from earlier versions, are skipped. The file must have been checked (read_n_best).
+    """
+    verdicts: dict[str, dict[str, str]] = {name: {} for name in VERDICTS}
+    for line in filter(str.strip, read_text(path, names=True).split("\n")):
+        entry = json.loads(line)
+        confidence = entry.get("confidence")
+        for name, value in {**entry, **(confidence if isinstance(confidence, dict) else {})}.items():
+            if name in verdicts and isinstance(value, bool | int | float):
+                verdicts[name][str(entry["id"])] = ("no", "yes")[value] if isinstance(value, bool) else repr(value)
+    return {name: cells for name, cells in verdicts.items() if cells}
+
+
 @dataclass(frozen=True)
 class KnownConfidences:
     """The confidences in a file of `engine caption --n-best-out`: {image id: {name: value}}, unknown ones left out.
