@@ -126,7 +126,7 @@
     chart.plot?.destroy();
     const band = { stroke: css("--run-0"), width: 0.5, points: none };
     chart.plot = new uPlot({
-      width: chart.canvas.clientWidth, height: 150, legend: none, padding: [8, 12, 0, 0], cursor: none,
+      width: chart.canvas.clientWidth, height: 150, legend: none, padding: [8, 20, 0, 0], cursor: none,
       scales: { x: { time: false, range: [0, 100] } },
       axes: [{ ...axis, values: (_, ticks) => ticks.map((t) => `${t} %`), size: 28 }, { ...axis, size: 46 }],
       series: [{}, { stroke: css("--run-0"), width: 2, points: none }, band, band],
