@@ -468,7 +468,14 @@ class Captioner:
 
     def _alternative(self, hypothesis: Hypothesis) -> Alternative:
         raw = self.tokenizer.decode(hypothesis.ids)
-        return Alternative(self.tokenizer.tidy(raw), raw, hypothesis.ids, hypothesis.sum_log_prob, hypothesis.score)
+        return Alternative(
+            self.tokenizer.tidy(raw),
+            raw,
+            hypothesis.ids,
+            hypothesis.sum_log_prob,
+            hypothesis.score,
+            hypothesis.token_log_probs,
+        )
 
 
 class PendingImages(Protocol):

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """One hypothesis for an image as text; see Hypothesis for `ids`, `sum_log_prob` and `score`."""
+    """One hypothesis for an image as text; see Hypothesis for the other fields.
+
+    token_log_probs is empty if the hypothesis comes from the journal of an earlier version.
+    """
 
     text: str
     raw_text: str
     ids: tuple[int, ...]
     sum_log_prob: float
     score: float
+    token_log_probs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How sure the model is of a caption. A higher value is surer. None means unknown.
+
+    score            the score of the search
+    margin           the score minus that of the second alternative; None without a second
+    agreement        mean F1 of the words (lower case, split at white space) that the caption shares with each other
+                     alternative, 0 to 1; None without a second
+    mean_token_prob  mean probability of the new tokens, end included, 0 to 1
+    min_token_prob   lowest probability of a new token
+    """
+
+    score: float
+    margin: float | None
+    agreement: float | None
+    mean_token_prob: float | None
+    min_token_prob: float | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,25 @@ class Caption:
     @property
     def score(self) -> float:
         return self.best.score
+
+    @property
+    def confidence(self) -> Confidence:
+        best, *others = self.alternatives
+        chances = [math.exp(min(0.0, log_prob)) for log_prob in best.token_log_probs]
+        return Confidence(
+            score=best.score,
+            margin=best.score - others[0].score if others else None,
+            agreement=sum(_shared_words(best.text, other.text) for other in others) / len(others) if others else None,
+            mean_token_prob=sum(chances) / len(chances) if chances else None,
+            min_token_prob=min(chances, default=None),
+        )
+
+
+def _shared_words(first: str, second: str) -> float:
+    """Return the F1 of the words that two texts share, each counted as often as both have it; 1 if both are empty."""
+    words = [Counter(text.lower().split()) for text in (first, second)]
+    total = sum(count.total() for count in words)
+    return 2 * (words[0] & words[1]).total() / total if total else 1.0
 
 
 def after_prompt(caption: str, prompt: str) -> str | None:

@@ -7,6 +7,7 @@ import warnings
 import click
 
 from engine.cli import machine, models, results
+from engine.cli.calibrate import calibrate
 from engine.cli.caption import EXAMPLE, caption, merge
 from engine.cli.shared import OneLineGroup
 from engine.errors import UsageError
@@ -43,7 +44,7 @@ for _command in (
     *(caption, merge),
     *(models.get, models.models),
     *(machine.verify, machine.bench, machine.plan, machine.info),
-    *(results.score, results.rerank),
+    *(results.score, results.rerank, calibrate),
     *(results.submit, results.check),
     results.report,
 ):

@@ -95,7 +95,7 @@ def caption(
 def merge(files: tuple[Path, ...], out: Path) -> None:
     """Merge the outputs of all shards of a run (`engine caption --shard I/N`).
 
-    The files are those of --out, in any order, or of --n-best-out or --timings-out.
+    The files are those of --out, in any order, or of --n-best-out, --timings-out or --review-out.
     """
     from engine.run.shards import merge as merge_shards
 

@@ -98,7 +98,7 @@ def matching_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _metric_inputs(weights: dict[str, str], plugins: dict[str, str], device: str | None, batch_size: int) -> Any:
+def metric_inputs(weights: dict[str, str], plugins: dict[str, str], device: str | None, batch_size: int) -> Any:
     from engine.scoring.base import MetricInputs
 
     folders = {name: Path(folder) for name, folder in weights.items()}
@@ -169,14 +169,14 @@ def score(
     if given["labels"] and not given["group_by"]:
         raise UsageError("--labels needs --by, the column to group the scores by")
     _refuse_pixels_without_images(context, given["images"])
-    inputs = _metric_inputs(weights, plugins, device, batch_size)
-    report = _score(ScoreRequest(run, references, setting=inputs, columns=named, **given))
+    inputs = metric_inputs(weights, plugins, device, batch_size)
+    report = measured_report(ScoreRequest(run, references, setting=inputs, columns=named, **given))
     write_report(report, out, per_image)
     for line in _summary(report):
         click.echo(line)
 
 
-def _score(request: Any) -> Any:
+def measured_report(request: Any) -> Any:
     """Score a run. Raises EngineError if no metric is available."""
     from engine.scoring.score import score_run
 
@@ -300,8 +300,8 @@ def _measured(
 
     if references is None:
         return in_order_of_ids(*read_per_image(path))
-    inputs = _metric_inputs(weights, plugins, device, batch_size)
-    report = _score(ScoreRequest(path, references, setting=inputs, columns=named, **given))
+    inputs = metric_inputs(weights, plugins, device, batch_size)
+    report = measured_report(ScoreRequest(path, references, setting=inputs, columns=named, **given))
     how = {score.name: how_measured(score.signature, report.items) for score in report.scores}
     scores = {f"{name}@{how[name]}": measured for name, measured in report.measured.items()}
     return in_order_of_ids(report.items.ids, scores)
@@ -372,7 +372,7 @@ def rerank(
     _refuse_idle(uniform, support_file)
     check_outputs({"--out": out}, [*files, *([support_file] if support_file else [])])
     options = {"bertscore_layer": given.pop("bertscore_layer")}
-    inputs = _metric_inputs(**given)
+    inputs = metric_inputs(**given)
     refuse_unused(inputs, [utility])
     candidates = read_n_best(files, shares)
     support, remark = None, ""

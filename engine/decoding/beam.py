@@ -102,16 +102,24 @@ class Search:
         return 1 if self.num_beams == 1 else 2 * self.num_beams
 
 
+TRACE_DIGITS = 6
+"""Decimals of token_log_probs, which are differences of float32 sums: later digits are rounding errors."""
+
+
 @dataclass(frozen=True)
 class Hypothesis:
-    """A finished caption: its ids (prompt and end included), summed log-probability, and score.
+    """A finished caption: ids (prompt and end included), summed log-probability, score, log-probability of each token.
 
     score = sum_log_prob / new tokens ** length_penalty, Hugging Face's `sequences_scores`.
+    token_log_probs are those of the new tokens, end included, as the search summed them: bans and min_length, which
+    only rule other tokens out, do not change them, a repetition penalty does. They equal the transition scores of
+    Hugging Face's compute_transition_scores, rounded to TRACE_DIGITS.
     """
 
     ids: tuple[int, ...]
     sum_log_prob: float
     score: float
+    token_log_probs: tuple[float, ...] = ()
 
 
 class Beams:
@@ -119,6 +127,7 @@ class Beams:
 
     tokens     i32[B,K,max_length]  running beams, best first; the first `lengths` i64[B] ids of each row are valid
     scores     f32[B,K]             their summed log-probabilities
+    traces     f32[B,K,max_length]  the same after each new token; undefined within the prompt and after `lengths`
     closed     bool[B]              true if the slot's image is finished (`results` may be read) or the slot is empty
     prompt_lengths, max_lengths, min_lengths  i64[B]  the Start of each image
 
@@ -133,6 +142,8 @@ class Beams:
         self.search = search
         self.tokens = np.full((num_slots, beams, width), search.eos, np.int32)
         self._next_tokens = self.tokens.copy()  # second buffer: a step reads one and writes the other
+        self.traces = np.zeros((num_slots, beams, width), np.float32)
+        self._next_traces = self.traces.copy()
         self.lengths = np.zeros(num_slots, np.int64)
         self.scores = np.zeros((num_slots, beams), np.float32)
         self.closed = np.ones(num_slots, bool)
@@ -141,6 +152,7 @@ class Beams:
         self.min_lengths = np.zeros(num_slots, np.int64)
         self._finished = np.zeros((num_slots, beams), bool)
         self._hypothesis_tokens = self.tokens.copy()
+        self._hypothesis_traces = self.traces.copy()
         self._hypothesis_lengths = np.zeros((num_slots, beams), np.int64)
         self._hypothesis_sums = np.zeros((num_slots, beams), np.float32)
         self._hypothesis_scores = np.zeros((num_slots, beams), np.float32)
@@ -169,6 +181,7 @@ class Beams:
         self.closed[slots] = False
         self._finished[slots] = False
         self._hypothesis_tokens[slots, :, : ended.shape[1]] = ended[:, None]
+        self._hypothesis_traces[slots] = NEVER
         self._hypothesis_lengths[slots] = lengths[:, None] + 1
         self._hypothesis_sums[slots] = NEVER
         self._hypothesis_scores[slots] = NEVER
@@ -243,10 +256,13 @@ class Beams:
         rows[slots] = of_slot * beams + candidates.parents[of_slot, chosen]
         # All rows move in one `take` into the second buffer. mode="clip" skips a bounds check that would need another
         # buffer of this size; the indices are in range by construction.
-        self.tokens.reshape(-1, width).take(rows.ravel(), axis=0, out=self._next_tokens.reshape(-1, width), mode="clip")
+        for old, new in ((self.tokens, self._next_tokens), (self.traces, self._next_traces)):
+            old.reshape(-1, width).take(rows.ravel(), axis=0, out=new.reshape(-1, width), mode="clip")
         self.tokens, self._next_tokens = self._next_tokens, self.tokens
+        self.traces, self._next_traces = self._next_traces, self.traces
         self.tokens[slots, :, self.lengths[slots]] = candidates.tokens[of_slot, chosen]
         self.scores[slots] = candidates.scores[of_slot, chosen]
+        self.traces[slots, :, self.lengths[slots]] = self.scores[slots]
         self.lengths += moving
 
     def _add_hypotheses(self, candidates: _Candidates, ending: NDArray[np.bool_]) -> None:
@@ -282,6 +298,8 @@ class Beams:
         slot, candidate = image[taking], best[taking, rank] - beams
         self._hypothesis_tokens[slot, freed] = self.tokens[slot, parents[slot, candidate]]
         self._hypothesis_tokens[slot, freed, self.lengths[slot]] = tokens[slot, candidate]
+        self._hypothesis_traces[slot, freed] = self.traces[slot, parents[slot, candidate]]
+        self._hypothesis_traces[slot, freed, self.lengths[slot]] = scores[slot, candidate]
         self._hypothesis_lengths[slot, freed] = self.lengths[slot] + 1
         self._hypothesis_sums[slot, freed] = scores[slot, candidate]
         self._finished[slot, freed] = ending[slot, candidate]
@@ -321,9 +339,17 @@ class Beams:
                 tuple(self._hypothesis_tokens[slot, place, : self._hypothesis_lengths[slot, place]].tolist()),
                 float(self._hypothesis_sums[slot, place]),
                 float(self._hypothesis_scores[slot, rank]),
+                self._token_log_probs(slot, place),
             )
             for rank, place in best
         ]
+
+    def _token_log_probs(self, slot: int, place: int) -> tuple[float, ...]:
+        """Return the log-probability of each new token of a hypothesis, see Hypothesis."""
+        new = slice(self.prompt_lengths[slot], self._hypothesis_lengths[slot, place])
+        sums = self._hypothesis_traces[slot, place, new].astype(np.float64)
+        sums = np.maximum(sums, NEVER)  # the sum is -inf where all tokens are banned, and has no difference
+        return tuple((np.diff(sums, prepend=0.0).round(TRACE_DIGITS) + 0.0).tolist())  # + 0.0: no negative zeros
 
     def keep(self, slots: NDArray[np.int64]) -> None:
         """Keep only the slots at `slots` i64[B']."""

@@ -128,6 +128,11 @@ def as_json(content: Content, thumbnails: Thumbnails, *, notes: list[str], signa
         and [[[item.text, _rounded(item.share)] for item in items] for items in content.candidates],
         "columns": [asdict(column) for column in content.columns],
         "scores": [_score(column, len(content.ids)) for column in content.scores],
+        "curves": [
+            {"name": column.name, "how": column.how}
+            | {name: [_rounded(number) for number in values.tolist()] for name, values in vars(curve).items()}
+            for column, curve in content.curves
+        ],
         "comparisons": [asdict(comparison) for comparison in content.comparisons],
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)

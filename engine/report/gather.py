@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.calibration import read_verdicts
 from engine.errors import DataError, UsageError
 from engine.files.atomic import file_sha256
 from engine.inputs.columns import USUAL, Columns
@@ -103,6 +104,26 @@ def _subset(scores: Measured, rows: NDArray[np.int64]) -> Measured:
     return replace(scores, per_image=scores.per_image[rows], counts=counts, value=scores.resampled(rows))
 
 
+SUREST = ("expected_score", "mean_token_prob")
+"""What orders captions by confidence: the second where the first is missing or equal."""
+
+
+def coverage_curves(scores: Sequence[ScoreColumn], columns: Sequence[Column]) -> list[tuple[ScoreColumn, base.Curve]]:
+    """Return the risk-coverage curve of each metric of the run that is a mean over images.
+
+    Images whose confidence is unknown count as the least sure ones.
+    """
+    known = [column for name in SUREST for column in columns if (column.source, column.name) == (N_BEST, name)]
+    if not known:
+        return []
+    keys = [np.array([-math.inf if value is None else value for value in column.values], float) for column in known]
+    curves = []
+    for column in (column for column in scores if column.run == 0 and column.measured.counts is None):
+        order = np.lexsort([-key[column.indices] for key in reversed(keys)])  # its last key comes first
+        curves.append((column, base.coverage_curve(order, column.measured.per_image)))
+    return curves
+
+
 T = TypeVar("T")
 
 
@@ -163,8 +184,8 @@ class Column:
 class Content:
     """The content of a page: N images in the order of the run, with all data of each image.
 
-    `captions` holds the captions of the run and, if there is one, of the other run. `notes` lists the ids that a file
-    lacks.
+    `captions` holds the captions of the run and, if there is one, of the other run. `curves` has the risk-coverage
+    curves. `notes` lists the ids that a file lacks.
     """
 
     ids: list[str]
@@ -176,6 +197,7 @@ class Content:
     columns: list[Column]
     scores: list[ScoreColumn]
     comparisons: list[Comparison]
+    curves: list[tuple[ScoreColumn, base.Curve]]
     sources: list[InputFile]
     notes: list[str] = field(default_factory=list)
 
@@ -201,10 +223,13 @@ def gather(request: ReportRequest) -> Content:
     if references is not None:
         notes += matched(request.run, ids, references.path, references.captions)
     candidates = None
+    columns = []
     if request.n_best is not None:
         n_best = by_id(read_n_best([request.n_best]), request.n_best)
         notes += matched(request.run, ids, request.n_best, n_best)
         candidates = [n_best.get(name, []) for name in ids]
+        verdicts = {name: by_id(cells, request.n_best) for name, cells in read_verdicts(request.n_best).items()}
+        columns += further_columns(N_BEST, verdicts, ids)
     if not request.images.is_dir():
         raise UsageError(f"{request.images} is not a directory: --images takes the folder that holds the images")
     options = FindOptions(request.recursive, request.dicom_frame, depth=request.high_bit_depth)
@@ -216,7 +241,6 @@ def gather(request: ReportRequest) -> Content:
             measured, file_ids = read_scores(path, ids, run)
             notes += matched(request.run, ids, path, file_ids)
             scores += measured
-    columns = []
     for role, table in tables.items():
         columns += further_columns(
             role, {name: by_id(cells, table.path, table.files) for name, cells in table.columns.items()}, ids
@@ -237,11 +261,13 @@ def gather(request: ReportRequest) -> Content:
         columns=columns,
         scores=scores,
         comparisons=comparisons,
+        curves=coverage_curves(scores, columns),
         sources=[_source(role, path) for role, path in request.files().items()],
         notes=notes + remarks,
     )
 
 
+N_BEST = "n-best"
 TABLES = ("run", "other run", "references")
 NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 EXACT = 2.0**53

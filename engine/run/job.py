@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,12 +120,29 @@ class Outputs:
     n_best_out: Path | None = option(
         None,
         "--n-best-out",
-        "JSON lines file for the alternatives of each image and their scores; not written by default.",
+        "JSON lines file for the alternatives of each image, their scores, and how sure the model is; not written by "
+        "default.",
     )
     timings_out: Path | None = option(
         None,
         "--timings-out",
         "CSV file `ID,latency_s` for the latency of each image in seconds; not written by default.",
+    )
+    calibration: Path | None = option(
+        None,
+        "--calibration",
+        "File of `engine calibrate`: adds the expected score of each caption to --n-best-out and --review-out.",
+    )
+    abstain_below: float | None = option(
+        None,
+        "--abstain-below",
+        "Mark captions for review whose expected score by --calibration is below X; they are written all the same.",
+        metavar="X",
+    )
+    review_out: Path | None = option(
+        None,
+        "--review-out",
+        "CSV file `ID,expected_score` for the captions that --abstain-below marks; not written by default.",
     )
     sidecar: str | None = option(
         None,
@@ -165,6 +183,12 @@ class Outputs:
             raise UsageError("--sidecar-dir is the folder for --sidecar: add --sidecar, or remove --sidecar-dir")
         if self.is_stream and self.update:
             raise UsageError("--update keeps captions next to --out, which must then be a file, not -")
+        if self.abstain_below is not None and (self.calibration is None or not math.isfinite(self.abstain_below)):
+            raise UsageError("--abstain-below is a number, a score of the metric of --calibration, which it needs")
+        if self.review_out is not None and self.abstain_below is None:
+            raise UsageError("--review-out lists the captions that --abstain-below marks: add --abstain-below")
+        if self.calibration is not None and (self.n_best_out, self.review_out) == (None, None):
+            raise UsageError("--calibration has no effect without --n-best-out or --review-out: add one of them")
         for flag, text in (("--prefix", self.prefix), ("--suffix", self.suffix)):
             if not text.isprintable():
                 raise UsageError(f"{flag} {text!r} contains control characters: remove them")
@@ -207,5 +231,5 @@ class Outputs:
 _FILES = {
     name: declaration.flag
     for name, (declaration, kind) in declared(Outputs).items()
-    if "Path" in kind and name != "sidecar_dir"
+    if "Path" in kind and name not in ("sidecar_dir", "calibration")
 }

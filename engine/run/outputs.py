@@ -90,25 +90,30 @@ def write_timings(path: Path, rows: Iterable[tuple[str, float | None]]) -> None:
     write_atomically(path, "ID,latency_s\n" + "".join(lines))
 
 
-def write_n_best(path: Path, captions: Iterable[Caption], *, drawn: bool = False) -> None:
-    """Write one JSON object per line: id, drawn (whether the captions were sampled) and hypotheses.
+def write_n_best(
+    path: Path,
+    captions: Iterable[Caption],
+    *,
+    drawn: bool = False,
+    verdicts: Mapping[str, Mapping[str, float | bool | None]] = {},
+) -> None:
+    """Write one JSON object per line: id, drawn (whether the captions were sampled), confidence and hypotheses.
 
-    Each hypothesis has text, raw_text, ids, sum_log_prob and score.
+    Each hypothesis has the fields of Alternative, `confidence` those of Confidence. `verdicts` are further keys by
+    image id: expected_score and review.
     """
     lines = []
     for caption in captions:
-        hypotheses = [
-            {
-                "text": alternative.text,
-                "raw_text": alternative.raw_text,
-                "ids": list(alternative.ids),
-                "sum_log_prob": alternative.sum_log_prob,
-                "score": alternative.score,
-            }
-            for alternative in caption.alternatives
-        ]
-        lines.append(_json_line({"id": caption.id, "drawn": drawn, "hypotheses": hypotheses}))
+        entry = {"id": caption.id, "drawn": drawn, "confidence": vars(caption.confidence)}
+        entry |= verdicts.get(caption.id, {})
+        lines.append(_json_line(entry | {"hypotheses": [vars(alternative) for alternative in caption.alternatives]}))
     write_atomically(path, "".join(lines))
+
+
+def write_review(path: Path, rows: Iterable[tuple[str, float | None]]) -> None:
+    """Write (id, expected score) rows as CSV: UTF-8, header `ID,expected_score`, empty cells for unknown values."""
+    lines = (f"{_format_id(name)},{'' if expected is None else expected}\n" for name, expected in rows)
+    write_atomically(path, "ID,expected_score\n" + "".join(lines))
 
 
 SUFFIX = ".txt"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from engine.bundle.manifest import Bundle, watched
 from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment, run_signature, settings_line
 from engine.bundle.tokenizer import CaptionTokenizer
+from engine.calibration import Calibration
 from engine.captioner import Captioner, Decoding, PendingImages, caption_within_memory, resolve
 from engine.captions import Caption
 from engine.checkpoints.cache import ModelRef
@@ -167,6 +168,7 @@ def caption_directory(
     runtime = choose_runtime(runtime, workers, log)
     if inputs.shard and outputs.is_stream:
         raise UsageError("--shard needs a file for --out, not -, because `engine merge` reads it")
+    calibration = None if outputs.calibration is None else Calibration.read(outputs.calibration)
     # all images, also with --shard: ids must be unique, and outputs harmless, in the whole run
     all_images, left_aside = find(inputs, outputs, bundle, log)
     prompts = _prompts(inputs, all_images)
@@ -178,9 +180,13 @@ def caption_directory(
         # before workers start, so that a wrong option is reported at once
         decoding = resolve(opened, CaptionTokenizer(opened), requested, prompts)
         options = decoding.options
+        if calibration is not None:
+            calibration.require(options.num_return_sequences)
         with (
             open_source(opened, WorkOrder(located, opened.digest, runtime, decoding, rows), workers, log) as source,
-            open_record(images, source, outputs, log, runtime=runtime, prompts=prompts) as record,
+            open_record(
+                images, source, outputs, log, runtime=runtime, prompts=prompts, calibration=calibration
+            ) as record,
         ):
             # before captioning, which may take hours
             for note in (*opened.notes, *notes_on(requested, options, rows)):
@@ -201,7 +207,10 @@ def caption_directory(
                 from engine.run.shards import write_notes
 
                 ids = [image.id for image in all_images]
-                write_notes(shard, lines_written(record, outputs), ids, signature, [outputs.text_settings, prompts])
+                settings: list[object] = [outputs.text_settings, prompts]
+                if calibration is not None:  # otherwise omitted: shards of earlier versions can be merged with new ones
+                    settings += [asdict(calibration), outputs.abstain_below]
+                write_notes(shard, lines_written(record, outputs), ids, signature, settings)
     return RunSummary(
         images=len(images),
         captions=len(record.captions),
@@ -234,7 +243,7 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundleRef | ModelRef, log: Lo
     images = found.images
     if inputs.manifest:
         images = order_by_manifest(images, inputs.manifest, inputs.columns)
-    tables = [table for table in (inputs.manifest, inputs.prompts) if table]
+    tables = [table for table in (inputs.manifest, inputs.prompts, outputs.calibration) if table]
     # all images found, not only those of the manifest: no output may overwrite any of them; those at a URI, which
     # have a folder, cannot be overwritten
     protected = [image.path for image in found.images if image.folder is None] + found.lists + tables
@@ -282,6 +291,7 @@ def open_record(
     *,
     runtime: Runtime = Runtime(),
     prompts: Mapping[str, str] | None = None,
+    calibration: Calibration | None = None,
 ) -> Iterator[RunRecord]:
     """Open the record of a run; log what is taken from an earlier run, and on errors what this one keeps."""
     options = source.decoding.options
@@ -301,6 +311,7 @@ def open_record(
             resume=outputs.resume,
             update=outputs.update,
             check_bundle=watch.check,
+            calibration=calibration,
         ) as record,
     ):
         if record.set_aside:
@@ -358,3 +369,6 @@ def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, log: Log)
         log(f"sidecars: {written} written, {unchanged} unchanged")
     # --out comes last, so that it is only replaced by a complete run
     record.write(outputs, rows_of(record, outputs), drawn=options.do_sample)
+    if outputs.abstain_below is not None:
+        marked = sum(bool(verdict["review"]) for verdict in record.verdicts(outputs).values())
+        log(f"{marked} of {len(record.captions)} captions are marked for review (--abstain-below)")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from engine.calibration import Calibration
 from engine.captions import Alternative, Caption, after_prompt
 from engine.errors import EngineError, ImageError, UsageError
 from engine.inputs.images import ImageFile, utf8
@@ -27,6 +28,7 @@ from engine.run.outputs import (
     one_line,
     write_json_lines,
     write_n_best,
+    write_review,
     write_run,
     write_timings,
 )
@@ -101,6 +103,7 @@ def decode_caption(record: Mapping[str, Any], image_id: str) -> Caption | None:
                 ids=tuple(int(token) for token in entry["ids"]),
                 sum_log_prob=float(entry["sum_log_prob"]),
                 score=float(entry["score"]),
+                token_log_probs=tuple(map(float, entry.get("token_log_probs", ()))),  # missing in earlier journals
             )
             for entry in record["alternatives"]
         )
@@ -292,9 +295,12 @@ def lines_written(record: RunRecord, outputs: Outputs) -> dict[str, tuple[Path, 
     """Return, by option, each file of a complete run, whether each image has a line in it, and its header lines."""
     captioned = [image.id in record.captions for image in record.images]
     every = [True] * len(captioned)
+    marked = record.verdicts(outputs)
+    reviewed = [bool(marked.get(image.id, {}).get("review")) for image in record.images]
     lines = {
         "--out": (every, 0 if outputs.jsonl else 1),
         "--n-best-out": (captioned, 0),
+        "--review-out": (reviewed, 1),
         "--timings-out": (every, 1),
     }
     return {option: (path, *lines[option]) for option, path in outputs.files().items()}
@@ -351,6 +357,7 @@ class RunRecord:
         resume: bool = True,
         update: bool = False,
         check_bundle: Callable[[], None] | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         """Open the journal of this run and take over the captions of an earlier one.
 
@@ -365,12 +372,14 @@ class RunRecord:
         update        whether to keep the journal after a complete run
         check_bundle  raises an EngineError if the bundle has changed since it was loaded; then no caption is kept
         out           the output, or None for standard output: nothing is kept then
+        calibration   the map to expected scores, if any
 
         Raises OutputError.
         """
         self.images = images
         self.prompts, self._prompt = prompts, prompt
         self.update = update
+        self.calibration = calibration
         self.same_command = "the same command" if resume else "the same command without --no-resume"
         """Name of the command that resumes from the journal, for messages."""
         self._check_bundle = check_bundle or (lambda: None)
@@ -497,14 +506,33 @@ class RunRecord:
         for name in (name for name, stamp in current.items() if stamp is None):
             self._known.digests.pop(name, None)  # the file is gone, and may have changed before that
 
+    def verdicts(self, outputs: Outputs) -> dict[str, dict[str, float | bool | None]]:
+        """Return {image id: expected_score, and review with --abstain-below} in the order of the images.
+
+        A caption whose expected score is unknown is marked for review. Without a calibration the result is empty.
+        """
+        if self.calibration is None:
+            return {}
+        verdicts: dict[str, dict[str, float | bool | None]] = {}
+        for caption in (self.captions[image.id] for image in self.images if image.id in self.captions):
+            expected, limit = self.calibration.expected_score(caption), outputs.abstain_below
+            verdicts[caption.id] = {"expected_score": expected}
+            if limit is not None:
+                verdicts[caption.id]["review"] = expected is None or expected < limit
+        return verdicts
+
     def write(self, outputs: Outputs, rows: Iterable[Row], *, drawn: bool = False) -> None:
         """Write the other outputs, then the rows to `out` unless that is standard output, then delete the journal.
 
         With `update` the journal is rewritten instead, with the captions of this run only.
         """
+        verdicts = self.verdicts(outputs)
         if outputs.n_best_out is not None:
             captions = (self.captions[image.id] for image in self.images if image.id in self.captions)
-            write_n_best(outputs.n_best_out, captions, drawn=drawn)
+            write_n_best(outputs.n_best_out, captions, drawn=drawn, verdicts=verdicts)
+        if outputs.review_out is not None:
+            marked = ((name, verdict["expected_score"]) for name, verdict in verdicts.items() if verdict["review"])
+            write_review(outputs.review_out, marked)
         if outputs.timings_out is not None:
             write_timings(outputs.timings_out, ((image.id, self._latency_s(image.id)) for image in self.images))
         if outputs.jsonl and not outputs.is_stream:

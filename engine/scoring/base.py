@@ -178,6 +178,42 @@ def compare(first: Measured, second: Measured, resamples: int = RESAMPLES) -> Di
     )
 
 
+@dataclass(frozen=True)
+class Curve:
+    """The mean score of the surest captions, by the share of the images that they are (a risk-coverage curve).
+
+    shares, values, low, high  f64[P]: shares of the images, the mean scores, and their 95 % bootstrap intervals
+    """
+
+    shares: NDArray[np.float64]
+    values: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+SHARES = np.arange(1, 21) / 20
+"""Points of a Curve: 5 %, 10 % and so on to all images."""
+
+
+def coverage_curve(order: NDArray[np.int64], scores: NDArray[np.float64], resamples: int = RESAMPLES) -> Curve:
+    """Return the curve of scores f64[N] of images that `order` i64[N] lists, the surest first.
+
+    Each bootstrap sample keeps that order, and takes its own surest images.
+    """
+    ranked, ranks = scores[order], np.argsort(order)  # ranks: the same samples of images as in `interval`
+    means = np.array([_top_means(ranked, ranks[sample]) for sample in _resamples(len(ranked), resamples)])
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return Curve(SHARES, _top_means(ranked, np.arange(len(ranked))), low, high)
+
+
+def _top_means(ranked: NDArray[np.float64], sample: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return f64[P], the mean score of the first images of a sample i64[N] for each of SHARES."""
+    sums = np.cumsum(ranked[np.sort(sample)])
+    counts = np.maximum(1, np.ceil(SHARES * len(ranked) - 1e-9)).astype(np.int64)  # 0.15 * 20 is above 3
+    means: NDArray[np.float64] = sums[counts - 1] / counts
+    return means
+
+
 def _resamples(count: int, resamples: int) -> Iterator[NDArray[np.int64]]:
     rng = np.random.default_rng(SEED)  # same samples in every call: this is what pairs two runs, and repeats a result
     for _ in range(resamples):

@@ -354,3 +354,56 @@ def test_the_theme_button_overrides_the_system(open_page):
     assert page.evaluate(colour) != dark
     page.click("#theme")
     assert page.evaluate(colour) == dark
+
+
+@pytest.fixture(scope="module")
+def sure_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page whose n-best file has expected scores: of b the lowest, of c unknown."""
+    work = tmp_path_factory.mktemp("sure")
+    (work / "images").mkdir()
+    expected = {"a": 0.7, "b": 0.25, "c": None, "d": 0.5}
+    for name, image in zip(expected, random_pictures(4), strict=True):
+        image.save(work / "images" / f"{name}.png")
+    write_run(work / "run.csv", [(name, "a chest film") for name in expected])
+    (work / "scores.csv").write_text("ID,rouge1@11111111,rouge_l@1\na,1,1\nb,0.2,0\nc,0.3,1\nd,0.6,1\n")
+    hypotheses = [{"text": "a chest film", "sum_log_prob": -1.0}]
+    lines = [{"id": name, "expected_score": value, "hypotheses": hypotheses} for name, value in expected.items()]
+    (work / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"run": "run.csv", "images": "images", "scores": "scores.csv", "n-best": "run.jsonl", "out": "report"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(work / value))]
+    assert CliRunner().invoke(main, ["report", *words]).exit_code == 0
+    return work / "report" / "index.html"
+
+
+def test_lowest_expected_scores_come_first(sure_page, open_from_disk):
+    page = open_from_disk(sure_page)
+    assert shown(page) == ["b", "d", "a", "c"]
+    assert page.locator("#sort").evaluate("(list) => list.selectedOptions[0].text") == "expected_score (n-best)"
+    page.locator("#sort").select_option("order")
+    assert shown(page) == ["a", "b", "c", "d"]
+    page.wait_for_url("**#sort=order")
+    assert shown(open_from_disk(sure_page, anchor="#sort=order")) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 390])
+def test_curve_of_the_surest_captions(theme, width, sure_page, open_from_disk):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = open_from_disk(sure_page, width=width, theme=theme)
+    figure = page.locator("figure.chart", has_text="Surest captions")
+    note = figure.locator("figcaption")
+    assert note.inner_text().startswith("surest 50 %: 0.800 (95 % ")
+    assert "; all: 0.525 (95 % " in note.inner_text()
+    assert "Mean rouge1 of the surest captions" in figure.locator(".canvas").get_attribute("aria-label")
+    assert (
+        figure.locator("canvas").evaluate(
+            "(c) => new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size"
+        )
+        > 3
+    )
+    figure.locator("select").select_option(label="rouge_l")
+    assert "; all: 0.750 (95 % " in note.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    violations = Axe().run(page).response["violations"]
+    assert [v["id"] for v in violations if v["impact"] in ("serious", "critical")] == []

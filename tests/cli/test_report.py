@@ -106,6 +106,41 @@ def test_missing_ids_are_reported_in_one_line_and_on_the_page(work):
     assert page_data(work)["scores"][0]["values"] == [1.0, 0.5, None]
 
 
+def n_best_line(name: str, **keys: object) -> str:
+    return json.dumps({"id": name, "hypotheses": [{"text": name, "sum_log_prob": -1.0}]} | keys) + "\n"
+
+
+def test_expected_scores_are_columns_with_a_curve(work):
+    sure = {"a": (0.5, False, 0.9), "b": (0.2, True, 0.8), "c": (0.5, False, 0.95)}
+    (work / "run.jsonl").write_text(
+        "".join(
+            n_best_line(
+                name, expected_score=expected, review=review, confidence={"mean_token_prob": prob, "margin": None}
+            )
+            for name, (expected, review, prob) in sure.items()
+        )
+    )
+    (work / "scores.csv").write_text(
+        "ID,rouge1@1,bleu1@1,bleu1:0,bleu1:1,bleu1:2,bleu1:3\na,0.75,0,0,1,1,1\nb,0,0,0,1,1,1\nc,1,0,0,1,1,1\n"
+    )
+    result = report(work, n_best=work / "run.jsonl", scores=work / "scores.csv")
+    assert result.exit_code == 0, result.output
+    data = page_data(work)
+    columns = {column["name"]: column["values"] for column in data["columns"] if column["source"] == "n-best"}
+    assert columns == {
+        "expected_score": [0.5, 0.2, 0.5],
+        "review": ["no", "yes", "no"],
+        "mean_token_prob": [0.9, 0.8, 0.95],
+    }
+    (curve,) = data["curves"]  # BLEU is not a mean over images
+    assert curve["name"] == "rouge1"
+    # c before a, whose expected score is equal but whose tokens are less likely
+    assert [curve["values"][k] for k in (0, 12, 19)] == [1.0, 0.875, pytest.approx(1.75 / 3, abs=1e-6)]
+    (work / "run.jsonl").write_text("".join(map(n_best_line, sure)))
+    assert report(work, n_best=work / "run.jsonl", scores=work / "scores.csv").exit_code == 0
+    assert page_data(work)["curves"] == page_data(work)["columns"] == []
+
+
 def test_pictures_that_coco_numbers_are_found_by_their_files(work):
     images = [{"id": i, "file_name": f"{name}.png"} for i, name in enumerate(IDS)]
     notes = [{"image_id": i, "caption": name.upper()} for i, name in enumerate(IDS)]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from engine.decoding.scheduler import Scheduler
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from export.families.modules import IS_5
+from export.reference.huggingface import generate_arguments
 from tests.helpers.tiny import SPECIAL, random_pictures
 
 BEAMS = (1, 2, 3, 4, 5, 10)
@@ -99,6 +101,49 @@ def test_captions_equal_generate(
     digests[row] = digest.hexdigest()
     if IS_5:
         assert digests[row] == json.loads(GRID_IDS.read_text())[row], "differs from transformers 4.57.6"
+
+
+TOKEN_TOLERANCE = 1e-5
+"""Required bound of a token's log-probability, a difference of two float32 sums."""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_beams": 1},
+        {"num_beams": 4, "length_penalty": 2.0},
+        {"num_beams": 3, "prompt": PROMPT[1], "no_repeat_ngram_size": 2, "min_new_tokens": 6, "bad_words": ("the",)},
+        {"do_sample": True, "temperature": 0.7},
+    ],
+)
+def test_token_log_probs_equal_one_pass(more, pictures, pixel_values, tiny_captioner, tiny_reference):
+    """Bans and warpers only rule tokens out, so the values are those of the model, whatever the search."""
+    count = more.get("num_beams", 3)
+    options = DecodeOptions(max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=count).replace(**more)
+    start = len(tiny_captioner.search(options).prompt)
+    for caption, pixels in zip(tiny_captioner.caption(pictures[:6], options, rows=8), pixel_values, strict=False):
+        for alternative in caption.alternatives:
+            ids = torch.tensor([alternative.ids])
+            with torch.inference_mode():
+                encoded = tiny_reference.family.encode(tiny_reference.model, pixels[None])
+                rows = torch.log_softmax(tiny_reference.family.logits(tiny_reference.model, ids, encoded)[0], -1)
+            expected = [rows[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])]
+            np.testing.assert_allclose(alternative.token_log_probs, expected, atol=TOKEN_TOLERANCE)
+            assert sum(alternative.token_log_probs) == pytest.approx(alternative.sum_log_prob, abs=TOKEN_TOLERANCE)
+
+
+def test_token_log_probs_with_penalty_equal_transition_scores(pictures, pixel_values, tiny_captioner, tiny_reference):
+    options = DecodeOptions(num_beams=3, max_new_tokens=MAX_NEW_TOKENS, repetition_penalty=2.5, num_return_sequences=3)
+    model, (prompt, _) = tiny_reference.model, tiny_reference.family.prompt_arguments(tiny_reference.tokenizer, None, 6)
+    with torch.inference_mode():
+        given = prompt | generate_arguments(options) | {"output_scores": True, "return_dict_in_generate": True}
+        output = model.generate(pixel_values=pixel_values[:6], **given)
+    expected = model.text_decoder.compute_transition_scores(output.sequences, output.scores, output.beam_indices)
+    captions = list(tiny_captioner.caption(pictures[:6], options))
+    found = [alternative.token_log_probs for caption in captions for alternative in caption.alternatives]
+    for mine, theirs in zip(found, expected.numpy(), strict=True):
+        np.testing.assert_allclose(mine, theirs[: len(mine)], atol=TOKEN_TOLERANCE)
+        assert not theirs[len(mine) :].any()
 
 
 PENALTIES = (1.0, 1.2, 2.5)

@@ -74,8 +74,10 @@
     return { label, stroke: css(colour), fill: fill ? css(fill) : undefined, width: fill ? 1 : 2, points: { show: false }, paths: uPlot.paths.stepped({ align: 1 }) };
   }
 
+  const axes = () => ({ stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" });
+
   function options(chart, columns, bins) {
-    const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
+    const axis = axes();
     const digits = (value) => (Math.abs(value) >= 100 || Number.isInteger(value) ? String(value) : String(+value.toPrecision(4)));
     return {
       width: chart.canvas.clientWidth, height: 150, legend: { show: false }, padding: [8, 8, 0, 0],
@@ -118,29 +120,56 @@
     chart.canvas.setAttribute("aria-label", `Histogram of ${columns.map((one) => one.label).join(" and ")} over ${view.shown.length} images: ${columns.map((one, k) => summary(one, values[k])).join("; ")}`);
   }
 
+  /* The mean score of the surest captions by their share, with the band of its 95 % interval, over all images. */
+  function drawCurve(chart) {
+    const curve = Report.data.curves[chart.select.value], axis = axes(), none = { show: false };
+    chart.plot?.destroy();
+    const band = { stroke: css("--run-0"), width: 0.5, points: none };
+    chart.plot = new uPlot({
+      width: chart.canvas.clientWidth, height: 150, legend: none, padding: [8, 20, 0, 0], cursor: none,
+      scales: { x: { time: false, range: [0, 100] } },
+      axes: [{ ...axis, values: (_, ticks) => ticks.map((t) => `${t} %`), size: 28 }, { ...axis, size: 46 }],
+      series: [{}, { stroke: css("--run-0"), width: 2, points: none }, band, band],
+      bands: [{ series: [3, 2], fill: css("--run-0-fill") }],
+    }, [curve.shares.map((share) => Math.round(100 * share)), curve.values, curve.low, curve.high], chart.canvas);
+    const at = (share) => {
+      const k = curve.shares.indexOf(share), text = (value) => format({ kind: "number" }, value);
+      return `${text(curve.values[k])} (95 % ${text(curve.low[k])} to ${text(curve.high[k])})`;
+    };
+    chart.note.textContent = `surest 50 %: ${at(0.5)}; surest 80 %: ${at(0.8)}; all: ${at(1)}`;
+    chart.canvas.setAttribute("aria-label", `Mean ${curve.name} of the surest captions by their share of all images: ${chart.note.textContent}`);
+  }
+
+  function add(title, choices, first, drawIt, more) {
+    const figure = document.createElement("figure");
+    figure.className = "card chart";
+    const label = document.createElement("label");
+    label.append(title);
+    const select = document.createElement("select");
+    for (const [text, value] of choices) select.add(new Option(text, value));
+    select.value = first;
+    label.append(select);
+    const canvas = document.createElement("div");
+    canvas.className = "canvas";
+    canvas.setAttribute("role", "img");
+    const note = document.createElement("figcaption");
+    figure.append(label, canvas, note);
+    place.append(figure);
+    const chart = { select, canvas, note, plot: null, draw: () => drawIt(chart), ...more };
+    select.addEventListener("change", chart.draw);
+    charts.push(chart);
+    return chart;
+  }
+
   function build(choose) {
+    const choices = offered().map((column) => [partner(column) ? column.name : column.label, column.key]);
     for (const first of defaults()) {
-      const figure = document.createElement("figure");
-      figure.className = "card chart";
-      const label = document.createElement("label");
-      label.append("Distribution of ");
-      const select = document.createElement("select");
-      for (const column of offered()) select.add(new Option(partner(column) ? column.name : column.label, column.key));
-      select.value = first.key;
-      label.append(select);
-      const canvas = document.createElement("div");
-      canvas.className = "canvas";
-      canvas.setAttribute("role", "img");
-      const note = document.createElement("figcaption");
+      const { canvas } = add("Distribution of ", choices, first.key, draw, { choose });
       canvas.title = "Drag across a range to show only its images";
-      figure.append(label, canvas, note);
-      place.append(figure);
-      const chart = { select, canvas, note, choose, plot: null };
-      select.addEventListener("change", () => draw(chart));
-      charts.push(chart);
     }
+    if (Report.data.curves.length) add("Surest captions: ", Report.data.curves.map((curve, k) => [curve.name, k]), 0, drawCurve);
     new ResizeObserver(() => charts.forEach((chart) => chart.plot?.setSize({ width: chart.canvas.clientWidth, height: 150 }))).observe(place);
   }
 
-  Report.charts = { build, draw: () => charts.forEach(draw) };
+  Report.charts = { build, draw: () => charts.forEach((chart) => chart.draw()) };
 })(window.Report);

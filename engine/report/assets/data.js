@@ -91,7 +91,11 @@ window.Report = {};
 
   const isLatency = (column) => /latenc|second|elapsed|time_s|_ms$|_s$/i.test(column.short || "");
 
+  /* The images that need a look come first, where the confidence of the captions is known. */
+  const expected = columns.find((column) => column.group === "table" && column.short === "expected_score");
+
   Object.assign(Report, {
+    firstOrder: expected?.key ?? "order",
     data, count, many, columns, pairs, format, scores, ours,
     column: (key) => byKey.get(key),
     numbers: columns.filter((column) => column.kind === "number" && !column.hidden),

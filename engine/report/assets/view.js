@@ -2,7 +2,7 @@
 /* Which images are shown, in which order: search, filters and sorting, kept in the address so that a view can be shared. */
 (function (Report) {
   const { data, count } = Report;
-  const view = { query: "", sort: "order", descending: false, filters: [], shown: new Int32Array(0), selected: -1 };
+  const view = { query: "", sort: Report.firstOrder, descending: false, filters: [], shown: new Int32Array(0), selected: -1 };
   const collator = new Intl.Collator(undefined, { numeric: true });
   let haystack = null;
 
@@ -76,7 +76,7 @@
   function toAddress() {
     const parts = new URLSearchParams();
     if (view.query) parts.set("q", view.query);
-    if (view.sort !== "order" || view.descending) parts.set("sort", (view.descending ? "-" : "") + view.sort);
+    if (view.sort !== Report.firstOrder || view.descending) parts.set("sort", (view.descending ? "-" : "") + view.sort);
     for (const f of view.filters) parts.append("f", JSON.stringify([f.key, f.test, f.text ?? null, finite(f.low), finite(f.high)]));
     if (view.selected >= 0) parts.set("id", data.ids[view.selected]);
     return `#${parts}`;
@@ -86,7 +86,7 @@
 
   function fromAddress(hash) {
     const parts = new URLSearchParams(hash.replace(/^#/, ""));
-    const sort = parts.get("sort") || "order";
+    const sort = parts.get("sort") || Report.firstOrder;
     view.query = parts.get("q") || "";
     view.descending = sort.startsWith("-");
     view.sort = Report.column(sort.replace(/^-/, "")) ? sort.replace(/^-/, "") : "order";

@@ -200,6 +200,23 @@ def test_a_challenge_sized_run_is_scored_quickly():
     assert time.perf_counter() - start < 12
 
 
+def test_coverage_curve_of_the_surest_images():
+    scores = np.random.default_rng(0).random(40)
+    order = np.argsort(-scores)  # the surest images are the best ones
+    curve = base.coverage_curve(order, scores)
+    for share, value in zip(curve.shares, curve.values, strict=True):
+        assert value == pytest.approx(np.sort(scores)[::-1][: round(share * 40)].mean())
+    assert (np.diff(curve.values) < 0).all()
+    assert (curve.low <= curve.values).all()
+    assert (curve.values <= curve.high).all()
+    ends = base.interval(base.mean(scores))
+    assert (curve.low[-1], curve.high[-1]) == pytest.approx(ends)  # all images: the interval of the run
+    shuffled = base.coverage_curve(np.random.default_rng(1).permutation(40), scores)
+    assert shuffled.values[0] < curve.values[0]
+    few = base.coverage_curve(np.array([1, 0]), np.array([0.0, 1.0]))
+    assert few.values.tolist() == [1.0] * 10 + [0.5] * 10
+
+
 def test_interval_holds_the_value_and_narrows_with_n():
     few, many = (Rouge1().measure(generated(count)) for count in (50, 800))
     widths = []
