@@ -40,6 +40,8 @@ from export.parity import main as parity_main
 from export.reference.huggingface import Reference, normalisation
 from export.restore import main as restore_main
 from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
+from tests.helpers.tiny_git import make_git_checkpoint
+from tests.helpers.tiny_pairs import make_pair
 
 
 class Changed(Mapping):
@@ -154,11 +156,74 @@ def check_against_export(folder: Path, tmp_path: Path, precision: str) -> Path:
     return out
 
 
+OTHERS = {
+    "vit-gpt2": lambda folder: make_pair(folder, "vit", "gpt2"),
+    "trocr": lambda folder: make_pair(folder, "vit", "trocr", vision={"qkv_bias": False}),
+    "git": make_git_checkpoint,
+}
+"""Checkpoints of other families that are converted."""
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints by name, next to the folder with their graph sets."""
+    folder = tmp_path_factory.mktemp("others")
+    made = {name: make(folder / name) for name, make in OTHERS.items()}
+    for name, checkpoint in made.items():
+        for one in make_graphs(f"tiny-{name}", Reference.load(checkpoint).model.config):
+            save_graphs(one, folder / "graphs")
+    return made
+
+
+@pytest.fixture
+def registered_others(others, monkeypatch):
+    monkeypatch.setenv(EXTRA_GRAPHS, str(others["git"].with_name("graphs")))
+
+
+@pytest.mark.usefixtures("registered_others")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_equal_the_export(name, precision, others, tmp_path):
+    out = check_against_export(others[name], tmp_path, precision)
+    tokenizer = Reference.load(others[name]).tokenizer.backend_tokenizer
+    assert (out / "tokenizer.json").read_text() == tokenizer.to_str(pretty=True)
+
+
+@pytest.mark.usefixtures("registered_others")
+@pytest.mark.parametrize("name", OTHERS)
+def test_sizes_of_other_families_are_filled_in(name, tmp_path):
+    """Other image sizes, vocabularies, positions, mean and std than those of the checkpoint that made the sets."""
+    sizes = {"image_size": 48}
+    if name == "git":
+        folder = make_git_checkpoint(tmp_path / name, max_position_embeddings=80, **sizes)
+    else:
+        text = {"n_positions": 50} if name == "vit-gpt2" else {"max_position_embeddings": 50}
+        more = {"qkv_bias": False} if name == "trocr" else {}
+        decoder = {"vit-gpt2": "gpt2"}.get(name, name)
+        folder = make_pair(tmp_path / name, "vit", decoder, vision=sizes | more, text=text | {"vocab_size": 200})
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1], "rescale_factor": 0.0071}
+    size = {"height": 48, "width": 48}
+    settings |= {"size": {"shortest_edge": 50}, "crop_size": size} if name == "git" else {"size": size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    check_against_export(folder, tmp_path, "fp32")
+
+
+@pytest.mark.usefixtures("registered_others")
+@pytest.mark.parametrize("name", OTHERS)
+def test_captions_of_other_families_equal_generate(name, others, tmp_path):
+    parity(others[name], converted(read_checkpoint(others[name]), tmp_path / "bundle"), tmp_path)
+
+
 def test_captions_equal_generate(tiny_checkpoint, tmp_path):
-    out = converted(read_checkpoint(tiny_checkpoint), tmp_path / "bundle")
+    parity(tiny_checkpoint, converted(read_checkpoint(tiny_checkpoint), tmp_path / "bundle"), tmp_path)
+
+
+def parity(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    """Compare captions of a few images with those of `generate`."""
     save_pictures(tmp_path / "images", 6)
     options = ["--images", tmp_path / "images", "--beams", "1,4", "--out", tmp_path / "parity.json"]
-    arguments = ["--checkpoint", tiny_checkpoint, "--bundle", out, *options]
+    arguments = ["--checkpoint", checkpoint, "--bundle", bundle, *options]
     result = CliRunner().invoke(parity_main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert "pass: 0 real mismatches" in result.output
@@ -192,7 +257,7 @@ def test_what_needs_an_export_is_refused_in_one_line(command, tiny_checkpoint, t
 def test_checkpoints_without_graphs_are_refused(tiny_checkpoint):
     shape = read_checkpoint(tiny_checkpoint).shape
     name = next(name for name, value in shape.items() if isinstance(value, int))
-    sizes = rf"its sizes are not those of tiny: {name} .*BLIP-base, BLIP-large, tiny.*python -m export"
+    sizes = rf"its sizes are not those of tiny: {name} .*BLIP-base, .*ViT-GPT2, tiny.*python -m export"
     with pytest.raises(CheckpointError, match=sizes):
         find_graphs("blip", shape | {name: 7}, "fp32")
     with pytest.raises(CheckpointError, match="it is of the family 'other'"):
