@@ -9,73 +9,57 @@ vocabularies: what differs becomes a parameter, and a difference that is not a p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
 from engine.bundle.manifest import PRECISIONS
+from engine.checkpoints.convert import BART_OFFSET
 from engine.checkpoints.families import RULES
 from engine.checkpoints.graphs import Graph, GraphSet, Number, save_graphs, shipped_graphs
 from engine.cli.shared import PATH, OneLine
-from export.families import FAMILIES, family_of
+from export.families import PUBLISHED, family_for, family_of
 from export.families.modules import Normalisation
 from export.graphs.exporters import trace, without_weights
 from export.graphs.templates import with_parameters
 
-Config = Mapping[str, Any]
-"""The content of a config.json."""
-
-
-def blip(vision_layers: int, vision_width: int, vision_heads: int, **text: int) -> Config:
-    """Return the configuration of a published BLIP; they differ in their image encoder."""
-    return {
-        "model_type": "blip",
-        "vision_config": {
-            "hidden_size": vision_width,
-            "intermediate_size": 4 * vision_width,
-            "num_hidden_layers": vision_layers,
-            "num_attention_heads": vision_heads,
-        },
-        "text_config": {"encoder_hidden_size": vision_width, "num_attention_heads": 12, **text},
-    }
-
-
-ARCHITECTURES = {"BLIP-base": blip(12, 768, 12), "BLIP-large": blip(24, 1024, 16)}
-"""Published architectures. All other settings are the defaults of transformers, as in the published files."""
-
 
 class Example(NamedTuple):
-    """What a checkpoint decides: image size in px, vocabulary, positions, rescale with mean and std."""
+    """What a checkpoint decides: patches per side of an image, vocabulary, positions, rescale with mean and std."""
 
-    image_size: int
+    patches: int
     vocab_size: int
     max_positions: int
     normalisation: Normalisation
 
 
 EXAMPLES = (
-    Example(32, 1009, 97, (1 / 255, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])),
-    Example(48, 1013, 101, (1 / 127, [0.3, 0.2, 0.1], [0.7, 0.6, 0.8])),
+    Example(3, 1009, 97, (1 / 255, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])),
+    Example(4, 1013, 101, (1 / 127, [0.3, 0.2, 0.1], [0.7, 0.6, 0.8])),
 )
-"""Small, so that tracing is quick. Each parameter has its own number, by which it is recognised in a graph."""
+"""Small, so that tracing is quick. Each parameter has its own number, by which it is recognised in a graph.
+
+Not 2 patches: torch's tracer stores equal constants once, and 5, their number of positions, is its number of float16.
+"""
+FINGERPRINT = EXAMPLES[0]._replace(patches=2)
+"""Sizes that `fingerprint` traces. The sets change when these change."""
 
 
-def make_graphs(name: str, config: Config) -> list[GraphSet]:
+def make_graphs(name: str, config: PretrainedConfig) -> list[GraphSet]:
     """Return the graph sets of an architecture. Sizes in `config` that a checkpoint decides are not used."""
-    made_by, tied = fingerprint(), tied_weights(model_of(config, EXAMPLES[0]))
+    made_by, tied = fingerprint(config), tied_weights(model_of(config, EXAMPLES[0]))
     (numbers, graphs), (other_numbers, others) = (
         (numbers_of(config, example), trace_all(config, example)) for example in EXAMPLES
     )
     return [
         GraphSet(
             architecture=name,
-            family=config["model_type"],
+            family=config.model_type,
             precision=precision,
-            shape=RULES[config["model_type"]].shape(config),
+            shape=RULES[config.model_type].shape(config.to_dict()),
             made_by=made_by,
             tied=tied,
             graphs=tuple(
@@ -87,7 +71,7 @@ def make_graphs(name: str, config: Config) -> list[GraphSet]:
     ]
 
 
-def trace_all(config: Config, example: Example) -> dict[str, tuple[Graph, ...]]:
+def trace_all(config: PretrainedConfig, example: Example) -> dict[str, tuple[Graph, ...]]:
     """Return {precision: graphs} of an architecture with the sizes of an example."""
     model = model_of(config, example)
     sizes, float32 = family_of(model).sizes(model.config), trace(model, example.normalisation)
@@ -98,31 +82,32 @@ def trace_all(config: Config, example: Example) -> dict[str, tuple[Graph, ...]]:
     }
 
 
-def with_sizes(config: Config, example: Example) -> dict[str, Any]:
-    """Return a configuration with the sizes of an example."""
-    text = {"vocab_size": example.vocab_size, "max_position_embeddings": example.max_positions}
-    raw = {**config, "text_config": {**config["text_config"], **text}}
-    return RULES[config["model_type"]].resized(raw, example.image_size)
-
-
-def model_of(config: Config, example: Example) -> PreTrainedModel:
+def model_of(config: PretrainedConfig, example: Example) -> PreTrainedModel:
     """Return a model of an architecture with the sizes of an example. Its weights are not initialised."""
-    family = FAMILIES[config["model_type"]]
     with no_init_weights():  # the memory of the weights is not touched, so it takes none
-        model = family.model_class(family.config_class.from_dict(with_sizes(config, example))).eval()
-    model.tie_weights()
+        model = family_for(config).model_class(sized(config, example)).eval()
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):  # VisionEncoderDecoderModel does not tie its decoder's weights
+            part.tie_weights()
     return model
 
 
-def numbers_of(config: Config, example: Example) -> dict[str, Number]:
+def sized(config: PretrainedConfig, example: Example) -> PretrainedConfig:
+    """Return the configuration of an architecture with the sizes of an example."""
+    patches, vocab_size, max_positions, _ = example
+    return family_for(config).with_sizes(config, patches=patches, vocab_size=vocab_size, max_positions=max_positions)
+
+
+def numbers_of(config: PretrainedConfig, example: Example) -> dict[str, Number]:
     """Return the parameters of an example's graphs, as engine.checkpoints.convert.parameters does for a checkpoint."""
-    sizes = RULES[config["model_type"]].sizes(with_sizes(config, example))
     rescale, mean, std = example.normalisation
+    sizes = family_for(config).sizes(sized(config, example))
     return {
         "image_size": sizes.image_size,
         "encoder_positions": sizes.encoder_positions,
         "vocab_size": sizes.vocab_size,
         "max_positions": sizes.max_positions,
+        "position_rows": sizes.max_positions + BART_OFFSET,
         "rescale": rescale,
         "image_mean": tuple(mean),
         "image_std": tuple(std),
@@ -136,13 +121,13 @@ def tied_weights(model: PreTrainedModel) -> dict[str, str]:
     return {name: first[weight] for name, weight in every if name != first[weight]}
 
 
-def fingerprint() -> str:
+def fingerprint(config: PretrainedConfig) -> str:
     """Return 12 digits that change with the graphs of an export: those of a tiny model, made in seconds.
 
     Every set holds the fingerprint of the code that made it, so that a test finds sets that are out of date.
     """
-    tiny = blip(2, 24, 3, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    return hashlib.sha256(repr(trace_all(tiny, EXAMPLES[0])).encode()).hexdigest()[:12]
+    small = family_for(config).shrunk(config)
+    return hashlib.sha256(repr(trace_all(small, FINGERPRINT)).encode()).hexdigest()[:12]
 
 
 @click.command(cls=OneLine)
@@ -150,7 +135,7 @@ def fingerprint() -> str:
 def main(out: Path | None) -> None:
     """Trace the published architectures and write their graph sets; takes some minutes. Sets that did not change are
     not written again."""
-    for name, config in ARCHITECTURES.items():
+    for name, config in PUBLISHED.items():
         for graphs in make_graphs(name, config):
             path = save_graphs(graphs, out or shipped_graphs())
             click.echo(f"{path}: {path.stat().st_size:,} bytes, version {graphs.version}")

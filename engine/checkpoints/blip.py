@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.bundle.manifest import TokenIds, demo_bundle
-from engine.checkpoints.rules import WITHOUT_EFFECT, ConvertibleRules, ProcessorRules, Settings, Sizes, check_numbers
+from engine.checkpoints.rules import (
+    WITHOUT_EFFECT,
+    ConvertibleRules,
+    ProcessorRules,
+    Settings,
+    Sizes,
+    check_numbers,
+    linear,
+    norm,
+)
 from engine.errors import CheckpointError
 
 HEAD, WORDS = "text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"
@@ -63,14 +72,6 @@ ALIKE = ("hidden_act", "layer_norm_eps")
 def _part(raw: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Return a part of config.json, completed with the defaults."""
     return DEFAULTS[part] | {name: value for name, value in (raw.get(part) or {}).items() if value is not None}
-
-
-def _linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
 class Original(NamedTuple):
@@ -162,34 +163,34 @@ class BlipRules(ConvertibleRules):
             self.position_table: (1, self.sizes(raw).encoder_positions, width),
             "vision_model.embeddings.patch_embedding.weight": (width, 3, patch, patch),
             "vision_model.embeddings.patch_embedding.bias": (width,),
-            **_norm("vision_model.post_layernorm", width),
+            **norm("vision_model.post_layernorm", width),
         }
         for i in range(vision["num_hidden_layers"]):
             layer = f"vision_model.encoder.layers.{i}"
-            shapes |= _linear(f"{layer}.self_attn.qkv", 3 * width, width)
-            shapes |= _linear(f"{layer}.self_attn.projection", width, width)
-            shapes |= _linear(f"{layer}.mlp.fc1", inner, width) | _linear(f"{layer}.mlp.fc2", width, inner)
-            shapes |= _norm(f"{layer}.layer_norm1", width) | _norm(f"{layer}.layer_norm2", width)
+            shapes |= linear(f"{layer}.self_attn.qkv", 3 * width, width)
+            shapes |= linear(f"{layer}.self_attn.projection", width, width)
+            shapes |= linear(f"{layer}.mlp.fc1", inner, width) | linear(f"{layer}.mlp.fc2", width, inner)
+            shapes |= norm(f"{layer}.layer_norm1", width) | norm(f"{layer}.layer_norm2", width)
         encoder_width, width, inner = width, text["hidden_size"], text["intermediate_size"]
         bert, head, words = "text_decoder.bert", "text_decoder.cls.predictions", text["vocab_size"]
         shapes |= {
             WORDS: (words, width),
             f"{bert}.embeddings.position_embeddings.weight": (text["max_position_embeddings"], width),
-            **_norm(f"{bert}.embeddings.LayerNorm", width),
-            **_linear(f"{head}.transform.dense", width, width),
-            **_norm(f"{head}.transform.LayerNorm", width),
+            **norm(f"{bert}.embeddings.LayerNorm", width),
+            **linear(f"{head}.transform.dense", width, width),
+            **norm(f"{head}.transform.LayerNorm", width),
             **{HEAD: (words, width), BIAS: (words,), TIED[BIAS]: (words,)},
         }
         for i in range(text["num_hidden_layers"]):
             layer = f"{bert}.encoder.layer.{i}"
             for attention, source in (("attention", width), ("crossattention", encoder_width)):
-                shapes |= _linear(f"{layer}.{attention}.self.query", width, width)
-                shapes |= _linear(f"{layer}.{attention}.self.key", width, source)
-                shapes |= _linear(f"{layer}.{attention}.self.value", width, source)
-                shapes |= _linear(f"{layer}.{attention}.output.dense", width, width)
-                shapes |= _norm(f"{layer}.{attention}.output.LayerNorm", width)
-            shapes |= _linear(f"{layer}.intermediate.dense", inner, width)
-            shapes |= _linear(f"{layer}.output.dense", width, inner) | _norm(f"{layer}.output.LayerNorm", width)
+                shapes |= linear(f"{layer}.{attention}.self.query", width, width)
+                shapes |= linear(f"{layer}.{attention}.self.key", width, source)
+                shapes |= linear(f"{layer}.{attention}.self.value", width, source)
+                shapes |= linear(f"{layer}.{attention}.output.dense", width, width)
+                shapes |= norm(f"{layer}.{attention}.output.LayerNorm", width)
+            shapes |= linear(f"{layer}.intermediate.dense", inner, width)
+            shapes |= linear(f"{layer}.output.dense", width, inner) | norm(f"{layer}.output.LayerNorm", width)
         return shapes
 
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:

@@ -46,7 +46,8 @@ Log = Callable[[str], None]
 REASON = "the bundles cached there decide captions"
 SETTINGS = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
     *("model.safetensors.index.json", "pytorch_model.bin.index.json", "adapter_config.json"),
 )
 """Files that decide a bundle in addition to the weights. A training writes others next to them, such as its log."""

@@ -20,6 +20,8 @@ from engine.version import __version__
 if TYPE_CHECKING:
     from engine.checkpoints.read import Checkpoint
 
+BART_OFFSET = 2
+"""The first rows of the position tables of TrOCR and the BART family have no position."""
 NOT_RECORDED, NOT_CHECKED = "not recorded", "not checked"
 
 
@@ -65,6 +67,7 @@ def parameters(checkpoint: Checkpoint) -> dict[str, Number]:
         "encoder_positions": model.encoder_positions,
         "vocab_size": model.vocab_size,
         "max_positions": model.max_positions,
+        "position_rows": model.max_positions + BART_OFFSET,
         "rescale": checkpoint.rescale,
         "image_mean": tuple(image.mean),
         "image_std": tuple(image.std),

@@ -7,14 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from engine.bundle.manifest import TokenIds
-from engine.checkpoints.rules import DEFAULTS, WITHOUT_EFFECT, ProcessorRules, Rules, Settings, Sizes
+from engine.checkpoints.rules import (
+    DEFAULTS,
+    WITHOUT_EFFECT,
+    ConvertibleRules,
+    ProcessorRules,
+    Settings,
+    Sizes,
+    check_numbers,
+    linear,
+    norm,
+)
 from engine.errors import CheckpointError
 
 TEXT: dict[str, Any] = {
     "vocab_size": 30522,
     "hidden_size": 768,
+    "intermediate_size": 3072,
     "num_hidden_layers": 6,
     "num_attention_heads": 12,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
     "max_position_embeddings": 1024,
     "position_embedding_type": "absolute",
     "tie_word_embeddings": False,
@@ -23,11 +36,28 @@ TEXT: dict[str, Any] = {
     "pad_token_id": 0,
 }
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-VISION: dict[str, Any] = {"image_size": 224, "patch_size": 16}
+VISION: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
 """Settings of config.json and of its vision_config that are read here, with their defaults.
 
 Source: transformers 4.57, GitConfig and GitVisionConfig.
 """
+
+
+SHAPE = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("hidden_act", "layer_norm_eps"),
+)
+"""Settings of both parts that decide the operations of the graphs."""
+SIZES = ("vocab_size", "max_position_embeddings", "image_size", "patch_size", *SHAPE[:4])
 
 
 def _completed(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,12 +65,14 @@ def _completed(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     return {**defaults, **{name: value for name, value in raw.items() if value is not None}}
 
 
-class GitRules(Rules):
+class GitRules(ConvertibleRules):
     """GIT with a captioning head (GitForCausalLM), for single images."""
 
     name = "GIT"
     model_type, architecture = "git", "GitForCausalLM"
     weight_prefixes = ("git.image_encoder.", "git.encoder.")
+    tokenizer_class = "BertTokenizer"
+    position_table = "git.image_encoder.vision_model.embeddings.position_embedding.weight"
     processor = ProcessorRules(
         kind="CLIPImageProcessor",
         prefix="CLIP",
@@ -72,6 +104,17 @@ class GitRules(Rules):
         if not all(type(value) is int for value in (_completed(raw, TEXT)[name] for name in IDS)):
             listed = ", ".join(f"{name}={raw.get(name)!r}" for name in IDS)
             raise CheckpointError(f"{path}: special ids that are not one number each are not supported ({listed})")
+
+        for part, settings in (
+            ("config.json", _completed(raw, TEXT)),
+            ("vision_config", _completed(raw.get("vision_config") or {}, VISION)),
+        ):
+            check_numbers({name: settings[name] for name in SIZES if name in settings}, path, part, lowest=1)
+            width, heads = settings["hidden_size"], settings["num_attention_heads"]
+            if width % heads:
+                raise CheckpointError(
+                    f"{path}: {part}.hidden_size {width} is not a multiple of num_attention_heads {heads}"
+                )
 
     def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:
         """See Rules.settings.
@@ -107,6 +150,56 @@ class GitRules(Rules):
             image_size=vision["image_size"],
             tokens=TokenIds(bos=text["bos_token_id"], eos=text["eos_token_id"], pad=text["pad_token_id"]),
         )
+
+    def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
+        """See Rules.shape."""
+        text, vision = _completed(raw, TEXT), _completed(raw.get("vision_config") or {}, VISION)
+        shape = {f"text.{name}": text[name] for name in SHAPE}
+        return shape | {f"vision.{name}": vision[name] for name in (*SHAPE, "patch_size")}
+
+    def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """See Rules.weight_shapes. The names are those of GitForCausalLM in transformers 4.57."""
+        text, vision = _completed(raw, TEXT), _completed(raw.get("vision_config") or {}, VISION)
+        width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+        tower = "git.image_encoder.vision_model"
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{tower}.embeddings.class_embedding": (width,),
+            self.position_table: (self.sizes(raw).encoder_positions, width),
+            f"{tower}.embeddings.patch_embedding.weight": (width, 3, patch, patch),
+            **norm(f"{tower}.pre_layrnorm", width),
+            **norm(f"{tower}.post_layernorm", width),
+        }
+        for i in range(vision["num_hidden_layers"]):
+            layer = f"{tower}.encoder.layers.{i}"
+            for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                shapes |= linear(f"{layer}.self_attn.{part}", width, width)
+            shapes |= linear(f"{layer}.mlp.fc1", inner, width) | linear(f"{layer}.mlp.fc2", width, inner)
+            shapes |= norm(f"{layer}.layer_norm1", width) | norm(f"{layer}.layer_norm2", width)
+        vision_width, width, inner, words = width, text["hidden_size"], text["intermediate_size"], text["vocab_size"]
+        projection = "git.visual_projection.visual_projection"
+        shapes |= {
+            "git.embeddings.word_embeddings.weight": (words, width),
+            "git.embeddings.position_embeddings.weight": (text["max_position_embeddings"], width),
+            **norm("git.embeddings.LayerNorm", width),
+            **linear(f"{projection}.0", width, vision_width),
+            **norm(f"{projection}.1", width),
+            **linear("output", words, width),
+        }
+        for i in range(text["num_hidden_layers"]):
+            layer = f"git.encoder.layer.{i}"
+            for part in ("self.query", "self.key", "self.value", "output.dense"):
+                shapes |= linear(f"{layer}.attention.{part}", width, width)
+            shapes |= norm(f"{layer}.attention.output.LayerNorm", width) | norm(f"{layer}.output.LayerNorm", width)
+            shapes |= linear(f"{layer}.intermediate.dense", inner, width)
+            shapes |= linear(f"{layer}.output.dense", width, inner)
+        return shapes
+
+    def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+        """See Rules.resized."""
+        vision = _completed(raw.get("vision_config") or {}, VISION)
+        if image_size % vision["patch_size"]:
+            raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {vision['patch_size']}")
+        return {**raw, "vision_config": vision | {"image_size": image_size}}
 
     def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:
         """See Rules.tied."""

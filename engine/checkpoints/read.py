@@ -120,7 +120,7 @@ def _read(
         raise CheckpointError(
             f"{folder / 'config.json'} asks for custom code (auto_map), which is never run: remove that entry"
         )
-    if not isinstance(rules, ConvertibleRules):
+    if not (isinstance(rules, ConvertibleRules) and rules.converts(raw)):
         raise CheckpointError(
             f"{source} is a {rules.name} checkpoint, which needs torch to become a bundle: run `python -m export` in a "
             "checkout of this project"
@@ -248,8 +248,8 @@ def refuse_missing(missing: list[str], rules: Rules, source: Path) -> None:
 class ResizedTable:
     """A position table for another number of patches, by bicubic interpolation. The class row is kept.
 
-    This is BlipVisionEmbeddings.interpolate_pos_encoding (transformers 4.57), which Hugging Face would do for each
-    image.
+    This is interpolate_pos_encoding of BLIP's, GIT's and ViT's embeddings (transformers 4.57), which Hugging Face would
+    do for each image.
     """
 
     table: Tensor
@@ -257,17 +257,17 @@ class ResizedTable:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return 1, self.positions, self.table.shape[2]
+        return *self.table.shape[:-2], self.positions, self.table.shape[-1]
 
     def read(self) -> NDArray[np.float32]:
-        """Return the resized table f32[1,positions,D]."""
-        table = self.table.read()[0]
+        """Return the resized table f32[1,positions,D] or f32[positions,D], as the original one."""
+        table = self.table.read().reshape(-1, self.table.shape[-1])
         old, new = math.isqrt(len(table) - 1), math.isqrt(self.positions - 1)
         rows = bicubic_matrix(old, new)
         grid = table[1:].reshape(old, old, -1)
         resized = np.einsum("yi,xj,ijd->yxd", rows, rows, grid, optimize=True).reshape(new * new, -1)
-        whole: NDArray[np.float32] = np.concatenate([table[:1], resized]).astype(np.float32)[None]
-        return whole
+        whole: NDArray[np.float32] = np.concatenate([table[:1], resized]).astype(np.float32)
+        return whole.reshape(self.shape)
 
 
 def bicubic_matrix(old: int, new: int) -> NDArray[np.float64]:

@@ -40,14 +40,28 @@ class ProcessorRules:
     without_effect: frozenset[str]
 
 
+LAYERS = ("n_layer", "decoder_layers")
+"""Settings that are a number of layers, in addition to those that start with "num_"."""
+
+
 def check_numbers(settings: Mapping[str, Any], path: Path, part: str, lowest: int) -> None:
     """Raise CheckpointError if a size or an id in `part` of config.json at `path` is not a whole number in range."""
     for name, value in settings.items():
-        most = MAX_LAYERS if name.startswith("num_") else MAX_NUMBER
+        most = MAX_LAYERS if name.startswith("num_") or name in LAYERS else MAX_NUMBER
         if type(value) is not int or not lowest <= value <= most:
             raise CheckpointError(
                 f"{path}: {part}.{name} is {value!r:.40}, but it must be a whole number from {lowest} to {most}"
             )
+
+
+def linear(name: str, outputs: int, inputs: int, *, bias: bool = True) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a dense layer's weights by name."""
+    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer norm's weights by name."""
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
 WITHOUT_EFFECT = frozenset(
@@ -176,7 +190,12 @@ class ConvertibleRules(Rules):
     tokenizer_class: ClassVar[str]
     """transformers' tokenizer for checkpoints that name none."""
     position_table: ClassVar[str]
-    """Name of the encoder's position table f32[1,1+h*w,D]: a row for the class token, and one for each patch."""
+    """Name of the encoder's position table f32[1,1+h*w,D] or f32[1+h*w,D]: a row for the class token, then one for
+    each patch."""
+
+    def converts(self, raw: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Return whether the methods below know this kind of model. Of VisionEncoderDecoder they know some pairs."""
+        return True
 
     @abstractmethod
     def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
@@ -188,7 +207,7 @@ class ConvertibleRules(Rules):
 
     @abstractmethod
     def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all weights of the model by name, tied ones included."""
+        """Return the shapes of all weights of the model by name: with tied ones, without unused ones."""
 
     @abstractmethod
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:

@@ -1,24 +1,26 @@
 """Read a checkpoint's tokenizer without transformers, as the text of the tokenizers library that transformers builds.
 
 The special tokens of several files are joined as transformers 4.57 joins them: tokenization_utils_base.py
-(_from_pretrained), tokenization_utils_fast.py (PreTrainedTokenizerFast.__init__), BertTokenizerFast, BertConverter.
+(_from_pretrained), tokenization_utils_fast.py (PreTrainedTokenizerFast.__init__), BertTokenizerFast, BertConverter,
+GPT2Tokenizer, RobertaTokenizer, their fast versions and converters.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordPiece
+from tokenizers.models import BPE, WordPiece
 
 from engine.checkpoints.files import read_json, refuse_stand_in
 from engine.errors import CheckpointError
 
-FILE, VOCABULARY, BYTE_PAIRS = "tokenizer.json", "vocab.txt", "vocab.json"
-"""A tokenizer needs one of these files; the last comes with merges.txt, and only the export reads it."""
+FILE, VOCABULARY, BYTE_PAIRS, MERGES = "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"
+"""A tokenizer needs one of the first three files; the third comes with the last."""
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ADDITIONAL = "additional_special_tokens"
@@ -33,6 +35,23 @@ BERT = {
     "strip_accents": None,
 }
 """Settings of BertTokenizerFast with their defaults."""
+GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+ROBERTA = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "sep_token": "</s>",
+    "cls_token": "<s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+BYTE_PAIR_CLASSES = {
+    "GPT2Tokenizer": GPT2,
+    "GPT2TokenizerFast": GPT2,
+    "RobertaTokenizer": ROBERTA,
+    "RobertaTokenizerFast": ROBERTA,
+}
+"""Classes of byte-level BPE, with the defaults of their special tokens."""
 WORD_PIECE_CLASSES = ("BertTokenizer", "BertTokenizerFast")
 PLAIN_CLASSES = ("PreTrainedTokenizerFast",)
 LATER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizer")
@@ -82,7 +101,7 @@ def refuse_unusable(directory: Path, ids: Mapping[str, int], special: Iterable[i
 
 def refuse_code(directory: Path) -> None:
     """Raise CheckpointError if a settings file of the tokenizer is not a file of that kind, or asks for custom code."""
-    for name in (FILE, VOCABULARY, *SETTINGS):
+    for name in (FILE, VOCABULARY, BYTE_PAIRS, MERGES, *SETTINGS):
         if (directory / name).is_file():
             refuse_stand_in(directory / name)
     path = directory / SETTINGS[0]
@@ -122,7 +141,7 @@ def read_tokenizer(directory: Path, default_class: str, vocab_size: int) -> Toke
     refuse_code(directory)
     raw = _optional(directory / SETTINGS[0])
     kind = raw.get("tokenizer_class") or _optional(directory / "config.json").get("tokenizer_class") or default_class
-    if kind not in (*WORD_PIECE_CLASSES, *PLAIN_CLASSES, *LATER_CLASSES):
+    if kind not in (*WORD_PIECE_CLASSES, *BYTE_PAIR_CLASSES, *PLAIN_CLASSES, *LATER_CLASSES):
         raise CheckpointError(
             f"{directory} has a {str(kind)[:60]}, which is not read without transformers: export the checkpoint with "
             "`python -m export` (in the repository)"
@@ -131,13 +150,14 @@ def read_tokenizer(directory: Path, default_class: str, vocab_size: int) -> Toke
         try:
             if kind in LATER_CLASSES:
                 raise ValueError(f"{kind} is a class of transformers 5")
-            tokenizer, clean_up = _joined(directory, raw, is_word_piece=kind in WORD_PIECE_CLASSES)
+            tokenizer, clean_up = _joined(directory, raw, kind)
         except Exception:  # as export does for what transformers 4 cannot read
             if not file.is_file():
                 raise
             settings = special_settings(raw)
             tokenizer = Tokenizer.from_file(str(file))
             _add_tokens(tokenizer, settings, {})
+            _apply_prefix_space(tokenizer, {}, is_roberta=False)
             clean_up = bool(settings.get("clean_up_tokenization_spaces", False))
         refuse_unusable(
             directory,
@@ -161,9 +181,9 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _joined(directory: Path, raw: Mapping[str, Any], *, is_word_piece: bool) -> tuple[Tokenizer, bool]:
+def _joined(directory: Path, raw: Mapping[str, Any], kind: str) -> tuple[Tokenizer, bool]:
     """Return the tokenizer with the special tokens of all files, and whether spaces are cleaned up."""
-    file = directory / FILE
+    file, is_word_piece = directory / FILE, kind in WORD_PIECE_CLASSES
     settings = {name: _added_tokens(value) for name, value in raw.items()}
     decoder = _decoder(directory, settings)
     by_text = {str(token): token for token in decoder.values()}
@@ -172,6 +192,8 @@ def _joined(directory: Path, raw: Mapping[str, Any], *, is_word_piece: bool) -> 
     for name in SPECIAL:
         if settings.get(name) is not None:
             settings[name] = by_text.get(str(settings[name]), settings[name])
+    if kind in BYTE_PAIR_CLASSES:
+        settings = _byte_pair_settings(settings, kind, is_slow=not file.is_file())
     clean_up = settings.get("clean_up_tokenization_spaces", not file.is_file())
     if file.is_file():
         tokenizer = Tokenizer.from_file(str(file))
@@ -179,11 +201,17 @@ def _joined(directory: Path, raw: Mapping[str, Any], *, is_word_piece: bool) -> 
             settings.setdefault("pad_token", tokenizer.padding["pad_token"])
     elif is_word_piece:
         tokenizer = _word_pieces(directory / VOCABULARY, settings)
+    elif kind in BYTE_PAIR_CLASSES:
+        tokenizer = _byte_pairs(directory, settings)
     else:
         raise ValueError("only tokenizer.json is read for its class")
     _add_tokens(tokenizer, settings, decoder)
     if is_word_piece:
         _apply_bert(tokenizer, settings)
+    is_roberta = BYTE_PAIR_CLASSES.get(kind) is ROBERTA
+    if kind in BYTE_PAIR_CLASSES and not file.is_file():  # now all special tokens have ids
+        tokenizer.post_processor = _byte_pair_processor(tokenizer, settings, is_roberta=is_roberta)
+    _apply_prefix_space(tokenizer, settings, is_roberta=is_roberta)
     return tokenizer, bool(clean_up)
 
 
@@ -290,3 +318,72 @@ def _apply_bert(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
     if any(state.get(name, value) != value for name, value in wanted.items()):
         kind = getattr(normalizers, state.pop("type"))
         tokenizer.normalizer = kind(**(state | wanted))
+
+
+def _byte_pair_settings(settings: Mapping[str, Any], kind: str, *, is_slow: bool) -> dict[str, Any]:
+    """Return the settings of a byte-level BPE tokenizer with the defaults of its class.
+
+    Without tokenizer.json transformers makes the slow tokenizer first (`is_slow`), which turns texts into objects whose
+    `normalized` stays true although they are special.
+    """
+    settings = {**BYTE_PAIR_CLASSES[kind], **settings}
+    mask = settings.get("mask_token")
+    if BYTE_PAIR_CLASSES[kind] is ROBERTA and isinstance(mask, str):
+        settings["mask_token"] = AddedToken(mask, lstrip=True, rstrip=False, normalized=False)
+    if is_slow:
+        for name in set(SPECIAL) - {"mask_token"}:
+            if isinstance(settings.get(name), str):
+                settings[name] = AddedToken(settings[name], lstrip=False, rstrip=False, normalized=True)
+    return settings
+
+
+def _byte_pairs(directory: Path, settings: Mapping[str, Any]) -> Tokenizer:
+    """Return the byte-level BPE tokenizer of vocab.json and merges.txt, whose first line is a comment."""
+    with (directory / BYTE_PAIRS).open(encoding="utf-8") as stream:
+        ids = json.load(stream)
+    lines = (directory / MERGES).read_text(encoding="utf-8").split("\n")[1:-1]
+    merges = list(dict.fromkeys(tuple(line.split()) for line in lines))
+    tokenizer = Tokenizer(
+        BPE(vocab=ids, merges=merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _byte_pair_processor(tokenizer: Tokenizer, settings: Mapping[str, Any], *, is_roberta: bool) -> Any:
+    """Return the post-processor that transformers gives a tokenizer made from vocab.json and merges.txt."""
+    bos, sep, cls = (str(settings.get(f"{name}_token")) for name in ("bos", "sep", "cls"))
+    if is_roberta:
+        return processors.RobertaProcessing(
+            sep=(sep, tokenizer.token_to_id(sep)),
+            cls=(cls, tokenizer.token_to_id(cls)),
+            add_prefix_space=settings.get("add_prefix_space", False),
+            trim_offsets=True,
+        )
+    if settings.get("add_bos_token", False):
+        return processors.TemplateProcessing(
+            single=f"{bos}:0 $A:0",
+            pair=f"{bos}:0 $A:0 $B:1",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
+        )
+    return processors.ByteLevel(trim_offsets=False)
+
+
+def _apply_prefix_space(tokenizer: Tokenizer, settings: Mapping[str, Any], *, is_roberta: bool) -> None:
+    """Set whether texts get a space in front as the settings say, if tokenizer.json says otherwise."""
+    wanted = {"add_prefix_space": settings.get("add_prefix_space", False)}
+    if is_roberta and tokenizer.post_processor is not None:
+        _change(tokenizer, "post_processor", processors, wanted | {"trim_offsets": settings.get("trim_offsets", True)})
+    with suppress(Exception):  # as transformers does for pre-tokenizers without such a state, and without any
+        _change(tokenizer, "pre_tokenizer", pre_tokenizers, wanted)
+
+
+def _change(tokenizer: Tokenizer, part: str, kinds: Any, wanted: Mapping[str, Any]) -> None:
+    """Replace a part of a tokenizer if one of the settings that it has differs from `wanted`."""
+    state = json.loads(getattr(tokenizer, part).__getstate__())
+    changed = {name: value for name, value in wanted.items() if state.get(name, value) != value}
+    if changed:
+        kind = getattr(kinds, state.pop("type"))
+        state = {name: tuple(value) if name in ("sep", "cls") else value for name, value in state.items()}
+        setattr(tokenizer, part, kind(**(state | changed)))

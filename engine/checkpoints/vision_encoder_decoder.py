@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from engine.bundle.manifest import TokenIds
-from engine.checkpoints.rules import DEFAULTS, WITHOUT_EFFECT, ProcessorRules, Rules, Settings, Sizes
+from engine.checkpoints.rules import (
+    DEFAULTS,
+    WITHOUT_EFFECT,
+    ConvertibleRules,
+    ProcessorRules,
+    Settings,
+    Sizes,
+    check_numbers,
+    linear,
+    norm,
+)
 from engine.errors import CheckpointError
 
 PAIRS = {
@@ -22,6 +32,8 @@ PAIRS = {
     "dinov2": ("gpt2",),
 }
 """The supported pairs: `model_type` of the encoder, and of the decoders that it may have."""
+CONVERTIBLE = {"vit": ("gpt2", "trocr")}
+"""Those of them that are converted without torch."""
 
 HALF = [0.5] * 3, [0.5] * 3
 CLIP = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -47,7 +59,17 @@ PROCESSORS = {"vit": VIT, "deit": DEIT, "beit": BEIT, "swin": VIT, "dinov2": BIT
 """Image processors: the one of each encoder. A checkpoint may name any of them."""
 
 ENCODERS: dict[str, dict[str, Any]] = {
-    "vit": {"image_size": 224, "patch_size": 16},
+    "vit": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "qkv_bias": True,
+        "image_size": 224,
+        "patch_size": 16,
+    },
     "deit": {"image_size": 224, "patch_size": 16},
     "beit": {"image_size": 224, "patch_size": 16},
     "swin": {"image_size": 224, "patch_size": 4, "depths": [2, 2, 6, 2]},
@@ -65,7 +87,8 @@ class TextRules:
     `sizes` are the names of its number of layers, number of heads, width and number of positions, with their defaults;
     `ids` the defaults of its special ids. `head` names the head's weight and the word embeddings, which are one tensor
     if tie_word_embeddings is set, `tied` tensors that always are one. Captions do not depend on the weights `unused`.
-    Settings other than the `neutral` ones change the model in a way that the graph does not have.
+    Settings other than the `neutral` ones change the model in a way that the graph does not have. `more` are further
+    settings that decide the operations of the graph, with their defaults, for decoders that are converted.
     """
 
     sizes: Mapping[str, int]
@@ -75,6 +98,7 @@ class TextRules:
     tied: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     neutral: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 BERT_SIZES = {
@@ -92,6 +116,7 @@ DECODERS = {
         ids={"bos_token_id": 50256, "eos_token_id": 50256},
         head=("lm_head.weight", "transformer.wte.weight"),
         neutral={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+        more={"n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
     ),
     "bert": TextRules(
         sizes=BERT_SIZES,
@@ -115,6 +140,13 @@ DECODERS = {
         ids=BART_IDS | {"decoder_start_token_id": 2},
         head=("output_projection.weight", "model.decoder.embed_tokens.weight"),
         unused=("model.decoder.embed_positions._float_tensor",),
+        more={
+            "decoder_ffn_dim": 4096,
+            "activation_function": "gelu",
+            "scale_embedding": False,
+            "use_learned_position_embeddings": True,
+            "layernorm_embedding": True,
+        },
     ),
     "mbart": TextRules(
         sizes=BART_SIZES,
@@ -127,12 +159,14 @@ DECODERS = {
 ENDINGS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 
-class VisionEncoderDecoderRules(Rules):
+class VisionEncoderDecoderRules(ConvertibleRules):
     """An image encoder with a text decoder (VisionEncoderDecoderModel)."""
 
     name = "VisionEncoderDecoder"
     model_type, architecture = "vision-encoder-decoder", "VisionEncoderDecoderModel"
     weight_prefixes = ("encoder.", "decoder.")
+    tokenizer_class = "PreTrainedTokenizer"  # transformers has none for the pair: tokenizer.json alone counts
+    position_table = "encoder.embeddings.position_embeddings"
     processor = VIT
 
     def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
@@ -161,6 +195,8 @@ class VisionEncoderDecoderRules(Rules):
             sides = size if isinstance(size, list) and size else [size]
             if any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
                 raise CheckpointError(f"{path}: encoder.{name} is {size!r}, but only squares are supported")
+        if self.converts(raw):
+            self._check_sizes(raw, path)
         missing = [name for name in ENDINGS if type(raw.get(name)) is not int]
         if missing:
             raise CheckpointError(
@@ -172,6 +208,25 @@ class VisionEncoderDecoderRules(Rules):
                 f"{path}: captions start with the pad id {raw['decoder_start_token_id']}, from which RoBERTa counts "
                 "positions in another way: train with another decoder_start_token_id"
             )
+
+    def _check_sizes(self, raw: Mapping[str, Any], path: Path) -> None:
+        vision, text = _part(raw, "encoder"), _part(raw, "decoder")
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        check_numbers({name: vision[name] for name in names}, path, "encoder", lowest=1)
+        check_numbers({name: _side(vision[name]) for name in ("image_size", "patch_size")}, path, "encoder", lowest=1)
+        rules = DECODERS[text["model_type"]]
+        sizes = {name: text[name] for name in (*rules.sizes, "vocab_size")}
+        inner = "n_inner" if text["model_type"] == "gpt2" else "decoder_ffn_dim"
+        if text[inner] is not None:
+            sizes[inner] = text[inner]
+        check_numbers(sizes, path, "decoder", lowest=1)
+        _, heads, width, _ = (text[name] for name in rules.sizes)
+        for part, one, many in (
+            ("encoder", vision["hidden_size"], vision["num_attention_heads"]),
+            ("decoder", width, heads),
+        ):
+            if one % many:
+                raise CheckpointError(f"{path}: the width {one} of the {part} is not a multiple of its {many} heads")
 
     def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:
         """See Rules.settings. Hugging Face reads generation_config.json or, without it, both levels of config.json.
@@ -219,6 +274,61 @@ class VisionEncoderDecoderRules(Rules):
             tokens=TokenIds(*(raw[name] for name in ENDINGS)),
         )
 
+    def converts(self, raw: Mapping[str, Any]) -> bool:
+        """See Rules.converts."""
+        encoder, decoder = (raw[part]["model_type"] for part in ("encoder", "decoder"))
+        return decoder in CONVERTIBLE.get(encoder, ())
+
+    def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
+        """See Rules.shape. A width of cross-attention that is not set is that of the decoder: 0."""
+        vision, text = _part(raw, "encoder"), _part(raw, "decoder")
+        rules = DECODERS[text["model_type"]]
+        vision_names = [name for name in ENCODERS[vision["model_type"]] if name != "image_size"]
+        text_names = [*list(rules.sizes)[:3], *rules.more]  # without the number of positions
+        shape = {f"encoder.{name}": vision[name] for name in ("model_type", *vision_names)}
+        shape["encoder.patch_size"] = _side(vision["patch_size"])
+        shape |= {f"decoder.{name}": text[name] for name in ("model_type", *text_names)}
+        if "n_inner" in text_names and text["n_inner"] is None:
+            shape["decoder.n_inner"] = 4 * text["n_embd"]
+        return shape | {"decoder.cross_attention_hidden_size": text.get("cross_attention_hidden_size") or 0}
+
+    def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """See Rules.weight_shapes. The names are those of ViTModel and the decoder's class in transformers 4.57."""
+        vision, text = _part(raw, "encoder"), _part(raw, "decoder")
+        rules = DECODERS[text["model_type"]]
+        _, _, text_width, _ = (text[name] for name in rules.sizes)
+        width, inner, patch = vision["hidden_size"], vision["intermediate_size"], _side(vision["patch_size"])
+        shapes: dict[str, tuple[int, ...]] = {
+            "encoder.embeddings.cls_token": (1, 1, width),
+            self.position_table: (1, self.sizes(raw).encoder_positions, width),
+            "encoder.embeddings.patch_embeddings.projection.weight": (width, 3, patch, patch),
+            "encoder.embeddings.patch_embeddings.projection.bias": (width,),
+            **norm("encoder.layernorm", width),
+        }
+        for i in range(vision["num_hidden_layers"]):
+            layer = f"encoder.encoder.layer.{i}"
+            for part in ("query", "key", "value"):
+                shapes |= linear(f"{layer}.attention.attention.{part}", width, width, bias=vision["qkv_bias"])
+            shapes |= linear(f"{layer}.attention.output.dense", width, width)
+            shapes |= linear(f"{layer}.intermediate.dense", inner, width)
+            shapes |= linear(f"{layer}.output.dense", width, inner)
+            shapes |= norm(f"{layer}.layernorm_before", width) | norm(f"{layer}.layernorm_after", width)
+        source = text.get("cross_attention_hidden_size")
+        if source is None:
+            source = text_width
+            if width != text_width:
+                shapes |= linear("enc_to_dec_proj", text_width, width)
+        shapes |= {f"decoder.{name}": shape for name, shape in DECODER_SHAPES[text["model_type"]](text, source).items()}
+        head, words = rules.head
+        return shapes | {f"decoder.{name}": (text["vocab_size"], text_width) for name in (head, words)}
+
+    def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+        """See Rules.resized."""
+        patch = _side(_part(raw, "encoder")["patch_size"])
+        if image_size % patch:
+            raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {patch}")
+        return {**raw, "encoder": {**raw["encoder"], "image_size": image_size}}
+
     def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:
         """See Rules.tied."""
         rules = DECODERS[raw["decoder"]["model_type"]]
@@ -251,7 +361,7 @@ def _part(raw: Mapping[str, Any], part: str) -> dict[str, Any]:
         defaults = ENCODERS[kind]
     else:
         rules = DECODERS[kind]
-        defaults = {**rules.sizes, **rules.ids, "vocab_size": rules.vocab_size}
+        defaults = {**rules.sizes, **rules.ids, **rules.more, "vocab_size": rules.vocab_size}
     return defaults | {name: value for name, value in raw[part].items() if value is not None}
 
 
@@ -274,3 +384,50 @@ def _encoder_positions(vision: Mapping[str, Any]) -> int:
     for _ in vision["depths"][1:]:
         side = -(-side // 2)
     return side * side
+
+
+def _gpt2_shapes(text: Mapping[str, Any], source: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of GPT2LMHeadModel's weights, without embeddings of words. `source` is the encoder's width.
+
+    Weights of its dense layers (Conv1D) are [inputs,outputs].
+    """
+    width, inner = text["n_embd"], text["n_inner"] or 4 * text["n_embd"]
+    shapes = {"transformer.wpe.weight": (text["n_positions"], width), **norm("transformer.ln_f", width)}
+    for i in range(text["n_layer"]):
+        layer = f"transformer.h.{i}"
+        for name, inputs, outputs in (
+            ("attn.c_attn", width, 3 * width),
+            ("attn.c_proj", width, width),
+            ("crossattention.c_attn", source, 2 * width),
+            ("crossattention.q_attn", width, width),
+            ("crossattention.c_proj", width, width),
+            ("mlp.c_fc", width, inner),
+            ("mlp.c_proj", inner, width),
+        ):
+            shapes |= {f"{layer}.{name}.weight": (inputs, outputs), f"{layer}.{name}.bias": (outputs,)}
+        for name in ("ln_1", "ln_2", "ln_cross_attn"):
+            shapes |= norm(f"{layer}.{name}", width)
+    return shapes
+
+
+def _trocr_shapes(text: Mapping[str, Any], source: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of TrOCRForCausalLM's weights, without embeddings of words. `source` is the encoder's width."""
+    width, inner, body = text["d_model"], text["decoder_ffn_dim"], "model.decoder"
+    shapes: dict[str, tuple[int, ...]] = {}
+    if text["use_learned_position_embeddings"]:  # the first two rows have no position
+        shapes[f"{body}.embed_positions.weight"] = (text["max_position_embeddings"] + 2, width)
+    if text["layernorm_embedding"]:
+        shapes |= norm(f"{body}.layernorm_embedding", width)
+    for i in range(text["decoder_layers"]):
+        layer = f"{body}.layers.{i}"
+        for attention, inputs in (("self_attn", width), ("encoder_attn", source)):
+            for name, many in (("q_proj", width), ("k_proj", inputs), ("v_proj", inputs), ("out_proj", width)):
+                shapes |= linear(f"{layer}.{attention}.{name}", width, many)
+            shapes |= norm(f"{layer}.{attention}_layer_norm", width)
+        shapes |= linear(f"{layer}.fc1", inner, width) | linear(f"{layer}.fc2", width, inner)
+        shapes |= norm(f"{layer}.final_layer_norm", width)
+    return shapes
+
+
+DECODER_SHAPES = {"gpt2": _gpt2_shapes, "trocr": _trocr_shapes}
+"""Shapes of weights of the decoders in CONVERTIBLE."""

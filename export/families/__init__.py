@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.checkpoints.files import rules_at
 from export.families.blip import Blip
@@ -21,9 +21,20 @@ FAMILIES: dict[str, Family] = {family.rules.model_type: family for family in (OR
 """Families by `model_type` in config.json."""
 
 
+PUBLISHED: dict[str, PretrainedConfig] = {
+    name: config for family in FAMILIES.values() for name, config in family.published().items()
+}
+"""Published architectures whose graphs are in the wheel, by name. Their settings are those of the published files."""
+
+
 def family_of(model: PreTrainedModel) -> Family:
     """Return the family of a model."""
-    return FAMILIES[model.config.model_type]
+    return family_for(model.config)
+
+
+def family_for(config: PretrainedConfig) -> Family:
+    """Return the family of a configuration."""
+    return FAMILIES[config.model_type]
 
 
 def family_at(directory: Path) -> Family:

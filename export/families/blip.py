@@ -15,6 +15,7 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipTextLMHeadModel,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -99,11 +100,46 @@ class BlipStep(DecoderStep):
         return self.text_decoder.cls(x)
 
 
+def _config(vision_layers: int, vision_width: int, vision_heads: int) -> BlipConfig:
+    """Return the configuration of a BLIP with this image encoder, and otherwise as published."""
+    return BlipConfig(
+        vision_config={
+            "hidden_size": vision_width,
+            "intermediate_size": 4 * vision_width,
+            "num_hidden_layers": vision_layers,
+            "num_attention_heads": vision_heads,
+        },
+        text_config={"encoder_hidden_size": vision_width, "num_attention_heads": 12},
+    )
+
+
 class Blip(Family):
     """BLIP with a captioning head (BlipForConditionalGeneration)."""
 
     rules: ClassVar[BlipRules] = BlipRules()
     config_class, model_class = BlipConfig, BlipForConditionalGeneration
+
+    def published(self) -> dict[str, PretrainedConfig]:
+        """See Family.published. The two differ in their image encoder."""
+        return {"BLIP-base": _config(12, 768, 12), "BLIP-large": _config(24, 1024, 16)}
+
+    def shrunk(self, config: PretrainedConfig) -> BlipConfig:  # noqa: ARG002
+        """See Family.shrunk."""
+        small = _config(2, 24, 3)
+        small.text_config.update(
+            {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        )
+        return small
+
+    def with_sizes(
+        self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
+    ) -> PretrainedConfig:
+        """See Family.with_sizes."""
+        config = copy.deepcopy(config)
+        config.vision_config.image_size = patches * config.vision_config.patch_size
+        config.text_config.vocab_size = vocab_size
+        config.text_config.max_position_embeddings = max_positions
+        return config
 
     def resize(self, model: PreTrainedModel, image_size: int) -> None:
         """Resize the vision position table as BlipVisionEmbeddings.interpolate_pos_encoding does (transformers 4.57).

@@ -14,7 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GitConfig, GitForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    GitConfig,
+    GitForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from engine.checkpoints.git import GitRules
@@ -40,13 +47,22 @@ PARTS = ("git", "output")
 
 
 class GitEncoder(Encoder):
-    """The image encoder by Hugging Face's own code, and its tokens' way through the decoder's layers."""
+    """The image encoder, whose layers are Hugging Face's own code, and its tokens' way through the decoder's layers."""
 
     parts = PARTS
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """See Encoder.encode."""
-        return self.git.visual_projection(self.git.image_encoder(pixels).last_hidden_state)
+        """Run GitVisionTransformer.forward with the position table as it is; returns f32[B,S,D].
+
+        Hugging Face looks up all rows of the table by their numbers, which the graph would have to hold.
+        """
+        vision = self.git.image_encoder.vision_model
+        embeddings = vision.embeddings
+        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        classes = embeddings.class_embedding.expand(pixels.shape[0], 1, -1)
+        x = torch.cat([classes, patches], 1) + embeddings.position_embedding.weight
+        x = vision.encoder(vision.pre_layrnorm(x)).last_hidden_state
+        return self.git.visual_projection(vision.post_layernorm(x))
 
     def keys_values(self, encoded: Tensor) -> Iterator[Tensor]:
         """Run the image's tokens through GitLayer.forward; yield their keys and values in each layer."""
@@ -95,6 +111,37 @@ class Git(Family):
 
     rules: ClassVar[GitRules] = GitRules()
     config_class, model_class = GitConfig, GitForCausalLM
+
+    def published(self) -> dict[str, PretrainedConfig]:
+        """See Family.published. The two differ in their image encoder."""
+        large = {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+        }
+        return {"GIT-base": GitConfig(), "GIT-large": GitConfig(vision_config=large)}
+
+    def shrunk(self, config: PretrainedConfig) -> GitConfig:
+        """See Family.shrunk."""
+        vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+        return GitConfig(
+            vision_config=vision | {"patch_size": config.vision_config.patch_size},
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+
+    def with_sizes(
+        self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
+    ) -> PretrainedConfig:
+        """See Family.with_sizes."""
+        config = copy.deepcopy(config)
+        config.vision_config.image_size = patches * config.vision_config.patch_size
+        config.vocab_size, config.max_position_embeddings = vocab_size, max_positions
+        return config
 
     def resize(self, model: PreTrainedModel, image_size: int) -> None:
         """See Family.resize. The decoder's layers know the number of the image's tokens, which they do not cache.

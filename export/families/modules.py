@@ -331,6 +331,22 @@ class Family(ABC):
     def make_processor(self, settings: Mapping[str, Any]) -> ImageProcessor:
         """Return Hugging Face's image processor with these settings, in the slow version that uses Pillow."""
 
+    # graph sets in the wheel
+
+    def published(self) -> dict[str, PretrainedConfig]:
+        """Return the published architectures that the engine converts without torch, by name (export/graphsets.py)."""
+        return {}
+
+    def shrunk(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Return an architecture of `published` with few, narrow layers and otherwise the same settings."""
+        raise NotImplementedError
+
+    def with_sizes(
+        self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
+    ) -> PretrainedConfig:
+        """Return an architecture with other sizes: patches per side of an image, vocabulary, positions of the text."""
+        raise NotImplementedError
+
     # graphs
 
     @abstractmethod

@@ -14,15 +14,20 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
+    GPT2Config,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrOCRConfig,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
+    ViTConfig,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
 from engine.checkpoints.rules import Rules
-from engine.checkpoints.vision_encoder_decoder import VisionEncoderDecoderRules
+from engine.checkpoints.vision_encoder_decoder import DECODERS as DECODER_RULES
+from engine.checkpoints.vision_encoder_decoder import ENDINGS, VisionEncoderDecoderRules
 from engine.errors import CheckpointError
 from export.families.decoders import DECODERS, TextDecoder, skips_pads
 from export.families.modules import IS_5, Encoder, Family, ImageProcessor, Normalisation, Sizes
@@ -73,6 +78,15 @@ class VisionEncoder(Encoder):
         return self.keys_of(self.decoder, encoded)
 
 
+def _pair(
+    encoder: PretrainedConfig, decoder: PretrainedConfig, ids: tuple[int, int, int]
+) -> VisionEncoderDecoderConfig:
+    """Return the configuration of a pair with the ids of start, end and padding."""
+    return VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        encoder, decoder, **dict(zip(ENDINGS, ids, strict=True))
+    )
+
+
 def _for_one_size(encoder: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of an encoder that uses its position table as it is; it shares all weights.
 
@@ -93,6 +107,40 @@ class VisionEncoderDecoder(Family):
 
     rules: ClassVar[Rules] = VisionEncoderDecoderRules()
     config_class, model_class = VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+
+    def published(self) -> dict[str, PretrainedConfig]:
+        """See Family.published. TrOCR-base is microsoft/trocr-base-printed and -handwritten."""
+        gpt2 = GPT2Config(is_decoder=True, add_cross_attention=True)
+        trocr = TrOCRConfig(is_decoder=True, add_cross_attention=True, cross_attention_hidden_size=768)
+        return {
+            "ViT-GPT2": _pair(ViTConfig(), gpt2, (50256, 50256, 50256)),
+            "TrOCR-base": _pair(ViTConfig(image_size=384, qkv_bias=False), trocr, (2, 2, 1)),
+        }
+
+    def shrunk(self, config: PretrainedConfig) -> PretrainedConfig:
+        """See Family.shrunk."""
+        small = copy.deepcopy(config)
+        small.encoder.update(
+            {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+        )
+        if small.decoder.model_type == "gpt2":
+            small.decoder.update({"n_embd": 24, "n_layer": 2, "n_head": 4})
+        else:
+            small.decoder.update(
+                {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+            )
+            small.decoder.cross_attention_hidden_size = 24
+        return small
+
+    def with_sizes(
+        self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
+    ) -> PretrainedConfig:
+        """See Family.with_sizes."""
+        config = copy.deepcopy(config)
+        config.encoder.image_size = patches * _side(config.encoder.patch_size)
+        *_, positions = DECODER_RULES[config.decoder.model_type].sizes
+        config.decoder.update({"vocab_size": vocab_size, positions: max_positions})
+        return config
 
     def resize(self, model: PreTrainedModel, image_size: int) -> None:
         """Interpolate the position table as the encoder itself does, once.

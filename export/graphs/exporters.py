@@ -230,9 +230,11 @@ def _placeholders(module: ExportedModule) -> Iterator[None]:
     """Replace a module's weights by constants that need no memory, as long as the context is open.
 
     Each has another value, because torch's exporter stores tensors with equal values once. So the graph does not
-    depend on the values of weights, such as biases that are all 0.
+    depend on the values of weights, such as biases that are all 0, nor on those of buffers, such as a mean of pixels
+    that equals their std.
     """
-    weights = list(module.parameters())  # tied ones once
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    weights = [*module.parameters(), *buffers]  # tied ones once
     values = [weight.data for weight in weights]
     try:
         for i, weight in enumerate(weights):

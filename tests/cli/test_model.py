@@ -34,7 +34,10 @@ from tests.cli.test_hub import published_as_base
 from tests.helpers.converter import IS_REAL
 from tests.helpers.hub import Hub, loopback_hub
 from tests.helpers.tiny import make_checkpoint, save_pictures
+from tests.helpers.tiny_git import make_git_checkpoint
+from tests.helpers.tiny_pairs import make_pair
 
+VIT_GPT2, GIT = "nlpconnect/vit-gpt2-image-captioning", "microsoft/git-base"
 BASE, LARGE = "Salesforce/blip-image-captioning-base", "Salesforce/blip-image-captioning-large"
 CAPTION = ("--beams", "2", "--max-new-tokens", "8", "--input", "images", "--out", "run.csv")
 NOWHERE = "http://127.0.0.1:9"
@@ -164,6 +167,55 @@ def test_safetensors_are_preferred_to_pickles(machine, expected):
     fetched = {line.split()[0] for line in machine.hub.asked}
     assert "model.safetensors" in fetched
     assert "pytorch_model.bin" not in fetched
+
+
+@pytest.fixture(scope="module")
+def served_others(tmp_path_factory) -> dict[str, Path]:
+    """Folders with the file lists of vit-gpt2-image-captioning, which is pickled only, and of git-base."""
+    folder = tmp_path_factory.mktemp("others")
+    vit_gpt2 = make_pair(folder / "vit-gpt2", "vit", "gpt2")
+    weights = load_file(vit_gpt2 / "model.safetensors")
+    (vit_gpt2 / "model.safetensors").unlink()
+    masks = {"decoder.transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()}
+    masks |= {"decoder.transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}  # as older releases wrote
+    torch.save(weights | masks, vit_gpt2 / "pytorch_model.bin")
+    git = make_git_checkpoint(folder / "git")
+    torch.save(load_file(git / "model.safetensors"), git / "pytorch_model.bin")
+    vocabulary = json.loads((git / "tokenizer.json").read_text())["model"]["vocab"]
+    (git / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n")
+    settings = {"preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    both = settings | {"config.json", "pytorch_model.bin"}
+    for one, more in (
+        (vit_gpt2, {"vocab.json", "merges.txt"}),
+        (git, {"generation_config.json", "model.safetensors", "vocab.txt"}),
+    ):
+        for path in one.iterdir():
+            if path.name not in both | more:
+                path.unlink()
+        assert {path.name for path in one.iterdir()} == both | more
+    return {VIT_GPT2: vit_gpt2, GIT: git}
+
+
+@pytest.mark.skipif(not IS_REAL, reason="the stand-ins know BLIP only")
+@pytest.mark.parametrize("name", [VIT_GPT2, GIT])
+def test_other_families_are_converted_by_name(name, served_others, machine, tmp_path):
+    from engine.checkpoints.graphs import save_graphs
+    from export.bundle import export_bundle
+    from export.graphsets import make_graphs
+    from export.reference.huggingface import Reference
+
+    machine.hub.repositories |= served_others
+    for graphs in make_graphs("tiny-other", Reference.load(served_others[name]).model.config):
+        save_graphs(graphs, tmp_path / "graphs")
+    export_bundle(served_others[name], tmp_path / "exported", lambda _: None)
+    machine.run("caption", "--bundle", tmp_path / "exported", *CAPTION)
+    expected = machine.captions()
+    machine.run("caption", "--model", name, *CAPTION, ENGINE_GRAPHS=str(tmp_path / "graphs"))
+    assert machine.captions() == expected
+    offline = {"HF_ENDPOINT": NOWHERE, "HF_HUB_OFFLINE": "1"}
+    again = machine.run("caption", "--model", name, *CAPTION, ENGINE_GRAPHS=str(tmp_path / "graphs"), **offline)
+    assert machine.captions() == expected
+    assert not [line for line in again if line.startswith(("fetching", "converting"))]
 
 
 def test_models_are_averaged_and_processes_get_the_bundle(machine, tiny_bundle, tmp_path):

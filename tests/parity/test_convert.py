@@ -32,14 +32,16 @@ from engine.checkpoints.graphs import (
 from engine.checkpoints.read import Checkpoint, read_checkpoint
 from engine.cli.app import main as engine_main
 from engine.errors import CheckpointError, OutputError
-from export.families import family_of
+from export.families import PUBLISHED, family_of
 from export.graphs.exporters import trace, without_weights, write_graphs
 from export.graphs.templates import filled
-from export.graphsets import ARCHITECTURES, Example, fingerprint, make_graphs, model_of, numbers_of
+from export.graphsets import Example, fingerprint, make_graphs, model_of, numbers_of
 from export.parity import main as parity_main
 from export.reference.huggingface import Reference, normalisation
 from export.restore import main as restore_main
 from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
+from tests.helpers.tiny_git import make_git_checkpoint
+from tests.helpers.tiny_pairs import make_pair
 
 
 class Changed(Mapping):
@@ -71,7 +73,7 @@ def changed(checkpoint: Checkpoint, **replaced) -> Checkpoint:
 def graphs(tiny_checkpoint, tmp_path_factory) -> Path:
     """A folder with the graph sets of the tiny architecture, made as those in the wheel."""
     folder = tmp_path_factory.mktemp("graphs")
-    for one in make_graphs("tiny", json.loads((tiny_checkpoint / "config.json").read_text())):
+    for one in make_graphs("tiny", Reference.load(tiny_checkpoint).model.config):
         save_graphs(one, folder)
     return folder
 
@@ -154,11 +156,74 @@ def check_against_export(folder: Path, tmp_path: Path, precision: str) -> Path:
     return out
 
 
+OTHERS = {
+    "vit-gpt2": lambda folder: make_pair(folder, "vit", "gpt2"),
+    "trocr": lambda folder: make_pair(folder, "vit", "trocr", vision={"qkv_bias": False}),
+    "git": make_git_checkpoint,
+}
+"""Checkpoints of other families that are converted."""
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints by name, next to the folder with their graph sets."""
+    folder = tmp_path_factory.mktemp("others")
+    made = {name: make(folder / name) for name, make in OTHERS.items()}
+    for name, checkpoint in made.items():
+        for one in make_graphs(f"tiny-{name}", Reference.load(checkpoint).model.config):
+            save_graphs(one, folder / "graphs")
+    return made
+
+
+@pytest.fixture
+def registered_others(others, monkeypatch):
+    monkeypatch.setenv(EXTRA_GRAPHS, str(others["git"].with_name("graphs")))
+
+
+@pytest.mark.usefixtures("registered_others")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_equal_the_export(name, precision, others, tmp_path):
+    out = check_against_export(others[name], tmp_path, precision)
+    tokenizer = Reference.load(others[name]).tokenizer.backend_tokenizer
+    assert (out / "tokenizer.json").read_text() == tokenizer.to_str(pretty=True)
+
+
+@pytest.mark.usefixtures("registered_others")
+@pytest.mark.parametrize("name", OTHERS)
+def test_sizes_of_other_families_are_filled_in(name, tmp_path):
+    """Other image sizes, vocabularies, positions, mean and std than those of the checkpoint that made the sets."""
+    sizes = {"image_size": 48}
+    if name == "git":
+        folder = make_git_checkpoint(tmp_path / name, max_position_embeddings=80, **sizes)
+    else:
+        text = {"n_positions": 50} if name == "vit-gpt2" else {"max_position_embeddings": 50}
+        more = {"qkv_bias": False} if name == "trocr" else {}
+        decoder = {"vit-gpt2": "gpt2"}.get(name, name)
+        folder = make_pair(tmp_path / name, "vit", decoder, vision=sizes | more, text=text | {"vocab_size": 200})
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1], "rescale_factor": 0.0071}
+    size = {"height": 48, "width": 48}
+    settings |= {"size": {"shortest_edge": 50}, "crop_size": size} if name == "git" else {"size": size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    check_against_export(folder, tmp_path, "fp32")
+
+
+@pytest.mark.usefixtures("registered_others")
+@pytest.mark.parametrize("name", OTHERS)
+def test_captions_of_other_families_equal_generate(name, others, tmp_path):
+    parity(others[name], converted(read_checkpoint(others[name]), tmp_path / "bundle"), tmp_path)
+
+
 def test_captions_equal_generate(tiny_checkpoint, tmp_path):
-    out = converted(read_checkpoint(tiny_checkpoint), tmp_path / "bundle")
+    parity(tiny_checkpoint, converted(read_checkpoint(tiny_checkpoint), tmp_path / "bundle"), tmp_path)
+
+
+def parity(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    """Compare captions of a few images with those of `generate`."""
     save_pictures(tmp_path / "images", 6)
     options = ["--images", tmp_path / "images", "--beams", "1,4", "--out", tmp_path / "parity.json"]
-    arguments = ["--checkpoint", tiny_checkpoint, "--bundle", out, *options]
+    arguments = ["--checkpoint", checkpoint, "--bundle", bundle, *options]
     result = CliRunner().invoke(parity_main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert "pass: 0 real mismatches" in result.output
@@ -192,7 +257,7 @@ def test_what_needs_an_export_is_refused_in_one_line(command, tiny_checkpoint, t
 def test_checkpoints_without_graphs_are_refused(tiny_checkpoint):
     shape = read_checkpoint(tiny_checkpoint).shape
     name = next(name for name, value in shape.items() if isinstance(value, int))
-    sizes = rf"its sizes are not those of tiny: {name} .*BLIP-base, BLIP-large, tiny.*python -m export"
+    sizes = rf"its sizes are not those of tiny: {name} .*BLIP-base, .*ViT-GPT2, tiny.*python -m export"
     with pytest.raises(CheckpointError, match=sizes):
         find_graphs("blip", shape | {name: 7}, "fp32")
     with pytest.raises(CheckpointError, match="it is of the family 'other'"):
@@ -256,7 +321,7 @@ def test_damaged_graph_sets_are_refused(graphs, tmp_path, monkeypatch):
 
 def test_shipped_sets_are_small_and_complete(monkeypatch):
     monkeypatch.delenv(EXTRA_GRAPHS)
-    assert known_architectures() == [(name, tuple(sorted(PRECISIONS))) for name in sorted(ARCHITECTURES)]
+    assert known_architectures() == [(name, tuple(sorted(PRECISIONS))) for name in sorted(PUBLISHED)]
     sizes = [path.stat().st_size for path in shipped_graphs().iterdir()]
     assert max(sizes) < 1 << 20
     assert sum(sizes) < 2 << 20
@@ -264,22 +329,23 @@ def test_shipped_sets_are_small_and_complete(monkeypatch):
         assert graphs == GraphSet.from_bytes(graphs.to_bytes())
 
 
-def test_shipped_sets_are_of_this_export(monkeypatch):
+@pytest.mark.parametrize("architecture", PUBLISHED)
+def test_shipped_sets_are_of_this_export(architecture, monkeypatch):
     """Fails if the export's graphs have changed since: run `python -m export.graphsets`."""
     monkeypatch.delenv(EXTRA_GRAPHS)
-    made_by = fingerprint()
-    assert {graphs.made_by for graphs in known_graphs()} == {made_by}
+    made_by = fingerprint(PUBLISHED[architecture])
+    assert {graphs.made_by for graphs in known_graphs() if graphs.architecture == architecture} == {made_by}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PUBLISHED)
 def test_shipped_graphs_equal_a_fresh_trace(architecture, monkeypatch):
     """With sizes that the set was not made from. float16 and int8 follow from the same code."""
     monkeypatch.delenv(EXTRA_GRAPHS)
-    config = ARCHITECTURES[architecture]
-    example = Example(64, 211, 40, (0.5, [0.5, 0.25, 0.125], [0.75, 0.5, 0.25]))
+    config = PUBLISHED[architecture]
+    example = Example(4, 211, 40, (0.5, [0.5, 0.25, 0.125], [0.75, 0.5, 0.25]))
     model, numbers = model_of(config, example), numbers_of(config, example)
     fresh = without_weights(trace(model, example.normalisation), family_of(model).sizes(model.config))
-    shipped = find_graphs("blip", RULES["blip"].shape(config), "fp32")
+    shipped = find_graphs(config.model_type, RULES[config.model_type].shape(config.to_dict()), "fp32")
     assert tuple(filled(graph, numbers) for graph in shipped.graphs) == fresh
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BlipConfig, BlipForConditionalGeneration
+from transformers import BlipConfig, BlipForConditionalGeneration, GitConfig, VisionEncoderDecoderConfig
 
 from engine.checkpoints.blip import HEAD, HEAD_WIDTH, WORDS, BlipRules
+from engine.checkpoints.families import RULES
 from engine.checkpoints.read import Checkpoint, bicubic_matrix, read_checkpoint
 from engine.checkpoints.settings import DEFAULTS, OTHER_DEFAULTS, assumed_settings, ignored_settings, verdict
 from engine.checkpoints.tokenizer import read_tokenizer
@@ -23,9 +24,12 @@ from export.bundle import describe_checkpoint
 from export.checkpoints.find import find_checkpoint
 from export.checkpoints.settings import check_supported
 from export.checkpoints.settings import read_tokenizer as read_by_transformers
+from export.families import PUBLISHED, family_for
 from export.reference.huggingface import Reference, normalisation
 from tests.helpers.tiny import IMAGE_SIZE, PATCH_SIZE, SPECIAL
 from tests.helpers.tiny import WORDS as ALL_WORDS
+from tests.helpers.tiny_git import make_git_checkpoint
+from tests.helpers.tiny_pairs import make_pair
 
 Weights = dict[str, torch.Tensor]
 
@@ -79,14 +83,18 @@ def assert_as_exported(found: Checkpoint, folder: Path, image_size: int | None =
     if found.path == folder:
         assert found.description == manifest["checkpoint"]
         assert found.digest == manifest["checkpoint"]["sha256"]
-    expected = {name: one for name, one in reference.model.state_dict().items() if not name.endswith("position_ids")}
+    unused = ("position_ids", *RULES[found.family].unused(found.config))
+    weights = reference.model.state_dict()
+    expected = {
+        name: one for name, one in weights.items() if not (name.endswith(unused[:1]) or name.startswith(unused))
+    }
     assert set(found.weights) == set(expected)
     for name, tensor in expected.items():
         weight = found.weights[name]
         assert weight.dtype == np.float32
         assert weight.flags.c_contiguous
         assert found.weights.shape(name) == weight.shape == tuple(tensor.shape)
-        if name == "vision_model.embeddings.position_embedding" and image_size:
+        if name == RULES[found.family].position_table and image_size:
             np.testing.assert_allclose(weight, tensor.numpy(), rtol=0, atol=1e-6)
         else:
             assert np.array_equal(weight, tensor.numpy()), name
@@ -226,6 +234,71 @@ def test_weight_shapes_equal_those_of_transformers(vision):
     assert BlipRules().weight_shapes({"vision_config": vision}) == expected
 
 
+OTHERS = {
+    "vit-gpt2": lambda folder: make_pair(folder, "vit", "gpt2"),
+    "trocr": lambda folder: make_pair(folder, "vit", "trocr", vision={"qkv_bias": False}),
+    "git": make_git_checkpoint,
+}
+"""Checkpoints of other families that are converted."""
+
+
+@pytest.mark.parametrize("image_size", [None, 48])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_equal_the_export(name, image_size, tmp_path):
+    folder = OTHERS[name](tmp_path / name)
+    assert_as_exported(read_checkpoint(folder, image_size=image_size), folder, image_size)
+
+
+def test_image_sizes_of_other_families_fit_their_patches(tmp_path):
+    for name, make in OTHERS.items():
+        with pytest.raises(CheckpointError, match="image size 33 is not a multiple of the patch size 8"):
+            read_checkpoint(make(tmp_path / name), image_size=33)
+
+
+@pytest.mark.parametrize("architecture", PUBLISHED)
+def test_weight_shapes_of_published_architectures(architecture):
+    config = PUBLISHED[architecture]
+    rules, raw = RULES[config.model_type], json.loads(json.dumps(config.to_dict()))
+    with torch.device("meta"):
+        weights = family_for(config).model_class(config).state_dict()
+    unused = rules.unused(raw)
+    expected = {name: tuple(one.shape) for name, one in weights.items() if not name.startswith(unused)}
+    assert rules.weight_shapes(raw) == {n: shape for n, shape in expected.items() if not n.endswith("position_ids")}
+
+
+def test_shapes_of_other_families_have_the_defaults_of_transformers():
+    assert RULES["git"].shape({}) == RULES["git"].shape(GitConfig().to_dict())
+    rules = RULES["vision-encoder-decoder"]
+    for decoder in ("gpt2", "trocr"):
+        text = {"model_type": decoder, "is_decoder": True, "add_cross_attention": True}
+        raw = {"encoder": {"model_type": "vit"}, "decoder": text}
+        assert rules.shape(raw) == rules.shape(VisionEncoderDecoderConfig.from_dict(raw).to_dict())
+
+
+def test_other_pairs_need_torch(tmp_path):
+    folder = make_pair(tmp_path / "swin", "swin", "bert")
+    with pytest.raises(CheckpointError, match=r"swin is a VisionEncoderDecoder .*needs torch.*`python -m export`"):
+        read_checkpoint(folder)
+
+
+LIES = {
+    "git": [("num_hidden_layers", 10**6), ("hidden_size", -1), ("vision_config", {"num_hidden_layers": "2"})],
+    "vit-gpt2": [("decoder", {"n_layer": 10**6}), ("encoder", {"hidden_size": True}), ("decoder", {"n_head": 7})],
+    "trocr": [("decoder", {"decoder_layers": 10**9}), ("decoder", {"d_model": 0})],
+}
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), [(n, *lie) for n, lies in LIES.items() for lie in lies])
+def test_configurations_that_lie_about_sizes_are_refused(name, setting, value, tmp_path):
+    folder = OTHERS[name](tmp_path / name)
+    if isinstance(value, dict):
+        value = json.loads((folder / "config.json").read_text())[setting] | value
+    edit_json(folder / "config.json", **{setting: value})
+    with pytest.raises(CheckpointError, match=r"must be a whole number|is not a multiple of") as refused:
+        read_checkpoint(folder)
+    assert "\n" not in str(refused.value)
+
+
 REFUSED = sorted(name for name in DEFAULTS | OTHER_DEFAULTS if verdict(name) == "refused")
 VALUES = {
     "bool": True,
@@ -321,6 +394,64 @@ def test_tokenizer_equals_that_of_transformers(source, edit, checkpoint):
         assert "\n" not in str(refused.value)
         return
     found = read_tokenizer(checkpoint, "BertTokenizer", 100)
+    assert found.text == text_of(expected)
+    assert found.clean_up_tokenization_spaces == expected.clean_up_tokenization_spaces
+
+
+BYTE_PAIR_EDITS = {
+    "as saved": unchanged,
+    "no settings": without("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "no map": without("special_tokens_map.json", "added_tokens.json"),
+    "map only": lambda folder: edit_json(folder / "tokenizer_config.json", added_tokens_decoder=...),
+    "no class": with_settings(tokenizer_class=...),
+    "fast class of GPT-2": with_settings(tokenizer_class="GPT2TokenizerFast"),
+    "class of GPT-2": with_settings(tokenizer_class="GPT2Tokenizer"),
+    "fast class of RoBERTa": with_settings(tokenizer_class="RobertaTokenizerFast"),
+    "class of RoBERTa": with_settings(tokenizer_class="RobertaTokenizer"),
+    "plain class": with_settings(tokenizer_class="PreTrainedTokenizerFast"),
+    "prefix space": with_settings(add_prefix_space=True),
+    "no prefix space": with_settings(add_prefix_space=...),
+    "not trimmed": with_settings(trim_offsets=False),
+    "start added": with_settings(add_bos_token=True),
+    "padding token": with_settings(pad_token="<|endoftext|>"),
+    "a new token": with_settings(bos_token="[NEW]", additional_special_tokens=["[MORE]"]),
+    "objects": with_settings(
+        bos_token=SPECIAL_DICT | {"__type": "AddedToken", "content": "</s>"}, added_tokens_decoder=...
+    ),
+    "clean": with_settings(clean_up_tokenization_spaces=True),
+    "transformers 5": with_settings(tokenizer_class="TokenizersBackend", added_tokens_decoder=...),
+    "padding": with_padding,
+}
+
+
+def with_spaces(folder: Path) -> None:
+    """Let tokenizer.json say otherwise than the settings."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+BYTE_PAIR_SOURCES = {
+    "tokenizer.json": unchanged,
+    "merges.txt": without("tokenizer.json"),
+    "other prefix": with_spaces,
+}
+
+
+@pytest.mark.parametrize("decoder", ["gpt2", "trocr"])
+@pytest.mark.parametrize(("source", "edit"), list(itertools.product(BYTE_PAIR_SOURCES, BYTE_PAIR_EDITS)))
+def test_byte_pairs_equal_those_of_transformers(source, edit, decoder, tmp_path):
+    checkpoint = make_pair(tmp_path, "vit", decoder)
+    BYTE_PAIR_SOURCES[source](checkpoint)
+    BYTE_PAIR_EDITS[edit](checkpoint)
+    try:
+        expected = read_by_transformers(checkpoint)
+    except CheckpointError:
+        with pytest.raises(CheckpointError, match="tokenizer") as refused:
+            read_tokenizer(checkpoint, "PreTrainedTokenizer", 200)
+        assert "\n" not in str(refused.value)
+        return
+    found = read_tokenizer(checkpoint, "PreTrainedTokenizer", 200)
     assert found.text == text_of(expected)
     assert found.clean_up_tokenization_spaces == expected.clean_up_tokenization_spaces
 
