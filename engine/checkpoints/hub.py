@@ -103,11 +103,14 @@ def _fetch(
 
 def _fetched_before(repository: str, revision: str | None, error: Exception) -> Snapshot:
     """Return the files of an earlier download. Raises LocalEntryNotFoundError if it did not get to the weights."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # this does not check that the snapshot is complete
-    folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    # snapshot_download would miss the files that are never fetched, such as README.md (huggingface_hub 2)
+    config = try_to_load_from_cache(repository, "config.json", revision=revision)
+    if not isinstance(config, str):
+        raise LocalEntryNotFoundError(f"{repository} is not cached") from error
+    folder = Path(config).parent
     if not weights_of(path.name for path in folder.iterdir()):
         raise LocalEntryNotFoundError(f"{folder} has no weights") from error
     return Snapshot(folder, is_newest=False)
