@@ -17,9 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
 from engine.bundle.manifest import PRECISIONS
-from engine.checkpoints.convert import BART_OFFSET
 from engine.checkpoints.families import RULES
 from engine.checkpoints.graphs import Graph, GraphSet, Number, save_graphs, shipped_graphs
+from engine.checkpoints.vision_encoder_decoder import POSITION_OFFSET
 from engine.cli.shared import PATH, OneLine
 from export.families import PUBLISHED, family_for, family_of
 from export.families.modules import Normalisation
@@ -107,7 +107,7 @@ def numbers_of(config: PretrainedConfig, example: Example) -> dict[str, Number]:
         "encoder_positions": sizes.encoder_positions,
         "vocab_size": sizes.vocab_size,
         "max_positions": sizes.max_positions,
-        "position_rows": sizes.max_positions + BART_OFFSET,
+        "position_rows": sizes.max_positions + POSITION_OFFSET,
         "rescale": rescale,
         "image_mean": tuple(mean),
         "image_std": tuple(std),

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 from engine.bundle.manifest import TokenIds, demo_bundle
 from engine.checkpoints.rules import (
     WITHOUT_EFFECT,
-    ConvertibleRules,
     ProcessorRules,
+    Rules,
     Settings,
     Sizes,
+    check_heads,
     check_numbers,
+    check_patches,
+    completed,
     linear,
     norm,
 )
@@ -71,7 +74,7 @@ ALIKE = ("hidden_act", "layer_norm_eps")
 
 def _part(raw: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Return a part of config.json, completed with the defaults."""
-    return DEFAULTS[part] | {name: value for name, value in (raw.get(part) or {}).items() if value is not None}
+    return completed(raw.get(part), DEFAULTS[part])
 
 
 class Original(NamedTuple):
@@ -86,7 +89,7 @@ class Original(NamedTuple):
     files: dict[str, str]
 
 
-class BlipRules(ConvertibleRules):
+class BlipRules(Rules):
     """BLIP with a captioning head (BlipForConditionalGeneration)."""
 
     name = "BLIP"
@@ -124,11 +127,7 @@ class BlipRules(ConvertibleRules):
             settings = _part(raw, part)
             check_numbers({name: settings[name] for name in SIZES if name in settings}, path, part, lowest=1)
             check_numbers({name: settings[name] for name in TOKENS if name in settings}, path, part, lowest=0)
-            width, heads = settings["hidden_size"], settings["num_attention_heads"]
-            if width % heads:
-                raise CheckpointError(
-                    f"{path}: {part}.hidden_size {width} is not a multiple of num_attention_heads {heads}"
-                )
+            check_heads(settings["hidden_size"], settings["num_attention_heads"], path, part)
         if not _part(raw, "text_config")["is_decoder"]:
             raise CheckpointError(
                 f"{path}: text_config.is_decoder is false, so the text model cannot attend to an image"
@@ -196,8 +195,7 @@ class BlipRules(ConvertibleRules):
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         """See Rules.resized."""
         vision = _part(raw, "vision_config")
-        if image_size % vision["patch_size"]:
-            raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {vision['patch_size']}")
+        check_patches(image_size, vision["patch_size"])
         return {**raw, "vision_config": vision | {"image_size": image_size}}
 
     def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import lzma
 import os
 import re
 import shutil
@@ -19,12 +18,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from engine.bundle.manifest import MANIFEST, PRECISIONS, Bundle, FileDigests, Stamp, stamp_of
 from engine.bundle.open import BundleRef
 from engine.bundle.replace import bundle_drafts, is_replaceable, move_bundle
+from engine.checkpoints.convert import convert
+from engine.checkpoints.graphs import find_graphs, known_versions
 from engine.checkpoints.hub import COMMIT_DIGITS, fetch, is_hub_id, weights_of
+from engine.checkpoints.read import read_checkpoint
 from engine.errors import BundleError, CheckpointError, OutputError, UsageError
 from engine.files.atomic import (
     UNFINISHED,
@@ -37,9 +39,6 @@ from engine.files.atomic import (
 )
 from engine.files.lock import tried_lock, waiting_lock
 from engine.inputs.remote import Location, location
-
-if TYPE_CHECKING:
-    from engine.checkpoints.read import Checkpoint
 
 Log = Callable[[str], None]
 
@@ -55,7 +54,6 @@ RELATIVE_SIZE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.25}
 """Usual size of a bundle relative to float32 weights, to see before a conversion whether it fits on the disk."""
 COARSE_NS = 3 * 10**9
 """Some file systems count time in steps of 2 s. A file that changed within that time may change again unnoticed."""
-VERSION_DIGITS = 12
 KEY = re.compile(r"[0-9a-f]{64}")
 FEWEST_DIGITS = 6
 """Fewest digits of a key that `engine models --remove` accepts."""
@@ -144,7 +142,7 @@ class Entry:
 
     @classmethod
     def read(cls, path: Path) -> Entry | None:
-        """Read an entry; return None if there is none or it cannot be read."""
+        """Read an entry; return None if it is missing or cannot be read."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             entry = cls(**{one.name: raw[one.name] for one in fields(cls)})
@@ -243,7 +241,7 @@ def _known(wanted: Entry) -> Entry | None:
     require_private(models_folder(), REASON)
     require_private(_names(), REASON)
     known = Entry.read(wanted.path)
-    if known is None or known.graphs not in _graph_versions(wanted.precision) or not _is_whole(known.folder):
+    if known is None or known.graphs not in known_versions(wanted.precision) or not _is_whole(known.folder):
         return None
     _check_private(known.folder, REASON)
     return known
@@ -278,9 +276,9 @@ def _converted(checkpoint: Path, entry: Entry, log: Log) -> Entry:
     files = checkpoint_files(checkpoint)
     before = [stamp_of(path.stat()) for path in files.values()]
     digests = FileDigests()  # the manifest has the digests of the weights as well
-    opened = _open(checkpoint, entry.image_size, digests)
+    opened = read_checkpoint(checkpoint, image_size=entry.image_size, sha256=digests)
     # before the weights are hashed: there may be no graphs for the checkpoint
-    entry = replace(entry, graphs=_graphs_for(opened, entry.precision))
+    entry = replace(entry, graphs=find_graphs(opened.family, opened.shape, entry.precision).version)
     entry = replace(entry, key=_key(files, entry, digests))
     hub = {"hub": entry.name, "commit": entry.commit} if entry.commit else {}
 
@@ -292,7 +290,7 @@ def _converted(checkpoint: Path, entry: Entry, log: Log) -> Entry:
             log(f"note: {note}")
         log(f"converting {entry} ({megabytes(weights)} of weights)")
         draft.rmdir()
-        _convert(opened, draft, precision=entry.precision, source=hub, log=log)
+        convert(opened, draft, precision=entry.precision, source=hub, log=log)
         if [stamp_of(path.stat()) for path in files.values()] != before:
             raise CheckpointError(f"{checkpoint} changed while it was converted: run the same command again")
         for path in (*draft.iterdir(), draft):
@@ -339,35 +337,6 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(file)
-
-
-def _graph_versions(precision: str) -> set[str]:
-    """Return GraphSet.version of the graph sets of this release, without parsing them, which takes a second."""
-    from engine.checkpoints.graphs import EXTRA_GRAPHS, SUFFIX, shipped_graphs
-
-    folders = (shipped_graphs(), *([Path(extra)] if (extra := os.environ.get(EXTRA_GRAPHS)) else []))
-    paths = [path for folder in folders for path in folder.glob(f"*-{precision}{SUFFIX}")]
-    return {hashlib.sha256(lzma.decompress(path.read_bytes())).hexdigest()[:VERSION_DIGITS] for path in paths}
-
-
-def _open(checkpoint: Path, image_size: int | None, sha256: Callable[[Path], str]) -> Checkpoint:
-    from engine.checkpoints.read import read_checkpoint
-
-    return read_checkpoint(checkpoint, image_size=image_size, sha256=sha256)
-
-
-def _graphs_for(checkpoint: Checkpoint, precision: str) -> str:
-    """Return the version of the graph set for a checkpoint. Raises CheckpointError if there is none."""
-    from engine.checkpoints.graphs import find_graphs
-
-    return find_graphs(checkpoint.family, checkpoint.shape, precision).version
-
-
-def _convert(checkpoint: Checkpoint, out: Path, *, precision: str, source: Mapping[str, str], log: Log) -> None:
-    """Convert a checkpoint to a bundle in the new folder `out`."""
-    from engine.checkpoints.convert import convert
-
-    convert(checkpoint, out, precision=precision, source=source, log=log)
 
 
 def get_bundle(

@@ -7,21 +7,18 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from engine.bundle.manifest import FORMAT, MANIFEST, PER_ROW
 from engine.checkpoints.graphs import GraphSet, Number, find_graphs, size_of
+from engine.checkpoints.read import Checkpoint
+from engine.checkpoints.vision_encoder_decoder import POSITION_OFFSET
 from engine.checkpoints.write import write_graphs
 from engine.errors import CheckpointError, OutputError
 from engine.version import __version__
 
-if TYPE_CHECKING:
-    from engine.checkpoints.read import Checkpoint
-
-BART_OFFSET = 2
-"""The first rows of the position tables of TrOCR and the BART family have no position."""
 NOT_RECORDED, NOT_CHECKED = "not recorded", "not checked"
 
 
@@ -67,7 +64,7 @@ def parameters(checkpoint: Checkpoint) -> dict[str, Number]:
         "encoder_positions": model.encoder_positions,
         "vocab_size": model.vocab_size,
         "max_positions": model.max_positions,
-        "position_rows": model.max_positions + BART_OFFSET,
+        "position_rows": model.max_positions + POSITION_OFFSET,
         "rescale": checkpoint.rescale,
         "image_mean": tuple(image.mean),
         "image_std": tuple(image.std),

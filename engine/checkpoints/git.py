@@ -8,15 +8,18 @@ from typing import Any
 
 from engine.bundle.manifest import TokenIds
 from engine.checkpoints.rules import (
-    DEFAULTS,
     WITHOUT_EFFECT,
-    ConvertibleRules,
     ProcessorRules,
+    Rules,
     Settings,
     Sizes,
+    check_heads,
     check_numbers,
+    check_patches,
+    completed,
     linear,
     norm,
+    outer_settings,
 )
 from engine.errors import CheckpointError
 
@@ -60,12 +63,7 @@ SHAPE = (
 SIZES = ("vocab_size", "max_position_embeddings", "image_size", "patch_size", *SHAPE[:4])
 
 
-def _completed(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings, completed with the defaults."""
-    return {**defaults, **{name: value for name, value in raw.items() if value is not None}}
-
-
-class GitRules(ConvertibleRules):
+class GitRules(Rules):
     """GIT with a captioning head (GitForCausalLM), for single images."""
 
     name = "GIT"
@@ -101,34 +99,20 @@ class GitRules(ConvertibleRules):
                 f"{path} describes a GIT model of videos (num_image_with_embedding is {frames!r}), which is not "
                 "supported: use one of single images, such as microsoft/git-base-coco"
             )
-        if not all(type(value) is int for value in (_completed(raw, TEXT)[name] for name in IDS)):
+        if not all(type(value) is int for value in (completed(raw, TEXT)[name] for name in IDS)):
             listed = ", ".join(f"{name}={raw.get(name)!r}" for name in IDS)
             raise CheckpointError(f"{path}: special ids that are not one number each are not supported ({listed})")
 
         for part, settings in (
-            ("config.json", _completed(raw, TEXT)),
-            ("vision_config", _completed(raw.get("vision_config") or {}, VISION)),
+            ("config.json", completed(raw, TEXT)),
+            ("vision_config", completed(raw.get("vision_config"), VISION)),
         ):
             check_numbers({name: settings[name] for name in SIZES if name in settings}, path, part, lowest=1)
-            width, heads = settings["hidden_size"], settings["num_attention_heads"]
-            if width % heads:
-                raise CheckpointError(
-                    f"{path}: {part}.hidden_size {width} is not a multiple of num_attention_heads {heads}"
-                )
+            check_heads(settings["hidden_size"], settings["num_attention_heads"], path, part)
 
     def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:
-        """See Rules.settings.
-
-        If transformers made generation_config.json from config.json, and config.json has settings, these are used:
-        4.57.6 takes them for later changes (GenerationMixin._prepare_generation_config).
-        """
-        if generation is None:
-            return [Settings("config.json", raw)]
-        given = {name: raw[name] for name in DEFAULTS if raw.get(name) is not None}
-        has_later = any(value != DEFAULTS[name] for name, value in given.items())
-        if generation.get("_from_model_config") is True and has_later:
-            return [Settings("config.json", raw)]
-        return [Settings("generation_config.json", generation)]
+        """See Rules.settings."""
+        return outer_settings(raw, generation)
 
     def complete(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
         """See Rules.complete."""
@@ -138,8 +122,8 @@ class GitRules(ConvertibleRules):
 
     def sizes(self, raw: Mapping[str, Any]) -> Sizes:
         """See Rules.sizes. The image has a token per patch, and one for the class token."""
-        text = _completed(raw, TEXT)
-        vision = _completed(raw.get("vision_config") or {}, VISION)
+        text = completed(raw, TEXT)
+        vision = completed(raw.get("vision_config"), VISION)
         return Sizes(
             num_layers=text["num_hidden_layers"],
             num_heads=text["num_attention_heads"],
@@ -153,13 +137,13 @@ class GitRules(ConvertibleRules):
 
     def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
         """See Rules.shape."""
-        text, vision = _completed(raw, TEXT), _completed(raw.get("vision_config") or {}, VISION)
+        text, vision = completed(raw, TEXT), completed(raw.get("vision_config"), VISION)
         shape = {f"text.{name}": text[name] for name in SHAPE}
         return shape | {f"vision.{name}": vision[name] for name in (*SHAPE, "patch_size")}
 
     def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """See Rules.weight_shapes. The names are those of GitForCausalLM in transformers 4.57."""
-        text, vision = _completed(raw, TEXT), _completed(raw.get("vision_config") or {}, VISION)
+        text, vision = completed(raw, TEXT), completed(raw.get("vision_config"), VISION)
         width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
         tower = "git.image_encoder.vision_model"
         shapes: dict[str, tuple[int, ...]] = {
@@ -196,17 +180,16 @@ class GitRules(ConvertibleRules):
 
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         """See Rules.resized."""
-        vision = _completed(raw.get("vision_config") or {}, VISION)
-        if image_size % vision["patch_size"]:
-            raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {vision['patch_size']}")
+        vision = completed(raw.get("vision_config"), VISION)
+        check_patches(image_size, vision["patch_size"])
         return {**raw, "vision_config": vision | {"image_size": image_size}}
 
     def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:
         """See Rules.tied."""
-        is_tied = _completed(raw, TEXT)["tie_word_embeddings"]
+        is_tied = completed(raw, TEXT)["tie_word_embeddings"]
         return {"output.weight": "git.embeddings.word_embeddings.weight"} if is_tied else {}
 
     def unsupported(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """See Rules.unsupported."""
-        kind = _completed(raw, TEXT)["position_embedding_type"]
+        kind = completed(raw, TEXT)["position_embedding_type"]
         return {} if kind == "absolute" else {"position_embedding_type": kind}

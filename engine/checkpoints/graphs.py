@@ -118,7 +118,7 @@ class GraphSet:
     @property
     def version(self) -> str:
         """12 digits that change with any content of the set."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()[:12]
+        return version_of(self.to_bytes())
 
     @property
     def weights(self) -> dict[str, tuple[Size, ...]]:
@@ -153,6 +153,11 @@ class GraphSet:
         if start != len(blobs):
             raise ValueError("it has another length than it says")
         return cls(**raw | {"graphs": tuple(Graph(**graph) for graph in raw["graphs"])})
+
+
+def version_of(content: bytes) -> str:
+    """Return GraphSet.version of a set as to_bytes writes it."""
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 SUFFIX = ".graphs"
@@ -191,12 +196,22 @@ def _load(path: Path, _changed: int) -> GraphSet:
         ) from error
 
 
-def known_graphs() -> Iterator[GraphSet]:
-    """Yield the graph sets of the package, then those of the folder in ENGINE_GRAPHS."""
+def graph_files(precision: str = "*") -> list[Path]:
+    """Return the files of the graph sets in the package, and then of those in the folder ENGINE_GRAPHS."""
     extra = os.environ.get(EXTRA_GRAPHS)
-    for folder in (shipped_graphs(), *([Path(extra)] if extra else [])):
-        for path in sorted(folder.glob(f"*{SUFFIX}")):
-            yield _load(path, path.stat().st_mtime_ns)
+    folders = (shipped_graphs(), *([Path(extra)] if extra else []))
+    return [path for folder in folders for path in sorted(folder.glob(f"*-{precision}{SUFFIX}"))]
+
+
+def known_graphs() -> Iterator[GraphSet]:
+    """Yield all graph sets."""
+    for path in graph_files():
+        yield _load(path, path.stat().st_mtime_ns)
+
+
+def known_versions(precision: str) -> set[str]:
+    """Return GraphSet.version of the sets of a precision, without the time to parse and write them."""
+    return {version_of(lzma.decompress(path.read_bytes())) for path in graph_files(precision)}
 
 
 def known_architectures() -> list[tuple[str, tuple[str, ...]]]:

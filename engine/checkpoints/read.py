@@ -22,7 +22,7 @@ from PIL import Image
 from engine.bundle.manifest import ImageSpec, ModelDims, TokenIds
 from engine.checkpoints.families import ORIGINAL
 from engine.checkpoints.files import read_config_file, rules_at, weight_files
-from engine.checkpoints.rules import ConvertibleRules, Rules
+from engine.checkpoints.rules import Rules
 from engine.checkpoints.settings import (
     assumed_settings,
     configured_settings,
@@ -120,7 +120,7 @@ def _read(
         raise CheckpointError(
             f"{folder / 'config.json'} asks for custom code (auto_map), which is never run: remove that entry"
         )
-    if not (isinstance(rules, ConvertibleRules) and rules.converts(raw)):
+    if not rules.converts(raw):
         raise CheckpointError(
             f"{source} is a {rules.name} checkpoint, which needs torch to become a bundle: run `python -m export` in a "
             "checkout of this project"
@@ -195,7 +195,7 @@ def refuse_other_models(names: Iterable[str], rules: Rules, source: Path) -> Non
             )
 
 
-def fitted(weights: Weights, rules: ConvertibleRules, raw: Mapping[str, Any]) -> Weights:
+def fitted(weights: Weights, rules: Rules, raw: Mapping[str, Any]) -> Weights:
     """Return exactly the weights that config.json describes, tied ones under both names.
 
     Raises CheckpointError if one is missing or has another shape, if tied weights differ, or if all weights of the

@@ -54,6 +54,23 @@ def check_numbers(settings: Mapping[str, Any], path: Path, part: str, lowest: in
             )
 
 
+def check_heads(width: int, heads: int, path: Path, part: str) -> None:
+    """Raise CheckpointError if the width of `part` of config.json is not a multiple of its attention heads."""
+    if width % heads:
+        raise CheckpointError(f"{path}: the width {width} of {part} is not a multiple of its {heads} attention heads")
+
+
+def check_patches(image_size: int, patch_size: int) -> None:
+    """Raise CheckpointError if an image (px) does not consist of whole patches."""
+    if image_size % patch_size:
+        raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
+
+
+def completed(settings: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the defaults for those that are missing or null."""
+    return {**defaults, **{name: value for name, value in (settings or {}).items() if value is not None}}
+
+
 def linear(name: str, outputs: int, inputs: int, *, bias: bool = True) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a dense layer's weights by name."""
     return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
@@ -129,6 +146,20 @@ class Settings(NamedTuple):
     values: Mapping[str, Any]
 
 
+def outer_settings(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:
+    """Return where `generate` of a model without an inner one reads its settings: in generation_config.json if it is
+    there, else in config.json.
+
+    If transformers made generation_config.json from config.json, and config.json has settings, these are used:
+    4.57.6 takes them for later changes (GenerationMixin._prepare_generation_config).
+    """
+    has_later = any(raw.get(name) not in (None, default) for name, default in DEFAULTS.items())
+    is_copy = generation is not None and generation.get("_from_model_config") is True
+    if generation is None or (is_copy and has_later):
+        return [Settings("config.json", raw)]
+    return [Settings("generation_config.json", generation)]
+
+
 class Rules(ABC):
     """What the checkpoints of a family look like. `raw` is the content of config.json in all methods."""
 
@@ -144,6 +175,11 @@ class Rules(ABC):
     """Prefixes of weight names of related models that do not generate captions, and what these models are."""
     processor: ClassVar[ProcessorRules]
     """The image processor of the family; see `processor_for`."""
+    tokenizer_class: ClassVar[str]
+    """transformers' tokenizer for checkpoints that name none."""
+    position_table: ClassVar[str]
+    """Name of the encoder's position table f32[1,1+h*w,D] or f32[1+h*w,D]: a row for the class token, then one for
+    each patch."""
 
     @abstractmethod
     def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
@@ -183,18 +219,8 @@ class Rules(ABC):
         """
         return self.processor if kind is None or kind.startswith(self.processor.prefix) else None
 
-
-class ConvertibleRules(Rules):
-    """Rules of a family whose checkpoints become bundles without torch, see read.py."""
-
-    tokenizer_class: ClassVar[str]
-    """transformers' tokenizer for checkpoints that name none."""
-    position_table: ClassVar[str]
-    """Name of the encoder's position table f32[1,1+h*w,D] or f32[1+h*w,D]: a row for the class token, then one for
-    each patch."""
-
     def converts(self, raw: Mapping[str, Any]) -> bool:  # noqa: ARG002
-        """Return whether the methods below know this kind of model. Of VisionEncoderDecoder they know some pairs."""
+        """Return whether `shape`, `weight_shapes` and `resized` know this model, so that it converts without torch."""
         return True
 
     @abstractmethod

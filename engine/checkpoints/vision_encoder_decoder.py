@@ -12,15 +12,18 @@ from typing import Any
 
 from engine.bundle.manifest import TokenIds
 from engine.checkpoints.rules import (
-    DEFAULTS,
     WITHOUT_EFFECT,
-    ConvertibleRules,
     ProcessorRules,
+    Rules,
     Settings,
     Sizes,
+    check_heads,
     check_numbers,
+    check_patches,
+    completed,
     linear,
     norm,
+    outer_settings,
 )
 from engine.errors import CheckpointError
 
@@ -108,6 +111,8 @@ BERT_SIZES = {
     "max_position_embeddings": 512,
 }
 BART_SIZES = {"decoder_layers": 12, "decoder_attention_heads": 16, "d_model": 1024, "max_position_embeddings": 1024}
+POSITION_OFFSET = 2
+"""The first rows of a table of learned positions in the BART family, which have no position."""
 BART_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 DECODERS = {
     "gpt2": TextRules(
@@ -159,7 +164,7 @@ DECODERS = {
 ENDINGS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 
-class VisionEncoderDecoderRules(ConvertibleRules):
+class VisionEncoderDecoderRules(Rules):
     """An image encoder with a text decoder (VisionEncoderDecoderModel)."""
 
     name = "VisionEncoderDecoder"
@@ -221,26 +226,17 @@ class VisionEncoderDecoderRules(ConvertibleRules):
             sizes[inner] = text[inner]
         check_numbers(sizes, path, "decoder", lowest=1)
         _, heads, width, _ = (text[name] for name in rules.sizes)
-        for part, one, many in (
-            ("encoder", vision["hidden_size"], vision["num_attention_heads"]),
-            ("decoder", width, heads),
-        ):
-            if one % many:
-                raise CheckpointError(f"{path}: the width {one} of the {part} is not a multiple of its {many} heads")
+        check_heads(vision["hidden_size"], vision["num_attention_heads"], path, "encoder")
+        check_heads(width, heads, path, "decoder")
 
     def settings(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> list[Settings]:
-        """See Rules.settings. Hugging Face reads generation_config.json or, without it, both levels of config.json.
-
-        If transformers made generation_config.json from config.json, and config.json has settings, these are used:
-        4.57.6 takes them for later changes (GenerationMixin._prepare_generation_config).
-        """
-        is_copy = generation is not None and generation.get("_from_model_config") is True
-        has_later = any(raw.get(name) not in (None, default) for name, default in DEFAULTS.items())
-        if generation is not None and not (is_copy and has_later):
-            return [Settings("generation_config.json", generation)]
+        """See Rules.settings. Without generation_config.json, Hugging Face reads both levels of config.json."""
+        found = outer_settings(raw, generation)
+        if found[0].values is not raw:
+            return found
         ids = DECODERS[raw["decoder"]["model_type"]].ids if self._is_known(raw) else {}
         inner = raw["decoder"] if isinstance(raw.get("decoder"), dict) else {}
-        return [Settings("config.json", raw), Settings("decoder of config.json", {**ids, **inner})]
+        return [*found, Settings("decoder of config.json", {**ids, **inner})]
 
     def complete(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:
         """See Rules.complete."""
@@ -325,8 +321,7 @@ class VisionEncoderDecoderRules(ConvertibleRules):
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         """See Rules.resized."""
         patch = _side(_part(raw, "encoder")["patch_size"])
-        if image_size % patch:
-            raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {patch}")
+        check_patches(image_size, patch)
         return {**raw, "encoder": {**raw["encoder"], "image_size": image_size}}
 
     def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:
@@ -362,7 +357,7 @@ def _part(raw: Mapping[str, Any], part: str) -> dict[str, Any]:
     else:
         rules = DECODERS[kind]
         defaults = {**rules.sizes, **rules.ids, **rules.more, "vocab_size": rules.vocab_size}
-    return defaults | {name: value for name, value in raw[part].items() if value is not None}
+    return completed(raw[part], defaults)
 
 
 def _one(value: Any) -> Any:
@@ -414,8 +409,8 @@ def _trocr_shapes(text: Mapping[str, Any], source: int) -> dict[str, tuple[int, 
     """Return the shapes of TrOCRForCausalLM's weights, without embeddings of words. `source` is the encoder's width."""
     width, inner, body = text["d_model"], text["decoder_ffn_dim"], "model.decoder"
     shapes: dict[str, tuple[int, ...]] = {}
-    if text["use_learned_position_embeddings"]:  # the first two rows have no position
-        shapes[f"{body}.embed_positions.weight"] = (text["max_position_embeddings"] + 2, width)
+    if text["use_learned_position_embeddings"]:
+        shapes[f"{body}.embed_positions.weight"] = (text["max_position_embeddings"] + POSITION_OFFSET, width)
     if text["layernorm_embedding"]:
         shapes |= norm(f"{body}.layernorm_embedding", width)
     for i in range(text["decoder_layers"]):

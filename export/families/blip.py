@@ -86,14 +86,7 @@ class BlipStep(DecoderStep):
 
     def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """See DecoderStep.layer."""
-        layer = self.text_decoder.bert.encoder.layer[index]
-        own, cross = layer.attention.self, layer.crossattention.self
-        q, k, v = (self.split_heads(project(x), cache.batch) for project in (own.query, own.key, own.value))
-        mixed, extended = self.self_attention(q, k, v, cache)
-        x = layer.attention.output(mixed, x)
-        mixed = self.cross_attention(self.split_heads(cross.query(x), cache.batch), cache)
-        x = layer.crossattention.output(mixed, x)
-        return layer.output(layer.intermediate(x), x), extended
+        return self.bert_layer(self.text_decoder.bert.encoder.layer[index], x, cache)
 
     def logits(self, x: Tensor) -> Tensor:
         """See DecoderStep.logits."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from engine.checkpoints.vision_encoder_decoder import POSITION_OFFSET
 from export.families.modules import DecoderStep, LayerCache, Sizes
 
 
@@ -78,14 +79,7 @@ class BertStep(TextDecoder):
 
     def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """See DecoderStep.layer."""
-        layer = getattr(self.decoder, self.body).encoder.layer[index]
-        own, cross = layer.attention.self, layer.crossattention.self
-        q, k, v = (self.split_heads(project(x), cache.batch) for project in (own.query, own.key, own.value))
-        mixed, extended = self.self_attention(q, k, v, cache)
-        x = layer.attention.output(mixed, x)
-        mixed = self.cross_attention(self.split_heads(cross.query(x), cache.batch), cache)
-        x = layer.crossattention.output(mixed, x)
-        return layer.output(layer.intermediate(x), x), extended
+        return self.bert_layer(getattr(self.decoder, self.body).encoder.layer[index], x, cache)
 
     def logits(self, x: Tensor) -> Tensor:
         """See DecoderStep.logits."""
@@ -121,10 +115,6 @@ class RobertaStep(BertStep):
         return self.decoder.lm_head(x)
 
 
-OFFSET = 2
-"""The first rows of a table of learned positions in the BART family, which have no position."""
-
-
 class TrocrStep(TextDecoder):
     """TrOCRForCausalLM.forward: a BART decoder. Layer norms come after each part; positions are learned or waves."""
 
@@ -150,7 +140,7 @@ class TrocrStep(TextDecoder):
         if skips_pads(self.decoder.config):
             rows = nn.functional.embedding(after_pad(ids, positions, body.padding_idx), self.waves)
         else:
-            rows = nn.functional.embedding(positions + OFFSET, body.embed_positions.weight)
+            rows = nn.functional.embedding(positions + POSITION_OFFSET, body.embed_positions.weight)
         x = body.embed_tokens(ids) + rows
         norm = body.layernorm_embedding
         return x if norm is None else norm(x)

@@ -94,12 +94,7 @@ class GitStep(DecoderStep):
 
     def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """See DecoderStep.layer."""
-        layer = self.git.encoder.layer[index]
-        own = layer.attention.self
-        q, k, v = (self.split_heads(project(x), cache.batch) for project in (own.query, own.key, own.value))
-        mixed, extended = self.self_attention(q, k, v, cache, prefix=True)
-        x = layer.attention.output(mixed, x)
-        return layer.output(layer.intermediate(x), x), extended
+        return self.bert_layer(self.git.encoder.layer[index], x, cache, prefix=True)
 
     def logits(self, x: Tensor) -> Tensor:
         """See DecoderStep.logits."""

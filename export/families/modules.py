@@ -21,8 +21,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.checkpoints.rules import Rules, Sizes
-from engine.errors import CheckpointError
+from engine.checkpoints.rules import Rules, Sizes, check_patches
 
 MASKED = -1e4
 """Added to the attention scores of positions outside a beam's past; exp(MASKED) is 0, and float16 can represent it."""
@@ -156,6 +155,22 @@ class DecoderStep(ExportedModule, ABC):
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits f32[B*T,V] of the last layer's output f32[B*T,D]."""
 
+    def bert_layer(
+        self, layer: nn.Module, x: Tensor, cache: LayerCache, *, prefix: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run a layer of a BERT as `layer` does: layer norms come after each part.
+
+        The image is in cross-attention or, with `prefix`, before the text in self-attention.
+        """
+        own = layer.attention.self
+        q, k, v = (self.split_heads(project(x), cache.batch) for project in (own.query, own.key, own.value))
+        mixed, extended = self.self_attention(q, k, v, cache, prefix=prefix)
+        x = layer.attention.output(mixed, x)
+        if not prefix:
+            query = self.split_heads(layer.crossattention.self.query(x), cache.batch)
+            x = layer.crossattention.output(self.cross_attention(query, cache), x)
+        return layer.output(layer.intermediate(x), x), extended
+
     def self_attention(
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, *, prefix: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
@@ -261,8 +276,7 @@ class Regroup(ExportedModule):
 
 def patches_per_side(image_size: int, patch_size: int) -> int:
     """Return the number of patches of a side in px. Raises CheckpointError if it is not a whole number."""
-    if image_size % patch_size:
-        raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
+    check_patches(image_size, patch_size)
     return image_size // patch_size
 
 
@@ -333,19 +347,19 @@ class Family(ABC):
 
     # graph sets in the wheel
 
+    @abstractmethod
     def published(self) -> dict[str, PretrainedConfig]:
         """Return the published architectures that the engine converts without torch, by name (export/graphsets.py)."""
-        return {}
 
+    @abstractmethod
     def shrunk(self, config: PretrainedConfig) -> PretrainedConfig:
         """Return an architecture of `published` with few, narrow layers and otherwise the same settings."""
-        raise NotImplementedError
 
+    @abstractmethod
     def with_sizes(
         self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
     ) -> PretrainedConfig:
         """Return an architecture with other sizes: patches per side of an image, vocabulary, positions of the text."""
-        raise NotImplementedError
 
     # graphs
 

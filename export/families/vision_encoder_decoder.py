@@ -30,7 +30,7 @@ from engine.checkpoints.vision_encoder_decoder import DECODERS as DECODER_RULES
 from engine.checkpoints.vision_encoder_decoder import ENDINGS, VisionEncoderDecoderRules
 from engine.errors import CheckpointError
 from export.families.decoders import DECODERS, TextDecoder, skips_pads
-from export.families.modules import IS_5, Encoder, Family, ImageProcessor, Normalisation, Sizes
+from export.families.modules import IS_5, Encoder, Family, ImageProcessor, Normalisation, Sizes, patches_per_side
 
 if IS_5:  # release 5 uses torchvision by default if it is installed, whose resized pixels differ by a level or two
     from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil as BeitImageProcessor
@@ -150,15 +150,14 @@ class VisionEncoderDecoder(Family):
         vision, embeddings = model.config.encoder, model.encoder.embeddings
         table = getattr(embeddings, "position_embeddings", None)
         patch = _side(vision.patch_size)
-        if image_size % patch:
-            raise CheckpointError(f"image size {image_size} is not a multiple of the patch size {patch}")
+        side = patches_per_side(image_size, patch)
         if table is None or vision.model_type == "swin" or getattr(vision, "use_relative_position_bias", False):
             raise CheckpointError(
                 f"--image-size {image_size}: the positions of this {vision.model_type} encoder cannot be resized, "
                 "leave the option out"
             )
         extra = table.shape[1] - (_side(vision.image_size) // patch) ** 2
-        tokens = torch.zeros(1, extra + (image_size // patch) ** 2, table.shape[2])
+        tokens = torch.zeros(1, extra + side**2, table.shape[2])
         with torch.no_grad():
             resized = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
         embeddings.position_embeddings = nn.Parameter(resized.clone())

@@ -27,11 +27,14 @@ from engine.bundle.manifest import PRECISIONS, Bundle, FileDigests
 from engine.checkpoints import cache
 from engine.checkpoints import hub as hub_module
 from engine.checkpoints.cache import ModelRef, bundle_of
+from engine.checkpoints.graphs import EXTRA_GRAPHS, save_graphs
 from engine.cli import shared
 from engine.cli.app import main
 from engine.errors import BackendError, CheckpointError, EngineError, OutputError, UsageError
+from export.bundle import export_bundle
+from export.graphsets import make_graphs
+from export.reference.huggingface import Reference
 from tests.cli.test_hub import published_as_base
-from tests.helpers.converter import IS_REAL
 from tests.helpers.hub import Hub, loopback_hub
 from tests.helpers.tiny import make_checkpoint, save_pictures
 from tests.helpers.tiny_git import make_git_checkpoint
@@ -101,12 +104,6 @@ class Machine:
 @pytest.fixture(scope="module", autouse=True)
 def graph_sets(tiny_checkpoint, tmp_path_factory) -> Iterator[None]:
     """Register the graph sets of the tiny architecture, made as those in the wheel are."""
-    if not IS_REAL:  # the stand-ins of tests/helpers/converter.py need none
-        yield
-        return
-    from engine.checkpoints.graphs import EXTRA_GRAPHS, save_graphs
-    from export.graphsets import make_graphs
-
     folder = tmp_path_factory.mktemp("graphs")
     for graphs in make_graphs("tiny", BlipConfig.from_pretrained(tiny_checkpoint)):
         save_graphs(graphs, folder)
@@ -130,11 +127,11 @@ def served(tiny_checkpoint, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def machine(served, tiny_bundle, tmp_path) -> Iterator[Machine]:
+def machine(served, tmp_path) -> Iterator[Machine]:
     save_pictures(tmp_path / "images", 3)
     with loopback_hub() as hub:
         hub.repositories |= served
-        yield Machine(tmp_path, hub, {"CONVERTER_BUNDLE": str(tiny_bundle)})
+        yield Machine(tmp_path, hub, {})
 
 
 @pytest.fixture
@@ -196,14 +193,8 @@ def served_others(tmp_path_factory) -> dict[str, Path]:
     return {VIT_GPT2: vit_gpt2, GIT: git}
 
 
-@pytest.mark.skipif(not IS_REAL, reason="the stand-ins know BLIP only")
 @pytest.mark.parametrize("name", [VIT_GPT2, GIT])
 def test_other_families_are_converted_by_name(name, served_others, machine, tmp_path):
-    from engine.checkpoints.graphs import save_graphs
-    from export.bundle import export_bundle
-    from export.graphsets import make_graphs
-    from export.reference.huggingface import Reference
-
     machine.hub.repositories |= served_others
     for graphs in make_graphs("tiny-other", Reference.load(served_others[name]).model.config):
         save_graphs(graphs, tmp_path / "graphs")
@@ -380,10 +371,9 @@ def test_wrong_combinations_of_options(command, options, sentence):
 
 
 @pytest.fixture
-def here(tiny_bundle, tmp_path, monkeypatch) -> Path:
+def here(tmp_path, monkeypatch) -> Path:
     """A copy of the tiny checkpoint's folder, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("CONVERTER_BUNDLE", str(tiny_bundle))
     return make_checkpoint(tmp_path / "checkpoint")
 
 
@@ -426,13 +416,13 @@ def test_changed_checkpoint_is_converted_again(here, tiny_bundle):
 
 
 def test_checkpoint_that_changes_during_conversion_is_refused(here, monkeypatch):
-    plain = cache._convert
+    plain = cache.convert
 
     def convert(checkpoint, out, **options):
         plain(checkpoint, out, **options)
         (here / "config.json").write_text((here / "config.json").read_text() + " ")
 
-    monkeypatch.setattr(cache, "_convert", convert)
+    monkeypatch.setattr(cache, "convert", convert)
     with pytest.raises(CheckpointError, match="changed while it was converted: run the same command again"):
         bundle_of(str(here), log=print)
     assert cache.cached_bundles() == []
@@ -456,7 +446,7 @@ def test_full_disk_is_one_line_before_and_during_conversion(here, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "_convert", full)
+    monkeypatch.setattr(cache, "convert", full)
     with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\): free space there"):
         bundle_of(str(here), log=print)
     assert cache.cached_bundles() == []
@@ -538,7 +528,6 @@ def test_choice_of_weight_files():
     assert weights_of(["training_args.bin", "x/pytorch_model.bin"]) == []
 
 
-@pytest.mark.skipif(not IS_REAL, reason="engine/checkpoints/convert.py, which converts, is on another branch")
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_converted_precision_is_the_exported_one(precision, here, rounded_bundles):
     converted = Bundle.load(bundle_of(str(here), precision=precision, log=print))

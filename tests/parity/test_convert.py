@@ -312,11 +312,11 @@ def test_full_disk_is_one_line(tiny_checkpoint, tmp_path, monkeypatch):
 def test_damaged_graph_sets_are_refused(graphs, tmp_path, monkeypatch):
     content = lzma.decompress((graphs / f"tiny-fp32{SUFFIX}").read_bytes())
     for damaged in (b"no archive", lzma.compress(b"{}\n"), lzma.compress(content[:-1])):
-        (tmp_path / f"damaged{SUFFIX}").write_bytes(damaged)
+        (tmp_path / f"damaged-fp32{SUFFIX}").write_bytes(damaged)
         monkeypatch.setenv(EXTRA_GRAPHS, str(tmp_path))
         with pytest.raises(CheckpointError, match="is not a graph set of this release"):
             list(known_graphs())
-        (tmp_path / f"damaged{SUFFIX}").unlink()
+        (tmp_path / f"damaged-fp32{SUFFIX}").unlink()
 
 
 def test_shipped_sets_are_small_and_complete(monkeypatch):

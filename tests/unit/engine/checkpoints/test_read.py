@@ -539,7 +539,7 @@ def test_weights_that_are_all_zero_are_refused(checkpoint, weights):
         ("text_config", "vocab_size", 10**9, r"vocab_size is 1000000000, but it must be"),
         ("text_config", "vocab_size", 10**6, r"word_embeddings.weight has the shape"),
         ("text_config", "num_attention_heads", 0, r"num_attention_heads is 0"),
-        ("text_config", "num_attention_heads", 5, r"hidden_size 32 is not a multiple of num_attention_heads 5"),
+        ("text_config", "num_attention_heads", 5, r"the width 32 of text_config is not a multiple of its 5 attention heads"),
         ("text_config", "hidden_size", "x", r"hidden_size is 'x'"),
         ("text_config", "hidden_size", [1], r"hidden_size is \[1\]"),
         ("text_config", "bos_token_id", 66, r"token ids .* do not fit a vocabulary of 66"),
