@@ -2,9 +2,9 @@
 
     python -m benchmarks.neighbour --workload base --policy "" --policy "--streams 1" --policy "--processes 2"
 
-A policy is a set of options of `engine caption`, or `spinning=on|off` for ONNX Runtime's threads while they wait inside
-a call. The whole command is timed, quiet and busy in turn. All runs must write the same captions. The record is written
-to build/benchmarks/ (with --record: benchmarks/results/) and, as one JSON line, to stdout.
+A policy is a set of options of `engine caption`. The whole command is timed, quiet and busy in turn. All runs must
+write the same captions. The record is written to build/benchmarks/ (with --record: benchmarks/results/) and, as one
+JSON line, to stdout.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ import click
 
 from benchmarks.workload import MAX_NEW_TOKENS, Workload, describe_machine, prepare, record_options, record_path
 
-POLICIES = ("", "--streams 1", "--streams 1 spinning=off", "--processes 2")
-SPINNING = {"on": ("session.force_spinning_stop", "1"), "off": ("session.intra_op.allow_spinning", "0")}
-"""What the engine sets in STOP_SPINNING: no spinning between calls, or none at all."""
-WITH_SPINNING = "import sys, engine.backends.ort as ort, engine.cli.app as app; ort.STOP_SPINNING = {}; app.main()"
-"""The engine's command with another setting. Worker processes of --processes do not get it."""
+POLICIES = ("", "--streams 1", "--processes 2")
 BUSY = "while True: pass"
 
 
@@ -48,16 +44,10 @@ def neighbour(count: int) -> Iterator[None]:
 
 
 def command(policy: str, workload: Workload, beams: int, out: Path) -> list[str]:
-    """Return the command of a policy. Raises click.BadParameter for an unknown value of `spinning`."""
-    words = shlex.split(policy)
-    spinning = [word.removeprefix("spinning=") for word in words if word.startswith("spinning=")]
-    if not set(spinning) <= SPINNING.keys():
-        raise click.BadParameter(f"spinning is on or off, not {spinning[0]}", param_hint="--policy")
-    start = ["-c", WITH_SPINNING.format(SPINNING[spinning[0]])] if spinning else ["-m", "engine"]
+    """Return the command of a policy."""
     options = ["--bundle", workload.bundle, "--input", workload.pictures, "--out", out, "--backend", "cpu"]
     options += ["--beams", beams, "--no-repeat-ngram", 3, "--max-new-tokens", workload.max_new_tokens]
-    rest = [word for word in words if not word.startswith("spinning=")]
-    return [sys.executable, *start, "caption", *map(str, options), *rest]
+    return [sys.executable, "-m", "engine", "caption", *map(str, options), *shlex.split(policy)]
 
 
 def timed(policy: str, workload: Workload, beams: int, loops: int) -> tuple[float, str]:

@@ -287,13 +287,12 @@ def engine_int8(setting: Comparison) -> Caption:
 
 
 def _engine_on(backend: str, setting: Comparison, precision: str = "fp32") -> Caption:
-    from engine.backends import open_backends
     from engine.captioner import Captioner
     from engine.runtime import Runtime
 
     # as `engine caption` opens it
     bundle, runtime = Bundle.load(setting.workload.bundle_in(precision)), Runtime(backend, threads=setting.threads)
-    captioner = Captioner(bundle, *open_backends(bundle, runtime, many_images=True), threads=setting.threads)
+    captioner = Captioner.of(bundle, runtime, many_images=True)
     pixels = read_pixels(setting.workload, captioner.bundle)
     scheduler = captioner.scheduler(captioner.search(setting.options), setting.rows)
 

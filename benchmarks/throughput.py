@@ -103,7 +103,8 @@ NEAR = 0.02
 def main(name, images, beams, forced_tokens, programs, batches, rows, threads, repeats, out, record) -> None:
     """Measure the programs, compare their captions and write a record."""
     rounded = [program for program in ROUNDED if program in programs]
-    workload = prepare(name, images, [program.removeprefix("engine-") for program in rounded if "engine" in program])
+    ours = [program.removeprefix("engine-") for program in rounded if program.startswith("engine-")]
+    workload = prepare(name, images, ours)
     options = workload.options(beams, forced_tokens=forced_tokens)
     setting = Comparison(workload, options, rows, threads)
     workers = {program: Worker(program, setting) for program in dict.fromkeys(("engine", *programs))}

@@ -48,14 +48,13 @@ class Shape:
     vision_width: int
     vision_heads: int
     end_bias: float
-    image_size: int = 224
 
 
 SHAPES = {"base": Shape(12, 768, 12, 26.9), "large": Shape(24, 1024, 16, 20.7)}
 """Salesforce/blip-image-captioning-base and -large; the text decoder is BERT-base in both. With this bias captions have
 about 20 new tokens on average at 4 beams, and some more than 50. The public checkpoints take images of 384 px. There is
 no such workload yet: with any bias all its captions have the same length (benchmarks/LOG.md)."""
-PATCH_SIZE, TEXT_WIDTH = 16, 768
+IMAGE_SIZE, PATCH_SIZE, TEXT_WIDTH = 224, 16, 768
 STD, EMBEDDING_STD, OUTPUT_STD, CROSS_OUTPUT_STD = 0.05, 0.2, 0.02, 0.04
 """Standard deviations of the random weights. With the usual 0.02 all tokens are almost equally likely after any other,
 and the search is full of ties that rounding decides. Large embeddings and small outputs of the text layers make a token
@@ -160,7 +159,7 @@ def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD)
         "intermediate_size": 4 * shape.vision_width,
         "num_hidden_layers": shape.vision_layers,
         "num_attention_heads": shape.vision_heads,
-        "image_size": shape.image_size,
+        "image_size": IMAGE_SIZE,
         "patch_size": PATCH_SIZE,
     }
     model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).eval()
@@ -173,7 +172,7 @@ def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD)
         model.text_decoder.cls.predictions.bias[text["sep_token_id"]] += shape.end_bias
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    BlipImageProcessor(size=dict.fromkeys(("height", "width"), shape.image_size)).save_pretrained(out)
+    BlipImageProcessor(size=dict.fromkeys(("height", "width"), IMAGE_SIZE)).save_pretrained(out)
     return out
 
 

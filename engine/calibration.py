@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.captions import Caption, Confidence
 from engine.errors import DataError, UsageError
 from engine.files.atomic import write_atomically
-from engine.inputs.readers import read_text
+from engine.inputs.readers import numbered_lines, read_text
 
 FORMAT = 1
 CONFIDENCES = tuple(field.name for field in fields(Confidence))
@@ -32,7 +32,7 @@ class Calibration:
     """A non-decreasing, piecewise linear map from a confidence to the expected score of a metric.
 
     confidence  which field of Confidence it starts from
-    n_best      alternatives per image of the captions that it was fitted on, which margin and agreement depend on
+    n_best      alternatives per image of the captions that it was fitted on, which agreement depends on
     metric      the metric, with its signature
     images      number of captions that it was fitted on
     knots       confidences in ascending order; beyond the first and the last the map is constant
@@ -133,7 +133,7 @@ def read_verdicts(path: Path) -> dict[str, dict[str, str]]:
     Lines without a confidence, from earlier versions, are skipped. The file must have been checked (read_n_best).
     """
     verdicts: dict[str, dict[str, str]] = {name: {} for name in VERDICTS}
-    for line in filter(str.strip, read_text(path, names=True).split("\n")):
+    for _, line in numbered_lines(path):
         entry = json.loads(line)
         confidence = entry.get("confidence")
         for name, value in {**entry, **(confidence if isinstance(confidence, dict) else {})}.items():
@@ -156,9 +156,7 @@ class KnownConfidences:
     def read(cls, path: Path) -> KnownConfidences:
         """Raises DataError for a file without confidences."""
         by_id, n_best = {}, 0
-        for number, line in enumerate(read_text(path, names=True).split("\n"), 1):
-            if not line.strip():
-                continue
+        for number, line in numbered_lines(path):
             try:
                 entry = json.loads(line)
                 found = {name: float(value) for name, value in entry["confidence"].items() if value is not None}

@@ -273,9 +273,14 @@ class Captioner:
         runtime = replace(runtime, backend=name)
         bundle = bundle.located(log)
         checked = bundle.open()
-        captioner = cls(checked, *open_backends(checked, runtime, many_images=many_images), threads=runtime.threads)
+        captioner = cls.of(checked, runtime, many_images=many_images)
         captioner._origin = bundle.absolute(), runtime
         return captioner
+
+    @classmethod
+    def of(cls, bundle: Bundle, runtime: Runtime, *, many_images: bool = False) -> Captioner:
+        """Load the graphs of a checked bundle for a runtime; see open_backends for `many_images`."""
+        return cls(bundle, *open_backends(bundle, runtime, many_images=many_images), threads=runtime.threads)
 
     def __reduce__(self) -> tuple[Callable[..., Captioner], tuple[BundleRef, Runtime, str]]:
         if self._origin is None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,18 @@ class Alternative:
     sum_log_prob: float
     score: float
     token_log_probs: tuple[float, ...] = ()
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Alternative:
+        """Return an alternative from JSON, where tuples are lists. Raises KeyError, TypeError or ValueError."""
+        return cls(
+            text=str(entry["text"]),
+            raw_text=str(entry["raw_text"]),
+            ids=tuple(int(token) for token in entry["ids"]),
+            sum_log_prob=float(entry["sum_log_prob"]),
+            score=float(entry["score"]),
+            token_log_probs=tuple(map(float, entry.get("token_log_probs", ()))),  # missing in earlier journals
+        )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from engine.errors import UsageError
 
+PRECISIONS = ("fp32", "fp16", "int8")
+"""Precisions of weights and activations. Scores and their sums over a caption are float32 in all of them."""
 ID_HELP = "Column of ids or file names in input tables; by default the usual names are looked for."
 CAPTION_HELP = "Column of captions in input tables; by default the usual names are looked for."
 PROMPT_HELP = "Column of prompts in input tables; `prompt` by default."

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from engine.bundle.manifest import PRECISIONS
 from engine.cli.shared import NAME, PATH, OneLine, log
+from engine.options import PRECISIONS
 
 
 @click.command(cls=OneLine)

@@ -16,11 +16,11 @@ import click
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
-from engine.bundle.manifest import PRECISIONS
+from engine.checkpoints.convert import parameters
 from engine.checkpoints.families import RULES
 from engine.checkpoints.graphs import Graph, GraphSet, Number, save_graphs, shipped_graphs
-from engine.checkpoints.vision_encoder_decoder import POSITION_OFFSET
 from engine.cli.shared import PATH, OneLine
+from engine.options import PRECISIONS
 from export.families import PUBLISHED, family_for, family_of
 from export.families.modules import Normalisation
 from export.graphs.exporters import trace, without_weights
@@ -99,19 +99,9 @@ def sized(config: PretrainedConfig, example: Example) -> PretrainedConfig:
 
 
 def numbers_of(config: PretrainedConfig, example: Example) -> dict[str, Number]:
-    """Return the parameters of an example's graphs, as engine.checkpoints.convert.parameters does for a checkpoint."""
-    rescale, mean, std = example.normalisation
+    """Return the parameters of an example's graphs."""
     sizes = family_for(config).sizes(sized(config, example))
-    return {
-        "image_size": sizes.image_size,
-        "encoder_positions": sizes.encoder_positions,
-        "vocab_size": sizes.vocab_size,
-        "max_positions": sizes.max_positions,
-        "position_rows": sizes.max_positions + POSITION_OFFSET,
-        "rescale": rescale,
-        "image_mean": tuple(mean),
-        "image_std": tuple(std),
-    }
+    return parameters(sizes, sizes.image_size, *example.normalisation)
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:

@@ -169,7 +169,7 @@ def finetune(
 @main.command(cls=SectionCommand)
 @click.option(
     "--checkpoint",
-    help="BLIP captioning checkpoint: a folder, a Hugging Face id or a .pth file; exported once into OUT/bundle.",
+    help="Captioning checkpoint: a folder, a Hugging Face id or a .pth file; exported once into OUT/bundle.",
 )
 @click.option(
     "--bundle",

@@ -90,7 +90,8 @@ def kernel_times(work: Callable[[], object]) -> dict[str, Any]:
     import torch
 
     start = time.perf_counter()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+    known = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[known.CUDA if torch.cuda.is_available() else known.CPU]) as profiled:
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

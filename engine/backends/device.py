@@ -152,7 +152,10 @@ class HostDevice:
 
     def allocate(self, size_bytes: int) -> int:
         """See Device.allocate."""
-        memory = np.zeros(max(1, size_bytes), np.uint8)
+        try:
+            memory = np.zeros(max(1, size_bytes), np.uint8)
+        except MemoryError as error:
+            raise OutOfMemoryError(f"the CPU has no {size_bytes} bytes of memory left") from error
         address = int(memory.ctypes.data)
         self._owned[address] = memory
         return address

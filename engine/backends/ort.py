@@ -260,6 +260,7 @@ class OrtBackend:
         self._slot_shape = (model.num_heads, model.encoder_positions, model.head_width)
         # keys or values of one slot in one layer: the unit of the copies in admit and regroup
         self._slot_bytes = int(np.prod(self._slot_shape)) * np.dtype(self._dtype).itemsize
+        self._is_short = False
         self._shrinking: set[Any] = set()
         """Sessions whose next run returns unused memory to the device."""
 
@@ -296,6 +297,8 @@ class OrtBackend:
         """See FillableBackend.allocate."""
         if self._bounds is not None:
             self._bounds.refuse_beyond(OTHER_BACKEND, slots=num_slots)
+        if self._is_short:
+            self._is_short, self._shrinking = False, {self._encoder, self._decoder, self._regroup}
         # zeros, not empty: masked positions have the weight 0, but 0 * NaN is NaN
         shape = (num_slots, *self._slot_shape)
         with self._memory_errors():
@@ -465,11 +468,14 @@ class OrtBackend:
 
     @contextmanager
     def _memory_errors(self) -> Iterator[None]:
-        """After an OutOfMemoryError, let each session shrink its memory pool."""
+        """After an OutOfMemoryError, let each session shrink its memory pool in the next attempt, see allocate.
+
+        Not at once: a step of another stream may come first, while the caches of this attempt are still there.
+        """
         try:
             yield
         except OutOfMemoryError:
-            self._shrinking = {self._encoder, self._decoder, self._regroup}
+            self._is_short = True
             raise
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from engine.errors import BundleError, EngineError
 from engine.files.atomic import file_sha256
 from engine.inputs.kinds import HEAD_BYTES, wrong_content
-from engine.options import DecodeOptions, options_from
+from engine.options import PRECISIONS, DecodeOptions, options_from
 
 GRAPHS = ("encoder", "decoder", "regroup")
 LOG_PROBS, CHOICE = "log_probs", "choice"
@@ -149,8 +149,6 @@ OLDER_FORMATS = (1, 2)
 """Older formats that this engine reads. Options they do not support raise an error when used, see WITH_PENALTIES."""
 
 MANIFEST = "manifest.json"
-PRECISIONS = ("fp32", "fp16", "int8")
-"""Precisions of weights and activations. Scores and their sums over a caption are float32 in all of them."""
 PER_ROW, PER_TENSOR = "row", "tensor"
 """How an int8 bundle scales activations. Per tensor (formats 1 and 2), captions depend on the images in a batch."""
 KNOWN_VALUES = {

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.bundle.manifest import FORMAT, GOLDEN, MANIFEST, OLDER_FORMATS, PRECISIONS, REQUIRED_FILES
+from engine.bundle.manifest import FORMAT, GOLDEN, MANIFEST, OLDER_FORMATS, REQUIRED_FILES
 from engine.errors import OutputError
 from engine.files.lock import OutputLock
+from engine.options import PRECISIONS
 
 REPLACED = "replaced"
 """Name, in the draft folder, of the previous bundle while the new one is moved into place."""

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from engine.bundle.manifest import TokenIds, demo_bundle
 from engine.checkpoints.rules import (
-    WITHOUT_EFFECT,
-    ProcessorRules,
+    CLIP,
     Rules,
     Settings,
     Sizes,
@@ -22,6 +21,7 @@ from engine.checkpoints.rules import (
     completed,
     linear,
     norm,
+    processor_rules,
 )
 from engine.errors import CheckpointError
 
@@ -102,22 +102,7 @@ class BlipRules(Rules):
     }
     tokenizer_class = "BertTokenizer"
     position_table = "vision_model.embeddings.position_embedding"
-    processor = ProcessorRules(
-        kind="BlipImageProcessor",
-        prefix="Blip",
-        settings={  # the defaults are the same in transformers 4.57 and 5
-            "do_resize": True,
-            "size": {"height": 384, "width": 384},
-            "resample": 3,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "do_convert_rgb": True,
-        },
-        without_effect=WITHOUT_EFFECT,
-    )
+    processor = processor_rules("Blip", {"height": 384, "width": 384}, 3, CLIP)  # in transformers 4.57 and 5
 
     def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
         """See Rules.check_config."""

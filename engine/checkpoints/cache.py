@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.bundle.manifest import MANIFEST, PRECISIONS, Bundle, FileDigests, Stamp, stamp_of
-from engine.bundle.open import BundleRef
+from engine.bundle.manifest import MANIFEST, Bundle, FileDigests, Stamp, stamp_of
+from engine.bundle.open import BundleRef, open_bundle
 from engine.bundle.replace import bundle_drafts, is_replaceable, move_bundle
 from engine.checkpoints.convert import convert
 from engine.checkpoints.graphs import find_graphs, known_versions
@@ -39,6 +39,7 @@ from engine.files.atomic import (
 )
 from engine.files.lock import tried_lock, waiting_lock
 from engine.inputs.remote import Location, location
+from engine.options import PRECISIONS
 
 Log = Callable[[str], None]
 
@@ -52,6 +53,9 @@ SETTINGS = (
 """Files that decide a bundle in addition to the weights. A training writes others next to them, such as its log."""
 RELATIVE_SIZE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.25}
 """Usual size of a bundle relative to float32 weights, to see before a conversion whether it fits on the disk."""
+CONVERTER = 1
+"""Version of what turns a checkpoint's files into a bundle, apart from the graphs. Increase it whenever the same files
+give another bundle, for example another tokenizer.json: then cached bundles are made again."""
 COARSE_NS = 3 * 10**9
 """Some file systems count time in steps of 2 s. A file that changed within that time may change again unnoticed."""
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -114,7 +118,7 @@ class Entry:
     """Which bundle a name stands for in a precision and an image size (None: the checkpoint's own).
 
     name    a hub id with its revision, or the absolute path of a local checkpoint
-    graphs  version of the graph set that the bundle was made with
+    graphs  version of the graph set that the bundle was made with; `converter` is CONVERTER then
     key     name of the bundle's folder
     commit  full hash of the hub's commit, or "" for a local checkpoint
     stamps  stamp of each file of a local checkpoint, to see without reading it that it has not changed. None are kept
@@ -125,6 +129,7 @@ class Entry:
     precision: str
     image_size: int | None
     graphs: str = ""
+    converter: int = CONVERTER
     key: str = ""
     commit: str = ""
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
@@ -196,7 +201,7 @@ def bundle_of(
             f"{name} does not exist, and it is not an id on the Hugging Face Hub such as owner/name: pass a bundle, a "
             "checkpoint folder, a .pth file or an id"
         )
-    label = str(path.absolute()) if is_local else name
+    label = os.path.realpath(path) if is_local else name
     wanted = Entry(label, precision or "fp32", image_size)
     known = _known(wanted)
     if is_local:
@@ -241,7 +246,9 @@ def _known(wanted: Entry) -> Entry | None:
     require_private(models_folder(), REASON)
     require_private(_names(), REASON)
     known = Entry.read(wanted.path)
-    if known is None or known.graphs not in known_versions(wanted.precision) or not _is_whole(known.folder):
+    if known is None or known.converter != CONVERTER or known.graphs not in known_versions(wanted.precision):
+        return None
+    if not _is_whole(known.folder):
         return None
     _check_private(known.folder, REASON)
     return known
@@ -278,19 +285,19 @@ def _converted(checkpoint: Path, entry: Entry, log: Log) -> Entry:
     digests = FileDigests()  # the manifest has the digests of the weights as well
     opened = read_checkpoint(checkpoint, image_size=entry.image_size, sha256=digests)
     # before the weights are hashed: there may be no graphs for the checkpoint
-    entry = replace(entry, graphs=find_graphs(opened.family, opened.shape, entry.precision).version)
-    entry = replace(entry, key=_key(files, entry, digests))
+    graphs = find_graphs(opened.family, opened.shape, entry.precision)
+    entry = replace(entry, graphs=graphs.version)
+    entry = replace(entry, key=_key(files, entry, opened.image.height, digests))
     hub = {"hub": entry.name, "commit": entry.commit} if entry.commit else {}
 
     def write(draft: Path) -> None:
-        weights = sum(path.stat().st_size for name, path in files.items() if name not in SETTINGS)
+        weights = sum(path.stat().st_size for path in opened.files)
         _remove_dead_drafts()
         require_space({models_folder(): _bundle_size(weights, entry.precision)}, entry.name)
         for note in opened.notes:
             log(f"note: {note}")
         log(f"converting {entry} ({megabytes(weights)} of weights)")
-        draft.rmdir()
-        convert(opened, draft, precision=entry.precision, source=hub, log=log)
+        convert(opened, graphs, draft, source=hub, log=log)
         if [stamp_of(path.stat()) for path in files.values()] != before:
             raise CheckpointError(f"{checkpoint} changed while it was converted: run the same command again")
         for path in (*draft.iterdir(), draft):
@@ -304,13 +311,13 @@ def _converted(checkpoint: Path, entry: Entry, log: Log) -> Entry:
     return entry
 
 
-def _key(files: Mapping[str, Path], entry: Entry, sha256: Callable[[Path], str]) -> str:
+def _key(files: Mapping[str, Path], entry: Entry, image_size: int, sha256: Callable[[Path], str]) -> str:
     """Return the sha256 of all that decides a bundle."""
     try:
         parts = [f"{name}:{sha256(path)}" for name, path in sorted(files.items())]
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
-    decisive = [*parts, f"{entry.precision} {entry.image_size} {entry.graphs}"]
+    decisive = [*parts, f"{entry.precision} {image_size} {entry.graphs} {CONVERTER}"]
     return hashlib.sha256("\n".join(decisive).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -349,15 +356,16 @@ def get_bundle(
     """
     if out is not None and not is_replaceable(out):
         raise UsageError(f"{out} exists and is not a bundle, or holds other files as well: choose another --out")
-    folder = bundle_of(name, precision=precision, image_size=image_size, log=log, newest=True)
+    model = ModelRef((name,), precision=precision, image_size=image_size)
+    (place,) = model.located(log, newest=True).locations
     try:
-        bundle = Bundle.load(folder)
+        bundle = open_bundle(place)
     except BundleError as error:
-        if folder.parent != models_folder():
+        if not isinstance(place, Path) or place.parent != models_folder():
             raise
         log(f"note: {error}: it is converted again")
-        _discard(folder)
-        bundle = Bundle.load(bundle_of(name, precision=precision, image_size=image_size, log=log))
+        _discard(place)
+        bundle = model.located(log).open()
     if out is None or (out.exists() and out.samefile(bundle.path)):
         return bundle
     require_space({out.parent: sum(path.stat().st_size for path in bundle.path.iterdir())}, str(out))
@@ -407,7 +415,7 @@ def remove_cached(name: str) -> list[CachedBundle]:
     keeps working on Linux. Raises UsageError if nothing in the cache has this name.
     """
     is_key = len(name) >= FEWEST_DIGITS and re.fullmatch(r"[0-9a-f]+", name) is not None
-    names = {name, str(Path(name).absolute())}
+    names = {name, os.path.realpath(name)}
     cached = cached_bundles()
     removed = [
         one
@@ -459,13 +467,14 @@ class ModelRef:
         """Return the local folders that are bundles already."""
         return [Path(name) for name in self.names if isinstance(name, str | Path) and (Path(name) / MANIFEST).is_file()]
 
-    def located(self, log: Log) -> BundleRef:
-        """Convert what is not converted yet, and return the bundles."""
-        return BundleRef(tuple(self._located(name, log) for name in self.names), self.weights)
+    def located(self, log: Log, *, newest: bool = False) -> BundleRef:
+        """Convert what is not converted yet, and return the bundles; `newest` is that of bundle_of."""
+        return BundleRef(tuple(self._located(name, log, newest) for name in self.names), self.weights)
 
-    def _located(self, name: str | Location, log: Log) -> Location:
-        if isinstance(name, str) and "://" in name:
-            return location(name)
-        if isinstance(name, str) or (isinstance(name, Path) and name.exists()):
-            return bundle_of(str(name), precision=self.precision, image_size=self.image_size, log=log)
-        return name
+    def _located(self, name: str | Location, log: Log, newest: bool) -> Location:
+        is_uri = isinstance(name, str) and "://" in name
+        if not is_uri and (isinstance(name, str) or (isinstance(name, Path) and name.exists())):
+            return bundle_of(str(name), precision=self.precision, image_size=self.image_size, log=log, newest=newest)
+        if (self.precision, self.image_size) != (None, None):
+            raise UsageError(f"precision and image size convert a checkpoint, but {name} is a bundle: leave them out")
+        return location(name) if isinstance(name, str) else name

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from engine.bundle.manifest import FORMAT, MANIFEST, PER_ROW
-from engine.checkpoints.graphs import GraphSet, Number, find_graphs, size_of
+from engine.bundle.manifest import FORMAT, MANIFEST, PER_ROW, ModelDims
+from engine.checkpoints.graphs import GraphSet, Number, size_of
 from engine.checkpoints.read import Checkpoint
 from engine.checkpoints.vision_encoder_decoder import POSITION_OFFSET
 from engine.checkpoints.write import write_graphs
@@ -24,25 +22,26 @@ NOT_RECORDED, NOT_CHECKED = "not recorded", "not checked"
 
 def convert(
     checkpoint: Checkpoint,
+    graphs: GraphSet,
     out: Path,
     *,
-    precision: str,
     source: Mapping[str, str],
     log: Callable[[str], None],
 ) -> None:
-    """Write the bundle of a checkpoint into the new folder `out`, one tensor at a time.
+    """Write the bundle of a checkpoint into the folder `out`, which is empty or new, one tensor at a time.
 
+    `graphs` are those of find_graphs.
     The files are those of `python -m export`, byte for byte, but for the manifest and the recorded answers of PyTorch,
     which need PyTorch. `source` says where the checkpoint comes from, such as {"hub": ..., "commit": ...}. Nothing is
     flushed to the disk. Raises CheckpointError if there are no graphs for the checkpoint or its weights do not fit
     them, and OutputError if a file cannot be written; the caller then removes `out`.
     """
-    graphs = find_graphs(checkpoint.family, checkpoint.shape, precision)
-    numbers = parameters(checkpoint)
+    image = checkpoint.image
+    numbers = parameters(checkpoint.model, image.height, checkpoint.rescale, image.mean, image.std)
     _check_weights(checkpoint, graphs, numbers)
-    log(f"writing the graphs of {graphs.architecture} in {precision} (graph set {graphs.version})")
+    log(f"writing the graphs of {graphs.architecture} in {graphs.precision} (graph set {graphs.version})")
     try:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         files = write_graphs(graphs.graphs, checkpoint.weights, numbers, out)
         tokenizer = checkpoint.tokenizer.encode()
         (out / "tokenizer.json").write_bytes(tokenizer)
@@ -56,18 +55,19 @@ def convert(
         ) from error
 
 
-def parameters(checkpoint: Checkpoint) -> dict[str, Number]:
+def parameters(
+    model: ModelDims, image_size: int, rescale: float, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Number]:
     """Return the values that graphs take from a checkpoint rather than from its architecture."""
-    image, model = checkpoint.image, checkpoint.model
     return {
-        "image_size": image.height,
+        "image_size": image_size,
         "encoder_positions": model.encoder_positions,
         "vocab_size": model.vocab_size,
         "max_positions": model.max_positions,
         "position_rows": model.max_positions + POSITION_OFFSET,
-        "rescale": checkpoint.rescale,
-        "image_mean": tuple(image.mean),
-        "image_std": tuple(image.std),
+        "rescale": rescale,
+        "image_mean": tuple(mean),
+        "image_std": tuple(std),
     }
 
 
@@ -87,7 +87,7 @@ def _check_weights(checkpoint: Checkpoint, graphs: GraphSet, numbers: Mapping[st
             )
     weights = checkpoint.weights
     for name, original in graphs.tied.items():
-        if name in weights and original in weights and not np.array_equal(weights[name], weights[original]):
+        if name in weights and original in weights and not weights.are_equal(name, original):
             raise CheckpointError(
                 f"{name} differs from {original}, but the graphs of {graphs.architecture} use one weight for both: "
                 "export the checkpoint with `python -m export`"

@@ -72,7 +72,10 @@ def read_generation_file(directory: Path) -> dict[str, Any] | None:
 def rules_at(directory: Path) -> Rules:
     """Return the rules of a checkpoint's family. Raises CheckpointError if config.json names no supported family."""
     raw = read_config_file(directory)
-    return rules_named(raw.get("model_type"), raw.get("architectures") or [], directory)
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise CheckpointError(f"{directory / 'config.json'}: architectures is {architectures!r:.40}, not a list")
+    return rules_named(raw.get("model_type"), architectures, directory)
 
 
 def _what_it_is(directory: Path) -> str:
@@ -94,7 +97,7 @@ def _what_it_is(directory: Path) -> str:
 def weight_files(directory: Path) -> list[Path]:
     """Return the weight files of a checkpoint: safetensors files if there are any, else torch pickles.
 
-    Raises CheckpointError if there are none, or if a file that an index names is missing.
+    Raises CheckpointError if it has none, or if a file that an index names is missing.
     """
     for single, index in ((SAFE, SAFE_INDEX), (PICKLE, PICKLE_INDEX)):
         if (directory / single).is_file():

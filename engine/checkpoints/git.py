@@ -8,8 +8,8 @@ from typing import Any
 
 from engine.bundle.manifest import TokenIds
 from engine.checkpoints.rules import (
-    WITHOUT_EFFECT,
-    ProcessorRules,
+    CLIP,
+    CROP,
     Rules,
     Settings,
     Sizes,
@@ -20,6 +20,7 @@ from engine.checkpoints.rules import (
     linear,
     norm,
     outer_settings,
+    processor_rules,
 )
 from engine.errors import CheckpointError
 
@@ -71,24 +72,7 @@ class GitRules(Rules):
     weight_prefixes = ("git.image_encoder.", "git.encoder.")
     tokenizer_class = "BertTokenizer"
     position_table = "git.image_encoder.vision_model.embeddings.position_embedding.weight"
-    processor = ProcessorRules(
-        kind="CLIPImageProcessor",
-        prefix="CLIP",
-        settings={
-            "do_resize": True,
-            "size": {"shortest_edge": 224},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": 224, "width": 224},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "do_convert_rgb": True,
-        },
-        without_effect=WITHOUT_EFFECT | {"_valid_processor_keys"},
-    )
+    processor = processor_rules("CLIP", {"shortest_edge": 224}, 3, CLIP, **CROP)
 
     def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
         """See Rules.check_config. Models of videos add an embedding to the tokens of each of several images."""

@@ -13,7 +13,7 @@ import lzma
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class GraphSet:
     tied: Mapping[str, str]
     graphs: tuple[Graph, ...]
 
-    @property
+    @cached_property
     def version(self) -> str:
         """12 digits that change with any content of the set."""
         return version_of(self.to_bytes())
@@ -186,8 +186,7 @@ def save_graphs(graphs: GraphSet, folder: Path) -> Path:
     return path
 
 
-@lru_cache(maxsize=4)
-def _load(path: Path, _changed: int) -> GraphSet:
+def _load(path: Path) -> GraphSet:
     try:
         return GraphSet.from_bytes(lzma.decompress(path.read_bytes()))
     except (OSError, lzma.LZMAError, ValueError, KeyError, TypeError) as error:
@@ -203,10 +202,9 @@ def graph_files(precision: str = "*") -> list[Path]:
     return [path for folder in folders for path in sorted(folder.glob(f"*-{precision}{SUFFIX}"))]
 
 
-def known_graphs() -> Iterator[GraphSet]:
-    """Yield all graph sets."""
-    for path in graph_files():
-        yield _load(path, path.stat().st_mtime_ns)
+def known_graphs(precision: str = "*") -> Iterator[GraphSet]:
+    """Yield the graph sets of all precisions, or of one."""
+    return map(_load, graph_files(precision))
 
 
 def known_versions(precision: str) -> set[str]:
@@ -223,22 +221,21 @@ def known_architectures() -> list[tuple[str, tuple[str, ...]]]:
 
 
 def find_graphs(family: str, shape: Mapping[str, int | float | str], precision: str) -> GraphSet:
-    """Return the graph set for a checkpoint's family and sizes. Raises CheckpointError if there is none."""
-    for graphs in known_graphs():
-        if (graphs.family, graphs.precision) == (family, precision) and graphs.shape == shape:
+    """Return the graph set for a checkpoint's family and sizes. Raises CheckpointError if it does not exist."""
+    known = []
+    for graphs in known_graphs(precision):
+        if graphs.family == family and graphs.shape == shape:
             return graphs
-    known = list(known_graphs())
-    listed = ", ".join(name for name, precisions in known_architectures() if precision in precisions) or "nothing"
+        known.append(graphs)
+    listed = ", ".join(sorted(graphs.architecture for graphs in known)) or "nothing"
     closest = min(
         (one for one in known if one.family == family), key=lambda one: len(_differing(one, shape)), default=None
     )
-    reason = f"it is of the family {family!r}"
+    reason = f"there are no graphs of its family {family!r} in {precision}"
     if closest:
         differing = _differing(closest, shape)
         few = ", ".join(f"{name} {shape.get(name)!r} instead of {closest.shape.get(name)!r}" for name in differing[:3])
         reason = f"its sizes are not those of {closest.architecture}: {few}"
-        if not differing:
-            reason = f"there are no graphs in {precision}"
     raise CheckpointError(
         f"this checkpoint cannot be converted without torch, because {reason}. The engine has graphs for {listed}; "
         "export it with `python -m export`"

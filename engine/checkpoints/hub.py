@@ -123,7 +123,8 @@ def weights_of(names: Iterable[str]) -> list[str]:
         if stem + suffix in top:
             return [stem + suffix]
         # shards, which an index lists; or safetensors files under any name
-        named = [name for name in top if name.endswith(suffix) and (name.startswith(stem) or suffix != ".bin")]
+        is_sharded = suffix == ".bin" or stem + suffix + INDEX in top
+        named = [name for name in top if name.endswith(suffix) and (name.startswith(stem) or not is_sharded)]
         if named:
             return sorted(named)
     return []

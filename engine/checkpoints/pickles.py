@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from engine.errors import CheckpointError
 
 
@@ -58,7 +60,14 @@ STORAGES = {
     "BoolStorage": "BOOL",
 }
 """torch's storage types, and the types of their numbers by their names in safetensors files."""
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+NUMBERS = {
+    **{"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2"},
+    **{"I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?"},
+}
+"""Types of numbers that are read, by their names in safetensors files, as numpy's types.
+
+bfloat16 is the upper half of a float32 and is read as bits, because numpy has no such type.
+"""
 
 MAX_PICKLE_BYTES = 2 << 20
 """Largest pickle that is read. That of BLIP-large has 0.2 MB, with the state of AdamW 0.6 MB."""
@@ -291,12 +300,12 @@ class _Reader:
     def _entry(self, name: str, tensor: _Tensor, folder: str, order: str) -> Entry:
         """Return where a tensor is. Raises ValueError if its numbers are not all within its storage."""
         storage, offset, size, stride = tensor
-        if not isinstance(storage, _Storage) or not isinstance(storage.key, str) or storage.kind not in BYTES:
+        if not isinstance(storage, _Storage) or not isinstance(storage.key, str) or storage.kind not in NUMBERS:
             raise ValueError(f"{name} has no storage")
         shape, strides = _numbers(size), _numbers(stride)
         (first, numel) = _numbers((offset, storage.numel))
         start, stored = self._place(f"{folder}/{storage.key}")
-        width = BYTES[str(storage.kind)]
+        width = np.dtype(NUMBERS[str(storage.kind)]).itemsize
         entry = Entry(str(storage.kind), order, start + first * width, shape, strides)
         if len(shape) != len(strides) or stored != numel * width:
             raise ValueError(f"{name} has sizes that do not fit its storage")

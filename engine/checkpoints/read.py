@@ -43,16 +43,14 @@ from engine.options import options_from
 class Checkpoint:
     """A checkpoint that can become a bundle.
 
-    `config` is the content of config.json, for the image size that was asked for. `shape` is what decides which
-    operations its graphs have (Rules.shape). `rescale` and the mean and std of `image` are those of
-    (x * rescale - mean) / std. `generation` are the settings that differ from Hugging Face's defaults, and
+    `shape` decides which operations its graphs have (Rules.shape). `rescale` and the mean and std of `image` are those
+    of (x * rescale - mean) / std. `generation` are the settings that differ from Hugging Face's defaults, and
     `generation_from` says where each comes from. `tokenizer` is the text of the tokenizers library. `notes` are what
     users should know, one line each. `weights` have the names of Hugging Face's layout.
     """
 
     path: Path
     family: str
-    config: Mapping[str, Any]
     shape: Mapping[str, int | float | str]
     model: ModelDims
     image: ImageSpec
@@ -72,12 +70,6 @@ class Checkpoint:
         """Name, sha256 and weight files of the checkpoint, as the manifest has them. Reads the files on first use."""
         files = {path.name: self.sha256(path) for path in self.files}
         return {"name": self.path.resolve().name, "sha256": sha256_of_all(files.values()), "files": files}
-
-    @property
-    def digest(self) -> str:
-        """One sha256 for the weights: the hash of the sha256 digests of their files, in name order."""
-        digest: str = self.description["sha256"]
-        return digest
 
 
 def sha256_of_all(digests: Iterable[str]) -> str:
@@ -153,15 +145,14 @@ def _read(
     try:
         options_from(generation, {})
     except UsageError as error:
-        where = sources[next(iter(generation))].source
-        raise CheckpointError(f"{folder}: {where}: {error}") from error
+        where = sorted({sources[name].source for name in generation})
+        raise CheckpointError(f"{folder}: {' or '.join(where)}: {error}") from error
     text = read_tokenizer(folder, rules.tokenizer_class, sizes.vocab_size)
     values = processor.values
     mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else ([0.0] * 3, [1.0] * 3)
     return Checkpoint(
         path=source,
         family=rules.model_type,
-        config=raw,
         shape=rules.shape(raw),
         model=ModelDims(**{name: getattr(sizes, name) for name in ModelDims.__dataclass_fields__}),
         image=ImageSpec(
@@ -205,9 +196,9 @@ def fitted(weights: Weights, rules: Rules, raw: Mapping[str, Any]) -> Weights:
     source, tensors = weights.source, weights.tensors
     expected, tied = rules.weight_shapes(raw), rules.tied(raw)
     for copy, original in tied.items():
-        if copy in tensors and original in tensors and tensors[copy] != tensors[original]:
+        if copy in tensors and original in tensors:
             refuse_wrong_shapes(weights, {name: expected[name] for name in (copy, original)})
-            if not np.array_equal(weights[copy], weights[original]):
+            if not weights.are_equal(copy, original):
                 raise CheckpointError(
                     f"{source}: {copy} differs from {original}, but tie_word_embeddings requires them to be equal: set "
                     "it to false in config.json, or remove one of the two"

@@ -86,10 +86,26 @@ WITHOUT_EFFECT = frozenset(
         *("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"),
         *("data_format", "input_data_format", "default_to_square", "device", "disable_grouping"),
         *("return_tensors", "image_seq_length", "num_query_tokens", "crop_size", "pad_size", "size_divisor"),
-        *("do_reduce_labels", "reduce_labels", "transformers_version"),
+        *("do_reduce_labels", "reduce_labels", "transformers_version", "_valid_processor_keys"),
     )
 )
 """Settings of image processors that do not change pixels."""
+CLIP = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+"""Mean and std of pixels per channel."""
+CROP = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+
+
+def processor_rules(
+    name: str, size: Mapping[str, int], resample: int, moments: tuple[list[float], list[float]], **more: Any
+) -> ProcessorRules:
+    """Return the rules of an image processor, whose older class is called a feature extractor.
+
+    `size`, `resample` (a filter of Pillow), the mean and std in `moments` and `more` are the defaults of transformers.
+    """
+    mean, std = moments
+    settings = {"do_resize": True, "size": size, "resample": resample, "do_rescale": True, "rescale_factor": 1 / 255}
+    settings |= {"do_normalize": True, "image_mean": mean, "image_std": std, "do_convert_rgb": True} | more
+    return ProcessorRules(f"{name}ImageProcessor", name, settings, WITHOUT_EFFECT - set(more))
 
 
 DEFAULTS: dict[str, Any] = {

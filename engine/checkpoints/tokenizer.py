@@ -147,18 +147,7 @@ def read_tokenizer(directory: Path, default_class: str, vocab_size: int) -> Toke
             "`python -m export` (in the repository)"
         )
     try:
-        try:
-            if kind in LATER_CLASSES:
-                raise ValueError(f"{kind} is a class of transformers 5")
-            tokenizer, clean_up = _joined(directory, raw, kind)
-        except Exception:  # as export does for what transformers 4 cannot read
-            if not file.is_file():
-                raise
-            settings = special_settings(raw)
-            tokenizer = Tokenizer.from_file(str(file))
-            _add_tokens(tokenizer, settings, {})
-            _apply_prefix_space(tokenizer, {}, is_roberta=False)
-            clean_up = bool(settings.get("clean_up_tokenization_spaces", False))
+        tokenizer, clean_up = _built(directory, raw, kind)
         refuse_unusable(
             directory,
             tokenizer.get_vocab(with_added_tokens=True),
@@ -175,6 +164,25 @@ def read_tokenizer(directory: Path, default_class: str, vocab_size: int) -> Toke
         if file.is_file():
             raise CheckpointError(f"{file} cannot be read: {reason}") from error
         raise CheckpointError(f"{directory} has no usable tokenizer ({reason}): add tokenizer.json") from error
+
+
+def _built(directory: Path, raw: Mapping[str, Any], kind: str) -> tuple[Tokenizer, bool]:
+    """Return the tokenizer of a class, and whether spaces are cleaned up.
+
+    What transformers 4 cannot read comes from tokenizer.json alone, if it is there, as in the export.
+    """
+    file = directory / FILE
+    if kind not in LATER_CLASSES:
+        try:
+            return _joined(directory, raw, kind)
+        except Exception:
+            if not file.is_file():
+                raise
+    settings = special_settings(raw)
+    tokenizer = Tokenizer.from_file(str(file))
+    _add_tokens(tokenizer, settings, {})
+    _apply_prefix_space(tokenizer, {}, is_roberta=False)
+    return tokenizer, bool(settings.get("clean_up_tokenization_spaces", False))
 
 
 def _optional(path: Path) -> dict[str, Any]:

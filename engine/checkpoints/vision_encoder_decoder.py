@@ -12,7 +12,8 @@ from typing import Any
 
 from engine.bundle.manifest import TokenIds
 from engine.checkpoints.rules import (
-    WITHOUT_EFFECT,
+    CLIP,
+    CROP,
     ProcessorRules,
     Rules,
     Settings,
@@ -24,6 +25,7 @@ from engine.checkpoints.rules import (
     linear,
     norm,
     outer_settings,
+    processor_rules,
 )
 from engine.errors import CheckpointError
 
@@ -39,25 +41,11 @@ CONVERTIBLE = {"vit": ("gpt2", "trocr")}
 """Those of them that are converted without torch."""
 
 HALF = [0.5] * 3, [0.5] * 3
-CLIP = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 """Mean and std of pixels per channel."""
-
-
-def _processor(
-    name: str, size: Any, resample: int, moments: tuple[list[float], list[float]], **more: Any
-) -> ProcessorRules:
-    """Return the rules of an image processor, whose older class is called a feature extractor."""
-    mean, std = moments
-    settings = {"do_resize": True, "size": size, "resample": resample, "do_rescale": True, "rescale_factor": 1 / 255}
-    settings |= {"do_normalize": True, "image_mean": mean, "image_std": std, "do_convert_rgb": True} | more
-    return ProcessorRules(f"{name}ImageProcessor", name, settings, WITHOUT_EFFECT - set(more))
-
-
-CROP = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
-VIT = _processor("ViT", {"height": 224, "width": 224}, 2, HALF)
-DEIT = _processor("DeiT", {"height": 256, "width": 256}, 3, HALF, **CROP)
-BEIT = _processor("Beit", {"height": 256, "width": 256}, 3, HALF, **CROP)
-BIT = _processor("Bit", {"shortest_edge": 224}, 3, CLIP, **CROP)
+VIT = processor_rules("ViT", {"height": 224, "width": 224}, 2, HALF)
+DEIT = processor_rules("DeiT", {"height": 256, "width": 256}, 3, HALF, **CROP)
+BEIT = processor_rules("Beit", {"height": 256, "width": 256}, 3, HALF, **CROP)
+BIT = processor_rules("Bit", {"shortest_edge": 224}, 3, CLIP, **CROP)
 PROCESSORS = {"vit": VIT, "deit": DEIT, "beit": BEIT, "swin": VIT, "dinov2": BIT}
 """Image processors: the one of each encoder. A checkpoint may name any of them."""
 
@@ -180,7 +168,7 @@ class VisionEncoderDecoderRules(Rules):
             if not isinstance(raw.get(part), dict):
                 raise CheckpointError(f"{path}: {part} is not a JSON object: save the model again")
         encoder, decoder = (raw[part].get("model_type") for part in ("encoder", "decoder"))
-        if decoder not in PAIRS.get(encoder, ()):
+        if not isinstance(encoder, str) or decoder not in PAIRS.get(encoder, ()):
             known = "; ".join(f"{name} with {', '.join(others)}" for name, others in PAIRS.items())
             raise CheckpointError(
                 f"{path} pairs the encoder {encoder!r} with the decoder {decoder!r}, which is not supported: use one "
@@ -218,7 +206,7 @@ class VisionEncoderDecoderRules(Rules):
         vision, text = _part(raw, "encoder"), _part(raw, "decoder")
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         check_numbers({name: vision[name] for name in names}, path, "encoder", lowest=1)
-        check_numbers({name: _side(vision[name]) for name in ("image_size", "patch_size")}, path, "encoder", lowest=1)
+        check_numbers({name: side_of(vision[name]) for name in ("image_size", "patch_size")}, path, "encoder", lowest=1)
         rules = DECODERS[text["model_type"]]
         sizes = {name: text[name] for name in (*rules.sizes, "vocab_size")}
         inner = "n_inner" if text["model_type"] == "gpt2" else "decoder_ffn_dim"
@@ -251,7 +239,8 @@ class VisionEncoderDecoderRules(Rules):
         return {**raw, **dict(zip(ENDINGS, (start, end, end if pad is None else pad), strict=True))}
 
     def _is_known(self, raw: Mapping[str, Any]) -> bool:
-        return isinstance(raw.get("decoder"), dict) and raw["decoder"].get("model_type") in DECODERS
+        kind = raw["decoder"].get("model_type") if isinstance(raw.get("decoder"), dict) else None
+        return isinstance(kind, str) and kind in DECODERS
 
     def sizes(self, raw: Mapping[str, Any]) -> Sizes:
         """See Rules.sizes."""
@@ -266,7 +255,7 @@ class VisionEncoderDecoderRules(Rules):
             vocab_size=text["vocab_size"],
             max_positions=positions,
             encoder_positions=_encoder_positions(_part(raw, "encoder")),
-            image_size=_side(_part(raw, "encoder")["image_size"]),
+            image_size=side_of(_part(raw, "encoder")["image_size"]),
             tokens=TokenIds(*(raw[name] for name in ENDINGS)),
         )
 
@@ -282,7 +271,7 @@ class VisionEncoderDecoderRules(Rules):
         vision_names = [name for name in ENCODERS[vision["model_type"]] if name != "image_size"]
         text_names = [*list(rules.sizes)[:3], *rules.more]  # without the number of positions
         shape = {f"encoder.{name}": vision[name] for name in ("model_type", *vision_names)}
-        shape["encoder.patch_size"] = _side(vision["patch_size"])
+        shape["encoder.patch_size"] = side_of(vision["patch_size"])
         shape |= {f"decoder.{name}": text[name] for name in ("model_type", *text_names)}
         if "n_inner" in text_names and text["n_inner"] is None:
             shape["decoder.n_inner"] = 4 * text["n_embd"]
@@ -293,7 +282,7 @@ class VisionEncoderDecoderRules(Rules):
         vision, text = _part(raw, "encoder"), _part(raw, "decoder")
         rules = DECODERS[text["model_type"]]
         _, _, text_width, _ = (text[name] for name in rules.sizes)
-        width, inner, patch = vision["hidden_size"], vision["intermediate_size"], _side(vision["patch_size"])
+        width, inner, patch = vision["hidden_size"], vision["intermediate_size"], side_of(vision["patch_size"])
         shapes: dict[str, tuple[int, ...]] = {
             "encoder.embeddings.cls_token": (1, 1, width),
             self.position_table: (1, self.sizes(raw).encoder_positions, width),
@@ -320,7 +309,7 @@ class VisionEncoderDecoderRules(Rules):
 
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         """See Rules.resized."""
-        patch = _side(_part(raw, "encoder")["patch_size"])
+        patch = side_of(_part(raw, "encoder")["patch_size"])
         check_patches(image_size, patch)
         return {**raw, "encoder": {**raw["encoder"], "image_size": image_size}}
 
@@ -365,14 +354,14 @@ def _one(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _side(size: int | Sequence[int]) -> int:
+def side_of(size: int | Sequence[int]) -> int:
     """Return the side of a square given as a number or as height and width."""
     return size if isinstance(size, int) else size[0]
 
 
 def _encoder_positions(vision: Mapping[str, Any]) -> int:
     """Return the number of hidden states of an image. Swin halves both sides between its stages, rounding up."""
-    side, patch = _side(vision["image_size"]), _side(vision["patch_size"])
+    side, patch = side_of(vision["image_size"]), side_of(vision["patch_size"])
     if vision["model_type"] != "swin":
         return (side // patch) ** 2 + EXTRA_TOKENS[vision["model_type"]]
     side = -(-side // patch)

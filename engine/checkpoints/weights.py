@@ -19,21 +19,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from engine.checkpoints.files import refuse_stand_in
-from engine.checkpoints.pickles import Entry, read_entries
+from engine.checkpoints.pickles import NUMBERS, Entry, read_entries
 from engine.errors import CheckpointError
 
 PREFIXES = ("_orig_mod.", "module.", "model.")
 """Prefixes that torch.compile, DataParallel and trainers add to all weight names."""
 NO_WEIGHTS = (".position_ids",)
 """Name endings of buffers that older releases saved: position numbers, which are not weights."""
-NUMBERS = {
-    **{"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2"},
-    **{"I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?"},
-}
-"""Types of numbers that are read, by their names in safetensors files, as numpy's types.
-
-bfloat16 is the upper half of a float32 and is read as bits, because numpy has no such type.
-"""
 MAX_HEADER_BYTES = 16 << 20
 """Largest list of tensors that is read. That of BLIP-large has 0.1 MB; the format allows 100 MB."""
 
@@ -105,6 +97,10 @@ class Weights(Mapping[str, NDArray[np.float32]]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    def are_equal(self, name: str, other: str) -> bool:
+        """Return whether two tensors have the same numbers. One tensor under two names is not read."""
+        return self.tensors[name] == self.tensors[other] or np.array_equal(self[name], self[other])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""

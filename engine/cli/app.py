@@ -14,7 +14,7 @@ from engine.errors import UsageError
 from engine.version import __version__
 
 FIRST_STEPS = f"""\
-engine captions folders of images with a BLIP model. Start with these:
+engine captions folders of images with BLIP, GIT or a VisionEncoderDecoder. Start with these:
 
   engine caption --model {EXAMPLE} --input photos --out captions.csv
   engine report --run captions.csv --images photos --out page
@@ -33,11 +33,11 @@ engine --help lists all commands, engine COMMAND --help the options of a command
 @click.version_option(__version__)
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Caption directories of images with BLIP: the same captions as Hugging Face, without torch."""
+    """Caption folders of images: the same captions as Hugging Face, without torch."""
     if context.invoked_subcommand is None:
         click.echo(FIRST_STEPS, err=True)
         context.exit(UsageError.exit_code)
-    warnings.filterwarnings("ignore", module=r"PIL\b")  # warnings about images that can be read all the same
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # warnings about images that can still be read
 
 
 for _command in (

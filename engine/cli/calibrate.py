@@ -67,8 +67,8 @@ def calibrate(
     inputs = metric_inputs(weights, plugins, device, batch_size)
     report = measured_report(ScoreRequest(run, references, metrics=(metric,), setting=inputs, columns=named, **given))
     ids, scores = report.items.ids, report.measured[metric].per_image
-    by_id = by_reference_id(read_table(references, named), known.by_id, run)
-    columns = {name: KnownConfidences(by_id, known.n_best).column(name, ids) for name in CONFIDENCE_NAMES}
+    matched = KnownConfidences(by_reference_id(read_table(references, named), known.by_id, run), known.n_best)
+    columns = {name: matched.column(name, ids) for name in CONFIDENCE_NAMES}
     if (chosen := columns[confidence]) is None:
         raise UsageError(f"{run} lacks the {confidence} of some images: caption again, with --n-best 2 or more for it")
     knots, expected = isotonic(chosen, scores)

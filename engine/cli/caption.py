@@ -57,8 +57,8 @@ def caption(
 
     if as_json and outputs.is_stream:
         raise UsageError("--json and --out - both write to standard output: remove one of them")
-    if "num_return_sequences" in decoding.given and outputs.n_best_out is None:
-        raise UsageError("--n-best needs --n-best-out, the file for the captions")
+    if "num_return_sequences" in decoding.given and (outputs.n_best_out, outputs.calibration) == (None, None):
+        raise UsageError("--n-best needs --n-best-out, the file for the captions, or --calibration")
     progress = _progress if bundle.names else _progress_of_demo
     if outputs.is_stream and sys.stdout is not None and sys.stdout.isatty():  # None if closed, an error later
         progress = _no_bar

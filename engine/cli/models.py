@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.cli.shared import NAME, PATH, PRECISIONS, log, printable, takes_conversion
+from engine.cli.shared import NAME, PATH, log, printable, takes_conversion
+from engine.options import PRECISIONS
 
 if TYPE_CHECKING:  # avoids loading numpy for --help
     from engine.checkpoints.cache import CachedBundle

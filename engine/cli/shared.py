@@ -16,15 +16,13 @@ import click
 
 from engine.cli.signals import INTERRUPTED, STOPPED, TERMINATED, Terminated, end, end_on_signals
 from engine.errors import EngineError, UsageError
-from engine.options import CAPTION_HELP, ID_HELP, PROMPT_HELP, DecodeOptions, Option, declared
+from engine.options import CAPTION_HELP, ID_HELP, PRECISIONS, PROMPT_HELP, DecodeOptions, Option, declared
 
 if TYPE_CHECKING:  # for a quick --help, functions import what only they need
     from engine.inputs.remote import Location
 
 ESCAPED = ("Cc", "Cs")
 """Unicode categories that are escaped: control characters, and surrogates for bytes that are not UTF-8."""
-PRECISIONS = ("fp32", "fp16", "int8")
-"""As in engine/bundle/manifest.py, which loads numpy; a test compares the two."""
 BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Marks that reverse the direction of text: `gpj.exe` would be shown as `exe.jpg`."""
 
@@ -257,7 +255,7 @@ def takes_bundle(
             command(bundle=ref, **values)
 
         settings: dict[str, Any] = {"cls": SectionOption, "section": "Runtime", "multiple": of_several}
-        repeat = (REPEAT_HELP, " Or repeat it.") if of_several else ("", "")
+        repeat = (REPEAT_HELP, " Repeat it to average models, as with --bundle.") if of_several else ("", "")
         options: list[Decorator] = [
             click.option("--bundle", "bundles", type=LOCATION, help=bundle_help + repeat[0], **settings),
             click.option("--model", "models", type=NAME, help=MODEL_HELP + repeat[1], **settings),

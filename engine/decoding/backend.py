@@ -79,7 +79,11 @@ class Backend(Protocol):
     batch_sizes: BatchSizes
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> Encoded:
-        """Encode images u8[N,height,width,3] into cross-attention keys and values, valid until the next call."""
+        """Encode images u8[N,height,width,3] into cross-attention keys and values, valid until the next call.
+
+        Those of a backend that is one of several for a run must be valid until they are dropped: another backend may
+        admit them later.
+        """
         ...
 
     def allocate(self, num_slots: int) -> Cache:

@@ -109,6 +109,12 @@ def read_text(path: Path, *, names: bool = False) -> str:
     return decode_text(path, content, names=names)
 
 
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number, from 1, and the text of each line of a file that is not blank. Raises as read_text does."""
+    lines = enumerate(read_text(path, names=True).split("\n"), 1)
+    return ((number, line) for number, line in lines if line.strip())
+
+
 def decode_text(path: Path, content: bytes, *, names: bool = False) -> str:
     """Decode the content of a file; see read_text."""
     if content and (what := wrong_content(content[:512]) or packed_content(content[:4096], path.suffix)):

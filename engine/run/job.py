@@ -136,7 +136,7 @@ class Outputs:
     abstain_below: float | None = option(
         None,
         "--abstain-below",
-        "Mark captions for review whose expected score by --calibration is below X; they are written all the same.",
+        "Mark captions for review whose expected score by --calibration is below X; they are still written.",
         metavar="X",
     )
     review_out: Path | None = option(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from engine.backends import open_backends, require_backend
+from engine.backends import require_backend
 from engine.bundle.manifest import Bundle, watched
 from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment, run_signature, settings_line
@@ -86,9 +86,7 @@ def open_source(bundle: Bundle, order: WorkOrder, workers: Workers, log: Log) ->
         from engine.workers.child import open_processes
 
         return open_processes(bundle, order, team, log)
-    captioner = Captioner(
-        bundle, *open_backends(bundle, order.runtime, many_images=True), threads=order.runtime.threads
-    )
+    captioner = Captioner.of(bundle, order.runtime, many_images=True)
     return nullcontext(LocalSource(captioner, order.decoding, order.rows))
 
 
@@ -368,7 +366,6 @@ def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, log: Log)
         written, unchanged = write_sidecars(texts, paths, outputs.sidecar, outputs.sidecar_dir)
         log(f"sidecars: {written} written, {unchanged} unchanged")
     # --out comes last, so that it is only replaced by a complete run
-    record.write(outputs, rows_of(record, outputs), drawn=options.do_sample)
+    marked = record.write(outputs, rows_of(record, outputs), drawn=options.do_sample)
     if outputs.abstain_below is not None:
-        marked = sum(bool(verdict["review"]) for verdict in record.verdicts(outputs).values())
         log(f"{marked} of {len(record.captions)} captions are marked for review (--abstain-below)")

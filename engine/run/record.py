@@ -96,17 +96,7 @@ another inode number whenever their cache expires, and chmod, hard links and cop
 def decode_caption(record: Mapping[str, Any], image_id: str) -> Caption | None:
     """Return the caption of a record for the image `image_id`, or None if the record is malformed."""
     try:
-        alternatives = tuple(
-            Alternative(
-                text=str(entry["text"]),
-                raw_text=str(entry["raw_text"]),
-                ids=tuple(int(token) for token in entry["ids"]),
-                sum_log_prob=float(entry["sum_log_prob"]),
-                score=float(entry["score"]),
-                token_log_probs=tuple(map(float, entry.get("token_log_probs", ()))),  # missing in earlier journals
-            )
-            for entry in record["alternatives"]
-        )
+        alternatives = tuple(map(Alternative.from_json, record["alternatives"]))
         latency_s = record.get("latency_s")  # missing in journals of an earlier version
         latency_s = None if latency_s is None else float(latency_s)
     except (KeyError, TypeError, ValueError):
@@ -521,18 +511,19 @@ class RunRecord:
                 verdicts[caption.id]["review"] = expected is None or expected < limit
         return verdicts
 
-    def write(self, outputs: Outputs, rows: Iterable[Row], *, drawn: bool = False) -> None:
+    def write(self, outputs: Outputs, rows: Iterable[Row], *, drawn: bool = False) -> int:
         """Write the other outputs, then the rows to `out` unless that is standard output, then delete the journal.
 
-        With `update` the journal is rewritten instead, with the captions of this run only.
+        With `update` the journal is rewritten instead, with the captions of this run only. Returns the number of
+        captions that are marked for review.
         """
         verdicts = self.verdicts(outputs)
+        marked = [name for name, verdict in verdicts.items() if verdict.get("review")]
         if outputs.n_best_out is not None:
             captions = (self.captions[image.id] for image in self.images if image.id in self.captions)
             write_n_best(outputs.n_best_out, captions, drawn=drawn, verdicts=verdicts)
         if outputs.review_out is not None:
-            marked = ((name, verdict["expected_score"]) for name, verdict in verdicts.items() if verdict["review"])
-            write_review(outputs.review_out, marked)
+            write_review(outputs.review_out, ((name, verdicts[name]["expected_score"]) for name in marked))
         if outputs.timings_out is not None:
             write_timings(outputs.timings_out, ((image.id, self._latency_s(image.id)) for image in self.images))
         if outputs.jsonl and not outputs.is_stream:
@@ -541,9 +532,10 @@ class RunRecord:
             write_run(outputs.out, ((row.id, row.text or "") for row in rows))
         if not self.update:
             self._journal.delete()
-            return
+            return len(marked)
         captions = (self.captions[image.id] for image in self.images if image.id in self.captions)
         self._journal.replace(map(self._encode, captions))
+        return len(marked)
 
     def _latency_s(self, image_id: str) -> float | None:
         caption = self.captions.get(image_id)

@@ -22,7 +22,7 @@ import numpy as np
 
 from engine.errors import DataError, UsageError
 from engine.inputs.ids import join_some
-from engine.inputs.readers import read_text
+from engine.inputs.readers import numbered_lines
 from engine.inputs.tables import Table
 from engine.scoring.base import Items, Metric, MetricInputs, UnavailableError, preprocess
 from engine.scoring.overlap import Rouge1
@@ -187,9 +187,7 @@ def read_n_best(files: Sequence[Path], shares_of_files: Sequence[float] = ()) ->
     first: set[str] = set()
     for file, parts in zip(files, _parts(shares_of_files or [1.0] * len(files), len(files)), strict=True):
         seen: set[str] = set()
-        for number, line in enumerate(read_text(file, names=True).split("\n"), 1):
-            if not line.strip():
-                continue
+        for number, line in numbered_lines(file):
             name, hypotheses, is_drawn = _parse(file, number, line)
             if name in seen:
                 raise DataError(f"{file}, line {number}: {name} occurs twice")

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from engine.bundle.open import BundleRef
 from engine.captioner import Decoding
@@ -114,11 +113,6 @@ class Answer:
     wants: int = 0
 
 
-def _alternative(entry: Mapping[str, Any]) -> Alternative:
-    """Return an alternative of a message, in which its tuples are lists."""
-    return Alternative(**{**entry, "ids": tuple(entry["ids"]), "token_log_probs": tuple(entry["token_log_probs"])})
-
-
 def unpack_answer(message: str) -> Answer:
     """Return the content of a worker's message. Raises the EngineError that a worker sent."""
     content = json.loads(message)
@@ -127,7 +121,7 @@ def unpack_answer(message: str) -> Answer:
     captions = (
         Caption(
             entry["id"],
-            tuple(map(_alternative, entry["alternatives"])),
+            tuple(map(Alternative.from_json, entry["alternatives"])),
             entry["latency_s"],
             entry["file_sha256"],
         )

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from engine.backends import open_backends
 from engine.backends.device import slots_for
 from engine.bundle.manifest import BundleWatch
 from engine.bundle.signature import environment
@@ -109,9 +108,7 @@ class CaptionWorker:
         if bundle.digest != order.digest:
             raise BundleError(f"{order.bundle} differs from the bundle of the run: copy it again")
         self._watch = BundleWatch(bundle)  # the driver watches its own copy only
-        captioner = Captioner(
-            bundle, *open_backends(bundle, order.runtime, many_images=True), threads=order.runtime.threads
-        )
+        captioner = Captioner.of(bundle, order.runtime, many_images=True)
         search, memory = order.decoding.search, None
         if captioner.batch_sizes.memory_bytes is None:  # a GPU has its own memory, which no other worker uses
             memory = available_memory() // order.peers

@@ -24,7 +24,8 @@ FAMILIES: dict[str, Family] = {family.rules.model_type: family for family in (OR
 PUBLISHED: dict[str, PretrainedConfig] = {
     name: config for family in FAMILIES.values() for name, config in family.published().items()
 }
-"""Published architectures whose graphs are in the wheel, by name. Their settings are those of the published files."""
+"""Published architectures whose graphs are in the wheel, by name. Their settings come from transformers' default
+configurations and conversion scripts."""
 
 
 def family_of(model: PreTrainedModel) -> Family:

@@ -29,6 +29,8 @@ from export.families.modules import (
     Family,
     LayerCache,
     Normalisation,
+    bert_embeddings,
+    cross_keys_values,
     patches_per_side,
     resized_positions,
 )
@@ -68,9 +70,7 @@ class BlipEncoder(Encoder):
 
     def keys_values(self, encoded: Tensor) -> Iterator[Tensor]:
         """See Encoder.keys_values."""
-        for layer in self.text_decoder.bert.encoder.layer:
-            yield layer.crossattention.self.key(encoded)
-            yield layer.crossattention.self.value(encoded)
+        return cross_keys_values(self.text_decoder.bert.encoder.layer, encoded)
 
 
 class BlipStep(DecoderStep):
@@ -80,9 +80,7 @@ class BlipStep(DecoderStep):
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """See DecoderStep.embed."""
-        embeddings = self.text_decoder.bert.embeddings
-        words = embeddings.word_embeddings(ids.flatten())
-        return embeddings.LayerNorm(words + embeddings.position_embeddings(positions.flatten()))
+        return bert_embeddings(self.text_decoder.bert.embeddings, ids, positions)
 
     def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """See DecoderStep.layer."""
@@ -116,13 +114,15 @@ class Blip(Family):
         """See Family.published. The two differ in their image encoder."""
         return {"BLIP-base": _config(12, 768, 12), "BLIP-large": _config(24, 1024, 16)}
 
-    def shrunk(self, config: PretrainedConfig) -> BlipConfig:  # noqa: ARG002
+    def shrunk(self, config: PretrainedConfig) -> PretrainedConfig:
         """See Family.shrunk."""
-        small = _config(2, 24, 3)
-        small.text_config.update(
-            {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = copy.deepcopy(config)
+        config.vision_config.update(
+            {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
         )
-        return small
+        text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config.text_config.update(text | {"encoder_hidden_size": 24})
+        return config
 
     def with_sizes(
         self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.checkpoints.vision_encoder_decoder import POSITION_OFFSET
-from export.families.modules import DecoderStep, LayerCache, Sizes
+from export.families.modules import DecoderStep, LayerCache, Sizes, bert_embeddings, cross_keys_values
 
 
 class TextDecoder(DecoderStep):
@@ -67,15 +67,11 @@ class BertStep(TextDecoder):
     @classmethod
     def keys_values(cls, decoder: nn.Module, encoded: Tensor) -> Iterator[Tensor]:
         """See TextDecoder.keys_values."""
-        for layer in getattr(decoder, cls.body).encoder.layer:
-            yield layer.crossattention.self.key(encoded)
-            yield layer.crossattention.self.value(encoded)
+        return cross_keys_values(getattr(decoder, cls.body).encoder.layer, encoded)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """See DecoderStep.embed."""
-        embeddings = getattr(self.decoder, self.body).embeddings
-        words = embeddings.word_embeddings(ids.flatten()) + embeddings.token_type_embeddings.weight[0]
-        return embeddings.LayerNorm(words + embeddings.position_embeddings(positions.flatten()))
+        return bert_embeddings(getattr(self.decoder, self.body).embeddings, ids, positions)
 
     def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """See DecoderStep.layer."""
@@ -87,7 +83,7 @@ class BertStep(TextDecoder):
 
 
 def skips_pads(config: PretrainedConfig) -> bool:
-    """Return whether a decoder of this configuration gives the pad id a position of its own, see `after_pad`."""
+    """Return whether a decoder of this configuration gives the pad id its own position, see `after_pad`."""
     return config.model_type == "roberta" or not getattr(config, "use_learned_position_embeddings", True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,6 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from engine.checkpoints.git import GitRules
-from engine.errors import CheckpointError
 from export.families.modules import (
     IS_5,
     DecoderStep,
@@ -33,6 +32,7 @@ from export.families.modules import (
     Family,
     LayerCache,
     Normalisation,
+    bert_embeddings,
     patches_per_side,
     resized_positions,
 )
@@ -47,7 +47,7 @@ PARTS = ("git", "output")
 
 
 class GitEncoder(Encoder):
-    """The image encoder, whose layers are Hugging Face's own code, and its tokens' way through the decoder's layers."""
+    """The image encoder, whose layers are Hugging Face's own code, and the decoder's layers applied to its tokens."""
 
     parts = PARTS
 
@@ -88,9 +88,7 @@ class GitStep(DecoderStep):
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """See DecoderStep.embed."""
-        embeddings = self.git.embeddings
-        words = embeddings.word_embeddings(ids.flatten())
-        return embeddings.LayerNorm(words + embeddings.position_embeddings(positions.flatten()))
+        return bert_embeddings(self.git.embeddings, ids, positions)
 
     def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """See DecoderStep.layer."""
@@ -120,14 +118,12 @@ class Git(Family):
 
     def shrunk(self, config: PretrainedConfig) -> GitConfig:
         """See Family.shrunk."""
-        vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
-        return GitConfig(
-            vision_config=vision | {"patch_size": config.vision_config.patch_size},
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+        config = copy.deepcopy(config)
+        config.vision_config.update(
+            {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
         )
+        config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4})
+        return config
 
     def with_sizes(
         self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
@@ -139,7 +135,7 @@ class Git(Family):
         return config
 
     def resize(self, model: PreTrainedModel, image_size: int) -> None:
-        """See Family.resize. The decoder's layers know the number of the image's tokens, which they do not cache.
+        """See Family.resize. The decoder's layers store the number of the image's tokens.
 
         Raises CheckpointError if `image_size` is not a multiple of the patch size.
         """
@@ -164,10 +160,6 @@ class Git(Family):
     def step(self, model: PreTrainedModel) -> GitStep:
         """See Family.step."""
         return GitStep(model, self.sizes(model.config))
-
-    def generation_config(self, model: PreTrainedModel) -> Any:
-        """See Family.generation_config."""
-        return model.generation_config
 
     def apply_settings(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         """See Family.apply_settings. They may be in generation_config.json, which only `from_pretrained` reads."""
@@ -199,12 +191,6 @@ class Git(Family):
         pixels = encoded.new_zeros(len(encoded), 3, 1, 1)
         logits = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
         return logits[:, encoded.shape[1] :]
-
-    def ensemble(self, models: Sequence[PreTrainedModel], weights: Sequence[float]) -> PreTrainedModel:  # noqa: ARG002
-        """See Family.ensemble."""
-        raise CheckpointError(
-            f"parity of several {self.rules.name} checkpoints is not supported: compare one at a time"
-        )
 
 
 class Encoded(nn.Module):

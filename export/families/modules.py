@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.checkpoints.rules import Rules, Sizes, check_patches
+from engine.errors import CheckpointError
 
 MASKED = -1e4
 """Added to the attention scores of positions outside a beam's past; exp(MASKED) is 0, and float16 can represent it."""
@@ -239,6 +240,21 @@ class DecoderStep(ExportedModule, ABC):
         return best_scores, row * log_probs.shape[-1] + row_ids.flatten(1).gather(1, best)
 
 
+def bert_embeddings(embeddings: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
+    """Return the embeddings of a BERT f32[B*T,D] for ids and positions i64[B,T]. If it has token types, all are 0."""
+    x = embeddings.word_embeddings(ids.flatten())
+    if hasattr(embeddings, "token_type_embeddings"):
+        x = x + embeddings.token_type_embeddings.weight[0]
+    return embeddings.LayerNorm(x + embeddings.position_embeddings(positions.flatten()))
+
+
+def cross_keys_values(layers: Iterable[nn.Module], encoded: Tensor) -> Iterator[Tensor]:
+    """Yield the cross-attention keys and values of a BERT's layers, see Encoder.keys_values."""
+    for layer in layers:
+        yield layer.crossattention.self.key(encoded)
+        yield layer.crossattention.self.value(encoded)
+
+
 class TopK(torch.autograd.Function):
     """torch.topk over the last axis with a tensor of one element as k.
 
@@ -373,9 +389,9 @@ class Family(ABC):
 
     # Hugging Face's model as the reference
 
-    @abstractmethod
     def generation_config(self, model: PreTrainedModel) -> Any:
         """Return the GenerationConfig that the model's `generate` reads."""
+        return model.generation_config
 
     def apply_settings(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         """Change the GenerationConfig of a new model to a checkpoint's settings (those that are not the default).
@@ -400,6 +416,11 @@ class Family(ABC):
     def logits(self, model: PreTrainedModel, ids: Tensor, encoded: Tensor) -> Tensor:
         """Return the logits f32[B,T,V] of sequences i64[B,T] without a cache, by Hugging Face's own code."""
 
-    @abstractmethod
-    def ensemble(self, models: Sequence[PreTrainedModel], weights: Sequence[float]) -> PreTrainedModel:
-        """Return a model whose log-probabilities are the weighted sum of those of several models; weights sum to 1."""
+    def ensemble(self, models: Sequence[PreTrainedModel], weights: Sequence[float]) -> PreTrainedModel:  # noqa: ARG002
+        """Return a model whose log-probabilities are the weighted sum of those of several models; weights sum to 1.
+
+        Raises CheckpointError if the family has no such model.
+        """
+        raise CheckpointError(
+            f"parity of several {self.rules.name} checkpoints is not supported: compare one at a time"
+        )

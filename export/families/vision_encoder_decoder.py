@@ -7,7 +7,7 @@ models/vision_encoder_decoder/modeling_vision_encoder_decoder.py.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from engine.checkpoints.rules import Rules
 from engine.checkpoints.vision_encoder_decoder import DECODERS as DECODER_RULES
-from engine.checkpoints.vision_encoder_decoder import ENDINGS, VisionEncoderDecoderRules
+from engine.checkpoints.vision_encoder_decoder import ENDINGS, VisionEncoderDecoderRules, side_of
 from engine.errors import CheckpointError
 from export.families.decoders import DECODERS, TextDecoder, skips_pads
 from export.families.modules import IS_5, Encoder, Family, ImageProcessor, Normalisation, Sizes, patches_per_side
@@ -137,7 +137,7 @@ class VisionEncoderDecoder(Family):
     ) -> PretrainedConfig:
         """See Family.with_sizes."""
         config = copy.deepcopy(config)
-        config.encoder.image_size = patches * _side(config.encoder.patch_size)
+        config.encoder.image_size = patches * side_of(config.encoder.patch_size)
         *_, positions = DECODER_RULES[config.decoder.model_type].sizes
         config.decoder.update({"vocab_size": vocab_size, positions: max_positions})
         return config
@@ -149,14 +149,14 @@ class VisionEncoderDecoder(Family):
         """
         vision, embeddings = model.config.encoder, model.encoder.embeddings
         table = getattr(embeddings, "position_embeddings", None)
-        patch = _side(vision.patch_size)
+        patch = side_of(vision.patch_size)
         side = patches_per_side(image_size, patch)
         if table is None or vision.model_type == "swin" or getattr(vision, "use_relative_position_bias", False):
             raise CheckpointError(
                 f"--image-size {image_size}: the positions of this {vision.model_type} encoder cannot be resized, "
                 "leave the option out"
             )
-        extra = table.shape[1] - (_side(vision.image_size) // patch) ** 2
+        extra = table.shape[1] - (side_of(vision.image_size) // patch) ** 2
         tokens = torch.zeros(1, extra + side**2, table.shape[2])
         with torch.no_grad():
             resized = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
@@ -178,10 +178,6 @@ class VisionEncoderDecoder(Family):
     def step(self, model: PreTrainedModel) -> TextDecoder:
         """See Family.step."""
         return decoder_of(model.config)(model, self.sizes(model.config))
-
-    def generation_config(self, model: PreTrainedModel) -> Any:
-        """See Family.generation_config."""
-        return model.generation_config
 
     def apply_settings(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         """See Family.apply_settings. They may be in generation_config.json, which only `from_pretrained` reads."""
@@ -206,7 +202,7 @@ class VisionEncoderDecoder(Family):
     def logits(self, model: PreTrainedModel, ids: Tensor, encoded: Tensor) -> Tensor:
         """See Family.logits.
 
-        Where positions depend on the pad id and it is said, only a cache gives the positions that `generate` has.
+        Where positions depend on the pad id and the caption contains it, only a cache gives the positions of generate.
         """
         outputs = BaseModelOutput(last_hidden_state=encoded)
         text = model.config.decoder
@@ -218,14 +214,3 @@ class VisionEncoderDecoder(Family):
             cache = step.past_key_values
             logits.append(step.logits)
         return torch.cat(logits, 1)
-
-    def ensemble(self, models: Sequence[PreTrainedModel], weights: Sequence[float]) -> PreTrainedModel:  # noqa: ARG002
-        """See Family.ensemble."""
-        raise CheckpointError(
-            "parity of several checkpoints is only supported for BLIP: compare VisionEncoderDecoder bundles one by one"
-        )
-
-
-def _side(size: int | Sequence[int]) -> int:
-    """Return the side of a square given as a number or as height and width."""
-    return size if isinstance(size, int) else size[0]

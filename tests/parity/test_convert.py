@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from engine.bundle.manifest import MANIFEST, PRECISIONS, Bundle
+from engine.bundle.manifest import MANIFEST, Bundle
 from engine.captioner import Captioner
 from engine.checkpoints import write
 from engine.checkpoints.convert import convert
@@ -32,6 +32,7 @@ from engine.checkpoints.graphs import (
 from engine.checkpoints.read import Checkpoint, read_checkpoint
 from engine.cli.app import main as engine_main
 from engine.errors import CheckpointError, OutputError
+from engine.options import PRECISIONS
 from export.families import PUBLISHED, family_of
 from export.graphs.exporters import trace, without_weights, write_graphs
 from export.graphs.templates import filled
@@ -54,6 +55,9 @@ class Changed(Mapping):
         if self.replaced.get(name, self) is None:
             raise KeyError(name)
         return self.replaced[name] if name in self.replaced else self.weights[name]
+
+    def are_equal(self, name, other):
+        return np.array_equal(self[name], self[other])
 
     def __iter__(self):
         return (name for name in self.weights if self.replaced.get(name, self) is not None)
@@ -84,7 +88,8 @@ def registered(graphs, monkeypatch):
 
 
 def converted(checkpoint, out: Path, precision: str = "fp32") -> Path:
-    convert(checkpoint, out, precision=precision, source={}, log=lambda _: None)
+    graphs = find_graphs(checkpoint.family, checkpoint.shape, precision)
+    convert(checkpoint, graphs, out, source={}, log=lambda _: None)
     return out
 
 
@@ -233,7 +238,9 @@ def test_manifest_says_what_was_not_checked(tiny_checkpoint, tmp_path):
     source = {"hub": "owner/name", "commit": "0123"}
     for precision in ("fp32", "int8"):
         out = tmp_path / precision
-        convert(read_checkpoint(tiny_checkpoint), out, precision=precision, source=source, log=lambda _: None)
+        checkpoint = read_checkpoint(tiny_checkpoint)
+        graphs = find_graphs(checkpoint.family, checkpoint.shape, precision)
+        convert(checkpoint, graphs, out, source=source, log=lambda _: None)
         manifest = json.loads((out / MANIFEST).read_text())
         version = find_graphs("blip", read_checkpoint(tiny_checkpoint).shape, precision).version
         expected = {"architecture": "tiny", "graphs": version, "golden": "not recorded"}
@@ -260,9 +267,9 @@ def test_checkpoints_without_graphs_are_refused(tiny_checkpoint):
     sizes = rf"its sizes are not those of tiny: {name} .*BLIP-base, .*ViT-GPT2, tiny.*python -m export"
     with pytest.raises(CheckpointError, match=sizes):
         find_graphs("blip", shape | {name: 7}, "fp32")
-    with pytest.raises(CheckpointError, match="it is of the family 'other'"):
+    with pytest.raises(CheckpointError, match="no graphs of its family 'other' in fp32"):
         find_graphs("other", shape, "fp32")
-    with pytest.raises(CheckpointError, match="there are no graphs in fp8"):
+    with pytest.raises(CheckpointError, match="no graphs of its family 'blip' in fp8"):
         find_graphs("blip", shape, "fp8")
 
 

@@ -27,7 +27,7 @@ from export.reference.trace import SCORE_TOLERANCE
 from export.restore import restore_checkpoint
 from tests.helpers.tiny import IMAGE_SIZE, random_pictures
 from tests.helpers.tiny_git import make_git_checkpoint
-from tests.parity.test_pairs import GRID, IS_FULL, PENALTIES, SHORT
+from tests.parity.test_pairs import GRID, IS_FULL, PENALTIES, SHORT, assert_same_samples
 from train.learning.setup import load_reference
 from train.recipe import Recipe
 
@@ -52,6 +52,10 @@ def reference(checkpoint):
 @pytest.fixture(scope="module")
 def captioner(bundle):
     return Captioner(bundle, open_backend(bundle, Runtime("cpu", threads=1)))
+
+
+def test_samples_equal_those_of_the_live_model(reference, captioner):
+    assert_same_samples(reference, captioner)
 
 
 @pytest.fixture

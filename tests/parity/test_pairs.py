@@ -11,16 +11,18 @@ import os
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 from engine.captioner import Captioner
 from engine.checkpoints.settings import size_before_crop
 from engine.decoding.scheduler import Scheduler
+from engine.errors import CheckpointError
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.reference.huggingface import Reference, UncachedBackend
-from export.reference.torch_backend import TorchBackend, search_of
+from export.reference.torch_backend import TorchBackend, caption_live, search_of
 from export.reference.trace import SCORE_TOLERANCE, judge, summed_log_prob
 from export.restore import restore_checkpoint
 from tests.helpers.tiny import random_pictures
@@ -85,6 +87,39 @@ def test_captions_of_a_pair_equal_generate(encoder, decoder, tmp_path):
     assert len({len(ids) for ids in captions}) > 3
 
 
+def assert_same_samples(reference: Reference, captioner: Captioner) -> None:
+    """Compare captions that are drawn with the bundle and with the model in torch."""
+    options = DecodeOptions(do_sample=True, num_return_sequences=3, seed=3, max_new_tokens=12)
+    spec, pictures = captioner.bundle.image, random_pictures(4)
+    pixels = [read_image(one, spec.height, spec.width, spec.resample, resize=spec.resize) for one in pictures]
+    live = dict(caption_live(reference.model, reference.image_processor, enumerate(pixels), options))
+    bundle = dict(captioner.scheduler(captioner.search(options)).run(enumerate(pixels)))
+    drawn = {number: [one.ids for one in several] for number, several in live.items()}
+    assert drawn == {number: [one.ids for one in several] for number, several in bundle.items()}
+    assert len({ids for several in drawn.values() for ids in several}) > len(pixels)
+
+
+REFUSED = [("swin", "bert"), ("beit", "bert")]
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [("deit", "gpt2"), ("dinov2", "gpt2"), *REFUSED])
+def test_images_of_another_size(encoder, decoder, tmp_path):
+    """The position table is resized once, as the encoder resizes it for each image."""
+    checkpoint = make_pair(tmp_path / "checkpoint", encoder, decoder)
+    side = 2 * Reference.load(checkpoint).sizes.image_size
+    if (encoder, decoder) in REFUSED:
+        with pytest.raises(CheckpointError, match=f"--image-size {side}: the positions of this {encoder} encoder"):
+            Reference.load(checkpoint, side)
+        return
+    resized, plain = Reference.load(checkpoint, side), Reference.load(checkpoint).model.encoder
+    pixels = resized.pixels(random_pictures(2))
+    assert pixels.shape[-1] == side
+    with torch.inference_mode():
+        options = {} if encoder == "dinov2" else {"interpolate_pos_encoding": True}
+        expected = plain(pixels, **options).last_hidden_state
+        torch.testing.assert_close(resized.model.encoder(pixels).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("encoder", "decoder", "precision"), [("vit", "gpt2", "int8"), ("swin", "mbart", "fp16"), ("deit", "trocr", "fp32")]
 )
@@ -96,6 +131,7 @@ def test_precisions_and_restored_checkpoints(encoder, decoder, precision, tmp_pa
     options = DecodeOptions(num_beams=3, max_new_tokens=14, no_repeat_ngram_size=3)
     expected = [best.ids for best, *_ in reference.generate(reference.pixels(pictures), options)]
     if precision == "fp32":
+        assert_same_samples(reference, Captioner.load(bundle.path, backend="cpu", threads=1))
         restored = Reference.load(restore_checkpoint(bundle.path, tmp_path / "restored"))
         assert restored.sizes == reference.sizes
         found = [best.ids for best, *_ in restored.generate(restored.pixels(pictures), options)]

@@ -91,7 +91,7 @@ window.Report = {};
 
   const isLatency = (column) => /latenc|second|elapsed|time_s|_ms$|_s$/i.test(column.short || "");
 
-  /* The images that need a look come first, where the confidence of the captions is known. */
+  /* The lowest expected scores come first, unknown ones last. */
   const expected = columns.find((column) => column.group === "table" && column.short === "expected_score");
 
   Object.assign(Report, {

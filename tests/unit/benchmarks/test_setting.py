@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.neighbour import command, neighbour, timed
+from benchmarks.neighbour import neighbour, timed
 from benchmarks.roofline import (
     CONFIGS,
     DEVICES,
@@ -156,11 +156,8 @@ def test_policies_of_a_busy_neighbour(tiny_bundle, tmp_path):
     before = descendants(os.getpid())
     with neighbour(2):
         assert len(descendants(os.getpid())) == len(before) + 2
-    runs = [timed(policy, workload, 2, 1) for policy in ("", "--threads 2 --streams 1 spinning=off")]
+    runs = [timed(policy, workload, 2, 1) for policy in ("", "--threads 2 --streams 1")]
     assert runs[0][1] == runs[1][1]
     assert descendants(os.getpid()) == before
-    assert "allow_spinning" in " ".join(command("spinning=off", workload, 2, tmp_path / "run.csv"))
-    with pytest.raises(click.BadParameter, match="on or off, not maybe"):
-        command("spinning=maybe", workload, 2, tmp_path / "run.csv")
     with pytest.raises(click.ClickException, match="--colour"):
         timed("--colour red", workload, 2, 1)

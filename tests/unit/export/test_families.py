@@ -102,3 +102,11 @@ def test_sizes_fit_the_exported_bundle(tiny_bundle, tiny_reference):
     assert sizes == asdict(bundle.model) | {"image_size": bundle.image.height, "tokens": asdict(bundle.tokens)}
     table = tiny_reference.model.vision_model.embeddings.position_embedding
     assert sizes["encoder_positions"] == table.shape[1]
+
+
+def test_other_families_are_imported_by_their_own_files_only():
+    others = [family for name, family in FAMILIES.items() if name != "blip"]
+    classes = {one.__name__ for family in others for one in (family.config_class, family.model_class)}
+    files = modules("engine", "export", "train", "benchmarks")
+    found = {file for file, tree in files.items() if classes & {name.rpartition(".")[2] for name in imported(tree)}}
+    assert found == {"export/families/git.py", "export/families/vision_encoder_decoder.py"}
