@@ -194,13 +194,13 @@ def test_image_that_kills_its_workers_is_unreadable(
             10,
         ),
         (
-            "import engine.workers.worker as s; s.open_backends = lambda *_, **__: s.missing",
+            "import engine.captioner as s; s.open_backends = lambda *_, **__: s.missing",
             1,
-            "error: a worker process failed: AttributeError: module 'engine.workers.worker' has no attribute 'missing'",
+            "error: a worker process failed: AttributeError: module 'engine.captioner' has no attribute 'missing'",
             2,
         ),
         (
-            "import engine.errors as e, engine.workers.worker as s; "
+            "import engine.errors as e, engine.captioner as s; "
             "s.open_backends = lambda *_, **__: (_ for _ in ()).throw(e.UsageError('of no use'))",
             2,
             "error: of no use",
@@ -261,7 +261,7 @@ def test_each_worker_sees_only_its_gpu(image_dir, tiny_bundle, tmp_path, undistu
     monkeypatch.setattr(resources, "visible_gpus", lambda: ["5", "GPU-3f"])
     host_backend = (
         f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, 'saw ' + os.environ['CUDA_VISIBLE_DEVICES']).touch(); "
-        "import engine.workers.worker as s; from engine.backends.ort import OrtBackend; "
+        "import engine.captioner as s; from engine.backends.ort import OrtBackend; "
         "s.open_backends = lambda bundle, runtime, **_: [OrtBackend(bundle, threads=runtime.threads)]"
     )
     monkeypatch.setattr(child, "PROGRAM", worker_that(host_backend))
