@@ -4,6 +4,7 @@ LEAN := build/venv-lean
 FULL := build/venv-full
 # A third environment has transformers 5 and only what its tests need: parity must hold with both releases.
 NEXT := build/venv-next
+DOCS := build/venv-docs
 # The CPU build of torch if there is no NVIDIA GPU; `make test TORCH=torch==2.13.0` overrides this.
 TORCH_VERSION := 2.13.0
 TORCH ?= torch==$(TORCH_VERSION)$(shell command -v nvidia-smi >/dev/null 2>&1 || echo +cpu)
@@ -49,6 +50,7 @@ lint: $(FULL)/.ready  ## check style, types and the import rules between package
 	$(FULL)/bin/ruff format --check .
 	$(FULL)/bin/mypy
 	$(FULL)/bin/lint-imports
+	if [ -x $(FULL)/bin/hadolint ]; then $(FULL)/bin/hadolint docker/*.Dockerfile; fi
 
 fuzz: $(FULL)/.ready  ## fuzz all file readers with damaged files for minutes (the tests do it for seconds)
 	HYPOTHESIS_PROFILE=long $(FULL)/bin/python -m pytest tests/unit/engine/inputs/test_fuzz.py tests/unit/engine/run/test_journal.py \
@@ -74,8 +76,8 @@ figures: $(FULL)/.ready  ## update the tables of README.md and docs/ from record
 	$(FULL)/bin/python -m benchmarks.figures
 	$(FULL)/bin/python -m docs.scripts.reference
 
-docs: $(FULL)/.ready  ## build the documentation site in build/site; warnings are errors
-	$(FULL)/bin/python -m mkdocs build --strict --quiet
+docs: $(DOCS)/.ready  ## build the documentation site in build/site (small environment); warnings are errors
+	$(DOCS)/bin/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html; for the search run: python3 -m http.server --directory build/site"
 
 recipe: $(FULL)/.ready  ## caption the examples, score (BERTScore by a small proxy), write and check a submission, make a report
@@ -123,6 +125,10 @@ $(LEAN)/.ready: pyproject.toml
 $(FULL)/.ready: pyproject.toml
 	@tools/environment.sh "$(PYTHON)" $(@D) "torch and all test dependencies, gigabytes to download, some minutes" \
 	    --torch '$(TORCH)' torch==$(TORCH_VERSION) --editable '.[cpu]' --group test --group lint
+	@touch $@
+
+$(DOCS)/.ready: pyproject.toml
+	@tools/environment.sh "$(PYTHON)" $(@D) "20 MB to download, less than a minute" --group docs
 	@touch $@
 
 $(NEXT)/.ready: pyproject.toml

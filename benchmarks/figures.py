@@ -53,13 +53,14 @@ def figures(name: str, page: Path, folder: Path = RESULTS) -> str:
     records = {record: read_record(record, folder) for record in table.records}
     others = [read_record(record, folder) for record in table.elsewhere]
     to_results = FROM_REPOSITORY if page.parent == ROOT else f"../{FROM_REPOSITORY}"
-    return f"\n{table.make(*records.values(), *others)}\n\n{_measured_with(table, records, to_results)}\n"
+    made = table.make(*records.values(), *others)
+    return f"\n{made}\n\n{_measured_with(table, records, to_results)}".rstrip() + "\n"
 
 
 def _measured_with(table: Table, records: dict[str, dict[str, Any]], to_results: str) -> str:
     """Return the lines below a table. Records with the same machine, versions and date share one paragraph."""
-    if table.as_above:
-        return "*Records:* as above."
+    if table.see is not None:
+        return f"*Records:* {table.see}." if table.see else ""
     groups: dict[str, list[str]] = {}
     for name, record in records.items():
         groups.setdefault(_circumstances(record, table.needs_bundle), []).append(name)

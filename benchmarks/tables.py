@@ -42,6 +42,16 @@ def ratios(records: Sequence[Record], program: str) -> str:
     return f"{min(values):.1f} to {max(values):.1f} times"
 
 
+def headline(*everything: Record) -> str:
+    """Return the README's first sentence about speed; the last three records have captions of equal lengths."""
+    spread, equal = everything[:-3], everything[-3:]
+    text = (
+        f"On the same CPU, with the same ids, it is {ratios(spread, 'generate')} as fast as `generate` where captions "
+        f"differ in length, and {ratios(equal, 'generate')} where all have the same length ([records](#speed))."
+    )
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def readme_speeds(*everything: Record) -> str:
     """Format the README's speed table; the last two records, of another processor, only appear in the lead sentence."""
     records, others = everything[:-2], everything[-2:]
@@ -263,14 +273,14 @@ class Table:
     records:      names of the records in benchmarks/results
     make:         formats the records as Markdown
     needs_bundle: name the bundle below the table; False if the benchmark used none
-    as_above:     the records are those of the table before, so that their circumstances are not repeated
+    see:          where the circumstances of the records are, such as "as above" (None: below the table)
     elsewhere:    further records for `make`, whose circumstances are listed below another table
     """
 
     records: tuple[str, ...]
     make: Callable[..., str]
     needs_bundle: bool = True
-    as_above: bool = False
+    see: str | None = None
     elsewhere: tuple[str, ...] = ()
 
 
@@ -422,14 +432,16 @@ def _devices(*records: Record) -> str:
 
 BASE = ("base_1beams", "base_4beams", "base_10beams")
 ZEN4 = ("zen4/base_4beams", "zen4/large_4beams")
+LENGTHS = ("base_4beams_10tokens", "base_4beams_20tokens", "base_4beams_40tokens")
 TABLES = {
+    "headline": Table((*BASE, "large_4beams"), headline, elsewhere=(*ZEN4, *LENGTHS), see=""),
     "readme speed": Table((*BASE, "large_4beams"), readme_speeds, elsewhere=ZEN4),
     "speed": Table((*BASE, "large_4beams", "demo_4beams"), speeds),
-    "memory": Table((*BASE, "large_4beams", "demo_4beams"), memory, as_above=True),
-    "products": Table((*BASE, "large_4beams", "demo_4beams"), products, as_above=True),
+    "memory": Table((*BASE, "large_4beams", "demo_4beams"), memory, see="as above"),
+    "products": Table((*BASE, "large_4beams", "demo_4beams"), products, see="as above"),
     "other processor": Table(ZEN4, speeds),
-    "products of the other": Table(ZEN4, products, as_above=True),
-    "lengths": Table(("base_4beams_10tokens", "base_4beams_20tokens", "base_4beams_40tokens"), by_length),
+    "products of the other": Table(ZEN4, products, see="as above"),
+    "lengths": Table(LENGTHS, by_length),
     "rows": Table(("rows_demo_4beams",), by_rows),
     "soak": Table(("soak_17237",), _soak),
     "faults": Table(("soak_300_kill", "soak_300_term", "soak_300_disk"), _faults),

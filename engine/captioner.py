@@ -240,7 +240,7 @@ class Captioner:
         plans          folder written by `engine plan`, for `trt`
         cuda_graphs    whether to replay decoding steps as CUDA graphs, for `trt`
 
-        Raises BundleError, CheckpointError, BackendError or UsageError, see open_bundle, bundle_of and open_backends.
+        Raises BundleError, CheckpointError, BackendError or UsageError.
         """
         folder = None if plans is None else Path(plans)
         runtime = Runtime(

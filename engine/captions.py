@@ -12,9 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Alternative:
-    """One hypothesis for an image as text; see Hypothesis for the other fields.
+    """One hypothesis for an image as text.
 
-    token_log_probs is empty if the hypothesis comes from the journal of an earlier version.
+    text             detokenised text
+    raw_text         text as transformers' tokenizer.decode returns it for the same `ids`
+    ids              token ids, prompt and end included
+    sum_log_prob     summed log-probability of the new tokens
+    score            sum_log_prob / new tokens ** length_penalty, Hugging Face's `sequences_scores`
+    token_log_probs  log-probability of each new token, end included; empty in journals of earlier versions
     """
 
     text: str

@@ -1,22 +1,26 @@
-"""Write the option tables of README.md and docs/ from the declarations of the commands.
+"""Write the option tables of README.md and docs/ from the declarations of the commands, and the API from docstrings.
 
     python -m docs.scripts.reference
 
 A table is between `<!-- options: NAME -->` and `<!-- end -->`. NAME is a command (`engine caption`), a section of its
-help (`engine caption / Inputs`), or one of `decoding`, `recipes`, `settings`, `make`.
+help (`engine caption / Inputs`), or one of `decoding`, `recipes`, `settings`, `make`. `api MODULE.CLASS METHOD...` is
+the signature and docstring of a class and of these methods.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import re
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.figures import PAGES, ROOT, fill
+from benchmarks.figures import PAGES, ROOT, WIDTH, fill
 from engine.files.atomic import write_atomically
 from engine.options import DECODE_OPTIONS, DEFAULT_NEW_TOKENS, DEFAULTS
 
@@ -125,8 +129,64 @@ def make_targets() -> str:
     return table(["command", "what it does"], ([f"`make {name}`", text] for name, text in targets))
 
 
+def api(words: str) -> str:
+    """Return headings, signatures and docstrings of a class and of its methods, `MODULE.CLASS METHOD METHOD`."""
+    where, *methods = words.split()
+    module, _, name = where.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    parts = [f"## {name}\n\n{prose(inspect.getdoc(found) or '')}"]
+    if dataclasses.is_dataclass(found) and not methods:
+        fields = [f"    {field.name}: {field.type}" for field in dataclasses.fields(found)]
+        computed = [
+            f"    {key}: {value.fget.__annotations__['return']}  # property"
+            for key, value in vars(found).items()
+            if isinstance(value, property)
+        ]
+        parts.append("\n".join(["```py", f"class {name}:", *fields, *computed, "```"]))
+    for method in methods:
+        function = getattr(found, method)
+        heading, text = f"{name}.{method}", prose(inspect.getdoc(function) or "")
+        parts.append(f"### {heading}\n\n{signature(heading, function)}\n\n{text}")
+    return "\n\n".join(parts)
+
+
+def signature(name: str, function: Callable[..., Any]) -> str:
+    """Return a signature as a block of Python, with one parameter per line."""
+    found = inspect.signature(function)
+    lines, kind = [], None
+    for param in found.parameters.values():
+        if param.name == "self":
+            continue
+        if param.kind is param.KEYWORD_ONLY and kind is not param.KEYWORD_ONLY:
+            lines.append("    *,")
+        kind = param.kind
+        lines.append(f"    {str(param).replace(repr(param.annotation), param.annotation)},")
+    inside = "\n".join(["", *lines, ""]) if lines else ""
+    return f"```py\n{name}({inside}) -> {found.return_annotation}\n```"
+
+
+def prose(docstring: str) -> str:
+    """Return a docstring as Markdown: aligned `name  text` lines become a list, indented lines a block of Python.
+
+    Its blocks are marked `py`: the tests run only those marked `python`.
+    """
+    blocks = []
+    for block in docstring.split("\n\n"):
+        if re.match(r"\w+ {2,}\S", block):
+            items = re.sub(r"\n +", " ", block).splitlines()
+            entries = (re.sub(r"^(\w+) +", r"* `\1`: ", item) for item in items)
+            blocks.append("\n".join(textwrap.fill(entry, WIDTH, subsequent_indent="  ") for entry in entries))
+        elif block.startswith("    "):
+            blocks.append(f"```py\n{textwrap.dedent(block)}\n```")
+        else:
+            blocks.append(block)
+    return "\n\n".join(blocks)
+
+
 def reference(name: str) -> str:
     """Return the table `name`, with the description of the command above it."""
+    if name.startswith("api "):
+        return f"\n{api(name.removeprefix('api '))}\n"
     special = {"decoding": decoding, "recipes": recipes, "settings": settings, "make": make_targets}
     if name in special:
         return f"\n{special[name]()}\n"

@@ -1,10 +1,13 @@
-"""Run the shell and Python blocks of the documentation in a folder with small inputs."""
+"""Run the shell and Python blocks of the documentation in a folder with small inputs, and the notebook."""
 
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -111,3 +114,23 @@ def test_shown_captions_are_current(tmp_path):
 def test_every_python_block_runs(block, capsys):
     exec(compile(block.text, str(block), "exec"), {})
     assert capsys.readouterr().out.splitlines()[0].startswith("a ")
+
+
+def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    cells = json.loads((ROOT / "examples/first_run.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert "%pip install" in code[0]
+    names = {"SOURCE": str(ROOT)}
+    for cell in code[1:]:
+        if cell.startswith("!"):
+            for line in cell.splitlines():
+                command = line.removeprefix("!").replace("{SOURCE}", str(ROOT))
+                done = subprocess.run(command, shell=True, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+        else:
+            exec(compile(cell, "cell", "exec"), names)
+    assert len(names["captions"]) == 32
+    assert names["caption"].text == names["captions"]["colin27_axial_082"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"run.csv", "scores.json", "submission.zip", "report"}
