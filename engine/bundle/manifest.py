@@ -16,6 +16,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from engine.bundle.protobuf import may_loop
 from engine.errors import BundleError, EngineError
 from engine.files.atomic import file_sha256
 from engine.inputs.kinds import HEAD_BYTES, wrong_content
@@ -82,60 +83,6 @@ def graph_outputs(num_layers: int) -> dict[str, list[str]]:
         LOG_PROBS: [LOG_PROBS, *cache_names(num_layers, "extended")],
         CHOICE: [*CANDIDATES],
     }
-
-
-def may_loop(model: bytes) -> bool:
-    """Return whether an ONNX model contains nodes with subgraphs (Loop, If, Scan) or functions.
-
-    Exported graphs have neither, and an endless Loop would hang the process when the graph is opened. This reads just
-    enough of the protobuf, by the field numbers of onnx.proto, so that the package onnx is not needed. Raises
-    ValueError if the content is not protobuf.
-    """
-    for number, part in _fields(memoryview(model)):
-        if number == 25:  # ModelProto.functions
-            return True
-        for node in _parts(part, 1) if number == 7 else ():  # ModelProto.graph, GraphProto.node
-            for attribute in _parts(node, 5):
-                if any(kind in (6, 11) for kind, _ in _fields(attribute)):  # AttributeProto.g and .graphs
-                    return True
-    return False
-
-
-def _parts(message: memoryview, field: int) -> Iterator[memoryview]:
-    return (part for number, part in _fields(message) if number == field)
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield (field number, content) of the length-delimited fields of a protobuf message: messages, strings, bytes."""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = 0
-        for shift in range(0, 70, 7):
-            if position >= len(message):
-                break
-            byte = message[position]
-            position += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise ValueError("a number that does not end")
-
-    while position < len(message):
-        tag = varint()
-        number, kind = tag >> 3, tag & 7  # wire types: 0 varint, 1 eight bytes, 2 with a length, 5 four bytes
-        if kind == 0:
-            varint()
-            continue
-        if kind not in (1, 2, 5):
-            raise ValueError(f"a field of kind {kind}")
-        size = varint() if kind == 2 else 8 if kind == 1 else 4
-        if position + size > len(message):
-            raise ValueError("a field beyond the end")
-        if kind == 2:
-            yield number, message[position : position + size]
-        position += size
 
 
 T = TypeVar("T")

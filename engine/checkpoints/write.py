@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.bundle.int8 import quantise_weight
+from engine.bundle.protobuf import message, number
 from engine.checkpoints.graphs import (
     DTYPES,
     FLOAT16,
@@ -122,18 +123,18 @@ def _graph(graph: Graph, file: _DataFile, weights: Mapping[str, NDArray[Any]], n
     stored = [file.tensors[tensor.name] for tensor in graph.tensors]
     content = b"".join(
         [
-            *(_message(1, cast) for _, cast in stored if cast),
+            *(message(1, cast) for _, cast in stored if cast),
             patched_nodes(graph, numbers),
-            _message(2, graph.title.encode()),
-            *(_message(5, tensor) for tensor, _ in stored),
+            message(2, graph.title.encode()),
+            *(message(5, tensor) for tensor, _ in stored),
             *(
-                _message(number, _value(value, numbers))
-                for number, values in ((11, graph.inputs), (12, graph.outputs), (13, graph.values))
+                message(field, _value(value, numbers))
+                for field, values in ((11, graph.inputs), (12, graph.outputs), (13, graph.values))
                 for value in values
             ),
         ]
     )
-    return graph.model + _message(7, content)
+    return graph.model + message(7, content)
 
 
 class _Arrays:
@@ -216,47 +217,29 @@ def _store(tensor: Tensor, dims: tuple[int, ...], array: NDArray[Any], file: _Da
         name, kind, array = name + FP16_SUFFIX, FLOAT16, half
         cast = _cast(name, tensor.name)
     array = np.ascontiguousarray(array)
-    head = b"".join(_number(1, size) for size in dims) + _number(2, kind)
+    head = b"".join(number(1, size) for size in dims) + number(2, kind)
     if array.nbytes < MIN_EXTERNAL_BYTES:
-        return head + _message(8, name.encode()) + _message(9, array.tobytes()), cast
+        return head + message(8, name.encode()) + message(9, array.tobytes()), cast
     location = {"location": file.path.name, "offset": file.append(array), "length": array.nbytes}
-    entries = (_message(1, key.encode()) + _message(2, str(value).encode()) for key, value in location.items())
-    return head + _message(8, name.encode()) + b"".join(_message(13, entry) for entry in entries) + _number(14, 1), cast
+    entries = (message(1, key.encode()) + message(2, str(value).encode()) for key, value in location.items())
+    return head + message(8, name.encode()) + b"".join(message(13, entry) for entry in entries) + number(14, 1), cast
 
 
 def _cast(stored: str, name: str) -> bytes:
     """Return the NodeProto of a Cast to float32."""
-    to = _message(1, b"to") + _number(3, FLOAT32) + _number(20, 2)  # AttributeProto: name, i, type INT
+    to = message(1, b"to") + number(3, FLOAT32) + number(20, 2)  # AttributeProto: name, i, type INT
     strings = ((1, stored), (2, name), (3, f"{name}.cast"), (4, "Cast"))
-    return b"".join(_message(number, text.encode()) for number, text in strings) + _message(5, to)
+    return b"".join(message(field, text.encode()) for field, text in strings) + message(5, to)
 
 
 def _value(value: Value, numbers: Mapping[str, Number]) -> bytes:
     """Return a ValueInfoProto."""
-    shape = b"".join(_message(1, _dimension(size_of(size, numbers))) for size in value.dims)
-    tensor_type = _number(1, value.kind) + _message(2, shape)
-    return _message(1, value.name.encode()) + _message(2, _message(1, tensor_type))
+    shape = b"".join(message(1, _dimension(size_of(size, numbers))) for size in value.dims)
+    tensor_type = number(1, value.kind) + message(2, shape)
+    return message(1, value.name.encode()) + message(2, message(1, tensor_type))
 
 
 def _dimension(size: Size) -> bytes:
     if isinstance(size, int):
-        return _number(1, size)
-    return _message(2, size.encode()) if size else b""
-
-
-def _message(number: int, content: bytes) -> bytes:
-    """Return a field with a length: a message, a string or bytes."""
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _number(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+        return number(1, size)
+    return message(2, size.encode()) if size else b""
