@@ -9,20 +9,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from engine.attention import words_of
 from engine.backends import Backend, open_backends, require_backend
+from engine.backends.attention import grid_of, layers_of, require_attention
 from engine.backends.device import slots_for
 from engine.bundle.manifest import WITH_PENALTIES, Bundle
 from engine.bundle.open import BundleRef
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captions import Alternative, Caption
+from engine.captions import Alternative, Attention, Caption
 from engine.checkpoints.cache import ModelRef
-from engine.decoding.backend import BatchSizes
+from engine.decoding.backend import AttentionBackend, BatchSizes
 from engine.decoding.beam import Hypothesis, Search, Start, resolve_search
 from engine.decoding.scheduler import NOTHING_YET, Arrival, Request, Scheduler
 from engine.errors import BundleError, ImageError, OutOfMemoryError, UsageError
@@ -57,14 +59,16 @@ def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptio
 class Decoding:
     """How images are decoded, resolved once: workers get it with their order.
 
-    options  the options in force
-    search   their search; with a prompt per image, one that is long enough for all
-    starts   the Start of each image by id, or None if all have that of the search
+    options    the options in force
+    search     their search; with a prompt per image, one that is long enough for all
+    starts     the Start of each image by id, or None if all have that of the search
+    attention  decoder layers whose mean attention every caption gets, or None for captions without
     """
 
     options: DecodeOptions
     search: Search
     starts: Mapping[str, Start] | None = None
+    attention: tuple[int, ...] | None = None
 
 
 def resolve(
@@ -90,22 +94,32 @@ def resolve(
 
 REMEMBERED = 4096
 """Number of distinct images whose captions are kept for repeats; they take a few megabytes."""
+REMEMBERED_MAPS = 256
+"""The same with attention, which takes about 25 kB per caption."""
+
+
+class Finished(NamedTuple):
+    """The result of decoding one image."""
+
+    alternatives: tuple[Alternative, ...]
+    attention: Attention | None = None
 
 
 class Repeats:
-    """Cache of captions by pixels, so that equal images are captioned once; it keeps the last REMEMBERED ones."""
+    """Cache of captions by pixels, so that equal images are captioned once; it keeps the last `remembered` ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, remembered: int = REMEMBERED) -> None:
+        self._remembered = remembered
         self._waiting: dict[bytes, list[tuple[int, str, str | None, float]]] = {}
-        self._known: dict[bytes, tuple[Alternative, ...]] = {}
+        self._known: dict[bytes, Finished] = {}
 
     @property
     def is_waiting(self) -> bool:
         """Whether any image is waiting for a caption."""
         return bool(self._waiting)
 
-    def known(self, digest: bytes) -> tuple[Alternative, ...] | None:
-        """Return the caption of these pixels, or None if it is not known yet."""
+    def known(self, digest: bytes) -> Finished | None:
+        """Return the result of these pixels, or None if it is not known yet."""
         return self._known.get(digest)
 
     def wait(self, digest: bytes, index: int, name: str, file_sha256: str | None = None) -> bool:
@@ -113,14 +127,18 @@ class Repeats:
         self._waiting.setdefault(digest, []).append((index, name, file_sha256, time.perf_counter()))
         return len(self._waiting[digest]) == 1
 
-    def resolve(self, digest: bytes, alternatives: tuple[Alternative, ...]) -> Iterator[tuple[int, Caption]]:
+    def resolve(self, digest: bytes, finished: Finished) -> Iterator[tuple[int, Caption]]:
         """Yield the index and the caption of every image that waited for these pixels."""
         now = time.perf_counter()
-        self._known[digest] = alternatives
-        if len(self._known) > REMEMBERED:
+        self._known[digest] = finished
+        if len(self._known) > self._remembered:
             del self._known[next(iter(self._known))]  # dicts keep their order: the oldest
         for index, name, file_sha256, since in self._waiting.pop(digest):
-            yield index, Caption(name, alternatives, latency_s=now - since, file_sha256=file_sha256)
+            yield index, _caption(name, finished, now - since, file_sha256)
+
+
+def _caption(name: str, finished: Finished, latency_s: float, file_sha256: str | None) -> Caption:
+    return Caption(name, finished.alternatives, latency_s, file_sha256, finished.attention)
 
 
 class InOrder:
@@ -311,6 +329,7 @@ class Captioner:
         on_note: Callable[[ImageNote], None] | None = None,
         high_bit_depth: str | None = None,
         live: bool = False,
+        attention: bool | Sequence[int] = False,
         **given: Any,
     ) -> Iterator[Caption]:
         """Caption images (paths, ImageFiles, Pillow images, arrays u8[h,w,3]); yield one Caption per image, in order.
@@ -326,6 +345,8 @@ class Captioner:
                         range), "LOW,HIGH" or "clip" (values above 255 become white). By default files are clipped as on
                         the command line, and such Pillow images and arrays raise ImageError
         live            whether `images` may wait for captions, see below
+        attention       whether captions have their Attention, averaged over all decoder layers or over those listed,
+                        counted from 0; on the backend cpu
 
         Images are read ahead of the captions, so that `images` must not wait for a caption. With `live` it may: a
         separate thread reads from it, and images that have arrived are captioned while it waits. Then `rows=8` keeps
@@ -342,13 +363,26 @@ class Captioner:
             window_of(high_bit_depth)  # raises UsageError for an invalid value
         options = (options or DecodeOptions()).replace(**given)
         reading = _Reading(on_error, on_note, high_bit_depth, live)
-        return self._caption(images, self.decoding(options, prompts), rows, reading)
+        decoding = self.decoding(options, prompts)
+        if attention is not False:
+            layers = self.attention_layers(None if attention is True else attention)
+            decoding = replace(decoding, attention=layers)
+        return self._caption(images, decoding, rows, reading)
+
+    def attention_layers(self, layers: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Return the decoder layers that attention is averaged over; None stands for all.
+
+        Raises UsageError if the bundle lacks one, or if this bundle or backend does not support attention maps.
+        """
+        require_attention(self.bundle, self.backend.name)
+        return layers_of(self.bundle, layers)
 
     def _caption(
         self, images: Iterable[ImageSource], decoding: Decoding, rows: int | None, reading: _Reading
     ) -> Iterator[Caption]:
         search, starts = decoding.search, decoding.starts
-        repeats, captions = Repeats(), InOrder()
+        repeats = Repeats(REMEMBERED if decoding.attention is None else REMEMBERED_MAPS)
+        captions = InOrder()
         # NOTHING_YET returns control at once, so that a live source gets a known caption without delay
         known_before = NOTHING_YET if reading.live else None
 
@@ -365,7 +399,7 @@ class Captioner:
                     raise UsageError(f"image {name} has no prompt (an empty one does not count): add one")
                 key = digest if start == search.start else digest + repr(start.prompt).encode()
                 if (known := repeats.known(key)) is not None:
-                    captions.add(index, Caption(name, known, latency_s=0.0, file_sha256=file_sha256))
+                    captions.add(index, _caption(name, known, 0.0, file_sha256))
                     yield known_before
                 else:
                     is_first = repeats.wait(key, index, name, file_sha256)
@@ -375,10 +409,12 @@ class Captioner:
             raise UsageError("this captioner is already captioning: read those captions to the end first")
         self._is_running, self.clipped = True, []
         try:
-            for closed in self.scheduler(search, rows).steps(arrivals()):
+            for closed in self.scheduler(search, rows, attention=decoding.attention).steps(arrivals()):
                 for digest, hypotheses in closed:
-                    alternatives = tuple(map(self._alternative, hypotheses))
-                    for index, caption in repeats.resolve(digest, alternatives):
+                    finished = Finished(
+                        tuple(map(self._alternative, hypotheses)), self._attention(hypotheses[0], decoding.attention)
+                    )
+                    for index, caption in repeats.resolve(digest, finished):
                         captions.add(index, caption)
                 yield from captions.ready()
         finally:
@@ -399,8 +435,17 @@ class Captioner:
         """Maximum number of images that are read ahead of decoding."""
         return AHEAD * max(self._readers, self.backend.batch_sizes.encode_batch)
 
-    def scheduler(self, search: Search, rows: int | None = None) -> Scheduler:
-        """Return a scheduler with slots for `rows` beams in flight (None: what suits device and memory)."""
+    def scheduler(
+        self, search: Search, rows: int | None = None, *, attention: Sequence[int] | None = None
+    ) -> Scheduler:
+        """Return a scheduler with slots for `rows` beams in flight (None: what suits device and memory).
+
+        With `attention`, hypotheses have their attention, averaged over these decoder layers.
+        """
+        if attention is not None:
+            require_attention(self.bundle, self.backend.name)
+            for backend in (self.backend, *self._more_backends):
+                cast("AttentionBackend", backend).prepare_attention(attention)
         batch_sizes = self.batch_sizes
         slots = slots_for(search, self.bundle.models, batch_sizes, rows=rows)
         sets = min(slots, batch_sizes.sets)
@@ -412,6 +457,7 @@ class Captioner:
             # no more than there are slots for, so that fewer slots after an out-of-memory error need less here, too
             encode_batch=min(batch_sizes.encode_batch, slots),
             more_backends=self._more_backends,
+            with_attention=attention is not None,
         )
 
     def search(self, options: DecodeOptions) -> Search:
@@ -471,6 +517,17 @@ class Captioner:
         if reading.on_note is not None:
             reading.on_note(note)
 
+    def _attention(self, hypothesis: Hypothesis, layers: tuple[int, ...] | None) -> Attention | None:
+        """Return the attention of a hypothesis over the encoder's grid."""
+        if layers is None or hypothesis.attention is None:
+            return None
+        rows, columns, first = grid_of(self.bundle)
+        tokens, image = hypothesis.ids[1:], self.bundle.image
+        words, word_of = words_of(tokens, lambda ids: self.tokenizer.tidy(self.tokenizer.decode(ids)))
+        maps = hypothesis.attention[:, first:].reshape(-1, rows, columns).astype(np.float16)
+        crop = (image.height, image.width, *image.resize) if image.resize else ()
+        return Attention(tokens, maps, words, word_of, layers, crop)
+
     def _alternative(self, hypothesis: Hypothesis) -> Alternative:
         raw = self.tokenizer.decode(hypothesis.ids)
         return Alternative(
@@ -511,7 +568,7 @@ def caption_within_memory(
     Raises OutOfMemoryError if memory does not suffice for one image. See Captioner.caption for the other arguments.
     """
     search, reading = decoding.search, _Reading(on_error, on_note, high_bit_depth=None, live=False)
-    num_slots = captioner.scheduler(search, rows).concurrency
+    num_slots = captioner.scheduler(search, rows, attention=decoding.attention).concurrency
     while True:
         # the error of the last attempt holds its frames, and these the KV cache that did not fit: free them first
         gc.collect()

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Alternative:
@@ -62,6 +65,28 @@ class Confidence:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Where the tokens of a caption look in the image; see docs/attention.md for what that shows and what not.
+
+    tokens   the caption's T ids without the start token; a prompt and the end token are included
+    maps     f16[T,rows,columns]: map t is the cross-attention of the step that chose token t, over the grid of the
+             image encoder. Weights on other positions, such as the class token, are missing, so that a map sums to less
+             than 1
+    words    the caption's words
+    word_of  for each token the index of its word, or -1 for special tokens
+    layers   the decoder layers that were averaged, counted from 0
+    crop     empty if the encoder saw the whole image, else its crop: height, width, and ImageSpec.resize
+    """
+
+    tokens: tuple[int, ...]
+    maps: NDArray[np.float16]
+    words: tuple[str, ...]
+    word_of: tuple[int, ...]
+    layers: tuple[int, ...]
+    crop: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Caption:
     """The caption of one image. `text`, `raw_text`, `ids` and `score` are those of the best alternative.
 
@@ -72,12 +97,14 @@ class Caption:
     latency_s     seconds from when the image was read until its caption was finished, while other images share the
                   device; 0 if the same pixels were captioned shortly before, None if it was not measured
     file_sha256   sha256 of the file in hexadecimal, or None if the image was not read from a file
+    attention     where its tokens look, or None if that was not asked for
     """
 
     id: str
     alternatives: tuple[Alternative, ...]
     latency_s: float | None = field(default=None, compare=False)
     file_sha256: str | None = field(default=None, compare=False)
+    attention: Attention | None = field(default=None, compare=False)
 
     @property
     def best(self) -> Alternative:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.backends.attention import ATTENTION, attention_graph
 from engine.backends.device import CudaDevice, Device, HostDevice, Region
 from engine.backends.providers import CPU, KINDS, Provider, bounds_for, import_libraries, providers_for
 from engine.backends.shapes import gpu_batch_sizes
@@ -42,6 +43,8 @@ EXACT_SUMS = ("session.x64quantprecision", "1")
 unsigned weights instead, whose sums are exact: int8 bundles give the same sums on every processor. With VNNI it would
 take twice as long for the same sums. Where the processor's flags are unknown, as on Windows, it is on.
 """
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's option: where a model that is not read from a file finds the files with its weights."""
 BF16_ON_ARM = ("mlas.enable_gemm_fastmath_arm64_bfloat16", "1")
 
 
@@ -108,11 +111,13 @@ def open_session(
     is_optimised: bool,
     has_patterns: bool,
     is_bf16: bool = False,
+    model: bytes | None = None,
 ) -> Any:
     """Load one graph and check that the first of `providers` is in use.
 
     `has_patterns` enables memory planning for each combination of input shapes. With `is_bf16`, ARM processors round
-    the factors of matrix products to bf16; other processors ignore it.
+    the factors of matrix products to bf16; other processors ignore it. `model` replaces the content of the file at
+    `path`, whose weights it uses.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -124,11 +129,13 @@ def open_session(
         options.add_session_config_entry(*EXACT_SUMS)
     if is_bf16:
         options.add_session_config_entry(*BF16_ON_ARM)
+    if model is not None:
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
     if not is_optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         # With its fallback, ONNX Runtime would print the reason to standard output and use the CPU.
-        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(model or str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise BackendError(f"{path} cannot be loaded: {one_line(error)}") from error
     # without an exception: if a provider cannot be loaded, ONNX Runtime only logs a line and uses the next one
@@ -235,9 +242,12 @@ class OrtBackend:
         self.batch_sizes = CPU_BATCH_SIZES
         if self._device.name != "cpu":
             self.batch_sizes = gpu_batch_sizes(bundle, self._device.free_bytes(), self._bounds)
-        self._model = bundle.model
+        self._bundle, self._model = bundle, bundle.model
+        self._attention: tuple[tuple[int, ...], Any, frozenset[str]] | None = None
+        """Layers, session and inputs of prepare_attention."""
         is_host = self._device.name == "cpu"
         threads = (threads or available_cores()) if is_host else 1  # with a GPU the CPU only computes shapes
+        self._threads = threads
         self._step_inputs = {
             name: field
             for name, field in step_inputs(bundle.format).items()
@@ -394,6 +404,46 @@ class OrtBackend:
     def _copy_slot(self, target: int, slot: int, source: int, image: int) -> None:
         size = self._slot_bytes
         self._device.copy(target + slot * size, source + image * size, size)
+
+    def prepare_attention(self, layers: Sequence[int]) -> None:
+        """See AttentionBackend.prepare_attention. The graph keeps its own copy of the decoder's weights in memory."""
+        if self._attention is not None and self._attention[0] == tuple(layers):
+            return
+        self._attention = None  # frees the weights of another choice of layers first
+        model, inputs = attention_graph(self._bundle, layers)
+        path, chosen = self._bundle.path / "decoder.onnx", providers_for(self.name, self._bundle, "decoder", None)
+        session = open_session(
+            self._ort,
+            path,
+            chosen,
+            self._threads,
+            is_optimised=True,
+            has_patterns=False,
+            is_bf16=self._is_bf16,
+            model=model,
+        )
+        self._attention = tuple(layers), session, frozenset(inputs)
+
+    def attention(self, cache: OrtCache, slot: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See AttentionBackend.attention."""
+        assert self._attention is not None, "prepare_attention comes first"
+        _, session, wanted = self._attention
+        count = len(ids)
+        whole = {"input_ids": ids, "positions": np.arange(count), "ancestry": np.tri(count, dtype=bool)}
+        feed = {name: self._value(array[None]) for name, array in whole.items()}
+        past = self._zeros(1, 0)  # the whole caption is fed at once, so nothing precedes it
+        feed |= self._named("settled", past) | self._named("recent", past)
+        feed = {name: value for name, value in feed.items() if name in wanted}
+        # the slot's keys and values are read where they are: nothing is copied
+        shape, offset = (1, *self._slot_shape), slot * self._slot_bytes
+        located: Located = {
+            name: (DeviceZeros(value.region, value.data_ptr() + offset, shape), shape)
+            for name, value in self._named("cross", cache.cross).items()
+            if name in wanted
+        }
+        (maps,) = self._run(session, feed, [ATTENTION], [], located)
+        weights: NDArray[np.float32] = maps.numpy()[0]
+        return weights
 
     def _zeros(self, num_slots: int, positions: int) -> list[Any]:
         """Return keys and values of positions that are never attended to; all layers share one array."""

@@ -14,6 +14,7 @@ large block at every step would copy it every time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -111,5 +112,21 @@ class Backend(Protocol):
         Columns count folded positions first, then recent ones. A position may occur more than once to fill up a row;
         the ancestry mask hides the repeats. Kept slot i is either old slot i or an old slot j > i, and in that case
         no other slot moves to j: slots may be copied in place, in ascending order.
+        """
+        ...
+
+
+class AttentionBackend(Backend, Protocol):
+    """A backend that can also return where the tokens of a finished caption look (engine/backends/attention.py)."""
+
+    def prepare_attention(self, layers: Sequence[int]) -> None:
+        """Load what `attention` needs to average over these decoder layers, before caches are allocated."""
+        ...
+
+    def attention(self, cache: Cache, slot: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Feed the first T tokens i64[T] of a caption at once, for the image in `slot`, which stays as it is.
+
+        Returns f32[T,S]: row t holds the weights of token t over the positions of the image, averaged over heads and
+        the layers of prepare_attention. The step that feeds token t chooses token t + 1.
         """
         ...

@@ -8,7 +8,7 @@ This module does not depend on models or caches.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeVar
 
@@ -114,12 +114,14 @@ class Hypothesis:
     token_log_probs are those of the new tokens, end included, as the search summed them: bans and min_length, which
     only rule other tokens out, do not change them, a repetition penalty does. They equal the transition scores of
     Hugging Face's compute_transition_scores, rounded to TRACE_DIGITS.
+    attention is f32[T,S] for all T ids but the last, see AttentionBackend, or None if it was not asked for.
     """
 
     ids: tuple[int, ...]
     sum_log_prob: float
     score: float
     token_log_probs: tuple[float, ...] = ()
+    attention: NDArray[np.float32] | None = field(default=None, compare=False)
 
 
 class Beams:

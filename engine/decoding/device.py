@@ -10,12 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.decoding.backend import Backend, Cache, Encoded, StepInputs
+from engine.decoding.backend import AttentionBackend, Backend, Cache, Encoded, StepInputs
 
 T = TypeVar("T")
 
@@ -103,6 +103,10 @@ class DeviceQueue:
         future = self._put(partial(self.backend.step, cache, inputs), on_done)
         self.start()
         return future
+
+    def attention(self, cache: Cache, slot: int, ids: NDArray[np.int64]) -> Future[NDArray[np.float32]]:
+        """See AttentionBackend.attention. The call starts together with the next step, like admit."""
+        return self._put(partial(cast("AttentionBackend", self.backend).attention, cache, slot, ids))
 
     def regroup(self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""

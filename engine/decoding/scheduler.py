@@ -12,6 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
@@ -71,12 +72,15 @@ class Scheduler:
         encode_batch: int = 4,
         num_sets: int = 1,
         more_backends: Sequence[Backend] = (),
+        with_attention: bool = False,
     ) -> None:
+        """With `with_attention`, the backends must be an AttentionBackend that is prepared for it."""
         self.backends = (backend, *more_backends)
         self.search = search
         self.num_slots = num_slots
         self.encode_batch = encode_batch
         self.num_sets = num_sets
+        self.with_attention = with_attention
 
     @property
     def concurrency(self) -> int:
@@ -109,8 +113,11 @@ class Scheduler:
                     # one for each backend; a small run never opens a second set of a backend
                     for device in devices[: self.num_sets - len(sets)]:
                         on_done = partial(done.put, len(sets))
-                        sets.append(_Slots(device, self.search, self.num_slots, on_done))
-                        turn.append(sets[-1])
+                        slots: _Slots[Key] = _Slots(
+                            device, self.search, self.num_slots, on_done, with_attention=self.with_attention
+                        )
+                        sets.append(slots)
+                        turn.append(slots)
                 elif len(turn) < len(sets):
                     turn.append(sets[done.get()])
                 for slots in turn:
@@ -228,9 +235,18 @@ class _Slots(Generic[Key]):
     """
 
     def __init__(
-        self, device: DeviceQueue, search: Search, num_slots: int, on_done: Callable[[], None] | None = None
+        self,
+        device: DeviceQueue,
+        search: Search,
+        num_slots: int,
+        on_done: Callable[[], None] | None = None,
+        *,
+        with_attention: bool = False,
     ) -> None:
         """Allocate the slots. `on_done` is called after each step on the device."""
+        self._with_attention = with_attention
+        self._attending: list[tuple[tuple[Key, int], list[Hypothesis], Future[NDArray[np.float32]]]] = []
+        """Images that closed and whose attention the device computes together with the next step."""
         self.device = device
         self._on_done = on_done
         self.search = search
@@ -317,7 +333,23 @@ class _Slots(Generic[Key]):
         parent_rows[more_prompt] = self.search.num_beams - 1  # the last prompt token, which attends to all before it
         self.ancestry.choose(inputs.ancestry, parent_rows)
         closed = np.flatnonzero(self.beams.closed & ~was_closed).tolist()
-        return [(self.owners.pop(slot), self.beams.results(slot)) for slot in closed]
+        if not self._with_attention:
+            return [(self.owners.pop(slot), self.beams.results(slot)) for slot in closed]
+        finished = self._attended()
+        for slot in closed:
+            # before the slot is filled again: the image's keys are still there, and no image is encoded twice
+            hypotheses = self.beams.results(slot)
+            maps = self.device.attention(self.cache, slot, np.array(hypotheses[0].ids[:-1], np.int64))
+            self._attending.append((self.owners.pop(slot), hypotheses, maps))
+        if self.owners:  # the host chooses beams for another set while the device computes these with the next step
+            return finished
+        self.device.start()
+        return finished + self._attended()
+
+    def _attended(self) -> list[tuple[tuple[Key, int], list[Hypothesis]]]:
+        """Wait for the attention of the images in `_attending`; return their owners and hypotheses."""
+        waiting, self._attending = self._attending, []
+        return [(owner, [replace(best, attention=maps.wait()), *others]) for owner, (best, *others), maps in waiting]
 
     def _prefilling(self) -> NDArray[np.bool_]:
         """Return bool[B], true for slots with prompt tokens left to feed."""

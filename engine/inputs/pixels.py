@@ -180,13 +180,13 @@ def read_image(
         isinstance(source, np.ndarray)
         and source.dtype == np.uint8
         and source.shape == (height, width, 3)
-        and _size_before_crop(width, height, height, width, resize) == (width, height)
+        and resized_size(width, height, height, width, resize) == (width, height)
     ):
         return source.copy()  # nothing to do, and Pillow would copy the array four times
 
     def read() -> NDArray[np.uint8]:
         image = _decode(source, frame, depth, notes, sha256)
-        size = _size_before_crop(*image.size, height, width, resize)
+        size = resized_size(*image.size, height, width, resize)
         check_resized(*size)
         image = image.resize(size, RESAMPLING[resample])
         left, top = ((full - kept) // 2 for full, kept in zip(size, (width, height), strict=True))
@@ -201,7 +201,7 @@ def read_image(
             return read()
 
 
-def _size_before_crop(
+def resized_size(
     width: int, height: int, target_height: int, target_width: int, resize: tuple[int, ...]
 ) -> tuple[int, int]:
     """Return the width and height that an image of width x height pixels is resized to, see read_image.

@@ -158,6 +158,18 @@ class Outputs:
         "--sidecar-dir",
         "Folder for the files of --sidecar, with the subfolders of --input, instead of next to the images.",
     )
+    attention: Path | None = option(
+        None,
+        "--attention",
+        "Folder for one file ID.npz per image with the attention map of each token (docs/attention.md); on the backend "
+        "cpu; not written by default.",
+    )
+    attention_layers: str | None = option(
+        None,
+        "--attention-layers",
+        "Decoder layers that --attention averages over, counted from 0; by default all.",
+        metavar="N,N,...",
+    )
     prefix: str = option("", "--prefix", "Text added before each caption in the output; it does not change decoding.")
     suffix: str = option("", "--suffix", "Text added after each caption in the output; it does not change decoding.")
     without_prompt: bool = option(
@@ -189,6 +201,9 @@ class Outputs:
             raise UsageError("--review-out lists the captions that --abstain-below marks: add --abstain-below")
         if self.calibration is not None and (self.n_best_out, self.review_out) == (None, None):
             raise UsageError("--calibration has no effect without --n-best-out or --review-out: add one of them")
+        if self.attention_layers is not None and self.attention is None:
+            raise UsageError("--attention-layers has no effect without --attention: add it, or remove the option")
+        self.layers()  # raises UsageError for an invalid value
         for flag, text in (("--prefix", self.prefix), ("--suffix", self.suffix)):
             if not text.isprintable():
                 raise UsageError(f"{flag} {text!r} contains control characters: remove them")
@@ -197,6 +212,15 @@ class Outputs:
     def is_stream(self) -> bool:
         """Whether captions are streamed to standard output; such a run has no journal."""
         return self.out == STDOUT
+
+    def layers(self) -> list[int] | None:
+        """Return the layers of --attention-layers, or None for all. Raises UsageError for anything but numbers."""
+        if self.attention_layers is None:
+            return None
+        names = [name.strip() for name in self.attention_layers.split(",")]
+        if not all(re.fullmatch("[0-9]{1,4}", name) for name in names):
+            raise UsageError(f"--attention-layers expects numbers such as 0,5,11, not {self.attention_layers!r}")
+        return [int(name) for name in names]
 
     @property
     def journal(self) -> Path | None:
@@ -213,7 +237,7 @@ class Outputs:
         return [self.jsonl, self.prefix, self.suffix, self.without_prompt, self.raw_text, self.allow_missing]
 
     def files(self) -> dict[str, Path]:
-        """Return the files that will be written, by their options, without sidecars."""
+        """Return the files that will be written, by their options, without those of each image."""
         paths = {flag: getattr(self, name) for name, flag in _FILES.items()}
         return {flag: path for flag, path in paths.items() if path is not None and (flag, path) != ("--out", STDOUT)}
 
@@ -231,5 +255,5 @@ class Outputs:
 _FILES = {
     name: declaration.flag
     for name, (declaration, kind) in declared(Outputs).items()
-    if "Path" in kind and name not in ("sidecar_dir", "calibration")
+    if "Path" in kind and name not in ("sidecar_dir", "calibration", "attention")
 }

@@ -1,4 +1,4 @@
-"""Write the files of a run: run.csv, JSON lines, n-best, timings, and sidecars next to the images."""
+"""Write the files of a run: run.csv, JSON lines, n-best, timings, attention, and sidecars next to the images."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from engine.attention import attention_path, is_attention_of, write_attention
 from engine.captions import Caption
 from engine.errors import OutputError, UsageError
 from engine.files.atomic import LONGEST_NAME, replace_file, write_atomically
@@ -116,6 +117,35 @@ def write_review(path: Path, rows: Iterable[tuple[str, float | None]]) -> None:
     write_atomically(path, "ID,expected_score\n" + "".join(lines))
 
 
+class AttentionFiles:
+    """The files of --attention, one per image in `folder`, with attention averaged over `layers`."""
+
+    def __init__(self, folder: Path, layers: Sequence[int]) -> None:
+        self.folder, self._layers = folder, tuple(layers)
+
+    def has(self, caption: Caption) -> bool:
+        """Return whether the file of a caption is there: for the same tokens, averaged over the same layers."""
+        return is_attention_of(attention_path(self.folder, caption.id), caption.ids[1:], self._layers)
+
+    def write(self, caption: Caption) -> None:
+        """Write the file of a caption. Raises OutputError."""
+        assert caption.attention is not None, "it was asked for"
+        path = attention_path(self.folder, caption.id)
+        _make_folder(path.parent, self.folder)
+        write_attention(path, caption.attention)
+
+
+def check_attention(folder: Path, ids: Iterable[str]) -> None:
+    """Raise UsageError if the files of --attention cannot be written."""
+    if not folder.parent.is_dir():
+        raise UsageError(f"--attention {folder}: {folder.parent} does not exist, create it first")
+    existing = folder if folder.exists() else folder.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"--attention {folder}: {existing} is not a writable folder")
+    for image_id in ids:
+        attention_path(folder, image_id)  # raises UsageError for an id that is not a file name
+
+
 SUFFIX = ".txt"
 WRITERS = 8
 """Number of files that are written in parallel, as each waits for the disk."""
@@ -186,7 +216,7 @@ def _refuse_links(parent: Path, root: Path) -> None:
         if folder == root:
             return
         if folder.is_symlink():
-            raise UsageError(f"{folder} is a link, and sidecars do not follow links out of --sidecar-dir: remove it")
+            raise UsageError(f"{folder} is a link, which could lead out of {root}: remove it")
 
 
 def write_sidecars(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.backends import require_backend
+from engine.backends.attention import layers_of, require_attention
 from engine.bundle.manifest import Bundle, watched
 from engine.bundle.open import BundleRef
 from engine.bundle.signature import environment, run_signature, settings_line
@@ -26,7 +27,7 @@ from engine.inputs.pixels import ImageNote, note_lines
 from engine.inputs.tables import read_prompts
 from engine.options import DecodeOptions, notes_on
 from engine.run.job import Inputs, Outputs, Shard
-from engine.run.outputs import check_sidecars, sidecar_paths, write_sidecars
+from engine.run.outputs import AttentionFiles, check_attention, check_sidecars, sidecar_paths, write_sidecars
 from engine.run.record import RowStream, RunRecord, lines_written, rows_of, text_of
 from engine.runtime import Runtime, Workers
 from engine.workers.messages import WorkOrder
@@ -178,12 +179,26 @@ def caption_directory(
         # before workers start, so that a wrong option is reported at once
         decoding = resolve(opened, CaptionTokenizer(opened), requested, prompts)
         options = decoding.options
+        attention = None
+        if outputs.attention is not None:
+            if runtime.backend != "auto":  # that of a cluster is chosen by its nodes, which check it as well
+                require_attention(opened, runtime.backend)
+            layers = layers_of(opened, outputs.layers())
+            decoding = replace(decoding, attention=layers)
+            attention = AttentionFiles(outputs.attention, layers)
         if calibration is not None:
             calibration.require(options.num_return_sequences)
         with (
             open_source(opened, WorkOrder(located, opened.digest, runtime, decoding, rows), workers, log) as source,
             open_record(
-                images, source, outputs, log, runtime=runtime, prompts=prompts, calibration=calibration
+                images,
+                source,
+                outputs,
+                log,
+                runtime=runtime,
+                prompts=prompts,
+                calibration=calibration,
+                attention=attention,
             ) as record,
         ):
             # before captioning, which may take hours
@@ -257,6 +272,9 @@ def check(outputs: Outputs, images: list[ImageFile], protected: list[Path], bund
     folders = {f"{flag} {path}": path.parent for flag, path in outputs.files().items()}
     if outputs.sidecar_dir is not None:
         folders[f"--sidecar-dir {outputs.sidecar_dir}"] = outputs.sidecar_dir
+    if outputs.attention is not None:
+        check_attention(outputs.attention, [image.id for image in images])
+        folders[f"--attention {outputs.attention}"] = outputs.attention
     bundle_folders = [folder.resolve() for folder in bundle.folders()]
     for output, folder in folders.items():
         if folder.resolve() in bundle_folders:
@@ -290,6 +308,7 @@ def open_record(
     runtime: Runtime = Runtime(),
     prompts: Mapping[str, str] | None = None,
     calibration: Calibration | None = None,
+    attention: AttentionFiles | None = None,
 ) -> Iterator[RunRecord]:
     """Open the record of a run; log what is taken from an earlier run, and on errors what this one keeps."""
     options = source.decoding.options
@@ -310,12 +329,18 @@ def open_record(
             update=outputs.update,
             check_bundle=watch.check,
             calibration=calibration,
+            attention=attention,
         ) as record,
     ):
         if record.set_aside:
             log(
                 "the journal of an earlier run cannot be resumed (another bundle, other options or packages, "
                 f"damaged, or --no-resume): it was moved to {record.set_aside}, starting afresh"
+            )
+        if record.without_attention:
+            log(
+                f"{record.without_attention} images are captioned again, because {outputs.attention} lacks their "
+                "attention"
             )
         if record.resumed:
             log(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")

@@ -22,6 +22,7 @@ from engine.run.job import Outputs
 from engine.run.journal import Journal, NoJournal, journal_path, update_path
 from engine.run.outputs import (
     CSV_HEADER,
+    AttentionFiles,
     Row,
     format_json,
     format_row,
@@ -348,11 +349,12 @@ class RunRecord:
         update: bool = False,
         check_bundle: Callable[[], None] | None = None,
         calibration: Calibration | None = None,
+        attention: AttentionFiles | None = None,
     ) -> None:
         """Open the journal of this run and take over the captions of an earlier one.
 
         Of its `earlier` records, `resumed` captions are used. `not_reused` are not, because the image has changed or is
-        not among `images`, or because the record is damaged.
+        not among `images`, or because the record is damaged, and `without_attention` because their file is missing.
 
         made_with     what decides the captions besides images and prompts: signature and versions. A journal made with
                       something else is renamed to `set_aside`
@@ -363,6 +365,7 @@ class RunRecord:
         check_bundle  raises an EngineError if the bundle has changed since it was loaded; then no caption is kept
         out           the output, or None for standard output: nothing is kept then
         calibration   the map to expected scores, if any
+        attention     the files with each caption's attention, if any: captions without theirs are not used
 
         Raises OutputError.
         """
@@ -388,6 +391,11 @@ class RunRecord:
             self._journal.replace(records := with_places(records, images, prompts or {}))
         self._known = KnownImages(records, prompts or {}, strict=update)
         self.captions = self._known.recall(images, self._fingerprints)
+        self._attention = attention
+        recalled = len(self.captions)
+        if attention is not None:
+            self.captions = {name: caption for name, caption in self.captions.items() if attention.has(caption)}
+        self.without_attention = recalled - len(self.captions)
         self._images = {image.id: image for image in images}
         self.earlier = len(records)
         self.resumed = len(self.captions)
@@ -432,6 +440,8 @@ class RunRecord:
     def add(self, caption: Caption) -> None:
         """Record a caption. Raises OutputError if the journal cannot be written, and the errors of `check_bundle`."""
         self._check_bundle()
+        if self._attention is not None:  # before the journal: a caption in it has its file, unless someone deletes it
+            self._attention.write(caption)
         self._journal.append(self._encode(caption))
         self.captions[caption.id] = caption
 

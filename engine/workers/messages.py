@@ -5,14 +5,18 @@ ASCII JSON preserves floats to the last bit and file names that are not UTF-8.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from engine.bundle.open import BundleRef
 from engine.captioner import Decoding
-from engine.captions import Alternative, Caption
+from engine.captions import Alternative, Attention, Caption
 from engine.errors import EngineError, UsageError
 from engine.inputs.images import ImageFile
 from engine.inputs.pixels import ImageNote
@@ -67,7 +71,26 @@ def unpack_images(message: str) -> list[ImageFile]:
 
 def pack_captions(captions: list[Caption]) -> str:
     """Return a message with finished captions."""
-    return json.dumps({"captions": [asdict(caption) for caption in captions]})
+    return json.dumps({"captions": list(map(_pack_caption, captions))})
+
+
+def _pack_caption(caption: Caption) -> dict[str, Any]:
+    entry = {**vars(caption), "alternatives": list(map(asdict, caption.alternatives))}
+    if (attention := caption.attention) is not None:
+        maps = np.ascontiguousarray(attention.maps, "<f2")
+        packed = {"shape": maps.shape, "maps": base64.b64encode(maps.tobytes()).decode("ascii")}
+        entry["attention"] = vars(attention) | packed
+    return entry
+
+
+def _unpack_caption(entry: dict[str, Any]) -> Caption:
+    attention = entry["attention"]
+    if attention is not None:
+        content = np.frombuffer(base64.b64decode(attention["maps"]), "<f2").reshape(attention.pop("shape"))
+        lists = {name: tuple(value) for name, value in attention.items() if name != "maps"}
+        attention = Attention(maps=content, **lists)
+    alternatives = tuple(map(Alternative.from_json, entry["alternatives"]))
+    return Caption(entry["id"], alternatives, entry["latency_s"], entry["file_sha256"], attention)
 
 
 def pack_failures(failures: Mapping[str, str]) -> str:
@@ -118,17 +141,8 @@ def unpack_answer(message: str) -> Answer:
     content = json.loads(message)
     if "error" in content:
         raise (UsageError if content["exit_code"] == UsageError.exit_code else EngineError)(content["error"])
-    captions = (
-        Caption(
-            entry["id"],
-            tuple(map(Alternative.from_json, entry["alternatives"])),
-            entry["latency_s"],
-            entry["file_sha256"],
-        )
-        for entry in content.get("captions", ())
-    )
     return Answer(
-        tuple(captions),
+        tuple(map(_unpack_caption, content.get("captions", ()))),
         content.get("failures", {}),
         tuple(ImageNote(*note) for note in content.get("image_notes", ())),
         content.get("note", ""),

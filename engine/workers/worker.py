@@ -110,6 +110,8 @@ class CaptionWorker:
         self._watch = BundleWatch(bundle)  # the driver watches its own copy only
         captioner = Captioner.of(bundle, order.runtime, many_images=True)
         search, memory = order.decoding.search, None
+        # before the free memory is divided among slots: attention loads weights of its own
+        captioner.scheduler(search, 1, attention=order.decoding.attention)
         if captioner.batch_sizes.memory_bytes is None:  # a GPU has its own memory, which no other worker uses
             memory = available_memory() // order.peers
         slots = slots_for(search, bundle.models, captioner.batch_sizes, memory_bytes=memory)

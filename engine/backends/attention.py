@@ -1,0 +1,178 @@
+"""Derive the attention graph from a bundle's decoder: the same nodes and weights, but it returns where tokens look.
+
+Every exported decoder computes its attention with plain operators: keys of the image, scaled product, Softmax. So the
+weights of attention are tensors inside the graph, and a graph that returns them needs neither a file nor the packages
+torch and onnx: a few nodes are added to the decoder's protobuf, and those that nothing needs any more are removed. This
+works with the bundles of all versions, precisions and families.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.bundle.manifest import Bundle
+from engine.bundle.protobuf import fields, message, number, parts
+from engine.errors import BundleError, UsageError
+
+ATTENTION = "attention"
+"""The output: f32[B,T,S], the weights of T fed tokens over the S positions of the image, averaged over heads."""
+_GRAPH, _NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE = 7, 1, 5, 11, 12, 13
+"""Fields of onnx.proto: ModelProto.graph, and those of GraphProto."""
+_NAME_OF = {_INITIALIZER: 8, _INPUT: 1}
+"""The field of TensorProto and of ValueInfoProto that holds the name."""
+_FLOAT, _INT64 = 1, 7
+"""TensorProto.DataType."""
+
+
+WITH_ATTENTION = ("cpu",)
+"""Backends that are an AttentionBackend (engine/decoding/backend.py)."""
+MOST_EXTRA = 2
+"""Most positions of an encoder that are not patches."""
+
+
+class _Node(NamedTuple):
+    """A node of a graph: operator, names of inputs and outputs, and its protobuf with the tag."""
+
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    whole: bytes
+
+
+def layers_of(bundle: Bundle, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the decoder layers to average over, ascending; None stands for all. Raises UsageError for others."""
+    count = bundle.model.num_layers
+    if layers is None:
+        return tuple(range(count))
+    if unknown := [layer for layer in layers if not 0 <= layer < count]:
+        raise UsageError(
+            f"--attention-layers {unknown[0]}: the decoder of {bundle.path} has the layers 0 to {count - 1}"
+        )
+    return tuple(sorted(set(layers)))
+
+
+def grid_of(bundle: Bundle) -> tuple[int, int, int]:
+    """Return rows and columns of the image encoder's grid, and how many positions come before it.
+
+    All supported encoders have square images. Before the grid there is nothing (Swin), a class token (ViT, CLIP, BEiT,
+    DINOv2), or a distillation token as well (DeiT). Raises UsageError for other numbers of positions.
+    """
+    positions = bundle.model.encoder_positions
+    side = math.isqrt(positions)
+    if bundle.image.height != bundle.image.width or positions - side**2 > MOST_EXTRA:
+        raise UsageError(
+            f"{bundle.path} has {positions} positions for images of {bundle.image.height} x {bundle.image.width} "
+            "pixels, which are not a square grid: attention maps are not supported for it"
+        )
+    return side, side, positions - side**2
+
+
+def require_attention(bundle: Bundle, backend: str) -> None:
+    """Raise UsageError if attention maps of this bundle are not supported, or not on this backend."""
+    if backend not in WITH_ATTENTION:
+        raise UsageError(
+            f"attention maps are computed by the backend {' and '.join(WITH_ATTENTION)}, not by {backend}: add "
+            "--backend cpu"
+        )
+    if bundle.members:
+        raise UsageError("attention maps are those of one bundle, not of several: give one --bundle")
+    grid_of(bundle)
+
+
+def attention_graph(bundle: Bundle, layers: Sequence[int]) -> tuple[bytes, tuple[str, ...]]:
+    """Return the graph whose output is ATTENTION, averaged over `layers`, and the names of its inputs.
+
+    It is a ModelProto that reads its weights from the decoder's data file, in the folder of the bundle. Inputs are some
+    of the decoder's, with the same shapes. Raises BundleError if the decoder has fused operators instead of Softmax.
+    """
+    path = bundle.path / "decoder.onnx"
+    model = memoryview(path.read_bytes())
+    graph = next(parts(model, _GRAPH))
+    nodes = [_node(part, bytes(whole)) for field, part, whole in fields(graph) if field == _NODE]
+    weights = [_softmax_over(f"cross.key.{layer}", nodes, path) for layer in layers]
+    added = list(_averaged(weights))
+    kept, needed = [], {ATTENTION}
+    for node in reversed(nodes + added):
+        if needed.intersection(node.outputs):
+            kept.append(node.whole)
+            needed.update(node.inputs)
+    content = [*reversed(kept)]
+    inputs = []
+    for field, part, whole in fields(graph):
+        if field in _NAME_OF:
+            name = _text(part, _NAME_OF[field])
+            if name not in needed:
+                continue
+            if field == _INPUT:
+                inputs.append(name)
+        if field not in (_NODE, _OUTPUT, _VALUE):
+            content.append(bytes(whole))
+    content += [_constant(name, values) for name, values in _CONSTANTS.items()]
+    content.append(_constant(_END, [bundle.model.encoder_positions]))
+    content.append(message(_OUTPUT, _float_output(ATTENTION)))
+    rest = (bytes(whole) for field, _, whole in fields(model) if field != _GRAPH)
+    return b"".join(rest) + message(_GRAPH, b"".join(content)), tuple(inputs)
+
+
+def _softmax_over(keys: str, nodes: Iterable[_Node], path: Path) -> str:
+    """Return the output of the Softmax over the image's keys: the first that depends on them, as nodes are in order."""
+    reached = {keys}
+    for node in nodes:
+        if reached.isdisjoint(node.inputs) or node.operator == "Shape":
+            continue
+        if node.operator == "Softmax":
+            return node.outputs[0]
+        reached.update(node.outputs)
+    raise BundleError(
+        f"{path} computes attention over {keys} in a fused operator, without a Softmax: export the checkpoint again "
+        "with this release to use attention maps"
+    )
+
+
+_FIRST, _AXIS, _HEADS, _END = "attention.first", "attention.axis", "attention.heads", "attention.end"
+_CONSTANTS = {_FIRST: [0], _AXIS: [3], _HEADS: [1]}
+
+
+def _averaged(weights: Sequence[str]) -> Iterator[_Node]:
+    """Yield the nodes that average weights [B,H,T,S+...] over heads and layers in float32."""
+    for i, name in enumerate(weights):
+        # in a prefix family the text's positions follow those of the image in the same softmax
+        yield _new("Slice", [name, _FIRST, _END, _AXIS], f"attention.image.{i}")
+        yield _new("Cast", [f"attention.image.{i}"], f"attention.float.{i}", {"to": _FLOAT})
+        yield _new("ReduceMean", [f"attention.float.{i}", _HEADS], f"attention.mean.{i}", {"keepdims": 0})
+    yield _new("Mean", [f"attention.mean.{i}" for i in range(len(weights))], ATTENTION)
+
+
+def _node(part: memoryview, whole: bytes) -> _Node:
+    inputs, outputs = (tuple(str(name, "utf-8") for name in parts(part, field)) for field in (1, 2))
+    return _Node(_text(part, 4), inputs, outputs, whole)
+
+
+def _new(operator: str, inputs: Sequence[str], output: str, attributes: dict[str, int] | None = None) -> _Node:
+    strings = [*((1, name) for name in inputs), (2, output), (3, output), (4, operator)]
+    content = b"".join(message(field, text.encode()) for field, text in strings)
+    for name, value in (attributes or {}).items():  # AttributeProto: name, i, type INT
+        content += message(5, message(1, name.encode()) + number(3, value) + number(20, 2))
+    return _Node(operator, tuple(inputs), (output,), message(_NODE, content))
+
+
+def _constant(name: str, values: Sequence[int]) -> bytes:
+    """Return an initialiser i64[N]: TensorProto's dims, data_type, name and raw_data."""
+    raw = np.array(values, "<i8").tobytes()
+    return message(
+        _INITIALIZER, number(1, len(values)) + number(2, _INT64) + message(8, name.encode()) + message(9, raw)
+    )
+
+
+def _float_output(name: str) -> bytes:
+    """Return a ValueInfoProto of a float32 tensor without a shape, which the runtime infers."""
+    return message(1, name.encode()) + message(2, message(1, number(1, _FLOAT)))
+
+
+def _text(part: memoryview, field: int) -> str:
+    return str(next(parts(part, field), b""), "utf-8")
