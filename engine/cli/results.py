@@ -474,6 +474,7 @@ def check(file: Path, manifest: Path, form: str, named: Columns) -> None:
 @click.option("--references", type=PATH, help="Reference captions, in any format that `score` reads.")
 @click.option("--scores", type=PATH, help="Scores of each image, from `score --per-image`.")
 @click.option("--n-best", type=PATH, help="Candidates, from `caption --n-best-out`.")
+@click.option("--attention", type=PATH, help="Folder of `caption --attention`: shows where each word of --run looks.")
 @click.option("--against", type=PATH, help="Second run of the same images, to compare with.")
 @click.option(
     "--against-scores", type=PATH, help="Scores of each image of the --against run, from `score --per-image`."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import math
 import os
@@ -18,10 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from engine.attention import heat, read_attention, seen_box, word_maps
 from engine.errors import ImageError, OutputError, UsageError
-from engine.files.atomic import write_atomically
+from engine.files.atomic import replace_file, write_atomically
 from engine.files.lock import OutputLock
 from engine.host import available_cores
 from engine.inputs.ids import join_some
@@ -30,7 +34,7 @@ from engine.inputs.pixels import decode_image, image_errors
 from engine.report.gather import Content, ReportRequest, ScoreColumn, gather
 from engine.version import __version__
 
-PAGE, MARK, THUMBNAILS = "index.html", "report.json", "thumbnails"
+PAGE, MARK, THUMBNAILS, ATTENTION = "index.html", "report.json", "thumbnails", "attention"
 """Names in the folder. MARK identifies a report. It is written first, so that an interrupted report can be repeated."""
 OWN_FILES = {MARK, f".{MARK}.tmp", f"{PAGE}.lock"}
 """Files that a concurrent report, or one that was killed before it wrote MARK, may have left in the folder."""
@@ -66,8 +70,8 @@ def is_report(folder: Path) -> bool:
 ASSETS = Path(__file__).with_name("assets")
 STYLES = ("vendor/uplot.min.css", "page.css", "list.css", "detail.css")
 SCRIPTS = (
-    *("vendor/uplot.min.js", "data.js", "words.js", "view.js", "rows.js", "charts.js", "detail.js", "summary.js"),
-    "page.js",
+    *("vendor/uplot.min.js", "data.js", "words.js", "view.js", "rows.js", "charts.js", "attention.js"),
+    *("detail.js", "summary.js", "page.js"),
 )
 FORMAT = 1
 """Version of the JSON block. Page and data are written together, so no page reads the data of another version."""
@@ -83,7 +87,14 @@ def page_signature(content: Content) -> str:
     return "|".join(f"{name}:{value}" for name, value in parts.items())
 
 
-def render(content: Content, thumbnails: Thumbnails, *, notes: list[str], signatures: Iterable[str] = ()) -> str:
+def render(
+    content: Content,
+    thumbnails: Thumbnails,
+    maps: Sequence[WordMaps | None] | None = None,
+    *,
+    notes: list[str],
+    signatures: Iterable[str] = (),
+) -> str:
     """Return the HTML page.
 
     Its Content-Security-Policy allows only the scripts and styles of assets/, by their hashes, and local images. Text
@@ -94,7 +105,7 @@ def render(content: Content, thumbnails: Thumbnails, *, notes: list[str], signat
         f"default-src 'none'; img-src 'self' file:; style-src {_hashes(styles)}; script-src {_hashes(scripts)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    data = as_json(content, thumbnails, notes=notes, signatures=signatures)
+    data = as_json(content, thumbnails, maps, notes=notes, signatures=signatures)
     parts = {
         "<!--policy-->": f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         "<!--styles-->": "\n".join(f"<style>{style}</style>" for style in styles),
@@ -108,7 +119,14 @@ def render(content: Content, thumbnails: Thumbnails, *, notes: list[str], signat
     return "".join([*page, rest])
 
 
-def as_json(content: Content, thumbnails: Thumbnails, *, notes: list[str], signatures: Iterable[str]) -> str:
+def as_json(
+    content: Content,
+    thumbnails: Thumbnails,
+    maps: Sequence[WordMaps | None] | None,
+    *,
+    notes: list[str],
+    signatures: Iterable[str],
+) -> str:
     """Return the data of the page as JSON, with `<`, `>` and `&` escaped so that no text can end the script."""
     data: dict[str, Any] = {
         "format": FORMAT,
@@ -135,6 +153,8 @@ def as_json(content: Content, thumbnails: Thumbnails, *, notes: list[str], signa
         ],
         "comparisons": [asdict(comparison) for comparison in content.comparisons],
     }
+    if maps is not None:
+        data["attention"] = {"folder": ATTENTION, "images": [one and asdict(one) for one in maps]}
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -186,11 +206,14 @@ def build_report(request: ReportRequest, *, log: Callable[[str], None], progress
     with OutputLock(page):
         with progress(len(content.ids)) as advance:
             thumbnails = make_thumbnails(content.images, folder, size_px=request.thumbnail_px, advance=advance)
-        notes = content.notes + _unreadable(content, thumbnails)
+        maps, remarks = (None, []) if content.attention is None else write_maps(content, thumbnails, request.out)
+        notes = content.notes + _unreadable(content, thumbnails) + remarks
         for line in notes:
             log(line)
-        write_atomically(page, render(content, thumbnails, notes=notes, signatures=request.signatures))
+        write_atomically(page, render(content, thumbnails, maps, notes=notes, signatures=request.signatures))
         remove_stale(folder, set(thumbnails.names))
+        if (request.out / ATTENTION).is_dir():
+            remove_stale(request.out / ATTENTION, {one.file for one in maps or () if one is not None})
     return ReportSummary(page, len(content.ids), thumbnails.made, page_signature(content))
 
 
@@ -207,8 +230,8 @@ def _unreadable(content: Content, thumbnails: Thumbnails) -> list[str]:
 QUALITY = 82
 THUMBNAIL_VERSION = 1
 """Part of the name. Increase it when thumbnails are created in another way, so that old ones are not reused."""
-NAME = re.compile(r"\.?[0-9a-f]{24}\.jpg(\.tmp)?")
-"""Names of thumbnails and of their temporary files. Nothing else in the folder is ever removed."""
+NAME = re.compile(r"\.?[0-9a-f]{24}\.(jpg|png)(\.tmp)?")
+"""Names of thumbnails and maps and of their temporary files. Nothing else in the folder is ever removed."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +305,7 @@ def thumbnail_name(image: ImageFile, size_px: int) -> str:
 
 
 def remove_stale(folder: Path, kept: Collection[str | None]) -> None:
-    """Remove all thumbnails of a folder except `kept`, and temporary files of interrupted runs."""
+    """Remove all thumbnails or maps of a folder except `kept`, and temporary files of interrupted runs."""
     for entry in os.listdir(folder):
         if entry not in kept and NAME.fullmatch(entry):
             (folder / entry).unlink(missing_ok=True)
@@ -302,3 +325,56 @@ def _write(target: Path, image: ImageFile, size_px: int) -> None:
         raise OutputError(
             f"{target} cannot be written: {error.strerror}: free space for --out or choose another folder"
         ) from error
+
+
+@dataclass(frozen=True)
+class WordMaps:
+    """The words of a caption and the file with their maps, a strip in which one map follows the other downwards.
+
+    box     the part of the image that the maps cover: left, top, right, bottom, 0 to 1
+    places  for each word the ninth of the image with its highest weight, 0 (top left) to 8 (bottom right)
+    """
+
+    file: str
+    words: list[str]
+    box: tuple[float, float, float, float]
+    places: list[int]
+
+
+def write_maps(content: Content, thumbnails: Thumbnails, out: Path) -> tuple[list[WordMaps | None], list[str]]:
+    """Write the maps of all images that have a file of --attention and a thumbnail; also return notes on them.
+
+    Raises DataError for a damaged file, and OutputError if a map cannot be written.
+    """
+    folder, thumbnail_folder = out / ATTENTION, out / THUMBNAILS
+    folder.mkdir(exist_ok=True)
+    maps: list[WordMaps | None] = []
+    others = 0
+    for path, picture, caption in zip(content.attention or (), thumbnails.names, content.captions[0], strict=True):
+        attention = None if path is None or picture is None else read_attention(path)
+        if attention is None or picture is None or not (found := word_maps(attention)):
+            maps.append(None)
+            continue
+        others += not _is_of(attention.words, caption or "")
+        with Image.open(thumbnail_folder / picture) as thumbnail:
+            box = seen_box(attention, *thumbnail.size)
+        strip = io.BytesIO()
+        Image.fromarray(np.concatenate([heat(weights) for _, weights in found])).save(strip, "PNG")
+        name = hashlib.sha256(strip.getvalue()).hexdigest()[:24] + ".png"
+        if not (folder / name).exists():
+            replace_file(folder / name, strip.getvalue())
+        places = [_ninth(weights) for _, weights in found]
+        maps.append(WordMaps(name, [word for word, _ in found], box, places))
+    notes = [f"{others} maps of --attention are those of other captions than the run's"] if others else []
+    return maps, notes
+
+
+def _is_of(words: Sequence[str], caption: str) -> bool:
+    """Return whether a caption has these words, whatever its spaces, prefix, suffix, or prompt that was removed."""
+    ours, theirs = "".join(words), "".join(caption.split())
+    return ours in theirs or theirs in ours
+
+
+def _ninth(weights: NDArray[np.float32]) -> int:
+    row, column = np.unravel_index(int(weights.argmax()), weights.shape)
+    return int(3 * row // weights.shape[0] * 3 + 3 * column // weights.shape[1])

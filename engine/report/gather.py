@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.attention import attention_path
 from engine.calibration import read_verdicts
 from engine.errors import DataError, UsageError
 from engine.files.atomic import file_sha256
@@ -137,6 +138,7 @@ class ReportRequest:
     references: Path | None = None
     scores: Path | None = None
     n_best: Path | None = None
+    attention: Path | None = None
     against: Path | None = None
     against_scores: Path | None = None
     columns: tuple[Path, ...] = ()
@@ -185,7 +187,8 @@ class Content:
     """The content of a page: N images in the order of the run, with all data of each image.
 
     `captions` holds the captions of the run and, if there is one, of the other run. `curves` has the risk-coverage
-    curves. `notes` lists the ids that a file lacks.
+    curves. `attention` has the files of --attention, None for an image without one. `notes` lists the ids that a file
+    lacks.
     """
 
     ids: list[str]
@@ -198,6 +201,7 @@ class Content:
     scores: list[ScoreColumn]
     comparisons: list[Comparison]
     curves: list[tuple[ScoreColumn, base.Curve]]
+    attention: list[Path | None] | None
     sources: list[InputFile]
     notes: list[str] = field(default_factory=list)
 
@@ -230,6 +234,13 @@ def gather(request: ReportRequest) -> Content:
         candidates = [n_best.get(name, []) for name in ids]
         verdicts = {name: by_id(cells, request.n_best) for name, cells in read_verdicts(request.n_best).items()}
         columns += further_columns(N_BEST, verdicts, ids)
+    attention = None
+    if request.attention is not None:
+        paths = {name: attention_path(request.attention, name) for name in run_table.single()}
+        files = {name: path for name, path in paths.items() if path.is_file()}
+        found = by_id(files, run_table.path, run_table.files)
+        notes += matched(request.run, ids, request.attention, found)
+        attention = [found.get(name) for name in ids]
     if not request.images.is_dir():
         raise UsageError(f"{request.images} is not a directory: --images takes the folder that holds the images")
     options = FindOptions(request.recursive, request.dicom_frame, depth=request.high_bit_depth)
@@ -261,6 +272,7 @@ def gather(request: ReportRequest) -> Content:
         columns=columns,
         scores=scores,
         comparisons=comparisons,
+        attention=attention,
         curves=coverage_curves(scores, columns),
         sources=[_source(role, path) for role, path in request.files().items()],
         notes=notes + remarks,

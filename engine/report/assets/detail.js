@@ -30,6 +30,7 @@
     const reason = data.unreadable[i];
     const file = reason === undefined ? data.files[i] : `${data.files[i]}: ${reason}`;
     make("figcaption", "", frame).textContent = file || "no image of this id in the folder";
+    return frame;
   }
 
   function list(label, found, parent) {
@@ -39,12 +40,13 @@
     line.append(` ${found.join(" · ")}`);
   }
 
-  function texts(i) {
+  function texts(i, frame) {
     const references = data.references ? data.references[i] : [];
     data.captions.forEach((captions, run) => {
       const block = make("section", "text-block", panel);
       heading(Report.many ? `${run ? "B" : "A"} · ${data.labels[run]}` : "Caption", block);
       const line = make("p", `said run-${run}`, block), caption = captions[i];
+      if (run === 0 && data.attention?.images[i]) Report.attention.add(i, frame, make("section", "text-block", panel));
       if (!caption) {
         line.classList.add("absent");
         line.textContent = caption === null ? "not in this run" : "empty";
@@ -138,8 +140,7 @@
     panel.replaceChildren();
     document.body.classList.toggle("with-detail", i >= 0);
     if (i < 0) return;
-    top(i, view.shown.indexOf(i), step, close);
-    texts(i);
+    texts(i, top(i, view.shown.indexOf(i), step, close));
     scores(i);
     candidates(i);
     panel.scrollTop = 0;
