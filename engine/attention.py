@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from engine.captions import Attention
 from engine.errors import DataError, OutputError, UsageError
@@ -191,3 +191,58 @@ def enlarged(weights: NDArray[np.floating], width: int, height: int) -> NDArray[
     """Return a map f32[height,width], interpolated between the centers of its cells."""
     small = Image.fromarray(np.ascontiguousarray(weights, np.float32))
     return np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
+
+
+PANEL = 300
+"""Width and height in pixels that a panel of the overview fits into."""
+MARGIN, COLUMNS, TEXT = 12, 5, 17
+"""Of the overview: pixels between panels, panels per row, and size of the words in pixels."""
+SIDES = (512, 2048)
+"""The longest side of a picture of one word, in pixels: a small image is enlarged, a large one reduced."""
+
+
+def word_pictures(image: Image.Image, attention: Attention) -> list[tuple[str, Image.Image]]:
+    """Return each word with its map over the image."""
+    longest = max(image.size)
+    factor = min(max(longest, SIDES[0]), SIDES[1]) / longest
+    if factor != 1:
+        width, height = (max(1, round(side * factor)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return [(word, overlay(image, attention, weights)) for word, weights in word_maps(attention)]
+
+
+def overview(image: Image.Image, attention: Attention) -> Image.Image:
+    """Return one picture for papers: the image, then each word above its map, and a scale of the colours."""
+    image = image.copy()
+    image.thumbnail((PANEL, PANEL), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    panels = [("", image), *((word, overlay(image, attention, weights)) for word, weights in word_maps(attention))]
+    font = ImageFont.load_default(TEXT)
+    line = 2 * TEXT
+    width, height = image.width + MARGIN, image.height + line
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    page = Image.new("RGB", (columns * width + MARGIN, rows * height + line + MARGIN), "white")
+    pen = ImageDraw.Draw(page)
+    for number, (word, picture) in enumerate(panels):
+        left, top = MARGIN + number % columns * width, number // columns * height
+        pen.text((left, top + line - TEXT // 2), _fitted(word, pen, font, image.width), "black", font, anchor="ls")
+        page.paste(picture, (left, top + line))
+    lowest, highest = "no weight", "highest weight of the word"
+    left, base = MARGIN, page.height - MARGIN
+    pen.text((left, base), lowest, "black", font, anchor="ls")
+    left += round(pen.textlength(lowest, font)) + MARGIN
+    colours = Image.fromarray(heat(np.linspace(0, 1, PANEL // 2, dtype=np.float32)[None].repeat(TEXT, 0)))
+    page.paste(
+        Image.alpha_composite(Image.new("RGBA", colours.size, "grey"), colours).convert("RGB"), (left, base - TEXT + 3)
+    )
+    pen.text((left + colours.width + MARGIN, base), highest, "black", font, anchor="ls")
+    return page
+
+
+def _fitted(word: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> str:
+    """Return a word, shortened to `width` pixels."""
+    if pen.textlength(word, font) <= width:
+        return word
+    while word and pen.textlength(f"{word}...", font) > width:
+        word = word[:-1]
+    return f"{word}..."

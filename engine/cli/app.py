@@ -9,6 +9,7 @@ import click
 from engine.cli import machine, models, results
 from engine.cli.calibrate import calibrate
 from engine.cli.caption import EXAMPLE, caption, merge
+from engine.cli.explain import explain
 from engine.cli.shared import OneLineGroup
 from engine.errors import UsageError
 from engine.version import __version__
@@ -41,7 +42,7 @@ def main(context: click.Context) -> None:
 
 
 for _command in (
-    *(caption, merge),
+    *(caption, merge, explain),
     *(models.get, models.models),
     *(machine.verify, machine.bench, machine.plan, machine.info),
     *(results.score, results.rerank, calibrate),

@@ -105,6 +105,14 @@ class Inputs:
         return Columns(self.id_column, None, self.prompt_column)
 
 
+def parse_layers(text: str | None) -> list[int] | None:
+    """Return the layers of --attention-layers, or None for all. Raises UsageError for anything but numbers."""
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,4}", name) for name in names):
+        raise UsageError(f"--attention-layers expects numbers such as 0,5,11, not {text!r}")
+    return None if text is None else [int(name) for name in names]
+
+
 STDOUT = Path("-")
 
 
@@ -214,13 +222,8 @@ class Outputs:
         return self.out == STDOUT
 
     def layers(self) -> list[int] | None:
-        """Return the layers of --attention-layers, or None for all. Raises UsageError for anything but numbers."""
-        if self.attention_layers is None:
-            return None
-        names = [name.strip() for name in self.attention_layers.split(",")]
-        if not all(re.fullmatch("[0-9]{1,4}", name) for name in names):
-            raise UsageError(f"--attention-layers expects numbers such as 0,5,11, not {self.attention_layers!r}")
-        return [int(name) for name in names]
+        """Return the layers of --attention-layers, see parse_layers."""
+        return parse_layers(self.attention_layers)
 
     @property
     def journal(self) -> Path | None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
+from engine.attention import write_attention
+from engine.captions import Attention
 from engine.cli.app import main
 from engine.run.outputs import write_run
 from tests.helpers.tiny import random_pictures
@@ -404,6 +409,124 @@ def test_curve_of_the_surest_captions(theme, width, sure_page, open_from_disk):
     )
     figure.locator("select").select_option(label="rouge_l")
     assert "; all: 0.750 (95 % " in note.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    violations = Axe().run(page).response["violations"]
+    assert [v["id"] for v in violations if v["impact"] in ("serious", "critical")] == []
+
+
+@pytest.fixture(scope="module")
+def looking_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with attention: two words with maps in opposite corners for a, markup for b, nothing for c."""
+    work = tmp_path_factory.mktemp("looking")
+    (work / "images").mkdir()
+    (work / "maps").mkdir()
+    captions = {"a": "a lesion.", "b": INJECTED, "c": "a chest film"}
+    for name in captions:
+        Image.new("RGB", (80, 40), "grey").save(work / "images" / f"{name}.png")
+    write_run(work / "run.csv", captions.items())
+    maps = np.zeros((4, 4, 4), np.float16)
+    maps[0, 0, 0] = maps[1, 3, 3] = maps[2, 0, 3] = maps[3, 3, 0] = 0.5
+    maps[2, 3, 3] = 0.2
+    first = Attention((7, 8, 9, 3), maps, ("a", "lesion."), (0, 1, 1, -1), (0,))
+    write_attention(work / "maps" / "a.npz", first)
+    second = Attention((7,), maps[:1], tuple(INJECTED.split()[:1]), (0,), (0,), crop=(32, 32, 32))
+    write_attention(work / "maps" / "b.npz", second)
+    options = {"run": "run.csv", "images": "images", "attention": "maps", "out": "report"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(work / value))]
+    result = CliRunner().invoke(main, ["report", *words])
+    assert result.exit_code == 0, result.output
+    assert f"{work / 'maps'} lacks 1 of 3 ids of {work / 'run.csv'}: c" in result.output
+    return work / "report" / "index.html"
+
+
+def redness(page: Any) -> list[list[int]]:
+    """Return how much redder than green the corners of the image with its map are, as [[top left, top right], ...]."""
+    with Image.open(io.BytesIO(page.locator("#detail canvas.map").screenshot())) as shot:
+        small = np.asarray(shot.convert("RGB").resize((4, 4), Image.Resampling.BOX), int)
+    return (small[::3, ::3, 0] - small[::3, ::3, 1]).tolist()
+
+
+def test_words_show_their_maps(looking_page, open_from_disk):
+    page = open_from_disk(looking_page)
+    page.locator("#rows .row", has_text="a lesion.").click()
+    first, second = page.locator(".look button").all()
+    canvas = page.locator("#detail canvas.map")
+    assert [button.text_content() for button in (first, second)] == [
+        "a, looks most at the top left",
+        "lesion., looks most at the bottom right",
+    ]
+    assert canvas.is_hidden()
+    first.hover()
+    canvas.wait_for(state="visible")
+    frame, image = canvas.bounding_box(), page.locator("#detail .frame img").bounding_box()
+    assert frame["width"] == pytest.approx(2 * frame["height"], rel=0.02), "the map has the shape of the image"
+    assert frame["width"] <= image["width"] + 1
+    (top_left, top_right), (bottom_left, bottom_right) = redness(page)
+    assert top_left > 60 + max(top_right, bottom_left, bottom_right)
+    page.locator("#detail h2").hover()
+    canvas.wait_for(state="hidden")
+    second.click()
+    page.locator("#detail h2").hover()
+    (top_left, top_right), (bottom_left, bottom_right) = redness(page)
+    assert bottom_right > 60 + max(top_left, bottom_left)
+    assert bottom_right > top_right > top_left, "the third token of the word looks elsewhere: its map is a mean"
+    assert canvas.is_visible(), "a chosen word keeps its map"
+    assert second.get_attribute("aria-pressed") == "true"
+    second.click()
+    page.locator("#detail h2").click()
+    canvas.wait_for(state="hidden")
+
+
+def test_words_are_reached_by_keyboard_and_touch(looking_page, open_from_disk, browser):
+    page = open_from_disk(looking_page)
+    page.locator("#rows .row", has_text="a lesion.").click()
+    page.locator("#detail .close").focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.matches('.look button')")
+    canvas = page.locator("#detail canvas.map")
+    canvas.wait_for(state="visible")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.locator(".look button").nth(1).get_attribute("aria-pressed") == "true"
+    page.keyboard.press("j")
+    assert page.locator("#detail h2").inner_text() == "b"
+    phone = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    try:
+        touched = phone.new_page()
+        touched.goto(looking_page.as_uri())
+        touched.wait_for_selector("html[data-ready]")
+        touched.locator("#rows .row", has_text="a lesion.").tap()
+        button = touched.locator(".look button").nth(1)
+        button.tap()
+        touched.locator("#detail canvas.map").wait_for(state="visible")
+        assert button.get_attribute("aria-pressed") == "true"
+        assert min(button.bounding_box()["height"], button.bounding_box()["width"]) >= 44
+        button.tap()
+        assert button.get_attribute("aria-pressed") == "false"
+    finally:
+        phone.close()
+
+
+def test_markup_in_a_word_and_images_without_maps(looking_page, open_from_disk):
+    page = open_from_disk(looking_page)
+    page.locator("#rows .row").nth(1).click()
+    assert page.locator(".look button").first.inner_text().startswith("</script><script>window.hacked")
+    page.locator(".look button").first.hover()
+    page.locator("#detail canvas.map").wait_for(state="visible")
+    assert page.evaluate("window.hacked") is None
+    page.locator("#rows .row").nth(2).click()
+    assert page.locator(".look, #detail canvas").count() == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_on_a_page_with_maps(theme, width, looking_page, open_from_disk):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = open_from_disk(looking_page, width=width, theme=theme)
+    page.locator("#rows .row", has_text="a lesion.").click()
+    page.locator(".look button").nth(1).click()
+    page.locator("#detail canvas.map").wait_for(state="visible")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     violations = Axe().run(page).response["violations"]
     assert [v["id"] for v in violations if v["impact"] in ("serious", "critical")] == []

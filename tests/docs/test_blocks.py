@@ -52,7 +52,8 @@ def prepared(tmp_path_factory, tiny_checkpoint, tiny_bundle) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         common = "caption --bundle BUNDLE --input images"
-        _engine(f"{common} --beams 4 --n-best 4 --n-best-out run.jsonl --timings-out timings.csv --out run.csv")
+        files = "--n-best-out run.jsonl --timings-out timings.csv --attention maps --out run.csv"
+        _engine(f"{common} --beams 4 --n-best 4 {files}")
         _engine(f"{common} --sample --beams 1 --n-best 4 --n-best-out drawn.jsonl --out other.csv")
         for run, scores in (("run", "per_image"), ("other", "other_per_image")):
             _engine(f"score --run {run}.csv --references captions.csv --out scores.json --per-image {scores}.csv")
