@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -25,7 +25,7 @@ from PIL import Image
 
 from engine.attention import heat, read_attention, seen_box, word_maps
 from engine.errors import ImageError, OutputError, UsageError
-from engine.files.atomic import replace_file, write_atomically
+from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
 from engine.host import available_cores
 from engine.inputs.ids import join_some
@@ -230,7 +230,7 @@ def _unreadable(content: Content, thumbnails: Thumbnails) -> list[str]:
 QUALITY = 82
 THUMBNAIL_VERSION = 1
 """Part of the name. Increase it when thumbnails are created in another way, so that old ones are not reused."""
-NAME = re.compile(r"\.?[0-9a-f]{24}\.(jpg|png)(\.tmp)?")
+NAME = re.compile(r"\.?[0-9a-f]{24}\.(jpg|png)(\.[0-9]+)?(\.tmp)?")
 """Names of thumbnails and maps and of their temporary files. Nothing else in the folder is ever removed."""
 
 
@@ -316,9 +316,15 @@ def _write(target: Path, image: ImageFile, size_px: int) -> None:
     with image_errors(image.path):
         decoded = decode_image(image.path, frame=image.frame, depth=image.depth)
         decoded.thumbnail((size_px, size_px), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    temporary = target.with_name(f".{target.name}.tmp")
+    _save(decoded, target, "JPEG", quality=QUALITY)
+
+
+def _save(picture: Image.Image, target: Path, kind: str, **settings: int) -> None:
+    """Save a picture atomically. Raises OutputError."""
+    # equal pictures may be written by several threads
+    temporary = target.with_name(f".{target.name}.{threading.get_ident()}.tmp")
     try:
-        decoded.save(temporary, "JPEG", quality=QUALITY)
+        picture.save(temporary, kind, **settings)
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -346,26 +352,31 @@ def write_maps(content: Content, thumbnails: Thumbnails, out: Path) -> tuple[lis
 
     Raises DataError for a damaged file, and OutputError if a map cannot be written.
     """
-    folder, thumbnail_folder = out / ATTENTION, out / THUMBNAILS
+    folder = out / ATTENTION
     folder.mkdir(exist_ok=True)
-    maps: list[WordMaps | None] = []
-    others = 0
-    for path, picture, caption in zip(content.attention or (), thumbnails.names, content.captions[0], strict=True):
-        attention = None if path is None or picture is None else read_attention(path)
-        if attention is None or picture is None or not (found := word_maps(attention)):
-            maps.append(None)
-            continue
-        others += not _is_of(attention.words, caption or "")
-        with Image.open(thumbnail_folder / picture) as thumbnail:
+    others: list[int] = []
+
+    def make(index: int) -> WordMaps | None:
+        path, picture = paths[index], thumbnails.names[index]
+        if path is None or picture is None:
+            return None
+        attention = read_attention(path)
+        if not (found := word_maps(attention)):
+            return None
+        if not _is_of(attention.words, content.captions[0][index] or ""):
+            others.append(index)
+        with Image.open(out / THUMBNAILS / picture) as thumbnail:
             box = seen_box(attention, *thumbnail.size)
-        strip = io.BytesIO()
-        Image.fromarray(np.concatenate([heat(weights) for _, weights in found])).save(strip, "PNG")
-        name = hashlib.sha256(strip.getvalue()).hexdigest()[:24] + ".png"
+        strip = Image.fromarray(np.concatenate([heat(weights) for _, weights in found]))
+        name = hashlib.sha256(repr(strip.size).encode() + strip.tobytes()).hexdigest()[:24] + ".png"
         if not (folder / name).exists():
-            replace_file(folder / name, strip.getvalue())
-        places = [_ninth(weights) for _, weights in found]
-        maps.append(WordMaps(name, [word for word, _ in found], box, places))
-    notes = [f"{others} maps of --attention are those of other captions than the run's"] if others else []
+            _save(strip, folder / name, "PNG")
+        return WordMaps(name, [word for word, _ in found], box, [_ninth(weights) for _, weights in found])
+
+    paths = content.attention or []
+    with ThreadPoolExecutor(available_cores()) as threads:
+        maps = list(threads.map(make, range(len(paths))))
+    notes = [f"{len(others)} maps of --attention are those of other captions than the run's"] if others else []
     return maps, notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -174,3 +175,35 @@ def test_foreign_files_and_links_are_not_overwritten(images, tiny_bundle, tmp_pa
     assert result.exit_code == 2
     assert f"{maps / 'a'} is a link, which could lead out of {maps}" in result.output
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_explain_draws_each_word(images, tiny_bundle, whole, tmp_path):
+    out = tmp_path / "explained"
+    arguments = ["explain", images / "3.png", "--bundle", tiny_bundle, "--beams", 3, "--out", out]
+    result = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] in (whole / "run.csv").read_text()
+    found = read_attention(out / "attention.npz")
+    expected = read_attention(whole / "maps" / "3.npz")
+    assert (found.tokens, found.words) == (expected.tokens, expected.words)
+    np.testing.assert_array_equal(found.maps, expected.maps)
+    names = {path.name for path in out.iterdir()}
+    assert {"overview.png", "attention.npz"} < names
+    assert len(names) == 2 + len(found.words)
+    (out / "word_99_old.png").touch()
+    again = CliRunner().invoke(main, [*map(str, arguments), "--attention-layers", "0"], catch_exceptions=False)
+    assert again.exit_code == 0, again.output
+    assert {path.name for path in out.iterdir()} == names
+    assert read_attention(out / "attention.npz").layers == (0,)
+    for other, message in (
+        (tmp_path, "--out .* is a file or contains other files: name a new folder"),
+        (tmp_path / "none" / "out", "does not exist, create it first"),
+    ):
+        arguments[-1] = other
+        result = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+        assert result.exit_code == 2
+        assert re.search(message, result.output)
+    arguments[1], arguments[-1] = out / "overview.png", out
+    result = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+    assert "is inside --out" in result.output
+    assert (out / "overview.png").exists()

@@ -16,6 +16,7 @@ from engine.errors import BundleError, UsageError
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
 from export.reference.huggingface import Reference
+from tests.helpers.earlier import bundle_of_084ae4d
 from tests.helpers.tiny import IMAGE_SIZE, PATCH_SIZE, random_pictures
 from tests.helpers.tiny_git import make_git_checkpoint
 from tests.helpers.tiny_pairs import make_pair, pairs
@@ -166,6 +167,24 @@ def test_streams_give_the_same_attention(tiny_bundle):
     for one, other in zip(*found, strict=True):
         assert one.ids == other.ids
         np.testing.assert_array_equal(one.attention.maps, other.attention.maps)
+
+
+def test_drawn_captions_have_their_own_attention(tiny_captioner):
+    options = DecodeOptions(do_sample=True, num_return_sequences=3, seed=3, max_new_tokens=12)
+    plain = [caption.alternatives for caption in tiny_captioner.caption(PICTURES, options)]
+    for caption, alternatives in zip(tiny_captioner.caption(PICTURES, options, attention=True), plain, strict=True):
+        assert caption.alternatives == alternatives
+        assert caption.attention.tokens == caption.ids[1:]
+
+
+def test_bundle_of_an_earlier_version(tmp_path):
+    captioner = Captioner.load(bundle_of_084ae4d(tmp_path / "bundle"), backend="cpu", threads=1)
+    rows, columns, first = grid_of(captioner.bundle)
+    for caption in captioner.caption(PICTURES, max_new_tokens=6, attention=True):
+        sums = caption.attention.maps.astype(np.float32).sum((1, 2))
+        assert caption.attention.maps.shape == (len(caption.ids) - 1, rows, columns)
+        assert (sums > 0.5).all()
+        assert (sums < 1).all() == bool(first)
 
 
 def test_grid_of_encoders(tiny_bundle):
