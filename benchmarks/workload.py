@@ -193,10 +193,6 @@ def main(name: str, images: int) -> None:
     click.echo(prepare(name, images))
 
 
-if __name__ == "__main__":
-    main()
-
-
 RESULTS = Path("benchmarks/results")
 """Records in the repository. The tables of the docs are made from them, and a test compares both."""
 SCRATCH = Path("build/benchmarks")
@@ -291,3 +287,7 @@ def write_corpus(out: Path, count: int, pictures: Path) -> Path:
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, range(count)))
     return out
+
+
+if __name__ == "__main__":
+    main()
