@@ -9,6 +9,7 @@ import click
 from engine.cli import machine, models, results
 from engine.cli.calibrate import calibrate
 from engine.cli.caption import EXAMPLE, caption, merge
+from engine.cli.duplicates import duplicates
 from engine.cli.shared import OneLineGroup
 from engine.errors import UsageError
 from engine.version import __version__
@@ -44,7 +45,7 @@ for _command in (
     *(caption, merge),
     *(models.get, models.models),
     *(machine.verify, machine.bench, machine.plan, machine.info),
-    *(results.score, results.rerank, calibrate),
+    *(results.score, results.rerank, calibrate, duplicates),
     *(results.submit, results.check),
     results.report,
 ):
