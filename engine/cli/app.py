@@ -6,7 +6,7 @@ import warnings
 
 import click
 
-from engine.cli import machine, models, results
+from engine.cli import compare, machine, models, results
 from engine.cli.calibrate import calibrate
 from engine.cli.caption import EXAMPLE, caption, merge
 from engine.cli.duplicates import duplicates
@@ -50,3 +50,4 @@ for _command in (
     results.report,
 ):
     main.add_command(_command)
+results.score.add_command(compare.compare)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.calibration import read_verdicts
+from engine.captions import changed_words
 from engine.errors import DataError, UsageError
 from engine.files.atomic import file_sha256
 from engine.inputs.columns import USUAL, Columns
@@ -67,7 +68,7 @@ def read_scores(path: Path, ids: Sequence[str], run: int) -> tuple[list[ScoreCol
     columns = []
     for name_and_how, scores in measured.items():
         name, _, how = name_and_how.partition("@")
-        part = _subset(scores, rows)
+        part = scores.part(rows)
         columns.append(ScoreColumn(name, how, run, indices, part, *base.interval(part)))
     return columns, file_ids
 
@@ -86,7 +87,7 @@ def compare_scores(scores: Sequence[ScoreColumn]) -> tuple[list[Comparison], lis
         _, our_rows, their_rows = np.intersect1d(our_column.indices, their_column.indices, return_indices=True)
         if not len(our_rows):
             continue
-        first, second = _subset(our_column.measured, our_rows), _subset(their_column.measured, their_rows)
+        first, second = our_column.measured.part(our_rows), their_column.measured.part(their_rows)
         difference = base.compare(second, first)
         comparisons.append(Comparison(*key, len(our_rows), first.value, second.value, difference))
     notes = []
@@ -96,12 +97,6 @@ def compare_scores(scores: Sequence[ScoreColumn]) -> tuple[list[Comparison], lis
             "the references"
         )
     return comparisons, notes
-
-
-def _subset(scores: Measured, rows: NDArray[np.int64]) -> Measured:
-    """Return the scores of some images, with the value recomputed for them."""
-    counts = None if scores.counts is None else scores.counts[rows]
-    return replace(scores, per_image=scores.per_image[rows], counts=counts, value=scores.resampled(rows))
 
 
 SUREST = ("expected_score", "mean_token_prob")
@@ -224,6 +219,10 @@ def gather(request: ReportRequest) -> Content:
         notes += matched(request.run, ids, references.path, references.captions)
     candidates = None
     columns = []
+    if len(captions) == 2:
+        both = zip(*captions, strict=True)
+        changes = [None if None in (a, b) else round(changed_words(a, b), 4) for a, b in both]
+        columns.append(Column(CHANGE, "both runs", changes, True))
     if request.n_best is not None:
         n_best = by_id(read_n_best([request.n_best]), request.n_best)
         notes += matched(request.run, ids, request.n_best, n_best)
@@ -268,6 +267,8 @@ def gather(request: ReportRequest) -> Content:
 
 
 N_BEST = "n-best"
+CHANGE = "change"
+"""Column of changed_words of the captions of two runs; assets/data.js knows it by this name."""
 TABLES = ("run", "other run", "references")
 NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 EXACT = 2.0**53
