@@ -1,10 +1,10 @@
 """Measure `engine duplicates` on planted twins: slices of the demo's brain volumes, saved again in many ways.
 
-    python -m benchmarks.twins PAIRS [--every N] [--pairs]
+    python -m benchmarks.twins PAIRS [--every N] [--others N]
 
 PAIRS is a folder of train.demo.volumes.write_pairs. Each test slice is planted in one way at a time, and searched among
-all slices. Prints the recall of each planting and, with --pairs, the pairs of all slices with each other: those of
-different volumes, and of neighbouring slices.
+all slices. Prints the recall of each planting and, with --others, the pairs of unchanged slices: of different
+volumes, and of neighbouring slices.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure `engine duplicates` on planted twins.")
     parser.add_argument("pairs", type=Path, help="folder of train.demo.volumes.write_pairs")
     parser.add_argument("--every", type=int, default=1, help="plant only every N-th test slice; 0 plants none")
-    parser.add_argument("--pairs", action="store_true", dest="natural", help="also compare all slices with each other")
+    parser.add_argument("--others", type=int, default=0, help="also search every N-th slice, as it is, among all")
     given = parser.parse_args()
     slices = read_pairs(given.pairs)
     base = read([given.pairs / pair.image for pair in slices])
@@ -116,28 +116,27 @@ def main() -> None:
             f"{len({p.first for p in wrong})}  {time.perf_counter() - start:.0f} s",
             flush=True,
         )
-    if not given.natural:
-        return
+    if given.others:
+        natural(slices, base, [*test, *(i for i in range(len(slices)) if slices[i].split != "test")][:: given.others])
+
+
+def natural(slices: list[Pair], base: Fingerprints, queries: list[int]) -> None:
+    """Print the kinds of the pairs of some slices with all others, of different volumes, of one, and of neighbours."""
     start = time.perf_counter()
-    natural = find_twins(base)
-    print(f"{len(slices)} slices with each other: {len(natural)} pairs, {time.perf_counter() - start:.0f} s")
-    for name, belongs in (
-        ("of different volumes", lambda a, b: a.volume != b.volume),
-        ("of one volume", lambda a, b: a.volume == b.volume),
-    ):
-        kinds = Counter(p.kind for p in natural if belongs(slices[p.first], slices[p.second]))
-        images = {p.first for p in natural if p.kind != NEAR and belongs(slices[p.first], slices[p.second])}
-        share = 1000 * len(images) / len(slices)
-        print(f"pairs {name}: {dict(kinds)}; images with a twin: {len(images)} ({share:.2f} per 1,000)")
-    neighbours(slices, test, {(p.first, p.second): p.kind for p in natural})
-
-
-def neighbours(slices: list[Pair], test: list[int], kinds: dict[tuple[int, int], str]) -> None:
-    """Print the kinds of slices of the test volume that are 1 to 3 mm apart."""
-    places = {(slices[i].plane, int(slices[i].image.rsplit("_", 1)[1][:3])): i for i in test}
+    some = Fingerprints([base.digests[i] for i in queries], base.thumbnails[queries])
+    pairs = [(queries[p.first], p.second, p.kind) for p in find_twins(some, base) if queries[p.first] != p.second]
+    print(f"{len(queries)} slices with all: {len(pairs)} pairs, {time.perf_counter() - start:.0f} s")
+    for is_same, name in ((False, "different volumes"), (True, "one volume")):
+        kept = [(i, kind) for i, j, kind in pairs if (slices[i].volume == slices[j].volume) is is_same]
+        images = {i for i, kind in kept if kind != NEAR}
+        print(f"pairs of {name}: {dict(Counter(kind for _, kind in kept))}; images with a twin: {len(images)}")
+    known, places = {(i, j): kind for i, j, kind in pairs}, {}
+    for i, pair in enumerate(slices):
+        if pair.split == "test":
+            places[pair.plane, int(pair.image.rsplit("_", 1)[1][:3])] = i
     for gap in (1, 2, 3):
-        pairs = [(i, places[plane, k + gap]) for (plane, k), i in places.items() if (plane, k + gap) in places]
-        found = Counter(kinds.get((max(pair), min(pair)), "-") for pair in pairs)
+        ends = [(i, places.get((plane, k + gap))) for (plane, k), i in places.items() if i in queries]
+        found = Counter(known.get((i, j), "-") for i, j in ends if j is not None)
         print(f"slices {gap} mm apart: {dict(found)}")
 
 

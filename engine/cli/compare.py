@@ -55,7 +55,7 @@ MATCHING = ("prompt", "prompts", "keep-prompt", "only-common")
     type=click.IntRange(0),
     default=5,
     show_default=True,
-    help="How many of the captions, or without captions of the scores, that changed most to list.",
+    help="Number of captions to list that changed most; of images if there are only scores.",
 )
 @click.option(
     "--changes-out", type=PATH, help="Write all captions that changed to this CSV file, the most changed first."

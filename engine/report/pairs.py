@@ -17,7 +17,7 @@ from engine.files.atomic import write_atomically
 from engine.host import available_cores
 from engine.inputs.images import ImageFile
 from engine.inputs.pixels import decode_image, image_errors
-from engine.inputs.twins import KINDS, NEAR, Twin, groups
+from engine.inputs.twins import FILE, KINDS, NEAR, Twin, groups
 from engine.report.build import ASSETS, hashes
 from engine.version import __version__
 
@@ -85,9 +85,10 @@ def write_pairs_page(path: Path, pairs: Sequence[Twin], first: Side, second: Sid
         parts.append(f'<p class="hint">{text}{more}</p><ul>')
         for pair in of_kind[:SHOWN]:
             sides = (first.images[pair.first], other.images[pair.second])
-            group = "" if kind == NEAR else f"group {numbers[0, pair.first]} · "
+            facts = [] if kind == NEAR else [f"group {numbers[0, pair.first]}"]
+            facts += [] if kind == FILE else [f"distance {pair.distance:.5f}"]
             parts.append(f'<li class="card"><div class="both">{"".join(_figure(i, pictures[i]) for i in sides)}</div>')
-            parts.append(f"<p>{group}distance {pair.distance:.5f}</p></li>")
+            parts.append(f"<p>{' · '.join(facts)}</p></li>")
         parts.append("</ul></section>")
     write_atomically(path, "\n".join([*parts, "</main>\n</body>\n</html>\n"]))
 
