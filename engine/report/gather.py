@@ -219,10 +219,6 @@ def gather(request: ReportRequest) -> Content:
         notes += matched(request.run, ids, references.path, references.captions)
     candidates = None
     columns = []
-    if len(captions) == 2:
-        both = zip(*captions, strict=True)
-        changes = [None if None in (a, b) else round(changed_words(a, b), 4) for a, b in both]
-        columns.append(Column(CHANGE, "both runs", changes, True))
     if request.n_best is not None:
         n_best = by_id(read_n_best([request.n_best]), request.n_best)
         notes += matched(request.run, ids, request.n_best, n_best)
@@ -248,6 +244,10 @@ def gather(request: ReportRequest) -> Content:
         cells = {name: by_id(values, path) for name, values in read_columns(path, request.named).items()}
         notes += matched(request.run, ids, path, next(iter(cells.values())))
         columns += further_columns(label, cells, ids)
+    if len(captions) == 2:
+        both = zip(*captions, strict=True)
+        changes = [None if None in (a, b) else round(changed_words(a, b), 4) for a, b in both]
+        columns.append(Column(CHANGE, "both runs", changes, True))
     request.named.require_found()
     comparisons, remarks = compare_scores(scores)
     return Content(

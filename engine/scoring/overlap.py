@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import install_command
-from engine.inputs.tables import read_table
+from engine.inputs.tables import Table
 from engine.scoring.base import SIGNATURE, Items, Measured, UnavailableError, library, mean, preprocess, settle_empty
 
 EXTRA = install_command("score")
@@ -178,21 +177,19 @@ class Novelty:
 
     name = "novelty"
 
-    def __init__(self, training_captions: Path | None) -> None:
-        self._path = training_captions
-        self._digest = ""
+    def __init__(self, training_captions: Table | None) -> None:
+        texts = training_captions.captions.values() if training_captions is not None else ()
+        self._training = sorted({preprocess(caption) for captions in texts for caption in captions})
 
     def signature(self) -> str:
-        return f"novelty:1-longest/words|text:{SIGNATURE}|train:{self._digest}"
+        digest = hashlib.sha256("\n".join(self._training).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        return f"novelty:1-longest/words|text:{SIGNATURE}|train:{digest}"
 
     def measure(self, items: Items) -> Measured:
-        if self._path is None:
+        if not self._training:
             raise UnavailableError("needs the training captions: --training-captions FILE")
-        table = read_table(self._path)
-        training = sorted({preprocess(text) for texts in table.captions.values() for text in texts})
-        self._digest = hashlib.sha256("\n".join(training).encode("utf-8", "surrogateescape")).hexdigest()[:8]
         words = [text.split() for text in items.preprocessed().candidates]
-        longest = longest_shared(words, [text.split() for text in training])
+        longest = longest_shared(words, [text.split() for text in self._training])
         copied = sum(shared == len(own) for shared, own in zip(longest, words, strict=True))
         note = (
             f"longest n-gram shared with a training caption: median {np.median(longest):g} words; {copied} captions of "

@@ -252,8 +252,9 @@ def score_run(request: ScoreRequest, log: Callable[[str], None]) -> ScoreReport:
         "bertscore_layer": request.bertscore_layer,
         "dicom_frame": request.dicom_frame,
         "high_bit_depth": request.high_bit_depth,
-        "training_captions": request.training_captions,
     }
+    if request.training_captions is not None:
+        options["training_captions"] = read_table(request.training_captions, request.columns)
     references = read_table(request.references, request.columns)
     items, notes = match(read_table(request.run, request.columns), references, request)
     notes += _notes(references, items)

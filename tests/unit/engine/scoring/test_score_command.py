@@ -214,6 +214,10 @@ def test_novelty_is_a_column_of_the_scores(files):
     (column,) = (name for name in rows[0] if name.startswith("novelty@"))
     assert float(rows[0][column]) == 0.0
     assert all(0 < float(row[column]) <= 1 for row in rows[1:])
+    (files / "train.tsv").write_text("ID\tfinding\n1\ta mass\n")
+    refused = score(files, "--training-captions", files / "train.tsv")
+    assert refused.exit_code == 1
+    assert "train.tsv has no known column of captions" in refused.stderr
     lacking = score(files, "--metrics", "novelty")
     assert "needs the training captions: --training-captions FILE" in lacking.stderr
 
