@@ -133,17 +133,22 @@ class Caption:
         return Confidence(
             score=best.score,
             margin=best.score - others[0].score if others else None,
-            agreement=sum(_shared_words(best.text, other.text) for other in others) / len(others) if others else None,
+            agreement=sum(shared_words(best.text, other.text) for other in others) / len(others) if others else None,
             mean_token_prob=sum(chances) / len(chances) if chances else None,
             min_token_prob=min(chances, default=None),
         )
 
 
-def _shared_words(first: str, second: str) -> float:
+def shared_words(first: str, second: str) -> float:
     """Return the F1 of the words that two texts share, each counted as often as both have it; 1 if both are empty."""
     words = [Counter(text.lower().split()) for text in (first, second)]
     total = sum(count.total() for count in words)
     return 2 * (words[0] & words[1]).total() / total if total else 1.0
+
+
+def changed_words(first: str, second: str) -> float:
+    """Return how much a caption changed, 0 to 1: 1 - F1 of its words, case aside."""
+    return 1 - shared_words(first, second)
 
 
 def after_prompt(caption: str, prompt: str) -> str | None:

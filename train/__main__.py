@@ -258,12 +258,17 @@ def average(run: Path, epochs: tuple[int, ...], last: int | None, best: int | No
 @click.option("--model", type=PATH, help="Checkpoint whose tokenizer counts tokens; by default words are counted.")
 @click.option("--out", type=PATH, required=True, help="Directory for inspect.json and the plots.")
 @click.option("--high-bit-depth", default=CLIP, show_default=True, help=DEPTH_HELP)
+@click.option(
+    "--twins/--no-twins",
+    default=True,
+    help="Look for images that have a twin in another split, which reads all images once more; on by default.",
+)
 @data_options
-def inspect(data: DataInputs, model: Path | None, out: Path, high_bit_depth: str) -> None:
+def inspect(data: DataInputs, model: Path | None, out: Path, high_bit_depth: str, twins: bool) -> None:
     """Report on a data set before training: caption lengths, modalities, image sizes, duplicates, overlap, problems."""
     from train.data.inspect import inspect_directory
 
-    is_sound = inspect_directory(data, out, log, model=model, high_bit_depth=high_bit_depth)
+    is_sound = inspect_directory(data, out, log, model=model, high_bit_depth=high_bit_depth, twins=twins)
     if not is_sound and not data.allow_missing:
         sys.exit(1)
 

@@ -6,9 +6,10 @@ import warnings
 
 import click
 
-from engine.cli import machine, models, results
+from engine.cli import compare, machine, models, results
 from engine.cli.calibrate import calibrate
 from engine.cli.caption import EXAMPLE, caption, merge
+from engine.cli.duplicates import duplicates
 from engine.cli.explain import explain
 from engine.cli.shared import OneLineGroup
 from engine.errors import UsageError
@@ -45,8 +46,9 @@ for _command in (
     *(caption, merge, explain),
     *(models.get, models.models),
     *(machine.verify, machine.bench, machine.plan, machine.info),
-    *(results.score, results.rerank, calibrate),
+    *(results.score, results.rerank, calibrate, duplicates),
     *(results.submit, results.check),
     results.report,
 ):
     main.add_command(_command)
+results.score.add_command(compare.compare)

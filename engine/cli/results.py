@@ -1,8 +1,7 @@
-"""Commands for finished runs: score, score compare, rerank, submit, check, report."""
+"""Commands for finished runs: score, rerank, submit, check, report."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,17 +31,12 @@ def _parse_pairs(context: click.Context, parameter: click.Parameter, values: tup
     return pairs
 
 
-def _parse_names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:  # noqa: ARG001
+def parse_names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:  # noqa: ARG001
     return tuple(name.strip() for name in (value or "").split(",") if name.strip())
 
 
-MEASURING = (
-    *("metrics", "weights", "plugin", "device", "batch-size", "bertscore-layer"),
-    *("id-column", "caption-column", "prompt-column"),
-)
-"""Options of the metrics. They have no effect on files of --per-image, which hold computed scores."""
-MATCHING = ("prompt", "prompts", "keep-prompt", "only-common")
-"""Options that match a run with references. They have no effect on files of --per-image either."""
+FURTHER_INPUTS = ("labels", "prompts", "training_captions", "exclude_duplicates")
+"""Options of `score` with further files to read."""
 
 
 def metric_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -113,7 +107,7 @@ def metric_inputs(weights: dict[str, str], plugins: dict[str, str], device: str 
     type=click.Choice(PROFILE_NAMES),
     help="Compute the metrics of a challenge and report them under its names.",
 )
-@click.option("--metrics", callback=_parse_names, help="Comma-separated metrics; overrides those of --profile.")
+@click.option("--metrics", callback=parse_names, help="Comma-separated metrics; overrides those of --profile.")
 @click.option("--images", type=PATH, help="Folder of the images, for metrics that need them, such as clipscore.")
 @click.option("--recursive", is_flag=True, help="Search the subfolders of --images as well.")
 @click.option(
@@ -125,6 +119,16 @@ def metric_inputs(weights: dict[str, str], plugins: dict[str, str], device: str 
     "--by",
     "group_by",
     help="Report the scores per value of this column of --labels, or of the references without --labels.",
+)
+@click.option(
+    "--training-captions",
+    type=PATH,
+    help="Table of training captions: also compute `novelty`, the part of a caption outside its longest n-gram there.",
+)
+@click.option(
+    "--exclude-duplicates",
+    type=PATH,
+    help="File of `duplicates --out`: also report the scores without the images that have a twin.",
 )
 @click.option("--out", type=PATH, help="Also write the scores to this JSON file.")
 @click.option(
@@ -152,7 +156,7 @@ def score(
     """
     context = click.get_current_context()
     if context.invoked_subcommand is not None:
-        idle = _options_given(context)
+        idle = options_given(context)
         if idle:
             raise UsageError(
                 f"{', '.join(idle)}: give the options of `score {context.invoked_subcommand}` after that word"
@@ -165,7 +169,7 @@ def score(
     from engine.scoring.score import ScoreRequest
 
     outputs = {name: path for name, path in (("--out", out), ("--per-image", per_image)) if path is not None}
-    check_outputs(outputs, [run, references, *filter(None, (given["labels"], given["prompts"]))])
+    check_outputs(outputs, [run, references, *filter(None, map(given.get, FURTHER_INPUTS))])
     if given["labels"] and not given["group_by"]:
         raise UsageError("--labels needs --by, the column to group the scores by")
     _refuse_pixels_without_images(context, given["images"])
@@ -188,12 +192,12 @@ def measured_report(request: Any) -> Any:
 
 
 def _refuse_pixels_without_images(context: click.Context, images: Path | None) -> None:
-    idle = [name for name in _options_given(context) if name in ("--dicom-frame", "--high-bit-depth")]
+    idle = [name for name in options_given(context) if name in ("--dicom-frame", "--high-bit-depth")]
     if idle and images is None:
         raise UsageError(f"{', '.join(idle)}: only with --images, for metrics that need the images")
 
 
-def _options_given(context: click.Context) -> list[str]:
+def options_given(context: click.Context) -> list[str]:
     """Return the options that were given on the command line."""
     given = [p for p in context.command.params if p.name and context.get_parameter_source(p.name) is COMMANDLINE]
     return [parameter.opts[0] for parameter in given if isinstance(parameter, click.Option)]
@@ -208,6 +212,8 @@ def _summary(report: Any) -> list[str]:
         lines.append(f"{score.name:14} {score.value:.4f}  95% [{score.low:.4f}, {score.high:.4f}]  {score.signature}")
         if score.note:
             lines.append(f"{'':14} {score.note}")
+    if report.without_twins is not None:
+        lines += _without_twins(report.without_twins)
     stats, words, baseline = report.description, report.description["words"], report.baseline
     reached = ", ".join(f"{name} {value:.4f}" for name, value in baseline.items() if name != "caption")
     if reached:
@@ -223,88 +229,12 @@ def _summary(report: Any) -> list[str]:
     return lines + list(report.notes)
 
 
-@score.command()
-@click.argument("first", type=PATH)
-@click.argument("second", type=PATH)
-@click.option(
-    "--references",
-    type=PATH,
-    help="Reference captions; required if FIRST and SECOND are runs, not files of --per-image.",
-)
-@click.option(
-    "--metrics",
-    callback=_parse_names,
-    help="Comma-separated metrics to score the runs with; default: rouge1,bleu1,cider.",
-)
-@click.option(
-    "--resamples", type=click.IntRange(100), default=1000, show_default=True, help="Number of bootstrap resamples."
-)
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the results as one JSON line on stdout; the text goes to stderr."
-)
-@matching_options
-@metric_options
-@column_options("caption", "prompt")
-def compare(first: Path, second: Path, resamples: int, as_json: bool, **given: Any) -> None:
-    """Compare two runs with a paired bootstrap.
-
-    Prints SECOND minus FIRST with a 95 % interval (fixed seed) for every metric.
-    """
-    idle = set(_options_given(click.get_current_context())) & {f"--{name}" for name in MEASURING + MATCHING}
-    if idle and given["references"] is None:
-        raise UsageError(f"{', '.join(sorted(idle))}: only with --references, to score two runs")
-    from dataclasses import asdict
-
-    from engine.scoring import base
-
-    (first_ids, first_scores), (second_ids, second_scores) = (_measured(path, **given) for path in (first, second))
-    if first_ids != second_ids:
-        raise UsageError(f"{first} and {second} do not cover the same images")
-    shared = [name for name in first_scores if name in second_scores]
-    if not shared:
-        names = [
-            ", ".join(sorted(name.partition("@")[0] for name in scores)) for scores in (first_scores, second_scores)
-        ]
-        raise UsageError(
-            f"{first} ({names[0]}) and {second} ({names[1]}) share no metric with the same signature and the same "
-            "references: score both in the same way"
-        )
-    results = {name: base.compare(first_scores[name], second_scores[name], resamples) for name in shared}
-    for name, result in results.items():
-        click.echo(
-            f"{name.partition('@')[0]:14} {first_scores[name].value:.4f} -> {second_scores[name].value:.4f}  "
-            f"{result.difference:+.4f} [{result.low:+.4f}, {result.high:+.4f}]  p={result.p:.3f}  "
-            f"{result.wins} better, {result.losses} worse, {result.ties} equal",
-            err=as_json,
-        )
-    if as_json:
-        click.echo(json.dumps({name.partition("@")[0]: asdict(result) for name, result in results.items()}))
-
-
-def _measured(
-    path: Path,
-    references: Path | None,
-    weights: dict[str, str],
-    plugins: dict[str, str],
-    device: str | None,
-    batch_size: int,
-    named: Columns,
-    **given: Any,
-) -> tuple[list[str], dict[str, Any]]:
-    """Return the sorted ids and {metric@how: scores} of `path`.
-
-    With `references`, `path` is a run, which is scored here. Without, it is a file of --per-image.
-    """
-    from engine.scoring.files import how_measured, in_order_of_ids, read_per_image
-    from engine.scoring.score import ScoreRequest
-
-    if references is None:
-        return in_order_of_ids(*read_per_image(path))
-    inputs = metric_inputs(weights, plugins, device, batch_size)
-    report = measured_report(ScoreRequest(path, references, setting=inputs, columns=named, **given))
-    how = {score.name: how_measured(score.signature, report.items) for score in report.scores}
-    scores = {f"{name}@{how[name]}": measured for name, measured in report.measured.items()}
-    return in_order_of_ids(report.items.ids, scores)
+def _without_twins(without: Any) -> list[str]:
+    near = f" ({without.near} with only near images are among them)" if without.near else ""
+    lines = [f"without the {without.twins} images that have a twin, {without.images} images{near}:"]
+    return lines + [
+        f"  {name:12} {value:.4f}  95% [{low:.4f}, {high:.4f}]" for name, (value, low, high) in without.scores.items()
+    ]
 
 
 @click.command()
@@ -403,7 +333,7 @@ def _read_support(path: Path, candidates: Any, metric: Any, named: Columns, **ho
 
 def _refuse_idle(uniform: bool, support_file: Path | None) -> None:
     """Raise UsageError for options of rerank that would have no effect."""
-    given = _options_given(click.get_current_context())
+    given = options_given(click.get_current_context())
     if uniform and "--share" in given:
         raise UsageError("--share has no effect with --uniform, which weights all candidates equally: remove one")
     idle = [name for name in given if name in ("--nearest", "--support-share", "--id-column", "--caption-column")]

@@ -102,7 +102,7 @@ def render(
     """
     styles, scripts = ([(ASSETS / name).read_text(encoding="utf-8") for name in names] for names in (STYLES, SCRIPTS))
     policy = (
-        f"default-src 'none'; img-src 'self' file:; style-src {_hashes(styles)}; script-src {_hashes(scripts)}; "
+        f"default-src 'none'; img-src 'self' file:; style-src {hashes(styles)}; script-src {hashes(scripts)}; "
         "base-uri 'none'; form-action 'none'"
     )
     data = as_json(content, thumbnails, maps, notes=notes, signatures=signatures)
@@ -173,7 +173,8 @@ def _rounded(number: float) -> float | None:
     return float(f"{number:.{DIGITS}g}") if math.isfinite(number) else None
 
 
-def _hashes(texts: Iterable[str]) -> str:
+def hashes(texts: Iterable[str]) -> str:
+    """Return the sources of a Content-Security-Policy that allow scripts or styles of exactly these texts."""
     digests = (hashlib.sha256(text.encode()).digest() for text in texts)
     return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 

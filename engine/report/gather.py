@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engine.attention import attention_path
 from engine.calibration import read_verdicts
+from engine.captions import changed_words
 from engine.errors import DataError, UsageError
 from engine.files.atomic import file_sha256
 from engine.inputs.columns import USUAL, Columns
@@ -68,7 +69,7 @@ def read_scores(path: Path, ids: Sequence[str], run: int) -> tuple[list[ScoreCol
     columns = []
     for name_and_how, scores in measured.items():
         name, _, how = name_and_how.partition("@")
-        part = _subset(scores, rows)
+        part = scores.part(rows)
         columns.append(ScoreColumn(name, how, run, indices, part, *base.interval(part)))
     return columns, file_ids
 
@@ -87,7 +88,7 @@ def compare_scores(scores: Sequence[ScoreColumn]) -> tuple[list[Comparison], lis
         _, our_rows, their_rows = np.intersect1d(our_column.indices, their_column.indices, return_indices=True)
         if not len(our_rows):
             continue
-        first, second = _subset(our_column.measured, our_rows), _subset(their_column.measured, their_rows)
+        first, second = our_column.measured.part(our_rows), their_column.measured.part(their_rows)
         difference = base.compare(second, first)
         comparisons.append(Comparison(*key, len(our_rows), first.value, second.value, difference))
     notes = []
@@ -97,12 +98,6 @@ def compare_scores(scores: Sequence[ScoreColumn]) -> tuple[list[Comparison], lis
             "the references"
         )
     return comparisons, notes
-
-
-def _subset(scores: Measured, rows: NDArray[np.int64]) -> Measured:
-    """Return the scores of some images, with the value recomputed for them."""
-    counts = None if scores.counts is None else scores.counts[rows]
-    return replace(scores, per_image=scores.per_image[rows], counts=counts, value=scores.resampled(rows))
 
 
 SUREST = ("expected_score", "mean_token_prob")
@@ -260,6 +255,10 @@ def gather(request: ReportRequest) -> Content:
         cells = {name: by_id(values, path) for name, values in read_columns(path, request.named).items()}
         notes += matched(request.run, ids, path, next(iter(cells.values())))
         columns += further_columns(label, cells, ids)
+    if len(captions) == 2:
+        both = zip(*captions, strict=True)
+        changes = [None if None in (a, b) else round(changed_words(a, b), 4) for a, b in both]
+        columns.append(Column(CHANGE, "both runs", changes, True))
     request.named.require_found()
     comparisons, remarks = compare_scores(scores)
     return Content(
@@ -280,6 +279,8 @@ def gather(request: ReportRequest) -> Content:
 
 
 N_BEST = "n-best"
+CHANGE = "change"
+"""Column of changed_words of the captions of two runs; assets/data.js knows it by this name."""
 TABLES = ("run", "other run", "references")
 NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 EXACT = 2.0**53

@@ -63,6 +63,11 @@ class Measured:
             return float(self.combine(self.counts[indices].sum(0)))
         return float(self.per_image[indices].mean())
 
+    def part(self, indices: NDArray[np.int64]) -> Measured:
+        """Return the result for the images at `indices` i64[M], with its value computed for them."""
+        counts = None if self.counts is None else self.counts[indices]
+        return replace(self, per_image=self.per_image[indices], counts=counts, value=self.resampled(indices))
+
 
 def mean(per_image: Sequence[float] | NDArray[np.float64], note: str = "") -> Measured:
     """Return the result of a metric whose value is the mean over images."""

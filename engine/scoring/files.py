@@ -52,6 +52,8 @@ def as_json(report: ScoreReport) -> dict[str, Any]:
         "groups": report.groups,
         "notes": report.notes,
     }
+    if report.without_twins is not None:
+        details["without_twins"] = asdict(report.without_twins)
     return {**report.organisers, "details": details}
 
 
@@ -87,6 +89,16 @@ def how_measured(signature: str, items: Items) -> str:
 
 def _file_hash(path: Path) -> str | None:
     return file_sha256(path) if path.is_file() else None  # references may be a folder
+
+
+def is_per_image(path: Path) -> bool:
+    """Return whether a file begins like one of per_image_csv."""
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            header = next(csv.reader(stream), [])
+    except OSError:
+        return False
+    return header[:1] == ["ID"] and any("@" in column for column in header[1:])
 
 
 def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:

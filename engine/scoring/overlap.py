@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import install_command
-from engine.scoring.base import SIGNATURE, Items, Measured, UnavailableError, library, mean, settle_empty
+from engine.inputs.tables import Table
+from engine.scoring.base import SIGNATURE, Items, Measured, UnavailableError, library, mean, preprocess, settle_empty
 
 EXTRA = install_command("score")
 
@@ -163,3 +166,62 @@ def _pycocoevalcap(module: str) -> Any:
         return import_module(f"pycocoevalcap.{module}")
     except ImportError as error:
         raise UnavailableError(f"needs pycocoevalcap ({error}): {EXTRA}") from error
+
+
+class Novelty:
+    """The part of a caption's words outside its longest n-gram that a training caption has, too; mean over images.
+
+    0 is a caption that is, or is within, a training caption; 1 one without any word of the training captions. An empty
+    caption has 0. References are not used.
+    """
+
+    name = "novelty"
+
+    def __init__(self, training_captions: Table | None) -> None:
+        texts = training_captions.captions.values() if training_captions is not None else ()
+        self._training = sorted({preprocess(caption) for captions in texts for caption in captions})
+
+    def signature(self) -> str:
+        digest = hashlib.sha256("\n".join(self._training).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        return f"novelty:1-longest/words|text:{SIGNATURE}|train:{digest}"
+
+    def measure(self, items: Items) -> Measured:
+        if not self._training:
+            raise UnavailableError("needs the training captions: --training-captions FILE")
+        words = [text.split() for text in items.preprocessed().candidates]
+        longest = longest_shared(words, [text.split() for text in self._training])
+        copied = sum(shared == len(own) for shared, own in zip(longest, words, strict=True))
+        note = (
+            f"longest n-gram shared with a training caption: median {np.median(longest):g} words; {copied} captions of "
+            f"{len(words)} are within a training caption"
+        )
+        return mean([1 - shared / len(own) if own else 0.0 for shared, own in zip(longest, words, strict=True)], note)
+
+
+def longest_shared(texts: Sequence[Sequence[str]], others: Sequence[Sequence[str]]) -> list[int]:
+    """Return for each text the length of its longest n-gram, in words, that is in one of `others`.
+
+    n grows by 1. Only positions whose n-gram both sides have stay, so that the work shrinks quickly. An n-gram is named
+    by a number: that of length n + 1 by the numbers of the two of length n that it consists of.
+    """
+    longest = [0] * len(texts)
+    sides: list[dict[tuple[int, int], Hashable]] = [
+        {(i, k): word for i, words in enumerate(side) for k, word in enumerate(words)} for side in (texts, others)
+    ]
+    length = 0
+    while all(sides):
+        length += 1
+        shared = set(sides[0].values()) & set(sides[1].values())
+        sides = [{place: name for place, name in side.items() if name in shared} for side in sides]
+        for i, _ in sides[0]:
+            longest[i] = length
+        numbers: dict[Hashable, int] = {}
+        sides = [
+            {
+                (i, k): numbers.setdefault((name, side[i, k + 1]), len(numbers))
+                for (i, k), name in side.items()
+                if (i, k + 1) in side
+            }
+            for side in sides
+        ]
+    return longest

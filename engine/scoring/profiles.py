@@ -11,7 +11,7 @@ from engine.options import CLIP
 from engine.scoring.base import Metric, MetricInputs
 from engine.scoring.meteor import Meteor, MeteorMean, meteor_of_counts
 from engine.scoring.neural import BertScore, Bleurt, ClipScore, RefClipScore
-from engine.scoring.overlap import Bleu, Cider, Rouge1, RougeL, bleu_of_counts
+from engine.scoring.overlap import Bleu, Cider, Novelty, Rouge1, RougeL, bleu_of_counts
 from engine.scoring.plugin import NEEDS, Plugin
 
 BUILT_IN: dict[str, Callable[[MetricInputs, Mapping[str, Any]], Metric]] = {
@@ -30,6 +30,7 @@ BUILT_IN: dict[str, Callable[[MetricInputs, Mapping[str, Any]], Metric]] = {
     "cider": lambda *_: Cider(),
     "clipscore": lambda setting, options: ClipScore(setting, **_pixel_options(options)),
     "refclipscore": lambda setting, options: RefClipScore(setting, **_pixel_options(options)),
+    "novelty": lambda _, options: Novelty(options.get("training_captions")),
 }
 COMBINE = {**{f"bleu{n}": bleu_of_counts for n in (1, 2, 3, 4)}, "meteor": meteor_of_counts}
 """Corpus metric -> function that computes its value from summed counts."""

@@ -22,6 +22,7 @@ from engine.inputs.ids import join_some, shown
 from engine.inputs.images import find_images_of
 from engine.inputs.readers import read_columns
 from engine.inputs.tables import Table, by_reference_id, read_prompts, read_table
+from engine.inputs.twins import read_twins
 from engine.options import CLIP, window_of
 from engine.scoring.base import Items, Measured, Metric, MetricInputs, interval, preprocess
 from engine.scoring.neural import check_weights
@@ -158,9 +159,11 @@ def common_start(items: Items) -> str:
 class ScoreRequest:
     """The options of `engine score`.
 
-    `group_by` is a column of `labels`, or of the references if `labels` is None. Captions are scored without the
-    prompts they begin with: `prompt` for all images, else the table `prompts`, else the column `prompt` of the run or
-    of the references. `keep_prompt` scores whole captions. `only_common` skips ids that only one of the files has.
+    `training_captions` adds the metric `novelty`. `exclude_duplicates` is a file of `engine duplicates`: the scores are
+    also given without the images that have a twin. `group_by` is a column of `labels`, or of the references if `labels`
+    is None. Captions are scored without the prompts they begin with: `prompt` for all images, else the table `prompts`,
+    else the column `prompt` of the run or of the references. `keep_prompt` scores whole captions. `only_common` skips
+    ids that only one of the files has.
 
     Raises UsageError for an invalid `high_bit_depth` and for options that exclude each other.
     """
@@ -181,6 +184,8 @@ class ScoreRequest:
     only_common: bool = False
     dicom_frame: int = 0
     high_bit_depth: str = CLIP
+    training_captions: Path | None = None
+    exclude_duplicates: Path | None = None
     setting: MetricInputs = field(default_factory=MetricInputs)
 
     def __post_init__(self) -> None:
@@ -218,6 +223,20 @@ class ScoreReport:
     baseline: Mapping[str, Any]
     groups: Mapping[str, Any]
     notes: list[str]
+    without_twins: WithoutTwins | None = None
+
+
+@dataclass(frozen=True)
+class WithoutTwins:
+    """The scores of the images that have no twin: {metric: (value, low, high)}.
+
+    twins, near  numbers of images with a twin, which are left out, and of those with only near images, which are not
+    """
+
+    images: int
+    twins: int
+    near: int
+    scores: Mapping[str, tuple[float, float, float]]
 
 
 def score_run(request: ScoreRequest, log: Callable[[str], None]) -> ScoreReport:
@@ -227,16 +246,22 @@ def score_run(request: ScoreRequest, log: Callable[[str], None]) -> ScoreReport:
     """
     profile = PROFILES[request.profile] if request.profile else Profile(request.metrics or CHEAP)
     names = request.metrics or profile.metrics
+    if request.training_captions is not None and "novelty" not in names:
+        names = (*names, "novelty")
     options = dict(profile.options) | {
         "bertscore_layer": request.bertscore_layer,
         "dicom_frame": request.dicom_frame,
         "high_bit_depth": request.high_bit_depth,
     }
+    if request.training_captions is not None:
+        options["training_captions"] = read_table(request.training_captions, request.columns)
     references = read_table(request.references, request.columns)
     items, notes = match(read_table(request.run, request.columns), references, request)
     notes += _notes(references, items)
     groups_of = group_places(request.group_by, request.labels, references, items, request.columns)
     request.columns.require_found()
+    twins = read_twins(request.exclude_duplicates) if request.exclude_duplicates is not None else None
+    has_twin = None if twins is None else find_has_twin(items, references, twins, request)
 
     refuse_unused(request.setting, names)
     for name, folder in request.setting.weights.items():
@@ -256,7 +281,33 @@ def score_run(request: ScoreRequest, log: Callable[[str], None]) -> ScoreReport:
         baseline=baseline_scores(items, [name for name in CHEAP if name in measured]),
         groups=scores_by_group(groups_of, measured),
         notes=notes,
+        without_twins=None if has_twin is None else score_without_twins(has_twin, measured),
     )
+
+
+def find_has_twin(
+    items: Items, references: Table, twins: Mapping[str, bool], request: ScoreRequest
+) -> list[bool | None]:
+    """Return for each image whether it has a twin; None if it is not in the file. Raises DataError if all have one."""
+    assert request.exclude_duplicates is not None
+    known = by_reference_id(references, twins, request.exclude_duplicates)
+    has_twin = [known.get(name) for name in items.ids]
+    if twins and not set(has_twin) & {True, False}:
+        raise DataError(
+            f"{request.exclude_duplicates} has no id of {request.run}, but {shown(next(iter(twins)))}: was it made of "
+            "other images, or with --input and --against swapped?"
+        )
+    if all(has_twin):
+        raise DataError(f"{request.exclude_duplicates}: every image of {request.run} has a twin: no image is left")
+    return has_twin
+
+
+def score_without_twins(has_twin: Sequence[bool | None], measured: Mapping[str, Measured]) -> WithoutTwins:
+    """Return the scores of the images without a twin. Weights that depend on all references (idf) stay the same."""
+    kept = np.flatnonzero([not value for value in has_twin])
+    parts = {name: result.part(kept) for name, result in measured.items()}
+    scores = {name: (part.value, *interval(part)) for name, part in parts.items()}
+    return WithoutTwins(len(kept), has_twin.count(True), has_twin.count(False), scores)
 
 
 def measure(

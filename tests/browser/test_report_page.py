@@ -516,6 +516,12 @@ def test_markup_in_a_word_and_images_without_maps(looking_page, open_from_disk):
     assert page.evaluate("window.hacked") is None
     page.locator("#rows .row").nth(2).click()
     assert page.locator(".look, #detail canvas").count() == 0
+def test_differing_captions_are_sorted_by_their_change(open_page):
+    page = open_page()
+    page.locator("#subtitle button").click()
+    changes = {"axial_1": 2 / 12, "coronal_10": 1.0}
+    assert shown(page) == sorted(changes, key=lambda name: -changes[name])
+    assert page.locator("#sort").input_value() == "change"
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -530,3 +536,26 @@ def test_axe_on_a_page_with_maps(theme, width, looking_page, open_from_disk):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     violations = Axe().run(page).response["violations"]
     assert [v["id"] for v in violations if v["impact"] in ("serious", "critical")] == []
+def test_page_of_pairs_shows_images_and_passes_axe(theme, width, open_from_disk, tmp_path):
+    from axe_playwright_python.sync_playwright import Axe
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, image in enumerate(random_pictures(3)):
+        image.save(folder / f"{i}.png")
+        image.resize((90, 80)).save(folder / f"<b>{i}.png")
+    (folder / "bad.png").write_bytes(b"damaged")
+    (folder / "bad2.png").write_bytes(b"damaged")
+    out = tmp_path / "twins.html"
+    words = ["duplicates", "--input", str(folder), "--out", str(tmp_path / "twins.csv"), "--page", str(out)]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    page = open_from_disk(out, width=width, theme=theme)
+    assert page.locator("#copy").inner_text() == "Copies"
+    assert page.locator("li.card").count() == 4
+    widths = page.locator("img").evaluate_all("(all) => all.map((image) => image.naturalWidth)")
+    assert len(widths) == 6
+    assert min(widths) > 0
+    assert page.locator(".no-picture").count() == 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    found = Axe().run(page)
+    assert [problem["id"] for problem in found.response["violations"]] == []

@@ -17,8 +17,9 @@ import numpy as np
 
 from engine.errors import EngineError, ImageError, OutputError, UsageError
 from engine.files.atomic import write_atomically
-from engine.inputs.images import is_dicom
+from engine.inputs.images import ImageFile, is_dicom
 from engine.inputs.pixels import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, image_errors, open_image
+from engine.inputs.twins import NEAR, count_kinds, find_twins, fingerprint
 from engine.options import CLIP, window_of
 from train.data.dataset import DataInputs, read_dataset
 from train.data.examples import Example, Split, check_split, in_threads
@@ -174,9 +175,11 @@ def inspect_directory(
     *,
     model: Path | None = None,
     high_bit_depth: str = CLIP,
+    twins: bool = True,
 ) -> bool:
     """Describe a data set with `log`, in out/inspect.json and in out/inspect.png; return whether all of it is usable.
 
+    With `twins`, all images are read once more, to find images of a split that have a twin in another one.
     If `model` is given (the folder of a checkpoint), its tokenizer counts tokens. Captions with more than MAX_TOKENS
     tokens are then listed, and captions that lose accents or words when they are tokenized.
     """
@@ -204,6 +207,7 @@ def inspect_directory(
         )
         for name, split in splits.items()
     }
+    stats["twins"] = twins_across(splits, high_bit_depth) if twins else {}
     stats["problems"] = {name: asdict(problems) for name, problems in by_split.items()}
     for line in lines(stats):
         log(line)
@@ -300,6 +304,34 @@ def _repeats(items: Iterable[tuple[str, str, Hashable]]) -> Stats:
     return {"groups": len(shared), "within": dict(within), "between": dict(between), "first": first}
 
 
+def twins_across(splits: dict[str, Split], depth: str) -> Stats:
+    """Return for each pair of splits how many images of the second have a twin in the first, see engine.inputs.twins.
+
+    "images" counts them, "kinds" by kind, "near" those with only a near image, "first" lists [image, twin, kind].
+    """
+    if len(splits) < 2:
+        return {}
+    images = {
+        name: [ImageFile(e.id, e.image, depth=depth) for e in {e.image: e for e in split.examples}.values()]
+        for name, split in splits.items()
+    }
+    prints = {name: fingerprint(files) for name, files in images.items()}
+    found = {}
+    for first, second in combinations(splits, 2):
+        pairs = find_twins(prints[second], prints[first])
+        kinds = count_kinds(pairs)
+        near = kinds.pop(NEAR, 0)
+        listed = [p for p in pairs if p.kind != NEAR][:FIRST]
+        found[f"{first} and {second}"] = {
+            "images": sum(kinds.values()),
+            "of": len(images[second]),
+            "kinds": kinds,
+            "near": near,
+            "first": [[images[second][p.first].id, images[first][p.second].id, p.kind] for p in listed],
+        }
+    return found
+
+
 def _read_header(path: Path) -> _Header:
     """Read the header of an image file. Raises EngineError for errors of the system."""
     try:
@@ -362,4 +394,12 @@ def lines(stats: Stats) -> list[str]:
     for pair, shared in stats["overlaps"].items():
         names = f": {', '.join(shared['first'])}" + (", ..." if shared["count"] > FIRST else "")
         out.append(f"ids in {pair}: " + (f"{shared['count']}{names}" if shared["count"] else "none"))
+    for pair, twins in stats.get("twins", {}).items():
+        first, second = pair.split(" and ")
+        kinds = ", ".join(f"{kind} {count}" for kind, count in twins["kinds"].items())
+        example = "".join(f"; for example {name} and {twin} ({kind})" for name, twin, kind in twins["first"][:1])
+        out.append(
+            f"images of {second} with a twin in {first}: {twins['images']} of {twins['of']}"
+            f"{f' ({kinds})' if kinds else ''}, {twins['near']} others with only a near image{example}"
+        )
     return out

@@ -70,7 +70,8 @@ window.Report = {};
     }));
   }
   data.columns.forEach((column, k) => {
-    add(`column:${k}`, `${column.name} (${column.source})`, column.is_number ? "number" : "text", "table", () => column.values, { short: column.name });
+    const key = many && column.name === "change" && column.source === "both runs" ? "change" : `column:${k}`;
+    add(key, `${column.name} (${column.source})`, column.is_number ? "number" : "text", "table", () => column.values, { short: column.name });
   });
   if (many) {
     add("differs", "Captions of the runs", "text", "plain", each((i) => {
@@ -95,6 +96,7 @@ window.Report = {};
   const expected = columns.find((column) => column.group === "table" && column.short === "expected_score");
 
   Object.assign(Report, {
+    change: columns.find((column) => column.group === "table" && column.key === "change"),
     firstOrder: expected?.key ?? "order",
     data, count, many, columns, pairs, format, scores, ours,
     column: (key) => byKey.get(key),

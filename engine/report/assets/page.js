@@ -222,6 +222,9 @@
     const first = Report.ours[0];
     if (first) by("filter-column").value = first.key;
     summary.build(showOutcome, () => {
+      view.sort = Report.change.key; // the most changed first
+      view.descending = true;
+      by("sort").value = view.sort;
       addFilter({ key: "differs", test: "is", text: "differ", low: -Infinity, high: Infinity });
       document.querySelector(".bar").scrollIntoView();
     });

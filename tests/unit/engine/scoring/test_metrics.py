@@ -11,7 +11,7 @@ import pytest
 from engine.scoring import base
 from engine.scoring.base import Items, UnavailableError, mean, preprocess
 from engine.scoring.neural import clip_scores, harmonic
-from engine.scoring.overlap import Bleu, Cider, Rouge1, RougeL
+from engine.scoring.overlap import Bleu, Cider, Rouge1, RougeL, longest_shared
 from engine.scoring.profiles import PROFILES, organisers_names
 from engine.scoring.score import constant_caption, describe
 from tests.helpers.worked import WORKED, items
@@ -263,3 +263,18 @@ def test_notes_on_references_that_cannot_be_scored():
     )
     assert "; 1 of 1 images have only words that all images share" in Cider().measure(items(["a b"], ["a b"])).note
     assert "score 0 with any caption" not in Cider().measure(WORKED).note
+
+
+def test_longest_shared_n_gram_equals_brute_force():
+    rng = np.random.default_rng(0)
+    texts, others = ([[*map(str, rng.integers(0, 4, rng.integers(0, 9)))] for _ in range(40)] for _ in range(2))
+    texts.append(others[0] + others[1])
+    texts.append(["none"])
+
+    def grams(words):
+        return {tuple(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+
+    known = set().union(*map(grams, others))
+    expected = [max((len(gram) for gram in grams(words) if gram in known), default=0) for words in texts]
+    assert longest_shared(texts, others) == expected
+    assert longest_shared(texts, []) == [0] * len(texts)

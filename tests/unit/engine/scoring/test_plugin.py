@@ -53,6 +53,43 @@ def test_the_spice_plugin_keeps_the_contract(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "expected", "signature"),
+    [
+        ("radgraph", [0.2, 0.0, 0.1], "radeval:radgraph/radgraph_simple|text:raw|radeval:2.2.1"),
+        ("radgraph radgraph_partial", [0.4, 0.0, 0.2], "radeval:radgraph/radgraph_partial|text:raw|radeval:2.2.1"),
+        ("ratescore", [0.2, 0.0, 0.1], "radeval:ratescore/ratescore|text:raw|radeval:2.2.1"),
+    ],
+)
+def test_the_radeval_plugin_keeps_the_contract(tmp_path, monkeypatch, arguments, expected, signature):
+    """Uses a stand-in for RadEval with its interface of 2.2.1: RadGraph F1 and RaTEScore would download models."""
+    (tmp_path / "radeval").mkdir()
+    (tmp_path / "radeval" / "__init__.py").touch()
+    (tmp_path / "radeval" / "radeval.py").write_text(
+        "class RadEval:\n"
+        "    def __init__(self, metrics=None, per_sample=False, show_progress=True):\n"
+        "        assert per_sample\n"
+        "        (self.name,) = metrics\n"
+        "    def __call__(self, refs, hyps):\n"
+        "        print('loading')\n"
+        "        values = [len(set(a.split()) & set(b.split())) / 10 for a, b in zip(refs, hyps, strict=True)]\n"
+        "        if self.name == 'ratescore':\n"
+        "            return {'ratescore': values}\n"
+        "        return {'radgraph_simple': values, 'radgraph_partial': [2 * value for value in values]}\n"
+    )
+    info = tmp_path / "radeval-2.2.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: radeval\nVersion: 2.2.1\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = f"{sys.executable} {PLUGIN.parent / 'rad_eval.py'}"
+    metric = Plugin("radgraph", MetricInputs(plugins={"radgraph": f"{command} {arguments}"}))
+    texts = items(["a dog runs", "cat", "ct scan"], [("x", "a dog"), "mri", "ct"])
+    assert metric.measure(texts).per_image.tolist() == expected
+    assert metric.signature() == f"radgraph|plugin:{signature}"
+    with pytest.raises(EngineError, match="exited with code 1"):
+        Plugin("radgraph", MetricInputs(plugins={"radgraph": f"{command} radgraph f2"})).measure(texts)
+
+
+@pytest.mark.parametrize(
     ("code", "sentence"),
     [
         ("", "returned no score for 3 images, for example 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -151,12 +152,99 @@ def test_compare_runs_and_per_image_files(files):
         "share no metric with the same signature"
         in run("score", "compare", files / "run.pi", files / "better.pi").stderr
     )
-    assert "is not a file of --per-image" in run("score", "compare", files / "run.csv", files / "better.csv").stderr
+    assert "is not a file of --per-image" in run("score", "compare", files / "run.pi", files / "better.csv").stderr
     (files / "better.pi").write_text("ID,recall@12345678,recall:0\n0,1.0,2\n1,1.0,2\n2,1.0,2\n")
     assert (
         "has counts of recall, which is no known corpus metric"
         in run("score", "compare", files / "run.pi", files / "better.pi").stderr
     )
+
+
+def test_compare_lists_the_captions_that_changed_most(files):
+    (files / "a.csv").write_text("ID,Caption\n1,a ct of the chest\n2,a mass\n3,the liver\n")
+    (files / "b.csv").write_text("ID,Caption\n3,The liver\n1,an mr of the brain\n2,a large mass\n")
+    result = run("score", "compare", files / "a.csv", files / "b.csv", "--changes-out", files / "changes.csv")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "3 of 3 captions differ, mean change 0.267 (1 - F1 of the words); the most changed:",
+        "  1  change 0.600",
+        "    - a ct of the chest",
+        "    + an mr of the brain",
+        "  2  change 0.200",
+        "    - a mass",
+        "    + a large mass",
+        "  3  change 0.000",
+        "    - the liver",
+        "    + The liver",
+    ]
+    rows = (files / "changes.csv").read_text().splitlines()
+    assert rows[:2] == ["ID,change,first,second", "1,0.6000,a ct of the chest,an mr of the brain"]
+    short = run("score", "compare", files / "a.csv", files / "b.csv", "--changed", "0", "--json")
+    assert json.loads(short.stdout) == {"captions": {"images": 3, "differ": 3, "mean_change": pytest.approx(0.8 / 3)}}
+    (files / "b.csv").write_text("ID,Caption\n1,x\n")
+    refused = run("score", "compare", files / "a.csv", files / "b.csv")
+    assert refused.exit_code == 1
+    assert "do not cover the same images: only one has" in refused.stderr
+
+
+def test_compare_with_references_shows_scores_of_changed_captions(files):
+    rows = "\n".join(f'{i},"{text}"' for i, text in enumerate(REFERENCES))
+    (files / "better.csv").write_text(f"ID,Caption\n{rows}\n")
+    given = (files / "run.csv", files / "better.csv", "--references", files / "references.csv", "--metrics", "rouge1")
+    lines = run("score", "compare", *given).stdout.splitlines()
+    assert lines[0].startswith("rouge1 ")
+    assert re.fullmatch(r"  \d  change 0\.\d{3}  rouge1 0\.\d{3} -> 1\.000", lines[2])
+    for name in ("run", "better"):
+        run("score", "--run", files / f"{name}.csv", *given[2:], "--per-image", files / f"{name}.pi")
+    kept = run("score", "compare", files / "run.pi", files / "better.pi").stdout.splitlines()
+    assert "whose rouge1 changed most" in kept[1]
+    assert re.fullmatch(r"  \d  0\.\d{3} -> 1\.000  \+0\.\d{3}", kept[2])
+    refused = run("score", "compare", files / "run.pi", files / "better.pi", "--changes-out", files / "x.csv")
+    assert "--changes-out needs two runs" in refused.stderr
+
+
+def test_novelty_is_a_column_of_the_scores(files):
+    training = [*CANDIDATES[:1], "something else"]
+    (files / "train.csv").write_text("ID,Caption\n" + "".join(f'{i},"{t}"\n' for i, t in enumerate(training)))
+    given = ("--metrics", "rouge1", "--training-captions", files / "train.csv", "--per-image", files / "pi.csv")
+    result = score(files, *given)
+    assert result.exit_code == 0, result.output
+    assert "1 captions of 3 are within a training caption" in result.stdout
+    rows = list(csv.DictReader((files / "pi.csv").read_text().splitlines()))
+    (column,) = (name for name in rows[0] if name.startswith("novelty@"))
+    assert float(rows[0][column]) == 0.0
+    assert all(0 < float(row[column]) <= 1 for row in rows[1:])
+    (files / "train.tsv").write_text("ID\tfinding\n1\ta mass\n")
+    refused = score(files, "--training-captions", files / "train.tsv")
+    assert refused.exit_code == 1
+    assert "train.tsv has no known column of captions" in refused.stderr
+    lacking = score(files, "--metrics", "novelty")
+    assert "needs the training captions: --training-captions FILE" in lacking.stderr
+
+
+def test_scores_without_images_that_have_a_twin(files):
+    (files / "twins.csv").write_text(
+        "ID,twin,kind,distance,group\n0,t,copy,0.00010,1\n0,u,near,0.02,\n1,u,near,0.02,\n"
+    )
+    result = score(files, "--metrics", "rouge1,bleu1", "--exclude-duplicates", files / "twins.csv")
+    assert result.exit_code == 0, result.output
+    assert "without the 1 images that have a twin, 2 images (1 with only near images are among them):" in result.stdout
+    found = json.loads((files / "scores.json").read_text())["details"]["without_twins"]
+    (files / "rest.csv").write_text("ID,Caption\n" + "".join(f'{i},"{CANDIDATES[i]}"\n' for i in (1, 2)))
+    given = ("--run", files / "rest.csv", "--references", files / "references.csv", "--only-common")
+    assert run("score", *given, "--metrics", "rouge1,bleu1", "--out", files / "rest.json").exit_code == 0
+    rest = json.loads((files / "rest.json").read_text())
+    assert found["images"] == 2
+    for name in ("rouge1", "bleu1"):
+        assert found["scores"][name][0] == pytest.approx(rest[name])
+    for rows, message in (
+        ("0,t,copy,0,1\n1,t,copy,0,1\n2,t,copy,0,1\n", "every image of"),
+        ("9,t,copy,0,1\n", "has no id of"),
+        ("0,t,twin,0,1\n", "line 2: unknown kind 'twin'"),
+    ):
+        (files / "twins.csv").write_text("ID,twin,kind,distance,group\n" + rows)
+        assert message in score(files, "--exclude-duplicates", files / "twins.csv").stderr
+    assert "lacks the columns ID and kind" in score(files, "--exclude-duplicates", files / "run.csv").stderr
 
 
 def test_options_without_effect_are_refused(files):

@@ -12,9 +12,17 @@ from PIL import Image
 
 from engine.errors import OutputError, UsageError
 from tests.helpers.datasets import picture, write
-from tests.helpers.tiny import save_pictures
+from tests.helpers.tiny import random_pictures, save_pictures
 from train.data.dataset import DataInputs, Example, Split, draw
-from train.data.inspect import MODALITIES, NO_MODALITY, draw_dataset, inspect_dataset, inspect_directory, lines
+from train.data.inspect import (
+    MODALITIES,
+    NO_MODALITY,
+    draw_dataset,
+    inspect_dataset,
+    inspect_directory,
+    lines,
+    twins_across,
+)
 from train.finetune import prepare_data
 from train.recipe import Recipe
 
@@ -207,6 +215,35 @@ def test_tokens_are_counted_with_transformers_5_tokenizer(tiny_checkpoint, tmp_p
     assert inspect_directory(DataInputs(tmp_path / "data"), tmp_path / "out", lambda _: None, model=model)
     found = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert found["splits"]["train"]["tokens"]["max"] == 4
+
+
+def test_twins_across_splits_are_reported(tmp_path):
+    images = random_pictures(5, size=(90, 70))
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"train_{i}.png")
+    images[1].resize((180, 140)).save(tmp_path / "copy.png")
+    images[2].transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "turned.png")
+    random_pictures(9, size=(90, 70))[8].save(tmp_path / "new.png")
+    splits = {
+        "train": made("train", [(f"train_{i}", "a ct", ()) for i in range(5)] + [("train_0", "a scan", ())], tmp_path),
+        "valid": made("valid", [("new", "a ct", ()), ("gone", "a ct", ())], tmp_path),
+        "test": made("test", [("copy", "a ct", ()), ("turned", "a ct", ())], tmp_path),
+    }
+    found = twins_across(splits, "clip")
+    assert found["train and test"] == {
+        "images": 2,
+        "of": 2,
+        "kinds": {"copy": 1, "mirrored": 1},
+        "near": 0,
+        "first": [["copy", "train_1", "copy"], ["turned", "train_2", "mirrored"]],
+    }
+    assert found["train and valid"]["images"] == found["valid and test"]["images"] == 0
+    shown = lines(inspect_dataset(splits) | {"twins": found})
+    assert shown[-2] == (
+        "images of test with a twin in train: 2 of 2 (copy 1, mirrored 1), 0 others with only a near image; "
+        "for example copy and train_1 (copy)"
+    )
+    assert twins_across({"train": splits["train"]}, "clip") == {}
 
 
 def test_missing_model_folder_is_named(tmp_path):
