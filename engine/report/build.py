@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from engine.errors import ImageError, OutputError, UsageError
+from engine.errors import ImageError, OutputError, UsageError, counted
 from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
 from engine.host import available_cores
@@ -201,7 +201,7 @@ def _unreadable(content: Content, thumbnails: Thumbnails) -> list[str]:
     for index, reason in thumbnails.unreadable.items():
         image = content.images[index]
         images.append(f"{image.path.name if image else content.ids[index]} ({reason})")
-    return [f"{len(images)} images cannot be read and have a placeholder: {join_some(images)}"]
+    return [f"{counted(len(images), 'image')} cannot be read, shown as a placeholder: {join_some(images)}"]
 
 
 QUALITY = 82

@@ -77,7 +77,7 @@ def test_row_shows_image_captions_reference_and_scores(open_page):
     assert row.locator(".number").first.inner_text().split() == ["0.800", "1.000", "−0.200"]
     broken = page.locator("#rows .row", has_text="coronal_10")
     assert broken.locator(".no-picture").inner_text() == "cannot be read"
-    assert "1 images cannot be read and have a placeholder: coronal_10.png" in page.locator("#notes").inner_text()
+    assert "1 image cannot be read, shown as a placeholder: coronal_10.png" in page.locator("#notes").inner_text()
 
 
 def test_markup_in_a_caption_is_shown_as_text(open_page):
