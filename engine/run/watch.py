@@ -24,7 +24,7 @@ from engine.inputs.images import ImageFile, NoImagesError, describe_ignored
 from engine.inputs.paths import find_inputs
 from engine.options import DecodeOptions, declared, notes_on
 from engine.run.job import Inputs, Outputs
-from engine.run.outputs import sidecar_paths, write_sidecars
+from engine.run.outputs import SUFFIX, sidecar_paths, write_sidecars
 from engine.run.pipeline import Log, Progress, check, choose_runtime, keep, lock, open_record, open_source
 from engine.run.record import RunRecord, rows_of, text_of
 from engine.runtime import Runtime, Workers
@@ -128,8 +128,9 @@ def watch_directory(
     outputs = replace(outputs, update=True)
     runtime = choose_runtime(runtime, workers, log)
     calibration = None if outputs.calibration is None else Calibration.read(outputs.calibration)
-    skipped: list[str] = []
-    folder = SettledImages(lambda: _find(inputs, log, skipped))
+    skipped: set[str] = set()
+    sidecars = SUFFIX if outputs.sidecar is not None else ""
+    folder = SettledImages(lambda: _find(inputs, log, skipped, sidecars))
     outputs.check([])
     with lock(outputs, log):
         located = bundle.located(log)
@@ -158,16 +159,20 @@ def watch_directory(
                     raise
 
 
-def _find(inputs: Inputs, log: Log, skipped: list[str]) -> list[ImageFile]:
-    """Return all images of the folder; log what is skipped if that has changed. `skipped` has the line of last time."""
+def _find(inputs: Inputs, log: Log, skipped: set[str], sidecars: str) -> list[ImageFile]:
+    """Return all images of the folder; log what is skipped and not among `skipped` yet.
+
+    Files with the suffix `sidecars` are not mentioned: this run writes them.
+    """
     try:
         found = find_inputs(inputs.places, inputs.find_options)
     except NoImagesError:
         return []
     for folder, names in found.left_aside.items():
-        if (line := f"skipped in {folder}: {describe_ignored(names, found.imageless)}") not in skipped:
-            skipped[:] = [line]
-            log(line)
+        new = [name for name in names if name not in skipped and not (sidecars and name.endswith(sidecars))]
+        skipped.update(new)
+        if new:
+            log(f"skipped in {folder}: {describe_ignored(new, found.imageless)}")
     return found.images
 
 

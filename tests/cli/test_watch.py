@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.cli.app import main
+from engine.host import descendants
 from engine.inputs.images import find_images
 from engine.run.journal import read_journal
 from engine.run.watch import SETTLE_S, SettledImages
@@ -111,11 +112,11 @@ def read(path: Path) -> dict[str, str]:
     return dict(rows)
 
 
-@pytest.mark.parametrize("more", [(), ("--processes", "2")])
-def test_growing_folder(tmp_path, tiny_bundle, more):
+def test_growing_folder(tmp_path, tiny_bundle):
     folder, out = tmp_path / "images", tmp_path / "run.csv"
     folder.mkdir()
-    watch = Watch(folder, tiny_bundle, out, *more)
+    watch = Watch(folder, tiny_bundle, out, "--sidecar")
+    (folder / "notes.md").touch()
     for number in range(FIRST):
         (folder / f"{number}.bmp").write_bytes(bmp(number))
     watch.wait_for({"0", "1", "2"})
@@ -130,20 +131,59 @@ def test_growing_folder(tmp_path, tiny_bundle, more):
     watch.wait_for({"1", "2", "3"})
     (folder / "broken.bmp").write_bytes(bmp(4))
     watch.wait_for({"1", "2", "3", "broken"})
+    captions = read(out)
     errors = watch.stop()
     assert errors.count("unreadable: ") == 1, "it is read again only when it has changed"
+    assert errors.count("skipped in ") == errors.count(": 1 .md") == 1
+    assert {path.stem: path.read_text().strip() for path in folder.glob("[1-9b]*.txt")} == captions
     assert "3.bmp" not in errors
     records = read_journal(out.with_name("run.csv.update.journal"))[1]
     assert sorted(record["id"] for record in records) == ["0", "1", "2", "3", "broken"], "each was captioned once"
 
     (folder / "4.bmp").write_bytes(bmp(5))
-    again = Watch(folder, tiny_bundle, out, *more)
+    again = Watch(folder, tiny_bundle, out)
     again.wait_for({"1", "2", "3", "broken", "4"})
     assert "4 captions of an earlier run are taken from" in again.stop(signal.SIGTERM)
-    scratch = tmp_path / "scratch.csv"
-    words = ["caption", "--input", folder, "--bundle", tiny_bundle, "--beams", 2, "--threads", 1, "--out", scratch]
+    assert out.read_bytes() == from_scratch(folder, tiny_bundle, tmp_path / "scratch.csv")
+
+
+def from_scratch(folder: Path, bundle: Path, out: Path) -> bytes:
+    words = ["caption", "--input", folder, "--bundle", bundle, "--beams", 2, "--threads", 2, "--out", out]
     assert CliRunner().invoke(main, [str(word) for word in words]).exit_code == 0
-    assert out.read_bytes() == scratch.read_bytes()
+    return out.read_bytes()
+
+
+def test_processes_wait_for_more_images(tmp_path, tiny_bundle):
+    folder, out = tmp_path / "images", tmp_path / "run.csv"
+    folder.mkdir()
+    (folder / "0.bmp").write_bytes(bmp(0))
+    watch = Watch(folder, tiny_bundle, out, "--processes", "2")
+    watch.wait_for({"0"})
+    workers = descendants(watch.process.pid)
+    assert len(workers) == 2
+    for number in range(1, 5):
+        (folder / f"{number}.bmp").write_bytes(bmp(number))
+    watch.wait_for({"0", "1", "2", "3", "4"})
+    assert descendants(watch.process.pid) == workers, "they are not started again"
+    watch.stop()
+    assert out.read_bytes() == from_scratch(folder, tiny_bundle, tmp_path / "scratch.csv")
+
+
+def test_interrupt_in_the_middle_leaves_the_finished_captions(tmp_path, tiny_bundle):
+    folder, out = tmp_path / "images", tmp_path / "run.csv"
+    for number, picture in enumerate(random_pictures(300)):
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"{number:03}.bmp")
+    journal = out.with_name("run.csv.update.journal")
+    watch = Watch(folder, tiny_bundle, out, "--rows", "4")
+    while watch.process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 20):
+        time.sleep(0.005)
+    assert not out.exists(), "the first round is not over"
+    watch.stop()
+    records = read_journal(journal)[1]
+    assert 20 <= len(records) < 300
+    assert list(read(out)) == sorted(record["id"] for record in records)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "run.csv", "run.csv.update.journal"]
 
 
 @pytest.mark.parametrize(
