@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import threading
@@ -90,7 +89,7 @@ def caption(
             runtime=runtime,
             workers=workers,
             log=log,
-            progress=show if bundle.names else functools.partial(_after_demo_note, show),
+            progress=show if bundle.names else _after_demo_note(show),
         )
     except ReaderGoneError:
         end(BROKEN_PIPE)
@@ -127,13 +126,19 @@ def merge(files: tuple[Path, ...], out: Path) -> None:
 Shown = AbstractContextManager[Callable[[int], None]]
 
 
-def _after_demo_note(show: Callable[[int], Shown], length: int) -> Shown:
-    """Log the limits of the embedded demo, but only once captioning starts: errors of the inputs come first."""
-    log(
+def _after_demo_note(show: Callable[[int], Shown]) -> Callable[[int], Shown]:
+    """Log the limits of the embedded demo once captioning starts, and only once: errors of the inputs come first."""
+    notes = [
         "note: no --model and no --bundle is given: the embedded demo model is used, which only knows T1-weighted head "
         f"MRI: for other images add --model {EXAMPLE}"
-    )
-    return show(length)
+    ]
+
+    def shown(length: int) -> Shown:
+        while notes:
+            log(notes.pop())
+        return show(length)
+
+    return shown
 
 
 @contextmanager

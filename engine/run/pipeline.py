@@ -195,10 +195,7 @@ def caption_directory(
             log(f"detail: bundle {opened.path}, {opened.precision}, digest {opened.digest[:12]}")
             log(f"detail: options {options}")
             # before captioning, which may take hours
-            for note in (*opened.notes, *notes_on(requested, options, rows)):
-                log(f"note: {note}")
-            if outputs.without_prompt and not options.prompt and prompts is None:
-                log("note: --without-prompt has no effect without --prompt or --prompts")
+            log_notes(opened, requested, options, outputs, log, rows=rows, prompts=prompts)
             stream = RowStream(record, outputs) if outputs.is_stream else None
             seconds = keep(source.captions(record, log), record, progress, stream)
             # after captioning, because the notes grow while images are read
@@ -230,6 +227,23 @@ def caption_directory(
         signature=signature,
         left_aside=left_aside,
     )
+
+
+def log_notes(
+    bundle: Bundle,
+    requested: DecodeOptions,
+    options: DecodeOptions,
+    outputs: Outputs,
+    log: Log,
+    *,
+    rows: int | None,
+    prompts: Mapping[str, str] | None = None,
+) -> None:
+    """Log what a user should know of the bundle and the `requested` options, given the `options` in force."""
+    for note in (*bundle.notes, *notes_on(requested, options, rows)):
+        log(f"note: {note}")
+    if outputs.without_prompt and not options.prompt and prompts is None:
+        log("note: --without-prompt has no effect without --prompt or --prompts")
 
 
 def _prompts(inputs: Inputs, images: list[ImageFile]) -> dict[str, str] | None:

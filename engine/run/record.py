@@ -403,11 +403,12 @@ class RunRecord:
 
         Captions are kept for the images whose content is known. Failures are kept for files that have not changed.
         """
-        earlier = self._fingerprints
+        stamps = fingerprints(images)
+        captions = self._known.recall(images, stamps)
+        same = {str(image.source) for image in images if stamps[image.id] == self._fingerprints.get(image.id)}
+        # only now: Ctrl-C may come at any time, and the outputs are then written from these
         self.images, self._images = images, {image.id: image for image in images}
-        self._fingerprints = fingerprints(images)
-        self.captions = self._known.recall(images, self._fingerprints)
-        same = {str(i.source) for i in images if self._fingerprints[i.id] == earlier.get(i.id)}
+        self._fingerprints, self.captions = stamps, captions
         self._failed = {path: error for path, error in self._failed.items() if path in same}
         self.resumed, self._failed_before = len(self.captions), len(self._failed)
 

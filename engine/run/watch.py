@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.bundle.open import BundleRef
+from engine.bundle.signature import run_signature
 from engine.bundle.tokenizer import CaptionTokenizer
 from engine.calibration import Calibration
 from engine.captioner import resolve
@@ -22,10 +23,22 @@ from engine.checkpoints.cache import ModelRef
 from engine.errors import ImageError, UsageError, counted
 from engine.inputs.images import ImageFile, NoImagesError, describe_ignored
 from engine.inputs.paths import find_inputs
-from engine.options import DecodeOptions, declared, notes_on
+from engine.inputs.pixels import note_lines
+from engine.options import DecodeOptions, declared
 from engine.run.job import Inputs, Outputs
 from engine.run.outputs import SUFFIX, sidecar_paths, write_sidecars
-from engine.run.pipeline import Log, Progress, check, choose_runtime, keep, lock, open_record, open_source
+from engine.run.pipeline import (
+    Log,
+    Progress,
+    Source,
+    check,
+    choose_runtime,
+    keep,
+    lock,
+    log_notes,
+    open_record,
+    open_source,
+)
 from engine.run.record import RunRecord, rows_of, text_of
 from engine.runtime import Runtime, Workers
 from engine.workers.messages import WorkOrder
@@ -139,13 +152,14 @@ def watch_directory(
         if calibration is not None:
             calibration.require(decoding.options.num_return_sequences)
         with open_source(opened, WorkOrder(located, opened.digest, runtime, decoding, rows), workers, log) as source:
-            for note in (*opened.notes, *notes_on(requested, decoding.options, rows)):
-                log(f"note: {note}")
+            options = decoding.options
+            log_notes(opened, requested, options, outputs, log, rows=rows)
+            log(run_signature(opened, source.backend_name, options, inputs.high_bit_depth, runtime.cpu_precision))
             log(f"watching {inputs.places[0]}: Ctrl-C stops, and the same command resumes")
             images = folder.wait()
             # opened with the first images, because the key of the journal depends on how they are read
             with open_record(images, source, outputs, log, runtime=runtime, calibration=calibration) as record:
-                files = _Files(record, outputs, decoding.options, log)
+                files = _Files(record, source, outputs, log)
                 try:
                     while True:
                         check(outputs, images, [image.path for image in images], bundle)
@@ -179,9 +193,10 @@ def _find(inputs: Inputs, log: Log, skipped: set[str], sidecars: str) -> list[Im
 class _Files:
     """The outputs of a run that is not over: each `write` replaces them by those of the images finished so far."""
 
-    def __init__(self, record: RunRecord, outputs: Outputs, options: DecodeOptions, log: Log) -> None:
-        self._record, self._outputs, self._options, self._log = record, outputs, options, log
+    def __init__(self, record: RunRecord, source: Source, outputs: Outputs, log: Log) -> None:
+        self._record, self._source, self._outputs, self._log = record, source, outputs, log
         self._sidecars: dict[str, str] = {}
+        self._noted = 0
         self._reported: list[ImageError] = []
         self._due, self._captions = time.monotonic() + WRITE_EVERY_S, -1
 
@@ -199,6 +214,9 @@ class _Files:
             if failure not in self._reported:
                 self._reported.append(failure)
                 self._log(f"unreadable: {failure}")
+        for line in note_lines(self._source.notes[self._noted :]):
+            self._log(f"note: {line}")
+        self._noted = len(self._source.notes)
         if outputs.sidecar is not None:
             captioned = [image for image in record.images if image.id in record.captions]
             texts = {i.id: text_of(record.captions[i.id], outputs, record.prompt_of(i)) for i in captioned}
@@ -207,9 +225,10 @@ class _Files:
             self._sidecars = texts
         # as on standard output, an image that cannot be read has no line, unless --allow-missing gives it an empty one
         rows = (row for row in rows_of(record, outputs) if row.text is not None or outputs.jsonl)
-        record.write(outputs, rows, drawn=self._options.do_sample, compact=False)
+        marked = record.write(outputs, rows, drawn=self._source.decoding.options.do_sample, compact=False)
         if len(record.captions) != self._captions:
             self._captions = len(record.captions)
-            self._log(f"{counted(self._captions, 'caption')} -> {outputs.out}")
+            review = "" if outputs.abstain_below is None else f", {marked} marked for review"
+            self._log(f"{counted(self._captions, 'caption')}{review} -> {outputs.out}")
         now = time.monotonic()
         self._due = now + max(WRITE_EVERY_S, (now - start) / WRITE_SHARE)

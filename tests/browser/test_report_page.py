@@ -229,7 +229,7 @@ def test_wins_and_losses_filter_the_images(open_page):
     assert cells[:3] == ["0.500", "0.675", "−0.175"]
     page.get_by_role("button", name="rouge1: 2 images B better").click()
     assert shown(page) == ["coronal_10", "axial_1"]
-    page.get_by_role("button", name="rouge1: 1 images A better").click()
+    page.get_by_role("button", name="rouge1: 1 image A better").click()
     assert shown(page) == ["coronal_9"]
     page.get_by_role("button", name="Remove the filter").click()
     page.get_by_role("button", name="2 captions differ").click()
