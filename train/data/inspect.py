@@ -64,8 +64,8 @@ def draw_dataset(stats: Stats, out: Path) -> None:
 def _draw_lengths(panel: Any, lengths: dict[str, Stats], unit: str) -> None:
     """Draw a step plot of caption lengths, as percentages of the captions of each split."""
     longest = max(split["max"] for split in lengths.values())
-    counted = [np.repeat([int(length) for length in s["counts"]], [*s["counts"].values()]) for s in lengths.values()]
-    most = max(int(np.quantile(one, SHOWN, method="inverted_cdf")) for one in counted)
+    repeated = [np.repeat([int(length) for length in s["counts"]], [*s["counts"].values()]) for s in lengths.values()]
+    most = max(int(np.quantile(one, SHOWN, method="inverted_cdf")) for one in repeated)
     end = min(longest, most * 5 // 4)
     width = max(1, -(-end // 60))
     end += width - 1 - end % width  # makes the last step as wide as the others
