@@ -327,7 +327,7 @@ def generate_int8(setting: Comparison) -> Caption:
 def _generate_with(convert: Callable[[Any], Any], setting: Comparison) -> Caption:
     torch.set_num_threads(setting.threads or available_cores())
     reference = Reference.load(setting.workload.checkpoint)
-    pixel_values = reference.pixels(read_pictures(setting.workload))
+    pixel_values = _pixels(reference, setting.workload)
     reference = Reference(convert(reference.model), reference.image_processor, reference.tokenizer)
     pixel_values = pixel_values.to(reference.model.dtype)
 
@@ -340,6 +340,11 @@ def _generate_with(convert: Callable[[Any], Any], setting: Comparison) -> Captio
     return caption
 
 
+def _pixels(reference: Reference, workload: Workload) -> Tensor:
+    """Return the images as the processor's input for the encoder, f32[N,3,height,width], decoded one after another."""
+    return torch.cat([reference.pixels([picture]) for picture in read_pictures(workload)])
+
+
 def conventional(setting: Comparison) -> Caption:
     """Load the usual ONNX loop, see Conventional."""
     from engine.captioner import Captioner
@@ -349,7 +354,7 @@ def conventional(setting: Comparison) -> Caption:
     reference = Reference.load(workload.checkpoint)
     directory = export_conventional(reference, BUILD / workload.name / "conventional")
     search = Captioner.load(workload.bundle, backend="cpu").search(setting.options)
-    pixel_values = reference.pixels(read_pictures(workload)).numpy()
+    pixel_values = _pixels(reference, workload).numpy()
     del reference
     program = Conventional(directory, search, setting.threads)
 

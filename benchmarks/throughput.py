@@ -11,6 +11,10 @@ and, as one JSON line, to stdout.
 
 compares precisions: time, captions that are the same as the engine's in float32, and the difference in ROUGE-1. Only
 the demo's captions have a meaning. Base and large have random weights: they show the speed.
+
+    python -m benchmarks.throughput --checkpoint my-blip --input images
+
+measures your own checkpoint on your own images, with the checkpoint's generation settings, next to `generate`.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,9 +34,11 @@ from benchmarks.programs import BATCHED, EXACT, PROGRAMS, ROUNDED, Comparison, I
 from benchmarks.roofline import ModelWork, count_work, measure_matmul
 from benchmarks.workload import (
     MAX_NEW_TOKENS,
+    OWN_IMAGES,
     Workload,
     describe_machine,
     prepare,
+    prepare_own,
     read_pictures,
     read_pixels,
     read_references,
@@ -43,7 +48,9 @@ from benchmarks.workload import (
 from engine.bundle.manifest import Bundle
 from engine.bundle.tokenizer import CaptionTokenizer, detokenise
 from engine.captioner import Captioner
+from engine.cli.shared import NAME, PATH, OneLine
 from engine.decoding.beam import Hypothesis
+from engine.errors import EngineError, UsageError, counted
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
 from engine.scoring.base import Items, Measured, compare
@@ -65,14 +72,20 @@ NEAR = 0.02
 """Nats per token by which a caption from a batch may score below the reference's caption of the image alone."""
 
 
-@click.command()
+@click.command(cls=OneLine)
+@click.option("--workload", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), help="Model; default: base.")
 @click.option(
-    "--workload", "name", type=click.Choice(sorted(MAX_NEW_TOKENS)), default="base", show_default=True, help="Model."
+    "--checkpoint",
+    type=NAME,
+    help="Your checkpoint instead of a --workload: a folder, a Hugging Face id or a .pth file.",
 )
+@click.option("--input", "pictures", type=PATH, help="Folder of images, with --checkpoint.")
 @click.option(
-    "--images", type=click.IntRange(1), default=160, show_default=True, help="Number of images: several for each slot."
+    "--images",
+    type=click.IntRange(1),
+    help=f"Number of images, several for each slot; default: 160, with --checkpoint {OWN_IMAGES} or all of --input.",
 )
-@click.option("--beams", type=click.IntRange(1), default=4, show_default=True, help="Number of beams.")
+@click.option("--beams", type=click.IntRange(1), help="Number of beams; default: 4, with --checkpoint its own.")
 @click.option(
     "--forced-tokens",
     type=click.IntRange(1),
@@ -83,9 +96,7 @@ NEAR = 0.02
     "programs",
     type=click.Choice(list(PROGRAMS)),
     multiple=True,
-    default=tuple(EXACT),
-    show_default=True,
-    help="Program to measure next to the engine; may be repeated.",
+    help="Program to measure next to the engine; may be repeated. Default: all in float32, with --checkpoint generate.",
 )
 @click.option(
     "--batch",
@@ -100,12 +111,31 @@ NEAR = 0.02
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of every program; by default all cores.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each program.")
 @record_options
-def main(name, images, beams, forced_tokens, programs, batches, rows, threads, repeats, out, record) -> None:
+def main(
+    name, checkpoint, pictures, images, beams, forced_tokens, programs, batches, rows, threads, repeats, out, record
+) -> None:
     """Measure the programs, compare their captions and write a record."""
+    if (checkpoint is None) != (pictures is None):
+        raise UsageError("--checkpoint and --input go together: your checkpoint and a folder of your images")
+    is_own = checkpoint is not None
+    programs = programs or (("generate",) if is_own else tuple(EXACT))
     rounded = [program for program in ROUNDED if program in programs]
-    ours = [program.removeprefix("engine-") for program in rounded if program.startswith("engine-")]
-    workload = prepare(name, images, ours)
+    if is_own and (name is not None or record or rounded or "conventional" in programs):
+        raise UsageError(
+            "--checkpoint measures engine, generate and openvino into build/: remove --workload, --record and "
+            "other values of --program"
+        )
+    if out is not None:
+        record_path("", out, record)  # before hours of measuring
+    if is_own:
+        workload = prepare_own(checkpoint, pictures, images)
+        name, images = workload.name, workload.most
+    else:
+        name, images, beams = name or "base", images or 160, beams or 4
+        ours = [program.removeprefix("engine-") for program in rounded if program.startswith("engine-")]
+        workload = prepare(name, images, ours)
     options = workload.options(beams, forced_tokens=forced_tokens)
+    beams = options.num_beams
     setting = Comparison(workload, options, rows, threads)
     workers = {program: Worker(program, setting) for program in dict.fromkeys(("engine", *programs))}
     chosen = {program: _best_batch(worker, batches, images) for program, worker in workers.items()}
@@ -119,7 +149,12 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
         "benchmark": "throughput",
         "workload": name,
         "machine": describe_machine(),
-        "setting": {"images": images, "beams": beams, "no_repeat_ngram": 3, "most_new_tokens": options.max_new_tokens}
+        "setting": {
+            "images": images,
+            "beams": beams,
+            "no_repeat_ngram": options.no_repeat_ngram_size,
+            "most_new_tokens": options.max_new_tokens,
+        }
         | {"forced_tokens": forced_tokens, "rows": rows or "auto", "threads": threads, "repeats": repeats},
         "new_tokens": _lengths(last["engine"]),
         "programs": {program: _summary(runs, timings["engine"], images) for program, runs in timings.items()},
@@ -132,7 +167,7 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
         },
         "valid": valid,
         "bundle_sha256": Bundle.load(workload.bundle).digest,
-        "roofline": _roofline(workload, options, timings["engine"], images, threads),
+        "roofline": None if is_own else _roofline(workload, options, timings["engine"], images, threads),
         "ids_sha256": hashlib.sha256(json.dumps(last["engine"]).encode()).hexdigest()[:16],
     }
     what = (f"_{forced_tokens}tokens" if forced_tokens else "") + ("_precisions" if rounded else "")
@@ -141,8 +176,7 @@ def main(name, images, beams, forced_tokens, programs, batches, rows, threads, r
     out.write_text(json.dumps(report, indent=1) + "\n")
     _print(report, out)
     if not valid:
-        click.echo("error: the programs returned different ids that are not ties: the measurement is void", err=True)
-        sys.exit(1)
+        raise EngineError(f"the programs returned different ids that are not ties: the measurement is void ({out})")
 
 
 def _best_batch(worker: Worker, batches: tuple[int, ...], images: int) -> int:
@@ -225,7 +259,7 @@ def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, I
     The engine's caption must pass export.parity.judge. By the reference, both captions must score at most NEAR below
     the caption that it generates for the image alone. Otherwise the difference is "real".
     """
-    reference, pictures = Reference.load(workload.checkpoint), read_pictures(workload)
+    reference, pictures = Reference.load(workload.checkpoint), list(read_pictures(workload))
     captioner = Captioner.load(workload.bundle, backend="cpu")
     backend, spec = UncachedBackend(reference), captioner.bundle.image
     search = captioner.search(options)
@@ -294,16 +328,25 @@ def _roofline(
 
 
 def _print(record: dict[str, Any], out: Path) -> None:
+    table = [("program", "batch", "s per image", "x engine", "memory", "same ids as the engine")]
     for program, row in record["programs"].items():
-        batch = f", batch {record['batch'][program]}" if program in record["batch"] else ""
-        unfilled = f", {row['unfilled_share']:.0%} of it with empty slots" if "unfilled_share" in row else ""
-        click.echo(
-            f"{program + batch:24} {row['seconds_per_image']:.3f} s per image "
-            f"({row['seconds_least']:.3f}-{row['seconds_most']:.3f}), {row['times_engine']:.2f} x engine "
-            f"({row['times_least']:.2f}-{row['times_most']:.2f}), {row['peak_gib']:.1f} GiB{unfilled}, "
-            f"{record['agreement'].get(program, '')}",
-            err=True,
+        cells = (
+            f"{row['seconds_per_image']:.3f} ({row['seconds_least']:.3f}-{row['seconds_most']:.3f})",
+            f"{row['times_engine']:.2f} ({row['times_least']:.2f}-{row['times_most']:.2f})",
+            f"{row['peak_gib']:.1f} GiB",
+            _same_ids(record, program),
         )
+        table.append((program, str(record["batch"].get(program, "")), *cells))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        click.echo("  ".join(map(str.ljust, line, widths)).rstrip(), err=True)
+    machine, tokens = record["machine"], record["new_tokens"]
+    click.echo(
+        f"{machine['cores']} cores of {machine['processor']}; {counted(record['setting']['images'], 'image')}, "
+        f"{tokens['mean']:.1f} new tokens per caption (at most {tokens['most']}), "
+        f"{counted(record['setting']['beams'], 'beam')}",
+        err=True,
+    )
     images = record["setting"]["images"]
     for program, found in record["fidelity"].items():
         if found["rouge1"] is None:
@@ -318,8 +361,19 @@ def _print(record: dict[str, Any], out: Path) -> None:
                 "{difference:+.4f} [{low:+.4f}, {high:+.4f}]".format(**found["rouge1"]),
                 err=True,
             )
-    click.echo(f"share of the matrix-multiply roofline: {record['roofline']['share']:.0%}; record: {out}", err=True)
+    if record["roofline"] is not None:
+        click.echo(f"share of the matrix-multiply roofline: {record['roofline']['share']:.0%}", err=True)
+    click.echo(f"record: {out}", err=True)
     click.echo(json.dumps(record))
+
+
+def _same_ids(record: dict[str, Any], program: str) -> str:
+    """Return how many captions of a program have the engine's ids, and the reasons of the others."""
+    counts = record["agreement"].get(program)
+    if counts is None:
+        return ""
+    others = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count and verdict != "identical")
+    return f"{counts['identical']} of {record['setting']['images']}" + (f" ({others})" if others else "")
 
 
 if __name__ == "__main__":

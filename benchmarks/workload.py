@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -27,6 +28,7 @@ from PIL import Image
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 
 from engine.bundle.manifest import Bundle, demo_bundle
+from engine.errors import UsageError
 from engine.host import processor
 from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image, read_image
@@ -64,20 +66,31 @@ MAX_NEW_TOKENS = dict.fromkeys(SHAPES, 64) | {"demo": 40}
 
 @dataclass(frozen=True)
 class Workload:
-    """Folders of one workload, and the maximum number of new tokens of its searches."""
+    """Folders of one workload, and the maximum number of new tokens of its searches.
+
+    With None for `max_new_tokens` it is a checkpoint of the user, whose generation settings hold. `most` is the number
+    of images of the folder that are used; None: all.
+    """
 
     name: str
     checkpoint: Path
     bundle: Path
     pictures: Path
-    max_new_tokens: int
+    max_new_tokens: int | None
+    most: int | None = None
 
     def bundle_in(self, precision: str) -> Path:
         """Return the folder of the bundle in a precision; `prepare` writes those that it is asked for."""
         return self.bundle if precision == "fp32" else BUILD / self.name / f"bundle-{precision}"
 
-    def options(self, num_beams: int, *, forced_tokens: int | None = None) -> DecodeOptions:
-        """Return options for `num_beams` beams with a 3-gram ban; `forced_tokens` sets the length of all captions."""
+    def options(self, num_beams: int | None, *, forced_tokens: int | None = None) -> DecodeOptions:
+        """Return options for `num_beams` beams with a 3-gram ban; `forced_tokens` sets the length of all captions.
+
+        With the user's checkpoint all options that are not given are the checkpoint's own, and there is no further ban.
+        """
+        if self.max_new_tokens is None:
+            given = DecodeOptions(num_beams=num_beams, max_new_tokens=forced_tokens, min_new_tokens=forced_tokens)
+            return given.replace(num_return_sequences=1).over(Bundle.load(self.bundle).generation)
         longest = forced_tokens or self.max_new_tokens
         return DecodeOptions(
             num_beams=num_beams, no_repeat_ngram_size=3, max_new_tokens=longest, min_new_tokens=forced_tokens
@@ -106,6 +119,29 @@ def prepare(name: str, images: int, precisions: Iterable[str] = ()) -> Workload:
     return workload
 
 
+def prepare_own(checkpoint: str, pictures: Path, images: int | None) -> Workload:
+    """Return the workload of a user: a checkpoint (folder, hub id or .pth file) and the first `images` of a folder.
+
+    The checkpoint is exported under BUILD, once. Raises CheckpointError, and UsageError if the folder has no images.
+    """
+    from export.bundle import checkpoint_sha256
+    from export.checkpoints.find import find_checkpoint
+
+    folder = find_checkpoint(checkpoint)
+    bare = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(checkpoint).name).strip(".") or "checkpoint"
+    name = f"{bare}-{checkpoint_sha256(folder)[:12]}"
+    found = find_images(pictures).images
+    bundle = BUILD / name / "bundle"
+    if not bundle.exists():
+        bundle.parent.mkdir(parents=True, exist_ok=True)
+        export_bundle(folder, bundle, lambda line: click.echo(line, err=True))
+    return Workload(name, folder, bundle, pictures, None, min(len(found), images or OWN_IMAGES))
+
+
+OWN_IMAGES = 64
+"""Number of the user's images that are measured by default."""
+
+
 def _make_complete(out: Path, make: Callable[[Path], object]) -> None:
     """Create a folder under a temporary name and rename it, so that an incomplete one is never used."""
     unfinished = out.with_name(out.name + ".unfinished")
@@ -115,9 +151,9 @@ def _make_complete(out: Path, make: Callable[[Path], object]) -> None:
     unfinished.rename(out)
 
 
-def read_pictures(workload: Workload) -> list[Image.Image]:
-    """Return the workload's images, RGB."""
-    return [decode_image(image.path) for image in find_images(workload.pictures).images]
+def read_pictures(workload: Workload) -> Iterator[Image.Image]:
+    """Yield the workload's images, RGB; those of a user may be too large to hold all of them at once."""
+    return (decode_image(image.path) for image in find_images(workload.pictures).images[: workload.most])
 
 
 def read_references(workload: Workload) -> list[str] | None:
@@ -209,7 +245,12 @@ def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def record_path(name: str, out: Path | None = None, record: bool = False) -> Path:
-    """Return the path of a record and create its folder: `out`, or `name` in RESULTS (with `record`) or SCRATCH."""
+    """Return the path of a record and create its folder: `out`, or `name` in RESULTS (with `record`) or SCRATCH.
+
+    Raises UsageError for an `out` in RESULTS without `record`: the tables of the docs are made from these files.
+    """
+    if out is not None and not record and out.resolve().is_relative_to(RESULTS.resolve()):
+        raise UsageError(f"--out {out} would be among the tracked records: choose another folder, or add --record")
     path = out or (RESULTS if record else SCRATCH) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -230,24 +271,13 @@ def describe_machine() -> dict[str, object]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     instructions = [name for name in INSTRUCTIONS if name in processor().flags]
     machine = {
-        "processor": _processor(),
+        "processor": processor().full_name,
         "instructions": instructions,
         "cores": cores,
         "python": platform.python_version(),
         "versions": versions,
     }
     return {"date": date.today().isoformat()} | machine
-
-
-def _processor() -> str:
-    """Return the processor's name, family and model number: in virtual machines the name is often only the vendor's."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        facts = {name.strip(): value.strip() for name, _, value in lines}
-        if {"model name", "cpu family", "model"} <= facts.keys():
-            return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
-    return platform.processor() or platform.machine()
 
 
 CHALLENGE_SIZE = 17_237

@@ -582,7 +582,7 @@ def caption_within_memory(
                     f"there is not enough memory for one image at a time{reason}: close other programs, or raise the "
                     "memory limit (`ulimit -v`, or the container's)"
                 ) from error
-            log(f"memory is short with {num_slots} images in parallel: continuing with {num_slots // 2}")
+            log(f"note: memory is short with {num_slots} images in parallel: continuing with {num_slots // 2}")
             num_slots //= 2
 
 

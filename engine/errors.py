@@ -33,6 +33,11 @@ def install_command(extra: str) -> str:
     return "pip install " + " ".join(f"'{package}'" for package in PACKAGES[extra])
 
 
+def counted(count: int, one: str, several: str = "") -> str:
+    """Return a number with its noun: `1 image`, `2 images`; `several` is the plural that is not `one` with an s."""
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
 class EngineError(Exception):
     """Base class of all errors a user can see; the command line prints the message and exits with `exit_code`."""
 

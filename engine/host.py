@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import os
+import platform
 import signal
 import time
 from collections.abc import Mapping
@@ -20,10 +21,22 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Processor:
-    """A processor as Linux reports it: the model name (empty if unknown) and the instruction flags."""
+    """A processor as Linux reports it: the model name (empty if unknown), the instruction flags, family and model.
+
+    In virtual machines the name is often only the vendor's, such as `AMD EPYC`. Family and model number identify the
+    generation, so `full_name` has them as well.
+    """
 
     name: str
     flags: frozenset[str]
+    family: str = ""
+    model: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """Return the name with family and model, such as `AMD EPYC (family 25, model 17)`."""
+        name = self.name or platform.processor() or platform.machine()
+        return f"{name} (family {self.family}, model {self.model})" if self.family and self.model else name
 
     @property
     def is_x86(self) -> bool:
@@ -45,7 +58,8 @@ def processor() -> Processor:
         return Processor("", frozenset())
     first = {name.strip(): value.strip() for name, _, value in lines}
     flags = first.get("flags") or first.get("Features") or ""  # the names on x86 and on ARM
-    return Processor(first.get("model name", ""), frozenset(flags.split()))
+    family, model = first.get("cpu family", ""), first.get("model", "")
+    return Processor(first.get("model name", ""), frozenset(flags.split()), family, model)
 
 
 def available_cores() -> int:

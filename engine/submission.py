@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.errors import DataError, EngineError, UsageError
+from engine.errors import DataError, EngineError, UsageError, counted
 from engine.files.atomic import replace_file
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.ids import Ids, join_some
@@ -91,10 +91,14 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
     captions = unmatched | {name: captions[run_name] for name, run_name in run_names.items()}
     missing = [name for name in ids if name not in captions]
     if missing:
-        raise DataError(f"the run has no caption for {len(missing)} ids of the manifest: {join_some(missing)}")
+        raise DataError(
+            f"the run has no caption for {counted(len(missing), 'id')} of the manifest: {join_some(missing)}"
+        )
     extra = sorted(set(captions) - set(ids))
     if extra:
-        raise DataError(f"the run has {len(extra)} ids that are not in the manifest: {join_some(extra)}")
+        raise DataError(
+            f"the run has {counted(len(extra), 'id that is', 'ids that are')} not in the manifest: {join_some(extra)}"
+        )
     undecodable = [name for name in ids if not name.isprintable() and re.search("[\ud800-\udfff]", name)]
     if undecodable:
         raise DataError(f"ids that are not UTF-8 cannot be in a submission: rename {join_some(undecodable)}")
@@ -105,7 +109,7 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
     if verdict.errors or verdict.warnings:
         raise EngineError(f"{out} was written but does not pass the check: {(verdict.errors + verdict.warnings)[0]}")
     empty = sum(not captions[name].strip() for name in ids)
-    return [f"{empty} captions are empty"] if empty else []
+    return [f"{counted(empty, 'caption is', 'captions are')} empty"] if empty else []
 
 
 @dataclass(frozen=True)
@@ -198,10 +202,11 @@ def _check_rows(lines: _Lines, form: Format, ids: Sequence[str]) -> Verdict:
         where = f"line {start + 1}"
         start = reader.line_num
         if count > len(ids):
-            errors.append(f"{where}: more rows than the {len(ids)} ids of the manifest")
+            errors.append(f"{where}: more rows than the {counted(len(ids), 'id')} of the manifest")
         if len(row) != 2:
             errors.append(
-                f"{where}: {len(row)} columns instead of an id and a caption; a caption with a comma must be quoted"
+                f"{where}: {counted(len(row), 'column')} instead of an id and a caption; a caption with a comma must "
+                "be quoted"
             )
         else:
             names.append(row[0])
@@ -224,12 +229,15 @@ def _check_ids(names: Sequence[str], ids: Sequence[str], *, is_whole: bool = Tru
     problems = []
     counts, expected = Counter(names), set(ids)
     for what, affected in (
-        ("ids occur twice", [name for name, count in counts.items() if count > 1]),
-        ("ids are not in the manifest", [name for name in counts if name not in expected]),
-        ("ids are missing", [name for name in ids if name not in counts and is_whole]),
+        (("id occurs twice", "ids occur twice"), [name for name, count in counts.items() if count > 1]),
+        (
+            ("id is not in the manifest", "ids are not in the manifest"),
+            [name for name in counts if name not in expected],
+        ),
+        (("id is missing", "ids are missing"), [name for name in ids if name not in counts and is_whole]),
     ):
         if affected:
-            problems.append(f"{len(affected)} {what}: {join_some(affected)}")
+            problems.append(f"{counted(len(affected), *what)}: {join_some(affected)}")
     if is_whole and not problems and list(names) != list(ids):
         row = next(i for i, (a, b) in enumerate(zip(names, ids, strict=True)) if a != b)
         problems.append(f"the order differs from the manifest: row {row + 1} is {names[row]} instead of {ids[row]}")

@@ -33,7 +33,7 @@ from engine.captioner import Captioner
 from engine.checkpoints.files import weight_files
 from engine.checkpoints.read import sha256_of_all
 from engine.checkpoints.settings import assumed_settings, configured_settings, ignored_settings, size_before_crop
-from engine.errors import ExportError
+from engine.errors import ExportError, counted
 from engine.files.atomic import file_sha256
 from engine.machine.verify import Check, Golden, first_difference, replay, same_on_halves, verify, verify_halves
 from engine.options import GENERATION_SETTINGS, options_from
@@ -296,7 +296,7 @@ def _write_draft(
         digests.forget(out / "golden.npz")
         write_manifest(out, manifest, digests)
     if failed := [check for check in draft.checks(digests) if not check.passed]:
-        more = f", and {len(failed) - 1} more settings fail" if failed[1:] else ""
+        more = f", and {counted(len(failed) - 1, 'more setting fails', 'more settings fail')}" if failed[1:] else ""
         raise ExportError(
             f"{checkpoint}: the exported graphs do not give PyTorch's captions, and the difference is not a tie: "
             f"{failed[0]}{more}. No bundle was written: report this as a bug"

@@ -25,7 +25,7 @@ from engine.bundle.manifest import Bundle
 from engine.bundle.open import BundleRef
 from engine.captioner import Captioner
 from engine.cli.shared import NAME, PATH, OneLine, takes
-from engine.errors import CheckpointError, EngineError, ImageError, UsageError
+from engine.errors import CheckpointError, EngineError, ImageError, UsageError, counted
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import find_images
 from engine.inputs.pixels import decode_image
@@ -128,7 +128,7 @@ def load_images(directory: Path | None, size: int, limit: int | None) -> dict[st
         except ImageError as error:
             failures.append(str(error))
     if failures:
-        raise EngineError(f"{len(failures)} images cannot be read: {'; '.join(failures)}")
+        raise EngineError(f"{counted(len(failures), 'image')} cannot be read: {'; '.join(failures)}")
     return images
 
 
@@ -249,7 +249,8 @@ def main(
     check_outputs({"--out": out}, [])
     if len(checkpoints) != len(bundles):
         raise UsageError(
-            f"{len(checkpoints)} checkpoints for {len(bundles)} bundles: pass one --checkpoint for each --bundle"
+            f"{counted(len(checkpoints), 'checkpoint')} for {counted(len(bundles), 'bundle')}: pass one --checkpoint "
+            "for each --bundle"
         )
     checkpoints = [find_checkpoint(checkpoint) for checkpoint in checkpoints]
     captioner = Captioner.open(BundleRef(bundles, weights), Runtime("cpu"))

@@ -19,7 +19,7 @@ from engine.bundle.manifest import MANIFEST
 from engine.bundle.open import open_bundle
 from engine.checkpoints.write import FP16_SUFFIX
 from engine.cli.shared import PATH, OneLine
-from engine.errors import EngineError
+from engine.errors import EngineError, counted
 from export.checkpoints.settings import restored_tokenizer
 from export.families import FAMILIES
 
@@ -57,7 +57,8 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
             model.state_dict()[name].zero_()
     if missing := missing - unused:
         raise EngineError(
-            f"{bundle_dir} lacks {len(missing)} weights of its checkpoint ({sorted(missing)[0]}, ...): export it again"
+            f"{bundle_dir} lacks {counted(len(missing), 'weight')} of its checkpoint ({sorted(missing)[0]}, ...): "
+            "export it again"
         )
     out.mkdir(parents=True, exist_ok=True)
     family.apply_settings(model, bundle.generation)

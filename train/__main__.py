@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,6 +109,24 @@ def data_options(command: Callable[..., None]) -> Callable[..., None]:
     )(call)
 
 
+def print_result(values: dict[str, Any]) -> None:
+    """Print values as a table on stderr, and as one JSON line on stdout."""
+    for name, value in flat(values):
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else value
+        log(f"{name:40} {shown}")
+    click.echo(json.dumps(values))
+
+
+def flat(values: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of nested values; names are joined by colons: `memory gib: weights`."""
+    for key, value in values.items():
+        name = start + str(key).replace("_", " ")
+        if isinstance(value, dict):
+            yield from flat(value, f"{name}: ")
+        else:
+            yield name, value
+
+
 @click.group(cls=OneLineGroup)
 def main() -> None:
     """Fine-tune captioning checkpoints."""
@@ -162,8 +180,8 @@ def finetune(
         metrics=MetricInputs(weights=weights),
     )
     summary = plan_run(job, log) if dry_run else run(job, log)
-    if summary:
-        click.echo(json.dumps(summary))
+    if summary:  # it is empty in all processes but the first
+        print_result(summary)
 
 
 @main.command(cls=SectionCommand)
@@ -235,9 +253,10 @@ def sweep(beams: str, metrics: str, decoding: DecodeOptions, tuning: Tuning, **g
         decoding=decoding if tuning.tune else decoding.over_given(NO_REPEAT),
         **given,
     )
-    page, result = ("tuned.md", tune(job, tuning, log)) if tuning.tune else ("table1.md", run(job, log))
-    click.echo((job.out / page).read_text(encoding="utf-8"), err=True)
-    click.echo(json.dumps(result))
+    name, result = ("tuned", tune(job, tuning, log)) if tuning.tune else ("table1", run(job, log))
+    click.echo((job.out / f"{name}.md").read_text(encoding="utf-8"), err=True)
+    short = {key: result[key] for key in ("own", "chosen", "held_back", "command", "rows") if key in result}
+    click.echo(json.dumps({"result": str(job.out / f"{name}.json")} | short))
 
 
 @main.command()
@@ -251,7 +270,8 @@ def average(run: Path, epochs: tuple[int, ...], last: int | None, best: int | No
     from train.learning.average import Choice
     from train.learning.average import average as write_average
 
-    click.echo(json.dumps(write_average(run, Choice(last, best, epochs), out, log)))
+    report = write_average(run, Choice(last, best, epochs), out, log)
+    print_result({name: report[name] for name in ("run", "epochs", "checkpoint")})
 
 
 @main.command()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
+from engine.cli.caption import in_words
 from engine.errors import UsageError
 from export.families import family_of
 from export.reference.huggingface import Reference
@@ -191,8 +192,9 @@ def plan_run(job: Job, log: Callable[[str], None]) -> dict[str, Any]:
     plan["trial"], last_step, seconds_an_image, images = _trial(run)
     plan["this_machine"] = here = on_this_machine(recipe, steps, last_step, seconds_an_image, images)
     log(
-        f"on this machine: about {here['hours_an_epoch']:g} hours per epoch, {here['hours']:g} for all epochs (not "
-        f"included: {', '.join(here['not_counted'])}); on disk: {plan['disk_gib']['most']:g} GiB at most"
+        f"on this machine: about {in_words(3600 * here['hours_an_epoch'])} per epoch, "
+        f"{in_words(3600 * here['hours'])} for all epochs (not included: {', '.join(here['not_counted'])}); on disk: "
+        f"{plan['disk_gib']['most']:g} GiB at most"
     )
     return plan
 

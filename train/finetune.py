@@ -19,7 +19,7 @@ from typing import Any
 from transformers import set_seed
 
 from engine.checkpoints.settings import assumed_settings
-from engine.errors import DataError, UsageError
+from engine.errors import DataError, UsageError, counted
 from engine.files.lock import OutputLock
 from engine.scoring.base import MetricInputs
 from engine.scoring.profiles import make_metric
@@ -108,7 +108,7 @@ def prepare_data(data: DataInputs, recipe: Recipe, reference: Reference, log: Lo
         raise DataError(f"{data.directory} has no training split, only {', '.join(splits)}")
     if "valid" not in splits:
         splits["train"], splits["valid"] = hold_out(splits["train"], recipe.valid_share, recipe.seed)
-        log(f"no validation split: {len(splits['valid'].examples)} captions of the training split are held out")
+        log(f"no validation split: {counted(len(splits['valid'].examples), 'caption')} of the training split held out")
     bad = []
     tokenizer, positions = reference.tokenizer, reference.sizes.max_positions
     max_tokens = min(recipe.max_tokens, positions)

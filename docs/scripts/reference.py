@@ -52,6 +52,8 @@ def options_of(command: click.Command, section: str = "") -> str:
     for param in command.params:
         if not section and isinstance(param, click.Argument):
             rows.append([f"`{param.make_metavar(context)}`", "required" if param.required else "", ""])
+        elif not param.expose_value:  # -q and -v, which all commands have
+            continue
         elif isinstance(param, click.Option) and section in ("", getattr(param, "section", "Other")):
             rows.append([f"`{_usage(param)}`", _default(param), param.help or ""])
     return table(["option", "default", "what it does"], rows)

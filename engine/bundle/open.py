@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.bundle.manifest import HALVES, MANIFEST, MAX_MANIFEST_BYTES, Bundle, change_of
-from engine.errors import BundleError, EngineError, UsageError
+from engine.errors import BundleError, EngineError, UsageError, counted
 from engine.files.atomic import cache_root, draft_folder, file_sha256
 from engine.files.lock import waiting_lock
 from engine.inputs.kinds import wrong_content
@@ -158,7 +158,10 @@ class BundleRef:
         if len(set(self.locations)) < count:
             raise UsageError("a bundle is given twice: give it once, with a larger --bundle-weight")
         if len(self.weights or self.locations) != count:
-            raise UsageError(f"{count} bundles and {len(self.weights)} weights: give one --bundle-weight for each")
+            raise UsageError(
+                f"{counted(count, 'bundle')} and {counted(len(self.weights), 'weight')}: give one --bundle-weight "
+                "for each"
+            )
         if not all(0 < weight < math.inf for weight in self.weights):
             raise UsageError(f"a --bundle-weight must be a number above 0: {', '.join(map(str, self.weights))}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.bundle.manifest import MANIFEST
-from engine.errors import CheckpointError, EngineError
+from engine.errors import CheckpointError, EngineError, counted
 from engine.files.atomic import megabytes, require_space
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -94,8 +94,8 @@ def _fetch(
         needs = {cache: total, **room(sum(sizes[file] for file in weights))}
         require_space(needs, name)
         log(
-            f"fetching {name} at commit {(info.sha or '')[:COMMIT_DIGITS]}: {len(missing)} files, {megabytes(total)} "
-            f"-> {cache}"
+            f"fetching {name} at commit {(info.sha or '')[:COMMIT_DIGITS]}: {counted(len(missing), 'file')}, "
+            f"{megabytes(total)} -> {cache}"
         )
     patterns = [glob.escape(file) for file in wanted]
     return Snapshot(Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)))

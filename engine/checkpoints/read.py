@@ -34,7 +34,7 @@ from engine.checkpoints.settings import (
 )
 from engine.checkpoints.tokenizer import read_tokenizer
 from engine.checkpoints.weights import Tensor, Weights, open_weights
-from engine.errors import CheckpointError, UsageError
+from engine.errors import CheckpointError, UsageError, counted
 from engine.files.atomic import file_sha256
 from engine.options import options_from
 
@@ -230,7 +230,7 @@ def refuse_missing(missing: list[str], rules: Rules, source: Path) -> None:
     """Raise CheckpointError if weights are missing."""
     if missing:
         raise CheckpointError(
-            f"{source} lacks {len(missing)} weights of {rules.architecture} ({missing[0]}, ...): "
+            f"{source} lacks {counted(len(missing), 'weight')} of {rules.architecture} ({missing[0]}, ...): "
             f"is it a {rules.name} captioning checkpoint?"
         )
 

@@ -9,7 +9,7 @@ import click
 
 from engine.cli.results import matching_options, measured_report, metric_inputs, metric_options
 from engine.cli.shared import PATH, column_options, log
-from engine.errors import DataError, UsageError
+from engine.errors import DataError, UsageError, counted
 
 if TYPE_CHECKING:  # for a quick --help
     from engine.inputs.columns import Columns
@@ -82,8 +82,8 @@ def calibrate(
     orders = {name: rank_correlation(values, scores) for name, values in columns.items() if values is not None}
     log(f"rank correlation with {metric}: {', '.join(f'{name} {value:.3f}' for name, value in orders.items())}")
     if len(ids) < FEW:
-        log(f"note: the map of {len(ids)} images follows chance: fit it on {FEW} or more")
+        log(f"note: the map of {counted(len(ids), 'image')} follows chance: fit it on {FEW} or more")
     log(
-        f"{len(ids)} images, {metric} {scores.mean():.4f}: expected scores from {expected[0]:.4f} to "
+        f"{counted(len(ids), 'image')}, {metric} {scores.mean():.4f}: expected scores from {expected[0]:.4f} to "
         f"{expected[-1]:.4f} by {confidence} -> {out}"
     )

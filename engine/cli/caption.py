@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.cli.shared import PATH, SectionCommand, log, rows_option, takes, takes_bundle
-from engine.cli.signals import BROKEN_PIPE, end
-from engine.errors import UsageError
+from engine.cli.shared import PATH, SectionCommand, log, rows_option, takes, takes_bundle, verbosity
+from engine.cli.signals import BROKEN_PIPE, INTERRUPTED, TERMINATED, Terminated, end
+from engine.errors import UsageError, counted
 from engine.options import DecodeOptions
 from engine.run.job import Inputs, Outputs
 from engine.runtime import Runtime, Workers
@@ -24,6 +24,7 @@ from engine.runtime import Runtime, Workers
 if TYPE_CHECKING:  # avoids loading numpy for --help
     from engine.bundle.open import BundleRef
     from engine.checkpoints.cache import ModelRef
+    from engine.run.pipeline import RunSummary
 
 EXAMPLE = "Salesforce/blip-image-captioning-base"
 """A model for photos."""
@@ -37,6 +38,14 @@ LOG_EVERY_S = 120.0
 @takes(runtime=Runtime)
 @rows_option
 @takes(workers=Workers, outputs=Outputs)
+@click.option(
+    "--progress",
+    "progress_form",
+    type=click.Choice(["auto", "json"]),
+    default="auto",
+    show_default=True,
+    help="How to show progress: a bar on a terminal, else lines; json: one line per second on standard error.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary as the last line.")
 def caption(
     inputs: Inputs,
@@ -46,6 +55,7 @@ def caption(
     rows: int | None,
     workers: Workers,
     outputs: Outputs,
+    progress_form: str,
     as_json: bool,
 ) -> None:
     """Caption a directory of images into a CSV file.
@@ -55,15 +65,22 @@ def caption(
     from engine.run.pipeline import caption_directory
     from engine.run.record import ReaderGoneError
 
+    if as_json and inputs.watch:
+        raise UsageError("--watch ends without a summary: remove --json, or use --progress json")
     if as_json and outputs.is_stream:
         raise UsageError("--json and --out - both write to standard output: remove one of them")
     if "num_return_sequences" in decoding.given and (outputs.n_best_out, outputs.calibration) == (None, None):
         raise UsageError("--n-best needs --n-best-out, the file for the captions, or --calibration")
-    progress = _progress if bundle.names else _progress_of_demo
-    if outputs.is_stream and sys.stdout is not None and sys.stdout.isatty():  # None if closed, an error later
-        progress = _no_bar
+    show = _progress
+    if progress_form == "json":
+        show = _progress_json
+    elif verbosity.quiet or (outputs.is_stream and sys.stdout is not None and sys.stdout.isatty()):  # None if closed
+        show = _no_bar
+    run: Callable[..., RunSummary] = caption_directory
+    if inputs.watch:
+        from engine.run.watch import watch_directory as run
     try:
-        summary = caption_directory(
+        summary = run(
             inputs,
             outputs,
             bundle,
@@ -72,13 +89,17 @@ def caption(
             runtime=runtime,
             workers=workers,
             log=log,
-            progress=progress,
+            progress=show if bundle.names else _after_demo_note(show),
         )
     except ReaderGoneError:
         end(BROKEN_PIPE)
+    except KeyboardInterrupt as stopped:
+        if not inputs.watch:
+            raise
+        end(TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED)  # its usual end, not an error
     where = "standard output" if outputs.is_stream else outputs.out
     new = summary.captions - summary.resumed
-    log(f"{new} captions in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {where}")
+    log(f"{counted(new, 'caption')} in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {where}")
     if summary.empty:
         log(
             f"{summary.empty} of all {summary.captions} captions are empty: the model ended them at once, or the "
@@ -99,25 +120,34 @@ def merge(files: tuple[Path, ...], out: Path) -> None:
     """
     from engine.run.shards import merge as merge_shards
 
-    log(f"{merge_shards(files, out)} lines of {len(files)} shards -> {out}")
+    log(f"{counted(merge_shards(files, out), 'line')} of {counted(len(files), 'shard')} -> {out}")
 
 
-def _progress_of_demo(length: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Log the limits of the embedded demo, but only once captioning starts: errors of the inputs come first."""
-    log(
+Shown = AbstractContextManager[Callable[[int], None]]
+
+
+def _after_demo_note(show: Callable[[int], Shown]) -> Callable[[int], Shown]:
+    """Log the limits of the embedded demo once captioning starts, and only once: errors of the inputs come first."""
+    notes = [
         "note: no --model and no --bundle is given: the embedded demo model is used, which only knows T1-weighted head "
         f"MRI: for other images add --model {EXAMPLE}"
-    )
-    return _progress(length)
+    ]
+
+    def shown(length: int) -> Shown:
+        while notes:
+            log(notes.pop())
+        return show(length)
+
+    return shown
 
 
 @contextmanager
 def _no_bar(length: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001
-    """Show no progress: the captions themselves appear on the terminal."""
+    """Show no progress: with --quiet, and if the captions themselves appear on the terminal."""
     yield lambda _: None
 
 
-def _progress(length: int) -> AbstractContextManager[Callable[[int], None]]:
+def _progress(length: int) -> Shown:
     """Show a progress bar on a terminal, or lines in a log file."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     return _progress_bar(length) if is_terminal else _progress_lines(length)
@@ -154,18 +184,51 @@ def _progress_bar(length: int) -> Iterator[Callable[[int], None]]:
 def _progress_lines(length: int) -> Iterator[Callable[[int], None]]:
     """Log a line to stderr at the start and every LOG_EVERY_S seconds, even while no image finishes."""
 
-    pace, ended = Pace(length), threading.Event()
+    pace = Pace(length)
+
+    def report() -> None:
+        log(f"captioning: {pace.done} of {counted(length, 'image')}{f', {pace}' if str(pace) else ''}")
+
+    log(f"captioning {counted(length, 'image')}")
+    with _repeated(report, LOG_EVERY_S):
+        yield pace.update
+
+
+@contextmanager
+def _progress_json(length: int) -> Iterator[Callable[[int], None]]:
+    """Print one JSON line per second to stderr, and one at the end; values are null until they are known."""
+    pace, start = Pace(length), time.perf_counter()
+
+    def report() -> None:
+        speed, left = pace.images_per_s, pace.left_s
+        if pace.done == length:
+            speed, left = length / (time.perf_counter() - start), 0.0
+        values = {"images_per_s": speed and round(speed, 3), "seconds_left": None if left is None else round(left, 1)}
+        click.echo(json.dumps({"done": pace.done, "total": length} | values), err=True)
+
+    with _repeated(report, JSON_EVERY_S):
+        yield pace.update
+    report()
+
+
+JSON_EVERY_S = 1.0
+"""Seconds between two lines of --progress json."""
+
+
+@contextmanager
+def _repeated(report: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Call `report` every `every_s` seconds, even while no image finishes."""
+    ended = threading.Event()
 
     def repeat() -> None:
         with suppress(OSError, ValueError):  # standard error may be closed
-            while not ended.wait(LOG_EVERY_S):
-                log(f"captioning: {pace.done} of {length} images{f', {pace}' if str(pace) else ''}")
+            while not ended.wait(every_s):
+                report()
 
-    log(f"captioning {length} image{'' if length == 1 else 's'}")
     thread = threading.Thread(target=repeat, name="progress", daemon=True)
     thread.start()
     try:
-        yield pace.update
+        yield
     finally:
         ended.set()
         thread.join()

@@ -18,7 +18,7 @@ from engine.cli.shared import (
     takes,
     takes_bundle,
 )
-from engine.errors import EngineError
+from engine.errors import EngineError, counted
 from engine.options import DecodeOptions
 from engine.runtime import Runtime
 
@@ -32,7 +32,11 @@ if TYPE_CHECKING:  # avoids loading numpy for --help
     "--input", "directory", type=PATH, help="Directory of images to measure with; synthetic images by default."
 )
 @click.option("--recursive", is_flag=True, help="Also look for images in subfolders.")
-@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Number of images to caption.")
+@click.option(
+    "--images",
+    type=click.IntRange(1),
+    help="Number of images to caption; by default 64, or all of --input if it has fewer.",
+)
 @takes(decoding=DecodeOptions)
 @takes_bundle(of_several=True)
 @takes(runtime=Runtime)
@@ -40,22 +44,19 @@ if TYPE_CHECKING:  # avoids loading numpy for --help
 def bench(
     directory: Path | None,
     recursive: bool,
-    images: int,
+    images: int | None,
     decoding: DecodeOptions,
     bundle: BundleRef | ModelRef,
     runtime: Runtime,
     rows: int | None,
 ) -> None:
-    """Measure how many images/s this machine captions; the last line is JSON."""
+    """Measure how many images/s this machine captions: a table on standard error, one JSON line on standard output."""
     from engine.machine.bench import images_to_measure, measure_speed
 
     pictures = images_to_measure(directory, images, recursive=recursive)
     speed = measure_speed(bundle, pictures, decoding, runtime, rows=rows, log=log)
-    log(
-        f"{speed.images_per_s:.2f} images/s ({1 / speed.images_per_s:.3f} s per image) over {speed.images} images, "
-        f"{speed.side_by_side} in parallel on {speed.cores} cores; loaded in {speed.load_s:.1f} s"
-    )
-    log(f"{speed.new_tokens_mean:.1f} new tokens per caption, at most {speed.new_tokens_most}: time grows with them")
+    for line in speed.table():
+        log(line)
     click.echo(json.dumps(asdict(speed)))
 
 
@@ -129,8 +130,8 @@ def plan(
     folder = out or default_folder(loaded)
     build_plans(loaded, folder, bounds, target, log)
     log(
-        f"up to {bounds.slots} images of {bounds.beams} beams; {target.builder} {target.version}, compute capability "
-        f"{target.compute_capability}"
+        f"up to {counted(bounds.slots, 'image')} of {counted(bounds.beams, 'beam')}; {target.builder} "
+        f"{target.version}, compute capability {target.compute_capability}"
     )
     click.echo(folder)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.shared import PATH, Group, column_options, log
-from engine.errors import EngineError, UsageError
+from engine.cli.shared import PATH, Group, column_options, log, verbosity
+from engine.errors import EngineError, UsageError, counted
 from engine.options import CLIP, DEPTH_HELP
 
 if TYPE_CHECKING:  # for a quick --help
@@ -204,36 +204,46 @@ def options_given(context: click.Context) -> list[str]:
 
 
 def _summary(report: Any) -> list[str]:
-    lines = []
+    from engine.scoring.score import LEAST_GROUP
+
+    lines = [f"{'metric':14}  score  95% interval"]
     for score in report.scores:
-        if score.unavailable:
-            lines.append(f"{score.name:14} unavailable: {score.unavailable}")
-            continue
-        lines.append(f"{score.name:14} {score.value:.4f}  95% [{score.low:.4f}, {score.high:.4f}]  {score.signature}")
-        if score.note:
-            lines.append(f"{'':14} {score.note}")
+        value = (
+            f"unavailable: {score.unavailable}"
+            if score.unavailable
+            else f"{score.value:.4f}  [{score.low:.4f}, {score.high:.4f}]"
+        )
+        lines.append(f"{score.name:14} {value}")
     if report.without_twins is not None:
         lines += _without_twins(report.without_twins)
+    lines += ["", *(f"{score.name}: {score.note}" for score in report.scores if score.note)]
     stats, words, baseline = report.description, report.description["words"], report.baseline
     reached = ", ".join(f"{name} {value:.4f}" for name, value in baseline.items() if name != "caption")
     if reached:
-        lines.append(f"a constant caption ({len(baseline['caption'].split())} frequent words) reaches {reached}")
+        lines.append(
+            f"a constant caption ({counted(len(baseline['caption'].split()), 'frequent word')}) reaches {reached}"
+        )
     lines.append(
-        f"{stats['images']} images, {stats['empty_captions']} empty captions, {stats['unique_ratio']:.1%} distinct "
-        f"(references {stats['unique_ratio_of_references']:.1%}); words: median {words['median']:.0f}, "
-        f"p95 {words['p95']:.0f} (references {stats['words_of_references']['median']:.0f}, "
-        f"{stats['words_of_references']['p95']:.0f})"
+        f"{counted(stats['images'], 'image')}, {counted(stats['empty_captions'], 'empty caption')}, "
+        f"{stats['unique_ratio']:.1%} distinct (references {stats['unique_ratio_of_references']:.1%}); "
+        f"words: median {words['median']:.0f}, p95 {words['p95']:.0f} "
+        f"(references {stats['words_of_references']['median']:.0f}, {stats['words_of_references']['p95']:.0f})"
     )
     for value, row in report.groups.items():
-        lines.append(f"  {value}: " + ", ".join(f"{name} {number}" for name, number in row.items()))
-    return lines + list(report.notes)
+        if (small := row.get("groups")) is not None:
+            lines.append(f"  {counted(small, 'group')} of fewer than {LEAST_GROUP} images not shown")
+            continue
+        scores = ", ".join(f"{name} {number:.4f}" for name, number in row.items() if name != "images")
+        lines.append(f"  {value} ({counted(row['images'], 'image')}): {scores}")
+    lines += [*report.notes, "", "signatures:"]
+    return lines + [f"  {score.signature}" for score in report.scores if not score.unavailable]
 
 
 def _without_twins(without: Any) -> list[str]:
     near = f" ({without.near} with only near images are among them)" if without.near else ""
-    lines = [f"without the {without.twins} images that have a twin, {without.images} images{near}:"]
+    lines = [f"without the {counted(without.twins, 'image')} with a twin, {counted(without.images, 'image')}{near}:"]
     return lines + [
-        f"  {name:12} {value:.4f}  95% [{low:.4f}, {high:.4f}]" for name, (value, low, high) in without.scores.items()
+        f"  {name:12} {value:.4f}  [{low:.4f}, {high:.4f}]" for name, (value, low, high) in without.scores.items()
     ]
 
 
@@ -313,7 +323,10 @@ def rerank(
     chosen = rerank_candidates(candidates, utility, inputs, uniform=uniform, options=options, support=support)
     write_run(out, chosen.items())
     changed = sum(chosen[name] != listed[0].text for name, listed in candidates.items())
-    log(f"{len(chosen)} captions, {changed} differ from the first candidate{remark} -> {out}")
+    log(
+        f"{counted(len(chosen), 'caption')}, {counted(changed, 'differs', 'differ')} from the first candidate"
+        f"{remark} -> {out}"
+    )
 
 
 def _read_support(path: Path, candidates: Any, metric: Any, named: Columns, **how: Any) -> tuple[Any, str]:
@@ -327,8 +340,8 @@ def _read_support(path: Path, candidates: Any, metric: Any, named: Columns, **ho
     if not support.share:
         return support, ""
     without = sum(not near for near in support.near.values())
-    remark = f" ({without} images have no near caption)" if without else ""
-    return support, f", supported by {len(captions)} distinct captions{remark}"
+    remark = f" ({counted(without, 'image has', 'images have')} no near caption)" if without else ""
+    return support, f", supported by {counted(len(captions), 'distinct caption')}{remark}"
 
 
 def _refuse_idle(uniform: bool, support_file: Path | None) -> None:
@@ -366,7 +379,7 @@ def submit(run: Path, manifest: Path, form: str, out: Path, named: Columns) -> N
         log(f"note: {note}")
     for note in write_submission(captions, ids, form, out):
         log(note)
-    log(f"{len(ids)} captions -> {out}, read back and checked as {form}")
+    log(f"{counted(len(ids), 'caption')} -> {out}, read back and checked as {form}")
 
 
 @click.command()
@@ -394,7 +407,7 @@ def check(file: Path, manifest: Path, form: str, named: Columns) -> None:
         more = f"{len(verdict.errors) - 1} more" if len(verdict.errors) > 1 else ""
         more += "" if verdict.is_whole else f"{', ' if more else ''}not checked to the end"
         raise EngineError(f"{file} is not a valid {form} submission: {verdict.errors[0]}{f' ({more})' if more else ''}")
-    log(f"{file}: {len(ids)} captions, a valid {form} submission")
+    log(f"{file}: {counted(len(ids), 'caption')}, a valid {form} submission")
 
 
 @click.command()
@@ -440,10 +453,13 @@ def report(**given: Any) -> None:
 
     summary = build_report(ReportRequest(**given), log=log, progress=_progress_bar)
     log(summary.signature)
-    log(f"{summary.images} images, {summary.thumbnails_made} new thumbnails -> {summary.page}")
+    log(f"{counted(summary.images, 'image')}, {counted(summary.thumbnails_made, 'new thumbnail')} -> {summary.page}")
 
 
 @contextmanager
 def _progress_bar(length: int) -> Iterator[Callable[[], None]]:
+    if verbosity.quiet:
+        yield lambda: None
+        return
     with click.progressbar(length=length, label="thumbnails", file=sys.stderr, show_pos=True) as bar:
         yield lambda: bar.update(1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import functools
 import sys
+import time
+import traceback
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +18,16 @@ import click
 
 from engine.cli.signals import INTERRUPTED, STOPPED, TERMINATED, Terminated, end, end_on_signals
 from engine.errors import EngineError, UsageError
-from engine.options import CAPTION_HELP, ID_HELP, PRECISIONS, PROMPT_HELP, DecodeOptions, Option, declared
+from engine.options import (
+    CAPTION_HELP,
+    DECODE_OPTIONS,
+    ID_HELP,
+    PRECISIONS,
+    PROMPT_HELP,
+    DecodeOptions,
+    Option,
+    declared,
+)
 
 if TYPE_CHECKING:  # for a quick --help, functions import what only they need
     from engine.inputs.remote import Location
@@ -98,11 +109,35 @@ def _refuse_empty(value: Any, parameter: click.Parameter | None) -> Any:
     return value
 
 
+SHOWN_IF_QUIET = ("error:", "warning:", "note:", "unreadable:", "skipped in ")
+"""Beginnings of the lines that --quiet keeps: nothing is skipped silently."""
+DETAIL = "detail: "
+"""Beginning of the lines that only --verbose shows."""
+_START = time.monotonic()
+
+
+@dataclass
+class Verbosity:
+    """What --quiet and --verbose of the current command ask for."""
+
+    quiet: bool = False
+    verbose: bool = False
+
+
+verbosity = Verbosity()
+
+
 def log(line: str) -> None:
-    """Print one line to stderr, for errors and notes of every command.
+    """Print one line to stderr, for errors and notes of every command, unless --quiet or --verbose decides otherwise.
 
     Control characters in file names are escaped, and secrets in URIs are removed.
     """
+    if line.startswith(DETAIL) and not verbosity.verbose:
+        return
+    if verbosity.quiet and not line.startswith(SHOWN_IF_QUIET):
+        return
+    if verbosity.verbose and not line.startswith("error:"):
+        line = f"[{time.monotonic() - _START:6.1f} s] {line}"
     if "://" in line:
         from engine.inputs.remote import without_secrets
 
@@ -330,6 +365,27 @@ rows_option = click.option(
 )
 
 
+def _set_verbosity(_context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    setattr(verbosity, str(parameter.name), value)
+    if verbosity.quiet and verbosity.verbose:
+        verbosity.quiet = verbosity.verbose = False
+        raise UsageError("--quiet and --verbose exclude each other: remove one of them")
+
+
+def add_levels(command: click.Command) -> None:
+    """Add -q and -v to a command, unless it has them."""
+    helps = {
+        ("-q", "--quiet"): "Print only warnings, notes and errors to standard error: no progress and no summary.",
+        ("-v", "--verbose"): "Also print details, the seconds since the start, and the traceback of an error.",
+    }
+    if not any(parameter.name == "quiet" for parameter in command.params):
+        for flags, text in helps.items():
+            # not exposed: commands do not handle them; `log` does
+            command.params.append(
+                click.Option([*flags], is_flag=True, expose_value=False, callback=_set_verbosity, help=text)
+            )
+
+
 SYNONYMS = (
     ("--input", "--images", "--image", "--image-dir", "--data", "--folder"),
     ("--model", "--bundle", "--checkpoint", "--model-path", "--model-name-or-path"),
@@ -357,6 +413,8 @@ class OneLine(click.Command):
     def __init__(self, *args: Any, **named: Any) -> None:
         named["context_settings"] = {"help_option_names": ["-h", "--help"]} | (named.get("context_settings") or {})
         super().__init__(*args, **named)
+        if not isinstance(self, click.Group):
+            add_levels(self)
 
     def main(self, args: Any = None, *more: Any, **named: Any) -> Any:
         if args is None:  # the command owns this process: it is not called by another program
@@ -381,6 +439,8 @@ def _one_line_errors() -> Iterator[None]:
         _end_if_interrupted(error)
         if isinstance(error, ImportError):
             raise
+        if verbosity.verbose:
+            traceback.print_exc()
         _stop(_one_line(error), error.exit_code)
     except click.UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # shows the help; by name, as click before 8.2 lacks it
@@ -411,7 +471,11 @@ def _end_if_interrupted(error: BaseException) -> None:
 
 
 class Group(click.Group):
-    """A group that lists its commands with their full summaries."""
+    """A group that lists its commands with their full summaries, and adds -q and -v to each of them."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        add_levels(cmd)
+        super().add_command(cmd, name)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         commands = [(name, self.commands[name]) for name in self.list_commands(context)]
@@ -434,11 +498,12 @@ def _one_line(error: EngineError) -> str:
 def hinted(error: click.UsageError) -> str:
     """Return the message of a usage error with a hint.
 
-    It recognises Hugging Face's names of options, names that differ between commands, and patterns that the shell has
-    expanded.
+    It recognises Hugging Face's names of options, names that differ between commands, options in front of the command,
+    and patterns that the shell has expanded.
     """
     message = error.format_message()
-    parameters = [] if error.ctx is None else error.ctx.command.params
+    command = None if error.ctx is None else error.ctx.command
+    parameters = [] if command is None else command.params
     options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]
     flags = {flag for option in options for flag in option.opts}
     if isinstance(error, click.NoSuchOption):
@@ -450,11 +515,24 @@ def hinted(error: click.UsageError) -> str:
         flag = next((flag for flag in meant if flag is not None), None)
         if flag is not None:
             message = f"No such option: {error.option_name}: did you mean {flag}?"
+        elif isinstance(command, click.Group) and (owners := _commands_with(error.option_name, command)):
+            message = f"No such option: {error.option_name}: give it after the command: {', '.join(owners)}"
+        elif any(name in names for names in SYNONYMS) or field in DECODE_OPTIONS:  # click's guesses would mislead
+            message = f"No such option: {error.option_name}: --help lists the options of this command"
         if flag == "--bundle" and "--checkpoint" not in flags:
             message += " (`python -m export` converts a checkpoint to a bundle)"
+    elif (
+        isinstance(error, click.BadParameter) and getattr(error.param, "name", None) == "images" and "--input" in flags
+    ):
+        message = "--images is the number of images: did you mean --input?"
     elif message.startswith("Got unexpected extra argument") and "--input" in flags:
         message += ": put quotes around a pattern, as in --input 'folder/*.png', or write --input before each path"
     return message
+
+
+def _commands_with(flag: str, group: click.Group) -> list[str]:
+    """Return the names of the commands of a group that have an option."""
+    return [name for name, command in group.commands.items() if any(flag in option.opts for option in command.params)]
 
 
 def _stop(message: str, exit_code: int) -> NoReturn:

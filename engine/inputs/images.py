@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.errors import DataError, UsageError
+from engine.errors import DataError, UsageError, counted
 from engine.inputs import dicom, kinds
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.ids import Ids, join_some
@@ -82,6 +82,10 @@ HAS_PYDICOM = find_spec("pydicom") is not None
 """Whether the extra `dicom` is installed. Without it every DICOM file counts as an image, and the run stops at once."""
 
 
+class NoImagesError(UsageError):
+    """A folder holds no images."""
+
+
 class RepeatedIdError(UsageError):
     """Two images have the same id."""
 
@@ -124,12 +128,17 @@ def images_in(directory: Location, options: FindOptions, root: Path | None = Non
         taken = [n for n in kind_of_taken if n not in imageless]
         found = set(kind_of_taken.values())
         images = [local_image(directory / n, directory if root is None else root, options) for n in taken]
-    ignored = sorted(set(names) - set(taken))
+    ignored = sorted(_with_slash(n, directory) for n in set(names) - set(taken))
     if not images:
         hint = "" if options.recursive else "; --recursive looks into its folders"
         skipped = f", but {describe_ignored(ignored, imageless)}" if ignored else ""
-        raise UsageError(f"{directory} holds no images{skipped}{hint}")
+        raise NoImagesError(f"{directory} holds no images{skipped}{hint}")
     return FoundImages(images, ignored, "DICOM" in found, imageless)
+
+
+def _with_slash(name: str, directory: Location) -> str:
+    """Return the name of a skipped entry; that of a folder ends with a slash, so that messages count it as one."""
+    return f"{name}/" if not isinstance(directory, RemoteFolder) and (directory / name).is_dir() else name
 
 
 def local_image(path: Path, root: Path, options: FindOptions) -> ImageFile:
@@ -292,5 +301,5 @@ def order_by_manifest(images: Iterable[ImageFile], manifest: Path, columns: Colu
     missing = [name for name in ids if name not in matches]
     if missing:
         hint = known.hint(missing[0])
-        raise DataError(f"{manifest} lists {len(missing)} ids without an image: {join_some(missing)}{hint}")
+        raise DataError(f"{manifest} lists {counted(len(missing), 'id')} without an image: {join_some(missing)}{hint}")
     return [by_id[matches[name]] for name in ids]

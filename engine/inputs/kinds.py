@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
+from engine.errors import counted
+
 JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo"})
 """All suffixes of JPEG files. An .mpo file holds several images, of which the first is used."""
 JPEG_2000 = frozenset({".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"})
@@ -183,16 +185,22 @@ def cut_caption_number(name: str) -> str:
 
 
 def count_kinds(names: Iterable[str]) -> str:
-    """Return the number of files of each suffix as text: `3 .heic, 1 .txt`."""
+    """Return the number of files of each suffix as text: `3 .heic, 1 .txt`; names of folders end with a slash."""
     suffixes = Counter(_shown_suffix(name) for name in names)
     return ", ".join(
-        f"{count} {suffix}" for suffix, count in sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+        counted(count, suffix) if suffix == FOLDER else f"{count} {suffix}"
+        for suffix, count in sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
     )
+
+
+FOLDER = "folder"
 
 
 def _shown_suffix(name: str) -> str:
     last = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
     if last.startswith("."):
         return "hidden"
+    if name.endswith("/"):
+        return FOLDER
     suffix = f".{last.rpartition('.')[2].lower()}" if "." in last else ""
     return suffix if re.fullmatch(r"\.[a-z0-9_]{1,8}", suffix) else "without a suffix"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import DataError, UsageError
+from engine.errors import DataError, UsageError, counted
 from engine.inputs.columns import (
     CAPTION_COLUMNS,
     ID_COLUMNS,
@@ -30,6 +30,8 @@ from engine.inputs.ids import join_some, shown
 from engine.inputs.kinds import cut_suffix, image_id, packed_content, wrong_content
 
 DELIMITERS = ",\t|;"
+MOST_SHOWN = 100
+"""Characters of a line that a message shows."""
 MAX_FIELD_CHARS = 1 << 20
 """Far more than any caption has. The default limit of the csv module is smaller than some report texts."""
 
@@ -85,7 +87,7 @@ def read_columns(path: Path, columns: Columns = USUAL, *, whole: bool = False) -
     found_columns: dict[str, dict[str, str]] = {names[i]: {} for i in others}
     for number, row in rows:
         if len(row) != len(header):
-            raise DataError(f"{path}, line {number}: {len(row)} columns, but the header has {len(header)}")
+            raise DataError(f"{path}, line {number}: {counted(len(row), 'column')}, but the header has {len(header)}")
         name = row[at_id] if whole else _stem(header[at_id], row[at_id])
         if name in found_columns[names[others[0]]]:
             raise DataError(f"{path}, line {number}: id {name} is repeated")
@@ -212,8 +214,9 @@ def delimited_rows(path: Path, columns: Columns = USUAL) -> Iterator[CaptionRow]
         for number, row in _headless(path, text, delimiter):
             if len(row) != 2:
                 raise DataError(
-                    f"{path}, line {number}: {len(row)} columns instead of an id and a caption; a table with more "
-                    "columns needs a header (ID,Caption,...), and a caption that contains the delimiter must be quoted"
+                    f"{path}, line {number}: {counted(len(row), 'column')} instead of an id and a caption; a table "
+                    "with more columns needs a header (ID,Caption,...), and a caption that contains the delimiter must "
+                    "be quoted"
                 )
             yield number, row[0], row[1].removeprefix(" "), {}
         return
@@ -230,7 +233,7 @@ def delimited_rows(path: Path, columns: Columns = USUAL) -> Iterator[CaptionRow]
         row = [cell.removeprefix(" ") for cell in cells] if delimiter == "|" else cells
         if len(row) != len(names):
             raise DataError(
-                f"{path}, line {number}: {len(row)} columns, but the header has {len(names)}; "
+                f"{path}, line {number}: {counted(len(row), 'column')}, but the header has {len(names)}; "
                 "a caption that contains the delimiter must be quoted"
             )
         further = {PROMPT if i == at_prompt else names[i]: row[i] for i in kept}
@@ -286,8 +289,8 @@ def _layout(path: Path, text: str, separator: str | None, columns: Columns) -> t
     if all("," in line for line in lines):
         return ",", None
     raise DataError(
-        f"{path} is not a table of captions: it has neither a header with ID and Caption nor a TAB, bar or comma "
-        'in every line, as in `a1,"CT, axial view"`'
+        f"{path} is not a table of captions: its first line {lines[0][:MOST_SHOWN]!r} is not a header with ID and "
+        'Caption, and not every line has a TAB, bar or comma, as in `a1,"CT, axial view"`'
     )
 
 

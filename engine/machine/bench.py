@@ -17,12 +17,14 @@ from engine.bundle.open import BundleRef
 from engine.bundle.signature import run_signature
 from engine.captioner import Captioner, ImageSource
 from engine.checkpoints.cache import ModelRef
-from engine.errors import UsageError
-from engine.host import available_cores
+from engine.errors import UsageError, counted
+from engine.host import available_cores, processor
 from engine.inputs.images import find_images
 from engine.options import DecodeOptions
 from engine.runtime import Runtime
 
+MOST_IMAGES = 64
+"""Images measured by default; of a folder with fewer, all."""
 WARM_UP = 64
 """Images captioned before the measurement: enough to fill every slot, so that memory is allocated and threads run."""
 
@@ -40,7 +42,20 @@ class Speed:
     side_by_side: int
     peak_gib: float | None
     cores: int
+    processor: str
     signature: str
+
+    def table(self) -> list[str]:
+        """Return the measurement as lines of text for people, the name of a value in front."""
+        rows = {
+            "speed": f"{self.images_per_s:.2f} images/s ({1 / self.images_per_s:.3f} s per image)",
+            "images": f"{self.images}, {self.side_by_side} in parallel",
+            "new tokens": f"{self.new_tokens_mean:.1f} per caption, at most {self.new_tokens_most}; time grows with it",
+            "loading": f"{self.load_s:.1f} s",
+            "peak memory": "unknown" if self.peak_gib is None else f"{self.peak_gib:.2f} GiB",
+            "machine": f"{counted(self.cores, 'core')} of {self.processor}",
+        }
+        return [f"{name:13}{value}" for name, value in rows.items()]
 
 
 def synthetic_images(count: int, size: int = 256) -> list[Image.Image]:
@@ -50,13 +65,19 @@ def synthetic_images(count: int, size: int = 256) -> list[Image.Image]:
     return [Image.fromarray(block).resize((size, size), Image.Resampling.BICUBIC) for block in blocks]
 
 
-def images_to_measure(directory: Path | None, count: int, *, recursive: bool = False) -> Sequence[ImageSource]:
-    """Return the first `count` images of a directory (None: synthetic images). Raises UsageError if there are fewer."""
+def images_to_measure(directory: Path | None, count: int | None, *, recursive: bool = False) -> Sequence[ImageSource]:
+    """Return the first `count` images of a directory (None: synthetic images).
+
+    With None for `count` there are MOST_IMAGES, or all of a directory that has fewer. Raises UsageError if there are
+    fewer than `count`.
+    """
     if directory is None:
-        return synthetic_images(count)
+        return synthetic_images(count or MOST_IMAGES)
     images = find_images(directory, recursive=recursive).images
+    if count is None:
+        return images[:MOST_IMAGES]
     if len(images) < count:
-        raise UsageError(f"{directory} has {len(images)} images: set --images to {len(images)} or less")
+        raise UsageError(f"{directory} has {counted(len(images), 'image')}: set --images to {len(images)} or less")
     return images[:count]
 
 
@@ -92,6 +113,7 @@ def measure_speed(
         side_by_side=min(len(images), captioner.scheduler(search, rows).concurrency),
         peak_gib=peak_memory_gib(),
         cores=available_cores(),
+        processor=processor().full_name,
         signature=run_signature(captioner.bundle, captioner.backend.name, options, cpu_precision=runtime.cpu_precision),
     )
 

@@ -110,7 +110,7 @@ def _backends() -> dict[str, str]:
 def _processor() -> str:
     cpu = processor()
     flags = [flag for flag in REPORTED_FLAGS if flag in cpu.flags]
-    return f"{cpu.name or platform.machine()}{': ' if flags else ''}{', '.join(flags)}"
+    return f"{cpu.full_name}{': ' if flags else ''}{', '.join(flags)}"
 
 
 def _int8() -> dict[str, str]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.attention import heat, read_attention, seen_box, word_maps
-from engine.errors import ImageError, OutputError, UsageError
+from engine.errors import ImageError, OutputError, UsageError, counted
 from engine.files.atomic import write_atomically
 from engine.files.lock import OutputLock
 from engine.host import available_cores
@@ -225,7 +225,7 @@ def _unreadable(content: Content, thumbnails: Thumbnails) -> list[str]:
     for index, reason in thumbnails.unreadable.items():
         image = content.images[index]
         images.append(f"{image.path.name if image else content.ids[index]} ({reason})")
-    return [f"{len(images)} images cannot be read and have a placeholder: {join_some(images)}"]
+    return [f"{counted(len(images), 'image')} cannot be read, shown as a placeholder: {join_some(images)}"]
 
 
 QUALITY = 82

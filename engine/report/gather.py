@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engine.attention import attention_path
 from engine.calibration import read_verdicts
 from engine.captions import changed_words
-from engine.errors import DataError, UsageError
+from engine.errors import DataError, UsageError, counted
 from engine.files.atomic import file_sha256
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.ids import join_some
@@ -302,7 +302,7 @@ def matched(run: Path, ids: Iterable[str], path: Path, file_ids: Iterable[str]) 
     if missing:
         lines.append(f"{path} lacks {len(missing)} of {len(expected)} ids of {run}: {join_some(missing)}")
     if extra:
-        lines.append(f"{path} has {len(extra)} ids that {run} lacks, which are not shown: {join_some(extra)}")
+        lines.append(f"{path} has {counted(len(extra), 'id')} that {run} lacks, not shown: {join_some(extra)}")
     return lines
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from engine.errors import UsageError
+from engine.errors import UsageError, counted
 from engine.options import CLIP, DEPTH_HELP, ID_HELP, PROMPT_HELP, declared, option, window_of
 
 if TYPE_CHECKING:  # for a quick --help, methods import what only they need
@@ -43,7 +43,7 @@ class Shard:
     def part(self, items: Sequence[Item]) -> list[Item]:
         """Return the items of this shard. Raises UsageError if some shard would have none."""
         if self.count > len(items):
-            raise UsageError(f"--shard {self}: there are only {len(items)} images, so use at most {len(items)} shards")
+            raise UsageError(f"--shard {self}: more shards than images: use at most {counted(len(items), 'shard')}")
         return list(items[self.number - 1 :: self.count])
 
 
@@ -64,6 +64,11 @@ class Inputs:
         "--shard",
         "Caption only part I of N of the images, as one of N jobs, each with its own --out; `engine merge` joins them.",
         metavar="I/N",
+    )
+    watch: bool = option(
+        False,
+        "--watch",
+        "Wait for new images in the folder --input and caption them once their files are complete, until Ctrl-C.",
     )
     recursive: bool = option(False, "--recursive", "Also look for images in subfolders.")
     ids: str = option(

@@ -19,7 +19,7 @@ from engine.calibration import Calibration
 from engine.captioner import Captioner, Decoding, PendingImages, caption_within_memory, resolve
 from engine.captions import Caption
 from engine.checkpoints.cache import ModelRef
-from engine.errors import UsageError
+from engine.errors import UsageError, counted
 from engine.files.lock import OutputLock
 from engine.inputs.images import ImageFile, describe_ignored, order_by_manifest
 from engine.inputs.paths import find_inputs
@@ -52,8 +52,11 @@ class Source(Protocol):
     environment: str
     notes: list[ImageNote]
 
-    def captions(self, pending: PendingImages, log: Log) -> Iterator[Caption]:
-        """Yield one caption per remaining image, in any order; pass unreadable images to `pending.fail`."""
+    def captions(self, pending: PendingImages, log: Log, *, more: bool = False) -> Iterator[Caption]:
+        """Yield one caption per remaining image, in any order; pass unreadable images to `pending.fail`.
+
+        With `more`, further calls follow, so that workers are kept.
+        """
         ...
 
 
@@ -101,7 +104,9 @@ class LocalSource:
         self.environment = environment(self.backend_name)
         self.notes: list[ImageNote] = []
 
-    def captions(self, pending: PendingImages, log: Log) -> Iterator[Caption]:
+    def captions(self, pending: PendingImages, log: Log, *, more: bool = False) -> Iterator[Caption]:  # noqa: ARG002
+        slots = self._captioner.scheduler(self.decoding.search, self._rows).concurrency
+        log(f"detail: up to {counted(slots, 'image')} in parallel")
         return caption_within_memory(
             self._captioner,
             self.decoding,
@@ -201,16 +206,16 @@ def caption_directory(
                 attention=attention,
             ) as record,
         ):
+            log(f"detail: {counted(len(images), 'image')} to caption, journal {record.journal_path}")
+            log(f"detail: bundle {opened.path}, {opened.precision}, digest {opened.digest[:12]}")
+            log(f"detail: options {options}")
             # before captioning, which may take hours
-            for note in (*opened.notes, *notes_on(requested, options, rows)):
-                log(f"note: {note}")
-            if outputs.without_prompt and not options.prompt and prompts is None:
-                log("note: --without-prompt has no effect without --prompt or --prompts")
+            log_notes(opened, requested, options, outputs, log, rows=rows, prompts=prompts)
             stream = RowStream(record, outputs) if outputs.is_stream else None
             seconds = keep(source.captions(record, log), record, progress, stream)
             # after captioning, because the notes grow while images are read
             for line in note_lines(source.notes):
-                log(line)
+                log(f"note: {line}")
             write(record, outputs, options, log)
             signature = run_signature(
                 source.bundle, source.backend_name, options, inputs.high_bit_depth, runtime.cpu_precision
@@ -239,6 +244,23 @@ def caption_directory(
     )
 
 
+def log_notes(
+    bundle: Bundle,
+    requested: DecodeOptions,
+    options: DecodeOptions,
+    outputs: Outputs,
+    log: Log,
+    *,
+    rows: int | None,
+    prompts: Mapping[str, str] | None = None,
+) -> None:
+    """Log what a user should know of the bundle and the `requested` options, given the `options` in force."""
+    for note in (*bundle.notes, *notes_on(requested, options, rows)):
+        log(f"note: {note}")
+    if outputs.without_prompt and not options.prompt and prompts is None:
+        log("note: --without-prompt has no effect without --prompt or --prompts")
+
+
 def _prompts(inputs: Inputs, images: list[ImageFile]) -> dict[str, str] | None:
     """Return the prompt of each image, or None without a table of prompts. Raises UsageError for unknown columns."""
     columns, ids = inputs.columns, [image.id for image in images]
@@ -262,7 +284,9 @@ def find(inputs: Inputs, outputs: Outputs, bundle: BundleRef | ModelRef, log: Lo
     protected = [image.path for image in found.images if image.folder is None] + found.lists + tables
     check(outputs, images, protected, bundle)
     for folder, names in found.left_aside.items():
-        log(f"skipped in {folder}: {describe_ignored(names, found.imageless)}")
+        skipped = describe_ignored(names, found.imageless)
+        hint = " (--recursive looks into folders)" if "folder" in skipped and not inputs.recursive else ""
+        log(f"skipped in {folder}: {skipped}{hint}")
     return images, [name for names in found.left_aside.values() for name in names]
 
 
@@ -294,7 +318,7 @@ def lock(outputs: Outputs, log: Log) -> Iterator[None]:
         for path in outputs.files().values():
             output_lock = stack.enter_context(OutputLock(path))
             if output_lock.note:
-                log(output_lock.note)
+                log(f"note: {output_lock.note}")
         yield
 
 
@@ -334,7 +358,7 @@ def open_record(
     ):
         if record.set_aside:
             log(
-                "the journal of an earlier run cannot be resumed (another bundle, other options or packages, "
+                "note: the journal of an earlier run cannot be resumed (another bundle, other options or packages, "
                 f"damaged, or --no-resume): it was moved to {record.set_aside}, starting afresh"
             )
         if record.without_attention:
@@ -343,14 +367,20 @@ def open_record(
                 "attention"
             )
         if record.resumed:
-            log(f"{record.resumed} captions of an earlier run are taken from {record.journal_path}")
+            log(
+                f"{counted(record.resumed, 'caption of an earlier run is', 'captions of an earlier run are')} taken "
+                f"from {record.journal_path}"
+            )
         if record.update:
             if record.earlier:
                 left = len(images) - record.resumed
-                log(f"{left} of {len(images)} images are to be captioned: new, changed, or not reached by the last run")
+                log(
+                    f"{left} of {counted(len(images), 'image')} to caption: new, changed, or not reached by the last "
+                    "run"
+                )
         elif record.not_reused:
             log(
-                f"{record.not_reused} more captions of it are not used: they are damaged, or their image has changed "
+                f"{counted(record.not_reused, 'more caption')} of it not used: damaged, or the image has changed "
                 "or is no longer among the inputs"
             )
         try:
@@ -358,14 +388,17 @@ def open_record(
         except BaseException:  # Ctrl-C as well
             if record.captions and record.journal_path is not None:
                 count = len(record.captions)
-                log(f"{count} captions are kept in {record.journal_path}: {record.same_command} resumes from there")
+                log(
+                    f"note: {counted(count, 'caption is', 'captions are')} kept in {record.journal_path}: "
+                    f"{record.same_command} resumes from there"
+                )
             raise
 
 
 def keep(captions: Iterable[Caption], record: RunRecord, progress: Progress, stream: RowStream | None = None) -> float:
     """Record every caption as it is finished, and write it to `stream`; return the seconds that all of them took."""
     start = time.perf_counter()
-    with progress(len(record.images) - record.resumed) as update:
+    with progress(record.to_do) as update:
         for caption in captions:
             record.add(caption)
             if stream is not None:
@@ -393,4 +426,4 @@ def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, log: Log)
     # --out comes last, so that it is only replaced by a complete run
     marked = record.write(outputs, rows_of(record, outputs), drawn=options.do_sample)
     if outputs.abstain_below is not None:
-        log(f"{marked} of {len(record.captions)} captions are marked for review (--abstain-below)")
+        log(f"{marked} of {counted(len(record.captions), 'caption')} marked for review (--abstain-below)")

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from engine.calibration import Calibration
 from engine.captions import Alternative, Caption, after_prompt
-from engine.errors import EngineError, ImageError, UsageError
+from engine.errors import EngineError, ImageError, UsageError, counted
 from engine.inputs.images import ImageFile, utf8
 from engine.inputs.pixels import open_file
 from engine.inputs.read_ahead import read_ahead
@@ -133,14 +133,18 @@ class KnownImages:
         self.digests: dict[str, str] = {}
         """sha256 of the bytes that were captioned, by image id, if known."""
         for record in records:
-            place, stamp, digest = record.get("place"), record.get("file"), record.get("sha256")
-            prompt = record.get("prompt")
-            if not isinstance(place, str) or not isinstance(stamp, list) or not stamp or not _is_text(prompt):
-                continue
-            self._by_place[place, self.trusted(stamp), prompt] = record
-            if isinstance(digest, str) and isinstance(stamp[0], int):
-                self._by_digest[digest, _suffix(place), prompt] = record
-                self._sizes.add(stamp[0])
+            self.learn(record)
+
+    def learn(self, record: Mapping[str, Any]) -> None:
+        """Add a record; a malformed one is ignored."""
+        place, stamp, digest = record.get("place"), record.get("file"), record.get("sha256")
+        prompt = record.get("prompt")
+        if not isinstance(place, str) or not isinstance(stamp, list) or not stamp or not _is_text(prompt):
+            return
+        self._by_place[place, self.trusted(stamp), prompt] = record
+        if isinstance(digest, str) and isinstance(stamp[0], int):
+            self._by_digest[digest, _suffix(place), prompt] = record
+            self._sizes.add(stamp[0])
 
     @property
     def used(self) -> int:
@@ -399,7 +403,27 @@ class RunRecord:
         self._images = {image.id: image for image in images}
         self.earlier = len(records)
         self.resumed = len(self.captions)
+        self._failed_before = 0
         self.not_reused = self.earlier + self._journal.damaged - self._known.used
+
+    def refresh(self, images: Sequence[ImageFile]) -> None:
+        """Set the images of a folder that has changed (--watch, with `update`).
+
+        Captions are kept for the images whose content is known. Failures are kept for files that have not changed.
+        """
+        stamps = fingerprints(images)
+        captions = self._known.recall(images, stamps)
+        same = {str(image.source) for image in images if stamps[image.id] == self._fingerprints.get(image.id)}
+        # only now: Ctrl-C may come at any time, and the outputs are then written from these
+        self.images, self._images = images, {image.id: image for image in images}
+        self._fingerprints, self.captions = stamps, captions
+        self._failed = {path: error for path, error in self._failed.items() if path in same}
+        self.resumed, self._failed_before = len(self.captions), len(self._failed)
+
+    @property
+    def to_do(self) -> int:
+        """Number of images that have no caption and had not failed when the run, or the last `refresh`, began."""
+        return len(self.images) - self.resumed - self._failed_before
 
     def prompt_of(self, image: ImageFile) -> str | None:
         """Return the prompt that the caption of an image starts with, or None."""
@@ -435,15 +459,17 @@ class RunRecord:
     @property
     def done(self) -> int:
         """Number of images that this run has finished, captioned or failed, without those of earlier runs."""
-        return len(self.captions) - self.resumed + len(self._failed)
+        return len(self.captions) - self.resumed + len(self._failed) - self._failed_before
 
     def add(self, caption: Caption) -> None:
         """Record a caption. Raises OutputError if the journal cannot be written, and the errors of `check_bundle`."""
         self._check_bundle()
         if self._attention is not None:  # before the journal: a caption in it has its file, unless someone deletes it
             self._attention.write(caption)
-        self._journal.append(self._encode(caption))
+        self._journal.append(record := self._encode(caption))
         self.captions[caption.id] = caption
+        if self.update:  # `refresh` looks for it
+            self._known.learn(record)
 
     def _encode(self, caption: Caption) -> dict[str, Any]:
         return self._known.encode(self._images[caption.id], caption, self._fingerprints[caption.id])
@@ -460,12 +486,13 @@ class RunRecord:
             raise EngineError(f"not one image could be read{written}")
         if count and not allow_missing and self.journal_path is None:
             raise EngineError(
-                f"{count} of {len(self.images)} images cannot be read and have no caption: fix them, or pass "
+                f"{count} of {counted(len(self.images), 'image')} cannot be read: fix or delete them, or pass "
                 "--allow-missing for empty captions"
             )
         if count and not allow_missing:
             raise EngineError(
-                f"{count} of {len(self.images)} images cannot be read and no run was written: fix, replace or delete "
+                f"{count} of {counted(len(self.images), 'image')} cannot be read and no run was written: fix, replace "
+                "or delete "
                 f"them and run {self.same_command} again, which keeps the other captions, or pass --allow-missing for "
                 "empty captions"
             )
@@ -497,7 +524,7 @@ class RunRecord:
                 changed.append(image.path.name)
         if changed:
             named = f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
-            what = f"{len(changed)} images changed during the run ({named})"
+            what = f"{counted(len(changed), 'image')} changed during the run ({named})"
             if self.journal_path is None:
                 raise EngineError(f"{what}: their captions may be those of the old or of the new content")
             raise EngineError(
@@ -521,10 +548,11 @@ class RunRecord:
                 verdicts[caption.id]["review"] = expected is None or expected < limit
         return verdicts
 
-    def write(self, outputs: Outputs, rows: Iterable[Row], *, drawn: bool = False) -> int:
+    def write(self, outputs: Outputs, rows: Iterable[Row], *, drawn: bool = False, compact: bool = True) -> int:
         """Write the other outputs, then the rows to `out` unless that is standard output, then delete the journal.
 
-        With `update` the journal is rewritten instead, with the captions of this run only. Returns the number of
+        With `update` the journal is rewritten instead, with the captions of this run only (without `compact`: not even
+        that, because the run continues). Returns the number of
         captions that are marked for review.
         """
         verdicts = self.verdicts(outputs)
@@ -542,6 +570,7 @@ class RunRecord:
             write_run(outputs.out, ((row.id, row.text or "") for row in rows))
         if not self.update:
             self._journal.delete()
+        if not (self.update and compact):
             return len(marked)
         captions = (self.captions[image.id] for image in self.images if image.id in self.captions)
         self._journal.replace(map(self._encode, captions))

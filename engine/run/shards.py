@@ -77,7 +77,10 @@ def merge(paths: Sequence[Path], out: Path) -> int:
             raise DataError(f"{other} and {path} are both shard {note.shard}: give each shard once")
     count = Shard.parse(notes[first].shard).count
     if missing := [name for number in range(count) if (name := f"{number + 1}/{count}") not in seen]:
-        raise DataError(f"{len(missing)} of {count} shards are missing: {', '.join(missing[:10])}: add their files")
+        raise DataError(
+            f"{len(missing)} of {count} shards {'is' if len(missing) == 1 else 'are'} missing: "
+            f"{', '.join(missing[:10])}: add their files"
+        )
     lines: dict[int, bytes] = {}
     header: list[bytes] = []
     for path, note in notes.items():

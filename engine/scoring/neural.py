@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import UsageError, install_command
+from engine.errors import UsageError, counted, install_command
 from engine.files.atomic import file_sha256
 from engine.inputs.pixels import ImageNote, decode_image, note_lines
 from engine.options import CLIP
@@ -151,7 +151,7 @@ class BertScore:
         long = {text for text in items.candidates if len(text) > limit - 2}
         long |= {text for texts in items.references for text in texts if len(text) > limit - 2}
         truncated = sum(len(tokenizer(text)["input_ids"]) > limit for text in long)
-        return f"{truncated} texts are longer than the model's {limit} tokens and were truncated" if truncated else ""
+        return f"{counted(truncated, 'text')} longer than the model's {limit} tokens: truncated" if truncated else ""
 
     def _model(self, directory: Path) -> tuple[bool, int]:
         """Return whether model and layer are the organisers', and the layer to use."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import install_command
+from engine.errors import counted, install_command
 from engine.inputs.tables import Table
 from engine.scoring.base import SIGNATURE, Items, Measured, UnavailableError, library, mean, preprocess, settle_empty
 
@@ -41,7 +41,10 @@ class Rouge1:
         ]
         filled = [reference for references in text.references for reference in references if reference]
         unread = sum(not re.search(r"[a-z0-9]", reference.lower()) for reference in filled)
-        note = f"{unread} of {len(filled)} references have no token that rouge-score reads ([a-z0-9]+) and score 0"
+        note = (
+            f"{unread} of {counted(len(filled), 'reference')} without a token that rouge-score reads ([a-z0-9]+), "
+            "which score 0"
+        )
         return mean(settle_empty(items, np.array(scores)), note if unread else "")
 
 
@@ -147,8 +150,8 @@ class Cider:
         worthless = sum(_is_everywhere(references, scorer, len(items)) for references in scorer.crefs)
         if worthless:
             note += (
-                f"; {worthless} of {len(items)} images have only words that all images share and score 0 with any "
-                "caption: score more, and more varied, images"
+                f"; {worthless} of {counted(len(items), 'image')} {'has' if worthless == 1 else 'have'} only words "
+                "that all images share and score 0 with any caption: score more, and more varied, images"
             )
         return Measured(np.asarray(per_image, np.float64), float(value), note)
 

@@ -21,7 +21,7 @@ import shlex
 import subprocess
 from typing import Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, counted
 from engine.scoring.base import Items, Measured, MetricInputs, UnavailableError, mean
 
 CONTRACT = 1
@@ -61,7 +61,7 @@ class Plugin:
         scores = self._parse(answer)
         missing = [name for name in items.ids if name not in scores]
         if missing:
-            raise self._broken(f"returned no score for {len(missing)} images, for example {missing[0]}")
+            raise self._broken(f"returned no score for {counted(len(missing), 'image')}, for example {missing[0]}")
         unknown = set(scores) - set(items.ids)
         if unknown:
             raise self._broken(f"returned a score for {min(unknown)}, which is not in the run")

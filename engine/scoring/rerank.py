@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import DataError, UsageError
+from engine.errors import DataError, UsageError, counted
 from engine.inputs.ids import join_some
 from engine.inputs.readers import numbered_lines
 from engine.inputs.tables import Table
@@ -200,7 +200,7 @@ def read_n_best(files: Sequence[Path], shares_of_files: Sequence[float] = ()) ->
         first = first or seen
         if first != seen:
             differing = sorted(first ^ seen)
-            raise DataError(f"{file} and {files[0]} differ in {len(differing)} ids: {join_some(differing)}")
+            raise DataError(f"{file} and {files[0]} differ in {counted(len(differing), 'id')}: {join_some(differing)}")
     if not shares:
         raise DataError(f"{files[0]} holds no candidates")
     return {name: [Candidate(text, share) for text, share in texts.items()] for name, texts in shares.items()}
@@ -264,7 +264,9 @@ def _parts(shares: Sequence[float], files: int) -> list[float]:
     """Return the divisor for the shares of each file: the sum of all shares divided by the share of the file."""
     listed = ", ".join(f"{share:g}" for share in shares)
     if len(shares) != files:
-        raise UsageError(f"--share {listed}: {len(shares)} for {files} files of --n-best: give one per file, in order")
+        raise UsageError(
+            f"--share {listed}: {len(shares)} for {counted(files, 'file')} of --n-best: give one per file, in order"
+        )
     if not all(share > 0 for share in shares) or not all(math.isfinite(sum(shares) / share) for share in shares):
         raise UsageError(f"--share {listed}: takes finite numbers above 0")
     return [sum(shares) / share for share in shares]

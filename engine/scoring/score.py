@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from engine.captions import after_prompt
-from engine.errors import DataError, EngineError, UsageError
+from engine.errors import DataError, EngineError, UsageError, counted
 from engine.inputs.columns import PROMPT, USUAL, Columns
 from engine.inputs.ids import join_some, shown
 from engine.inputs.images import find_images_of
@@ -127,14 +127,15 @@ def remove_prompts(items: Items, prompts: Mapping[str, str], source: str) -> tup
         return items, f"no caption begins with its prompt (from {source}): captions are scored unchanged"
     if without:
         raise DataError(
-            f"{len(prompted) - len(without)} captions begin with their prompt (from {source}), {len(without)} do not "
+            f"{counted(len(prompted) - len(without), 'caption begins with its', 'captions begin with their')} prompt "
+            f"(from {source}), {counted(len(without), 'does', 'do')} not "
             f"({join_some(without, 3)}): give the run's prompts with --prompts, or --keep-prompt "
             "to score whole captions"
         )
     candidates = [caption if (rest := prompted.get(i)) is None else rest for i, caption in enumerate(items.candidates)]
     note = (
-        f"{len(prompted)} captions begin with their prompt (from {source}), which is not scored; --keep-prompt scores "
-        "whole captions"
+        f"{counted(len(prompted), 'caption begins with its', 'captions begin with their')} prompt (from {source}), "
+        "which is not scored; --keep-prompt scores whole captions"
     )
     return replace(items, candidates=candidates, how=f"{items.how}|prompt:removed"), note
 
@@ -335,7 +336,7 @@ def measure(
         seconds = time.perf_counter() - start
         measured[name] = result
         scores.append(Score(name, result.value, low, high, signature, result.note, seconds=seconds))
-        log(f"{name}: {result.value:.4f} [{low:.4f}, {high:.4f}] in {seconds:.1f} s")
+        log(f"{name}: computed in {seconds:.1f} s")
     return scores, measured
 
 
@@ -363,15 +364,19 @@ def match(run: Table, references: Table, request: ScoreRequest) -> tuple[Items, 
     extra = [name for name in captions if name not in expected]
     remedy = "give --only-common to score the ids that both files have"
     if missing and not request.only_common:
-        raise DataError(f"{run.path} lacks {len(missing)} ids of {references.path}: {join_some(missing)}; {remedy}")
+        raise DataError(
+            f"{run.path} lacks {counted(len(missing), 'id')} of {references.path}: {join_some(missing)}; {remedy}"
+        )
     if extra and not request.only_common:
-        raise DataError(f"{run.path} has {len(extra)} ids that {references.path} lacks: {join_some(extra)}; {remedy}")
+        raise DataError(
+            f"{run.path} has {counted(len(extra), 'id')} that {references.path} lacks: {join_some(extra)}; {remedy}"
+        )
     ids, how, notes = [name for name in captions if name in expected], "", []
     if missing or extra:
         how = f"|only-common:{len(ids)} of {len(expected)} references"
         notes.append(
-            f"only the {len(ids)} ids that both files have are scored: {len(missing)} of {references.path} and "
-            f"{len(extra)} of {run.path} are skipped"
+            f"only the {counted(len(ids), 'id that both files have is', 'ids that both files have are')} scored: "
+            f"{len(missing)} of {references.path} and {len(extra)} of {run.path} are skipped"
         )
     items = Items(ids, [captions[name] for name in ids], [expected[name] for name in ids], _images(ids, request), how)
     run_ids = dict(zip(run.captions, captions, strict=True))
@@ -394,7 +399,7 @@ def _images(ids: Sequence[str], request: ScoreRequest) -> list[Path] | None:
     images = find_images_of(ids, request.images, recursive=request.recursive)
     without = [name for name in ids if name not in images]
     if without:
-        raise DataError(f"{request.images} lacks the images of {len(without)} ids: {join_some(without)}")
+        raise DataError(f"{request.images} lacks the images of {counted(len(without), 'id')}: {join_some(without)}")
     return [images[name].path for name in ids]
 
 
@@ -437,8 +442,11 @@ def _notes(references: Table, items: Items) -> list[str]:
     multiple = sum(len(captions) > 1 for captions in references.captions.values())
     if multiple:
         how = "most metrics take the best one, BLEU the nearest in length, CIDEr their mean"
-        notes.append(f"{multiple} images have several references: {how}")
+        notes.append(f"{counted(multiple, 'image has', 'images have')} several references: {how}")
     empty = sum(not any(reference.strip() for reference in texts) for texts in items.references)
     if empty:
-        notes.append(f"{empty} references are empty: most metrics score an empty caption 1 there, any other 0")
+        notes.append(
+            f"{counted(empty, 'reference is', 'references are')} empty: most metrics score an empty caption 1 there, "
+            "any other 0"
+        )
     return notes

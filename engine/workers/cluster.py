@@ -21,7 +21,7 @@ from typing import Any
 from engine.backends import require_backend
 from engine.bundle.manifest import Bundle
 from engine.bundle.signature import environment
-from engine.errors import EngineError, UsageError, install_command
+from engine.errors import EngineError, UsageError, counted, install_command
 from engine.host import available_cores, descendants, started_at, wait_or_kill
 from engine.inputs.images import ImageFile
 from engine.runtime import CPU_BACKENDS, Workers
@@ -338,8 +338,8 @@ def plan_actors(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | No
         fitting = [min(int(node.get("GPU", 0)), int(node.get("CPU", 0)) // cpus) for node in nodes]
         if sum(fitting) < (actors or 1):
             raise UsageError(
-                f"the Ray cluster has room for {sum(fitting)} workers with a GPU and {cpus} CPUs: lower --ray-actors "
-                "or --threads"
+                f"the Ray cluster has room for {counted(sum(fitting), 'worker')} with a GPU and "
+                f"{counted(cpus, 'CPU')}: lower --ray-actors or --threads"
             )
         return WorkerPlan(actors or sum(fitting), cpus, 1, min(actors or sum(fitting), max(fitting)))
     if not cores:
@@ -350,7 +350,8 @@ def plan_actors(nodes: list[Mapping[str, float]], gpus: int, *, actors: int | No
     room = sum(count // cpus for count in cores)
     if room < (actors or 1):
         raise UsageError(
-            f"the Ray cluster has room for {room} workers with {cpus} CPUs: lower --ray-actors or --threads"
+            f"the Ray cluster has room for {counted(room, 'worker')} with {counted(cpus, 'CPU')}: lower --ray-actors "
+            "or --threads"
         )
     return WorkerPlan(actors or room, cpus, 0, min(actors or room, max(cores) // cpus))
 

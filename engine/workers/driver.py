@@ -11,7 +11,7 @@ from typing import Protocol
 from engine.bundle.manifest import Bundle
 from engine.captioner import PendingImages
 from engine.captions import Caption
-from engine.errors import BackendError, ImageError
+from engine.errors import BackendError, ImageError, counted
 from engine.inputs.images import ImageFile
 from engine.inputs.pixels import ImageNote
 from engine.workers.messages import Answer, WorkOrder, unpack_answer
@@ -125,7 +125,7 @@ class WorkQueue:
 
 
 class WorkerSource:
-    """Captions made by worker processes or Ray actors, which start when `captions` is called; see Source.
+    """Captions made by worker processes or Ray actors, which start when `captions` is called first; see Source.
 
     An image that kills its worker even when it is alone is reported as unreadable.
     """
@@ -139,14 +139,17 @@ class WorkerSource:
         self._deaths: Counter[int] = Counter()
         self._events: Events = SimpleQueue()
 
-    def captions(self, pending: PendingImages, log: Log) -> Iterator[Caption]:
+    def captions(self, pending: PendingImages, log: Log, *, more: bool = False) -> Iterator[Caption]:
         """See Source. Raises BackendError if no worker is left, and the errors that workers send."""
         images = list(pending.remaining())
-        numbers = range(min(self._team.size, len(images)))
+        numbers = range(self._team.size if more else min(self._team.size, len(images)))
         self._order = replace(self._order, peers=min(self._order.peers, len(numbers)))
         queue = WorkQueue(images, len(numbers))
         for number in numbers:
-            self._start(number)
+            if number in self._workers:  # from an earlier call with `more`
+                self._give(self._workers[number], queue)
+            else:
+                self._start(number)
         while queue.unanswered:
             worker, message = self._events.get()
             if message:
@@ -159,7 +162,8 @@ class WorkerSource:
                 # idle workers send no messages, so that nothing else would give them the images of the dead one
                 for other in self._workers.values():
                     self._give(other, queue)
-        self.end()
+        if not more:
+            self.end()
 
     def end(self) -> None:
         """Stop all workers and discard their results."""
@@ -193,8 +197,8 @@ class WorkerSource:
         retried, given_up = queue.died(number)
         if given_up is not None:
             pending.fail(ImageError(str(given_up.source), f"its {self._team.member} died each time ({how})"))
-        retry = f": its {len(retried)} images are retried" if retried else ""
-        log(f"{worker.name} died ({how}){retry if given_up is None else f' at {given_up.source}'}")
+        retry = f": {counted(len(retried), 'image is', 'images are')} retried" if retried else ""
+        log(f"warning: {worker.name} died ({how}){retry if given_up is None else f' at {given_up.source}'}")
         if not queue.unanswered:
             return
         self._deaths[number] += 1
@@ -207,4 +211,4 @@ class WorkerSource:
                 f"no {self._team.member} is left, the last one died {MOST_DEATHS} times in a row ({how}): if memory is "
                 f"short, {self._team.remedy}"
             )
-        log(f"it died {MOST_DEATHS} times in a row: continuing with {queue.workers} {self._team.member}s")
+        log(f"warning: it died {MOST_DEATHS} times in a row: continuing with {queue.workers} {self._team.member}s")

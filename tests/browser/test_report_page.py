@@ -82,7 +82,7 @@ def test_row_shows_image_captions_reference_and_scores(open_page):
     assert row.locator(".number").first.inner_text().split() == ["0.800", "1.000", "−0.200"]
     broken = page.locator("#rows .row", has_text="coronal_10")
     assert broken.locator(".no-picture").inner_text() == "cannot be read"
-    assert "1 images cannot be read and have a placeholder: coronal_10.png" in page.locator("#notes").inner_text()
+    assert "1 image cannot be read, shown as a placeholder: coronal_10.png" in page.locator("#notes").inner_text()
 
 
 def test_markup_in_a_caption_is_shown_as_text(open_page):
@@ -234,7 +234,7 @@ def test_wins_and_losses_filter_the_images(open_page):
     assert cells[:3] == ["0.500", "0.675", "−0.175"]
     page.get_by_role("button", name="rouge1: 2 images B better").click()
     assert shown(page) == ["coronal_10", "axial_1"]
-    page.get_by_role("button", name="rouge1: 1 images A better").click()
+    page.get_by_role("button", name="rouge1: 1 image A better").click()
     assert shown(page) == ["coronal_9"]
     page.get_by_role("button", name="Remove the filter").click()
     page.get_by_role("button", name="2 captions differ").click()
@@ -516,6 +516,8 @@ def test_markup_in_a_word_and_images_without_maps(looking_page, open_from_disk):
     assert page.evaluate("window.hacked") is None
     page.locator("#rows .row").nth(2).click()
     assert page.locator(".look, #detail canvas").count() == 0
+
+
 def test_differing_captions_are_sorted_by_their_change(open_page):
     page = open_page()
     page.locator("#subtitle button").click()
@@ -536,6 +538,10 @@ def test_axe_on_a_page_with_maps(theme, width, looking_page, open_from_disk):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     violations = Axe().run(page).response["violations"]
     assert [v["id"] for v in violations if v["impact"] in ("serious", "critical")] == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_page_of_pairs_shows_images_and_passes_axe(theme, width, open_from_disk, tmp_path):
     from axe_playwright_python.sync_playwright import Axe
 

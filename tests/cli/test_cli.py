@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from engine.captions import Caption
 from engine.cli.app import main
 from engine.cli.shared import LinesType, LocationType, NameType, PathType, log
 from engine.errors import PACKAGES, install_command
+from engine.host import processor
 from engine.run.record import RunRecord
 from export.__main__ import main as export
 from export.parity import main as parity
@@ -549,11 +551,16 @@ def test_bench_prints_speed_and_json_last(image_dir, tiny_bundle):
     assert report["images"] == 5
     assert report["side_by_side"] == 2
     assert report["images_per_s"] == pytest.approx(5 / report["seconds"])
+    assert report["processor"] == processor().full_name
+    assert re.search(rf"^machine +\d+ cores? of {re.escape(report['processor'])}$", result.stderr, re.MULTILINE)
+    assert len(result.stdout.splitlines()) == 1
     assert "num_beams:3" in report["signature"]
 
 
 def test_bench_without_images_and_with_a_folder(image_dir, tiny_bundle):
     assert run("bench", "--images", 3, "--bundle", tiny_bundle).exit_code == 0
+    whole = run("bench", "--input", image_dir, "--bundle", tiny_bundle)
+    assert json.loads(whole.stdout)["images"] == 5, "all images of a folder with fewer than 64"
     result = run("bench", "--input", image_dir, "--images", 6, "--bundle", tiny_bundle)
     assert result.exit_code == 2
     assert "has 5 images: set --images to 5 or less" in result.output

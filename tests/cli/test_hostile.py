@@ -206,7 +206,7 @@ def test_file_that_changes_during_a_run_is_captioned_again(run, image_dir, tmp_p
     assert not (tmp_path / "run.csv").exists()
     monkeypatch.undo()
     result = run()
-    assert "1 captions of an earlier run are taken from" in result.stderr
+    assert "1 caption of an earlier run is taken from" in result.stderr
     after = captions(tmp_path / "run.csv")
     (tmp_path / "run.csv").unlink()
     assert run().exit_code == 0

@@ -99,7 +99,7 @@ def test_json_lines_have_file_and_error(run, images, captions):
         assert bad.pop("error") == "not an image, or damaged"
         assert bad == {"id": "000a", "file": str(images / "000a.png")} | ({"caption": ""} if allowed else {})
         assert last == {"id": "zz\udcff", "file": str(images / "zz\udcff.png"), "caption": captions["001"]}
-    assert "error: 1 of 10 images cannot be read and have no caption" in run(out="-").stderr
+    assert "error: 1 of 10 images cannot be read: fix or delete them" in run(out="-").stderr
     assert '000a,""\n' not in run(out="-").stdout
     assert '000a,""\n' in run("--allow-missing", out="-").stdout
 

@@ -1,13 +1,19 @@
-"""Speed and time left, for runs whose images finish in waves."""
+"""Speed and time left, for runs whose images finish in waves; what --progress, --quiet and --verbose print."""
 
 from __future__ import annotations
 
 import heapq
+import json
 import random
+import re
 
 import pytest
+from click.testing import CliRunner
 
+from engine.cli.app import main
 from engine.cli.caption import Pace, in_words
+from tests.helpers.tiny import save_pictures
+from train.__main__ import main as train
 
 IMAGES, IN_PARALLEL = 1000, 32
 
@@ -56,3 +62,83 @@ def test_no_speed_before_the_first_wave_is_over():
 
 def test_durations_in_words():
     assert [in_words(seconds) for seconds in (40, 89, 720, 12600)] == ["40 s", "89 s", "12 min", "3.5 h"]
+
+
+@pytest.fixture
+def run(tiny_bundle, tmp_path):
+    folder = save_pictures(tmp_path / "images", 3)
+    words = [
+        "caption",
+        "--input",
+        folder,
+        "--bundle",
+        tiny_bundle,
+        "--max-new-tokens",
+        3,
+        "--out",
+        tmp_path / "run.csv",
+    ]
+
+    def call(*more):
+        return CliRunner().invoke(main, [str(word) for word in (*words, *more)])
+
+    return call
+
+
+def test_json_lines_of_progress(run, monkeypatch):
+    monkeypatch.setattr("engine.cli.caption.JSON_EVERY_S", 0.001)
+    done = run("--progress", "json", "--quiet")
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert len(lines) > 1, "one a period, while no image is finished"
+    assert all(list(line) == ["done", "total", "images_per_s", "seconds_left"] for line in lines)
+    assert {line["total"] for line in lines} == {3}
+    assert [line["done"] for line in lines] == sorted(line["done"] for line in lines)
+    last = lines[-1]
+    assert (last["done"], last["seconds_left"]) == (3, 0.0)
+    assert last["images_per_s"] > 0
+
+
+def test_quiet_keeps_what_a_user_must_know(run, tmp_path):
+    assert run("-q").stderr == ""
+    (tmp_path / "images/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "images/notes.txt").write_text("x")
+    (tmp_path / "images/folder").mkdir()
+    done = run("-q", "--without-prompt", "--allow-missing")
+    assert done.exit_code == 0
+    starts = [line.split(" ")[0] for line in done.stderr.splitlines()]
+    assert starts == ["skipped", "note:", "unreadable:"]
+    assert "1 folder" in done.stderr.splitlines()[0]
+    assert "(--recursive looks into folders)" in done.stderr.splitlines()[0]
+    assert run("-q").stderr.splitlines()[-1].startswith("error: 1 of 4 images cannot be read")
+
+
+def test_verbose_adds_details_times_and_tracebacks(run):
+    usual, verbose = run(), run("--verbose")
+    lines = verbose.stderr.splitlines()
+    assert all(re.match(r"\[ *\d+\.\d s\] ", line) for line in lines)
+    details = [line for line in lines if "] detail: " in line]
+    assert any("max_new_tokens=3" in line for line in details)
+    assert len(lines) == len(usual.stderr.splitlines()) + len(details)
+    assert "detail:" not in run().stderr, "the level of one command is not that of the next"
+    failed = run("--verbose", "--input", "nowhere")
+    assert "Traceback (most recent call last)" in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("error: nowhere does not exist")
+    assert "Traceback" not in run("--input", "nowhere").stderr
+    assert run("-q", "-v").stderr == "error: --quiet and --verbose exclude each other: remove one of them\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "words", "hint"),
+    [
+        (main, ["bench", "--images", "photos"], "--images is the number of images: did you mean --input?"),
+        (main, ["verify", "--num-beams", "3"], "--help lists the options of this command"),
+        (main, ["--jsonl", "caption"], "give it after the command: caption"),
+        (train, ["finetune", "--checkpoint", "x"], "did you mean --model?"),
+        (train, ["finetune", "--images", "x"], "did you mean --data?"),
+    ],
+)
+def test_hint_for_an_option_of_another_command(group, words, hint):
+    refused = CliRunner().invoke(group, words)
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines()[-1].endswith(hint)

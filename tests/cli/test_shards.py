@@ -119,6 +119,6 @@ def test_impossible_shards_are_refused(images, tiny_bundle, tmp_path, text):
 
 def test_more_shards_than_images_and_a_stream_are_refused(images, tiny_bundle, tmp_path):
     result = caption(images, tiny_bundle, tmp_path / "run.csv", "--shard", "1/9")
-    assert (result.exit_code, "only 8 images, so use at most 8 shards" in result.stderr) == (2, True)
+    assert (result.exit_code, "more shards than images: use at most 8 shards" in result.stderr) == (2, True)
     result = run("caption", "--input", images, "--bundle", tiny_bundle, "--out", "-", "--shard", "1/2")
     assert (result.exit_code, "--shard needs a file for --out" in result.stderr) == (2, True)

@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
+from engine.cli.caption import in_words
 from engine.errors import EngineError
 from tests.helpers.tiny import WORDS, make_checkpoint, random_pictures
 from train.__main__ import main
@@ -309,7 +310,8 @@ def test_dry_run_has_the_papers_rates_and_writes_nothing(checkpoint, data, tmp_p
     assert here["validation_images"] == plan["captions"]["valid"]
     assert here["hours_an_epoch"] * 3600 == pytest.approx(seconds, rel=0.02)
     assert here["hours"] == pytest.approx(15 * here["hours_an_epoch"], rel=0.02)
-    assert f"on this machine: about {here['hours_an_epoch']:g} hours per epoch" in done.stderr
+    assert f"on this machine: about {in_words(3600 * here['hours_an_epoch'])} per epoch" in done.stderr
+    assert re.search(rf"^steps +{plan['steps']}$", done.stderr, re.MULTILINE), "the plan is also a table for people"
     assert plan["disk_gib"]["most"] > plan["disk_gib"]["models"] > 0
     assert not (tmp_path / "none").exists()
 

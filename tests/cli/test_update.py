@@ -71,7 +71,7 @@ def test_only_new_and_changed_images_are_captioned(runs, images):
     result, new = runs.update()
     assert new == 2
     assert "10 captions of an earlier run are taken from" in result.stderr
-    assert "2 of 12 images are to be captioned" in result.stderr
+    assert "2 of 12 images to caption" in result.stderr
     runs.assert_as_from_scratch()
     for path in images.iterdir():
         os.utime(path)

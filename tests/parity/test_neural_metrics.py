@@ -261,7 +261,7 @@ def test_captions_longer_than_the_model_are_truncated(limit, tmp_path):
     long = "chest x-ray " * 40
     found = metric.measure(Items(["a", "b"], [long, "x"], [("chest x-ray",), ("x",)]))
     assert np.isfinite(found.per_image).all()
-    assert found.note == "1 texts are longer than the model's 16 tokens and were truncated"
+    assert found.note == "1 text longer than the model's 16 tokens: truncated"
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.errors import DataError, UsageError
+from engine.errors import DataError, UsageError, counted
 from engine.inputs.columns import PROMPT, USUAL, Columns
 from engine.inputs.ids import Ids, join_some, shown, spelled
 from engine.inputs.images import RepeatedIdError, find_images
@@ -182,7 +182,8 @@ class _Reader:
         outside = [paths[image_id] for image_id, split in splits.items() if not split]
         if inside and outside:
             raise DataError(
-                f"{source.captions}: {len(inside)} images are in folders named after a split ({join_some(inside, 2)}) "
+                f"{source.captions}: {counted(len(inside), 'image is', 'images are')} in folders named after a split "
+                f"({join_some(inside, 2)}) "
                 f"and {len(outside)} are not ({join_some(outside, 2)}): add a column `split` with train, valid or test"
             )
         if inside:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import EngineError, ImageError, OutputError, UsageError
+from engine.errors import EngineError, ImageError, OutputError, UsageError, counted
 from engine.files.atomic import write_atomically
 from engine.inputs.images import ImageFile, is_dicom
 from engine.inputs.pixels import MAX_FILE_BYTES, SYSTEM_TROUBLE, decode_image, image_errors, open_image
@@ -65,8 +65,8 @@ def draw_dataset(stats: Stats, out: Path) -> None:
 def _draw_lengths(panel: Any, lengths: dict[str, Stats], unit: str) -> None:
     """Draw a step plot of caption lengths, as percentages of the captions of each split."""
     longest = max(split["max"] for split in lengths.values())
-    counted = [np.repeat([int(length) for length in s["counts"]], [*s["counts"].values()]) for s in lengths.values()]
-    most = max(int(np.quantile(one, SHOWN, method="inverted_cdf")) for one in counted)
+    repeated = [np.repeat([int(length) for length in s["counts"]], [*s["counts"].values()]) for s in lengths.values()]
+    most = max(int(np.quantile(one, SHOWN, method="inverted_cdf")) for one in repeated)
     end = min(longest, most * 5 // 4)
     width = max(1, -(-end // 60))
     end += width - 1 - end % width  # makes the last step as wide as the others
@@ -80,7 +80,7 @@ def _draw_lengths(panel: Any, lengths: dict[str, Stats], unit: str) -> None:
             if length <= end:
                 shares[length // width] += 100 * count / total
         centres = [i * width + (width - 1) / 2 for i in range(len(shares))]
-        label = f"{name}: {total} captions, median {split['median']:g}"
+        label = f"{name}: {counted(total, 'caption')}, median {split['median']:g}"
         panel.plot(centres, shares, drawstyle="steps-mid", linewidth=1.3, color=COLOURS.get(name), label=label)
     captions = sum(sum(split["counts"].values()) for split in lengths.values())
     tail = f"\n({beyond} of {captions} captions are longer, up to {longest}: not shown)" if beyond else ""
@@ -357,7 +357,10 @@ def lines(stats: Stats) -> list[str]:
     """Return the statistics as lines for a terminal."""
     out: list[str] = []
     for name, split in stats["splits"].items():
-        out.append(f"{name}: {split['images']} images, {split['captions']} captions ({split['captions_file']})")
+        out.append(
+            f"{name}: {counted(split['images'], 'image')}, {counted(split['captions'], 'caption')} "
+            f"({split['captions_file']})"
+        )
         for unit in ("words", "tokens"):
             span = split[unit]
             if span:
@@ -370,7 +373,11 @@ def lines(stats: Stats) -> list[str]:
         modalities, sizes = split["modalities"], split["sizes"]
         if modalities["with_concepts"]:
             counts = ", ".join(f"{name} {count}" for name, count in modalities["counts"].items() if count)
-            several = f" ({modalities['several']} images have more than one)" if modalities["several"] else ""
+            several = (
+                f" ({counted(modalities['several'], 'image has', 'images have')} more than one)"
+                if modalities["several"]
+                else ""
+            )
             out.append(f"  modalities: {counts}{several}")
         else:
             out.append("  modalities: unknown, no concepts")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import DataError, UsageError
+from engine.errors import DataError, UsageError, counted
 from engine.inputs.columns import CAPTION_COLUMNS, ID_COLUMNS, find_column
 from engine.inputs.ids import join_some, spelled
 from engine.inputs.kinds import SUFFIXES, count_kinds
@@ -297,7 +297,7 @@ def read_concepts(path: Path) -> dict[str, tuple[str, ...]]:
     concepts = {}
     for number, row in rows[1:]:
         if len(row) != len(header):
-            raise DataError(f"{path}, line {number}: {len(row)} columns, but the header has {len(header)}")
+            raise DataError(f"{path}, line {number}: {counted(len(row), 'column')}, but the header has {len(header)}")
         concepts[row[id_index]] = tuple(split_concepts(row[concepts_index]))
     return concepts
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from engine.checkpoints.files import rules_at
-from engine.errors import CheckpointError, UsageError
+from engine.errors import CheckpointError, UsageError, counted
 from engine.scoring.base import MetricInputs
 from export.families.modules import IS_5
 from export.reference.huggingface import Reference
@@ -205,5 +205,5 @@ def encode_images(
                 features = torch.empty(len(examples), *encoded.shape[1:], dtype=torch.float16)
             features[i : i + len(encoded)] = encoded.cpu()
     assert features is not None
-    log(f"encoded {len(examples)} images in {time.perf_counter() - start:.0f} s")
+    log(f"encoded {counted(len(examples), 'image')} in {time.perf_counter() - start:.0f} s")
     return features.clone() if features.is_inference() else features

@@ -21,7 +21,7 @@ from engine.bundle.tokenizer import detokenise
 from engine.captioner import Captioner, Decoding, PendingImages
 from engine.captions import Caption
 from engine.checkpoints.settings import read_processor
-from engine.errors import BundleError, DataError, UsageError
+from engine.errors import BundleError, DataError, UsageError, counted
 from engine.files.atomic import file_sha256, write_atomically
 from engine.files.lock import OutputLock
 from engine.inputs.columns import USUAL, Columns
@@ -319,7 +319,7 @@ def caption_run(captioner: Captioner, decoding: Decoding, part: Part, path: Path
             )
         write(record, outputs, options, log)
     new = len(record.captions) - record.resumed
-    log(f"{new} images captioned in {seconds:.1f} s")
+    log(f"{counted(new, 'image')} captioned in {seconds:.1f} s")
     speed = new / seconds if new else None
     run = {"beams": options.num_beams, "run": path.name, "signature": signature, "images_per_s": speed}
     with_key = run | {"key": key, "sha256": file_sha256(path)}
@@ -341,7 +341,7 @@ def periodic_progress(log: Log) -> Progress:
             nonlocal logged_at
             if time.perf_counter() - logged_at > LOG_EVERY_S:
                 logged_at = time.perf_counter()
-                log(f"{done} of {length} images")
+                log(f"{done} of {counted(length, 'image')}")
 
         yield advance
 

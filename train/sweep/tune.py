@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
-from engine.errors import DataError, UsageError
+from engine.errors import DataError, UsageError, counted
 from engine.files.atomic import write_atomically
 from engine.inputs.ids import join_some
 from engine.options import DecodeOptions
@@ -62,9 +62,10 @@ def halve(ids: Sequence[str], seed: int, group: str | None = None) -> tuple[list
     sizes = [sum(len(members[key]) for key in drawn[:cut]) for cut in range(len(drawn) + 1)]
     cut = min(range(len(sizes)), key=lambda cut: abs(2 * sizes[cut] - len(ids)))
     if min(sizes[cut], len(ids) - sizes[cut]) < MIN_IMAGES:
-        groups = "" if group is None else f" in {len(drawn)} groups"
+        groups = "" if group is None else f" in {counted(len(drawn), 'group')}"
         raise DataError(
-            f"{len(ids)} images{groups} cannot be divided into two halves of at least {MIN_IMAGES}: use more images"
+            f"{counted(len(ids), 'image')}{groups} cannot be divided into two halves of at least {MIN_IMAGES}: use "
+            "more images"
         )
     tuning = {name for key in drawn[:cut] for name in members[key]}
     return [name for name in ids if name in tuning], [name for name in ids if name not in tuning]
@@ -271,7 +272,7 @@ def tune(job: Sweep, tuning: Tuning, log: Log) -> dict[str, Any]:
         raise UsageError(f"{both[0]} is both fixed and tuned: remove its option, or --tune-grid {both[0]}=...")
     split = choose_split(job, log)
     halves = draw_halves(job, tuning, split)
-    log(f"{len(halves[0].images)} images are used to choose the settings, {len(halves[1].images)} are held back")
+    log(f"images to choose the settings with: {len(halves[0].images)}, held back: {len(halves[1].images)}")
     metric = job.metrics[0]
     check_metric(metric, halves[0], inputs)
     with lock_output(job.out, log):

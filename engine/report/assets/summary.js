@@ -4,14 +4,15 @@
   const { data, view, format, rows: { make, sign } } = Report;
   const FOR_WIDE = ["95 % of A − B", "p"];
   const count = (number) => number.toLocaleString("en");
+  const counted = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 
   function titles(showDiffering) {
     const title = data.labels.join(" against ");
     document.title = `${title} · report`;
     document.getElementById("title").textContent = title;
-    const facts = [`${count(Report.count)} images`];
+    const facts = [counted(Report.count, "image")];
     const distinct = new Set(data.captions[0]).size;
-    facts.push(`${count(distinct)} distinct captions`);
+    facts.push(counted(distinct, "distinct caption"));
     const empty = data.captions[0].filter((text) => !text.trim()).length;
     if (empty) facts.push(`${count(empty)} empty`);
     const place = document.getElementById("subtitle");
@@ -20,7 +21,8 @@
     place.append(" · ");
     const button = make("button", "link", place);
     button.type = "button";
-    button.textContent = `${count(Report.column("differs").values.filter((value) => value === "differ").length)} captions differ`;
+    const differing = Report.column("differs").values.filter((value) => value === "differ").length;
+    button.textContent = `${counted(differing, "caption")} ${differing === 1 ? "differs" : "differ"}`;
     button.addEventListener("click", showDiffering);
   }
 
@@ -53,7 +55,7 @@
       button.style.flexGrow = number;
       button.disabled = !number;
       button.textContent = count(number);
-      button.setAttribute("aria-label", `${pair.first.name}: ${number} images ${text}, show them`);
+      button.setAttribute("aria-label", `${pair.first.name}: ${counted(number, "image")} ${text}, show them`);
       button.title = text;
       button.addEventListener("click", () => choose(pair, value));
     }
@@ -121,7 +123,7 @@
 
   function showCount() {
     const text = view.shown.length === Report.count ? count(Report.count) : `${count(view.shown.length)} of ${count(Report.count)}`;
-    document.getElementById("count").textContent = `${text} images`;
+    document.getElementById("count").textContent = `${text} ${Report.count === 1 ? "image" : "images"}`;
   }
 
   Report.summary = { showCount, build: (choose, showDiffering) => { titles(showDiffering); notes(); scores(choose); about(); } };

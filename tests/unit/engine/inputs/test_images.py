@@ -105,7 +105,7 @@ def test_hidden_files_directories_and_pipes_are_skipped(tmp_path):
     os.mkfifo(tmp_path / "c.png")
     found = find_images(tmp_path)
     assert [image.id for image in found.images] == ["a"]
-    assert found.ignored == ["._a.png", "b.png", "c.png"]
+    assert found.ignored == ["._a.png", "b.png/", "c.png"]
 
 
 @pytest.mark.parametrize("mode", ["I;16", "1", "CMYK", "P", "LA", "F"])

@@ -46,7 +46,7 @@ def test_single_folder_is_read_like_find_images():
 def test_inputs_keep_their_order():
     assert found("b", "a/2.jpg", "a/1.png") == ["b/3.png", "a/2.jpg", "a/1.png"]
     assert find_inputs([Path("b"), Path("a")]).left_aside == {
-        "b": ["b/.hidden", "b/2.txt", "b/deep"],
+        "b": ["b/.hidden/", "b/2.txt", "b/deep/"],
         "a": ["a/notes.md"],
     }
 

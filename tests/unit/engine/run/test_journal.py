@@ -317,7 +317,7 @@ def test_changed_bytes_fail_a_run_whatever_the_times(tmp_path, images, update):
         before = path.stat()
         path.write_bytes(b"y")
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        with pytest.raises(EngineError, match=r"1 images changed during the run \(image 1\.png\)"):
+        with pytest.raises(EngineError, match=r"1 image changed during the run \(image 1\.png\)"):
             record.check_unchanged()
 
 

@@ -259,9 +259,9 @@ def test_constant_caption_has_the_frequent_words():
 def test_notes_on_references_that_cannot_be_scored():
     greek = items(["ακτινογραφία θώρακος", "ct"], ["ακτινογραφία θώρακος", "ct"])
     assert Rouge1().measure(greek).note == (
-        "1 of 2 references have no token that rouge-score reads ([a-z0-9]+) and score 0"
+        "1 of 2 references without a token that rouge-score reads ([a-z0-9]+), which score 0"
     )
-    assert "; 1 of 1 images have only words that all images share" in Cider().measure(items(["a b"], ["a b"])).note
+    assert "; 1 of 1 image has only words that all images share" in Cider().measure(items(["a b"], ["a b"])).note
     assert "score 0 with any caption" not in Cider().measure(WORKED).note
 
 

@@ -180,7 +180,7 @@ def test_image_is_not_supported_by_its_own_caption(other, expected, rerank, tmp_
 def test_images_without_near_captions_use_candidates_only(rerank, tmp_path):
     n_best(tmp_path / "many.jsonl", a=["ct head", "ct head", "mri"], b=["x y", "x", "x"], c=["foot"])
     result, written = rerank("--n-best many.jsonl --support training.csv")
-    assert "supported by 4 distinct captions (1 images have no near caption) -> run.csv" in result.stderr
+    assert "supported by 4 distinct captions (1 image has no near caption) -> run.csv" in result.stderr
     _, alone = rerank("--n-best many.jsonl")
     assert written.splitlines()[2:] == alone.splitlines()[2:] == ['b,"x"', 'c,"foot"']
 
@@ -246,7 +246,7 @@ def test_rerank_chooses_the_consensus(tmp_path):
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "run.csv").read_text() == 'ID,Caption\na,"mri of the brain"\nb,"only one"\n'
-    assert "2 captions, 1 differ from the first candidate" in result.stderr
+    assert "2 captions, 1 differs from the first candidate" in result.stderr
 
 
 def test_candidates_are_weighted_and_equal_ones_merged(tmp_path):

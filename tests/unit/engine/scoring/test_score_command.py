@@ -96,8 +96,8 @@ def test_scores_are_broken_down_by_a_column(files):
 @pytest.mark.parametrize(
     ("run_text", "references", "sentence"),
     [
-        ("ID,Caption\n0,a\n1,b\n", None, "lacks 1 ids"),
-        ("ID,Caption\n0,a\n1,b\n2,c\n3,d\n", None, "has 1 ids that"),
+        ("ID,Caption\n0,a\n1,b\n", None, "lacks 1 id"),
+        ("ID,Caption\n0,a\n1,b\n2,c\n3,d\n", None, "has 1 id that"),
         ("ID,Caption\n0,a\n0,b\n1,c\n2,d\n", None, "more than one caption for 0"),
         ("ID,Caption\nx,a\n", None, "references of another split?"),
         ("ID#Caption\n0#a\n", None, "is not a table of captions"),
@@ -327,7 +327,7 @@ def test_only_common_ids_are_scored(files):
     (files / "run.csv").write_text(f"ID,Caption\n2,{CANDIDATES[2]}\n1,{CANDIDATES[1]}\nelse,x\n")
     result = score(files)
     assert result.exit_code == 1
-    assert result.stderr.endswith("lacks 1 ids of " + f"{files / 'references.csv'}: 0; " + ONLY_COMMON)
+    assert result.stderr.endswith("lacks 1 id of " + f"{files / 'references.csv'}: 0; " + ONLY_COMMON)
     result = score(files, "--only-common", "--metrics", "rouge1")
     assert result.exit_code == 0, result.output
     found = json.loads((files / "scores.json").read_text())
@@ -397,8 +397,8 @@ def test_run_with_only_some_prompts_is_refused(files):
     result = score(files)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert "1 captions begin with their prompt" in line
-    assert "1 do not (1): give the run's prompts with --prompts, or --keep-prompt" in line
+    assert "1 caption begins with its prompt" in line
+    assert "1 does not (1): give the run's prompts with --prompts, or --keep-prompt" in line
 
 
 def test_compared_runs_are_scored_without_prompts(files):

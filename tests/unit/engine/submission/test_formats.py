@@ -69,18 +69,18 @@ REFUSED = {
     "blank line at the end": (GOOD + "\n", "line 5 is blank"),
     "line of spaces": (GOOD + "  \n", "line 5 is blank"),
     "other order": ("ID,Caption\nID1,b\nID2,a\nID03,c\n", "row 1 is ID1 instead of ID2"),
-    "missing id": (GOOD.replace("ID03,c\n", ""), "1 ids are missing: ID03"),
-    "id twice": (GOOD + "ID1,b\n", "1 ids occur twice: ID1"),
-    "extra id": (GOOD + "ID9,b\n", "1 ids are not in the manifest: ID9"),
-    "padded id": (GOOD.replace("ID03", "ID3"), "1 ids are not in the manifest: ID3"),
+    "missing id": (GOOD.replace("ID03,c\n", ""), "1 id is missing: ID03"),
+    "id twice": (GOOD + "ID1,b\n", "1 id occurs twice: ID1"),
+    "extra id": (GOOD + "ID9,b\n", "1 id is not in the manifest: ID9"),
+    "padded id": (GOOD.replace("ID03", "ID3"), "1 id is not in the manifest: ID3"),
     "third column": (GOOD.replace("ID1,b", "ID1,b,c"), "line 3: 3 columns"),
     "comma without quotes": (GOOD.replace("b", "b, d"), "line 3: 3 columns"),
-    "one column": (GOOD.replace("ID1,b", "ID1"), "line 3: 1 columns"),
-    "file names": (GOOD.replace("ID1,", "ID1.jpg,"), "1 ids are not in the manifest: ID1.jpg"),
+    "one column": (GOOD.replace("ID1,b", "ID1"), "line 3: 1 column"),
+    "file names": (GOOD.replace("ID1,", "ID1.jpg,"), "1 id is not in the manifest: ID1.jpg"),
     "not UTF-8": (GOOD.encode().replace(b"b", b"\xe9"), "byte 21 is not UTF-8"),
     "newline and comma in a caption": (GOOD.replace("b", '"b,\nd"'), "line 3: a caption with a comma must be quoted"),
     "space after the closing quote": (GOOD.replace("b", '"b, d" '), "line 3: a caption with a comma must be quoted"),
-    "quote that never closes": (GOOD.replace("b", '"b'), "ids are missing"),
+    "quote that never closes": (GOOD.replace("b", '"b'), "1 id is missing"),
     "space in the id": (GOOD.replace("ID1", " ID1"), "line 3: white space"),
     "TABs": (GOOD.replace(",", "\t"), "the header is"),
     "nothing": ("", "the file is empty"),
@@ -120,7 +120,7 @@ CAPTIONS = {
 @pytest.mark.parametrize("form", FORMATS)
 def test_written_files_pass_in_manifest_order(form, tmp_path):
     out = tmp_path / ("x.zip" if FORMATS[form].is_zip else "x.csv")
-    assert write_submission(CAPTIONS, IDS, form, out) == ["1 captions are empty"]
+    assert write_submission(CAPTIONS, IDS, form, out) == ["1 caption is empty"]
     assert check_submission(out, IDS, form) == Verdict([], [])
     if FORMATS[form].is_zip:
         with zipfile.ZipFile(out) as archive:
@@ -208,7 +208,7 @@ def test_invalid_archives(tmp_path):
         (CAPTIONS, "imageclef2026", "x.csv", "name it submission.zip"),
         (CAPTIONS, "imageclef2024", "x.zip", "name it submission.csv"),
         ({"ID1": "a"}, "imageclef2024", "x.csv", "no caption for 2 ids of the manifest: ID2, ID03"),
-        (CAPTIONS | {"new": ""}, "imageclef2024", "x.csv", "1 ids that are not in the manifest: new"),
+        (CAPTIONS | {"new": ""}, "imageclef2024", "x.csv", "1 id that is not in the manifest: new"),
     ],
 )
 def test_mismatching_runs_are_refused_without_output(captions, form, out, sentence, tmp_path):

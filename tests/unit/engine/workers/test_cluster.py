@@ -28,11 +28,11 @@ def test_workers_are_as_many_as_there_is_room_for(nodes, gpus, actors, threads, 
 
 
 def test_more_workers_than_there_is_room_for_are_refused():
-    with pytest.raises(UsageError, match="room for 2 workers with 1 CPUs"):
+    with pytest.raises(UsageError, match="room for 2 workers with 1 CPU"):
         plan_actors([ONE], 0, actors=3, threads=None)
-    with pytest.raises(UsageError, match="room for 8 workers with a GPU and 1 CPUs"):
+    with pytest.raises(UsageError, match="room for 8 workers with a GPU and 1 CPU"):
         plan_actors(EIGHT, 8, actors=9, threads=None)
-    with pytest.raises(UsageError, match="room for 0 workers with a GPU and 1 CPUs"):
+    with pytest.raises(UsageError, match="room for 0 workers with a GPU and 1 CPU"):
         plan_actors([{"GPU": 4.0}], 4, actors=None, threads=None)
     with pytest.raises(EngineError, match="has no CPUs"):
         plan_actors([{"memory": 1.0}], 0, actors=None, threads=None)

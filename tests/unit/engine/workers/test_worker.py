@@ -127,7 +127,7 @@ def test_out_of_memory_loses_no_image(worker, images, monkeypatch):
 
     monkeypatch.setattr(OrtBackend, "step", tight)
     answers = list(answers_of(worker, images))
-    assert "memory is short with 4 images in parallel: continuing with 2" in [answer.note for answer in answers]
+    assert "note: memory is short with 4 images in parallel: continuing with 2" in [answer.note for answer in answers]
     made = [caption.id for answer in answers for caption in answer.captions]
     assert sorted(made) == [image.id for image in images if image.id != "05"]
 

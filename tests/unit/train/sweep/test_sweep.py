@@ -235,7 +235,7 @@ def test_image_changed_during_run_leaves_no_run(job, monkeypatch):
         random_pictures(1, seed=9)[0].save(job.data / "valid" / "case_2.png")
 
     monkeypatch.setattr(LocalSource, "captions", changing)
-    with pytest.raises(EngineError, match=r"1 images changed during the run \(case_2\.png\)"):
+    with pytest.raises(EngineError, match=r"1 image changed during the run \(case_2\.png\)"):
         sweep(job, silent)
     assert not list(job.out.glob("run_beams_*"))[1:]  # the journal alone
 
