@@ -324,6 +324,21 @@ def generate_int8(setting: Comparison) -> Caption:
     return _generate_with(lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}), setting)
 
 
+def optimum(setting: Comparison) -> Caption:
+    """Load ORTModelForVision2Seq of optimum-onnx, which runs `generate`'s loop on two ONNX graphs of the decoder."""
+    from optimum.onnxruntime import ORTModelForVision2Seq
+
+    graphs = BUILD / setting.workload.name / "optimum"
+    if not graphs.exists():
+        unfinished = graphs.with_name("optimum.unfinished")
+        ORTModelForVision2Seq.from_pretrained(setting.workload.checkpoint, export=True).save_pretrained(unfinished)
+        unfinished.rename(graphs)
+    options = import_onnxruntime("cpu").SessionOptions()
+    options.intra_op_num_threads = setting.threads or available_cores()
+    model = ORTModelForVision2Seq.from_pretrained(graphs, session_options=options, use_merged=False)
+    return _generate_with(lambda _: model, setting)
+
+
 def _generate_with(convert: Callable[[Any], Any], setting: Comparison) -> Caption:
     torch.set_num_threads(setting.threads or available_cores())
     reference = Reference.load(setting.workload.checkpoint)
@@ -372,6 +387,7 @@ EXACT: dict[str, Callable[[Comparison], Caption]] = {
     "generate": generate,
     "conventional": conventional,
     "openvino": openvino,
+    "optimum": optimum,
 }
 """Programs in float32. Their captions must be the same up to ties, or the measurement is void."""
 ROUNDED: dict[str, Callable[[Comparison], Caption]] = {
@@ -382,7 +398,7 @@ ROUNDED: dict[str, Callable[[Comparison], Caption]] = {
 }
 """Programs in lower precision. Their captions may differ; the record has how many do, and the difference in ROUGE-1."""
 PROGRAMS = EXACT | ROUNDED
-BATCHED = ("generate", "conventional", "generate-bf16", "generate-int8")
+BATCHED = ("generate", "conventional", "optimum", "generate-bf16", "generate-int8")
 """Programs with a batch size."""
 
 

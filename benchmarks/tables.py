@@ -78,15 +78,16 @@ def readme_speeds(*everything: Record) -> str:
 
 def agreement(record: Record) -> str:
     """Return how many captions of each other program equal the engine's, with the reasons of the differences."""
-    images = record["setting"]["images"]
-    parts = []
+    parts, is_whole = [], True
     for counts in record["agreement"].values():
+        images = sum(counts[kind] for kind in ("identical", "tie", "batch", "real"))
         explained = [
             f"{counts[kind]} {word}" for kind, word in (("tie", "tie"), ("batch", "batch effect")) if counts[kind]
         ]
         note = f" ({', '.join(explained)})" if explained else ""
         parts.append(f"{counts['identical']} of {images}{note}")
-    return "all" if set(parts) == {f"{images} of {images}"} else "; ".join(parts)
+        is_whole &= counts["identical"] == images
+    return "all" if is_whole else "; ".join(parts)
 
 
 def speeds(*records: Record) -> str:

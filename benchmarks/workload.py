@@ -2,7 +2,7 @@
 
     python -m benchmarks.workload --shape base
 
-No trained BLIP is available from a package registry, and speed does not depend on the meaning of the tokens. It does
+No trained model is available from a package registry, and speed does not depend on the meaning of the tokens. It does
 depend on the lengths of captions. The bias of the end token is set so that they vary like those of real captions.
 """
 
@@ -28,6 +28,9 @@ from PIL import Image
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 
 from engine.bundle.manifest import Bundle, demo_bundle
+from engine.checkpoints.convert import convert
+from engine.checkpoints.graphs import find_graphs
+from engine.checkpoints.read import read_checkpoint
 from engine.errors import UsageError
 from engine.host import processor
 from engine.inputs.images import find_images
@@ -35,6 +38,7 @@ from engine.inputs.pixels import decode_image, read_image
 from engine.inputs.tables import read_table
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
+from export.families import PUBLISHED, family_for
 from export.families.blip import BlipImageProcessor
 from export.restore import restore_checkpoint
 
@@ -61,7 +65,28 @@ STD, EMBEDDING_STD, OUTPUT_STD, CROSS_OUTPUT_STD = 0.05, 0.2, 0.02, 0.04
 """Standard deviations of the random weights. With the usual 0.02 all tokens are almost equally likely after any other,
 and the search is full of ties that rounding decides. Large embeddings and small outputs of the text layers make a token
 depend on the one before. Larger outputs of cross-attention make it depend on the image."""
-MAX_NEW_TOKENS = dict.fromkeys(SHAPES, 64) | {"demo": 40}
+
+
+@dataclass(frozen=True)
+class Published:
+    """An architecture whose graphs are in the wheel (export.families.PUBLISHED), with random weights.
+
+    `programs` are those that `benchmarks.throughput` measures next to the engine by default. For `end_bias` see Shape.
+    If the output layer has no bias, the bias of the module `last_norm` raises the end token's logit instead.
+    """
+
+    architecture: str
+    programs: tuple[str, ...]
+    end_bias: float
+    last_norm: str = ""
+
+
+PUBLISHED_SHAPES = {
+    "vit-gpt2": Published("ViT-GPT2", ("generate", "optimum", "openvino"), 0.0, "decoder.transformer.ln_f"),
+    "git-base": Published("GIT-base", ("generate", "openvino"), 0.0),
+}
+"""Workloads of other families than BLIP."""
+MAX_NEW_TOKENS = dict.fromkeys(SHAPES, 64) | dict.fromkeys(PUBLISHED_SHAPES, 40) | {"demo": 40}
 
 
 @dataclass(frozen=True)
@@ -98,9 +123,10 @@ class Workload:
 
 
 def prepare(name: str, images: int, precisions: Iterable[str] = ()) -> Workload:
-    """Create the files of the workload `name` (demo, or one of SHAPES) under BUILD, unless they exist.
+    """Create the files of the workload `name` (a key of MAX_NEW_TOKENS) under BUILD, unless they exist.
 
-    `precisions` are further precisions (fp16, int8) in which its bundle is exported.
+    `precisions` are further precisions (fp16, int8) in which its bundle is written. Bundles of PUBLISHED_SHAPES are
+    converted without torch, because an export records answers of `generate`, which takes minutes per image for GIT.
     """
     pictures = write_corpus(BUILD / f"pictures_{images}", images, EXAMPLES)
     checkpoint = BUILD / name / "checkpoint"
@@ -108,14 +134,17 @@ def prepare(name: str, images: int, precisions: Iterable[str] = ()) -> Workload:
     if not checkpoint.exists():
         if name == "demo":
             _make_complete(checkpoint, lambda out: restore_checkpoint(bundle, out))
-        else:
+        elif name in SHAPES:
             _make_complete(checkpoint, lambda out: make_checkpoint(out, SHAPES[name]))
+        else:
+            _make_complete(checkpoint, lambda out: make_published(out, PUBLISHED_SHAPES[name]))
+    write = _convert if name in PUBLISHED_SHAPES else export_bundle
     if not bundle.exists():
-        export_bundle(checkpoint, bundle, click.echo)
+        write(checkpoint, bundle, click.echo, precision="fp32")
     workload = Workload(name, checkpoint, bundle, pictures, MAX_NEW_TOKENS[name])
     for precision in precisions:
         if not workload.bundle_in(precision).exists():
-            export_bundle(checkpoint, workload.bundle_in(precision), click.echo, precision=precision)
+            write(checkpoint, workload.bundle_in(precision), click.echo, precision=precision)
     return workload
 
 
@@ -140,6 +169,12 @@ def prepare_own(checkpoint: str, pictures: Path, images: int | None) -> Workload
 
 OWN_IMAGES = 64
 """Number of the user's images that are measured by default."""
+
+
+def _convert(checkpoint: Path, out: Path, log: Callable[[str], None], *, precision: str) -> None:
+    opened = read_checkpoint(checkpoint)
+    graphs = find_graphs(opened.family, opened.shape, precision)
+    _make_complete(out, lambda draft: convert(opened, graphs, draft, source={}, log=log))
 
 
 def _make_complete(out: Path, make: Callable[[Path], object]) -> None:
@@ -212,11 +247,43 @@ def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD)
     return out
 
 
+def make_published(out: Path, shape: Published, *, seed: int = 0) -> Path:
+    """Write a checkpoint of `shape` with random weights and the demo's tokenizer into `out`; return `out`."""
+    config = PUBLISHED[shape.architecture]
+    family = family_for(config)
+    model, tokens = family.model_class(config).eval(), family.sizes(config).tokens
+    generator = torch.Generator().manual_seed(seed)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=_std(name, STD), generator=generator)
+        model.tie_weights()
+        if shape.last_norm:
+            row = head.weight[tokens.eos]
+            model.get_submodule(shape.last_norm).bias += shape.end_bias * row / row.dot(row)
+        else:
+            head.bias[tokens.eos] += shape.end_bias
+    family.apply_settings(model, {})
+    model.save_pretrained(out)
+    BertTokenizerFast(tokenizer_file=str(demo_bundle() / "tokenizer.json")).save_pretrained(out)
+    processor = family.rules.processor_for(None, config.to_dict())
+    assert processor is not None, "each family has a default"
+    settings = {**processor.settings, "image_processor_type": processor.kind}
+    family.make_processor(settings).save_pretrained(out)
+    return out
+
+
+EMBEDDINGS = ("word_embeddings", "position_embeddings", "wte.", "wpe.")
+OUTPUTS = ("output.dense.weight", "c_proj.weight")
+"""Parts of the names of a text decoder's embeddings, and endings of those of its output layers."""
+
+
 def _std(name: str, std: float) -> float:
     """Return the standard deviation of a weight matrix."""
-    if "word_embeddings" in name or "position_embeddings" in name:
+    if any(part in name for part in EMBEDDINGS) or name == "output.weight":
         return EMBEDDING_STD
-    if name.startswith("text_decoder") and name.endswith("output.dense.weight"):
+    if name.startswith(("text_decoder", "decoder.", "git.encoder.")) and name.endswith(OUTPUTS):
         return CROSS_OUTPUT_STD if "crossattention" in name else OUTPUT_STD
     return std
 

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from engine.checkpoints.blip import BlipRules
 from engine.checkpoints.git import GitRules
+from engine.checkpoints.image_prefix import ImagePrefixRules
 from engine.checkpoints.rules import Rules
 from engine.checkpoints.vision_encoder_decoder import VisionEncoderDecoderRules
 from engine.errors import CheckpointError
 
 ORIGINAL = BlipRules()
 """The family whose checkpoints in the authors' own layout (one .pth file) are converted."""
-RULES: dict[str, Rules] = {rules.model_type: rules for rules in (ORIGINAL, VisionEncoderDecoderRules(), GitRules())}
+RULES: dict[str, Rules] = {
+    rules.model_type: rules for rules in (ORIGINAL, VisionEncoderDecoderRules(), GitRules(), ImagePrefixRules())
+}
 """Families by `model_type` in config.json."""
 
 

@@ -196,14 +196,14 @@ class VisionEncoderDecoderRules(Rules):
                 f"{path}: {missing[0]} is {raw.get(missing[0])!r}, but `generate` needs one id: set it in "
                 "generation_config.json"
             )
-        if decoder == "roberta" and raw["decoder_start_token_id"] == _part(raw, "decoder")["pad_token_id"]:
+        if decoder == "roberta" and raw["decoder_start_token_id"] == part_of(raw, "decoder")["pad_token_id"]:
             raise CheckpointError(
                 f"{path}: captions start with the pad id {raw['decoder_start_token_id']}, from which RoBERTa counts "
                 "positions in another way: train with another decoder_start_token_id"
             )
 
     def _check_sizes(self, raw: Mapping[str, Any], path: Path) -> None:
-        vision, text = _part(raw, "encoder"), _part(raw, "decoder")
+        vision, text = part_of(raw, "encoder"), part_of(raw, "decoder")
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         check_numbers({name: vision[name] for name in names}, path, "encoder", lowest=1)
         check_numbers({name: side_of(vision[name]) for name in ("image_size", "patch_size")}, path, "encoder", lowest=1)
@@ -231,7 +231,7 @@ class VisionEncoderDecoderRules(Rules):
         settings = self.settings(raw, generation)
 
         def id_of(name: str) -> Any:
-            values = (_one(source.values.get(name)) for source in settings)
+            values = (only_one(source.values.get(name)) for source in settings)
             return next((value for value in values if value is not None), None)
 
         start, end, pad = map(id_of, ENDINGS)
@@ -244,7 +244,7 @@ class VisionEncoderDecoderRules(Rules):
 
     def sizes(self, raw: Mapping[str, Any]) -> Sizes:
         """See Rules.sizes."""
-        text, rules = _part(raw, "decoder"), DECODERS[raw["decoder"]["model_type"]]
+        text, rules = part_of(raw, "decoder"), DECODERS[raw["decoder"]["model_type"]]
         layers, heads, width, positions = (text[name] for name in rules.sizes)
         if text["model_type"] == "roberta":  # the first rows of the table have no position
             positions -= text["pad_token_id"] + 1
@@ -254,8 +254,8 @@ class VisionEncoderDecoderRules(Rules):
             head_width=width // heads,
             vocab_size=text["vocab_size"],
             max_positions=positions,
-            encoder_positions=_encoder_positions(_part(raw, "encoder")),
-            image_size=side_of(_part(raw, "encoder")["image_size"]),
+            encoder_positions=_encoder_positions(part_of(raw, "encoder")),
+            image_size=side_of(part_of(raw, "encoder")["image_size"]),
             tokens=TokenIds(*(raw[name] for name in ENDINGS)),
         )
 
@@ -266,7 +266,7 @@ class VisionEncoderDecoderRules(Rules):
 
     def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
         """See Rules.shape. A width of cross-attention that is not set is that of the decoder: 0."""
-        vision, text = _part(raw, "encoder"), _part(raw, "decoder")
+        vision, text = part_of(raw, "encoder"), part_of(raw, "decoder")
         rules = DECODERS[text["model_type"]]
         vision_names = [name for name in ENCODERS[vision["model_type"]] if name != "image_size"]
         text_names = [*list(rules.sizes)[:3], *rules.more]  # without the number of positions
@@ -279,7 +279,7 @@ class VisionEncoderDecoderRules(Rules):
 
     def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """See Rules.weight_shapes. The names are those of ViTModel and the decoder's class in transformers 4.57."""
-        vision, text = _part(raw, "encoder"), _part(raw, "decoder")
+        vision, text = part_of(raw, "encoder"), part_of(raw, "decoder")
         rules = DECODERS[text["model_type"]]
         _, _, text_width, _ = (text[name] for name in rules.sizes)
         width, inner, patch = vision["hidden_size"], vision["intermediate_size"], side_of(vision["patch_size"])
@@ -309,7 +309,7 @@ class VisionEncoderDecoderRules(Rules):
 
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         """See Rules.resized."""
-        patch = side_of(_part(raw, "encoder")["patch_size"])
+        patch = side_of(part_of(raw, "encoder")["patch_size"])
         check_patches(image_size, patch)
         return {**raw, "encoder": {**raw["encoder"], "image_size": image_size}}
 
@@ -338,7 +338,7 @@ class VisionEncoderDecoderRules(Rules):
         return next((rules for rules in PROCESSORS.values() if kind.startswith(rules.prefix)), None)
 
 
-def _part(raw: Mapping[str, Any], part: str) -> dict[str, Any]:
+def part_of(raw: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Return the encoder's or the decoder's configuration, completed with the defaults."""
     kind = raw[part]["model_type"]
     if part == "encoder":
@@ -349,7 +349,7 @@ def _part(raw: Mapping[str, Any], part: str) -> dict[str, Any]:
     return completed(raw[part], defaults)
 
 
-def _one(value: Any) -> Any:
+def only_one(value: Any) -> Any:
     """Return the only entry of a list, or the value itself: transformers accepts several end ids, the engine one."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 

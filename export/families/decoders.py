@@ -33,6 +33,9 @@ class TextDecoder(DecoderStep):
 class Gpt2Step(TextDecoder):
     """GPT2LMHeadModel.forward: layer norms come first, and dense layers are Conv1D with weights [inputs,outputs]."""
 
+    prefix = False
+    """Whether the image is before the text in self-attention instead of in cross-attention."""
+
     @staticmethod
     def keys_values(decoder: nn.Module, encoded: Tensor) -> Iterator[Tensor]:
         """See TextDecoder.keys_values."""
@@ -47,8 +50,11 @@ class Gpt2Step(TextDecoder):
         """See DecoderStep.layer."""
         block = self.decoder.transformer.h[index]
         q, k, v = block.attn.c_attn(block.ln_1(x)).split(block.attn.split_size, -1)
-        mixed, extended = self.self_attention(*(self.split_heads(part, cache.batch) for part in (q, k, v)), cache)
+        q, k, v = (self.split_heads(part, cache.batch) for part in (q, k, v))
+        mixed, extended = self.self_attention(q, k, v, cache, prefix=self.prefix)
         x = block.attn.c_proj(mixed) + x
+        if self.prefix:
+            return x + block.mlp(block.ln_2(x)), extended
         query = block.crossattention.q_attn(block.ln_cross_attn(x))
         mixed = self.cross_attention(self.split_heads(query, cache.batch), cache)
         x = x + block.crossattention.c_proj(mixed)

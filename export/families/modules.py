@@ -132,7 +132,7 @@ class DecoderStep(ExportedModule, ABC):
         Returns candidate_scores f32[B,C], candidate_ids i64[B,C] and the recent cache extended to f32[B,H,R+T,d].
         """
         batch = input_ids.shape[0]
-        x = self.embed(input_ids, positions)
+        x = self.start(self.embed(input_ids, positions), input_ids, cross)
         bias = _as(torch.where(ancestry, 0.0, MASKED), self.weights_type)[:, None]
         extended: list[Tensor] = []
         for i in range(self.sizes.num_layers):
@@ -148,6 +148,10 @@ class DecoderStep(ExportedModule, ABC):
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Return the embeddings f32[B*T,D] of ids and positions i64[B,T]; the start token has position 0."""
 
+    def start(self, x: Tensor, ids: Tensor, cross: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
+        """Return the embeddings f32[B*T,D] with those of start tokens that depend on the image. By default none do."""
+        return x
+
     @abstractmethod
     def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """Run a layer on f32[B*T,D]; return its output and the extended keys and values of `self_attention`."""
@@ -155,6 +159,10 @@ class DecoderStep(ExportedModule, ABC):
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits f32[B*T,V] of the last layer's output f32[B*T,D]."""
+
+    def prefix_scores(self, scores: Tensor) -> Tensor:
+        """Return the attention scores f32[B,H,T,S] of a prefix, for a family whose `cross` holds more than its keys."""
+        return scores
 
     def bert_layer(
         self, layer: nn.Module, x: Tensor, cache: LayerCache, *, prefix: bool = False
@@ -189,7 +197,7 @@ class DecoderStep(ExportedModule, ABC):
         weights = torch.cat([q @ settled[0].transpose(-1, -2), q @ k.transpose(-1, -2)], -1)
         weights = weights + cache.bias
         if prefix:
-            weights = torch.cat([q @ cache.cross[0].transpose(-1, -2), weights], -1)
+            weights = torch.cat([self.prefix_scores(q @ cache.cross[0].transpose(-1, -2)), weights], -1)
         weights = torch.softmax(weights, -1)
         image = self.sizes.encoder_positions if prefix else 0
         split = image + settled[0].shape[2]
@@ -363,19 +371,22 @@ class Family(ABC):
 
     # graph sets in the wheel
 
-    @abstractmethod
     def published(self) -> dict[str, PretrainedConfig]:
-        """Return the published architectures that the engine converts without torch, by name (export/graphsets.py)."""
+        """Return the published architectures that the engine converts without torch, by name (export/graphsets.py).
 
-    @abstractmethod
+        A family without any needs neither `shrunk` nor `with_sizes`.
+        """
+        return {}
+
     def shrunk(self, config: PretrainedConfig) -> PretrainedConfig:
         """Return an architecture of `published` with few, narrow layers and otherwise the same settings."""
+        raise NotImplementedError
 
-    @abstractmethod
     def with_sizes(
         self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
     ) -> PretrainedConfig:
         """Return an architecture with other sizes: patches per side of an image, vocabulary, positions of the text."""
+        raise NotImplementedError
 
     # graphs
 

@@ -63,7 +63,7 @@ class VisionEncoder(Encoder):
 
     def __init__(self, model: PreTrainedModel, sizes: Sizes, normalisation: Normalisation) -> None:
         super().__init__(model, sizes, normalisation)
-        self.encoder = _for_one_size(model.encoder)
+        self.encoder = for_one_size(model.encoder)
         if hasattr(model, PROJECTION):
             self.enc_to_dec_proj = model.enc_to_dec_proj
         self.keys_of = decoder_of(model.config).keys_values
@@ -87,7 +87,7 @@ def _pair(
     )
 
 
-def _for_one_size(encoder: PreTrainedModel) -> PreTrainedModel:
+def for_one_size(encoder: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of an encoder that uses its position table as it is; it shares all weights.
 
     While they are traced, these models always interpolate the table to the size of the image. The graph has one size.

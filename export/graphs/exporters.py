@@ -231,9 +231,10 @@ def _placeholders(module: ExportedModule) -> Iterator[None]:
 
     Each has another value, because torch's exporter stores tensors with equal values once. So the graph does not
     depend on the values of weights, such as biases that are all 0, nor on those of buffers, such as a mean of pixels
-    that equals their std.
+    that equals their std. Buffers that are not persistent keep their values: the exporter stores them as constants.
     """
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    persistent = module.state_dict()
+    buffers = [one for name, one in module.named_buffers() if one.is_floating_point() and name in persistent]
     weights = [*module.parameters(), *buffers]  # tied ones once
     values = [weight.data for weight in weights]
     try:

@@ -163,13 +163,13 @@ def make_model(
             if parameter.dim() > 1 or "lambda" in name:
                 parameter.normal_(std=0.25, generator=generator)
         model.tie_weights()
-        _favour(model.decoder, decoder, ids["eos_token_id"], END_BIAS[decoder] if end_bias is None else end_bias)
+        favour(model.decoder, decoder, ids["eos_token_id"], END_BIAS[decoder] if end_bias is None else end_bias)
         if favoured == "pad":
-            _favour(model.decoder, decoder, ids["pad_token_id"], 3.0 if decoder == "roberta" else 6.0)
+            favour(model.decoder, decoder, ids["pad_token_id"], 3.0 if decoder == "roberta" else 6.0)
     return model
 
 
-def _favour(model: Any, decoder: str, token: int, bias: float) -> None:
+def favour(model: Any, decoder: str, token: int, bias: float) -> None:
     """Add `bias` to the logit of a token, in heads without a bias by the last layer norm's."""
     if decoder == "bert":
         model.cls.predictions.bias[token] += bias

@@ -30,11 +30,13 @@ def test_real_mismatch_voids_the_measurement(wrong, tiny_checkpoint, tiny_bundle
     agreed = {"tie": 0, "batch": 0, "real": 0}
     counts = agreement_of(workload, OPTIONS, {"engine": ids, "generate": list(ids)})
     assert counts == {"generate": {"identical": IMAGES, **agreed}}
-    assert is_valid(counts, IMAGES)
+    assert is_valid(counts)
+    fewer = agreement_of(workload, OPTIONS, {"engine": ids, "generate": ids[:2]})
+    assert fewer == {"generate": {"identical": 2, **agreed}}
     other = [*ids[:-1], (*ids[-1][:-2], ids[-1][-2] + 1, ids[-1][-1])]
     counts = agreement_of(workload, OPTIONS, {"engine": ids, "generate": ids} | {wrong: other})
     assert counts == {"generate": {"identical": IMAGES - 1, **agreed, "real": 1}}
-    assert not is_valid(counts, IMAGES)
+    assert not is_valid(counts)
 
 
 def test_fidelity_counts_captions_and_compares_rouge1(tmp_path):

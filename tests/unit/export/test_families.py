@@ -52,13 +52,13 @@ def test_blip_is_imported_by_listed_files_only():
 
 
 def test_parts_of_blip_are_read_by_its_family_only():
-    """Training reads some of them as well: it is for BLIP alone. GIT has parts of the same names."""
+    """Training reads some of them as well: it is for BLIP alone. GIT and CLIP have parts of the same names."""
     found = {
         file
         for file, tree in modules("engine", "export").items()
         if any(isinstance(node, ast.Attribute) and node.attr in PARTS for node in ast.walk(tree))
     }
-    assert found == {"export/families/blip.py", "export/families/git.py"}
+    assert found == {f"export/families/{name}.py" for name in ("blip", "git", "image_prefix")}
 
 
 def test_look_up_a_family(tiny_checkpoint, tiny_reference):
