@@ -363,8 +363,8 @@ def open_record(
             )
         if record.without_attention:
             log(
-                f"{record.without_attention} images are captioned again, because {outputs.attention} lacks their "
-                "attention"
+                f"{counted(record.without_attention, 'image is', 'images are')} captioned again, because "
+                f"{outputs.attention} lacks their attention"
             )
         if record.resumed:
             log(

@@ -106,13 +106,13 @@ def test_update_makes_files_for_other_layers(images, tiny_bundle, tmp_path):
     assert caption(images, tiny_bundle, tmp_path, "--update").exit_code == 0
     before = files(tmp_path)
     same = caption(images, tiny_bundle, tmp_path, "--update")
-    assert "0 of 25 images are to be captioned" in same.output
+    assert "0 of 25 images to caption" in same.output
     (tmp_path / "maps" / "9.npz").unlink()
     one = caption(images, tiny_bundle, tmp_path, "--update")
-    assert "1 of 25 images are to be captioned" in one.output
+    assert "1 of 25 images to caption" in one.output
     assert files(tmp_path) == before
     last = caption(images, tiny_bundle, tmp_path, "--update", "--attention-layers", "1")
-    assert "25 of 25 images are to be captioned" in last.output
+    assert "25 of 25 images to caption" in last.output
     assert read_attention(tmp_path / "maps" / "9.npz").layers == (1,)
     assert all(files(tmp_path)[name] != content for name, content in before.items())
 
