@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers.models import WordPiece
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedModel, PreTrainedTokenizerFast
 
-from engine.checkpoints.files import read_json
+from engine.checkpoints.files import read_json, rules_at
 from engine.checkpoints.settings import configured_settings, refuse_settings, verdict
 from engine.checkpoints.tokenizer import (
     FILE,
@@ -34,6 +34,9 @@ def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrained
         raise missing_tokenizer(directory)
     refuse_code(directory)
     tokenizer = _read(directory)
+    more = list(rules_at(directory).special_tokens)
+    if more and not set(more) & set(tokenizer.get_vocab()):
+        tokenizer.add_tokens(more, special_tokens=True)
     special = [id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special]
     refuse_unusable(directory, tokenizer.get_vocab(), special, vocab_size)
     return tokenizer

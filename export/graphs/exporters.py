@@ -17,7 +17,7 @@ import torch
 from onnx import ModelProto, TensorProto, numpy_helper
 from transformers import PreTrainedModel
 
-from engine.bundle.manifest import HALVES, ModelDims, cache_names
+from engine.bundle.manifest import HALVES, TASK_IDS, ModelDims, cache_names
 from engine.checkpoints.graphs import Graph
 from engine.checkpoints.write import write_graphs as write
 from engine.errors import ExportError
@@ -25,6 +25,9 @@ from export.families import family_of
 from export.families.modules import ExportedModule, Normalisation, Regroup
 from export.graphs.quantise import halves, quantise
 from export.graphs.templates import template
+
+EXAMPLE_TASK_IDS = 6
+"""Number of ids of a task while a graph is traced."""
 
 
 class GraphSpec:
@@ -41,6 +44,11 @@ class GraphSpec:
         """Return the dynamic axes of keys and values [B,H,positions,d]; without a name, `positions` is a fixed size."""
         axes = {0: images} | ({2: positions} if positions else {})
         return dict.fromkeys(self.cache_names(part), axes)
+
+    @property
+    def encoded(self) -> str | None:
+        """Name of the axis of encoder positions, which is dynamic if there are tasks: their ids follow the image."""
+        return "encoded" if self.sizes.has_tasks else None
 
     def cache(self, images: int, positions: int) -> list[torch.Tensor]:
         """Return random example keys and values [B,H,positions,d] of all layers, keys and values alternately."""
@@ -70,15 +78,16 @@ class EncoderSpec(GraphSpec):
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
-        return {"pixel_values": {0: "images"}}
+        return {"pixel_values": {0: "images"}} | ({TASK_IDS: {0: "task ids"}} if self.sizes.has_tasks else {})
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
-        return self.cache_axes("cross", "images", None)
+        return self.cache_axes("cross", "images", self.encoded)
 
     def examples(self) -> dict:
         size = self.sizes.image_size
-        return {"pixel_values": torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)}
+        pixels = {"pixel_values": torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)}
+        return pixels | ({TASK_IDS: torch.arange(EXAMPLE_TASK_IDS)} if self.sizes.has_tasks else {})
 
 
 class DecoderSpec(GraphSpec):
@@ -95,7 +104,7 @@ class DecoderSpec(GraphSpec):
             "penalties": {},
             "ancestry": rows | {2: "positions"},
             "num_candidates": {},
-            **self.cache_axes("cross", "images", None),
+            **self.cache_axes("cross", "images", self.encoded),
             **self.cache_axes("settled", "images", "settled"),
             **self.cache_axes("recent", "images", "recent"),
         }
@@ -119,7 +128,7 @@ class DecoderSpec(GraphSpec):
             "penalties": torch.ones(2),
             "ancestry": torch.ones(images, rows, settled + recent + rows, dtype=torch.bool),
             "num_candidates": torch.tensor([6]),
-            "cross": self.cache(images, self.sizes.encoder_positions),
+            "cross": self.cache(images, self.sizes.encoder_positions + EXAMPLE_TASK_IDS * self.sizes.has_tasks),
             "settled": self.cache(images, settled),
             "recent": self.cache(images, recent),
         }
