@@ -42,7 +42,7 @@ class ProcessorRules:
     without_effect: frozenset[str]
 
 
-LAYERS = ("n_layer", "decoder_layers")
+LAYERS = ("n_layer", "decoder_layers", "encoder_layers", "depths")
 """Settings that are a number of layers, in addition to those that start with "num_"."""
 
 

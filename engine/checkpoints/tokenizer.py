@@ -45,13 +45,13 @@ ROBERTA = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
+BART_CLASSES = ("BartTokenizer", "BartTokenizerFast")
 BYTE_PAIR_CLASSES = {
     "GPT2Tokenizer": GPT2,
     "GPT2TokenizerFast": GPT2,
     "RobertaTokenizer": ROBERTA,
     "RobertaTokenizerFast": ROBERTA,
-    "BartTokenizer": ROBERTA,
-    "BartTokenizerFast": ROBERTA,
+    **dict.fromkeys(BART_CLASSES, ROBERTA),
 }
 """Classes of byte-level BPE, with the defaults of their special tokens."""
 WORD_PIECE_CLASSES = ("BertTokenizer", "BertTokenizerFast")
@@ -342,7 +342,7 @@ def _byte_pair_settings(settings: Mapping[str, Any], kind: str, *, is_slow: bool
     settings = {**BYTE_PAIR_CLASSES[kind], **settings}
     mask = settings.get("mask_token")
     if BYTE_PAIR_CLASSES[kind] is ROBERTA and isinstance(mask, str):
-        settings["mask_token"] = AddedToken(mask, lstrip=True, rstrip=False, normalized=False)
+        settings["mask_token"] = AddedToken(mask, lstrip=True, rstrip=False, normalized=kind in BART_CLASSES)
     if is_slow:
         for name in set(SPECIAL) - {"mask_token"}:
             if isinstance(settings.get(name), str):

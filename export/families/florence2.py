@@ -162,6 +162,7 @@ def _config(text_width: int, text_layers: int, width: int) -> Florence2Config:
             "num_groups": heads,
             "projection_dim": text_width,
         },
+        image_token_id=51288,  # any that is not in a task: their own code has no such token
         image_size=IMAGE_SIZE,
         decoder_start_token_id=2,
         eos_token_id=2,

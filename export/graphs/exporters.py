@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -208,7 +209,7 @@ def _trace(
     module: ExportedModule, spec: GraphSpec, exporter: Callable[[ExportedModule, GraphSpec, Path], None]
 ) -> ModelProto:
     """Return a module's graph, whose initialisers have names, types and shapes; only those of buffers have values."""
-    with tempfile.TemporaryDirectory() as folder, _placeholders(module):
+    with tempfile.TemporaryDirectory() as folder, _placeholders(module), _without_products():
         path = Path(folder) / "graph.onnx"
         exporter(module, spec, path)
         model = onnx.load(str(path), load_external_data=False)
@@ -253,6 +254,44 @@ def _placeholders(module: ExportedModule) -> Iterator[None]:
     finally:
         for weight, value in zip(weights, values, strict=True):
             weight.data = value
+
+
+@contextmanager
+def _without_products() -> Iterator[None]:
+    """Skip the products of matrices and the convolutions on the CPU as long as the context is open: results are 0.
+
+    A trace records operators and shapes alone, and the image of Florence-2 has 36,864 patches: computed, its graph
+    would take minutes. The kernels are replaced where the tracer has recorded the operators already.
+    """
+
+    def convolved(x: torch.Tensor, weight: torch.Tensor, settings: Sequence[Any]) -> list[int]:
+        stride, padding, dilation = settings[1:4]
+        sides = (
+            (_size(x, i) + 2 * padding[i - 2] - dilation[i - 2] * (_size(weight, i) - 1) - 1) // stride[i - 2] + 1
+            for i in (2, 3)
+        )
+        return [_size(x, 0), _size(weight, 0), *sides]
+
+    kernels: dict[str, Callable[..., torch.Tensor]] = {
+        "mm": lambda a, b: a.new_zeros(_size(a, 0), _size(b, 1)),
+        "addmm": lambda _, a, b, **__: a.new_zeros(_size(a, 0), _size(b, 1)),
+        "bmm": lambda a, b: a.new_zeros(_size(a, 0), _size(a, 1), _size(b, 2)),
+        "_convolution": lambda x, weight, *settings: x.new_zeros(convolved(x, weight, settings)),
+    }
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that kernels are replaced
+            for name, kernel in kernels.items():
+                library.impl(name, kernel, "CPU")
+        yield
+    finally:
+        library._destroy()
+
+
+def _size(x: torch.Tensor, axis: int) -> int:
+    """Return the size of an axis as a number; while torch traces, `shape` has tensors."""
+    return int(torch.ops.aten.sym_size.int(x, axis))
 
 
 def _check_operators(model: onnx.ModelProto, name: str) -> None:

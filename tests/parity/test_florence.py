@@ -24,7 +24,7 @@ from engine.checkpoints.read import read_checkpoint
 from engine.cli.app import main as engine_main
 from engine.errors import BundleError, CheckpointError, UsageError
 from engine.inputs.pixels import read_image
-from engine.machine.verify import verify, verify_halves
+from engine.machine.verify import Golden, verify, verify_halves
 from engine.options import DecodeOptions, options_from
 from engine.runtime import CPU_BACKENDS, Runtime
 from export.bundle import export_bundle
@@ -156,6 +156,9 @@ def test_florence_bundle_verifies(backend, bundle):
         assert all(check.passed for check in found), task
         checks += len(found)
     assert checks == (6 if backend == "openvino" else 11)
+    settings = Golden.load(bundle.path / "golden.npz").settings
+    assert all(setting.items() >= FORCED.items() for setting in settings)
+    assert {setting["task"] for setting in settings} == set(TASKS)
 
 
 def test_samples_equal_those_of_the_live_model(reference, captioners):
