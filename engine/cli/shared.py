@@ -258,7 +258,8 @@ REPEAT_HELP = " Repeat it to average the log-probabilities of bundles with the s
 
 
 TASK_HELP = (
-    "What Florence-2 writes: caption (default), detailed-caption or more-detailed-caption; also as <CAPTION> and so on."
+    "What Florence-2 writes: `caption` (default), `detailed-caption` or `more-detailed-caption`; `<CAPTION>` is "
+    "accepted, too."
 )
 
 
@@ -308,7 +309,7 @@ def takes_bundle(
             weight_help = "Weight of each --bundle or --model in the average, in their order; equal by default."
             options.append(click.option("--bundle-weight", "weights", type=float, help=weight_help, **settings))
         if with_task:
-            options.append(click.option("--task", cls=SectionOption, section="Decoding", help=TASK_HELP))
+            options.append(click.option("--task", cls=SectionOption, section="Runtime", help=TASK_HELP))
         return _decorated(call, options)
 
     return decorate
