@@ -40,11 +40,12 @@ test: lint $(NEXT)/.ready  ## create all environments, lint, and run all tests (
 
 test-next: $(NEXT)/.ready  ## run the parity grid and the export tests with the newest transformers 5
 	$(NEXT)/bin/python -m pytest tests/parity/test_releases.py tests/unit/export tests/parity/test_generate.py \
-	    tests/parity/test_export.py tests/parity/test_pairs.py tests/parity/test_git.py tests/parity/test_image_prefix.py
+	    tests/parity/test_export.py tests/parity/test_pairs.py tests/parity/test_git.py tests/parity/test_image_prefix.py \
+	    tests/parity/test_florence.py
 
 test-families: $(FULL)/.ready  ## compare every family and pair with generate over the whole grid of settings (minutes per pair)
 	FAMILIES_GRID=full $(FULL)/bin/python -m pytest tests/parity/test_pairs.py tests/parity/test_git.py \
-	    tests/parity/test_image_prefix.py
+	    tests/parity/test_image_prefix.py tests/parity/test_florence.py
 
 lint: $(FULL)/.ready  ## check style, types and the import rules between packages
 	$(FULL)/bin/ruff check .

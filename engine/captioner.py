@@ -47,7 +47,7 @@ def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptio
         )
     return resolve_search(
         options,
-        prompt=tokenizer.prompt_ids(options.prompt),
+        prompt=tokenizer.prompt_ids(options.prompt, options.forced_bos_token_id),
         bad_words_ids=tokenizer.bad_words_ids(options.bad_words or ()),
         eos=bundle.tokens.eos,
         vocab_size=bundle.model.vocab_size,
@@ -234,6 +234,7 @@ class Captioner:
         weights: Sequence[float] = (),
         precision: str | None = None,
         image_size: int | None = None,
+        task: str | None = None,
         backend: str = "auto",
         threads: int | None = None,
         streams: int | None = None,
@@ -250,6 +251,7 @@ class Captioner:
 
         precision      fp32 (default), fp16 or int8, for checkpoints
         image_size     image height and width in pixels, for checkpoints; by default the checkpoint's own
+        task           what Florence-2 writes: caption (default), detailed-caption or more-detailed-caption
         backend        auto, cpu, openvino, cuda, tensorrt or trt; auto takes a GPU if one works, else the CPU
         threads        number of CPU threads (None: all cores)
         streams        number of parallel decoding streams, for `cpu` (None: one, or one per 8 threads). With 2 threads,
@@ -270,7 +272,7 @@ class Captioner:
             cuda_graphs=cuda_graphs,
         )
         names = [] if bundle is None else [bundle] if isinstance(bundle, Location | str) else bundle
-        models = ModelRef(tuple(names), tuple(weights), precision, image_size)
+        models = ModelRef(tuple(names), tuple(weights), precision, image_size, task)
         return cls.open(models, runtime, logging.getLogger("engine").info)
 
     @classmethod

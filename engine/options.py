@@ -176,6 +176,12 @@ class DecodeOptions:
     begin_suppress_tokens: tuple[int, ...] | None = _unset(
         None, help="Token ids that may not be the first token after the prompt; only in bundles and Python."
     )
+    forced_bos_token_id: int | None = _unset(
+        None, help="Token id that every caption without a prompt starts with; only in bundles and Python.", least=0
+    )
+    forced_eos_token_id: int | None = _unset(
+        None, help="Token id that ends captions of the maximum length; only in bundles and Python.", least=0
+    )
     max_new_tokens: int | None = _unset(
         None,
         "--max-new-tokens",

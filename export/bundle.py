@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from engine.checkpoints.settings import assumed_settings, configured_settings, i
 from engine.errors import ExportError, counted
 from engine.files.atomic import file_sha256
 from engine.machine.verify import Check, Golden, first_difference, replay, same_on_halves, verify, verify_halves
-from engine.options import GENERATION_SETTINGS, options_from
+from engine.options import GENERATION_SETTINGS
 from engine.runtime import Runtime
 from export.checkpoints.settings import check_supported, tokenizer_settings
 from export.graphs.exporters import write_graphs
@@ -62,7 +62,8 @@ def describe_checkpoint(reference: Reference, checkpoint: Path) -> dict:
     _, mean, std = normalisation(processor)
     settings, sources = generation_defaults(reference), configured_settings(checkpoint)
     weights = {path.name: file_sha256(path) for path in weight_files(checkpoint)}
-    return {
+    tasks = {"tasks": reference.tasks} if reference.tasks else {}
+    return tasks | {
         "format": FORMAT,
         "family": reference.family.rules.model_type,
         "precision": "fp32",
@@ -122,21 +123,21 @@ class _Draft:
     split: Captioner
 
     @classmethod
-    def open(cls, folder: Path, digests: FileDigests) -> _Draft:
-        bundle = Bundle.load(folder, digests)
+    def open(cls, folder: Path, digests: FileDigests, task: str | None = None) -> _Draft:
+        bundle = Bundle.load(folder, digests).for_task(task)
         split = on_halves(bundle)
         assert split is not None, "write_graphs has written the split decoder"
         return cls(*(Captioner(one, open_backend(one, Runtime("cpu"))) for one in (bundle, split)))
 
     def checks(self, digests: FileDigests) -> list[Check]:
         """Read the draft's files again as far as they have changed, and replay its golden recordings."""
-        bundle = Bundle.load(self.captioner.bundle.path, digests)
+        bundle = Bundle.load(self.captioner.bundle.path, digests).for_task(self.captioner.bundle.task)
         return verify(bundle, self.captioner.backend) + verify_halves(bundle, Runtime("cpu"), self.split.backend)
 
 
 def convert(
     reference: Reference,
-    theirs: Captioner,
+    float32: Path,
     out: Path,
     precision: str,
     exporter: str,
@@ -145,13 +146,11 @@ def convert(
 ) -> Path:
     """Write a bundle of `precision` ("fp16" or "int8") into the new folder `out` and return `out`.
 
-    `theirs` runs the float32 bundle.
-
-    The golden captions of both bundles are compared, and the differences are listed in the manifest. Raises
-    ExportError if the encoder error exceeds ENCODER_BOUND, if a number overflows, or if `verify` fails.
+    `float32` is the folder of the float32 bundle. The golden captions of both bundles are compared, and the differences
+    are listed in the manifest. Raises ExportError if the encoder error exceeds ENCODER_BOUND, if a number overflows, or
+    if `verify` fails.
     """
     out.mkdir()
-    float32 = theirs.bundle.path
     for name in ("tokenizer.json", "golden.npz"):
         shutil.copy(float32 / name, out / name)
     manifest = json.loads((float32 / MANIFEST).read_text(encoding="utf-8")) | {"precision": precision}
@@ -161,21 +160,24 @@ def convert(
     model = copy.deepcopy(reference.model).half() if precision == "fp16" else reference.model
     write_graphs(model, out, normalisation(reference.image_processor), is_int8=precision == "int8", exporter=exporter)
     write_manifest(out, manifest, digests)
-    draft = _Draft.open(out, digests)
-    ours = draft.captioner
     log(f"comparing {precision} with float32 on the golden images")
-    others: list[Backend] = [ours.backend]
-    if precision == "fp16":
-        others.append(TorchBackend(model, reference.image_processor))
-    error = _check_numbers(theirs, others, precision)
-    reports = _skip_differences(theirs, ours, digests, log)
-    manifest["conversion"] = {
-        "encoder_error": error,
-        "encoder_bound": ENCODER_BOUND[precision],
-        "golden": [asdict(report) for report in reports],
-    }
-    write_manifest(out, manifest, digests)
-    if failed := [check for check in draft.checks(digests) if not check.passed]:
+    error, reports, failed = 0.0, [], []
+    for task in reference.tasks or (None,):
+        draft, bundle = _Draft.open(out, digests, task), Bundle.load(float32, digests).for_task(task)
+        ours, theirs = draft.captioner, Captioner(bundle, open_backend(bundle, Runtime("cpu")))
+        others: list[Backend] = [ours.backend]
+        if precision == "fp16":
+            others.append(TorchBackend(model, reference.image_processor, bundle.task_ids))
+        error = max(error, _check_numbers(theirs, others, precision))
+        reports += _skip_differences(theirs, ours, digests, log)
+        manifest["conversion"] = {
+            "encoder_error": error,
+            "encoder_bound": ENCODER_BOUND[precision],
+            "golden": [asdict(report) for report in reports],
+        }
+        write_manifest(out, manifest, digests)
+        failed += [check for check in draft.checks(digests) if not check.passed]
+    if failed:
         raise ExportError(
             f"the {precision} scores differ too much from float32: {'; '.join(map(str, failed))}: export with "
             "--precision fp32"
@@ -200,7 +202,8 @@ def _check_numbers(float32: Captioner, others: list[Backend], precision: str) ->
             reason = "the encoder output is not finite"
         raise ExportError(f"in {precision} {reason}: export with --precision fp32")
     vocab_size = float32.bundle.model.vocab_size
-    for image, (hypothesis,) in zip(golden.pixel_values, replay(float32, golden, 0), strict=True):
+    first, *_ = golden.of_task(float32.bundle.task)
+    for image, (hypothesis, *_) in zip(golden.pixel_values, replay(float32, golden, first), strict=True):
         for other in others:
             if not np.isfinite(forced_log_prob(other, vocab_size, image, hypothesis.ids, 1)):
                 raise ExportError(
@@ -221,13 +224,13 @@ def _skip_differences(
     golden, has_changed = Golden.load(path), False
     images = [(f"golden picture {i}", image) for i, image in enumerate(golden.pixel_values)]
     reports = []
-    for setting, options in enumerate(golden.settings):
-        replayed = replay(ours, golden, setting)
+    for setting in golden.of_task(ours.bundle.task):
+        options, replayed = golden.settings[setting], replay(ours, golden, setting)
         float32_captions, our_captions = (
             [ScoredCaption(best.ids, best.score) for best, *_ in captions]
             for captions in (replay(float32, golden, setting), replayed)
         )
-        report = compare_captions(float32, options_from({}, options), images, float32_captions, our_captions)
+        report = compare_captions(float32, golden.options(setting), images, float32_captions, our_captions)
         log(f"{', '.join(f'{key} {value}' for key, value in options.items())}: {summary(report)}")
         for i, (expected, other) in enumerate(zip(float32_captions, our_captions, strict=True)):
             differs = expected.ids != other.ids
@@ -236,7 +239,7 @@ def _skip_differences(
                 golden.skip(setting, i, rank or 0)
                 has_changed = True
         reports.append(report)
-    if not any(expected for setting in range(len(golden.settings)) for expected in golden.expected(setting)):
+    if not any(expected for setting in golden.of_task(ours.bundle.task) for expected in golden.expected(setting)):
         raise ExportError(
             f"in {ours.bundle.precision} every golden caption differs from float32: export with --precision fp32"
         )
@@ -290,12 +293,16 @@ def _write_draft(
     manifest = describe_checkpoint(reference, checkpoint)
     _write_files(reference, out, exporter, log)
     write_manifest(out, manifest, digests)
-    draft = _Draft.open(out, digests)
     log("replaying the golden recordings")
-    if _skip_ties(reference, draft, log):
-        digests.forget(out / "golden.npz")
-        write_manifest(out, manifest, digests)
-    if failed := [check for check in draft.checks(digests) if not check.passed]:
+    failed = []
+    for task in reference.tasks or (None,):
+        draft = _Draft.open(out, digests, task)
+        if _skip_ties(replace(reference, task=task), draft, log):
+            digests.forget(out / "golden.npz")
+            write_manifest(out, manifest, digests)
+        failed += [check for check in draft.checks(digests) if not check.passed]
+    del draft  # the next precision needs the memory
+    if failed:
         more = f", and {counted(len(failed) - 1, 'more setting fails', 'more settings fail')}" if failed[1:] else ""
         raise ExportError(
             f"{checkpoint}: the exported graphs do not give PyTorch's captions, and the difference is not a tie: "
@@ -303,9 +310,7 @@ def _write_draft(
         )
     if precision == "fp32":
         return out
-    float32 = draft.captioner
-    del draft  # the split decoder is not needed any more
-    return convert(reference, float32, folder / precision, precision, exporter, digests, log)
+    return convert(reference, out, folder / precision, precision, exporter, digests, log)
 
 
 def _skip_ties(reference: Reference, draft: _Draft, log: Callable[[str], None]) -> bool:
@@ -316,10 +321,10 @@ def _skip_ties(reference: Reference, draft: _Draft, log: Callable[[str], None]) 
     """
     path, has_ties = draft.captioner.bundle.path / "golden.npz", False
     golden = Golden.load(path)
-    replays = [(draft.captioner, setting) for setting in range(len(golden.settings))]
-    replays += [(draft.split, setting) for setting in same_on_halves(golden)]
+    replays = [(draft.captioner, setting) for setting in golden.of_task(reference.task)]
+    replays += [(draft.split, setting) for setting in same_on_halves(golden, reference.task)]
     for captioner, setting in replays:
-        captions, options = replay(captioner, golden, setting), options_from({}, golden.settings[setting])
+        captions, options = replay(captioner, golden, setting), golden.options(setting)
         for i, expected in enumerate(golden.n_best(setting)):
             rank = first_difference(captions[i], expected)
             if rank is None:
@@ -330,7 +335,7 @@ def _skip_ties(reference: Reference, draft: _Draft, log: Callable[[str], None]) 
                 log(f"golden image {i} is skipped in setting {setting}: its captions tie, {divergence.gap:.1e} apart")
                 golden.skip(setting, i, rank)
                 has_ties = True
-    for setting in range(len(golden.settings)):
+    for setting in golden.of_task(reference.task):
         if not any(golden.expected(setting)):
             log(f"note: every golden image ties in setting {setting}: `engine verify` cannot check it")
     if has_ties:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -24,7 +24,7 @@ from PIL import Image
 from engine.bundle.manifest import Bundle
 from engine.bundle.open import BundleRef
 from engine.captioner import Captioner
-from engine.cli.shared import NAME, PATH, OneLine, takes
+from engine.cli.shared import NAME, PATH, TASK_HELP, OneLine, takes
 from engine.errors import CheckpointError, EngineError, ImageError, UsageError, counted
 from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import find_images
@@ -198,6 +198,7 @@ def _numbers(_context: object, _parameter: object, value: str) -> list[int]:
     multiple=True,
     help="Weight of a bundle in the ensemble's mean log-probability, one for each --bundle. Default: equal weights.",
 )
+@click.option("--task", help=TASK_HELP)
 @click.option("--images", type=PATH, help="Folder of images to caption. Default: three synthetic images.")
 @click.option("--limit", type=click.IntRange(1), help="Use only the first N images of --images. Default: all.")
 @click.option(
@@ -232,6 +233,7 @@ def main(
     checkpoints,
     bundles,
     weights,
+    task,
     images,
     limit,
     beams,
@@ -253,7 +255,7 @@ def main(
             "for each --bundle"
         )
     checkpoints = [find_checkpoint(checkpoint) for checkpoint in checkpoints]
-    captioner = Captioner.open(BundleRef(bundles, weights), Runtime("cpu"))
+    captioner = Captioner.open(BundleRef(bundles, weights, task), Runtime("cpu"))
     settings = [
         decoding.replace(num_beams=count, no_repeat_ngram_size=size).over(captioner.bundle.generation)
         for count in beams
@@ -264,7 +266,7 @@ def main(
     references = []
     for checkpoint, bundle in zip(checkpoints, captioner.bundle.members or (captioner.bundle,), strict=True):
         _check_float32(bundle)
-        references.append(Reference.load(checkpoint, image_size))
+        references.append(replace(Reference.load(checkpoint, image_size), task=captioner.bundle.task))
         _check_same_weights(references[-1], bundle, checkpoint)
     reference = ensemble(references, captioner.bundle.weights) if len(references) > 1 else references[0]
     pictures = load_images(images, captioner.bundle.image.height, limit)

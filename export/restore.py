@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from engine.bundle.manifest import MANIFEST
 from engine.bundle.open import open_bundle
+from engine.checkpoints.weights import NO_WEIGHTS
 from engine.checkpoints.write import FP16_SUFFIX
 from engine.cli.shared import PATH, OneLine
 from engine.errors import EngineError, counted
@@ -50,7 +51,7 @@ def restore_checkpoint(bundle_dir: Path, out: Path) -> Path:
     expected = set(model.state_dict())
     report = model.load_state_dict({n: w for n, w in weights.items() if n in expected}, strict=False)
     model.tie_weights()
-    missing = set(report.missing_keys) - set(family.tied(model.config))
+    missing = {name for name in report.missing_keys if not name.endswith(NO_WEIGHTS)} - set(family.tied(model.config))
     unused = {name for name in missing if name.startswith(family.rules.unused(model.config.to_dict()))}
     with torch.no_grad():
         for name in unused:

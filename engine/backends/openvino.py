@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from engine.backends.ort import CPU_BATCH_SIZES, check_graphs, refuse_rounded_twice
 from engine.backends.ort import OUT_OF_MEMORY as ORT_OUT_OF_MEMORY
-from engine.bundle.manifest import CANDIDATES, GRAPHS, NUM_CANDIDATES, Bundle, cache_names, step_inputs
+from engine.bundle.manifest import CANDIDATES, GRAPHS, NUM_CANDIDATES, TASK_IDS, Bundle, cache_names, step_inputs
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.errors import BackendError, BundleError, EngineError, OutOfMemoryError, UsageError, install_command
 from engine.files.atomic import cache_folder, replace_file, require_private
@@ -255,10 +255,13 @@ class Store:
 def probe(bundle: Bundle, graph: str, names: list[str]) -> dict[str, NDArray[Any]]:
     """Return random inputs: pixels for the encoder, or one step of two beams of one image for the decoder."""
     rng, model = np.random.default_rng(0), bundle.model
+    feed: dict[str, NDArray[Any]]
     if graph == "encoder":
-        return {"pixel_values": rng.integers(0, 256, (1, bundle.image.height, bundle.image.width, 3), np.uint8)}
+        pixels = rng.integers(0, 256, (1, bundle.image.height, bundle.image.width, 3), np.uint8)
+        feed = {"pixel_values": pixels, TASK_IDS: np.array(bundle.task_ids, np.int64)}
+        return {name: feed[name] for name in names}
     rows, settled, recent = 2, 3, 2
-    feed: dict[str, NDArray[Any]] = {
+    feed = {
         "input_ids": rng.integers(0, model.vocab_size, (1, rows)),
         "positions": rng.integers(0, min(4, model.max_positions), (1, rows)),
         "scores": np.zeros((1, rows), np.float32),
@@ -312,6 +315,7 @@ class OpenVinoBackend:
         refuse_rounded_twice(bundle, cpu_precision)
         self._ov = import_openvino()
         self._model = bundle.model
+        self._task = {TASK_IDS: np.array(bundle.task_ids, np.int64)} if bundle.tasks else {}
         self._dtype = np.float16 if bundle.precision == "fp16" else np.float32
         compiled = compile_graphs(bundle, threads or available_cores(), cpu_precision)
         self._decoder = compiled["decoder"]
@@ -325,7 +329,8 @@ class OpenVinoBackend:
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[NDArray[Any]]:
         """See Backend.encode. Returns 2L arrays [N,H,S,d]."""
-        self._infer(self._encoder, {"pixel_values": self._tensor(pixel_values)})
+        arrays: dict[str, NDArray[Any]] = {"pixel_values": pixel_values, **self._task}
+        self._infer(self._encoder, {name: self._tensor(array) for name, array in arrays.items()})
         # copied, since another iteration over the same captioner may encode before these images are in a slot
         encoded = [self._encoder.get_tensor(name).data.copy() for name in self._names["cross"]]
         shape = self._cross_shape(len(pixel_values))

@@ -20,6 +20,7 @@ from engine.bundle.manifest import (
     LOG_PROBS,
     LOG_PROBS_INPUTS,
     NUM_CANDIDATES,
+    TASK_IDS,
     Bundle,
     cache_names,
     graph_inputs,
@@ -62,7 +63,8 @@ def check_graphs(bundle: Bundle, sessions: Mapping[str, Any]) -> None:
     Names of inputs and outputs, their types and their fixed sizes must be those of this engine's exports.
     """
     model, image = bundle.model, bundle.image
-    inputs, outputs = graph_inputs(model.num_layers, bundle.format), graph_outputs(model.num_layers)
+    inputs = graph_inputs(model.num_layers, bundle.format, has_tasks=bool(bundle.tasks))
+    outputs = graph_outputs(model.num_layers)
     for graph, session in sessions.items():
         for kind, wanted, actual in (
             ("inputs", inputs[graph], session.get_inputs()),
@@ -81,8 +83,11 @@ def check_graphs(bundle: Bundle, sessions: Mapping[str, Any]) -> None:
     fixed["pixel_values"] = (image.height, image.width, 3)
     for graph, session in sessions.items():
         for entry in session.get_inputs():
-            # shape[0] is the number of images or slots, which is dynamic
-            if entry.name in fixed and tuple(entry.shape[1:]) != fixed[entry.name]:
+            # shape[0] is the number of images or slots, which is dynamic, as are the positions of models with tasks
+            sizes = tuple(entry.shape[1:])
+            if bundle.tasks and len(sizes) == len(keys) and not isinstance(sizes[1], int):
+                sizes = sizes[0], model.encoder_positions, sizes[2]
+            if entry.name in fixed and sizes != fixed[entry.name]:
                 raise BundleError(
                     f"{bundle.path / graph}.onnx: {entry.name} has the sizes {tuple(entry.shape[1:])}, but the "
                     f"manifest has {fixed[entry.name]}: export it again"
@@ -245,6 +250,7 @@ class OrtBackend:
         self._bundle, self._model = bundle, bundle.model
         self._attention: tuple[tuple[int, ...], Any, frozenset[str]] | None = None
         """Layers, session and inputs of prepare_attention."""
+        self._task = {TASK_IDS: np.array(bundle.task_ids, np.int64)} if bundle.tasks else {}
         is_host = self._device.name == "cpu"
         threads = (threads or available_cores()) if is_host else 1  # with a GPU the CPU only computes shapes
         self._threads = threads
@@ -293,7 +299,9 @@ class OrtBackend:
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Any]:
         """See Backend.encode. Returns 2L OrtValues [N,H,S,d] on the device."""
-        encoded = self._run(self._encoder, {"pixel_values": self._value(pixel_values)}, [], self._names["cross"])
+        arrays: dict[str, NDArray[Any]] = {"pixel_values": pixel_values, **self._task}
+        feed = {name: self._value(array) for name, array in arrays.items()}
+        encoded = self._run(self._encoder, feed, [], self._names["cross"])
         # admit copies slots by address, so outputs of another size would be read beyond their end
         shape = (len(pixel_values), *self._slot_shape)
         for value in encoded:

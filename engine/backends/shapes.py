@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.bundle.manifest import NUM_CANDIDATES, Bundle, cache_names, step_inputs
+from engine.bundle.manifest import NUM_CANDIDATES, TASK_IDS, Bundle, cache_names, step_inputs
 from engine.decoding.backend import Backend, BatchSizes, Cache, Encoded, StepInputs
 from engine.decoding.scheduler import SETTLE_EVERY
 from engine.errors import BackendError
@@ -153,12 +153,19 @@ def profiles(bundle: Bundle, bounds: Bounds) -> dict[str, ShapeRange]:
         "ancestry": tuple((*two, w) for two, w in zip(row, width, strict=True)),
     }
     encoded = (1, bounds.encode_batch, bounds.encode_batch)
+    # one plan for all tasks, whose ids differ in number
+    lengths = bundle.encoder_positions()
+    positions = lengths[0], model.encoder_positions, lengths[-1]
+    ids = tuple((count - model.encoder_positions + len(bundle.task_ids),) for count in positions)
     return {
-        "encoder": {"pixel_values": tuple((n, image.height, image.width, 3) for n in encoded)},
+        "encoder": {
+            "pixel_values": tuple((n, image.height, image.width, 3) for n in encoded),
+            **({TASK_IDS: ids} if bundle.tasks else {}),
+        },
         "decoder": {
             **{name: sizes[field] for name, field in step_inputs(bundle.format).items() if field in sizes},
             NUM_CANDIDATES: ((1,), (2 * usual_beams,), (bounds.candidates,)),
-            **keys("cross", slots, (model.encoder_positions,) * 3),
+            **keys("cross", slots, positions),
             **keys("settled", slots, settled),
             **keys("recent", slots, recent),
         },

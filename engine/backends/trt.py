@@ -25,7 +25,16 @@ from engine.backends.plans import (
 )
 from engine.backends.providers import find_gpu
 from engine.backends.shapes import FEWEST_SETTLED, Bounds, Shape, gpu_batch_sizes
-from engine.bundle.manifest import CANDIDATES, GRAPHS, NUM_CANDIDATES, STEP_INPUTS, Bundle, cache_names, step_inputs
+from engine.bundle.manifest import (
+    CANDIDATES,
+    GRAPHS,
+    NUM_CANDIDATES,
+    STEP_INPUTS,
+    TASK_IDS,
+    Bundle,
+    cache_names,
+    step_inputs,
+)
 from engine.decoding.backend import StepInputs
 from engine.errors import BackendError, OutOfMemoryError
 
@@ -135,7 +144,8 @@ class TrtBackend:
             for part in ("cross", "settled", "recent", "extended", "regrouped")
         }
         self._step_inputs = step_inputs(bundle.format)
-        small = (*self._step_inputs, NUM_CANDIDATES, "pixel_values", "slots", "columns", *CANDIDATES)
+        self._task = {TASK_IDS: np.array(bundle.task_ids, np.int64)} if bundle.tasks else {}
+        small = (*self._step_inputs, NUM_CANDIDATES, "pixel_values", *self._task, "slots", "columns", *CANDIDATES)
         self._small = {name: Region(device) for name in small}
         self._encoded = self._regions()
         self._extended = self._regions()
@@ -168,9 +178,10 @@ class TrtBackend:
         """See Backend.encode."""
         count = len(pixel_values)
         self._bounds.refuse_beyond(OTHER_PLANS, encode_batch=count)
-        addresses = self._sent({"pixel_values": pixel_values})
+        arrays: dict[str, NDArray[Any]] = {"pixel_values": pixel_values, **self._task}
+        addresses = self._sent(arrays)
         addresses |= self._addresses("cross", self._encoded, count, self._encoder_positions)
-        self._graphs["encoder"].run({"pixel_values": pixel_values.shape}, addresses)
+        self._graphs["encoder"].run({name: array.shape for name, array in arrays.items()}, addresses)
         return self._encoded
 
     def allocate(self, num_slots: int, settled: int = 0) -> TrtCache:

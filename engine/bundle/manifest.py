@@ -10,14 +10,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from engine.bundle.protobuf import may_loop
-from engine.errors import BundleError, EngineError
+from engine.errors import BundleError, EngineError, UsageError
 from engine.files.atomic import file_sha256
 from engine.inputs.kinds import HEAD_BYTES, wrong_content
 from engine.options import PRECISIONS, DecodeOptions, options_from
@@ -41,6 +41,8 @@ WITH_PENALTIES = 2
 LOG_PROBS_INPUTS, CHOICE_INPUTS = ("input_ids", "positions", "ancestry"), ("scores", "marked_ids", "penalties")
 """The step inputs of the two graphs of the split decoder."""
 NUM_CANDIDATES = "num_candidates"
+TASK_IDS = "task_ids"
+"""Input of encoders that read a task with each image: its ids i64[N], see Bundle.tasks."""
 CANDIDATES = ("candidate_scores", "candidate_ids")
 """Outputs of the decoder that the host reads at every step."""
 
@@ -61,12 +63,12 @@ def step_inputs(bundle_format: int) -> dict[str, str]:
     return {"banned_ids" if name == "marked_ids" else name: name for name in STEP_INPUTS if name != "penalties"}
 
 
-def graph_inputs(num_layers: int, bundle_format: int) -> dict[str, list[str]]:
-    """Return {graph: names of its inputs}."""
+def graph_inputs(num_layers: int, bundle_format: int, *, has_tasks: bool = False) -> dict[str, list[str]]:
+    """Return {graph: names of its inputs}; `has_tasks` is whether the encoder reads the ids of a task."""
     past = cache_names(num_layers, "settled") + cache_names(num_layers, "recent")
     keys = [*cache_names(num_layers, "cross"), *past]
     return {
-        "encoder": ["pixel_values"],
+        "encoder": ["pixel_values", *([TASK_IDS] if has_tasks else [])],
         "decoder": [*step_inputs(bundle_format), NUM_CANDIDATES, *keys],
         "regroup": ["slots", "columns", *past],
         LOG_PROBS: [*LOG_PROBS_INPUTS, *keys],
@@ -111,6 +113,8 @@ MAX_NUMBER = 10**7
 """Upper limit of sizes and ids in a manifest, far above those of any captioning model."""
 MAX_LAYERS = 1000
 """Upper limit of the number of layers and heads."""
+MAX_TASK_IDS = 1000
+"""Upper limit of the number of ids of a task."""
 SMALL_NUMBERS = ("num_layers", "num_heads")
 SHORT_DIGEST = 12
 RESAMPLE_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -168,6 +172,10 @@ class Bundle:
     all bundles as `members` and one of the `weights` for each (see engine.bundle.open.combine). `stamps` are the file
     stamps from just before the files were checked, for BundleWatch. `activation_scales` matters
     to int8 alone.
+
+    `tasks` maps the names of the tasks that the encoder can be told to their token ids; it is empty for most models.
+    The bundle is for `task`, the first of them unless `for_task` chose another, and the number of encoder positions
+    includes its ids.
     """
 
     path: Path
@@ -187,6 +195,36 @@ class Bundle:
     weights: tuple[float, ...] = ()
     stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False)
     activation_scales: str = PER_TENSOR
+    tasks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    task: str | None = None
+
+    @property
+    def task_ids(self) -> tuple[int, ...]:
+        """The ids of `task`; none if the bundle has no tasks."""
+        return () if self.task is None else self.tasks[self.task]
+
+    def encoder_positions(self) -> tuple[int, ...]:
+        """Return the numbers of encoder positions of all tasks, in ascending order; one without tasks."""
+        image = self.model.encoder_positions - len(self.task_ids)
+        return tuple(sorted({image + len(ids) for ids in self.tasks.values()} or {image}))
+
+    def for_task(self, name: str | None) -> Bundle:
+        """Return the bundle for another task, such as `detailed-caption` or `<DETAILED_CAPTION>`; None changes nothing.
+
+        Raises UsageError if it has no such task.
+        """
+        if name is None:
+            return self
+        if not self.tasks:
+            raise UsageError(f"{self.path} is not a model with tasks, as Florence-2 is: remove --task")
+        wanted = task_name(name)
+        if wanted not in self.tasks:
+            known = ", ".join(self.tasks)
+            kind = "returns boxes or other than captions" if wanted in OTHER_TASKS else "is unknown"
+            raise UsageError(f"the task {name!r:.60} {kind}: choose one of {known}")
+        positions = self.model.encoder_positions + len(self.tasks[wanted]) - len(self.task_ids)
+        members = tuple(member.for_task(name) for member in self.members)
+        return replace(self, task=wanted, model=replace(self.model, encoder_positions=positions), members=members)
 
     @property
     def notes(self) -> list[str]:
@@ -255,6 +293,7 @@ class Bundle:
                 format=manifest["format"],
                 stamps=stamps,
                 activation_scales=_known_values(manifest).get("activation_scales", PER_TENSOR),
+                tasks=_tasks(manifest.get("tasks", {}), int(manifest["model"]["vocab_size"])),
             )
             bundle.options()
             if bundle.precision not in PRECISIONS:
@@ -263,7 +302,7 @@ class Bundle:
                 raise ValueError(f"{bundle.tokens} do not fit a vocabulary of {bundle.model.vocab_size}")
         except (KeyError, TypeError, ValueError, EngineError) as error:
             raise BundleError(f"{path / MANIFEST} is not valid: {error!s}: export it again") from error
-        return bundle
+        return bundle.for_task(next(iter(bundle.tasks), None))
 
     def options(self, **given: Any) -> DecodeOptions:
         """Return decoding options: `given` overrides the bundle's generation settings, which override the defaults."""
@@ -338,6 +377,31 @@ def _known_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
         if value not in KNOWN_VALUES[name]:
             raise ValueError(f"its {name} {value!r:.40} is not known to this release of the engine: update it")
     return present
+
+
+OTHER_TASKS = (
+    *("od", "dense-region-caption", "region-proposal", "caption-to-phrase-grounding", "open-vocabulary-detection"),
+    *("referring-expression-segmentation", "region-to-segmentation", "region-to-category", "region-to-description"),
+    *("region-to-ocr", "ocr", "ocr-with-region"),
+)
+"""Tasks of Florence-2 that are not captions of the whole image."""
+
+
+def task_name(text: str) -> str:
+    """Return the name of a task that may be written as the model's own token, such as `<DETAILED_CAPTION>`."""
+    return text.strip().removeprefix("<").removesuffix(">").lower().replace("_", "-")
+
+
+def _tasks(listed: object, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return {name: token ids} of a manifest's tasks, in its order. Raises ValueError if they are not valid."""
+    if not isinstance(listed, dict) or not all(
+        isinstance(ids, list)
+        and 0 < len(ids) <= MAX_TASK_IDS
+        and all(type(token) is int and 0 <= token < vocab_size for token in ids)
+        for ids in listed.values()
+    ):
+        raise ValueError(f"its tasks are not lists of token ids below {vocab_size}")
+    return {task_name(str(name)): tuple(ids) for name, ids in listed.items()}
 
 
 def _file_problems(path: Path, files: object, required: set[str], sha256: Callable[[Path], str]) -> list[str]:

@@ -142,12 +142,14 @@ def _chunks(folder: Location, name: str) -> Iterator[bytes]:
 class BundleRef:
     """Names the bundle of a run: one location, several whose bundles are averaged, or none for the embedded demo.
 
-    `weights` holds the weight of each of several bundles in the mean (default: equal weights). Raises UsageError for
-    weights without several bundles, a bundle that is given twice, or invalid weights.
+    `weights` holds the weight of each of several bundles in the mean (default: equal weights). `task` is that of models
+    with tasks (default: their first). Raises UsageError for weights without several bundles, a bundle that is given
+    twice, or invalid weights.
     """
 
     locations: tuple[Location, ...] = ()
     weights: tuple[float, ...] = ()
+    task: str | None = None
 
     def __post_init__(self) -> None:
         count = len(self.locations)
@@ -178,10 +180,14 @@ class BundleRef:
         return self.locations
 
     def open(self) -> Bundle:
-        """Read and check the bundle, or all bundles of an ensemble. Raises BundleError, see open_bundle."""
+        """Read and check the bundle, or all bundles of an ensemble. Raises BundleError, see open_bundle.
+
+        Raises UsageError if the bundle does not have the task.
+        """
         if len(self.locations) < 2:
-            return open_bundle(*self.locations)
-        return combine(list(map(open_bundle, self.locations)), self.weights or (1.0,) * len(self.locations))
+            return open_bundle(*self.locations).for_task(self.task)
+        weights = self.weights or (1.0,) * len(self.locations)
+        return combine(list(map(open_bundle, self.locations)), weights).for_task(self.task)
 
     def folders(self) -> list[Path]:
         """Return the local folders; URIs are omitted."""
@@ -226,6 +232,7 @@ def combine(bundles: Sequence[Bundle], weights: Sequence[float]) -> Bundle:
             ("resize filter", bundle.image.resample, first.image.resample),
             ("size before the center crop", bundle.image.resize, first.image.resize),
             ("clean-up of spaces", bundle.clean_up_tokenization_spaces, first.clean_up_tokenization_spaces),
+            ("tasks", bundle.tasks, first.tasks),
         ):
             if value != expected:
                 raise BundleError(f"{bundle.path} and {first.path} differ in the {what}: they cannot caption together")

@@ -28,8 +28,9 @@ def run_signature(
 ) -> str:
     """Return `name:value` pairs joined by `|`.
 
-    They are engine, bundle digest, precision, backend, `cpu_precision` if not fp32, every option in effect,
-    `high_bit_depth` if not Hugging Face's way of reading more than 8 bits per channel, and Pillow's release.
+    They are engine, bundle digest, precision, backend, the task of a model with tasks, `cpu_precision` if not fp32,
+    every option in effect, `high_bit_depth` if not Hugging Face's way of reading more than 8 bits per channel, and
+    Pillow's release.
 
     Pillow 13 and 12 resize images that are narrower and taller than the model's size differently, so captions of the
     same bundle may differ between them (tests/unit/engine/inputs/test_pixels.py).
@@ -41,6 +42,8 @@ def run_signature(
 def settings_line(bundle: Bundle, backend: str, options: DecodeOptions, cpu_precision: str = "fp32") -> str:
     """Return the signature without packages. Together with `environment` it identifies a journal."""
     parts = {"engine": __version__, "bundle": bundle.short_digest, "precision": bundle.precision, "backend": backend}
+    if bundle.task is not None:
+        parts["task"] = bundle.task
     if cpu_precision != "fp32":  # otherwise omitted, so that journals of earlier versions can be resumed
         parts["cpu_precision"] = f"{cpu_precision} (not parity)"
     decisive = {

@@ -33,6 +33,9 @@ DETOKENISE: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = tuple(
 """(marks, pattern, replacement). A text without any of the marks is not searched for the pattern."""
 
 
+LOCATION = re.compile(r"<loc_\d+>")
+
+
 class CaptionTokenizer:
     """The bundle's tokenizer.json with generate's conventions: the start token first, then the prompt."""
 
@@ -61,9 +64,16 @@ class CaptionTokenizer:
             raise BundleError(f"{bundle.path / 'tokenizer.json'}: every token is special: export the bundle again")
         self._pieces = None if first_word is None else _Pieces(self._decoded, first_word)
 
-    def prompt_ids(self, prompt: str | None) -> tuple[int, ...]:
-        """Return the ids that decoding starts with: the start token (BLIP: [DEC]), then the prompt."""
-        return (self._bundle.tokens.bos, *(self._encoded(prompt, "the prompt") if prompt else ()))
+    def prompt_ids(self, prompt: str | None, first: int | None = None) -> tuple[int, ...]:
+        """Return the ids that decoding starts with: the start token (BLIP: [DEC]), then the prompt.
+
+        `first` is the forced first token. Models with tasks were trained with it before each text, so that it is also
+        put before a prompt.
+        """
+        if not prompt:
+            return (self._bundle.tokens.bos,)
+        before = () if first is None or not self._bundle.tasks else (first,)
+        return (self._bundle.tokens.bos, *before, *self._encoded(prompt, "the prompt"))
 
     def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return the ids of banned words or phrases, for Hugging Face's `bad_words_ids`.
@@ -96,7 +106,12 @@ class CaptionTokenizer:
         return ids
 
     def tidy(self, raw: str) -> str:
-        """Return a caption without superfluous spaces; see detokenise for tokenizers that add some."""
+        """Return a caption without superfluous spaces; see detokenise for tokenizers that add some.
+
+        Location tokens of models with tasks are removed, too, if the tokenizer does not skip them as special tokens.
+        """
+        if self._bundle.tasks:
+            raw = LOCATION.sub("", raw)
         return " ".join(raw.split()) if self.has_spaces else detokenise(raw)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -448,12 +448,14 @@ class ModelRef:
     """Names what becomes the bundles of a run: checkpoints that are converted first, see bundle_of; or bundles.
 
     Several are averaged with `weights`, as in BundleRef. A URI, and a Path that does not exist, is that of a bundle.
+    `task` is that of BundleRef.
     """
 
     names: tuple[str | Location, ...]
     weights: tuple[float, ...] = ()
     precision: str | None = None
     image_size: int | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
         BundleRef(tuple(Path(str(name)) for name in self.names), self.weights)  # raises UsageError
@@ -469,7 +471,7 @@ class ModelRef:
 
     def located(self, log: Log, *, newest: bool = False) -> BundleRef:
         """Convert what is not converted yet, and return the bundles; `newest` is that of bundle_of."""
-        return BundleRef(tuple(self._located(name, log, newest) for name in self.names), self.weights)
+        return BundleRef(tuple(self._located(name, log, newest) for name in self.names), self.weights, self.task)
 
     def _located(self, name: str | Location, log: Log, newest: bool) -> Location:
         is_uri = isinstance(name, str) and "://" in name

@@ -106,6 +106,7 @@ def _manifest(checkpoint: Checkpoint, graphs: GraphSet, source: Mapping[str, str
         "model": asdict(checkpoint.model),
         "image": checkpoint.image.as_json(),
         "tokens": asdict(checkpoint.tokens),
+        **({"tasks": dict(checkpoint.tasks)} if checkpoint.tasks else {}),
         "generation": dict(checkpoint.generation),
         "generation_from": dict(checkpoint.generation_from),
         "clean_up_tokenization_spaces": checkpoint.clean_up_tokenization_spaces,

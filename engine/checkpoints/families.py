@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.checkpoints.blip import BlipRules
+from engine.checkpoints.florence2 import Florence2Rules
 from engine.checkpoints.git import GitRules
 from engine.checkpoints.image_prefix import ImagePrefixRules
 from engine.checkpoints.rules import Rules
@@ -15,7 +16,8 @@ from engine.errors import CheckpointError
 ORIGINAL = BlipRules()
 """The family whose checkpoints in the authors' own layout (one .pth file) are converted."""
 RULES: dict[str, Rules] = {
-    rules.model_type: rules for rules in (ORIGINAL, VisionEncoderDecoderRules(), GitRules(), ImagePrefixRules())
+    rules.model_type: rules
+    for rules in (ORIGINAL, VisionEncoderDecoderRules(), GitRules(), ImagePrefixRules(), Florence2Rules())
 }
 """Families by `model_type` in config.json."""
 

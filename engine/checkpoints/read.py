@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tokenizers import Tokenizer
 
 from engine.bundle.manifest import ImageSpec, ModelDims, TokenIds
 from engine.checkpoints.families import ORIGINAL
 from engine.checkpoints.files import read_config_file, rules_at, weight_files
-from engine.checkpoints.rules import Rules
+from engine.checkpoints.rules import Rules, task_ids
 from engine.checkpoints.settings import (
     assumed_settings,
     configured_settings,
@@ -33,7 +34,7 @@ from engine.checkpoints.settings import (
     size_before_crop,
 )
 from engine.checkpoints.tokenizer import read_tokenizer
-from engine.checkpoints.weights import Tensor, Weights, open_weights
+from engine.checkpoints.weights import Tensor, Transposed, Weights, open_weights
 from engine.errors import CheckpointError, UsageError, counted
 from engine.files.atomic import file_sha256
 from engine.options import options_from
@@ -44,9 +45,9 @@ class Checkpoint:
     """A checkpoint that can become a bundle.
 
     `shape` decides which operations its graphs have (Rules.shape). `rescale` and the mean and std of `image` are those
-    of (x * rescale - mean) / std. `generation` are the settings that differ from Hugging Face's defaults, and
-    `generation_from` says where each comes from. `tokenizer` is the text of the tokenizers library. `notes` are what
-    users should know, one line each. `weights` have the names of Hugging Face's layout.
+    of (x * rescale - mean) / std. `tasks` are those of Bundle. `generation` are the settings that differ from Hugging
+    Face's defaults, and `generation_from` says where each comes from. `tokenizer` is the text of the tokenizers
+    library. `notes` are what users should know, one line each. `weights` have the names of Hugging Face's layout.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Checkpoint:
     image: ImageSpec
     rescale: float
     tokens: TokenIds
+    tasks: Mapping[str, tuple[int, ...]]
     generation: Mapping[str, Any]
     generation_from: Mapping[str, str]
     tokenizer: str
@@ -108,7 +110,7 @@ def _read(
     """Read the settings in `folder` and the weights in `source`, a folder or a file whose weights have other names."""
     raw, rules = read_config_file(folder), rules_at(folder)
     rules.check_config(raw, folder / "config.json")
-    if "auto_map" in raw:
+    if "auto_map" in raw and not rules.has_native_code:
         raise CheckpointError(
             f"{folder / 'config.json'} asks for custom code (auto_map), which is never run: remove that entry"
         )
@@ -123,7 +125,7 @@ def _read(
     if names:
         weights = Weights({new: weights.tensors[old] for old, new in names.items()}, source)
     refuse_other_models(weights, rules, source)
-    weights = fitted(weights, rules, raw)
+    weights = fitted(renamed(weights, rules), rules, raw)
     processor, sizes = read_processor(folder), rules.sizes(raw)
     if image_size is not None:
         raw = rules.resized(raw, image_size)
@@ -147,7 +149,8 @@ def _read(
     except UsageError as error:
         where = sorted({sources[name].source for name in generation})
         raise CheckpointError(f"{folder}: {' or '.join(where)}: {error}") from error
-    text = read_tokenizer(folder, rules.tokenizer_class, sizes.vocab_size)
+    text = read_tokenizer(folder, rules.tokenizer_class, sizes.vocab_size, rules.special_tokens)
+    tokenizer = Tokenizer.from_str(text.text) if rules.tasks else None
     values = processor.values
     mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else ([0.0] * 3, [1.0] * 3)
     return Checkpoint(
@@ -165,6 +168,9 @@ def _read(
         ),
         rescale=values["rescale_factor"] if values["do_rescale"] else 1.0,
         tokens=sizes.tokens,
+        tasks={}
+        if tokenizer is None
+        else task_ids(rules, lambda one: tokenizer.encode(one, add_special_tokens=False).ids),
         generation=generation,
         generation_from={name: sources[name].source for name in generation},
         tokenizer=text.text,
@@ -184,6 +190,15 @@ def refuse_other_models(names: Iterable[str], rules: Rules, source: Path) -> Non
             raise CheckpointError(
                 f"{source} is {what} of {rules.name}, which cannot generate captions: use a captioning checkpoint"
             )
+
+
+def renamed(weights: Weights, rules: Rules) -> Weights:
+    """Return weights by the names that transformers has for them, see Rules.current_name."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights.tensors.items():
+        new, is_transposed = rules.current_name(name)
+        tensors[new] = Transposed(tensor) if is_transposed else tensor
+    return Weights(tensors, weights.source)
 
 
 def fitted(weights: Weights, rules: Rules, raw: Mapping[str, Any]) -> Weights:

@@ -6,7 +6,7 @@ A family subclasses Rules (example: blip.py) and is listed in families.py. Its g
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -19,11 +19,13 @@ from engine.errors import CheckpointError
 class Sizes(ModelDims):
     """What graphs, searches and manifests need to know about a model: its sizes and its special tokens.
 
-    `image_size` is the height and width of the encoder's input in px.
+    `image_size` is the height and width of the encoder's input in px. With `has_tasks` the encoder also reads the ids
+    of a task, and `encoder_positions` are those of the image alone.
     """
 
     image_size: int
     tokens: TokenIds
+    has_tasks: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ProcessorRules:
     without_effect: frozenset[str]
 
 
-LAYERS = ("n_layer", "decoder_layers")
+LAYERS = ("n_layer", "decoder_layers", "encoder_layers", "depths")
 """Settings that are a number of layers, in addition to those that start with "num_"."""
 
 
@@ -176,6 +178,12 @@ def outer_settings(raw: Mapping[str, Any], generation: Mapping[str, Any] | None)
     return [Settings("generation_config.json", generation)]
 
 
+def task_ids(rules: Rules, encode: Callable[[str], Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Return the token ids of a family's tasks by name. `encode` adds no special tokens to a text."""
+    start, end = rules.task_ends
+    return {name: tuple(encode(f"{start}{text}{end}")) for name, text in rules.tasks.items()}
+
+
 class Rules(ABC):
     """What the checkpoints of a family look like. `raw` is the content of config.json in all methods."""
 
@@ -196,6 +204,14 @@ class Rules(ABC):
     position_table: ClassVar[str] = ""
     """Name of the encoder's position table f32[1,1+h*w,D] or f32[1+h*w,D]: a row for the class token, then one for
     each patch. Only for models that convert without torch."""
+    tasks: ClassVar[Mapping[str, str]] = {}
+    """Names of the tasks that the encoder is told with each image, and the texts that stand for them."""
+    task_ends: ClassVar[tuple[str, str]] = ("", "")
+    """Special tokens before and after the text of a task."""
+    special_tokens: ClassVar[tuple[str, ...]] = ()
+    """Special tokens that follow the vocabulary, which some checkpoints leave to their own code to add."""
+    has_native_code: ClassVar[bool] = False
+    """Whether checkpoints may ask for custom code, because transformers has the model itself. It is never run."""
 
     @abstractmethod
     def check_config(self, raw: Mapping[str, Any], path: Path) -> None:
@@ -223,6 +239,10 @@ class Rules(ABC):
     def complete(self, raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> dict[str, Any]:  # noqa: ARG002
         """Return config.json with the special ids that `generate` uses, which may be in generation_config.json."""
         return dict(raw)
+
+    def current_name(self, name: str) -> tuple[str, bool]:
+        """Return the name that transformers has for a weight of a checkpoint, and whether it is stored transposed."""
+        return name, False
 
     def unused(self, raw: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
         """Return prefixes of weights that captions do not depend on: checkpoints may lack them, and bundles do."""

@@ -112,7 +112,7 @@ def _checked(path: Path, raw: dict[str, Any], rules: Rules, config: Mapping[str,
         raise CheckpointError(
             f"{path} is for {kind}, but {rules.name} needs {needed.kind}: copy the file from a {rules.name} checkpoint"
         )
-    if raw.get("auto_map"):
+    if raw.get("auto_map") and not rules.has_native_code:
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
     others = sorted(
         name for name, value in raw.items() if name not in known.settings and name not in known.without_effect and value

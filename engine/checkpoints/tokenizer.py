@@ -8,7 +8,7 @@ GPT2Tokenizer, RobertaTokenizer, their fast versions and converters.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,11 +45,13 @@ ROBERTA = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
+BART_CLASSES = ("BartTokenizer", "BartTokenizerFast")
 BYTE_PAIR_CLASSES = {
     "GPT2Tokenizer": GPT2,
     "GPT2TokenizerFast": GPT2,
     "RobertaTokenizer": ROBERTA,
     "RobertaTokenizerFast": ROBERTA,
+    **dict.fromkeys(BART_CLASSES, ROBERTA),
 }
 """Classes of byte-level BPE, with the defaults of their special tokens."""
 WORD_PIECE_CLASSES = ("BertTokenizer", "BertTokenizerFast")
@@ -129,10 +131,11 @@ def _text(token: Any) -> str:
     return str(token.get("content")) if isinstance(token, dict) else str(token)
 
 
-def read_tokenizer(directory: Path, default_class: str, vocab_size: int) -> TokenizerText:
+def read_tokenizer(directory: Path, default_class: str, vocab_size: int, special: Sequence[str] = ()) -> TokenizerText:
     """Return the tokenizer of a checkpoint as transformers 4.57 loads it, without padding and truncation.
 
-    `default_class` is the class of a checkpoint that names none. Raises CheckpointError if there is no usable
+    `default_class` is the class of a checkpoint that names none. `special` are special tokens to add if the tokenizer
+    has none of them, see Rules.special_tokens. Raises CheckpointError if there is no usable
     tokenizer, if its class is not known here, or if it has ids without an embedding in the model.
     """
     file = directory / FILE
@@ -148,6 +151,8 @@ def read_tokenizer(directory: Path, default_class: str, vocab_size: int) -> Toke
         )
     try:
         tokenizer, clean_up = _built(directory, raw, kind)
+        if not any(tokenizer.token_to_id(text) is not None for text in special):
+            tokenizer.add_special_tokens(list(special))
         refuse_unusable(
             directory,
             tokenizer.get_vocab(with_added_tokens=True),
@@ -337,7 +342,7 @@ def _byte_pair_settings(settings: Mapping[str, Any], kind: str, *, is_slow: bool
     settings = {**BYTE_PAIR_CLASSES[kind], **settings}
     mask = settings.get("mask_token")
     if BYTE_PAIR_CLASSES[kind] is ROBERTA and isinstance(mask, str):
-        settings["mask_token"] = AddedToken(mask, lstrip=True, rstrip=False, normalized=False)
+        settings["mask_token"] = AddedToken(mask, lstrip=True, rstrip=False, normalized=kind in BART_CLASSES)
     if is_slow:
         for name in set(SPECIAL) - {"mask_token"}:
             if isinstance(settings.get(name), str):

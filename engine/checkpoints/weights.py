@@ -24,8 +24,8 @@ from engine.errors import CheckpointError
 
 PREFIXES = ("_orig_mod.", "module.", "model.")
 """Prefixes that torch.compile, DataParallel and trainers add to all weight names."""
-NO_WEIGHTS = (".position_ids",)
-"""Name endings of buffers that older releases saved: position numbers, which are not weights."""
+NO_WEIGHTS = (".position_ids", ".pos_idx_to_embed")
+"""Name endings of buffers that are not weights: position numbers, and the waves that Florence-2 counts images with."""
 MAX_HEADER_BYTES = 16 << 20
 """Largest list of tensors that is read. That of BLIP-large has 0.1 MB; the format allows 100 MB."""
 
@@ -72,6 +72,21 @@ class Stored:
         strides = tuple(stride * numbers.itemsize for stride in entry.strides)
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is refused as such
             return np.ascontiguousarray(as_strided(numbers, entry.shape, strides), np.float32).reshape(entry.shape)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix that a file has as its transpose."""
+
+    stored: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape[::-1]
+
+    def read(self) -> NDArray[np.float32]:
+        """Return the matrix."""
+        return np.ascontiguousarray(self.stored.read().T)
 
 
 class Weights(Mapping[str, NDArray[np.float32]]):

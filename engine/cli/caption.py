@@ -34,7 +34,7 @@ LOG_EVERY_S = 120.0
 
 @click.command(cls=SectionCommand)
 @takes(inputs=Inputs, decoding=DecodeOptions)
-@takes_bundle(of_several=True)
+@takes_bundle(of_several=True, with_task=True)
 @takes(runtime=Runtime)
 @rows_option
 @takes(workers=Workers, outputs=Outputs)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # avoids loading numpy for --help
     help="Number of images to caption; by default 64, or all of --input if it has fewer.",
 )
 @takes(decoding=DecodeOptions)
-@takes_bundle(of_several=True)
+@takes_bundle(of_several=True, with_task=True)
 @takes(runtime=Runtime)
 @rows_option
 def bench(
@@ -61,19 +61,25 @@ def bench(
 
 
 @click.command()
-@takes_bundle()
+@takes_bundle(with_task=True)
 @takes(runtime=Runtime, leaving_out=("cpu_precision",))
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON line.")
 def verify(bundle: BundleRef | ModelRef, runtime: Runtime, as_json: bool) -> None:
-    """Replay the PyTorch outputs recorded in the bundle; exit with 1 if any differs."""
+    """Replay the PyTorch outputs recorded in the bundle; exit with 1 if any differs.
+
+    Those of models with tasks are for several tasks; with --task, only one is replayed.
+    """
     from engine.backends import open_backend, require_backend
     from engine.machine.verify import verify as replay
     from engine.machine.verify import verify_halves
 
     require_backend(runtime.backend)  # before the bundle is hashed, so that a missing library is reported at once
     loaded = bundle.located(log).open()
-    backend = open_backend(loaded, runtime)
-    checks = replay(loaded, backend) + verify_halves(loaded, runtime)
+    checks = []
+    for task in [bundle.task] if bundle.task or not loaded.tasks else loaded.tasks:
+        loaded = loaded.for_task(task)
+        backend = open_backend(loaded, runtime)  # one at a time: each has the model's weights
+        checks += replay(loaded, backend) + verify_halves(loaded, runtime)
     for check in checks:
         state = "ok  " if check.passed else "FAIL"
         click.echo(

@@ -257,14 +257,22 @@ MODEL_HELP = (
 REPEAT_HELP = " Repeat it to average the log-probabilities of bundles with the same vocabulary in each step."
 
 
+TASK_HELP = (
+    "What Florence-2 writes: `caption` (default), `detailed-caption` or `more-detailed-caption`; `<CAPTION>` is "
+    "accepted, too."
+)
+
+
 def takes_bundle(
     *,
     of_several: bool = False,
+    with_task: bool = False,
     bundle_help: str = "Folder or URI of an exported bundle; by default the embedded demo.",
 ) -> Decorator:
     """Add --bundle, --model, --precision and --image-size to a command, which gets `bundle`: a BundleRef or a ModelRef.
 
     Without options it is BundleRef(). With `of_several`, --bundle or --model may be repeated, with --bundle-weight.
+    `with_task` adds --task.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -275,6 +283,7 @@ def takes_bundle(
             precision: str | None,
             image_size: int | None,
             weights: tuple[float, ...] = (),
+            task: str | None = None,
             **values: Any,
         ) -> None:
             from engine.bundle.open import BundleRef
@@ -286,8 +295,8 @@ def takes_bundle(
                 raise UsageError("--model and --bundle exclude each other: --model also accepts the folder of a bundle")
             if not names and (precision, image_size) != (None, None):
                 raise UsageError("--precision and --image-size convert a --model: add --model, or remove them")
-            ref = ModelRef(names, weights, precision, image_size) if names else BundleRef(locations, weights)
-            command(bundle=ref, **values)
+            model = ModelRef(names, weights, precision, image_size, task) if names else None
+            command(bundle=model or BundleRef(locations, weights, task), **values)
 
         settings: dict[str, Any] = {"cls": SectionOption, "section": "Runtime", "multiple": of_several}
         repeat = (REPEAT_HELP, " Repeat it to average models, as with --bundle.") if of_several else ("", "")
@@ -299,6 +308,8 @@ def takes_bundle(
         if of_several:
             weight_help = "Weight of each --bundle or --model in the average, in their order; equal by default."
             options.append(click.option("--bundle-weight", "weights", type=float, help=weight_help, **settings))
+        if with_task:
+            options.append(click.option("--task", cls=SectionOption, section="Runtime", help=TASK_HELP))
         return _decorated(call, options)
 
     return decorate

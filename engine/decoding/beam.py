@@ -7,7 +7,7 @@ This module does not depend on models or caches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeVar
@@ -49,7 +49,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Search:
-    """The settings of one search. An image may have its own Start, whose length is at most `max_length`."""
+    """The settings of one search. An image may have its own Start, whose length is at most `max_length`.
+
+    `forced_first` is the token that follows a start token without a prompt, `forced_last` the one that ends captions of
+    the maximum length (None: any).
+    """
 
     prompt: tuple[int, ...]
     num_beams: int
@@ -66,6 +70,13 @@ class Search:
     suppressed: tuple[int, ...] = ()
     begin_suppressed: tuple[int, ...] = ()
     banned_sequences: tuple[tuple[int, ...], ...] = ()
+    forced_first: int | None = None
+    forced_last: int | None = None
+
+    @cached_property
+    def is_forcing(self) -> bool:
+        """Whether the first or the last token of captions is forced."""
+        return (self.forced_first, self.forced_last) != (None, None)
 
     @cached_property
     def start(self) -> Start:
@@ -191,10 +202,12 @@ class Beams:
 
     def marked_ids(self) -> NDArray[np.int64]:
         """Return i64[B,K,M], the banned and penalised ids of each running beam (see StepInputs.marked_ids)."""
+        # tokens that may not come first are banned after a forced first token
+        starts = self.prompt_lengths if self.search.forced_first is None else self.prompt_lengths + 1
         return self.search.processors.marked_ids(
             self.tokens,
             self.lengths,
-            prompt_lengths=self.prompt_lengths,
+            prompt_lengths=starts,
             min_lengths=self.min_lengths,
             eos=self.search.eos,
         )
@@ -202,6 +215,32 @@ class Beams:
     def last_tokens(self) -> NDArray[np.int64]:
         """Return i64[B,K], the last id of each running beam."""
         return self.tokens[np.arange(len(self.lengths)), :, self.lengths - 1].astype(np.int64)
+
+    def forced(
+        self, scores: NDArray[np.float32], rows: NDArray[np.int64], tokens: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        """Replace the candidates of slots whose next token is forced: every beam continues with it, at no cost.
+
+        The arguments are summed scores f32[B,C], fed rows i64[B,C] and new ids i64[B,C] of the candidates. The first
+        token is forced after a start token alone, the last one at the maximum length, which has precedence.
+        """
+        search = self.search
+        forced = np.full(len(self.lengths), -1)
+        if search.forced_first is not None:
+            forced[self.lengths == 1] = search.forced_first
+        if search.forced_last is not None:
+            forced[self.lengths == self.max_lengths - 1] = search.forced_last
+        if not len(slots := np.flatnonzero(forced >= 0)):
+            return scores, rows, tokens
+        scores, rows, tokens = scores.copy(), rows.copy(), tokens.copy()
+        beams = search.num_beams
+        tokens[slots] = forced[slots, None]
+        scores[slots, beams:] = -np.inf
+        scores[slots, :beams] = self.scores[slots]
+        # the beams of a new image were all fed as the row of the best candidate, which holds the last prompt token
+        is_new = self.lengths[slots] == self.prompt_lengths[slots]
+        rows[slots, :beams] = np.where(is_new[:, None], rows[slots, :1], np.arange(beams))
+        return scores, rows, tokens
 
     def advance(
         self,
@@ -399,6 +438,14 @@ def resolve_search(
                 f"differently: remove the start token, or list the id in begin_suppress_tokens to ban it as first word"
             )
     words = [ids for ids in bad_words_ids if ids != (eos,)]  # Hugging Face ignores a ban of the end token
+    forced_first = options.forced_bos_token_id if len(prompt) == 1 else None
+    forced_last = options.forced_eos_token_id
+    _check_forced(options, {"bos": forced_first, "eos": forced_last}, eos, vocab_size)
+    if forced_last in (options.begin_suppress_tokens or ()) and most == len(prompt) + 1 + (forced_first is not None):
+        raise UsageError(
+            f"forced_eos_token_id {forced_last} is also in begin_suppress_tokens, and captions have one token: raise "
+            "--max-new-tokens"
+        )
     sampling = None
     if options.do_sample:
         top_k, copies = min(options.top_k, vocab_size), options.num_return_sequences
@@ -419,7 +466,23 @@ def resolve_search(
         suppressed=_distinct([*(options.suppress_tokens or ()), *(ids[0] for ids in words if len(ids) == 1)]),
         begin_suppressed=_distinct(options.begin_suppress_tokens or ()),
         banned_sequences=_distinct(ids for ids in words if len(ids) > 1),
+        forced_first=forced_first,
+        forced_last=forced_last,
     )
+
+
+def _check_forced(options: DecodeOptions, forced: Mapping[str, int | None], eos: int, vocab_size: int) -> None:
+    """Raise UsageError for forced tokens that leave no caption: unknown, banned, or an end token as the first one."""
+    for name, token in forced.items():
+        if token is None:
+            continue
+        option = f"forced_{name}_token_id {token}"
+        if token >= vocab_size:
+            raise UsageError(f"{option} is not in the vocabulary: ids must be below {vocab_size}")
+        if token in (options.suppress_tokens or ()):  # Hugging Face bans these after it has forced a token
+            raise UsageError(f"{option} is also in suppress_tokens, so no caption is possible: remove it from one")
+        if name == "bos" and token == eos:
+            raise UsageError(f"{option} is the end token, so every caption would be empty: remove it")
 
 
 def _distinct(values: Iterable[T]) -> tuple[T, ...]:

@@ -324,6 +324,8 @@ class _Slots(Generic[Key]):
         prefilling = self._prefilling()
         more_prompt = self._feed_prompt(prefilling)
         rows, tokens = np.divmod(ids, self.search.vocab_size)
+        if self.search.is_forcing:
+            scores, rows, tokens = self.beams.forced(scores, rows, tokens)
         parents = rows.copy()
         parents[prefilling] = 0  # the rows of a prompt are tokens of beam 0, not beams
         was_closed = self.beams.closed.copy()

@@ -73,6 +73,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
             "precision": bundle.precision,
             "image": f"{image.height} x {image.width} px, {crop}{image.resample}, mean {image.mean}, std {image.std}",
             "checkpoint": checkpoint.get("name", NOT_RECORDED),
+            **({"tasks": ", ".join(bundle.tasks)} if bundle.tasks else {}),
             "weights": files or f"sha256 {str(checkpoint.get('sha256', NOT_RECORDED))[:12]}",
             "versions": ", ".join(f"{name} {version}" for name, version in bundle.versions.items()),
         },

@@ -17,12 +17,14 @@ from engine.captioner import Captioner
 from engine.decoding.beam import Hypothesis
 from engine.decoding.scheduler import Scheduler
 from engine.errors import BundleError
-from engine.options import options_from
+from engine.options import DecodeOptions, options_from
 from engine.runtime import Runtime
 
 Ids = tuple[int, ...]
 
 UNRECORDED = -1
+TASK = "task"
+"""Name of the task in a recorded setting, next to the decoding options."""
 SCORE_TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.4}
 """Largest accepted difference of a score from PyTorch's in float32; relative for scores below -1.
 
@@ -58,10 +60,11 @@ class Check:
 class Golden:
     """The content of golden.npz.
 
-    pixel_values u8[N,height,width,3]. For each setting (DecodeOptions by name): ids i64[N,L], padded with UNRECORDED,
-    and scores f32[N], NaN if PyTorch reports no score (greedy search). A row that is all UNRECORDED is an image that is
-    skipped, because two of its candidates tie or the bundle's precision changes its caption. For settings with
-    num_return_sequences n > 1, `alternatives` i64[N,n-1,L] has the ids of the captions after the best one.
+    pixel_values u8[N,height,width,3]. For each setting (DecodeOptions by name, and TASK for models with tasks): ids
+    i64[N,L], padded with UNRECORDED, and scores f32[N], NaN if PyTorch reports no score (greedy search). A row that is
+    all UNRECORDED is an image that is skipped, because two of its candidates tie or the bundle's precision changes its
+    caption. For settings with num_return_sequences n > 1, `alternatives` i64[N,n-1,L] has the ids of the captions after
+    the best one.
     """
 
     pixel_values: NDArray[np.uint8]
@@ -108,6 +111,14 @@ class Golden:
             captions += [ids for row in rows if captions and (ids := _recorded(row))]
         return recorded
 
+    def options(self, setting: int) -> DecodeOptions:
+        """Return the decoding options of a setting."""
+        return options_from({}, {name: value for name, value in self.settings[setting].items() if name != TASK})
+
+    def of_task(self, task: str | None) -> list[int]:
+        """Return the indices of the settings that were recorded for a task; None for models without tasks."""
+        return [number for number, setting in enumerate(self.settings) if setting.get(TASK) == task]
+
     def skip(self, setting: int, image: int, rank: int) -> None:
         """Remove an image's captions of `rank` and below from the recording of a setting; rank 0 removes all."""
         if rank == 0:
@@ -127,14 +138,14 @@ def first_difference(hypotheses: list[Hypothesis], expected: list[Ids]) -> int |
 
 
 def verify(bundle: Bundle, backend: Backend) -> list[Check]:
-    """Replay every setting recorded in golden.npz and return one Check for each.
+    """Replay every setting recorded in golden.npz, for models with tasks those of the bundle's task; return Checks.
 
     A setting passes if every image's ids equal PyTorch's and the scores agree within SCORE_TOLERANCE. Captions that
     change with the bundle's precision were removed from the recording at export (manifest.json, `conversion`). Raises
     BundleError if the recording cannot be read.
     """
     golden, captioner = Golden.load(bundle.path / "golden.npz"), Captioner(bundle, backend)
-    return [_check(captioner, golden, setting) for setting in range(len(golden.settings))]
+    return [_check(captioner, golden, setting) for setting in golden.of_task(bundle.task)]
 
 
 def verify_halves(bundle: Bundle, runtime: Runtime, backend: Backend | None = None) -> list[Check]:
@@ -150,26 +161,26 @@ def verify_halves(bundle: Bundle, runtime: Runtime, backend: Backend | None = No
         Golden.load(bundle.path / "golden.npz"),
         Captioner(single, backend or open_backend(single, runtime)),
     )
-    checks = [_check(captioner, golden, number) for number in same_on_halves(golden)]
+    checks = [_check(captioner, golden, number) for number in same_on_halves(golden, bundle.task)]
     return [replace(check, setting=f"as one of several bundles: {check.setting}") for check in checks]
 
 
-def same_on_halves(golden: Golden) -> list[int]:
-    """Return the indices of the settings for which the split decoder gives the same captions as the whole decoder.
+def same_on_halves(golden: Golden, task: str | None = None) -> list[int]:
+    """Return the settings of a task for which the split decoder gives the same captions as the whole decoder.
 
     Greedy search with a repetition penalty is not among them: Hugging Face divides the logits by the penalty, but the
     split decoder only has log-probabilities.
     """
     return [
         number
-        for number, setting in enumerate(golden.settings)
+        for number, setting in ((number, golden.settings[number]) for number in golden.of_task(task))
         if setting.get("num_beams", 1) > 1 or setting.get("repetition_penalty", 1.0) == 1.0
     ]
 
 
 def replay(captioner: Captioner, golden: Golden, setting: int) -> list[list[Hypothesis]]:
     """Decode the golden images with one setting; return num_return_sequences hypotheses per image, best first."""
-    search = captioner.search(options_from({}, golden.settings[setting]))
+    search = captioner.search(golden.options(setting))
     scheduler = Scheduler(captioner.backend, search, num_slots=len(golden.pixel_values))
     results = dict(scheduler.decode(golden.pixel_values))
     return [results[i] for i in range(len(results))]

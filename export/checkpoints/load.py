@@ -50,7 +50,7 @@ def read_config(directory: Path) -> PretrainedConfig:
     """Read config.json. Raises CheckpointError if it does not describe a captioning checkpoint of a known family."""
     raw, path = read_config_file(directory), directory / "config.json"
     rules_at(directory).check_config(raw, path)
-    if "auto_map" in raw:
+    if "auto_map" in raw and not rules_at(directory).has_native_code:
         raise CheckpointError(f"{path} asks for custom code (auto_map), which is never run: remove that entry")
     try:
         settings = _without_kernels({name: value for name, value in raw.items() if value is not None})
@@ -82,7 +82,11 @@ def clean_names(weights: Mapping[str, torch.Tensor], source: Path, rules: Rules)
     while (prefix := common_prefix(named)) is not None:
         named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
     refuse_other_models(named, rules, source)
-    return {name: tensor.float() for name, tensor in named.items() if not name.endswith(NO_WEIGHTS)}
+    current = {}
+    for name, tensor in named.items():
+        new, is_transposed = rules.current_name(name)
+        current[new] = tensor.float().T if is_transposed else tensor.float()
+    return {name: tensor for name, tensor in current.items() if not name.endswith(NO_WEIGHTS)}
 
 
 def refuse_broken_numbers(weights: Mapping[str, torch.Tensor], source: Path, rules: Rules) -> None:

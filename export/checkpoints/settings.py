@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers.models import WordPiece
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedModel, PreTrainedTokenizerFast
 
-from engine.checkpoints.files import read_json
+from engine.checkpoints.files import read_json, rules_at
 from engine.checkpoints.settings import configured_settings, refuse_settings, verdict
 from engine.checkpoints.tokenizer import (
     FILE,
@@ -34,6 +34,9 @@ def read_tokenizer(directory: Path, vocab_size: int | None = None) -> PreTrained
         raise missing_tokenizer(directory)
     refuse_code(directory)
     tokenizer = _read(directory)
+    more = list(rules_at(directory).special_tokens)
+    if more and not set(more) & set(tokenizer.get_vocab()):
+        tokenizer.add_tokens(more, special_tokens=True)
     special = [id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special]
     refuse_unusable(directory, tokenizer.get_vocab(), special, vocab_size)
     return tokenizer
@@ -54,14 +57,20 @@ def restored_tokenizer(file: Path, settings: Mapping[str, Any], *, clean_up: boo
 
 def _read(directory: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a directory by AutoTokenizer or, if that fails, from tokenizer.json alone."""
+    rules, path = rules_at(directory), directory / "tokenizer_config.json"
+    # config.json of a checkpoint with custom code may be none that transformers can read, and names no tokenizer
+    is_named = not rules.has_native_code or (path.is_file() and "tokenizer_class" in read_json(path))
+    kind = {} if is_named else {"tokenizer_type": rules.tokenizer_class.removesuffix("Tokenizer").lower()}
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, use_fast=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, use_fast=True, trust_remote_code=False, **kind
+        )
     except Exception as error:
         if not (directory / FILE).is_file():
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{directory} has no usable tokenizer ({reason}): add tokenizer.json") from error
     # transformers 4 cannot read all settings that transformers 5 writes
-    path, file = directory / "tokenizer_config.json", directory / FILE
+    file = directory / FILE
     settings = special_settings(read_json(path) if path.is_file() else {})
     try:
         return PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.checkpoints.files import rules_at
 from export.families.blip import Blip
+from export.families.florence2 import Florence2
 from export.families.git import Git
 from export.families.image_prefix import ImagePrefix
 from export.families.modules import Family
@@ -19,7 +20,7 @@ from export.families.vision_encoder_decoder import VisionEncoderDecoder
 ORIGINAL = Blip()
 """The family whose checkpoints in the authors' own layout (one .pth file) are converted."""
 FAMILIES: dict[str, Family] = {
-    family.rules.model_type: family for family in (ORIGINAL, VisionEncoderDecoder(), Git(), ImagePrefix())
+    family.rules.model_type: family for family in (ORIGINAL, VisionEncoderDecoder(), Git(), ImagePrefix(), Florence2())
 }
 """Families by `model_type` in config.json."""
 

@@ -165,7 +165,11 @@ class Blip(Family):
         return model.text_decoder.generation_config
 
     def prompt_arguments(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: str | None, images: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | None,
+        images: int,
+        first: int | None = None,  # noqa: ARG002
     ) -> tuple[dict[str, Any], int]:
         """See Family.prompt_arguments. `generate` replaces [CLS] by [DEC] and drops [SEP]."""
         if not prompt:
@@ -173,7 +177,7 @@ class Blip(Family):
         ids = tokenizer(prompt, padding=False, truncation=False, return_tensors="pt")["input_ids"]
         return {"input_ids": ids.repeat(images, 1)}, ids.shape[1] - 1  # a copy: generate changes input_ids in place
 
-    def encode(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    def encode(self, model: PreTrainedModel, pixel_values: Tensor, task_ids: Sequence[int] = ()) -> Tensor:  # noqa: ARG002
         """See Family.encode."""
         return model.vision_model(pixel_values)[0]
 

@@ -117,6 +117,13 @@ class RobertaStep(BertStep):
         return self.decoder.lm_head(x)
 
 
+def bart_keys_values(body: nn.Module, encoded: Tensor) -> Iterator[Tensor]:
+    """Yield the cross-attention keys and values of the layers of a BART decoder, see Encoder.keys_values."""
+    for layer in body.layers:
+        yield layer.encoder_attn.k_proj(encoded)
+        yield layer.encoder_attn.v_proj(encoded)
+
+
 class TrocrStep(TextDecoder):
     """TrOCRForCausalLM.forward: a BART decoder. Layer norms come after each part; positions are learned or waves."""
 
@@ -125,21 +132,24 @@ class TrocrStep(TextDecoder):
 
     def __init__(self, model: PreTrainedModel, sizes: Sizes) -> None:
         super().__init__(model, sizes)
-        table = model.decoder.model.decoder.embed_positions
-        if skips_pads(model.decoder.config):  # Hugging Face computes it, and does not count it among the weights
-            self.register_buffer("waves", table.weights.to(self.weights_type), persistent=False)
+        if skips_pads(self.body.config):  # Hugging Face computes it, and does not count it among the weights
+            table = self.body.embed_positions.weights
+            self.register_buffer("waves", table.to(self.weights_type))  # persistent: others become constants
+
+    @property
+    def body(self) -> nn.Module:
+        """The layers and embeddings, without the head."""
+        return self.decoder.model.decoder
 
     @staticmethod
     def keys_values(decoder: nn.Module, encoded: Tensor) -> Iterator[Tensor]:
         """See TextDecoder.keys_values."""
-        for layer in decoder.model.decoder.layers:
-            yield layer.encoder_attn.k_proj(encoded)
-            yield layer.encoder_attn.v_proj(encoded)
+        return bart_keys_values(decoder.model.decoder, encoded)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """See DecoderStep.embed."""
-        body, ids, positions = self.decoder.model.decoder, ids.flatten(), positions.flatten()
-        if skips_pads(self.decoder.config):
+        body, ids, positions = self.body, ids.flatten(), positions.flatten()
+        if skips_pads(body.config):
             rows = nn.functional.embedding(after_pad(ids, positions, body.padding_idx), self.waves)
         else:
             rows = nn.functional.embedding(positions + POSITION_OFFSET, body.embed_positions.weight)
@@ -149,7 +159,7 @@ class TrocrStep(TextDecoder):
 
     def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """See DecoderStep.layer."""
-        layer = self.decoder.model.decoder.layers[index]
+        layer = self.body.layers[index]
         own, cross = layer.self_attn, layer.encoder_attn
 
         def before(norm: nn.Module, x: Tensor) -> Tensor:
@@ -180,7 +190,7 @@ class MbartStep(TrocrStep):
 
     def logits(self, x: Tensor) -> Tensor:
         """See DecoderStep.logits."""
-        return self.decoder.lm_head(self.decoder.model.decoder.layer_norm(x))
+        return self.decoder.lm_head(self.body.layer_norm(x))
 
 
 DECODERS: dict[str, type[TextDecoder]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -169,7 +169,11 @@ class Git(Family):
         )
 
     def prompt_arguments(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: str | None, images: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | None,
+        images: int,
+        first: int | None = None,  # noqa: ARG002
     ) -> tuple[dict[str, Any], int]:
         """See Family.prompt_arguments. As in transformers' examples, the prompt's ids follow [CLS], without [SEP]."""
         if not prompt:
@@ -177,7 +181,7 @@ class Git(Family):
         ids = [tokenizer.cls_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         return {"input_ids": torch.tensor([ids]).repeat(images, 1)}, len(ids)
 
-    def encode(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    def encode(self, model: PreTrainedModel, pixel_values: Tensor, task_ids: Sequence[int] = ()) -> Tensor:  # noqa: ARG002
         """See Family.encode: the hidden states of the image encoder, before the projection."""
         return model.git.image_encoder(pixel_values).last_hidden_state
 

@@ -76,13 +76,17 @@ class Encoder(ExportedModule, ABC):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """pixel_values u8[B,height,width,3] -> for each layer keys and values f32[B,H,S,d]."""
+        return self.keys_values_of(pixel_values)
+
+    def keys_values_of(self, pixel_values: Tensor, *task_ids: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph. A family whose encoder is told a task defines `forward` with its ids as second input."""
         pixels = (pixel_values.float() * self.rescale - self.image_mean) / self.image_std
-        encoded = self.encode(_as(pixels, self.weights_type).permute(0, 3, 1, 2))
+        encoded = self.encode(_as(pixels, self.weights_type).permute(0, 3, 1, 2), *task_ids)
         batch = pixel_values.shape[0]
         return tuple(self.split_heads(x, batch) for x in self.keys_values(encoded))
 
     @abstractmethod
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, *task_ids: Tensor) -> Tensor:
         """Return the image's hidden states f32[B,S,width of the encoder] from normalised pixels f32[B,3,h,w]."""
 
     @abstractmethod
@@ -415,12 +419,19 @@ class Family(ABC):
 
     @abstractmethod
     def prompt_arguments(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: str | None, images: int
+        self, tokenizer: PreTrainedTokenizerBase, prompt: str | None, images: int, first: int | None = None
     ) -> tuple[dict[str, Any], int]:
-        """Return generate's arguments for a prompt, and the number of ids that it puts before the caption."""
+        """Return generate's arguments for a prompt, and the number of ids that it puts before the caption.
+
+        `first` is the forced first token, which precedes the prompt in families with tasks.
+        """
+
+    def task_arguments(self, model: PreTrainedModel, task_ids: Sequence[int], images: int) -> dict[str, Any]:  # noqa: ARG002
+        """Return generate's arguments for the ids of a task; nothing for families without tasks."""
+        return {}
 
     @abstractmethod
-    def encode(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    def encode(self, model: PreTrainedModel, pixel_values: Tensor, task_ids: Sequence[int] = ()) -> Tensor:
         """Return the encoder's hidden states f32[B,S,D] of f32[B,3,height,width], by Hugging Face's own code."""
 
     @abstractmethod

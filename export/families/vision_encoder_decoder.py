@@ -7,7 +7,7 @@ models/vision_encoder_decoder/modeling_vision_encoder_decoder.py.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -187,7 +187,11 @@ class VisionEncoderDecoder(Family):
         )
 
     def prompt_arguments(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: str | None, images: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | None,
+        images: int,
+        first: int | None = None,  # noqa: ARG002
     ) -> tuple[dict[str, Any], int]:
         """See Family.prompt_arguments. `generate` puts the start token before the ids."""
         if not prompt:
@@ -195,7 +199,7 @@ class VisionEncoderDecoder(Family):
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return {"decoder_input_ids": ids.repeat(images, 1)}, 1 + ids.shape[1]
 
-    def encode(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    def encode(self, model: PreTrainedModel, pixel_values: Tensor, task_ids: Sequence[int] = ()) -> Tensor:  # noqa: ARG002
         """See Family.encode."""
         return model.encoder(pixel_values=pixel_values).last_hidden_state
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, numpy_helper
 from transformers import PreTrainedModel
 
-from engine.bundle.manifest import HALVES, ModelDims, cache_names
+from engine.bundle.manifest import HALVES, TASK_IDS, ModelDims, cache_names
 from engine.checkpoints.graphs import Graph
 from engine.checkpoints.write import write_graphs as write
 from engine.errors import ExportError
@@ -25,6 +26,9 @@ from export.families import family_of
 from export.families.modules import ExportedModule, Normalisation, Regroup
 from export.graphs.quantise import halves, quantise
 from export.graphs.templates import template
+
+EXAMPLE_TASK_IDS = 6
+"""Number of ids of a task while a graph is traced."""
 
 
 class GraphSpec:
@@ -41,6 +45,11 @@ class GraphSpec:
         """Return the dynamic axes of keys and values [B,H,positions,d]; without a name, `positions` is a fixed size."""
         axes = {0: images} | ({2: positions} if positions else {})
         return dict.fromkeys(self.cache_names(part), axes)
+
+    @property
+    def encoded(self) -> str | None:
+        """Name of the axis of encoder positions, which is dynamic if there are tasks: their ids follow the image."""
+        return "encoded" if self.sizes.has_tasks else None
 
     def cache(self, images: int, positions: int) -> list[torch.Tensor]:
         """Return random example keys and values [B,H,positions,d] of all layers, keys and values alternately."""
@@ -70,15 +79,16 @@ class EncoderSpec(GraphSpec):
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
-        return {"pixel_values": {0: "images"}}
+        return {"pixel_values": {0: "images"}} | ({TASK_IDS: {0: "task ids"}} if self.sizes.has_tasks else {})
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
-        return self.cache_axes("cross", "images", None)
+        return self.cache_axes("cross", "images", self.encoded)
 
     def examples(self) -> dict:
         size = self.sizes.image_size
-        return {"pixel_values": torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)}
+        pixels = {"pixel_values": torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)}
+        return pixels | ({TASK_IDS: torch.arange(EXAMPLE_TASK_IDS)} if self.sizes.has_tasks else {})
 
 
 class DecoderSpec(GraphSpec):
@@ -95,7 +105,7 @@ class DecoderSpec(GraphSpec):
             "penalties": {},
             "ancestry": rows | {2: "positions"},
             "num_candidates": {},
-            **self.cache_axes("cross", "images", None),
+            **self.cache_axes("cross", "images", self.encoded),
             **self.cache_axes("settled", "images", "settled"),
             **self.cache_axes("recent", "images", "recent"),
         }
@@ -119,7 +129,7 @@ class DecoderSpec(GraphSpec):
             "penalties": torch.ones(2),
             "ancestry": torch.ones(images, rows, settled + recent + rows, dtype=torch.bool),
             "num_candidates": torch.tensor([6]),
-            "cross": self.cache(images, self.sizes.encoder_positions),
+            "cross": self.cache(images, self.sizes.encoder_positions + EXAMPLE_TASK_IDS * self.sizes.has_tasks),
             "settled": self.cache(images, settled),
             "recent": self.cache(images, recent),
         }
@@ -199,7 +209,7 @@ def _trace(
     module: ExportedModule, spec: GraphSpec, exporter: Callable[[ExportedModule, GraphSpec, Path], None]
 ) -> ModelProto:
     """Return a module's graph, whose initialisers have names, types and shapes; only those of buffers have values."""
-    with tempfile.TemporaryDirectory() as folder, _placeholders(module):
+    with tempfile.TemporaryDirectory() as folder, _placeholders(module), _without_products():
         path = Path(folder) / "graph.onnx"
         exporter(module, spec, path)
         model = onnx.load(str(path), load_external_data=False)
@@ -244,6 +254,44 @@ def _placeholders(module: ExportedModule) -> Iterator[None]:
     finally:
         for weight, value in zip(weights, values, strict=True):
             weight.data = value
+
+
+@contextmanager
+def _without_products() -> Iterator[None]:
+    """Skip the products of matrices and the convolutions on the CPU as long as the context is open: results are 0.
+
+    A trace records operators and shapes alone, and the image of Florence-2 has 36,864 patches: computed, its graph
+    would take minutes. The kernels are replaced where the tracer has recorded the operators already.
+    """
+
+    def convolved(x: torch.Tensor, weight: torch.Tensor, settings: Sequence[Any]) -> list[int]:
+        stride, padding, dilation = settings[1:4]
+        sides = (
+            (_size(x, i) + 2 * padding[i - 2] - dilation[i - 2] * (_size(weight, i) - 1) - 1) // stride[i - 2] + 1
+            for i in (2, 3)
+        )
+        return [_size(x, 0), _size(weight, 0), *sides]
+
+    kernels: dict[str, Callable[..., torch.Tensor]] = {
+        "mm": lambda a, b: a.new_zeros(_size(a, 0), _size(b, 1)),
+        "addmm": lambda _, a, b, **__: a.new_zeros(_size(a, 0), _size(b, 1)),
+        "bmm": lambda a, b: a.new_zeros(_size(a, 0), _size(a, 1), _size(b, 2)),
+        "_convolution": lambda x, weight, *settings: x.new_zeros(convolved(x, weight, settings)),
+    }
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that kernels are replaced
+            for name, kernel in kernels.items():
+                library.impl(name, kernel, "CPU")
+        yield
+    finally:
+        library._destroy()
+
+
+def _size(x: torch.Tensor, axis: int) -> int:
+    """Return the size of an axis as a number; while torch traces, `shape` has tensors."""
+    return int(torch.ops.aten.sym_size.int(x, axis))
 
 
 def _check_operators(model: onnx.ModelProto, name: str) -> None:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from engine.errors import CheckpointError
-from engine.machine.verify import UNRECORDED, Golden, Ids
-from engine.options import options_from
+from engine.machine.verify import TASK, UNRECORDED, Golden, Ids
 from export.reference.huggingface import Reference
 
 NEUTRAL = {"min_length": 0, "length_penalty": 1.0, "early_stopping": False}
@@ -49,6 +49,8 @@ BANS = {1: ("bad_words",), 3: ("suppress_tokens",), 5: ("bad_words_ids", "begin_
 
 The ids are taken from the captions without the ban, so that each ban changes a caption."""
 GOLDEN_IMAGES = 3
+FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+"""Options that are recorded as the checkpoint has them: without them its captions would make no sense."""
 LONGEST_PROMPT = 24
 """Positions reserved for the golden prompt if a checkpoint has few positions."""
 
@@ -72,25 +74,32 @@ def golden_pictures(size: int) -> np.ndarray:
 def record_golden(reference: Reference) -> Golden:
     """Record the captions of `generate` on the golden images under each of GOLDEN_SETTINGS.
 
+    Tokens that the checkpoint forces are forced in each. The settings of a model with tasks are for its tasks in turn.
     Raises CheckpointError if the model's scores are not finite.
     """
-    sizes = reference.sizes
+    sizes, tasks = reference.sizes, list(reference.tasks)
+    own = reference.family.generation_config(reference.model).to_diff_dict()
+    forced = {name: own[name] for name in FORCED if own.get(name) is not None}
     pictures = golden_pictures(sizes.image_size)
     pixel_values = reference.normalised(pictures)
     limits = dict.fromkeys(("max_length", "min_length"), sizes.max_positions)
     limits |= dict.fromkeys(("max_new_tokens", "min_new_tokens"), max(1, sizes.max_positions - LONGEST_PROMPT))
     settings: list[dict[str, Any]] = [
-        setting | {name: min(setting[name], limit) for name, limit in limits.items() if name in setting}
+        setting | {name: min(setting[name], limit) for name, limit in limits.items() if name in setting} | forced
         for setting in GOLDEN_SETTINGS
     ]
     golden = Golden(pictures, settings, [], [])
     for number, setting in enumerate(settings):
-        captions = reference.generate(pixel_values, options_from({}, setting))
+        if tasks:
+            setting[TASK] = tasks[number % len(tasks)]
+            reference = replace(reference, task=setting[TASK])
+        captions = reference.generate(pixel_values, golden.options(number))
         if number in BANS:
-            _, start = reference.family.prompt_arguments(reference.tokenizer, setting.get("prompt"), 1)
-            bans = _bans([best.ids[start:] for best, *_ in captions], reference)
+            prompt, first = setting.get("prompt"), forced.get("forced_bos_token_id")
+            _, start = reference.family.prompt_arguments(reference.tokenizer, prompt, 1, first)
+            bans = _bans([best.ids[start:] for best, *_ in captions], reference, set(forced.values()))
             setting |= {name: bans[name] for name in BANS[number] if bans[name]}
-            captions = reference.generate(pixel_values, options_from({}, setting))
+            captions = reference.generate(pixel_values, golden.options(number))
         if not all(best.score is None or np.isfinite(best.score) for best, *_ in captions):
             raise CheckpointError("the model's scores are NaN or infinite: its weights are too large, or damaged")
         golden.ids.append(_table([best.ids for best, *_ in captions]))
@@ -110,10 +119,13 @@ def _table(captions: list[Ids]) -> np.ndarray:
     return table
 
 
-def _bans(captions: list[Ids], reference: Reference) -> dict[str, Any]:
-    """Return a value for each option of BANS that bans something in these captions (without their prompts)."""
+def _bans(captions: list[Ids], reference: Reference, forced: set[int]) -> dict[str, Any]:
+    """Return a value for each option of BANS that bans something in these captions (without their prompts).
+
+    Tokens that are `forced` are not banned.
+    """
     tokens = reference.sizes.tokens
-    words = [[token for token in ids if token != tokens.eos] for ids in captions]
+    words = [[token for token in ids if token not in (tokens.eos, *forced)] for ids in captions]
     first, *others = words
     distinct = list(dict.fromkeys(token for ids in words for token in ids))
     return {

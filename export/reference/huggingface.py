@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from engine.bundle.open import shares
 from engine.bundle.tokenizer import spellings
-from engine.checkpoints.rules import Sizes
+from engine.checkpoints.rules import Sizes, task_ids
 from engine.checkpoints.settings import read_processor
 from engine.decoding.backend import BatchSizes, StepInputs
 from engine.decoding.processors import process
@@ -112,20 +112,39 @@ class ReferenceCaption:
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint in Hugging Face: model (eval mode, float32), slow image processor and fast tokenizer."""
+    """A checkpoint in Hugging Face: model (eval mode, float32), slow image processor and fast tokenizer.
+
+    `task` is that of a model with tasks, by name.
+    """
 
     model: PreTrainedModel
     image_processor: ImageProcessor
     tokenizer: PreTrainedTokenizerFast
+    task: str | None = None
 
     @classmethod
     def load(cls, checkpoint: Path, image_size: int | None = None) -> Reference:
-        """Load a checkpoint directory. Raises CheckpointError as load_checkpoint does, or if there is no tokenizer."""
+        """Load a checkpoint directory, for the first task of a model with tasks.
+
+        Raises CheckpointError as load_checkpoint does, or if there is no tokenizer.
+        """
         model = load_checkpoint(checkpoint, image_size)
         family = family_of(model)
         sizes = family.sizes(model.config)
         processor = family.make_processor(read_processor(checkpoint).for_size(sizes.image_size))
-        return cls(model, processor, read_tokenizer(checkpoint, sizes.vocab_size))
+        task = next(iter(family.rules.tasks), None)
+        return cls(model, processor, read_tokenizer(checkpoint, sizes.vocab_size), task)
+
+    @property
+    def tasks(self) -> dict[str, tuple[int, ...]]:
+        """The tasks of the model by name, with their token ids; empty for most models."""
+        backend = self.tokenizer.backend_tokenizer
+        return task_ids(self.family.rules, lambda text: backend.encode(text, add_special_tokens=False).ids)
+
+    @property
+    def task_ids(self) -> tuple[int, ...]:
+        """The ids of `task`; none without tasks."""
+        return () if self.task is None else self.tasks[self.task]
 
     @property
     def family(self) -> Family:
@@ -170,11 +189,13 @@ class Reference:
         """
         images, count = len(pixel_values), options.num_return_sequences
         with_scores = with_scores and options.num_beams > 1
-        prompt, prompt_length = self.family.prompt_arguments(self.tokenizer, options.prompt, images)
+        first = options.forced_bos_token_id
+        prompt, prompt_length = self.family.prompt_arguments(self.tokenizer, options.prompt, images, first)
         with torch.inference_mode():
             output = self.model.generate(
                 pixel_values=pixel_values,
                 **prompt,
+                **self.family.task_arguments(self.model, self.task_ids, images),
                 return_dict_in_generate=True,
                 output_scores=with_scores,
                 **generate_arguments(options),
@@ -191,7 +212,7 @@ class Reference:
         """Return the summed log-probability of a caption's ids after the prompt, in one pass over f32[1,3,h,w]."""
         sequence = torch.tensor([ids])
         with torch.inference_mode():
-            encoded = self.family.encode(self.model, pixel_values)
+            encoded = self.family.encode(self.model, pixel_values, self.task_ids)
             rows = torch.log_softmax(self.family.logits(self.model, sequence, encoded)[0].float(), -1)
         return sum(rows[i - 1, ids[i]].item() for i in range(prompt_length, len(ids)))
 
@@ -214,6 +235,8 @@ def generate_arguments(options: DecodeOptions) -> dict:
         "repetition_penalty": options.repetition_penalty,
         "suppress_tokens": list(options.suppress_tokens or ()) or None,
         "begin_suppress_tokens": list(options.begin_suppress_tokens or ()) or None,
+        "forced_bos_token_id": options.forced_bos_token_id,
+        "forced_eos_token_id": options.forced_eos_token_id,
     }
     if options.num_beams > 1:
         arguments |= {"length_penalty": options.length_penalty, "early_stopping": options.early_stopping}
@@ -277,7 +300,7 @@ class UncachedBackend(PrefixBackend):
             return True
         with torch.inference_mode():
             pixel_values = self._reference.normalised(image[None])
-            self._hidden = self._family.encode(self._reference.model, pixel_values)
+            self._hidden = self._family.encode(self._reference.model, pixel_values, self._reference.task_ids)
         self._image, self._rows = content, {}
         return False
 

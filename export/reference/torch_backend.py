@@ -6,7 +6,7 @@ that the bundle will give. This module does not depend on training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -47,12 +47,14 @@ class TorchBackend:
     """Implements engine.decoding.backend.Backend with a checkpoint's live weights.
 
     The weights may change between captions. The model must be in eval mode while it captions (see `captioning`).
+    `task_ids` are those of a model with tasks.
     """
 
     name = "torch"
 
-    def __init__(self, model: PreTrainedModel, processor: ImageProcessor) -> None:
+    def __init__(self, model: PreTrainedModel, processor: ImageProcessor, task_ids: Sequence[int] = ()) -> None:
         family, self._device = family_of(model), model.device
+        self._task = [torch.tensor(task_ids, device=self._device)] if task_ids else []
         self._encoder = family.encoder(model, normalisation(processor)).to(self._device)
         self._decoder = family.step(model)
         self.batch_sizes = CPU_APPETITE if self._device.type == "cpu" else GPU_APPETITE
@@ -60,7 +62,7 @@ class TorchBackend:
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[Tensor]:
         """See Backend.encode."""
         with torch.inference_mode():
-            return list(self._encoder(torch.from_numpy(pixel_values).to(self._device)))
+            return list(self._encoder(torch.from_numpy(pixel_values).to(self._device), *self._task))
 
     def allocate(self, num_slots: int) -> TorchCache:
         """See Backend.allocate."""
@@ -70,7 +72,8 @@ class TorchBackend:
             shape, dtype = (num_slots, sizes.num_heads, length, sizes.head_width), self._decoder.weights_type
             return [torch.zeros(shape, device=self._device, dtype=dtype) for _ in range(2 * sizes.num_layers)]
 
-        return TorchCache(zeros(sizes.encoder_positions), zeros(0), zeros(0))
+        positions = sizes.encoder_positions + sum(len(ids) for ids in self._task)
+        return TorchCache(zeros(positions), zeros(0), zeros(0))
 
     def admit(self, cache: TorchCache, slot: int, encoded: list[Tensor], image: int) -> None:
         """See Backend.admit."""
@@ -142,13 +145,14 @@ def caption_live(
     images: Iterable[tuple[Key, NDArray[np.uint8]]],
     options: DecodeOptions,
     prompts: Mapping[Key, tuple[int, ...]] | None = None,
+    task_ids: Sequence[int] = (),
 ) -> Iterator[tuple[Key, list[Hypothesis]]]:
     """Caption (key, pixels u8[height,width,3]) with the current weights; yield (key, hypotheses) as Scheduler.run does.
 
     `prompts` are the ids that follow the start token in some images' captions; the hypotheses include them. Consume the
     iterator to its end before the weights change, because the model stays in eval mode until then.
     """
-    backend, search = TorchBackend(model, processor), search_of(model, options)
+    backend, search = TorchBackend(model, processor, task_ids), search_of(model, options)
     starts = {prompt: search_of(model, options, prompt).start for prompt in {(), *(prompts or {}).values()}}
     search = replace(search, max_length=max(start.max_length for start in starts.values()))
     slots = max(1, backend.batch_sizes.rows // search.num_beams)

@@ -36,10 +36,12 @@ from export.reference.huggingface import Reference
 from tests.cli.test_hub import published_as_base
 from tests.helpers.hub import Hub, loopback_hub
 from tests.helpers.tiny import make_checkpoint, save_pictures
+from tests.helpers.tiny_florence import make_florence_checkpoint
 from tests.helpers.tiny_git import make_git_checkpoint
 from tests.helpers.tiny_pairs import make_pair
 
 VIT_GPT2, GIT = "nlpconnect/vit-gpt2-image-captioning", "microsoft/git-base"
+FLORENCE, NATIVE_FLORENCE = "microsoft/Florence-2-base", "florence-community/Florence-2-base"
 BASE, LARGE = "Salesforce/blip-image-captioning-base", "Salesforce/blip-image-captioning-large"
 CAPTION = ("--beams", "2", "--max-new-tokens", "8", "--input", "images", "--out", "run.csv")
 NOWHERE = "http://127.0.0.1:9"
@@ -167,7 +169,7 @@ def test_safetensors_are_preferred_to_pickles(machine, expected):
 
 @pytest.fixture(scope="module")
 def served_others(tmp_path_factory) -> dict[str, Path]:
-    """Folders with the file lists of vit-gpt2-image-captioning, which is pickled only, and of git-base."""
+    """Folders with the published file lists; vit-gpt2-image-captioning and microsoft's Florence-2 are pickled only."""
     folder = tmp_path_factory.mktemp("others")
     vit_gpt2 = make_pair(folder / "vit-gpt2", "vit", "gpt2")
     weights = load_file(vit_gpt2 / "model.safetensors")
@@ -189,10 +191,18 @@ def served_others(tmp_path_factory) -> dict[str, Path]:
             if path.name not in both | more:
                 path.unlink()
         assert {path.name for path in one.iterdir()} == both | more
-    return {VIT_GPT2: vit_gpt2, GIT: git}
+    first = make_florence_checkpoint(folder / "first", is_first=True)
+    native = make_florence_checkpoint(folder / "native")
+    for path in [*first.iterdir(), *native.iterdir()]:
+        if path.name in ("merges.txt", "vocab.json") and path.parent == native:
+            path.unlink()
+    names = {"config.json", "generation_config.json", "preprocessor_config.json", "pytorch_model.bin", "tokenizer.json"}
+    names |= {"tokenizer_config.json", "vocab.json", "modeling_florence2.py"}
+    assert names == {path.name for path in first.iterdir()} - {"merges.txt"}
+    return {VIT_GPT2: vit_gpt2, GIT: git, FLORENCE: first, NATIVE_FLORENCE: native}
 
 
-@pytest.mark.parametrize("name", [VIT_GPT2, GIT])
+@pytest.mark.parametrize("name", [VIT_GPT2, GIT, FLORENCE, NATIVE_FLORENCE])
 def test_other_families_are_converted_by_name(name, served_others, machine, tmp_path):
     machine.hub.repositories |= served_others
     for graphs in make_graphs("tiny-other", Reference.load(served_others[name]).model.config):
@@ -213,6 +223,10 @@ def test_other_families_are_converted_by_name(name, served_others, machine, tmp_
     resumed = machine.run("caption", "--model", name, *CAPTION, **offline)
     assert any("3 captions of an earlier run are taken from" in line for line in resumed)
     assert machine.captions() == expected
+    assert not [line for line in machine.hub.asked if ".py" in line]
+    if "Florence" in name:
+        machine.run("caption", "--model", name, "--task", "<MORE_DETAILED_CAPTION>", *CAPTION, **offline)
+        assert machine.captions() != expected
 
 
 def test_models_are_averaged_and_processes_get_the_bundle(machine, tiny_bundle, tmp_path):

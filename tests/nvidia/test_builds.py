@@ -21,6 +21,7 @@ from export.graphs.exporters import write_graphs
 from export.reference.huggingface import Reference, normalisation
 from export.restore import restore_checkpoint
 from tests.helpers.tiny import make_checkpoint
+from tests.helpers.tiny_florence import make_florence_checkpoint
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 Linux and Windows only")
 
@@ -33,6 +34,7 @@ SHAPES = {
 FLOATS, INTEGERS = {"FLOAT", "FLOAT16"}, {"INT64"}
 ALLOWED = {
     **dict.fromkeys(("Conv", "Gemm", "MatMul", "Softmax", "LogSoftmax", "LayerNormalization", "Erf", "TopK"), FLOATS),
+    **dict.fromkeys(("Pad", "ReduceMean"), FLOATS),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), FLOATS | INTEGERS),
     **dict.fromkeys(("Concat", "Expand", "Flatten", "Gather", "GatherElements", "Reshape", "Slice"), FLOATS | INTEGERS),
     **dict.fromkeys(("Split", "Squeeze", "Transpose", "Unsqueeze", "Identity", "ScatterElements"), FLOATS | INTEGERS),
@@ -57,14 +59,16 @@ def graphs_of(checkpoint: Path, out: Path, precision: str) -> Bundle:
     model = reference.model.half() if precision == "fp16" else reference.model
     write_graphs(model, out, normalisation(reference.image_processor))
     image = replace(Bundle.load().image, height=sizes.image_size, width=sizes.image_size)
-    return Bundle(out, "", sizes, image, sizes.tokens, precision)
+    bundle = Bundle(out, "", sizes, image, sizes.tokens, precision, tasks=reference.tasks)
+    return bundle.for_task(reference.task)
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory) -> dict[str, Bundle]:
-    """The demo, and graphs with the widths of BLIP-base and -large, in both precisions."""
+    """The demo, graphs with the widths of BLIP-base and -large, and a small Florence-2, in both precisions."""
     work = tmp_path_factory.mktemp("builds")
     checkpoints = {"demo": restore_checkpoint(Bundle.load().path, work / "demo")}
+    checkpoints["florence"] = make_florence_checkpoint(work / "florence")
     for name, (text, vision) in SHAPES.items():
         layers = {"num_hidden_layers": 1}
         checkpoints[name] = make_checkpoint(
@@ -80,7 +84,9 @@ def bundles(tmp_path_factory) -> dict[str, Bundle]:
     } | {"demo fp32": Bundle.load()}
 
 
-@pytest.fixture(params=[f"{name} {precision}" for name in ("demo", *SHAPES) for precision in ("fp32", "fp16")])
+@pytest.fixture(
+    params=[f"{name} {precision}" for name in ("demo", *SHAPES, "florence") for precision in ("fp32", "fp16")]
+)
 def bundle(request, bundles) -> Bundle:
     return bundles[request.param]
 

@@ -41,6 +41,7 @@ from export.parity import main as parity_main
 from export.reference.huggingface import Reference, normalisation
 from export.restore import main as restore_main
 from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
+from tests.helpers.tiny_florence import make_florence_checkpoint
 from tests.helpers.tiny_git import make_git_checkpoint
 from tests.helpers.tiny_pairs import make_pair
 
@@ -165,6 +166,8 @@ OTHERS = {
     "vit-gpt2": lambda folder: make_pair(folder, "vit", "gpt2"),
     "trocr": lambda folder: make_pair(folder, "vit", "trocr", vision={"qkv_bias": False}),
     "git": make_git_checkpoint,
+    "florence": make_florence_checkpoint,
+    "first florence": lambda folder: make_florence_checkpoint(folder, is_first=True),
 }
 """Checkpoints of other families that are converted."""
 
@@ -201,6 +204,9 @@ def test_sizes_of_other_families_are_filled_in(name, tmp_path):
     sizes = {"image_size": 48}
     if name == "git":
         folder = make_git_checkpoint(tmp_path / name, max_position_embeddings=80, **sizes)
+    elif "florence" in name:  # with the image size of the sets, which hold it
+        text = {"vocab_size": 1300, "max_position_embeddings": 110}
+        folder = make_florence_checkpoint(tmp_path / name, is_first=name != "florence", text=text)
     else:
         text = {"n_positions": 50} if name == "vit-gpt2" else {"max_position_embeddings": 50}
         more = {"qkv_bias": False} if name == "trocr" else {}
@@ -209,7 +215,8 @@ def test_sizes_of_other_families_are_filled_in(name, tmp_path):
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1], "rescale_factor": 0.0071}
     size = {"height": 48, "width": 48}
-    settings |= {"size": {"shortest_edge": 50}, "crop_size": size} if name == "git" else {"size": size}
+    if "florence" not in name:
+        settings |= {"size": {"shortest_edge": 50}, "crop_size": size} if name == "git" else {"size": size}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     check_against_export(folder, tmp_path, "fp32")
 

@@ -33,7 +33,7 @@ from export.checkpoints.load import load_checkpoint
 from export.families.modules import IS_5
 from export.graphs.exporters import write_graphs
 from export.parity import main as parity_main
-from export.reference.golden import GOLDEN_SETTINGS
+from export.reference.golden import FORCED, GOLDEN_SETTINGS
 from export.reference.huggingface import Reference
 from export.reference.trace import Divergence
 from export.restore import restore_checkpoint
@@ -385,10 +385,13 @@ def test_wrong_graphs_are_refused_in_one_line(tie_rich, tmp_path, monkeypatch):
 
 
 def test_golden_settings_cover_every_option(tiny_bundle):
-    """Every option must change a golden setting, so that `engine verify` tests it. Sampling is excluded by name."""
+    """Every option must change a golden setting, so that `engine verify` tests it. Sampling is excluded by name.
+
+    Forced tokens are recorded for checkpoints that force them: tests/parity/test_florence.py.
+    """
     recorded = Golden.load(tiny_bundle / "golden.npz").settings
     off = DEFAULTS | {"num_beams": 1}
-    for name in set(DECODE_OPTIONS) - set(SAMPLING):
+    for name in set(DECODE_OPTIONS) - {*SAMPLING, *FORCED}:
         values = [setting[name] for setting in recorded if setting.get(name, off[name]) != off[name]]
         assert values, f"no golden setting has {name}: add one to GOLDEN_SETTINGS or BANS"
     assert set(SAMPLING) == {"do_sample", "temperature", "top_k", "top_p", "seed"}

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,6 +196,53 @@ def test_penalties_and_bans_equal_generate(
     digests[row := f"{num_beams} beams, penalties, bans: {bans}"] = digest.hexdigest()
     if IS_5:
         assert digests[row] == json.loads(GRID_IDS.read_text())[row], "differs from transformers 4.57.6"
+
+
+FIRST = 9
+FORCED = {
+    "first": {"forced_bos_token_id": FIRST},
+    "last": {"forced_eos_token_id": EOS},
+    "both": {"forced_bos_token_id": FIRST, "forced_eos_token_id": EOS, "begin_suppress_tokens": (12, EOS)},
+    "another last": {"forced_eos_token_id": 14},
+}
+FORCED_WITH: list[dict[str, Any]] = [
+    {"max_new_tokens": 14},
+    {"max_new_tokens": 1},
+    {"max_new_tokens": 2, "begin_suppress_tokens": None},
+    {"max_length": 9, "min_new_tokens": 5, "no_repeat_ngram_size": 2, "length_penalty": 2.0, "early_stopping": True},
+    {"max_new_tokens": 6, "min_new_tokens": 6, "repetition_penalty": 2.5, "bad_words_ids": ((FIRST,), (FIRST, 12))},
+    {"max_new_tokens": 8, "prompt": PROMPT[1], "early_stopping": "never"},
+]
+
+
+@pytest.mark.parametrize("forced", FORCED)
+@pytest.mark.parametrize("num_beams", [1, 3, 4])
+def test_forced_tokens_equal_generate(num_beams, forced, pictures, pixel_values, tiny_captioner, tiny_reference):
+    """They come after other bans, cost nothing and count as generated; a prompt has no forced first token."""
+    for more in FORCED_WITH:
+        is_one = more.get("max_new_tokens") == 1  # all beams but the first are placeholders of one score then
+        given = FORCED[forced] | more | ({"begin_suppress_tokens": None} if is_one else {})
+        options = DecodeOptions(num_beams=num_beams, num_return_sequences=1 if is_one else num_beams, **given)
+        theirs = tiny_reference.generate(pixel_values, options)
+        ours = tiny_captioner.caption(pictures, options, rows=5 * num_beams)
+        for mine, expected in zip(ours, theirs, strict=True):
+            assert [a.ids for a in mine.alternatives] == [e.ids for e in expected], options
+            if num_beams > 1:
+                np.testing.assert_allclose(
+                    [a.score for a in mine.alternatives], [e.score for e in expected], atol=SCORE_TOLERANCE
+                )
+            if "forced_bos_token_id" in given and "prompt" not in given and not is_one:
+                assert mine.ids[1] == FIRST
+                assert mine.alternatives[0].token_log_probs[0] == 0.0
+
+
+def test_forced_first_token_when_sampling(pictures, tiny_captioner):
+    options = DecodeOptions(do_sample=True, num_return_sequences=3, forced_bos_token_id=FIRST, forced_eos_token_id=EOS)
+    options = options.replace(max_new_tokens=6, min_new_tokens=6)
+    for caption in tiny_captioner.caption(pictures[:5], options):
+        for drawn in caption.alternatives:
+            assert (drawn.ids[1], drawn.ids[-1], len(drawn.ids)) == (FIRST, EOS, 7)
+            assert drawn.token_log_probs[0] == drawn.token_log_probs[-1] == 0.0
 
 
 @pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.3, "bad_words": ("the",)}])

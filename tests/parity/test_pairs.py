@@ -87,12 +87,17 @@ def test_captions_of_a_pair_equal_generate(encoder, decoder, tmp_path):
     assert len({len(ids) for ids in captions}) > 3
 
 
+FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+
+
 def assert_same_samples(reference: Reference, captioner: Captioner) -> None:
     """Compare captions that are drawn with the bundle and with the model in torch."""
-    options = DecodeOptions(do_sample=True, num_return_sequences=3, seed=3, max_new_tokens=12)
+    options = DecodeOptions(do_sample=True, num_return_sequences=3, seed=3, max_new_tokens=12, num_beams=1)
+    options = options.over({name: captioner.bundle.generation.get(name) for name in FORCED})
     spec, pictures = captioner.bundle.image, random_pictures(4)
     pixels = [read_image(one, spec.height, spec.width, spec.resample, resize=spec.resize) for one in pictures]
-    live = dict(caption_live(reference.model, reference.image_processor, enumerate(pixels), options))
+    given = reference.model, reference.image_processor, enumerate(pixels), options
+    live = dict(caption_live(*given, task_ids=reference.task_ids))
     bundle = dict(captioner.scheduler(captioner.search(options)).run(enumerate(pixels)))
     drawn = {number: [one.ids for one in several] for number, several in live.items()}
     assert drawn == {number: [one.ids for one in several] for number, several in bundle.items()}

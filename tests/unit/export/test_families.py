@@ -52,13 +52,13 @@ def test_blip_is_imported_by_listed_files_only():
 
 
 def test_parts_of_blip_are_read_by_its_family_only():
-    """Training reads some of them as well: it is for BLIP alone. GIT and CLIP have parts of the same names."""
+    """Training reads some of them as well: it is for BLIP alone. GIT and others have parts of the same names."""
     found = {
         file
         for file, tree in modules("engine", "export").items()
         if any(isinstance(node, ast.Attribute) and node.attr in PARTS for node in ast.walk(tree))
     }
-    assert found == {f"export/families/{name}.py" for name in ("blip", "git", "image_prefix")}
+    assert found == {f"export/families/{name}.py" for name in ("blip", "florence2", "git", "image_prefix")}
 
 
 def test_look_up_a_family(tiny_checkpoint, tiny_reference):
@@ -99,7 +99,8 @@ def test_sizes_fit_the_exported_bundle(tiny_bundle, tiny_reference):
     from engine.bundle.manifest import Bundle
 
     bundle, sizes = Bundle.load(tiny_bundle), asdict(tiny_reference.sizes)
-    assert sizes == asdict(bundle.model) | {"image_size": bundle.image.height, "tokens": asdict(bundle.tokens)}
+    more = {"image_size": bundle.image.height, "tokens": asdict(bundle.tokens), "has_tasks": False}
+    assert sizes == asdict(bundle.model) | more
     table = tiny_reference.model.vision_model.embeddings.position_embedding
     assert sizes["encoder_positions"] == table.shape[1]
 
@@ -109,4 +110,4 @@ def test_other_families_are_imported_by_their_own_files_only():
     classes = {one.__name__ for family in others for one in (family.config_class, family.model_class)}
     files = modules("engine", "export", "train", "benchmarks")
     found = {file for file, tree in files.items() if classes & {name.rpartition(".")[2] for name in imported(tree)}}
-    assert found == {"export/families/git.py", "export/families/vision_encoder_decoder.py"}
+    assert found == {f"export/families/{name}.py" for name in ("florence2", "git", "vision_encoder_decoder")}
