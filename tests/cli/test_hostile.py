@@ -147,7 +147,7 @@ def test_folders_pipes_and_other_files_are_skipped(run, image_dir, tmp_path):
     (image_dir / "notes.txt").touch()
     result = run()
     assert result.exit_code == 0, result.output
-    assert ": 2 .jpg, 1 .txt" in result.stderr
+    assert ": 1 .jpg, 1 .txt, 1 folder" in result.stderr
     assert len(captions(tmp_path / "run.csv")) == 2
 
 
@@ -168,7 +168,7 @@ def test_recursive_enters_subfolders(run, image_dir, tmp_path):
     result = run("--recursive")
     assert result.exit_code == 0, result.output
     assert list(captions(tmp_path / "run.csv")) == ["deep", "good 0", "good 1"]
-    assert ": 1 hidden, 1 without a suffix" in result.stderr
+    assert ": 1 folder, 1 hidden" in result.stderr
     random_pictures(1)[0].save(image_dir / "b" / "good 0.jpg")
     result = run("--recursive")
     assert result.exit_code == 2
@@ -202,7 +202,7 @@ def test_file_that_changes_during_a_run_is_captioned_again(run, image_dir, tmp_p
     monkeypatch.setattr(captioner, "read_image", replaced)
     result = run()
     assert result.exit_code == 1
-    assert "1 images changed during the run (good 1.png) and no run was written" in result.stderr
+    assert "1 image changed during the run (good 1.png) and no run was written" in result.stderr
     assert not (tmp_path / "run.csv").exists()
     monkeypatch.undo()
     result = run()
