@@ -21,10 +21,12 @@ from torch._subclasses import FakeTensorMode
 from engine.backends import open_backend, torch_tape
 from engine.backends.shapes import PaddedBackend
 from engine.backends.torch import TorchBackend, TorchGraph
+from engine.backends.torch_ops import OPERATORS
 from engine.backends.torch_tape import WeightStore
 from engine.bundle.manifest import Bundle
 from engine.bundle.onnx import read_onnx
 from engine.captioner import Captioner
+from engine.checkpoints.graphs import known_graphs
 from engine.cli.app import main
 from engine.decoding.backend import StepInputs
 from engine.errors import BackendError, BundleError, OutOfMemoryError, UsageError
@@ -435,3 +437,13 @@ def test_device_that_is_missing_is_named(monkeypatch):
         find_device("cuda:2")
     monkeypatch.setattr("engine.backends.torch._count", {"mps": 1, "cpu": 1}.get)
     assert find_device(None) == "mps"
+
+
+def test_operators_of_all_graph_sets_are_there():
+    """Those of the wheel: every architecture that converts without torch, in each precision."""
+    used = set()
+    for graphs in known_graphs():
+        for graph in graphs.graphs:
+            used |= {node.op_type for node in onnx.GraphProto.FromString(graph.nodes).node}
+    assert len(used) > 35
+    assert used <= OPERATORS.keys()
