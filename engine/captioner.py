@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.attention import words_of
-from engine.backends import Backend, open_backends, require_backend
+from engine.backends import Backend, open_backends, resolve_runtime
 from engine.backends.attention import grid_of, layers_of, require_attention
 from engine.backends.device import slots_for
 from engine.bundle.manifest import WITH_PENALTIES, Bundle
@@ -35,7 +35,7 @@ from engine.inputs.pixels import CLIPPED, ImageInput, ImageNote, read_image
 from engine.inputs.read_ahead import read_ahead, read_live
 from engine.inputs.remote import Location
 from engine.options import DecodeOptions, window_of
-from engine.runtime import Runtime
+from engine.runtime import Runtime, divide_precision
 
 
 def search_for(bundle: Bundle, tokenizer: CaptionTokenizer, options: DecodeOptions) -> Search:
@@ -239,6 +239,7 @@ class Captioner:
         threads: int | None = None,
         streams: int | None = None,
         cpu_precision: str = "fp32",
+        device: str | None = None,
         plans: Path | str | None = None,
         cuda_graphs: bool = False,
     ) -> Captioner:
@@ -249,25 +250,29 @@ class Captioner:
         taken from the cache, without asking the hub. The logger `engine` gets a line for each step. Several models are
         averaged: each step uses the mean of their log-probabilities, weighted by `weights`.
 
-        precision      fp32 (default), fp16 or int8, for checkpoints
+        precision      fp32 (default), fp16 or int8, for checkpoints; for `torch` also bf16, see cpu_precision
         image_size     image height and width in pixels, for checkpoints; by default the checkpoint's own
         task           what Florence-2 writes: caption (default), detailed-caption or more-detailed-caption
-        backend        auto, cpu, openvino, cuda, tensorrt or trt; auto takes a GPU if one works, else the CPU
+        backend        auto, cpu, openvino, cuda, tensorrt, trt or torch; auto takes `cuda` if it works, else `cpu`
         threads        number of CPU threads (None: all cores)
         streams        number of parallel decoding streams, for `cpu` (None: one, or one per 8 threads). With 2 threads,
                        2 make long runs faster, and a single image slower; `engine caption` uses 2
-        cpu_precision  fp32, or bf16 (captions may differ), for `cpu` and `openvino`
+        cpu_precision  fp32, or bf16 (captions may differ), for `cpu` and `openvino`; for `torch` fp16 or bf16, which
+                       round a float32 bundle when it is loaded (`precision` is another name for it there)
+        device         cuda, cuda:N, xpu, mps or cpu, for `torch`; by default the first that torch finds
         plans          folder written by `engine plan`, for `trt`
         cuda_graphs    whether to replay decoding steps as CUDA graphs, for `trt`
 
         Raises BundleError, CheckpointError, BackendError or UsageError.
         """
         folder = None if plans is None else Path(plans)
+        precision, cpu_precision = divide_precision(backend, precision, cpu_precision)
         runtime = Runtime(
             backend,
             threads=threads,
             streams=streams,
             cpu_precision=cpu_precision,
+            device=device,
             plans=folder,
             cuda_graphs=cuda_graphs,
         )
@@ -289,8 +294,7 @@ class Captioner:
         `log` gets the steps of a conversion.
         """
         # before the bundle is read, so that a missing library is reported at once
-        name = require_backend(runtime.backend, runtime.cpu_precision)
-        runtime = replace(runtime, backend=name)
+        runtime = resolve_runtime(runtime)
         bundle = bundle.located(log)
         checked = bundle.open()
         captioner = cls.of(checked, runtime, many_images=many_images)

@@ -18,6 +18,7 @@ PACKAGES = {
     "cuda": ("onnxruntime-gpu[cuda,cudnn]>=1.31", "cuda-bindings>=12.8"),
     "tensorrt": ("onnxruntime-gpu[cuda,cudnn]>=1.31", "tensorrt-cu13>=10.14.1.48,<11", "cuda-bindings>=12.8"),
     "trt": ("tensorrt>=10.12", "cuda-bindings>=12.8"),
+    "torch": ("torch>=2.6",),
     "rtx": ("tensorrt-rtx>=1.7", "cuda-bindings>=12.8"),
 }
 """Extra of pyproject.toml -> the packages it installs, for install_command. A test compares the two."""

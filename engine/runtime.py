@@ -9,9 +9,15 @@ from pathlib import Path
 from engine.errors import UsageError
 from engine.options import option
 
-BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "trt")
-"""openvino: OpenVINO. trt: TensorRT with plans built by `engine plan`. Others: ONNX Runtime with that provider."""
+BACKENDS = ("auto", "cpu", "openvino", "cuda", "tensorrt", "trt", "torch")
+"""openvino: OpenVINO. trt: TensorRT with plans built by `engine plan`. torch: torch on any of its devices. Others: ONNX
+Runtime with that provider.
+"""
 CPU_BACKENDS = ("cpu", "openvino")
+TORCH_DEVICES = ("cuda", "xpu", "mps", "cpu")
+"""Kinds of devices of the backend torch, in the order in which they are looked for."""
+ARITHMETIC = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
+"""Precisions that a bundle can be run in; fp32 is the bundle's own."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,15 @@ class Runtime:
     cpu_precision: str = option(
         "fp32",
         "--cpu-precision",
-        "Precision of matrix products on the CPU (cpu, openvino); bf16 needs processor support, captions may differ.",
-        choices={"fp32": "fp32", "bf16": "bf16"},
+        "Precision of matrix products on the CPU (cpu, openvino); bf16 needs processor support, captions may differ. "
+        "With torch the same as --precision.",
+        choices=ARITHMETIC,
+    )
+    device: str | None = option(
+        None,
+        "--device",
+        "Device of --backend torch: cuda, cuda:N (also AMD's GPUs), xpu, mps or cpu; by default the first that exists.",
+        metavar="DEVICE",
     )
     plans: Path | None = option(
         None, "--plans", "Folder written by `engine plan`, for --backend trt; by default where `engine plan` puts it."
@@ -51,19 +64,39 @@ class Runtime:
             raise UsageError(f"unknown backend {self.backend!r}: choose one of {', '.join(BACKENDS)}")
         if self.streams is not None and self.backend not in ("auto", "cpu"):
             raise UsageError(f"streams are for the backend cpu, not for {self.backend}: remove --streams")
-        if self.cpu_precision not in ("fp32", "bf16"):
-            raise UsageError(f"cpu_precision must be fp32 or bf16, not {self.cpu_precision!r}")
-        if self.cpu_precision != "fp32" and self.backend not in ("auto", *CPU_BACKENDS):
+        if self.cpu_precision not in ARITHMETIC:
+            raise UsageError(f"cpu_precision must be fp32, fp16 or bf16, not {self.cpu_precision!r}")
+        backends = {"fp32": BACKENDS, "fp16": ("torch",), "bf16": (*CPU_BACKENDS, "torch")}[self.cpu_precision]
+        if self.backend not in backends and not (self.backend == "auto" and "cpu" in backends):
             raise UsageError(
-                f"{self.cpu_precision} is for the backends {' and '.join(CPU_BACKENDS)}, not for {self.backend}: "
+                f"{self.cpu_precision} is for --backend {' or '.join(backends)}, not for {self.backend}: "
                 "remove --cpu-precision"
             )
+        if self.device is not None and self.backend != "torch":
+            raise UsageError(f"--device is for the backend torch, not for {self.backend}: remove it")
+        if self.device is not None and not re.fullmatch("(cuda|xpu)(:[0-9]{1,4})?|mps|cpu", self.device):
+            raise UsageError(f"--device must be cuda, cuda:N, xpu, xpu:N, mps or cpu, not {self.device!r}")
         if self.streams and self.threads and self.streams > self.threads:
             raise UsageError(
                 f"{self.streams} streams need at least as many threads, not {self.threads}: lower --streams"
             )
         if self.backend != "trt" and (self.plans is not None or self.cuda_graphs):
             raise UsageError(f"--plans and --cuda-graphs are for the backend trt, not for {self.backend}: remove them")
+
+
+def divide_precision(backend: str, precision: str | None, cpu_precision: str) -> tuple[str | None, str]:
+    """Return the precision that a checkpoint is converted to, and the one that its bundle is run in.
+
+    With the backend torch, `precision` is the latter: one float32 bundle serves all of fp32, fp16 and bf16, and weights
+    are rounded when they are loaded. int8 always needs a conversion. Raises UsageError if both are given and differ.
+    """
+    if backend != "torch" or precision not in ARITHMETIC:
+        if precision == "bf16":
+            raise UsageError(f"--precision bf16 is for the backend torch, not for {backend}: use fp32, fp16 or int8")
+        return precision, cpu_precision
+    if cpu_precision not in ("fp32", precision):
+        raise UsageError(f"--precision {precision} and --cpu-precision {cpu_precision} differ: remove one of them")
+    return None, precision
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from engine.backends import Backend, StepInputs
@@ -31,9 +32,9 @@ from engine.files.atomic import check_outputs, write_atomically
 from engine.inputs.images import ImageFile, find_images
 from engine.inputs.pixels import read_image
 from engine.options import DecodeOptions
-from engine.runtime import CPU_BACKENDS
+from engine.runtime import ARITHMETIC
 
-PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino"}
+PACKAGES = {"cpu": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 ENCODED_IMAGES = 8
 """Number of images whose encoder outputs a report compares. Captions are compared for all images."""
 
@@ -89,11 +90,15 @@ def encoder_error(float32: Backend, other: Backend, images: NDArray[np.uint8]) -
     It is infinite if a value is not finite.
     """
     worst = 0.0
-    for mine, theirs in zip(float32.encode(images), other.encode(images), strict=True):
-        difference = np.abs(np.asarray(theirs, np.float32) - np.asarray(mine, np.float32))
+    for values in zip(float32.encode(images), other.encode(images), strict=True):
+        mine, theirs = (
+            one.float().cpu().numpy() if isinstance(one, torch.Tensor) else np.asarray(one, np.float32)
+            for one in values
+        )
+        difference = np.abs(theirs - mine)
         if not np.isfinite(difference).all():
             return float("inf")
-        worst = max(worst, float(difference.max() / np.abs(np.asarray(mine)).max()))
+        worst = max(worst, float(difference.max() / np.abs(mine).max()))
     return worst
 
 
@@ -210,7 +215,7 @@ def summary(report: PrecisionReport) -> str:
     "--bundle",
     type=PATH,
     required=True,
-    help="Bundle to measure: fp16 or int8, or the fp32 bundle with --cpu-precision bf16.",
+    help="Bundle to measure: fp16 or int8, or the fp32 bundle with --cpu-precision.",
 )
 @click.option("--against", type=PATH, required=True, help="The fp32 bundle of the same checkpoint.")
 @click.option("--images", type=PATH, required=True, help="Folder of images to caption with both bundles.")
@@ -225,17 +230,17 @@ def summary(report: PrecisionReport) -> str:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each backend. Default: all cores.")
 @click.option(
     "--backend",
-    type=click.Choice(CPU_BACKENDS),
+    type=click.Choice([*PACKAGES]),
     default="cpu",
     show_default=True,
     help="Backend that runs --bundle; --against always runs on cpu.",
 )
 @click.option(
     "--cpu-precision",
-    type=click.Choice(["fp32", "bf16"]),
+    type=click.Choice([*ARITHMETIC]),
     default="fp32",
     show_default=True,
-    help="Precision of the matrix products of --bundle; bf16 needs a CPU with such instructions.",
+    help="Precision of the matrix products of --bundle; bf16 needs a CPU with such instructions, fp16 --backend torch.",
 )
 @click.option("--out", type=PATH, required=True, help="JSON file to write the report to.")
 def main(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from engine.bundle.manifest import Bundle
 from engine.decoding.backend import Backend, Cache, Encoded, StepInputs
-from engine.errors import UsageError
+from engine.errors import BackendError, UsageError, install_command
 from engine.host import available_cores
 from engine.runtime import BACKENDS, Runtime
 
@@ -22,6 +22,7 @@ __all__ = [
     "open_backend",
     "open_backends",
     "require_backend",
+    "resolve_runtime",
 ]
 
 
@@ -40,6 +41,11 @@ def require_backend(name: str, cpu_precision: str = "fp32") -> str:
         from engine.backends.trt import require_tensorrt
 
         require_tensorrt()
+    elif name == "torch":
+        try:
+            import engine.backends.torch  # noqa: F401  # the modules of this backend are the only ones that import torch
+        except ImportError as error:
+            raise BackendError(f"torch is not installed ({error}): {install_command('torch')}") from error
     else:
         from engine.backends.providers import choose, require_cpu_precision, require_provider
 
@@ -51,7 +57,20 @@ def require_backend(name: str, cpu_precision: str = "fp32") -> str:
     return name
 
 
-OF_ENSEMBLES = ("cpu", "cuda")
+def resolve_runtime(runtime: Runtime) -> Runtime:
+    """Return the runtime with the backend that `auto` stands for, and the device of torch. Raises as require_backend.
+
+    Also raises BackendError if torch does not find the device.
+    """
+    name = require_backend(runtime.backend, runtime.cpu_precision)
+    if name != "torch":
+        return replace(runtime, backend=name)
+    from engine.backends.torch import find_device
+
+    return replace(runtime, device=find_device(runtime.device))
+
+
+OF_ENSEMBLES = ("cpu", "cuda", "torch")
 """Backends that support ensembles."""
 FEW_CORES = 2
 """With at most this many threads each is a stream of its own in a run over many images. Threads that share a product
@@ -71,7 +90,8 @@ def open_backends(bundle: Bundle, runtime: Runtime = DEFAULT, *, many_images: bo
     Backends other than `cpu` have one stream; if `runtime.streams` is set for them, this raises UsageError. Otherwise
     raises as open_backend does.
     """
-    name = require_backend(runtime.backend, runtime.cpu_precision)
+    runtime = resolve_runtime(runtime)
+    name = runtime.backend
     if name != "cpu":
         if runtime.streams is not None:
             raise UsageError(f"streams are for the backend cpu, not for {name}: remove --streams")
@@ -91,7 +111,8 @@ def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
 
     Raises as require_backend does, and BundleError or BackendError if graphs or plans do not match the bundle.
     """
-    name = require_backend(runtime.backend, runtime.cpu_precision)
+    runtime = resolve_runtime(runtime)
+    name = runtime.backend
     if bundle.members:
         return _open_ensemble(bundle, name, runtime)
     if name == "cpu":
@@ -108,6 +129,10 @@ def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
         from engine.backends.trt import TrtBackend
 
         return PaddedBackend(TrtBackend.load(bundle, runtime.plans, uses_cuda_graphs=runtime.cuda_graphs))
+    if name == "torch":
+        from engine.backends.torch import TorchBackend
+
+        return PaddedBackend(TorchBackend.load(bundle, runtime))
     from engine.backends.ort import OrtBackend
 
     return PaddedBackend(OrtBackend(bundle, name, threads=runtime.threads))
@@ -116,10 +141,10 @@ def open_backend(bundle: Bundle, runtime: Runtime = DEFAULT) -> Backend:
 def _open_ensemble(bundle: Bundle, name: str, runtime: Runtime) -> Backend:
     if name not in OF_ENSEMBLES:
         raise UsageError(
-            f"several bundles caption together on {' and '.join(OF_ENSEMBLES)}, not on {name}: change --backend"
+            f"several bundles caption together on {', '.join(OF_ENSEMBLES)}, not on {name}: change --backend"
         )
     from engine.backends.ensemble import EnsembleBackend
     from engine.backends.shapes import PaddedBackend
 
-    backend = EnsembleBackend(bundle, name, threads=runtime.threads, cpu_precision=runtime.cpu_precision)
+    backend = EnsembleBackend.load(bundle, runtime)
     return backend if name == "cpu" else PaddedBackend(backend)

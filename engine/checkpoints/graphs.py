@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.bundle.onnx import DTYPES
 from engine.errors import CheckpointError
 
 Number = int | float | tuple[float, ...]
@@ -28,16 +29,6 @@ Size = int | str
 
 PARAMETER = "$"
 """First character of a parameter's name where a size or a value is expected."""
-FLOAT32, UINT8, INT8, INT64, BOOL, FLOAT16 = 1, 2, 3, 7, 9, 10
-DTYPES: dict[int, type[np.generic]] = {
-    FLOAT32: np.float32,
-    UINT8: np.uint8,
-    INT8: np.int8,
-    INT64: np.int64,
-    BOOL: np.bool_,
-    FLOAT16: np.float16,
-}
-"""ONNX's numbers of element types (TensorProto.DataType) and numpy's types."""
 WEIGHT, QUANTISED, INPUTS_FIRST, SCALE, VALUE = "weight", "int8", "int8, inputs first", "scale", "value"
 """What a tensor of a graph holds: a weight, its quantised values, their scales, or a value that is known.
 

@@ -16,11 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.bundle.int8 import quantise_weight
+from engine.bundle.onnx import DTYPES, FLOAT16, FLOAT32
 from engine.bundle.protobuf import message, number
 from engine.checkpoints.graphs import (
-    DTYPES,
-    FLOAT16,
-    FLOAT32,
     INPUTS_FIRST,
     PARAMETER,
     SCALE,

@@ -28,6 +28,7 @@ from engine.options import (
     Option,
     declared,
 )
+from engine.runtime import divide_precision
 
 if TYPE_CHECKING:  # for a quick --help, functions import what only they need
     from engine.inputs.remote import Location
@@ -271,8 +272,8 @@ def takes_bundle(
 ) -> Decorator:
     """Add --bundle, --model, --precision and --image-size to a command, which gets `bundle`: a BundleRef or a ModelRef.
 
-    Without options it is BundleRef(). With `of_several`, --bundle or --model may be repeated, with --bundle-weight.
-    `with_task` adds --task.
+    Without options it is BundleRef(). A command that captions sets `of_several`: --bundle or --model may be repeated,
+    with --bundle-weight, and for --backend torch --precision is passed on as the runtime's. `with_task` adds --task.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -293,6 +294,10 @@ def takes_bundle(
             names: tuple[str, ...] = _as_tuple(models)
             if locations and names:
                 raise UsageError("--model and --bundle exclude each other: --model also accepts the folder of a bundle")
+            if of_several:
+                precision, values["runtime_cpu_precision"] = divide_precision(
+                    values["runtime_backend"], precision, values["runtime_cpu_precision"]
+                )
             if not names and (precision, image_size) != (None, None):
                 raise UsageError("--precision and --image-size convert a --model: add --model, or remove them")
             model = ModelRef(names, weights, precision, image_size, task) if names else None
@@ -303,7 +308,7 @@ def takes_bundle(
         options: list[Decorator] = [
             click.option("--bundle", "bundles", type=LOCATION, help=bundle_help + repeat[0], **settings),
             click.option("--model", "models", type=NAME, help=MODEL_HELP + repeat[1], **settings),
-            takes_conversion("Runtime"),
+            takes_conversion("Runtime", is_run=of_several),
         ]
         if of_several:
             weight_help = "Weight of each --bundle or --model in the average, in their order; equal by default."
@@ -324,15 +329,21 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
-def takes_conversion(section: str = "Other") -> Decorator:
-    """Add the options of a conversion to a command: --precision and --image-size."""
+WITH_TORCH = " With --backend torch, fp32, fp16 or bf16 is the precision that a float32 bundle is run in."
+
+
+def takes_conversion(section: str = "Other", *, is_run: bool = False) -> Decorator:
+    """Add the options of a conversion to a command: --precision and --image-size. With `is_run` also for torch."""
+    precision_help = (
+        "Precision to convert a checkpoint to; fp32 by default, the only one with exactly PyTorch's captions."
+    )
     options: list[Decorator] = [
         click.option(
             "--precision",
-            type=click.Choice(PRECISIONS),
+            type=click.Choice((*PRECISIONS, "bf16") if is_run else PRECISIONS),
             cls=SectionOption,
             section=section,
-            help="Precision to convert a checkpoint to; fp32 by default, the only one with exactly PyTorch's captions.",
+            help=precision_help + WITH_TORCH * is_run,
         ),
         click.option(
             "--image-size",

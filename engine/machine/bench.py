@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine.backends import require_backend
+from engine.backends import resolve_runtime
 from engine.bundle.open import BundleRef
 from engine.bundle.signature import run_signature
 from engine.captioner import Captioner, ImageSource
@@ -91,7 +91,7 @@ def measure_speed(
     log: Callable[[str], None],
 ) -> Speed:
     """Load a bundle and time it on `images`; `requested` overrides the bundle's settings."""
-    require_backend(runtime.backend, runtime.cpu_precision)  # before a conversion, which may take minutes
+    runtime = resolve_runtime(runtime)  # before a conversion, which may take minutes
     bundle = bundle.located(log)  # not part of the time to load it
     start = time.perf_counter()
     captioner = Captioner.open(bundle, runtime, many_images=True)
@@ -114,7 +114,7 @@ def measure_speed(
         peak_gib=peak_memory_gib(),
         cores=available_cores(),
         processor=processor().full_name,
-        signature=run_signature(captioner.bundle, captioner.backend.name, options, cpu_precision=runtime.cpu_precision),
+        signature=run_signature(captioner.bundle, captioner.backend.name, options, runtime=runtime),
     )
 
 

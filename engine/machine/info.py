@@ -10,7 +10,7 @@ from typing import Any
 from engine.backends import BACKENDS, require_backend
 from engine.backends.providers import clashing_runtimes
 from engine.bundle.manifest import Bundle
-from engine.errors import EngineError, install_command
+from engine.errors import BackendError, EngineError, install_command
 from engine.host import VNNI, available_cores, processor
 from engine.options import DECODE_OPTIONS, GENERATION_SETTINGS
 from engine.version import COMPARED_WITH, __version__
@@ -31,7 +31,7 @@ REPORTED_FLAGS = (*("avx2", "avx512f"), *sorted(VNNI), "amx_int8", *BF16)
 """Flags of the instructions that decide the speed of this engine."""
 NOT_RECORDED = "not recorded by the release that exported it"
 PACKAGES = (
-    *("numpy", "pillow", "tokenizers", "click", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("numpy", "pillow", "tokenizers", "click", "onnxruntime", "onnxruntime-gpu", "openvino", "torch"),
     *("tensorrt", "tensorrt-rtx", "cuda-bindings"),
 )
 
@@ -100,12 +100,19 @@ def _backends() -> dict[str, str]:
     states = {}
     for name in BACKENDS[1:]:
         try:
-            require_backend(name)
-            states[name] = "ready"
+            states[name] = _torch() if name == "torch" else (require_backend(name) and "ready")
         except EngineError as error:
             states[name] = f"missing: {error}"
     clash = clashing_runtimes()
     return states | ({"warning": clash} if clash else {})
+
+
+def _torch() -> str:
+    """Return the state of the backend torch. It is not loaded, which takes seconds, so its devices are not known."""
+    release = _version("torch")
+    if release == "not installed":
+        raise BackendError(f"torch is not installed: {install_command('torch')}")
+    return f"installed (torch {release}): devices are looked for when it is used"
 
 
 def _processor() -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from engine.backends import require_backend
+from engine.backends import resolve_runtime
 from engine.backends.attention import layers_of, require_attention
 from engine.bundle.manifest import Bundle, watched
 from engine.bundle.open import BundleRef
@@ -70,12 +70,20 @@ def choose_runtime(runtime: Runtime, workers: Workers, log: Log) -> Runtime:
         from engine.workers.cluster import require_ray
 
         require_ray()
+        if runtime.backend == "torch" and runtime.device is None:
+            raise UsageError("--backend torch on a Ray cluster needs a --device that all workers have, such as cuda")
         return runtime
-    wanted = "cuda" if workers.devices is not None and runtime.backend == "auto" else runtime.backend
-    chosen = replace(runtime, backend=require_backend(wanted, runtime.cpu_precision))
+    wanted = runtime
+    if workers.devices is not None and runtime.backend == "auto":
+        wanted = replace(runtime, backend="cuda")
+    elif workers.devices is not None and runtime.backend == "torch" and runtime.device is None:
+        wanted = replace(runtime, device="cuda")
+    chosen = resolve_runtime(wanted)
     plan_workers(chosen, workers)  # only for its errors: too many workers are refused before images are listed
     if runtime.backend == "auto":
         log(f"backend: {chosen.backend}")
+    if runtime.device != chosen.device:
+        log(f"device: {chosen.device}")
     return chosen
 
 
@@ -217,9 +225,7 @@ def caption_directory(
             for line in note_lines(source.notes):
                 log(f"note: {line}")
             write(record, outputs, options, log)
-            signature = run_signature(
-                source.bundle, source.backend_name, options, inputs.high_bit_depth, runtime.cpu_precision
-            )
+            signature = run_signature(source.bundle, source.backend_name, options, inputs.high_bit_depth, runtime)
             # last: without its note an output cannot be merged, so that a run killed before this is noticed
             if shard is not None:
                 from engine.run.shards import write_notes
@@ -336,7 +342,7 @@ def open_record(
 ) -> Iterator[RunRecord]:
     """Open the record of a run; log what is taken from an earlier run, and on errors what this one keeps."""
     options = source.decoding.options
-    settings = settings_line(source.bundle, source.backend_name, options, runtime.cpu_precision)
+    settings = settings_line(source.bundle, source.backend_name, options, runtime)
     # the key of the journal: captions of another bundle, other options or other packages are never mixed in
     made_with = f"{settings}|{source.environment}"
     out = None if outputs.is_stream else outputs.out

@@ -154,7 +154,7 @@ def watch_directory(
         with open_source(opened, WorkOrder(located, opened.digest, runtime, decoding, rows), workers, log) as source:
             options = decoding.options
             log_notes(opened, requested, options, outputs, log, rows=rows)
-            log(run_signature(opened, source.backend_name, options, inputs.high_bit_depth, runtime.cpu_precision))
+            log(run_signature(opened, source.backend_name, options, inputs.high_bit_depth, runtime))
             log(f"watching {inputs.places[0]}: Ctrl-C stops, and the same command resumes")
             images = folder.wait()
             # opened with the first images, because the key of the journal depends on how they are read

@@ -252,7 +252,8 @@ def open_cluster(bundle: Bundle, order: WorkOrder, workers: Workers, log: Log) -
     """Connect to a cluster, resolve the backend on one of its nodes, and log how many workers there will be."""
     runtime = order.runtime
     with cluster(workers.address or LOCAL) as ray:
-        gpus = 0 if runtime.backend in CPU_BACKENDS else int(ray.cluster_resources().get("GPU", 0))
+        on_cpu = runtime.backend in CPU_BACKENDS or runtime.device == "cpu"
+        gpus = 0 if on_cpu else int(ray.cluster_resources().get("GPU", 0))
         node = _ask_a_node(ray, runtime.backend, min(gpus, 1))
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = 0 if node.backend in CPU_BACKENDS else gpus

@@ -59,6 +59,8 @@ def _on_gpus(runtime: Runtime, workers: Workers) -> list[WorkerResources]:
         raise UsageError(
             f"--devices are GPUs, which the backend {runtime.backend} does not use: remove one of the two options"
         )
+    if runtime.backend == "torch" and runtime.device != "cuda":
+        raise UsageError(f"--devices are NVIDIA GPUs, but --device is {runtime.device}: remove one of the two options")
     gpus = visible_gpus()
     missing = [number for number in workers.gpus if number >= len(gpus)]
     if missing:

@@ -9,10 +9,8 @@ from typing import Any
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, numpy_helper
 
 from engine.bundle.int8 import SCALE_SUFFIX, SUFFIX
+from engine.bundle.onnx import FLOAT16, FLOAT32, INT64
 from engine.checkpoints.graphs import (
-    FLOAT16,
-    FLOAT32,
-    INT64,
     PARAMETER,
     QUANTISED,
     SCALE,

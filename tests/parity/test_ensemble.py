@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 
@@ -20,6 +21,7 @@ from engine.cli import main
 from engine.errors import BundleError, OutOfMemoryError, UsageError
 from engine.files.atomic import file_sha256
 from engine.options import DecodeOptions
+from engine.runtime import Runtime
 from export.bundle import export_bundle
 from export.parity import main as parity
 from export.reference.huggingface import Reference, ensemble
@@ -92,17 +94,16 @@ def test_tiny_weight_has_no_effect(tiny_bundle, other_bundle, tiny_captioner):
 def test_out_of_memory_in_choice_is_reported(both, monkeypatch):
     """A run then continues with fewer images in parallel."""
 
-    class Full:
-        def run(self, *_):
-            raise RuntimeError("std::bad_alloc")
+    def full(*_):
+        raise RuntimeError("std::bad_alloc")
 
-    monkeypatch.setattr(both.backend, "_choice", Full())
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", full)  # the other graphs have bound memory
     with pytest.raises(OutOfMemoryError, match="the cpu backend failed"):
         list(both.caption(random_pictures(1)))
 
 
 def test_padded_shapes_change_no_caption(both):
-    padded = Captioner(both.bundle, PaddedBackend(EnsembleBackend(both.bundle, threads=1)))
+    padded = Captioner(both.bundle, PaddedBackend(EnsembleBackend.load(both.bundle, Runtime("cpu", threads=1))))
     pictures, options = random_pictures(9), DecodeOptions(num_beams=3, no_repeat_ngram_size=2, max_new_tokens=30)
     found, expected = ([one.ids for one in c.caption(pictures, options, rows=12)] for c in (padded, both))
     assert found == expected
@@ -183,7 +184,7 @@ def test_parity_command_accepts_several_bundles(tiny_checkpoint, tiny_bundle, ot
         (("--bundle", "A", "--bundle", "B", "--bundle-weight", 1, "--bundle-weight", "nan"), "must be a number above"),
         (("--bundle", "A", "--bundle-weight", 1), "--bundle-weight needs at least two --bundle options"),
         (("--bundle", "A", "--bundle", "DEMO"), "differ in the tokenizer"),
-        (("--bundle", "A", "--bundle", "B", "--backend", "openvino"), "caption together on cpu and cuda, not on"),
+        (("--bundle", "A", "--bundle", "B", "--backend", "openvino"), "caption together on cpu, cuda, torch, not on"),
     ],
 )
 def test_invalid_options_are_one_line_errors(given, sentence, pictures, tiny_bundle, other_bundle, tmp_path):

@@ -115,9 +115,9 @@ def test_runtime_and_workers_are_checked():
         Runtime("gpu")
     with pytest.raises(UsageError, match="--plans and --cuda-graphs are for the backend trt, not for cpu"):
         Runtime("cpu", cuda_graphs=True)
-    with pytest.raises(UsageError, match="bf16 is for the backends cpu and openvino, not for trt"):
+    with pytest.raises(UsageError, match="bf16 is for --backend cpu or openvino or torch, not for trt"):
         Runtime("trt", cpu_precision="bf16")
-    with pytest.raises(UsageError, match="cpu_precision must be fp32 or bf16, not 'fp8'"):
+    with pytest.raises(UsageError, match="cpu_precision must be fp32, fp16 or bf16, not 'fp8'"):
         Runtime("cpu", cpu_precision="fp8")
     with pytest.raises(UsageError, match="--ray-actors is the number of workers on a Ray cluster"):
         Workers(actors=2)

@@ -1,0 +1,59 @@
+"""The reader of ONNX files against the package onnx, and on damaged files."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+
+from engine.bundle.manifest import demo_bundle
+from engine.bundle.onnx import Weights, read_onnx
+from engine.errors import BundleError
+
+GRAPHS = ("encoder", "decoder", "regroup")
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_graphs_are_read_as_onnx_reads_them(graph):
+    path = demo_bundle() / f"{graph}.onnx"
+    ours, theirs = read_onnx(path), onnx.load(str(path), load_external_data=False).graph
+    assert len(ours.nodes) == len(theirs.node)
+    for mine, node in zip(ours.nodes, theirs.node, strict=True):
+        assert (mine.kind, mine.inputs, mine.outputs) == (node.op_type, tuple(node.input), tuple(node.output))
+        for attribute in node.attribute:
+            expected = helper.get_attribute_value(attribute)
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                np.testing.assert_array_equal(mine.attributes[attribute.name], numpy_helper.to_array(expected))
+            else:
+                expected = expected.decode() if isinstance(expected, bytes) else expected
+                value = mine.attributes[attribute.name]
+                assert value == (tuple(expected) if isinstance(value, tuple) else expected)
+    assert list(ours.tensors) == [tensor.name for tensor in theirs.initializer]
+    for (dtype, dims, content), tensor in zip(ours.tensors.values(), theirs.initializer, strict=True):
+        assert (dtype, dims) == (helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims))
+        if isinstance(content, Weights):
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            assert entries == {
+                "location": content.file,
+                "offset": str(content.offset),
+                "length": str(content.size),
+            }
+        else:
+            np.testing.assert_array_equal(content, numpy_helper.to_array(tensor))
+    assert [port.name for port in ours.inputs] == [value.name for value in theirs.input]
+    assert [port.name for port in ours.outputs] == [value.name for value in theirs.output]
+
+
+@given(st.integers(0, 4958), st.binary(max_size=3))
+def test_damaged_files_are_refused_or_read(tmp_path_factory, position, replacement):
+    """Any change gives a graph or a BundleError, never another exception or an endless loop."""
+    content = (demo_bundle() / "regroup.onnx").read_bytes()
+    path = tmp_path_factory.mktemp("onnx") / "regroup.onnx"
+    path.write_bytes(content[:position] + replacement + content[position + 1 :])
+    try:
+        read_onnx(path)
+    except BundleError as error:
+        assert "is not a graph of this engine's bundles" in str(error)
