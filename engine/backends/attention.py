@@ -62,6 +62,8 @@ def grid_of(bundle: Bundle) -> tuple[int, int, int]:
     All supported encoders have square images. Before the grid there is nothing (Swin), a class token (ViT, CLIP, BEiT,
     DINOv2), or a distillation token as well (DeiT). Raises UsageError for other numbers of positions.
     """
+    if bundle.tasks:  # the ids of the task follow the image
+        raise UsageError(f"attention maps are not supported for models with tasks, such as {bundle.path}")
     positions = bundle.model.encoder_positions
     side = math.isqrt(positions)
     if bundle.image.height != bundle.image.width or positions - side**2 > MOST_EXTRA:

@@ -354,7 +354,11 @@ class ImagePrefix(Family):
         model.gpt.generation_config = GenerationConfig(eos_token_id=tokens.eos, pad_token_id=tokens.pad, **settings)
 
     def prompt_arguments(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: str | None, images: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | None,
+        images: int,
+        first: int | None = None,  # noqa: ARG002
     ) -> tuple[dict[str, Any], int]:
         """See Family.prompt_arguments. `generate` gets the ids and their embeddings, and counts them for bans."""
         if not prompt:
@@ -362,7 +366,12 @@ class ImagePrefix(Family):
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return {"input_ids": ids.repeat(images, 1)}, 1 + ids.shape[1]
 
-    def encode(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    def encode(
+        self,
+        model: PreTrainedModel,
+        pixel_values: Tensor,
+        task_ids: Sequence[int] = (),  # noqa: ARG002
+    ) -> Tensor:
         """See Family.encode: the prefix, without positions."""
         return image_prefix(model, model.config.mapping, pixel_values)
 

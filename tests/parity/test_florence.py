@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
 from engine.backends import open_backend
+from engine.backends.attention import require_attention
 from engine.bundle.manifest import OTHER_TASKS, Bundle
 from engine.captioner import Captioner
 from engine.checkpoints.florence2 import Florence2Rules
@@ -246,6 +247,11 @@ def test_tasks_of_other_families_are_refused(tmp_path):
     assert result.exit_code == 2
     assert "is not a model with tasks, as Florence-2 is: remove --task" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_attention_maps_are_refused(bundle):
+    with pytest.raises(UsageError, match="attention maps are not supported for models with tasks"):
+        require_attention(bundle, "cpu")
 
 
 def test_task_is_in_signature_and_journal(bundle, tmp_path):
