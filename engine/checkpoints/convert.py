@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,6 +63,8 @@ def parameters(
     return {
         "image_size": image_size,
         "encoder_positions": model.encoder_positions,
+        "patches_per_side": math.isqrt(model.encoder_positions - 1),
+        "patches": model.encoder_positions - 1,
         "vocab_size": model.vocab_size,
         "max_positions": model.max_positions,
         "position_rows": model.max_positions + POSITION_OFFSET,
