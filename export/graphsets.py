@@ -37,8 +37,8 @@ class Example(NamedTuple):
 
 
 EXAMPLES = (
-    Example(3, 1009, 97, (1 / 255, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])),
-    Example(4, 1013, 101, (1 / 127, [0.3, 0.2, 0.1], [0.7, 0.6, 0.8])),
+    Example(5, 1009, 97, (1 / 255, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])),
+    Example(7, 1013, 101, (1 / 127, [0.3, 0.2, 0.1], [0.7, 0.6, 0.8])),
 )
 """Small, so that tracing is quick. Each parameter has its own number, by which it is recognised in a graph.
 

@@ -35,9 +35,9 @@ TYPES = {
     np.bool_: torch.bool,
 }
 """numpy's types and torch's."""
-EXACT_TERMS = 1024
-"""float32 holds a sum of so many products of two 8-bit integers exactly in any order: each product is at most 2**14, so
-the sum is at most 2**24. So int8 bundles give exact integer sums on every device; few of them multiply integers.
+EXACT = 2**24
+"""float32 holds integers up to this one exactly. Sums of products of 8-bit integers that stay below it are exact in any
+order, so int8 bundles give exact integer sums on every device; few of them multiply integers.
 """
 Operator = Callable[..., Any]
 """(tape, node, *inputs) -> a Value, an array, or a list of them."""
@@ -366,13 +366,15 @@ def _mat_mul_integer(
     zeros = [0 if one is None else host(one, "a zero point").item() for one in (a_zero, b_zero)]
     weight = tape.cast(tape.on_device(b), torch.float32)
     length = a.shape[-1]
+    largest, largest_weight = (max(zero, 255 - zero) for zero in (zeros[0], zeros[1] + 128))  # of u8 and i8
+    terms = EXACT // (largest * largest_weight)
 
     def product(rows: Tensor, columns: Tensor) -> Tensor:
         rows, columns = rows.to(torch.float32) - zeros[0], columns - zeros[1] if zeros[1] else columns
         parts = [
             torch.matmul(rows.narrow(-1, at, size), columns.narrow(-2, at, size)).to(torch.int32)
-            for at in range(0, length, EXACT_TERMS)
-            for size in (min(EXACT_TERMS, length - at),)
+            for at in range(0, length, terms)
+            for size in (min(terms, length - at),)
         ]
         return sum(parts[1:], parts[0])
 
@@ -453,6 +455,7 @@ OPERATORS: dict[str, Operator] = {
     "Relu": _one_input(torch.relu),
     "Reshape": _reshape,
     "Resize": _resize,
+    "Round": _one_input(torch.round),
     "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,
     "Shape": _shape,

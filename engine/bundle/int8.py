@@ -4,7 +4,8 @@ A dense layer y = x W^T + b becomes, for each row x (a token or a patch) by itse
 
     s = max|x| / 127,  q = round(x / s) + 128 as u8,  y = (q - 128) W8 * scale * s + b
 
-Integer sums are exact, so a row's result does not depend on the other rows of its batch.
+Integer sums are exact, so a row's result does not depend on the other rows of its batch. export/graphs/quantise.py has
+two variants: finer steps for the outputs of GELU, and a second rounding of what the first leaves in the decoder.
 """
 
 from __future__ import annotations

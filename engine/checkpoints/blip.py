@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.bundle.manifest import TokenIds, demo_bundle
+from engine.checkpoints.rotate import Residual
 from engine.checkpoints.rules import (
     CLIP,
     Rules,
@@ -176,6 +177,30 @@ class BlipRules(Rules):
             shapes |= linear(f"{layer}.intermediate.dense", inner, width)
             shapes |= linear(f"{layer}.output.dense", width, inner) | norm(f"{layer}.output.LayerNorm", width)
         return shapes
+
+    def residual(self, raw: Mapping[str, Any]) -> Residual:
+        """See Rules.residual. The last layer norm is read by every cross-attention of the decoder."""
+        text, vision = _part(raw, "text_config"), _part(raw, "vision_config")
+        patches, layers = "vision_model.embeddings.patch_embedding", range(vision["num_hidden_layers"])
+        attention = [f"vision_model.encoder.layers.{i}.self_attn" for i in layers]
+        mlp = [f"vision_model.encoder.layers.{i}.mlp" for i in layers]
+        norms = [f"vision_model.encoder.layers.{i}.layer_norm" for i in layers]
+        cross = [
+            f"text_decoder.bert.encoder.layer.{i}.crossattention.self.{kind}"
+            for i in range(text["num_hidden_layers"])
+            for kind in ("key", "value")
+        ]
+        return Residual(
+            tables=("vision_model.embeddings.class_embedding", self.position_table),
+            outputs=(patches, *(f"{one}.projection" for one in attention), *(f"{one}.fc2" for one in mlp)),
+            readers={
+                **{f"{norm}1": (f"{one}.qkv",) for norm, one in zip(norms, attention, strict=True)},
+                **{f"{norm}2": (f"{one}.fc1",) for norm, one in zip(norms, mlp, strict=True)},
+                "vision_model.post_layernorm": tuple(cross),
+            },
+            values={f"{one}.projection": f"{one}.qkv" for one in attention},
+            head=vision["hidden_size"] // vision["num_attention_heads"],
+        )
 
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         """See Rules.resized."""

@@ -53,7 +53,7 @@ SETTINGS = (
 """Files that decide a bundle in addition to the weights. A training writes others next to them, such as its log."""
 RELATIVE_SIZE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.25}
 """Usual size of a bundle relative to float32 weights, to see before a conversion whether it fits on the disk."""
-CONVERTER = 1
+CONVERTER = 2
 """Version of what turns a checkpoint's files into a bundle, apart from the graphs. Increase it whenever the same files
 give another bundle, for example another tokenizer.json: then cached bundles are made again."""
 COARSE_NS = 3 * 10**9

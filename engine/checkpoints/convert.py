@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from engine.bundle.manifest import FORMAT, MANIFEST, PER_ROW, ModelDims
 from engine.checkpoints.graphs import GraphSet, Number, size_of
 from engine.checkpoints.read import Checkpoint
+from engine.checkpoints.rotate import rotate
 from engine.checkpoints.vision_encoder_decoder import POSITION_OFFSET
 from engine.checkpoints.write import write_graphs
 from engine.errors import CheckpointError, OutputError
@@ -42,7 +44,8 @@ def convert(
     log(f"writing the graphs of {graphs.architecture} in {graphs.precision} (graph set {graphs.version})")
     try:
         out.mkdir(exist_ok=True)
-        files = write_graphs(graphs.graphs, checkpoint.weights, numbers, out)
+        weights = rotate(checkpoint.weights, checkpoint.residual if graphs.precision == "int8" else None)
+        files = write_graphs(graphs.graphs, weights, numbers, out)
         tokenizer = checkpoint.tokenizer.encode()
         (out / "tokenizer.json").write_bytes(tokenizer)
         files["tokenizer.json"] = hashlib.sha256(tokenizer).hexdigest()
@@ -62,6 +65,8 @@ def parameters(
     return {
         "image_size": image_size,
         "encoder_positions": model.encoder_positions,
+        "patches_per_side": math.isqrt(model.encoder_positions - 1),
+        "patches": model.encoder_positions - 1,
         "vocab_size": model.vocab_size,
         "max_positions": model.max_positions,
         "position_rows": model.max_positions + POSITION_OFFSET,

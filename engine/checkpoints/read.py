@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from engine.bundle.manifest import ImageSpec, ModelDims, TokenIds
 from engine.checkpoints.families import ORIGINAL
 from engine.checkpoints.files import read_config_file, rules_at, weight_files
+from engine.checkpoints.rotate import Residual
 from engine.checkpoints.rules import Rules, task_ids
 from engine.checkpoints.settings import (
     assumed_settings,
@@ -47,7 +48,8 @@ class Checkpoint:
     `shape` decides which operations its graphs have (Rules.shape). `rescale` and the mean and std of `image` are those
     of (x * rescale - mean) / std. `tasks` are those of Bundle. `generation` are the settings that differ from Hugging
     Face's defaults, and `generation_from` says where each comes from. `tokenizer` is the text of the tokenizers
-    library. `notes` are what users should know, one line each. `weights` have the names of Hugging Face's layout.
+    library. `notes` are what users should know, one line each. `weights` have the names of Hugging Face's layout, and
+    `residual` says how to rotate them for int8 (Rules.residual).
     """
 
     path: Path
@@ -64,6 +66,7 @@ class Checkpoint:
     clean_up_tokenization_spaces: bool
     notes: tuple[str, ...]
     weights: Weights
+    residual: Residual | None
     files: tuple[Path, ...]
     sha256: Callable[[Path], str]
 
@@ -177,6 +180,7 @@ def _read(
         clean_up_tokenization_spaces=text.clean_up_tokenization_spaces,
         notes=(*ignored_settings(folder), *assumed_settings(folder)),
         weights=weights,
+        residual=rules.residual(raw),
         files=tuple(files),
         sha256=sha256,
     )

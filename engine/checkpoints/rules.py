@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from engine.bundle.manifest import MAX_LAYERS, MAX_NUMBER, ModelDims, TokenIds
+from engine.checkpoints.rotate import Residual
 from engine.errors import CheckpointError
 
 
@@ -273,6 +274,10 @@ class Rules(ABC):
     def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all weights of the model by name: with tied ones, without unused ones."""
         raise NotImplementedError
+
+    def residual(self, raw: Mapping[str, Any]) -> Residual | None:  # noqa: ARG002
+        """Return the residual stream of the image encoder, which is rotated for int8; None leaves it as it is."""
+        return None
 
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         """Return config.json for images of `image_size` px. Raises CheckpointError if the model cannot have them."""

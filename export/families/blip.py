@@ -31,6 +31,7 @@ from export.families.modules import (
     Normalisation,
     bert_embeddings,
     cross_keys_values,
+    patch_embeddings,
     patches_per_side,
     resized_positions,
 )
@@ -55,7 +56,7 @@ class BlipEncoder(Encoder):
         """Run BlipVisionModel.forward with packed attention and without a mask; returns f32[B,S,D]."""
         vision, batch = self.vision_model, pixels.shape[0]
         embeddings = vision.embeddings
-        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        patches = patch_embeddings(embeddings.patch_embedding, pixels, self.sizes.image_size)
         classes = embeddings.class_embedding.expand(batch, -1, -1)
         x = torch.cat([classes, patches], 1) + embeddings.position_embedding
         for layer in vision.encoder.layers:

@@ -33,6 +33,7 @@ from export.families.modules import (
     LayerCache,
     Normalisation,
     bert_embeddings,
+    patch_embeddings,
     patches_per_side,
     resized_positions,
 )
@@ -58,7 +59,7 @@ class GitEncoder(Encoder):
         """
         vision = self.git.image_encoder.vision_model
         embeddings = vision.embeddings
-        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        patches = patch_embeddings(embeddings.patch_embedding, pixels, self.sizes.image_size)
         classes = embeddings.class_embedding.expand(pixels.shape[0], 1, -1)
         x = torch.cat([classes, patches], 1) + embeddings.position_embedding.weight
         x = vision.encoder(vision.pre_layrnorm(x)).last_hidden_state

@@ -302,6 +302,19 @@ class Regroup(ExportedModule):
         )
 
 
+def patch_embeddings(convolution: nn.Conv2d, pixels: Tensor, image_size: int) -> Tensor:
+    """Return the embeddings of an image's patches f32[B,h*w,D] from pixels f32[B,3,image_size,image_size].
+
+    The convolution's windows do not overlap, so it is a product of matrices. GPUs need cuDNN for a convolution only.
+    """
+    size = convolution.kernel_size[0]
+    side = patches_per_side(image_size, size)
+    # runtimes remove the first permutation together with the one in Encoder.forward
+    windows = pixels.permute(0, 2, 3, 1).reshape(-1, side, size, side, size, 3)
+    patches = windows.permute(0, 1, 3, 5, 2, 4).reshape(-1, side * side, 3 * size * size)
+    return nn.functional.linear(patches, convolution.weight.flatten(1), convolution.bias)
+
+
 def patches_per_side(image_size: int, patch_size: int) -> int:
     """Return the number of patches of a side in px. Raises CheckpointError if it is not a whole number."""
     check_patches(image_size, patch_size)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from engine.bundle.manifest import HALVES, TASK_IDS, ModelDims, cache_names
 from engine.checkpoints.graphs import Graph
+from engine.checkpoints.rotate import rotate
 from engine.checkpoints.write import write_graphs as write
 from engine.errors import ExportError
 from export.families import family_of
@@ -174,11 +175,11 @@ def write_graphs(
     `is_int8`, the dense layers of a float32 model become int8. `normalisation` is the result of
     export.reference.huggingface.normalisation, and `exporter` is one of EXPORTERS.
     """
+    family = family_of(model)
     weights = {name: weight.detach().numpy() for name, weight in model.named_parameters(remove_duplicate=False)}
-    graphs = without_weights(
-        trace(model, normalisation, exporter), family_of(model).sizes(model.config), is_int8=is_int8
-    )
-    write(graphs, weights, {}, out)
+    residual = family.rules.residual(model.config.to_dict()) if is_int8 else None
+    graphs = without_weights(trace(model, normalisation, exporter), family.sizes(model.config), is_int8=is_int8)
+    write(graphs, rotate(weights, residual), {}, out)
     for path in out.glob("*.onnx"):
         onnx.checker.check_model(str(path), full_check=True)
 
@@ -199,7 +200,9 @@ def without_weights(graphs: Mapping[str, ModelProto], sizes: ModelDims, *, is_in
     """Return the five graphs of a bundle, as the engine's writer reads them, from the three of `trace`."""
     models = {}
     for name, graph in graphs.items():
-        models[name] = quantise(graph) if is_int8 else graph
+        models[name] = graph
+        if is_int8:
+            models[name] = quantise(graph, is_decoder=name == "decoder", vocab_size=sizes.vocab_size)
         _check_operators(models[name], name)
     models |= halves(models["decoder"], sizes.num_layers, sizes.vocab_size)
     return tuple(template(name, model, "decoder" if name in HALVES else name) for name, model in models.items())

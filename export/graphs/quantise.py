@@ -2,14 +2,15 @@
 
 Each row of activations (a token or a patch) has its own scale, computed while the graph runs, so a row's result does
 not depend on the rest of the batch. Weights have one scale per output (engine/bundle/int8.py has the arithmetic).
-Attention, layer norms and embeddings stay float32.
+Attention, layer norms and embeddings stay float32. How activations are rounded is one of PLAIN, GELU and TWICE.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.utils import Extractor
 
@@ -17,20 +18,38 @@ from engine.bundle.int8 import SCALE_SUFFIX, SUFFIX
 from engine.bundle.manifest import FORMAT, HALVES, LOG_PROBS, graph_inputs, graph_outputs
 from engine.checkpoints.graphs import INPUTS_FIRST
 
-CONSTANTS: dict[str, np.generic | NDArray[np.int64]] = {
-    "int8.zero": np.uint8(128),  # the zero point of activations
-    "int8.steps": np.float32(127),  # the largest distance from it
-    "int8.step": np.float32(1 / 127),
-    "int8.one": np.float32(1),
-    "int8.smallest": np.float32(1e-20),  # stands for the largest value of a row of zeros, so that 127 / it is a number
-    "int8.last": np.array([-1], np.int64),
-}
+
+class Rounding(NamedTuple):
+    """How a row of activations x becomes u8: round(x / s) + zero with s = max(x) / steps, or max|x| with `is_signed`.
+
+    The maximum is at least `smallest`, so that 1 / s is a number. With `is_twice` the difference between x / s and its
+    rounded value, at most 1/2, is rounded as well, to steps of 1/254. Both go through one product of matrices, as rows
+    of one matrix: ONNX Runtime without VNNI cannot use one weight in two.
+    """
+
+    name: str
+    zero: int
+    smallest: float
+    is_signed: bool = True
+    is_twice: bool = False
+
+    @property
+    def steps(self) -> int:
+        """The largest distance from the zero point."""
+        return 255 - self.zero
 
 
-def quantise(float32: ModelProto) -> ModelProto:
+PLAIN = Rounding("int8.plain", 128, 1e-20)
+TWICE = Rounding("int8.twice", 128, 1e-20, is_twice=True)
+GELU = Rounding("int8.gelu", 32, 0.17 / 32 * (255 - 32), is_signed=False)
+"""GELU(x) is above -0.17, which is 32 steps here: 223 steps are left for values above 0 instead of 127."""
+
+
+def quantise(float32: ModelProto, *, is_decoder: bool = False, vocab_size: int = 0) -> ModelProto:
     """Return a graph with all dense layers in int8.
 
-    Only names and shapes of weights are read and set. engine/checkpoints/write.py quantises the values.
+    A decoder rounds the inputs of its layers TWICE, except those of the LM head, which has `vocab_size` outputs. Only
+    names and shapes of weights are read and set. engine/checkpoints/write.py quantises the values.
     """
     model = ModelProto()
     model.CopyFrom(float32)
@@ -39,17 +58,17 @@ def quantise(float32: ModelProto) -> ModelProto:
     nodes: list[NodeProto] = []
     quantised: list[TensorProto] = []
     named: set[str] = set()
-    rows: set[str] = set()
+    makers = {name: node for node in model.graph.node for name in node.output}
+    rounded: set[tuple[str, Rounding]] = set()
     for node in model.graph.node:
         dense = _weight_of(node, weights, transposed)
         if dense is None:
             nodes.append(node)
             continue
         name, is_transposed = dense
+        inputs, outputs = weights[name].dims[::-1] if is_transposed else weights[name].dims
         if name not in named:
             named.add(name)
-            first, second = weights[name].dims
-            inputs, outputs = (second, first) if is_transposed else (first, second)
             quantised += [
                 TensorProto(
                     name=name + SUFFIX,
@@ -60,16 +79,17 @@ def quantise(float32: ModelProto) -> ModelProto:
                 TensorProto(name=name + SCALE_SUFFIX, data_type=TensorProto.FLOAT, dims=[outputs]),
             ]
         x, out = node.input[0], node.output[0]
-        if x not in rows:  # q, k and v share their input's rows
-            rows.add(x)
-            nodes += _quantise_rows(x)
+        rounding = GELU if _is_gelu(x, makers) else PLAIN
+        if is_decoder and outputs != vocab_size:
+            rounding = TWICE
+        if (x, rounding) not in rounded:  # q, k and v share their input's rows
+            rounded.add((x, rounding))
+            nodes += _round(x, rounding)
         bias = node.input[2] if node.op_type == "Gemm" else ""
-        nodes += _product(x, name, bias, out)
+        nodes += _product(x, rounding, name, bias, out)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    model.graph.initializer.extend(
-        numpy_helper.from_array(np.asarray(value), name) for name, value in CONSTANTS.items()
-    )
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in _constants().items())
     model.graph.initializer.extend(quantised)
     _remove_unused(model)
     return model
@@ -91,27 +111,72 @@ def _weight_of(node: NodeProto, weights: dict[str, TensorProto], transposed: dic
     return (name, is_transposed) if name in weights and len(weights[name].dims) == 2 else None
 
 
-def _quantise_rows(x: str) -> list[NodeProto]:
-    """Return the nodes that compute `x.uint8` and `x.scale`, the scale of each row."""
+def _is_gelu(x: str, makers: dict[str, NodeProto], kinds: tuple[str, ...] = ("Mul", "Mul", "Add", "Erf")) -> bool:
+    """Return whether x is the output of a GELU: x / sqrt(2) -> Erf -> + 1 -> times x -> times 1/2."""
+    if x not in makers or makers[x].op_type != kinds[0]:
+        return False
+    return len(kinds) == 1 or any(_is_gelu(name, makers, kinds[1:]) for name in makers[x].input)
+
+
+def _constants() -> dict[str, np.ndarray]:
+    constants = {
+        "int8.one": np.array(1, np.float32),
+        "int8.last": np.array([-1], np.int64),
+        "int8.rest": np.array(1 / 254, np.float32),
+    }
+    for one in (PLAIN, GELU, TWICE):
+        constants |= {
+            f"{one.name}.zero": np.array(one.zero, np.uint8),
+            f"{one.name}.steps": np.array(one.steps, np.float32),
+            f"{one.name}.step": np.array(1 / one.steps, np.float32),
+            f"{one.name}.smallest": np.array(one.smallest, np.float32),
+        }
+    return constants
+
+
+def _round(x: str, rounding: Rounding) -> list[NodeProto]:
+    """Return the nodes that compute `PREFIX.uint8` and `PREFIX.scale`, the scale of each row; PREFIX is x and int8."""
+    own, largest = f"{x}.{rounding.name}", x
+    nodes = []
+    if rounding.is_signed:
+        largest = f"{own}.abs"
+        nodes.append(_node("Abs", [x], largest))
+    nodes += [
+        _node("ReduceMax", [largest, "int8.last"], f"{own}.max", keepdims=1),
+        _node("Max", [f"{own}.max", f"{rounding.name}.smallest"], f"{own}.most"),
+        _node("Mul", [f"{own}.most", f"{rounding.name}.step"], f"{own}.scale"),
+        _node("Div", [f"{rounding.name}.steps", f"{own}.most"], f"{own}.factor"),
+        _node("Mul", [x, f"{own}.factor"], f"{own}.scaled"),
+    ]
+    if not rounding.is_twice:
+        return [*nodes, _node("QuantizeLinear", [f"{own}.scaled", "int8.one", f"{rounding.name}.zero"], f"{own}.uint8")]
     return [
-        _node("Abs", [x], f"{x}.abs"),
-        _node("ReduceMax", [f"{x}.abs", "int8.last"], f"{x}.max", keepdims=1),
-        _node("Max", [f"{x}.max", "int8.smallest"], f"{x}.most"),
-        _node("Mul", [f"{x}.most", "int8.step"], f"{x}.scale"),
-        _node("Div", ["int8.steps", f"{x}.most"], f"{x}.factor"),
-        _node("Mul", [x, f"{x}.factor"], f"{x}.scaled"),
-        _node("QuantizeLinear", [f"{x}.scaled", "int8.one", "int8.zero"], f"{x}.uint8"),
+        *nodes,
+        _node("Round", [f"{own}.scaled"], f"{own}.rounded"),
+        _node("Sub", [f"{own}.scaled", f"{own}.rounded"], f"{own}.left"),
+        _node("QuantizeLinear", [f"{own}.rounded", "int8.one", f"{rounding.name}.zero"], f"{own}.first"),
+        _node("QuantizeLinear", [f"{own}.left", "int8.rest", f"{rounding.name}.zero"], f"{own}.second"),
+        _node("Concat", [f"{own}.first", f"{own}.second"], f"{own}.uint8", axis=0),
     ]
 
 
-def _product(x: str, weight: str, bias: str, out: str) -> list[NodeProto]:
+def _product(x: str, rounding: Rounding, weight: str, bias: str, out: str) -> list[NodeProto]:
     """Return the nodes of x W^T + bias: exact sums in int32, scaled back to float32."""
-    last = f"{out}.product" if bias else out
+    own, last, sums = f"{x}.{rounding.name}", f"{out}.product" if bias else out, f"{out}.float"
     nodes = [
-        _node("MatMulInteger", [f"{x}.uint8", weight + SUFFIX, "int8.zero"], f"{out}.sums"),
-        _node("Cast", [f"{out}.sums"], f"{out}.float", to=TensorProto.FLOAT),
-        _node("Mul", [f"{out}.float", weight + SCALE_SUFFIX], f"{out}.scaled"),
-        _node("Mul", [f"{out}.scaled", f"{x}.scale"], last),
+        _node("MatMulInteger", [f"{own}.uint8", weight + SUFFIX, f"{rounding.name}.zero"], f"{out}.sums"),
+        _node("Cast", [f"{out}.sums"], sums, to=TensorProto.FLOAT),
+    ]
+    if rounding.is_twice:
+        parts, sums = [f"{out}.first", f"{out}.second"], f"{out}.both"
+        nodes += [
+            helper.make_node("Split", [f"{out}.float"], parts, name=f"{out}.split", axis=0, num_outputs=2),
+            _node("Mul", [f"{out}.second", "int8.rest"], f"{out}.rest"),
+            _node("Add", [f"{out}.first", f"{out}.rest"], sums),
+        ]
+    nodes += [
+        _node("Mul", [sums, weight + SCALE_SUFFIX], f"{out}.scaled"),
+        _node("Mul", [f"{out}.scaled", f"{own}.scale"], last),
     ]
     return [*nodes, _node("Add", [last, bias], out)] if bias else nodes
 

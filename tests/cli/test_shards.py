@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.cli.app import main
+from engine.host import available_cores
 from tests.helpers.tiny import save_pictures
 
 NUMBER = r"-?\d+\.\d+"
@@ -58,6 +59,34 @@ def test_merged_shards_are_the_bytes_of_one_run(images, tiny_bundle, tmp_path, f
             assert merged.read_bytes() == whole.read_bytes()
         # scores depend on the batch in their last digit, latencies on the machine
         assert re.split(NUMBER, merged.read_text()) == re.split(NUMBER, whole.read_text())
+
+
+@pytest.mark.skipif(available_cores() < 2, reason="two worker processes need two cores")
+def test_int8_captions_do_not_depend_on_shards_processes_or_resume(rounded_bundles, tmp_path):
+    images, bundle = save_pictures(tmp_path / "images", 9, seed=5), rounded_bundles["int8"]
+
+    def captions(name: str, *more: object) -> bytes:
+        out = tmp_path / name
+        result = run("caption", "--input", images, "--bundle", bundle, "--out", out, "--beams", 3, *more)
+        assert result.exit_code == 0, result.stderr
+        return out.read_bytes()
+
+    whole = captions("whole", "--rows", 3, "--threads", 1)
+    assert len(set(whole.splitlines())) > 7, "too few different captions: agreement proves nothing"
+    assert captions("parallel", "--processes", 2, "--threads", 2) == whole
+    for number in (1, 2, 3):
+        captions(f"{number}", "--shard", f"{number}/3")
+    assert run("merge", *(tmp_path / f"{number}" for number in (1, 2, 3)), "--out", tmp_path / "merged").exit_code == 0
+    assert (tmp_path / "merged").read_bytes() == whole
+
+    intact = (images / "4.png").read_bytes()
+    (images / "4.png").write_bytes(b"broken")
+    arguments = ("caption", "--input", images, "--bundle", bundle, "--out", tmp_path / "resumed", "--beams", 3)
+    assert run(*arguments).exit_code == 1
+    (images / "4.png").write_bytes(intact)
+    resumed = run(*arguments, "--json")
+    assert json.loads(resumed.stdout.splitlines()[-1])["resumed"] == 8
+    assert (tmp_path / "resumed").read_bytes() == whole
 
 
 def test_missing_and_double_shards_are_refused(shards, tmp_path):

@@ -132,18 +132,19 @@ def test_int8_bundle_equals_onnx_runtime(rounded_bundles):
     assert ours == theirs
 
 
-def test_integer_sums_are_exact_beyond_a_float32(tmp_path, bundle):
+@pytest.mark.parametrize("zero", [128, 32, 0])
+def test_integer_sums_are_exact_beyond_a_float32(zero, tmp_path, bundle):
     """2,048 of the largest products sum up to more than float32 can hold; every last bit must be right."""
     rng = np.random.default_rng(0)
     weight = rng.integers(-127, 128, (2048, 3), np.int8)
     weight[:, 0] = 127
     node = helper.make_node("MatMulInteger", ["x", "w", "zero"], ["y"])
-    tensors = [onnx.numpy_helper.from_array(weight, "w"), onnx.numpy_helper.from_array(np.uint8(128), "zero")]
+    tensors = [onnx.numpy_helper.from_array(weight, "w"), onnx.numpy_helper.from_array(np.uint8(zero), "zero")]
     graph = graph_of(tmp_path, [node], tensors, [("x", TensorProto.UINT8, [2, 2048])], TensorProto.INT32)
     x = rng.integers(0, 256, (2, 2048), np.uint8)
     x[0] = 255
     (found,) = TorchGraph(graph, WeightStore(bundle, torch.device("cpu"))).run({"x": torch.from_numpy(x)})
-    np.testing.assert_array_equal(found, (x.astype(np.int64) - 128) @ weight)
+    np.testing.assert_array_equal(found, (x.astype(np.int64) - zero) @ weight)
     assert found.max() > 2**24
 
 
