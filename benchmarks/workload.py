@@ -9,6 +9,7 @@ depend on the lengths of captions. The bias of the end token is set so that they
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -249,8 +250,15 @@ def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD)
 
 def make_published(out: Path, shape: Published, *, seed: int = 0) -> Path:
     """Write a checkpoint of `shape` with random weights and the demo's tokenizer into `out`; return `out`."""
+    tokenizer = BertTokenizerFast(tokenizer_file=str(demo_bundle() / "tokenizer.json"))
     config = PUBLISHED[shape.architecture]
     family = family_for(config)
+    sizes = family.sizes(config)
+    if sizes.vocab_size < len(tokenizer):  # GIT's vocabulary lacks two tokens that BLIP added to BERT's
+        patches = math.isqrt(sizes.encoder_positions - 1)
+        config = family.with_sizes(
+            config, patches=patches, vocab_size=len(tokenizer), max_positions=sizes.max_positions
+        )
     model, tokens = family.model_class(config).eval(), family.sizes(config).tokens
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
@@ -266,7 +274,7 @@ def make_published(out: Path, shape: Published, *, seed: int = 0) -> Path:
             head.bias[tokens.eos] += shape.end_bias
     family.apply_settings(model, {})
     model.save_pretrained(out)
-    BertTokenizerFast(tokenizer_file=str(demo_bundle() / "tokenizer.json")).save_pretrained(out)
+    tokenizer.save_pretrained(out)
     processor = family.rules.processor_for(None, config.to_dict())
     assert processor is not None, "each family has a default"
     settings = {**processor.settings, "image_processor_type": processor.kind}

@@ -98,10 +98,9 @@ class MappingAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return f32[B,T,D] of the same shape."""
-        q, k, v = (
-            part.unflatten(-1, (MAPPING_HEADS, -1)).transpose(1, 2)
-            for part in (self.to_queries(x), *self.to_keys_values(x).chunk(2, -1))
-        )
+        parts = self.to_queries(x), *self.to_keys_values(x).chunk(2, -1)
+        # not unflatten, which traces the batch size as a constant
+        q, k, v = (part.view(*x.shape[:2], MAPPING_HEADS, -1).transpose(1, 2) for part in parts)
         weights = torch.softmax(q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1])), -1)
         return self.project((weights @ v).transpose(1, 2).flatten(2))
 
@@ -134,8 +133,9 @@ class TransformerMapping(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the prefix f32[B,P,D]: the outputs of the learned vectors."""
-        x = self.linear(features).unflatten(-1, (self.clip_length, -1))
-        x = torch.cat([x, self.prefix_const.expand(x.shape[0], -1, -1)], 1)
+        count = features.shape[0]
+        x = self.linear(features).view(count, self.clip_length, -1)
+        x = torch.cat([x, self.prefix_const.expand(count, -1, -1)], 1)
         for layer in self.transformer["layers"]:
             x = layer(x)
         return x[:, self.clip_length :]

@@ -62,7 +62,7 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES if IS_FULL else list(SHAPES)[:3])
 def test_captions_equal_generate(shape, made):
     _, captioner, reference = made(shape)
     best = set()
@@ -83,6 +83,7 @@ def test_captions_equal_generate(shape, made):
     assert len({len(ids) for ids in best}) > 3
 
 
+@pytest.mark.filterwarnings("ignore:Passing `.*` with `inputs_embeds`:UserWarning")
 @pytest.mark.parametrize("has_start", [False, True])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_reference_is_the_generate_of_transformers(beams, has_start, copied):
@@ -108,7 +109,7 @@ def test_reference_is_the_generate_of_transformers(beams, has_start, copied):
             attention_mask=torch.ones(len(PICTURES), 4 + has_start, dtype=torch.long),
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
-            **generate_arguments(options) | {"min_length": None},
+            **generate_arguments(options),
         )
     for (caption,), theirs in zip(reference.generate(pixels, options), found.tolist(), strict=True):
         mine = list(caption.ids) if has_start else list(caption.ids[1:])
@@ -160,9 +161,8 @@ def test_prefix_in_other_precisions(precision, made, tmp_path):
     assert kinds.count("MatMulInteger") == (2 * 4 + 1 if precision == "int8" else 0)
 
 
-@pytest.mark.parametrize("shape", ["clip-transformer", "vit-linear"])
-def test_restored_checkpoint_has_the_same_weights_and_settings(shape, made, tmp_path):
-    copied = shutil.copytree(made(shape)[0], tmp_path / "copy")
+def test_restored_checkpoint_has_the_same_weights_and_settings(made, tmp_path):
+    copied = shutil.copytree(made("clip-transformer")[0], tmp_path / "copy")
     settings = {"num_beams": 3, "max_length": 12, "no_repeat_ngram_size": 2}
     (copied / "generation_config.json").write_text(json.dumps(settings))
     bundle = export_bundle(copied, tmp_path / "bundle", lambda _: None)
@@ -170,8 +170,6 @@ def test_restored_checkpoint_has_the_same_weights_and_settings(shape, made, tmp_
     restored = restore_checkpoint(bundle.path, tmp_path / "restored")
     weights, reference = load_checkpoint(restored).state_dict(), Reference.load(copied)
     for name, tensor in reference.model.state_dict().items():
-        if name.startswith(reference.family.rules.unused(reference.model.config.to_dict()) or "-"):
-            continue
         assert torch.equal(weights[name], tensor), name
     pixels = reference.pixels(PICTURES)
     theirs = Reference.load(restored).model.generate(pixel_values=pixels).tolist()
