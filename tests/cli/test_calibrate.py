@@ -68,7 +68,7 @@ def calibrated(folder, plain, caption) -> Path:  # noqa: ARG001
     assert "follows chance" in result.stderr
     result = caption(folder / "whole.csv", *added(folder), "--review-out", folder / "whole.review")
     assert result.exit_code == 0, result.stderr
-    assert f"{IMAGES // 2} of {IMAGES} captions are marked for review" in result.stderr
+    assert f"{IMAGES // 2} of {IMAGES} captions marked for review" in result.stderr
     return folder / "whole.csv"
 
 
