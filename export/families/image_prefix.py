@@ -19,6 +19,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
     GenerationConfig,
     GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,7 +33,7 @@ from engine.errors import CheckpointError
 from engine.options import DEFAULT_NEW_TOKENS
 from export.families.decoders import Gpt2Step
 from export.families.git import CLIPImageProcessor
-from export.families.modules import MASKED, Encoder, Family, ImageProcessor, Normalisation, Sizes
+from export.families.modules import IS_5, MASKED, Encoder, Family, ImageProcessor, Normalisation, Sizes
 from export.families.vision_encoder_decoder import PROCESSORS, for_one_size
 
 
@@ -156,6 +158,23 @@ def image_prefix(module: nn.Module, mapping: Mapping[str, Any], pixels: Tensor) 
     return module.clip_project(features)
 
 
+class BannedFirst(LogitsProcessor):
+    """Bans each sequence of ids where it would be the whole text so far, as release 5 does.
+
+    4.57 applies a ban of n ids to texts of at least n ids, so that without a start token it lets it be the first words.
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        self.sequences = sequences
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores f32[R,V] of the tokens after ids i64[R,T]."""
+        for *first, last in self.sequences:
+            if first and len(first) == input_ids.shape[1]:
+                scores[(input_ids == input_ids.new_tensor(first)).all(1), last] = -math.inf
+        return scores
+
+
 class ImagePrefixGPT2(PreTrainedModel):
     """The whole model. Without decoder_start_token_id, captions start right after the prefix, as ClipCap's do."""
 
@@ -191,6 +210,8 @@ class ImagePrefixGPT2(PreTrainedModel):
             ids = nn.functional.pad(ids, (1, 0), value=start)
         embedded = self.embedded(image_prefix(self, self.config.mapping, pixel_values), ids)
         limits = self._new_tokens(settings, ids.shape[1] + (start is None))
+        if start is None and not IS_5 and settings.get("bad_words_ids"):
+            settings["logits_processor"] = LogitsProcessorList([BannedFirst(settings["bad_words_ids"])])
         others = {name: value for name, value in settings.items() if name not in LENGTHS}
         with warnings.catch_warnings():  # release 5 warns that bans and penalties do not count the prefix
             warnings.filterwarnings("ignore", message="Passing `.*` with `inputs_embeds`")

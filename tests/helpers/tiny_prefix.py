@@ -54,7 +54,9 @@ def make_prefix_checkpoint(
         **({"decoder_start_token_id": end} if has_start else {}),
         **changes,
     }
-    model = ImagePrefixGPT2(ImagePrefixGPT2Config(**settings)).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = ImagePrefixGPT2(ImagePrefixGPT2Config(**settings)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):

@@ -22,6 +22,7 @@ from engine.options import DecodeOptions
 from engine.runtime import CPU_BACKENDS, Runtime
 from export.bundle import export_bundle
 from export.checkpoints.load import load_checkpoint
+from export.families.modules import IS_5
 from export.parity import compare_setting
 from export.reference.huggingface import Reference, UncachedBackend, generate_arguments
 from export.reference.trace import SCORE_TOLERANCE
@@ -62,7 +63,7 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("shape", SHAPES if IS_FULL else list(SHAPES)[:3])
+@pytest.mark.parametrize("shape", SHAPES if IS_FULL else ["clip-mlp", "vit-linear"])
 def test_captions_equal_generate(shape, made):
     _, captioner, reference = made(shape)
     best = set()
@@ -119,10 +120,24 @@ def test_reference_is_the_generate_of_transformers(beams, has_start, copied):
 
 def test_prompts_equal_generate_after_the_prefix(made):
     """The grid has prompts: here the ids of the prompt are those of the tokenizer, after the start's own id."""
-    _, captioner, reference = made("clip-transformer")
+    _, captioner, reference = made("clip-mlp")
     (caption, *_) = captioner.caption(PICTURES, DecodeOptions(prompt="the chest", max_new_tokens=3))
     ids = reference.tokenizer("the chest", add_special_tokens=False)["input_ids"]
     assert list(caption.ids[: len(ids) + 1]) == [reference.model.config.decoder.vocab_size, *ids]
+
+
+@pytest.mark.parametrize("prompt", [None, "the chest"])
+def test_banned_words_may_not_be_the_first(prompt, made):
+    """transformers 4.57 ignores a ban of n ids in a text of fewer ids, and release 5 does not."""
+    _, captioner, reference = made("clip-mlp")
+    options = DecodeOptions(max_new_tokens=8, prompt=prompt, min_new_tokens=3)
+    free = [best.ids for (best,) in reference.generate(reference.pixels(PICTURES), options)]
+    end = max(2, len(captioner.search(options).prompt)) + 1
+    banned = tuple(dict.fromkeys(ids[1:end] for ids in free))
+    options = options.replace(bad_words_ids=banned)
+    found = [caption.ids for caption in captioner.caption(PICTURES, options)]
+    assert found == [best.ids for (best,) in reference.generate(reference.pixels(PICTURES), options)]
+    assert all(ids[1 : len(one) + 1] != one for ids in found for one in banned)
 
 
 @pytest.mark.parametrize("shape", ["clip-mlp", "vit-linear"])
@@ -140,13 +155,13 @@ def test_pixels_equal_the_processor(shape, made):
     assert torch.equal(reference.normalised(ours), reference.pixels(PICTURES))
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("backend", ["cpu"] if IS_5 else CPU_BACKENDS)  # OpenVINO is in one environment only
 def test_prefix_bundle_verifies(backend, made):
-    bundle = made("clip-transformer")[1].bundle
+    bundle = made("clip-mlp")[1].bundle
     assert all(check.passed for check in verify(bundle, open_backend(bundle, Runtime(backend))))
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "int8"] if IS_FULL else ["int8"])
 def test_prefix_in_other_precisions(precision, made, tmp_path):
     checkpoint, captioner, _ = made("clip-mlp")
     rounded = export_bundle(checkpoint, tmp_path / "bundle", lambda _: None, precision=precision)
@@ -161,8 +176,8 @@ def test_prefix_in_other_precisions(precision, made, tmp_path):
     assert kinds.count("MatMulInteger") == (2 * 4 + 1 if precision == "int8" else 0)
 
 
-def test_restored_checkpoint_has_the_same_weights_and_settings(made, tmp_path):
-    copied = shutil.copytree(made("clip-transformer")[0], tmp_path / "copy")
+def test_restored_checkpoint_has_the_same_weights_and_settings(tmp_path):
+    copied = make_prefix_checkpoint(tmp_path / "copy", "clip-transformer")
     settings = {"num_beams": 3, "max_length": 12, "no_repeat_ngram_size": 2}
     (copied / "generation_config.json").write_text(json.dumps(settings))
     bundle = export_bundle(copied, tmp_path / "bundle", lambda _: None)
