@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,7 +125,10 @@ def compare(
     for line in lines:
         click.echo(printable(line), err=as_json)
     if changes_out is not None:
-        stream = io.StringIO()
+        import csv  # here, so that --help starts fast
+        from io import StringIO
+
+        stream = StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["ID", "change", "first", "second"])
         writer.writerows([name, f"{change:.4f}", *texts] for name, change, *texts in changes if texts[0] != texts[1])
