@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from engine.cli.shared import LOCATION, PATH, log
-from engine.errors import UsageError
+from engine.errors import UsageError, counted
 from engine.options import CLIP, DEPTH_HELP, window_of
 
 if TYPE_CHECKING:  # for a quick --help
@@ -83,7 +83,7 @@ def duplicates(
             prints = twins.fingerprint(images, advance)
         if len(prints.unreadable) == len(images):
             raise UsageError(
-                f"none of the {len(images)} images of {name} can be read, for example "
+                f"{name}: none of {counted(len(images), 'image')} can be read, for example "
                 f"{images[0].source}: {prints.unreadable[0]}"
             )
         notes += prints.notes

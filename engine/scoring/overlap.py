@@ -195,8 +195,8 @@ class Novelty:
         longest = longest_shared(words, [text.split() for text in self._training])
         copied = sum(shared == len(own) for shared, own in zip(longest, words, strict=True))
         note = (
-            f"longest n-gram shared with a training caption: median {np.median(longest):g} words; {copied} captions of "
-            f"{len(words)} are within a training caption"
+            f"longest n-gram shared with a training caption: median {np.median(longest):g} words; {copied} of "
+            f"{counted(len(words), 'caption')} found whole in one"
         )
         return mean([1 - shared / len(own) if own else 0.0 for shared, own in zip(longest, words, strict=True)], note)
 

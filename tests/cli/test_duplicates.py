@@ -77,7 +77,7 @@ def test_no_pair_gives_a_table_and_a_page_that_say_so(folders):
         (("--input", "nowhere", "--out", "t.csv"), "nowhere does not exist"),
         (("--input", "test", "--out", "test"), "--out test is a directory"),
         (("--input", "test", "--out", "t.csv", "--page", "t.csv"), "--page t.csv would overwrite --out"),
-        (("--input", "broken", "--out", "t.csv"), "none of the 1 images of broken can be read"),
+        (("--input", "broken", "--out", "t.csv"), "broken: none of 1 image can be read"),
         (("--input", "test", "--high-bit-depth", "x", "--out", "t.csv"), "high bit depth 'x'"),
     ],
 )

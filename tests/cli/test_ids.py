@@ -112,10 +112,10 @@ def test_same_names_in_other_folders_are_other_images(tmp_path):
     (tmp_path / "run.csv").write_text("ID,Caption\npatientA/1,ct\npatientB/2,mri\n")
     (tmp_path / "refs.csv").write_text("ID,Caption\npatientB/1,ct\npatientB/2,mri\n")
     files = ("--run", tmp_path / "run.csv", "--references", tmp_path / "refs.csv")
-    assert "lacks 1 ids" in refused("score", *files, "--metrics", "bleu1", "--out", tmp_path / "s.json")
+    assert "lacks 1 id" in refused("score", *files, "--metrics", "bleu1", "--out", tmp_path / "s.json")
     (tmp_path / "ids").write_text("patientB/1\npatientB/2\n")
     submission = ("--manifest", tmp_path / "ids", "--format", "imageclef2023", "--out", tmp_path / "x.csv")
-    assert "no caption for 1 ids" in refused("submit", "--run", tmp_path / "run.csv", *submission)
+    assert "no caption for 1 id" in refused("submit", "--run", tmp_path / "run.csv", *submission)
 
     (tmp_path / "in" / "patientC").mkdir(parents=True)
     save_pictures(tmp_path / "in" / "patientC", 3)

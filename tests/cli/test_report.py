@@ -96,7 +96,7 @@ def test_missing_ids_are_reported_in_one_line_and_on_the_page(work):
     assert result.exit_code == 0, result.output
     for line in (
         f"{work}/references.csv lacks 1 of 3 ids of {work}/run.csv: b",
-        f"{work}/references.csv has 1 ids that {work}/run.csv lacks, which are not shown: z",
+        f"{work}/references.csv has 1 id that {work}/run.csv lacks, not shown: z",
         f"{work}/scores.csv lacks 1 of 3 ids of {work}/run.csv: c",
         f"{work}/run.jsonl lacks 2 of 3 ids of {work}/run.csv: b, c",
         f"{work}/images lacks 1 of 3 ids of {work}/run.csv: b",
@@ -201,7 +201,7 @@ def test_columns_of_other_files_are_shown(work):
     result = report(work, columns=[work / "timings.csv", work / "facts.csv"])
     assert result.exit_code == 0, result.output
     assert "timings.csv lacks 1 of 3 ids" in result.stderr
-    assert "timings.csv has 1 ids that" in result.stderr
+    assert "timings.csv has 1 id that" in result.stderr
     columns = {(column["source"], column["name"]): column for column in page_data(work)["columns"]}
     assert columns["timings", "latency_s"]["values"] == [0.5, None, None]
     assert columns["facts", "modality"]["values"] == ["CT", "MR", "MR"]

@@ -209,7 +209,7 @@ def test_novelty_is_a_column_of_the_scores(files):
     given = ("--metrics", "rouge1", "--training-captions", files / "train.csv", "--per-image", files / "pi.csv")
     result = score(files, *given)
     assert result.exit_code == 0, result.output
-    assert "1 captions of 3 are within a training caption" in result.stdout
+    assert "1 of 3 captions found whole in one" in result.stdout
     rows = list(csv.DictReader((files / "pi.csv").read_text().splitlines()))
     (column,) = (name for name in rows[0] if name.startswith("novelty@"))
     assert float(rows[0][column]) == 0.0
@@ -228,7 +228,7 @@ def test_scores_without_images_that_have_a_twin(files):
     )
     result = score(files, "--metrics", "rouge1,bleu1", "--exclude-duplicates", files / "twins.csv")
     assert result.exit_code == 0, result.output
-    assert "without the 1 images that have a twin, 2 images (1 with only near images are among them):" in result.stdout
+    assert "without the 1 image with a twin, 2 images (1 with only near images are among them):" in result.stdout
     found = json.loads((files / "scores.json").read_text())["details"]["without_twins"]
     (files / "rest.csv").write_text("ID,Caption\n" + "".join(f'{i},"{CANDIDATES[i]}"\n' for i in (1, 2)))
     given = ("--run", files / "rest.csv", "--references", files / "references.csv", "--only-common")

@@ -108,7 +108,7 @@ def test_ids_of_a_group_stay_together(pattern):
     ("ids", "group", "kind", "message"),
     [
         (IDS[:3], None, DataError, "3 images cannot be divided into two halves of at least 2: use more images"),
-        (IDS[:3], "^p", DataError, "3 images in 1 groups cannot be divided into two halves"),
+        (IDS[:3], "^p", DataError, "3 images in 1 group cannot be divided into two halves"),
         ([*IDS[:9], "x"], "^p.", DataError, "--tune-group ^p. matches nothing in 1 of 10 ids (x): it must match"),
         (IDS, "(", UsageError, "--tune-group ( is not a valid regular expression: "),
     ],
