@@ -70,7 +70,7 @@ def test_thumbnails_are_made_once_and_again_when_an_image_changes(work):
     assert "0 new thumbnails" in report(work).stderr
     next(iter(random_pictures(1))).rotate(90).save(work / "images" / "b.png")
     os.utime(work / "images" / "b.png", ns=(1, 1))
-    assert "1 new thumbnails" in report(work).stderr
+    assert "1 new thumbnail" in report(work).stderr
     assert len(before & thumbnails(work)) == 2
     assert len(thumbnails(work)) == 3
 
@@ -160,7 +160,7 @@ def test_unreadable_images_are_listed_with_placeholders(work):
     assert result.exit_code == 0
     (line,) = [line for line in result.stderr.splitlines() if "cannot be read" in line]
     assert line.startswith(
-        "2 images cannot be read and have a placeholder: b.png (empty file: copy or download it again), c"
+        "2 images cannot be read, shown as a placeholder: b.png (empty file: copy or download it again), c"
     )
     assert page_data(work)["pictures"][1:] == [None, None]
     assert set(page_data(work)["unreadable"]) == {"1", "2"}

@@ -178,7 +178,7 @@ def test_weights_in_every_form_equal_the_export(form, checkpoint, weights):
 
 def test_untied_head_is_read(checkpoint, weights):
     edit_part(checkpoint, "text_config", tie_word_embeddings=False)
-    with pytest.raises(CheckpointError, match=f"lacks 1 weights .*{HEAD}"):
+    with pytest.raises(CheckpointError, match=f"lacks 1 weight .*{HEAD}"):
         read_checkpoint(checkpoint)
     pickled(checkpoint, weights | {HEAD: weights[WORDS] + 1})
     assert_as_exported(read_checkpoint(checkpoint), checkpoint)
