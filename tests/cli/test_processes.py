@@ -257,7 +257,7 @@ def test_stopped_run_leaves_no_process_and_resumes_alone(
 
 def test_each_worker_sees_only_its_gpu(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch):
     """Without a GPU the workers run on the CPU; only their environment is tested."""
-    monkeypatch.setattr(pipeline, "require_backend", lambda name, *_: name)
+    monkeypatch.setattr(pipeline, "resolve_runtime", lambda runtime: runtime)
     monkeypatch.setattr(resources, "visible_gpus", lambda: ["5", "GPU-3f"])
     host_backend = (
         f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, 'saw ' + os.environ['CUDA_VISIBLE_DEVICES']).touch(); "

@@ -134,7 +134,8 @@ def test_uri_is_listed_like_its_directory(folder, recursive):
     local = find_images(folder, recursive=recursive)
     remote = find_images(RemoteFolder(folder.as_uri()), recursive=recursive)
     assert [image.id for image in remote.images] == [image.id for image in local.images]
-    assert remote.ignored == local.ignored
+    # the folders of a local directory are marked with a slash
+    assert sorted(remote.ignored) == sorted(name.rstrip("/") for name in local.ignored)
     for a, b in zip(local.images, remote.images, strict=True):
         assert decode_image(b.source).tobytes() == decode_image(a.source).tobytes()
 
