@@ -10,7 +10,6 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -168,19 +167,15 @@ def test_samples_equal_those_of_the_live_model(reference, captioners):
         assert_same_samples(replace(reference, task=task), captioners[task])
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_florence_in_other_precisions(precision, checkpoint, tmp_path, captioners):
-    rounded = export_bundle(checkpoint, tmp_path / "bundle", lambda _: None, precision=precision)
+def test_florence_in_float16(checkpoint, tmp_path, captioners):
+    rounded = export_bundle(checkpoint, tmp_path / "bundle", lambda _: None, precision="fp16")
     options = DecodeOptions(num_beams=3, max_new_tokens=14)
     same = 0
     for task in TASKS:
         expected = [caption.ids for caption in captioners[task].caption(PICTURES, options)]
         ours = Captioner.load(rounded.path, task=task, backend="cpu").caption(PICTURES, options)
         same += sum(a.ids == b for a, b in zip(ours, expected, strict=True))
-    # random logits lie close together: int8 changes more than half of these captions
-    assert same > len(TASKS) * len(PICTURES) * (0.5 if precision == "fp16" else 0.2)
-    kinds = {node.op_type for node in onnx.load(rounded.path / "decoder.onnx").graph.node}
-    assert ("MatMulInteger" in kinds) == (precision == "int8")
+    assert same > len(TASKS) * len(PICTURES) * 0.5
 
 
 def test_restored_florence_checkpoint_is_that_of_transformers(bundle, reference, tmp_path):
