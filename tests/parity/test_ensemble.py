@@ -179,7 +179,7 @@ def test_parity_command_accepts_several_bundles(tiny_checkpoint, tiny_bundle, ot
     ("given", "sentence"),
     [
         (("--bundle", "A", "--bundle", "A"), "a bundle is given twice: give it once"),
-        (("--bundle", "A", "--bundle", "B", "--bundle-weight", 1), "2 bundles and 1 weights"),
+        (("--bundle", "A", "--bundle", "B", "--bundle-weight", 1), "2 bundles and 1 weight"),
         (("--bundle", "A", "--bundle", "B", "--bundle-weight", 1, "--bundle-weight", 0), "must be a number above 0"),
         (("--bundle", "A", "--bundle", "B", "--bundle-weight", 1, "--bundle-weight", "nan"), "must be a number above"),
         (("--bundle", "A", "--bundle-weight", 1), "--bundle-weight needs at least two --bundle options"),
