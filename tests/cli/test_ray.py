@@ -148,7 +148,7 @@ def test_killed_workers_run_is_byte_identical(image_dir, tiny_bundle, tmp_path, 
     killer.join()
     assert result.exit_code == 0, result.stderr
     assert len(killed) == 4
-    assert len(re.findall(r"^Ray worker [01] died \(ActorDiedError\)", result.stderr, re.M)) == 4
+    assert len(re.findall(r"^warning: Ray worker [01] died \(ActorDiedError\)", result.stderr, re.M)) == 4
     assert "retried" in result.stderr
     assert out.read_bytes() == undisturbed
     assert not actors()
