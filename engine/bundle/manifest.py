@@ -173,7 +173,7 @@ class Bundle:
     stamps from just before the files were checked, for BundleWatch. `activation_scales` matters
     to int8 alone.
 
-    `tasks` maps the names of the tasks that the encoder can be told to their token ids; it is empty for most models.
+    `tasks` maps the names of the tasks that the encoder supports to their token ids; it is empty for most models.
     The bundle is for `task`, the first of them unless `for_task` chose another, and the number of encoder positions
     includes its ids.
     """

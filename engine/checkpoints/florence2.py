@@ -118,7 +118,7 @@ class Florence2Rules(Rules):
     weight_prefixes = ("model.vision_tower.", "model.language_model.decoder.layers.")
     tokenizer_class = "BartTokenizer"
     has_native_code = True
-    position_table = ""  # there is none to resize: rows and columns have embeddings of their own
+    position_table = ""  # nothing to resize: rows and columns have embeddings of their own
     processor = processor_rules(
         "CLIP",
         {"height": IMAGE_SIZE, "width": IMAGE_SIZE},

@@ -206,7 +206,7 @@ class Rules(ABC):
     """Name of the encoder's position table f32[1,1+h*w,D] or f32[1+h*w,D]: a row for the class token, then one for
     each patch. Only for models that convert without torch."""
     tasks: ClassVar[Mapping[str, str]] = {}
-    """Names of the tasks that the encoder is told with each image, and the texts that stand for them."""
+    """Names of the tasks that the encoder reads with each image, and their texts."""
     task_ends: ClassVar[tuple[str, str]] = ("", "")
     """Special tokens before and after the text of a task."""
     special_tokens: ClassVar[tuple[str, ...]] = ()

@@ -121,11 +121,11 @@ class AttentionFiles:
     """The files of --attention, one per image in `folder`, with attention averaged over `layers`."""
 
     def __init__(self, folder: Path, layers: Sequence[int]) -> None:
-        self.folder, self._layers = folder, tuple(layers)
+        self.folder, self.layers = folder, tuple(layers)
 
     def has(self, caption: Caption) -> bool:
         """Return whether the file of a caption is there: for the same tokens, averaged over the same layers."""
-        return is_attention_of(attention_path(self.folder, caption.id), caption.ids[1:], self._layers)
+        return is_attention_of(attention_path(self.folder, caption.id), caption.ids[1:], self.layers)
 
     def write(self, caption: Caption) -> None:
         """Write the file of a caption. Raises OutputError."""

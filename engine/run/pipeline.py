@@ -192,13 +192,9 @@ def caption_directory(
         # before workers start, so that a wrong option is reported at once
         decoding = resolve(opened, CaptionTokenizer(opened), requested, prompts)
         options = decoding.options
-        attention = None
-        if outputs.attention is not None:
-            if runtime.backend != "auto":  # that of a cluster is chosen by its nodes, which check it as well
-                require_attention(opened, runtime.backend)
-            layers = layers_of(opened, outputs.layers())
-            decoding = replace(decoding, attention=layers)
-            attention = AttentionFiles(outputs.attention, layers)
+        attention = _attention_files(opened, outputs, runtime)
+        if attention is not None:
+            decoding = replace(decoding, attention=attention.layers)
         if calibration is not None:
             calibration.require(options.num_return_sequences)
         with (
@@ -231,9 +227,7 @@ def caption_directory(
                 from engine.run.shards import write_notes
 
                 ids = [image.id for image in all_images]
-                settings: list[object] = [outputs.text_settings, prompts]
-                if calibration is not None:  # otherwise omitted: shards of earlier versions can be merged with new ones
-                    settings += [asdict(calibration), outputs.abstain_below]
+                settings = _text_settings(outputs, prompts, calibration)
                 write_notes(shard, lines_written(record, outputs), ids, signature, settings)
     return RunSummary(
         images=len(images),
@@ -248,6 +242,23 @@ def caption_directory(
         signature=signature,
         left_aside=left_aside,
     )
+
+
+def _attention_files(bundle: Bundle, outputs: Outputs, runtime: Runtime) -> AttentionFiles | None:
+    """Return the files of --attention, None without. Raises UsageError if bundle or backend do not support maps."""
+    if outputs.attention is None:
+        return None
+    if runtime.backend != "auto":  # that of a cluster is chosen by its nodes, which check it as well
+        require_attention(bundle, runtime.backend)
+    return AttentionFiles(outputs.attention, layers_of(bundle, outputs.layers()))
+
+
+def _text_settings(outputs: Outputs, prompts: object, calibration: Calibration | None) -> list[object]:
+    """Return what decides the text of outputs, apart from the signature: shards that differ in it cannot be merged."""
+    settings: list[object] = [outputs.text_settings, prompts]
+    if calibration is not None:  # otherwise omitted: shards of earlier versions can be merged with new ones
+        settings += [asdict(calibration), outputs.abstain_below]
+    return settings
 
 
 def log_notes(

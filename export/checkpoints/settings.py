@@ -58,7 +58,7 @@ def restored_tokenizer(file: Path, settings: Mapping[str, Any], *, clean_up: boo
 def _read(directory: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a directory by AutoTokenizer or, if that fails, from tokenizer.json alone."""
     rules, path = rules_at(directory), directory / "tokenizer_config.json"
-    # config.json of a checkpoint with custom code may be none that transformers can read, and names no tokenizer
+    # config.json of a checkpoint with custom code may not be readable by transformers, and names no tokenizer
     is_named = not rules.has_native_code or (path.is_file() and "tokenizer_class" in read_json(path))
     kind = {} if is_named else {"tokenizer_type": rules.tokenizer_class.removesuffix("Tokenizer").lower()}
     try:

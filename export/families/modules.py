@@ -79,7 +79,7 @@ class Encoder(ExportedModule, ABC):
         return self.keys_values_of(pixel_values)
 
     def keys_values_of(self, pixel_values: Tensor, *task_ids: Tensor) -> tuple[Tensor, ...]:
-        """Run the graph. A family whose encoder is told a task defines `forward` with its ids as second input."""
+        """Run the graph. If the encoder of a family reads a task, its `forward` has the task's ids as second input."""
         pixels = (pixel_values.float() * self.rescale - self.image_mean) / self.image_std
         encoded = self.encode(_as(pixels, self.weights_type).permute(0, 3, 1, 2), *task_ids)
         batch = pixel_values.shape[0]
