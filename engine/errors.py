@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 PACKAGES = {
     "cpu": ("onnxruntime>=1.24.1",),
     "openvino": ("openvino>=2026.4",),
@@ -22,6 +25,10 @@ PACKAGES = {
     "rtx": ("tensorrt-rtx>=1.7", "cuda-bindings>=12.8"),
 }
 """Extra of pyproject.toml -> the packages it installs, for install_command. A test compares the two."""
+
+
+LONGEST_REASON = 400
+"""Most characters of a runtime's messages that are kept."""
 
 
 def install_command(extra: str) -> str:
@@ -90,3 +97,19 @@ class OutOfMemoryError(BackendError):
 
 class OutputError(EngineError):
     """An output file cannot be written."""
+
+
+@contextmanager
+def backend_errors(what: str, *, out_of_memory: Sequence[str]) -> Iterator[None]:
+    """Convert a runtime's exceptions into BackendError or OutOfMemoryError; `what` starts the message.
+
+    `out_of_memory` has parts of the runtime's messages, in lower case, that mean out of memory.
+    """
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+        is_out_of_memory = isinstance(error, MemoryError) or any(sign in reason.lower() for sign in out_of_memory)
+        raise (OutOfMemoryError if is_out_of_memory else BackendError)(f"{what}: {reason}") from error

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from engine.backends.ort import CPU_BATCH_SIZES, check_graphs, refuse_rounded_tw
 from engine.backends.ort import OUT_OF_MEMORY as ORT_OUT_OF_MEMORY
 from engine.bundle.manifest import CANDIDATES, GRAPHS, NUM_CANDIDATES, TASK_IDS, Bundle, cache_names, step_inputs
 from engine.decoding.backend import BatchSizes, StepInputs
-from engine.errors import BackendError, BundleError, EngineError, OutOfMemoryError, UsageError, install_command
+from engine.errors import BackendError, BundleError, EngineError, UsageError, backend_errors, install_command
 from engine.files.atomic import cache_folder, replace_file, require_private
 from engine.files.lock import OutputLock
 from engine.host import available_cores, processor
@@ -122,17 +123,7 @@ def require_openvino(cpu_precision: str = "fp32") -> None:
             )
 
 
-@contextmanager
-def openvino_errors(what: str) -> Iterator[None]:
-    """Convert OpenVINO's exceptions into BackendError or OutOfMemoryError; `what` starts the message."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        is_out_of_memory = isinstance(error, MemoryError) or any(sign in reason.lower() for sign in OUT_OF_MEMORY)
-        raise (OutOfMemoryError if is_out_of_memory else BackendError)(f"{what}: {reason}") from error
+openvino_errors = partial(backend_errors, out_of_memory=OUT_OF_MEMORY)
 
 
 def compile_graphs(bundle: Bundle, threads: int, cpu_precision: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from engine.bundle.manifest import (
 )
 from engine.bundle.onnx import Node, OnnxFile, Weights, read_onnx
 from engine.decoding.backend import BatchSizes, StepInputs
-from engine.errors import BackendError, BundleError, EngineError, OutOfMemoryError
+from engine.errors import BackendError, BundleError, OutOfMemoryError, backend_errors
 from engine.host import available_cores
 from engine.runtime import TORCH_DEVICES, Runtime
 
@@ -82,17 +83,7 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free)
 
 
-@contextmanager
-def torch_errors(what: str) -> Iterator[None]:
-    """Convert torch's exceptions into BackendError or OutOfMemoryError; `what` starts the message."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        is_out_of_memory = isinstance(error, MemoryError) or any(sign in reason.lower() for sign in OUT_OF_MEMORY)
-        raise (OutOfMemoryError if is_out_of_memory else BackendError)(f"{what}: {reason}") from error
+torch_errors = partial(backend_errors, out_of_memory=OUT_OF_MEMORY)
 
 
 @contextmanager
