@@ -524,8 +524,8 @@ def test_python_api_converts(here, tiny_bundle, caplog):
 def test_invalid_precision_is_a_usage_error(here):
     from engine import Captioner
 
-    with pytest.raises(UsageError, match="unknown precision 'bf16': choose one of fp32, fp16, int8"):
-        Captioner.load(here, precision="bf16", backend="cpu")
+    with pytest.raises(UsageError, match="unknown precision 'bf8': choose one of fp32, fp16, int8"):
+        Captioner.load(here, precision="bf8", backend="cpu")
     with pytest.raises(UsageError, match="precision and image size convert a checkpoint"):
         Captioner.load(precision="int8")
 
