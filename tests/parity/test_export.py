@@ -265,9 +265,9 @@ def test_position_table_is_resized_as_in_hugging_face(tiny_checkpoint, tmp_path)
         (
             lambda d: edit_json(
                 d / "config.json",
-                text_config=json.loads((d / "config.json").read_text())["text_config"] | {"forced_eos_token_id": 3},
+                text_config=json.loads((d / "config.json").read_text())["text_config"] | {"renormalize_logits": True},
             ),
-            "has settings that the engine does not support (forced_eos_token_id=3)",
+            "has settings that the engine does not support (renormalize_logits=True)",
         ),
         (
             lambda d: edit_json(
