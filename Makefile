@@ -99,8 +99,9 @@ recipe: $(FULL)/.ready  ## caption the examples, score (BERTScore by a small pro
 
 SMOKE := build/smoke
 EXAMPLES ?= examples
+MODEL ?= $(DEMO)/restored
 train-smoke: restore  ## fine-tune the demo checkpoint on the example pairs, export, caption, score, check parity
-	$(FULL)/bin/python -m train finetune --recipe smoke --model $(DEMO)/restored --data $(EXAMPLES) --out $(SMOKE)/run
+	$(FULL)/bin/python -m train finetune --recipe smoke --model $(MODEL) --data $(EXAMPLES) --out $(SMOKE)/run
 	$(FULL)/bin/python -m export --checkpoint $(SMOKE)/run/best --out $(SMOKE)/bundle
 	$(FULL)/bin/engine caption --bundle $(SMOKE)/bundle --input $(EXAMPLES)/images --beams $(BEAMS) --out $(SMOKE)/run.csv
 	$(FULL)/bin/engine score --run $(SMOKE)/run.csv --references $(EXAMPLES)/captions.csv --out $(SMOKE)/scores.json

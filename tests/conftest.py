@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tests.helpers import cores  # isort: skip  # before numpy
+
 import hypothesis
 import pytest
 
@@ -15,6 +17,14 @@ from engine.runtime import Runtime
 
 hypothesis.settings.register_profile("long", max_examples=5_000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needs_two = item.get_closest_marker("two_cores") is not None
+    if needs_two and len(cores.ALL) < 2:
+        pytest.skip("two worker processes need two cores")
+    cores.use_cores(every=needs_two)
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,9 @@ BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u
 """Marks that reverse the direction of text: `gpj.exe` would be shown as `exe.jpg`."""
 
 
+HELP_OPTIONS = ["-h", "--help"]
+
+
 class PathType(click.Path):
     """A path. An empty one is refused: from an unset shell variable it would mean the working directory."""
 
@@ -433,7 +436,7 @@ class OneLine(click.Command):
     """A command that reports errors in one line, with help under -h and --help."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        named["context_settings"] = {"help_option_names": ["-h", "--help"]} | (named.get("context_settings") or {})
+        named["context_settings"] = {"help_option_names": HELP_OPTIONS} | (named.get("context_settings") or {})
         super().__init__(*args, **named)
         if not isinstance(self, click.Group):
             add_levels(self)
@@ -493,9 +496,10 @@ def _end_if_interrupted(error: BaseException) -> None:
 
 
 class Group(click.Group):
-    """A group that lists its commands with their full summaries, and adds -q and -v to each of them."""
+    """A group that lists its commands with their full summaries, and adds -h, -q and -v to each of them."""
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        cmd.context_settings.setdefault("help_option_names", HELP_OPTIONS)
         add_levels(cmd)
         super().add_command(cmd, name)
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ PATIENCE_S = 10.0
 """Seconds for Ray's processes to end by themselves after a run; then they are killed."""
 LONGEST_TEMPORARY = 40
 """Maximum characters of a temporary folder's name: the paths of Ray's sockets in it are limited to 107."""
+REMOVALS = 20
+"""Attempts to remove a cluster's folder, 0.1 s apart."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -118,8 +121,14 @@ def _clean_up() -> None:
 
 
 def _remove_folders() -> None:
+    """Remove the folders of clusters that were started here; again, if a process that is ending still writes there."""
     while _folders:
-        shutil.rmtree(_folders.pop(), ignore_errors=True)
+        folder = Path(_folders.pop())
+        for _ in range(REMOVALS):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.1)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from engine.attention import read_attention
 from engine.cli.app import main
-from engine.host import available_cores
+from tests.helpers.cores import two_cores
 from tests.helpers.tiny import save_pictures
 
 IMAGES = 24
@@ -65,7 +65,7 @@ def test_one_file_per_image(whole, images, tiny_bundle, tmp_path):
     assert plain.read_bytes() == (whole / "run.csv").read_bytes()
 
 
-@pytest.mark.skipif(available_cores() < 2, reason="two worker processes need two cores")
+@two_cores
 @pytest.mark.parametrize("workers", [("--processes", "2"), ("--ray", "local", "--ray-actors", "1")], ids=str)
 def test_workers_give_the_same_files(workers, images, tiny_bundle, whole, tmp_path):
     if "--ray" in workers:

@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 from engine.calibration import Calibration
 from engine.captions import Caption
 from engine.cli.app import main
-from engine.host import available_cores
 from engine.run.record import RunRecord
+from tests.helpers.cores import two_cores
 from tests.helpers.tiny import save_pictures
 
 IMAGES = 24
@@ -149,7 +149,7 @@ def test_other_metrics_and_confidences(folder, tmp_path):
     assert found.signature.startswith("bleu1")
 
 
-@pytest.mark.skipif(available_cores() < 2, reason="two worker processes need two cores")
+@two_cores
 def test_processes_have_all_keys(folder, calibrated, caption, tmp_path):
     result = caption(tmp_path / "run.csv", *added(folder), "--review-out", tmp_path / "run.review", "--processes", 2)
     assert result.exit_code == 0, result.stderr

@@ -15,6 +15,7 @@ import click
 
 from benchmarks.figures import PAGES, ROOT
 from engine.cli.app import main as engine
+from tests.helpers.cores import two_cores
 from tests.helpers.tiny import WORDS, save_pictures
 from train.__main__ import main as train
 
@@ -150,6 +151,7 @@ small-bert`, which fetch packages, for benchmarks that take minutes, nor for `be
 """
 
 
+@two_cores
 def test_programs_write_only_to_outputs_and_cache(tiny_checkpoint, tiny_bundle, tmp_path):
     images = save_pictures(tmp_path / "inputs/data/images", 6)
     references = tmp_path / "inputs/data/captions.csv"

@@ -18,15 +18,15 @@ from PIL import Image
 from engine import captioner
 from engine.cli.app import main
 from engine.errors import UsageError
-from engine.host import available_cores
 from engine.run import pipeline
 from engine.run.record import RunRecord
 from engine.workers import child, resources
 from tests.cli.test_resume import command, wait_for_records
+from tests.helpers.cores import two_cores
 from tests.helpers.processes import children, is_running
 from tests.helpers.tiny import save_pictures
 
-pytestmark = pytest.mark.skipif(available_cores() < 2, reason="two worker processes need two cores")
+pytestmark = two_cores
 IMAGES = 120
 TWO = ("--threads", "2", "--processes", "2")
 SLOW = ("--rows", "3")

@@ -28,8 +28,11 @@ from engine.workers import cluster as ray_cluster
 from engine.workers.cluster import LOCAL, _connect, cluster
 from engine.workers.worker import CaptionWorker
 from tests.cli.test_resume import command, wait_for_records
+from tests.helpers.cores import two_cores
 from tests.helpers.processes import children, is_running
 from tests.helpers.tiny import save_pictures
+
+pytestmark = two_cores
 
 ray = pytest.importorskip("ray", reason="ray is not installed: it comes with the extra [ray]")
 

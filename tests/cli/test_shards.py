@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engine.cli.app import main
-from engine.host import available_cores
+from tests.helpers.cores import two_cores
 from tests.helpers.tiny import save_pictures
 
 NUMBER = r"-?\d+\.\d+"
@@ -61,7 +61,7 @@ def test_merged_shards_are_the_bytes_of_one_run(images, tiny_bundle, tmp_path, f
         assert re.split(NUMBER, merged.read_text()) == re.split(NUMBER, whole.read_text())
 
 
-@pytest.mark.skipif(available_cores() < 2, reason="two worker processes need two cores")
+@two_cores
 def test_int8_captions_do_not_depend_on_shards_processes_or_resume(rounded_bundles, tmp_path):
     images, bundle = save_pictures(tmp_path / "images", 9, seed=5), rounded_bundles["int8"]
 

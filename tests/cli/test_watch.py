@@ -18,6 +18,7 @@ from engine.host import descendants
 from engine.inputs.images import find_images
 from engine.run.journal import read_journal
 from engine.run.watch import SETTLE_S, SettledImages
+from tests.helpers.cores import two_cores
 from tests.helpers.tiny import random_pictures
 
 PICTURES = random_pictures(8)
@@ -153,6 +154,7 @@ def from_scratch(folder: Path, bundle: Path, out: Path) -> bytes:
     return out.read_bytes()
 
 
+@two_cores
 def test_processes_wait_for_more_images(tmp_path, tiny_bundle):
     folder, out = tmp_path / "images", tmp_path / "run.csv"
     folder.mkdir()

@@ -137,7 +137,7 @@ def list_files(folder: Path, name: str, commit: str) -> object:
 def loopback_hub() -> Iterator[Hub]:
     """Serve a hub until the context exits."""
     server = HubServer()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server.hub
     finally:

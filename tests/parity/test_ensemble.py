@@ -25,6 +25,7 @@ from engine.runtime import Runtime
 from export.bundle import export_bundle
 from export.parity import main as parity
 from export.reference.huggingface import Reference, ensemble
+from tests.helpers.cores import two_cores
 from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
 
 WEIGHTS = (1.0, 0.5)
@@ -150,6 +151,7 @@ def caption(*arguments):
     return CliRunner().invoke(main, ["caption", *map(str, arguments)])
 
 
+@two_cores
 def test_several_bundles_from_the_command_line(pictures, tiny_bundle, other_bundle, both, tmp_path):
     bundles = ("--bundle", tiny_bundle, "--bundle", other_bundle, "--bundle-weight", 1, "--bundle-weight", 0.5)
     common = (*bundles, "--input", pictures, "--beams", 3, "--max-new-tokens", 12)

@@ -12,7 +12,7 @@ import pytest
 
 from engine.checkpoints.files import SAFE
 from engine.errors import BackendError, CheckpointError
-from export.checkpoints.find import cached
+from export.checkpoints.find import cached, find_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs user ids and permissions")
 
@@ -77,3 +77,10 @@ def test_files_in_a_private_cache_are_not_checked():
     folder = cached("checkpoint", write)
     folder.chmod(0o775)
     assert cached("checkpoint", write) == folder
+
+
+def test_names_that_are_paths_are_not_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "best").mkdir(parents=True)
+    for name in ("runs/best", "/nowhere/best", "./runs/other", "../runs/x", "best", "a/b/c"):
+        assert find_checkpoint(name) == Path(name)

@@ -1,4 +1,4 @@
-"""Checkpoints by name: local folders, and the hub's client against a hub on the loopback interface."""
+"""Downloads of checkpoints, from a hub on the loopback interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from export.checkpoints.find import find_checkpoint
 from tests.helpers.hub import Hub, loopback_hub
 
 BASE = (
@@ -19,7 +18,7 @@ BASE = (
     *("special_tokens_map.json", "tf_model.h5", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
 )
 """The files of Salesforce/blip-image-captioning-base; -large also has model.safetensors."""
-Find = Callable[..., str]
+Fetch = Callable[..., str]
 
 
 @pytest.fixture
@@ -39,14 +38,14 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def find(hub: Hub, tmp_path: Path) -> Find:
-    """Call find_checkpoint in a separate process: the hub's client reads its environment when it is imported."""
+def fetched(hub: Hub, tmp_path: Path) -> Fetch:
+    """Call fetch in a separate process: the hub's client reads its environment when it is imported."""
 
     def call(name: str, endpoint: str | None = None) -> str:
         code = (
             "import sys\nfrom engine.errors import CheckpointError\n"
-            "from export.checkpoints.find import find_checkpoint\n"
-            "try:\n    print(find_checkpoint(sys.argv[1]))\n"
+            "from engine.checkpoints.hub import fetch\n"
+            "try:\n    print(fetch(sys.argv[1], str).folder)\n"
             "except CheckpointError as error:\n    print('refused:', error)"
         )
         environment = os.environ | {
@@ -65,26 +64,19 @@ def find(hub: Hub, tmp_path: Path) -> Find:
     return call
 
 
-def test_local_folder_comes_before_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "best").mkdir(parents=True)
-    for name in ("runs/best", "/nowhere/best", "./runs/other", "../runs/x", "best", "a/b/c"):
-        assert find_checkpoint(name) == Path(name)
-
-
-def test_pickles_are_fetched_only_without_safetensors(hub, find):
+def test_pickles_are_fetched_only_without_safetensors(hub, fetched):
     """Code is never fetched."""
-    base = Path(find("Salesforce/blip-image-captioning-base"))
+    base = Path(fetched("Salesforce/blip-image-captioning-base"))
     assert sorted(path.name for path in base.iterdir()) == sorted(
         name for name in BASE if name.endswith((".json", ".txt", "pytorch_model.bin"))
     )
-    large = Path(find("Salesforce/blip-image-captioning-large@main"))
+    large = Path(fetched("Salesforce/blip-image-captioning-large@main"))
     assert (large / "model.safetensors").is_file()
     assert not (large / "pytorch_model.bin").exists()
     hub.asked.clear()
-    assert Path(find("Salesforce/blip-image-captioning-base")) == base
+    assert Path(fetched("Salesforce/blip-image-captioning-base")) == base
     assert hub.asked == [], "cached files were fetched again"
-    assert Path(find("Salesforce/blip-image-captioning-base", "http://127.0.0.1:9")) == base, "without a network"
+    assert Path(fetched("Salesforce/blip-image-captioning-base", "http://127.0.0.1:9")) == base, "without a network"
 
 
 @pytest.mark.parametrize(
@@ -96,22 +88,22 @@ def test_pickles_are_fetched_only_without_safetensors(hub, find):
         ("salesforce/originals", "model_base_caption_capfilt_large.pth): download an original .pth file"),
     ],
 )
-def test_hub_errors_are_one_line_with_a_remedy(name, sentence, hub, find):
+def test_hub_errors_are_one_line_with_a_remedy(name, sentence, hub, fetched):
     hub.gated.add("salesforce/gated")
-    (line,) = find(name).splitlines()
+    (line,) = fetched(name).splitlines()
     assert line.startswith(f"refused: {name} ")
     assert sentence in line
 
 
-def test_error_without_network_and_cache(find):
-    (line,) = find("Salesforce/blip-image-captioning-base", "http://127.0.0.1:9").splitlines()
+def test_error_without_network_and_cache(fetched):
+    (line,) = fetched("Salesforce/blip-image-captioning-base", "http://127.0.0.1:9").splitlines()
     assert "the hub cannot be reached, and the checkpoint is not cached: pass the folder of a checkpoint" in line
 
 
-def test_interrupted_download_resumes(hub, find):
+def test_interrupted_download_resumes(hub, fetched):
     hub.cut.add("pytorch_model.bin")
-    first = find("Salesforce/blip-image-captioning-base")
-    folder = Path(first if not first.startswith("refused") else find("Salesforce/blip-image-captioning-base"))
+    first = fetched("Salesforce/blip-image-captioning-base")
+    folder = Path(first if not first.startswith("refused") else fetched("Salesforce/blip-image-captioning-base"))
     served = hub.repositories["Salesforce/blip-image-captioning-base"]
     assert (folder / "pytorch_model.bin").read_bytes() == (served / "pytorch_model.bin").read_bytes()
     assert json.dumps(hub.asked).count("pytorch_model.bin from") > 1, "it was fetched in one piece"
