@@ -17,7 +17,7 @@ RECORD ?=
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
-.PHONY: all caption full test test-next test-families lint parity fuzz golden bench soak plots figures docs recipe train-smoke demo restore help clean
+.PHONY: all caption full test test-fast test-next test-families lint parity fuzz golden bench soak plots figures docs recipe train-smoke demo restore help clean
 
 all: lint test  ## run lint and test
 
@@ -28,24 +28,28 @@ caption: $(LEAN)/.ready  ## caption the example images into run.csv (lean enviro
 
 full: $(FULL)/.ready  ## create the full environment for export and training (torch, some gigabytes)
 
-# Three processes of pytest: with all tests in one, next to torch and TensorRT-RTX, OpenVINO's tests once ended with a
-# segmentation fault. The cause is not known. Two at a time are not faster: on two cores each takes twice as long.
+# A process of tests for each core, bound to it (tests/helpers/cores.py). Two runs of pytest: with all tests in one process,
+# next to torch and TensorRT-RTX, OpenVINO's tests once ended with a segmentation fault. The cause is not known.
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 test: lint $(NEXT)/.ready  ## create all environments, lint, and run all tests (with transformers 5 a short selection)
-	@echo "running all tests: about 20 minutes on 2 cores"
-	$(FULL)/bin/python -m pytest tests/cli tests/docs tests/packaging
-	$(FULL)/bin/python -m pytest tests/browser tests/nvidia tests/parity
-	$(FULL)/bin/python -m pytest tests/unit
-	$(NEXT)/bin/python -m pytest tests/parity/test_releases.py tests/unit/export \
+	@echo "running all tests: MINUTES on 2 cores"
+	$(FULL)/bin/python $(PYTEST) tests/cli tests/docs tests/packaging tests/unit
+	$(FULL)/bin/python $(PYTEST) tests/browser tests/nvidia tests/parity
+	$(NEXT)/bin/python $(PYTEST) tests/parity/test_releases.py tests/unit/export \
 	    tests/parity/test_generate.py -k "not equal_generate or penalties and ids or equal_generate and (1-0 or 3-3-None)"
 
+test-fast: lint  ## lint, the unit tests and a part of the parity grid, for contributors (two minutes)
+	$(FULL)/bin/python $(PYTEST) tests/unit tests/parity/test_ladder.py
+
 test-next: $(NEXT)/.ready  ## run the parity grid and the export tests with the newest transformers 5
-	$(NEXT)/bin/python -m pytest tests/parity/test_releases.py tests/unit/export tests/parity/test_generate.py \
+	$(NEXT)/bin/python $(PYTEST) tests/parity/test_releases.py tests/unit/export tests/parity/test_generate.py \
 	    tests/parity/test_export.py tests/parity/test_pairs.py tests/parity/test_git.py tests/parity/test_image_prefix.py \
 	    tests/parity/test_florence.py
 
 test-families: $(FULL)/.ready  ## compare every family and pair with generate over the whole grid of settings (minutes per pair)
-	FAMILIES_GRID=full $(FULL)/bin/python -m pytest tests/parity/test_pairs.py tests/parity/test_git.py \
-	    tests/parity/test_image_prefix.py tests/parity/test_florence.py
+	FAMILIES_GRID=full $(FULL)/bin/python $(PYTEST) tests/parity/test_pairs.py tests/parity/test_git.py \
+	    tests/parity/test_image_prefix.py tests/parity/test_florence.py tests/parity/test_torch.py tests/parity/test_convert.py
 
 lint: $(FULL)/.ready  ## check style, types and the import rules between packages
 	$(FULL)/bin/ruff check .

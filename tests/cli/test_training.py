@@ -437,4 +437,4 @@ def test_make_train_smoke(tiny_checkpoint, tmp_path):
     assert summary["epochs"] == RECIPES["smoke"].epochs
     parity = json.loads((tmp_path / "parity.json").read_text())
     assert parity["passed"]
-    assert json.loads((tmp_path / "scores.json").read_text())["details"]["images"] == len(some)
+    assert json.loads((tmp_path / "scores.json").read_text())["details"]["description"]["images"] == len(some)
