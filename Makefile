@@ -28,14 +28,12 @@ caption: $(LEAN)/.ready  ## caption the example images into run.csv (lean enviro
 
 full: $(FULL)/.ready  ## create the full environment for export and training (torch, some gigabytes)
 
-# A process of tests for each core, bound to it (tests/helpers/cores.py). Two runs of pytest: with all tests in one process,
-# next to torch and TensorRT-RTX, OpenVINO's tests once ended with a segmentation fault. The cause is not known.
+# A process of tests for each core, bound to it (tests/helpers/cores.py).
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test: lint $(NEXT)/.ready  ## create all environments, lint, and run all tests (with transformers 5 a short selection)
 	@echo "running all tests: MINUTES on 2 cores"
-	$(FULL)/bin/python $(PYTEST) tests/cli tests/docs tests/packaging tests/unit
-	$(FULL)/bin/python $(PYTEST) tests/browser tests/nvidia tests/parity
+	$(FULL)/bin/python $(PYTEST) tests
 	$(NEXT)/bin/python $(PYTEST) tests/parity/test_releases.py tests/unit/export \
 	    tests/parity/test_generate.py -k "not equal_generate or penalties and ids or equal_generate and (1-0 or 3-3-None)"
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,23 @@ def require_openvino(cpu_precision: str = "fp32") -> None:
     """Raise BackendError if OpenVINO or, for bf16, the processor's instructions are missing."""
     openvino = import_openvino()
     if cpu_precision == "bf16":
-        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        capabilities = shared_core(openvino).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if "BF16" not in capabilities:
             raise BackendError(
                 "this processor has no instructions for bf16 (AVX512_BF16 or AMX), so bf16 would only be slower: "
                 "remove --cpu-precision"
             )
+
+
+@cache
+def shared_core(openvino: Any) -> Any:
+    """Return the one openvino.Core of this process, which is never closed.
+
+    A Core registers a signal stack for its thread, and registers the earlier one again when it is closed. Of two that
+    are closed in the order in which they were opened, the second then registers a stack that was freed, and the next
+    signal with a handler in Python ends the process with a segmentation fault (OpenVINO 2026.4, Linux).
+    """
+    return openvino.Core()
 
 
 openvino_errors = partial(backend_errors, out_of_memory=OUT_OF_MEMORY)
@@ -157,7 +168,7 @@ class Store:
 
     def __init__(self, openvino: Any, bundle: Bundle, threads: int, cpu_precision: str) -> None:
         self._ov, self._bundle = openvino, bundle
-        self._core = openvino.Core()
+        self._core = shared_core(openvino)
         self._settings = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -191,3 +193,16 @@ def test_processes_that_compile_concurrently_agree(tiny_bundle, tmp_path, fresh)
         assert "cannot be used" not in shared.stderr
         assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
         assert len(blobs(fresh)) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signal stacks of Linux")
+def test_signals_after_backends_are_closed_in_the_order_of_opening(tiny_bundle):
+    """OpenVINO's signal stack of the first would be used after it was freed: the process then ended with SIGSEGV."""
+    code = (
+        "import os, signal, sys\nfrom engine import Captioner\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+        "first, second = (Captioner.load(sys.argv[1], backend='openvino', threads=1) for _ in range(2))\n"
+        "del first\ndel second\nos.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tiny_bundle], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
