@@ -26,6 +26,7 @@ from engine.checkpoints.files import read_config_file, rules_at, weight_files
 from engine.checkpoints.rotate import Residual
 from engine.checkpoints.rules import Rules, task_ids
 from engine.checkpoints.settings import (
+    ProcessorSettings,
     assumed_settings,
     configured_settings,
     generation_settings,
@@ -111,18 +112,7 @@ def _read(
     names: Mapping[str, str],
 ) -> Checkpoint:
     """Read the settings in `folder` and the weights in `source`, a folder or a file whose weights have other names."""
-    raw, rules = read_config_file(folder), rules_at(folder)
-    rules.check_config(raw, folder / "config.json")
-    if "auto_map" in raw and not rules.has_native_code:
-        raise CheckpointError(
-            f"{folder / 'config.json'} asks for custom code (auto_map), which is never run: remove that entry"
-        )
-    if not rules.converts(raw):
-        raise CheckpointError(
-            f"{source} is a {rules.name} checkpoint, which needs torch to become a bundle: run `python -m export` in a "
-            "checkout of this project"
-        )
-    refuse_unsupported(folder, rules, raw)
+    raw, rules = _read_config(folder, source)
     files = [source] if names else weight_files(source)
     weights = open_weights(files, source)
     if names:
@@ -146,36 +136,23 @@ def _read(
         raise CheckpointError(
             f"{folder / 'config.json'}: the token ids {sizes.tokens} do not fit a vocabulary of {sizes.vocab_size}"
         )
-    generation, sources = generation_settings(folder), configured_settings(folder)
-    try:
-        options_from(generation, {})
-    except UsageError as error:
-        where = sorted({sources[name].source for name in generation})
-        raise CheckpointError(f"{folder}: {' or '.join(where)}: {error}") from error
+    generation, generation_from = _read_generation(folder)
     text = read_tokenizer(folder, rules.tokenizer_class, sizes.vocab_size, rules.special_tokens)
     tokenizer = Tokenizer.from_str(text.text) if rules.tasks else None
     values = processor.values
-    mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else ([0.0] * 3, [1.0] * 3)
     return Checkpoint(
         path=source,
         family=rules.model_type,
         shape=rules.shape(raw),
         model=ModelDims(**{name: getattr(sizes, name) for name in ModelDims.__dataclass_fields__}),
-        image=ImageSpec(
-            height=sizes.image_size,
-            width=sizes.image_size,
-            resample=Image.Resampling(values["resample"]).name.lower(),
-            mean=tuple(mean),
-            std=tuple(std),
-            resize=size_before_crop(processor.for_size(sizes.image_size)),
-        ),
+        image=_image_spec(processor, sizes.image_size),
         rescale=values["rescale_factor"] if values["do_rescale"] else 1.0,
         tokens=sizes.tokens,
         tasks={}
         if tokenizer is None
         else task_ids(rules, lambda one: tokenizer.encode(one, add_special_tokens=False).ids),
         generation=generation,
-        generation_from={name: sources[name].source for name in generation},
+        generation_from=generation_from,
         tokenizer=text.text,
         clean_up_tokenization_spaces=text.clean_up_tokenization_spaces,
         notes=(*ignored_settings(folder), *assumed_settings(folder)),
@@ -183,6 +160,48 @@ def _read(
         residual=rules.residual(raw),
         files=tuple(files),
         sha256=sha256,
+    )
+
+
+def _read_config(folder: Path, source: Path) -> tuple[Mapping[str, Any], Rules]:
+    """Return config.json and the rules of its family. Raises CheckpointError if it cannot be converted here."""
+    raw, rules = read_config_file(folder), rules_at(folder)
+    rules.check_config(raw, folder / "config.json")
+    if "auto_map" in raw and not rules.has_native_code:
+        raise CheckpointError(
+            f"{folder / 'config.json'} asks for custom code (auto_map), which is never run: remove that entry"
+        )
+    if not rules.converts(raw):
+        raise CheckpointError(
+            f"{source} is a {rules.name} checkpoint, which needs torch to become a bundle: run `python -m export` in a "
+            "checkout of this project"
+        )
+    refuse_unsupported(folder, rules, raw)
+    return raw, rules
+
+
+def _read_generation(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the generation settings, and where each of them stands. Raises CheckpointError for invalid values."""
+    generation, sources = generation_settings(folder), configured_settings(folder)
+    try:
+        options_from(generation, {})
+    except UsageError as error:
+        where = sorted({sources[name].source for name in generation})
+        raise CheckpointError(f"{folder}: {' or '.join(where)}: {error}") from error
+    return generation, {name: sources[name].source for name in generation}
+
+
+def _image_spec(processor: ProcessorSettings, image_size: int) -> ImageSpec:
+    """Return how images become pixels; without normalisation the mean is 0 and the standard deviation 1."""
+    values = processor.values
+    mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else ([0.0] * 3, [1.0] * 3)
+    return ImageSpec(
+        height=image_size,
+        width=image_size,
+        resample=Image.Resampling(values["resample"]).name.lower(),
+        mean=tuple(mean),
+        std=tuple(std),
+        resize=size_before_crop(processor.for_size(image_size)),
     )
 
 

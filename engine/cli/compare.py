@@ -79,10 +79,7 @@ def compare(
     Prints SECOND minus FIRST with a 95 % interval (fixed seed) for every metric. FIRST and SECOND are runs, or files of
     `score --per-image`. Two runs without --references are not scored: only their captions are compared.
     """
-    from dataclasses import asdict
-
-    from engine.files.atomic import check_outputs, write_atomically
-    from engine.scoring import base
+    from engine.files.atomic import check_outputs
     from engine.scoring.files import is_per_image
 
     idle = set(options_given(click.get_current_context())) & {f"--{name}" for name in MEASURING + MATCHING}
@@ -100,18 +97,7 @@ def compare(
     scores: tuple[Any, Any] = ({}, {})
     ids: list[str] = []
     if given["references"] is not None or not runs:
-        (ids, first_scores), (second_ids, second_scores) = (_measured(p, named=named, **given) for p in (first, second))
-        scores = (first_scores, second_scores)
-        if ids != second_ids:
-            raise UsageError(f"{first} and {second} do not cover the same images")
-        shared = [name for name in first_scores if name in second_scores]
-        if not shared:
-            names = [", ".join(sorted(name.partition("@")[0] for name in side)) for side in scores]
-            raise UsageError(
-                f"{first} ({names[0]}) and {second} ({names[1]}) share no metric with the same signature and the same "
-                "references: score both in the same way"
-            )
-        results = {name: base.compare(first_scores[name], second_scores[name], resamples) for name in shared}
+        ids, scores, results = _compared(first, second, resamples, named=named, **given)
     for name, result in results.items():
         click.echo(
             f"{name.partition('@')[0]:14} {scores[0][name].value:.4f} -> {scores[1][name].value:.4f}  "
@@ -125,21 +111,54 @@ def compare(
     for line in lines:
         click.echo(printable(line), err=as_json)
     if changes_out is not None:
-        import csv  # here, so that --help starts fast
-        from io import StringIO
+        _write_changes(changes_out, changes)
+    if as_json:
+        click.echo(_as_json(changes, results))
 
-        stream = StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["ID", "change", "first", "second"])
-        writer.writerows([name, f"{change:.4f}", *texts] for name, change, *texts in changes if texts[0] != texts[1])
-        write_atomically(changes_out, stream.getvalue())
-        log(f"-> {changes_out}")
-    if as_json and not results:
-        differ = sum(ours != theirs for _, _, ours, theirs in changes)
-        mean = sum(change for _, change, *_ in changes) / len(changes)
-        click.echo(json.dumps({"captions": {"images": len(changes), "differ": differ, "mean_change": mean}}))
-    elif as_json:
-        click.echo(json.dumps({name.partition("@")[0]: asdict(result) for name, result in results.items()}))
+
+def _compared(
+    first: Path, second: Path, resamples: int, **given: Any
+) -> tuple[list[str], tuple[Any, Any], dict[str, Any]]:
+    """Return the ids, the scores of both files and the comparison of each metric that they share, by its signature."""
+    from engine.scoring import base
+
+    (ids, first_scores), (second_ids, second_scores) = (_measured(path, **given) for path in (first, second))
+    scores = (first_scores, second_scores)
+    if ids != second_ids:
+        raise UsageError(f"{first} and {second} do not cover the same images")
+    shared = [name for name in first_scores if name in second_scores]
+    if not shared:
+        names = [", ".join(sorted(name.partition("@")[0] for name in side)) for side in scores]
+        raise UsageError(
+            f"{first} ({names[0]}) and {second} ({names[1]}) share no metric with the same signature and the same "
+            "references: score both in the same way"
+        )
+    return ids, scores, {name: base.compare(first_scores[name], second_scores[name], resamples) for name in shared}
+
+
+def _write_changes(path: Path, changes: Sequence[Change]) -> None:
+    import csv  # here, so that --help starts fast
+    from io import StringIO
+
+    from engine.files.atomic import write_atomically
+
+    stream = StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["ID", "change", "first", "second"])
+    writer.writerows([name, f"{change:.4f}", *texts] for name, change, *texts in changes if texts[0] != texts[1])
+    write_atomically(path, stream.getvalue())
+    log(f"-> {path}")
+
+
+def _as_json(changes: Sequence[Change], results: Mapping[str, Any]) -> str:
+    """Return the comparison of each metric as JSON, or without metrics a summary of the changes."""
+    from dataclasses import asdict
+
+    if results:
+        return json.dumps({name.partition("@")[0]: asdict(result) for name, result in results.items()})
+    differ = sum(ours != theirs for _, _, ours, theirs in changes)
+    mean = sum(change for _, change, *_ in changes) / len(changes)
+    return json.dumps({"captions": {"images": len(changes), "differ": differ, "mean_change": mean}})
 
 
 Change = tuple[str, float, str, str]
