@@ -202,7 +202,7 @@ def without_weights(graphs: Mapping[str, ModelProto], sizes: ModelDims, *, is_in
     for name, graph in graphs.items():
         models[name] = graph
         if is_int8:
-            models[name] = quantise(graph, is_decoder=name == "decoder", vocab_size=sizes.vocab_size)
+            models[name] = quantise(graph, is_decoder=name == "decoder")
         _check_operators(models[name], name)
     models |= halves(models["decoder"], sizes.num_layers, sizes.vocab_size)
     return tuple(template(name, model, "decoder" if name in HALVES else name) for name, model in models.items())
