@@ -29,10 +29,10 @@ caption: $(LEAN)/.ready  ## caption the example images into run.csv (lean enviro
 full: $(FULL)/.ready  ## create the full environment for export and training (torch, some gigabytes)
 
 # A process of tests for each core, bound to it (tests/helpers/cores.py).
-PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: lint $(NEXT)/.ready  ## create all environments, lint, and run all tests (with transformers 5 a short selection)
-	@echo "running all tests: MINUTES on 2 cores"
+	@echo "running all tests: about 13 minutes on 2 cores"
 	$(FULL)/bin/python $(PYTEST) tests
 	$(NEXT)/bin/python $(PYTEST) tests/parity/test_releases.py tests/unit/export \
 	    tests/parity/test_generate.py -k "not equal_generate or penalties and ids or equal_generate and (1-0 or 3-3-None)"

@@ -47,25 +47,37 @@ BUILD = Path("build/workload")
 EXAMPLES = Path("examples/images")
 
 
+STD, EMBEDDING_STD, OUTPUT_STD, CROSS_OUTPUT_STD = 0.05, 0.2, 0.02, 0.04
+"""Standard deviations of the random weights. With the usual 0.02 all tokens are almost equally likely after any other,
+and the search is full of ties that rounding decides. Large embeddings and small outputs of the text layers make a token
+depend on the one before. Larger outputs of cross-attention make it depend on the image."""
+
+
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a checkpoint, and the bias of its end token, which makes caption lengths vary."""
+    """Sizes of a checkpoint, and the bias of its end token, which makes caption lengths vary.
+
+    `cross_std` is the deviation of the output weights of cross-attention.
+    """
 
     vision_layers: int
     vision_width: int
     vision_heads: int
     end_bias: float
+    image_size: int = 224
+    cross_std: float = CROSS_OUTPUT_STD
 
 
-SHAPES = {"base": Shape(12, 768, 12, 26.9), "large": Shape(24, 1024, 16, 20.7)}
+SHAPES = {
+    "base": Shape(12, 768, 12, 26.9),
+    "base-384": Shape(12, 768, 12, 11.0, 384, 1.7 * CROSS_OUTPUT_STD),
+    "large": Shape(24, 1024, 16, 20.7),
+}
 """Salesforce/blip-image-captioning-base and -large; the text decoder is BERT-base in both. With this bias captions have
-about 20 new tokens on average at 4 beams, and some more than 50. The public checkpoints take images of 384 px. There is
-no such workload yet: with any bias all its captions have the same length (benchmarks/LOG.md)."""
-IMAGE_SIZE, PATCH_SIZE, TEXT_WIDTH = 224, 16, 768
-STD, EMBEDDING_STD, OUTPUT_STD, CROSS_OUTPUT_STD = 0.05, 0.2, 0.02, 0.04
-"""Standard deviations of the random weights. With the usual 0.02 all tokens are almost equally likely after any other,
-and the search is full of ties that rounding decides. Large embeddings and small outputs of the text layers make a token
-depend on the one before. Larger outputs of cross-attention make it depend on the image."""
+about 20 new tokens on average at 4 beams, and some more than 50. The public checkpoints take images of 384 px. There
+cross-attention averages over 577 positions instead of 197, which makes images more alike: its outputs are larger by the
+root of that ratio."""
+PATCH_SIZE, TEXT_WIDTH = 16, 768
 
 
 @dataclass(frozen=True)
@@ -82,11 +94,16 @@ class Published:
     last_norm: str = ""
 
 
+FLORENCE, LAST = "model.language_model.decoder.", "layers.5.final_layer_norm"
 PUBLISHED_SHAPES = {
     "vit-gpt2": Published("ViT-GPT2", ("generate", "optimum", "openvino"), 0.0, "decoder.transformer.ln_f"),
-    "git-base": Published("GIT-base", ("generate", "openvino"), 0.0),
+    "git-base": Published("GIT-base", ("generate", "openvino"), 17.5),
+    "florence2-base": Published(
+        "Florence-2-base", ("generate", "openvino"), 0.0, f"{FLORENCE}layers.5.final_layer_norm"
+    ),
 }
-"""Workloads of other families than BLIP."""
+"""Workloads of other families than BLIP. With random weights no bias makes the captions of vit-gpt2 and florence2-base
+end at different lengths: measure them with --forced-tokens."""
 MAX_NEW_TOKENS = dict.fromkeys(SHAPES, 64) | dict.fromkeys(PUBLISHED_SHAPES, 40) | {"demo": 40}
 
 
@@ -231,7 +248,7 @@ def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD)
         "intermediate_size": 4 * shape.vision_width,
         "num_hidden_layers": shape.vision_layers,
         "num_attention_heads": shape.vision_heads,
-        "image_size": IMAGE_SIZE,
+        "image_size": shape.image_size,
         "patch_size": PATCH_SIZE,
     }
     model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).eval()
@@ -239,12 +256,12 @@ def make_checkpoint(out: Path, shape: Shape, *, seed: int = 0, std: float = STD)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=_std(name, std), generator=generator)
+                parameter.normal_(std=_std(name, std, shape.cross_std), generator=generator)
         model.tie_weights()
         model.text_decoder.cls.predictions.bias[text["sep_token_id"]] += shape.end_bias
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    BlipImageProcessor(size=dict.fromkeys(("height", "width"), IMAGE_SIZE)).save_pretrained(out)
+    BlipImageProcessor(size=dict.fromkeys(("height", "width"), shape.image_size)).save_pretrained(out)
     return out
 
 
@@ -282,17 +299,17 @@ def make_published(out: Path, shape: Published, *, seed: int = 0) -> Path:
     return out
 
 
-EMBEDDINGS = ("word_embeddings", "position_embeddings", "wte.", "wpe.")
-OUTPUTS = ("output.dense.weight", "c_proj.weight")
+EMBEDDINGS = ("word_embeddings", "position_embeddings", "wte.", "wpe.", "language_model.shared.", "r.embed_positions.")
+OUTPUTS = ("output.dense.weight", "c_proj.weight", "out_proj.weight", "fc2.weight")
 """Parts of the names of a text decoder's embeddings, and endings of those of its output layers."""
 
 
-def _std(name: str, std: float) -> float:
+def _std(name: str, std: float, cross_std: float = CROSS_OUTPUT_STD) -> float:
     """Return the standard deviation of a weight matrix."""
     if any(part in name for part in EMBEDDINGS) or name == "output.weight":
         return EMBEDDING_STD
-    if name.startswith(("text_decoder", "decoder.", "git.encoder.")) and name.endswith(OUTPUTS):
-        return CROSS_OUTPUT_STD if "crossattention" in name else OUTPUT_STD
+    if name.startswith(("text_decoder", "decoder.", "git.encoder.", FLORENCE)) and name.endswith(OUTPUTS):
+        return cross_std if "crossattention" in name or "encoder_attn" in name else OUTPUT_STD
     return std
 
 

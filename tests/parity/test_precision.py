@@ -131,18 +131,28 @@ def test_all_dense_layers_are_int8(bundles):
     assert "text_decoder.bert.embeddings.word_embeddings.weight" in names, "the LM head is int8, too"
 
 
+SCORE_NOISE = 1e-4
+"""Bound of int8's differences of a score from one batch to another."""
+
+
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_int8_captions_do_not_depend_on_other_images(bundles, backend):
-    """Encode batches, images in flight, threads and the order of the images change nothing."""
+    """Encode batches, images in flight, threads and the order of the images change nothing but which of two ties wins.
+
+    Log-probabilities of tokens differ by up to 2e-4 here (5e-3 if the head's inputs are rounded once), scores by 2e-5.
+    """
     pictures = random_pictures(40, seed=3)
     alone = Captioner.load(bundles["int8"], backend=backend, threads=1)
-    expected = [next(iter(alone.caption([picture], OPTIONS, rows=4))).ids for picture in pictures]
-    assert len(set(expected)) > 20, "too few different captions: agreement proves nothing"
+    expected = [next(iter(alone.caption([picture], OPTIONS, rows=4))) for picture in pictures]
+    assert len({one.ids for one in expected}) > 20, "too few different captions: agreement proves nothing"
     for threads, encode_batch, images in ((1, 3, 3), (2, 8, 8), (2, 40, 40), (1, 1, 40)):
         captioner = Captioner.load(bundles["int8"], backend=backend, threads=threads)
         captioner.backend.batch_sizes = replace(captioner.backend.batch_sizes, encode_batch=encode_batch)
-        found = [caption.ids for caption in captioner.caption(pictures[::-1], OPTIONS, rows=4 * images)][::-1]
-        assert found == expected, (threads, encode_batch, images)
+        found = list(captioner.caption(pictures[::-1], OPTIONS, rows=4 * images))[::-1]
+        scores = [caption.score for caption in found]
+        np.testing.assert_allclose(scores, [one.score for one in expected], atol=SCORE_NOISE)
+        different = sum(mine.ids != other.ids for mine, other in zip(found, expected, strict=True))
+        assert different <= 1, (threads, encode_batch, images)
 
 
 def test_int8_sums_are_the_same_on_processors_without_vnni(bundles, monkeypatch):
