@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.processes import one_at_a_time
+
 PACKAGE, VERSION = "@sparticuz/chromium", "147.0.0"
 SHA256 = "18fe5404ce845594cd7d592fc07f37a19514079ba4d9c27192ad8b908743f16b"
 """SHA-256 of the package's tarball (68 MB, MIT): Chromium's headless shell (BSD-3-Clause), its libraries and a font."""
@@ -62,8 +64,9 @@ def find_chromium() -> Chromium:
         if program:
             return Chromium(Path(program))
     folder = (FOLDER / VERSION).resolve()
-    if not (folder / "chromium").exists():
-        _unpack(_tarball(), folder)
+    with one_at_a_time(FOLDER / "lock"):
+        if not (folder / "chromium").exists():
+            _unpack(_tarball(), folder)
     return Chromium(folder / "chromium", {"LD_LIBRARY_PATH": f"{folder}/lib", "FONTCONFIG_PATH": f"{folder}/fonts"})
 
 

@@ -1,8 +1,10 @@
-"""List running processes, for tests that no process is left over."""
+"""Running processes, for tests that none is left over, and a lock between processes of the tests."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -27,3 +29,12 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process of the tests is in this context with the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -43,13 +43,25 @@ def expected_attention(reference: Reference, index: int, ids: tuple[int, ...], l
             found = [weights[:, :, image:, :image] for weights in outputs.attentions]
         else:
             hidden = reference.family.encode(model, pixels)
-            arguments = {"output_attentions": True, "use_cache": False}
             if reference.model.config.model_type == "blip":
+                arguments = {"output_attentions": True, "use_cache": False}
                 outputs = model.text_decoder(input_ids=fed, encoder_hidden_states=hidden, **arguments)
+                found = list(outputs.cross_attentions)
             else:
-                outputs = model(encoder_outputs=(hidden,), decoder_input_ids=fed, **arguments)
-            found = list(outputs.cross_attentions)
+                found = by_steps(model, hidden, fed)
     return torch.stack([found[layer] for layer in layers]).mean((0, 2))[0].numpy()
+
+
+def by_steps(model, hidden: torch.Tensor, fed: torch.Tensor) -> list[torch.Tensor]:
+    """Return cross-attention, a tensor a layer, with a cache as in `generate`: RoBERTa's positions depend on it if a
+    caption has the pad id."""
+    cache, steps = None, []
+    for column in fed.split(1, 1):
+        arguments = {"past_key_values": cache, "use_cache": True, "output_attentions": True}
+        outputs = model(encoder_outputs=(hidden,), decoder_input_ids=column, **arguments)
+        cache = outputs.past_key_values
+        steps.append(outputs.cross_attentions)
+    return [torch.cat(weights, 2) for weights in zip(*steps, strict=True)]
 
 
 def compare(bundle: Bundle, reference: Reference, layers: list[int] | None = None) -> None:

@@ -16,6 +16,7 @@ from engine.errors import UsageError
 from engine.scoring.base import Items, MetricInputs, UnavailableError, preprocess
 from engine.scoring.neural import BertScore, Bleurt, ClipScore, RefClipScore
 from engine.scoring.profiles import make_metric
+from tests.helpers.processes import one_at_a_time
 from tests.helpers.tiny import make_tokenizer, save_pictures
 from train.demo.volumes import SMALL_BERT, fetch_assets
 
@@ -27,7 +28,8 @@ ITEMS = Items([str(i) for i in range(5)], CANDIDATES, REFERENCES)
 
 @pytest.fixture(autouse=True, scope="module")
 def small_bert() -> None:
-    fetch_assets(MINILM, SMALL_BERT)
+    with one_at_a_time(MINILM.with_name("small-bert.lock")):
+        fetch_assets(MINILM, SMALL_BERT)
 
 
 def test_path_containing_t5_is_not_a_t5_model(tmp_path, monkeypatch):
