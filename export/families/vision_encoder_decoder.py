@@ -7,6 +7,7 @@ models/vision_encoder_decoder/modeling_vision_encoder_decoder.py.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -47,6 +48,8 @@ PROCESSORS = {
     "Bit": BitImageProcessor,
 }
 """Image processors by the beginning of the name that a checkpoint gives them."""
+CACHE = "cache" if "cache" in inspect.signature(VisionEncoderDecoderModel.forward).parameters else "past_key_values"
+"""Name of forward's argument for cached keys and values, which transformers 5 has changed."""
 PROJECTION = "enc_to_dec_proj"
 """Name of the dense layer between an encoder and a decoder of different widths."""
 
@@ -214,7 +217,7 @@ class VisionEncoderDecoder(Family):
             return model(encoder_outputs=outputs, decoder_input_ids=ids, use_cache=False).logits
         logits, cache = [], None
         for column in ids.split(1, 1):
-            step = model(encoder_outputs=outputs, decoder_input_ids=column, past_key_values=cache, use_cache=True)
+            step = model(encoder_outputs=outputs, decoder_input_ids=column, use_cache=True, **{CACHE: cache})
             cache = step.past_key_values
             logits.append(step.logits)
         return torch.cat(logits, 1)

@@ -15,6 +15,7 @@ from engine.captioner import Captioner
 from engine.errors import BundleError, UsageError
 from engine.options import DecodeOptions
 from export.bundle import export_bundle
+from export.families.vision_encoder_decoder import CACHE
 from export.reference.huggingface import Reference
 from tests.helpers.earlier import bundle_of_084ae4d
 from tests.helpers.tiny import IMAGE_SIZE, PATCH_SIZE, random_pictures
@@ -57,7 +58,7 @@ def by_steps(model, hidden: torch.Tensor, fed: torch.Tensor) -> list[torch.Tenso
     caption has the pad id."""
     cache, steps = None, []
     for column in fed.split(1, 1):
-        arguments = {"past_key_values": cache, "use_cache": True, "output_attentions": True}
+        arguments = {CACHE: cache, "use_cache": True, "output_attentions": True}
         outputs = model(encoder_outputs=(hidden,), decoder_input_ids=column, **arguments)
         cache = outputs.past_key_values
         steps.append(outputs.cross_attentions)
