@@ -94,7 +94,7 @@ class Published:
     last_norm: str = ""
 
 
-FLORENCE, LAST = "model.language_model.decoder.", "layers.5.final_layer_norm"
+FLORENCE = "model.language_model.decoder."
 PUBLISHED_SHAPES = {
     "vit-gpt2": Published("ViT-GPT2", ("generate", "optimum", "openvino"), 0.0, "decoder.transformer.ln_f"),
     "git-base": Published("GIT-base", ("generate", "openvino"), 17.5),

@@ -139,7 +139,7 @@ SCORE_NOISE = 1e-4
 def test_int8_captions_do_not_depend_on_other_images(bundles, backend):
     """Encode batches, images in flight, threads and the order of the images change nothing but which of two ties wins.
 
-    Log-probabilities of tokens differ by up to 2e-4 here (5e-3 if the head's inputs are rounded once), scores by 2e-5.
+    Log-probabilities of tokens differ by up to 2e-4 here.
     """
     pictures = random_pictures(40, seed=3)
     alone = Captioner.load(bundles["int8"], backend=backend, threads=1)
