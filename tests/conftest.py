@@ -22,7 +22,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     needs_two = item.get_closest_marker("two_cores") is not None
-    if needs_two and len(cores.ALL) < 2:
+    if needs_two and cores.COUNT < 2:
         pytest.skip("two worker processes need two cores")
     cores.use_cores(every=needs_two)
 

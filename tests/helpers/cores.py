@@ -10,6 +10,7 @@ import os
 import pytest
 
 ALL = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+COUNT = len(ALL) or os.cpu_count() or 1
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 two_cores = pytest.mark.two_cores
 
