@@ -127,6 +127,8 @@ class Scheduler:
                 self._fill(turn, queue)
                 for slots in turn:
                     slots.begin_step()
+            # several sets may have taken the last images, none of which needs decoding, without a yield in between
+            yield []
 
     def _fill(self, turn: Sequence[_Slots[Key]], queue: _RequestQueue[Key]) -> None:
         """Fill the empty slots of the sets `turn`, of several one batch at a time.

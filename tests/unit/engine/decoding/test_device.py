@@ -114,6 +114,23 @@ def test_a_small_run_is_divided_among_the_backends():
     assert sorted(backend.encoded for backend in backends) == [11, 12]
 
 
+def test_the_caller_has_the_last_word():
+    """Results that are known before decoding, which the caller notes while its images are read, are not lost."""
+    events = []
+
+    def images():
+        for _ in range(3):
+            events.append("image")
+            yield None
+
+    scheduler = Scheduler(TableBackend(3), SEARCH, num_slots=2, num_sets=2, more_backends=[TableBackend(3)])
+    for closed in scheduler.steps(images()):
+        assert closed == []
+        events.append("control")
+    assert events.count("image") == 3
+    assert events[-1] == "control"
+
+
 @pytest.mark.parametrize("call", ["encode", "allocate", "admit", "step", "regroup"])
 @pytest.mark.parametrize("num_sets", [1, 2])
 def test_error_of_a_call_reaches_the_caller(call, num_sets):
