@@ -352,7 +352,7 @@ class Captioner:
                         the command line, and such Pillow images and arrays raise ImageError
         live            whether `images` may wait for captions, see below
         attention       whether captions have their Attention, averaged over all decoder layers or over those listed,
-                        counted from 0; on the backend cpu
+                        counted from 0; on the backends cpu and torch
 
         Images are read ahead of the captions, so that `images` must not wait for a caption. With `live` it may: a
         separate thread reads from it, and images that have arrived are captioned while it waits. Then `rows=8` keeps

@@ -1,9 +1,9 @@
-"""Derive the attention graph from a bundle's decoder: the same nodes and weights, but it returns where tokens look.
+"""Derive a graph from a bundle's decoder that also returns where the tokens look.
 
 Every exported decoder computes its attention with plain operators: keys of the image, scaled product, Softmax. So the
 weights of attention are tensors inside the graph, and a graph that returns them needs neither a file nor the packages
-torch and onnx: a few nodes are added to the decoder's protobuf, and those that nothing needs any more are removed. This
-works with the bundles of all versions, precisions and families.
+torch and onnx: a few nodes and an output are added to the decoder's protobuf. This works with the bundles of all
+versions, precisions and families.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from engine.errors import BundleError, UsageError
 
 ATTENTION = "attention"
 """The output: f32[B,T,S], the weights of T fed tokens over the S positions of the image, averaged over heads."""
-_GRAPH, _NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE = 7, 1, 5, 11, 12, 13
+_GRAPH, _NODE, _INITIALIZER, _OUTPUT = 7, 1, 5, 12
 """Fields of onnx.proto: ModelProto.graph, and those of GraphProto."""
-_NAME_OF = {_INITIALIZER: 8, _INPUT: 1}
-"""The field of TensorProto and of ValueInfoProto that holds the name."""
 _FLOAT, _INT64 = 1, 7
 """TensorProto.DataType."""
 
 
-WITH_ATTENTION = ("cpu",)
+WITH_ATTENTION = ("cpu", "torch")
 """Backends that are an AttentionBackend (engine/decoding/backend.py)."""
 MOST_EXTRA = 2
 """Most positions of an encoder that are not patches."""
@@ -78,47 +76,32 @@ def require_attention(bundle: Bundle, backend: str) -> None:
     """Raise UsageError if attention maps of this bundle are not supported, or not on this backend."""
     if backend not in WITH_ATTENTION:
         raise UsageError(
-            f"attention maps are computed by the backend {' and '.join(WITH_ATTENTION)}, not by {backend}: add "
-            "--backend cpu"
+            f"attention maps are computed by the backends {' and '.join(WITH_ATTENTION)}, not by {backend}: add "
+            "--backend cpu or --backend torch"
         )
     if bundle.members:
         raise UsageError("attention maps are those of one bundle, not of several: give one --bundle")
     grid_of(bundle)
 
 
-def attention_graph(bundle: Bundle, layers: Sequence[int]) -> tuple[bytes, tuple[str, ...]]:
-    """Return the graph whose output is ATTENTION, averaged over `layers`, and the names of its inputs.
+def attention_graph(bundle: Bundle, layers: Sequence[int]) -> bytes:
+    """Return the decoder with the output ATTENTION, averaged over `layers`, after its own.
 
-    It is a ModelProto that reads its weights from the decoder's data file, in the folder of the bundle. Inputs are some
-    of the decoder's, with the same shapes. Raises BundleError if the decoder has fused operators instead of Softmax.
+    It is a ModelProto that reads its weights from the decoder's data file, in the folder of the bundle. Raises
+    BundleError if the decoder has fused operators instead of Softmax.
     """
     path = bundle.path / "decoder.onnx"
     model = memoryview(path.read_bytes())
     graph = next(parts(model, _GRAPH))
     nodes = [_node(part, bytes(whole)) for field, part, whole in fields(graph) if field == _NODE]
     weights = [_softmax_over(f"cross.key.{layer}", nodes, path) for layer in layers]
-    added = list(_averaged(weights))
-    kept, needed = [], {ATTENTION}
-    for node in reversed(nodes + added):
-        if needed.intersection(node.outputs):
-            kept.append(node.whole)
-            needed.update(node.inputs)
-    content = [*reversed(kept)]
-    inputs = []
-    for field, part, whole in fields(graph):
-        if field in _NAME_OF:
-            name = _text(part, _NAME_OF[field])
-            if name not in needed:
-                continue
-            if field == _INPUT:
-                inputs.append(name)
-        if field not in (_NODE, _OUTPUT, _VALUE):
-            content.append(bytes(whole))
+    content = [bytes(graph)]  # fields of a protobuf message may follow in any order
+    content += [node.whole for node in _averaged(weights)]
     content += [_constant(name, values) for name, values in _CONSTANTS.items()]
     content.append(_constant(_END, [bundle.model.encoder_positions]))
     content.append(message(_OUTPUT, _float_output(ATTENTION)))
     rest = (bytes(whole) for field, _, whole in fields(model) if field != _GRAPH)
-    return b"".join(rest) + message(_GRAPH, b"".join(content)), tuple(inputs)
+    return b"".join(rest) + message(_GRAPH, b"".join(content))
 
 
 def _softmax_over(keys: str, nodes: Iterable[_Node], path: Path) -> str:
@@ -138,6 +121,7 @@ def _softmax_over(keys: str, nodes: Iterable[_Node], path: Path) -> str:
 
 _FIRST, _AXIS, _HEADS, _END = "attention.first", "attention.axis", "attention.heads", "attention.end"
 _CONSTANTS = {_FIRST: [0], _AXIS: [3], _HEADS: [1]}
+"""Where the image's positions begin, the axis of positions, and that of heads, which is later that of layers."""
 
 
 def _averaged(weights: Sequence[str]) -> Iterator[_Node]:
@@ -146,8 +130,9 @@ def _averaged(weights: Sequence[str]) -> Iterator[_Node]:
         # in a prefix family the text's positions follow those of the image in the same softmax
         yield _new("Slice", [name, _FIRST, _END, _AXIS], f"attention.image.{i}")
         yield _new("Cast", [f"attention.image.{i}"], f"attention.float.{i}", {"to": _FLOAT})
-        yield _new("ReduceMean", [f"attention.float.{i}", _HEADS], f"attention.mean.{i}", {"keepdims": 0})
-    yield _new("Mean", [f"attention.mean.{i}" for i in range(len(weights))], ATTENTION)
+        yield _new("ReduceMean", [f"attention.float.{i}", _HEADS], f"attention.mean.{i}", {"keepdims": 1})
+    yield _new("Concat", [f"attention.mean.{i}" for i in range(len(weights))], "attention.means", {"axis": 1})
+    yield _new("ReduceMean", ["attention.means", _HEADS], ATTENTION, {"keepdims": 0})
 
 
 def _node(part: memoryview, whole: bytes) -> _Node:

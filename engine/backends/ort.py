@@ -210,6 +210,7 @@ class OrtCache:
     cross [B0,H,S,d]: allocated for B0 >= B slots, of which the first B are in use; `admit` overwrites them in place.
     settled [B,H,F,d] and recent [B,H,R,d]: the folded and the recent block. With `fixed_recent` = R, recent is
     [B0,H,R,d] and stays in place, like cross.
+    attention f32[B,T,S]: that of the latest step, if prepare_attention was called.
     """
 
     num_slots: int
@@ -217,6 +218,7 @@ class OrtCache:
     settled: list[Any]
     recent: list[Any]
     fixed_recent: int | None = None
+    attention: NDArray[np.float32] | None = None
 
 
 class OrtBackend:
@@ -248,8 +250,8 @@ class OrtBackend:
         if self._device.name != "cpu":
             self.batch_sizes = gpu_batch_sizes(bundle, self._device.free_bytes(), self._bounds)
         self._bundle, self._model = bundle, bundle.model
-        self._attention: tuple[tuple[int, ...], Any, frozenset[str]] | None = None
-        """Layers, session and inputs of prepare_attention."""
+        self._attention_layers: tuple[int, ...] = ()
+        """Those of prepare_attention; without any, steps return no attention."""
         self._task = {TASK_IDS: np.array(bundle.task_ids, np.int64)} if bundle.tasks else {}
         is_host = self._device.name == "cpu"
         threads = (threads or available_cores()) if is_host else 1  # with a GPU the CPU only computes shapes
@@ -344,7 +346,9 @@ class OrtBackend:
             settled = cache.settled[0].shape()[2]
             self._bounds.refuse_beyond(OTHER_BACKEND, beams=rows, marked_ids=marks, settled=settled)
         count = {NUM_CANDIDATES: self._value(np.array([inputs.num_candidates], np.int64))}
-        scores, ids = self._decode(cache, inputs, count, [*CANDIDATES], at)
+        more = [ATTENTION] if self._attention_layers else []
+        scores, ids, *weights = self._decode(cache, inputs, count, [*CANDIDATES, *more], at)
+        cache.attention = weights[0] if weights else None
         return scores, ids
 
     def log_probs(self, cache: OrtCache, inputs: StepInputs, at: int | None = None) -> NDArray[np.float32]:
@@ -414,44 +418,25 @@ class OrtBackend:
         self._device.copy(target + slot * size, source + image * size, size)
 
     def prepare_attention(self, layers: Sequence[int]) -> None:
-        """See AttentionBackend.prepare_attention. The graph keeps its own copy of the decoder's weights in memory."""
-        if self._attention is not None and self._attention[0] == tuple(layers):
+        """See AttentionBackend.prepare_attention. Loads the decoder again, instead of the one without attention."""
+        if self._attention_layers == tuple(layers):
             return
-        self._attention = None  # frees the weights of another choice of layers first
-        model, inputs = attention_graph(self._bundle, layers)
-        path, chosen = self._bundle.path / "decoder.onnx", providers_for(self.name, self._bundle, "decoder", None)
-        session = open_session(
+        self._decoder = open_session(
             self._ort,
-            path,
-            chosen,
+            self._bundle.path / "decoder.onnx",
+            providers_for(self.name, self._bundle, "decoder", self._bounds),
             self._threads,
             is_optimised=True,
-            has_patterns=False,
+            has_patterns=self._device.name == "cpu",
             is_bf16=self._is_bf16,
-            model=model,
+            model=attention_graph(self._bundle, layers),
         )
-        self._attention = tuple(layers), session, frozenset(inputs)
+        self._attention_layers = tuple(layers)
 
-    def attention(self, cache: OrtCache, slot: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def attention(self, cache: OrtCache) -> NDArray[np.float32]:
         """See AttentionBackend.attention."""
-        assert self._attention is not None, "prepare_attention comes first"
-        _, session, wanted = self._attention
-        count = len(ids)
-        whole = {"input_ids": ids, "positions": np.arange(count), "ancestry": np.tri(count, dtype=bool)}
-        feed = {name: self._value(array[None]) for name, array in whole.items()}
-        past = self._zeros(1, 0)  # the whole caption is fed at once, so nothing precedes it
-        feed |= self._named("settled", past) | self._named("recent", past)
-        feed = {name: value for name, value in feed.items() if name in wanted}
-        # the slot's keys and values are read where they are: nothing is copied
-        shape, offset = (1, *self._slot_shape), slot * self._slot_bytes
-        located: Located = {
-            name: (DeviceZeros(value.region, value.data_ptr() + offset, shape), shape)
-            for name, value in self._named("cross", cache.cross).items()
-            if name in wanted
-        }
-        (maps,) = self._run(session, feed, [ATTENTION], [], located)
-        weights: NDArray[np.float32] = maps.numpy()[0]
-        return weights
+        assert cache.attention is not None, "prepare_attention and a step come first"
+        return cache.attention
 
     def _zeros(self, num_slots: int, positions: int) -> list[Any]:
         """Return keys and values of positions that are never attended to; all layers share one array."""

@@ -5,14 +5,15 @@ Shape letters as in engine.decoding.backend. Independent of any runtime.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.bundle.manifest import NUM_CANDIDATES, TASK_IDS, Bundle, cache_names, step_inputs
-from engine.decoding.backend import Backend, BatchSizes, Cache, Encoded, StepInputs
+from engine.decoding.backend import AttentionBackend, Backend, BatchSizes, Cache, Encoded, StepInputs
 from engine.decoding.scheduler import SETTLE_EVERY
 from engine.errors import BackendError
 
@@ -298,6 +299,14 @@ class PaddedBackend:
         )
         cache.recent += rows
         return scores[:slots], ids[:slots]
+
+    def prepare_attention(self, layers: Sequence[int]) -> None:
+        """See AttentionBackend.prepare_attention; for an inner backend that is one."""
+        cast("AttentionBackend", self.inner).prepare_attention(layers)
+
+    def attention(self, cache: PaddedCache) -> NDArray[np.float32]:
+        """See AttentionBackend.attention."""
+        return cast("AttentionBackend", self.inner).attention(cache.inner)[: cache.slots]
 
     def regroup(self, cache: PaddedCache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.backends.attention import attention_graph
 from engine.backends.ort import CPU_BATCH_SIZES, check_graphs, refuse_rounded_twice
 from engine.backends.shapes import gpu_batch_sizes
 from engine.backends.torch_ops import UnsupportedError, run_node
@@ -202,6 +203,7 @@ class TorchCache:
     cross [B0,H,S,d]: allocated for B0 >= B slots, of which the first B are in use; `admit` overwrites them in place.
     settled [B,H,F,d] and recent [B,H,R,d]: the folded and the recent block. With `fixed_recent`, recent is
     [B0,H,R,d] and stays in place, like cross.
+    attention f32[B,T,S]: that of the latest step, if prepare_attention was called.
     """
 
     num_slots: int
@@ -209,6 +211,7 @@ class TorchCache:
     settled: list[Tensor]
     recent: list[Tensor]
     fixed_recent: bool = False
+    attention: Tensor | None = None
 
 
 class TorchBackend:
@@ -245,7 +248,8 @@ class TorchBackend:
             with torch_errors(f"torch cannot use {device}"):
                 sizes = gpu_batch_sizes(bundle, free_bytes(self._device))
             self.batch_sizes = replace(sizes, item_bytes=self._dtype.itemsize)
-        self._model = bundle.model
+        self._bundle, self._model, self._half = bundle, bundle.model, HALVES.get(precision)
+        self._attention_layers: tuple[int, ...] = ()
         self._step_inputs = {
             name: field
             for name, field in step_inputs(bundle.format).items()
@@ -254,7 +258,7 @@ class TorchBackend:
         self._names = {
             part: cache_names(bundle.model.num_layers, part) for part in ("cross", "settled", "recent", "extended")
         }
-        store = WeightStore(bundle, self._device, HALVES.get(precision))
+        store = WeightStore(bundle, self._device, self._half)
         self._encoder, self._decoder, self._regroup = open_graphs(bundle, ("encoder", decoder, "regroup"), store)
         self._is_short = False
 
@@ -310,6 +314,8 @@ class TorchBackend:
         """Run the decoder, which extends the recent block, and return its other outputs."""
         feed = {name: self._upload(getattr(inputs, field)) for name, field in self._step_inputs.items()}
         outputs = self._run(self._decoder, {**feed, **more, **self._cached(cache, "cross", "settled", "recent")})
+        if self._attention_layers:
+            *outputs, cache.attention = outputs
         count = len(outputs) - len(cache.recent)
         extended = outputs[count:]
         if at is None:
@@ -319,6 +325,23 @@ class TorchBackend:
             kept = [one.narrow(0, 0, cache.num_slots).narrow(2, at, rows) for one in cache.recent]
             self._copy(kept, [one.narrow(2, one.shape[2] - rows, rows) for one in extended])
         return outputs[:count]
+
+    def prepare_attention(self, layers: Sequence[int]) -> None:
+        """See AttentionBackend.prepare_attention. Loads the decoder again, instead of the one without attention."""
+        if self._attention_layers == tuple(layers):
+            return
+        file = read_onnx(self._bundle.path / "decoder.onnx", attention_graph(self._bundle, layers))
+        store = WeightStore(self._bundle, self._device, self._half)
+        with self._errors(), torch.inference_mode():
+            self._decoder = TorchGraph(file, store)
+        self._attention_layers = tuple(layers)
+
+    def attention(self, cache: TorchCache) -> NDArray[np.float32]:
+        """See AttentionBackend.attention."""
+        assert cache.attention is not None, "prepare_attention and a step come first"
+        with torch_errors(FAILED):
+            weights: NDArray[np.float32] = cache.attention.float().cpu().numpy()
+        return weights
 
     def regroup(
         self, cache: TorchCache, slots: NDArray[np.int64], columns: NDArray[np.int64], *, keep_recent: bool = False

@@ -88,10 +88,10 @@ class OnnxFile:
         return self.outputs
 
 
-def read_onnx(path: Path) -> OnnxFile:
-    """Read an ONNX file. Raises BundleError if it is damaged or has content that exported graphs do not have."""
+def read_onnx(path: Path, content: bytes | None = None) -> OnnxFile:
+    """Read an ONNX file, or its `content`. Raises BundleError if it is damaged or has more than exported graphs do."""
     try:
-        return _model(path, memoryview(path.read_bytes()))
+        return _model(path, memoryview(path.read_bytes() if content is None else content))
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         reason = f"unknown number {error}" if isinstance(error, KeyError) else error
         raise BundleError(f"{path} is not a graph of this engine's bundles ({reason}): export it again") from error

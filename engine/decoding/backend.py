@@ -117,16 +117,15 @@ class Backend(Protocol):
 
 
 class AttentionBackend(Backend, Protocol):
-    """A backend that can also return where the tokens of a finished caption look (engine/backends/attention.py)."""
+    """A backend that can also return where the tokens look (engine/backends/attention.py)."""
 
     def prepare_attention(self, layers: Sequence[int]) -> None:
         """Load what `attention` needs to average over these decoder layers, before caches are allocated."""
         ...
 
-    def attention(self, cache: Cache, slot: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Feed the first T tokens i64[T] of a caption at once, for the image in `slot`, which stays as it is.
+    def attention(self, cache: Cache) -> NDArray[np.float32]:
+        """Return f32[B,T,S], the weights of the tokens fed by the latest step of `cache` over the image's positions.
 
-        Returns f32[T,S]: row t holds the weights of token t over the positions of the image, averaged over heads and
-        the layers of prepare_attention. The step that feeds token t chooses token t + 1.
+        They are averaged over heads and the layers of prepare_attention. The step that feeds a token chooses the next.
         """
         ...

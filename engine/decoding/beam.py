@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,6 +141,7 @@ class Beams:
     tokens     i32[B,K,max_length]  running beams, best first; the first `lengths` i64[B] ids of each row are valid
     scores     f32[B,K]             their summed log-probabilities
     traces     f32[B,K,max_length]  the same after each new token; undefined within the prompt and after `lengths`
+    rows       i16[B,K,max_length]  the row that fed each token, if they are kept; 0 within the prompt
     closed     bool[B]              true if the slot's image is finished (`results` may be read) or the slot is empty
     prompt_lengths, max_lengths, min_lengths  i64[B]  the Start of each image
 
@@ -149,14 +150,18 @@ class Beams:
     sorting hypotheses moves no tokens.
     """
 
-    def __init__(self, search: Search, num_slots: int) -> None:
-        """Create B closed slots; `start` opens them."""
+    def __init__(self, search: Search, num_slots: int, *, keeps_rows: bool = False) -> None:
+        """Create B closed slots; `start` opens them. With `keeps_rows`, `fed_rows` may be called."""
         beams, width = search.num_beams, search.max_length
         self.search = search
         self.tokens = np.full((num_slots, beams, width), search.eos, np.int32)
         self._next_tokens = self.tokens.copy()  # second buffer: a step reads one and writes the other
         self.traces = np.zeros((num_slots, beams, width), np.float32)
         self._next_traces = self.traces.copy()
+        self._keeps_rows = keeps_rows
+        self.rows = np.zeros((num_slots, beams, width if keeps_rows else 0), np.int16)
+        self._next_rows = self.rows.copy()
+        self._hypothesis_rows = self.rows.copy()
         self.lengths = np.zeros(num_slots, np.int64)
         self.scores = np.zeros((num_slots, beams), np.float32)
         self.closed = np.ones(num_slots, bool)
@@ -297,10 +302,19 @@ class Beams:
         rows[slots] = of_slot * beams + candidates.parents[of_slot, chosen]
         # All rows move in one `take` into the second buffer. mode="clip" skips a bounds check that would need another
         # buffer of this size; the indices are in range by construction.
-        for old, new in ((self.tokens, self._next_tokens), (self.traces, self._next_traces)):
+        histories: list[tuple[NDArray[Any], NDArray[Any]]] = [
+            (self.tokens, self._next_tokens),
+            (self.traces, self._next_traces),
+        ]
+        if self._keeps_rows:
+            histories.append((self.rows, self._next_rows))
+        for old, new in histories:
             old.reshape(-1, width).take(rows.ravel(), axis=0, out=new.reshape(-1, width), mode="clip")
         self.tokens, self._next_tokens = self._next_tokens, self.tokens
         self.traces, self._next_traces = self._next_traces, self.traces
+        if self._keeps_rows:
+            self.rows, self._next_rows = self._next_rows, self.rows
+            self.rows[slots, :, self.lengths[slots] - 1] = candidates.parents[of_slot, chosen]
         self.tokens[slots, :, self.lengths[slots]] = candidates.tokens[of_slot, chosen]
         self.scores[slots] = candidates.scores[of_slot, chosen]
         self.traces[slots, :, self.lengths[slots]] = self.scores[slots]
@@ -341,6 +355,9 @@ class Beams:
         self._hypothesis_tokens[slot, freed, self.lengths[slot]] = tokens[slot, candidate]
         self._hypothesis_traces[slot, freed] = self.traces[slot, parents[slot, candidate]]
         self._hypothesis_traces[slot, freed, self.lengths[slot]] = scores[slot, candidate]
+        if self._keeps_rows:
+            self._hypothesis_rows[slot, freed] = self.rows[slot, parents[slot, candidate]]
+            self._hypothesis_rows[slot, freed, self.lengths[slot] - 1] = parents[slot, candidate]
         self._hypothesis_lengths[slot, freed] = self.lengths[slot] + 1
         self._hypothesis_sums[slot, freed] = scores[slot, candidate]
         self._finished[slot, freed] = ending[slot, candidate]
@@ -384,6 +401,12 @@ class Beams:
             )
             for rank, place in best
         ]
+
+    def fed_rows(self, slot: int) -> NDArray[np.int64]:
+        """Return i64[T], the row that fed each id but the last of a closed slot's best hypothesis."""
+        assert self._keeps_rows
+        place = self._hypothesis_places[slot, 0]
+        return self._hypothesis_rows[slot, place, : self._hypothesis_lengths[slot, place] - 1].astype(np.int64)
 
     def _token_log_probs(self, slot: int, place: int) -> tuple[float, ...]:
         """Return the log-probability of each new token of a hypothesis, see Hypothesis."""

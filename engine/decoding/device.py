@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,14 @@ class Future(Generic[T]):
                 raise self._error
             value: T = self._value
             return value
+
+
+class StepResult(NamedTuple):
+    """The best candidates of a step, scores f32[B,C] and ids i64[B,C]; the attention f32[B,T,S] of the fed tokens."""
+
+    scores: NDArray[np.float32]
+    ids: NDArray[np.int64]
+    attention: NDArray[np.float32] | None
 
 
 class DeviceQueue:
@@ -97,16 +105,23 @@ class DeviceQueue:
         self._send(lambda: self.backend.admit(cache, slot, encoded.wait(), image))
 
     def step(
-        self, cache: Cache, inputs: StepInputs, on_done: Callable[[], None] | None = None
-    ) -> Future[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """See Backend.step. `on_done` is called when the result can be read without waiting."""
-        future = self._put(partial(self.backend.step, cache, inputs), on_done)
+        self,
+        cache: Cache,
+        inputs: StepInputs,
+        on_done: Callable[[], None] | None = None,
+        *,
+        with_attention: bool = False,
+    ) -> Future[StepResult]:
+        """See Backend.step and AttentionBackend. `on_done` is called when the result can be read without waiting."""
+
+        def step() -> StepResult:
+            scores, ids = self.backend.step(cache, inputs)
+            attention = cast("AttentionBackend", self.backend).attention(cache) if with_attention else None
+            return StepResult(scores, ids, attention)
+
+        future = self._put(step, on_done)
         self.start()
         return future
-
-    def attention(self, cache: Cache, slot: int, ids: NDArray[np.int64]) -> Future[NDArray[np.float32]]:
-        """See AttentionBackend.attention. The call starts together with the next step, like admit."""
-        return self._put(partial(cast("AttentionBackend", self.backend).attention, cache, slot, ids))
 
     def regroup(self, cache: Cache, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """See Backend.regroup."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from engine.decoding.ancestry import Ancestry
 from engine.decoding.backend import Backend, Encoded, StepInputs
 from engine.decoding.beam import Beams, Hypothesis, Search, Start
-from engine.decoding.device import DeviceQueue, Future
+from engine.decoding.device import DeviceQueue, Future, StepResult
 from engine.decoding.processors import draw, generator
 
 Key = TypeVar("Key")
@@ -246,20 +246,20 @@ class _Slots(Generic[Key]):
         with_attention: bool = False,
     ) -> None:
         """Allocate the slots. `on_done` is called after each step on the device."""
-        self._with_attention = with_attention
-        self._attending: list[tuple[tuple[Key, int], list[Hypothesis], Future[NDArray[np.float32]]]] = []
-        """Images that closed and whose attention the device computes together with the next step."""
         self.device = device
         self._on_done = on_done
         self.search = search
         self.owners: dict[int, tuple[Key, int]] = {}
         self.cache = device.allocate(num_slots)
-        self.beams = Beams(search, num_slots)
+        self.beams = Beams(search, num_slots, keeps_rows=with_attention)
+        self._with_attention = with_attention
+        self._attention: NDArray[np.float32] | None = None
+        """f32[B,max_length,K,S]: the attention of the token that each row was fed at each position; None at first."""
         self.ancestry = Ancestry(num_slots, search.num_beams)
         self.prompt_fed = np.zeros(num_slots, np.int64)
         self.generators: list[np.random.Generator | None] = [None] * num_slots
         self.steps_since_settled = 0
-        self._begun: tuple[StepInputs, Future[tuple[NDArray[np.float32], NDArray[np.int64]]]] | None = None
+        self._begun: tuple[StepInputs, Future[StepResult]] | None = None
 
     @property
     def is_stepping(self) -> bool:
@@ -311,19 +311,22 @@ class _Slots(Generic[Key]):
         if self.steps_since_settled == SETTLE_EVERY:
             self._regroup(np.arange(len(self.prompt_fed)))
         inputs = self._inputs(self._prefilling())
-        self._begun = inputs, self.device.step(self.cache, inputs, self._on_done)
+        step = self.device.step(self.cache, inputs, self._on_done, with_attention=self._with_attention)
+        self._begun = inputs, step
 
     def finish_step(self) -> list[tuple[tuple[Key, int], list[Hypothesis]]]:
         """Wait for the step in progress and advance the beams; return (owner, hypotheses) of the images that closed."""
         if self._begun is None:
             return []
         (inputs, future), self._begun = self._begun, None
-        scores, ids = future.wait()
+        scores, ids, attention = future.wait()
         if self.search.sampling is not None:
             scores, ids = self._draw(scores, ids)
         self.steps_since_settled += 1
         # slots are filled only after this, so the state here is still the one that the step's inputs were made of
         prefilling = self._prefilling()
+        if attention is not None:
+            self._keep_attention(inputs.positions, attention, prefilling)
         more_prompt = self._feed_prompt(prefilling)
         rows, tokens = np.divmod(ids, self.search.vocab_size)
         if self.search.is_forcing:
@@ -337,23 +340,31 @@ class _Slots(Generic[Key]):
         parent_rows[more_prompt] = self.search.num_beams - 1  # the last prompt token, which attends to all before it
         self.ancestry.choose(inputs.ancestry, parent_rows)
         closed = np.flatnonzero(self.beams.closed & ~was_closed).tolist()
-        if not self._with_attention:
-            return [(self.owners.pop(slot), self.beams.results(slot)) for slot in closed]
-        finished = self._attended()
-        for slot in closed:
-            # before the slot is filled again: the image's keys are still there, and no image is encoded twice
-            hypotheses = self.beams.results(slot)
-            maps = self.device.attention(self.cache, slot, np.array(hypotheses[0].ids[:-1], np.int64))
-            self._attending.append((self.owners.pop(slot), hypotheses, maps))
-        if self.owners:  # the host chooses beams for another set while the device computes these with the next step
-            return finished
-        self.device.start()
-        return finished + self._attended()
+        return [(self.owners.pop(slot), self._results(slot)) for slot in closed]
 
-    def _attended(self) -> list[tuple[tuple[Key, int], list[Hypothesis]]]:
-        """Wait for the attention of the images in `_attending`; return their owners and hypotheses."""
-        waiting, self._attending = self._attending, []
-        return [(owner, [replace(best, attention=maps.wait()), *others]) for owner, (best, *others), maps in waiting]
+    def _keep_attention(
+        self, positions: NDArray[np.int64], attention: NDArray[np.float32], prefilling: NDArray[np.bool_]
+    ) -> None:
+        """Store the attention f32[B,K,S] of a step that fed the tokens at `positions` i64[B,K].
+
+        Rows that were fed a prompt hold one token each, which precedes every beam.
+        """
+        slots, rows, width = attention.shape
+        if self._attention is None:  # pages that no caption reaches are never touched
+            self._attention = np.zeros((slots, self.beams.tokens.shape[2], rows, width), np.float32)
+        self._attention[np.arange(slots)[:, None], positions, np.arange(rows)] = attention
+        # the rows after the end of a prompt repeat its last token without seeing all tokens before it
+        fed = self.prompt_fed[:, None] + np.arange(rows) < self.beams.prompt_lengths[:, None]
+        slot, row = np.nonzero(fed & prefilling[:, None])
+        self._attention[slot, positions[slot, row]] = attention[slot, row][:, None]
+
+    def _results(self, slot: int) -> list[Hypothesis]:
+        """Return the hypotheses of a closed slot, the best with its attention if that is kept."""
+        best, *others = self.beams.results(slot)
+        if self._attention is not None:
+            rows = self.beams.fed_rows(slot)
+            best = replace(best, attention=self._attention[slot, np.arange(len(rows)), rows])
+        return [best, *others]
 
     def _prefilling(self) -> NDArray[np.bool_]:
         """Return bool[B], true for slots with prompt tokens left to feed."""
@@ -387,6 +398,8 @@ class _Slots(Generic[Key]):
             self.beams.keep(keep)
             self.prompt_fed = self.prompt_fed[keep]
             self.generators = [self.generators[slot] for slot in keep]
+            if self._attention is not None:
+                self._attention = self._attention[keep]
         self.steps_since_settled = 0
 
     def _inputs(self, prefilling: NDArray[np.bool_]) -> StepInputs:
