@@ -174,8 +174,8 @@ class Outputs:
     attention: Path | None = option(
         None,
         "--attention",
-        "Folder for one file ID.npz per image with the attention map of each token (docs/attention.md); on the backends "
-        "cpu and torch; not written by default.",
+        "Folder for one file ID.npz per image with the attention map of each token (docs/attention.md); on the "
+        "backends cpu and torch; not written by default.",
     )
     attention_layers: str | None = option(
         None,
