@@ -63,7 +63,14 @@ SHORT = [
 def test_captions_of_a_pair_equal_generate(encoder, decoder, tmp_path):
     checkpoint = make_pair(tmp_path / "checkpoint", encoder, decoder)
     bundle = export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)  # replays its golden recordings
-    captioner, reference = Captioner.load(bundle.path, backend="cpu", threads=1), Reference.load(checkpoint)
+    compare_with_generate(Captioner.load(bundle.path, backend="cpu", threads=1), Reference.load(checkpoint))
+
+
+def compare_with_generate(captioner: Captioner, reference: Reference, slots: int | None = None) -> None:
+    """Compare ids and scores over the grid of settings; captions may differ only where their scores tie.
+
+    `slots` is the number of images in flight (None: what the captioner chooses).
+    """
     pictures = random_pictures(IMAGES)
     pixels = reference.pixels(pictures)
     captions, failures = set(), []
@@ -71,7 +78,8 @@ def test_captions_of_a_pair_equal_generate(encoder, decoder, tmp_path):
         options = DecodeOptions(**{"max_new_tokens": 14} | setting if "max_length" not in setting else setting)
         options = options.replace(num_return_sequences=options.num_beams)
         theirs = reference.generate(pixels, options)
-        for mine, expected in zip(captioner.caption(pictures, options), theirs, strict=True):
+        found = captioner.caption(pictures, options, rows=slots and slots * options.num_beams)
+        for mine, expected in zip(found, theirs, strict=True):
             captions.add(mine.ids)
             assert mine.raw_text == reference.tokenizer.decode(mine.ids, skip_special_tokens=True)
             for rank, (ours, one) in enumerate(zip(mine.alternatives, expected, strict=True)):

@@ -31,17 +31,15 @@ from engine.cli.app import main
 from engine.decoding.backend import StepInputs
 from engine.errors import BackendError, BundleError, OutOfMemoryError, UsageError
 from engine.machine.verify import verify, verify_halves
-from engine.options import DecodeOptions
 from engine.runtime import Runtime, divide_precision
 from export.bundle import export_bundle
 from export.precision import encoder_error
 from export.reference.huggingface import Reference
-from export.reference.trace import SCORE_TOLERANCE
 from tests.helpers.earlier import bundle_of_084ae4d
 from tests.helpers.tiny import random_pictures, save_pictures
 from tests.helpers.tiny_git import make_git_checkpoint
 from tests.helpers.tiny_pairs import make_pair, pairs
-from tests.parity.test_pairs import GRID, IS_FULL, PENALTIES, SHORT
+from tests.parity.test_pairs import IS_FULL, compare_with_generate
 
 PICTURES = random_pictures(9)
 MODELS = ("blip", "git", *pairs()) if IS_FULL else ("blip", "git", ("vit", "gpt2"))
@@ -76,19 +74,7 @@ def test_captions_equal_generate(model):
     checkpoint, folder = model
     captioner, reference = Captioner.of(Bundle.load(folder), RUNTIME), Reference.load(checkpoint)
     assert isinstance(captioner.backend.inner, TorchBackend)
-    pixels, captions = reference.pixels(PICTURES), set()
-    for setting in GRID + PENALTIES if IS_FULL else SHORT:
-        options = DecodeOptions(**{"max_new_tokens": 14} | setting if "max_length" not in setting else setting)
-        options = options.replace(num_return_sequences=options.num_beams)
-        theirs = reference.generate(pixels, options)
-        ours = captioner.caption(PICTURES, options, rows=4 * options.num_beams)
-        for mine, expected in zip(ours, theirs, strict=True):
-            captions.add(mine.ids)
-            assert [one.ids for one in mine.alternatives] == [one.ids for one in expected], (setting, mine.id)
-            if options.num_beams > 1:
-                scores = [[one.score for one in several] for several in (mine.alternatives, expected)]
-                np.testing.assert_allclose(*scores, rtol=SCORE_TOLERANCE, atol=SCORE_TOLERANCE)
-    assert len(captions) > 3 * len(PICTURES), "captions hardly depend on the image: the test shows little"
+    compare_with_generate(captioner, reference, slots=4)
 
 
 def test_prompts_and_samples_equal_onnx_runtime(captioner, tiny_captioner):
