@@ -45,9 +45,11 @@ test-next: $(NEXT)/.ready  ## run the parity grid and the export tests with the 
 	    tests/parity/test_export.py tests/parity/test_pairs.py tests/parity/test_git.py tests/parity/test_image_prefix.py \
 	    tests/parity/test_florence.py
 
-test-families: $(FULL)/.ready  ## compare every family and pair with generate over the whole grid of settings (minutes per pair)
-	FAMILIES_GRID=full $(FULL)/bin/python $(PYTEST) tests/parity/test_pairs.py tests/parity/test_git.py \
-	    tests/parity/test_image_prefix.py tests/parity/test_florence.py tests/parity/test_torch.py tests/parity/test_convert.py
+FAMILIES := tests/parity/test_pairs.py tests/parity/test_git.py tests/parity/test_image_prefix.py \
+    tests/parity/test_florence.py tests/parity/test_attention.py
+test-families: $(FULL)/.ready $(NEXT)/.ready  ## compare every family with generate over the whole grid, in both releases of transformers (40 minutes)
+	FAMILIES_GRID=full $(FULL)/bin/python $(PYTEST) $(FAMILIES) tests/parity/test_torch.py tests/parity/test_convert.py
+	FAMILIES_GRID=full $(NEXT)/bin/python $(PYTEST) $(FAMILIES)
 
 lint: $(FULL)/.ready  ## check style, types and the import rules between packages
 	$(FULL)/bin/ruff check .

@@ -154,6 +154,30 @@ def by_length(*records: Record) -> str:
     return table(header, rows)
 
 
+def families(*records: Record) -> str:
+    """Compare the engine with other programs on models of other families."""
+    rows = []
+    for record in records:
+        tokens = record["new_tokens"]
+        spread = f"{tokens['mean']:.0f} on average, at most {tokens['most']}"
+        rows.append(
+            [
+                name_of(record),
+                f"{record['setting']['forced_tokens']} each" if record["setting"]["forced_tokens"] else spread,
+                f"{record['programs']['engine']['seconds_per_image']:.3f}",
+                *(
+                    f"{seconds_and_ratio(record, program)}, batch {record['batch'][program]}"
+                    if program in record["programs"]
+                    else ""
+                    for program in ("generate", "optimum")
+                ),
+                agreement(record),
+            ]
+        )
+    header = ["model", "new tokens", "engine, s/image", "`generate`", "optimum-onnx", "captions equal to the engine's"]
+    return table(header, rows)
+
+
 def by_rows(record: Record) -> str:
     speeds_by_rows = record["images_per_s"]
     return table(["rows", *speeds_by_rows], [["images/s", *(f"{speed:.1f}" for speed in speeds_by_rows.values())]])
@@ -434,6 +458,7 @@ def _devices(*records: Record) -> str:
 BASE = ("base_1beams", "base_4beams", "base_10beams")
 ZEN4 = ("zen4/base_4beams", "zen4/large_4beams")
 LENGTHS = ("base_4beams_10tokens", "base_4beams_20tokens", "base_4beams_40tokens")
+FAMILIES = tuple(f"{model}_4beams{length}" for model in ("vit-gpt2", "git-base") for length in ("_16tokens", ""))
 TABLES = {
     "headline": Table((*BASE, "large_4beams"), headline, elsewhere=(*ZEN4, *LENGTHS), see=""),
     "readme speed": Table((*BASE, "large_4beams"), readme_speeds, elsewhere=ZEN4),
@@ -443,6 +468,7 @@ TABLES = {
     "other processor": Table(ZEN4, speeds),
     "products of the other": Table(ZEN4, products, see="as above"),
     "lengths": Table(LENGTHS, by_length),
+    "families": Table(FAMILIES, families),
     "rows": Table(("rows_demo_4beams",), by_rows),
     "soak": Table(("soak_17237",), _soak),
     "faults": Table(("soak_300_kill", "soak_300_term", "soak_300_disk"), _faults),

@@ -164,7 +164,8 @@ class VisionEncoderDecoder(Family):
         with torch.no_grad():
             resized = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
         embeddings.position_embeddings = nn.Parameter(resized.clone())
-        embeddings.patch_embeddings.image_size = (image_size, image_size)
+        # transformers 5 checks DeiT's size in `embeddings`, earlier releases in its patches
+        embeddings.image_size = embeddings.patch_embeddings.image_size = (image_size, image_size)
         vision.image_size = image_size
 
     def make_processor(self, settings: Mapping[str, Any]) -> ImageProcessor:

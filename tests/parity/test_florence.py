@@ -150,6 +150,7 @@ def test_pixels_of_florence_equal_its_processor(bundle, reference):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_florence_bundle_verifies(backend, bundle):
+    pytest.importorskip({"cpu": "onnxruntime"}.get(backend, backend))  # the tests with transformers 5 have no OpenVINO
     checks = 0
     for task in TASKS:
         opened = bundle.for_task(task)

@@ -100,6 +100,7 @@ def test_pixels_of_git_equal_its_processor(bundle, reference):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_git_bundle_verifies(backend, bundle):
+    pytest.importorskip({"cpu": "onnxruntime"}.get(backend, backend))  # the tests with transformers 5 have no OpenVINO
     assert all(check.passed for check in verify(bundle, open_backend(bundle, Runtime(backend))))
 
 
