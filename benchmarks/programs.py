@@ -13,7 +13,7 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -343,7 +343,7 @@ def _generate_with(convert: Callable[[Any], Any], setting: Comparison) -> Captio
     torch.set_num_threads(setting.threads or available_cores())
     reference = Reference.load(setting.workload.checkpoint)
     pixel_values = _pixels(reference, setting.workload)
-    reference = Reference(convert(reference.model), reference.image_processor, reference.tokenizer)
+    reference = replace(reference, model=convert(reference.model))
     pixel_values = pixel_values.to(reference.model.dtype)
 
     def caption(count: int, batch: int) -> Captioned:
