@@ -29,6 +29,19 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(maps)): path.read_bytes() for path in maps.rglob("*") if path.is_file()}
 
 
+def assert_same_files(folder: Path, other: Path) -> None:
+    """Compare two folders of maps. Sums in other company may differ in the last bit of a float16, as scores do."""
+    assert sorted(files(folder)) == sorted(files(other))
+    for name in files(folder):
+        with np.load(folder / "maps" / name) as found, np.load(other / "maps" / name) as expected:
+            assert set(found) == set(expected)
+            for key, array in expected.items():
+                if key == "maps":
+                    np.testing.assert_allclose(found[key], array, rtol=2**-10, atol=1e-6)
+                else:
+                    np.testing.assert_array_equal(found[key], array)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_pictures(tmp_path_factory.mktemp("attention") / "images", IMAGES)
@@ -72,7 +85,7 @@ def test_workers_give_the_same_files(workers, images, tiny_bundle, whole, tmp_pa
         pytest.importorskip("ray", reason="ray is not installed: it comes with the extra [ray]")
     result = caption(images, tiny_bundle, tmp_path, *workers)
     assert result.exit_code == 0, result.output
-    assert files(tmp_path) == files(whole)
+    assert_same_files(tmp_path, whole)
     assert (tmp_path / "run.csv").read_bytes() == (whole / "run.csv").read_bytes()
 
 
@@ -80,7 +93,7 @@ def test_shards_share_a_folder(images, tiny_bundle, whole, tmp_path):
     for number in (1, 2, 3):
         result = caption(images, tiny_bundle, tmp_path, "--shard", f"{number}/3", "--no-resume")
         assert result.exit_code == 0, result.output
-    assert files(tmp_path) == files(whole)
+    assert_same_files(tmp_path, whole)
 
 
 def test_resumed_run_makes_missing_files_again(images, tiny_bundle, whole, tmp_path):
@@ -98,19 +111,20 @@ def test_resumed_run_makes_missing_files_again(images, tiny_bundle, whole, tmp_p
     assert again.exit_code == 0, again.output
     assert f"2 images are captioned again, because {maps} lacks their attention" in again.output
     assert "2 captions in" in again.output
-    assert files(tmp_path) == files(whole)
+    assert_same_files(tmp_path, whole)
     assert (tmp_path / "run.csv").read_bytes() == (whole / "run.csv").read_bytes()
 
 
 def test_update_makes_files_for_other_layers(images, tiny_bundle, tmp_path):
     assert caption(images, tiny_bundle, tmp_path, "--update").exit_code == 0
-    before = files(tmp_path)
+    before, old = files(tmp_path), tmp_path / "before"
+    shutil.copytree(tmp_path / "maps", old / "maps")
     same = caption(images, tiny_bundle, tmp_path, "--update")
     assert "0 of 25 images to caption" in same.output
     (tmp_path / "maps" / "9.npz").unlink()
     one = caption(images, tiny_bundle, tmp_path, "--update")
     assert "1 of 25 images to caption" in one.output
-    assert files(tmp_path) == before
+    assert_same_files(tmp_path, old)
     last = caption(images, tiny_bundle, tmp_path, "--update", "--attention-layers", "1")
     assert "25 of 25 images to caption" in last.output
     assert read_attention(tmp_path / "maps" / "9.npz").layers == (1,)
@@ -135,7 +149,7 @@ REFUSED = {
     "a file": (["--attention", "file"], "--attention file: file is not a writable folder"),
     "openvino": (
         ["--attention", "maps", "--backend", "openvino"],
-        "backend cpu, not by openvino: add --backend cpu",
+        "backends cpu and torch, not by openvino: add --backend cpu or --backend torch",
     ),
     "in the bundle": (["--attention", "bundle"], "--attention bundle would be inside the bundle"),
 }
