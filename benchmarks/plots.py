@@ -35,9 +35,10 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
 
 
 def plot_beams(records: list[dict[str, Any]]) -> Any:
-    """Plot bars: speed of each program relative to generate, one group per workload and number of beams."""
+    """Plot bars for BLIP: speed of each program relative to generate, one group per workload and number of beams."""
+    order = ["base", "large", "demo"]  # the ratios of other families are too different for one scale
     runs = [r for r in records if r["benchmark"] == "throughput" and not r["setting"]["forced_tokens"]]
-    order = ["base", "large", "demo"]
+    runs = [r for r in runs if r["workload"] in order]
     runs.sort(key=lambda r: (order.index(r["workload"]), r["setting"]["beams"]))
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     width = 0.8 / len(NAMES)
