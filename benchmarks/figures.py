@@ -90,7 +90,8 @@ def _bundle(record: dict[str, Any]) -> str:
     workload = record.get("workload") or record.get("setting", {}).get("workload", "demo")
     digest = record.get("bundle_sha256") or record.get("bundle") or record.get("start", "").removeprefix("bundle ")
     if workload != "demo":
-        return f"random weights in the shape of BLIP-{workload}" + (f", bundle {digest[:12]}" if digest else "")
+        shape = f"BLIP-{workload}" if workload.startswith(("base", "large")) else workload
+        return f"random weights in the shape of {shape}" + (f", bundle {digest[:12]}" if digest else "")
     current = Bundle.load().digest[:12]
     if not digest:
         return f"**an unrecorded demo bundle**, possibly not the current one ({current})"

@@ -34,12 +34,11 @@ MOST_EXTRA = 2
 
 
 class _Node(NamedTuple):
-    """A node of a graph: operator, names of inputs and outputs, and its protobuf with the tag."""
+    """A node of a graph: operator, names of inputs and outputs."""
 
     operator: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    whole: bytes
 
 
 def layers_of(bundle: Bundle, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -93,10 +92,10 @@ def attention_graph(bundle: Bundle, layers: Sequence[int]) -> bytes:
     path = bundle.path / "decoder.onnx"
     model = memoryview(path.read_bytes())
     graph = next(parts(model, _GRAPH))
-    nodes = [_node(part, bytes(whole)) for field, part, whole in fields(graph) if field == _NODE]
+    nodes = [_node(part) for part in parts(graph, _NODE)]
     weights = [_softmax_over(f"cross.key.{layer}", nodes, path) for layer in layers]
     content = [bytes(graph)]  # fields of a protobuf message may follow in any order
-    content += [node.whole for node in _averaged(weights)]
+    content += _averaged(weights)
     content += [_constant(name, values) for name, values in _CONSTANTS.items()]
     content.append(_constant(_END, [bundle.model.encoder_positions]))
     content.append(message(_OUTPUT, _float_output(ATTENTION)))
@@ -124,8 +123,8 @@ _CONSTANTS = {_FIRST: [0], _AXIS: [3], _HEADS: [1]}
 """Where the image's positions begin, the axis of positions, and that of heads, which is later that of layers."""
 
 
-def _averaged(weights: Sequence[str]) -> Iterator[_Node]:
-    """Yield the nodes that average weights [B,H,T,S+...] over heads and layers in float32."""
+def _averaged(weights: Sequence[str]) -> Iterator[bytes]:
+    """Yield the nodes, as fields of a GraphProto, that average weights [B,H,T,S+...] over heads and layers in float32."""
     for i, name in enumerate(weights):
         # in a prefix family the text's positions follow those of the image in the same softmax
         yield _new("Slice", [name, _FIRST, _END, _AXIS], f"attention.image.{i}")
@@ -135,17 +134,17 @@ def _averaged(weights: Sequence[str]) -> Iterator[_Node]:
     yield _new("ReduceMean", ["attention.means", _HEADS], ATTENTION, {"keepdims": 0})
 
 
-def _node(part: memoryview, whole: bytes) -> _Node:
+def _node(part: memoryview) -> _Node:
     inputs, outputs = (tuple(str(name, "utf-8") for name in parts(part, field)) for field in (1, 2))
-    return _Node(_text(part, 4), inputs, outputs, whole)
+    return _Node(_text(part, 4), inputs, outputs)
 
 
-def _new(operator: str, inputs: Sequence[str], output: str, attributes: dict[str, int] | None = None) -> _Node:
+def _new(operator: str, inputs: Sequence[str], output: str, attributes: dict[str, int] | None = None) -> bytes:
     strings = [*((1, name) for name in inputs), (2, output), (3, output), (4, operator)]
     content = b"".join(message(field, text.encode()) for field, text in strings)
     for name, value in (attributes or {}).items():  # AttributeProto: name, i, type INT
         content += message(5, message(1, name.encode()) + number(3, value) + number(20, 2))
-    return _Node(operator, tuple(inputs), (output,), message(_NODE, content))
+    return message(_NODE, content)
 
 
 def _constant(name: str, values: Sequence[int]) -> bytes:

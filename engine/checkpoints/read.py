@@ -304,8 +304,8 @@ def bicubic_matrix(old: int, new: int) -> NDArray[np.float64]:
 
     Cubic convolution with a = -0.75 (Keys, 1981), pixel centres (align_corners=False), coordinates clamped at the
     borders, no low-pass filter when the result is smaller. The weights are rounded to float32 at the same places as
-    torch's (ATen/native/UpSample.h, with fused products and sums), because their terms cancel: float64 would differ
-    from torch by 5e-6.
+    torch's (ATen/native/UpSample.h, with fused products and sums), because their terms cancel: float64 would be
+    5e-6 off.
     """
     a = np.float32(-0.75)
     scale = np.float32(old) / np.float32(new)

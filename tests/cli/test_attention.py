@@ -30,7 +30,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def assert_same_files(folder: Path, other: Path) -> None:
-    """Compare two folders of maps. Sums in other company may differ in the last bit of a float16, as scores do."""
+    """Compare two folders of maps. Their last bit depends on which images share a step, as that of scores does."""
     assert sorted(files(folder)) == sorted(files(other))
     for name in files(folder):
         with np.load(folder / "maps" / name) as found, np.load(other / "maps" / name) as expected:
