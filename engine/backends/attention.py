@@ -124,7 +124,7 @@ _CONSTANTS = {_FIRST: [0], _AXIS: [3], _HEADS: [1]}
 
 
 def _averaged(weights: Sequence[str]) -> Iterator[bytes]:
-    """Yield the nodes, as fields of a GraphProto, that average weights [B,H,T,S+...] over heads and layers in float32."""
+    """Yield nodes (fields of a GraphProto) that average weights [B,H,T,S+...] over heads and layers in float32."""
     for i, name in enumerate(weights):
         # in a prefix family the text's positions follow those of the image in the same softmax
         yield _new("Slice", [name, _FIRST, _END, _AXIS], f"attention.image.{i}")
