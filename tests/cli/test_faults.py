@@ -34,10 +34,11 @@ def test_disturbed_run_equals_the_undisturbed_one(pictures, tiny_bundle, tmp_pat
     assert compare_runs(tmp_path / "a.csv", tmp_path / "b.csv", unreadable) == []
 
 
-def test_lost_doubled_and_changed_captions_are_detected(tmp_path):
+def test_lost_doubled_changed_and_moved_captions_are_detected(tmp_path):
     whole = 'ID,Caption\na,"x"\nb,"y"\n'
     (tmp_path / "whole.csv").write_text(whole)
-    for wrong in (whole[:-6], whole + 'b,"y"\n', whole.replace("y", "z"), whole.replace("ID", "Id")):
+    turned = 'ID,Caption\nb,"y"\na,"x"\n'
+    for wrong in (whole[:-6], whole + 'b,"y"\n', whole.replace("y", "z"), whole.replace("ID", "Id"), turned):
         (tmp_path / "wrong.csv").write_text(wrong)
         assert compare_runs(tmp_path / "whole.csv", tmp_path / "wrong.csv", []) != []
     (tmp_path / "right.csv").write_text(whole + 'c,""\n')

@@ -110,12 +110,16 @@ def test_missing_and_double_shards_are_refused(shards, tmp_path):
         (("--beams", 1, "--n-best", 1), "num_beams:2 and num_beams:1"),
         (("--suffix", "."), "they differ in images, prompts, shards or the options for the text"),
         (("--shard", "2/4"), "they differ in images, prompts, shards or the options for the text"),
+        (("--prompts", "prompts"), "they differ in images, prompts, shards or the options for the text"),
         (("--input", "more"), "they differ in images, prompts, shards or the options for the text"),
     ],
 )
 def test_shards_of_different_runs_are_refused(images, tiny_bundle, shards, tmp_path, change, said):
     more = save_pictures(tmp_path / "more", 2, name="more {}.png")
-    change = tuple(more if value == "more" else value for value in change)
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("ID,prompt\n" + "".join(f'"{path.stem}",the\n' for path in sorted(images.iterdir())))
+    files = {"more": more, "prompts": prompts}
+    change = tuple(files.get(value, value) for value in change)
     assert caption(images, tiny_bundle, shards[1], "--shard", "2/3", *change).exit_code == 0
     result = run("merge", *shards, "--out", tmp_path / "run.csv")
     assert result.exit_code == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +55,19 @@ def both(tiny_bundle, other_bundle) -> Captioner:
 @pytest.fixture(scope="module")
 def reference(tiny_reference, other_checkpoint, both) -> Reference:
     return ensemble([tiny_reference, Reference.load(other_checkpoint)], both.bundle.weights)
+
+
+def test_several_bundles_load_no_torch(tiny_bundle, other_bundle, tmp_path):
+    images = save_pictures(tmp_path / "images", 2)
+    bundles = ["--bundle", tiny_bundle, "--bundle", other_bundle]
+    words = ["caption", "--input", images, *bundles, "--out", tmp_path / "run.csv"]
+    code = (
+        "import sys; from click.testing import CliRunner; from engine.cli import main\n"
+        f"assert CliRunner().invoke(main, {[str(word) for word in words]}).exit_code == 0\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 SETTINGS = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,10 @@ def test_winner_settings_from_the_command_line(tmp_path):
     assert len(rows_of(out)) == len(found) > 2
 
 
+def signature_of(log: str) -> str:
+    return re.search(r"bad_words:2:\w+", log).group()
+
+
 def test_banned_words_from_a_file(pictures, tiny_bundle, tiny_captioner, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("the\n\nwhite arrow\n")
@@ -71,6 +76,10 @@ def test_banned_words_from_a_file(pictures, tiny_bundle, tiny_captioner, tmp_pat
     found = [text for _, text in rows_of(tmp_path / "run.csv")]
     assert found == [one.text for one in expected]
     assert not any("the" in text.split() for text in found)
+    words.write_text("the\n\nchest\n")
+    other = caption(*arguments, "--bad-words", words)
+    assert "bad_words:2:" in other.stderr
+    assert signature_of(other.stderr) != signature_of(result.stderr), "a journal of one list must not serve the other"
 
 
 @pytest.mark.parametrize(

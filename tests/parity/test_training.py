@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from engine.bundle.tokenizer import detokenise
 from engine.errors import EngineError
@@ -41,6 +41,7 @@ from train.learning.setup import Run, encode_images, make_trainer
 from train.learning.trainer import (
     COMPLETE,
     CaptionTrainer,
+    SaveAfterEvaluation,
     explain,
     newest_complete_checkpoint,
     seal,
@@ -334,6 +335,17 @@ def test_torch_failures_have_a_remedy(error, expected):
 def test_unknown_errors_are_not_explained():
     assert explain(ValueError("a bug"), "step 3") is None
     assert explain(EngineError("a line of our own"), "step 3") is None
+
+
+def test_an_epoch_is_saved_after_its_evaluation():
+    """Every 4 steps is a save; the last of the 8 steps of an epoch has to wait for the evaluation."""
+    callback, settings = SaveAfterEvaluation(8), TrainingArguments(save_strategy="steps", save_steps=4)
+    for step, saves in ((4, True), (8, False)):
+        control = TrainerControl(should_save=True)  # as the Trainer's own callback leaves it
+        callback.on_step_end(settings, TrainerState(global_step=step), control)
+        assert control.should_save is saves
+    callback.on_epoch_end(settings, TrainerState(global_step=8), control)
+    assert control.should_save
 
 
 def test_lower_loss_breaks_ties_of_best_model(tmp_path):

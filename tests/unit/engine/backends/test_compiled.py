@@ -67,6 +67,15 @@ def test_compiled_graphs_are_cached_and_reused(fresh, compiled, tiny_bundle):
     assert len(blobs(fresh)) == 4
 
 
+def test_graphs_of_another_release_are_compiled_again(fresh, compiled, tiny_bundle, monkeypatch):
+    bundle = Bundle.load(tiny_bundle)
+    OpenVinoBackend(bundle)
+    monkeypatch.setattr(openvino, "__version__", "2099.1.0")
+    OpenVinoBackend(bundle)
+    assert len(compiled) == 6
+    assert len(blobs(fresh)) == 4
+
+
 def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.bundle.int8 import quantise_weight
 from engine.checkpoints.rotate import RotatedWeights, rotated
 from export.families import family_of
 from export.reference.huggingface import Reference
@@ -20,6 +21,15 @@ def test_rotation_is_orthogonal_and_keeps_the_mean(width):
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(width), atol=2e-6)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=2e-6)
     np.testing.assert_array_equal(matrix, matrix.T)
+
+
+def test_weights_in_8_bits_are_rounded_to_the_nearest_step():
+    weight = np.random.default_rng(0).normal(size=(40, 70)).astype(np.float32)
+    weight[3] = 0
+    quantised, scale = quantise_weight(weight)
+    errors = np.abs(quantised.T * scale[:, None] - weight)
+    assert (errors <= 0.5001 * scale[:, None]).all()
+    assert (np.abs(quantised).max(0) == np.where(np.arange(40) == 3, 0, 127)).all()
 
 
 def test_rotation_spreads_a_large_channel():

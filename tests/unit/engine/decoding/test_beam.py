@@ -277,6 +277,14 @@ def test_early_stopping_decides_whether_k_hypotheses_close_an_image(early_stoppi
     assert beams.closed[0] == closes
 
 
+def test_never_bounds_by_the_present_length_if_longer_is_worse():
+    """With penalty -1 scores are sums times lengths: the worst is -1.0 * 2; a beam of -0.9 is now at -1.8."""
+    beams = open_beams(replace(SEARCH, num_beams=2, early_stopping="never", length_penalty=-1.0))
+    advance(beams, [-0.8, -0.85, -1.0, -1.1], [EOS, 0, 1, 2])
+    advance(beams, [-0.9, -1.0, -3.0, -3.1], [0, EOS, 1, 2])
+    assert not beams.closed[0]
+
+
 def test_a_running_beam_that_can_still_win_keeps_its_image_open():
     """Two hypotheses score -1; the best running beam sums to -0.9, so it may end better than the worst of them."""
     beams = open_beams(replace(SEARCH, num_beams=2))

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.calibration import Calibration
 from engine.captions import Alternative, Caption
 from engine.errors import BundleError, EngineError, OutputError, UsageError
 from engine.files.lock import OutputLock, folder_lock, waiting_lock
 from engine.inputs.images import ImageFile
 from engine.run.job import Outputs
-from engine.run.journal import Journal, decode_record, encode_record, journal_path, read_journal
+from engine.run.journal import SYNC_EVERY_S, Journal, decode_record, encode_record, journal_path, read_journal
 from engine.run.record import RunRecord, digest_of, rows_of, run_key
 
 JSON = st.recursive(
@@ -136,6 +137,19 @@ def test_journal_cut_at_any_byte_keeps_complete_records(tmp_path):
         assert records == [{"id": i} for i in range(survivors)] + [{"id": "next"}]
         assert good == path.stat().st_size
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.csv.journal"]
+
+
+def test_records_are_forced_to_disk_after_some_seconds(tmp_path, monkeypatch):
+    """A power cut loses at most the captions of SYNC_EVERY_S."""
+    now, forced = [0.0], []
+    monkeypatch.setattr("engine.run.journal.time.monotonic", lambda: now[0])
+    journal = Journal(tmp_path / "run.csv.journal", "key")
+    monkeypatch.setattr(os, "fsync", lambda _: forced.append(now[0]))
+    for second in range(1, 17):
+        now[0] = float(second)
+        journal.append({"id": second})
+    journal.close()
+    assert forced == [SYNC_EVERY_S + 1, 2 * (SYNC_EVERY_S + 1)]
 
 
 def test_records_after_a_damaged_line_are_valid(tmp_path):
@@ -375,6 +389,19 @@ def test_no_caption_is_kept_after_the_bundle_changed(tmp_path, images):
             record.check_unchanged()
     with RunRecord(images, out, "signature") as record:
         assert list(record.captions) == [images[0].id]
+
+
+def test_captions_of_unknown_score_are_marked_for_review(tmp_path, images):
+    """A caption without a runner-up has no margin, and so no expected score."""
+    by_margin = Calibration("margin", 2, "rouge1", "rouge1:F", 4, (0.0, 1.0), (0.25, 0.5))
+    alone = Caption(images[1].id, caption("").alternatives[:1])
+    with RunRecord(images[:2], tmp_path / "run.csv", "signature", calibration=by_margin) as record:
+        record.add(caption(images[0].id))
+        record.add(alone)
+        files = {"calibration": tmp_path / "map.json", "review_out": tmp_path / "review.csv"}
+        verdicts = record.verdicts(Outputs(tmp_path / "run.csv", **files, abstain_below=0.1))
+    assert verdicts[alone.id] == {"expected_score": None, "review": True}
+    assert verdicts[images[0].id]["review"] is False
 
 
 def test_journal_is_deleted_only_after_writing(tmp_path, images):

@@ -242,12 +242,26 @@ def test_comparison_finds_only_real_differences():
     assert base.compare(corpus, corpus).difference == 0.0
 
 
+def test_p_value_counts_the_observed_sample():
+    """With r resamples the smallest p is 2 / (r + 1), never 0 (Davison and Hinkley 1997, section 4.2.5)."""
+    values = np.arange(50.0)
+    assert base.compare(mean(values), mean(values + 1), resamples=99).p == pytest.approx(2 / 100)
+
+
 def test_a_corpus_metric_is_resampled_by_its_counts():
     whole = generated(100)
     half = Items(whole.ids[:50], whole.candidates[:50], whole.references[:50])
     corpus = Bleu(1).measure(whole)
     assert corpus.resampled(np.arange(100)) == pytest.approx(corpus.value, abs=1e-9)
     assert corpus.resampled(np.arange(50)) == pytest.approx(Bleu(1).measure(half).value, abs=1e-9)
+
+
+def test_the_shorter_of_two_equally_near_references_counts():
+    """Resamples and groups have the brevity penalty of the whole score, which is pycocoevalcap's."""
+    for references, expected in ((("a b c", "a b c d e"), 1.0), (("a b c d e", "a b c d e f g"), np.exp(1 - 5 / 4))):
+        measured = Bleu(1).measure(items(["a b c d"], [references]))
+        assert measured.value == pytest.approx(expected, abs=1e-6)
+        assert measured.combine(measured.counts.sum(0)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_constant_caption_has_the_frequent_words():

@@ -134,6 +134,15 @@ def test_written_files_pass_in_manifest_order(form, tmp_path):
         assert content == b'ID,Caption\nID2,"two lines and   more"\nID1,"CT, ""axial"" view"\nID03,""\n'
 
 
+def test_archives_of_the_same_captions_are_the_same_bytes(tmp_path, monkeypatch):
+    contents = []
+    for now in (1e9, 1.5e9):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        write_submission(CAPTIONS, IDS, "imageclef2026", tmp_path / "x.zip")
+        contents.append((tmp_path / "x.zip").read_bytes())
+    assert contents[0] == contents[1]
+
+
 def test_a_bar_in_a_caption_of_2022_becomes_a_space(tmp_path):
     write_submission({"a": "x|y"}, ["a"], "imageclef2022", tmp_path / "x.csv")
     assert (tmp_path / "x.csv").read_text() == "a|x y\n"

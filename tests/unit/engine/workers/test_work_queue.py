@@ -1,14 +1,24 @@
-"""Which worker gets which image, and that an image that kills its workers costs no other; without processes."""
+"""Which worker gets which image, and which deaths of workers end a run; without processes."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from engine.bundle.manifest import Bundle
+from engine.bundle.open import BundleRef
+from engine.captioner import Decoding
+from engine.captions import Alternative, Caption
+from engine.errors import BackendError
 from engine.inputs.images import ImageFile
-from engine.workers.driver import TRIALS, WorkQueue
+from engine.runtime import Runtime
+from engine.workers.driver import MOST_DEATHS, TRIALS, Events, Team, WorkerSource, WorkQueue
+from engine.workers.messages import WorkOrder, pack_captions, pack_ready
 
 
 def images(count: int) -> list[ImageFile]:
@@ -68,3 +78,56 @@ def test_image_held_alone_is_retried_once():
     assert queue.give(0, 5) == [image]
     assert queue.died(0) == ([], image)
     assert not queue.unanswered
+
+
+class MortalWorker:
+    """A worker that captions one image of those it gets and dies, or dies before it captions any."""
+
+    name, wants = "worker", 0
+
+    def __init__(self, number: int, events: Events, *, captions: bool) -> None:
+        self.number, self._events, self._captions, self._lives = number, events, captions, True
+        events.put((self, pack_ready(20)))
+
+    def submit(self, images) -> None:
+        if not self._lives:
+            return
+        self._lives = False
+        if self._captions:
+            caption = Caption(images[0].id, (Alternative("a", "a", (1, 2), -1.0, -1.0),))
+            self._events.put((self, pack_captions([caption])))
+        self._events.put((self, ""))
+
+    def end(self, patience_s: float = 0) -> str:  # noqa: ARG002
+        return "killed"
+
+
+class Pending:
+    def __init__(self, count: int) -> None:
+        self.images = images(count)
+
+    def remaining(self) -> Iterator[ImageFile]:
+        return iter(self.images)
+
+    def fail(self, error: Exception) -> None:
+        """The image that a worker held last is given up."""
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_only_deaths_in_a_row_end_a_run(captions):
+    started: list[int] = []
+
+    def start(number: int, _: WorkOrder, events: Events) -> MortalWorker:
+        started.append(number)
+        return MortalWorker(number, events, captions=captions)
+
+    order = WorkOrder(BundleRef(), "", Runtime("cpu"), cast(Decoding, None))
+    source = WorkerSource(cast(Bundle, None), order, Team(1, start, "worker", "pray"))
+    found = source.captions(Pending(10 * MOST_DEATHS), lambda _: None)
+    if captions:
+        assert len(list(islice(found, 2 * MOST_DEATHS))) == 2 * MOST_DEATHS
+        assert len(started) >= 2 * MOST_DEATHS
+    else:
+        with pytest.raises(BackendError, match=f"died {MOST_DEATHS} times in a row"):
+            list(found)
+        assert len(started) == MOST_DEATHS
