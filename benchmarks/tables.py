@@ -458,7 +458,10 @@ def _devices(*records: Record) -> str:
 BASE = ("base_1beams", "base_4beams", "base_10beams")
 ZEN4 = ("zen4/base_4beams", "zen4/large_4beams")
 LENGTHS = ("base_4beams_10tokens", "base_4beams_20tokens", "base_4beams_40tokens")
-FAMILIES = tuple(f"{model}_4beams{length}" for model in ("vit-gpt2", "git-base") for length in ("_16tokens", ""))
+FAMILIES = (
+    *(f"{model}_4beams{length}" for model in ("vit-gpt2", "git-base") for length in ("_16tokens", "")),
+    "florence2-base_3beams_16tokens",
+)
 TABLES = {
     "headline": Table((*BASE, "large_4beams"), headline, elsewhere=(*ZEN4, *LENGTHS), see=""),
     "readme speed": Table((*BASE, "large_4beams"), readme_speeds, elsewhere=ZEN4),
