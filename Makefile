@@ -17,7 +17,7 @@ RECORD ?=
 DEMO := build/demo
 
 .DEFAULT_GOAL := all
-.PHONY: all caption full test test-fast test-next test-families lint parity fuzz golden bench soak plots figures docs recipe train-smoke demo restore help clean
+.PHONY: all caption full test test-fast test-next test-families lint parity fuzz fake-gpu golden bench soak plots figures docs recipe train-smoke demo restore help clean
 
 all: lint test  ## run lint and test
 
@@ -50,6 +50,11 @@ FAMILIES := tests/parity/test_pairs.py tests/parity/test_git.py tests/parity/tes
 test-families: $(FULL)/.ready $(NEXT)/.ready  ## compare every family with generate over the whole grid, in both releases of transformers (40 minutes)
 	FAMILIES_GRID=full $(FULL)/bin/python $(PYTEST) $(FAMILIES) tests/parity/test_torch.py tests/parity/test_convert.py
 	FAMILIES_GRID=full $(NEXT)/bin/python $(PYTEST) $(FAMILIES)
+
+FAKE_GPU := build/fake-gpu
+fake-gpu: $(FULL)/.ready $(FAKE_GPU)/.ready  ## test the CUDA backend on stand-ins, without a GPU (needs gcc; downloads 260 MB)
+	CUDA_INCLUDE=$(abspath $(FAKE_GPU))/headers/nvidia/cu13/include ENGINE_ORT_GPU=$(abspath $(FAKE_GPU))/runtime \
+	    $(FULL)/bin/python -m pytest tests/nvidia/test_fake.py
 
 lint: $(FULL)/.ready  ## check style, types and the import rules between packages
 	$(FULL)/bin/ruff check .
@@ -141,4 +146,12 @@ $(DOCS)/.ready: pyproject.toml
 $(NEXT)/.ready: pyproject.toml
 	@tools/environment.sh "$(PYTHON)" $(@D) "torch and transformers 5, a gigabyte to download, some minutes" \
 	    --torch '$(TORCH)' torch==$(TORCH_VERSION) --editable '.[cpu]' --group next
+	@touch $@
+
+# CUDA's headers and the GPU build of ONNX Runtime. They are not installed: it would overwrite the CPU build.
+FAKE_GPU_WHEELS := onnxruntime-gpu==1.31.1 nvidia-cuda-runtime==13.0.96 nvidia-cuda-crt==13.5.37
+$(FAKE_GPU)/.ready:
+	$(PYTHON) -m pip download -q --no-deps --dest $(@D)/wheels $(FAKE_GPU_WHEELS)
+	for wheel in $(@D)/wheels/nvidia*.whl; do $(PYTHON) -m zipfile -e $$wheel $(@D)/headers; done
+	$(PYTHON) -m zipfile -e $(@D)/wheels/onnxruntime*.whl $(@D)/runtime
 	@touch $@

@@ -1,9 +1,9 @@
 """Derive a graph from a bundle's decoder that also returns where the tokens look.
 
-Every exported decoder computes its attention with plain operators: keys of the image, scaled product, Softmax. So the
-weights of attention are tensors inside the graph, and a graph that returns them needs neither a file nor the packages
-torch and onnx: a few nodes and an output are added to the decoder's protobuf. This works with the bundles of all
-versions, precisions and families.
+The weights of attention are tensors inside the graph, the outputs of a Softmax. Where a float16 decoder has the
+operator Attention instead, they are computed a second time, from its inputs. So a graph that returns them needs neither
+a file nor the packages torch and onnx: a few nodes and an output are added to the decoder's protobuf. This works with
+the bundles of all versions, precisions and families.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.bundle.manifest import Bundle
 from engine.bundle.protobuf import fields, message, number, parts
@@ -23,7 +24,7 @@ ATTENTION = "attention"
 """The output: f32[B,T,S], the weights of T fed tokens over the S positions of the image, averaged over heads."""
 _GRAPH, _NODE, _INITIALIZER, _OUTPUT = 7, 1, 5, 12
 """Fields of onnx.proto: ModelProto.graph, and those of GraphProto."""
-_FLOAT, _INT64 = 1, 7
+_FLOAT, _INT64, _FLOAT16 = 1, 7, 10
 """TensorProto.DataType."""
 
 
@@ -34,11 +35,12 @@ MOST_EXTRA = 2
 
 
 class _Node(NamedTuple):
-    """A node of a graph: operator, names of inputs and outputs."""
+    """A node of a graph: operator, names of inputs and outputs, the whole message."""
 
     operator: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    content: memoryview
 
 
 def layers_of(bundle: Bundle, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -87,35 +89,65 @@ def attention_graph(bundle: Bundle, layers: Sequence[int]) -> bytes:
     """Return the decoder with the output ATTENTION, averaged over `layers`, after its own.
 
     It is a ModelProto that reads its weights from the decoder's data file, in the folder of the bundle. Raises
-    BundleError if the decoder has fused operators instead of Softmax.
+    BundleError if the decoder has fused operators of another kind.
     """
     path = bundle.path / "decoder.onnx"
     model = memoryview(path.read_bytes())
     graph = next(parts(model, _GRAPH))
     nodes = [_node(part) for part in parts(graph, _NODE)]
-    weights = [_softmax_over(f"cross.key.{layer}", nodes, path) for layer in layers]
     content = [bytes(graph)]  # fields of a protobuf message may follow in any order
+    weights = []
+    for layer in layers:
+        node = _attention_over(f"cross.key.{layer}", nodes, path)
+        if node.operator == _FUSED:
+            content += _weights_of(node, layer)
+        weights.append(_WEIGHTS.format(layer) if node.operator == _FUSED else node.outputs[0])
     content += _averaged(weights)
-    content += [_constant(name, values) for name, values in _CONSTANTS.items()]
-    content.append(_constant(_END, [bundle.model.encoder_positions]))
+    constants = _CONSTANTS | {_END: [bundle.model.encoder_positions]}
+    content += [_constant(name, np.array(values, "<i8")) for name, values in constants.items()]
     content.append(message(_OUTPUT, _float_output(ATTENTION)))
     rest = (bytes(whole) for field, _, whole in fields(model) if field != _GRAPH)
     return b"".join(rest) + message(_GRAPH, b"".join(content))
 
 
-def _softmax_over(keys: str, nodes: Iterable[_Node], path: Path) -> str:
-    """Return the output of the Softmax over the image's keys: the first that depends on them, as nodes are in order."""
+def _attention_over(keys: str, nodes: Iterable[_Node], path: Path) -> _Node:
+    """Return the Softmax or Attention over the image's keys: the first that depends on them, as nodes are in order."""
     reached = {keys}
     for node in nodes:
         if reached.isdisjoint(node.inputs) or node.operator == "Shape":
             continue
-        if node.operator == "Softmax":
-            return node.outputs[0]
+        if node.operator in ("Softmax", _FUSED):
+            return node
         reached.update(node.outputs)
     raise BundleError(
         f"{path} computes attention over {keys} in a fused operator, without a Softmax: export the checkpoint again "
         "with this release to use attention maps"
     )
+
+
+_FUSED = "Attention"
+_WEIGHTS = "attention.weights.{}"
+
+
+def _weights_of(node: _Node, layer: int) -> Iterator[bytes]:
+    """Yield nodes and a constant that compute the weights of an Attention in float16 (export/graphs/attention.py)."""
+    query, keys, *_ = node.inputs
+    names = {part: f"attention.{part}.{layer}" for part in ("turned", "products", "scale", "scores")}
+    yield _new("Transpose", [keys], names["turned"], {"perm": (0, 1, 3, 2)})
+    yield _new("MatMul", [query, names["turned"]], names["products"])
+    yield _constant(names["scale"], np.array(_scale(node), "<f2"))
+    yield _new("Mul", [names["products"], names["scale"]], names["scores"])
+    yield _new("Softmax", [names["scores"]], _WEIGHTS.format(layer), {"axis": 3})
+
+
+def _scale(node: _Node) -> float:
+    """Return the attribute `scale`: AttributeProto.f, four bytes after its tag."""
+    for attribute in parts(node.content, 5):
+        if _text(attribute, 1) == "scale":
+            return float(
+                np.frombuffer(next(whole for field, _, whole in fields(attribute) if field == 2)[-4:], "<f4")[0]
+            )
+    raise ValueError(f"{node.outputs[0]}: Attention without a scale")
 
 
 _FIRST, _AXIS, _HEADS, _END = "attention.first", "attention.axis", "attention.heads", "attention.end"
@@ -136,23 +168,28 @@ def _averaged(weights: Sequence[str]) -> Iterator[bytes]:
 
 def _node(part: memoryview) -> _Node:
     inputs, outputs = (tuple(str(name, "utf-8") for name in parts(part, field)) for field in (1, 2))
-    return _Node(_text(part, 4), inputs, outputs)
+    return _Node(_text(part, 4), inputs, outputs, part)
 
 
-def _new(operator: str, inputs: Sequence[str], output: str, attributes: dict[str, int] | None = None) -> bytes:
+def _new(
+    operator: str, inputs: Sequence[str], output: str, attributes: dict[str, int | tuple[int, ...]] | None = None
+) -> bytes:
     strings = [*((1, name) for name in inputs), (2, output), (3, output), (4, operator)]
     content = b"".join(message(field, text.encode()) for field, text in strings)
-    for name, value in (attributes or {}).items():  # AttributeProto: name, i, type INT
-        content += message(5, message(1, name.encode()) + number(3, value) + number(20, 2))
+    for name, value in (attributes or {}).items():  # AttributeProto: name, then i with type INT or ints with type INTS
+        if isinstance(value, int):
+            values = number(3, value) + number(20, 2)
+        else:
+            values = b"".join(number(8, one) for one in value) + number(20, 7)
+        content += message(5, message(1, name.encode()) + values)
     return message(_NODE, content)
 
 
-def _constant(name: str, values: Sequence[int]) -> bytes:
-    """Return an initialiser i64[N]: TensorProto's dims, data_type, name and raw_data."""
-    raw = np.array(values, "<i8").tobytes()
-    return message(
-        _INITIALIZER, number(1, len(values)) + number(2, _INT64) + message(8, name.encode()) + message(9, raw)
-    )
+def _constant(name: str, values: NDArray[np.generic]) -> bytes:
+    """Return an initialiser of type i64 or f16: TensorProto's dims, data_type, name and raw_data."""
+    dims = b"".join(number(1, size) for size in values.shape)
+    kind = number(2, _FLOAT16 if values.dtype == np.float16 else _INT64)
+    return message(_INITIALIZER, dims + kind + message(8, name.encode()) + message(9, values.tobytes()))
 
 
 def _float_output(name: str) -> bytes:

@@ -44,7 +44,7 @@ class Gpt2Step(TextDecoder):
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """See DecoderStep.embed."""
-        return self.decoder.transformer.wte(ids.flatten()) + self.decoder.transformer.wpe(positions.flatten())
+        return self.decoder.transformer.wte(ids) + self.decoder.transformer.wpe(positions)
 
     def layer(self, index: int, x: Tensor, cache: LayerCache) -> tuple[Tensor, list[Tensor]]:
         """See DecoderStep.layer."""
@@ -148,7 +148,7 @@ class TrocrStep(TextDecoder):
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """See DecoderStep.embed."""
-        body, ids, positions = self.body, ids.flatten(), positions.flatten()
+        body = self.body
         if skips_pads(body.config):
             rows = nn.functional.embedding(after_pad(ids, positions, body.padding_idx), self.waves)
         else:

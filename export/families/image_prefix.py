@@ -321,7 +321,8 @@ class ImagePrefixStep(Gpt2Step):
             return x
         first = cross[1][:, :, -1:].transpose(1, 2).flatten(2)
         is_start = (ids == self.words)[..., None]
-        return torch.where(is_start, first, x.view(*ids.shape, -1)).flatten(0, 1)
+        x = torch.where(is_start, first, x.view(*ids.shape, -1))
+        return x if self.is_half else x.flatten(0, 1)
 
     def prefix_scores(self, scores: Tensor) -> Tensor:
         """See DecoderStep.prefix_scores."""

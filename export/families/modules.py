@@ -45,16 +45,37 @@ class ExportedModule(PreTrainedModel):
         self.sizes, self.heads, self.width = sizes, sizes.num_heads, sizes.head_width
         self.weights_type = model.dtype
         """float32 or float16. Some operations use float32 in either case, see the comments there."""
+        self.is_half = self.weights_type == torch.float16
+        """Whether a decoder's rows are f16[B,T,D], not f32[B*T,D]. If ONNX Runtime knows that there are three axes, it
+        computes bias, residual and layer norm in one kernel on GPUs. On CPUs products of two axes are faster."""
         for part in self.parts:
             setattr(self, part, getattr(model, part))
 
     def split_heads(self, x: Tensor, batch: Tensor) -> Tensor:
         """Reshape f32[B*T,D] or f32[B,T,D] to f32[B,H,T,d]."""
+        if self.is_half and x.dim() == 3:
+            return Reshape.apply(x, (0, 0, self.heads, -1)).transpose(1, 2)
         return x.view(batch, -1, self.heads, self.width).transpose(1, 2)
 
     def merge_heads(self, x: Tensor) -> Tensor:
-        """Reshape f32[B,H,T,d] to f32[B*T,D]."""
-        return x.transpose(1, 2).reshape(-1, self.heads * self.width)
+        """Reshape f32[B,H,T,d] to f32[B*T,D], or to f16[B,T,D]."""
+        x = x.transpose(1, 2)
+        return Reshape.apply(x, (0, 0, -1)) if self.is_half else x.reshape(-1, self.heads * self.width)
+
+
+class Reshape(torch.autograd.Function):
+    """Reshape as ONNX does: 0 stands for the size of the same axis before, -1 for what is left.
+
+    torch traces sizes as values that are computed. These are constants in the graph, so runtimes know which axes stay.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shape: tuple[int, ...]) -> Tensor:  # noqa: ARG004
+        return x.reshape([size or x.shape[axis] for axis, size in enumerate(shape)])
+
+    @staticmethod
+    def symbolic(g, x, shape):
+        return g.op("Reshape", x, g.op("Constant", value_t=torch.tensor(shape)))
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +119,8 @@ class LayerCache(NamedTuple):
     """What one decoder layer attends to.
 
     Keys and values of the image (`cross`), of the folded block (`settled`) and of the recent block, and `bias`
-    f32[B,1,T,F+R+T], which masks the positions that are not in a row's past. `batch` is B.
+    f32[B,1,T,F+R+T], which masks the positions that are not in a row's past. `batch` is B. In float16, `columns` are
+    those of the folded block i64[F] and the others i64[R+T].
     """
 
     bias: Tensor
@@ -106,6 +128,7 @@ class LayerCache(NamedTuple):
     settled: list[Tensor]
     recent: list[Tensor]
     batch: Tensor
+    columns: tuple[Tensor, Tensor] | None = None
 
 
 class DecoderStep(ExportedModule, ABC):
@@ -136,12 +159,17 @@ class DecoderStep(ExportedModule, ABC):
         Returns candidate_scores f32[B,C], candidate_ids i64[B,C] and the recent cache extended to f32[B,H,R+T,d].
         """
         batch = input_ids.shape[0]
-        x = self.start(self.embed(input_ids, positions), input_ids, cross)
+        fed = (input_ids, positions) if self.is_half else (input_ids.flatten(), positions.flatten())
+        x = self.start(self.embed(*fed), input_ids, cross)
         bias = _as(torch.where(ancestry, 0.0, MASKED), self.weights_type)[:, None]
         extended: list[Tensor] = []
+        columns = None
+        if self.is_half:
+            folded, device = settled[0].shape[2], ancestry.device
+            columns = torch.arange(folded, device=device), torch.arange(folded, ancestry.shape[2], device=device)
         for i in range(self.sizes.num_layers):
             pair = slice(2 * i, 2 * i + 2)
-            x, grown = self.layer(i, x, LayerCache(bias, cross[pair], settled[pair], recent[pair], batch))
+            x, grown = self.layer(i, x, LayerCache(bias, cross[pair], settled[pair], recent[pair], batch, columns))
             extended += grown
         logits = self.logits(x).view(batch, -1, self.sizes.vocab_size)
         # scores stay float32 in a float16 model too
@@ -150,7 +178,10 @@ class DecoderStep(ExportedModule, ABC):
 
     @abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Return the embeddings f32[B*T,D] of ids and positions i64[B,T]; the start token has position 0."""
+        """Return the embeddings f32[B*T,D] of ids and positions i64[B*T]; the start token has position 0.
+
+        Like all rows of the decoder, f16[B,T,D] and i64[B,T] in float16.
+        """
 
     def start(self, x: Tensor, ids: Tensor, cross: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
         """Return the embeddings f32[B*T,D] with those of start tokens that depend on the image. By default none do."""
@@ -205,7 +236,11 @@ class DecoderStep(ExportedModule, ABC):
         weights = torch.softmax(weights, -1)
         image = self.sizes.encoder_positions if prefix else 0
         split = image + settled[0].shape[2]
-        mixed = weights[..., image:split] @ settled[1] + weights[..., split:] @ v
+        if cache.columns is not None and not prefix:  # a Gather: runtimes do not know the axes of a Slice's result
+            first, rest = (weights.index_select(3, columns) for columns in cache.columns)
+        else:
+            first, rest = weights[..., image:split], weights[..., split:]
+        mixed = first @ settled[1] + rest @ v
         if prefix:
             mixed = weights[..., :image] @ cache.cross[1] + mixed
         return self.merge_heads(mixed), [k, v]
@@ -253,11 +288,11 @@ class DecoderStep(ExportedModule, ABC):
 
 
 def bert_embeddings(embeddings: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
-    """Return the embeddings of a BERT f32[B*T,D] for ids and positions i64[B,T]. If it has token types, all are 0."""
-    x = embeddings.word_embeddings(ids.flatten())
+    """Return the embeddings of a BERT f32[...,D] for ids and positions i64[...]. If it has token types, all are 0."""
+    x = embeddings.word_embeddings(ids)
     if hasattr(embeddings, "token_type_embeddings"):
         x = x + embeddings.token_type_embeddings.weight[0]
-    return embeddings.LayerNorm(x + embeddings.position_embeddings(positions.flatten()))
+    return embeddings.LayerNorm(x + embeddings.position_embeddings(positions))
 
 
 def cross_keys_values(layers: Iterable[nn.Module], encoded: Tensor) -> Iterator[Tensor]:

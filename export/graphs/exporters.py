@@ -25,6 +25,7 @@ from engine.checkpoints.write import write_graphs as write
 from engine.errors import ExportError
 from export.families import family_of
 from export.families.modules import ExportedModule, Normalisation, Regroup
+from export.graphs.attention import fuse_attention
 from export.graphs.quantise import halves, quantise
 from export.graphs.templates import template
 
@@ -200,7 +201,8 @@ def without_weights(graphs: Mapping[str, ModelProto], sizes: ModelDims, *, is_in
     """Return the five graphs of a bundle, as the engine's writer reads them, from the three of `trace`."""
     models = {}
     for name, graph in graphs.items():
-        models[name] = graph
+        is_half = any(weight.data_type == TensorProto.FLOAT16 for weight in graph.graph.initializer)
+        models[name] = fuse_attention(graph) if is_half else graph
         if is_int8:
             models[name] = quantise(graph, is_decoder=name == "decoder")
         _check_operators(models[name], name)

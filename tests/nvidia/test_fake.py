@@ -22,6 +22,8 @@ import pytest
 
 from engine.backends.providers import CUDNN, MACHINE_CODE, PROVIDER_LIBRARIES
 from engine.bundle.manifest import Bundle, cache_names
+from export.bundle import export_bundle
+from tests.helpers.tiny import make_checkpoint
 from tests.nvidia.fake.build import build, missing_tools
 from tests.nvidia.fake.events import FAT_BINARY, capabilities_of
 
@@ -191,6 +193,22 @@ def test_launches_of_a_bundle_are_counted(wheel, tiny_bundle):
     assert report["run"]["images"] == 24
     assert report["run"]["peak_mib"] >= sum(report["load"]["allocated_mib"]) > 0
     assert all("8.0" in capabilities for capabilities in report["run"]["machine_code"])
+
+
+def test_attention_and_layer_norms_of_fp16_are_one_kernel_each(wheel, tmp_path):
+    heads = {"hidden_size": 32, "num_attention_heads": 2}  # 16 wide, as kernels need
+    checkpoint = make_checkpoint(tmp_path / "wide", text=heads | {"encoder_hidden_size": 32}, vision=heads)
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", lambda _: None, precision="fp16")
+    count = ("-m", "tests.nvidia.fake.count", "--bundle", str(bundle.path), "--rows", "32", "--images", "24")
+    report = report_of(run(wheel, *count))
+
+    def launched(call: str, name: str) -> int:
+        return sum(count for kernel, count in report[call]["kernels"].items() if name in kernel)
+
+    layers = bundle.model.num_layers
+    assert launched("encode", "flash_fwd") == launched("step", "flash_fwd") == layers
+    assert launched("step", "SkipLayerNorm") == 3 * layers + 1  # and one of the embeddings
+    assert launched("encode", "softmax") == 0
 
 
 def test_too_little_memory_ends_in_one_line(wheel, tiny_bundle):

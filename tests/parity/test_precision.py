@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,11 +28,12 @@ from engine.options import DecodeOptions
 from engine.runtime import Runtime
 from export import bundle as exporter
 from export.__main__ import main as export_main
-from export.bundle import write_manifest
+from export.bundle import export_bundle, write_manifest
+from export.graphs import exporters
 from export.parity import main as parity_main
 from export.precision import ScoredCaption, compare_captions, encoder_error, forced_log_prob, main
 from export.restore import main as restore_main
-from tests.helpers.tiny import random_pictures, save_pictures
+from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
 
 OPTIONS = DecodeOptions(num_beams=4, no_repeat_ngram_size=3)
 LEAST_IDENTICAL = {"fp16": 57, "int8": 41}
@@ -56,6 +58,22 @@ def captioners(bundles, tiny_captioner) -> dict[str, Captioner]:
 @pytest.fixture
 def image_dir(tmp_path: Path) -> Path:
     return save_pictures(tmp_path / "images", 24, seed=7, name="{:02}.png")
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory) -> dict[str, Path]:
+    """An fp16 bundle with heads as wide as kernels need, and the same with attention in three operators."""
+    folder = tmp_path_factory.mktemp("halves")
+    heads = {"hidden_size": 32, "num_attention_heads": 2}
+    text = heads | {"encoder_hidden_size": 32}
+    checkpoint = make_checkpoint(folder / "checkpoint", seed=3, end_bias=2.0, text=text, vision=heads)
+    made = {}
+    for name in ("fused", "products"):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "products":
+                patch.setattr(exporters, "fuse_attention", lambda model: model)
+            made[name] = export_bundle(checkpoint, folder / name, lambda _: None, precision="fp16").path
+    return made
 
 
 def graph_of(bundle: Path, part: str) -> onnx.GraphProto:
@@ -89,6 +107,31 @@ def test_input_and_output_types_follow_the_precision(precision, keys, bundles):
         graph = onnx.load(bundles[precision] / f"{part}.onnx").graph
         for value in (*graph.input, *graph.output):
             assert value.type.tensor_type.elem_type == fixed.get(value.name, keys), (part, value.name)
+
+
+@pytest.mark.parametrize(("part", "own"), [("encoder", 0), ("decoder", 2)])
+def test_fp16_graphs_have_attention_as_one_operator(part, own, halves, bundles):
+    """Without the decoder's own self-attention, whose keys are in two blocks."""
+    for bundle, fused in ((halves["fused"], 2), (halves["products"], 0), (bundles["fp32"], 0), (bundles["fp16"], 0)):
+        operators = Counter(node.op_type for node in graph_of(bundle, part).node)
+        assert (operators["Attention"], operators["Softmax"]) == (fused, own + 2 - fused)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "openvino", "torch"])
+def test_fused_attention_changes_hardly_a_caption(backend, halves):
+    pictures = random_pictures(40, seed=5)
+    expected, found = (
+        list(Captioner.load(halves[name], backend=backend, threads=1).caption(pictures, OPTIONS, attention=has_maps))
+        for name, has_maps in (("products", backend != "openvino"), ("fused", backend != "openvino"))
+    )
+    same = [(one, other) for one, other in zip(expected, found, strict=True) if one.ids == other.ids]
+    assert len(same) >= 38
+    assert len({caption.ids for caption in found}) > 20, "too few different captions: agreement proves nothing"
+    for one, other in same:
+        assert other.score == pytest.approx(one.score, abs=0.01)
+        if one.attention is not None:
+            maps = (caption.attention.maps.astype(np.float32) for caption in (one, other))
+            np.testing.assert_allclose(*maps, atol=2e-3)
 
 
 def test_fp16_graph_types_and_layer_norm_nodes(bundles, tiny_reference):
