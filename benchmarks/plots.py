@@ -34,12 +34,13 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     return [record for record in records if record.get("benchmark") and record.get("valid", True)]
 
 
+BLIPS = ("base", "large", "demo")
+"""Workloads in the plot of beams; the ratios of other families are too different for one scale."""
+
+
 def plot_beams(records: list[dict[str, Any]]) -> Any:
     """Plot bars for BLIP: speed of each program relative to generate, one group per workload and number of beams."""
-    order = ["base", "large", "demo"]  # the ratios of other families are too different for one scale
-    runs = [r for r in records if r["benchmark"] == "throughput" and not r["setting"]["forced_tokens"]]
-    runs = [r for r in runs if r["workload"] in order]
-    runs.sort(key=lambda r: (order.index(r["workload"]), r["setting"]["beams"]))
+    runs = sorted(filter(has_own_lengths, records), key=lambda r: (BLIPS.index(r["workload"]), r["setting"]["beams"]))
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     width = 0.8 / len(NAMES)
     for j, program in enumerate(NAMES):
@@ -68,14 +69,7 @@ def _beams(record: dict[str, Any]) -> str:
 
 def plot_lengths(records: list[dict[str, Any]]) -> Any:
     """Plot lines: seconds per image over the forced length of all captions."""
-    runs = [
-        record
-        for record in records
-        if record["benchmark"] == "throughput"
-        and record["setting"]["forced_tokens"]
-        and (record["workload"], record["setting"]["beams"]) == ("base", 4)
-    ]
-    runs.sort(key=lambda r: r["setting"]["forced_tokens"])
+    runs = sorted(filter(has_one_length, records), key=lambda r: r["setting"]["forced_tokens"])
     figure, axes = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for program, name in NAMES.items():
         points = [
@@ -145,14 +139,21 @@ def _finish(figure: Any, axes: Any) -> Any:
     return figure
 
 
-def is_throughput(record: dict[str, Any], *, forced: bool) -> bool:
-    """Return whether a record compares programs, and has a forced caption length or not, as `forced` says."""
-    return record["benchmark"] == "throughput" and bool(record["setting"]["forced_tokens"]) == forced
+def has_own_lengths(record: dict[str, Any]) -> bool:
+    """Return whether a record compares programs on BLIP, with captions of their own lengths."""
+    is_blip = record["benchmark"] == "throughput" and record["workload"] in BLIPS
+    return is_blip and not record["setting"]["forced_tokens"]
+
+
+def has_one_length(record: dict[str, Any]) -> bool:
+    """Return whether a record compares programs on base with 4 beams, with captions of a forced length."""
+    is_base = record["benchmark"] == "throughput" and (record["workload"], record["setting"]["beams"]) == ("base", 4)
+    return is_base and bool(record["setting"]["forced_tokens"])
 
 
 PLOTS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], bool]]] = {
-    "beams": (plot_beams, lambda record: is_throughput(record, forced=False)),
-    "lengths": (plot_lengths, lambda record: is_throughput(record, forced=True)),
+    "beams": (plot_beams, has_own_lengths),
+    "lengths": (plot_lengths, has_one_length),
     "rows": (plot_rows, lambda record: record["benchmark"] == "rows"),
     "soak": (plot_soak, lambda record: record["benchmark"] == "soak"),
 }
