@@ -84,6 +84,7 @@ def test_format_outside_the_list_is_not_decoded(tmp_path):
         read_image(tmp_path / "x.png", 32, 32, "bicubic")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("share", [0.01, 0.6, 0.99])
 def test_decompression_bombs_are_refused(share, tmp_path, monkeypatch):
     """Pillow itself only warns up to twice its limit."""
