@@ -69,7 +69,8 @@ def manifest_ids(manifest: Path, columns: Columns = USUAL) -> tuple[list[str], l
         if row is not None:
             notes.append(
                 f"{manifest} is not in numeric order: row {row + 1} is {ids[row]}, after {ids[row - 1]}; the "
-                "organisers' checker accepts only the order of their own list (`sort -V` sorts by number)"
+                "organisers' checker accepts only the order of their own list: if this is not theirs, `sort -V` sorts "
+                "by number"
             )
     return ids, notes
 
@@ -108,8 +109,7 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
     verdict = check_submission(out, ids, name)
     if verdict.errors or verdict.warnings:
         raise EngineError(f"{out} was written but does not pass the check: {(verdict.errors + verdict.warnings)[0]}")
-    empty = sum(not captions[name].strip() for name in ids)
-    return [f"{counted(empty, 'caption is', 'captions are')} empty"] if empty else []
+    return verdict.notes
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,18 @@ class Verdict:
     """The result of a check: `errors` that the organisers' checker rejects, and `warnings` that it accepts, by line.
 
     Each holds at most MOST_PROBLEMS entries. `is_whole` is False if the check stopped before the end of the file.
+    `empty` is the number of empty captions, which the organisers accept.
     """
 
     errors: list[str]
     warnings: list[str]
     is_whole: bool = True
+    empty: int = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """A note for the user if captions are empty."""
+        return [f"{counted(self.empty, 'caption is', 'captions are')} empty"] if self.empty else []
 
 
 def check_submission(path: Path, ids: Sequence[str], name: str) -> Verdict:
@@ -197,6 +204,7 @@ def _check_rows(lines: _Lines, form: Format, ids: Sequence[str]) -> Verdict:
     if form.is_headed and (header := next(reader)) != ["ID", "Caption"]:
         errors.append(f"line 1: the header is {form.delimiter.join(header)[:200]!r} instead of 'ID,Caption'")
     names: list[str] = []
+    empty = 0
     start = reader.line_num
     for count, row in enumerate(reader, 1):
         where = f"line {start + 1}"
@@ -210,6 +218,7 @@ def _check_rows(lines: _Lines, form: Format, ids: Sequence[str]) -> Verdict:
             )
         else:
             names.append(row[0])
+            empty += not row[1].strip()
             if "," in row[1] and count + form.is_headed in lines.unquoted:
                 errors.append(f"{where}: a caption with a comma must be quoted, from end to end of one line")
             if row[0] != row[0].strip():
@@ -221,7 +230,7 @@ def _check_rows(lines: _Lines, form: Format, ids: Sequence[str]) -> Verdict:
         if count > len(ids) or len(errors) >= MOST_PROBLEMS:
             problems = _check_ids(names, ids, is_whole=False)
             return Verdict([*errors, *problems][:MOST_PROBLEMS], warnings, is_whole=False)
-    return Verdict(errors + _check_ids(names, ids), warnings)
+    return Verdict(errors + _check_ids(names, ids), warnings, empty=empty)
 
 
 def _check_ids(names: Sequence[str], ids: Sequence[str], *, is_whole: bool = True) -> list[str]:
@@ -263,6 +272,8 @@ def _archive(content: bytes) -> bytes:
 def _open(path: Path, form: Format) -> Iterator[io.TextIOWrapper]:
     """Open the table of a submission. Raises ValueError if it is too large or the archive has other members."""
     if not form.is_zip:
+        if zipfile.is_zipfile(path):
+            raise ValueError("it is an archive, and this year takes a plain file")
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES} bytes")
         with path.open(encoding="utf-8", newline="") as text:

@@ -16,7 +16,7 @@ from engine.errors import UsageError
 from engine.version import __version__
 
 FIRST_STEPS = f"""\
-engine captions folders of images with BLIP, GIT or a VisionEncoderDecoder. Start with these:
+engine captions folders of images with BLIP, GIT, Florence-2, VisionEncoderDecoder and ClipCap-like models:
 
   engine caption --model {EXAMPLE} --input photos --out captions.csv
   engine report --run captions.csv --images photos --out page

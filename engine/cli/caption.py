@@ -99,7 +99,10 @@ def caption(
         end(TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED)  # its usual end, not an error
     where = "standard output" if outputs.is_stream else outputs.out
     new = summary.captions - summary.resumed
-    log(f"{counted(new, 'caption')} in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s) -> {where}")
+    kept = f", {summary.resumed} of an earlier run" if summary.resumed else ""
+    log(f"{counted(new, 'caption')} in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s){kept} -> {where}")
+    if summary.unreadable:
+        log(f"{counted(summary.unreadable, 'image has', 'images have')} an empty caption: unreadable")
     if summary.empty:
         log(
             f"{summary.empty} of all {summary.captions} captions are empty: the model ended them at once, or the "
@@ -123,15 +126,17 @@ def merge(files: tuple[Path, ...], out: Path) -> None:
     log(f"{counted(merge_shards(files, out), 'line')} of {counted(len(files), 'shard')} -> {out}")
 
 
+DEMO_NOTE = (
+    "note: no --model and no --bundle is given: the embedded demo model is used, which only knows T1-weighted head "
+    f"MRI: for other images add --model {EXAMPLE}"
+)
+
 Shown = AbstractContextManager[Callable[[int], None]]
 
 
 def _after_demo_note(show: Callable[[int], Shown]) -> Callable[[int], Shown]:
     """Log the limits of the embedded demo once captioning starts, and only once: errors of the inputs come first."""
-    notes = [
-        "note: no --model and no --bundle is given: the embedded demo model is used, which only knows T1-weighted head "
-        f"MRI: for other images add --model {EXAMPLE}"
-    ]
+    notes = [DEMO_NOTE]
 
     def shown(length: int) -> Shown:
         while notes:

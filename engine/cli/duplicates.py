@@ -110,10 +110,9 @@ def duplicates(
     near = counts.pop(twins.NEAR, 0)
     where = f"in {other[0]}" if other else f"earlier in {name}"
     kinds = f" ({', '.join(f'{kind} {count}' for kind, count in counts.items())})" if counts else ""
-    log(
-        f"{sum(counts.values())} of {len(images)} images have a twin {where}{kinds}; {near} others have only a near "
-        f"image -> {', '.join(map(str, outputs.values()))}"
-    )
+    twinned = f"{sum(counts.values())} of {counted(len(images), 'image has', 'images have')} a twin {where}{kinds}"
+    only_near = counted(near, "other has only a near image", "others have only a near image")
+    log(f"{twinned}; {only_near} -> {', '.join(map(str, outputs.values()))}")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from engine.cli.caption import DEMO_NOTE
 from engine.cli.shared import PATH, log, takes, takes_bundle
 from engine.errors import OutputError, UsageError
 from engine.options import CLIP, DEPTH_HELP, DecodeOptions
@@ -71,6 +72,8 @@ def explain(
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: {out.parent} does not exist, create it first")
     source = ImageFile(image.stem, image, dicom_frame, None, high_bit_depth)
+    if not bundle.names:
+        log(DEMO_NOTE)
     with Captioner.open(bundle, Runtime("cpu"), log) as captioner:
         wanted = True if layers is None else layers
         (caption,) = captioner.caption([source], decoding, attention=wanted)

@@ -378,7 +378,7 @@ def submit(run: Path, manifest: Path, form: str, out: Path, named: Columns) -> N
     for note in notes:
         log(f"note: {note}")
     for note in write_submission(captions, ids, form, out):
-        log(note)
+        log(f"note: {note}")
     log(f"{counted(len(ids), 'caption')} -> {out}, read back and checked as {form}")
 
 
@@ -398,6 +398,8 @@ def check(file: Path, manifest: Path, form: str, named: Columns) -> None:
     for note in notes:
         log(f"note: {note}")
     verdict = check_submission(file, ids, form)
+    for note in verdict.notes:
+        log(f"note: {note}")
     for line in verdict.warnings[:10]:
         log(f"warning: {line}")
     if len(verdict.warnings) > 10:

@@ -527,7 +527,7 @@ def hinted(error: click.UsageError) -> str:
     It recognises Hugging Face's names of options, names that differ between commands, options in front of the command,
     and patterns that the shell has expanded.
     """
-    message = error.format_message()
+    message = " ".join(error.format_message().split())  # click lists choices in lines of their own
     command = None if error.ctx is None else error.ctx.command
     parameters = [] if command is None else command.params
     options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]

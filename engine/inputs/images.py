@@ -130,7 +130,8 @@ def images_in(directory: Location, options: FindOptions, root: Path | None = Non
         images = [local_image(directory / n, directory if root is None else root, options) for n in taken]
     ignored = sorted(_with_slash(n, directory) for n in set(names) - set(taken))
     if not images:
-        hint = "" if options.recursive else "; --recursive looks into its folders"
+        has_folders = any(name.endswith("/") for name in ignored)
+        hint = "; --recursive looks into its folders" if has_folders and not options.recursive else ""
         skipped = f", but {describe_ignored(ignored, imageless)}" if ignored else ""
         raise NoImagesError(f"{directory} holds no images{skipped}{hint}")
     return FoundImages(images, ignored, "DICOM" in found, imageless)

@@ -48,12 +48,13 @@ def describe(items: Items) -> dict[str, Any]:
 def constant_caption(items: Items) -> str:
     """Return one caption for all images: the most frequent words of the references, as many as their median length.
 
-    It ignores the images, so its scores show how much of a metric frequent words alone reach.
+    It ignores the images, so its scores show how much of a metric frequent words alone reach. Among words of the same
+    frequency the alphabet decides, so that it does not depend on the order of the images.
     """
     references = [preprocess(reference) for texts in items.references for reference in texts]
     words = Counter(word for reference in references for word in dict.fromkeys(reference.split()))
     length = max(1, int(np.median([len(reference.split()) for reference in references])))
-    return " ".join(word for word, _ in words.most_common(length))
+    return " ".join(sorted(words, key=lambda word: (-words[word], word))[:length])
 
 
 def baseline_scores(items: Items, names: Sequence[str]) -> dict[str, Any]:

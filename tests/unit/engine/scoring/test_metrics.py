@@ -267,6 +267,8 @@ def test_the_shorter_of_two_equally_near_references_counts():
 def test_constant_caption_has_the_frequent_words():
     found = items(["x"] * 3, ["ct of the chest", "ct of the head", "ct"])
     assert constant_caption(found) == "ct of the chest"
+    for texts in (["b a", "c d"], ["c d", "b a"]):
+        assert constant_caption(items(["x"] * 2, texts)) == "a b", "the order of the images must not decide"
     assert describe(found)["unique_ratio"] == round(1 / 3, 4)
 
 

@@ -121,7 +121,7 @@ CAPTIONS = {
 def test_written_files_pass_in_manifest_order(form, tmp_path):
     out = tmp_path / ("x.zip" if FORMATS[form].is_zip else "x.csv")
     assert write_submission(CAPTIONS, IDS, form, out) == ["1 caption is empty"]
-    assert check_submission(out, IDS, form) == Verdict([], [])
+    assert check_submission(out, IDS, form) == Verdict([], [], empty=1)
     if FORMATS[form].is_zip:
         with zipfile.ZipFile(out) as archive:
             assert archive.namelist() == ["submission.csv"]
@@ -141,6 +141,12 @@ def test_archives_of_the_same_captions_are_the_same_bytes(tmp_path, monkeypatch)
         write_submission(CAPTIONS, IDS, "imageclef2026", tmp_path / "x.zip")
         contents.append((tmp_path / "x.zip").read_bytes())
     assert contents[0] == contents[1]
+
+
+def test_archive_for_a_year_of_plain_files_is_named(tmp_path):
+    path = put(tmp_path / "x", ACCEPTED[next(iter(ACCEPTED))], "imageclef2026")
+    (error,) = check_submission(path, IDS, "imageclef2024").errors
+    assert "it is an archive, and this year takes a plain file" in error
 
 
 def test_a_bar_in_a_caption_of_2022_becomes_a_space(tmp_path):
