@@ -203,7 +203,8 @@ def check_twins(float32: Captioner, other: Captioner) -> None:
 def summary(report: PrecisionReport) -> str:
     """Return a report in one line."""
     gaps = [difference.gap for difference in report.differences]
-    gap_range = f", float32 scores the others {min(gaps):.1e} to {max(gaps):.1e} lower" if gaps else ""
+    others = f"{min(gaps):+.1e} to {max(gaps):+.1e}" if gaps else ""
+    gap_range = f"; where they differ, float32's own scores {others} more by float32" if gaps else ""
     return (
         f"{report.identical}/{report.images} captions as in float32 ({100 * report.share:.1f} %), their scores within "
         f"{report.max_score_drift:.1e} (mean {report.mean_score_drift:.1e}){gap_range}"

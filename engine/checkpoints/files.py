@@ -63,6 +63,12 @@ def read_config_file(directory: Path) -> dict[str, Any]:
     return raw if rules is None else rules.complete(raw, read_generation_file(directory))
 
 
+def refuse_file_of_folder(file: Path) -> None:
+    """Raise CheckpointError if a file is the weights of a folder, whose settings would not be used."""
+    if file.suffix in (".safetensors", ".bin") and (file.parent / "config.json").is_file():
+        raise CheckpointError(f"{file} is one file of a checkpoint: give its folder, {file.parent}")
+
+
 def read_generation_file(directory: Path) -> dict[str, Any] | None:
     """Return generation_config.json as JSON, or None if there is no such file."""
     path = directory / GENERATION_FILE

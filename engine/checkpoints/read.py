@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from engine.bundle.manifest import ImageSpec, ModelDims, TokenIds
 from engine.checkpoints.families import ORIGINAL
-from engine.checkpoints.files import read_config_file, rules_at, weight_files
+from engine.checkpoints.files import read_config_file, refuse_file_of_folder, rules_at, weight_files
 from engine.checkpoints.rotate import Residual
 from engine.checkpoints.rules import Rules, task_ids
 from engine.checkpoints.settings import (
@@ -95,6 +95,7 @@ def read_checkpoint(
     """
     if not path.is_file():
         return _read(path, path, image_size, sha256, {})
+    refuse_file_of_folder(path)
     shapes = open_weights([path], path)
     refuse_other_models(shapes, ORIGINAL, path)
     original = ORIGINAL.convert_original({name: shapes.shape(name) for name in shapes}, path)

@@ -105,8 +105,8 @@ def caption(
         log(f"{counted(summary.unreadable, 'image has', 'images have')} an empty caption: unreadable")
     if summary.empty:
         log(
-            f"{summary.empty} of all {summary.captions} captions are empty: the model ended them at once, or the "
-            "options ban every hypothesis"
+            f"{counted(summary.empty, 'caption is', 'captions are')} empty, of {summary.captions}: the model ended at "
+            "once, or the options ban every hypothesis"
         )
     log(summary.signature)
     if as_json:

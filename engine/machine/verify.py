@@ -86,7 +86,7 @@ class Golden:
                 return cls(archive["pixel_values"], settings, ids, scores, alternatives)
         except FileNotFoundError as error:
             raise BundleError(
-                f"{path.parent} has no recorded answers of PyTorch, because it was converted without it: export its "
+                f"{path.parent} has no recorded answers of PyTorch, because it was converted without torch: export the "
                 "checkpoint with `python -m export` to record them"
             ) from error
         except (OSError, ValueError, KeyError) as error:

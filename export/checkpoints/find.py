@@ -21,6 +21,7 @@ from engine.checkpoints.files import (
     SAFE,
     SAFE_INDEX,
     read_json,
+    refuse_file_of_folder,
     refuse_stand_in,
     weight_files,
 )
@@ -172,5 +173,6 @@ def _find(name: str, log: Callable[[str], None]) -> Path:
     """Return the folder of a checkpoint as find_checkpoint does, but do not merge an adapter."""
     path = Path(name)
     if path.is_file():
+        refuse_file_of_folder(path)
         return convert_original(path)
     return path if path.exists() or not is_hub_id(name) else fetch(name, log).folder

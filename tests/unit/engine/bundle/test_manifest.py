@@ -129,7 +129,7 @@ def test_converted_bundle_has_no_recorded_answers(bundle_copy):
         Bundle.load(bundle_copy)
     edit_manifest(bundle_copy, converted=True)
     bundle = Bundle.load(bundle_copy)
-    with pytest.raises(BundleError, match="has no recorded answers of PyTorch, because it was converted without it"):
+    with pytest.raises(BundleError, match="has no recorded answers of PyTorch, because it was converted without torch"):
         verify(bundle, open_backend(bundle, Runtime("cpu")))
 
 

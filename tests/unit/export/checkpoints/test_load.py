@@ -14,6 +14,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 from engine.checkpoints.blip import HEAD, HEAD_WIDTH, WORDS, read_sizes
 from engine.checkpoints.files import weight_files
+from engine.checkpoints.read import read_checkpoint
 from engine.checkpoints.settings import assumed_settings, read_processor
 from engine.errors import CheckpointError
 from export.bundle import checkpoint_sha256
@@ -88,6 +89,13 @@ def test_half_precision_is_loaded_as_float32(dtype, checkpoint, weights):
     torch.save({name: tensor.to(dtype) for name, tensor in weights.items()}, checkpoint / "pytorch_model.bin")
     found = load_checkpoint(checkpoint).state_dict()
     assert all(torch.equal(found[name], weights[name].to(dtype).float()) for name in weights)
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, lambda path: find_checkpoint(str(path))])
+def test_weights_without_the_settings_next_to_them_are_refused(read, checkpoint):
+    """As an original file they would get BLIP's own settings instead of those of the folder."""
+    with pytest.raises(CheckpointError, match=f"is one file of a checkpoint: give its folder, {checkpoint}"):
+        read(checkpoint / "model.safetensors")
 
 
 def test_safetensors_are_preferred_to_a_pickle(checkpoint, tiny_checkpoint):
