@@ -200,7 +200,7 @@ measuring (the default) may choose another one in the next run.
 PROVIDER_LIBRARIES = {CUDA: "libonnxruntime_providers_cuda.so", TENSORRT: "libonnxruntime_providers_tensorrt.so"}
 """Provider -> its library in ONNX Runtime's folder, which needs libonnxruntime_providers_shared.so."""
 CUDNN = "libcudnn.so.9"
-"""The CUDA provider loads it when the first convolution runs (the image encoders have one), so it is checked here."""
+"""The CUDA provider loads it when the first convolution runs, so it is checked here. BLIP's graphs have none."""
 WIDEST_BEAMS = 10
 """The TensorRT provider is built for at least so many beams, even if the bundle's own search has fewer."""
 TENSORRT_OPTIONS = {
