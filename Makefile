@@ -37,7 +37,7 @@ test: lint $(NEXT)/.ready  ## create all environments, lint, and run all tests (
 	$(NEXT)/bin/python $(PYTEST) tests/parity/test_releases.py tests/unit/export \
 	    tests/parity/test_generate.py -k "not equal_generate or penalties and ids or equal_generate and (1-0 or 3-3-None)"
 
-test-fast: lint  ## lint, the unit tests and a part of the parity grid, for contributors (two to five minutes)
+test-fast: lint  ## lint, the unit tests and a part of the parity grid, for contributors (a few minutes)
 	$(FULL)/bin/python $(PYTEST) tests/unit tests/parity/test_ladder.py
 
 test-next: $(NEXT)/.ready  ## run the parity grid and the export tests with the newest transformers 5

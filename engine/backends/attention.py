@@ -100,7 +100,7 @@ def attention_graph(bundle: Bundle, layers: Sequence[int]) -> bytes:
     for layer in layers:
         node = _attention_over(f"cross.key.{layer}", nodes, path)
         if node.operator == _FUSED:
-            content += _weights_of(node, layer)
+            content += _weights_of(node, layer, path)
         weights.append(_WEIGHTS.format(layer) if node.operator == _FUSED else node.outputs[0])
     content += _averaged(weights)
     constants = _CONSTANTS | {_END: [bundle.model.encoder_positions]}
@@ -129,25 +129,25 @@ _FUSED = "Attention"
 _WEIGHTS = "attention.weights.{}"
 
 
-def _weights_of(node: _Node, layer: int) -> Iterator[bytes]:
+def _weights_of(node: _Node, layer: int, path: Path) -> Iterator[bytes]:
     """Yield nodes and a constant that compute the weights of an Attention in float16 (export/graphs/attention.py)."""
     query, keys, *_ = node.inputs
     names = {part: f"attention.{part}.{layer}" for part in ("turned", "products", "scale", "scores")}
     yield _new("Transpose", [keys], names["turned"], {"perm": (0, 1, 3, 2)})
     yield _new("MatMul", [query, names["turned"]], names["products"])
-    yield _constant(names["scale"], np.array(_scale(node), "<f2"))
+    yield _constant(names["scale"], np.array(_scale(node, path), "<f2"))
     yield _new("Mul", [names["products"], names["scale"]], names["scores"])
     yield _new("Softmax", [names["scores"]], _WEIGHTS.format(layer), {"axis": 3})
 
 
-def _scale(node: _Node) -> float:
-    """Return the attribute `scale`: AttributeProto.f, four bytes after its tag."""
+def _scale(node: _Node, path: Path) -> float:
+    """Return the attribute `scale`: AttributeProto.f, four bytes after its tag. Raises BundleError if it is missing."""
     for attribute in parts(node.content, 5):
         if _text(attribute, 1) == "scale":
             return float(
                 np.frombuffer(next(whole for field, _, whole in fields(attribute) if field == 2)[-4:], "<f4")[0]
             )
-    raise ValueError(f"{node.outputs[0]}: Attention without a scale")
+    raise BundleError(f"{path}: {node.outputs[0]} is an Attention without a scale: export the checkpoint again")
 
 
 _FIRST, _AXIS, _HEADS, _END = "attention.first", "attention.axis", "attention.heads", "attention.end"

@@ -67,21 +67,25 @@ class _Graph:
         if softmax is None:
             return None
         inner.append(weights)
-        scores, scale = softmax.input[0], 1.0
-        if (scaled := self.maker(scores, "Mul")) is not None and (factor := self.number(scaled.input[1])) is not None:
-            inner.append(scores)
-            scores, scale = scaled.input[0], factor
+        scores, of_scores = self.unscaled(softmax.input[0], inner)
         product = self.maker(scores, "MatMul")
         if product is None:
             return None
         inner.append(scores)
-        query, turned_keys = product.input
-        if (scaled := self.maker(query, "Mul")) is not None and (factor := self.number(scaled.input[1])) is not None:
-            inner.append(query)
-            query, scale = scaled.input[0], scale * factor
+        turned_keys = product.input[1]
+        query, of_query = self.unscaled(product.input[0], inner)
         if any(self.readers[name] > 1 for name in inner) or not self._suits(query) or not self._suits(mixed.input[1]):
             return None
-        return _Found(query, turned_keys, mixed.input[1], scale, inner)
+        return _Found(query, turned_keys, mixed.input[1], of_scores * of_query, inner)
+
+    def unscaled(self, name: str, inner: list[str]) -> tuple[str, float]:
+        """Return what a value is a multiple of, and the factor; a product with a constant is added to `inner`."""
+        scaled = self.maker(name, "Mul")
+        factor = None if scaled is None else self.number(scaled.input[1])
+        if scaled is None or factor is None:
+            return name, 1.0
+        inner.append(name)
+        return scaled.input[0], factor
 
     def _suits(self, name: str) -> bool:
         """Return whether a kernel takes heads of these queries or values [B,H,T,d]."""
