@@ -23,10 +23,7 @@ from typing import NamedTuple
 from engine.bundle.manifest import MANIFEST, Bundle, FileDigests, Stamp, stamp_of
 from engine.bundle.open import BundleRef, open_bundle
 from engine.bundle.replace import bundle_drafts, is_replaceable, move_bundle
-from engine.checkpoints.convert import convert
-from engine.checkpoints.graphs import find_graphs, known_versions
 from engine.checkpoints.hub import COMMIT_DIGITS, fetch, is_hub_id, weights_of
-from engine.checkpoints.read import read_checkpoint
 from engine.errors import BundleError, CheckpointError, OutputError, UsageError
 from engine.files.atomic import (
     UNFINISHED,
@@ -241,6 +238,8 @@ def _require_same(bundle: Path, precision: str | None, image_size: int | None) -
 
 def _known(wanted: Entry) -> Entry | None:
     """Return the entry of a name if its bundle is there and was made with a graph set of this release."""
+    from engine.checkpoints.graphs import known_versions
+
     if not _names().is_dir():
         return None
     require_private(models_folder(), REASON)
@@ -280,6 +279,11 @@ def _stamps(files: Mapping[str, Path]) -> dict[str, Stamp]:
 
 def _converted(checkpoint: Path, entry: Entry, log: Log) -> Entry:
     """Convert a checkpoint, unless its bundle is in the cache under another name; write and return the entry."""
+    # only here: captioning with a bundle, or with a checkpoint that is converted already, need not load the readers
+    from engine.checkpoints.convert import convert
+    from engine.checkpoints.graphs import find_graphs
+    from engine.checkpoints.read import read_checkpoint
+
     files = checkpoint_files(checkpoint)
     before = [stamp_of(path.stat()) for path in files.values()]
     digests = FileDigests()  # the manifest has the digests of the weights as well

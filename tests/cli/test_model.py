@@ -436,13 +436,13 @@ def test_changed_checkpoint_is_converted_again(here, tiny_bundle):
 
 
 def test_checkpoint_that_changes_during_conversion_is_refused(here, monkeypatch):
-    plain = cache.convert
+    plain = convert.convert
 
-    def convert(*arguments, **options):
+    def changing(*arguments, **options):
         plain(*arguments, **options)
         (here / "config.json").write_text((here / "config.json").read_text() + " ")
 
-    monkeypatch.setattr(cache, "convert", convert)
+    monkeypatch.setattr(convert, "convert", changing)
     with pytest.raises(CheckpointError, match="changed while it was converted: run the same command again"):
         bundle_of(str(here), log=print)
     assert cache.cached_bundles() == []
@@ -466,7 +466,7 @@ def test_full_disk_is_one_line_before_and_during_conversion(here, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "convert", full)
+    monkeypatch.setattr(convert, "convert", full)
     with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\): free space there"):
         bundle_of(str(here), log=print)
     assert cache.cached_bundles() == []

@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints import cache
+from engine.checkpoints import convert
 from engine.cli.app import main
 
 
 def slow_down(seconds: float) -> None:
     """Make each conversion stop for some seconds with half a bundle."""
-    plain = cache.convert
+    plain = convert.convert
 
     def slow(checkpoint: Any, graphs: Any, out: Path, **options: Any) -> None:
         (out / "encoder.onnx").write_bytes(b"half")
@@ -29,7 +29,7 @@ def slow_down(seconds: float) -> None:
         (out / "encoder.onnx").unlink()
         plain(checkpoint, graphs, out, **options)
 
-    cache.convert = slow
+    convert.convert = slow
 
 
 if __name__ == "__main__":
