@@ -112,7 +112,7 @@ ENCODER_BOUND = {"fp16": 0.05, "int8": 0.25}
 Both bounds come from the demo model (benchmarks/LOG.md). fp16: with every operator rounded, its error is 0.008.
 Rounding errors add up like a random walk, so 24 layers instead of its 8 give 0.014, and the bound is three times that.
 A model that overflows has a far larger or non-finite error. int8: the error is 0.03, and 0.064 without the rotation
-(engine/checkpoints/rotate.py), as other families have it; the bound is four times that. With one scale per weight
+(engine/checkpoints/int8.py), as other families have it; the bound is four times that. With one scale per weight
 tensor the error is 0.25, and a fifth of the captions change."""
 
 

@@ -24,10 +24,9 @@ from export.reference.huggingface import Reference
 from train.data.batches import EpochOrder, PixelSpec, collate_captions
 from train.data.examples import Example, references_by_id
 from train.finetune import Job, make_evaluator, make_judge, prepare
-from train.learning.evaluate import Evaluation
 from train.learning.reward import repeating
 from train.learning.setup import Run, make_trainer
-from train.learning.trainer import KEPT_STATES, LOSS, rank_and_world_size, sum_of_losses
+from train.learning.trainer import KEPT_STATES, LOSS, Evaluation, rank_and_world_size, sum_of_losses
 from train.recipe import Recipe
 
 A100_GIB = 40.0

@@ -28,11 +28,12 @@ from export.reference.huggingface import Reference
 from train.data.batches import check_fit, lost_in_tokens
 from train.data.dataset import DataInputs, hold_out, read_dataset
 from train.data.examples import Split, check_split, drop_unusable, fingerprint
-from train.learning.evaluate import Evaluation, Evaluator
 from train.learning.run_dir import BestModels, write_log, write_or_compare_record
 from train.learning.setup import Log, Run, load_reference, make_trainer
 from train.learning.trainer import (
     LOSS,
+    Evaluation,
+    Evaluator,
     Judge,
     is_complete,
     newest_complete_checkpoint,

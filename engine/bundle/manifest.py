@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from engine.bundle.protobuf import may_loop
+from engine.bundle.onnx import may_loop
 from engine.errors import BundleError, EngineError, UsageError
 from engine.files.atomic import file_sha256
 from engine.inputs.kinds import HEAD_BYTES, wrong_content

@@ -1,12 +1,13 @@
-"""Read ONNX files without the package onnx: nodes, tensors, inputs and outputs of a graph.
+"""Read and write ONNX files without the package onnx: nodes, tensors, inputs and outputs of a graph.
 
-Field numbers are those of onnx.proto. engine/checkpoints/write.py writes such files.
+An ONNX file is a protobuf message: a sequence of fields, each with a number and a value. Numbers are those of
+onnx.proto. engine/checkpoints/write.py writes whole bundles with the functions at the end.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.bundle.protobuf import fields
 from engine.errors import BundleError
 
 FLOAT32, UINT8, INT8, INT32, INT64, BOOL, FLOAT16, FLOAT64 = 1, 2, 3, 6, 7, 9, 10, 11
@@ -31,11 +31,13 @@ DTYPES: dict[int, type[np.generic]] = {
 """ONNX's numbers of element types (TensorProto.DataType) and numpy's types."""
 TYPE_NAMES = {FLOAT32: "float", BOOL: "bool"}
 """Where ONNX's name of a type is not numpy's."""
+GRAPH = 7
+"""Number of ModelProto.graph."""
 EXTERNAL = 1
 """Value of TensorProto.data_location for a tensor whose bytes are in another file."""
-VARINT, EIGHT_BYTES, WITH_LENGTH = 0, 1, 2
-"""Wire types of protobuf."""
-
+VARINT, WITH_LENGTH = 0, 2
+FIXED = {1: 8, 5: 4}
+"""Wire types of protobuf; the fixed ones have a size in bytes."""
 
 Attribute = int | float | str | tuple[int | float, ...] | NDArray[Any]
 
@@ -97,19 +99,35 @@ def read_onnx(path: Path, content: bytes | None = None) -> OnnxFile:
         raise BundleError(f"{path} is not a graph of this engine's bundles ({reason}): export it again") from error
 
 
+def may_loop(model: bytes) -> bool:
+    """Return whether an ONNX model contains nodes with subgraphs (Loop, If, Scan) or functions.
+
+    Exported graphs have neither, and an endless Loop would hang the process when the graph is opened. Raises ValueError
+    if the content is not protobuf.
+    """
+    for number, part in fields(memoryview(model)):
+        if number == 25:  # ModelProto.functions
+            return True
+        for node in parts(part, 1) if number == GRAPH else ():  # GraphProto.node
+            for attribute in parts(node, 5):
+                if any(kind in (6, 11) for kind, _ in fields(attribute)):  # AttributeProto.g and .graphs
+                    return True
+    return False
+
+
 def _model(path: Path, content: memoryview) -> OnnxFile:
-    (graph,) = _parts(content, 7)
-    opsets = [_one(opset, 2, 0) for opset in _parts(content, 8) if not _text(opset, 1)]
+    graph = memoryview(b"".join(parts(content, GRAPH)))  # protobuf merges what is there twice
+    opsets = [_one(opset, 2, 0) for opset in parts(content, 8) if not _text(opset, 1)]
     tensors = {}
-    for message in _parts(graph, 5):
+    for message in parts(graph, 5):
         tensors[_text(message, 8)] = _tensor(message)
     return OnnxFile(
         path=path,
         opset=max(opsets, default=0),
-        nodes=tuple(map(_node, _parts(graph, 1))),
+        nodes=tuple(map(_node, parts(graph, 1))),
         tensors=tensors,
-        inputs=tuple(port for part in _parts(graph, 11) if (port := _port(part)).name not in tensors),
-        outputs=tuple(map(_port, _parts(graph, 12))),
+        inputs=tuple(port for part in parts(graph, 11) if (port := _port(part)).name not in tensors),
+        outputs=tuple(map(_port, parts(graph, 12))),
     )
 
 
@@ -117,27 +135,27 @@ def _node(message: memoryview) -> Node:
     kind, domain = _text(message, 4), _text(message, 7)
     return Node(
         f"{domain}.{kind}" if domain else kind,
-        tuple(bytes(part).decode() for part in _parts(message, 1)),
-        tuple(bytes(part).decode() for part in _parts(message, 2)),
-        {_text(part, 1): _attribute(part) for part in _parts(message, 5)},
+        tuple(bytes(part).decode() for part in parts(message, 1)),
+        tuple(bytes(part).decode() for part in parts(message, 2)),
+        {_text(part, 1): _attribute(part) for part in parts(message, 5)},
     )
 
 
 def _attribute(message: memoryview) -> Attribute:
     kind = _one(message, 20, 0)  # AttributeProto.type
     if kind == 1:
-        return _float(next(value for number, value in _fields(message) if number == 2))
+        return _float(next(value for number, value in fields(message) if number == 2))
     if kind == 2:
         return _one(message, 3, 0)
     if kind == 3:
         return _text(message, 4)
     if kind == 4:
-        _, _, value = _tensor(next(_parts(message, 5)))
+        _, _, value = _tensor(next(parts(message, 5)))
         if isinstance(value, Weights):
             raise ValueError("a constant in another file")
         return value
     if kind == 6:
-        return tuple(_float(value) for number, value in _fields(message) if number == 7)
+        return tuple(_float(value) for number, value in fields(message) if number == 7)
     if kind == 7:
         return tuple(_integers(message, 8))
     raise ValueError(f"an attribute of type {kind}")
@@ -149,21 +167,21 @@ def _tensor(message: memoryview) -> tuple[type[np.generic], tuple[int, ...], Wei
         raise ValueError(f"a tensor of the sizes {dims}")
     size = int(np.prod(dims, dtype=object)) * np.dtype(dtype).itemsize
     if _one(message, 14, 0) == EXTERNAL:
-        entries = {_text(entry, 1): _text(entry, 2) for entry in _parts(message, 13)}
+        entries = {_text(entry, 1): _text(entry, 2) for entry in parts(message, 13)}
         weights = Weights(entries["location"], int(entries.get("offset", "0")), int(entries.get("length", size)))
         if weights.size != size or weights.offset < 0 or Path(weights.file).name != weights.file:
             raise ValueError(f"a tensor of {size} bytes at {weights}")
         return dtype, dims, weights
-    raw = b"".join(_parts(message, 9))
+    raw = b"".join(parts(message, 9))
     if len(raw) != size:  # float_data and its like are not used by exports
         raise ValueError(f"a tensor with {len(raw)} instead of {size} raw bytes")
     return dtype, dims, np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).astype(dtype).reshape(dims)
 
 
 def _port(message: memoryview) -> Port:
-    (kind,) = (tensor for part in _parts(message, 2) for tensor in _parts(part, 1))  # TypeProto.tensor_type
+    (kind,) = (tensor for part in parts(message, 2) for tensor in parts(part, 1))  # TypeProto.tensor_type
     dtype = _one(kind, 1, 0)
-    dims = (dim for shape in _parts(kind, 2) for dim in _parts(shape, 1))
+    dims = (dim for shape in parts(kind, 2) for dim in parts(shape, 1))
     shape = tuple(_one(dim, 1, -1) if _one(dim, 1, -1) >= 0 else _text(dim, 2) for dim in dims)
     return Port(_text(message, 1), f"tensor({TYPE_NAMES.get(dtype, np.dtype(DTYPES[dtype]).name)})", shape)
 
@@ -175,14 +193,14 @@ def _one(message: memoryview, number: int, default: int) -> int:
 
 def _integers(message: memoryview, number: int) -> Iterator[int]:
     """Yield the int64 of a field, whether they are packed or not."""
-    for field, value in _fields(message):
+    for field, value in fields(message):
         if field == number:
             values = [value] if isinstance(value, int) else _varints(value)
             yield from (one - (1 << 64) if one >= 1 << 63 else one for one in values)
 
 
 def _text(message: memoryview, number: int) -> str:
-    return b"".join(_parts(message, number)).decode()
+    return b"".join(parts(message, number)).decode()
 
 
 def _float(value: int | memoryview) -> float:
@@ -191,10 +209,35 @@ def _float(value: int | memoryview) -> float:
     return float(struct.unpack("<f", value)[0])
 
 
-def _parts(message: int | memoryview, number: int) -> Iterator[memoryview]:
-    """Yield the messages, texts or bytes in a field."""
+def parts(message: int | memoryview, number: int) -> Iterator[memoryview]:
+    """Yield the messages, texts or bytes in the fields of a number."""
     if not isinstance(message, int):
-        yield from (part for field, part in _fields(message) if field == number and not isinstance(part, int))
+        yield from (part for field, part in fields(message) if field == number and not isinstance(part, int))
+
+
+def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield (number, value) of the fields of a message: a whole number, or the bytes of anything else.
+
+    Raises ValueError if the bytes are not protobuf.
+    """
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
+        kind = tag & 7
+        if kind == VARINT:
+            value, position = _varint(message, position)
+            yield tag >> 3, value
+            continue
+        if kind == WITH_LENGTH:
+            size, position = _varint(message, position)
+        elif kind in FIXED:
+            size = FIXED[kind]
+        else:
+            raise ValueError(f"a field of kind {kind}")
+        if position + size > len(message):
+            raise ValueError("a field beyond the end")
+        yield tag >> 3, message[position : position + size]
+        position += size
 
 
 def _varints(packed: memoryview) -> Iterator[int]:
@@ -218,12 +261,58 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
     raise ValueError("a number that does not end")
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield (field number, content) of a protobuf message: a whole number, or the bytes of anything else."""
-    for field, content, whole in fields(message):
-        kind = whole[0] & 7
-        if kind == VARINT:
-            _, value = _varints(whole)  # tag and number
-            yield field, value
+def node_proto(
+    kind: str,
+    inputs: Sequence[str],
+    output: str,
+    attributes: Mapping[str, int | tuple[int, ...]] | None = None,
+    name: str | None = None,
+) -> bytes:
+    """Return a NodeProto; its name is that of its output if none is given."""
+    strings = [*((1, one) for one in inputs), (2, output), (3, name or output), (4, kind)]
+    content = b"".join(field(number, text.encode()) for number, text in strings)
+    for key, value in (attributes or {}).items():  # AttributeProto: name, then i with type INT or ints with type INTS
+        if isinstance(value, int):
+            values = whole(3, value) + whole(20, 2)
         else:
-            yield field, content if kind == WITH_LENGTH else whole[-8 if kind == EIGHT_BYTES else -4 :]
+            values = b"".join(whole(8, one) for one in value) + whole(20, 7)
+        content += field(5, field(1, key.encode()) + values)
+    return content
+
+
+def tensor_proto(name: str, kind: int, dims: Sequence[int], content: bytes | Weights) -> bytes:
+    """Return a TensorProto with its bytes, or with the place where they are."""
+    head = b"".join(whole(1, size) for size in dims) + whole(2, kind) + field(8, name.encode())
+    if isinstance(content, bytes):
+        return head + field(9, content)
+    entries = {"location": content.file, "offset": content.offset, "length": content.size}
+    place = (field(1, key.encode()) + field(2, str(value).encode()) for key, value in entries.items())
+    return head + b"".join(field(13, entry) for entry in place) + whole(14, EXTERNAL)
+
+
+def value_proto(name: str, kind: int, dims: Sequence[int | str] | None = None) -> bytes:
+    """Return a ValueInfoProto of a tensor: an input or output. Without `dims` the runtime infers the shape."""
+    sizes = (
+        whole(1, size) if isinstance(size, int) else field(2, size.encode()) if size else b"" for size in dims or ()
+    )
+    shape = b"" if dims is None else field(2, b"".join(field(1, size) for size in sizes))
+    return field(1, name.encode()) + field(2, field(1, whole(1, kind) + shape))
+
+
+def field(number: int, content: bytes) -> bytes:
+    """Return a field with a length: a message, a text or bytes."""
+    return _encoded(number << 3 | WITH_LENGTH) + _encoded(len(content)) + content
+
+
+def whole(number: int, value: int) -> bytes:
+    """Return a field that holds a whole number >= 0."""
+    return _encoded(number << 3) + _encoded(value)
+
+
+def _encoded(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

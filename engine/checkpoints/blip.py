@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.bundle.manifest import TokenIds, demo_bundle
-from engine.checkpoints.rotate import Residual
+from engine.checkpoints.int8 import Residual
 from engine.checkpoints.rules import (
     CLIP,
     Rules,

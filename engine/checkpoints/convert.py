@@ -12,8 +12,8 @@ from typing import Any
 
 from engine.bundle.manifest import FORMAT, MANIFEST, PER_ROW, ModelDims
 from engine.checkpoints.graphs import GraphSet, Number, size_of
+from engine.checkpoints.int8 import rotate
 from engine.checkpoints.read import Checkpoint
-from engine.checkpoints.rotate import rotate
 from engine.checkpoints.vision_encoder_decoder import POSITION_OFFSET
 from engine.checkpoints.write import write_graphs
 from engine.errors import CheckpointError, OutputError

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from engine.bundle.manifest import ImageSpec, ModelDims, TokenIds
 from engine.checkpoints.families import ORIGINAL
 from engine.checkpoints.files import read_config_file, refuse_file_of_folder, rules_at, weight_files
-from engine.checkpoints.rotate import Residual
+from engine.checkpoints.int8 import Residual
 from engine.checkpoints.rules import Rules, task_ids
 from engine.checkpoints.settings import (
     ProcessorSettings,

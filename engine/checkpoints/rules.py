@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from engine.bundle.manifest import MAX_LAYERS, MAX_NUMBER, ModelDims, TokenIds
-from engine.checkpoints.rotate import Residual
+from engine.checkpoints.int8 import Residual
 from engine.errors import CheckpointError
 
 

@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.bundle.int8 import quantise_weight
-from engine.bundle.onnx import DTYPES, FLOAT16, FLOAT32
-from engine.bundle.protobuf import message, number
+from engine.bundle.onnx import DTYPES, FLOAT16, FLOAT32, GRAPH, Weights, field, node_proto, tensor_proto, value_proto
 from engine.checkpoints.graphs import (
     INPUTS_FIRST,
     PARAMETER,
@@ -26,13 +24,12 @@ from engine.checkpoints.graphs import (
     WEIGHT,
     Graph,
     Number,
-    Size,
     Tensor,
-    Value,
     bytes_of,
     patched_nodes,
     size_of,
 )
+from engine.checkpoints.int8 import quantise_weight
 from engine.errors import CheckpointError
 
 FP16_SUFFIX = ".fp16"
@@ -121,18 +118,18 @@ def _graph(graph: Graph, file: _DataFile, weights: Mapping[str, NDArray[Any]], n
     stored = [file.tensors[tensor.name] for tensor in graph.tensors]
     content = b"".join(
         [
-            *(message(1, cast) for _, cast in stored if cast),
+            *(field(1, cast) for _, cast in stored if cast),
             patched_nodes(graph, numbers),
-            message(2, graph.title.encode()),
-            *(message(5, tensor) for tensor, _ in stored),
+            field(2, graph.title.encode()),
+            *(field(5, tensor) for tensor, _ in stored),
             *(
-                message(field, _value(value, numbers))
-                for field, values in ((11, graph.inputs), (12, graph.outputs), (13, graph.values))
+                field(number, value_proto(value.name, value.kind, [size_of(size, numbers) for size in value.dims]))
+                for number, values in ((11, graph.inputs), (12, graph.outputs), (13, graph.values))
                 for value in values
             ),
         ]
     )
-    return graph.model + message(7, content)
+    return graph.model + field(GRAPH, content)
 
 
 class _Arrays:
@@ -213,31 +210,9 @@ def _store(tensor: Tensor, dims: tuple[int, ...], array: NDArray[Any], file: _Da
     if kind == FLOAT32 and (half := _exact_float16(array)) is not None:
         # runtimes fold the Cast when they load the graph
         name, kind, array = name + FP16_SUFFIX, FLOAT16, half
-        cast = _cast(name, tensor.name)
+        cast = node_proto("Cast", [name], tensor.name, {"to": FLOAT32}, f"{tensor.name}.cast")
     array = np.ascontiguousarray(array)
-    head = b"".join(number(1, size) for size in dims) + number(2, kind)
     if array.nbytes < MIN_EXTERNAL_BYTES:
-        return head + message(8, name.encode()) + message(9, array.tobytes()), cast
-    location = {"location": file.path.name, "offset": file.append(array), "length": array.nbytes}
-    entries = (message(1, key.encode()) + message(2, str(value).encode()) for key, value in location.items())
-    return head + message(8, name.encode()) + b"".join(message(13, entry) for entry in entries) + number(14, 1), cast
-
-
-def _cast(stored: str, name: str) -> bytes:
-    """Return the NodeProto of a Cast to float32."""
-    to = message(1, b"to") + number(3, FLOAT32) + number(20, 2)  # AttributeProto: name, i, type INT
-    strings = ((1, stored), (2, name), (3, f"{name}.cast"), (4, "Cast"))
-    return b"".join(message(field, text.encode()) for field, text in strings) + message(5, to)
-
-
-def _value(value: Value, numbers: Mapping[str, Number]) -> bytes:
-    """Return a ValueInfoProto."""
-    shape = b"".join(message(1, _dimension(size_of(size, numbers))) for size in value.dims)
-    tensor_type = number(1, value.kind) + message(2, shape)
-    return message(1, value.name.encode()) + message(2, message(1, tensor_type))
-
-
-def _dimension(size: Size) -> bytes:
-    if isinstance(size, int):
-        return number(1, size)
-    return message(2, size.encode()) if size else b""
+        return tensor_proto(name, kind, dims, array.tobytes()), cast
+    place = Weights(file.path.name, file.append(array), array.nbytes)
+    return tensor_proto(name, kind, dims, place), cast

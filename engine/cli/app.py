@@ -8,9 +8,8 @@ import click
 
 from engine.cli import compare, machine, models, results
 from engine.cli.calibrate import calibrate
-from engine.cli.caption import EXAMPLE, caption, merge
+from engine.cli.caption import EXAMPLE, caption, explain, merge
 from engine.cli.duplicates import duplicates
-from engine.cli.explain import explain
 from engine.cli.shared import OneLineGroup
 from engine.errors import UsageError
 from engine.version import __version__

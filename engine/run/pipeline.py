@@ -31,7 +31,7 @@ from engine.run.outputs import AttentionFiles, check_attention, check_sidecars, 
 from engine.run.record import RowStream, RunRecord, lines_written, rows_of, text_of
 from engine.runtime import Runtime, Workers
 from engine.workers.messages import WorkOrder
-from engine.workers.resources import plan_workers
+from engine.workers.processes import plan_workers
 
 Log = Callable[[str], None]
 
@@ -95,7 +95,7 @@ def open_source(bundle: Bundle, order: WorkOrder, workers: Workers, log: Log) ->
 
         return open_cluster(bundle, order, workers, log)
     if team := plan_workers(order.runtime, workers):
-        from engine.workers.child import open_processes
+        from engine.workers.processes import open_processes
 
         return open_processes(bundle, order, team, log)
     captioner = Captioner.of(bundle, order.runtime, many_images=True)

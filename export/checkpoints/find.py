@@ -28,8 +28,7 @@ from engine.checkpoints.files import (
 from engine.checkpoints.hub import fetch, is_hub_id
 from engine.errors import CheckpointError
 from engine.files.atomic import cache_root, file_sha256
-from export.checkpoints.files import read_pickle
-from export.checkpoints.load import clean_names, load_checkpoint
+from export.checkpoints.load import clean_names, load_checkpoint, read_pickle
 from export.families import ORIGINAL
 
 REASON = "the weights cached there decide what is exported"

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from engine.bundle.manifest import HALVES, TASK_IDS, ModelDims, cache_names
 from engine.checkpoints.graphs import Graph
-from engine.checkpoints.rotate import rotate
+from engine.checkpoints.int8 import rotate
 from engine.checkpoints.write import write_graphs as write
 from engine.errors import ExportError
 from export.families import family_of

@@ -1,7 +1,7 @@
 """Rewrite the dense layers of a float32 graph to int8, and split the decoder graph in two.
 
 Each row of activations (a token or a patch) has its own scale, computed while the graph runs, so a row's result does
-not depend on the rest of the batch. Weights have one scale per output (engine/bundle/int8.py has the arithmetic).
+not depend on the rest of the batch. Weights have one scale per output (engine/checkpoints/int8.py has the arithmetic).
 Attention, layer norms and embeddings stay float32. How activations are rounded is one of PLAIN, GELU and TWICE.
 """
 
@@ -14,9 +14,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.utils import Extractor
 
-from engine.bundle.int8 import SCALE_SUFFIX, SUFFIX
 from engine.bundle.manifest import FORMAT, HALVES, LOG_PROBS, graph_inputs, graph_outputs
 from engine.checkpoints.graphs import INPUTS_FIRST
+from engine.checkpoints.int8 import SCALE_SUFFIX, SUFFIX
 
 
 class Rounding(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, numpy_helper
 
-from engine.bundle.int8 import SCALE_SUFFIX, SUFFIX
 from engine.bundle.onnx import FLOAT16, FLOAT32, INT64
 from engine.checkpoints.graphs import (
     PARAMETER,
@@ -25,6 +24,7 @@ from engine.checkpoints.graphs import (
     patched_nodes,
     size_of,
 )
+from engine.checkpoints.int8 import SCALE_SUFFIX, SUFFIX
 
 
 def template(name: str, model: ModelProto, data: str) -> Graph:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import BlipConfig
 
 from engine.bundle.manifest import Bundle, FileDigests
-from engine.checkpoints import cache
+from engine.checkpoints import cache, convert
 from engine.checkpoints import hub as hub_module
 from engine.checkpoints.cache import ModelRef, bundle_of
 from engine.checkpoints.graphs import EXTRA_GRAPHS, save_graphs

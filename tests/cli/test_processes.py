@@ -20,7 +20,7 @@ from engine.cli.app import main
 from engine.errors import UsageError
 from engine.run import pipeline
 from engine.run.record import RunRecord
-from engine.workers import child, resources
+from engine.workers import processes
 from tests.cli.test_resume import command, wait_for_records
 from tests.helpers.cores import two_cores
 from tests.helpers.processes import children, is_running
@@ -66,22 +66,22 @@ def scores(path: Path) -> list[float]:
 
 
 @pytest.fixture
-def started(monkeypatch) -> list[child.Child]:
+def started(monkeypatch) -> list[processes.Child]:
     """The worker processes, as they are started."""
-    found: list[child.Child] = []
+    found: list[processes.Child] = []
 
-    class Noted(child.Child):
+    class Noted(processes.Child):
         def __init__(self, *arguments) -> None:
             super().__init__(*arguments)
             found.append(self)
 
-    monkeypatch.setattr(child, "Child", Noted)
+    monkeypatch.setattr(processes, "Child", Noted)
     return found
 
 
 def worker_that(preparation: str) -> str:
     """Return a program for worker processes that does something first."""
-    return child.PROGRAM.replace("from engine", f"{preparation}; from engine")
+    return processes.PROGRAM.replace("from engine", f"{preparation}; from engine")
 
 
 def test_two_processes_give_the_same_run(image_dir, tiny_bundle, tmp_path, undisturbed, started):
@@ -171,7 +171,7 @@ POISON = (
 def test_image_that_kills_its_workers_is_unreadable(
     image_dir, tiny_bundle, tmp_path, undisturbed, started, monkeypatch
 ):
-    monkeypatch.setattr(child, "PROGRAM", worker_that(POISON))
+    monkeypatch.setattr(processes, "PROGRAM", worker_that(POISON))
     folder = tmp_path / "images"
     folder.mkdir()
     for path in image_dir.iterdir():
@@ -211,7 +211,7 @@ def test_image_that_kills_its_workers_is_unreadable(
 def test_errors_in_workers_end_the_run_in_one_line(
     image_dir, tiny_bundle, tmp_path, started, monkeypatch, preparation, exit_code, said, starts
 ):
-    monkeypatch.setattr(child, "PROGRAM", worker_that(preparation))
+    monkeypatch.setattr(processes, "PROGRAM", worker_that(preparation))
     result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", *TWO)
     assert result.exit_code == exit_code
     assert said in result.stderr.splitlines()[-1]
@@ -258,13 +258,13 @@ def test_stopped_run_leaves_no_process_and_resumes_alone(
 def test_each_worker_sees_only_its_gpu(image_dir, tiny_bundle, tmp_path, undisturbed, monkeypatch):
     """Without a GPU the workers run on the CPU; only their environment is tested."""
     monkeypatch.setattr(pipeline, "resolve_runtime", lambda runtime: runtime)
-    monkeypatch.setattr(resources, "visible_gpus", lambda: ["5", "GPU-3f"])
+    monkeypatch.setattr(processes, "visible_gpus", lambda: ["5", "GPU-3f"])
     host_backend = (
         f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, 'saw ' + os.environ['CUDA_VISIBLE_DEVICES']).touch(); "
         "import engine.captioner as s; from engine.backends.ort import OrtBackend; "
         "s.open_backends = lambda bundle, runtime, **_: [OrtBackend(bundle, threads=runtime.threads)]"
     )
-    monkeypatch.setattr(child, "PROGRAM", worker_that(host_backend))
+    monkeypatch.setattr(processes, "PROGRAM", worker_that(host_backend))
     result = caption(image_dir, tiny_bundle, tmp_path / "run.csv", "--devices", "cuda:1,cuda:0")
     assert result.exit_code == 0, result.stderr
     assert "backend: cuda\n2 worker processes on cuda:1, cuda:0\n" in result.stderr

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 
-from export.checkpoints.files import word_pieces
+from export.checkpoints.load import word_pieces
 from export.families.blip import BlipImageProcessor
 
 WORDS = [

@@ -24,7 +24,6 @@ from tests.helpers.tiny import IMAGE_SIZE, make_checkpoint, make_tokenizer, rand
 from train import recipe
 from train.data.batches import IGNORED, Collator, EpochOrder, Features, Pictures, PixelSpec, collate_captions, radiology
 from train.data.examples import Example, Split, references_by_id
-from train.learning.evaluate import Evaluator
 from train.learning.reward import (
     BASELINES,
     PADDING,
@@ -41,6 +40,7 @@ from train.learning.setup import Run, encode_images, make_trainer
 from train.learning.trainer import (
     COMPLETE,
     CaptionTrainer,
+    Evaluator,
     SaveAfterEvaluation,
     explain,
     newest_complete_checkpoint,

@@ -19,7 +19,7 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from engine.options import options_from
 from engine.run.outputs import write_run
 from export.bundle import generation_defaults
-from export.checkpoints.files import word_pieces
+from export.checkpoints.load import word_pieces
 from export.families.blip import BlipImageProcessor
 from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live

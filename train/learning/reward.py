@@ -24,8 +24,7 @@ from export.reference.huggingface import Reference
 from export.reference.torch_backend import caption_live
 from train.data.batches import EpochIndex, Item, Pictures, PixelSpec, prompt_ids
 from train.data.examples import Example, references_by_id
-from train.learning.evaluate import text_after_prompt
-from train.learning.trainer import CaptionTrainer, sum_of_losses
+from train.learning.trainer import CaptionTrainer, sum_of_losses, text_after_prompt
 
 SAMPLED_WORDS = 100
 """Top-k of the sampling. The other tokens have next to no probability, and sorting all 30,000 costs time."""

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.bundle.int8 import quantise_weight
-from engine.checkpoints.rotate import RotatedWeights, rotated
+from engine.checkpoints.int8 import RotatedWeights, quantise_weight, rotated
 from export.families import family_of
 from export.reference.huggingface import Reference
 from tests.helpers.tiny import random_pictures

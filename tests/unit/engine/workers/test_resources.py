@@ -9,17 +9,16 @@ import pytest
 from engine.backends import providers
 from engine.errors import UsageError
 from engine.runtime import Runtime, Workers
-from engine.workers import resources
-from engine.workers.child import describe
-from engine.workers.resources import WorkerResources, plan_workers
+from engine.workers import processes
+from engine.workers.processes import WorkerResources, describe, plan_workers
 
 FOUR = (frozenset({0, 1}), frozenset({2, 3}))
 
 
 @pytest.fixture(autouse=True)
 def _five_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "available_cores", lambda: 5)
-    monkeypatch.setattr(resources, "core_shares", lambda count: list(FOUR[:count]))
+    monkeypatch.setattr(processes, "available_cores", lambda: 5)
+    monkeypatch.setattr(processes, "core_shares", lambda count: list(FOUR[:count]))
 
 
 def test_processes_share_cores_and_threads():
@@ -47,7 +46,7 @@ def test_processes_share_cores_and_threads():
     ],
 )
 def test_impossible_workers_are_refused(runtime, workers, said, monkeypatch):
-    monkeypatch.setattr(resources, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(processes, "visible_gpus", lambda: ["0", "1"])
     with pytest.raises(UsageError, match=said):
         plan_workers(runtime, workers)
 

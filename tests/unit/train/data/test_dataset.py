@@ -14,7 +14,7 @@ from PIL import Image
 
 from engine.errors import DataError, OutputError, UsageError
 from engine.inputs.columns import Columns
-from export.checkpoints.files import word_pieces
+from export.checkpoints.load import word_pieces
 from tests.helpers.datasets import extreme_png, imageless, picture, png, seen, write, write_parquet
 from train.data.batches import lost_in_tokens
 from train.data.dataset import Example, Split, hold_out, read_dataset

@@ -1,8 +1,15 @@
-"""Rotate the weights of an image encoder before they become int8: the same function, but without outliers.
+"""Weights in 8 bits: rotated so that they have no outliers, then rounded with one scale per output. Numpy only.
 
-In a transformer whose layer norms come before its layers, a few channels are many times as large as the others. With
-one scale per row they take most of the 255 steps. A rotation R, an orthogonal matrix, spreads them over all channels,
-and moving it into the weights changes nothing but the rounding of float32:
+A dense layer y = x W^T + b becomes, for each row x (a token or a patch) by itself,
+
+    s = max|x| / 127,  q = round(x / s) + 128 as u8,  y = (q - 128) W8 * scale * s + b
+
+Integer sums are exact, so a row's result does not depend on the other rows of its batch. export/graphs/quantise.py has
+two variants: finer steps for the outputs of GELU, and a second rounding of what the first leaves in the decoder.
+
+Rotation. In a transformer whose layer norms come before its layers, a few channels are many times as large as the
+others, and with one scale per row they take most of the 255 steps. A rotation R, an orthogonal matrix, spreads them
+over all channels, and moving it into the weights changes nothing but the rounding of float32:
 
     What is added to the residual stream x becomes R x: tables and outputs of layers, W to R W and c to R c.
     A layer that reads LayerNorm(x) = g n + b gets W diag(g) R^T and the bias c + W b, and g becomes 1, b becomes 0.
@@ -23,8 +30,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+LARGEST = 127
+"""Largest absolute value of a quantised weight."""
+SUFFIX, SCALE_SUFFIX = ".int8", ".scale"
+"""Appended to the checkpoint's name of a weight."""
+SMALLEST_SCALE = np.finfo(np.float32).tiny
+"""Scale of an output whose weights are all 0."""
 BLOCK = 128
 """Columns that are transformed at once, so that they stay in the processor's cache."""
+
+
+def quantise_weight(weight: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return a dense layer's weight [outputs,inputs] as i8[inputs,outputs] and f32[outputs].
+
+    Each output has a scale of its own: weight ≈ quantised.T * scale[:, None]. The quantised weight is transposed, as
+    ONNX's MatMulInteger wants it.
+
+        quantised, scale = quantise_weight(np.array([[1.0, -0.5]]))  # [[127], [-64]], [1 / 127]
+    """
+    weight = np.asarray(weight, np.float32)
+    scale = np.maximum(np.abs(weight).max(1) / LARGEST, SMALLEST_SCALE).astype(np.float32)
+    quantised = np.rint(weight / scale[:, None]).astype(np.int8)
+    return np.ascontiguousarray(quantised.T), scale
 
 
 @dataclass(frozen=True)
