@@ -13,7 +13,7 @@ from engine.bundle.manifest import TokenIds, demo_bundle
 from engine.checkpoints.int8 import Residual
 from engine.checkpoints.rules import (
     CLIP,
-    Rules,
+    ConvertibleRules,
     Settings,
     Sizes,
     check_heads,
@@ -90,7 +90,7 @@ class Original(NamedTuple):
     files: dict[str, str]
 
 
-class BlipRules(Rules):
+class BlipRules(ConvertibleRules):
     """BLIP with a captioning head (BlipForConditionalGeneration)."""
 
     name = "BLIP"
@@ -134,13 +134,13 @@ class BlipRules(Rules):
         )
 
     def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
-        """See Rules.shape."""
+        """See ConvertibleRules.shape."""
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", *ALIKE)
         shape = {f"text.{name}": _part(raw, "text_config")[name] for name in names}
         return shape | {f"vision.{name}": _part(raw, "vision_config")[name] for name in (*names, "patch_size")}
 
     def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """See Rules.weight_shapes. The names are those of BlipForConditionalGeneration in transformers 4.57."""
+        """See ConvertibleRules.weight_shapes. Names: BlipForConditionalGeneration in transformers 4.57."""
         text, vision = _part(raw, "text_config"), _part(raw, "vision_config")
         width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
         shapes: dict[str, tuple[int, ...]] = {
@@ -203,7 +203,7 @@ class BlipRules(Rules):
         )
 
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-        """See Rules.resized."""
+        """See ConvertibleRules.resized."""
         vision = _part(raw, "vision_config")
         check_patches(image_size, vision["patch_size"])
         return {**raw, "vision_config": vision | {"image_size": image_size}}

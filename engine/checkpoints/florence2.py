@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from engine.bundle.manifest import TokenIds
 from engine.checkpoints.rules import (
-    Rules,
+    ConvertibleRules,
     Settings,
     Sizes,
     check_heads,
@@ -110,7 +110,7 @@ def _pairs(*names: str) -> list[str]:
     return [f"<{mark}{name}>" for name in names for mark in ("", "/")]
 
 
-class Florence2Rules(Rules):
+class Florence2Rules(ConvertibleRules):
     """Florence-2 with a language model head (Florence2ForConditionalGeneration)."""
 
     name = "Florence-2"
@@ -243,7 +243,7 @@ class Florence2Rules(Rules):
         return ("model.language_model.final_logits_bias",)
 
     def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
-        """See Rules.shape. The image size is one of them: it decides how windows are padded."""
+        """See ConvertibleRules.shape. The image size is one of them: it decides how windows are padded."""
         text, vision = _text(raw), _vision(raw)
         names = [*SIZES[2:], "activation_function", "scale_embedding"]
         shape = {f"text.{name}": text[name] for name in names}
@@ -258,7 +258,7 @@ class Florence2Rules(Rules):
         )
 
     def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """See Rules.weight_shapes. The names are those of transformers 4.57."""
+        """See ConvertibleRules.weight_shapes. The names are those of transformers 4.57."""
         text, vision = _text(raw), _vision(raw)
         width, words, positions = text["d_model"], text["vocab_size"], text["max_position_embeddings"]
         language, projector = "model.language_model", "model.multi_modal_projector"
@@ -287,7 +287,7 @@ class Florence2Rules(Rules):
         return shapes
 
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-        """See Rules.resized. Smaller images use fewer of the embeddings of rows and columns."""
+        """See ConvertibleRules.resized. Smaller images use fewer of the embeddings of rows and columns."""
         _check_image(resized := {**raw, "image_size": image_size}, f"--image-size {image_size}")
         return resized
 

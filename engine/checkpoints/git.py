@@ -10,7 +10,7 @@ from engine.bundle.manifest import TokenIds
 from engine.checkpoints.rules import (
     CLIP,
     CROP,
-    Rules,
+    ConvertibleRules,
     Settings,
     Sizes,
     check_heads,
@@ -64,7 +64,7 @@ SHAPE = (
 SIZES = ("vocab_size", "max_position_embeddings", "image_size", "patch_size", *SHAPE[:4])
 
 
-class GitRules(Rules):
+class GitRules(ConvertibleRules):
     """GIT with a captioning head (GitForCausalLM), for single images."""
 
     name = "GIT"
@@ -120,13 +120,13 @@ class GitRules(Rules):
         )
 
     def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
-        """See Rules.shape."""
+        """See ConvertibleRules.shape."""
         text, vision = completed(raw, TEXT), completed(raw.get("vision_config"), VISION)
         shape = {f"text.{name}": text[name] for name in SHAPE}
         return shape | {f"vision.{name}": vision[name] for name in (*SHAPE, "patch_size")}
 
     def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """See Rules.weight_shapes. The names are those of GitForCausalLM in transformers 4.57."""
+        """See ConvertibleRules.weight_shapes. The names are those of GitForCausalLM in transformers 4.57."""
         text, vision = completed(raw, TEXT), completed(raw.get("vision_config"), VISION)
         width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
         tower = "git.image_encoder.vision_model"
@@ -163,7 +163,7 @@ class GitRules(Rules):
         return shapes
 
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-        """See Rules.resized."""
+        """See ConvertibleRules.resized."""
         vision = completed(raw.get("vision_config"), VISION)
         check_patches(image_size, vision["patch_size"])
         return {**raw, "vision_config": vision | {"image_size": image_size}}

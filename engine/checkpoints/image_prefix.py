@@ -159,10 +159,6 @@ class ImagePrefixRules(Rules):
             tokens=TokenIds(words if start is None else start, *(raw[name] for name in ENDINGS[1:])),
         )
 
-    def converts(self, raw: Mapping[str, Any]) -> bool:  # noqa: ARG002
-        """See Rules.converts. No public checkpoint has a layout that could be known by name."""
-        return False
-
     def tied(self, raw: Mapping[str, Any]) -> dict[str, str]:
         """See Rules.tied."""
         head, words = DECODERS["gpt2"].head

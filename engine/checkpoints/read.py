@@ -24,7 +24,7 @@ from engine.bundle.manifest import ImageSpec, ModelDims, TokenIds
 from engine.checkpoints.families import ORIGINAL
 from engine.checkpoints.files import read_config_file, refuse_file_of_folder, rules_at, weight_files
 from engine.checkpoints.int8 import Residual
-from engine.checkpoints.rules import Rules, task_ids
+from engine.checkpoints.rules import ConvertibleRules, Rules, task_ids
 from engine.checkpoints.settings import (
     ProcessorSettings,
     assumed_settings,
@@ -46,9 +46,9 @@ from engine.options import options_from
 class Checkpoint:
     """A checkpoint that can become a bundle.
 
-    `shape` decides which operations its graphs have (Rules.shape). `rescale` and the mean and std of `image` are those
-    of (x * rescale - mean) / std. `tasks` are those of Bundle. `generation` are the settings that differ from Hugging
-    Face's defaults, and `generation_from` says where each comes from. `tokenizer` is the text of the tokenizers
+    `shape` decides which operations its graphs have (ConvertibleRules.shape). `rescale` and the mean and std of `image`
+    are those of (x * rescale - mean) / std. `tasks` are those of Bundle. `generation` are the settings that differ from
+    Hugging Face's defaults, and `generation_from` says where each comes from. `tokenizer` is the text of the tokenizers
     library. `notes` are what users should know, one line each. `weights` have the names of Hugging Face's layout, and
     `residual` says how to rotate them for int8 (Rules.residual).
     """
@@ -164,7 +164,7 @@ def _read(
     )
 
 
-def _read_config(folder: Path, source: Path) -> tuple[Mapping[str, Any], Rules]:
+def _read_config(folder: Path, source: Path) -> tuple[Mapping[str, Any], ConvertibleRules]:
     """Return config.json and the rules of its family. Raises CheckpointError if it cannot be converted here."""
     raw, rules = read_config_file(folder), rules_at(folder)
     rules.check_config(raw, folder / "config.json")
@@ -172,7 +172,7 @@ def _read_config(folder: Path, source: Path) -> tuple[Mapping[str, Any], Rules]:
         raise CheckpointError(
             f"{folder / 'config.json'} asks for custom code (auto_map), which is never run: remove that entry"
         )
-    if not rules.converts(raw):
+    if not (isinstance(rules, ConvertibleRules) and rules.converts(raw)):
         raise CheckpointError(
             f"{source} is a {rules.name} checkpoint, which needs torch to become a bundle: run `python -m export` in a "
             "checkout of this project"
@@ -225,7 +225,7 @@ def renamed(weights: Weights, rules: Rules) -> Weights:
     return Weights(tensors, weights.source)
 
 
-def fitted(weights: Weights, rules: Rules, raw: Mapping[str, Any]) -> Weights:
+def fitted(weights: Weights, rules: ConvertibleRules, raw: Mapping[str, Any]) -> Weights:
     """Return exactly the weights that config.json describes, tied ones under both names.
 
     Raises CheckpointError if one is missing or has another shape, if tied weights differ, or if all weights of the

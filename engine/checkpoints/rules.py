@@ -202,9 +202,6 @@ class Rules(ABC):
     """The image processor of the family; see `processor_for`."""
     tokenizer_class: ClassVar[str]
     """transformers' tokenizer for checkpoints that name none."""
-    position_table: ClassVar[str] = ""
-    """Name of the encoder's position table f32[1,1+h*w,D] or f32[1+h*w,D]: a row for the class token, then one for
-    each patch. Only for models that convert without torch."""
     tasks: ClassVar[Mapping[str, str]] = {}
     """Names of the tasks that the encoder reads with each image, and their texts."""
     task_ends: ClassVar[tuple[str, str]] = ("", "")
@@ -256,29 +253,34 @@ class Rules(ABC):
         """
         return self.processor if kind is None or kind.startswith(self.processor.prefix) else None
 
-    def converts(self, raw: Mapping[str, Any]) -> bool:  # noqa: ARG002
-        """Return whether `shape`, `weight_shapes` and `resized` know this model, so that it converts without torch.
+    def residual(self, raw: Mapping[str, Any]) -> Residual | None:  # noqa: ARG002
+        """Return the residual stream of the image encoder, which is rotated for int8; None leaves it as it is."""
+        return None
 
-        A family without graph sets in the wheel returns False, and needs none of the three.
-        """
+
+class ConvertibleRules(Rules):
+    """Of a family with graph sets in the wheel, so that its checkpoints convert without torch."""
+
+    position_table: ClassVar[str] = ""
+    """Name of the encoder's position table f32[1,1+h*w,D] or f32[1+h*w,D]: a row for the class token, then one for
+    each patch."""
+
+    def converts(self, raw: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Return whether `shape`, `weight_shapes` and `resized` know this model of the family."""
         return True
 
+    @abstractmethod
     def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
         """Return all settings of config.json that decide which operations the graphs have, by names of this family.
 
         These are layers, heads, widths, epsilons, activations and the patch size, but neither the image size nor the
         size of the vocabulary.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all weights of the model by name: with tied ones, without unused ones."""
-        raise NotImplementedError
 
-    def residual(self, raw: Mapping[str, Any]) -> Residual | None:  # noqa: ARG002
-        """Return the residual stream of the image encoder, which is rotated for int8; None leaves it as it is."""
-        return None
-
+    @abstractmethod
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         """Return config.json for images of `image_size` px. Raises CheckpointError if the model cannot have them."""
-        raise NotImplementedError

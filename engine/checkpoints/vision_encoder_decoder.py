@@ -14,8 +14,8 @@ from engine.bundle.manifest import TokenIds
 from engine.checkpoints.rules import (
     CLIP,
     CROP,
+    ConvertibleRules,
     ProcessorRules,
-    Rules,
     Settings,
     Sizes,
     check_heads,
@@ -152,7 +152,7 @@ DECODERS = {
 ENDINGS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 
-class VisionEncoderDecoderRules(Rules):
+class VisionEncoderDecoderRules(ConvertibleRules):
     """An image encoder with a text decoder (VisionEncoderDecoderModel)."""
 
     name = "VisionEncoderDecoder"
@@ -260,12 +260,12 @@ class VisionEncoderDecoderRules(Rules):
         )
 
     def converts(self, raw: Mapping[str, Any]) -> bool:
-        """See Rules.converts."""
+        """See ConvertibleRules.converts."""
         encoder, decoder = (raw[part]["model_type"] for part in ("encoder", "decoder"))
         return decoder in CONVERTIBLE.get(encoder, ())
 
     def shape(self, raw: Mapping[str, Any]) -> dict[str, int | float | str]:
-        """See Rules.shape. A width of cross-attention that is not set is that of the decoder: 0."""
+        """See ConvertibleRules.shape. A width of cross-attention that is not set is that of the decoder: 0."""
         vision, text = part_of(raw, "encoder"), part_of(raw, "decoder")
         rules = DECODERS[text["model_type"]]
         vision_names = [name for name in ENCODERS[vision["model_type"]] if name != "image_size"]
@@ -278,7 +278,7 @@ class VisionEncoderDecoderRules(Rules):
         return shape | {"decoder.cross_attention_hidden_size": text.get("cross_attention_hidden_size") or 0}
 
     def weight_shapes(self, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """See Rules.weight_shapes. The names are those of ViTModel and the decoder's class in transformers 4.57."""
+        """See ConvertibleRules.weight_shapes. Names: ViTModel and the decoder's class in transformers 4.57."""
         vision, text = part_of(raw, "encoder"), part_of(raw, "decoder")
         rules = DECODERS[text["model_type"]]
         _, _, text_width, _ = (text[name] for name in rules.sizes)
@@ -308,7 +308,7 @@ class VisionEncoderDecoderRules(Rules):
         return shapes | {f"decoder.{name}": (text["vocab_size"], text_width) for name in (head, words)}
 
     def resized(self, raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-        """See Rules.resized."""
+        """See ConvertibleRules.resized."""
         patch = side_of(part_of(raw, "encoder")["patch_size"])
         check_patches(image_size, patch)
         return {**raw, "encoder": {**raw["encoder"], "image_size": image_size}}

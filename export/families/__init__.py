@@ -14,7 +14,7 @@ from export.families.blip import Blip
 from export.families.florence2 import Florence2
 from export.families.git import Git
 from export.families.image_prefix import ImagePrefix
-from export.families.modules import Family
+from export.families.modules import Family, PublishedFamily
 from export.families.vision_encoder_decoder import VisionEncoderDecoder
 
 ORIGINAL = Blip()
@@ -26,7 +26,10 @@ FAMILIES: dict[str, Family] = {
 
 
 PUBLISHED: dict[str, PretrainedConfig] = {
-    name: config for family in FAMILIES.values() for name, config in family.published().items()
+    name: config
+    for family in FAMILIES.values()
+    if isinstance(family, PublishedFamily)
+    for name, config in family.published().items()
 }
 """Published architectures whose graphs are in the wheel, by name. Their settings come from transformers' default
 configurations and conversion scripts."""

@@ -26,9 +26,9 @@ from export.families.modules import (
     IS_5,
     DecoderStep,
     Encoder,
-    Family,
     LayerCache,
     Normalisation,
+    PublishedFamily,
     bert_embeddings,
     cross_keys_values,
     patch_embeddings,
@@ -105,18 +105,18 @@ def _config(vision_layers: int, vision_width: int, vision_heads: int) -> BlipCon
     )
 
 
-class Blip(Family):
+class Blip(PublishedFamily):
     """BLIP with a captioning head (BlipForConditionalGeneration)."""
 
     rules: ClassVar[BlipRules] = BlipRules()
     config_class, model_class = BlipConfig, BlipForConditionalGeneration
 
     def published(self) -> dict[str, PretrainedConfig]:
-        """See Family.published. The two differ in their image encoder."""
+        """See PublishedFamily.published. The two differ in their image encoder."""
         return {"BLIP-base": _config(12, 768, 12), "BLIP-large": _config(24, 1024, 16)}
 
     def shrunk(self, config: PretrainedConfig) -> PretrainedConfig:
-        """See Family.shrunk."""
+        """See PublishedFamily.shrunk."""
         config = copy.deepcopy(config)
         config.vision_config.update(
             {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -128,7 +128,7 @@ class Blip(Family):
     def with_sizes(
         self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
     ) -> PretrainedConfig:
-        """See Family.with_sizes."""
+        """See PublishedFamily.with_sizes."""
         config = copy.deepcopy(config)
         config.vision_config.image_size = patches * config.vision_config.patch_size
         config.text_config.vocab_size = vocab_size

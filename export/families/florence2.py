@@ -28,7 +28,7 @@ from engine.checkpoints.rules import Sizes
 from engine.checkpoints.vision_encoder_decoder import POSITION_OFFSET
 from export.families.decoders import TrocrStep, bart_keys_values
 from export.families.git import CLIPImageProcessor
-from export.families.modules import Encoder, Family, Normalisation
+from export.families.modules import Encoder, Normalisation, PublishedFamily
 
 
 class Florence2Encoder(Encoder):
@@ -170,18 +170,18 @@ def _config(text_width: int, text_layers: int, width: int) -> Florence2Config:
     )
 
 
-class Florence2(Family):
+class Florence2(PublishedFamily):
     """Florence-2 with a language model head (Florence2ForConditionalGeneration)."""
 
     rules: ClassVar[Florence2Rules] = Florence2Rules()
     config_class, model_class = Florence2Config, Florence2ForConditionalGeneration
 
     def published(self) -> dict[str, PretrainedConfig]:
-        """See Family.published."""
+        """See PublishedFamily.published."""
         return {"Florence-2-base": _config(768, 6, 128), "Florence-2-large": _config(1024, 12, 256)}
 
     def shrunk(self, config: PretrainedConfig) -> PretrainedConfig:
-        """See Family.shrunk."""
+        """See PublishedFamily.shrunk."""
         config = copy.deepcopy(config)
         config.image_size = 96
         stages = {"depths": [1, 1, 2, 1], "embed_dim": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2]}
@@ -202,7 +202,7 @@ class Florence2(Family):
         vocab_size: int,
         max_positions: int,
     ) -> PretrainedConfig:
-        """See Family.with_sizes. The image keeps its size, which the graphs hold. Positions are for its tokens, too."""
+        """See PublishedFamily.with_sizes. The graphs hold the image's size. Positions are for its tokens, too."""
         config = copy.deepcopy(config)
         positions = max_positions + sides(config.to_dict())[-1] ** 2
         config.text_config.update({"vocab_size": vocab_size, "max_position_embeddings": positions})

@@ -29,9 +29,9 @@ from export.families.modules import (
     IS_5,
     DecoderStep,
     Encoder,
-    Family,
     LayerCache,
     Normalisation,
+    PublishedFamily,
     bert_embeddings,
     patch_embeddings,
     patches_per_side,
@@ -100,14 +100,14 @@ class GitStep(DecoderStep):
         return self.output(x)
 
 
-class Git(Family):
+class Git(PublishedFamily):
     """GIT with a captioning head (GitForCausalLM), for single images."""
 
     rules: ClassVar[GitRules] = GitRules()
     config_class, model_class = GitConfig, GitForCausalLM
 
     def published(self) -> dict[str, PretrainedConfig]:
-        """See Family.published. The two differ in their image encoder."""
+        """See PublishedFamily.published. The two differ in their image encoder."""
         large = {
             "hidden_size": 1024,
             "intermediate_size": 4096,
@@ -118,7 +118,7 @@ class Git(Family):
         return {"GIT-base": GitConfig(), "GIT-large": GitConfig(vision_config=large)}
 
     def shrunk(self, config: PretrainedConfig) -> GitConfig:
-        """See Family.shrunk."""
+        """See PublishedFamily.shrunk."""
         config = copy.deepcopy(config)
         config.vision_config.update(
             {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -129,7 +129,7 @@ class Git(Family):
     def with_sizes(
         self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
     ) -> PretrainedConfig:
-        """See Family.with_sizes."""
+        """See PublishedFamily.with_sizes."""
         config = copy.deepcopy(config)
         config.vision_config.image_size = patches * config.vision_config.patch_size
         config.vocab_size, config.max_position_embeddings = vocab_size, max_positions

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.checkpoints.rules import Rules, Sizes, check_patches
+from engine.checkpoints.rules import ConvertibleRules, Rules, Sizes, check_patches
 from engine.errors import CheckpointError
 
 MASKED = -1e4
@@ -421,25 +421,6 @@ class Family(ABC):
     def make_processor(self, settings: Mapping[str, Any]) -> ImageProcessor:
         """Return Hugging Face's image processor with these settings, in the slow version that uses Pillow."""
 
-    # graph sets in the wheel
-
-    def published(self) -> dict[str, PretrainedConfig]:
-        """Return the published architectures that the engine converts without torch, by name (export/graphsets.py).
-
-        A family without any needs neither `shrunk` nor `with_sizes`.
-        """
-        return {}
-
-    def shrunk(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Return an architecture of `published` with few, narrow layers and otherwise the same settings."""
-        raise NotImplementedError
-
-    def with_sizes(
-        self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
-    ) -> PretrainedConfig:
-        """Return an architecture with other sizes: patches per side of an image, vocabulary, positions of the text."""
-        raise NotImplementedError
-
     # graphs
 
     @abstractmethod
@@ -494,3 +475,23 @@ class Family(ABC):
         raise CheckpointError(
             f"parity of several {self.rules.name} checkpoints is not supported: compare one at a time"
         )
+
+
+class PublishedFamily(Family):
+    """A family with graph sets in the wheel (export/graphsets.py), so that its checkpoints convert without torch."""
+
+    rules: ClassVar[ConvertibleRules]
+
+    @abstractmethod
+    def published(self) -> dict[str, PretrainedConfig]:
+        """Return the published architectures whose graphs are in the wheel, by name."""
+
+    @abstractmethod
+    def shrunk(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Return an architecture of `published` with few, narrow layers and otherwise the same settings."""
+
+    @abstractmethod
+    def with_sizes(
+        self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
+    ) -> PretrainedConfig:
+        """Return an architecture with other sizes: patches per side of an image, vocabulary, positions of the text."""

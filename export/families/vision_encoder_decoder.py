@@ -26,12 +26,19 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from engine.checkpoints.rules import Rules
 from engine.checkpoints.vision_encoder_decoder import DECODERS as DECODER_RULES
 from engine.checkpoints.vision_encoder_decoder import ENDINGS, VisionEncoderDecoderRules, side_of
 from engine.errors import CheckpointError
 from export.families.decoders import DECODERS, TextDecoder, skips_pads
-from export.families.modules import IS_5, Encoder, Family, ImageProcessor, Normalisation, Sizes, patches_per_side
+from export.families.modules import (
+    IS_5,
+    Encoder,
+    ImageProcessor,
+    Normalisation,
+    PublishedFamily,
+    Sizes,
+    patches_per_side,
+)
 
 if IS_5:  # release 5 uses torchvision by default if it is installed, whose resized pixels differ by a level or two
     from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil as BeitImageProcessor
@@ -105,14 +112,14 @@ def for_one_size(encoder: PreTrainedModel) -> PreTrainedModel:
     return encoder
 
 
-class VisionEncoderDecoder(Family):
+class VisionEncoderDecoder(PublishedFamily):
     """An image encoder with a text decoder (VisionEncoderDecoderModel)."""
 
-    rules: ClassVar[Rules] = VisionEncoderDecoderRules()
+    rules: ClassVar[VisionEncoderDecoderRules] = VisionEncoderDecoderRules()
     config_class, model_class = VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
     def published(self) -> dict[str, PretrainedConfig]:
-        """See Family.published. TrOCR-base is microsoft/trocr-base-printed and -handwritten."""
+        """See PublishedFamily.published. TrOCR-base is microsoft/trocr-base-printed and -handwritten."""
         gpt2 = GPT2Config(is_decoder=True, add_cross_attention=True)
         trocr = TrOCRConfig(is_decoder=True, add_cross_attention=True, cross_attention_hidden_size=768)
         return {
@@ -121,7 +128,7 @@ class VisionEncoderDecoder(Family):
         }
 
     def shrunk(self, config: PretrainedConfig) -> PretrainedConfig:
-        """See Family.shrunk."""
+        """See PublishedFamily.shrunk."""
         small = copy.deepcopy(config)
         small.encoder.update(
             {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -138,7 +145,7 @@ class VisionEncoderDecoder(Family):
     def with_sizes(
         self, config: PretrainedConfig, *, patches: int, vocab_size: int, max_positions: int
     ) -> PretrainedConfig:
-        """See Family.with_sizes."""
+        """See PublishedFamily.with_sizes."""
         config = copy.deepcopy(config)
         config.encoder.image_size = patches * side_of(config.encoder.patch_size)
         *_, positions = DECODER_RULES[config.decoder.model_type].sizes
