@@ -83,8 +83,8 @@ def verify(bundle: BundleRef | ModelRef, runtime: Runtime, as_json: bool) -> Non
     for check in checks:
         state = "ok  " if check.passed else "FAIL"
         click.echo(
-            f"{state} {check.identical}/{check.images} identical, score difference {check.max_score_difference:.1e}: "
-            f"{printable(check.setting)}",
+            f"{state} {check.identical}/{check.images} identical, score difference {check.max_score_difference:.1e}"
+            f"{f', {check.left_out} left out at export' if check.left_out else ''}: {printable(check.setting)}",
             err=as_json,
         )
     if as_json:

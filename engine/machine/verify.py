@@ -40,7 +40,8 @@ class Check:
     """The result for one golden setting: how many images got PyTorch's ids, and the largest difference of scores.
 
     For scores below -1 the difference is divided by the score, because length penalties scale scores arbitrarily. With
-    num_return_sequences, an image is identical only if all of its recorded captions are.
+    num_return_sequences, an image is identical only if all of its recorded captions are. `left_out` counts the images
+    without a recorded caption: two of its candidates tie, or the bundle's precision changes it.
     """
 
     setting: str
@@ -48,6 +49,7 @@ class Check:
     identical: int
     max_score_difference: float
     passed: bool
+    left_out: int = 0
 
     def __str__(self) -> str:
         return (
@@ -197,4 +199,4 @@ def _check(captioner: Captioner, golden: Golden, setting: int) -> Check:
     tolerance = SCORE_TOLERANCE[captioner.bundle.precision]
     passed = identical == len(recorded) and all(difference <= tolerance for difference in differences)
     name = ", ".join(f"{key} {value}" for key, value in golden.settings[setting].items())
-    return Check(name, len(recorded), identical, largest, passed)
+    return Check(name, len(recorded), identical, largest, passed, len(expected) - len(recorded))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -19,12 +20,13 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from engine.bundle.manifest import Bundle
+from engine.bundle.manifest import GOLDEN, MANIFEST, Bundle
 from engine.captions import Caption
 from engine.cli.app import main
 from engine.cli.shared import LinesType, LocationType, NameType, PathType, log
 from engine.errors import PACKAGES, install_command
 from engine.host import processor
+from engine.machine.verify import Golden
 from engine.run.record import RunRecord
 from export.__main__ import main as export
 from export.parity import main as parity
@@ -421,6 +423,23 @@ def test_verify_passes_and_fails_with_the_bundle(tiny_bundle):
     result = run("verify", "--bundle", tiny_bundle)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("ok ") == 6 + 5, "the decoder whole, and its halves but for greedy with a penalty"
+
+
+def test_verify_counts_images_left_out_at_export(tiny_bundle, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    golden = Golden.load(bundle / GOLDEN)
+    golden.skip(0, 1, 0)
+    golden.save(bundle / GOLDEN)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["files"][GOLDEN] = hashlib.sha256((bundle / GOLDEN).read_bytes()).hexdigest()
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    lines = run("verify", "--bundle", bundle).stdout.splitlines()
+    first, second = lines[:2]
+    count = len(golden.pixel_values)
+    assert first.startswith(f"ok   {count - 1}/{count - 1} identical, score difference ")
+    assert ", 1 left out at export: " in first
+    assert "left out" not in second
 
 
 def test_info_reports_what_is_missing_and_why():

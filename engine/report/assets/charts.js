@@ -80,7 +80,7 @@
     const axis = axes();
     const digits = (value) => (Math.abs(value) >= 100 || Number.isInteger(value) ? String(value) : String(+value.toPrecision(4)));
     return {
-      width: chart.canvas.clientWidth, height: 150, legend: { show: false }, padding: [8, 8, 0, 0],
+      width: chart.canvas.clientWidth, height: 150, legend: { show: false }, padding: [8, 20, 0, 0], // room for half of the last label
       cursor: { y: false, drag: { x: true, y: false, setScale: false }, points: { show: false } },
       scales: { x: { time: false, range: [bins.low, bins.low + bins.bins * bins.width] }, y: { range: (_, __, most) => [0, Math.max(1, most * 1.05)] } },
       axes: [{ ...axis, grid: { show: false }, values: (_, ticks) => ticks.map(digits), size: 28 }, { ...axis, size: 46, values: (_, ticks) => ticks.map((t) => (Number.isInteger(t) ? t : "")) }],
