@@ -310,7 +310,7 @@ def _engine_on(backend: str, setting: Comparison, precision: str = "fp32") -> Ca
 
 
 def generate(setting: Comparison) -> Caption:
-    """Load Hugging Face generate, which returns only ids here."""
+    """Load the model for Hugging Face's generate, which returns only ids here."""
     return _generate_with(lambda model: model, setting)
 
 

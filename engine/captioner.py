@@ -402,7 +402,7 @@ class Captioner:
                 index, (name, pixels, digest, file_sha256) = index + 1, image
                 start = search.start if starts is None else starts.get(name)
                 if start is None:
-                    raise UsageError(f"image {name} has no prompt (an empty one does not count): add one")
+                    raise UsageError(f"image {name} has no prompt: add one, which may be empty")
                 key = digest if start == search.start else digest + repr(start.prompt).encode()
                 if (known := repeats.known(key)) is not None:
                     captions.add(index, _caption(name, known, 0.0, file_sha256))

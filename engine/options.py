@@ -168,19 +168,19 @@ class DecodeOptions:
         None, "--bad-words", "Text file of words or phrases that no caption may contain, one per line.", in_bundle=False
     )
     bad_words_ids: tuple[tuple[int, ...], ...] | None = _unset(
-        None, help="Banned words as lists of token ids; only in bundles and Python, see bad_words."
+        None, help="Banned words as lists of token ids, see bad_words; set in a bundle or from Python."
     )
     suppress_tokens: tuple[int, ...] | None = _unset(
         None, "--suppress-tokens", "Token ids that no caption may contain, separated by commas.", metavar="ID,ID"
     )
     begin_suppress_tokens: tuple[int, ...] | None = _unset(
-        None, help="Token ids that may not be the first token after the prompt; only in bundles and Python."
+        None, help="Token ids that may not be the first token after the prompt; set in a bundle or from Python."
     )
     forced_bos_token_id: int | None = _unset(
-        None, help="Token id that every caption without a prompt starts with; only in bundles and Python.", least=0
+        None, help="Token id that every caption without a prompt starts with; set in a bundle or from Python.", least=0
     )
     forced_eos_token_id: int | None = _unset(
-        None, help="Token id that ends captions of the maximum length; only in bundles and Python.", least=0
+        None, help="Token id that ends captions of the maximum length; set in a bundle or from Python.", least=0
     )
     max_new_tokens: int | None = _unset(
         None,
@@ -189,7 +189,7 @@ class DecodeOptions:
         least=1,
     )
     max_length: int | None = _unset(
-        None, help="Maximum number of tokens per caption, prompt included; only in bundles and Python.", least=2
+        None, help="Maximum number of tokens per caption, prompt included; set in a bundle or from Python.", least=2
     )
     min_new_tokens: int | None = _unset(
         None,
@@ -198,7 +198,7 @@ class DecodeOptions:
         least=0,
     )
     min_length: int = _unset(
-        0, help="Minimum number of tokens per caption, prompt included; only in bundles and Python.", least=0
+        0, help="Minimum number of tokens per caption, prompt included; set in a bundle or from Python.", least=0
     )
     length_penalty: float = _unset(
         1.0,

@@ -273,7 +273,7 @@ def _open(path: Path, form: Format) -> Iterator[io.TextIOWrapper]:
     """Open the table of a submission. Raises ValueError if it is too large or the archive has other members."""
     if not form.is_zip:
         if zipfile.is_zipfile(path):
-            raise ValueError("it is an archive, and this year takes a plain file")
+            raise ValueError("it is an archive, but this year's format is a plain file")
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES} bytes")
         with path.open(encoding="utf-8", newline="") as text:

@@ -22,7 +22,7 @@ from engine.bundle.onnx import (
     GRAPH,
     INT64,
     Node,
-    field,
+    message_field,
     node_proto,
     read_onnx,
     tensor_proto,
@@ -78,7 +78,7 @@ def require_attention(bundle: Bundle, backend: str) -> None:
             "--backend cpu or --backend torch"
         )
     if bundle.members:
-        raise UsageError("attention maps are those of one bundle, not of several: give one --bundle")
+        raise UsageError("attention maps are supported for one bundle only: give one --bundle")
     grid_of(bundle)
 
 
@@ -86,7 +86,7 @@ def attention_graph(bundle: Bundle, layers: Sequence[int]) -> bytes:
     """Return the decoder with the output ATTENTION, averaged over `layers`, after its own.
 
     It is a ModelProto that reads its weights from the decoder's data file, in the folder of the bundle. Raises
-    BundleError if the decoder has fused operators of another kind.
+    BundleError if the decoder is damaged or has fused operators of another kind.
     """
     path = bundle.path / "decoder.onnx"
     model = path.read_bytes()
@@ -101,8 +101,8 @@ def attention_graph(bundle: Bundle, layers: Sequence[int]) -> bytes:
     added += _averaged(weights)
     constants = _CONSTANTS | {_END: [bundle.model.encoder_positions]}
     added += [_constant(name, np.array(values, "<i8")) for name, values in constants.items()]
-    added.append(field(_OUTPUT, value_proto(ATTENTION, FLOAT32)))
-    return model + field(GRAPH, b"".join(added))  # protobuf merges two messages in one field
+    added.append(message_field(_OUTPUT, value_proto(ATTENTION, FLOAT32)))
+    return model + message_field(GRAPH, b"".join(added))  # protobuf merges a field that occurs twice
 
 
 def _attention_over(keys: str, nodes: Iterable[Node], path: Path) -> Node:
@@ -162,10 +162,10 @@ def _averaged(weights: Sequence[str]) -> Iterator[bytes]:
 def _new(
     kind: str, inputs: Sequence[str], output: str, attributes: dict[str, int | tuple[int, ...]] | None = None
 ) -> bytes:
-    return field(_NODE, node_proto(kind, inputs, output, attributes))
+    return message_field(_NODE, node_proto(kind, inputs, output, attributes))
 
 
 def _constant(name: str, values: NDArray[np.generic]) -> bytes:
     """Return an initialiser of type i64 or f16."""
     kind = FLOAT16 if values.dtype == np.float16 else INT64
-    return field(_INITIALIZER, tensor_proto(name, kind, values.shape, values.tobytes()))
+    return message_field(_INITIALIZER, tensor_proto(name, kind, values.shape, values.tobytes()))

@@ -28,7 +28,7 @@ smaller sizes would only be used for a few steps.
 ROWS = 1024
 """Beams in flight per set on a GPU. A guess: never measured."""
 SETS = 2
-"""Sets of slots that take turns on a GPU."""
+"""Number of sets of slots that alternate on a GPU."""
 ENCODE_BATCH = 64
 """Images encoded at once on a GPU. A guess: never measured. 16 images are by arithmetic too few for the 108 processors
 of an A100.

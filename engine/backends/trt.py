@@ -165,7 +165,7 @@ class TrtBackend:
         if any(plan.bounds != plans["decoder"].bounds for plan in plans.values()):
             raise BackendError(f"the plans in {folder} were built for different sizes: run `engine plan` again")
         if uses_cuda_graphs and plans["decoder"].target.builder == PORTABLE:
-            raise BackendError(f"plans of {PORTABLE} cannot be captured: remove --cuda-graphs")
+            raise BackendError(f"plans of {PORTABLE} do not support CUDA graphs: remove --cuda-graphs")
         device = CudaDevice()
         graphs = {}
         for graph, plan in plans.items():

@@ -1,7 +1,8 @@
 """Read and write ONNX files without the package onnx: nodes, tensors, inputs and outputs of a graph.
 
 An ONNX file is a protobuf message: a sequence of fields, each with a number and a value. Numbers are those of
-onnx.proto. engine/checkpoints/write.py writes whole bundles with the functions at the end.
+onnx.proto. The functions at the end write: engine/checkpoints/write.py whole bundles, engine/backends/attention.py a
+few more nodes.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def read_onnx(path: Path, content: bytes | None = None) -> OnnxFile:
     try:
         return _model(path, memoryview(path.read_bytes() if content is None else content))
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
-        reason = f"unknown number {error}" if isinstance(error, KeyError) else error
+        reason = f"nothing known is called {error}" if isinstance(error, KeyError) else error
         raise BundleError(f"{path} is not a graph of this engine's bundles ({reason}): export it again") from error
 
 
@@ -116,7 +117,10 @@ def may_loop(model: bytes) -> bool:
 
 
 def _model(path: Path, content: memoryview) -> OnnxFile:
-    graph = memoryview(b"".join(parts(content, GRAPH)))  # protobuf merges what is there twice
+    graphs = list(parts(content, GRAPH))
+    if not graphs:
+        raise ValueError("no graph")
+    graph = memoryview(b"".join(graphs))  # protobuf merges the occurrences of a field that is not repeated
     opsets = [_one(opset, 2, 0) for opset in parts(content, 8) if not _text(opset, 1)]
     tensors = {}
     for message in parts(graph, 5):
@@ -144,13 +148,14 @@ def _node(message: memoryview) -> Node:
 def _attribute(message: memoryview) -> Attribute:
     kind = _one(message, 20, 0)  # AttributeProto.type
     if kind == 1:
-        return _float(next(value for number, value in fields(message) if number == 2))
+        return _float(next((value for number, value in fields(message) if number == 2), 0))
     if kind == 2:
         return _one(message, 3, 0)
     if kind == 3:
         return _text(message, 4)
     if kind == 4:
-        _, _, value = _tensor(next(parts(message, 5)))
+        (part,) = parts(message, 5)
+        _, _, value = _tensor(part)
         if isinstance(value, Weights):
             raise ValueError("a constant in another file")
         return value
@@ -210,7 +215,7 @@ def _float(value: int | memoryview) -> float:
 
 
 def parts(message: int | memoryview, number: int) -> Iterator[memoryview]:
-    """Yield the messages, texts or bytes in the fields of a number."""
+    """Yield the bytes of each field with this number: a message, a text, or a number of fixed size."""
     if not isinstance(message, int):
         yield from (part for field, part in fields(message) if field == number and not isinstance(part, int))
 
@@ -270,41 +275,42 @@ def node_proto(
 ) -> bytes:
     """Return a NodeProto; its name is that of its output if none is given."""
     strings = [*((1, one) for one in inputs), (2, output), (3, name or output), (4, kind)]
-    content = b"".join(field(number, text.encode()) for number, text in strings)
+    content = b"".join(message_field(number, text.encode()) for number, text in strings)
     for key, value in (attributes or {}).items():  # AttributeProto: name, then i with type INT or ints with type INTS
         if isinstance(value, int):
-            values = whole(3, value) + whole(20, 2)
+            values = number_field(3, value) + number_field(20, 2)
         else:
-            values = b"".join(whole(8, one) for one in value) + whole(20, 7)
-        content += field(5, field(1, key.encode()) + values)
+            values = b"".join(number_field(8, one) for one in value) + number_field(20, 7)
+        content += message_field(5, message_field(1, key.encode()) + values)
     return content
 
 
 def tensor_proto(name: str, kind: int, dims: Sequence[int], content: bytes | Weights) -> bytes:
     """Return a TensorProto with its bytes, or with the place where they are."""
-    head = b"".join(whole(1, size) for size in dims) + whole(2, kind) + field(8, name.encode())
+    head = b"".join(number_field(1, size) for size in dims) + number_field(2, kind) + message_field(8, name.encode())
     if isinstance(content, bytes):
-        return head + field(9, content)
+        return head + message_field(9, content)
     entries = {"location": content.file, "offset": content.offset, "length": content.size}
-    place = (field(1, key.encode()) + field(2, str(value).encode()) for key, value in entries.items())
-    return head + b"".join(field(13, entry) for entry in place) + whole(14, EXTERNAL)
+    place = (message_field(1, key.encode()) + message_field(2, str(value).encode()) for key, value in entries.items())
+    return head + b"".join(message_field(13, entry) for entry in place) + number_field(14, EXTERNAL)
 
 
 def value_proto(name: str, kind: int, dims: Sequence[int | str] | None = None) -> bytes:
-    """Return a ValueInfoProto of a tensor: an input or output. Without `dims` the runtime infers the shape."""
+    """Return a ValueInfoProto: type and shape of an input, output or value; without `dims` the runtime infers it."""
     sizes = (
-        whole(1, size) if isinstance(size, int) else field(2, size.encode()) if size else b"" for size in dims or ()
+        number_field(1, size) if isinstance(size, int) else message_field(2, size.encode()) if size else b""
+        for size in dims or ()
     )
-    shape = b"" if dims is None else field(2, b"".join(field(1, size) for size in sizes))
-    return field(1, name.encode()) + field(2, field(1, whole(1, kind) + shape))
+    shape = b"" if dims is None else message_field(2, b"".join(message_field(1, size) for size in sizes))
+    return message_field(1, name.encode()) + message_field(2, message_field(1, number_field(1, kind) + shape))
 
 
-def field(number: int, content: bytes) -> bytes:
+def message_field(number: int, content: bytes) -> bytes:
     """Return a field with a length: a message, a text or bytes."""
     return _encoded(number << 3 | WITH_LENGTH) + _encoded(len(content)) + content
 
 
-def whole(number: int, value: int) -> bytes:
+def number_field(number: int, value: int) -> bytes:
     """Return a field that holds a whole number >= 0."""
     return _encoded(number << 3) + _encoded(value)
 

@@ -142,8 +142,8 @@ def _chunks(folder: Location, name: str) -> Iterator[bytes]:
 class BundleRef:
     """Names the bundle of a run: one location, several whose bundles are averaged, or none for the embedded demo.
 
-    `weights` holds the weight of each of several bundles in the mean (default: equal weights). `task` is that of models
-    with tasks (default: their first). Raises UsageError for weights without several bundles, a bundle that is given
+    `weights` holds the weight of each of several bundles in the mean (default: equal weights). `task` is the task of a
+    model with tasks (default: its first). Raises UsageError for weights without several bundles, a bundle that is given
     twice, or invalid weights.
     """
 

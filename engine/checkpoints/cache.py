@@ -238,10 +238,10 @@ def _require_same(bundle: Path, precision: str | None, image_size: int | None) -
 
 def _known(wanted: Entry) -> Entry | None:
     """Return the entry of a name if its bundle is there and was made with a graph set of this release."""
-    from engine.checkpoints.graphs import known_versions
-
     if not _names().is_dir():
         return None
+    from engine.checkpoints.graphs import known_versions  # only here, as in _converted
+
     require_private(models_folder(), REASON)
     require_private(_names(), REASON)
     known = Entry.read(wanted.path)
@@ -451,8 +451,8 @@ def _discard(folder: Path) -> None:
 class ModelRef:
     """Names what becomes the bundles of a run: checkpoints that are converted first, see bundle_of; or bundles.
 
-    Several are averaged with `weights`, as in BundleRef. A URI, and a Path that does not exist, is that of a bundle.
-    `task` is that of BundleRef.
+    Several are averaged with `weights`, as in BundleRef. A URI, and a Path that does not exist, names a bundle.
+    `task` as in BundleRef.
     """
 
     names: tuple[str | Location, ...]
@@ -474,7 +474,7 @@ class ModelRef:
         return [Path(name) for name in self.names if isinstance(name, str | Path) and (Path(name) / MANIFEST).is_file()]
 
     def located(self, log: Log, *, newest: bool = False) -> BundleRef:
-        """Convert what is not converted yet, and return the bundles; `newest` is that of bundle_of."""
+        """Convert what is not converted yet, and return the bundles; `newest` as in bundle_of."""
         return BundleRef(tuple(self._located(name, log, newest) for name in self.names), self.weights, self.task)
 
     def _located(self, name: str | Location, log: Log, newest: bool) -> Location:

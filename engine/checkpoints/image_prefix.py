@@ -61,7 +61,10 @@ MAPPINGS: dict[str, dict[str, Any]] = {
 
 
 class ImagePrefixRules(Rules):
-    """An image encoder and a mapping network, whose output stands before the text in GPT-2's self-attention."""
+    """An image encoder and a mapping network, whose output stands before the text in GPT-2's self-attention.
+
+    It does not convert without torch: no public checkpoint has a layout that could be known by name.
+    """
 
     name = "GPT-2 image-prefix"
     model_type, architecture = "image-prefix-gpt2", "ImagePrefixGPT2"

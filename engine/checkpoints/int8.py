@@ -8,8 +8,8 @@ Integer sums are exact, so a row's result does not depend on the other rows of i
 two variants: finer steps for the outputs of GELU, and a second rounding of what the first leaves in the decoder.
 
 Rotation. In a transformer whose layer norms come before its layers, a few channels are many times as large as the
-others, and with one scale per row they take most of the 255 steps. A rotation R, an orthogonal matrix, spreads them
-over all channels, and moving it into the weights changes nothing but the rounding of float32:
+others, and with one scale per row these channels take up most of the 255 levels. A rotation R, an orthogonal matrix,
+spreads them over all channels, and moving it into the weights changes nothing but the rounding of float32:
 
     What is added to the residual stream x becomes R x: tables and outputs of layers, W to R W and c to R c.
     A layer that reads LayerNorm(x) = g n + b gets W diag(g) R^T and the bias c + W b, and g becomes 1, b becomes 0.

@@ -335,5 +335,5 @@ def _numbers(values: object) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or len(values) > MAX_AXES:
         raise ValueError("a shape that is not a tuple")
     if not all(type(value) is int and 0 <= value <= MAX_NUMBER for value in values):
-        raise ValueError("a shape with numbers that are not sizes")
+        raise ValueError("a size, stride or offset that is negative or too large")
     return tuple(values)

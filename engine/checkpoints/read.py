@@ -229,8 +229,8 @@ def fitted(weights: Weights, rules: ConvertibleRules, raw: Mapping[str, Any]) ->
     """Return exactly the weights that config.json describes, tied ones under both names.
 
     Raises CheckpointError if one is missing or has another shape, if tied weights differ, or if all weights of the
-    encoder or the decoder are 0. Only the last two read weights: until the first that is not 0, and those that a file
-    holds twice.
+    encoder or the decoder are 0. Only the last two checks read values: of weights that are stored twice, and up to the
+    first value that is not 0.
     """
     source, tensors = weights.source, weights.tensors
     expected, tied = rules.weight_shapes(raw), rules.tied(raw)
@@ -301,7 +301,7 @@ class ResizedTable:
 
 
 def bicubic_matrix(old: int, new: int) -> NDArray[np.float64]:
-    """Return f64[new,old]: the weights of bicubic interpolation along one axis, as torch's interpolate has them.
+    """Return f64[new,old]: the weights of bicubic interpolation along one axis, identical to torch's interpolate.
 
     Cubic convolution with a = -0.75 (Keys, 1981), pixel centres (align_corners=False), coordinates clamped at the
     borders, no low-pass filter when the result is smaller. The weights are rounded to float32 at the same places as

@@ -259,7 +259,7 @@ class Rules(ABC):
 
 
 class ConvertibleRules(Rules):
-    """Of a family with graph sets in the wheel, so that its checkpoints convert without torch."""
+    """The rules of a family with graph sets in the wheel: its checkpoints convert without torch."""
 
     position_table: ClassVar[str] = ""
     """Name of the encoder's position table f32[1,1+h*w,D] or f32[1+h*w,D]: a row for the class token, then one for

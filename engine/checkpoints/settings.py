@@ -76,7 +76,7 @@ def read_processor(directory: Path) -> ProcessorSettings:
     if any(other != settings[0] for other in settings[1:]):
         differ = sorted(name for name in settings[0] if settings[0][name] != settings[1].get(name))
         raise CheckpointError(
-            f"{directory}: {OWN_FILE} and {NESTING_FILE} differ in {', '.join(differ)}: remove the wrong one"
+            f"{directory}: {OWN_FILE} and {NESTING_FILE} differ in {', '.join(differ)}: delete the wrong file"
         )
     return ProcessorSettings(settings[0], files[0][0], rules)
 

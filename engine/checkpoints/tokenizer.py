@@ -84,7 +84,7 @@ def missing_tokenizer(directory: Path) -> CheckpointError:
 
 
 def refuse_unusable(directory: Path, ids: Mapping[str, int], special: Iterable[int], vocab_size: int | None) -> None:
-    """Raise CheckpointError if a tokenizer has ids without an embedding in the model, or special tokens only.
+    """Raise CheckpointError if a tokenizer has ids without an embedding in the model, or special tokens alone.
 
     `ids` are those of all tokens, `special` the ids of special ones. The model has `vocab_size` token embeddings.
     """

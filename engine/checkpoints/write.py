@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.bundle.onnx import DTYPES, FLOAT16, FLOAT32, GRAPH, Weights, field, node_proto, tensor_proto, value_proto
+from engine.bundle.onnx import (
+    DTYPES,
+    FLOAT16,
+    FLOAT32,
+    GRAPH,
+    Weights,
+    message_field,
+    node_proto,
+    tensor_proto,
+    value_proto,
+)
 from engine.checkpoints.graphs import (
     INPUTS_FIRST,
     PARAMETER,
@@ -118,18 +128,20 @@ def _graph(graph: Graph, file: _DataFile, weights: Mapping[str, NDArray[Any]], n
     stored = [file.tensors[tensor.name] for tensor in graph.tensors]
     content = b"".join(
         [
-            *(field(1, cast) for _, cast in stored if cast),
+            *(message_field(1, cast) for _, cast in stored if cast),
             patched_nodes(graph, numbers),
-            field(2, graph.title.encode()),
-            *(field(5, tensor) for tensor, _ in stored),
+            message_field(2, graph.title.encode()),
+            *(message_field(5, tensor) for tensor, _ in stored),
             *(
-                field(number, value_proto(value.name, value.kind, [size_of(size, numbers) for size in value.dims]))
+                message_field(
+                    number, value_proto(value.name, value.kind, [size_of(size, numbers) for size in value.dims])
+                )
                 for number, values in ((11, graph.inputs), (12, graph.outputs), (13, graph.values))
                 for value in values
             ),
         ]
     )
-    return graph.model + field(GRAPH, content)
+    return graph.model + message_field(GRAPH, content)
 
 
 class _Arrays:

@@ -305,9 +305,9 @@ def in_words(seconds: float) -> str:
 
 
 OVERVIEW = "overview.png"
-OWN = re.compile(r"overview\.png|word_\d{2,}(_[a-z0-9-]+)?\.png|attention\.npz|\.[a-z0-9_.-]+\.tmp")
-"""Names of the files in the folder."""
-LONGEST = 40
+EXPLAIN_FILES = re.compile(r"overview\.png|word_\d{2,}(_[a-z0-9-]+)?\.png|attention\.npz|\.[a-z0-9_.-]+\.tmp")
+"""Names of the files in a folder that `engine explain` has written."""
+LONGEST_WORD = 40
 """Most characters of a word in a file name."""
 
 
@@ -351,7 +351,7 @@ def explain(
     layers = parse_layers(attention_layers)
     if not image.is_file():
         raise UsageError(f"{image} is not a file: give one image")
-    if out.exists() and (not out.is_dir() or any(OWN.fullmatch(path.name) is None for path in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(EXPLAIN_FILES.fullmatch(path.name) is None for path in out.iterdir())):
         raise UsageError(f"--out {out} is a file or contains other files: name a new folder")
     if image.resolve().parent == out.resolve():  # an earlier overview.png as the image would be replaced
         raise UsageError(f"{image} is inside --out {out}: name another folder")
@@ -386,5 +386,5 @@ def explain(
 
 def _file_name(number: int, word: str) -> str:
     """Return `word_03_chest.png`: words are untrusted, so only letters, digits and hyphens are kept."""
-    plain = re.sub("[^a-z0-9]+", "-", word.lower()).strip("-")[:LONGEST]
+    plain = re.sub("[^a-z0-9]+", "-", word.lower()).strip("-")[:LONGEST_WORD]
     return f"word_{number:02}_{plain}.png" if plain else f"word_{number:02}.png"

@@ -178,7 +178,9 @@ def _changes(first: Path, second: Path, references: Path | None, named: Columns,
         named.require_found()
     alone = sorted(set(ours) ^ set(theirs))
     if alone and not (only_common and set(ours) & set(theirs)):
-        raise DataError(f"{first} and {second} do not cover the same images: only one has {join_some(alone, 3)}")
+        raise DataError(
+            f"{first} and {second} do not cover the same images: only in one of them: {join_some(alone, 3)}"
+        )
     changes = [
         (name, changed_words(ours[name], theirs[name]), ours[name], theirs[name]) for name in ours if name in theirs
     ]

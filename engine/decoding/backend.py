@@ -94,7 +94,7 @@ class Backend(Protocol):
     def admit(self, cache: Cache, slot: int, encoded: Encoded, image: int) -> None:
         """Put image number `image` of an encoded batch into a slot and overwrite the image that was there.
 
-        Self-attention positions of the slot's former image stay in the cache: the ancestry mask hides them.
+        Self-attention positions of the slot's previous image stay in the cache: the ancestry mask hides them.
         """
         ...
 

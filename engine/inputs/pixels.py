@@ -326,7 +326,7 @@ def check_size(width: int, height: int) -> None:
     if width == 0 or height == 0:
         raise ValueError(f"an empty image ({width} x {height} pixels)")
     if max(width, height) > MAX_SIDE:
-        raise ValueError(f"a side of {max(width, height)} pixels, refused: at most {MAX_SIDE} are read")
+        raise ValueError(f"refused: a side of {max(width, height)} pixels, the limit is {MAX_SIDE}")
 
 
 def has_too_many_scans(stream: IO[bytes]) -> bool:

@@ -148,7 +148,7 @@ def _saved_by(encoding: str) -> str:
 
 
 def table_text(path: Path) -> tuple[str, str | None]:
-    """Return the text of a table, and the delimiter that Excel's line `sep=;` names, or None.
+    """Return (text, delimiter) of a table; the delimiter is None unless the first line is Excel's `sep=;`.
 
     That line, blank lines and comments (`# ...`) before the first row become empty lines, so that line numbers do not
     change.

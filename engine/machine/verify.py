@@ -41,7 +41,7 @@ class Check:
 
     For scores below -1 the difference is divided by the score, because length penalties scale scores arbitrarily. With
     num_return_sequences, an image is identical only if all of its recorded captions are. `left_out` counts the images
-    without a recorded caption: two of its candidates tie, or the bundle's precision changes it.
+    without a recorded caption: their candidates tie, or they get another caption in the bundle's precision.
     """
 
     setting: str

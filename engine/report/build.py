@@ -377,7 +377,7 @@ def write_maps(content: Content, thumbnails: Thumbnails, out: Path) -> tuple[lis
     paths = content.attention or []
     with ThreadPoolExecutor(available_cores()) as threads:
         maps = list(threads.map(make, range(len(paths))))
-    notes = [f"{len(others)} maps of --attention are those of other captions than the run's"] if others else []
+    notes = [f"{len(others)} maps of --attention belong to other captions than the run's"] if others else []
     return maps, notes
 
 

@@ -149,7 +149,7 @@ class Outputs:
     abstain_below: float | None = option(
         None,
         "--abstain-below",
-        "Mark captions for review whose expected score by --calibration is below X; they are still written.",
+        "Mark for review the captions whose expected score (--calibration) is below X; they are still written.",
         metavar="X",
     )
     review_out: Path | None = option(

@@ -31,7 +31,7 @@ from engine.run.outputs import AttentionFiles, check_attention, check_sidecars, 
 from engine.run.record import RowStream, RunRecord, lines_written, rows_of, text_of
 from engine.runtime import Runtime, Workers
 from engine.workers.messages import WorkOrder
-from engine.workers.processes import plan_workers
+from engine.workers.processes import open_processes, plan_workers
 
 Log = Callable[[str], None]
 
@@ -89,14 +89,11 @@ def choose_runtime(runtime: Runtime, workers: Workers, log: Log) -> Runtime:
 
 def open_source(bundle: Bundle, order: WorkOrder, workers: Workers, log: Log) -> AbstractContextManager[Source]:
     """Open the source of a run's captions; `bundle` was opened for the order. Raises an EngineError."""
-    # imported here, because most runs need none of these
     if workers.address is not None:
-        from engine.workers.cluster import open_cluster
+        from engine.workers.cluster import open_cluster  # only here, because few runs need it
 
         return open_cluster(bundle, order, workers, log)
     if team := plan_workers(order.runtime, workers):
-        from engine.workers.processes import open_processes
-
         return open_processes(bundle, order, team, log)
     captioner = Captioner.of(bundle, order.runtime, many_images=True)
     return nullcontext(LocalSource(captioner, order.decoding, order.rows))
@@ -376,7 +373,7 @@ def open_record(
         if record.set_aside:
             log(
                 "note: the journal of an earlier run cannot be resumed (another bundle, other options or packages, "
-                f"damaged, or --no-resume): it was moved to {record.set_aside}, starting afresh"
+                f"damaged, or --no-resume): it was moved to {record.set_aside}, starting over"
             )
         if record.without_attention:
             log(
@@ -397,8 +394,8 @@ def open_record(
                 )
         elif record.not_reused:
             log(
-                f"{counted(record.not_reused, 'more caption')} of it not used: damaged, or the image has changed "
-                "or is no longer among the inputs"
+                f"{counted(record.not_reused, 'caption')} of it not used: damaged, or the image has changed or is no "
+                "longer among the inputs"
             )
         try:
             yield record

@@ -123,7 +123,9 @@ def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:
         combine = COMBINE.get(name)
         if counts:
             if combine is None:
-                raise EngineError(f"{path} has counts of {name}, which is no known corpus metric: score the run again")
+                raise EngineError(
+                    f"{path} has counts of {name}, which is not a known corpus metric: score the run again"
+                )
             value = combine(values[:, counts].sum(0))
             measured[name_and_how] = Measured(values[:, i], value, counts=values[:, counts], combine=combine)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import hashlib
 import json
@@ -415,7 +416,7 @@ def test_one_extreme_image_fails_alone(image_dir, tiny_bundle, tmp_path):
     out = tmp_path / "run.csv"
     result = run("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", out, "--allow-missing")
     assert result.exit_code == 0, result.output
-    assert "wide.png: a side of 1000001 pixels, refused" in result.stderr
+    assert "wide.png: refused: a side of 1000001 pixels" in result.stderr
     assert [name for name, text in read_run(out)[1:] if not text] == ["wide"]
 
 
@@ -489,6 +490,20 @@ def test_install_commands_name_the_packages_of_the_extras():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert {extra: list(packages) for extra, packages in PACKAGES.items()} == project["optional-dependencies"]
     assert install_command("score").startswith("pip install 'rouge-score==0.1.2' 'pycocoevalcap==1.2' ")
+
+
+def test_a_run_with_a_bundle_does_not_load_the_readers_of_checkpoints(image_dir, tiny_bundle, tmp_path):
+    code = (
+        "import sys; from engine.cli.app import main\n"
+        "try: main()\n"
+        "finally: print(sorted(m for m in sys.modules if m.startswith('engine.checkpoints.')))"
+    )
+    options = ["caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv"]
+    done = subprocess.run([sys.executable, "-c", code, *options], check=True, capture_output=True, text=True)
+    loaded = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    assert loaded == {"engine.checkpoints.cache", "engine.checkpoints.hub"}, (
+        "each further module makes every run slower"
+    )
 
 
 def test_the_command_works_from_any_directory(image_dir, tiny_bundle, tmp_path):

@@ -106,7 +106,7 @@ def test_changed_setting_restarts_with_a_note(runs, setting):
     runs.update()
     result, new = runs.update(*setting)
     assert new == 12
-    (line,) = [line for line in result.stderr.splitlines() if "starting afresh" in line]
+    (line,) = [line for line in result.stderr.splitlines() if "starting over" in line]
     assert f"was moved to {runs.out}.update.journal.old" in line
     runs.assert_as_from_scratch(*setting)
 

@@ -261,7 +261,7 @@ def test_task_is_in_signature_and_journal(bundle, tmp_path):
     assert run("--task", "<DETAILED_CAPTION>").exit_code == 1
     (images / "broken.png").unlink()
     other = run()
-    assert "starting afresh" in other.stderr
+    assert "starting over" in other.stderr
     assert "|task:caption|" in other.stderr
     (tmp_path / "run.csv.journal.old").rename(tmp_path / "run.csv.journal")
     resumed = run("--task", "detailed-caption")
@@ -304,7 +304,7 @@ CONFIGS = [
     ({"vision_config": {"depths": [1, 1]}}, "do not have one value per stage each"),
     ({"vision_config": {"projection_dim": 48}}, r"the width of the image's tokens \(48\) is not that of the text"),
     ({"vision_config": {"window_size": 0}}, "vision_config.window_size is 0"),
-    ({"image_size": 256}, "images of 256 px have 8 x 8 tokens, for which the model has no positions"),
+    ({"image_size": 256}, "images of 256 px give 8 x 8 tokens, but the model has position embeddings for 1 to"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
 ]
 

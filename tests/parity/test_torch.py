@@ -321,7 +321,7 @@ def test_out_of_memory_halves_the_images(captioner, monkeypatch):
         (("--device", "gpu"), "--device must be cuda, cuda:N, xpu, xpu:N, mps or cpu, not 'gpu'"),
         (("--devices", "cuda:0"), "finds no device cuda"),
         (("--device", "cpu", "--devices", "cuda:0"), "--devices are NVIDIA GPUs, but --device is cpu"),
-        (("--processes", "2"), "--processes are for the backends cpu and openvino, not for torch"),
+        (("--processes", "2"), "--processes works with the backends cpu and openvino, not with torch"),
         (("--streams", "1"), "streams are for the backend cpu, not for torch"),
         (("--precision", "bf16", "--cpu-precision", "fp16"), "--precision bf16 and --cpu-precision fp16 differ"),
         (("--precision", "int8"), "--precision and --image-size convert a --model"),

@@ -217,15 +217,15 @@ class Features(Dataset[Item]):
 
 
 def texts_of(example: Example | None) -> Item:
-    """Return the caption and prompt (TEXTS) of an example; None stands for a blank."""
+    """Return the caption and prompt (TEXTS) of an example; None stands for padding."""
     caption, prompt = (None, "") if example is None else (example.caption, example.prompt)
     return {"caption": caption, "prompt": prompt}
 
 
 class EpochOrder(Sampler[EpochIndex]):
-    """Sampler that yields every index once per epoch and fills the last batch with blanks.
+    """Sampler that yields every index once per epoch and pads the last batch with empty examples.
 
-    The order depends only on the seed and the epoch, so a resumed run sees the same batches. Because of the blanks,
+    The order depends only on the seed and the epoch, so a resumed run sees the same batches. Because of the padding,
     processes that share a batch get equal parts without dropping or repeating an image.
     """
 

@@ -187,10 +187,10 @@ def write_or_compare_record(
 ) -> None:
     """Write run.json, or compare it with the existing one: a directory holds one run.
 
-    `record` identifies the run in addition to the recipe, such as by the hashes of its data. The record of a start that
-    left no training state and no model (`is_begun` False) is replaced. More epochs are accepted if the schedule does
-    not depend on their number. Raises UsageError that names what differs, and DataError if the record of a run that has
-    begun is damaged.
+    `record` identifies the run in addition to the recipe, such as by the hashes of its data. If the earlier run saved
+    neither training state nor model (`is_begun` False), its record is replaced. More epochs are accepted if the
+    schedule does not depend on their number. Raises UsageError that names what differs, and DataError if the record of
+    a run that has begun is damaged.
     """
     path, settings = out / "run.json", recipe.settings()
     shared = {name: settings[name] for name in WITHOUT_EFFECT}

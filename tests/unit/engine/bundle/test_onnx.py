@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from engine.bundle.manifest import demo_bundle
-from engine.bundle.onnx import Weights, read_onnx
+from engine.bundle.onnx import GRAPH, Weights, message_field, node_proto, number_field, read_onnx
 from engine.errors import BundleError
 
 GRAPHS = ("encoder", "decoder", "regroup")
@@ -57,3 +57,27 @@ def test_damaged_files_are_refused_or_read(tmp_path_factory, position, replaceme
         read_onnx(path)
     except BundleError as error:
         assert "is not a graph of this engine's bundles" in str(error)
+
+
+def test_a_file_without_a_graph_is_refused(tmp_path):
+    with pytest.raises(BundleError, match=r"is not a graph of this engine's bundles \(no graph\)"):
+        read_onnx(tmp_path / "decoder.onnx", b"")
+
+
+def test_a_float_without_a_value_does_not_end_the_list_of_nodes(tmp_path):
+    """A StopIteration inside the reader would drop the nodes that follow."""
+    damaged = node_proto("Q", ["a"], "b") + message_field(
+        5, message_field(1, b"alpha") + number_field(20, 1)
+    )  # type FLOAT, no value
+    nodes = [node_proto("P", ["x"], "a"), damaged, node_proto("R", ["b"], "y")]
+    model = message_field(GRAPH, b"".join(message_field(1, node) for node in nodes))
+    with pytest.raises(BundleError, match="a whole number instead of a float"):
+        read_onnx(tmp_path / "decoder.onnx", model)
+
+
+def test_two_graphs_in_a_file_are_read_as_one(tmp_path):
+    """As protobuf does it: attention maps add nodes by a second graph."""
+    first, second = (message_field(GRAPH, message_field(1, node_proto(kind, ["x"], kind))) for kind in "PQ")
+    assert [node.kind for node in read_onnx(tmp_path / "decoder.onnx", first + second).nodes] == ["P", "Q"]
+    merged = onnx.ModelProto.FromString(first + second).graph
+    assert [node.op_type for node in merged.node] == ["P", "Q"]

@@ -155,7 +155,7 @@ def test_compare_runs_and_per_image_files(files):
     assert "is not a file of --per-image" in run("score", "compare", files / "run.pi", files / "better.csv").stderr
     (files / "better.pi").write_text("ID,recall@12345678,recall:0\n0,1.0,2\n1,1.0,2\n2,1.0,2\n")
     assert (
-        "has counts of recall, which is no known corpus metric"
+        "has counts of recall, which is not a known corpus metric"
         in run("score", "compare", files / "run.pi", files / "better.pi").stderr
     )
 
@@ -184,7 +184,7 @@ def test_compare_lists_the_captions_that_changed_most(files):
     (files / "b.csv").write_text("ID,Caption\n1,x\n")
     refused = run("score", "compare", files / "a.csv", files / "b.csv")
     assert refused.exit_code == 1
-    assert "do not cover the same images: only one has" in refused.stderr
+    assert "do not cover the same images: only in one of them:" in refused.stderr
 
 
 def test_compare_with_references_shows_scores_of_changed_captions(files):

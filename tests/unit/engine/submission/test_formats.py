@@ -146,7 +146,7 @@ def test_archives_of_the_same_captions_are_the_same_bytes(tmp_path, monkeypatch)
 def test_archive_for_a_year_of_plain_files_is_named(tmp_path):
     path = put(tmp_path / "x", ACCEPTED[next(iter(ACCEPTED))], "imageclef2026")
     (error,) = check_submission(path, IDS, "imageclef2024").errors
-    assert "it is an archive, and this year takes a plain file" in error
+    assert "it is an archive, but this year's format is a plain file" in error
 
 
 def test_a_bar_in_a_caption_of_2022_becomes_a_space(tmp_path):

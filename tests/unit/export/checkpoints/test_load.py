@@ -196,7 +196,7 @@ def test_image_processor_of_transformers_5_is_read(checkpoint):
     own = json.loads((checkpoint / "preprocessor_config.json").read_text())
     own |= {"image_mean": [0.5, 0.4, 0.3], "image_std": 0.5, "crop_size": None, "data_format": "channels_first"}
     (checkpoint / "processor_config.json").write_text(json.dumps({"image_processor": own}))
-    with pytest.raises(CheckpointError, match="differ in image_mean, image_std: remove the wrong one"):
+    with pytest.raises(CheckpointError, match="differ in image_mean, image_std: delete the wrong file"):
         read_processor(checkpoint)
     (checkpoint / "preprocessor_config.json").unlink()
     found = read_processor(checkpoint)

@@ -257,7 +257,7 @@ def test_dicom_files_without_an_image_are_counted(tmp_path):
 def test_image_with_extreme_side_is_unreadable(tmp_path):
     (tmp_path / "wide.png").write_bytes(extreme_png(1_000_001, 1))
     split = Split("train", [Example("wide", tmp_path / "wide.png", "a scan")], tmp_path)
-    reason = "a side of 1000001 pixels, refused: at most 1000000 are read"
+    reason = "refused: a side of 1000001 pixels, the limit is 1000000"
     assert check_split(split).unreadable == [("wide", reason)]
     assert inspect_dataset({"train": split})["splits"]["train"]["sizes"]["unread"]["first"] == [["wide", reason]]
 

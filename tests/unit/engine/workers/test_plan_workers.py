@@ -37,7 +37,7 @@ def test_processes_share_cores_and_threads():
 @pytest.mark.parametrize(
     ("runtime", "workers", "said"),
     [
-        (Runtime("cuda"), Workers(processes=2), "are for the backends cpu and openvino, not for cuda"),
+        (Runtime("cuda"), Workers(processes=2), "works with the backends cpu and openvino, not with cuda"),
         (Runtime("cpu"), Workers(devices="cuda:0"), "--devices are GPUs, which the backend cpu does not use"),
         (Runtime("openvino"), Workers(devices="cuda:0"), "--devices are GPUs, which the backend openvino does not use"),
         (Runtime("cpu"), Workers(processes=6), "6 processes need at least as many cores, not 5: lower --processes"),
