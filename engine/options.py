@@ -293,7 +293,8 @@ class DecodeOptions:
             )
 
     def replace(self, **given: Any) -> DecodeOptions:
-        """Return a copy in which these options are given as well."""
+        """Return a copy in which these options are given as well. Raises UsageError for unknown names."""
+        _refuse_unknown(given)
         values = {name: getattr(self, name) for name in DECODE_OPTIONS} | given
         return DecodeOptions(**values, given=self.given | set(given))
 
@@ -382,12 +383,14 @@ def options_from(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Decod
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:
-    unknown = set(names) - set(DECODE_OPTIONS)
+    unknown = sorted(set(names) - set(DECODE_OPTIONS))
     if unknown:
-        listed = " ".join(", ".join(sorted(unknown)).split())[
-            :200
-        ]  # names from a bundle may be long and hold line breaks
-        raise UsageError(f"unknown decoding options: {listed}")
+        by_flag = {one.flag: name for name, (one, _) in DECODE_OPTIONS.items() if one.flag}
+        meant = [by_flag[flag] for name in unknown if (flag := f"--{name.replace('_', '-')}") in by_flag]
+        hint = f": use {', '.join(meant)}" if meant else ""
+        # names from a bundle may be long and hold line breaks
+        listed = " ".join(", ".join(unknown).split())[:200]
+        raise UsageError(f"unknown decoding options: {listed}{hint}")
 
 
 CLIP, SCALE = "clip", "scale"

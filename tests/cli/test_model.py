@@ -32,7 +32,6 @@ from engine.cli.app import main
 from engine.errors import BackendError, CheckpointError, EngineError, OutputError, UsageError
 from export.bundle import export_bundle
 from export.graphsets import make_graphs
-from export.reference.huggingface import Reference
 from tests.cli.test_hub import published_as_base
 from tests.helpers.hub import Hub, loopback_hub
 from tests.helpers.tiny import make_checkpoint, save_pictures
@@ -203,17 +202,15 @@ def served_others(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", [VIT_GPT2, GIT, FLORENCE, NATIVE_FLORENCE])
-def test_other_families_are_converted_by_name(name, served_others, machine, tmp_path):
+def test_other_families_are_converted_by_name(name, served_others, other_families, machine, tmp_path):
     machine.hub.repositories |= served_others
-    for graphs in make_graphs("tiny-other", Reference.load(served_others[name]).model.config):
-        save_graphs(graphs, tmp_path / "graphs")
+    graphs = str(other_families / "graphs")
     export_bundle(served_others[name], tmp_path / "exported", lambda _: None)
     machine.run("caption", "--bundle", tmp_path / "exported", *CAPTION)
     expected = machine.captions()
-    machine.run("caption", "--model", name, *CAPTION, ENGINE_GRAPHS=str(tmp_path / "graphs"))
+    machine.run("caption", "--model", name, *CAPTION, ENGINE_GRAPHS=graphs)
     assert machine.captions() == expected
-    offline = {"HF_ENDPOINT": NOWHERE, "HF_HUB_OFFLINE": "1"}
-    offline["ENGINE_GRAPHS"] = str(tmp_path / "graphs")
+    offline = {"HF_ENDPOINT": NOWHERE, "HF_HUB_OFFLINE": "1", "ENGINE_GRAPHS": graphs}
     again = machine.run("caption", "--model", name, *CAPTION, **offline)
     assert machine.captions() == expected
     assert not [line for line in again if line.startswith(("fetching", "converting"))]

@@ -14,13 +14,11 @@ from engine.bundle.manifest import Bundle
 from engine.captioner import Captioner
 from engine.errors import BundleError, UsageError
 from engine.options import DecodeOptions
-from export.bundle import export_bundle
 from export.families.vision_encoder_decoder import CACHE
 from export.reference.huggingface import Reference
 from tests.helpers.earlier import bundle_of_084ae4d
 from tests.helpers.tiny import IMAGE_SIZE, PATCH_SIZE, random_pictures
-from tests.helpers.tiny_git import make_git_checkpoint
-from tests.helpers.tiny_pairs import make_pair, pairs
+from tests.helpers.tiny_pairs import pairs
 
 PICTURES = random_pictures(6)
 SEARCHES = [
@@ -102,16 +100,15 @@ def read(captioner: Captioner, picture) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), pairs())
-def test_attention_of_a_pair_equals_hugging_face(encoder, decoder, tmp_path):
-    checkpoint = make_pair(tmp_path / "checkpoint", encoder, decoder)
-    bundle = export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)
-    compare(bundle, Reference.load(checkpoint))
+def test_attention_of_a_pair_equals_hugging_face(encoder, decoder, exported):
+    checkpoint, bundle = exported(encoder, decoder)
+    compare(Bundle.load(bundle), Reference.load(checkpoint))
 
 
-def test_attention_of_git_equals_hugging_face(tmp_path):
+def test_attention_of_git_equals_hugging_face(exported):
     """GIT has no cross-attention: the map is the part of self-attention that is on the image."""
-    checkpoint = make_git_checkpoint(tmp_path / "checkpoint")
-    compare(export_bundle(checkpoint, tmp_path / "bundle", lambda _: None), Reference.load(checkpoint))
+    checkpoint, bundle = exported("git")
+    compare(Bundle.load(bundle), Reference.load(checkpoint))
 
 
 @pytest.mark.parametrize("layers", [None, [0], [1]])

@@ -163,38 +163,21 @@ def check_against_export(folder: Path, tmp_path: Path, precision: str) -> Path:
     return out
 
 
-OTHERS = {
-    "vit-gpt2": lambda folder: make_pair(folder, "vit", "gpt2"),
-    "trocr": lambda folder: make_pair(folder, "vit", "trocr", vision={"qkv_bias": False}),
-    "git": make_git_checkpoint,
-    "florence": make_florence_checkpoint,
-    "first florence": lambda folder: make_florence_checkpoint(folder, is_first=True),
-}
+OTHERS = ("vit-gpt2", "trocr", "git", "florence", "first florence")
 """Checkpoints of other families that are converted."""
 
 
-@pytest.fixture(scope="module")
-def others(tmp_path_factory) -> dict[str, Path]:
-    """Checkpoints by name, next to the folder with their graph sets."""
-    folder = tmp_path_factory.mktemp("others")
-    made = {name: make(folder / name) for name, make in OTHERS.items()}
-    for name, checkpoint in made.items():
-        for one in make_graphs(f"tiny-{name}", Reference.load(checkpoint).model.config):
-            save_graphs(one, folder / "graphs")
-    return made
-
-
 @pytest.fixture
-def registered_others(others, monkeypatch):
-    monkeypatch.setenv(EXTRA_GRAPHS, str(others["git"].with_name("graphs")))
+def registered_others(other_families, monkeypatch):
+    monkeypatch.setenv(EXTRA_GRAPHS, str(other_families / "graphs"))
 
 
 @pytest.mark.usefixtures("registered_others")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_families_equal_the_export(name, precision, others, tmp_path):
-    out = check_against_export(others[name], tmp_path, precision)
-    tokenizer = Reference.load(others[name]).tokenizer.backend_tokenizer
+def test_other_families_equal_the_export(name, precision, other_families, tmp_path):
+    out = check_against_export(other_families / name, tmp_path, precision)
+    tokenizer = Reference.load(other_families / name).tokenizer.backend_tokenizer
     assert (out / "tokenizer.json").read_text() == tokenizer.to_str(pretty=True)
 
 
@@ -224,8 +207,9 @@ def test_sizes_of_other_families_are_filled_in(name, tmp_path):
 
 @pytest.mark.usefixtures("registered_others")
 @pytest.mark.parametrize("name", OTHERS)
-def test_captions_of_other_families_equal_generate(name, others, tmp_path):
-    parity(others[name], converted(read_checkpoint(others[name]), tmp_path / "bundle"), tmp_path)
+def test_captions_of_other_families_equal_generate(name, other_families, tmp_path):
+    checkpoint = other_families / name
+    parity(checkpoint, converted(read_checkpoint(checkpoint), tmp_path / "bundle"), tmp_path)
 
 
 def test_captions_equal_generate(tiny_checkpoint, tmp_path):

@@ -45,13 +45,13 @@ TASKS = tuple(Florence2Rules.tasks)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_florence_checkpoint(tmp_path_factory.mktemp("florence") / "checkpoint")
+def checkpoint(exported):
+    return exported("florence")[0]
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint):
-    return export_bundle(checkpoint, checkpoint.parent / "bundle", lambda _: None)
+def bundle(exported):
+    return Bundle.load(exported("florence")[1])
 
 
 @pytest.fixture(scope="module")

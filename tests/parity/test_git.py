@@ -27,7 +27,6 @@ from export.reference.huggingface import Reference, UncachedBackend
 from export.reference.trace import SCORE_TOLERANCE
 from export.restore import restore_checkpoint
 from tests.helpers.tiny import IMAGE_SIZE, random_pictures
-from tests.helpers.tiny_git import make_git_checkpoint
 from tests.parity.test_pairs import GRID, IS_FULL, PENALTIES, SHORT, assert_same_samples
 from train.learning.setup import load_reference
 from train.recipe import Recipe
@@ -36,13 +35,13 @@ PICTURES = [*random_pictures(5), *random_pictures(3, 1, (90, 33)), *random_pictu
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_git_checkpoint(tmp_path_factory.mktemp("git") / "checkpoint")
+def checkpoint(exported):
+    return exported("git")[0]
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint):
-    return export_bundle(checkpoint, checkpoint.parent / "bundle", lambda _: None)
+def bundle(exported):
+    return Bundle.load(exported("git")[1])
 
 
 @pytest.fixture(scope="module")

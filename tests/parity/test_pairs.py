@@ -60,10 +60,9 @@ SHORT = [
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), pairs())
-def test_captions_of_a_pair_equal_generate(encoder, decoder, tmp_path):
-    checkpoint = make_pair(tmp_path / "checkpoint", encoder, decoder)
-    bundle = export_bundle(checkpoint, tmp_path / "bundle", lambda _: None)  # replays its golden recordings
-    compare_with_generate(Captioner.load(bundle.path, backend="cpu", threads=1), Reference.load(checkpoint))
+def test_captions_of_a_pair_equal_generate(encoder, decoder, exported):
+    checkpoint, bundle = exported(encoder, decoder)
+    compare_with_generate(Captioner.load(bundle, backend="cpu", threads=1), Reference.load(checkpoint))
 
 
 def compare_with_generate(captioner: Captioner, reference: Reference, slots: int | None = None) -> None:

@@ -32,13 +32,11 @@ from engine.decoding.backend import StepInputs
 from engine.errors import BackendError, BundleError, OutOfMemoryError, UsageError
 from engine.machine.verify import verify, verify_halves
 from engine.runtime import Runtime, divide_precision
-from export.bundle import export_bundle
 from export.precision import encoder_error
 from export.reference.huggingface import Reference
 from tests.helpers.earlier import bundle_of_084ae4d
 from tests.helpers.tiny import random_pictures, save_pictures
-from tests.helpers.tiny_git import make_git_checkpoint
-from tests.helpers.tiny_pairs import make_pair, pairs
+from tests.helpers.tiny_pairs import pairs
 from tests.parity.test_pairs import IS_FULL, compare_with_generate
 
 PICTURES = random_pictures(9)
@@ -47,13 +45,11 @@ RUNTIME = Runtime("torch", threads=1, device="cpu")
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=str)
-def model(request, tmp_path_factory) -> tuple[Path, Path]:
+def model(request, exported) -> tuple[Path, Path]:
     """A checkpoint and its bundle."""
     if request.param == "blip":
         return tuple(map(request.getfixturevalue, ("tiny_checkpoint", "tiny_bundle")))
-    folder = tmp_path_factory.mktemp("model")
-    make = make_git_checkpoint if request.param == "git" else lambda path: make_pair(path, *request.param)
-    return make(folder / "checkpoint"), export_bundle(folder / "checkpoint", folder / "bundle", lambda _: None).path
+    return exported(request.param) if request.param == "git" else exported(*request.param)
 
 
 @pytest.fixture(scope="module")

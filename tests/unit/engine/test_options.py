@@ -39,6 +39,8 @@ def test_options_know_what_was_given():
         DecodeOptions(top_k=50).over({})
     with pytest.raises(UsageError, match="unknown decoding options: beams"):
         DecodeOptions().over({"beams": 3})
+    with pytest.raises(UsageError, match=r"unknown decoding options: beams, colour: use num_beams$"):
+        DecodeOptions().replace(beams=3, colour="red")
 
 
 @pytest.fixture(scope="module")
