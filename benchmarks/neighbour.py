@@ -3,13 +3,13 @@
     python -m benchmarks.neighbour --workload base --policy "" --policy "--streams 1" --policy "--processes 2"
 
 A policy is a set of options of `engine caption`. The whole command is timed, quiet and busy in turn. All runs must
-write the same captions. The record is written to build/benchmarks/ (with --record: benchmarks/results/) and, as one
+give the same ids up to ties, as in benchmarks/throughput.py: a policy decides how products are divided, and thereby
+rounded. The record is written to build/benchmarks/ (with --record: benchmarks/results/) and, as one
 JSON line, to stdout.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -25,9 +25,13 @@ from typing import Any
 
 import click
 
+from benchmarks.throughput import agreement_of
 from benchmarks.workload import MAX_NEW_TOKENS, Workload, describe_machine, prepare, record_options, record_path
+from engine.options import DecodeOptions
 
 POLICIES = ("", "--streams 1", "--processes 2")
+NGRAM = 3
+"""Value of --no-repeat-ngram."""
 BUSY = "while True: pass"
 
 
@@ -46,12 +50,13 @@ def neighbour(count: int) -> Iterator[None]:
 def command(policy: str, workload: Workload, beams: int, out: Path) -> list[str]:
     """Return the command of a policy."""
     options = ["--bundle", workload.bundle, "--input", workload.pictures, "--out", out, "--backend", "cpu"]
-    options += ["--beams", beams, "--no-repeat-ngram", 3, "--max-new-tokens", workload.max_new_tokens]
+    options += ["--beams", beams, "--no-repeat-ngram", NGRAM, "--max-new-tokens", workload.max_new_tokens]
+    options += ["--n-best-out", out.with_suffix(".jsonl")]
     return [sys.executable, "-m", "engine", "caption", *map(str, options), *shlex.split(policy)]
 
 
-def timed(policy: str, workload: Workload, beams: int, loops: int) -> tuple[float, str]:
-    """Run a policy once next to `loops` busy loops; return its seconds and the sha256 of its captions."""
+def timed(policy: str, workload: Workload, beams: int, loops: int) -> tuple[float, list[tuple[int, ...]]]:
+    """Run a policy once next to `loops` busy loops; return its seconds and the ids of its captions, in their order."""
     with tempfile.TemporaryDirectory() as folder, neighbour(loops):
         out = Path(folder, "run.csv")
         start = time.perf_counter()
@@ -59,7 +64,8 @@ def timed(policy: str, workload: Workload, beams: int, loops: int) -> tuple[floa
         seconds = time.perf_counter() - start
         if done.returncode:
             raise click.ClickException(f"{policy or 'the default'}: {done.stderr[-1000:]}")
-        return seconds, hashlib.sha256(out.read_bytes()).hexdigest()
+        entries = map(json.loads, out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines())
+        return seconds, [tuple(entry["hypotheses"][0]["ids"]) for entry in entries]
 
 
 @click.command()
@@ -77,21 +83,29 @@ def main(name, images, beams, policies, loops, repeats, out, record) -> None:
     workload = prepare(name, images)
     load = os.getloadavg()[0]
     seconds: dict[str, dict[str, list[float]]] = {policy: {"quiet": [], "busy": []} for policy in policies}
-    digests = set()
+    captions: dict[str, list[tuple[int, ...]]] = {}
     for _ in range(repeats):
         for policy in policies:
             for kind, count in (("quiet", 0), ("busy", loops)):
-                spent, digest = timed(policy, workload, beams, count)
+                spent, ids = timed(policy, workload, beams, count)
                 seconds[policy][kind].append(round(spent, 2))
-                digests.add(digest)
+                if not captions:
+                    captions["engine"] = ids
+                elif ids not in captions.values():
+                    captions[f"{policy or 'default'}, {kind}"] = ids
                 click.echo(f"{policy or 'default'}, {kind}: {spent:.2f} s", err=True)
-    if len(digests) > 1:
-        raise click.ClickException("the captions differ between runs: the measurement is void")
+    options = DecodeOptions(num_beams=beams, no_repeat_ngram_size=NGRAM, max_new_tokens=workload.max_new_tokens)
+    agreement = agreement_of(workload, options, captions)
+    if any(counts["real"] for counts in agreement.values()):
+        raise click.ClickException(
+            f"the captions differ between runs, not by ties: the measurement is void: {agreement}"
+        )
     report = {
         "benchmark": "neighbour",
         "workload": name,
         "machine": describe_machine(),
         "setting": {"images": images, "beams": beams, "loops": loops, "repeats": repeats, "load_before": load},
+        "agreement": agreement,
         "policies": {policy or "default": _summary(runs) for policy, runs in seconds.items()},
     }
     for policy, row in report["policies"].items():
