@@ -329,8 +329,8 @@ def _check_image(raw: Mapping[str, Any], where: str) -> None:
     side, most = sides(raw)[-1], _vision(raw)["max_position_embeddings"]
     if not 0 < side <= most or side**2 + 1 >= _text(raw)["max_position_embeddings"]:
         raise CheckpointError(
-            f"{where}: images of {raw['image_size']} px give {side} x {side} tokens, but the model has position "
-            "embeddings for 1 to {most} per side: choose another size"
+            f"{where}: images of {raw['image_size']} px give {side} x {side} tokens, for which the model has no "
+            "position embeddings: choose another size"
         )
 
 

@@ -165,7 +165,7 @@ def test_refusals_name_the_cause(tiny_bundle, tiny_captioner, monkeypatch):
         tiny_captioner.caption(PICTURES, attention=True)
     monkeypatch.undo()
     bundle = Bundle.load(tiny_bundle)
-    with pytest.raises(UsageError, match="those of one bundle, not of several"):
+    with pytest.raises(UsageError, match="attention maps are supported for one bundle only"):
         require_attention(replace(bundle, members=(bundle, bundle)), "cpu")
     with pytest.raises(UsageError, match="has 17 positions for images of 32 x 16 pixels, which are not a square grid"):
         require_attention(replace(bundle, image=replace(bundle.image, width=16)), "cpu")

@@ -304,7 +304,7 @@ CONFIGS = [
     ({"vision_config": {"depths": [1, 1]}}, "do not have one value per stage each"),
     ({"vision_config": {"projection_dim": 48}}, r"the width of the image's tokens \(48\) is not that of the text"),
     ({"vision_config": {"window_size": 0}}, "vision_config.window_size is 0"),
-    ({"image_size": 256}, "images of 256 px give 8 x 8 tokens, but the model has position embeddings for 1 to"),
+    ({"image_size": 256}, "images of 256 px give 8 x 8 tokens, for which the model has no position embeddings"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
 ]
 
@@ -329,7 +329,7 @@ def test_florence_for_other_image_sizes_equals_generate(copied, tmp_path):
     reference, options = Reference.load(copied, 96), options_from(bundle.generation, {"max_new_tokens": 8})
     theirs = [best.ids for (best,) in reference.generate(reference.pixels(PICTURES), options)]
     assert [one.ids for one in Captioner.load(bundle.path, backend="cpu").caption(PICTURES, options)] == theirs
-    with pytest.raises(CheckpointError, match="--image-size 256: images of 256 px have 8 x 8 tokens"):
+    with pytest.raises(CheckpointError, match="--image-size 256: images of 256 px give 8 x 8 tokens"):
         export_bundle(copied, tmp_path / "bundle", lambda _: None, image_size=256)
 
 

@@ -57,7 +57,7 @@ def test_python_options_override_the_bundle(demo_captioner):
     assert list(demo_captioner.caption(images, DecodeOptions(num_beams=2))) == wanted
     assert list(demo_captioner.caption(images, num_beams=2)) == wanted
     assert list(demo_captioner.caption(images, DecodeOptions(num_beams=3), num_beams=2)) == wanted
-    with pytest.raises(TypeError, match="beams"):
+    with pytest.raises(UsageError, match="beams: use num_beams"):
         demo_captioner.caption(images, beams=2)
 
 
