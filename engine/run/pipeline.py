@@ -394,8 +394,8 @@ def open_record(
                 )
         elif record.not_reused:
             log(
-                f"{counted(record.not_reused, 'caption')} of it not used: damaged, or the image has changed or is no "
-                "longer among the inputs"
+                f"{counted(record.not_reused, 'caption of it is', 'captions of it are')} not used: damaged, or the "
+                "image has changed or is no longer among the inputs"
             )
         try:
             yield record

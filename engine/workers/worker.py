@@ -101,8 +101,8 @@ class CaptionWorker:
         here, wanted = (environment(order.runtime.backend), __version__), (order.environment, order.engine_version)
         if here != wanted:
             raise BackendError(
-                f"{platform.node()} has other package versions ({' engine:'.join(here)}) than the driver "
-                f"({' engine:'.join(wanted)}): install the same versions on all nodes"
+                f"{platform.node()} has other package versions ({'|engine:'.join(here)}) than the driver "
+                f"({'|engine:'.join(wanted)}): install the same versions on all nodes"
             )
         bundle = order.bundle.open()
         if bundle.digest != order.digest:

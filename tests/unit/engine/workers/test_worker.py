@@ -136,8 +136,14 @@ def test_out_of_memory_loses_no_image(worker, images, monkeypatch):
     ("change", "said"),
     [
         ({"digest": "0" * 64}, "differs from the bundle of the run: copy it again"),
-        ({"environment": "numpy:0"}, "has other packages .* than the run .*numpy:0.*: install the same versions"),
-        ({"engine_version": "0"}, "has other packages .* than the run .* engine 0.*: install the same versions"),
+        (
+            {"environment": "numpy:0"},
+            "has other package versions .* than the driver .*numpy:0.*: install the same versions",
+        ),
+        (
+            {"engine_version": "0"},
+            "has other package versions .* than the driver .*engine:0.*: install the same versions",
+        ),
         ({"num_nodes": 2, "digest": ""}, r"copy it again \(on the node .*\)$"),
     ],
 )
