@@ -327,6 +327,7 @@ class OrtBackend:
 
     def set_recent(self, cache: OrtCache, recent: int) -> None:
         """See FillableBackend.set_recent."""
+        # of a fixed size, so that steps have few different shapes; the mask hides what is not written yet
         shape = (cache.num_slots, self._model.num_heads, recent, self._model.head_width)
         with self._memory_errors():
             cache.recent = DeviceZeros.several(len(self._names["recent"]), self._device, shape, self._dtype)
@@ -366,6 +367,7 @@ class OrtBackend:
             **self._named("settled", cache.settled),
             **self._growing(cache),
         }
+        # by address: these arrays have room for more slots than are in use
         located = self._cross_located(cache) | self._recent_located(cache)
         outputs = self._run(self._decoder, feed, to_host, self._names["extended"], located)
         extended = outputs[len(to_host) :]
@@ -414,6 +416,7 @@ class OrtBackend:
         cache.num_slots = len(slots)
 
     def _copy_slot(self, target: int, slot: int, source: int, image: int) -> None:
+        # by address: Python cannot write a part of an OrtValue
         size = self._slot_bytes
         self._device.copy(target + slot * size, source + image * size, size)
 
@@ -421,6 +424,7 @@ class OrtBackend:
         """See AttentionBackend.prepare_attention. Loads the decoder again, instead of the one without attention."""
         if self._attention_layers == tuple(layers):
             return
+        # the outputs of a session are fixed when it is loaded
         self._decoder = open_session(
             self._ort,
             self._bundle.path / "decoder.onnx",
@@ -487,7 +491,7 @@ class OrtBackend:
                     binding.bind_ortvalue_input(name, value)
             for name, (value, shape) in (located or {}).items():
                 binding.bind_input(name, device, 0, self._dtype, shape, value.data_ptr())
-            for name in to_host:
+            for name in to_host:  # a few candidates of each slot, from which the host chooses beams
                 binding.bind_output(name, "cpu")
             for name in on_device:  # the KV cache stays on the device; ONNX Runtime allocates these outputs
                 binding.bind_output(name, device)

@@ -96,7 +96,7 @@ def read_onnx(path: Path, content: bytes | None = None) -> OnnxFile:
     try:
         return _model(path, memoryview(path.read_bytes() if content is None else content))
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
-        reason = f"nothing known is called {error}" if isinstance(error, KeyError) else error
+        reason = f"unknown element type {error}" if isinstance(error, KeyError) else error
         raise BundleError(f"{path} is not a graph of this engine's bundles ({reason}): export it again") from error
 
 
@@ -173,6 +173,8 @@ def _tensor(message: memoryview) -> tuple[type[np.generic], tuple[int, ...], Wei
     size = int(np.prod(dims, dtype=object)) * np.dtype(dtype).itemsize
     if _one(message, 14, 0) == EXTERNAL:
         entries = {_text(entry, 1): _text(entry, 2) for entry in parts(message, 13)}
+        if "location" not in entries:
+            raise ValueError("a tensor in another file, which is not named")
         weights = Weights(entries["location"], int(entries.get("offset", "0")), int(entries.get("length", size)))
         if weights.size != size or weights.offset < 0 or Path(weights.file).name != weights.file:
             raise ValueError(f"a tensor of {size} bytes at {weights}")

@@ -39,6 +39,7 @@ class Future(Generic[T]):
         """Store the value that the call returned, or the error that it raised."""
         self._value, self._error = value, error
         self._done.release()
+        # after the release: whoever this wakes reads the value at once
         if self._on_done is not None:
             self._on_done()
 

@@ -81,3 +81,15 @@ def test_two_graphs_in_a_file_are_read_as_one(tmp_path):
     assert [node.kind for node in read_onnx(tmp_path / "decoder.onnx", first + second).nodes] == ["P", "Q"]
     merged = onnx.ModelProto.FromString(first + second).graph
     assert [node.op_type for node in merged.node] == ["P", "Q"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (number_field(2, 99) + number_field(1, 1), "unknown element type 99"),
+        (number_field(2, 1) + number_field(1, 1) + number_field(14, 1), "a tensor in another file, which is not named"),
+    ],
+)
+def test_a_damaged_tensor_is_named(tensor, reason, tmp_path):
+    with pytest.raises(BundleError, match=reason):
+        read_onnx(tmp_path / "decoder.onnx", message_field(GRAPH, message_field(5, tensor)))
