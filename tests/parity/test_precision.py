@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -20,6 +21,7 @@ from engine.backends import open_backend, ort
 from engine.bundle.manifest import GRAPHS, Bundle
 from engine.bundle.signature import run_signature
 from engine.captioner import Captioner
+from engine.checkpoints.int8 import quantise_weight
 from engine.cli.app import main as engine_main
 from engine.decoding.beam import Hypothesis
 from engine.host import Processor
@@ -30,6 +32,7 @@ from export import bundle as exporter
 from export.__main__ import main as export_main
 from export.bundle import export_bundle, write_manifest
 from export.graphs import exporters
+from export.graphs.quantise import quantise
 from export.parity import main as parity_main
 from export.precision import ScoredCaption, compare_captions, encoder_error, forced_log_prob, main
 from export.restore import main as restore_main
@@ -172,6 +175,41 @@ def test_all_dense_layers_are_int8(bundles):
         assert left <= tables, "weights are stored twice"
         assert set(types) >= {f"{name}.scale" for name in names}
     assert "text_decoder.bert.embeddings.word_embeddings.weight" in names, "the LM head is int8, too"
+
+
+@pytest.mark.parametrize(("tied", "tokens"), [(True, 200), (False, 200), (True, 32)])
+def test_the_best_logits_of_a_tied_head_are_float32(tied, tokens):
+    """If the head's weights are the table of word embeddings; others, and small vocabularies, are rounded twice."""
+    generator = np.random.default_rng(0)
+    table, bias = (generator.normal(size=size).astype(np.float32) for size in ((tokens, 48), (tokens,)))
+    head, ids = table if tied else table + 0, np.array([[3, 1, 4], [1, 5, 9]])
+    names = ("table", "table" if tied else "head")
+    nodes = [
+        onnx.helper.make_node("Gather", ["table", "ids"], ["x"]),
+        onnx.helper.make_node("Reshape", ["x", "rows"], ["flat"]),
+        onnx.helper.make_node("Gemm", ["flat", names[1], "bias"], ["logits"], transB=1),
+    ]
+    values = dict(zip(names, (table, head), strict=True)) | {"bias": bias, "rows": np.array([-1, 48])}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "head",
+        [onnx.helper.make_tensor_value_info("ids", TensorProto.INT64, [2, 3])],
+        [onnx.helper.make_tensor_value_info("logits", TensorProto.FLOAT, [6, tokens])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    rounded = quantise(model, is_decoder=True)
+    for tensor in rounded.graph.initializer:
+        name, _, kind = tensor.name.rpartition(".")
+        if kind in ("int8", "scale") and name in values:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(quantise_weight(values[name])[kind == "scale"], tensor.name))
+    (expected,), (found,) = (
+        onnxruntime.InferenceSession(one.SerializeToString()).run(None, {"ids": ids}) for one in (model, rounded)
+    )
+    best = np.argsort(-expected, 1)[:, :20]
+    error = np.abs(np.take_along_axis(found - expected, best, 1)).max()
+    assert 1e-4 < np.abs(found - expected).max() < 0.5, "the others are not rounded, or wrongly"
+    assert (error < 1e-5) == (tied and tokens > 32)
 
 
 SCORE_NOISE = 1e-4
