@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import re
 import sys
 import time
 import traceback
@@ -525,7 +526,7 @@ def hinted(error: click.UsageError) -> str:
     """Return the message of a usage error with a hint.
 
     It recognises Hugging Face's names of options, names that differ between commands, options in front of the command,
-    and patterns that the shell has expanded.
+    patterns that the shell has expanded, and missing and wrong values.
     """
     message = " ".join(error.format_message().split())  # click lists choices in lines of their own
     command = None if error.ctx is None else error.ctx.command
@@ -551,9 +552,36 @@ def hinted(error: click.UsageError) -> str:
         isinstance(error, click.BadParameter) and getattr(error.param, "name", None) == "images" and "--input" in flags
     ):
         message = "--images is the number of images: did you mean --input?"
+    elif isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
+        message = f"{error.param.opts[-1]} is missing: this command needs it"
+    elif isinstance(error, click.BadOptionUsage) and "requires an argument" in message:
+        message = f"{error.option_name} has no value: give one after it"
+    elif isinstance(error, click.BadParameter) and isinstance(error.param, click.Option):
+        wanted, value = _wanted(error.param), WRONG_VALUE.fullmatch(error.message)
+        if wanted and value:
+            message = f"{max(error.param.opts, key=len)} must be {wanted}, not {value[1].strip(QUOTES)}"
     elif message.startswith("Got unexpected extra argument") and "--input" in flags:
         message += ": put quotes around a pattern, as in --input 'folder/*.png', or write --input before each path"
     return message
+
+
+WRONG_VALUE = re.compile(r"(.+) is not (?:a valid \w+(?: range)?|in the range .*|one of .*)\.", re.DOTALL)
+"""What click says of a value that an option cannot take."""
+QUOTES = "'\""
+
+
+def _wanted(option: click.Option) -> str | None:
+    """Return in words which values an option takes: numbers, or one of a list; None for other options."""
+    kind = option.type
+    if isinstance(kind, click.Choice):
+        return f"one of {', '.join(map(str, kind.choices))}"
+    if isinstance(kind, click.IntRange | click.FloatRange):
+        words = "a whole number" if isinstance(kind, click.IntRange) else "a number"
+        least = "" if kind.min is None else f"{'above' if kind.min_open else 'of at least'} {kind.min}"
+        most = "" if kind.max is None else f"{'below' if kind.max_open else 'at most'} {kind.max}"
+        return " ".join(filter(None, (words, " and ".join(filter(None, (least, most))))))
+    names: dict[object, str] = {click.INT: "a whole number", click.FLOAT: "a number"}
+    return names.get(kind)
 
 
 def _commands_with(flag: str, group: click.Group) -> list[str]:

@@ -102,7 +102,8 @@ def is_header(cells: Sequence[str], others: Sequence[tuple[str, str]], columns: 
     """Return whether the first line of a table looks like a header, even if its names are unknown.
 
     `others` holds (first cell, rest of the line) of further lines. A line is a header if it has only HEADER_WORDS, or
-    has a known name, or has only words while all further lines begin with an image or a numbered id.
+    has a known name, or has only words while all further lines begin with an image, or, if there are several, with a
+    numbered id.
     """
     names = [cell.strip() for cell in cells if cell.strip()]
     if not names or not others or any(cut_suffix(name) != name for name in names):
@@ -110,12 +111,12 @@ def is_header(cells: Sequence[str], others: Sequence[tuple[str, str]], columns: 
     words = [re.findall(r"[a-z]+", name.lower()) for name in names]
     if not any(re.search(r"\d", name) for name in names) and all(cell and set(cell) <= HEADER_WORDS for cell in words):
         return True
-    if len(names) < 2 or len(others) < 2:
-        return len(names) > 1 and columns.place_of_id(names) is not None
+    if len(names) < 2:
+        return False
     if columns.place_of_id(names) is not None or columns.place_of_caption(names) is not None:
         return True
     is_named = all(cut_suffix(first.strip()) != first.strip() for first, _ in others)
-    is_numbered = all(re.search(r"\d", first) and " " in rest.strip() for first, rest in others)
+    is_numbered = len(others) > 1 and all(re.search(r"\d", first) and " " in rest.strip() for first, rest in others)
     return (is_named or is_numbered) and all(re.fullmatch(r"[A-Za-z_-]{2,}", name) for name in names)
 
 
