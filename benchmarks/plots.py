@@ -140,9 +140,9 @@ def _finish(figure: Any, axes: Any) -> Any:
 
 
 def has_own_lengths(record: dict[str, Any]) -> bool:
-    """Return whether a record compares programs on BLIP, with captions of their own lengths."""
+    """Return whether a record compares programs in float32 on BLIP, with captions of their own lengths."""
     is_blip = record["benchmark"] == "throughput" and record["workload"] in BLIPS
-    return is_blip and not record["setting"]["forced_tokens"]
+    return is_blip and not record["setting"]["forced_tokens"] and "generate" in record["programs"]
 
 
 def has_one_length(record: dict[str, Any]) -> bool:

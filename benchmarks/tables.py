@@ -30,10 +30,18 @@ def name_of(record: Record) -> str:
     return f"{record['workload']}, {beams(record['setting']['beams'])}"
 
 
-def seconds_and_ratio(record: Record, program: str) -> str:
+def seconds_and_ratio(record: Record, program: str, digits: int = 1) -> str:
     """Return seconds per image of a program and how many times the engine's time that is, such as `0.407 (2.6 x)`."""
     row = record["programs"][program]
-    return f"{row['seconds_per_image']:.3f} ({row['times_engine']:.1f} x)"
+    return f"{row['seconds_per_image']:.3f} ({row['times_engine']:.{digits}f} x)"
+
+
+def program_cell(record: Record, program: str, digits: int = 1) -> str:
+    """Return time, ratio and batch size of a program, or "" if it was not measured."""
+    if program not in record["programs"]:
+        return ""
+    batch = f", batch {record['batch'][program]}" if program in record["batch"] else ""
+    return seconds_and_ratio(record, program, digits) + batch
 
 
 def ratios(records: Sequence[Record], program: str) -> str:
@@ -91,20 +99,16 @@ def agreement(record: Record) -> str:
 
 
 def speeds(*records: Record) -> str:
-    rows = []
-    for record in records:
-        batch, roofline = record["batch"], record["roofline"]
-        rows.append(
-            [
-                f"{name_of(record)}, {record['setting']['images']} images",
-                f"{record['programs']['engine']['seconds_per_image']:.3f}",
-                f"{seconds_and_ratio(record, 'generate')}, batch {batch['generate']}",
-                f"{seconds_and_ratio(record, 'conventional')}, batch {batch['conventional']}",
-                seconds_and_ratio(record, "openvino"),
-                agreement(record),
-                f"{roofline['share']:.0%}",
-            ]
-        )
+    rows = [
+        [
+            f"{name_of(record)}, {record['setting']['images']} images",
+            f"{record['programs']['engine']['seconds_per_image']:.3f}",
+            *(program_cell(record, program) for program in PROGRAMS),
+            agreement(record),
+            f"{record['roofline']['share']:.0%}",
+        ]
+        for record in records
+    ]
     header = [
         "workload",
         "engine, s/image",
@@ -165,17 +169,36 @@ def families(*records: Record) -> str:
                 name_of(record),
                 f"{record['setting']['forced_tokens']} each" if record["setting"]["forced_tokens"] else spread,
                 f"{record['programs']['engine']['seconds_per_image']:.3f}",
-                *(
-                    f"{seconds_and_ratio(record, program)}, batch {record['batch'][program]}"
-                    if program in record["programs"]
-                    else ""
-                    for program in ("generate", "optimum")
-                ),
+                *(program_cell(record, program) for program in ("generate", "optimum")),
                 agreement(record),
             ]
         )
     header = ["model", "new tokens", "engine, s/image", "`generate`", "optimum-onnx", "captions equal to the engine's"]
     return table(header, rows)
+
+
+IN_LOWER_PRECISION = {
+    "engine-int8": "the engine, int8",
+    "engine-fp16": "the engine, float16",
+    "generate-bf16": "`generate`, bf16",
+    "generate-int8": "`generate`, torch's dynamic int8",
+}
+
+
+def precisions(*records: Record) -> str:
+    """Compare programs in lower precision with the engine in float32."""
+    rows = []
+    for record in records:
+        rows.append(
+            [name_of(record), "the engine, float32", f"{record['programs']['engine']['seconds_per_image']:.3f}"]
+        )
+        rows[-1] += ["", ""]
+        for program, found in record["fidelity"].items():
+            has_meaning = found["rouge1"] is not None  # captions of random weights have none
+            same = f"{found['identical']} of {record['setting']['images']}" if has_meaning else ""
+            rows.append(["", IN_LOWER_PRECISION[program], program_cell(record, program, 2), same])
+            rows[-1].append(difference(found["rouge1"]) if has_meaning else "")
+    return table(["model", "program", "s/image", "captions as in float32", "ROUGE-1 less float32's"], rows)
 
 
 def by_rows(record: Record) -> str:
@@ -466,6 +489,7 @@ TABLES = {
     "headline": Table((*BASE, "large_4beams"), headline, elsewhere=(*ZEN4, *LENGTHS), see=""),
     "readme speed": Table((*BASE, "large_4beams"), readme_speeds, elsewhere=ZEN4),
     "speed": Table((*BASE, "large_4beams", "demo_4beams"), speeds),
+    "precisions": Table(("base_4beams_precisions", "demo_4beams_precisions"), precisions),
     "memory": Table((*BASE, "large_4beams", "demo_4beams"), memory, see="as above"),
     "products": Table((*BASE, "large_4beams", "demo_4beams"), products, see="as above"),
     "other processor": Table(ZEN4, speeds),

@@ -27,10 +27,10 @@ import hashlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -158,61 +158,98 @@ def main(
         record_path("", out, record)  # before hours of measuring
     if is_own:
         workload = prepare_own(checkpoint, pictures, images)
-        name, images = workload.name, workload.most
+        images = workload.most
     else:
-        name, images, beams = name or "base", images or 160, beams or 4
+        images, beams = images or 160, beams or 4
         ours = [program.removeprefix("engine-") for program in rounded if program.startswith("engine-")]
-        workload = prepare(name, images, ours)
+        workload = prepare(name or "base", images, ours)
     options = workload.options(beams, forced_tokens=forced_tokens)
-    beams = options.num_beams
     few = {program: min(count, images) for program, count in few}
-    setting = Comparison(workload, options, rows, threads)
-    workers = {program: Worker(program, setting) for program in dict.fromkeys(("engine", *programs))}
+    setting = {
+        "images": images,
+        "beams": options.num_beams,
+        "no_repeat_ngram": options.no_repeat_ngram_size,
+        "most_new_tokens": options.max_new_tokens,
+        "forced_tokens": forced_tokens,
+        "rows": rows or "auto",
+        "threads": threads,
+        "repeats": repeats,
+    } | ({"images_of": few} if few else {})
+    runs = _measure(Comparison(workload, options, rows, threads), programs, batches, images, repeats, few)
+    report = _report(workload, options, setting, runs, rounded, with_roofline=not is_own)
+    what = (f"_{forced_tokens}tokens" if forced_tokens else "") + ("_precisions" if rounded else "")
+    out = record_path(f"{workload.name}_{options.num_beams}beams{what}.json", out, record)
+    out = out if report["valid"] else out.with_suffix(".void.json")
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    _print(report, out)
+    if not report["valid"]:
+        raise EngineError(f"the programs returned different ids that are not ties: the measurement is void ({out})")
+
+
+class Runs(NamedTuple):
+    """What was measured of each program: its runs, its batch size and the seconds it took to load."""
+
+    timings: dict[str, list[Timing]]
+    batch: dict[str, int]
+    load_s: dict[str, float]
+
+
+def _measure(
+    comparison: Comparison,
+    programs: Sequence[str],
+    batches: tuple[int, ...],
+    images: int,
+    repeats: int,
+    few: dict[str, int],
+) -> Runs:
+    """Run the engine and the programs in turn, each with the batch size that suits it best."""
+    workers = {program: Worker(program, comparison) for program in dict.fromkeys(("engine", *programs))}
     chosen = {program: few.get(program) or _best_batch(worker, batches, images) for program, worker in workers.items()}
     timings = _take_turns(workers, chosen, images, repeats, few)
     for worker in workers.values():
         worker.stop()
-    last = {program: runs[-1].ids for program, runs in timings.items()}
+    return Runs(timings, chosen, {program: round(worker.load_s, 2) for program, worker in workers.items()})
+
+
+def _report(
+    workload: Workload,
+    options: DecodeOptions,
+    setting: dict[str, Any],
+    runs: Runs,
+    rounded: Sequence[str],
+    *,
+    with_roofline: bool,
+) -> dict[str, Any]:
+    """Return the record of a comparison. `rounded` are the programs in lower precision."""
+    timings, images, few = runs.timings, setting["images"], setting.get("images_of", {})
+    last = {program: own[-1].ids for program, own in timings.items()}
     agreement = agreement_of(workload, options, {program: ids for program, ids in last.items() if program in EXACT})
-    valid = is_valid(agreement)
-    report = {
+    if workload.name in PUBLISHED_SHAPES or not with_roofline:
+        roofline = None
+    else:
+        roofline = _roofline(workload, options, timings["engine"], images, setting["threads"])
+    return {
         "benchmark": "throughput",
-        "workload": name,
+        "workload": workload.name,
         "machine": describe_machine(),
-        "setting": {
-            "images": images,
-            "beams": beams,
-            "no_repeat_ngram": options.no_repeat_ngram_size,
-            "most_new_tokens": options.max_new_tokens,
-        }
-        | {"forced_tokens": forced_tokens, "rows": rows or "auto", "threads": threads, "repeats": repeats}
-        | ({"images_of": few} if few else {}),
+        "setting": setting,
         "new_tokens": _lengths(last["engine"]),
         "programs": {
-            program: _summary(runs, timings["engine"], images, few.get(program, images))
-            for program, runs in timings.items()
+            program: _summary(own, timings["engine"], images, few.get(program, images))
+            for program, own in timings.items()
         },
-        "batch": {program: chosen[program] for program in BATCHED if program in chosen},
-        "load_s": {program: round(worker.load_s, 2) for program, worker in workers.items()},
+        "batch": {program: runs.batch[program] for program in BATCHED if program in runs.batch},
+        "load_s": runs.load_s,
         "agreement": agreement,
         "fidelity": {program: fidelity_of(workload, last["engine"], last[program]) for program in rounded},
         "turns_with_other_ids": {
-            program: sum(run.ids != runs[-1].ids for run in runs) for program, runs in timings.items()
+            program: sum(one.ids != last[program] for one in own) for program, own in timings.items()
         },
-        "valid": valid,
+        "valid": is_valid(agreement),
         "bundle_sha256": Bundle.load(workload.bundle).digest,
-        "roofline": None
-        if is_own or name in PUBLISHED_SHAPES
-        else _roofline(workload, options, timings["engine"], images, threads),
+        "roofline": roofline,
         "ids_sha256": hashlib.sha256(json.dumps(last["engine"]).encode()).hexdigest()[:16],
     }
-    what = (f"_{forced_tokens}tokens" if forced_tokens else "") + ("_precisions" if rounded else "")
-    out = record_path(f"{name}_{beams}beams{what}.json", out, record)
-    out = out if valid else out.with_suffix(".void.json")
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    _print(report, out)
-    if not valid:
-        raise EngineError(f"the programs returned different ids that are not ties: the measurement is void ({out})")
 
 
 def _best_batch(worker: Worker, batches: tuple[int, ...], images: int) -> int:
