@@ -148,7 +148,7 @@ def has_own_lengths(record: dict[str, Any]) -> bool:
 def has_one_length(record: dict[str, Any]) -> bool:
     """Return whether a record compares programs on base with 4 beams, with captions of a forced length."""
     is_base = record["benchmark"] == "throughput" and (record["workload"], record["setting"]["beams"]) == ("base", 4)
-    return is_base and bool(record["setting"]["forced_tokens"])
+    return is_base and bool(record["setting"]["forced_tokens"]) and "generate" in record["programs"]
 
 
 PLOTS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], bool]]] = {

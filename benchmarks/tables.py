@@ -189,15 +189,12 @@ def precisions(*records: Record) -> str:
     """Compare programs in lower precision with the engine in float32."""
     rows = []
     for record in records:
-        rows.append(
-            [name_of(record), "the engine, float32", f"{record['programs']['engine']['seconds_per_image']:.3f}"]
-        )
-        rows[-1] += ["", ""]
+        ours = f"{record['programs']['engine']['seconds_per_image']:.3f}"
+        rows.append([name_of(record), "the engine, float32", ours, "", ""])
         for program, found in record["fidelity"].items():
-            has_meaning = found["rouge1"] is not None  # captions of random weights have none
-            same = f"{found['identical']} of {record['setting']['images']}" if has_meaning else ""
-            rows.append(["", IN_LOWER_PRECISION[program], program_cell(record, program, 2), same])
-            rows[-1].append(difference(found["rouge1"]) if has_meaning else "")
+            same = f"{found['identical']} of {record['setting']['images']}"
+            change = difference(found["rouge1"]) if found["rouge1"] is not None else ""
+            rows.append(["", IN_LOWER_PRECISION[program], program_cell(record, program, 2), same, change])
     return table(["model", "program", "s/image", "captions as in float32", "ROUGE-1 less float32's"], rows)
 
 

@@ -553,13 +553,14 @@ def hinted(error: click.UsageError) -> str:
     ):
         message = "--images is the number of images: did you mean --input?"
     elif isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
-        message = f"{error.param.opts[-1]} is missing: this command needs it"
+        wanted = _wanted(error.param)
+        message = f"{_longest(error.param)} is missing: " + (f"give {wanted}" if wanted else "this command needs it")
     elif isinstance(error, click.BadOptionUsage) and "requires an argument" in message:
         message = f"{error.option_name} has no value: give one after it"
     elif isinstance(error, click.BadParameter) and isinstance(error.param, click.Option):
         wanted, value = _wanted(error.param), WRONG_VALUE.fullmatch(error.message)
         if wanted and value:
-            message = f"{max(error.param.opts, key=len)} must be {wanted}, not {value[1].strip(QUOTES)}"
+            message = f"{_longest(error.param)} must be {wanted}, not {value[1]}"
     elif message.startswith("Got unexpected extra argument") and "--input" in flags:
         message += ": put quotes around a pattern, as in --input 'folder/*.png', or write --input before each path"
     return message
@@ -567,7 +568,10 @@ def hinted(error: click.UsageError) -> str:
 
 WRONG_VALUE = re.compile(r"(.+) is not (?:a valid \w+(?: range)?|in the range .*|one of .*)\.", re.DOTALL)
 """What click says of a value that an option cannot take."""
-QUOTES = "'\""
+
+
+def _longest(option: click.Option) -> str:
+    return max(option.opts, key=len)
 
 
 def _wanted(option: click.Option) -> str | None:
@@ -577,9 +581,9 @@ def _wanted(option: click.Option) -> str | None:
         return f"one of {', '.join(map(str, kind.choices))}"
     if isinstance(kind, click.IntRange | click.FloatRange):
         words = "a whole number" if isinstance(kind, click.IntRange) else "a number"
-        least = "" if kind.min is None else f"{'above' if kind.min_open else 'of at least'} {kind.min}"
-        most = "" if kind.max is None else f"{'below' if kind.max_open else 'at most'} {kind.max}"
-        return " ".join(filter(None, (words, " and ".join(filter(None, (least, most))))))
+        bounds = [] if kind.min is None else [f"{'above' if kind.min_open else 'at least'} {kind.min}"]
+        bounds += [] if kind.max is None else [f"{'below' if kind.max_open else 'at most'} {kind.max}"]
+        return ", ".join((words, " and ".join(bounds))) if bounds else words
     names: dict[object, str] = {click.INT: "a whole number", click.FLOAT: "a number"}
     return names.get(kind)
 

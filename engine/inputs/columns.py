@@ -113,7 +113,10 @@ def is_header(cells: Sequence[str], others: Sequence[tuple[str, str]], columns: 
         return True
     if len(names) < 2:
         return False
-    if columns.place_of_id(names) is not None or columns.place_of_caption(names) is not None:
+    if columns.place_of_id(names) is not None:
+        return True
+    # of two rows the first may be `r1,text`
+    if columns.place_of_caption(names) is not None and (len(others) > 1 or not re.search(r"\d", names[0])):
         return True
     is_named = all(cut_suffix(first.strip()) != first.strip() for first, _ in others)
     is_numbered = len(others) > 1 and all(re.search(r"\d", first) and " " in rest.strip() for first, rest in others)

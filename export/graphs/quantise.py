@@ -44,7 +44,10 @@ TWICE = Rounding("int8.twice", 128, 1e-20, is_twice=True)
 GELU = Rounding("int8.gelu", 32, 0.17 / 32 * (255 - 32), is_signed=False)
 """GELU(x) is above -0.17, which is 32 steps here: 223 steps are left for values above 0 instead of 127."""
 BEST = 32
-"""Logits of a row that are computed again in float32. With 16 the demo is as fast; 10 beams look at 20 tokens a row."""
+"""Logits of a row that are computed again in float32: enough for 16 beams, which look at 32 tokens of a row.
+
+More beams, sampling, and searches that ban some of the best tokens also look at tokens that are rounded once.
+"""
 
 
 def quantise(float32: ModelProto, *, is_decoder: bool = False) -> ModelProto:
@@ -53,7 +56,7 @@ def quantise(float32: ModelProto, *, is_decoder: bool = False) -> ModelProto:
     A decoder rounds the inputs of its layers TWICE. Sums of attention are in another order in other company, and where
     that moves a value over the edge between two steps, log-probabilities of the demo differ by up to 0.0002, and by
     0.0048 if the head alone rounds once. A head whose weights are also the table of word embeddings does round once,
-    because the logits that matter are then computed again in float32 (`_exact_best`).
+    because the largest logits are then computed again in float32 (`_exact_best`).
     Only names and shapes of weights are read and set. engine/checkpoints/write.py quantises the values.
     """
     model = ModelProto()

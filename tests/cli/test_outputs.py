@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -73,6 +74,23 @@ def texts(folder: Path) -> dict[str, str]:
 
 def some(captions: dict[str, str], count: int = 8) -> dict[str, str]:
     return dict(list(captions.items())[:count])
+
+
+def test_rows_leave_the_buffer_of_standard_output_as_they_are_written(images, tiny_bundle, monkeypatch):
+    written = []
+
+    class Raw(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            written.append(bytes(data))
+            return len(data)
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Raw(), 1 << 20)))
+    main(command(images, tiny_bundle, "-", "--rows", "3")[3:], standalone_mode=False)
+    assert len(written) > 2
+    assert b"".join(written).count(b"\n") == 9
 
 
 def test_stdout_has_the_content_of_the_file(run, tmp_path):

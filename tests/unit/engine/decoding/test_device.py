@@ -152,11 +152,15 @@ def test_nothing_is_done_after_an_error():
         def admit(self, *arguments):
             done.append(arguments)
 
+        def regroup(self, *arguments):
+            done.append(arguments)
+
         def encode(self, _):
             raise ValueError("damaged")
 
     with DeviceQueue(Noting(0), in_thread=True) as device:
         future = device.encode(np.zeros((1, 1, 1, 3), np.uint8))
+        device.regroup(None, np.arange(1), np.zeros((1, 1), np.int64))
         device.admit(None, 0, future, 0)
         for call in (device.step(None, None), future):
             with pytest.raises(ValueError, match="damaged"):

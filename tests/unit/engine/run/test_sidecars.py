@@ -26,6 +26,7 @@ TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), max_
         ("append", "", ", a brain", ", a brain\n"),
         ("append", "tags a brain", "a brain", "tags a brain"),
         ("append", "a brain\n", "a brain", "a brain\n"),
+        ("append", "a tomcat", "cat", "a tomcat cat\n"),
         ("append", "two\r\nlines\r\n", "a brain", "two\r\nlines a brain\n"),
         ("append", "\udcff", "a brain", "\udcff a brain\n"),
         ("prepend", "tags\n", "a brain", "a brain tags\n"),

@@ -96,7 +96,7 @@ def test_shares_are_normalised_and_equal_ones_change_nothing(tmp_path):
         ("--share 1 --share inf", "takes finite numbers above 0"),
         ("--share 1e308 --share 1e308", "takes finite numbers above 0"),
         ("--share 1e-320 --share 1", "takes finite numbers above 0"),
-        ("--share two --share 1", "--share must be a number, not two"),
+        ("--share two --share 1", "--share must be a number, not 'two'"),
         ("--share 2 --share 1 --uniform", "--share has no effect with --uniform"),
         ("--nearest 3", "--nearest: only with --support"),
         ("--support-share 0.1", "--support-share: only with --support"),
