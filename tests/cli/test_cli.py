@@ -237,9 +237,11 @@ def test_folders_images_patterns_and_lists_in_one_run(image_dir, tiny_bundle, tm
     captions = dict(read_run(tmp_path / "run.csv")[1:])
     assert list(captions) == [*(f"IMG {i}" for i in range(5)), "x2", "x0", "x1", "x3", "y"]
     assert captions["y"] == captions["IMG 0"]
-    refused = run("caption", "--input", tmp_path / "list.txt", "--out", tmp_path / "list.txt")
-    assert refused.exit_code == 2
-    assert "would overwrite the input" in refused.stderr
+    (tmp_path / "link.csv").symlink_to("list.txt")
+    for out in ("list.txt", "link.csv"):
+        refused = run("caption", "--input", tmp_path / "list.txt", "--out", tmp_path / out)
+        assert refused.exit_code == 2
+        assert "would overwrite the input" in refused.stderr
 
 
 @pytest.mark.parametrize(

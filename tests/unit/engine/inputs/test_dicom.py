@@ -68,6 +68,7 @@ RAMP = np.array([[[0, 100, 200, 300]]], np.uint16)
         ({"WindowCenter": 100, "WindowWidth": 1}, [0, 255, 255, 255]),
         ({"RescaleSlope": 2, "RescaleIntercept": -100, "WindowCenter": 200.5, "WindowWidth": 601}, [0, 85, 170, 255]),
         ({"PixelPaddingValue": 300}, [0, 128, 255, 255]),
+        ({"PixelPaddingValue": 300, "RescaleSlope": 2, "RescaleIntercept": -100}, [0, 128, 255, 255]),
         ({"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 100}, [0, 0, 0, 255]),
         (
             {"WindowCenter": None, "WindowWidth": None, "RescaleSlope": None, "RescaleIntercept": None},
