@@ -7,13 +7,16 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from engine.cli.app import main
 from engine.files.lock import OutputLock
+from engine.report.gather import Column, ScoreColumn, coverage_curves
 from engine.run.outputs import write_run
+from engine.scoring.base import Measured
 from tests.helpers.tiny import random_pictures
 
 IDS = ["a", "b", "c"]
@@ -345,3 +348,15 @@ def test_thumbnails_of_equal_names_sizes_and_times_are_not_shared(work):
     options = ["--run", work / "run.csv", "--images", work / "images", "--recursive", "--out", work / "report"]
     assert CliRunner().invoke(main, ["report", *map(str, options)]).exit_code == 0
     assert len(thumbnails(work)) == 2
+
+
+def test_the_surest_captions_are_those_of_the_largest_expected_score():
+    """Among equal ones the mean token probability decides."""
+    columns = [
+        Column(name, "n-best", values, is_number=True)
+        for name, values in (("mean_token_prob", [0.9, 0.1, 0.2, 0.8]), ("expected_score", [0.5, 0.9, 0.9, 0.1]))
+    ]
+    measured = Measured(np.array([10.0, 20.0, 30.0, 80.0]), 35.0)
+    ((_, curve),) = coverage_curves([ScoreColumn("x", "", 0, np.arange(4), measured, 0.0, 0.0)], columns)
+    found = dict(zip(curve.shares.round(2).tolist(), curve.values.tolist(), strict=True))
+    assert [found[share] for share in (0.25, 0.5, 0.75, 1.0)] == [30.0, 25.0, 20.0, 35.0]

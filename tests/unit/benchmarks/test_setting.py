@@ -25,6 +25,7 @@ from benchmarks.roofline import (
     measure_matmul,
 )
 from benchmarks.soak import tenth_speed
+from benchmarks.tables import agreement
 from benchmarks.workload import Workload, describe_machine, record_path, write_corpus
 from engine.host import descendants
 from engine.options import DecodeOptions
@@ -161,3 +162,9 @@ def test_policies_of_a_busy_neighbour(tiny_bundle, tmp_path):
     assert descendants(os.getpid()) == before
     with pytest.raises(click.ClickException, match="--colour"):
         timed("--colour red", workload, 2, 1)
+
+
+def test_agreement_says_all_only_if_every_program_agrees():
+    equal, tie = ({"identical": count, "tie": 2 - count, "batch": 0, "real": 0} for count in (2, 1))
+    assert agreement({"agreement": {"generate": equal, "openvino": equal}}) == "all"
+    assert agreement({"agreement": {"generate": tie, "openvino": equal}}) == "1 of 2 (1 tie); 2 of 2"

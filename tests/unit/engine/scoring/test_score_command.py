@@ -15,6 +15,7 @@ from engine.cli.app import main
 from engine.cli.results import FORMAT_NAMES, PROFILE_NAMES
 from engine.errors import UsageError
 from engine.scoring.base import Items, Measured
+from engine.scoring.files import in_order_of_ids
 from engine.scoring.overlap import Rouge1
 from engine.scoring.profiles import PROFILES
 from engine.scoring.score import ScoreRequest, after_prompt, measure, score_run
@@ -160,6 +161,14 @@ def test_compare_runs_and_per_image_files(files):
     )
 
 
+def test_counts_of_corpus_metrics_follow_the_order_of_ids():
+    scores = Measured(np.array([1.0, 2.0, 3.0]), 2.0, counts=np.array([[1.0], [2.0], [3.0]]))
+    ids, found = in_order_of_ids(["c", "a", "b"], {"bleu1": scores})
+    assert ids == ["a", "b", "c"]
+    assert found["bleu1"].per_image.tolist() == [2.0, 3.0, 1.0]
+    assert found["bleu1"].counts.tolist() == [[2.0], [3.0], [1.0]]
+
+
 def test_compare_lists_the_captions_that_changed_most(files):
     (files / "a.csv").write_text("ID,Caption\n1,a ct of the chest\n2,a mass\n3,the liver\n")
     (files / "b.csv").write_text("ID,Caption\n3,The liver\n1,an mr of the brain\n2,a large mass\n")
@@ -178,7 +187,12 @@ def test_compare_lists_the_captions_that_changed_most(files):
         "    + The liver",
     ]
     rows = (files / "changes.csv").read_text().splitlines()
-    assert rows[:2] == ["ID,change,first,second", "1,0.6000,a ct of the chest,an mr of the brain"]
+    assert rows == [
+        "ID,change,first,second",
+        "1,0.6000,a ct of the chest,an mr of the brain",
+        "2,0.2000,a mass,a large mass",
+        "3,0.0000,the liver,The liver",
+    ]
     short = run("score", "compare", files / "a.csv", files / "b.csv", "--changed", "0", "--json")
     assert json.loads(short.stdout) == {"captions": {"images": 3, "differ": 3, "mean_change": pytest.approx(0.8 / 3)}}
     (files / "b.csv").write_text("ID,Caption\n1,x\n")
