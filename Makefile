@@ -32,7 +32,7 @@ full: $(FULL)/.ready  ## create the full environment for export and training (to
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: lint $(NEXT)/.ready  ## create all environments, lint, and run all tests (with transformers 5 a short selection)
-	@echo "running all tests: 13 to 22 minutes on 2 cores"
+	@echo "running all tests: 9 to 22 minutes on 2 cores"
 	$(FULL)/bin/python $(PYTEST) tests
 	$(NEXT)/bin/python $(PYTEST) tests/parity/test_releases.py tests/unit/export \
 	    tests/parity/test_generate.py -k "not equal_generate or penalties and ids or equal_generate and (1-0 or 3-3-None)"
