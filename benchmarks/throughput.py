@@ -176,7 +176,8 @@ def main(
         "repeats": repeats,
     } | ({"images_of": few} if few else {})
     runs = _measure(Comparison(workload, options, rows, threads), programs, batches, images, repeats, few)
-    report = _report(workload, options, setting, runs, rounded, with_roofline=not is_own)
+    with_roofline = not is_own and workload.name not in PUBLISHED_SHAPES
+    report = _report(workload, options, setting, runs, rounded, with_roofline=with_roofline)
     what = (f"_{forced_tokens}tokens" if forced_tokens else "") + ("_precisions" if rounded else "")
     out = record_path(f"{workload.name}_{options.num_beams}beams{what}.json", out, record)
     out = out if report["valid"] else out.with_suffix(".void.json")
@@ -224,9 +225,8 @@ def _report(
     timings, images, few = runs.timings, setting["images"], setting.get("images_of", {})
     last = {program: own[-1].ids for program, own in timings.items()}
     agreement = agreement_of(workload, options, {program: ids for program, ids in last.items() if program in EXACT})
-    if workload.name in PUBLISHED_SHAPES or not with_roofline:
-        roofline = None
-    else:
+    roofline = None
+    if with_roofline:
         roofline = _roofline(workload, options, timings["engine"], images, setting["threads"])
     return {
         "benchmark": "throughput",

@@ -54,7 +54,7 @@ def quantise(float32: ModelProto, *, is_decoder: bool = False) -> ModelProto:
     """Return a graph with all dense layers in int8.
 
     A decoder rounds the inputs of its layers TWICE. Sums of attention are in another order in other company, and where
-    that moves a value over the edge between two steps, log-probabilities of the demo differ by up to 0.0002, and by
+    that moves a value over the edge between two steps, log-probabilities of the demo differ by up to 0.0005, and by
     0.0048 if the head alone rounds once. A head whose weights are also the table of word embeddings does round once,
     because the largest logits are then computed again in float32 (`_exact_best`).
     Only names and shapes of weights are read and set. engine/checkpoints/write.py quantises the values.
@@ -198,7 +198,7 @@ def _exact_best(x: str, table: str, bias: str, logits: str, out: str) -> list[No
     """Return the nodes that copy `logits` f32[...,V] to `out`, the BEST largest of each row computed in float32.
 
     Each is the product of a row of x f32[...,D] and a row of the table f32[V,D], and costs a lookup in the table, which
-    the word embeddings keep in float32 anyway. The other logits only add to the denominator of the softmax.
+    the word embeddings keep in float32 anyway. Of the other logits most only add to the denominator of the softmax.
     """
     best, values = f"{out}.best", f"{out}.exact"
     nodes = [
