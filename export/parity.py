@@ -35,7 +35,7 @@ from export.bundle import checkpoint_sha256
 from export.checkpoints.find import find_checkpoint
 from export.reference.golden import golden_pictures
 from export.reference.huggingface import Reference, ReferenceCaption, ensemble
-from export.reference.trace import SCORE_TOLERANCE, TIE_ABSOLUTE, TIE_RELATIVE, judge
+from export.reference.trace import SCORE_TOLERANCE, TIE_ABSOLUTE, TIE_ERRORS, TIE_RELATIVE, judge
 from export.restore import graph_weights
 
 
@@ -287,7 +287,7 @@ def main(
         "checkpoint": " + ".join(map(str, checkpoints)),
         "bundle": captioner.bundle.digest,
         "versions": versions,
-        "tie_gap": {"absolute": TIE_ABSOLUTE, "relative": TIE_RELATIVE},
+        "tie_gap": {"absolute": TIE_ABSOLUTE, "relative": TIE_RELATIVE, "errors": TIE_ERRORS},
         "settings": [asdict(report) for report in reports],
         "real_mismatches": sum(report.real for report in reports),
         "passed": passed,

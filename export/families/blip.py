@@ -239,5 +239,5 @@ class MeanDecoder(BlipTextLMHeadModel):
                 encoder_attention_mask=encoder_attention_mask,
                 use_cache=False,
             )
-            mean = mean + weight * torch.log_softmax(output.logits.float(), -1)
+            mean = mean + weight * torch.log_softmax(output.logits, -1)
         return CausalLMOutputWithCrossAttentions(logits=mean)

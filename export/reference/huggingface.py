@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +62,18 @@ class PrefixBackend(ABC):
     name = "prefix"
     batch_sizes = BatchSizes(rows=32, encode_batch=4)
 
-    def logits(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
+    def logits(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.floating]:
         """Return raw logits f32[len(prefixes),V]. The default returns log-probabilities."""
         return self.log_probs(image, prefixes)
 
     @abstractmethod
-    def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
+    def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.floating]:
         """Return f32[len(prefixes),V], the log-probabilities of the next id after each prefix."""
+
+    @property
+    def in_float64(self) -> PrefixBackend:
+        """The same model in float64, to measure how far float32 rounds. By default this backend itself."""
+        return self
 
     def encode(self, pixel_values: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """See Backend.encode."""
@@ -145,6 +152,11 @@ class Reference:
     def task_ids(self) -> tuple[int, ...]:
         """The ids of `task`; none without tasks."""
         return () if self.task is None else self.tasks[self.task]
+
+    @functools.cached_property
+    def in_float64(self) -> Reference:
+        """The same model in float64, a second copy of the weights. (GPT-2's reorder_and_upcast_attn stays float32.)"""
+        return replace(self, model=copy.deepcopy(self.model).double())
 
     @property
     def family(self) -> Family:
@@ -277,12 +289,17 @@ class UncachedBackend(PrefixBackend):
         self._hidden = torch.empty(0)
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
+    @functools.cached_property
+    def in_float64(self) -> UncachedBackend:
+        """The same model in float64: its logits and log-probabilities are f64."""
+        return UncachedBackend(self._reference.in_float64)
+
+    def log_probs(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.floating]:
         """Return log-probabilities f32[len(prefixes),V] by forward passes over whole prefixes."""
-        log_probs: NDArray[np.float32] = torch.log_softmax(torch.tensor(self.logits(image, prefixes)), -1).numpy()
+        log_probs: NDArray[np.floating] = torch.log_softmax(torch.tensor(self.logits(image, prefixes)), -1).numpy()
         return log_probs
 
-    def logits(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.float32]:
+    def logits(self, image: NDArray[np.uint8], prefixes: list[tuple[int, ...]]) -> NDArray[np.floating]:
         """Return logits f32[len(prefixes),V]. One forward pass serves a prefix and all prefixes that it starts with."""
         missing = set(prefixes) - self._rows.keys() if self._is_cached(image) else set(prefixes)
         with torch.inference_mode():
@@ -291,7 +308,7 @@ class UncachedBackend(PrefixBackend):
                     continue
                 logits = self._family.logits(self._reference.model, torch.tensor([prefix]), self._hidden)[0]
                 ends = (end for end in range(1, len(prefix) + 1) if prefix[:end] in missing)
-                self._rows |= {prefix[:end]: logits[end - 1].float().clone() for end in ends}
+                self._rows |= {prefix[:end]: logits[end - 1].clone() for end in ends}
         return np.stack([self._rows[prefix].numpy() for prefix in prefixes])
 
     def _is_cached(self, image: NDArray[np.uint8]) -> bool:
@@ -299,7 +316,7 @@ class UncachedBackend(PrefixBackend):
         if (content := image.tobytes()) == self._image:
             return True
         with torch.inference_mode():
-            pixel_values = self._reference.normalised(image[None])
+            pixel_values = self._reference.normalised(image[None]).to(self._reference.model.dtype)
             self._hidden = self._family.encode(self._reference.model, pixel_values, self._reference.task_ids)
         self._image, self._rows = content, {}
         return False

@@ -34,6 +34,14 @@ float32 has 24 bits (6e-8 relative), and a caption's score sums some 30 terms th
 or to the spread of the log-probabilities over the vocabulary, whichever is larger, because logits that are far apart
 are rounded in larger steps."""
 
+TIE_ERRORS = 2
+"""Where a difference exceeds that gap, the gap is widened by this multiple of the reference's rounding error.
+
+How far float32 rounds depends on weights and image: large activations and sums over many positions round further. So
+the reference's log-probabilities are compared with those of its model in float64. The error of a score is the sum of
+the absolute errors of its tokens, since signed errors may happen to cancel; 2, because both programs round. A
+difference above SCORE_TOLERANCE is never a tie."""
+
 SCORE_TOLERANCE = 1e-4
 """Largest accepted difference of two scores, relative to the score if that is below -1."""
 
@@ -47,6 +55,16 @@ class Step:
 
     fed: frozenset[Ids]
     candidates: list[tuple[Ids, float]]
+
+
+def is_rounding(gap: float, score: float, *, spread: float = 0.0, error: Callable[[], float] = lambda: 0.0) -> bool:
+    """Return whether two scores that are `gap` apart are equal up to rounding; `score` is one of them.
+
+    `spread` is that of the log-probabilities over the vocabulary. `error` measures the reference's rounding error and
+    is only called for gaps that it could explain.
+    """
+    bound = TIE_ABSOLUTE + TIE_RELATIVE * max(abs(score), spread)
+    return gap <= bound or (gap <= SCORE_TOLERANCE * max(1.0, abs(score)) and gap <= bound + TIE_ERRORS * error())
 
 
 @dataclass(frozen=True)
@@ -140,9 +158,10 @@ def judge(
         return "real", Divergence(divergence.step, abs(score - ours.sum_log_prob), False)
     if options.num_beams == 1:
         step, gap = closest_tokens(backend, search, pixels, alone.ids)
+        is_tie = is_rounding(gap, score)
     else:
         step, gap = min((closest_candidates(trace) for trace in (mine, theirs)), key=lambda closest: closest[1])
-    is_tie = gap <= TIE_ABSOLUTE + TIE_RELATIVE * abs(score)
+        is_tie = is_rounding(gap, score, error=lambda: score_error(backend, search, pixels, ours.ids))
     if not is_tie and ours.ids != alone.ids:  # no two candidates of a step tie, but the final captions may
         is_tie = caption_gap(backend, search, pixels, ours.ids, alone.ids).is_tie
     return ("batch" if is_tie else "real"), Divergence(step, gap, is_tie)
@@ -161,14 +180,18 @@ def caption_gap(
     if search.num_beams == 1:
         (row,) = next_log_probs(reference, search, pixels, [ours[:step]])
         log_probs = [float(row[ids[step]]) if step < len(ids) else -np.inf for ids in (ours, theirs)]
-        gap, scale = abs(log_probs[0] - log_probs[1]), float(np.ptp(row))
-        return Divergence(step - prompt, gap, gap <= TIE_ABSOLUTE + TIE_RELATIVE * scale)
-    sums = [summed_log_prob(reference, search, pixels, ids) for ids in (ours, theirs)]
-    scores = [
-        total / (len(ids) - prompt) ** search.length_penalty for total, ids in zip(sums, (ours, theirs), strict=True)
-    ]
+        gap = abs(log_probs[0] - log_probs[1])
+        return Divergence(step - prompt, gap, is_rounding(gap, 0.0, spread=float(np.ptp(row))))
+    lengths = [(len(ids) - prompt) ** search.length_penalty for ids in (ours, theirs)]
+
+    def of_both(value: Callable[..., float]) -> list[float]:
+        return [
+            value(reference, search, pixels, ids) / length for ids, length in zip((ours, theirs), lengths, strict=True)
+        ]
+
+    scores = of_both(summed_log_prob)
     gap = abs(scores[0] - scores[1])
-    return Divergence(step - prompt, gap, gap <= TIE_ABSOLUTE * max(1.0, abs(scores[0])))
+    return Divergence(step - prompt, gap, is_rounding(gap, scores[0], error=lambda: max(of_both(score_error))))
 
 
 def trace_both(
@@ -180,14 +203,17 @@ def trace_both(
     def score(ids: Ids) -> float:
         return summed_log_prob(reference, search, pixels, ids)
 
+    def error(ids: Ids) -> float:
+        return score_error(reference, search, pixels, ids)
+
     mine, theirs = Trace(captioner.backend, search, pixels), Trace(reference, search, pixels)
     spread = float(np.ptp(reference.log_probs(pixels, [search.prompt])[0]))
-    return find_divergence(mine, theirs, score, spread), mine, theirs
+    return find_divergence(mine, theirs, score, error, spread), mine, theirs
 
 
 def next_log_probs(
     reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], prefixes: list[Ids]
-) -> NDArray[np.float32]:
+) -> NDArray[np.floating]:
     """Return the reference's log-probabilities f32[len(prefixes),V] with the search's repetition penalty.
 
     Bans are not applied.
@@ -205,11 +231,25 @@ def next_log_probs(
     )
 
 
-def summed_log_prob(reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ids: Ids) -> float:
-    """Return the reference's summed log-probability of a caption's ids after the prompt."""
+def token_log_probs(
+    reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ids: Ids
+) -> NDArray[np.floating]:
+    """Return the reference's log-probability of each of a caption's ids after the prompt: f32[len(ids)-prompt]."""
     prompt = len(search.prompt)
     rows = next_log_probs(reference, search, pixels, [ids[:i] for i in range(prompt, len(ids))])
-    return float(sum(row[i] for row, i in zip(rows, ids[prompt:], strict=True)))
+    return rows[np.arange(len(rows)), ids[prompt:]]
+
+
+def summed_log_prob(reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ids: Ids) -> float:
+    """Return the reference's summed log-probability of a caption's ids after the prompt."""
+    return float(token_log_probs(reference, search, pixels, ids).cumsum()[-1])  # in the order of a search
+
+
+def score_error(reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ids: Ids) -> float:
+    """Return how far the reference's summed log-probability of a caption may be off by rounding. See TIE_ERRORS."""
+    rounded = token_log_probs(reference, search, pixels, ids)
+    exact = token_log_probs(reference.in_float64, search, pixels, ids)
+    return float(np.abs(rounded - exact).sum())
 
 
 def closest_tokens(reference: PrefixBackend, search: Search, pixels: NDArray[np.uint8], ids: Ids) -> tuple[int, float]:
@@ -234,21 +274,27 @@ def closest_candidates(trace: Trace) -> tuple[int, float]:
     return min(gaps, key=lambda gap: gap[1], default=(0, float("inf")))
 
 
-def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float], spread: float = 0.0) -> Divergence:
-    """Compare two traces step by step; `score` gives the reference's summed log-probability of any ids.
+def find_divergence(
+    ours: Trace, theirs: Trace, score: Callable[[Ids], float], error: Callable[[Ids], float], spread: float = 0.0
+) -> Divergence:
+    """Compare two traces step by step.
+
+    `score` gives the reference's summed log-probability of any ids, and `error` the rounding error of that. At a step,
+    the largest error of the reference's candidates counts.
 
     As long as both searches feed the same beams, each candidate must have the same score on both sides, and the scores
-    at each rank must agree. A larger difference than a tie is real, at any candidate. The searches diverge at the first
-    step after which their beams differ or, if there is no such step, at the first step whose candidates are ranked
-    differently.
+    at each rank must agree. A larger difference than rounding is real, at any candidate. The searches diverge at the
+    first step after which their beams differ or, if there is no such step, at the first step whose candidates are
+    ranked differently.
     """
     swapped: Divergence | None = None
     for number, (mine, reference) in enumerate(zip(ours.steps, theirs.steps, strict=False)):
         if mine.fed != reference.fed:
             previous = number - 1
             return swapped or Divergence(previous, _choice_gap(ours.steps[number], theirs.steps[number], score), True)
-        gap, scale = _largest_disagreement(mine, reference, score)
-        if gap > TIE_ABSOLUTE + TIE_RELATIVE * max(scale, spread):
+        gap, total = _largest_disagreement(mine, reference, score)
+        errors = map(error, [ids for ids, _ in reference.candidates])
+        if not is_rounding(gap, total, spread=spread, error=lambda: max(errors)):  # noqa: B023 - called at once
             return Divergence(number, gap, False)
         order = [ids for ids, _ in mine.candidates], [ids for ids, _ in reference.candidates]
         if swapped is None and order[0] != order[1]:
@@ -256,7 +302,8 @@ def find_divergence(ours: Trace, theirs: Trace, score: Callable[[Ids], float], s
     if swapped is not None:
         return swapped
     gap = abs(score(ours.ids) - score(theirs.ids))
-    return Divergence(min(len(ours.steps), len(theirs.steps)), gap, gap <= TIE_ABSOLUTE)
+    is_tie = is_rounding(gap, score(theirs.ids), error=lambda: max(map(error, (ours.ids, theirs.ids))))
+    return Divergence(min(len(ours.steps), len(theirs.steps)), gap, is_tie)
 
 
 def _largest_disagreement(mine: Step, reference: Step, score: Callable[[Ids], float]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -26,7 +27,8 @@ from engine.options import DecodeOptions
 from engine.runtime import Runtime
 from export.bundle import export_bundle
 from export.parity import main as parity
-from export.reference.huggingface import Reference, ensemble
+from export.reference.golden import golden_pictures
+from export.reference.huggingface import Reference, UncachedBackend, ensemble
 from tests.helpers.cores import two_cores
 from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
 
@@ -78,6 +80,15 @@ SETTINGS = [
     {"num_beams": 5, "num_return_sequences": 5, "early_stopping": True, "prompt": "axial ct of the"},
     {"num_beams": 2, "suppress_tokens": (9, 10), "bad_words": ("white arrow",)},
 ]
+
+
+def test_mean_of_models_in_float64(both, reference):
+    pixels = golden_pictures(both.bundle.image.height)[0]
+    backend = UncachedBackend(reference)
+    rows, exact = (b.logits(pixels, [(both.bundle.tokens.bos, 7)]) for b in (backend, backend.in_float64))
+    assert exact.dtype == np.float64
+    assert not np.array_equal(exact, exact.astype(np.float32)), "rounded to float32 on the way"
+    np.testing.assert_allclose(rows, exact, atol=1e-5)
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=lambda given: ",".join(f"{k}={v}" for k, v in given.items()))

@@ -194,7 +194,10 @@ def test_restored_florence_checkpoint_is_that_of_transformers(bundle, reference,
 def test_uncached_reference_of_florence_equals_its_full_forward_pass(reference, bundle):
     pixels = read_image(PICTURES[0], IMAGE_SIZE, IMAGE_SIZE, "bicubic")
     prefix = (bundle.tokens.bos, 0, 12, 7)
-    rows = UncachedBackend(reference).logits(pixels, [prefix[:2], prefix])
+    backend = UncachedBackend(reference)
+    rows, exact = (b.logits(pixels, [prefix[:2], prefix]) for b in (backend, backend.in_float64))
+    assert exact.dtype == np.float64
+    np.testing.assert_allclose(rows, exact, atol=1e-5)
     with torch.inference_mode():
         full = reference.model(
             **reference.family.task_arguments(reference.model, reference.task_ids, 1),

@@ -135,7 +135,10 @@ def test_uncached_reference_of_git_equals_its_full_forward_pass(reference, bundl
     spec = bundle.image
     pixels = read_image(PICTURES[0], spec.height, spec.width, spec.resample, resize=spec.resize)
     prefix = (bundle.tokens.bos, 9, 12, 7)
-    rows = UncachedBackend(reference).logits(pixels, [prefix[:2], prefix])
+    backend = UncachedBackend(reference)
+    rows, exact = (b.logits(pixels, [prefix[:2], prefix]) for b in (backend, backend.in_float64))
+    assert exact.dtype == np.float64
+    np.testing.assert_allclose(rows, exact, atol=1e-5)
     with torch.inference_mode():
         full = reference.model(
             input_ids=torch.tensor([prefix]), pixel_values=reference.pixels(PICTURES[:1]), use_cache=False

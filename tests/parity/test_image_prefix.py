@@ -199,7 +199,10 @@ def test_uncached_reference_equals_its_full_forward_pass(shape, made):
     spec, model = captioner.bundle.image, reference.model
     pixels = read_image(PICTURES[0], spec.height, spec.width, spec.resample, resize=spec.resize)
     ids = (captioner.bundle.tokens.bos, 9, 12, 7)
-    rows = UncachedBackend(reference).logits(pixels, [ids[:2], ids])
+    backend = UncachedBackend(reference)
+    rows, exact = (b.logits(pixels, [ids[:2], ids]) for b in (backend, backend.in_float64))
+    assert exact.dtype == np.float64
+    np.testing.assert_allclose(rows, exact, atol=1e-5)
     with torch.inference_mode():
         prefix = reference.family.encode(model, reference.pixels(PICTURES[:1]))
         fed = torch.tensor([ids if shape == "vit-linear" else ids[1:]])

@@ -199,6 +199,8 @@ def test_variants_equal_generate(variant, tmp_path):
             assert ours[number][0].ids == expected.ids, setting
             pads += reference.sizes.tokens.pad in expected.ids[1:-1]
             judged = UncachedBackend(reference)  # its positions must be those of generate's cache
-            log_prob = summed_log_prob(judged, search_of(reference.model, options), u8[number], expected.ids)
+            search, image = search_of(reference.model, options), u8[number]
+            log_prob = summed_log_prob(judged, search, image, expected.ids)
             assert abs(log_prob - ours[number][0].sum_log_prob) < 1e-4 * max(1.0, abs(log_prob))
+    assert summed_log_prob(judged.in_float64, search, image, expected.ids) == pytest.approx(log_prob, rel=1e-5)
     assert bool(pads) == (favoured == "pad")

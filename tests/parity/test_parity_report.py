@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +18,8 @@ from engine.bundle.manifest import Bundle
 from engine.options import DecodeOptions
 from export.bundle import checkpoint_sha256, write_manifest
 from export.parity import SettingReport, compare_setting, judge, main
-from export.reference.huggingface import PrefixBackend, Reference, ReferenceCaption
+from export.reference.golden import golden_pictures
+from export.reference.huggingface import PrefixBackend, Reference, ReferenceCaption, UncachedBackend
 from export.reference.trace import Trace
 from export.restore import restore_checkpoint
 from tests.helpers.tiny import make_checkpoint, random_pictures, save_pictures
@@ -143,24 +146,35 @@ def test_invalid_options_are_refused_before_captioning(
 
 
 class Words(PrefixBackend):
-    """Gives the same log-probabilities after each prefix: `words` {id: log-probability}, all others far lower."""
+    """Gives the same log-probabilities after each prefix: `words` {id: log-probability}, all others far lower.
 
-    def __init__(self, vocab_size: int, words: dict[int, float]) -> None:
+    In float64 all of them are `error` larger after prefixes of even length, and smaller after others.
+    """
+
+    def __init__(self, vocab_size: int, words: dict[int, float], error: float = 0.0) -> None:
+        self.error, self.shift = error, 0.0
         self.row = (-9.0 - 0.1 * np.arange(vocab_size)).astype(np.float32)
         for word, log_prob in words.items():
             self.row[word] = log_prob
 
+    @property
+    def in_float64(self):
+        exact = copy.copy(self)
+        exact.shift = self.error
+        return exact
+
     def log_probs(self, image, prefixes):  # noqa: ARG002
-        return np.tile(self.row, (len(prefixes), 1))
+        rows = np.tile(self.row, (len(prefixes), 1))
+        return rows + [[self.shift * (-1) ** len(prefix)] for prefix in prefixes] if self.shift else rows
 
 
 @pytest.fixture
 def explain(tiny_captioner, tiny_reference, monkeypatch):
     """Judge an image for which the engine has the log-probabilities `ours` and the reference has `theirs`."""
 
-    def run(ours: dict[int, float], theirs: dict[int, float], num_beams: int = 1):
+    def run(ours: dict[int, float], theirs: dict[int, float], num_beams: int = 1, error: float = 0.0):
         size = tiny_captioner.bundle.model.vocab_size
-        monkeypatch.setattr("export.reference.trace.UncachedBackend", lambda _: Words(size, theirs))
+        monkeypatch.setattr("export.reference.trace.UncachedBackend", lambda _: Words(size, theirs, error))
         options, picture = DecodeOptions(num_beams=num_beams, max_new_tokens=4), random_pictures(1)[0]
         search, pixels = tiny_captioner.search(options), np.zeros((32, 32, 3), np.uint8)
         expected = Trace(Words(size, theirs), search, pixels).ids
@@ -180,6 +194,32 @@ def test_gap_at_first_divergence_decides(nudge, verdict, num_beams, explain):
     assert found == verdict
     assert divergence.step == 0
     assert divergence.gap == pytest.approx(nudge, rel=0.6)
+
+
+@pytest.mark.parametrize(
+    ("nudge", "error", "verdict"),
+    [(8e-5, 5e-5, "tie"), (8e-5, 1e-6, "real"), (8e-5, 0.0, "real"), (4e-4, 1.0, "real")],
+)
+def test_rounding_error_of_the_reference_widens_a_tie(nudge, error, verdict, explain):
+    """The first two tokens are `nudge` apart, and the reference's log-probabilities are `error` off those of float64.
+
+    4e-4 is not rounding, whatever the reference's error: the score is -1, and scores may differ by 1e-4.
+    """
+    found, divergence = explain(
+        {7: -1.0 + nudge / 2, 8: -1.0}, {7: -1.0 - nudge / 2, 8: -1.0}, num_beams=2, error=error
+    )
+    assert found == verdict
+    assert divergence.step == 0
+
+
+def test_reference_in_float64(tiny_captioner, tiny_reference):
+    bundle, pixels = tiny_captioner.bundle, golden_pictures(tiny_captioner.bundle.image.height)[0]
+    backend, prefix = UncachedBackend(tiny_reference), (bundle.tokens.bos, 7, 12)
+    rows, exact = (b.log_probs(pixels, [prefix]) for b in (backend, backend.in_float64))
+    assert (rows.dtype, exact.dtype) == (np.float32, np.float64)
+    assert 0 < np.abs(rows - exact).max() < 1e-5
+    assert tiny_reference.in_float64 is tiny_reference.in_float64, "a copy for every image"
+    assert tiny_reference.model.dtype == torch.float32
 
 
 def test_wrong_score_outside_reference_candidates_is_real(explain):
@@ -214,11 +254,22 @@ def test_batch_verdict_needs_a_tie_and_correct_score(
     assert found == verdict
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
-@pytest.mark.parametrize(("gap", "verdict"), [(1e-7, "batch"), (1e-2, "real")])
-def test_generate_with_caches_takes_another_path(gap, verdict, num_beams, tiny_captioner, tiny_reference, monkeypatch):
+@pytest.mark.parametrize(
+    ("gap", "num_beams", "error", "verdict"),
+    [
+        (1e-7, 1, 0.0, "batch"),
+        (1e-7, 2, 0.0, "batch"),
+        (1e-2, 1, 0.0, "real"),
+        (1e-2, 2, 0.0, "real"),
+        (8e-5, 2, 0.0, "real"),
+        (8e-5, 2, 5e-5, "batch"),
+    ],
+)
+def test_generate_with_caches_takes_another_path(
+    gap, num_beams, error, verdict, tiny_captioner, tiny_reference, monkeypatch
+):
     """Both traces end in token 7, but `generate` returned token 8, whose score is `gap` lower."""
-    words = Words(tiny_captioner.bundle.model.vocab_size, {7: -1.0, 8: -1.0 - gap})
+    words = Words(tiny_captioner.bundle.model.vocab_size, {7: -1.0, 8: -1.0 - gap}, error)
     monkeypatch.setattr("export.reference.trace.UncachedBackend", lambda _: words)
     monkeypatch.setattr(tiny_captioner, "backend", words)
     options, picture = DecodeOptions(num_beams=num_beams, max_new_tokens=1), random_pictures(1)[0]
