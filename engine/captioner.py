@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from engine.backends.device import slots_for
 from engine.bundle.manifest import WITH_PENALTIES, Bundle
 from engine.bundle.open import BundleRef
 from engine.bundle.tokenizer import CaptionTokenizer
-from engine.captions import Alternative, Attention, Caption
+from engine.captions import REMEMBERED, REMEMBERED_MAPS, Alternative, Attention, Caption, Finished, InOrder, Repeats
 from engine.checkpoints.cache import ModelRef
 from engine.decoding.backend import AttentionBackend, BatchSizes
 from engine.decoding.beam import Hypothesis, Search, Start, resolve_search
@@ -90,73 +89,6 @@ def resolve(
     # the searches only differ in their prompts and lengths: the longest has room for all
     search = max(search_of.values(), key=lambda search: search.max_length)
     return Decoding(options, search, {name: search_of[prompt].start for name, prompt in prompts.items()})
-
-
-REMEMBERED = 4096
-"""Number of distinct images whose captions are kept for repeats; they take a few megabytes."""
-REMEMBERED_MAPS = 256
-"""The same with attention, which takes about 25 kB per caption."""
-
-
-class Finished(NamedTuple):
-    """The result of decoding one image."""
-
-    alternatives: tuple[Alternative, ...]
-    attention: Attention | None = None
-
-
-class Repeats:
-    """Cache of captions by pixels, so that equal images are captioned once; it keeps the last `remembered` ones."""
-
-    def __init__(self, remembered: int = REMEMBERED) -> None:
-        self._remembered = remembered
-        self._waiting: dict[bytes, list[tuple[int, str, str | None, float]]] = {}
-        self._known: dict[bytes, Finished] = {}
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether any image is waiting for a caption."""
-        return bool(self._waiting)
-
-    def known(self, digest: bytes) -> Finished | None:
-        """Return the result of these pixels, or None if it is not known yet."""
-        return self._known.get(digest)
-
-    def wait(self, digest: bytes, index: int, name: str, file_sha256: str | None = None) -> bool:
-        """Make image `index` wait for the caption of these pixels; return whether it is the first that waits for it."""
-        self._waiting.setdefault(digest, []).append((index, name, file_sha256, time.perf_counter()))
-        return len(self._waiting[digest]) == 1
-
-    def resolve(self, digest: bytes, finished: Finished) -> Iterator[tuple[int, Caption]]:
-        """Yield the index and the caption of every image that waited for these pixels."""
-        now = time.perf_counter()
-        self._known[digest] = finished
-        if len(self._known) > self._remembered:
-            del self._known[next(iter(self._known))]  # dicts keep their order: the oldest
-        for index, name, file_sha256, since in self._waiting.pop(digest):
-            yield index, _caption(name, finished, now - since, file_sha256)
-
-
-def _caption(name: str, finished: Finished, latency_s: float, file_sha256: str | None) -> Caption:
-    return Caption(name, finished.alternatives, latency_s, file_sha256, finished.attention)
-
-
-class InOrder:
-    """Puts captions that finish in any order into the order of their images."""
-
-    def __init__(self) -> None:
-        self._early: dict[int, Caption] = {}
-        self._next = 0
-
-    def add(self, index: int, caption: Caption) -> None:
-        """Add the caption of image `index`."""
-        self._early[index] = caption
-
-    def ready(self) -> Iterator[Caption]:
-        """Yield the captions that are next in order."""
-        while self._next in self._early:
-            yield self._early.pop(self._next)
-            self._next += 1
 
 
 ImageSource = ImageFile | Path | str | Image.Image | NDArray[np.uint8]
@@ -405,7 +337,7 @@ class Captioner:
                     raise UsageError(f"image {name} has no prompt: add one, which may be empty")
                 key = digest if start == search.start else digest + repr(start.prompt).encode()
                 if (known := repeats.known(key)) is not None:
-                    captions.add(index, _caption(name, known, 0.0, file_sha256))
+                    captions.add(index, known.caption_of(name, 0.0, file_sha256))
                     yield known_before
                 else:
                     is_first = repeats.wait(key, index, name, file_sha256)

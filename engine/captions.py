@@ -1,13 +1,17 @@
-"""Caption and Alternative, the results of captioning, and their text without a prompt. Every module may import this."""
+"""Caption and Alternative, the results of captioning: for repeated images, in order, and as text without a prompt.
+
+Every module may import this.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,6 +141,73 @@ class Caption:
             mean_token_prob=sum(chances) / len(chances) if chances else None,
             min_token_prob=min(chances, default=None),
         )
+
+
+REMEMBERED = 4096
+"""Number of distinct images whose captions are kept for repeats; they take a few megabytes."""
+REMEMBERED_MAPS = 256
+"""The same with attention, which takes about 25 kB per caption."""
+
+
+class Finished(NamedTuple):
+    """The result of decoding one image."""
+
+    alternatives: tuple[Alternative, ...]
+    attention: Attention | None = None
+
+    def caption_of(self, name: str, latency_s: float, file_sha256: str | None) -> Caption:
+        """Return this as the caption of an image."""
+        return Caption(name, self.alternatives, latency_s, file_sha256, self.attention)
+
+
+class Repeats:
+    """Cache of captions by pixels, so that equal images are captioned once; it keeps the last `remembered` ones."""
+
+    def __init__(self, remembered: int = REMEMBERED) -> None:
+        self._remembered = remembered
+        self._waiting: dict[bytes, list[tuple[int, str, str | None, float]]] = {}
+        self._known: dict[bytes, Finished] = {}
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether any image is waiting for a caption."""
+        return bool(self._waiting)
+
+    def known(self, digest: bytes) -> Finished | None:
+        """Return the result of these pixels, or None if it is not known yet."""
+        return self._known.get(digest)
+
+    def wait(self, digest: bytes, index: int, name: str, file_sha256: str | None = None) -> bool:
+        """Make image `index` wait for the caption of these pixels; return whether it is the first that waits for it."""
+        self._waiting.setdefault(digest, []).append((index, name, file_sha256, time.perf_counter()))
+        return len(self._waiting[digest]) == 1
+
+    def resolve(self, digest: bytes, finished: Finished) -> Iterator[tuple[int, Caption]]:
+        """Yield the index and the caption of every image that waited for these pixels."""
+        now = time.perf_counter()
+        self._known[digest] = finished
+        if len(self._known) > self._remembered:
+            del self._known[next(iter(self._known))]  # dicts keep their order: the oldest
+        for index, name, file_sha256, since in self._waiting.pop(digest):
+            yield index, finished.caption_of(name, now - since, file_sha256)
+
+
+class InOrder:
+    """Puts captions that finish in any order into the order of their images."""
+
+    def __init__(self) -> None:
+        self._early: dict[int, Caption] = {}
+        self._next = 0
+
+    def add(self, index: int, caption: Caption) -> None:
+        """Add the caption of image `index`."""
+        self._early[index] = caption
+
+    def ready(self) -> Iterator[Caption]:
+        """Yield the captions that are next in order."""
+        while self._next in self._early:
+            yield self._early.pop(self._next)
+            self._next += 1
 
 
 def shared_words(first: str, second: str) -> float:
