@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.bundle.manifest import FORMAT, MANIFEST, PER_ROW, ModelDims
 from engine.checkpoints.graphs import GraphSet, Number, size_of
-from engine.checkpoints.int8 import rotate
+from engine.checkpoints.int8 import BEST_LOGITS, rotate
 from engine.checkpoints.read import Checkpoint
 from engine.checkpoints.vision_encoder_decoder import POSITION_OFFSET
 from engine.checkpoints.write import write_graphs
@@ -77,7 +77,15 @@ def parameters(
 
 
 def _check_weights(checkpoint: Checkpoint, graphs: GraphSet, numbers: Mapping[str, Number]) -> None:
-    """Raise CheckpointError if a weight is missing, has another shape, or differs from one that it is tied to."""
+    """Raise CheckpointError if a weight is missing, has another shape, or differs from one that it is tied to.
+
+    Also if the vocabulary is too small for the head of int8 graphs.
+    """
+    vocab_size = checkpoint.model.vocab_size
+    if graphs.precision == "int8" and vocab_size <= BEST_LOGITS:
+        raise CheckpointError(
+            f"the checkpoint has {vocab_size} tokens, but int8 needs more than {BEST_LOGITS}: use --precision fp32"
+        )
     for name, sizes in graphs.weights.items():
         expected = tuple(size_of(size, numbers) for size in sizes)
         if name not in checkpoint.weights:

@@ -36,6 +36,12 @@ SUFFIX, SCALE_SUFFIX = ".int8", ".scale"
 """Appended to the checkpoint's name of a weight."""
 SMALLEST_SCALE = np.finfo(np.float32).tiny
 """Scale of an output whose weights are all 0."""
+BEST_LOGITS = 32
+"""Logits of a row that are computed again in float32, in decoders whose head shares the table of word embeddings.
+
+They are the largest of those that are rounded once: as many as 16 beams look at, which is 2 per beam. Sampling, more
+beams, and bans of some of these tokens reach logits that stay rounded.
+"""
 BLOCK = 128
 """Columns that are transformed at once, so that they stay in the processor's cache."""
 

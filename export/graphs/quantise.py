@@ -16,7 +16,7 @@ from onnx.utils import Extractor
 
 from engine.bundle.manifest import FORMAT, HALVES, LOG_PROBS, graph_inputs, graph_outputs
 from engine.checkpoints.graphs import INPUTS_FIRST
-from engine.checkpoints.int8 import SCALE_SUFFIX, SUFFIX
+from engine.checkpoints.int8 import BEST_LOGITS, SCALE_SUFFIX, SUFFIX
 
 
 class Rounding(NamedTuple):
@@ -43,20 +43,15 @@ PLAIN = Rounding("int8.plain", 128, 1e-20)
 TWICE = Rounding("int8.twice", 128, 1e-20, is_twice=True)
 GELU = Rounding("int8.gelu", 32, 0.17 / 32 * (255 - 32), is_signed=False)
 """GELU(x) is above -0.17, which is 32 steps here: 223 steps are left for values above 0 instead of 127."""
-BEST = 32
-"""Logits of a row that are computed again in float32: enough for 16 beams, which look at 32 tokens of a row.
-
-More beams, sampling, and searches that ban some of the best tokens also look at tokens that are rounded once.
-"""
 
 
 def quantise(float32: ModelProto, *, is_decoder: bool = False) -> ModelProto:
     """Return a graph with all dense layers in int8.
 
-    A decoder rounds the inputs of its layers TWICE. Sums of attention are in another order in other company, and where
-    that moves a value over the edge between two steps, log-probabilities of the demo differ by up to 0.0005, and by
-    0.0048 if the head alone rounds once. A head whose weights are also the table of word embeddings does round once,
-    because the largest logits are then computed again in float32 (`_exact_best`).
+    A decoder rounds the inputs of its layers TWICE. Sums of attention are in another order when a row is decoded with
+    other images, and where that moves a value over the edge between two steps, log-probabilities change: those of the
+    demo by up to 0.0048 if the head rounds once, and by 0.0005 with a head whose weights are also the table of word
+    embeddings. That one rounds once too, but its largest logits are then computed again in float32 (`_exact_best`).
     Only names and shapes of weights are read and set. engine/checkpoints/write.py quantises the values.
     """
     model = ModelProto()
@@ -88,7 +83,7 @@ def quantise(float32: ModelProto, *, is_decoder: bool = False) -> ModelProto:
                 TensorProto(name=name + SCALE_SUFFIX, data_type=TensorProto.FLOAT, dims=[outputs]),
             ]
         x, out = node.input[0], node.output[0]
-        is_head = is_decoder and is_transposed and name in tables and outputs > BEST
+        is_head = is_decoder and is_transposed and name in tables and outputs > BEST_LOGITS
         rounding = PLAIN if is_head else TWICE if is_decoder else GELU if _is_gelu(x, makers) else PLAIN
         if (x, rounding) not in rounded:  # q, k and v share their input's rows
             rounded.add((x, rounding))
@@ -134,7 +129,7 @@ def _constants() -> dict[str, np.ndarray]:
     constants = {
         "int8.one": np.array(1, np.float32),
         "int8.last": np.array([-1], np.int64),
-        "int8.best": np.array([BEST], np.int64),
+        "int8.best": np.array([BEST_LOGITS], np.int64),
         "int8.rest": np.array(1 / 254, np.float32),
     }
     for one in (PLAIN, GELU, TWICE):
@@ -195,7 +190,7 @@ def _product(x: str, rounding: Rounding, weight: str, bias: str, out: str) -> li
 
 
 def _exact_best(x: str, table: str, bias: str, logits: str, out: str) -> list[NodeProto]:
-    """Return the nodes that copy `logits` f32[...,V] to `out`, the BEST largest of each row computed in float32.
+    """Return the nodes that copy `logits` f32[...,V] to `out`, the BEST_LOGITS largest of a row computed in float32.
 
     Each is the product of a row of x f32[...,D] and a row of the table f32[V,D], and costs a lookup in the table, which
     the word embeddings keep in float32 anyway. Of the other logits most only add to the denominator of the softmax.

@@ -281,6 +281,14 @@ def test_weights_that_do_not_fit_are_refused_before_writing(tiny_checkpoint, tmp
     assert not (tmp_path / "bundle").exists()
 
 
+def test_vocabularies_too_small_for_int8_are_refused(tiny_checkpoint, tmp_path):
+    checkpoint = read_checkpoint(tiny_checkpoint)
+    few = replace(checkpoint, model=replace(checkpoint.model, vocab_size=32))
+    with pytest.raises(CheckpointError, match=r"has 32 tokens, but int8 needs more than 32: use --precision fp32"):
+        converted(few, tmp_path / "bundle", "int8")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_untied_heads_are_refused(tiny_checkpoint, tmp_path):
     checkpoint = read_checkpoint(tiny_checkpoint)
     head = "text_decoder.cls.predictions.decoder.weight"
