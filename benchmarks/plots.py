@@ -139,16 +139,20 @@ def _finish(figure: Any, axes: Any) -> Any:
     return figure
 
 
+def _is_float32(record: dict[str, Any]) -> bool:
+    """Return whether a record compares programs in float32 on BLIP. Records before 30 November have no `fidelity`."""
+    return record["benchmark"] == "throughput" and record["workload"] in BLIPS and not record.get("fidelity")
+
+
 def has_own_lengths(record: dict[str, Any]) -> bool:
     """Return whether a record compares programs in float32 on BLIP, with captions of their own lengths."""
-    is_blip = record["benchmark"] == "throughput" and record["workload"] in BLIPS
-    return is_blip and not record["setting"]["forced_tokens"] and "generate" in record["programs"]
+    return _is_float32(record) and not record["setting"]["forced_tokens"]
 
 
 def has_one_length(record: dict[str, Any]) -> bool:
-    """Return whether a record compares programs on base with 4 beams, with captions of a forced length."""
-    is_base = record["benchmark"] == "throughput" and (record["workload"], record["setting"]["beams"]) == ("base", 4)
-    return is_base and bool(record["setting"]["forced_tokens"]) and "generate" in record["programs"]
+    """Return whether a record compares programs in float32 on base with 4 beams, with captions of a forced length."""
+    is_base = _is_float32(record) and (record["workload"], record["setting"]["beams"]) == ("base", 4)
+    return is_base and bool(record["setting"]["forced_tokens"])
 
 
 PLOTS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], bool]]] = {

@@ -368,12 +368,14 @@ def _judge(workload: Workload, options: DecodeOptions) -> Callable[[int, Ids1, I
 
 
 def fidelity_of(workload: Workload, ours: Ids, theirs: Ids) -> dict[str, Any]:
-    """Compare the captions of a program in lower precision with the engine's in float32.
+    """Compare the captions of a program in lower precision with the engine's in float32, of as many images as it got.
 
-    Returns the number of captions with the same ids and, if the workload has references, the difference in ROUGE-1 with
-    its 95 % interval (paired bootstrap).
+    Returns the numbers of captions and of those with the same ids and, if the workload has references, the difference
+    in ROUGE-1 with its 95 % interval (paired bootstrap).
     """
-    same = {"identical": sum(mine == other for mine, other in zip(ours, theirs, strict=True))}
+    ours = ours[: len(theirs)]
+    identical = sum(mine == other for mine, other in zip(ours, theirs, strict=True))
+    same = {"images": len(theirs), "identical": identical}
     references = read_references(workload)
     if references is None:
         return same | {"rouge1": None}
@@ -433,8 +435,8 @@ def _print(record: dict[str, Any], out: Path) -> None:
         f"{counted(record['setting']['beams'], 'beam')}",
         err=True,
     )
-    images = record["setting"]["images"]
     for program, found in record["fidelity"].items():
+        images = found["images"]
         if found["rouge1"] is None:
             click.echo(
                 f"{program}: {found['identical']} of {images} captions as in float32; random weights, so that neither "
@@ -459,7 +461,7 @@ def _same_ids(record: dict[str, Any], program: str) -> str:
     if counts is None:
         return ""
     others = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count and verdict != "identical")
-    return f"{counts['identical']} of {record['setting']['images']}" + (f" ({others})" if others else "")
+    return f"{counts['identical']} of {sum(counts.values())}" + (f" ({others})" if others else "")
 
 
 if __name__ == "__main__":

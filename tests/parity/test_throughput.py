@@ -47,13 +47,17 @@ def test_fidelity_counts_captions_and_compares_rouge1(tmp_path):
     tokenizer = CaptionTokenizer(Bundle.load(demo_bundle()))
     ids = [tokenizer.prompt_ids(reference.lower()) for reference in references]
     assert fidelity_of(workload, ids, ids) == {
+        "images": 40,
         "identical": 40,
         "rouge1": {"difference": 0.0, "low": 0.0, "high": 0.0},
     }
     worse = fidelity_of(workload, ids, [ids[1], *ids[1:]])
     assert worse["identical"] == 39
     assert worse["rouge1"]["difference"] < 0 == worse["rouge1"]["high"]
-    assert fidelity_of(replace(workload, name="base"), ids, ids) == {"identical": 40, "rouge1": None}
+    fewer = fidelity_of(replace(workload, name="base"), ids, ids[:3])
+    assert fewer == {"images": 3, "identical": 3, "rouge1": None}
+    fewer = fidelity_of(workload, ids, ids[:3])
+    assert (fewer["images"], fewer["rouge1"]["difference"]) == (3, 0.0)
 
 
 class InProcess(Worker):
