@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.errors import counted
+
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Return a Markdown table. Every row needs one cell per entry of the header."""
@@ -90,7 +92,7 @@ def agreement(record: Record) -> str:
     for counts in record["agreement"].values():
         images = sum(counts[kind] for kind in ("identical", "tie", "batch", "real"))
         explained = [
-            f"{counts[kind]} {word}" for kind, word in (("tie", "tie"), ("batch", "batch effect")) if counts[kind]
+            counted(counts[kind], word) for kind, word in (("tie", "tie"), ("batch", "batch effect")) if counts[kind]
         ]
         note = f" ({', '.join(explained)})" if explained else ""
         parts.append(f"{counts['identical']} of {images}{note}")
@@ -192,10 +194,10 @@ def precisions(*records: Record) -> str:
         ours = f"{record['programs']['engine']['seconds_per_image']:.3f}"
         rows.append([name_of(record), "the engine, float32", ours, "", ""])
         for program, found in record["fidelity"].items():
-            same = f"{found['identical']} of {record['setting']['images']}"
+            same = f"{found['identical']} of {found.get('images', record['setting']['images'])}"
             change = difference(found["rouge1"]) if found["rouge1"] is not None else ""
             rows.append(["", IN_LOWER_PRECISION[program], program_cell(record, program, 2), same, change])
-    return table(["model", "program", "s/image", "captions as in float32", "ROUGE-1 less float32's"], rows)
+    return table(["model", "program", "s/image", "captions as in float32", "ROUGE-1 minus float32's"], rows)
 
 
 def by_rows(record: Record) -> str:
@@ -485,10 +487,10 @@ FAMILIES = (
 TABLES = {
     "headline": Table((*BASE, "large_4beams"), headline, elsewhere=(*ZEN4, *LENGTHS), see=""),
     "readme speed": Table((*BASE, "large_4beams"), readme_speeds, elsewhere=ZEN4),
-    "speed": Table((*BASE, "large_4beams", "demo_4beams"), speeds),
+    "speed": Table((*BASE, "base-384_4beams", "large_4beams", "demo_4beams"), speeds),
     "precisions": Table(("base_4beams_precisions", "demo_4beams_precisions"), precisions),
-    "memory": Table((*BASE, "large_4beams", "demo_4beams"), memory, see="as above"),
-    "products": Table((*BASE, "large_4beams", "demo_4beams"), products, see="as above"),
+    "memory": Table((*BASE, "base-384_4beams", "large_4beams", "demo_4beams"), memory, see="as above"),
+    "products": Table((*BASE, "base-384_4beams", "large_4beams", "demo_4beams"), products, see="as above"),
     "other processor": Table(ZEN4, speeds),
     "products of the other": Table(ZEN4, products, see="as above"),
     "lengths": Table(LENGTHS, by_length),
