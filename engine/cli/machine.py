@@ -67,7 +67,8 @@ def bench(
 def verify(bundle: BundleRef | ModelRef, runtime: Runtime, as_json: bool) -> None:
     """Replay the PyTorch outputs recorded in the bundle; exit with 1 if any differs.
 
-    Those of models with tasks are for several tasks; with --task, only one is replayed.
+    Those of models with tasks are for several tasks; with --task, only one is replayed. The export left out images for
+    which the graphs give another caption, because candidates tie or because of the bundle's precision.
     """
     from engine.backends import open_backend, require_backend
     from engine.machine.verify import verify as replay

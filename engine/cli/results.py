@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.shared import PATH, Group, column_options, log, verbosity
+from engine.cli.shared import PATH, Group, column_options, flag_of, log, verbosity
 from engine.errors import EngineError, UsageError, counted
 from engine.options import CLIP, DEPTH_HELP
 
@@ -26,7 +26,7 @@ def _parse_pairs(context: click.Context, parameter: click.Parameter, values: tup
     for value in values:
         name, equals, content = value.partition("=")
         if not name or not equals or not content:
-            raise UsageError(f"{parameter.opts[0]} takes NAME=..., not {value!r}")
+            raise UsageError(f"{flag_of(parameter)} takes NAME=..., not {value!r}")
         pairs[name] = content
     return pairs
 
@@ -200,7 +200,7 @@ def _refuse_pixels_without_images(context: click.Context, images: Path | None) -
 def options_given(context: click.Context) -> list[str]:
     """Return the options that were given on the command line."""
     given = [p for p in context.command.params if p.name and context.get_parameter_source(p.name) is COMMANDLINE]
-    return [parameter.opts[0] for parameter in given if isinstance(parameter, click.Option)]
+    return [flag_of(parameter) for parameter in given if isinstance(parameter, click.Option)]
 
 
 def _summary(report: Any) -> list[str]:

@@ -109,7 +109,7 @@ class NumbersType(click.ParamType):  # type: ignore[type-arg]
 def _refuse_empty(value: Any, parameter: click.Parameter | None) -> Any:
     """Return a value. Raises UsageError if it is an empty string."""
     if value == "" and parameter is not None:
-        name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+        name = flag_of(parameter) if isinstance(parameter, click.Option) else parameter.human_readable_name
         raise UsageError(f"{name} is empty: give a path or a name (is a shell variable unset?)")
     return value
 
@@ -536,7 +536,7 @@ def hinted(error: click.UsageError) -> str:
     if isinstance(error, click.NoSuchOption):
         name = error.option_name.replace("_", "-").lower()
         field = name.strip("-").replace("-", "_")
-        fields = {str(option.name).removeprefix("decoding_"): option.opts[0] for option in options}
+        fields = {str(option.name).removeprefix("decoding_"): flag_of(option) for option in options}
         meant = [fields.get(field), fields.get(WITHOUT_FLAG.get(field, ""))]
         meant += [flag for names in SYNONYMS if name in names for flag in names if flag in flags]
         flag = next((flag for flag in meant if flag is not None), None)
@@ -554,23 +554,24 @@ def hinted(error: click.UsageError) -> str:
         message = "--images is the number of images: did you mean --input?"
     elif isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
         wanted = _wanted(error.param)
-        message = f"{_longest(error.param)} is missing: " + (f"give {wanted}" if wanted else "this command needs it")
+        message = f"{flag_of(error.param)} is missing: " + (f"give {wanted}" if wanted else "this command needs it")
     elif isinstance(error, click.BadOptionUsage) and "requires an argument" in message:
         message = f"{error.option_name} has no value: give one after it"
     elif isinstance(error, click.BadParameter) and isinstance(error.param, click.Option):
         wanted, value = _wanted(error.param), WRONG_VALUE.fullmatch(error.message)
         if wanted and value:
-            message = f"{_longest(error.param)} must be {wanted}, not {value[1]}"
+            message = f"{flag_of(error.param)} must be {wanted}, not {value[1]}"
     elif message.startswith("Got unexpected extra argument") and "--input" in flags:
         message += ": put quotes around a pattern, as in --input 'folder/*.png', or write --input before each path"
     return message
 
 
 WRONG_VALUE = re.compile(r"(.+) is not (?:a valid \w+(?: range)?|in the range .*|one of .*)\.", re.DOTALL)
-"""What click says of a value that an option cannot take."""
+"""Click's message for a value that an option does not accept."""
 
 
-def _longest(option: click.Option) -> str:
+def flag_of(option: click.Parameter) -> str:
+    """Return the flag by which messages name an option: `--out`, not `-o`."""
     return max(option.opts, key=len)
 
 

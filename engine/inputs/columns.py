@@ -103,7 +103,7 @@ def is_header(cells: Sequence[str], others: Sequence[tuple[str, str]], columns: 
 
     `others` holds (first cell, rest of the line) of further lines. A line is a header if it has only HEADER_WORDS, or
     has a known name, or has only words while all further lines begin with an image, or, if there are several, with a
-    numbered id.
+    numbered id. The name of a captions' column is not enough if only one line follows and the first cell has a digit.
     """
     names = [cell.strip() for cell in cells if cell.strip()]
     if not names or not others or any(cut_suffix(name) != name for name in names):
@@ -115,7 +115,7 @@ def is_header(cells: Sequence[str], others: Sequence[tuple[str, str]], columns: 
         return False
     if columns.place_of_id(names) is not None:
         return True
-    # of two rows the first may be `r1,text`
+    # of two rows the first may be data, such as `r1,text`
     if columns.place_of_caption(names) is not None and (len(others) > 1 or not re.search(r"\d", names[0])):
         return True
     is_named = all(cut_suffix(first.strip()) != first.strip() for first, _ in others)

@@ -76,7 +76,7 @@ def some(captions: dict[str, str], count: int = 8) -> dict[str, str]:
     return dict(list(captions.items())[:count])
 
 
-def test_rows_leave_the_buffer_of_standard_output_as_they_are_written(images, tiny_bundle, monkeypatch):
+def test_rows_are_flushed_as_they_are_written(images, tiny_bundle, monkeypatch):
     written = []
 
     class Raw(io.RawIOBase):

@@ -350,7 +350,7 @@ def test_thumbnails_of_equal_names_sizes_and_times_are_not_shared(work):
     assert len(thumbnails(work)) == 2
 
 
-def test_the_surest_captions_are_those_of_the_largest_expected_score():
+def test_surest_captions_have_the_largest_score():
     """Among equal ones the mean token probability decides."""
     columns = [
         Column(name, "n-best", values, is_number=True)

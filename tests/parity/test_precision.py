@@ -218,10 +218,7 @@ SCORE_NOISE = 1e-4
 
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_int8_captions_do_not_depend_on_other_images(bundles, backend):
-    """Encode batches, images in flight, threads and the order of the images change nothing but which of two ties wins.
-
-    Log-probabilities of tokens differ by up to 2e-4 here.
-    """
+    """Encode batches, images in flight, threads and the order of images change nothing but which of two ties wins."""
     pictures = random_pictures(40, seed=3)
     alone = Captioner.load(bundles["int8"], backend=backend, threads=1)
     expected = [next(iter(alone.caption([picture], OPTIONS, rows=4))) for picture in pictures]
