@@ -34,7 +34,7 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     return [record for record in records if record.get("benchmark") and record.get("valid", True)]
 
 
-BLIPS = ("base", "large", "demo")
+BLIPS = ("base", "base-384", "large", "demo")
 """Workloads in the plot of beams; the ratios of other families are too different for one scale."""
 
 
@@ -58,7 +58,7 @@ def plot_beams(records: list[dict[str, Any]]) -> Any:
     axes.legend(
         [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in NAMES], NAMES.values(), fontsize=7, frameon=False
     )
-    axes.set_title("Speed over Hugging Face generate's at its best batch size, and seconds an image", fontsize=9)
+    axes.set_title("Speed relative to Hugging Face generate at its best batch size, and seconds per image", fontsize=9)
     return _finish(figure, axes)
 
 
@@ -80,7 +80,7 @@ def plot_lengths(records: list[dict[str, Any]]) -> Any:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS[program], label=name)
     axes.set_xlabel("new tokens in every caption")
-    axes.set_ylabel("seconds an image")
+    axes.set_ylabel("seconds per image")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, frameon=False)
     axes.set_title("BLIP-base shape, 4 beams", fontsize=9)

@@ -7,6 +7,7 @@ import csv
 import io
 import lzma
 import re
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
@@ -62,6 +63,8 @@ def manifest_ids(manifest: Path, columns: Columns = USUAL) -> tuple[list[str], l
     if all(cut_suffix(name) != name for name in ids):
         ids = [image_id(name) for name in ids]
         notes.append(f"{manifest} lists files: the ids are their names without suffix")
+        if repeated := sorted(name for name, count in Counter(ids).items() if count > 1):
+            raise DataError(f"{manifest} lists several files of one name, so that ids repeat: {join_some(repeated)}")
     numbers = [re.fullmatch(r"(.*?)(\d+)", name) for name in ids]
     pairs = [(match[1], int(match[2])) for match in numbers if match is not None]
     if len(pairs) == len(ids) and len({prefix for prefix, _ in pairs}) == 1:
@@ -76,10 +79,10 @@ def manifest_ids(manifest: Path, columns: Columns = USUAL) -> tuple[list[str], l
 
 
 def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str, out: Path) -> list[str]:
-    """Write the captions of `ids` in that order in the format `name`, check the written file, and return notes.
+    """Write the captions of `ids` in that order in the format `name` and return notes.
 
     Raises DataError if captions and ids do not match, UsageError if the suffix of `out` does not fit the format, and
-    EngineError if the written file does not pass the check.
+    EngineError if the file would not pass the check; an earlier file then stays.
     """
     form = FORMATS[name]
     if form.is_zip != (out.suffix.lower() == ".zip"):
@@ -105,10 +108,15 @@ def write_submission(captions: Mapping[str, str], ids: Sequence[str], name: str,
         raise DataError(f"ids that are not UTF-8 cannot be in a submission: rename {join_some(undecodable)}")
     content = "".join(_row(name, captions[name], form) for name in ids).encode("utf-8")
     content = b"ID,Caption\n" + content if form.is_headed else content
-    replace_file(out, _archive(content) if form.is_zip else content)
-    verdict = check_submission(out, ids, name)
+    file = _archive(content) if form.is_zip else content
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / out.name
+        draft.write_bytes(file)
+        verdict = check_submission(draft, ids, name)
     if verdict.errors or verdict.warnings:
-        raise EngineError(f"{out} was written but does not pass the check: {(verdict.errors + verdict.warnings)[0]}")
+        problem = (verdict.errors + verdict.warnings)[0]
+        raise EngineError(f"{out} was not written, because it would not pass the check: {problem}")
+    replace_file(out, file)
     return verdict.notes
 
 

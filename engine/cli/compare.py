@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.cli.results import (
+    further_inputs,
     matching_options,
     measured_report,
     metric_inputs,
@@ -91,7 +92,7 @@ def compare(
     if changes_out is not None:
         if not runs:
             raise UsageError("--changes-out needs two runs: files of --per-image have no captions")
-        check_outputs({"--changes-out": changes_out}, [first, second])
+        check_outputs({"--changes-out": changes_out}, [first, second, *further_inputs(given)])
     changes = _changes(first, second, given["references"], named, only_common=given["only_common"]) if runs else []
     results: dict[str, Any] = {}
     scores: tuple[Any, Any] = ({}, {})
@@ -169,11 +170,11 @@ def _changes(first: Path, second: Path, references: Path | None, named: Columns,
     """Return the changes of all captions, the largest first. Raises DataError if the runs are of different images."""
     from engine.captions import changed_words
     from engine.inputs.ids import join_some
-    from engine.inputs.tables import by_reference_id, read_table
+    from engine.inputs.tables import own_by_reference_id, read_table
 
     tables = [read_table(path, named) for path in (first, second)]
     known = tables[0] if references is None else read_table(references, named)
-    ours, theirs = (by_reference_id(known, table.single(), table.path, table.files) for table in tables)
+    ours, theirs = (own_by_reference_id(known, table) for table in tables)
     if references is None:
         named.require_found()
     alone = sorted(set(ours) ^ set(theirs))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.shared import PATH, Group, column_options, flag_of, log, verbosity
+from engine.cli.shared import PATH, Group, column_options, flag_of, log, printable, verbosity
 from engine.errors import EngineError, UsageError, counted
 from engine.options import CLIP, DEPTH_HELP
 
@@ -35,8 +35,10 @@ def parse_names(context: click.Context, parameter: click.Parameter, value: str |
     return tuple(name.strip() for name in (value or "").split(",") if name.strip())
 
 
-FURTHER_INPUTS = ("labels", "prompts", "training_captions", "exclude_duplicates")
-"""Options of `score` with further files to read."""
+def further_inputs(given: Mapping[str, Any]) -> list[Path]:
+    """Return the files that options of `score` and `compare` name besides the run, so that no output replaces them."""
+    names = ("references", "labels", "prompts", "training_captions", "exclude_duplicates")
+    return [given[name] for name in names if given.get(name) is not None]
 
 
 def metric_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -169,7 +171,7 @@ def score(
     from engine.scoring.score import ScoreRequest
 
     outputs = {name: path for name, path in (("--out", out), ("--per-image", per_image)) if path is not None}
-    check_outputs(outputs, [run, references, *filter(None, map(given.get, FURTHER_INPUTS))])
+    check_outputs(outputs, [run, references, *further_inputs(given)])
     if given["labels"] and not given["group_by"]:
         raise UsageError("--labels needs --by, the column to group the scores by")
     _refuse_pixels_without_images(context, given["images"])
@@ -177,7 +179,7 @@ def score(
     report = measured_report(ScoreRequest(run, references, setting=inputs, columns=named, **given))
     write_report(report, out, per_image)
     for line in _summary(report):
-        click.echo(line)
+        click.echo(printable(line))
 
 
 def measured_report(request: Any) -> Any:

@@ -58,16 +58,25 @@ class Ids:
         return match or self._stripped.get(spelled(name.strip()))
 
     def find_all(
-        self, names: Iterable[str], source: Path | str, files: Mapping[str, str] | None = None
+        self,
+        names: Iterable[str],
+        source: Path | str,
+        files: Mapping[str, str] | None = None,
+        *,
+        are_numbers: bool = False,
     ) -> dict[str, str]:
         """Return {name: id} of all names that match an id.
 
-        Raises DataError if two names of `source` match the same id.
+        With `are_numbers` the names are COCO's numbers of images: if all of them are aliases, these come before ids of
+        the same name, such as `2` for 2.jpg, which may have another number. Raises DataError if two names of `source`
+        match the same id.
         """
         ids: dict[str, str] = {}
         names_of: dict[str, str] = {}
-        for name in names:
-            match = self.find(name, (files or {}).get(name))
+        listed = list(names)
+        by_number = are_numbers and all(self._aliases.get(name) in self._known for name in listed)
+        for name in listed:
+            match = self._aliases[name] if by_number else self.find(name, (files or {}).get(name))
             if match is None:
                 continue
             if names_of.setdefault(match, name) != name:

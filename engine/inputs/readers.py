@@ -59,44 +59,6 @@ def read_ids(path: Path, columns: Columns = USUAL, *, whole: bool = False) -> li
     return ids
 
 
-def read_columns(path: Path, columns: Columns = USUAL, *, whole: bool = False) -> dict[str, dict[str, str]]:
-    """Read a table of values per image. Returns {column: {id: value}}.
-
-    The table has a header and is separated by commas, TABs, bars or semicolons. The ids or file names are in the column
-    with a known name, or else in the first. File names become ids, or with `whole` stay unchanged. A column without a
-    name is an index that pandas wrote, and is ignored. Raises DataError naming the file and the line.
-    """
-    text, separator = table_text(path)
-    header_line = text.lstrip("\r\n").partition("\n")[0]
-    present = [delimiter for delimiter in DELIMITERS if delimiter in header_line]
-    by_id = (d for d in present if columns.place_of_id(header_line.split(d)) is not None)
-    delimiter = separator or next(by_id, (present or ",")[0])
-    (_, header), *rows = read_rows(path, text, delimiter) or [(1, [""])]
-    header = [name.strip() for name in header]
-    columns.note(path, header)
-    if len(header) < 2:
-        raise DataError(f"{path} has only an id column: expected at least one more, after a comma, TAB or bar")
-    if len(set(header)) < len(header):
-        raise DataError(f"{path} has two columns with the same name: {', '.join(header)}")
-    at_id = columns.place_of_id(header) or 0
-    prompt = columns.place_of_prompt(header)
-    others = [i for i, name in enumerate(header) if i != at_id and name and not name.startswith("Unnamed: ")]
-    if not others:
-        raise DataError(f"{path} has only an id column: expected at least one more")
-    names = [PROMPT if i == prompt else name for i, name in enumerate(header)]
-    found_columns: dict[str, dict[str, str]] = {names[i]: {} for i in others}
-    for number, row in rows:
-        if len(row) != len(header):
-            raise DataError(f"{path}, line {number}: {counted(len(row), 'column')}, but the header has {len(header)}")
-        name = row[at_id] if whole else _stem(header[at_id], row[at_id])
-        if name in found_columns[names[others[0]]]:
-            raise DataError(f"{path}, line {number}: id {name} is repeated")
-        refuse_bytes(path, (row[i] for i in others))
-        for i in others:
-            found_columns[names[i]][name] = row[i]
-    return found_columns
-
-
 def read_text(path: Path, *, names: bool = False) -> str:
     """Return the text of a file with its line ends unchanged: UTF-8, or UTF-16 if it has that byte order mark.
 

@@ -12,23 +12,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from engine.errors import DataError
+from engine.errors import DataError, counted
 from engine.inputs.columns import PROMPT, USUAL, Columns
-from engine.inputs.ids import Ids, join_some, one_spelling, spelled
+from engine.inputs.ids import Ids, join_some, one_spelling, shown, spelled
 from engine.inputs.kinds import cut_suffix, image_id, open_regular
 from engine.inputs.readers import (
+    DELIMITERS,
     FILE,
     CaptionRow,
     decode_text,
     delimited_rows,
     json_rows,
     jsonl_rows,
+    named,
     parquet_rows,
-    read_columns,
+    read_rows,
     read_text,
     refuse_bytes,
+    table_text,
 )
 
 T = TypeVar("T")
@@ -50,6 +53,7 @@ class Table:
     varying    {column: id} of the columns whose rows differ for an id, with one such id
     aliases    {other name of an image: id}; COCO both numbers its images and names their files
     files      {id: path as written} of the ids that come from file names, since the id may have lost its folder
+    numbered   whether the ids are the numbers of images in COCO's results
     """
 
     path: Path
@@ -58,6 +62,7 @@ class Table:
     varying: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    numbered: bool = False
 
     @cached_property
     def ids(self) -> Ids:
@@ -80,6 +85,13 @@ def by_reference_id(
     return {ids.get(name, name): value for name, value in values.items()}
 
 
+def own_by_reference_id(references: Table, run: Table) -> dict[str, str]:
+    """Return the captions of a run, one per image, under the ids of `references`. Raises DataError as `single` does."""
+    captions = run.single()
+    ids = references.ids.find_all(captions, run.path, run.files, are_numbers=run.numbered)
+    return {ids.get(name, name): caption for name, caption in captions.items()}
+
+
 def read_table(path: Path, columns: Columns = USUAL) -> Table:
     """Read captions from a file or a folder.
 
@@ -97,13 +109,29 @@ def read_table(path: Path, columns: Columns = USUAL) -> Table:
     text = read_text(path, names=True)
     try:
         if suffix == ".json":
-            rows, aliases = json_rows(path, json.loads(text), columns)
-            return _collect(path, rows, aliases)
+            content = json.loads(text, object_pairs_hook=_without_repeats)
+            rows, aliases = json_rows(path, content, columns)
+            table = _collect(path, rows, aliases)
+            table.numbered = isinstance(content, list) and all(type(entry.get("image_id")) is int for entry in content)
+            return table
         return _collect(path, jsonl_rows(path, text, columns))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {str(error)[:200]}") from error
+    except _RepeatedKeyError as error:
+        raise DataError(f"{path} has the key {shown(str(error))} twice in one object: keep one of them") from error
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise DataError(f"{path} is JSON, but not in a known layout of captions ({error!r})") from error
+
+
+class _RepeatedKeyError(Exception):
+    """An object in JSON has a key twice; its message is the key."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKeyError(next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])))
+    return found
 
 
 def _collect(path: Path, rows: Iterable[CaptionRow], aliases: dict[str, str] | None = None) -> Table:
@@ -154,6 +182,49 @@ def _ids_of_files(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]
         if len(set(ids.values())) == count:
             break
     return ids | dict.fromkeys([FILE] if FILE in known else [], ""), files
+
+
+def read_columns(path: Path, columns: Columns = USUAL, *, whole: bool = False) -> dict[str, dict[str, str]]:
+    """Read a table of values per image. Returns {column: {id: value}}.
+
+    The table has a header and is separated by commas, TABs, bars or semicolons. The ids or file names are in the column
+    with a known name, or else in the first. File names become ids as in read_table, or with `whole` stay unchanged. A
+    column without a name is an index that pandas wrote, and is ignored. Raises DataError naming the file and the line.
+    """
+    text, separator = table_text(path)
+    header_line = text.lstrip("\r\n").partition("\n")[0]
+    present = [delimiter for delimiter in DELIMITERS if delimiter in header_line]
+    by_id = (d for d in present if columns.place_of_id(header_line.split(d)) is not None)
+    delimiter = separator or next(by_id, (present or ",")[0])
+    (_, header), *rows = read_rows(path, text, delimiter) or [(1, [""])]
+    header = [name.strip() for name in header]
+    columns.note(path, header)
+    if len(header) < 2:
+        raise DataError(f"{path} has only an id column: expected at least one more, after a comma, TAB or bar")
+    if len(set(header)) < len(header):
+        raise DataError(f"{path} has two columns with the same name: {', '.join(header)}")
+    at_id = columns.place_of_id(header) or 0
+    prompt = columns.place_of_prompt(header)
+    others = [i for i, name in enumerate(header) if i != at_id and name and not name.startswith("Unnamed: ")]
+    if not others:
+        raise DataError(f"{path} has only an id column: expected at least one more")
+    names = [PROMPT if i == prompt else name for i, name in enumerate(header)]
+    if whole:
+        ids: dict[str, str] = {}
+    else:
+        ids, _ = _ids_of_files(named(header[at_id], row[at_id]) for _, row in rows if len(row) > at_id)
+    found_columns: dict[str, dict[str, str]] = {names[i]: {} for i in others}
+    for number, row in rows:
+        if len(row) != len(header):
+            raise DataError(f"{path}, line {number}: {counted(len(row), 'column')}, but the header has {len(header)}")
+        written = row[at_id] if whole else named(header[at_id], row[at_id])
+        name = ids.get(written, written)
+        if name in found_columns[names[others[0]]]:
+            raise DataError(f"{path}, line {number}: id {name} is repeated")
+        refuse_bytes(path, (row[i] for i in others))
+        for i in others:
+            found_columns[names[i]][name] = row[i]
+    return found_columns
 
 
 def _read_folder(path: Path, columns: Columns) -> Table:

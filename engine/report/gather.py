@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 import numpy as np
@@ -20,8 +20,7 @@ from engine.files.atomic import file_sha256
 from engine.inputs.columns import USUAL, Columns
 from engine.inputs.ids import join_some
 from engine.inputs.images import FindOptions, ImageFile, find_images_of
-from engine.inputs.readers import read_columns
-from engine.inputs.tables import by_reference_id, read_table
+from engine.inputs.tables import Table, by_reference_id, own_by_reference_id, read_columns, read_table
 from engine.options import CLIP
 from engine.scoring import base
 from engine.scoring.base import Measured
@@ -201,22 +200,30 @@ class Content:
     notes: list[str] = field(default_factory=list)
 
 
+def _attention_of(folder: Path, name: str, run: Table) -> Path | None:
+    """Return the file of an image's attention, which is named after the id or, with `--ids file`, the file name."""
+    path = attention_path(folder, name)
+    if not path.is_file() and name in run.files and not PurePath(run.files[name]).is_absolute():
+        path = attention_path(folder, run.files[name])
+    return path if path.is_file() else None
+
+
 def gather(request: ReportRequest) -> Content:
     """Read all inputs. Raises EngineError if a file cannot be read or shares no id with the run."""
     notes: list[str] = []
     tables = {role: read_table(path, request.named) for role, path in request.files().items() if role in TABLES}
-    references = tables.get("references")
+    run_table, references = tables["run"], tables.get("references")
+    known = run_table if references is None else references
 
     def by_id(values: Mapping[str, T], source: Path, files: Mapping[str, str] | None = None) -> dict[str, T]:
-        return dict(values) if references is None else by_reference_id(references, values, source, files)
+        return by_reference_id(known, values, source, files)
 
-    run_table = tables["run"]
-    run_captions = by_id(run_table.single(), run_table.path, run_table.files)
+    run_captions = own_by_reference_id(known, run_table)
     ids = list(run_captions)
     captions: list[list[str | None]] = [list(run_captions.values())]
     if "other run" in tables:
         against = tables["other run"]
-        other = by_id(against.single(), against.path, against.files)
+        other = own_by_reference_id(known, against)
         notes += matched(request.run, ids, against.path, other)
         captions.append([other.get(name) for name in ids])
     if references is not None:
@@ -231,8 +238,8 @@ def gather(request: ReportRequest) -> Content:
         columns += further_columns(N_BEST, verdicts, ids)
     attention = None
     if request.attention is not None:
-        paths = {name: attention_path(request.attention, name) for name in run_table.single()}
-        files = {name: path for name, path in paths.items() if path.is_file()}
+        paths = {name: _attention_of(request.attention, name, run_table) for name in run_table.captions}
+        files = {name: path for name, path in paths.items() if path is not None}
         found = by_id(files, run_table.path, run_table.files)
         notes += matched(request.run, ids, request.attention, found)
         attention = [found.get(name) for name in ids]

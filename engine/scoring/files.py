@@ -94,9 +94,9 @@ def _file_hash(path: Path) -> str | None:
 def is_per_image(path: Path) -> bool:
     """Return whether a file begins like one of per_image_csv."""
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
             header = next(csv.reader(stream), [])
-    except OSError:
+    except (OSError, csv.Error):
         return False
     return header[:1] == ["ID"] and any("@" in column for column in header[1:])
 
@@ -104,13 +104,13 @@ def is_per_image(path: Path) -> bool:
 def read_per_image(path: Path) -> tuple[list[str], dict[str, Measured]]:
     """Read a file of per_image_csv; return the ids and {`metric@how`: scores}. Raises EngineError if it is not one."""
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
             header, *rows = csv.reader(stream)
         values = np.array([[float(cell) for cell in row[1:]] for row in rows])
         if not np.isfinite(values).all():
             row = int(np.argmin(np.isfinite(values).all(1)))
             raise ValueError(f"{rows[row][0]} has a value that is not a number")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise EngineError(f"{path} is not a file of --per-image: {error}") from error
     if header[:1] != ["ID"] or values.shape != (len(rows), len(header) - 1) or not len(rows):
         raise EngineError(f"{path} is not a file of --per-image: write one with `engine score --per-image`")

@@ -157,9 +157,9 @@ class Cider:
 
 
 def _is_everywhere(references: Any, scorer: Any, images: int) -> bool:
-    """Return whether the references of all images hold every n-gram of these references: their weight is log(1) = 0."""
+    """Return whether all images' references have every n-gram of these, so that the weights are log(1) = 0."""
     ngrams = {ngram for counts in references for ngram in counts}
-    return all(scorer.document_frequency[ngram] >= images for ngram in ngrams)
+    return bool(ngrams) and all(scorer.document_frequency[ngram] >= images for ngram in ngrams)
 
 
 def _pycocoevalcap(module: str) -> Any:
@@ -193,7 +193,7 @@ class Novelty:
             raise UnavailableError("needs the training captions: --training-captions FILE")
         words = [text.split() for text in items.preprocessed().candidates]
         longest = longest_shared(words, [text.split() for text in self._training])
-        copied = sum(shared == len(own) for shared, own in zip(longest, words, strict=True))
+        copied = sum(shared == len(own) > 0 for shared, own in zip(longest, words, strict=True))
         note = (
             f"longest n-gram shared with a training caption: median {np.median(longest):g} words; {copied} of "
             f"{counted(len(words), 'caption')} found whole in one"

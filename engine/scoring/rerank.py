@@ -23,7 +23,7 @@ import numpy as np
 from engine.errors import DataError, UsageError, counted
 from engine.inputs.ids import join_some
 from engine.inputs.readers import numbered_lines
-from engine.inputs.tables import Table
+from engine.inputs.tables import SURROGATE, Table
 from engine.scoring.base import Items, Metric, MetricInputs, UnavailableError, preprocess
 from engine.scoring.overlap import Rouge1
 from engine.scoring.profiles import make_metric
@@ -279,6 +279,8 @@ def _parse(file: Path, number: int, line: str) -> tuple[str, list[tuple[str, flo
         name, is_drawn = str(entry["id"]), bool(entry.get("drawn"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}, line {number}: not a line of --n-best-out ({error!r})") from error
+    if any(SURROGATE.search(text) for text, _ in hypotheses):
+        raise DataError(f"{file}, line {number}: a caption with half a character (a lone surrogate)")
     if not hypotheses or not all(math.isfinite(log_prob) for _, log_prob in hypotheses):
         raise DataError(f"{file}, line {number}: no candidates, or one without a finite sum_log_prob")
     return name, hypotheses, is_drawn

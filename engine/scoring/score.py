@@ -20,8 +20,7 @@ from engine.errors import DataError, EngineError, UsageError, counted
 from engine.inputs.columns import PROMPT, USUAL, Columns
 from engine.inputs.ids import join_some, shown
 from engine.inputs.images import find_images_of
-from engine.inputs.readers import read_columns
-from engine.inputs.tables import Table, by_reference_id, read_prompts, read_table
+from engine.inputs.tables import Table, by_reference_id, own_by_reference_id, read_columns, read_prompts, read_table
 from engine.inputs.twins import read_twins
 from engine.options import CLIP, window_of
 from engine.scoring.base import Items, Measured, Metric, MetricInputs, interval, preprocess
@@ -75,7 +74,10 @@ def _lengths(captions: Sequence[str]) -> dict[str, float]:
 def group_places(
     group_by: str | None, labels: Path | None, references: Table, items: Items, named: Columns = USUAL
 ) -> dict[str, list[int]]:
-    """Return {value of the column: indices of its images}. A cell may hold several values, separated by `;`."""
+    """Return {value of the column: indices of its images}. A cell may hold several values, separated by `;`.
+
+    Raises DataError if the references of an image have different values.
+    """
     if group_by is None:
         return {}
     columns = read_columns(labels, named) if labels else references.columns
@@ -84,13 +86,17 @@ def group_places(
         raise UsageError(
             f"{where} has no column {group_by!r}: it has {', '.join(sorted(columns)) or 'no further columns'}"
         )
-    cells = columns[group_by]
+    if labels is None and group_by in references.varying:
+        name = shown(references.varying[group_by])
+        raise DataError(f"{where}: the rows of {name} differ in {group_by!r}: give one value per image with --labels")
+    cells = by_reference_id(references, columns[group_by], labels) if labels else columns[group_by]
     if not set(cells) & set(items.ids):
         raise UsageError(f"{where} labels none of the images: are these the labels of another split?")
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(items.ids):
-        for value in cells.get(name, "").split(";"):
-            groups.setdefault(value.strip() or "(none)", []).append(index)
+        values = dict.fromkeys(filter(None, map(str.strip, cells.get(name, "").split(";"))))
+        for value in values or ("(none)",):
+            groups.setdefault(value, []).append(index)
     return dict(sorted(groups.items(), key=lambda entry: (-len(entry[1]), entry[0])))
 
 
@@ -355,7 +361,7 @@ def match(run: Table, references: Table, request: ScoreRequest) -> tuple[Items, 
     Raises DataError with the ids that only one file has, unless `request.only_common` is set, and with the ids that
     have no image in `request.images`.
     """
-    captions, expected = by_reference_id(references, run.single(), run.path, run.files), references.captions
+    captions, expected = own_by_reference_id(references, run), references.captions
     if not set(captions) & set(expected):
         first = f"{shown(next(iter(captions)))} against {shown(next(iter(expected)))}"
         raise DataError(

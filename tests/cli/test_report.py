@@ -12,6 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from engine.attention import write_attention
+from engine.captions import Attention
 from engine.cli.app import main
 from engine.files.lock import OutputLock
 from engine.report.gather import Column, ScoreColumn, coverage_curves
@@ -32,11 +34,11 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def report(work: Path, **options: object) -> Result:
+def report(work: Path, *flags: str, **options: object) -> Result:
     given = {"run": work / "run.csv", "images": work / "images", "out": work / "report"} | options
     several = [(name, one) for name, value in given.items() for one in (value if isinstance(value, list) else [value])]
     words = [word for name, value in several for word in (f"--{name.replace('_', '-')}", str(value))]
-    return CliRunner().invoke(main, ["report", *words])
+    return CliRunner().invoke(main, ["report", *flags, *words])
 
 
 def page_data(work: Path) -> dict:
@@ -210,6 +212,28 @@ def test_columns_of_other_files_are_shown(work):
     assert columns["facts", "modality"]["values"] == ["CT", "MR", "MR"]
     assert columns["facts", "run"]["is_number"]
     assert re.search(r"\|columns_1:[0-9a-f]{12}\|columns_2:[0-9a-f]{12}\|", page_data(work)["signature"])
+
+
+def test_files_of_a_run_with_file_names_as_ids(work):
+    """As `engine caption --ids path` writes them: names with folders, here also with suffixes."""
+    names = [f"s1/{name}.png" for name in IDS]
+    (work / "images/s1").mkdir()
+    (work / "maps/s1").mkdir(parents=True)
+    for name in IDS:
+        (work / f"images/{name}.png").rename(work / f"images/s1/{name}.png")
+    write_run(work / "run.csv", zip(names, CAPTIONS, strict=True))
+    (work / "timings.csv").write_text("ID,latency_s\n" + "".join(f"{name},0.5\n" for name in names))
+    lines = [{"id": name, "hypotheses": [{"text": "x", "sum_log_prob": -1}]} for name in names]
+    (work / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    attention = Attention((7, 3), np.full((2, 2, 2), 0.25, np.float16), ("film",), (0, -1), (0,))
+    for name in names:
+        write_attention(work / f"maps/{name}.npz", attention)
+    given = {"columns": "timings.csv", "n_best": "run.jsonl", "attention": "maps"}
+    result = report(work, "--recursive", **{option: work / name for option, name in given.items()})
+    assert result.exit_code == 0, result.output
+    data = page_data(work)
+    assert next(column for column in data["columns"] if column["name"] == "latency_s")["values"] == [0.5] * 3
+    assert [texts[0][0] for texts in data["candidates"]] == ["x"] * 3
 
 
 def test_coco_numbers_are_known_by_the_references_of_all_files(work):

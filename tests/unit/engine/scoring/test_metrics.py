@@ -278,7 +278,8 @@ def test_notes_on_references_that_cannot_be_scored():
         "1 of 2 references without a token that rouge-score reads ([a-z0-9]+), which score 0"
     )
     assert "; 1 of 1 image has only words that all images share" in Cider().measure(items(["a b"], ["a b"])).note
-    assert "score 0 with any caption" not in Cider().measure(WORKED).note
+    for scored in (WORKED, items(["x", "y", "z"], ["", "one cat", "two dogs"])):
+        assert "score 0 with any caption" not in Cider().measure(scored).note
 
 
 def test_longest_shared_n_gram_equals_brute_force():

@@ -278,6 +278,7 @@ def test_candidates_are_weighted_and_equal_ones_merged(tmp_path):
         ("", "holds no candidates"),
         ("{}\n", "line 1: not a line of --n-best-out"),
         ('{"id": "a", "hypotheses": []}\n', "line 1: no candidates"),
+        ('{"id": "a", "hypotheses": [{"text": "x \\ud83d", "sum_log_prob": 0}]}\n', "line 1: a caption with half"),
         ('{"id": "a", "hypotheses": [{"text": "x", "sum_log_prob": "nan"}]}\n', "without a finite sum_log_prob"),
         ('{"id": "a", "hypotheses": [{"text": "x", "sum_log_prob": 0}]}\n' * 2, "line 2: a occurs twice"),
     ],

@@ -67,6 +67,28 @@ def test_coco_results_against_coco_annotations(files):
     assert json.loads((files / "scores.json").read_text())["bleu1"] == pytest.approx(11 / 21, abs=1e-6)
 
 
+def test_coco_numbers_are_not_files_of_that_name(files):
+    """The files 1.jpg to 12.jpg are numbered in the order of their names: 1, 10, 11, 12, 2."""
+    names = sorted(str(number) for number in range(1, 13))
+    images = [{"id": i, "file_name": f"{name}.jpg"} for i, name in enumerate(names, 1)]
+    annotations = [{"image_id": i, "caption": f"a view of {name}"} for i, name in enumerate(names, 1)]
+    (files / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (files / "results.json").write_text(json.dumps(annotations))
+    rows = [f"{name},a view of {name}\n" for name in names]
+    (files / "by_name.csv").write_text("ID,Caption\n" + "".join(rows))
+    for made in ("results.json", "by_name.csv"):
+        given = ("--run", files / made, "--references", files / "coco.json", "--out", files / "scores.json")
+        assert run("score", *given, "--metrics", "rouge1").exit_code == 0
+        assert json.loads((files / "scores.json").read_text())["rouge1"] == 1.0, made
+
+
+def test_repeated_keys_of_a_run_are_refused(files):
+    (files / "run.json").write_text('{"0": "one cat", "1": "two dogs", "0": "zzz"}')
+    result = run("score", "--run", files / "run.json", "--references", files / "references.csv")
+    assert result.exit_code == 1
+    assert "run.json has the key 0 twice in one object" in result.stderr
+
+
 def test_a_profile_reports_what_it_cannot_measure(files):
     result = score(files, "--profile", "imageclef2026")
     assert result.exit_code == 0, result.output
@@ -92,6 +114,45 @@ def test_scores_are_broken_down_by_a_column(files):
     result = score(files, "--by", "colour")
     assert result.exit_code == 2
     assert "has no column 'colour': it has Modality" in result.stderr
+
+
+def test_groups_of_labels_with_other_spellings(files):
+    names = [f"i{n}" for n in range(12)]
+    for table in ("run", "references"):
+        (files / f"{table}.csv").write_text("ID,Caption\n" + "".join(f"{name},a caption\n" for name in names))
+    lines = [f"{name}{'.jpg' if i % 2 else ''},{'C1;C2;C1;' if i < 6 else ''}\n" for i, name in enumerate(names)]
+    (files / "labels.csv").write_text("ID,concepts\n" + "".join(lines))
+    given = ("--metrics", "rouge1", "--by", "concepts", "--labels", files / "labels.csv")
+    assert score(files, *given).exit_code == 0
+    groups = json.loads((files / "scores.json").read_text())["details"]["groups"]
+    assert {name: group["images"] for name, group in groups.items()} == {"C1": 6, "C2": 6, "(none)": 6}
+    lines = [f"s{i % 2}/{i // 2}.jpg,{'CT' if i % 2 else 'MR'}\n" for i in range(12)]
+    (files / "labels.csv").write_text("file_name,concepts\n" + "".join(lines))
+    for table in ("run", "references"):
+        rows = [f"{line.partition(',')[0]},a caption\n" for line in lines]
+        (files / f"{table}.csv").write_text("file_name,Caption\n" + "".join(rows))
+    result = score(files, *given)
+    assert result.exit_code == 0, result.output
+    groups = json.loads((files / "scores.json").read_text())["details"]["groups"]
+    assert {name: group["images"] for name, group in groups.items()} == {"CT": 6, "MR": 6}
+
+
+def test_groups_need_one_value_per_image(files):
+    lines = [f"{name},a caption,ann{turn}\n" for name in range(3) for turn in (1, 2)]
+    (files / "references.csv").write_text("ID,Caption,annotator\n" + "".join(lines))
+    result = score(files, "--by", "annotator")
+    assert result.exit_code == 1
+    assert "the rows of 0 differ in 'annotator': give one value per image with --labels" in result.stderr
+
+
+def test_group_names_cannot_control_the_terminal(files):
+    names = [f"i{n}" for n in range(6)]
+    (files / "references.csv").write_text("ID,Caption,kind\n" + "".join(f"{n},a,\x1b[31mred\n" for n in names))
+    (files / "run.csv").write_text("ID,Caption\n" + "".join(f"{n},a\n" for n in names))
+    result = score(files, "--metrics", "rouge1", "--by", "kind")
+    assert result.exit_code == 0
+    assert "red (6 images)" in result.stdout
+    assert "\x1b" not in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -146,6 +207,9 @@ def test_compare_runs_and_per_image_files(files):
         assert values == pytest.approx(again[name], abs=1e-9)
     assert found["rouge1"]["wins"] == 2
     assert found["bleu1"]["difference"] == pytest.approx(1 - 11 / 21, abs=1e-6)
+    for name in ("run.pi", "better.pi"):  # as Excel saves it
+        (files / name).write_text((files / name).read_text(), encoding="utf-8-sig")
+    assert run("score", "compare", files / "run.pi", files / "better.pi", "--json").stdout == kept.stdout
     (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n")
     assert "do not cover the same images" in run("score", "compare", files / "run.pi", files / "better.pi").stderr
     (files / "better.pi").write_text("ID,rouge1@12345678\n0,1.0\n1,1.0\n2,1.0\n")
@@ -167,6 +231,20 @@ def test_counts_of_corpus_metrics_follow_the_order_of_ids():
     assert ids == ["a", "b", "c"]
     assert found["bleu1"].per_image.tolist() == [2.0, 3.0, 1.0]
     assert found["bleu1"].counts.tolist() == [[2.0], [3.0], [1.0]]
+
+
+@pytest.mark.parametrize("taken", ["references", "prompts"])
+def test_compare_overwrites_no_input(taken, files):
+    (files / "better.csv").write_bytes((files / "run.csv").read_bytes())
+    (files / "prompts.csv").write_text("ID,prompt\n0,\n1,\n2,\n")
+    before = (files / f"{taken}.csv").read_bytes()
+    options = ("--references", files / "references.csv", "--prompts", files / "prompts.csv", "--metrics", "rouge1")
+    result = run(
+        *("score", "compare", files / "run.csv", files / "better.csv", *options),
+        *("--changes-out", files / f"{taken}.csv"),
+    )
+    assert result.exit_code == 2, result.output
+    assert (files / f"{taken}.csv").read_bytes() == before
 
 
 def test_compare_lists_the_captions_that_changed_most(files):

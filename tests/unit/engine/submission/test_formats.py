@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.cli.app import main
-from engine.errors import DataError, UsageError
+from engine.errors import DataError, EngineError, UsageError
 from engine.submission import (
     FORMATS,
     MEMBER,
@@ -260,6 +260,18 @@ def test_manifest_out_of_numeric_order_is_noted(tmp_path):
     assert "not in numeric order: row 4 is test_2, after test_10" in notes[1]
     (tmp_path / "ids.txt").write_text("test_0\ntest_2\ntest_10\n")
     assert manifest_ids(tmp_path / "ids.txt") == (["test_0", "test_2", "test_10"], [])
+
+
+def test_a_failed_submission_keeps_the_earlier_file(tmp_path):
+    (tmp_path / "ids.txt").write_text("s1/a.jpg\ns2/a.jpg\n")
+    with pytest.raises(DataError, match=r"lists several files of one name, so that ids repeat: a$"):
+        manifest_ids(tmp_path / "ids.txt")
+    out = tmp_path / "submission.zip"
+    write_submission({"a": "x"}, ["a"], "imageclef2026", out)
+    before = out.read_bytes()
+    with pytest.raises(EngineError, match=r"submission\.zip was not written, .*1 id occurs twice: a"):
+        write_submission({"a": "y"}, ["a", "a"], "imageclef2026", out)
+    assert out.read_bytes() == before
 
 
 def test_ids_with_folder_or_suffix_still_match(tmp_path):
