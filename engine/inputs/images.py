@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from engine.errors import DataError, UsageError, counted
 from engine.inputs import dicom, kinds
@@ -115,7 +115,9 @@ def images_in(directory: Location, options: FindOptions, root: Path | None = Non
     if isinstance(directory, RemoteFolder):
         names, taken = _names_at(directory, options.recursive)
         images = [
-            ImageFile(id_of(Path(n), options.ids), Path(n), options.dicom_frame, directory, options.depth)
+            ImageFile(
+                id_of(Path(directory.shown(n)), options.ids), Path(n), options.dicom_frame, directory, options.depth
+            )
             for n in taken
         ]
         found = {kinds.kind_by_suffix(Path(n).suffix.lower()) for n in taken}
@@ -140,6 +142,11 @@ def images_in(directory: Location, options: FindOptions, root: Path | None = Non
 def _with_slash(name: str, directory: Location) -> str:
     """Return the name of a skipped entry; that of a folder ends with a slash, so that messages count it as one."""
     return f"{name}/" if not isinstance(directory, RemoteFolder) and (directory / name).is_dir() else name
+
+
+def _remote_image(folder: RemoteFolder, name: str, options: FindOptions) -> ImageFile:
+    inside = Path(folder.shown(name))
+    return ImageFile(id_of(inside, options.ids), Path(name), options.dicom_frame, folder, options.depth)
 
 
 def local_image(path: Path, root: Path, options: FindOptions) -> ImageFile:
@@ -257,8 +264,9 @@ def _names_below(directory: Path) -> list[str]:
     return names
 
 
-def _raise(error: OSError) -> NoReturn:
-    raise error
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a folder that was deleted since its parent was listed
+        raise error
 
 
 def kind_taken(path: Path) -> str | None:
@@ -269,7 +277,10 @@ def kind_taken(path: Path) -> str | None:
     """
     if path.name.startswith(".") or path.suffix.lower() in kinds.NEVER | kinds.HEIC - kinds.SUFFIXES:
         return None
-    kind = kinds.file_kind(path, follow=False)
+    try:
+        kind = kinds.file_kind(path, follow=False)
+    except FileNotFoundError:  # renamed or deleted since the folder was listed, as files of downloads are
+        return None
     return IMAGELESS if kind == "DICOM" and HAS_PYDICOM and _is_imageless(path) else kind
 
 

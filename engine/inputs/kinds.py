@@ -61,6 +61,10 @@ _REPRESENTATIONS = (
 """DICOM PS3.5, 6.2: value representations, the two letters after a tag."""
 
 
+_PPM = re.compile(rb"P[1-6](?:\s|#[^\r\n]*[\r\n])+(?:\d+(?:\s|#[^\r\n]*[\r\n])+\d+\s|#[^\r\n]*$)")
+"""Magic number, width and height, as in the netpbm manual; comments may fill all of the bytes that are read."""
+
+
 def kind_of(head: bytes) -> str | None:
     """Return the kind of a file by its first HEAD_BYTES, or None if it is not a known image format."""
     if head[128:132] == b"DICM" or _begins_with_tags(head):
@@ -75,7 +79,7 @@ def kind_of(head: bytes) -> str | None:
         return "WebP"
     if head[:2] == b"BM" and len(head) > 18 and struct.unpack("<I", head[14:18])[0] in (12, 40, 52, 56, 64, 108, 124):
         return "BMP"
-    if re.match(rb"P[1-6][ \t\r\n]", head):
+    if _PPM.match(head):
         return "PPM"
     return next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
 

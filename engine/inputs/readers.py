@@ -283,8 +283,10 @@ def _ids(path: Path, columns: Columns, whole: bool) -> list[str]:
         at_id = columns.place_of_id(names)
         if len(names) > 1 and at_id is not None:
             columns.note(path, names)
-            rows = [row for _, row in read_rows(path, text, delimiter) if len(row) > at_id]
-            return [row[at_id] if whole else _stem(names[at_id], row[at_id]) for row in rows][1:]
+            rows = read_rows(path, text, delimiter)[1:]
+            if short := next((number for number, row in rows if len(row) <= at_id), 0):
+                raise DataError(f"{path}, line {short}: no column {names[at_id]!r}: the row or the file is incomplete")
+            return [row[at_id] if whole else _stem(names[at_id], row[at_id]) for _, row in rows]
         if len(names) > 1 and is_header(names, _others(filled, delimiter), columns):
             raise unknown_header(path, names, columns, captions=False)
     bare = [name.strip('"') if name.startswith('"') and name.endswith('"') else name for name in filled]

@@ -71,6 +71,10 @@ class RemoteFolder:
             raise explained from error
         return {name: stamp for name, stamp in stamps.items() if name}
 
+    def shown(self, name: str) -> str:
+        """Return the name of a file in readable form: web servers list `a%20b.png` for `a b.png`."""
+        return unquote(name) if self.uri.partition("://")[0] in HTTP else name
+
     def read(self, name: str, *, most_bytes: int) -> bytes:
         """Return the content of a file inside the folder.
 

@@ -217,7 +217,7 @@ def caption_directory(
             # after captioning, because the notes grow while images are read
             for line in note_lines(source.notes):
                 log(f"note: {line}")
-            write(record, outputs, options, log)
+            write(record, outputs, options, log, is_shard=shard is not None)
             signature = run_signature(source.bundle, source.backend_name, options, inputs.high_bit_depth, runtime)
             # last: without its note an output cannot be merged, so that a run killed before this is noticed
             if shard is not None:
@@ -226,6 +226,7 @@ def caption_directory(
                 ids = [image.id for image in all_images]
                 settings = _text_settings(outputs, prompts, calibration)
                 write_notes(shard, lines_written(record, outputs), ids, signature, settings)
+            record.finish()
     return RunSummary(
         images=len(images),
         captions=len(record.captions),
@@ -400,7 +401,7 @@ def open_record(
         try:
             yield record
         except BaseException:  # Ctrl-C as well
-            if record.captions and record.journal_path is not None:
+            if record.captions and record.journal_path is not None and record.journal_path.exists():
                 count = len(record.captions)
                 log(
                     f"note: {counted(count, 'caption is', 'captions are')} kept in {record.journal_path}: "
@@ -424,12 +425,12 @@ def keep(captions: Iterable[Caption], record: RunRecord, progress: Progress, str
     return time.perf_counter() - start
 
 
-def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, log: Log) -> None:
+def write(record: RunRecord, outputs: Outputs, options: DecodeOptions, log: Log, *, is_shard: bool = False) -> None:
     """Write the files of a run. Raises EngineError, and writes nothing, if images failed or changed."""
     # all of them, before check_complete raises one error with their number
     for failure in record.failures:
         log(f"unreadable: {failure}")
-    record.check_complete(allow_missing=outputs.allow_missing)
+    record.check_complete(allow_missing=outputs.allow_missing, is_shard=is_shard)
     record.check_unchanged()  # after captioning: an image may have changed since it was read
     if outputs.sidecar is not None:
         captioned = [image for image in record.images if image.id in record.captions]

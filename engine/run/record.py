@@ -478,10 +478,13 @@ class RunRecord:
         """Record an image that cannot be read, not in the journal, so that a later run tries it again."""
         self._failed[error.path] = error
 
-    def check_complete(self, *, allow_missing: bool) -> None:
-        """Raise EngineError if all images failed, or if some did without `allow_missing`."""
+    def check_complete(self, *, allow_missing: bool, is_shard: bool = False) -> None:
+        """Raise EngineError if all images failed, or if some did without `allow_missing`.
+
+        With both `allow_missing` and `is_shard` all may have failed, since other shards have the images that did not.
+        """
         count = len(self._failed)
-        if count and count == len(self.images):
+        if count and count == len(self.images) and not (is_shard and allow_missing):
             written = "" if self.journal_path is None else " and nothing was written"
             raise EngineError(f"not one image could be read{written}")
         if count and not allow_missing and self.journal_path is None:
@@ -521,12 +524,16 @@ class RunRecord:
             if is_same:
                 self._fingerprints[image.id] = stamp
             else:
-                changed.append(image.path.name)
+                changed.append(image)
         if changed:
-            named = f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
+            names = [image.path.name for image in changed]
+            named = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
             what = f"{counted(len(changed), 'image')} changed during the run ({named})"
             if self.journal_path is None:
                 raise EngineError(f"{what}: their captions may be those of the old or of the new content")
+            # the next run may find a file of the same size and time, and would take its caption from the journal
+            ids = {image.id for image in changed}
+            self._keep_only(image for image in self.images if image.id not in ids)
             raise EngineError(
                 f"{what} and no run was written: run {self.same_command} again, which captions only these"
             )
@@ -548,12 +555,10 @@ class RunRecord:
                 verdicts[caption.id]["review"] = expected is None or expected < limit
         return verdicts
 
-    def write(self, outputs: Outputs, rows: Iterable[Row], *, drawn: bool = False, compact: bool = True) -> int:
-        """Write the other outputs, then the rows to `out` unless that is standard output, then delete the journal.
+    def write(self, outputs: Outputs, rows: Iterable[Row], *, drawn: bool = False) -> int:
+        """Write the other outputs, then the rows to `out` unless that is standard output.
 
-        With `update` the journal is rewritten instead, with the captions of this run only (without `compact`: not even
-        that, because the run continues). Returns the number of
-        captions that are marked for review.
+        Returns the number of captions that are marked for review.
         """
         verdicts = self.verdicts(outputs)
         marked = [name for name, verdict in verdicts.items() if verdict.get("review")]
@@ -568,13 +573,19 @@ class RunRecord:
             write_json_lines(outputs.out, rows)
         elif not outputs.is_stream:
             write_run(outputs.out, ((row.id, row.text or "") for row in rows))
-        if not self.update:
-            self._journal.delete()
-        if not (self.update and compact):
-            return len(marked)
-        captions = (self.captions[image.id] for image in self.images if image.id in self.captions)
-        self._journal.replace(map(self._encode, captions))
         return len(marked)
+
+    def finish(self) -> None:
+        """Delete the journal once all files are written; with `update`, keep only the captions of this run in it."""
+        if self.update:
+            self._keep_only(self.images)
+        else:
+            self._journal.delete()
+
+    def _keep_only(self, images: Iterable[ImageFile]) -> None:
+        """Rewrite the journal with the captions of these images."""
+        captions = (self.captions[image.id] for image in images if image.id in self.captions)
+        self._journal.replace(map(self._encode, captions))
 
     def _latency_s(self, image_id: str) -> float | None:
         caption = self.captions.get(image_id)

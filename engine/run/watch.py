@@ -144,7 +144,8 @@ def watch_directory(
     skipped: set[str] = set()
     sidecars = SUFFIX if outputs.sidecar is not None else ""
     folder = SettledImages(lambda: _find(inputs, log, skipped, sidecars))
-    outputs.check([])
+    calibrations = [path for path in (outputs.calibration,) if path is not None]
+    outputs.check(calibrations)
     with lock(outputs, log):
         located = bundle.located(log)
         opened = located.open()
@@ -162,7 +163,7 @@ def watch_directory(
                 files = _Files(record, source, outputs, log)
                 try:
                     while True:
-                        check(outputs, images, [image.path for image in images], bundle)
+                        check(outputs, images, [image.path for image in images] + calibrations, bundle)
                         if record.to_do:
                             keep(files.written(source.captions(record, log, more=True)), record, progress)
                         files.write()
@@ -225,7 +226,7 @@ class _Files:
             self._sidecars = texts
         # as on standard output, an image that cannot be read has no line, unless --allow-missing gives it an empty one
         rows = (row for row in rows_of(record, outputs) if row.text is not None or outputs.jsonl)
-        marked = record.write(outputs, rows, drawn=self._source.decoding.options.do_sample, compact=False)
+        marked = record.write(outputs, rows, drawn=self._source.decoding.options.do_sample)
         if len(record.captions) != self._captions:
             self._captions = len(record.captions)
             review = "" if outputs.abstain_below is None else f", {marked} marked for review"

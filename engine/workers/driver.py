@@ -137,6 +137,7 @@ class WorkerSource:
         self._order, self._team = order, team
         self._workers: dict[int, Worker] = {}
         self._deaths: Counter[int] = Counter()
+        self._has_captioned = False
         self._events: Events = SimpleQueue()
 
     def captions(self, pending: PendingImages, log: Log, *, more: bool = False) -> Iterator[Caption]:
@@ -182,6 +183,7 @@ class WorkerSource:
             pending.fail(ImageError(str(queue.answer(worker.number, name).source), reason))
         for caption in answer.captions:
             queue.answer(worker.number, caption.id)
+        self._has_captioned |= bool(answer.captions)
         if answer.captions or answer.failures:
             del self._deaths[worker.number]
 
@@ -201,7 +203,10 @@ class WorkerSource:
         log(f"warning: {worker.name} died ({how}){retry if given_up is None else f' at {given_up.source}'}")
         if not queue.unanswered:
             return
-        self._deaths[number] += 1
+        if given_up is not None and self._has_captioned:  # the image is to blame: the next one may be read
+            del self._deaths[number]
+        else:
+            self._deaths[number] += 1
         if self._deaths[number] < MOST_DEATHS:
             self._start(number)
             return

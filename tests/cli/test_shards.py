@@ -61,6 +61,29 @@ def test_merged_shards_are_the_bytes_of_one_run(images, tiny_bundle, tmp_path, f
         assert re.split(NUMBER, merged.read_text()) == re.split(NUMBER, whole.read_text())
 
 
+def test_captions_are_kept_until_the_shard_is_noted(images, tiny_bundle, tmp_path):
+    (tmp_path / "1.csv.shard").mkdir()
+    result = caption(images, tiny_bundle, tmp_path / "1.csv", "--shard", "1/3")
+    assert result.exit_code == 1
+    assert "captions are kept in" in result.stderr
+    (tmp_path / "1.csv.shard").rmdir()
+    result = caption(images, tiny_bundle, tmp_path / "1.csv", "--shard", "1/3")
+    assert result.exit_code == 0
+    assert "captions of an earlier run are taken from" in result.stderr
+    assert not (tmp_path / "1.csv.journal").exists()
+
+
+def test_a_shard_may_have_only_unreadable_images(tiny_bundle, tmp_path):
+    images = save_pictures(tmp_path / "images", 2)
+    (images / "zz.png").write_bytes(b"no picture")
+    for number in (1, 2, 3):
+        result = caption(images, tiny_bundle, tmp_path / f"{number}.csv", "--shard", f"{number}/3")
+        assert result.exit_code == 0, result.stderr
+    result = run("merge", *(tmp_path / f"{number}.csv" for number in (1, 2, 3)), "--out", tmp_path / "merged.csv")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "merged.csv").read_text().splitlines()[-1] == 'zz,""'
+
+
 @two_cores
 def test_int8_captions_do_not_depend_on_shards_processes_or_resume(rounded_bundles, tmp_path):
     images, bundle = save_pictures(tmp_path / "images", 9, seed=5), rounded_bundles["int8"]

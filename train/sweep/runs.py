@@ -318,6 +318,7 @@ def caption_run(captioner: Captioner, decoding: Decoding, part: Part, path: Path
                 "same command again; it captions only these images"
             )
         write(record, outputs, options, log)
+        record.finish()
     new = len(record.captions) - record.resumed
     log(f"{counted(new, 'image')} captioned in {seconds:.1f} s")
     speed = new / seconds if new else None

@@ -105,6 +105,24 @@ def test_error_of_a_damaged_file_names_it(content, tmp_path):
         read_image(tmp_path / "x.jpg", 32, 32, "bicubic")
 
 
+@pytest.mark.parametrize("recursive", [False, True])
+def test_files_renamed_while_a_folder_is_listed_are_skipped(recursive, tmp_path, monkeypatch):
+    """As downloads are, when they are complete; folders may be deleted, too."""
+    random_pictures(1)[0].save(tmp_path / "a.png")
+    (tmp_path / "sub").mkdir()
+    listdir, walk = os.listdir, os.walk
+    monkeypatch.setattr("os.listdir", lambda path: [*listdir(path), "b.jpg.part", "c.jpg"])
+
+    def walk_slowly(path, **more):
+        for folder, folders, files in walk(path, **more):
+            yield folder, folders, [*files, "b.jpg.part", "c.jpg"]
+            for name in folders:
+                (tmp_path / name).rmdir()
+
+    monkeypatch.setattr("os.walk", walk_slowly)
+    assert [image.id for image in find_images(tmp_path, recursive=recursive).images] == ["a"]
+
+
 def test_hidden_files_directories_and_pipes_are_skipped(tmp_path):
     random_pictures(1)[0].save(tmp_path / "a.png")
     (tmp_path / "._a.png").write_bytes(b"resource fork")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.inputs.kinds import wrong_content
+from engine.inputs.kinds import HEAD_BYTES, kind_of, wrong_content
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,17 @@ from engine.inputs.kinds import wrong_content
 def test_wrong_content_names_the_cause(head: bytes, named: str | None) -> None:
     reason = wrong_content(head)
     assert reason is None if named is None else named in (reason or "")
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"P6\n512 512\n255\n\x00", "PPM"),
+        (b"P5 # made by hand\n# twice\n3 # wide\n2 255 ", "PPM"),
+        (b"P4\n#" + b"a long comment " * 20, "PPM"),
+        (b"P1\t34\tM\nP2\t51\tF\n", None),
+        (b"P3 patients\n", None),
+    ],
+)
+def test_text_about_patients_is_no_picture(head: bytes, kind: str | None) -> None:
+    assert kind_of(head[:HEAD_BYTES]) == kind

@@ -190,11 +190,12 @@ def test_images_are_read_from_a_web_server(folder):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     uri = f"http://127.0.0.1:{server.server_port}"
+    (folder / "b.png").rename(folder / "scan é 1.png")
     try:
         found = find_images(RemoteFolder(uri), recursive=True)
-        assert [image.path.as_posix() for image in found.images] == ["a.png", "b.png", "deep/c.png"]
-        for image in found.images:
-            assert decode_image(image.source).tobytes() == decode_image(folder / image.path).tobytes()
+        assert [image.id for image in found.images] == ["a", "c", "scan é 1"]
+        for image, name in zip(found.images, ("a.png", "deep/c.png", "scan é 1.png"), strict=True):
+            assert decode_image(image.source).tobytes() == decode_image(folder / name).tobytes()
         with pytest.raises(UsageError, match="/none is not a directory"):
             find_images(RemoteFolder(f"{uri}/none"))
         with pytest.raises(ImageError, match=r"/none\.png: does not exist$"):

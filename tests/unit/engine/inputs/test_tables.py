@@ -381,6 +381,12 @@ def test_manifests_with_unknown_headers_are_refused(content, expected, tmp_path)
         assert [Ids(["1", "2"]).find(name) for name in read_ids(tmp_path / "ids")] == expected
 
 
+def test_incomplete_manifest_is_refused(tmp_path):
+    (tmp_path / "ids.csv").write_text("split,ID\ntest,a\ntest")
+    with pytest.raises(DataError, match=r"ids\.csv, line 3: no column 'ID': the row or the file is incomplete"):
+        read_ids(tmp_path / "ids.csv")
+
+
 def test_files_that_differ_only_in_suffix_keep_it(tmp_path):
     (tmp_path / "run.csv").write_text('ID,Caption\nIMG_1.jpg,"one"\n./IMG_1.png,"other"\n')
     assert read_table(tmp_path / "run.csv").captions == {"IMG_1.jpg": ("one",), "IMG_1.png": ("other",)}

@@ -317,6 +317,7 @@ def test_changed_inodes_and_times_do_not_fail_a_run(tmp_path, images, update):
         images[2].path.unlink()
         record.check_unchanged()
         record.write(Outputs(out, update=update), rows_of(record, Outputs(out)))
+        record.finish()
     assert out.exists()
     with RunRecord(images, out, "signature", update=update) as record:
         assert record.resumed == (5 if update else 0)
@@ -333,6 +334,9 @@ def test_changed_bytes_fail_a_run_whatever_the_times(tmp_path, images, update):
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         with pytest.raises(EngineError, match=r"1 image changed during the run \(image 1\.png\)"):
             record.check_unchanged()
+    with RunRecord(images, out, "signature", update=update) as record:
+        assert [image.id for image in record.remaining()] == [images[1].id], "the time is that of the old content"
+        record.check_unchanged()
 
 
 def test_captions_are_recalled_by_prompt(tmp_path, images):
@@ -409,6 +413,8 @@ def test_journal_is_deleted_only_after_writing(tmp_path, images):
     with RunRecord(images[:1], out, "signature") as record:
         record.add(caption(images[0].id))
         record.write(Outputs(out), rows_of(record, Outputs(out)))
+        assert journal.exists()
+        record.finish()
     assert out.exists()
     assert not journal.exists()
     with RunRecord(images[:1], out, "signature") as record:

@@ -113,6 +113,39 @@ class Pending:
         """The image that a worker held last is given up."""
 
 
+class DelicateWorker(MortalWorker):
+    """A worker that captions all images it gets up to the first with an id of `deadly`, and dies there."""
+
+    deadly: frozenset[str]
+
+    def submit(self, images) -> None:
+        for image in images:
+            if not self._lives or image.id in self.deadly:
+                self._lives = False
+                self._events.put((self, ""))
+                return
+            caption = Caption(image.id, (Alternative("a", "a", (1, 2), -1.0, -1.0),))
+            self._events.put((self, pack_captions([caption])))
+
+
+def test_many_deadly_images_in_a_row_do_not_end_a_run():
+    pending = Pending(40)
+    failed: list[str] = []
+    pending.fail = lambda error: failed.append(error.path)
+    deadly = [image.id for image in pending.images[5 : 5 + 2 * MOST_DEATHS]]
+
+    def start(number: int, _: WorkOrder, events: Events) -> MortalWorker:
+        worker = DelicateWorker(number, events, captions=True)
+        worker.deadly = frozenset(deadly)
+        return worker
+
+    order = WorkOrder(BundleRef(), "", Runtime("cpu"), cast(Decoding, None))
+    source = WorkerSource(cast(Bundle, None), order, Team(1, start, "worker", "pray"))
+    captions = list(source.captions(pending, lambda _: None))
+    assert len(captions) == 40 - len(deadly)
+    assert len(failed) == len(deadly)
+
+
 @pytest.mark.parametrize("captions", [True, False])
 def test_only_deaths_in_a_row_end_a_run(captions):
     started: list[int] = []
