@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.cli.shared import PATH, SectionCommand, log, rows_option, takes, takes_bundle, verbosity
+from engine.cli.shared import FILES_READ, PATH, SectionCommand, log, rows_option, takes, takes_bundle, verbosity
 from engine.cli.signals import BROKEN_PIPE, INTERRUPTED, TERMINATED, Terminated, end
 from engine.errors import OutputError, UsageError, counted
 from engine.options import CLIP, DEPTH_HELP, DecodeOptions
@@ -64,9 +64,12 @@ def caption(
 
     Decoding options override the bundle's generation settings, which override Hugging Face's defaults.
     """
+    from engine.files.atomic import check_outputs
     from engine.run.pipeline import caption_directory
     from engine.run.record import ReaderGoneError
 
+    if lists := click.get_current_context().meta.get(FILES_READ):
+        check_outputs(outputs.files(), lists)
     if as_json and inputs.watch:
         raise UsageError("--watch ends without a summary: remove --json, or use --progress json")
     if as_json and outputs.is_stream:

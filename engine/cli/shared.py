@@ -79,17 +79,24 @@ class LocationType(click.ParamType):  # type: ignore[type-arg]  # click before 8
 LOCATION = LocationType()
 
 
+FILES_READ = "engine: files read"
+"""Key of a context's `meta`: the files whose lines are values of options, which no output may replace."""
+
+
 class LinesType(click.ParamType):  # type: ignore[type-arg]
     """A text file with one entry per line; blank lines are ignored."""
 
     name = "file"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ARG002
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if not isinstance(value, str):
             return value  # type: ignore[return-value]
         from engine.inputs.readers import read_text
 
-        lines = read_text(Path(_refuse_empty(value, param))).splitlines()
+        path = Path(_refuse_empty(value, param))
+        if ctx is not None:
+            ctx.meta.setdefault(FILES_READ, []).append(path)
+        lines = read_text(path).splitlines()
         return tuple(text for line in lines if (text := line.strip()))
 
 

@@ -553,6 +553,16 @@ def test_inputs_and_manifests_are_never_overwritten(image_dir, tiny_bundle, tmp_
     assert manifest.read_text() == "IMG 1\n"
 
 
+def test_list_of_banned_words_is_not_overwritten(image_dir, tiny_bundle, tmp_path):
+    banned = tmp_path / "banned.txt"
+    banned.write_text("lesion\n")
+    arguments = ("caption", "--input", image_dir, "--bundle", tiny_bundle, "--out", tmp_path / "run.csv")
+    result = run(*arguments, "--bad-words", banned, "--timings-out", banned)
+    assert result.exit_code == 2
+    assert f"--timings-out {banned} would overwrite the input {banned}" in result.stderr
+    assert banned.read_text() == "lesion\n"
+
+
 def test_run_without_readable_images_fails_with_allow_missing(tiny_bundle, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"")
