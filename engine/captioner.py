@@ -86,8 +86,11 @@ def resolve(
         prompt: search_for(bundle, tokenizer, options.replace(prompt=prompt))
         for prompt in sorted(set(prompts.values()))
     }
-    # the searches only differ in their prompts and lengths: the longest has room for all
+    # The searches differ in their prompts and lengths, of which the longest has room for all, and in the first token,
+    # which is forced only without a prompt.
     search = max(search_of.values(), key=lambda search: search.max_length)
+    forced = (one.forced_first for one in search_of.values() if one.forced_first is not None)
+    search = replace(search, forced_first=next(forced, None))
     return Decoding(options, search, {name: search_of[prompt].start for name, prompt in prompts.items()})
 
 
@@ -156,6 +159,7 @@ class Captioner:
         self.backend = backend
         self._more_backends = more_backends
         self._is_running = False
+        self._attention_layers: list[tuple[int, ...]] = []
         self.tokenizer = CaptionTokenizer(bundle)
 
     @classmethod
@@ -209,6 +213,8 @@ class Captioner:
             cuda_graphs=cuda_graphs,
         )
         names = [] if bundle is None else [bundle] if isinstance(bundle, Location | str) else bundle
+        if bundle is not None and (not names or "" in names):
+            raise UsageError("no bundle is given: pass its folder, or None for the embedded demo")
         models = ModelRef(tuple(names), tuple(weights), precision, image_size, task)
         return cls.open(models, runtime, logging.getLogger("engine").info)
 
@@ -267,13 +273,13 @@ class Captioner:
         on_note: Callable[[ImageNote], None] | None = None,
         high_bit_depth: str | None = None,
         live: bool = False,
-        attention: bool | Sequence[int] = False,
+        attention: bool | Sequence[int] | None = False,
         **given: Any,
     ) -> Iterator[Caption]:
         """Caption images (paths, ImageFiles, Pillow images, arrays u8[h,w,3]); yield one Caption per image, in order.
 
         Keywords (num_beams=4) override `options`, which override the bundle's settings, which override Hugging Face's
-        defaults, as on the command line.
+        defaults, as on the command line. A keyword of None is not given.
 
         rows            number of beams in flight (None: what suits device, bundle and memory)
         prompts         the text that each caption starts with, by image id, for every image; instead of one `prompt`
@@ -293,16 +299,15 @@ class Captioner:
         On a GPU, or with streams, only one iteration may run at a time, because the device works ahead of it. Options
         that do not fit the bundle raise UsageError at the call, not at the first caption.
         """
-        if self._is_closed:
-            raise UsageError("this captioner is closed: load it again")
+        self._require_open()
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             raise UsageError("caption expects an iterable of images: put a single image into a list")
         if high_bit_depth is not None:
             window_of(high_bit_depth)  # raises UsageError for an invalid value
-        options = (options or DecodeOptions()).replace(**given)
+        options = (options or DecodeOptions()).replace(**{k: v for k, v in given.items() if v is not None})
         reading = _Reading(on_error, on_note, high_bit_depth, live)
         decoding = self.decoding(options, prompts)
-        if attention is not False:
+        if attention is not None and attention is not False:
             layers = self.attention_layers(None if attention is True else attention)
             decoding = replace(decoding, attention=layers)
         return self._caption(images, decoding, rows, reading)
@@ -335,7 +340,8 @@ class Captioner:
                 start = search.start if starts is None else starts.get(name)
                 if start is None:
                     raise UsageError(f"image {name} has no prompt: add one, which may be empty")
-                key = digest if start == search.start else digest + repr(start.prompt).encode()
+                # the same for an image and its prompt whatever prompts others have, because it seeds samples
+                key = digest if starts is None else digest + repr(start.prompt).encode()
                 if (known := repeats.known(key)) is not None:
                     captions.add(index, known.caption_of(name, 0.0, file_sha256))
                     yield known_before
@@ -343,8 +349,13 @@ class Captioner:
                     is_first = repeats.wait(key, index, name, file_sha256)
                     yield Request(key, pixels, start) if is_first else None
 
+        self._require_open()
         if self._is_running and self.batch_sizes.sets > 1:
             raise UsageError("this captioner is already captioning: read those captions to the end first")
+        layers = decoding.attention
+        if layers is not None and any(other != layers for other in self._attention_layers):
+            raise UsageError("this captioner already gives attention of other layers: read those captions to the end")
+        self._attention_layers += [] if layers is None else [layers]
         self._is_running, self.clipped = True, []
         try:
             for closed in self.scheduler(search, rows, attention=decoding.attention).steps(arrivals()):
@@ -357,6 +368,12 @@ class Captioner:
                 yield from captions.ready()
         finally:
             self._is_running = False
+            if layers is not None:
+                self._attention_layers.remove(layers)
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise UsageError("this captioner is closed: load it again")
 
     @property
     def batch_sizes(self) -> BatchSizes:

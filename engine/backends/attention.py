@@ -40,11 +40,17 @@ MOST_EXTRA = 2
 """Most positions of an encoder that are not patches."""
 
 
+def _is_number(layer: object) -> bool:
+    return isinstance(layer, int | np.integer) and not isinstance(layer, bool)
+
+
 def layers_of(bundle: Bundle, layers: Sequence[int] | None) -> tuple[int, ...]:
     """Return the decoder layers to average over, ascending; None stands for all. Raises UsageError for others."""
     count = bundle.model.num_layers
     if layers is None:
         return tuple(range(count))
+    if not isinstance(layers, Sequence) or not layers or not all(map(_is_number, layers)):
+        raise UsageError(f"attention layers are a list of numbers from 0 to {count - 1}, not {layers!r}")
     if unknown := [layer for layer in layers if not 0 <= layer < count]:
         raise UsageError(
             f"--attention-layers {unknown[0]}: the decoder of {bundle.path} has the layers 0 to {count - 1}"

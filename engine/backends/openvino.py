@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -323,6 +324,8 @@ class OpenVinoBackend:
         self._decoder = compiled["decoder"]
         self._encoder = compiled["encoder"].create_infer_request()
         self._regroup = compiled["regroup"].create_infer_request()
+        self._lock = threading.Lock()
+        """Held while one of these two requests is used: several threads may iterate over one captioner."""
         self._step_inputs = step_inputs(bundle.format)
         self._names = {
             part: cache_names(bundle.model.num_layers, part)
@@ -332,9 +335,10 @@ class OpenVinoBackend:
     def encode(self, pixel_values: NDArray[np.uint8]) -> list[NDArray[Any]]:
         """See Backend.encode. Returns 2L arrays [N,H,S,d]."""
         arrays: dict[str, NDArray[Any]] = {"pixel_values": pixel_values, **self._task}
-        self._infer(self._encoder, {name: self._tensor(array) for name, array in arrays.items()})
-        # copied, since another iteration over the same captioner may encode before these images are in a slot
-        encoded = [self._encoder.get_tensor(name).data.copy() for name in self._names["cross"]]
+        with self._lock:
+            self._infer(self._encoder, {name: self._tensor(array) for name, array in arrays.items()})
+            # copied, since another iteration over the same captioner may encode before these images are in a slot
+            encoded = [self._encoder.get_tensor(name).data.copy() for name in self._names["cross"]]
         shape = self._cross_shape(len(pixel_values))
         for value in encoded:
             if value.shape != shape:
@@ -378,8 +382,9 @@ class OpenVinoBackend:
                 **self._named("settled", cache.settled),
                 **self._named("recent", cache.recent),
             }
-            self._infer(self._regroup, feed)
-            kept = (self._regroup.get_tensor(name).data.copy() for name in self._names["regrouped"])
+            with self._lock:
+                self._infer(self._regroup, feed)
+                kept = [self._regroup.get_tensor(name).data.copy() for name in self._names["regrouped"]]
             cache.settled = [self._tensor(keys) for keys in kept]
         else:
             cache.settled = self._nothing(len(slots))

@@ -207,8 +207,9 @@ class Beams:
 
     def marked_ids(self) -> NDArray[np.int64]:
         """Return i64[B,K,M], the banned and penalised ids of each running beam (see StepInputs.marked_ids)."""
-        # tokens that may not come first are banned after a forced first token
-        starts = self.prompt_lengths if self.search.forced_first is None else self.prompt_lengths + 1
+        # tokens that may not come first are banned after a forced first token, which images with a prompt do not have
+        has_forced = (self.search.forced_first is not None) & (self.prompt_lengths == 1)
+        starts = self.prompt_lengths + has_forced
         return self.search.processors.marked_ids(
             self.tokens,
             self.lengths,

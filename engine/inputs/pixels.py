@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -268,6 +269,19 @@ def image_errors(source: object) -> Iterator[None]:
         raise ImageError(name, " ".join(reason.split())) from error
 
 
+_GUARD = threading.Lock()
+_LOADING: WeakValueDictionary[int, threading.Lock] = WeakValueDictionary()
+
+
+def _load(image: Image.Image) -> None:
+    """Decode an opened image. Several threads may have the same one, which Pillow does not allow to load at once."""
+    with _GUARD:
+        lock = _LOADING.get(id(image)) or threading.Lock()
+        _LOADING[id(image)] = lock
+    with lock:
+        image.load()
+
+
 def _decode(
     source: ImageInput,
     frame: int,
@@ -280,6 +294,7 @@ def _decode(
         check_size(*source.size)
         if depth is None and is_deep(source):
             raise ValueError(UNCLEAR_RANGE.format(what=f"a Pillow image of mode {source.mode}"))
+        _load(source)
         return _converted(source, "image", depth, notes)
     if isinstance(source, np.ndarray):
         return _converted(_image_of_array(source, depth, notes), "image", depth, notes)

@@ -289,14 +289,21 @@ def test_forced_first_token_when_sampling(pictures, tiny_captioner):
             assert drawn.token_log_probs[0] == drawn.token_log_probs[-1] == 0.0
 
 
-@pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.3, "bad_words": ("the",)}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"repetition_penalty": 1.3, "bad_words": ("the",)},
+        {"forced_bos_token_id": FIRST},
+        {"forced_bos_token_id": FIRST, "begin_suppress_tokens": tuple(range(5, 40)), "max_length": 14},
+    ],
+)
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_prompt_per_image_equals_generate_one_by_one(num_beams, more, pictures, tiny_captioner, tiny_reference):
     texts = ("", "a", "a picture of the chest", "ct of the left upper lobe showing", "mri")
     prompts = {str(i): texts[i % len(texts)] for i in range(len(pictures))}
-    options = DecodeOptions(
-        num_beams=num_beams, no_repeat_ngram_size=2, max_new_tokens=MAX_NEW_TOKENS, min_new_tokens=4, **more
-    )
+    length = {} if "max_length" in more else {"max_new_tokens": MAX_NEW_TOKENS}
+    options = DecodeOptions(num_beams=num_beams, no_repeat_ngram_size=2, min_new_tokens=4, **length, **more)
     ours = tiny_captioner.caption(pictures, options, rows=5 * num_beams, prompts=prompts)
     for picture, mine in zip(pictures, ours, strict=True):
         own = options.replace(prompt=prompts[mine.id] or None)

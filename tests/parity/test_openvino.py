@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,21 @@ def test_interleaved_iterations_are_independent(captioner, pictures):
     )
     found = [(one.ids, other.ids) for one, other in zip(first, second, strict=True)]
     assert tuple(zip(*found, strict=True)) == tuple(map(tuple, expected))
+
+
+def test_threads_share_a_captioner(captioner, pictures):
+    expected = [caption.ids for caption in captioner.caption(pictures, num_beams=2)]
+    found: list[object] = []
+
+    def caption() -> None:
+        found.append([caption.ids for caption in captioner.caption(pictures, num_beams=2, rows=4)])
+
+    threads = [threading.Thread(target=caption) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 4
 
 
 def test_streams_are_not_for_openvino():

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty
 
@@ -234,3 +235,67 @@ def test_a_closed_captioner_frees_its_backend_and_is_refused(tiny_bundle):
     with pytest.raises(UsageError, match="this captioner is closed: load it again"):
         captioner.caption(random_pictures(1))
     captioner.close()
+
+
+def test_captions_of_a_captioner_closed_before_they_are_read(tiny_bundle):
+    captioner = Captioner.load(tiny_bundle, backend="cpu")
+    captions = captioner.caption(random_pictures(2))
+    captioner.close()
+    with pytest.raises(UsageError, match="this captioner is closed: load it again"):
+        next(captions)
+
+
+@pytest.mark.parametrize("nothing", [[], (), "", [""]])
+def test_no_bundle_is_not_the_demo(nothing):
+    with pytest.raises(UsageError, match="no bundle is given: pass its folder, or None for the embedded demo"):
+        Captioner.load(nothing)
+
+
+def test_keyword_of_none_is_not_given(tiny_bundle):
+    bundle = Bundle.load(tiny_bundle)
+    bundle = replace(bundle, generation={**bundle.generation, "num_beams": 3, "no_repeat_ngram_size": 1})
+    captioner, pictures = Captioner.of(bundle, Runtime("cpu")), random_pictures(3)
+    usual, none, other = (
+        [caption.ids for caption in captioner.caption(pictures, max_new_tokens=12, **given)]
+        for given in ({}, {"num_beams": None, "no_repeat_ngram_size": None}, {"no_repeat_ngram_size": 0})
+    )
+    assert usual == none != other
+
+
+def test_one_opened_image_several_times(tiny_captioner, tmp_path):
+    """Pillow decodes it when it is first used, and cannot do so in several threads at once."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (1200, 1500, 3), np.uint8)).save(tmp_path / "a.png")
+    for _ in range(3):
+        opened = Image.open(tmp_path / "a.png")
+        captions = list(tiny_captioner.caption([opened] * 6, prompts={str(i): "a" * (i % 2) for i in range(6)}))
+        assert {caption.ids for caption in captions[::2]} == {captions[0].ids}
+        assert captions[0].ids == next(tiny_captioner.caption([tmp_path / "a.png"])).ids
+
+
+def test_sampled_captions_do_not_depend_on_prompts_of_others(tiny_captioner):
+    pictures, given = random_pictures(3), {"do_sample": True, "seed": 3}
+    few, more = (
+        [caption.ids for caption in tiny_captioner.caption(pictures, prompts={"0": "a", "1": last, "2": ""}, **given)]
+        for last in ("a", "a picture of the chest")
+    )
+    assert (few[0], few[2]) == (more[0], more[2])
+    assert few[1] != more[1]
+
+
+@pytest.mark.parametrize("wrong", [[], (), 0, "0", [True], [0.0]])
+def test_wrong_attention_layers(wrong, tiny_captioner):
+    with pytest.raises(UsageError, match="attention layers are a list of numbers from 0 to"):
+        tiny_captioner.caption(random_pictures(1), attention=wrong)
+    (caption,) = tiny_captioner.caption(random_pictures(1), attention=None)
+    assert caption.attention is None
+
+
+def test_two_iterations_with_other_attention_layers(tiny_bundle):
+    captioner, pictures = Captioner.load(tiny_bundle, backend="cpu"), random_pictures(3)
+    first = captioner.caption(pictures, attention=[0], rows=1)
+    next(first)
+    with pytest.raises(UsageError, match="already gives attention of other layers"):
+        next(captioner.caption(pictures, attention=[1]))
+    assert len(list(captioner.caption(pictures, attention=[0]))) == 3
+    assert len(list(first)) == 2
+    assert len(list(captioner.caption(pictures, attention=[1]))) == 3
