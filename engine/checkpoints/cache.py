@@ -23,7 +23,7 @@ from typing import NamedTuple
 from engine.bundle.manifest import MANIFEST, Bundle, FileDigests, Stamp, stamp_of
 from engine.bundle.open import BundleRef, open_bundle
 from engine.bundle.replace import bundle_drafts, is_replaceable, move_bundle
-from engine.checkpoints.hub import COMMIT_DIGITS, fetch, is_hub_id, weights_of
+from engine.checkpoints.hub import COMMIT_DIGITS, fetch, is_hub_id
 from engine.errors import BundleError, CheckpointError, OutputError, UsageError
 from engine.files.atomic import (
     UNFINISHED,
@@ -266,7 +266,13 @@ def checkpoint_files(checkpoint: Path) -> dict[str, Path]:
     """Return {name: path} of the files that decide the bundle of a checkpoint, which is a folder or one file."""
     if checkpoint.is_file():
         return {checkpoint.name: checkpoint}
-    names = [*SETTINGS, *weights_of(os.listdir(checkpoint))]
+    from engine.checkpoints.files import PICKLE_INDEX, SAFE_INDEX, weight_files  # only here, as in _converted
+
+    try:
+        weights = [path.name for path in weight_files(checkpoint)]
+    except CheckpointError:  # the readers explain what is missing
+        weights = []
+    names = [*SETTINGS, SAFE_INDEX, PICKLE_INDEX, *weights]
     return {name: checkpoint / name for name in names if (checkpoint / name).is_file()}
 
 

@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -59,6 +59,11 @@ def read_config_file(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a checkpoint: {_what_it_is(directory)}")
     raw = read_json(path)
+    if raw.get("quantization_config"):  # the integers of 8-bit weights would pass as weights
+        raise CheckpointError(
+            f"{path}: the weights are quantised (quantization_config): use the original model, or save the model again "
+            "after dequantize()"
+        )
     rules = RULES.get(kind) if isinstance(kind := raw.get("model_type"), str) else None
     return raw if rules is None else rules.complete(raw, read_generation_file(directory))
 
@@ -101,17 +106,18 @@ def _what_it_is(directory: Path) -> str:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the weight files of a checkpoint: safetensors files if there are any, else torch pickles.
+    """Return the weight files of a checkpoint, in transformers' order: safetensors, else torch pickles.
 
-    Raises CheckpointError if it has none, or if a file that an index names is missing.
+    Without any of their usual names, all other safetensors files but those of adapters are taken together. Raises
+    CheckpointError if it has none, or if a file that an index names is missing.
     """
     for single, index in ((SAFE, SAFE_INDEX), (PICKLE, PICKLE_INDEX)):
         if (directory / single).is_file():
             return [directory / single]
         if (directory / index).is_file():
             return _indexed(directory / index)
-        if single == SAFE and (others := sorted(directory.glob("*.safetensors"))):
-            return others
+    if others := sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_")):
+        return others
     unreadable = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))
     content = f"no weights that can be read, only {', '.join(unreadable)}" if unreadable else "no weights"
     raise CheckpointError(f"{directory} has {content}: it needs {SAFE} or {PICKLE}, as save_pretrained writes them")

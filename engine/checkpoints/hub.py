@@ -10,6 +10,7 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,8 +78,11 @@ def _fetch(
 
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=LIST_TIMEOUT_S)
-    except HfHubHTTPError:
-        raise  # the hub answered with an error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        if status < 500 and status != HTTPStatus.TOO_MANY_REQUESTS:
+            raise  # the hub answered, but not with this repository
+        return _fetched_before(repository, revision, error)
     except Exception as error:  # no connection
         return _fetched_before(repository, revision, error)
     sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
@@ -122,12 +126,10 @@ def weights_of(names: Iterable[str]) -> list[str]:
     for stem, suffix in WEIGHTS:
         if stem + suffix in top:
             return [stem + suffix]
-        # shards, which an index lists; or safetensors files under any name
-        is_sharded = suffix == ".bin" or stem + suffix + INDEX in top
-        named = [name for name in top if name.endswith(suffix) and (name.startswith(stem) or not is_sharded)]
-        if named:
-            return sorted(named)
-    return []
+        shards = [name for name in top if name.endswith(suffix) and name.startswith(stem)]
+        if shards and (suffix == ".bin" or stem + suffix + INDEX in top):
+            return sorted(shards)
+    return sorted(name for name in top if name.endswith(".safetensors") and not name.startswith("adapter_"))
 
 
 def _refuse_without_weights(name: str, files: Iterable[str]) -> NoReturn:
@@ -151,6 +153,10 @@ def _explain(name: str, repository: str, revision: str, error: Exception) -> NoR
         reason = f"{repository} has no revision {revision}: see its page for the revisions"
     elif isinstance(error, errors.RepositoryNotFoundError):
         reason = "there is no such repository, or it is private: check the name, or set HF_TOKEN"
+    elif isinstance(error, errors.HFValidationError):
+        reason = "it cannot be the name of a repository either: check the path"
+    elif isinstance(error, errors.HfHubHTTPError) and getattr(error.response, "status_code", 0) in (401, 403):
+        reason = "HF_TOKEN is not valid, or gives no access to it: set another, or remove it for a public model"
     elif isinstance(error, errors.LocalEntryNotFoundError):
         state = "is not used (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "cannot be reached"
         reason = f"the hub {state}, and the checkpoint is not cached: pass the folder of a checkpoint"

@@ -172,7 +172,9 @@ def outer_settings(raw: Mapping[str, Any], generation: Mapping[str, Any] | None)
     If transformers made generation_config.json from config.json, and config.json has settings, these are used:
     4.57.6 takes them for later changes (GenerationMixin._prepare_generation_config).
     """
-    has_later = any(raw.get(name) not in (None, default) for name, default in DEFAULTS.items())
+    # transformers does not look for these two in config.json (PretrainedConfig._get_global_generation_defaults)
+    names = DEFAULTS.keys() - {"max_new_tokens", "min_new_tokens"}
+    has_later = any(raw.get(name) not in (None, DEFAULTS[name]) for name in names)
     is_copy = generation is not None and generation.get("_from_model_config") is True
     if generation is None or (is_copy and has_later):
         return [Settings("config.json", raw)]

@@ -136,6 +136,11 @@ def open_weights(files: Sequence[Path], source: Path) -> Weights:
                 entries = _safetensors(path) if path.suffix == ".safetensors" else read_entries(path, stream)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        if repeated := next((name for name in entries if name in tensors), None):
+            raise CheckpointError(
+                f"{path} has the weight {repeated}, which another file of {source} has, too: remove the files of other "
+                "checkpoints"
+            )
         tensors |= {name: Stored(path, entry, stamp) for name, entry in entries.items()}
     while (prefix := common_prefix(tensors)) is not None:
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

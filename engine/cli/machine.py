@@ -90,6 +90,10 @@ def verify(bundle: BundleRef | ModelRef, runtime: Runtime, as_json: bool) -> Non
         )
     if as_json:
         click.echo(json.dumps({"backend": backend.name, "checks": [asdict(check) for check in checks]}))
+    if not any(check.images for check in checks):
+        raise EngineError(
+            f"{loaded.path} has no recorded output to compare with: nothing was verified, export it again"
+        )
     if not all(check.passed for check in checks):
         raise EngineError(
             f"{loaded.path} does not reproduce the PyTorch outputs recorded at export: export it again, or report a bug"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class Golden:
                 f"{path.parent} has no recorded answers of PyTorch, because it was converted without torch: export the "
                 "checkpoint with `python -m export` to record them"
             ) from error
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise BundleError(f"{path} cannot be read ({error}): export the bundle again") from error
 
     def save(self, path: Path) -> None:

@@ -20,6 +20,7 @@ from engine.checkpoints.files import (
     PICKLE_INDEX,
     SAFE,
     SAFE_INDEX,
+    read_config_file,
     read_json,
     refuse_file_of_folder,
     refuse_stand_in,
@@ -83,6 +84,9 @@ def base_of(adapter: Path) -> str:
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{adapter / ADAPTER_SETTINGS} has no base_model_name_or_path: add the base checkpoint")
+    revision = settings.get("revision")
+    if isinstance(revision, str) and revision and "@" not in base and not Path(base).exists():
+        base = f"{base}@{revision}"  # the version of the base that the adapter was trained on
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -108,6 +112,7 @@ def merge_adapter(adapter: Path, base: Path) -> Path:
     The adapter's image processor and tokenizer, if it has them, override those of the base. Raises CheckpointError if
     peft is not installed, or if the adapter cannot be merged or does not fit the base.
     """
+    read_config_file(base)  # raises an error if it is not a checkpoint
     files = [*_settings_files(base), *_settings_files(adapter), *weight_files(base), _weights(adapter)]
     digest = hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()[:12]
 

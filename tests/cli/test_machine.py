@@ -112,3 +112,21 @@ def test_bench_without_images_and_with_a_folder(image_dir, tiny_bundle):
     result = run("bench", "--input", image_dir, "--images", 6, "--bundle", tiny_bundle)
     assert result.exit_code == 2
     assert "has 5 images: set --images to 5 or less" in result.output
+
+
+@pytest.mark.parametrize("damage", ["empty", "no archive"])
+def test_verify_fails_if_nothing_was_compared(damage, tiny_bundle, tmp_path):
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    golden = Golden.load(bundle / GOLDEN)
+    for setting in range(len(golden.settings)):
+        for image in range(len(golden.pixel_values)):
+            golden.skip(setting, image, 0)
+    golden.save(bundle / GOLDEN)
+    if damage == "no archive":
+        (bundle / GOLDEN).write_bytes(b"PK no archive")
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["files"][GOLDEN] = hashlib.sha256((bundle / GOLDEN).read_bytes()).hexdigest()
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    result = run("verify", "--bundle", bundle)
+    assert result.exit_code == 1, result.output
+    assert ("nothing was verified" if damage == "empty" else "golden.npz cannot be read") in result.stderr

@@ -537,5 +537,8 @@ def test_choice_of_weight_files():
     assert weights_of(["a.bin", "pytorch_model.bin", "config.json"]) == ["pytorch_model.bin"]
     assert weights_of(["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"]) == ["model.safetensors"]
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert weights_of([*reversed(shards), "pytorch_model.bin", "checkpoint-5/model.safetensors"]) == shards
+    index = "model.safetensors.index.json"
+    assert weights_of([*reversed(shards), index, "pytorch_model.bin", "checkpoint-5/model.safetensors"]) == shards
+    assert weights_of([*shards, "model_ema.safetensors", "pytorch_model.bin"]) == ["pytorch_model.bin"]
+    assert weights_of(["adapter_model.safetensors", "blip.safetensors"]) == ["blip.safetensors"]
     assert weights_of(["training_args.bin", "x/pytorch_model.bin"]) == []

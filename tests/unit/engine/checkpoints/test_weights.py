@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,10 +20,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import AutoImageProcessor
 
 from engine.checkpoints import pickles
+from engine.checkpoints.cache import checkpoint_files
+from engine.checkpoints.files import read_config_file, weight_files
+from engine.checkpoints.rules import outer_settings
 from engine.checkpoints.weights import open_weights
 from engine.errors import CheckpointError
+from export.reference.huggingface import Reference
+from tests.helpers.tiny import random_pictures
 
 VALUES = {"a": torch.arange(12.0).view(3, 4), "b": torch.tensor([1.5])}
 
@@ -285,3 +292,52 @@ def test_damaged_pickle_gives_weights_or_one_error(data, tmp_path):
         assert "\n" not in str(error)
     else:
         assert all(one.dtype == np.float32 for one in found.values())
+
+
+def test_weight_files_are_those_of_transformers(tmp_path):
+    for name in ("model_ema.safetensors", "adapter_model.safetensors"):
+        save_file({"a": torch.ones(2)}, tmp_path / name)
+    assert [path.name for path in weight_files(tmp_path)] == ["model_ema.safetensors"]
+    torch.save(VALUES, tmp_path / "pytorch_model.bin")
+    assert [path.name for path in weight_files(tmp_path)] == ["pytorch_model.bin"]
+    save_file(VALUES, tmp_path / "weights-1.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "weights-1.safetensors"}}')
+    assert [path.name for path in weight_files(tmp_path)] == ["weights-1.safetensors"]
+    assert {"weights-1.safetensors", "model.safetensors.index.json"} == set(checkpoint_files(tmp_path))
+
+
+def test_one_weight_in_two_files_is_refused(tmp_path):
+    for name in ("epoch1.safetensors", "epoch2.safetensors"):
+        save_file(VALUES, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"epoch2\.safetensors has the weight a, which another file"):
+        open_weights(weight_files(tmp_path), tmp_path)
+
+
+def test_quantised_checkpoints_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "blip", "quantization_config": {"load_in_8bit": true}}')
+    with pytest.raises(CheckpointError, match="the weights are quantised"):
+        read_config_file(tmp_path)
+
+
+def test_deeply_nested_json_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        read_config_file(tmp_path)
+
+
+def test_new_tokens_of_config_json_do_not_replace_generation_config():
+    copied = {"_from_model_config": True, "num_beams": 3}
+    assert outer_settings({"max_new_tokens": 1, "min_new_tokens": 1}, copied)[0].source == "generation_config.json"
+    assert outer_settings({"num_beams": 2}, copied)[0].source == "config.json"
+
+
+def test_null_switches_an_image_step_off(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_normalize": None, "do_rescale": None}))
+    slow = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    picture = random_pictures(1)[0]
+    theirs = np.asarray(slow(picture, return_tensors="pt")["pixel_values"])
+    ours = np.asarray(Reference.load(folder).pixels([picture]))
+    np.testing.assert_array_equal(ours, theirs)
+    assert ours.max() > 200
