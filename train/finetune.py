@@ -9,6 +9,8 @@ OUT/log.jsonl, curves.png, tensorboard/
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -69,7 +71,9 @@ def finetune(job: Job, log: Log) -> dict[str, Any]:
     if rank == 0:
         job.out.mkdir(parents=True, exist_ok=True)
     # One run at a time works on a directory; the first process of a distributed run locks it for all.
-    with OutputLock(job.out / "run.json") if rank == 0 else nullcontext():
+    with OutputLock(job.out / "run.json") if rank == 0 else nullcontext() as lock:
+        if lock is not None and lock.note:
+            run.log(f"note: {lock.note}")
         resume_from = on_first_process(lambda: begin(job, run))
         trainer = make_trainer(run, make_judge(run, make_evaluator(run).evaluate))
         start = time.perf_counter()
@@ -94,6 +98,8 @@ def prepare(job: Job, log: Log) -> Run:
     recipe = job.recipe
     batches = recipe.micro_batches(rank_and_world_size()[1])
     names = [*evaluation_metrics(recipe), *recipe.rewards()]
+    if of_images := [name for name in names if name in ("clipscore", "refclipscore")]:
+        raise UsageError(f"{of_images[0]} needs the images, which are not scored in training: choose another metric")
     signatures = {name: make_metric(name, job.metrics, {}).signature() for name in names}
     reference = load_reference(job.checkpoint, recipe)
     for line in assumed_settings(job.checkpoint):
@@ -149,6 +155,8 @@ def begin(job: Job, run: Run) -> Path | None:
     identity = {"checkpoint": checkpoint_sha256(job.checkpoint), "data": data, "metrics": run.signatures}
     write_or_compare_record(run.out, run.recipe, identity, run.log, is_begun=is_begun)
     states.mkdir(parents=True, exist_ok=True)
+    for left in (run.out / "models").glob(".epoch_*"):  # by a kill while a model was written or deleted
+        shutil.rmtree(left, ignore_errors=True)
     newest = newest_complete_checkpoint(states, run.log)
     if newest is not None:
         run.log(f"resuming from {newest}")
@@ -162,9 +170,11 @@ def make_judge(run: Run, evaluate: Callable[[], Evaluation]) -> Judge:
         metrics, captions = evaluate()
         if rank_and_world_size()[0] == 0:
             best = best_models(run)
-            best.add(epoch, metrics, captions, run.reference)
+            is_finite = math.isfinite(metrics[LOSS])  # otherwise the run ends with an error, and can be begun again
+            if is_finite:
+                best.add(epoch, metrics, captions, run.reference)
             run.log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-            if tie := best.tie():
+            if is_finite and (tie := best.tie()):
                 run.log(tie)
         return metrics
 

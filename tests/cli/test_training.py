@@ -165,6 +165,11 @@ def test_two_processes_learn_the_same_weights(undisturbed, checkpoint, data, tmp
     one, two = losses(undisturbed[0]), losses(out)
     assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
     assert [entry[2] for entry in two] == pytest.approx([entry[2] for entry in one], abs=1e-4)
+    done = subprocess.run(
+        [*torchrun, *finetune(checkpoint, data, out, *SETTINGS)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming from" in done.stderr
 
 
 def test_gradient_accumulation_gives_the_same_weights(undisturbed, checkpoint, data, tmp_path):

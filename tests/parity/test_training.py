@@ -316,6 +316,10 @@ def test_incomplete_checkpoint_is_skipped(tmp_path):
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "step 3: out of memory: halve"),
         (MemoryError(), "step 3: out of memory"),
         (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 211200 vs 211088"),
+            "no space is left in the run directory: make room, the same command resumes",
+        ),
+        (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "),
             "shared memory (/dev/shm) is full",
         ),

@@ -77,6 +77,8 @@ def choose_epochs(run: Path, choice: Choice) -> dict[int, Path]:
             last = max(round(entry["epoch"]) for entry in entries if f"eval_{LOSS}" in entry)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{run} has not ended, so that --last is not defined: give epoch numbers") from error
+        if last < max(kept, default=0):  # of a run that was extended since
+            raise UsageError(f"{run} has not ended, so that --last is not defined: give epoch numbers")
         chosen = list(range(last - choice.last + 1, last + 1))
         if any(epoch not in kept for epoch in chosen):
             raise UsageError(f"{keeps}, and its last epoch is {last}: train with a larger keep, or give epoch numbers")

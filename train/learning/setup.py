@@ -148,7 +148,8 @@ def training_arguments(run: Run, max_steps: int | None) -> TrainingArguments:
     is_trial = max_steps is not None
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
-    if recipe.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    has_bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    if recipe.precision == "bf16" and not has_bf16:
         raise UsageError("precision bf16 needs an NVIDIA GPU of Ampere or later: use fp16")
     logs = {} if IS_5 else {"logging_dir": str(out / "tensorboard")}
     if IS_5:  # transformers 5 has no such argument and reads this variable instead

@@ -34,7 +34,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from engine.bundle.tokenizer import detokenise
-from engine.errors import EngineError, OutOfMemoryError
+from engine.errors import EngineError, OutOfMemoryError, OutputError
 from engine.options import CLIP, DecodeOptions
 from engine.scoring.base import Items, MetricInputs
 from engine.scoring.profiles import make_metric
@@ -297,7 +297,8 @@ class CaptionTrainer(Trainer):
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        with self._explained():
+            super()._save_checkpoint(model, trial)
         if self.accelerator.num_processes > 1:
             # Every process writes its random state. The first one must not list the files before all are there.
             torch.distributed.barrier()
@@ -306,6 +307,18 @@ class CaptionTrainer(Trainer):
             seal(directory / f"checkpoint-{self.state.global_step}")
             for old in sorted_checkpoints(directory)[:-KEPT_STATES]:  # only now that the new one is complete
                 shutil.rmtree(old)
+
+
+def _on_cpu(storage: Any, location: str) -> Any:
+    return storage if re.fullmatch(r"cpu:\d+", location) else None
+
+
+# Accelerate calls the device of one of several processes on a CPU "cpu:0", which torch.load does not know.
+torch.serialization.register_package(5, lambda _: None, _on_cpu)
+
+
+DISK_FULL = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
+"""Parts of the messages of safetensors and torch.save on a full disk."""
 
 
 def explain(error: Exception, where: str) -> EngineError | None:
@@ -319,6 +332,8 @@ def explain(error: Exception, where: str) -> EngineError | None:
     last = text.splitlines()[-1] if text else type(error).__name__
     if "unable to allocate shared memory" in text or "killed by signal: Bus error" in text:
         return EngineError(f"{where}: shared memory (/dev/shm) is full: {MORE_SHARED_MEMORY}")
+    if any(words in text for words in DISK_FULL):
+        return OutputError(f"{where}: no space is left in the run directory: make room, the same command resumes")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in OUT_OF_MEMORY):
         return OutOfMemoryError(
             f"{where}: out of memory: halve --device-batch (--batch-size stays the same, in more passes), or use "
