@@ -340,8 +340,8 @@ class Captioner:
                 start = search.start if starts is None else starts.get(name)
                 if start is None:
                     raise UsageError(f"image {name} has no prompt: add one, which may be empty")
-                # the same for an image and its prompt whatever prompts others have, because it seeds samples
-                key = digest if starts is None else digest + repr(start.prompt).encode()
+                # it seeds samples, so it depends on nothing but the image and its prompt
+                key = digest if len(start.prompt) == 1 else digest + repr(start.prompt).encode()
                 if (known := repeats.known(key)) is not None:
                     captions.add(index, known.caption_of(name, 0.0, file_sha256))
                     yield known_before

@@ -22,7 +22,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 SETTINGS = (".json", ".txt")
 """Suffixes of configurations and vocabularies, which are small and are fetched together with the weights."""
 WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
-"""Stems and suffixes of weight files. Pickles are fetched only from a repository without safetensors files."""
+"""Stems and suffixes of weight files, in transformers' order."""
 INDEX = ".index.json"
 COMMIT_DIGITS = 12
 LIST_TIMEOUT_S = 30.0
@@ -158,7 +158,9 @@ def _explain(name: str, repository: str, revision: str, error: Exception) -> NoR
     elif isinstance(error, errors.HfHubHTTPError) and getattr(error.response, "status_code", 0) in (401, 403):
         reason = "HF_TOKEN is not valid, or gives no access to it: set another, or remove it for a public model"
     elif isinstance(error, errors.LocalEntryNotFoundError):
+        status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
         state = "is not used (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "cannot be reached"
+        state = f"answers with HTTP {status}" if status else state
         reason = f"the hub {state}, and the checkpoint is not cached: pass the folder of a checkpoint"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason = f"{constants.HF_HUB_CACHE} is full ({error.strerror}): free space there, or set HF_HOME"

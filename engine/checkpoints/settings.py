@@ -121,8 +121,9 @@ def _checked(path: Path, raw: dict[str, Any], rules: Rules, config: Mapping[str,
         listed = ", ".join(f"{name}={raw[name]!r}" for name in others)
         raise CheckpointError(f"{path} has settings that the engine does not support ({listed}): remove them")
     values = dict(known.settings) | {name: raw[name] for name in known.settings if raw.get(name) is not None}
-    # transformers skips a step whose switch is null, and takes the default of one that is missing
-    values |= {name: False for name in known.settings if name.startswith("do_") and name in raw and raw[name] is None}
+    # transformers' slow processors skip a step whose switch is null; the fast ones take the default, as for one missing
+    if not str(kind).endswith("Fast"):
+        values |= {n: False for n in known.settings if n.startswith("do_") and n in raw and raw[n] is None}
     values["image_processor_type"] = known.kind
     values["size"] = _size(path, values["size"], rules, by_edge="shortest_edge" in known.settings["size"])
     if "crop_size" in values:

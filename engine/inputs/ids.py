@@ -67,17 +67,16 @@ class Ids:
     ) -> dict[str, str]:
         """Return {name: id} of all names that match an id.
 
-        With `are_numbers` the names are COCO's numbers of images: if all of them are aliases, these come before ids of
-        the same name, such as `2` for 2.jpg, which may have another number. Raises DataError if two names of `source`
-        match the same id.
+        With `are_numbers` the names are COCO's numbers of images. If any is an alias, all are: then `2` does not match
+        the id of 2.jpg, which may have another number. Raises DataError if two names of `source` match the same id.
         """
         ids: dict[str, str] = {}
         names_of: dict[str, str] = {}
         listed = list(names)
-        by_number = are_numbers and all(self._aliases.get(name) in self._known for name in listed)
+        by_number = are_numbers and any(self._aliases.get(name) in self._known for name in listed)
         for name in listed:
-            match = self._aliases[name] if by_number else self.find(name, (files or {}).get(name))
-            if match is None:
+            match = self._aliases.get(name) if by_number else self.find(name, (files or {}).get(name))
+            if match not in self._known:
                 continue
             if names_of.setdefault(match, name) != name:
                 raise DataError(f"{source}: {shown(names_of[match])} and {shown(name)} are two names of {shown(match)}")

@@ -144,11 +144,6 @@ def _with_slash(name: str, directory: Location) -> str:
     return f"{name}/" if not isinstance(directory, RemoteFolder) and (directory / name).is_dir() else name
 
 
-def _remote_image(folder: RemoteFolder, name: str, options: FindOptions) -> ImageFile:
-    inside = Path(folder.shown(name))
-    return ImageFile(id_of(inside, options.ids), Path(name), options.dicom_frame, folder, options.depth)
-
-
 def local_image(path: Path, root: Path, options: FindOptions) -> ImageFile:
     """Return the ImageFile of a path; ids by path are relative to `root`."""
     inside = Path(utf8(str(path_inside(path, root))))

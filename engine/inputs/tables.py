@@ -26,7 +26,6 @@ from engine.inputs.readers import (
     delimited_rows,
     json_rows,
     jsonl_rows,
-    named,
     parquet_rows,
     read_rows,
     read_text,
@@ -128,9 +127,11 @@ class _RepeatedKeyError(Exception):
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _RepeatedKeyError(next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])))
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _RepeatedKeyError(key)
+        found[key] = value
     return found
 
 
@@ -184,12 +185,12 @@ def _ids_of_files(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]
     return ids | dict.fromkeys([FILE] if FILE in known else [], ""), files
 
 
-def read_columns(path: Path, columns: Columns = USUAL, *, whole: bool = False) -> dict[str, dict[str, str]]:
+def read_columns(path: Path, columns: Columns = USUAL) -> dict[str, dict[str, str]]:
     """Read a table of values per image. Returns {column: {id: value}}.
 
     The table has a header and is separated by commas, TABs, bars or semicolons. The ids or file names are in the column
-    with a known name, or else in the first. File names become ids as in read_table, or with `whole` stay unchanged. A
-    column without a name is an index that pandas wrote, and is ignored. Raises DataError naming the file and the line.
+    with a known name, or else in the first, and stay as they are written (see Ids and by_reference_id). A column
+    without a name is an index that pandas wrote, and is ignored. Raises DataError naming the file and the line.
     """
     text, separator = table_text(path)
     header_line = text.lstrip("\r\n").partition("\n")[0]
@@ -209,16 +210,11 @@ def read_columns(path: Path, columns: Columns = USUAL, *, whole: bool = False) -
     if not others:
         raise DataError(f"{path} has only an id column: expected at least one more")
     names = [PROMPT if i == prompt else name for i, name in enumerate(header)]
-    if whole:
-        ids: dict[str, str] = {}
-    else:
-        ids, _ = _ids_of_files(named(header[at_id], row[at_id]) for _, row in rows if len(row) > at_id)
     found_columns: dict[str, dict[str, str]] = {names[i]: {} for i in others}
     for number, row in rows:
         if len(row) != len(header):
             raise DataError(f"{path}, line {number}: {counted(len(row), 'column')}, but the header has {len(header)}")
-        written = row[at_id] if whole else named(header[at_id], row[at_id])
-        name = ids.get(written, written)
+        name = row[at_id]
         if name in found_columns[names[others[0]]]:
             raise DataError(f"{path}, line {number}: id {name} is repeated")
         refuse_bytes(path, (row[i] for i in others))
@@ -279,7 +275,7 @@ def read_prompts(path: Path, ids: Sequence[str], columns: Columns = USUAL) -> di
     Names in the table may be spelled differently than `ids` (see Ids). An empty prompt means that the image has no
     prompt. Raises DataError if the column or the row of an image is missing.
     """
-    table = read_columns(path, columns, whole=True)
+    table = read_columns(path, columns)
     prompt_columns = [column for column in table if column.lower() == PROMPT]
     if not prompt_columns:
         raise DataError(

@@ -532,8 +532,9 @@ class RunRecord:
             if self.journal_path is None:
                 raise EngineError(f"{what}: their captions may be those of the old or of the new content")
             # the next run may find a file of the same size and time, and would take its caption from the journal
-            ids = {image.id for image in changed}
-            self._keep_only(image for image in self.images if image.id not in ids)
+            for image in changed:
+                del self.captions[image.id]
+            self._keep_only()
             raise EngineError(
                 f"{what} and no run was written: run {self.same_command} again, which captions only these"
             )
@@ -578,13 +579,13 @@ class RunRecord:
     def finish(self) -> None:
         """Delete the journal once all files are written; with `update`, keep only the captions of this run in it."""
         if self.update:
-            self._keep_only(self.images)
+            self._keep_only()
         else:
             self._journal.delete()
 
-    def _keep_only(self, images: Iterable[ImageFile]) -> None:
-        """Rewrite the journal with the captions of these images."""
-        captions = (self.captions[image.id] for image in images if image.id in self.captions)
+    def _keep_only(self) -> None:
+        """Rewrite the journal with the captions of this run."""
+        captions = (self.captions[image.id] for image in self.images if image.id in self.captions)
         self._journal.replace(map(self._encode, captions))
 
     def _latency_s(self, image_id: str) -> float | None:

@@ -26,6 +26,8 @@ EXIT_S = 1.0
 """Seconds for a process that has closed its output to end by itself; killed earlier it would lose its exit code."""
 MOST_DEATHS = 5
 """Deaths of a worker in a row, without an image answered in between, after which it is not replaced any more."""
+MOST_GIVEN_UP = 20
+"""Images given up in a row whose deaths do not count. With more, not the images are the cause, but the machine."""
 
 
 class Worker(Protocol):
@@ -137,7 +139,7 @@ class WorkerSource:
         self._order, self._team = order, team
         self._workers: dict[int, Worker] = {}
         self._deaths: Counter[int] = Counter()
-        self._has_captioned = False
+        self._has_captioned, self._given_up = False, 0
         self._events: Events = SimpleQueue()
 
     def captions(self, pending: PendingImages, log: Log, *, more: bool = False) -> Iterator[Caption]:
@@ -185,6 +187,7 @@ class WorkerSource:
             queue.answer(worker.number, caption.id)
         self._has_captioned |= bool(answer.captions)
         if answer.captions or answer.failures:
+            self._given_up = 0
             del self._deaths[worker.number]
 
     def _give(self, worker: Worker, queue: WorkQueue) -> None:
@@ -203,8 +206,9 @@ class WorkerSource:
         log(f"warning: {worker.name} died ({how}){retry if given_up is None else f' at {given_up.source}'}")
         if not queue.unanswered:
             return
-        if given_up is not None and self._has_captioned:  # the image is to blame: the next one may be read
-            del self._deaths[number]
+        self._given_up += given_up is not None
+        if given_up is not None and self._has_captioned and self._given_up <= MOST_GIVEN_UP:
+            del self._deaths[number]  # the image is to blame: the next one may be read
         else:
             self._deaths[number] += 1
         if self._deaths[number] < MOST_DEATHS:

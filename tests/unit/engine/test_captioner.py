@@ -280,6 +280,8 @@ def test_sampled_captions_do_not_depend_on_prompts_of_others(tiny_captioner):
     )
     assert (few[0], few[2]) == (more[0], more[2])
     assert few[1] != more[1]
+    assert few[0] == next(tiny_captioner.caption(pictures, prompt="a", **given)).ids
+    assert few[2] == [caption.ids for caption in tiny_captioner.caption(pictures, **given)][2]
 
 
 @pytest.mark.parametrize("wrong", [[], (), 0, "0", [True], [0.0]])

@@ -74,11 +74,12 @@ def test_coco_numbers_are_not_files_of_that_name(files):
     annotations = [{"image_id": i, "caption": f"a view of {name}"} for i, name in enumerate(names, 1)]
     (files / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (files / "results.json").write_text(json.dumps(annotations))
+    (files / "more.json").write_text(json.dumps([*annotations, {"image_id": 13, "caption": "x"}]))
     rows = [f"{name},a view of {name}\n" for name in names]
     (files / "by_name.csv").write_text("ID,Caption\n" + "".join(rows))
-    for made in ("results.json", "by_name.csv"):
+    for made in ("results.json", "more.json", "by_name.csv"):
         given = ("--run", files / made, "--references", files / "coco.json", "--out", files / "scores.json")
-        assert run("score", *given, "--metrics", "rouge1").exit_code == 0
+        assert run("score", *given, "--metrics", "rouge1", "--only-common").exit_code == 0
         assert json.loads((files / "scores.json").read_text())["rouge1"] == 1.0, made
 
 
@@ -135,6 +136,11 @@ def test_groups_of_labels_with_other_spellings(files):
     assert result.exit_code == 0, result.output
     groups = json.loads((files / "scores.json").read_text())["details"]["groups"]
     assert {name: group["images"] for name, group in groups.items()} == {"CT": 6, "MR": 6}
+    (files / "labels.csv").write_text("file_name,concepts\n" + "".join(lines[1::2]))  # of the images in s1 only
+    result = score(files, *given)
+    assert result.exit_code == 0, result.output
+    groups = json.loads((files / "scores.json").read_text())["details"]["groups"]
+    assert {name: group["images"] for name, group in groups.items()} == {"CT": 6, "(none)": 6}
 
 
 def test_groups_need_one_value_per_image(files):
