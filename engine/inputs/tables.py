@@ -88,7 +88,9 @@ def own_by_reference_id(references: Table, run: Table) -> dict[str, str]:
     """Return the captions of a run, one per image, under the ids of `references`. Raises DataError as `single` does."""
     captions = run.single()
     ids = references.ids.find_all(captions, run.path, run.files, are_numbers=run.numbered)
-    return {ids.get(name, name): caption for name, caption in captions.items()}
+    # a number that the references lack is not the file of that name
+    unknown = {name: f"image_id {name}" for name in captions if run.numbered and name in references.captions}
+    return {ids.get(name, unknown.get(name, name)): caption for name, caption in captions.items()}
 
 
 def read_table(path: Path, columns: Columns = USUAL) -> Table:

@@ -81,6 +81,13 @@ def test_coco_numbers_are_not_files_of_that_name(files):
         given = ("--run", files / made, "--references", files / "coco.json", "--out", files / "scores.json")
         assert run("score", *given, "--metrics", "rouge1", "--only-common").exit_code == 0
         assert json.loads((files / "scores.json").read_text())["rouge1"] == 1.0, made
+    # without the image of number 2, which is not 2.jpg
+    (files / "coco.json").write_text(
+        json.dumps({"images": images[:1] + images[2:], "annotations": annotations[:1] + annotations[2:]})
+    )
+    given = ("--run", files / "results.json", "--references", files / "coco.json", "--out", files / "scores.json")
+    assert run("score", *given, "--metrics", "rouge1", "--only-common").exit_code == 0
+    assert json.loads((files / "scores.json").read_text())["rouge1"] == 1.0
 
 
 def test_repeated_keys_of_a_run_are_refused(files):
